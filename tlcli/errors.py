@@ -1,0 +1,37 @@
+"""The exceptions that a user may see. The message of each is one line: what is wrong, where, what to do.
+
+    TlcliError            a run failed: exit code 1
+    ├── UsageError        the command line, the config or what it names is wrong: exit code 2
+    ├── BadImages         files of the data set do not decode
+    ├── FrozenChanged     a tensor that was to stay frozen did not
+    └── NotFinite         the loss became NaN or infinite
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TlcliError(Exception):
+    """A run failed for a reason that the message gives; no traceback is needed to act on it."""
+
+
+class UsageError(TlcliError):
+    """The command line, a config, or a file that it names is wrong."""
+
+
+class BadImages(TlcliError):
+    """Some files of the data set are not images, or are damaged."""
+
+
+class FrozenChanged(TlcliError):
+    """The freeze contract was broken: a frozen tensor differs from what it was before training."""
+
+
+class NotFinite(TlcliError):
+    """The training loss became NaN or infinite."""
+
+
+def did_you_mean(word: str, known: Iterable[object]) -> str:
+    """" Did you mean 'near'?" for the nearest of the known words, or the empty string where none is near."""
+    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

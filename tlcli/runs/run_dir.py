@@ -1,0 +1,73 @@
+"""One run's directory: the names of its files, and how each is written."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class RunDir:
+    """A run's directory. Files are written as the run goes; run.json always has the present status."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.test_file = path / "test.json"
+        self.log_file = path / "run.log"
+        self.config_file = path / "config.yaml"
+        self.bad_files = path / "bad_files.csv"
+        self.best = path / "checkpoints" / "best.safetensors"
+        self.last = path / "checkpoints" / "last.safetensors"
+        self.state = path / "checkpoints" / "last.state"
+        self.plots = path / "plots"
+
+    def start(self, *, command: str, overrides: Sequence[str], config: str) -> None:
+        """Write config.yaml and a run.json with the status `running`; the directory is there afterwards."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(config, encoding="utf-8")
+        self.update(
+            schema_version=SCHEMA_VERSION,
+            status="running",
+            command=command,
+            overrides=list(overrides),
+            started=now(),
+        )
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to run.json, in one atomic step."""
+        record = read_json(self.record_file) if self.record_file.exists() else {}
+        write_json(self.record_file, {**record, **facts})
+
+    def end(self, status: str, error: str | None = None) -> None:
+        """Write the final status: done, failed or interrupted."""
+        self.update(status=status, error=error, ended=now())
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; whoever follows the file sees it at once."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def now() -> str:
+    """The present time, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object so that a reader finds the old file or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
