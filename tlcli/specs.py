@@ -111,9 +111,11 @@ class DatasetSpec(Spec):
     train_per_class: int | None = number(low=2)
     test_per_class: int | None = number(low=1)
     on_bad: OnBad
+    ram_gb: float = number(low=0)
     classes: list[str] | None
     image_size: int | None = number(low=8)
     flip: float = number(low=0, high=1)
+    min_crop: float = number(above=0, high=1)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,101 @@
+"""tlcli and its commands as processes see them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tlcli as package
+
+ROOT = Path(package.__file__).parents[1]
+
+
+def python(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+IMPORTED = "import sys; from tlcli.cli import main; main({argv}); print(*sys.modules, sep='\\n', file=sys.stderr)"
+
+
+@pytest.mark.parametrize(
+    ("argv", "absent"),
+    [
+        ([], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
+        (["--help"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
+        (["--version"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
+        (["train", "--help"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
+        (["completion", "query", "tlcli train "], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
+        (["train", "--cfg", "job"], {"torch", "torchvision", "timm", "sklearn", "matplotlib"}),
+        (["train", "epochs=0"], {"torch", "torchvision", "timm", "sklearn", "matplotlib"}),
+    ],
+)
+def test_what_a_command_does_not_import(argv: list[str], absent: set[str], tmp_path: Path) -> None:
+    modules = set(python("-c", IMPORTED.format(argv=argv), cwd=tmp_path).stderr.split())
+    assert "tlcli.cli" in modules
+    assert not absent & modules
+
+
+def test_module_and_exit_code(tmp_path: Path) -> None:
+    assert python("-m", "tlcli", "--version", cwd=tmp_path).stdout == f"tlcli {package.__version__}\n"
+    assert python("-m", "tlcli", "trian", cwd=tmp_path).returncode == 2
+    assert python("-m", "tlcli", "train", "epochs=0", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",)])
+def test_help_names_every_command(argv, tlcli) -> None:
+    from tlcli.cli import COMMANDS
+
+    ended = tlcli(*argv)
+    assert ended.code == 0
+    assert all(f"  {command}" in ended.out for command in COMMANDS)
+    assert max(map(len, ended.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [(("trian",), "'train'"), (("--vesion",), "'--version'"), (("epochs=3",), "'tlcli train epochs=3'")],
+)
+def test_unknown_command(argv, hint, tlcli) -> None:
+    ended = tlcli(*argv)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.count("\n") == 1
+    assert f"Did you mean {hint}?" in ended.err
+
+
+def test_cfg_prints_the_job_and_writes_nothing(tlcli, tmp_path: Path) -> None:
+    ended = tlcli("train", "--cfg", "job", "epochs=7", "freeze=head")
+    assert ended.code == 0
+    assert "epochs: 7" in ended.out and "kind: head" in ended.out
+    assert "hydra" not in ended.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [("--info", "defaults-tree"), ("--hydra-help",), ("--cfg", "hydra")])
+def test_flags_of_hydra_work(argv, tlcli, tmp_path: Path) -> None:
+    ended = tlcli("train", *argv)
+    assert ended.code == 0
+    assert len(ended.out.splitlines()) > 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    """The reader of stdout is gone before the first byte."""
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tlcli", "train", "--help"],
+        stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, env=env, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_debug_shows_the_traceback(tlcli) -> None:
+    assert "Traceback" not in tlcli("train", "epochs=0").err
+    assert "Traceback" in tlcli("train", "epochs=0", "--debug").err

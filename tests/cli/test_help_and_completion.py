@@ -1,0 +1,100 @@
+"""What the YAML files say about themselves: tlcli train --help, and Tab."""
+
+import shutil
+import subprocess
+from dataclasses import fields
+
+import pytest
+
+from tlcli.cli.completion import SCRIPTS, candidates
+from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
+from tlcli.cli.helptext import train_help
+from tlcli.specs import TrainSpec
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_help_fits_its_width(width: int) -> None:
+    lines = train_help(ConfFiles([conf_dir()]), width).splitlines()
+    assert [line for line in lines[: lines.index("keys, with their defaults:")] if len(line) > max(width, 60)] == []
+    assert width < 80 or max(map(len, lines)) <= width
+
+
+def test_help_has_every_option_and_key_with_its_comment() -> None:
+    files = ConfFiles([conf_dir()])
+    words = " ".join(train_help(files, 80).split())
+    for options in files.groups.values():
+        for option in options.values():
+            assert f"{option.name} {' '.join(option.comment.split())}" in words
+    for key in files.top_level():
+        assert f"{key.name}={key.default} {key.comment}" in words
+    for hidden in ("schema", "common", "_self_"):
+        assert f"\n  {hidden}" not in train_help(files, 80)
+
+
+def test_help_marks_the_defaults() -> None:
+    text = train_help(ConfFiles([conf_dir()]), 80)
+    for default in ("digits", "efficientnet_lite0", "adamw", "cosine"):
+        assert f"* {default} " in text
+
+
+def test_keys_of_yaml() -> None:
+    text = "# head\ndefaults:\n  - x: y\na: 'b # c' # d\n          # e\nf:\n  g: 1   # h\n  i: {j: 2}\nk: v#w\n"
+    found = [(key.name, key.default, key.comment) for key in keys_in(text)]
+    assert found == [("a", "'b # c'", "d e"), ("f.g", "1", "h"), ("f.i", "{j: 2}", ""), ("k", "v#w", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("tlcli ", {"train ", "completion ", "--help "}),
+        ("tlcli tr", {"train "}),
+        ("tlcli completion ", {"bash ", "zsh ", "fish "}),
+        ("tlcli train da", {"dataset=", "dataset."}),
+        ("tlcli train e", {"epochs=", "early_stop=", "experiment="}),
+        ("tlcli train image.s", {"image.size=", "image.std="}),
+        ("tlcli train -m freeze=", {"freeze=none ", "freeze=head ", "freeze=last_stages "}),
+        ("tlcli train -m freeze=head,no", {"freeze=head,none ", "freeze=head,norm "}),
+        ("tlcli train keep_best=", {"keep_best=accuracy ", "keep_best=macro_f1 ", "keep_best=loss "}),
+        ("tlcli train image.fit=", {"image.fit=squash ", "image.fit=crop ", "image.fit=pad "}),
+        ("tlcli train device.compile=", {"device.compile=true ", "device.compile=false "}),
+        ("tlcli train device.precision=b", {"device.precision=bf16 "}),
+        ("tlcli train optimizer=sgd optimizer.m", {"optimizer.momentum="}),
+        ("tlcli train optimizer.b", {"optimizer.betas="}),
+        ("tlcli train freeze=last_stages freeze.n=", {"freeze.n=1 "}),
+        ("tlcli train --c", {"--cfg ", "--config-dir ", "--config-name "}),
+        ("tlcli train --cfg ", {"job ", "hydra ", "all "}),
+    ],
+)
+def test_candidates(line: str, wanted: set[str]) -> None:
+    found = candidates(line)
+    assert wanted <= set(found)
+    word = "" if line.endswith(" ") else line.split()[-1]
+    assert all(one.startswith(word) for one in found)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "tlcli", "tlcli nope x", "tlcli train nope.", "tlcli train optimizer=nope optimizer."]
+)
+def test_candidates_of_odd_lines_do_not_fail(line: str) -> None:
+    assert isinstance(candidates(line), list)
+
+
+def test_hidden_groups_are_no_candidates() -> None:
+    found = candidates("tlcli train ")
+    assert not [one for one in found if one.startswith(("schema", "common", "hydra"))]
+    assert {f"{f.name}=" for f in fields(TrainSpec)} - {"image="} <= set(found)
+
+
+@pytest.mark.parametrize("shell", SCRIPTS)
+def test_scripts(shell: str, tlcli) -> None:
+    script = tlcli("completion", shell).out
+    assert "tlcli completion query" in script
+    if shutil.which(shell):
+        flag = "--no-execute" if shell == "fish" else "-n"
+        assert subprocess.run([shell, flag], input=script, text=True, check=False).returncode == 0
+
+
+def test_wrong_shell(tlcli) -> None:
+    ended = tlcli("completion", "bsh")
+    assert ended.code == 2
+    assert "Did you mean 'bash'?" in ended.err

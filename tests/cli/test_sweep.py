@@ -1,0 +1,85 @@
+"""tlcli train -m: a directory a job, failures that do not stop the others, a leaderboard."""
+
+import csv
+import json
+from pathlib import Path
+
+from tests.cli.conftest import finished, runs_in
+from tlcli.errors import TlcliError
+from tlcli.runs.run_dir import read_json
+
+
+def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    ended = tlcli("train", "-m", "seed=3,1,2")
+    assert (ended.code, ended.err) == (0, "")
+    assert [line for line in ended.out.splitlines() if line.startswith("[")] == [
+        "[0] seed=3",
+        "[1] seed=1",
+        "[2] seed=2",
+    ]
+    (file,) = tmp_path.rglob("sweep.json")
+    sweep = json.loads(file.read_text())
+    assert sweep["command"] == "tlcli train -m seed=3,1,2"
+    assert sweep["keys"] == ["seed"]
+    assert [(job["rank"], job["name"], job["values"]["seed"]) for job in sweep["jobs"]] == [
+        (1, "1", "1"),
+        (2, "2", "2"),
+        (3, "0", "3"),
+    ]
+    with (file.parent / "leaderboard.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["seed"] for row in rows] == ["1", "2", "3"]
+    assert [row["test_accuracy"] for row in rows] == ["0.88", "0.87", "0.86"]
+
+
+def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) -> None:
+    def train(spec, run, watch):
+        if spec.seed == 1:
+            raise TlcliError("seed 1 is unlucky")
+        return finished(spec, run, watch)
+
+    training(train)
+    ended = tlcli("train", "-m", "seed=1,2", "epochs=0,1")
+    assert ended.code == 1
+    assert "3 of 4 jobs did not finish" in ended.err
+    assert "1  failed: seed 1 is unlucky" in ended.err
+    records = {run.path.name: read_json(run.record_file) for run in runs_in(tmp_path)}
+    assert [records[str(job)]["status"] for job in range(4)] == ["failed", "failed", "failed", "done"]
+    assert records["0"]["error"] == "epochs=0 is out of range: give at least 1"
+    (file,) = tmp_path.rglob("sweep.json")
+    assert [job["name"] for job in json.loads(file.read_text())["jobs"]] == ["3", "0", "1", "2"]
+
+
+def test_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path) -> None:
+    jobs_seen = []
+
+    def train(spec, run, watch):
+        boards = list(tmp_path.rglob("sweep.json"))
+        jobs_seen.append([job["name"] for job in json.loads(boards[0].read_text())["jobs"]] if boards else [])
+        return finished(spec, run, watch)
+
+    training(train)
+    assert tlcli("train", "-m", "seed=1,2,3").code == 0
+    assert jobs_seen == [[], ["0"], ["0", "1"]]
+
+
+def test_interrupt_stops_the_sweep_and_ranks_what_there_is(tlcli, training, tmp_path: Path) -> None:
+    def train(spec, run, watch):
+        if spec.seed == 2:
+            raise KeyboardInterrupt
+        return finished(spec, run, watch)
+
+    training(train)
+    assert tlcli("train", "-m", "seed=1,2,3").code == 130
+    (file,) = tmp_path.rglob("sweep.json")
+    jobs = json.loads(file.read_text())["jobs"]
+    assert [(job["name"], job["status"]) for job in jobs] == [("0", "done"), ("1", "interrupted")]
+
+
+def test_sweep_in_a_named_directory_is_not_overwritten(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    assert tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=mine").code == 0
+    ended = tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=mine")
+    assert ended.code == 2
+    assert "is there already" in ended.err

@@ -1,0 +1,238 @@
+"""tlcli train: directories, first line, and the status of a run in every ending."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tlcli as package
+from tests.cli.conftest import finished, runs_in
+from tlcli.errors import NotFinite, UsageError
+from tlcli.runs.run_dir import read_json
+
+
+def status(folder: Path) -> tuple[str, str | None]:
+    (run,) = runs_in(folder)
+    record = read_json(run.record_file)
+    return record["status"], record["error"]
+
+
+def test_done(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    ended = tlcli("train", "freeze=head", "epochs=3")
+    assert ended.code == 0
+    assert ended.err == ""
+    assert ended.out.splitlines()[0].startswith(f"tlcli {package.__version__}: digits ")
+    (run,) = runs_in(tmp_path)
+    record = read_json(run.record_file)
+    assert record["status"] == "done"
+    assert record["command"] == "tlcli train freeze=head epochs=3"
+    assert record["overrides"] == ["freeze=head", "epochs=3"]
+    assert "epochs: 3" in run.config_file.read_text() and "${" not in run.config_file.read_text()
+    assert "digits" in run.log_file.read_text(encoding="utf-8")
+    assert (run.path / ".hydra" / "overrides.yaml").is_file()
+
+
+def test_working_directory_stays(tlcli, training, tmp_path: Path) -> None:
+    seen = []
+    training(lambda spec, run, watch: seen.append(Path.cwd()))
+    assert tlcli("train").code == 0
+    assert seen == [tmp_path]
+
+
+def test_spec_is_sealed_and_as_asked(tlcli, training) -> None:
+    specs = []
+    training(lambda spec, run, watch: specs.append(spec))
+    assert tlcli("train", "freeze=last_stages", "freeze.n=2", "optimizer.betas=[0.8,0.9]").code == 0
+    assert specs[0].freeze.n == 2
+    assert specs[0].optimizer.betas == (0.8, 0.9)
+    with pytest.raises(AttributeError):
+        specs[0].epochs = 3
+
+
+def test_flags_and_overrides_in_any_order(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    assert tlcli("train", "epochs=2", "-m", "seed=1,2").code == 0
+    assert len(runs_in(tmp_path)) == 2
+
+
+def test_runs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    for _ in range(3):
+        assert tlcli("train", "hydra.job.name=x").code == 0
+    assert len({run.path for run in runs_in(tmp_path)}) == 3
+
+
+def test_named_directory(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    assert tlcli("train", "hydra.run.dir=it's here").code == 2  # not readable as an override
+    assert tlcli("train", "hydra.run.dir=mine").code == 0
+    before = (tmp_path / "mine" / "run.json").read_text()
+    ended = tlcli("train", "hydra.run.dir=mine")
+    assert ended.code == 2
+    assert "run.json is there already" in ended.err
+    assert (tmp_path / "mine" / "run.json").read_text() == before
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_directory_with_a_quote_in_its_name(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    training(finished)
+    (tmp_path / "it's here").mkdir()
+    monkeypatch.chdir(tmp_path / "it's here")
+    assert tlcli("train").code == 0
+    assert len(runs_in(tmp_path / "it's here")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (NotFinite("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
+        (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
+        (MemoryError(), 1, "tlcli train: out of memory: try a smaller batch_size"),
+        (RuntimeError("CUDA error: out of memory"), 1, "tlcli train: out of memory"),
+        (OSError(28, "No space left on device", "x/y"), 1, "tlcli train: the disk is full: no space left for x/y"),
+    ],
+)
+def test_failed(error, code, line, tlcli, training, tmp_path: Path) -> None:
+    def fail(spec, run, watch):
+        raise error
+
+    training(fail)
+    ended = tlcli("train")
+    assert ended.code == code
+    assert line in ended.err and ended.err.count("\n") == 1
+    assert status(tmp_path)[0] == "failed"
+    assert status(tmp_path)[1] in ended.err
+
+
+def test_traceback_of_a_bug_goes_to_the_log(tlcli, training, tmp_path: Path) -> None:
+    def fail(spec, run, watch):
+        raise TypeError("a bug")
+
+    training(fail)
+    assert "Traceback" not in tlcli("train").err
+    assert "Traceback" in runs_in(tmp_path)[0].log_file.read_text(encoding="utf-8")
+    assert "in fail" in tlcli("train", "--debug").err
+
+
+def test_usage_error_before_training_leaves_nothing(tlcli, training, tmp_path: Path) -> None:
+    def misfit(spec, run, watch):
+        raise UsageError("fc.weight does not fit")
+
+    training(misfit)
+    ended = tlcli("train")
+    assert (ended.code, ended.err) == (2, "tlcli train: fc.weight does not fit\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_error_leaves_what_was_there(tlcli, training, tmp_path: Path) -> None:
+    def misfit(spec, run, watch):
+        raise UsageError("no")
+
+    training(misfit)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "notes.txt").touch()
+    assert tlcli("train").code == 2
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["notes.txt"]
+
+
+def test_usage_error_once_training_has_begun_is_kept(tlcli, training, tmp_path: Path) -> None:
+    def late(spec, run, watch):
+        run.log_metrics({"epoch": 1})
+        raise UsageError("late")
+
+    training(late)
+    assert tlcli("train").code == 2
+    assert status(tmp_path) == ("failed", "late")
+
+
+def test_interrupted(tlcli, training, tmp_path: Path) -> None:
+    def interrupt(spec, run, watch):
+        signal.raise_signal(signal.SIGINT)
+
+    training(interrupt)
+    ended = tlcli("train")
+    assert (ended.code, ended.err) == (130, "tlcli train: interrupted\n")
+    assert status(tmp_path) == ("interrupted", "interrupted")
+
+
+STUB = """
+import sys, threading, types
+from pathlib import Path
+def train(spec, run, watch):
+    Path("started").touch()
+    threading.Event().wait(120)
+module = types.ModuleType("tlcli.train")
+module.train = train
+sys.modules["tlcli.train"] = module
+from tlcli.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("argv", [("train",), ("train", "-m", "seed=1,2")])
+def test_terminated(argv: tuple[str, ...], tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUB, *argv], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        _wait_for(tmp_path / "started", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 143
+    assert err.decode().endswith("tlcli train: terminated\n")
+    assert status(tmp_path) == ("interrupted", "terminated")
+    if "-m" in argv:
+        (board,) = tmp_path.rglob("sweep.json")
+        assert [job["status"] for job in json.loads(board.read_text())["jobs"]] == ["interrupted"]
+
+
+def _wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Return once a file is there; fail where the process ends before, or after a minute."""
+    limit = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < limit, "it never started"
+        try:
+            process.wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"it ended: {process.communicate()[1].decode()}")
+
+
+def test_environment_of_libraries(tlcli, training, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    seen = {}
+    training(lambda spec, run, watch: seen.update(os.environ))
+    assert tlcli("train").code == 0
+    assert seen["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert seen["TQDM_DISABLE"] == "0"  # the user's own setting stays
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+
+
+def test_home_directory_in_a_value(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    training(finished)
+    assert tlcli("train", "out=~/runs").code == 0
+    assert len(runs_in(tmp_path / "runs")) == 1
+
+
+def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "optimizer" / "slow.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# Slow\ndefaults:\n  - sgd\n  - _self_\nlr: 1e-5\n", encoding="utf-8")
+    specs = []
+    training(lambda spec, run, watch: specs.append(spec))
+    assert tlcli("train", "optimizer=slow", "--config-dir=mine").code == 0
+    assert specs[0].optimizer.lr == 1e-5 and specs[0].optimizer.kind == "sgd"
+    help_text = tlcli("train", "--help", "--config-dir", "mine").out
+    assert "slow" in help_text and "Slow" in help_text

@@ -1,0 +1,119 @@
+"""Every way for a command line to be wrong: one line, exit code 2, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+CASES = {
+    "optimzer=sgd": "unknown key 'optimzer'. Did you mean 'optimizer'?",
+    "optimzer.lr=1": "Did you mean 'optimizer'?",
+    "lr=1": "unknown key 'lr'. Did you mean 'optimizer.lr'?",
+    "weight_deacy=1": "Did you mean 'optimizer.weight_decay'?",
+    "optimizer.lrr=1": "Did you mean 'optimizer.lr'?",
+    "freeze.n=2": "It belongs to freeze=last_stages.",
+    "optimizer.momentum=0.9": "It belongs to optimizer=sgd.",
+    "image.sizee=3": "Did you mean 'image.size'?",
+    "epochs.x=1": "epochs holds a value",
+    "+foo=1": "unknown key 'foo'",
+    "++foo.bar=1": "unknown key 'foo'",
+    "+optimizer.x=1": "unknown key 'optimizer.x'",
+    "schema=train": "unknown key 'schema'",
+    "common=dataset": "unknown key 'common'",
+    "hydra.foo=1": "unknown key 'hydra.foo'",
+    "optimizer@foo=sgd": "Did you mean 'optimizer'?",
+    "backbone=resnet19": "backbone has no option 'resnet19'. Did you mean 'resnet18'?",
+    "dataset=/x/y": "dataset has no option '/x/y'",
+    "dataset=": "Choose from cifar10, cifar100",
+    "optimizer=3": "optimizer has no option '3'",
+    "optimizer=null": "optimizer has no option 'null'",
+    "experiment=nope": "experiment has no option 'nope'",
+    "freeze=[head,none]": "tlcli train -m freeze=head,none",
+    "epochs=abc": "epochs=abc is not a whole number",
+    "epochs=1.5": "epochs=1.5 is not a whole number",
+    "epochs=null": "needs a value",
+    "epochs=": "epochs",
+    "optimizer.lr=x": "optimizer.lr=x is not a number",
+    "device.compile=maybe": "neither true nor false",
+    "dataset.classes=3": "write dataset.classes=[3]",
+    "dataset.root=[a]": "is not a text",
+    "image=3": "image has keys of its own",
+    "optimizer.betas=[0.9]": "give 2",
+    "keep_best=acuracy": "Did you mean 'accuracy'? Choose from accuracy, macro_f1, loss",
+    "device.kind=gpu": "Choose from auto, cpu, cuda, mps",
+    "dataset.kind=foo": "stays digits",
+    "epochs=0": "epochs=0 is out of range: give at least 1",
+    "batch_size=-1": "batch_size=-1 is out of range",
+    "dataset.val_fraction=1.5": "dataset.val_fraction=1.5 is out of range",
+    "optimizer.lr=nan": "optimizer.lr=nan is out of range",
+    "image.mean=[1,2]": "one for each of red, green and blue",
+    "dataset=imagefolder": "dataset.root",
+    "dataset=imagefolder dataset.root=nowhere": "nowhere: no such folder",
+    "backbone=timm": "backbone.name has no value yet; give it one: backbone.name=...",
+    "epochs=???": "epochs has no value yet",
+    "~epochs": "epochs has no value yet",
+    "seed=1,2": "add -m to sweep over them, or write seed=[1,2]",
+    "freeze=head,none": "add -m",
+    "seed=range(1,4)": "add -m",
+    "foo": "write KEY=VALUE",
+    "digits": "Did you mean 'dataset=digits'?",
+    "=3": "write KEY=VALUE",
+    "epochs=[1": "close its brackets",
+    "name=a(b": "write 'name=\"a(b\"'",
+    "name=${nope}": "name refers to something that is not there",
+    "name=${name}": "name refers to something that is not there",
+    "backbone.weights=nowhere": "no such file or run",
+    "backbone.weights=.": "no checkpoints/best.safetensors",
+    "--foo": "unknown flag '--foo'",
+    "--cfg": "expected one argument",
+    "--resolve": "--resolve goes with --cfg job",
+    "--config-dir nowhere": "there is no such folder",
+    "--config-name nowhere": "there is no config 'nowhere'",
+    "--config-path .": "unknown flag '--config-path'",
+    "--experimental-rerun x": "unknown flag '--experimental-rerun'",
+    "hydra.run.dir=/dev/null/x": "cannot make it",
+    "out=/dev/null": "choose another place with out=...",
+    "-m optimzer=sgd,adam": "Did you mean 'optimizer'?",
+    "-m epochs=1,2 lr=1": "Did you mean 'optimizer.lr'?",
+    "-m optimizer.lrr=1,2": "Did you mean 'optimizer.lr'?",
+    "-m freeze=head,nonee": "freeze has no option 'nonee'. Did you mean 'none'?",
+    "-m epochs=1,2 =3": "write KEY=VALUE",
+    # no config names code to run
+    "hydra.sweeper._target_=os.system": "a config cannot name code to run",
+    "+hydra.callbacks.x._target_=os.system": "a config cannot name code to run",
+    "+dataset._target_=os.system": "a config cannot name code to run",
+    "dataset=cifar10 +dataset.train._target_=os.system": "a config cannot name code to run",
+}
+
+
+@pytest.mark.parametrize("argv", CASES)
+def test_one_line_exit_2_and_nothing_written(argv: str, tlcli, training, tmp_path: Path) -> None:
+    training(lambda spec, run, watch: pytest.fail("training began"))
+    ended = tlcli("train", *argv.split(" "))
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("tlcli train: ") and ended.err.count("\n") == 1
+    assert CASES[argv] in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+FILES = {
+    "epoch: 1": "unknown key 'epoch'. Did you mean 'epochs'? (in experiment/mine.yaml)",
+    "epochs: abc": "epochs=abc is not a whole number (in experiment/mine.yaml)",
+    "epochs: [1": "mine.yaml:",
+    "hydra: {callbacks: {x: {_target_: os.mkdir, name: made}}}": "a config cannot name code to run",
+    "hydra: {job_logging: {formatters: {x: {(): os.mkdir}}}}": "a config cannot name code to run",
+    "dataset: {classes: [{_target_: os.mkdir}]}": "a config cannot name code to run",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_wrong_file(text: str, tlcli, training, tmp_path: Path) -> None:
+    training(lambda spec, run, watch: pytest.fail("training began"))
+    file = tmp_path / "mine" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+    ended = tlcli("train", "--config-dir", "mine", "experiment=mine")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert FILES[text] in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,210 @@
+"""What a run looks like, on a terminal and elsewhere."""
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tlcli.cli import tables, view
+from tlcli.cli.view import TerminalWatch
+from tlcli.watch import EpochRow, Outcome, Plan, StageRow
+
+ESCAPE = "\x1b"
+
+
+def plan(classes: int = 10, name: str = "[red]class") -> Plan:
+    return Plan(
+        run=Path("outputs/2026-11-24/05-23-11"),
+        name="digits-efficientnet_lite0-none",
+        dataset="digits",
+        classes=tuple(f"{name} {number}" for number in range(classes)),
+        counts={split: tuple(range(low, low + classes)) for split, low in (("train", 1200), ("val", 140))},
+        model="efficientnet_lite0 with ImageNet weights and a new head for 10 classes",
+        image="96 px, squashed",
+        stages=(StageRow("stem", 23_508_032, 0, None), StageRow("head", 12_810, 12_810, 3e-4)),
+        training="adamw, rate 0.0003, cosine, batches of 32, 4 epochs, label smoothing of 0.1",
+        device="cpu, float32, channels_last: bfloat16 is slower for depthwise convolutions here",
+        notes=("val is held out of train, for the data has none",),
+    )
+
+
+def row(epoch: int = 1, best: bool = True) -> EpochRow:
+    return EpochRow(epoch, 100, 0.5, 0.9, 0.4, 0.91, 0.9, 3e-4, 12_345.6, 12.3, best)
+
+
+def outcome() -> Outcome:
+    return Outcome(
+        run=Path("outputs/2026-11-24/05-23-11"),
+        accuracy=0.98333,
+        ci95=(0.9641, 0.9924),
+        top5=0.999,
+        loss=0.05,
+        n=359,
+        epoch=3,
+        val_accuracy=0.9861,
+        confused=(("[red]8", "1", 3), ("5", "9", 2)),
+        checkpoint=Path("outputs/2026-11-24/05-23-11/checkpoints/best.safetensors"),
+        seconds=63.2,
+    )
+
+
+def show(watch: TerminalWatch, classes: int = 10) -> None:
+    """A whole run."""
+    with watch.track("decoding", 3) as advance:
+        advance(3)
+    watch.plan(plan(classes))
+    with watch.track("training", 10) as advance, watch.track("inner", 5) as inner:
+        advance(10)
+        inner(5)
+    watch.epoch(EpochRow(0, 100, None, None, 0.4, 0.91, 0.9, None, None, 1.5, False))
+    watch.epoch(row())
+    watch.note("early stop: no better epoch since epoch 1")
+    watch.outcome(outcome())
+
+
+class Terminal(io.StringIO):
+    """A stdout that says that it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Called in a test, it puts a terminal in the place of stdout. (Before the test pytest puts its own there.)"""
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def attach() -> Terminal:
+        monkeypatch.setattr(sys, "stdout", stdout := Terminal())
+        return stdout
+
+    return attach
+
+
+def test_plain_lines_where_stdout_is_no_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show(TerminalWatch("backbone=efficientnet_lite0"))
+    out = capsys.readouterr().out
+    assert ESCAPE not in out and "\r" not in out
+    assert not re.search("[\u2500-\u259f]", out)  # lines of boxes, and bars
+    assert out.isascii()
+    assert "accuracy 0.9833, 95 % interval 0.9641 to 0.9924, n = 359" in out
+    assert "tlcli train backbone=efficientnet_lite0 backbone.weights=outputs/2026-11-24/05-23-11 dataset=..." in out
+
+
+def test_markup_in_names_is_text(capsys) -> None:
+    show(TerminalWatch())
+    out = capsys.readouterr().out
+    assert "[red]class 3" in out and "[red]8 taken for 1 (3)" in out
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("width", [40, 80])
+def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
+    stdout = terminal()
+    show(TerminalWatch("backbone=efficientnet_lite0", width=width), classes)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stdout.getvalue())
+    shown = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    assert [line for line in shown if len(line) > width and "outputs/" not in line] == []
+    if width == 80:
+        assert max(map(len, shown)) <= width
+
+
+def test_colours_and_bars_on_a_terminal(terminal) -> None:
+    stdout = terminal()
+    show(TerminalWatch(width=80))
+    assert ESCAPE in stdout.getvalue()
+    assert "decoding" in stdout.getvalue()
+
+
+def test_no_color(terminal: Terminal, monkeypatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    TerminalWatch(width=80).epoch(row())
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", stdout.getvalue())
+
+
+def test_a_row_has_its_columns_under_their_titles() -> None:
+    for width in (40, 60, 80, 120):
+        columns = tables.epoch_columns(width)
+        header, line = tables.epoch_header(columns), tables.epoch_line(row(), columns)
+        assert len(line) <= width
+        for column in columns[:-1]:
+            end = header.index(column.title) + len(column.title)
+            assert header[:end].endswith(column.title) and line[end - 1 : end].strip()
+        assert line.endswith("best") and "0.9100" in line
+    assert [column.title for column in tables.epoch_columns(120)] == [column.title for column in tables.COLUMNS]
+
+
+def test_header_once_for_each_run(capsys) -> None:
+    watch = TerminalWatch()
+    for epoch in (1, 2, 3):
+        watch.epoch(row(epoch))
+    watch.heading("[1] seed=2")
+    watch.epoch(row())
+    out = capsys.readouterr().out
+    assert out.count("val loss") == 2
+    assert out.index("[1] seed=2") < out.rindex("val loss")
+
+
+def test_many_classes_are_a_range(capsys) -> None:
+    TerminalWatch().plan(plan(classes=100))
+    out = capsys.readouterr().out
+    assert "train 1,200 to 1,299" in out
+    assert "class 57" not in out
+
+
+def test_freeze_table_has_a_total_and_rates(capsys) -> None:
+    TerminalWatch().plan(plan())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["stem", "23,508,032", "0", "-"] in lines
+    assert ["head", "12,810", "12,810", "0.0003"] in lines
+    assert ["total", "23,520,842", "12,810"] in lines
+
+
+def test_long_spans_are_a_line_where_there_are_no_bars(capsys, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, "tlcli")
+    with TerminalWatch().track("short", 1) as advance:
+        advance(1)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(view, "WORTH_A_LINE", 0.0)
+    with TerminalWatch().track("decoding", 1500) as advance:
+        advance(1500)
+    assert capsys.readouterr().out.startswith("decoding: 1,500 images in ")
+    assert [record.message.split(":")[0] for record in caplog.records] == ["short", "decoding"]
+
+
+def test_everything_shown_is_logged(caplog, terminal) -> None:
+    terminal()
+    caplog.set_level(logging.INFO, "tlcli")
+    show(TerminalWatch(width=80))
+    logged = "\n".join(record.message for record in caplog.records)
+    assert ESCAPE not in logged
+    for text in ("[red]class 3", "23,508,032", "best", "early stop", "95 % interval", "training: 10 images"):
+        assert text in logged
+
+
+def test_closed_pipe_does_not_stop_the_run(capfd, monkeypatch) -> None:
+    watch = TerminalWatch()
+
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(view.os, "dup2", lambda *fds: None)
+    monkeypatch.setattr(sys.stdout, "write", closed)
+    watch.note("one")
+    watch.note("two")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.42, "0.42 s"), (12.34, "12.3 s"), (65, "1:05"), (3599.7, "1:00:00"), (7265, "2:01:05")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert tables.duration(seconds) == text

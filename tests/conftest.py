@@ -1,0 +1,51 @@
+"""What tests share: specs composed from conf/ as users compose them, and small image folders made on the spot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tlcli.cli.compose import build, composed, parse_flags, register
+from tlcli.specs import TrainSpec
+
+Compose = Callable[..., TrainSpec]
+
+
+@pytest.fixture(scope="session")
+def spec() -> Compose:
+    """spec("freeze=head", "epochs=1"): the TrainSpec that these overrides compose."""
+
+    def make(*overrides: str) -> TrainSpec:
+        register()
+        flags = parse_flags(list(overrides))
+        return build(composed(flags), flags.files)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and test/ of three classes that a network can tell apart: stripes and a checkerboard."""
+    root = tmp_path_factory.mktemp("shapes")
+    for split, n in (("train", 20), ("test", 8)):
+        make_folder(root / split, {"across": n, "checks": n, "down": n}, seed=n)
+    return root
+
+
+def make_folder(root: Path, counts: dict[str, int], *, side: int = 32, seed: int = 0) -> None:
+    """A sub-folder a class with so many PNG images: a pattern of the class in a random phase and colour, with noise."""
+    random = np.random.default_rng(seed)
+    for place, (name, n) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(pattern(place, side, random)).save(root / name / f"{i:03}.png")
+
+
+def pattern(kind: int, side: int, random: np.random.Generator) -> np.ndarray:
+    """uint8 (side, side, 3): stripes across (0), checks (1), stripes down (2), diagonals (3)."""
+    row, column = np.mgrid[0:side, 0:side] + random.integers(0, 8)
+    wave = [row // 4, row // 4 + column // 4, column // 4, (row + column) // 4][kind % 4] % 2
+    colour = random.uniform(80, 255, 3)
+    return np.clip(wave[..., None] * colour + random.normal(0, 20, (side, side, 3)), 0, 255).astype(np.uint8)

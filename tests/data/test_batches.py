@@ -1,0 +1,117 @@
+"""Order and augmentation are functions of (seed, epoch, index); the number of workers changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.samples import save_image
+from tlcli.data.augment import Augmentation, make_augmentation
+from tlcli.data.batches import Batch, Batches, epoch_order, sample_seed
+from tlcli.data.preprocess import Preprocessing
+from tlcli.data.source import Arrays, Files, Split
+from tlcli.errors import BadImages
+from tlcli.specs import Fit, Trivial
+
+PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    """11 images whose class is their position."""
+    images = np.random.default_rng(0).integers(0, 256, (11, 10, 12, 3), dtype=np.uint8)
+    return Split(Arrays(images, "noise"), np.arange(11), np.arange(11))
+
+
+@pytest.fixture(scope="module")
+def augmentation() -> Augmentation | None:
+    return make_augmentation(Trivial(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def test_epoch_order() -> None:
+    assert sorted(epoch_order(100, 1, 2)) == list(range(100))
+    assert np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 2))
+    orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_sample_seeds_differ() -> None:
+    seeds = [sample_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3)
+    bits = np.unpackbits(np.array(seeds).view(np.uint8))
+    assert abs(bits.reshape(-1, 64).mean(0) - 0.5)[np.arange(64) != 56].max() < 0.03  # 56: the sign
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_order(split: Split, workers: int) -> None:
+    batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers)
+    found = list(batches.in_order())
+    assert [len(y) for _, y in found] == [4, 4, 3]
+    assert len(batches) == 3
+    assert torch.cat([y for _, y in found]).tolist() == list(range(11))
+    x = torch.cat([x for x, _ in found])
+    assert (x.dtype, found[0][1].dtype) == (torch.uint8, torch.int64)
+    assert all(torch.equal(x[i], PREPROCESSING.apply(split.read(i))) for i in range(11))
+    assert same(found, list(batches.in_order()))
+
+
+def test_workers_change_nothing(split: Split, augmentation: Augmentation) -> None:
+    def epochs(workers: int) -> list[Batch]:
+        batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
+        torch.manual_seed(workers)
+        state = torch.get_rng_state()
+        found = [batch for number in (1, 2) for batch in batches.epoch(number)]
+        assert torch.equal(torch.get_rng_state(), state), "the global generator moved on"
+        return found
+
+    assert same(epochs(0), epochs(2))
+
+
+def test_an_epoch_is_shuffled_and_its_own(split: Split, augmentation: Augmentation) -> None:
+    batches = Batches(split, PREPROCESSING, batch_size=11, workers=0, augmentation=augmentation, seed=7)
+    (one,), (two,), (again,) = (list(batches.epoch(number)) for number in (1, 2, 1))
+    assert sorted(one[1].tolist()) == list(range(11))
+    assert one[1].tolist() == epoch_order(11, 7, 1).tolist()
+    assert one[1].tolist() != two[1].tolist()
+    assert same([one], [again])
+    by_label = [x[y.argsort()] for x, y in (one, two)]
+    assert not torch.equal(*by_label), "the same augmentation in two epochs"
+
+
+def test_augmentation_does_not_depend_on_batch_size(split: Split, augmentation: Augmentation) -> None:
+    xs = []
+    for size in (1, 4):
+        batches = Batches(split, PREPROCESSING, batch_size=size, workers=0, augmentation=augmentation, seed=7)
+        xs.append(torch.cat([x for x, _ in batches.epoch(3)]))
+    assert torch.equal(*xs)
+
+
+def test_in_order_is_never_augmented(split: Split, augmentation: Augmentation) -> None:
+    plain = Batches(split, PREPROCESSING, batch_size=4, workers=0)
+    augmented = Batches(split, PREPROCESSING, batch_size=4, workers=0, augmentation=augmentation, seed=7)
+    assert same(list(plain.in_order()), list(augmented.in_order()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
+    paths = tuple(save_image(tmp_path / f"{i}.png", seed=i) for i in range(4))
+    batches = Batches(Split(Files(paths), np.arange(4), np.arange(4)), PREPROCESSING, batch_size=2, workers=workers)
+    assert len(list(batches.in_order())) == 2
+    paths[3].unlink()
+    with pytest.raises(BadImages, match=r"3\.png: no such file or directory$") as caught:
+        list(batches.in_order())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_epoch_may_be_left_early(split: Split) -> None:
+    batches = Batches(split, PREPROCESSING, batch_size=2, workers=2)
+    next(batches.epoch(0))
+    assert len(list(batches.epoch(0))) == 6

@@ -1,0 +1,299 @@
+"""Splits are stratified, seeded, disjoint and complete; what does not decode is found; memory has a budget."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.samples import digits_spec, folder_spec, manifest_spec
+from tlcli.data import reading
+from tlcli.data.dataset import Dataset, Split, load_dataset
+from tlcli.data.decode import read_image
+from tlcli.data.splits import held_out, per_class
+from tlcli.errors import BadImages, UsageError
+from tlcli.specs import DatasetSpec, OnBad
+from tlcli.watch import Watch
+
+MakeFolder = Callable[..., Path]
+PARTS = ("train", "val", "test")
+
+
+def load(spec: DatasetSpec, seed: int = 0, watch: Watch | None = None) -> Dataset:
+    return load_dataset(spec, seed=seed, watch=watch or Watch())
+
+
+def names(split: Split) -> list[str]:
+    return [split.name(i) for i in range(len(split))]
+
+
+def all_names(data: Dataset) -> list[str]:
+    return [name for part in PARTS for name in names(getattr(data, part))]
+
+
+def counts(data: Dataset) -> list[tuple[int, ...]]:
+    return [getattr(data, part).class_counts(len(data.classes)) for part in PARTS]
+
+
+class Recorder(Watch):
+    """Remembers what was tracked."""
+
+    def __init__(self) -> None:
+        self.tracked: dict[str, list[int]] = {}
+
+    @contextmanager
+    def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+        self.tracked[label] = [0, total]
+
+        def done(n: int) -> None:
+            self.tracked[label][0] += n
+
+        yield done
+
+
+# -- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_is_stratified_disjoint_and_complete() -> None:
+    labels = np.array([0] * 40 + [1] * 10 + [2] * 3 + [3] * 2 + [4])
+    stay, held = held_out(labels, "abcde", 0.2, seed=1, purpose="val")
+    assert sorted([*stay, *held]) == list(range(len(labels)))
+    assert np.bincount(labels[held], minlength=5).tolist() == [8, 2, 1, 1, 0]
+    assert stay.tolist() == sorted(stay)
+
+
+def test_at_least_one_image_stays() -> None:
+    stay, held = held_out(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")
+    assert (len(stay), len(held)) == (2, 1)
+
+
+def test_choices_depend_on_the_seed_and_the_purpose() -> None:
+    labels = np.repeat(np.arange(3), 50)
+    a = per_class(labels, "abc", 10, seed=1, purpose="x")
+    assert np.array_equal(a, per_class(labels, "abc", 10, seed=1, purpose="x"))
+    assert not np.array_equal(a, per_class(labels, "abc", 10, seed=2, purpose="x"))
+    assert not np.array_equal(a, per_class(labels, "abc", 10, seed=1, purpose="y"))
+    assert set(a) < set(per_class(labels, "abc", 20, seed=1, purpose="x"))
+    assert np.array_equal(per_class(labels, "abc", 99, seed=1, purpose="x"), np.arange(150))
+
+
+# -- load_dataset -----------------------------------------------------------------------------------------------------
+
+
+def test_not_split(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 16, "b": 8})
+    data = load(folder_spec(root))
+    assert data.classes == ("a", "b")
+    assert counts(data) == [(9, 4), (3, 2), (4, 2)]
+    assert sorted(all_names(data)) == sorted(str(path) for path in root.rglob("*.png"))
+    assert data.notes == (
+        "no test split: 25 % of the images are held out as the test set",
+        "no val split: 25 % of the training images are held out as val",
+    )
+    assert all_names(data) == all_names(load(folder_spec(root)))
+    assert all_names(data) != all_names(load(folder_spec(root), seed=1))
+
+
+def test_pixels_and_labels_are_those_of_the_files(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({"a": 5, "b": 5})))
+    for split in (data.train, data.val, data.test):
+        for i in range(len(split)):
+            assert Path(split.name(i)).parent.name == data.classes[split.labels[i]]
+            assert np.array_equal(split.read(i), read_image(Path(split.name(i))))
+
+
+def test_all_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({f"{s}/{c}": n for s, n in zip(PARTS, (5, 3, 4), strict=True) for c in "ab"})))
+    assert counts(data) == [(5, 5), (3, 3), (4, 4)]
+    assert data.notes == ()
+
+
+def test_train_and_test(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "test/a": 3, "test/b": 2})))
+    assert counts(data) == [(6, 3), (2, 1), (3, 2)]
+    assert len(data.notes) == 1
+    assert not set(names(data.train)) & set(names(data.val))
+
+
+def test_train_and_val(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "val/a": 3, "val/b": 2})))
+    assert counts(data) == [(6, 3), (2, 1), (3, 2)]
+    assert all("/val/" in name for name in names(data.test))
+    assert all("/train/" in name for name in names(data.val))
+    assert data.notes[0] == "no test split: the val split is the test set"
+
+
+def test_train_alone(make_folder: MakeFolder) -> None:
+    assert counts(load(folder_spec(make_folder({"train/a": 16, "train/b": 8})))) == [(9, 4), (3, 2), (4, 2)]
+
+
+def test_a_class_that_test_lacks_is_noted(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({"train/a": 4, "train/b": 4, "test/a": 4})))
+    assert "test has no images of b" in data.notes
+
+
+def test_per_class(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 20, "train/b": 6, "test/a": 9, "test/b": 2})
+    data = load(folder_spec(root, train_per_class=8, test_per_class=3))
+    assert counts(data) == [(6, 4), (2, 2), (3, 2)]
+
+
+def test_a_given_val_split_is_whole(make_folder: MakeFolder) -> None:
+    root = make_folder({f"{split}/{c}": 6 for split in PARTS for c in "ab"})
+    assert counts(load(folder_spec(root, train_per_class=2, test_per_class=1))) == [(2, 2), (6, 6), (1, 1)]
+
+
+def test_a_subset_is_a_function_of_the_seed_and_the_files(make_folder: MakeFolder) -> None:
+    root = make_folder({f"{split}/{c}": 12 for split in ("train", "test") for c in "abc"})
+    few, more = (load(folder_spec(root, train_per_class=n)) for n in (4, 8))
+    assert set(names(few.train) + names(few.val)) < set(names(more.train) + names(more.val))
+    without_b = load(folder_spec(root, train_per_class=4, test_per_class=2, classes=["a", "c"]))
+    assert [n for n in names(few.train) if "/b/" not in n] == names(without_b.train)
+    assert names(few.train) != names(load(folder_spec(root, train_per_class=4), seed=5).train)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
+def test_too_few_images(make_folder: MakeFolder, sizes: tuple[int, int]) -> None:
+    with pytest.raises(UsageError, match="too few images, none is left for val"):
+        load(folder_spec(make_folder({"a": sizes[0], "b": sizes[1]})))
+
+
+def test_a_class_of_one_image_trains(make_folder: MakeFolder) -> None:
+    data = load(folder_spec(make_folder({"train/a": 1, "train/b": 8, "test/a": 1, "test/b": 1})))
+    assert counts(data) == [(1, 6), (0, 2), (1, 1)]
+    assert "val has no images of a" in data.notes
+
+
+def test_manifest(make_folder: MakeFolder) -> None:
+    root = make_folder({"x": 8})
+    rows = [f"x/{i:03}.png,{'even' if i % 2 == 0 else 'odd'},{'train' if i < 6 else 'test'}" for i in range(8)]
+    (root / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    data = load(manifest_spec(root / "labels.csv"))
+    assert data.classes == ("even", "odd")
+    assert counts(data) == [(2, 2), (1, 1), (1, 1)]
+
+
+def test_digits() -> None:
+    data = load(digits_spec(train_per_class=20))
+    assert data.classes == tuple("0123456789")
+    assert counts(data)[:2] == [(15,) * 10, (5,) * 10]
+    image = data.train.read(0)
+    assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
+    assert max(data.train.read(i).max() for i in range(len(data.train))) == 255
+    assert data.train.name(0).startswith("digits/")
+
+
+def test_digits_by_name() -> None:
+    data = load(digits_spec(train_per_class=4, classes=["7", "3"]))
+    assert data.classes == ("3", "7")
+    whole = load(digits_spec(train_per_class=4))
+    assert names(data.train) == [n for i, n in enumerate(names(whole.train)) if whole.train.labels[i] in (3, 7)]
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def damage(root: Path, *places: str) -> None:
+    for place in places:
+        (root / place).write_bytes(b"<html>")
+
+
+def test_bad_files_are_an_error(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    damage(root, *(f"a/{i:03}.png" for i in range(7)))
+    with pytest.raises(BadImages) as caught:
+        load(folder_spec(root))
+    message = str(caught.value)
+    assert message.startswith("7 files do not decode: ")
+    assert message.count("(a web page, not an image)") == 5
+    assert "and 2 more; dataset.on_bad=skip leaves them out" in message
+    assert "\n" not in message
+
+
+def test_bad_files_are_left_out(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    whole = load(folder_spec(root))
+    damage(root, "a/003.png", "b/000.png")
+    data = load(folder_spec(root, on_bad=OnBad.skip))
+    gone = [str(root / "a/003.png"), str(root / "b/000.png")]
+    assert sorted(data.bad_files) == [(path, "a web page, not an image") for path in gone]
+    assert all_names(data) == [name for name in all_names(whole) if name not in gone]
+    assert "2 files do not decode and are left out: see bad_files.csv" in data.notes
+    assert (root / "a/003.png").read_bytes() == b"<html>"
+
+
+def test_bad_files_out_of_use_do_not_matter(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 3, "train/b": 3, "train/c": 3, "test/a": 2, "test/b": 2, "test/c": 1})
+    damage(root, "train/c/000.png")
+    assert load(folder_spec(root, classes=["a", "b"])).bad_files == ()
+
+
+def test_a_class_that_loses_all_is_an_error(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 2, "train/b": 4, "test/a": 2, "test/b": 2})
+    damage(root, "train/a/000.png", "train/a/001.png")
+    with pytest.raises(UsageError, match="class 'a' has no training image left"):
+        load(folder_spec(root, on_bad=OnBad.skip))
+
+
+def test_a_file_that_went_bad_later_is_named(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    data = load(folder_spec(root, ram_gb=0.0))
+    Path(data.train.name(0)).unlink()
+    with pytest.raises(BadImages, match=r"photos/a/\d+.png: no such file"):
+        data.train.read(0)
+
+
+@pytest.mark.parametrize(("images", "kept"), [(0, 0), (5.5, 5), (100, 20)])
+def test_memory_has_a_budget(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, images: float, kept: int
+) -> None:
+    data = load(folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=images * 12 * 10 * 3 / 1e9))
+    want = [read_image(Path(name)) for name in all_names(data)]
+    opened: list[Any] = []
+    monkeypatch.setattr("tlcli.data.source.read_image", lambda path: opened.append(path) or read_image(path))
+    splits = [data.train, data.val, data.test]
+    got = [split.read(i) for split in splits for i in range(len(split))]
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(opened) == 20 - kept
+
+
+def test_every_image_is_counted_once(make_folder: MakeFolder) -> None:
+    watch = Recorder()
+    load(folder_spec(make_folder({"a": 10, "b": 11})), watch=watch)
+    assert watch.tracked == {"decoding": [21, 21]}
+
+
+def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that are read and not yet taken are bounded, however many there are."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    most, taken, read = 0, 0, []
+
+    class Counted:
+        def __len__(self) -> int:
+            return 400
+
+        def name(self, index: int) -> str:
+            return str(index)
+
+        def read(self, index: int) -> Any:
+            read.append(index)
+            return np.full((1, 1, 3), index % 256, dtype=np.uint8)
+
+    def done(n: int) -> None:
+        nonlocal most, taken
+        taken += n
+        most = max(most, len(read) - taken)
+
+    images, bad, _ = reading.read_once(Counted(), range(400), 10**6, done)
+    assert most <= reading.CHUNK * 6
+    assert not bad
+    assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
+
+
+def test_user_files_stay_as_they_are(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    load(folder_spec(root))
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before

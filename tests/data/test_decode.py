@@ -1,0 +1,242 @@
+"""Every kind of file gives the RGB values that it shows, or a BadImage that says why not."""
+
+import io
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from tlcli.data.decode import BadImage, read_image, to_rgb
+
+GRADIENT = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+
+
+def saved(tmp_path: Path, image: Image.Image, name: str, **options: Any) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def one_pixel(rgb: np.ndarray) -> list[int]:
+    assert rgb.dtype == np.uint8
+    assert rgb.ndim == 3
+    return rgb[0, 0].tolist()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.JPG"])
+def test_rgb_is_itself(tmp_path: Path, name: str) -> None:
+    options = {"quality": 100, "subsampling": 0} if name == "a.JPG" else {}
+    rgb = read_image(saved(tmp_path, Image.fromarray(GRADIENT), name, **options))
+    assert rgb.shape == (4, 6, 3)
+    assert rgb.flags.writeable
+    assert np.abs(rgb.astype(int) - GRADIENT).max() <= (8 if name == "a.JPG" else 0)
+
+
+def test_webp_and_avif(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 16), (200, 40, 90))
+    assert one_pixel(read_image(saved(tmp_path, image, "a.webp", lossless=True))) == [200, 40, 90]
+    if features.check("avif"):
+        rgb = read_image(saved(tmp_path, image, "a.avif", quality=100))
+        assert np.abs(rgb.astype(int) - [200, 40, 90]).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "want"),
+    [
+        ("1", 1, [255, 255, 255]),
+        ("L", 77, [77, 77, 77]),
+        ("LA", (100, 0), [255, 255, 255]),
+        ("LA", (100, 255), [100, 100, 100]),
+        ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
+        ("RGBA", (10, 20, 30, 0), [255, 255, 255]),
+        ("RGBA", (0, 0, 0, 51), [204, 204, 204]),
+        ("I;16", 65535, [255, 255, 255]),
+        ("I;16", 257 * 100, [100, 100, 100]),
+        ("I;16", 257 * 100 + 100, [100, 100, 100]),
+    ],
+)
+def test_png_modes(tmp_path: Path, mode: str, colour: Any, want: list[int]) -> None:
+    assert one_pixel(read_image(saved(tmp_path, Image.new(mode, (3, 2), colour), "a.png"))) == want
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "want"),
+    [
+        ("CMYK", (0, 0, 0, 0), [255, 255, 255]),
+        ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
+        ("I;16B", 65535, [255, 255, 255]),
+        ("I", 257 * 9, [9, 9, 9]),
+        ("I", -5, [0, 0, 0]),
+        ("I", 10**6, [255, 255, 255]),
+        ("F", 1.0, [255, 255, 255]),
+        ("F", 0.5, [128, 128, 128]),
+        ("F", 200.0, [200, 200, 200]),
+        ("F", float("nan"), [0, 0, 0]),
+        ("F", float("inf"), [255, 255, 255]),
+    ],
+)
+def test_tiff_modes(tmp_path: Path, mode: str, colour: Any, want: list[int]) -> None:
+    assert one_pixel(read_image(saved(tmp_path, Image.new(mode, (3, 2), colour), "a.tif"))) == want
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("La", (0, 0)), ("RGBa", (0, 0, 0, 0)), ("PA", (0, 0)), ("RGBX", (255, 255, 255, 0))]
+)
+def test_modes_that_only_memory_has(mode: str, colour: Any) -> None:
+    assert one_pixel(to_rgb(Image.new(mode, (3, 2), colour))) == [255, 255, 255]
+
+
+def test_ycbcr_and_hsv() -> None:
+    assert one_pixel(to_rgb(Image.new("YCbCr", (2, 2), (128, 128, 128)))) == [128, 128, 128]
+    assert one_pixel(to_rgb(Image.new("HSV", (2, 2), (0, 0, 60)))) == [60, 60, 60]
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    rgb = read_image(saved(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg", quality=100))
+    assert np.abs(rgb.astype(int) - [255, 0, 0]).max() <= 4
+
+
+def test_deep_pgm(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n" + struct.pack(">H", 257 * 200))
+    assert one_pixel(read_image(tmp_path / "a.pgm")) == [200, 200, 200]
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])], ids=["an index", "a byte a colour"])
+def test_palette(tmp_path: Path, transparency: Any) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert read_image(saved(tmp_path, image, "opaque.png")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    clear = read_image(saved(tmp_path, image, "clear.png", transparency=transparency))
+    assert clear.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 9), ("RGB", (9, 9, 9))])
+def test_transparent_colour(tmp_path: Path, mode: str, colour: Any) -> None:
+    path = saved(tmp_path, Image.new(mode, (2, 2), colour), "a.png", transparency=colour)
+    assert one_pixel(read_image(path)) == [255, 255, 255]
+
+
+def turned(orientation: int) -> Image.Image:
+    """GRADIENT stored so that a viewer that applies the orientation shows GRADIENT."""
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    image = Image.fromarray(GRADIENT)
+    return image.transpose(inverse[orientation]) if orientation in inverse else image
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "deflated.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"compression": "tiff_adobe_deflate"} if name.startswith("deflated") else {}
+    path = saved(tmp_path, turned(orientation), name, exif=exif, **options)
+    assert np.array_equal(read_image(path), GRADIENT)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_exif_orientation_out_of_range(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(read_image(saved(tmp_path, Image.fromarray(GRADIENT), "a.png", exif=exif)), GRADIENT)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
+def test_damaged_exif_leaves_the_pixels(tmp_path: Path, exif: bytes) -> None:
+    path = saved(tmp_path, Image.new("RGB", (8, 8), (50, 50, 50)), "a.jpg", exif=exif)
+    assert one_pixel(read_image(path)) == [50, 50, 50]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_first_frame(tmp_path: Path, name: str) -> None:
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    options = {"lossless": True} if name == "a.webp" else {}
+    path = saved(tmp_path, red, name, save_all=True, append_images=[blue], **options)
+    assert one_pixel(read_image(path)) == [255, 0, 0]
+
+
+def test_mpo_is_a_jpeg(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ((90, 90, 90), (0, 0, 0))]
+    frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert one_pixel(read_image(tmp_path / "a.jpg")) == [90, 90, 90]
+
+
+def test_a_stream_reads_as_its_file(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(GRADIENT), "a.png")
+    assert np.array_equal(read_image(io.BytesIO(path.read_bytes())), GRADIENT)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"  \n", "empty"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"hello", "not an image"),
+        (jpeg()[:1000], "truncated"),
+        (png_header(20_000, 20_000), "decompression bomb"),
+        (png_header(10, 10), "truncated|damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n", "not an image"),
+    ],
+)
+def test_bad_files(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    for file in (tmp_path / "a.jpg", io.BytesIO(data)):
+        with pytest.raises(BadImage, match=reason) as caught:
+            read_image(file)
+        assert "\n" not in str(caught.value)
+
+
+def test_large_is_not_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, Image.fromarray(GRADIENT), "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # 24 pixels: Pillow warns, and pytest makes that an error
+    assert np.array_equal(read_image(path), GRADIENT)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(np.array_equal(rgb, GRADIENT) for rgb in pool.map(read_image, [path] * 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
+    with pytest.raises(BadImage, match="decompression bomb"):
+        read_image(path)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path):
+        with pytest.raises(BadImage, match="not a regular file"):
+            read_image(path)
+    with pytest.raises(BadImage, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+
+
+def test_files_stay_as_they_are(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(GRADIENT), "a.png")
+    path.chmod(0o444)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    read_image(path)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before

@@ -1,0 +1,102 @@
+"""The square that the network sees, by geometry and by value."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from tlcli.data.preprocess import Preprocessing
+from tlcli.specs import Fit
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def preprocessing(size: int, fit: Fit = Fit.squash) -> Preprocessing:
+    return Preprocessing(size, fit, MEAN, STD)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("fit", Fit)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (7, 31), (300, 20), (1, 20_000), (20_000, 1)])
+def test_any_shape_becomes_the_square(fit: Fit, shape: tuple[int, int]) -> None:
+    out = preprocessing(24, fit).apply(noise(*shape))
+    assert (out.shape, out.dtype) == ((3, 24, 24), torch.uint8)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("fit", Fit)
+def test_the_same_size_is_unchanged_and_not_shared(fit: Fit) -> None:
+    image = noise(16, 16)
+    out = preprocessing(16, fit).apply(image)
+    assert np.array_equal(out.permute(1, 2, 0).numpy(), image)
+    out.zero_()
+    assert image.any()
+
+
+def bars() -> np.ndarray:
+    """20 high, 60 wide: red, green and blue from left to right."""
+    image = np.zeros((20, 60, 3), dtype=np.uint8)
+    for channel in range(3):
+        image[:, 20 * channel : 20 * (channel + 1), channel] = 255
+    return image
+
+
+def test_crop_keeps_the_middle() -> None:
+    for image in (bars(), bars().transpose(1, 0, 2)):
+        out = preprocessing(10, Fit.crop).apply(np.ascontiguousarray(image))
+        assert out.amin((1, 2)).tolist() == [0, 255, 0]
+        assert out.amax((1, 2)).tolist() == [0, 255, 0]
+
+
+def test_squash_keeps_everything() -> None:
+    out = preprocessing(30).apply(bars())
+    assert out[:, 15, [2, 15, 27]].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+def test_pad_keeps_the_shape_on_black() -> None:
+    out = preprocessing(30, Fit.pad).apply(bars())
+    assert out[:, 15, [2, 15, 27]].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert not out[:, :10].any()
+    assert not out[:, 20:].any()
+    assert out[:, 10:20].any(0).all()
+
+
+def test_resizing_is_antialiased() -> None:
+    checks = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
+    out = preprocessing(8).apply(np.repeat(checks[..., None], 3, 2).astype(np.uint8))
+    assert (out.int() - 127).abs().max() <= 3
+
+
+def test_normalise_is_torchvisions() -> None:
+    batch = torch.from_numpy(noise(4 * 16, 16)).reshape(4, 16, 16, 3).permute(0, 3, 1, 2)
+    want = v2.functional.normalize(batch.float() / 255, MEAN, STD)
+    before = batch.clone()
+    got = preprocessing(16).normalise(batch)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want)
+    assert torch.equal(batch, before)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalise_keeps_the_memory_format(memory_format: torch.memory_format) -> None:
+    batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=memory_format)
+    assert preprocessing(8).normalise(batch).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("fit", Fit)
+def test_json(fit: Fit) -> None:
+    one = preprocessing(96, fit)
+    assert Preprocessing.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+@pytest.mark.parametrize("change", [{"fit": "stretch"}, {"mean": [1, 2]}, {"size": "big"}, {"std": None}])
+def test_json_of_something_else(change: dict[str, object]) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Preprocessing.from_json(preprocessing(96).to_json() | change)
+    with pytest.raises(KeyError):
+        Preprocessing.from_json({})

@@ -1,0 +1,228 @@
+"""torchvision's data sets on small files in their formats, and all that conf/ names."""
+
+import inspect
+import itertools
+import json
+import struct
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from torchvision import datasets
+
+from tests.data.samples import CONF, save_image, torchvision_spec
+from tlcli.data.dataset import Dataset, load_dataset
+from tlcli.data.torchvision_sets import dataset_class, load_torchvision
+from tlcli.errors import TlcliError, UsageError
+from tlcli.specs import TorchvisionDataset
+from tlcli.watch import Watch
+
+YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "dataset").glob("*.yaml"))}
+OURS = {name: conf for name, conf in YAMLS.items() if "class_name" in conf}
+KEYS = ("name", "class_name", "train", "val", "test")
+
+
+def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDataset:
+    """The spec that conf/dataset/NAME.yaml makes, without a download."""
+    return torchvision_spec(**{k: OURS[name][k] for k in KEYS} | {"root": root} | changes)
+
+
+def load(spec: TorchvisionDataset) -> Dataset:
+    return load_dataset(spec, seed=0, watch=Watch())
+
+
+def counts(data: Dataset) -> list[int]:
+    return [len(data.train), len(data.val), len(data.test)]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_conf_names_a_class_and_its_arguments(name: str) -> None:
+    conf = OURS[name]
+    parameters = inspect.signature(dataset_class(conf["class_name"])).parameters
+    for split in ("train", "val", "test"):
+        assert set(conf[split] or {}) <= set(parameters)
+    assert "download" in parameters or conf["download"] is False
+    assert "root" in parameters
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_missing_data_is_a_usage_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(from_conf(name, tmp_path / "data"))
+    message = str(caught.value)
+    assert f"{name}: not found under {tmp_path}/data" in message
+    assert "set dataset.download=true" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("CIFAR11", "'CIFAR10'"), ("os", ""), ("VisionDataset", ""), ("wrap_dataset_for_transforms_v2", "")],
+)
+def test_no_such_class(name: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"torchvision.datasets has no '{name}'.*{hint}"):
+        load(torchvision_spec(name, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"trian": True}, "takes no 'trian'. Did you mean 'train'?"),
+        ({"transform": None}, "takes no 'transform'"),
+        ({"root": "elsewhere"}, "takes no 'root'"),
+    ],
+)
+def test_no_such_argument(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(torchvision_spec("CIFAR10", tmp_path, train=arguments))
+    assert words in str(caught.value)
+
+
+def test_no_such_split(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dataset set: .*split"):
+        load(torchvision_spec("DTD", tmp_path, train={"split": "dev"}))
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted.")])
+def test_a_failed_download(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", fail)
+    with pytest.raises(TlcliError, match=r"the download failed.*dataset=imagefolder") as caught:
+        load(from_conf("cifar10", tmp_path, download=True))
+    assert not isinstance(caught.value, UsageError)
+    assert "\n" not in str(caught.value)
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def test_fashion_mnist(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for part, n in (("train", 40), ("t10k", 20)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.arange(n)[:, None, None] * np.ones((1, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
+    data = load(from_conf("fashion_mnist", tmp_path))
+    assert data.classes[0] == "T-shirt/top"
+    assert len(data.classes) == 10
+    assert counts(data) == [30, 10, 20]
+    assert data.test.name(3) == "fashion_mnist/test/3"
+    assert (data.test.read(3) == 3).all()
+    assert data.test.read(3).shape == (28, 28, 3)
+    kept = load(from_conf("fashion_mnist", tmp_path, classes=["Bag", "Coat"]))
+    assert kept.classes == ("Coat", "Bag")
+    assert [kept.test.name(i) for i in range(4)] == [f"fashion_mnist/test/{i}" for i in (4, 8, 14, 18)]
+    assert kept.test.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_eurosat_is_not_split(tmp_path: Path) -> None:
+    for name in ("Forest", "River"):
+        for i in range(8):
+            save_image(tmp_path / "eurosat" / "2750" / name / f"{name}_{i}.jpg", seed=i)
+    data = load(from_conf("eurosat", tmp_path))
+    assert data.classes == ("Forest", "River")
+    assert counts(data) == [8, 4, 4]
+    assert data.train.name(0).endswith(".jpg")
+
+
+def test_dtd(tmp_path: Path) -> None:
+    root = tmp_path / "dtd" / "dtd"
+    (root / "labels").mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test")):
+        lines = [f"{name}/{name}_{number}.jpg" for name in ("banded", "woven")]
+        for line in lines:
+            save_image(root / "images" / line)
+        (root / "labels" / f"{split}1.txt").write_text("\n".join(lines))
+    data = load(from_conf("dtd", tmp_path))
+    assert data.classes == ("banded", "woven")
+    assert counts(data) == [2, 2, 2]
+    assert data.notes == ()
+
+
+def test_food101(tmp_path: Path) -> None:
+    root = tmp_path / "food-101"
+    (root / "meta").mkdir(parents=True)
+    for split, numbers in (("train", range(4)), ("test", range(4, 6))):
+        listed = {name: [f"{name}/{i}" for i in numbers] for name in ("pie", "soup")}
+        (root / "meta" / f"{split}.json").write_text(json.dumps(listed))
+        for place in itertools.chain(*listed.values()):
+            save_image(root / "images" / f"{place}.jpg")
+    data = load(from_conf("food101", tmp_path))
+    assert data.classes == ("pie", "soup")
+    assert counts(data) == [6, 2, 4]
+
+
+def test_oxford_pets(tmp_path: Path) -> None:
+    root = tmp_path / "oxford-iiit-pet"
+    (root / "annotations").mkdir(parents=True)
+    for split, numbers in (("trainval", range(4)), ("test", range(4, 6))):
+        rows = [(name, i, label) for label, name in enumerate(("Abyssinian", "great_pyrenees"), 1) for i in numbers]
+        lines = [f"{name}_{i} {label} 1 1" for name, i, label in rows]
+        (root / "annotations" / f"{split}.txt").write_text("\n".join(lines))
+        for name, i, _ in rows:
+            save_image(root / "images" / f"{name}_{i}.jpg")
+    data = load(from_conf("oxford_pets", tmp_path))
+    assert data.classes == ("Abyssinian", "Great Pyrenees")
+    assert counts(data) == [6, 2, 4]
+
+
+def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "stl10_binary"
+    root.mkdir()
+    for split, n in (("train", 20), ("test", 10)):
+        (root / f"{split}_X.bin").write_bytes(bytes(n * 3 * 96 * 96))
+        (root / f"{split}_y.bin").write_bytes(bytes(1 + i % 10 for i in range(n)))
+    (root / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # it compares md5 sums
+    data = load(from_conf("stl10", tmp_path))
+    assert data.classes[3] == "class3"
+    assert counts(data) == [10, 10, 10]
+    assert data.test.read(0).shape == (96, 96, 3)
+
+
+def test_what_has_no_labels(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="FakeData does not give each image one class"):
+        load(torchvision_spec("FakeData", tmp_path, train={"size": 4}))
+
+
+class Named(datasets.VisionDataset):
+    """Stands for a class with other names for its labels."""
+
+    def __init__(self, root: str, **attributes: Any) -> None:
+        super().__init__(root)
+        self.__dict__ |= attributes
+
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("attributes", "classes"),
+    [
+        ({"labels": np.array([0, 1, 0, 1])}, ("0", "1")),
+        ({"_labels": [0, 1, 0, 1], "classes": ["a", "b"]}, ("a", "b")),
+        ({"targets": [1, 2, 1, 2], "classes": ["N/A", "a", "b"]}, ("a", "b")),
+        ({"y": [0, 1, 0, 1], "categories": ["a", "b"]}, ("a", "b")),
+        ({"_samples": [("x.png", 0), ("y.png", 1)] * 2}, ("0", "1")),
+        ({"targets": [0, 1, 0, 1], "classes": [("crane",), ("crane",)]}, ("crane (0)", "crane (1)")),
+        ({"targets": [0, 1, 0, 1], "classes": [("tench", "Tinca tinca"), ("ray",)]}, ("tench, Tinca tinca", "ray")),
+    ],
+)
+def test_names_of_labels_and_classes(
+    attributes: dict[str, Any], classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcli.data.torchvision_sets.dataset_class", lambda name: Named)
+    monkeypatch.setattr(Named, "__init__", lambda self, root: self.__dict__.update({"root": root, **attributes}))
+    source = load_torchvision(torchvision_spec("Named", tmp_path), Watch())
+    assert source.classes == classes
+    assert source.splits["all"].labels.tolist() == [0, 1, 0, 1]

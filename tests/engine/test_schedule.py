@@ -1,0 +1,74 @@
+"""Rates over time."""
+
+import math
+
+import pytest
+import torch
+
+from tests.conftest import Compose
+from tlcli.engine.schedule import Schedule, rate_factor
+
+STEPS, PER_EPOCH = 100, 25
+
+
+def factors(spec: Compose, *overrides: str) -> list[float]:
+    of = spec(*overrides).scheduler
+    return [rate_factor(of, step, STEPS, PER_EPOCH) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "step", "plateau"])
+def test_warmup_rises_to_the_full_rate(spec: Compose, name: str) -> None:
+    values = factors(spec, f"scheduler={name}", "scheduler.warmup=0.2")
+    assert values[:20] == sorted(values[:20])
+    assert 0 < values[0] < 0.1
+    assert values[19] < 1.0
+    assert values[20] == pytest.approx(1.0)
+    assert all(0 <= v <= 1 for v in values)
+
+
+def test_shapes(spec: Compose) -> None:
+    assert set(factors(spec, "scheduler=constant")) == {1.0}
+    cosine = factors(spec, "scheduler=cosine", "scheduler.warmup=0", "scheduler.final=0.1")
+    assert cosine[50] == pytest.approx(0.55)
+    assert cosine[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.99)) / 2)
+    linear = factors(spec, "scheduler=linear", "scheduler.warmup=0", "scheduler.final=0.5")
+    assert linear[50] == pytest.approx(0.75)
+    step = factors(spec, "scheduler=step", "scheduler.every=2", "scheduler.gamma=0.1")
+    assert (step[0], step[49], step[50], step[99]) == pytest.approx((1.0, 1.0, 0.1, 0.1))
+    cycle = factors(spec, "scheduler=one_cycle")
+    assert cycle[0] == pytest.approx(1 / 25)
+    assert max(range(STEPS), key=lambda i: cycle[i]) == 30
+    assert cycle[-1] < 0.01
+
+
+def optimizer() -> torch.optim.Optimizer:
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (1.0, 0.1)]
+    return torch.optim.SGD(groups)
+
+
+def test_every_group_keeps_its_own_rate(spec: Compose) -> None:
+    of = optimizer()
+    Schedule(spec("scheduler=cosine").scheduler, of, steps_per_epoch=10, epochs=2).before_step(15)
+    first, second = (group["lr"] for group in of.param_groups)
+    assert first == pytest.approx(10 * second)
+    assert first < 1.0
+
+
+def test_plateau_falls_once_the_loss_does_not(spec: Compose) -> None:
+    of = optimizer()
+    schedule = Schedule(spec("scheduler=plateau").scheduler, of, steps_per_epoch=1, epochs=9)
+    seen = []
+    for epoch, loss in enumerate([1.0, 0.9, 0.95, 0.96, 0.97, 0.98]):
+        schedule.before_step(epoch)
+        seen.append(of.param_groups[0]["lr"])
+        schedule.after_epoch(loss)
+    assert seen == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1, 0.1])
+
+
+def test_plateau_is_the_only_one_that_looks_at_the_loss(spec: Compose) -> None:
+    of = optimizer()
+    schedule = Schedule(spec("scheduler=constant").scheduler, of, steps_per_epoch=1, epochs=9)
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        schedule.after_epoch(loss)
+    schedule.before_step(5)
+    assert of.param_groups[0]["lr"] == 1.0

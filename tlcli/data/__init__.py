@@ -1,0 +1,1 @@
+"""Where images come from: listing, decoding, splits, preprocessing, augmentation, batches."""

@@ -1,0 +1,141 @@
+"""A data set ready for use: classes, and train, val and test splits of images that are known to decode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tlcli.data.digits import load_digits
+from tlcli.data.listing import list_imagefolder, list_manifest
+from tlcli.data.reading import read_once
+from tlcli.data.source import Images, Source, Split, from_listing
+from tlcli.data.splits import held_out, per_class
+from tlcli.data.torchvision_sets import load_torchvision
+from tlcli.errors import BadImages, UsageError
+from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
+from tlcli.watch import Watch
+
+__all__ = ["Dataset", "Images", "Split", "load_dataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three disjoint splits. `notes` are lines that the plan shows; `bad_files` are (file, reason) left out."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    notes: tuple[str, ...]
+    bad_files: tuple[tuple[str, str], ...]
+
+
+SOURCES: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
+    Digits: lambda spec, watch: load_digits(spec),
+    ImageFolder: lambda spec, watch: from_listing(list_imagefolder(spec)),
+    Manifest: lambda spec, watch: from_listing(list_manifest(spec)),
+    TorchvisionDataset: load_torchvision,
+}
+"""What makes a source of each kind of spec."""
+
+
+def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch) -> Dataset:
+    """The images of `spec`, split, cut down and read once; decoded ones stay in memory up to `spec.ram_gb`.
+
+    Which image is in which split is a function of the seed and of the sorted names of each class's files.
+    Raises UsageError where the data cannot be used as it is, BadImages for files that do not decode (on_bad=error).
+    """
+    source = SOURCES[type(spec)](spec, watch)
+    splits, notes = _divide(source, spec, seed)
+    splits, bad = _decode(splits, spec, watch)
+    if bad:
+        notes.append(
+            f"{_files(len(bad))} not decode and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv"
+        )
+    _check_filled(source.classes, splits, spec)
+    for name in ("val", "test"):
+        counts = splits[name].class_counts(len(source.classes))
+        if absent := [c for c, n in zip(source.classes, counts, strict=True) if n == 0]:
+            notes.append(f"{name} has no images of {_some(absent)}")
+    return Dataset(spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad))
+
+
+def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:
+    """train, val and test from what the source has, and a note for each that it has not."""
+    train = source.splits["all"] if "all" in source.splits else source.splits["train"]
+    val, test = source.splits.get("val"), source.splits.get("test")
+    notes = []
+    if test is None and val is not None:
+        test, val = val, None
+        notes.append("no test split: the val split is the test set")
+    if test is None:
+        train, test = _held_out(train, source.classes, spec.test_fraction, seed, "test")
+        notes.append(f"no test split: {100 * spec.test_fraction:g} % of the images are held out as the test set")
+    train = _per_class(train, source.classes, spec.train_per_class, seed, "train_per_class")
+    test = _per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
+    if val is None:
+        train, val = _held_out(train, source.classes, spec.val_fraction, seed, "val")
+        notes.append(f"no val split: {100 * spec.val_fraction:g} % of the training images are held out as val")
+    return {"train": train, "val": val, "test": test}, notes
+
+
+def _held_out(split: Split, classes: tuple[str, ...], fraction: float, seed: int, purpose: str) -> tuple[Split, Split]:
+    stay, held = held_out(split.labels, classes, fraction, seed=seed, purpose=purpose)
+    return split.take(stay), split.take(held)
+
+
+def _per_class(split: Split, classes: tuple[str, ...], most: int | None, seed: int, purpose: str) -> Split:
+    if most is None:
+        return split
+    return split.take(per_class(split.labels, classes, most, seed=seed, purpose=purpose))
+
+
+def _decode(
+    splits: dict[str, Split], spec: DatasetSpec, watch: Watch
+) -> tuple[dict[str, Split], list[tuple[str, str]]]:
+    """The splits without what does not decode, backed by memory as far as it goes, and (file, reason) of the bad."""
+    budget = int(spec.ram_gb * 1e9)
+    bad: list[tuple[str, str]] = []
+    with watch.track("decoding", sum(len(s) for s in splits.values())) as done:
+        for group in _by_images(splits):
+            images = splits[group[0]].images
+            indices = np.sort(np.concatenate([splits[name].indices for name in group])).tolist()
+            kept, reasons, budget = read_once(images, indices, budget, done)
+            bad += [(images.name(index), reason) for index, reason in reasons.items()]
+            for name in group:
+                split = splits[name]
+                good = split.take(np.flatnonzero(~np.isin(split.indices, list(reasons))))
+                splits[name] = Split(kept, good.indices, good.labels)
+    if bad and spec.on_bad is OnBad.error:
+        first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise BadImages(f"{_files(len(bad))} not decode: {first}{more}; dataset.on_bad=skip leaves them out")
+    return splits, bad
+
+
+def _by_images(splits: dict[str, Split]) -> list[list[str]]:
+    """The names of the splits, those that choose from the same images together."""
+    groups: dict[int, list[str]] = {}
+    for name, split in splits.items():
+        groups.setdefault(id(split.images), []).append(name)
+    return list(groups.values())
+
+
+def _check_filled(classes: tuple[str, ...], splits: dict[str, Split], spec: DatasetSpec) -> None:
+    """Raise UsageError where a class has nothing to train on, or val or test is empty."""
+    for name, count in zip(classes, splits["train"].class_counts(len(classes)), strict=True):
+        if count == 0:
+            raise UsageError(f"{spec.name}: class {name!r} has no training image left; add some, or leave it out")
+    for split in ("val", "test"):
+        if len(splits[split]) == 0:
+            raise UsageError(f"{spec.name}: too few images, none is left for {split}; give each class at least three")
+
+
+def _files(n: int) -> str:
+    return "1 file does" if n == 1 else f"{n:,} files do"
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more classes" if len(names) > most else "")

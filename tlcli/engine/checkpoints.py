@@ -1,0 +1,37 @@
+"""Weights as safetensors with what is needed to use them; the state of training beside them."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def save_weights(path: Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Write every tensor of a network, and the facts as JSON in the file's metadata, in one atomic step."""
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    draft = _draft(path)
+    save_file(state, draft, metadata={"tlcli": json.dumps(facts)})
+    draft.replace(path)
+
+
+def load_weights_into(path: Path, network: nn.Module) -> None:
+    """Put the tensors of a checkpoint of ours back into the network that they are from."""
+    network.load_state_dict(load_file(path))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what exact resume needs beside the weights: tensors, numbers and strings alone, in one atomic step."""
+    draft = _draft(path)
+    torch.save(dict(state), draft)
+    draft.replace(path)
+
+
+def _draft(path: Path) -> Path:
+    """A temporary name beside a file, in a folder that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,50 @@
+"""A network over a whole split, without training: logits, or what enters the head."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tlcli.device import Device
+from tlcli.engine.inputs import LiveImages
+from tlcli.engine.metrics import Predictions, predictions_of
+from tlcli.watch import Watch
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode throughout, and every module in the mode it had afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def evaluate(network: nn.Module, inputs: LiveImages, device: Device, watch: Watch, label: str) -> Predictions:
+    """The logits for every image of a split, each once, in order."""
+    logits, labels = [], []
+    with evaluating(network), torch.inference_mode(), watch.track(label, len(inputs)) as advance:
+        for x, y in inputs.in_order():
+            with device.autocast(device.eval_dtype):
+                logits.append(network(x))
+            labels.append(y)
+            advance(len(y))
+    return predictions_of(logits, labels)
+
+
+def features(
+    network: nn.Module, head: nn.Module, inputs: LiveImages, device: Device, watch: Watch, label: str
+) -> tuple[Tensor, Tensor]:
+    """What enters `head` for every image, float32 on the CPU, and the labels (N)."""
+    seen: list[Tensor] = []
+    hook: Callable[..., None] = lambda module, args: seen.append(args[0].float().cpu())  # noqa: E731
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        labels = evaluate(network, inputs, device, watch, label).labels
+    finally:
+        handle.remove()
+    return torch.cat(seen), labels

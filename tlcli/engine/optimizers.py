@@ -1,0 +1,24 @@
+"""Optimizers by the type of their spec."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from tlcli.specs import Adam, AdamW, OptimizerSpec, Sgd
+from tlcli.transfer.groups import Group
+
+
+def build_optimizer(spec: OptimizerSpec, groups: Sequence[Group]) -> Optimizer:
+    """The optimizer over these groups; each keeps its name under "name"."""
+    parameters = [
+        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
+    ]
+    match spec:
+        case AdamW():
+            return torch.optim.AdamW(parameters, betas=spec.betas)
+        case Adam():
+            return torch.optim.Adam(parameters, betas=spec.betas)
+        case Sgd():
+            return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+    raise AssertionError(f"no optimizer for {type(spec).__name__}")

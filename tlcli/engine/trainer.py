@@ -1,0 +1,199 @@
+"""The loop. There is one: what it reads, what trains and at which rates are inputs to it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tlcli.data.batches import sample_seed
+from tlcli.device import Device
+from tlcli.engine.inputs import Batch, LiveImages
+from tlcli.engine.optimizers import build_optimizer
+from tlcli.engine.schedule import Schedule
+from tlcli.errors import NotFinite, TlcliError
+from tlcli.models.classifier import Classifier
+from tlcli.specs import ClassWeights, TrainSpec
+from tlcli.transfer.contract import Contract
+from tlcli.transfer.groups import parameter_groups
+from tlcli.watch import Watch
+
+STEPS_BETWEEN_CHECKS = 20  # on an accelerator, where looking at a loss waits for it
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one epoch of training gave: means over its images, as they were seen in training."""
+
+    loss: float
+    accuracy: float
+    step: int
+    seconds: float
+    images_per_second: float
+    lr: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Running:
+    """The mean loss of the last `log_every` batches."""
+
+    epoch: int
+    batch: int
+    loss: float
+
+
+class Trainer:
+    """Trains what is trainable in a model, an epoch at a time."""
+
+    def __init__(
+        self, model: Classifier, contract: Contract, spec: TrainSpec, device: Device, class_counts: tuple[int, ...]
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._contract = contract
+        self._network: nn.Module = model.network
+        if spec.device.compile:
+            self._network.compile()
+        self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, model))
+        self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        n_train = sum(class_counts)
+        self.steps_per_epoch = ceil(ceil(n_train / spec.batch_size) / spec.accumulate)
+        self.schedule = Schedule(
+            spec.scheduler, self.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=spec.epochs
+        )
+        self._scaler = torch.amp.GradScaler(device.torch.type, enabled=device.train_dtype == torch.float16)
+        self._class_weights = _class_weights(spec.class_weights, class_counts, device)
+        self.step = 0
+
+    def fit(self, inputs: LiveImages, epoch: int, watch: Watch, on_running: Callable[[Running], None]) -> Fit:
+        """Train on every image once. Raises NotFinite where the loss becomes NaN or infinite."""
+        self._contract.train_mode()
+        torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout is then a function of (seed, epoch)
+        tally = _Tally(self._device.torch)
+        batches = inputs.epoch(epoch)
+        start, batch = time.perf_counter(), 0
+        with watch.track(f"epoch {epoch}", len(inputs)) as advance:
+            while group := list(islice(batches, self._spec.accumulate)):
+                self._update(group, tally, epoch)
+                for _, y in group:
+                    batch += 1
+                    if self._spec.log_every and batch % self._spec.log_every == 0:
+                        on_running(Running(epoch, batch, tally.running(self._spec.log_every)))
+                    advance(len(y))
+        self._check(tally, epoch)
+        seconds = time.perf_counter() - start
+        lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return Fit(tally.loss(), tally.accuracy(), self.step, seconds, len(inputs) / seconds, lr)
+
+    def state(self) -> dict[str, Any]:
+        """What exact resume needs beside the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state(),
+            "scaler": self._scaler.state_dict(),
+            "step": self.step,
+            "random": torch.get_rng_state(),
+        }
+
+    def _update(self, group: list[Batch], tally: "_Tally", epoch: int) -> None:
+        """One step of the optimizer: the gradient of the mean loss over all images of the group."""
+        self.schedule.before_step(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(len(y) for _, y in group)
+        for x, y in group:
+            losses, logits = self._forward(x, y)
+            self._scaler.scale(losses / total).backward()
+            tally.add(losses.detach(), logits.detach(), y)
+        if self._device.torch.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
+            self._check(tally, epoch)
+        if self._spec.clip_grad is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.step += 1
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the images' losses, and the logits."""
+        alone = len(y) == 1 < self._spec.batch_size
+        if alone:  # one image left over has no batch statistics to speak of
+            self._contract.train_mode(update_stats=False)
+        try:
+            with self._device.autocast(self._device.train_dtype):
+                logits = self._network(x)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise TlcliError(
+                    f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value a "
+                    f"channel: give batch_size=2 or more, or freeze.bn_stats=frozen"
+                ) from error
+            raise
+        if alone:
+            self._contract.train_mode()
+        logits = logits.float()
+        losses = F.cross_entropy(
+            logits, y, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
+        )
+        return losses, logits
+
+    def _check(self, tally: "_Tally", epoch: int) -> None:
+        """Raise NotFinite where a loss is not a number."""
+        at = tally.first_not_finite()
+        if at is None:
+            return
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        raise NotFinite(
+            f"the loss is not finite at epoch {epoch}, batch {at + 1} (step {self.step}, lr {rate:.3g}): "
+            f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
+        )
+
+
+class _Tally:
+    """Loss and accuracy of an epoch as it goes, kept on the device: reading them waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._losses: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._checked = 0
+        self._right = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A batch: the sum of its losses, its logits and its labels."""
+        self._losses.append(losses)
+        self._sizes.append(len(labels))
+        self._right += (logits.argmax(dim=1) == labels).sum()
+
+    def loss(self) -> float:
+        """The mean over all images so far."""
+        return torch.stack(self._losses).cpu().double().sum().item() / sum(self._sizes)
+
+    def running(self, batches: int) -> float:
+        """The mean over the last batches of each one's mean, as the classic tutorial prints it."""
+        means = torch.stack(self._losses[-batches:]) / torch.tensor(self._sizes[-batches:], device=self._right.device)
+        return means.mean().item()
+
+    def accuracy(self) -> float:
+        """The share of images that were classified rightly as they were trained on."""
+        return self._right.item() / sum(self._sizes)
+
+    def first_not_finite(self) -> int | None:
+        """The index of the first batch whose loss is NaN or infinite, among those not looked at yet."""
+        new = torch.stack(self._losses[self._checked :]) if self._checked < len(self._losses) else None
+        if new is None:
+            return None
+        if not bool(new.isfinite().all()):
+            return self._checked + int((~new.isfinite()).nonzero()[0])
+        self._checked = len(self._losses)
+        return None
+
+
+def _class_weights(kind: ClassWeights, counts: tuple[int, ...], device: Device) -> Tensor | None:
+    """`balanced`: the inverse of each class's count, with a mean of 1 over the training images."""
+    if kind is ClassWeights.none:
+        return None
+    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=device.torch)

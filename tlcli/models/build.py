@@ -1,0 +1,136 @@
+"""From a backbone spec to a classifier for these classes: build, load, replace the head, throw away what is told."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from tlcli.errors import UsageError, did_you_mean
+from tlcli.models.backbones import build_architecture
+from tlcli.models.classifier import Architecture, Classifier
+from tlcli.models.weights import Pretrained, published_weights, read_weights
+from tlcli.specs import BackboneSpec
+
+
+def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
+    """A classifier with the weights that the spec names and a head for these classes.
+
+    `size` is the image size in pixels (None: the backbone's own). The head keeps its weights where they are for the
+    same classes, by name and in any order; else it starts random. Random weights are a function of the seed.
+    Raises UsageError where weights do not fit, naming the tensor.
+    """
+    torch.manual_seed(seed)
+    given = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
+    if size is None and given is not None and given.preprocessing is not None:
+        size = int(given.preprocessing["size"])
+    architecture = build_architecture(spec, len(classes), size)
+    if spec.weights == "default":
+        loaded = published_weights(spec, architecture, len(classes), size or architecture.size)
+    else:
+        loaded = given
+    if loaded is None:
+        return Classifier(spec.name, architecture, tuple(classes), notes=("weights: random (weights=none)",))
+    if loaded.backbone not in (None, spec.name):
+        raise UsageError(f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone}")
+    dropped = tensors_to_reinit(spec.reinit, architecture)
+    state, head_note = _head_by_name(loaded, architecture, tuple(classes))
+    state = _fit_positions(state, architecture)
+    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
+    optional = dropped | architecture.stages[-1].tensors
+    _check_fit(kept, architecture, optional, loaded.source)
+    architecture.network.load_state_dict(kept, strict=False)
+    notes = [f"weights: {loaded.source}", head_note]
+    if dropped:
+        notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
+    return Classifier(
+        name=spec.name,
+        architecture=_with_preprocessing(architecture, loaded.preprocessing),
+        classes=tuple(classes),
+        pretrained=frozenset(kept),
+        head_loaded=architecture.stages[-1].tensors <= frozenset(kept),
+        notes=tuple(notes),
+    )
+
+
+def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> frozenset[str]:
+    """The tensors that backbone.reinit names: each item a stage, or a regular expression searched in tensor names."""
+    stages = {stage.name: stage.tensors for stage in architecture.stages}
+    found: set[str] = set()
+    for item in items:
+        try:
+            matched = stages.get(item) or {n for n in architecture.network.state_dict() if re.search(item, n)}
+        except re.error as error:
+            raise UsageError(f"backbone.reinit={item!r} is no regular expression: {error}") from error
+        if not matched:
+            raise UsageError(
+                f"backbone.reinit={item!r} is no stage and matches no tensor.{did_you_mean(item, stages)} "
+                f"Stages: {', '.join(stages)}"
+            )
+        found |= matched
+    return frozenset(found)
+
+
+def _head_by_name(
+    loaded: Pretrained, architecture: Architecture, classes: tuple[str, ...]
+) -> tuple[dict[str, Tensor], str]:
+    """The state with the head's rows in the order of these classes, or without a head where the classes differ."""
+    head = architecture.stages[-1].tensors
+    body = {name: tensor for name, tensor in loaded.state.items() if name not in head}
+    present = {name: tensor for name, tensor in loaded.state.items() if name in head}
+    if loaded.classes is None or not present:
+        return body, f"head: new, {len(classes)} classes"
+    if set(loaded.classes) != set(classes):
+        return body, f"head: replaced, {len(loaded.classes)} classes there, {len(classes)} others here"
+    rows = torch.tensor([loaded.classes.index(name) for name in classes])
+    per_class = {n: t[rows] if t.ndim and t.shape[0] == len(rows) else t for n, t in present.items()}
+    return {**body, **per_class}, f"head: kept, the same {len(classes)} classes"
+
+
+def _fit_positions(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """torchvision's ViT holds a table of positions for one image size: resample it for another, as torchvision does."""
+    network, name = architecture.network, "encoder.pos_embedding"
+    wanted = dict(network.named_parameters()).get(name)
+    if wanted is None or name not in state or state[name].shape == wanted.shape:
+        return dict(state)
+    image_size: Any = network.image_size
+    patch_size: Any = network.patch_size
+    return dict(interpolate_embeddings(image_size, patch_size, dict(state)))
+
+
+def _check_fit(
+    state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str
+) -> None:
+    """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
+    wanted = architecture.network.state_dict()
+    remedy = "are they of another architecture?"
+    for name, tensor in wanted.items():
+        if name not in state:
+            if name in optional or name.endswith("num_batches_tracked"):
+                continue
+            raise UsageError(f"backbone.weights={source}: no tensor {name}; {remedy}")
+        if state[name].shape != tensor.shape:
+            have, need = "x".join(map(str, state[name].shape)), "x".join(map(str, tensor.shape))
+            raise UsageError(f"backbone.weights={source}: {name} is {have}, not {need}; {remedy}")
+        if not state[name].isfinite().all():
+            raise UsageError(f"backbone.weights={source}: {name} has values that are not finite; they are damaged")
+    unknown = [name for name in state if name not in wanted]
+    if unknown:
+        raise UsageError(f"backbone.weights={source}: unknown tensor {unknown[0]} ({len(unknown)} in all); {remedy}")
+
+
+def _with_preprocessing(architecture: Architecture, preprocessing: Mapping[str, Any] | None) -> Architecture:
+    """The architecture, expecting images as the run that trained its weights had them."""
+    if preprocessing is None:
+        return architecture
+    return Architecture(
+        network=architecture.network,
+        head=architecture.head,
+        stages=architecture.stages,
+        size=int(preprocessing["size"]),
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+    )

@@ -1,0 +1,86 @@
+"""A classifier: a network, the names of its parts from input to output, and what its weights expect of an image."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named run of layers: the names of the tensors (parameters and buffers) that it holds."""
+
+    name: str
+    tensors: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as built, with random weights.
+
+    `head` names the modules that map features to logits; `stages` are ordered from input to output, the last is the
+    head, and every parameter is in exactly one. `size`, `mean` and `std` are what its published weights expect.
+    """
+
+    network: nn.Module
+    head: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """An architecture with weights for these classes. `pretrained` names the tensors that were loaded, `head_loaded`
+    says whether the head was among them, `notes` are lines for the plan."""
+
+    name: str
+    architecture: Architecture
+    classes: tuple[str, ...]
+    pretrained: frozenset[str] = frozenset()
+    head_loaded: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def network(self) -> nn.Module:
+        """Images (B, 3, S, S) to logits (B, classes)."""
+        return self.architecture.network
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """From input to output; the last is the head."""
+        return self.architecture.stages
+
+    def head_parameters(self) -> frozenset[str]:
+        """The names of the head's parameters."""
+        return self.stages[-1].tensors & {name for name, _ in self.network.named_parameters()}
+
+
+class Head(nn.Linear):
+    """Dropout, then a linear layer; its tensors are those of nn.Linear, whatever the dropout."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
+        super().__init__(in_features, out_features)
+        self.dropout = dropout
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_features) to (B, out_features)."""
+        return super().forward(F.dropout(features, self.dropout, self.training))
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor of this name belongs to one of these modules."""
+    return any(name.startswith(module + ".") for module in modules)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """The number of values in all of them."""
+    return sum(p.numel() for p in parameters)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are bit for bit the same."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

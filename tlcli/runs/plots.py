@@ -1,0 +1,86 @@
+"""The pictures in a run directory: curves, confusion matrix, sample predictions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from tlcli.data.dataset import Split
+
+BLUE, ORANGE, GRAY = "#1f6fb4", "#d1661d", "#666666"
+SAMPLES = 16
+MOST_NAMES = 40
+"""With more classes than this the matrix has no names beside it: they would be too small to read."""
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
+    """Loss and accuracy of train and val by epoch, from the rows of metrics.jsonl; the kept epoch is marked."""
+    figure = _figure(9, 3.6)
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split, colour in (("train", BLUE), ("val", ORANGE)):
+            points = [(r["epoch"], r[key]) for r in rows if r["split"] == split]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=split, markersize=4)
+        axes.axvline(best_epoch, color=GRAY, linestyle=":", label=f"kept: epoch {best_epoch}")
+        axes.set(title=key, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file)
+
+
+def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
+    """Rows are true classes, columns predicted ones; colour is the share of the row, numbers are images."""
+    counts = np.array(report["confusion"])
+    names, n = [_shorten(name, 18) for name in report["classes"]], len(report["classes"])
+    side = min(14.0, max(4.5, 2.2 + 0.5 * n))
+    figure = _figure(side, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"test, {report['n']} images")
+    if n <= MOST_NAMES:
+        axes.set_xticks(range(n), names, rotation=90 if n > 3 else 0)
+        axes.set_yticks(range(n), names)
+    if n <= 20:
+        for t, p in np.argwhere(counts > 0):
+            axes.text(p, t, counts[t, p], ha="center", va="center", color="white" if shares[t, p] > 0.5 else "black")
+    figure.savefig(file)
+
+
+def plot_samples(split: Split, predicted: np.ndarray, probability: np.ndarray, classes: Sequence[str], file: Path) -> None:
+    """Sixteen test images with true and predicted names: half of them wrong where there are so many, spread evenly."""
+    wrong = np.flatnonzero(predicted != split.labels)
+    right = np.flatnonzero(predicted == split.labels)
+    chosen_wrong = _spread(wrong, max(SAMPLES // 2, SAMPLES - len(right)))
+    chosen = [*chosen_wrong, *_spread(right, SAMPLES - len(chosen_wrong))]
+    figure = _figure(10, 2.9 * -(-len(chosen) // 4))
+    for axes, i in zip(np.ravel(figure.subplots(-(-len(chosen) // 4), 4, squeeze=False)), chosen, strict=False):
+        axes.imshow(split.read(int(i)), interpolation="nearest")
+        is_right = predicted[i] == split.labels[i]
+        guess = f"{_shorten(classes[predicted[i]], 22)} {probability[i]:.0%}"
+        text = guess if is_right else f"{guess}\nis {_shorten(classes[split.labels[i]], 24)}"
+        axes.set_title(text, fontsize=9, color="black" if is_right else ORANGE)
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.savefig(file)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own: no state of pyplot's, no window, and names are text, never formulas."""
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _spread(indices: np.ndarray, n: int) -> list[int]:
+    """At most n of the indices, evenly spaced."""
+    if len(indices) <= n:
+        return [int(i) for i in indices]
+    return [int(indices[k]) for k in np.linspace(0, len(indices) - 1, n).astype(int)]
+
+
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

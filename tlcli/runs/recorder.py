@@ -1,0 +1,194 @@
+"""What a run leaves behind, written as it goes: run.json, metrics.jsonl, test.json, checkpoints, plots."""
+
+import csv
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlcli import __version__
+from tlcli.data.dataset import Dataset
+from tlcli.device import Device
+from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import Predictions, Scores, most_confused, test_report
+from tlcli.engine.selection import Selection
+from tlcli.engine.trainer import Fit, Running, Trainer
+from tlcli.models.classifier import Classifier
+from tlcli.runs.environment import environment
+from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
+from tlcli.runs.run_dir import RunDir, write_json
+from tlcli.specs import TrainSpec
+from tlcli.transfer.groups import freeze_table
+from tlcli.watch import EpochRow, Outcome, Plan, Watch
+
+
+class Recorder:
+    """Writes one run's directory and tells the watcher what it wrote."""
+
+    def __init__(self, run: RunDir, watch: Watch, spec: TrainSpec) -> None:
+        self._run = run
+        self._watch = watch
+        self._spec = spec
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._best_images_per_second = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent within to this phase's seconds in run.json."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def plan(self, data: Dataset, model: Classifier, inputs: Inputs, device: Device) -> None:
+        """Everything is loaded: write what is known of data, model and machine, and show the plan."""
+        spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
+        stages = freeze_table(spec.optimizer, model)
+        self._facts = {
+            "tlcli": __version__,
+            "backbone": model.name,
+            "backbone_kind": spec.backbone.kind,
+            "classes": list(model.classes),
+            "preprocessing": inputs.preprocessing.to_json(),
+        }
+        self._write_bad_files(data)
+        self._run.update(
+            name=spec.name,
+            seed=spec.seed,
+            dataset=spec.dataset.name,
+            freeze=spec.freeze.kind,
+            keep_best=spec.keep_best.value,
+            **self._facts,
+            **environment(),
+            device=device.torch.type,
+            precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
+            numerics=device.why,
+            **{f"n_{name}": len(split) for name, split in splits.items()},
+            n_bad_files=len(data.bad_files),
+            parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
+            stages=[asdict(stage) for stage in stages],
+            cache={"used": False, "key": None, "why": "this version trains on live images"},
+        )
+        own = inputs.preprocessing
+        self._watch.plan(
+            Plan(
+                run=self._run.path,
+                name=spec.name,
+                dataset=data.name,
+                classes=data.classes,
+                counts={name: split.class_counts(len(data.classes)) for name, split in splits.items()},
+                model=model.name,
+                image=f"{own.size} px, {own.fit.value}, augment={_augment_words(spec)}",
+                stages=stages,
+                training=_training_words(spec),
+                device=device.why,
+                notes=(*model.notes, *data.notes),
+            )
+        )
+
+    def running(self, running: Running) -> None:
+        """The running loss inside an epoch."""
+        self._run.log_metrics({"split": "running", **asdict(running)})
+        self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
+
+    def epoch(self, epoch: int, fit: Fit | None, validation: Scores, *, best: bool, trainer: Trainer, network: nn.Module) -> None:
+        """An epoch ended: a line for train and one for val, and the checkpoints."""
+        if fit is not None:
+            self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
+            self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
+        self._run.log_metrics({"split": "val", "epoch": epoch, "step": trainer.step, **asdict(validation)})
+        facts = {**self._facts, "epoch": epoch}
+        if best:
+            save_weights(self._run.best, network, facts)
+            self._run.update(best={"epoch": epoch, **asdict(validation)})
+        save_weights(self._run.last, network, facts)
+        save_state(self._run.state, {**trainer.state(), "epoch": epoch})
+        self._watch.epoch(
+            EpochRow(
+                epoch=epoch,
+                epochs=self._spec.epochs,
+                train_loss=fit.loss if fit else None,
+                train_accuracy=fit.accuracy if fit else None,
+                val_loss=validation.loss,
+                val_accuracy=validation.accuracy,
+                val_macro_f1=validation.macro_f1,
+                lr=max(fit.lr.values()) if fit else None,
+                images_per_second=fit.images_per_second if fit else None,
+                seconds=time.perf_counter() - self._began,
+                best=best,
+            )
+        )
+
+    def load_best(self, network: nn.Module) -> None:
+        """The network as it was at the best epoch, from its checkpoint."""
+        load_weights_into(self._run.best, network)
+
+    def result(self, data: Dataset, predictions: Predictions, selection: Selection, frozen: int) -> None:
+        """The test is done: test.json, plots, the last facts of run.json, and the outcome."""
+        assert selection.epoch is not None
+        assert selection.scores is not None
+        report = test_report(predictions, data.classes)
+        checkpoint = self._run.best.relative_to(self._run.path)
+        write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
+        with self.phase("plots"):
+            self._plot(data, predictions, report, selection.epoch)
+        seconds = time.perf_counter() - self._began
+        self._run.update(
+            seconds={**{k: round(v, 3) for k, v in self._seconds.items()}, "total": round(seconds, 3)},
+            images_per_second=self._best_images_per_second or None,
+            frozen_tensors_verified=frozen,
+        )
+        low, high = report["accuracy_ci95"]
+        self._watch.outcome(
+            Outcome(
+                run=self._run.path,
+                accuracy=report["accuracy"],
+                ci95=(low, high),
+                top5=report["top5"],
+                loss=report["loss"],
+                n=report["n"],
+                epoch=selection.epoch,
+                val_accuracy=selection.scores.accuracy,
+                confused=most_confused(report),
+                checkpoint=self._run.best,
+                seconds=seconds,
+            )
+        )
+
+    def _plot(self, data: Dataset, predictions: Predictions, report: Mapping[str, Any], best_epoch: int) -> None:
+        self._run.plots.mkdir(exist_ok=True)
+        rows = [json.loads(line) for line in self._run.metrics_file.read_text(encoding="utf-8").splitlines()]
+        plot_curves(rows, best_epoch, self._run.plots / "curves.png")
+        plot_confusion(report, self._run.plots / "confusion.png")
+        probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
+        plot_samples(
+            data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png"
+        )
+
+    def _write_bad_files(self, data: Dataset) -> None:
+        if not data.bad_files:
+            return
+        with self._run.bad_files.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file", "reason"), *data.bad_files])
+
+
+def _augment_words(spec: TrainSpec) -> str:
+    erasing = f", erasing {spec.augment.erasing:g}" if spec.augment.erasing else ""
+    return f"{spec.augment.kind}{erasing}"
+
+
+def _training_words(spec: TrainSpec) -> str:
+    """The line of the plan that says how it trains."""
+    batch = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
+    return (
+        f"{spec.epochs} epochs, {batch}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
+        f"head from {spec.freeze.head_init.value}, the epoch best in validation {spec.keep_best.value} is kept"
+    )

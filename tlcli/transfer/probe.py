@@ -1,0 +1,43 @@
+"""The linear probe that a head can start from (LP-FT, Kumar et al. 2022: a random head distorts good features)."""
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from tlcli.models.classifier import Classifier
+
+INVERSE_REGULARISATION = 0.01
+MAX_ITERATIONS = 200
+
+
+def probed_head(model: Classifier) -> nn.Linear | None:
+    """The head where it is one linear layer, which a probe can fill; else None (distilled models have two heads)."""
+    modules = [model.network.get_submodule(name) for name in model.architecture.head]
+    return modules[0] if len(modules) == 1 and isinstance(modules[0], nn.Linear) else None
+
+
+def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+    """Fill a linear layer with the multinomial logistic regression on features (N, D) and labels (N).
+
+    The regression sees standardised features, so that one strength of regularisation suits every backbone; the layer
+    gets the equivalent weights for the features as they are.
+    """
+    x = features.numpy().astype(np.float32)
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    std[std == 0] = 1.0
+    regression = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, not a result
+        regression.fit((x - mean) / std, labels.numpy())
+    coefficients, intercept = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # scikit-learn gives one row, the log-odds of the second class
+        coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2
+    weight = coefficients / std
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        if head.bias is not None:
+            head.bias.copy_(torch.from_numpy(intercept - weight @ mean))
