@@ -37,7 +37,7 @@ CASES = {
     "dataset.classes=3": "write dataset.classes=[3]",
     "dataset.root=[a]": "is not a text",
     "image=3": "image has keys of its own",
-    "optimizer.betas=[0.9]": "give 2",
+    "optimizer.betas=[0.9]": "takes 2 values",
     "keep_best=acuracy": "Did you mean 'accuracy'? Choose from accuracy, macro_f1, loss",
     "device.kind=gpu": "Choose from auto, cpu, cuda, mps",
     "dataset.kind=foo": "stays digits",

@@ -125,7 +125,8 @@ def test_colours_and_bars_on_a_terminal(terminal) -> None:
     assert "decoding" in stdout.getvalue()
 
 
-def test_no_color(terminal: Terminal, monkeypatch) -> None:
+def test_no_color(terminal, monkeypatch) -> None:
+    stdout = terminal()
     monkeypatch.setenv("NO_COLOR", "1")
     TerminalWatch(width=80).epoch(row())
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", stdout.getvalue())

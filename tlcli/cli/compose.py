@@ -222,7 +222,7 @@ def _wrong_shapes(spec: Spec, prefix: str = "") -> Iterator[str]:
         if isinstance(value, Spec):
             yield from _wrong_shapes(value, key + ".")
         elif get_origin(hint) is tuple and len(value) != len(get_args(hint)):
-            yield f"{key} has {len(value)} values: give {len(get_args(hint))}, as [a,b]"
+            yield f"{key} takes {len(get_args(hint))} values, as [a,b]: it has {len(value)}"
         elif f.name == "kind" and isinstance(f.default, str) and value != f.default:
             group = prefix.rstrip(".")
             yield f"{key}={value}: the kind follows from the option and stays {f.default}; choose with {group}=..."

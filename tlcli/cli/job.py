@@ -32,8 +32,8 @@ def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
     run = RunDir(Path(job.runtime.output_dir))
     sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     overrides = list(job.overrides.task)
-    run.start(command=command, overrides=overrides, config=_resolved(config))
     try:
+        run.start(command=command, overrides=overrides, config=_resolved(config))
         with logging_to(run.log_file), recorded(run):
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:

@@ -119,7 +119,12 @@ def outcome_lines(outcome: Outcome, backbone: str, width: int | None) -> list[st
         ("checkpoint", shown_path(outcome.checkpoint)),
     ]
     lines = [line for label, value in rows if value for line in labelled(label, value, width)]
-    words = [f"tlcli train {backbone}", f"backbone.weights={shlex.quote(shown_path(outcome.run))}", "dataset=..."]
+    words = [
+        "tlcli train",
+        *backbone.split(),
+        f"backbone.weights={shlex.quote(shown_path(outcome.run))}",
+        "dataset=...",
+    ]
     command = "  " + " ".join(words)
     fits = width is None or len(command) <= width
     following = [command] if fits else ["  " + " \\\n    ".join(words)]  # a shell reads both alike

@@ -1,0 +1,224 @@
+"""The loop: the classic tutorial's, accumulation, what stops it, what it does with one image left over."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.conftest import Compose
+from tlcli.data.batches import epoch_order
+from tlcli.data.dataset import Dataset, load_dataset
+from tlcli.device import choose_numerics
+from tlcli.engine.evaluate import evaluate, evaluating
+from tlcli.engine.inputs import Inputs, open_inputs
+from tlcli.engine.trainer import Fit, Running, Trainer
+from tlcli.errors import NotFinite, TlcliError
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier
+from tlcli.specs import TrainSpec
+from tlcli.transfer.contract import apply_freeze
+from tlcli.watch import Watch
+
+
+class Setting:
+    """Everything that a training epoch needs, made as train.py makes it."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec = spec
+        self.data: Dataset = load_dataset(spec.dataset, seed=spec.seed, watch=Watch())
+        self.model: Classifier = build_model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
+        self.contract = apply_freeze(spec.freeze, self.model)
+        self.device = choose_numerics(spec.device, torch.device("cpu"), self.model.network)
+        self.model.network.to(memory_format=self.device.memory_format)
+        self.inputs: Inputs = open_inputs(self.data, self.model, spec, self.device)
+        counts = self.data.train.class_counts(len(self.data.classes))
+        self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
+        self.running: list[Running] = []
+
+    def fit(self, epoch: int = 1) -> Fit:
+        return self.trainer.fit(self.inputs.train, epoch, Watch(), self.running.append)
+
+
+@pytest.fixture
+def small(spec: Compose, shapes: Path):
+    """A setting on the folder of shapes: Lite0 at 32 px in float32, with overrides."""
+
+    def make(*overrides: str) -> Setting:
+        return Setting(
+            spec(
+                "dataset=imagefolder",
+                f"dataset.root='{shapes}'",
+                "image.size=32",
+                "device.precision=fp32",
+                "freeze.head_init=random",
+                "epochs=2",
+                *overrides,
+            )
+        )
+
+    return make
+
+
+def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
+    """experiment=cifar10_resnet18 gives the weights of the tutorial's plain loop: 20 steps in float32, batches of 4."""
+    from tests.conftest import make_folder
+
+    make_folder(tmp_path / "train", {"across": 34, "down": 34, "checks": 34}, seed=3)
+    make_folder(tmp_path / "test", {"across": 2, "down": 2, "checks": 2}, seed=4)
+    overrides = ("dataset=imagefolder", f"dataset.root='{tmp_path}'", "backbone.weights=none", "image.size=64")
+    setting = Setting(spec("experiment=cifar10_resnet18", *overrides, "dataset.val_fraction=0.2", "epochs=1"))
+    train = setting.data.train
+    assert len(train) >= 80
+
+    network = build_model(setting.spec.backbone, setting.data.classes, size=64, seed=setting.spec.seed).network
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
+    criterion = nn.CrossEntropyLoss()
+    network.train()
+    order = epoch_order(len(train), setting.spec.seed, 1)
+    for step in range(20):
+        images = [torch.from_numpy(train.read(int(i))).permute(2, 0, 1) for i in order[step * 4 : step * 4 + 4]]
+        resized = [F.interpolate(x[None].float(), (64, 64), mode="bilinear", antialias=True)[0] for x in images]
+        inputs = (torch.stack(resized).round() / 255 - 0.5) / 0.5
+        labels = torch.tensor([int(train.labels[i]) for i in order[step * 4 : step * 4 + 4]])
+        optimizer.zero_grad()
+        criterion(network(inputs), labels).backward()
+        optimizer.step()
+
+    twenty = iter(list(setting.inputs.train.epoch(1))[:20])
+    setting.inputs.train.epoch = lambda number: twenty  # type: ignore[method-assign]
+    setting.fit()
+    assert setting.trainer.step == 20
+    expected = network.state_dict()
+    for name, tensor in setting.model.network.state_dict().items():
+        assert torch.allclose(tensor.float(), expected[name].float(), atol=1e-5), name
+
+
+def test_training_learns(small) -> None:
+    setting = small("optimizer.lr=1e-3", "augment=none")
+    first, second = setting.fit(1), setting.fit(2)
+    assert second.loss < first.loss
+    assert second.step == 2 * setting.trainer.steps_per_epoch
+    assert setting.contract.verify() > 0
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
+    """A short last group included: 54 images in batches of 8 by 3, and in batches of 24."""
+    once = small("batch_size=24", "optimizer=sgd", "augment=none", "optimizer.lr=0.01")
+    parts = small("batch_size=8", "accumulate=3", "optimizer=sgd", "augment=none", "optimizer.lr=0.01")
+    for setting in (once, parts):
+        setting.model.network.double()
+        ready = setting.inputs.train._ready
+        setting.inputs.train._ready = lambda batches, ready=ready: ((x.double(), y) for x, y in ready(batches))
+        setting.fit()
+    assert once.trainer.step == parts.trainer.step == math.ceil(54 / 24)
+    other = parts.model.network.state_dict()
+    for name, tensor in once.model.network.state_dict().items():
+        assert torch.allclose(tensor, other[name], rtol=1e-6, atol=1e-9), name
+
+
+def test_same_seed_same_weights(small) -> None:
+    one, two, other = small("device.deterministic=true"), small("device.workers=2"), small("seed=1")
+    for setting in (one, two, other):
+        setting.fit()
+    same = [torch.equal(a, b) for a, b in zip(*(s.model.network.state_dict().values() for s in (one, two)), strict=True)]
+    assert all(same)
+    assert not torch.equal(one.model.network.classifier.weight, other.model.network.classifier.weight)
+
+
+def test_not_finite_stops_the_run_and_says_where(small) -> None:
+    setting = small("optimizer=sgd", "optimizer.lr=1e12", "scheduler=constant", "augment=none", "batch_size=8")
+    with pytest.raises(NotFinite, match=r"epoch 1, batch \d+ \(step \d+, lr 1e\+12\).*try optimizer.lr=1e\+11"):
+        for epoch in (1, 2):
+            setting.fit(epoch)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_one_image_left_over_does_not_crash_batchnorm(small, n: int) -> None:
+    """53 images in batches of 4 leave one, and MobileNet-like maps of 1 by 1 pixel have no batch statistics then."""
+    setting = small("freeze.bn_stats=update", "batch_size=53", "backbone=resnet18", "backbone.weights=none")
+    assert len(setting.data.train) == 54
+    before = setting.model.network.get_submodule("layer4.0.bn1").running_mean.clone()
+    setting.fit()
+    after = setting.model.network.get_submodule("layer4.0.bn1").running_mean
+    assert not torch.equal(before, after)
+    assert after.isfinite().all()
+
+
+def test_batches_of_one_under_batchnorm_are_explained(small) -> None:
+    setting = small("freeze.bn_stats=update", "batch_size=1", "backbone=resnet18", "backbone.weights=none")
+    with pytest.raises(TlcliError, match="batch_size=1.*give batch_size=2"):
+        setting.fit()
+
+
+def test_running_loss_every_so_many_batches(small) -> None:
+    setting = small("log_every=2", "batch_size=8")
+    setting.fit()
+    assert [r.batch for r in setting.running] == [2, 4, 6]
+    assert all(r.loss > 0 for r in setting.running)
+
+
+def test_clip_grad_bounds_the_step(small) -> None:
+    free, clipped = (
+        small("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "scheduler=constant", "batch_size=54", clip)
+        for clip in ("clip_grad=null", "clip_grad=0.001")
+    )
+    moved = []
+    for setting in (free, clipped):
+        before = {n: p.detach().clone() for n, p in setting.model.network.named_parameters()}
+        setting.fit()
+        parameters = dict(setting.model.network.named_parameters())
+        moved.append(math.sqrt(sum((parameters[n] - b).square().sum().item() for n, b in before.items())))
+    assert moved[1] <= 0.001 * 1.01 < moved[0]
+
+
+def test_balanced_classes_weigh_alike(spec: Compose, tmp_path: Path) -> None:
+    from tests.conftest import make_folder
+    from tlcli.engine.trainer import _class_weights
+    from tlcli.specs import ClassWeights
+
+    make_folder(tmp_path, {"few": 6, "many": 30})
+    setting = Setting(
+        spec("dataset=imagefolder", f"dataset.root='{tmp_path}'", "image.size=32", "class_weights=balanced")
+    )
+    counts = setting.data.train.class_counts(2)
+    weights = _class_weights(ClassWeights.balanced, counts, setting.device)
+    assert weights is not None
+    assert weights[0] * counts[0] == pytest.approx((weights[1] * counts[1]).item())
+    assert (weights * torch.tensor(counts)).sum() / sum(counts) == pytest.approx(1.0)
+    assert setting.fit().loss > 0
+
+
+def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> None:
+    setting = small("freeze=head")
+    setting.contract.train_mode()
+    modes = {name: module.training for name, module in setting.model.network.named_modules()}
+    found = evaluate(setting.model.network, setting.inputs.test, setting.device, Watch(), "test")
+    assert np.array_equal(found.labels.numpy(), setting.data.test.labels)
+    assert {name: module.training for name, module in setting.model.network.named_modules()} == modes
+    with evaluating(setting.model.network), torch.inference_mode():
+        x, _ = next(setting.inputs.test.in_order())
+        assert torch.allclose(setting.model.network(x), found.logits[: len(x)], atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("augment", ["none", "basic", "no_flip", "trivial", "randaugment"])
+def test_every_optimizer_with_every_augmentation(small, optimizer: str, augment: str) -> None:
+    setting = small(f"optimizer={optimizer}", f"augment={augment}", "augment.erasing=0.5", "freeze=head")
+    assert setting.fit().loss > 0
+
+
+def test_bfloat16_and_compile(small) -> None:
+    assert small("device.precision=bf16").fit().loss > 0
+
+
+def test_a_nan_in_a_parameter_is_noticed_at_the_first_batch(small) -> None:
+    setting = small()
+    with torch.no_grad():
+        setting.model.network.classifier.bias[0] = float("nan")
+    with pytest.raises(NotFinite, match="batch 1 "):
+        setting.fit()
+    assert isinstance(setting.model.network.classifier, nn.Linear)
