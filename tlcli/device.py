@@ -20,7 +20,7 @@ _SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 class Device:
     """An accelerator with the number formats for training and for evaluation; `why` is the one line that says so."""
 
-    torch: torch.device
+    accelerator: torch.device
     train_dtype: torch.dtype
     eval_dtype: torch.dtype
     memory_format: torch.memory_format
@@ -32,11 +32,15 @@ class Device:
         """Forward passes in `dtype`; weights and the loss stay float32."""
         if dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.torch.type, dtype=dtype)
+        return torch.autocast(self.accelerator.type, dtype=dtype)
+
+    def place(self, network: nn.Module) -> None:
+        """Move a network's weights here, in this memory format."""
+        network.to(device=self.accelerator, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def put(self, batch: Tensor) -> Tensor:
         """A batch on this device; the copy overlaps with arithmetic where the host memory is pinned."""
-        return batch.to(self.torch, non_blocking=True)
+        return batch.to(self.accelerator, non_blocking=True)
 
 
 def prepare(spec: DeviceSpec) -> torch.device:
@@ -87,7 +91,7 @@ def choose_numerics(spec: DeviceSpec, accelerator: torch.device, network: nn.Mod
         words.append(f"{torch.get_num_threads()} threads")
     words.append(f"{workers} decoding workers" if workers else "decoding in process")
     return Device(
-        torch=accelerator,
+        accelerator=accelerator,
         train_dtype=train,
         eval_dtype=evaluate,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
@@ -115,7 +119,9 @@ def _auto_precision(accelerator: torch.device, network: nn.Module) -> tuple[torc
 
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of our range
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every release of our range
+        return False
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -1,10 +1,10 @@
 """The exceptions that a user may see. The message of each is one line: what is wrong, where, what to do.
 
-    TlcliError            a run failed: exit code 1
-    ├── UsageError        the command line, the config or what it names is wrong: exit code 2
-    ├── BadImages         files of the data set do not decode
-    ├── FrozenChanged     a tensor that was to stay frozen did not
-    └── NotFinite         the loss became NaN or infinite
+TlcliError            a run failed: exit code 1
+├── UsageError        the command line, the config or what it names is wrong: exit code 2
+├── BadImages         files of the data set do not decode
+├── FrozenChanged     a tensor that was to stay frozen did not
+└── NotFinite         the loss became NaN or infinite
 """
 
 import difflib
@@ -32,6 +32,6 @@ class NotFinite(TlcliError):
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
-    """" Did you mean 'near'?" for the nearest of the known words, or the empty string where none is near."""
+    """ " Did you mean 'near'?" for the nearest of the known words, or the empty string where none is near."""
     near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

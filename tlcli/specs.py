@@ -4,8 +4,9 @@ There are no defaults here: a default lives in its YAML file under conf/. Compos
 once; nothing below the command line sees anything else. This module imports neither torch nor omegaconf.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -471,7 +472,7 @@ def problems(spec: Spec, prefix: str = "") -> Iterator[str]:
     """A line for each value out of its range, with its full key."""
     for f in fields(spec):  # type: ignore[arg-type]
         value, key = getattr(spec, f.name), prefix + f.name
-        if is_dataclass(value) and isinstance(value, Spec):
+        if isinstance(value, Spec):
             yield from problems(value, key + ".")
         elif f.metadata:
             for one in value if isinstance(value, tuple) else (value,):
@@ -491,24 +492,28 @@ def _contradictions(spec: Spec, prefix: str) -> Iterator[str]:
         case Sgd(nesterov=True, momentum=momentum) if momentum == 0:
             yield f"{prefix}nesterov=true needs {prefix}momentum above 0"
         case Crop():
-            for key, (low, high) in (("scale", spec.scale), ("ratio", spec.ratio)):
-                if low > high:
-                    yield f"{prefix}{key}=[{low},{high}] has its ends the wrong way round"
+            for key, ends in (("scale", spec.scale), ("ratio", spec.ratio)):
+                if ends[0] > ends[-1]:
+                    yield f"{prefix}{key}=[{ends[0]},{ends[-1]}] has its ends the wrong way round"
         case TrainSpec(dataset=data) if data.val_fraction + data.test_fraction >= 1:
             yield "dataset.val_fraction and dataset.test_fraction together leave nothing to train on: make them smaller"
 
 
 def _out_of_range(value: float | None, limits: Any) -> str | None:
-    """The range in words where the value is outside it, else None. An unset value is inside; NaN is outside."""
+    """The range in words where the value is outside it, else None. An unset value is inside; NaN and infinity are outside."""
     low, high, above, below = (limits[k] for k in ("low", "high", "above", "below"))
     inside = value is None or (
         (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)
         and (below is None or value < below)
-        and value == value
+        and math.isfinite(value)
     )
     if inside:
         return None
     words = [("at least", low), ("above", above), ("at most", high), ("below", below)]
-    return " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
+    return " and ".join(
+        f"{word} {limit if isinstance(limit, int) else format(limit, 'g')}"
+        for word, limit in words
+        if limit is not None
+    )

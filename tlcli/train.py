@@ -30,7 +30,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
         model = build_model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
         device = choose_numerics(spec.device, accelerator, model.network)
-        model.network.to(device.torch, memory_format=device.memory_format)
+        device.place(model.network)
         inputs = open_inputs(data, model, spec, device)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))
     record.plan(data, model, inputs, device)

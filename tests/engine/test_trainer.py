@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from tests.conftest import Compose
 from tlcli.data.batches import epoch_order
@@ -33,7 +33,7 @@ class Setting:
         self.model: Classifier = build_model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
         self.contract = apply_freeze(spec.freeze, self.model)
         self.device = choose_numerics(spec.device, torch.device("cpu"), self.model.network)
-        self.model.network.to(memory_format=self.device.memory_format)
+        self.device.place(self.model.network)
         self.inputs: Inputs = open_inputs(self.data, self.model, spec, self.device)
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
@@ -77,12 +77,12 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
     network = build_model(setting.spec.backbone, setting.data.classes, size=64, seed=setting.spec.seed).network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
     criterion = nn.CrossEntropyLoss()
+    resize = v2.Resize((64, 64))  # of torchvision, on uint8 as there
     network.train()
     order = epoch_order(len(train), setting.spec.seed, 1)
     for step in range(20):
         images = [torch.from_numpy(train.read(int(i))).permute(2, 0, 1) for i in order[step * 4 : step * 4 + 4]]
-        resized = [F.interpolate(x[None].float(), (64, 64), mode="bilinear", antialias=True)[0] for x in images]
-        inputs = (torch.stack(resized).round() / 255 - 0.5) / 0.5
+        inputs = (torch.stack([resize(image) for image in images]) / 255 - 0.5) / 0.5
         labels = torch.tensor([int(train.labels[i]) for i in order[step * 4 : step * 4 + 4]])
         optimizer.zero_grad()
         criterion(network(inputs), labels).backward()
@@ -98,7 +98,7 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
 
 
 def test_training_learns(small) -> None:
-    setting = small("optimizer.lr=1e-3", "augment=none")
+    setting = small("optimizer.lr=1e-4", "augment=none")
     first, second = setting.fit(1), setting.fit(2)
     assert second.loss < first.loss
     assert second.step == 2 * setting.trainer.steps_per_epoch
@@ -124,7 +124,9 @@ def test_same_seed_same_weights(small) -> None:
     one, two, other = small("device.deterministic=true"), small("device.workers=2"), small("seed=1")
     for setting in (one, two, other):
         setting.fit()
-    same = [torch.equal(a, b) for a, b in zip(*(s.model.network.state_dict().values() for s in (one, two)), strict=True)]
+    same = [
+        torch.equal(a, b) for a, b in zip(*(s.model.network.state_dict().values() for s in (one, two)), strict=True)
+    ]
     assert all(same)
     assert not torch.equal(one.model.network.classifier.weight, other.model.network.classifier.weight)
 

@@ -35,7 +35,10 @@ def test_head_trains_the_head(spec: Compose, model: Classifier) -> None:
 
 def test_last_stages_counts_from_the_head(spec: Compose, model: Classifier) -> None:
     found = names(spec, model, "freeze=last_stages", "freeze.n=2")
-    assert {n.split(".")[0] + "." + n.split(".")[1] for n in found if n.startswith("blocks")} == {"blocks.5", "blocks.6"}
+    assert {n.split(".")[0] + "." + n.split(".")[1] for n in found if n.startswith("blocks")} == {
+        "blocks.5",
+        "blocks.6",
+    }
     assert "conv_head.weight" in found
     with pytest.raises(UsageError, match="has 8 stages before its head"):
         names(spec, model, "freeze=last_stages", "freeze.n=9")
@@ -49,7 +52,8 @@ def test_pattern_trains_what_matches_and_is_not_kept(spec: Compose, model: Class
 
 
 @pytest.mark.parametrize(
-    ("pattern", "words"), [("blokcs.6", "matches no parameter.*Did you mean 'blocks.6'"), ("(", "no regular expression")]
+    ("pattern", "words"),
+    [("blokcs.6", "matches no parameter.*Did you mean 'blocks.6'"), ("(", "no regular expression")],
 )
 def test_pattern_that_is_wrong_says_so(spec: Compose, model: Classifier, pattern: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -34,7 +34,7 @@ def test_probabilities_are_those_of_the_regression() -> None:
     head = nn.Linear(5, 2)
     fit_probe(head, features, labels)
     standard = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
-    regression = LogisticRegression(C=probe.INVERSE_REGULARISATION).fit(standard, labels.numpy())
+    regression = LogisticRegression(C=1 / (probe.PENALTY * 80)).fit(standard, labels.numpy())
     expected = torch.from_numpy(regression.predict_proba(standard)).float()
     assert torch.allclose(torch.softmax(head(features), dim=1), expected, atol=1e-3)
 

@@ -20,7 +20,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _NOT_ALIKE = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
 
 
-class BadImage(ValueError):  # noqa: N818  named like errors.BadImages
+class BadImage(ValueError):
     """A file is not an image, or is damaged; the message is the reason in a few words."""
 
 

@@ -66,7 +66,7 @@ class Trainer:
         self.schedule = Schedule(
             spec.scheduler, self.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=spec.epochs
         )
-        self._scaler = torch.amp.GradScaler(device.torch.type, enabled=device.train_dtype == torch.float16)
+        self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights = _class_weights(spec.class_weights, class_counts, device)
         self.step = 0
 
@@ -74,7 +74,7 @@ class Trainer:
         """Train on every image once. Raises NotFinite where the loss becomes NaN or infinite."""
         self._contract.train_mode()
         torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout is then a function of (seed, epoch)
-        tally = _Tally(self._device.torch)
+        tally = _Tally(self._device.accelerator)
         batches = inputs.epoch(epoch)
         start, batch = time.perf_counter(), 0
         with watch.track(f"epoch {epoch}", len(inputs)) as advance:
@@ -107,9 +107,9 @@ class Trainer:
         total = sum(len(y) for _, y in group)
         for x, y in group:
             losses, logits = self._forward(x, y)
-            self._scaler.scale(losses / total).backward()
+            torch.autograd.backward(self._scaler.scale(losses / total))
             tally.add(losses.detach(), logits.detach(), y)
-        if self._device.torch.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
+        if self._device.accelerator.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
             self._check(tally, epoch)
         if self._spec.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
@@ -196,4 +196,4 @@ def _class_weights(kind: ClassWeights, counts: tuple[int, ...], device: Device) 
     """`balanced`: the inverse of each class's count, with a mean of 1 over the training images."""
     if kind is ClassWeights.none:
         return None
-    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=device.torch)
+    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=device.accelerator)

@@ -3,7 +3,6 @@
 A new torchvision model is a YAML file under conf/backbone; a new kind of backbone is a spec and a builder here.
 """
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -52,7 +51,7 @@ def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
     head = timm_head(network)
     if not head:
         raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
-    config = network.pretrained_cfg
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     lite = isinstance(spec, LiteBackbone)
     return Architecture(
         network=network,
@@ -77,7 +76,7 @@ def timm_stages(network: nn.Module, head: tuple[str, ...]) -> tuple[Stage, ...]:
         matcher = network.group_matcher(coarse=True)  # type: ignore[operator]
         layer_of = group_with_matcher(network.state_dict(keep_vars=True).items(), matcher, reverse=True)
     except (AttributeError, NotImplementedError, TypeError):
-        layer_of = {name: 0 for name in network.state_dict()}
+        layer_of = dict.fromkeys(network.state_dict(), 0)
     groups: dict[int, set[str]] = defaultdict(set)
     for name, layer in layer_of.items():
         if not within(name, head):
@@ -96,7 +95,7 @@ def timm_stages(network: nn.Module, head: tuple[str, ...]) -> tuple[Stage, ...]:
 
 def _common_name(tensors: set[str], index: int) -> str:
     """The module that most of these tensors are in, as `blocks.3`, else `stage3`."""
-    found = defaultdict(int)
+    found: dict[str, int] = defaultdict(int)
     for name in tensors:
         if match := re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name):
             found[match[0]] += 1
@@ -107,9 +106,7 @@ def _torchvision(spec: BackboneSpec, n_classes: int, size: int | None) -> Archit
     assert isinstance(spec, TorchvisionBackbone)
     known = torchvision.models.list_models(module=torchvision.models)
     if spec.name not in known:
-        raise UsageError(
-            f"backbone.name={spec.name}: torchvision has no such model.{did_you_mean(spec.name, known)}"
-        )
+        raise UsageError(f"backbone.name={spec.name}: torchvision has no such model.{did_you_mean(spec.name, known)}")
     expected = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
     own_size = expected.crop_size[0]
     options: dict[str, Any] = {"image_size": size or own_size} if spec.name.startswith("vit_") else {}

@@ -28,10 +28,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if size is None and given is not None and given.preprocessing is not None:
         size = int(given.preprocessing["size"])
     architecture = build_architecture(spec, len(classes), size)
+    loaded = given
     if spec.weights == "default":
         loaded = published_weights(spec, architecture, len(classes), size or architecture.size)
-    else:
-        loaded = given
     if loaded is None:
         return Classifier(spec.name, architecture, tuple(classes), notes=("weights: random (weights=none)",))
     if loaded.backbone not in (None, spec.name):
@@ -101,9 +100,7 @@ def _fit_positions(state: Mapping[str, Tensor], architecture: Architecture) -> d
     return dict(interpolate_embeddings(image_size, patch_size, dict(state)))
 
 
-def _check_fit(
-    state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str
-) -> None:
+def _check_fit(state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str) -> None:
     """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
     wanted = architecture.network.state_dict()
     remedy = "are they of another architecture?"

@@ -51,7 +51,9 @@ def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def plot_samples(split: Split, predicted: np.ndarray, probability: np.ndarray, classes: Sequence[str], file: Path) -> None:
+def plot_samples(
+    split: Split, predicted: np.ndarray, probability: np.ndarray, classes: Sequence[str], file: Path
+) -> None:
     """Sixteen test images with true and predicted names: half of them wrong where there are so many, spread evenly."""
     wrong = np.flatnonzero(predicted != split.labels)
     right = np.flatnonzero(predicted == split.labels)

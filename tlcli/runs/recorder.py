@@ -23,7 +23,7 @@ from tlcli.models.classifier import Classifier
 from tlcli.runs.environment import environment
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.run_dir import RunDir, write_json
-from tlcli.specs import TrainSpec
+from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
 from tlcli.watch import EpochRow, Outcome, Plan, Watch
 
@@ -68,7 +68,7 @@ class Recorder:
             keep_best=spec.keep_best.value,
             **self._facts,
             **environment(),
-            device=device.torch.type,
+            device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             numerics=device.why,
             **{f"n_{name}": len(split) for name, split in splits.items()},
@@ -86,7 +86,7 @@ class Recorder:
                 classes=data.classes,
                 counts={name: split.class_counts(len(data.classes)) for name, split in splits.items()},
                 model=model.name,
-                image=f"{own.size} px, {own.fit.value}, augment={_augment_words(spec)}",
+                image=f"{own.size} px, {own.fit.value}, {_augment_words(spec)}",
                 stages=stages,
                 training=_training_words(spec),
                 device=device.why,
@@ -99,7 +99,9 @@ class Recorder:
         self._run.log_metrics({"split": "running", **asdict(running)})
         self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
 
-    def epoch(self, epoch: int, fit: Fit | None, validation: Scores, *, best: bool, trainer: Trainer, network: nn.Module) -> None:
+    def epoch(
+        self, epoch: int, fit: Fit | None, validation: Scores, *, best: bool, trainer: Trainer, network: nn.Module
+    ) -> None:
         """An epoch ended: a line for train and one for val, and the checkpoints."""
         if fit is not None:
             self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
@@ -169,9 +171,7 @@ class Recorder:
         plot_curves(rows, best_epoch, self._run.plots / "curves.png")
         plot_confusion(report, self._run.plots / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
-        plot_samples(
-            data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png"
-        )
+        plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
 
     def _write_bad_files(self, data: Dataset) -> None:
         if not data.bad_files:
@@ -181,14 +181,24 @@ class Recorder:
 
 
 def _augment_words(spec: TrainSpec) -> str:
-    erasing = f", erasing {spec.augment.erasing:g}" if spec.augment.erasing else ""
-    return f"{spec.augment.kind}{erasing}"
+    """What happens to training images, for the plan."""
+    augment, words = spec.augment, []
+    if isinstance(augment, Crop):
+        words.append(f"crops of {augment.scale[0]:.0%} or more")
+        if augment.flip:
+            words.append("flips")
+    if augment.kind in ("trivial", "randaugment"):
+        words.append(augment.kind)
+    if augment.erasing:
+        words.append("erasing")
+    return "training on " + (", ".join(words) if words else "images as they are")
 
 
 def _training_words(spec: TrainSpec) -> str:
     """The line of the plan that says how it trains."""
+    epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
     batch = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
     return (
-        f"{spec.epochs} epochs, {batch}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
+        f"{epochs}, {batch}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
         f"head from {spec.freeze.head_init.value}, the epoch best in validation {spec.keep_best.value} is kept"
     )

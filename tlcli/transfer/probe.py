@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from tlcli.models.classifier import Classifier
 
-INVERSE_REGULARISATION = 0.01
+PENALTY = 0.05
+"""The L2 penalty an image. From 1 down to 0.003, the losses on held-out training images were lowest between 0.3 and 0.003
+on hymenoptera (200 images), digits (1,300) and CIFAR-10 (200 and 5,000). scikit-learn's own C is no such constant: its
+weight against the penalty grows with the number of images."""
 MAX_ITERATIONS = 200
 
 
@@ -29,7 +32,7 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
     x = features.numpy().astype(np.float32)
     mean, std = x.mean(axis=0), x.std(axis=0)
     std[std == 0] = 1.0
-    regression = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=MAX_ITERATIONS)
+    regression = LogisticRegression(C=1 / (PENALTY * len(x)), max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, not a result
         regression.fit((x - mean) / std, labels.numpy())

@@ -1,0 +1,57 @@
+"""What is installed: conf/ in the wheel, the entry point, nothing left in the checkout."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tlcli
+from tlcli.cli.conf_files import conf_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names in a wheel of this checkout."""
+    out = tmp_path_factory.mktemp("dist")
+    before = listing()
+    command = [sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert listing() == before  # building leaves nothing behind
+    (file,) = out.glob("*.whl")
+    with zipfile.ZipFile(file) as content:
+        return content.namelist()
+
+
+def listing() -> set[str]:
+    done = subprocess.run(["git", "status", "--porcelain", "--ignored"], cwd=ROOT, capture_output=True, text=True)
+    return {line for line in done.stdout.splitlines() if "__pycache__" not in line}
+
+
+def test_every_config_file_is_in_the_wheel(wheel: list[str]) -> None:
+    files = {"tlcli/conf/" + p.relative_to(ROOT / "conf").as_posix() for p in (ROOT / "conf").rglob("*.yaml")}
+    assert len(files) > 50
+    assert files <= set(wheel)
+
+
+def test_the_wheel_has_the_package_and_nothing_else(wheel: list[str]) -> None:
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tlcli").rglob("*.py")}
+    assert modules <= set(wheel)
+    assert {name.split("/")[0] for name in wheel} == {"tlcli", f"tlcli-{tlcli.__version__}.dist-info"}
+
+
+def test_the_checkout_finds_its_own_conf() -> None:
+    assert conf_dir().resolve() == ROOT / "conf"
+
+
+def test_every_dependency_has_a_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    for dependency in wanted:
+        assert "==" in dependency or (">=" in dependency and "<" in dependency), dependency
+    assert project["scripts"] == {"tlcli": "tlcli.cli:main"}
+    assert project["requires-python"] == ">=3.11"
