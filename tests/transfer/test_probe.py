@@ -33,10 +33,22 @@ def test_probabilities_are_those_of_the_regression() -> None:
     features = torch.randn(80, 5, generator=generator) + labels[:, None]
     head = nn.Linear(5, 2)
     fit_probe(head, features, labels)
-    standard = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
+    scale = features.var(0, correction=0).mean().sqrt()
+    standard = ((features - features.mean(0)) / scale).numpy()
     regression = LogisticRegression(C=1 / (probe.PENALTY * 80)).fit(standard, labels.numpy())
     expected = torch.from_numpy(regression.predict_proba(standard)).float()
     assert torch.allclose(torch.softmax(head(features), dim=1), expected, atol=1e-3)
+
+
+def test_nearly_constant_features_get_no_huge_weights() -> None:
+    """A backbone far from its own images has such features; a head that leans on them explodes as soon as they move."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(40)
+    features = torch.randn(120, 8, generator=generator) + labels[:, None]
+    features[:, 0] = 1e-5 * labels + 1e-6 * torch.randn(120, generator=generator)
+    head = nn.Linear(8, 3)
+    fit_probe(head, features, labels)
+    assert head.weight[:, 0].abs().max() < head.weight[:, 1:].abs().max()
 
 
 def test_only_a_single_linear_head_can_be_probed(spec: Compose) -> None:

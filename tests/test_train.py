@@ -1,0 +1,172 @@
+"""The main path from the command line to a complete run directory, on small images."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from tests.conftest import make_folder
+from tlcli.cli import main
+from tlcli.runs.run_dir import read_json
+
+RUN_KEYS = {
+    "schema_version", "status", "command", "overrides", "seed", "classes", "versions", "git_commit", "machine", "device",
+    "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache", "name", "best",
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]):
+    """train("freeze=head"): a run on the shapes at 32 px; its directory. Raises AssertionError unless it exits 0."""
+    monkeypatch.chdir(tmp_path)
+    count = 0
+
+    def run(*overrides: str, root: Path = shapes) -> Path:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"run{count}"
+        words = ["dataset=imagefolder", f"dataset.root='{root}'", "image.size=32", "epochs=2", *overrides]
+        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0, capsys.readouterr().err
+        return out
+
+    return run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_directory_is_complete(train) -> None:
+    run = train("optimizer.lr=1e-4")
+    record, test = read_json(run / "run.json"), read_json(run / "test.json")
+    assert record.keys() >= RUN_KEYS
+    assert record["status"] == "done"
+    assert (record["n_train"], record["n_val"], record["n_test"]) == (54, 6, 24)
+    assert record["classes"] == ["across", "checks", "down"]
+    assert record["parameters"]["trainable"] == record["parameters"]["total"]
+    assert record["cache"] == {"used": False, "key": None, "why": record["cache"]["why"]}
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 1e-4
+    assert (run / ".hydra/overrides.yaml").exists()
+    assert test["n"] == 24
+    assert test["accuracy_ci95"][0] <= test["accuracy"] <= test["accuracy_ci95"][1]
+    assert sum(map(sum, test["confusion"])) == 24
+    assert test["epoch"] == record["best"]["epoch"]
+    assert (run / test["checkpoint"]).is_file()
+    assert (run / "checkpoints/last.safetensors").is_file()
+    assert (run / "checkpoints/last.state").is_file()
+    assert "test" in (run / "run.log").read_text()
+    for plot in ("curves", "confusion", "samples"):
+        with Image.open(run / f"plots/{plot}.png") as image:
+            assert min(image.size) > 200
+
+
+def test_metrics_have_a_line_a_phase_and_epoch(train) -> None:
+    run = train("log_every=1")
+    epochs = [(r["split"], r["epoch"]) for r in rows(run) if r["split"] != "running"]
+    assert epochs == [("val", 0), ("train", 1), ("val", 1), ("train", 2), ("val", 2)]
+    first = next(r for r in rows(run) if r["split"] == "train")
+    assert first.keys() >= {"loss", "accuracy", "lr", "images_per_second", "seconds", "step"}
+    assert isinstance(first["lr"], dict)
+    assert [r["batch"] for r in rows(run) if r["split"] == "running"] == [1, 2, 1, 2]
+
+
+def test_checkpoint_says_what_it_is(train) -> None:
+    run = train("freeze=head")
+    with safe_open(run / "checkpoints/best.safetensors", framework="pt") as content:
+        facts = json.loads(content.metadata()["tlcli"])
+    assert facts["classes"] == ["across", "checks", "down"]
+    assert facts["backbone"] == "efficientnet_lite0"
+    assert facts["preprocessing"] == {"size": 32, "fit": "crop", "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def test_the_epoch_best_on_validation_is_the_one_tested(train) -> None:
+    run = train("optimizer.lr=1e-4")
+    vals = {r["epoch"]: r for r in rows(run) if r["split"] == "val"}
+    best = max(vals, key=lambda e: (vals[e]["accuracy"], -vals[e]["loss"]))
+    assert read_json(run / "test.json")["epoch"] == best
+
+
+def test_a_fine_tune_that_does_harm_keeps_the_probe(train) -> None:
+    run = train("optimizer.lr=0.3", "optimizer=sgd", "scheduler=constant", "clip_grad=1.0")
+    record = read_json(run / "run.json")
+    vals = {r["epoch"]: r for r in rows(run) if r["split"] == "val"}
+    assert record["best"]["accuracy"] >= vals[0]["accuracy"]
+
+
+def test_same_seed_same_result(train) -> None:
+    one, two, other = train("device.deterministic=true"), train("device.workers=1"), train("seed=1")
+    files = [(run / "checkpoints/last.safetensors").read_bytes() for run in (one, two, other)]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_source_then_target(train, tmp_path: Path) -> None:
+    make_folder(tmp_path / "target", {"diagonal": 12, "plain": 12}, seed=9)
+    source = train("backbone=resnet18", "backbone.weights=none", "optimizer.lr=1e-3", "freeze.head_init=random")
+    target = train(
+        "backbone=resnet18", f"backbone.weights='{source}'", "freeze=last_stages", root=tmp_path / "target"
+    )
+    record = read_json(target / "run.json")
+    assert record["classes"] == ["diagonal", "plain"]
+    assert 0 < record["parameters"]["trainable"] < record["parameters"]["total"]
+    again = train("backbone=resnet18", f"backbone.weights='{source}'", "epochs=1")
+    kept = next(r for r in rows(again) if r["epoch"] == 0)
+    best = read_json(source / "run.json")["best"]
+    assert kept["accuracy"] == pytest.approx(best["accuracy"])  # the head came along, by name
+
+
+def test_early_stop(train) -> None:
+    run = train("epochs=30", "early_stop=1", "optimizer.lr=1e-9")
+    assert max(r["epoch"] for r in rows(run)) < 10
+
+
+def test_bad_files_are_named_or_left_out(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "photos"
+    make_folder(root, {"a": 15, "b": 15})
+    (root / "a/broken.jpg").write_bytes(b"<html>")
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    words = ["train", "dataset=imagefolder", f"dataset.root='{root}'", "image.size=32", "epochs=1"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "broken.jpg" in error
+    assert "dataset.on_bad=skip" in error
+    run = train("dataset.on_bad=skip", "epochs=1", root=root)
+    with (run / "bad_files.csv").open() as file:
+        listed = list(csv.reader(file))
+    assert listed[0] == ["file", "reason"]
+    assert listed[1][0].endswith("a/broken.jpg")
+    assert read_json(run / "run.json")["n_bad_files"] == 1
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(
+    train, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("freeze=head", "epochs=1")
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "backbone=resnet18", f"backbone.weights='{run}'"]
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "give backbone=efficientnet_lite0" in error
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_ranks_by_validation_and_survives_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=last_stages"]
+    assert main(["train", "-m", *words, "freeze.n=1,99"]) == 1
+    (sweep,) = tmp_path.glob("outputs/*/*")
+    with (sweep / "leaderboard.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["status"] for row in table] == ["done", "failed"]
+    assert (sweep / "0/test.json").is_file()
+    assert read_json(sweep / "1/run.json")["status"] == "failed"
+    assert "freeze.n=99" in capsys.readouterr().err
