@@ -1,6 +1,7 @@
 """Accuracy for the time spent, with default settings: python -m benchmarks.accuracy DATA
 
-DATA has hymenoptera/{train,val}/CLASS/* and cifar10/{train,test}/CLASS/*. Each row is one command; test is used once in each.
+DATA has hymenoptera/{train,val}/CLASS/* and cifar10/{train,test}/CLASS/*. Each row is one command, and its test set is
+used once.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Source, then target: python -m benchmarks.source_target DATA
 
-DATA has cifar10/train/CLASS/*.jpg and cifar10/test/CLASS/*.jpg. ResNet-18 is pretrained from nothing on five classes, then
-transferred to the other five with 50 images a class: frozen, last stage and whole network, against the same from nothing.
+DATA has cifar10/train/CLASS/*.jpg and cifar10/test/CLASS/*.jpg. ResNet-18 is pretrained from nothing on five classes,
+then transferred to the other five with 50 images a class: frozen, last stage and whole network, against the same from
+nothing.
 """
 
 import sys

@@ -91,7 +91,10 @@ def test_rich_is_for_the_command_line_alone() -> None:
     assert {own_top(p) for p in MODULES if any(n.split(".")[0] == "rich" for n in imports(p))} == {"cli"}
 
 
-@pytest.mark.parametrize("module", ["tlcli", "tlcli.cli", "tlcli.specs", "tlcli.data.listing", "tlcli.runs.leaderboard"])
+LIGHT = ["tlcli", "tlcli.cli", "tlcli.specs", "tlcli.data.listing", "tlcli.runs.leaderboard"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_leave_torch_out(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'sklearn', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ from tlcli.cli import main
 from tlcli.runs.run_dir import read_json
 
 RUN_KEYS = {
-    "schema_version", "status", "command", "overrides", "seed", "classes", "versions", "git_commit", "machine", "device",
-    "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache", "name", "best",
+    "schema_version", "status", "command", "overrides", "seed", "classes", "versions", "git_commit", "machine",
+    "device", "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache", "name", "best",
 }  # fmt: skip
 
 
@@ -108,9 +108,7 @@ def test_same_seed_same_result(train) -> None:
 def test_source_then_target(train, tmp_path: Path) -> None:
     make_folder(tmp_path / "target", {"diagonal": 12, "plain": 12}, seed=9)
     source = train("backbone=resnet18", "backbone.weights=none", "optimizer.lr=1e-3", "freeze.head_init=random")
-    target = train(
-        "backbone=resnet18", f"backbone.weights='{source}'", "freeze=last_stages", root=tmp_path / "target"
-    )
+    target = train("backbone=resnet18", f"backbone.weights='{source}'", "freeze=last_stages", root=tmp_path / "target")
     record = read_json(target / "run.json")
     assert record["classes"] == ["diagonal", "plain"]
     assert 0 < record["parameters"]["trainable"] < record["parameters"]["total"]

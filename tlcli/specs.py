@@ -500,7 +500,7 @@ def _contradictions(spec: Spec, prefix: str) -> Iterator[str]:
 
 
 def _out_of_range(value: float | None, limits: Any) -> str | None:
-    """The range in words where the value is outside it, else None. An unset value is inside; NaN and infinity are outside."""
+    """The range in words where the value is outside it, else None. Unset is inside, NaN and infinity are not."""
     low, high, above, below = (limits[k] for k in ("low", "high", "above", "below"))
     inside = value is None or (
         (low is None or value >= low)

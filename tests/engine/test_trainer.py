@@ -152,7 +152,7 @@ def test_one_image_left_over_does_not_crash_batchnorm(small, n: int) -> None:
 
 def test_batches_of_one_under_batchnorm_are_explained(small) -> None:
     setting = small("freeze.bn_stats=update", "batch_size=1", "backbone=resnet18", "backbone.weights=none")
-    with pytest.raises(TlcliError, match="batch_size=1.*give batch_size=2"):
+    with pytest.raises(TlcliError, match=r"batch_size=1.*give batch_size=2"):
         setting.fit()
 
 

@@ -119,7 +119,7 @@ def _lite(spec: LiteBackbone, architecture: Architecture) -> dict[str, Tensor]:
     names = list(architecture.network.state_dict())
     if len(names) != len(published):
         raise TlcliError(f"{package} has {len(published)} tensors where {spec.name} has {len(names)}")
-    return {name: tensor for name, tensor in zip(names, published.values(), strict=True)}
+    return dict(zip(names, published.values(), strict=True))
 
 
 def _timm(spec: TimmBackbone, n_classes: int, size: int) -> Pretrained:

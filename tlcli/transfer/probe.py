@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tlcli.models.classifier import Classifier
 
 PENALTY = 0.05
-"""The L2 penalty an image. On held-out training images, from 1 down to 0.003, losses were lowest between 0.3 and 0.003 on
-hymenoptera (200 images), digits (1,300) and CIFAR-10 (200 and 5,000). scikit-learn's own C is no such constant: its
+"""The L2 penalty an image. On held-out training images, from 1 down to 0.003, losses were lowest between 0.3 and 0.003
+on hymenoptera (200 images), digits (1,300) and CIFAR-10 (200 and 5,000). scikit-learn's own C is no such constant: its
 weight against the penalty grows with the number of images."""
 MAX_ITERATIONS = 200
 
