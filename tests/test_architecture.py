@@ -19,7 +19,8 @@ LAYERS = [
     {"engine"},
     {"runs"},
     {"train"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 """From the bottom up. A module may import from layers below its own, and from its own package."""
 MODULES = sorted(PACKAGE.rglob("*.py"))

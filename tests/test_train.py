@@ -16,7 +16,8 @@ from tlcli.runs.run_dir import read_json
 
 RUN_KEYS = {
     "schema_version", "status", "command", "overrides", "seed", "classes", "versions", "git_commit", "machine",
-    "device", "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache", "name", "best",
+    "device", "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache",
+    "name", "best",
 }  # fmt: skip
 
 

@@ -48,7 +48,10 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # at the ends the formula gives 0 and 1, and rounding does not
+    low = 0.0 if right == 0 else (middle - half) / scale
+    high = 1.0 if right == n else (middle + half) / scale
+    return low, high
 
 
 def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
