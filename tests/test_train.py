@@ -169,3 +169,20 @@ def test_a_sweep_ranks_by_validation_and_survives_a_failure(
     assert (sweep / "0/test.json").is_file()
     assert read_json(sweep / "1/run.json")["status"] == "failed"
     assert "freeze.n=99" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_default_job_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 0.98 on digits, above the probe that it starts from, frozen or not."""
+    monkeypatch.chdir(tmp_path)
+    accuracy = {}
+    for strategy in ("none", "last_stages"):
+        assert main(["train", f"hydra.run.dir={strategy}", f"freeze={strategy}"]) == 0
+        accuracy[strategy] = read_json(tmp_path / strategy / "test.json")["accuracy"]
+        probe, best = (
+            next(r for r in rows(tmp_path / strategy) if r["epoch"] == 0)["accuracy"],
+            read_json(tmp_path / strategy / "run.json")["best"]["accuracy"],
+        )
+        assert best >= probe
+    assert accuracy["none"] >= 0.98
+    assert accuracy["last_stages"] >= 0.9
