@@ -69,10 +69,12 @@ def test_a_run_directory_is_complete(train) -> None:
 def test_metrics_have_a_line_a_phase_and_epoch(train) -> None:
     run = train("log_every=1")
     epochs = [(r["split"], r["epoch"]) for r in rows(run) if r["split"] != "running"]
-    assert epochs == [("val", 0), ("train", 1), ("val", 1), ("train", 2), ("val", 2)]
-    first = next(r for r in rows(run) if r["split"] == "train")
-    assert first.keys() >= {"loss", "accuracy", "lr", "images_per_second", "seconds", "step"}
-    assert isinstance(first["lr"], dict)
+    assert epochs[:-1] == [("val", 0), ("train", 1), ("val", 1), ("train", 2), ("val", 2)]
+    assert epochs[-1] == ("test", read_json(run / "test.json")["epoch"])
+    for row in rows(run):
+        if row["split"] != "running":
+            assert row.keys() >= {"split", "epoch", "step", "loss", "accuracy", "lr", "images_per_second", "seconds"}
+    assert isinstance(next(r for r in rows(run) if r["split"] == "train")["lr"], dict)
     assert [r["batch"] for r in rows(run) if r["split"] == "running"] == [1, 2, 1, 2]
 
 
@@ -119,6 +121,39 @@ def test_source_then_target(train, tmp_path: Path) -> None:
     assert kept["accuracy"] == pytest.approx(best["accuracy"])  # the head came along, by name
 
 
+def test_a_head_that_is_kept_frozen_may_be_probed(train) -> None:
+    run = train("freeze=pattern", "freeze.train=['blocks\\.6']", "freeze.keep=['^classifier']", "epochs=1")
+    assert read_json(run / "run.json")["status"] == "done"
+
+
+def test_a_validation_loss_that_is_not_finite_is_explained(
+    train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shapes: Path
+) -> None:
+    import tlcli.train
+    from tlcli.engine.metrics import Scores
+
+    train("epochs=1")  # it works as it is
+    monkeypatch.setattr(tlcli.train, "scores", lambda predictions: Scores(0.1, 0.1, float("nan")))
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze.head_init=random"]
+    assert main(["train", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "validation loss is not finite after epoch 1" in error
+    assert "optimizer.lr=" in error
+
+
+def test_an_accelerator_that_is_not_there_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert main(["train", "dataset=imagefolder", f"dataset.root='{shapes}'", "device=mps"]) == 2
+    assert "device=mps" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_early_stop(train) -> None:
     run = train("epochs=30", "early_stop=1", "optimizer.lr=1e-9")
     assert max(r["epoch"] for r in rows(run)) < 10
@@ -135,6 +170,8 @@ def test_bad_files_are_named_or_left_out(train, tmp_path: Path, capsys: pytest.C
     assert error.count("\n") == 1
     assert "broken.jpg" in error
     assert "dataset.on_bad=skip" in error
+    (listed_on_error,) = tmp_path.glob("outputs/*/*/bad_files.csv")
+    assert "broken.jpg" in listed_on_error.read_text()
     run = train("dataset.on_bad=skip", "epochs=1", root=root)
     with (run / "bad_files.csv").open() as file:
         listed = list(csv.reader(file))

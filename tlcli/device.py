@@ -39,8 +39,13 @@ class Device:
         network.to(device=self.accelerator, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def put(self, batch: Tensor) -> Tensor:
-        """A batch on this device; the copy overlaps with arithmetic where the host memory is pinned."""
-        return batch.to(self.accelerator, non_blocking=True)
+        """A batch on this device; on CUDA, where host memory is pinned, the copy overlaps with arithmetic."""
+        return batch.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
+
+    def compile_where_asked(self, network: nn.Module) -> None:
+        """torch.compile, in place: the names of tensors stay as they are."""
+        if self.compile:
+            network.compile()
 
 
 def prepare(spec: DeviceSpec) -> torch.device:
@@ -145,8 +150,10 @@ def keep_freed_memory() -> None:
 
 
 def _auto_workers(accelerator: torch.device) -> int:
-    """None on a CPU, where decoding and arithmetic share the cores; else one a core, at most 8."""
-    return 0 if accelerator.type == "cpu" else min(8, os.cpu_count() or 1)
+    """One a core, at most 8, beside a CUDA GPU on Linux. None on a CPU, where decoding and arithmetic share the cores,
+    and none where workers cannot be forked: each would be sent the images that are in memory."""
+    forks = platform.system() == "Linux"
+    return min(8, os.cpu_count() or 1) if accelerator.type == "cuda" and forks else 0
 
 
 def _name(accelerator: torch.device) -> str:

@@ -20,7 +20,11 @@ class UsageError(TlcliError):
 
 
 class BadImages(TlcliError):
-    """Some files of the data set are not images, or are damaged."""
+    """Some files of the data set are not images, or are damaged: `files` has (file, reason) of each."""
+
+    def __init__(self, message: str, files: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.files = tuple(files)
 
 
 class FrozenChanged(TlcliError):

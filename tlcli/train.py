@@ -36,6 +36,8 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
     record.plan(data, model, inputs, device)
     with record.phase("probe"):
         head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, watch)
+    contract.seal()
+    device.compile_where_asked(model.network)
 
     selection = Selection(spec.keep_best, spec.early_stop)
     for epoch in range(0 if head_is_ready else 1, spec.epochs + 1):  # epoch 0 is the network before it trains
@@ -44,6 +46,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
         contract.verify()
         with record.phase("validate"):
             validation = scores(evaluate(model.network, inputs.val, device, watch, "validation"))
+        trainer.require_finite(validation.loss, epoch, "validation loss")
         trainer.schedule.after_epoch(validation.loss)
         best = selection.improves(epoch, validation)
         record.epoch(epoch, fit, validation, best=best, trainer=trainer, network=model.network)
@@ -55,7 +58,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
     frozen = contract.verify()
     with record.phase("test"):
         predictions = evaluate(model.network, inputs.test, device, watch, "test")
-    record.result(data, predictions, selection, frozen)
+    record.result(data, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
 
 

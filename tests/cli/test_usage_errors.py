@@ -55,7 +55,7 @@ CASES = {
     "freeze=head,none": "add -m",
     "seed=range(1,4)": "add -m",
     "foo": "write KEY=VALUE",
-    "digits": "Did you mean 'dataset=digits'?",
+    "digits": "Did you mean 'dataset=digits' or 'experiment=digits'?",
     "=3": "write KEY=VALUE",
     "epochs=[1": "close its brackets",
     "name=a(b": "write 'name=\"a(b\"'",

@@ -208,7 +208,7 @@ def test_bad_files_are_an_error(make_folder: MakeFolder) -> None:
     message = str(caught.value)
     assert message.startswith("7 files do not decode: ")
     assert message.count("(a web page, not an image)") == 5
-    assert "and 2 more; dataset.on_bad=skip leaves them out" in message
+    assert "and 2 more, all in the run's bad_files.csv; dataset.on_bad=skip leaves them out" in message
     assert "\n" not in message
 
 

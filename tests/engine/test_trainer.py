@@ -107,8 +107,8 @@ def test_training_learns(small) -> None:
 
 def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     """A short last group included: 54 images in batches of 8 by 3, and in batches of 24."""
-    once = small("batch_size=24", "optimizer=sgd", "augment=none", "optimizer.lr=0.01")
-    parts = small("batch_size=8", "accumulate=3", "optimizer=sgd", "augment=none", "optimizer.lr=0.01")
+    same = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=frozen", "augment=none", "optimizer=sgd")
+    once, parts = small("batch_size=24", *same), small("batch_size=8", "accumulate=3", *same)
     for setting in (once, parts):
         setting.model.network.double()
         ready = setting.inputs.train._ready
@@ -163,6 +163,17 @@ def test_running_loss_every_so_many_batches(small) -> None:
     assert all(r.loss > 0 for r in setting.running)
 
 
+def test_running_loss_ends_at_its_batch_inside_a_group() -> None:
+    from tlcli.engine.trainer import _Tally
+
+    tally = _Tally(torch.device("cpu"))
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        tally.add(torch.tensor(2 * loss), torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert tally.running(3, 3) == 2.0
+    assert tally.running(4, 2) == 3.5
+    assert tally.loss() == 2.5
+
+
 def test_clip_grad_bounds_the_step(small) -> None:
     free, clipped = (
         small("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "scheduler=constant", "batch_size=54", clip)
@@ -213,7 +224,7 @@ def test_every_optimizer_with_every_augmentation(small, optimizer: str, augment:
     assert setting.fit().loss > 0
 
 
-def test_bfloat16_and_compile(small) -> None:
+def test_bfloat16(small) -> None:
     assert small("device.precision=bf16").fit().loss > 0
 
 

@@ -158,6 +158,33 @@ def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypat
         build_model(spec("backbone=efficientnet_lite1").backbone, CLASSES, size=None, seed=0)
 
 
+def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
+    name = "backbone.name=vit_tiny_patch16_224"
+    small = build_model(spec("backbone=timm", name, "backbone.weights=none").backbone, CLASSES, size=64, seed=0)
+    save_weights(tmp_path / "v.safetensors", small.network, {"classes": list(CLASSES)})
+    again = spec("backbone=timm", name, f"backbone.weights='{tmp_path / 'v.safetensors'}'").backbone
+    larger = build_model(again, CLASSES, size=96, seed=0)
+    assert larger.head_loaded
+    with torch.inference_mode():
+        assert larger.network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("facts", [{"classes": 3}, {"preprocessing": {"size": 32}}, {"preprocessing": [1]}])
+def test_damaged_metadata_is_a_usage_error(spec: Compose, source: Classifier, tmp_path: Path, facts: dict) -> None:
+    save_weights(tmp_path / "m.safetensors", source.network, facts)
+    with pytest.raises(UsageError, match="metadata is damaged"):
+        read_weights(tmp_path / "m.safetensors")
+
+
+def test_names_that_do_not_suit_their_kind(spec: Compose) -> None:
+    with pytest.raises(UsageError, match="efficientnet_lite0, efficientnet_lite1"):
+        build_model(spec("backbone.name=efficientnet_b0").backbone, CLASSES, size=None, seed=0)
+    with pytest.raises(UsageError, match=r"image\.size=100 does not suit vit_b_16"):
+        build_model(spec("backbone=vit_b_16", "backbone.weights=none").backbone, CLASSES, size=100, seed=0)
+    with pytest.raises(UsageError, match="is no stage"):
+        build_model(spec("backbone.weights=none", "backbone.reinit=[nosuch]").backbone, CLASSES, size=None, seed=0)
+
+
 def test_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
     backbone = spec("backbone=vit_b_16", "backbone.weights=none").backbone
     small = build_model(backbone, CLASSES, size=32, seed=0)

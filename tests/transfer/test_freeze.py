@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import Compose
-from tlcli.errors import FrozenChanged, TlcliError, UsageError
+from tlcli.errors import FrozenChanged, UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.transfer.contract import apply_freeze
@@ -69,7 +69,7 @@ def test_norm_and_bias(spec: Compose, model: Classifier) -> None:
 
 
 def test_nothing_left_to_train_is_an_error(spec: Compose, model: Classifier) -> None:
-    with pytest.raises(TlcliError, match="nothing is left to train"):
+    with pytest.raises(UsageError, match="nothing is left to train"):
         apply_freeze(spec("freeze=pattern", "freeze.keep=['.']").freeze, model)
 
 

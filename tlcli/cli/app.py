@@ -120,7 +120,7 @@ def _tidy(folder: Folder, exc: BaseException, sweeping: bool) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, so that a run can record its ending."""
+    """Within the block SIGTERM, and SIGHUP unless it is ignored, raise Terminated: a run can record its ending."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set a handler
         return
@@ -131,8 +131,11 @@ def terminable() -> Iterator[None]:
             os._exit(128 + number)  # a forked worker: the run is not its to record
         raise Terminated
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    caught = {s for s in (signal.SIGTERM, hangup) if signal.getsignal(s) is not signal.SIG_IGN}  # nohup stays nohup
+    previous = {number: signal.signal(number, stop) for number in caught}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

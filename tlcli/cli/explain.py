@@ -88,7 +88,10 @@ def _unreadable(exc: OverrideParseException, files: ConfFiles) -> str:
     """An override that does not follow the grammar; a bare word may be an option."""
     if "=" in exc.override:
         key, _, value = exc.override.partition("=")
-        remedy = "close its brackets" if value[:1] in ("[", "{") else f"""write '{key}="{value}"'"""
+        remedy = f"""write '{key}="{value}"'"""
+        if value[:1] in ("[", "{"):
+            closed = value[-1:] in ("]", "}")
+            remedy = f"""quote its values: {key}="['...']\"""" if closed else "close its brackets"
         return f"cannot read {exc.override!r}: {remedy}"
     near = [f"{group}={exc.override}" for group, options in files.groups.items() if exc.override in options]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -70,4 +70,6 @@ def _rows(rows: list[tuple[str, str]], width: int, indent: int = 2) -> Iterator[
         if len(left) > column:
             yield head.rstrip()
             head = hanging
-        yield from textwrap.wrap(right, width, initial_indent=head, subsequent_indent=hanging) or [head.rstrip()]
+        yield from textwrap.wrap(
+            right, width, break_on_hyphens=False, initial_indent=head, subsequent_indent=hanging
+        ) or [head.rstrip()]

@@ -17,7 +17,7 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
 from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
-from tlcli.errors import TlcliError
+from tlcli.errors import BadImages, TlcliError
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir
 
@@ -33,8 +33,8 @@ def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
     sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     overrides = list(job.overrides.task)
     try:
-        run.start(command=command, overrides=overrides, config=_resolved(config))
-        with logging_to(run.log_file), recorded(run):
+        with recorded(run), logging_to(run.log_file), logged():
+            run.start(command=command, overrides=overrides, config=_resolved(config))
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:
                 watch.heading(f"[{job.job.num}] {' '.join(overrides)}")
@@ -78,10 +78,21 @@ def recorded(run: RunDir) -> Iterator[None]:
         _end(run, "interrupted", ending(exc)[1])
         raise
     except BaseException as exc:
-        log.error(ending(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
+        if isinstance(exc, BadImages):
+            run.write_bad_files(exc.files)
         _end(run, "failed", ending(exc)[1])
         raise
-    _end(run, "done", None)
+    run.end("done")
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[None]:
+    """Write the error that ends the block to run.log, with its traceback where it is none of ours."""
+    try:
+        yield
+    except Exception as exc:
+        log.error(ending(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
+        raise
 
 
 def _end(run: RunDir, status: str, error: str | None) -> None:

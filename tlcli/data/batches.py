@@ -32,8 +32,8 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 class Batches:
     """The images of a split as (x, y): x uint8 (batch, 3, size, size), y int64 (batch,), both on the CPU.
 
-    With workers=0 images are read in this process, else in so many others. On a machine with CUDA, memory is pinned.
-    The last batch may be smaller. Iterating raises BadImages if a file can no longer be read.
+    With workers=0 images are read in this process, else in so many others. `pin_memory` is for batches that go to a
+    CUDA GPU. The last batch may be smaller. Iterating raises BadImages if a file can no longer be read.
     """
 
     def __init__(
@@ -45,11 +45,13 @@ class Batches:
         workers: int,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         self.split = split
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self.pin_memory = pin_memory
         self.plain = _Samples(split, preprocessing, None, seed)
         self.augmented = _Samples(split, preprocessing, augmentation, seed)
 
@@ -72,7 +74,7 @@ class Batches:
             batch_sampler=[keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size)],
             num_workers=self.workers,
             collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
             # fork shares the images in memory; spawn and forkserver would send them to each worker
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # its own: else every pass would move torch's global generator on

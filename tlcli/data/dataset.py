@@ -110,8 +110,9 @@ def _decode(
                 splits[name] = Split(kept, good.indices, good.labels)
     if bad and spec.on_bad is OnBad.error:
         first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise BadImages(f"{_files(len(bad))} not decode: {first}{more}; dataset.on_bad=skip leaves them out")
+        more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
+        message = f"{_files(len(bad))} not decode: {first}{more}; dataset.on_bad=skip leaves them out"
+        raise BadImages(message, bad)
     return splits, bad
 
 

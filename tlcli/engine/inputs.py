@@ -15,7 +15,8 @@ from tlcli.specs import TrainSpec
 
 Batch = tuple[Tensor, Tensor]
 EVALUATION_BATCH = 64
-"""Images a forward pass of evaluation: it holds no activations for backward, and does not change the result."""
+"""Images a forward pass of evaluation at the most; at most four times the training batch, whose backward pass needs as
+much memory."""
 
 
 class LiveImages:
@@ -63,8 +64,9 @@ def open_inputs(data: Dataset, model: Classifier, spec: TrainSpec, device: Devic
         batches = Batches(
             split,
             preprocessing,
-            batch_size=spec.batch_size if train else EVALUATION_BATCH,
+            batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
             workers=device.workers,
+            pin_memory=device.accelerator.type == "cuda",
             augmentation=make_augmentation(spec.augment, preprocessing) if train else None,
             seed=spec.seed,
         )

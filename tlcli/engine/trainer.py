@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -57,8 +57,6 @@ class Trainer:
         self._device = device
         self._contract = contract
         self._network: nn.Module = model.network
-        if spec.device.compile:
-            self._network.compile()
         self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, model))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         n_train = sum(class_counts)
@@ -76,22 +74,24 @@ class Trainer:
         torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout is then a function of (seed, epoch)
         tally = _Tally(self._device.accelerator)
         batches = inputs.epoch(epoch)
-        start, batch = time.perf_counter(), 0
+        first_step, start, batch = self.step, time.perf_counter(), 0
         with watch.track(f"epoch {epoch}", len(inputs)) as advance:
             while group := list(islice(batches, self._spec.accumulate)):
-                self._update(group, tally, epoch)
+                self._update(group, tally)
+                if self._device.accelerator.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
+                    self._check(tally, epoch, first_step)
                 for _, y in group:
                     batch += 1
                     if self._spec.log_every and batch % self._spec.log_every == 0:
-                        on_running(Running(epoch, batch, tally.running(self._spec.log_every)))
+                        on_running(Running(epoch, batch, tally.running(batch, self._spec.log_every)))
                     advance(len(y))
-        self._check(tally, epoch)
+        self._check(tally, epoch, first_step)
         seconds = time.perf_counter() - start
         lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         return Fit(tally.loss(), tally.accuracy(), self.step, seconds, len(inputs) / seconds, lr)
 
     def state(self) -> dict[str, Any]:
-        """What exact resume needs beside the weights."""
+        """The state of training beside the weights."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state(),
@@ -100,7 +100,7 @@ class Trainer:
             "random": torch.get_rng_state(),
         }
 
-    def _update(self, group: list[Batch], tally: "_Tally", epoch: int) -> None:
+    def _update(self, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""
         self.schedule.before_step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,8 +109,6 @@ class Trainer:
             losses, logits = self._forward(x, y)
             torch.autograd.backward(self._scaler.scale(losses / total))
             tally.add(losses.detach(), logits.detach(), y)
-        if self._device.accelerator.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
-            self._check(tally, epoch)
         if self._spec.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
@@ -141,14 +139,24 @@ class Trainer:
         )
         return losses, logits
 
-    def _check(self, tally: "_Tally", epoch: int) -> None:
-        """Raise NotFinite where a loss is not a number."""
+    def require_finite(self, loss: float, epoch: int, what: str) -> None:
+        """Raise NotFinite, after an epoch, unless this loss is a number."""
+        if not isfinite(loss):
+            raise self._not_finite(f"the {what} is not finite after epoch {epoch}", self.step - 1)
+
+    def _check(self, tally: "_Tally", epoch: int, first_step: int) -> None:
+        """Raise NotFinite where the loss of a batch that was not looked at yet is not a number."""
         at = tally.first_not_finite()
-        if at is None:
-            return
+        if at is not None:
+            step = first_step + at // self._spec.accumulate
+            raise self._not_finite(f"the loss is not finite at epoch {epoch}, batch {at + 1}", step)
+
+    def _not_finite(self, what: str, step: int) -> NotFinite:
+        """The error for a step (0-based), with its rate and what to try."""
+        self.schedule.before_step(max(0, step))
         rate = max(group["lr"] for group in self.optimizer.param_groups)
-        raise NotFinite(
-            f"the loss is not finite at epoch {epoch}, batch {at + 1} (step {self.step}, lr {rate:.3g}): "
+        return NotFinite(
+            f"{what} (step {step + 1}, lr {rate:.3g}): "
             f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
         )
 
@@ -172,9 +180,10 @@ class _Tally:
         """The mean over all images so far."""
         return torch.stack(self._losses).cpu().double().sum().item() / sum(self._sizes)
 
-    def running(self, batches: int) -> float:
-        """The mean over the last batches of each one's mean, as the classic tutorial prints it."""
-        means = torch.stack(self._losses[-batches:]) / torch.tensor(self._sizes[-batches:], device=self._right.device)
+    def running(self, end: int, batches: int) -> float:
+        """The mean, over so many batches up to number `end`, of each one's mean, as the classic tutorial prints it."""
+        last = slice(end - batches, end)
+        means = torch.stack(self._losses[last]) / torch.tensor(self._sizes[last], device=self._right.device)
         return means.mean().item()
 
     def accuracy(self) -> float:

@@ -53,6 +53,8 @@ def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
         raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     lite = isinstance(spec, LiteBackbone)
+    if lite and spec.name not in LITE_SIZES:
+        raise UsageError(f"backbone.name={spec.name} is no EfficientNet-Lite: give {', '.join(LITE_SIZES)}")
     return Architecture(
         network=network,
         head=head,
@@ -110,7 +112,10 @@ def _torchvision(spec: BackboneSpec, n_classes: int, size: int | None) -> Archit
     expected = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
     own_size = expected.crop_size[0]
     options: dict[str, Any] = {"image_size": size or own_size} if spec.name.startswith("vit_") else {}
-    network = torchvision.models.get_model(spec.name, weights=None, **options)
+    try:
+        network = torchvision.models.get_model(spec.name, weights=None, **options)
+    except AssertionError as error:  # torchvision's ViTs assert that their patches tile the image
+        raise UsageError(f"image.size={size} does not suit {spec.name}: {error}") from error
     replace_head(network, spec.head, n_classes, spec.dropout)
     return Architecture(
         network=network,
@@ -123,7 +128,7 @@ def _torchvision(spec: BackboneSpec, n_classes: int, size: int | None) -> Archit
 
 
 def replace_head(network: nn.Module, name: str, n_classes: int, dropout: float) -> None:
-    """Put a new Head where the last linear layer is. A dropout of the architecture's own right before it is turned
+    """Put a new Head where the last linear layer is. The architecture's own dropouts in the same classifier are turned
     off: backbone.dropout is the only one there."""
     parent_name, _, last = name.rpartition(".")
     try:

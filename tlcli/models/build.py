@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -14,6 +15,9 @@ from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Architecture, Classifier
 from tlcli.models.weights import Pretrained, published_weights, read_weights
 from tlcli.specs import BackboneSpec
+
+POSITIONS = ("encoder.pos_embedding", "pos_embed")
+"""What torchvision and timm call a ViT's table of positions."""
 
 
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
@@ -26,22 +30,28 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     torch.manual_seed(seed)
     given = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
     if size is None and given is not None and given.preprocessing is not None:
-        size = int(given.preprocessing["size"])
+        size = given.preprocessing["size"]
     architecture = build_architecture(spec, len(classes), size)
+    dropped = tensors_to_reinit(spec.reinit, architecture)
     loaded = given
     if spec.weights == "default":
         loaded = published_weights(spec, architecture, len(classes), size or architecture.size)
     if loaded is None:
         return Classifier(spec.name, architecture, tuple(classes), notes=("weights: random (weights=none)",))
     if loaded.backbone not in (None, spec.name):
-        raise UsageError(f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone}")
-    dropped = tensors_to_reinit(spec.reinit, architecture)
+        raise UsageError(
+            f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone} "
+            f"(a model of timm: backbone=timm backbone.name={loaded.backbone})"
+        )
     state, head_note = _head_by_name(loaded, architecture, tuple(classes))
+    if architecture.stages[-1].tensors & dropped:
+        head_note = f"head: thrown away (reinit), {len(classes)} classes"
     state = _fit_positions(state, architecture)
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     optional = dropped | architecture.stages[-1].tensors
     _check_fit(kept, architecture, optional, loaded.source)
     architecture.network.load_state_dict(kept, strict=False)
+    head_loaded = architecture.stages[-1].tensors <= frozenset(kept)
     notes = [f"weights: {loaded.source}", head_note]
     if dropped:
         notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
@@ -50,7 +60,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
         architecture=_with_preprocessing(architecture, loaded.preprocessing),
         classes=tuple(classes),
         pretrained=frozenset(kept),
-        head_loaded=architecture.stages[-1].tensors <= frozenset(kept),
+        head_loaded=head_loaded,
         notes=tuple(notes),
     )
 
@@ -90,14 +100,19 @@ def _head_by_name(
 
 
 def _fit_positions(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """torchvision's ViT holds a table of positions for one image size: resample it for another, as torchvision does."""
-    network, name = architecture.network, "encoder.pos_embedding"
-    wanted = dict(network.named_parameters()).get(name)
-    if wanted is None or name not in state or state[name].shape == wanted.shape:
-        return dict(state)
-    image_size: Any = network.image_size
-    patch_size: Any = network.patch_size
-    return dict(interpolate_embeddings(image_size, patch_size, dict(state)))
+    """A ViT holds a table of positions for one image size: resample it for another, as its library does."""
+    network: Any = architecture.network
+    wanted = dict(network.named_parameters())
+    changed = [n for n in POSITIONS if n in wanted and n in state and state[n].shape != wanted[n].shape]
+    if "encoder.pos_embedding" in changed:
+        return dict(interpolate_embeddings(network.image_size, network.patch_size, dict(state)))
+    if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):
+        tokens = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
+        table = resample_abs_pos_embed(
+            state["pos_embed"], list(network.patch_embed.grid_size), num_prefix_tokens=tokens
+        )
+        return {**state, "pos_embed": table}
+    return dict(state)
 
 
 def _check_fit(state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str) -> None:
@@ -127,7 +142,7 @@ def _with_preprocessing(architecture: Architecture, preprocessing: Mapping[str, 
         network=architecture.network,
         head=architecture.head,
         stages=architecture.stages,
-        size=int(preprocessing["size"]),
-        mean=tuple(preprocessing["mean"]),
-        std=tuple(preprocessing["std"]),
+        size=preprocessing["size"],
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
     )

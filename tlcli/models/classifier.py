@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,8 +78,3 @@ def within(name: str, modules: Iterable[str]) -> bool:
 def count(parameters: Iterable[Tensor]) -> int:
     """The number of values in all of them."""
     return sum(p.numel() for p in parameters)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are bit for bit the same."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

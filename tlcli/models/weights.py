@@ -56,6 +56,7 @@ def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes:
 
 def read_weights(path: Path) -> Pretrained:
     """The tensors of a .safetensors file, a .pth or .pt file with a state dict, or the best ones of a run directory."""
+    path = path.expanduser()
     file = path / RUN_CHECKPOINT if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if path.is_dir() else ''}")
@@ -63,6 +64,8 @@ def read_weights(path: Path) -> Pretrained:
         if file.suffix == ".safetensors":
             return _safetensors(file, str(path))
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except SafetensorError as error:
         raise UsageError(f"backbone.weights={path}: not a safetensors file, or damaged ({error})") from error
     except Exception as error:  # torch.load raises many kinds; none of them is ours to mend
@@ -88,14 +91,24 @@ def _safetensors(file: Path, source: str) -> Pretrained:
     with safe_open(file, framework="pt") as content:
         state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
     facts = read_metadata(file)
-    classes = facts.get("classes")
-    return Pretrained(
-        source=source,
-        state=state,
-        backbone=facts.get("backbone"),
-        classes=tuple(classes) if classes else None,
-        preprocessing=facts.get("preprocessing"),
-    )
+    try:
+        return Pretrained(source, state, **_checked(facts))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file}: its tlcli metadata is damaged ({type(error).__name__}: {error})") from error
+
+
+def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, as far as it is what it should be; raises for anything else."""
+    found: dict[str, Any] = {}
+    if "backbone" in facts:
+        found["backbone"] = str(facts["backbone"])
+    if "classes" in facts:
+        found["classes"] = tuple(str(name) for name in facts["classes"])
+    if "preprocessing" in facts:
+        own = facts["preprocessing"]
+        (r, g, b), (sr, sg, sb) = ([float(v) for v in own[key]] for key in ("mean", "std"))
+        found["preprocessing"] = {"size": int(own["size"]), "mean": (r, g, b), "std": (sr, sg, sb)}
+    return found
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:

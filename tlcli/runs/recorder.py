@@ -1,6 +1,5 @@
 """What a run leaves behind, written as it goes: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
-import csv
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from tlcli.data.dataset import Dataset
 from tlcli.device import Device
 from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, Scores, most_confused, test_report
+from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
 from tlcli.engine.selection import Selection
 from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.models.classifier import Classifier
@@ -37,6 +36,7 @@ class Recorder:
         self._spec = spec
         self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._last = 0.0
         self._best_images_per_second = 0.0
 
     @contextmanager
@@ -46,12 +46,14 @@ class Recorder:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._last = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._last
 
     def plan(self, data: Dataset, model: Classifier, inputs: Inputs, device: Device) -> None:
         """Everything is loaded: write what is known of data, model and machine, and show the plan."""
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
         stages = freeze_table(spec.optimizer, model)
+        self._sizes = {name: len(split) for name, split in splits.items()}
         self._facts = {
             "tlcli": __version__,
             "backbone": model.name,
@@ -59,7 +61,7 @@ class Recorder:
             "classes": list(model.classes),
             "preprocessing": inputs.preprocessing.to_json(),
         }
-        self._write_bad_files(data)
+        self._run.write_bad_files(data.bad_files)
         self._run.update(
             name=spec.name,
             seed=spec.seed,
@@ -71,7 +73,7 @@ class Recorder:
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             numerics=device.why,
-            **{f"n_{name}": len(split) for name, split in splits.items()},
+            **{f"n_{name}": n for name, n in self._sizes.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
@@ -106,11 +108,12 @@ class Recorder:
         if fit is not None:
             self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
             self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
-        self._run.log_metrics({"split": "val", "epoch": epoch, "step": trainer.step, **asdict(validation)})
+        self._log_evaluation("val", epoch, trainer.step, validation, fit.lr if fit else None)
         facts = {**self._facts, "epoch": epoch}
         if best:
             save_weights(self._run.best, network, facts)
             self._run.update(best={"epoch": epoch, **asdict(validation)})
+        self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
         save_weights(self._run.last, network, facts)
         save_state(self._run.state, {**trainer.state(), "epoch": epoch})
         self._watch.epoch(
@@ -129,25 +132,34 @@ class Recorder:
             )
         )
 
+    def _log_evaluation(
+        self, split: str, epoch: int, step: int, found: Scores, rates: Mapping[str, float] | None
+    ) -> None:
+        """A line for the evaluation that the last phase was."""
+        speed = {"images_per_second": self._sizes[split] / self._last, "seconds": self._last}
+        self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(found), "lr": rates, **speed})
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by phase, and in all."""
+        total = time.perf_counter() - self._began
+        return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
+
     def load_best(self, network: nn.Module) -> None:
         """The network as it was at the best epoch, from its checkpoint."""
         load_weights_into(self._run.best, network)
 
-    def result(self, data: Dataset, predictions: Predictions, selection: Selection, frozen: int) -> None:
+    def result(self, data: Dataset, predictions: Predictions, selection: Selection, *, step: int, frozen: int) -> None:
         """The test is done: test.json, plots, the last facts of run.json, and the outcome."""
         assert selection.epoch is not None
         assert selection.scores is not None
+        self._log_evaluation("test", selection.epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)
         checkpoint = self._run.best.relative_to(self._run.path)
         write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
         with self.phase("plots"):
             self._plot(data, predictions, report, selection.epoch)
-        seconds = time.perf_counter() - self._began
-        self._run.update(
-            seconds={**{k: round(v, 3) for k, v in self._seconds.items()}, "total": round(seconds, 3)},
-            images_per_second=self._best_images_per_second or None,
-            frozen_tensors_verified=frozen,
-        )
+        spent = self._spent()
+        self._run.update(seconds=spent, frozen_tensors_verified=frozen)
         low, high = report["accuracy_ci95"]
         self._watch.outcome(
             Outcome(
@@ -161,7 +173,7 @@ class Recorder:
                 val_accuracy=selection.scores.accuracy,
                 confused=most_confused(report),
                 checkpoint=self._run.best,
-                seconds=seconds,
+                seconds=spent["total"],
             )
         )
 
@@ -172,12 +184,6 @@ class Recorder:
         plot_confusion(report, self._run.plots / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
-
-    def _write_bad_files(self, data: Dataset) -> None:
-        if not data.bad_files:
-            return
-        with self._run.bad_files.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("file", "reason"), *data.bad_files])
 
 
 def _augment_words(spec: TrainSpec) -> str:

@@ -1,5 +1,6 @@
 """One run's directory: the names of its files, and how each is written."""
 
+import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ class RunDir:
         self.test_file = path / "test.json"
         self.log_file = path / "run.log"
         self.config_file = path / "config.yaml"
-        self.bad_files = path / "bad_files.csv"
+        self.bad_files_file = path / "bad_files.csv"
         self.best = path / "checkpoints" / "best.safetensors"
         self.last = path / "checkpoints" / "last.safetensors"
         self.state = path / "checkpoints" / "last.state"
@@ -51,6 +52,12 @@ class RunDir:
         """Append one line to metrics.jsonl; whoever follows the file sees it at once."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def write_bad_files(self, files: Sequence[tuple[str, str]]) -> None:
+        """List the files that do not decode, each with its reason; nothing where there are none."""
+        if files:
+            with self.bad_files_file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([("file", "reason"), *files])
 
 
 def now() -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tlcli.errors import FrozenChanged, TlcliError
+from tlcli.errors import FrozenChanged, UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import BnStats, FreezeSpec
 from tlcli.transfer.freeze import trainable_names
@@ -23,7 +23,11 @@ class Contract:
             for name, module in model.network.named_modules()
             if isinstance(module, _NormBase) and _keeps(name, bn_stats, model.pretrained)
         )
-        self.train_mode()
+        self._digests: dict[str, str] = {}
+        self.seal()
+
+    def seal(self) -> None:
+        """Take the digests of what is frozen, as it is now: everything before training is done."""
         self._digests = dict(self._frozen_digests())
 
     def train_mode(self, *, update_stats: bool = True) -> None:
@@ -64,7 +68,7 @@ def apply_freeze(spec: FreezeSpec, model: Classifier) -> Contract:
     """Set requires_grad as the strategy says and nothing else; the contract to train under and to verify."""
     names = trainable_names(spec, model)
     if not names:
-        raise TlcliError("nothing is left to train: freeze.keep keeps every parameter")
+        raise UsageError("nothing is left to train: freeze.keep keeps every parameter")
     for name, parameter in model.network.named_parameters():
         parameter.requires_grad_(name in names)
     return Contract(model, spec.bn_stats)
