@@ -21,7 +21,15 @@ def main(data: Path) -> None:
     out = Path(tempfile.mkdtemp(prefix="source_target_"))
     root = f"dataset.root='{data / 'cifar10'}'"
     scratch = ("backbone.weights=none", "optimizer.lr=1e-3", "optimizer.layer_decay=1")
-    source = tlcli_train(out / "source", *COMMON, root, f"dataset.classes=[{SOURCE}]", *scratch, "epochs=8")
+    source = tlcli_train(
+        out / "source",
+        *COMMON,
+        root,
+        f"dataset.classes=[{SOURCE}]",
+        *scratch,
+        "dataset.train_per_class=2000",
+        "epochs=8",
+    )
     few = (*COMMON, root, f"dataset.classes=[{TARGET}]", "dataset.train_per_class=50", "epochs=40")
     pretrained = (*few, f"backbone.weights='{source.run}'", "optimizer.lr=1e-3", "freeze.bn_stats=frozen")
     runs = {
