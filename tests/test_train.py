@@ -2,6 +2,7 @@
 
 import csv
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,18 @@ def test_a_validation_loss_that_is_not_finite_is_explained(
     assert error.count("\n") == 1
     assert "validation loss is not finite after epoch 1" in error
     assert "optimizer.lr=" in error
+
+
+def test_a_run_opens_no_connection(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def refuse(self: socket.socket, address: object) -> None:
+        tried.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    train("epochs=1")
+    assert tried == []
 
 
 def test_an_accelerator_that_is_not_there_leaves_nothing_behind(
