@@ -27,8 +27,8 @@ def main(data: Path) -> None:
         root,
         f"dataset.classes=[{SOURCE}]",
         *SCRATCH,
-        "dataset.train_per_class=2000",
-        "epochs=8",
+        "dataset.train_per_class=1000",
+        "epochs=10",
     )
     few = (*COMMON, root, f"dataset.classes=[{TARGET}]", "dataset.train_per_class=50", "epochs=20")
     pretrained = (*few, f"backbone.weights='{source.run}'")

@@ -64,7 +64,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
 
 def init_head(spec: TrainSpec, model: Classifier, inputs: LiveImages, device: Device, watch: Watch) -> bool:
     """Fill the head with a linear probe on the features, where the spec asks for one; whether that was done."""
-    if spec.freeze.head_init is not HeadInit.probe:
+    if spec.freeze.head_init is not HeadInit.probe or not model.pretrained:  # random features are worth no probe
         return False
     head = probed_head(model)
     if head is None:
