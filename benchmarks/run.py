@@ -30,7 +30,7 @@ def tlcli_train(out: Path, *overrides: str) -> Result:
     """Run `tlcli train` with these overrides in a process of its own; its directory is under `out`."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "tlcli", "train", f"hydra.run.dir='{out}'", *overrides]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    subprocess.run(command, check=True, stdout=2)  # stdout is for the table
     test = json.loads((out / "test.json").read_text(encoding="utf-8"))
     return Result(out, test, time.perf_counter() - began)
 
