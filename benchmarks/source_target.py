@@ -27,7 +27,7 @@ def main(data: Path) -> None:
         root,
         f"dataset.classes=[{SOURCE}]",
         *SCRATCH,
-        "dataset.train_per_class=1000",
+        "dataset.train_per_class=500",
         "epochs=10",
     )
     few = (*COMMON, root, f"dataset.classes=[{TARGET}]", "dataset.train_per_class=50", "epochs=20")
