@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
         notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
     return Classifier(
         name=spec.name,
-        architecture=_with_preprocessing(architecture, loaded.preprocessing),
+        architecture=replace(
+            architecture, **(loaded.preprocessing or {})
+        ),  # it expects what its weights were trained on
         classes=tuple(classes),
         pretrained=frozenset(kept),
         head_loaded=head_loaded,
@@ -132,17 +135,3 @@ def _check_fit(state: Mapping[str, Tensor], architecture: Architecture, optional
     unknown = [name for name in state if name not in wanted]
     if unknown:
         raise UsageError(f"backbone.weights={source}: unknown tensor {unknown[0]} ({len(unknown)} in all); {remedy}")
-
-
-def _with_preprocessing(architecture: Architecture, preprocessing: Mapping[str, Any] | None) -> Architecture:
-    """The architecture, expecting images as the run that trained its weights had them."""
-    if preprocessing is None:
-        return architecture
-    return Architecture(
-        network=architecture.network,
-        head=architecture.head,
-        stages=architecture.stages,
-        size=preprocessing["size"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-    )

@@ -24,7 +24,8 @@ RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Tensors by name and where they are from; the rest is known for tlcli's own checkpoints alone."""
+    """Tensors by name and where they are from; the rest is known for tlcli's own checkpoints alone:
+    `preprocessing` has the size, mean and std of the images that they were trained on."""
 
     source: str
     state: Mapping[str, Tensor]
