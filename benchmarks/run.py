@@ -1,23 +1,52 @@
-"""Runs tlcli as a user does, a process a run, and reads what it left."""
+"""Runs tlcli as a user does, a process a run, and reads what it left; runs a baseline in a process of its own."""
 
+import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import HEADER, Measure
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the checkout: baselines are imported from here, whatever the working directory."""
+
+TLCLI = [sys.executable, "-m", "tlcli", "train"]
+
+BACKBONES = {
+    "resnet18": ("backbone=resnet18", "backbone.weights=none"),
+    "efficientnet_lite0": ("backbone=efficientnet_lite0",),
+}
+"""Speed does not depend on the values of weights, so ResNet-18 starts from nothing: its published weights need a
+network. Lite0's come with tlcli."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended well: its wall time and the most memory that it had resident."""
+
+    seconds: float
+    peak_gb: float
+
 
 @dataclass(frozen=True)
 class Result:
-    """One run: its directory, test.json, and the wall time of the whole process."""
+    """One run: its directory, test.json, the wall time of the whole process and its peak resident memory."""
 
     run: Path
     test: dict[str, Any]
     seconds: float
+    peak_gb: float = 0.0
 
     @property
     def accuracy(self) -> str:
@@ -25,31 +54,136 @@ class Result:
         low, high = self.test["accuracy_ci95"]
         return f"{self.test['accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """run.json."""
+        return read_json(self.run / "run.json")
 
-def tlcli_train(out: Path, *overrides: str) -> Result:
-    """Run `tlcli train` with these overrides in a process of its own; its directory is under `out`."""
+    def phases(self, *names: str) -> float:
+        """Seconds spent in these phases together; a phase that the run did not have takes none."""
+        return sum(self.facts["seconds"].get(name, 0.0) for name in names)
+
+    def epochs(self, split: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl about this split, an epoch each."""
+        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def tlcli_train(out: Path, *overrides: str, cache: Path | None = None) -> Result:
+    """Run `tlcli train` with these overrides in a process of its own; its directory is under `out`.
+
+    Activations are kept under `cache`; without one the run starts with an empty cache, which goes when it ends.
+    """
+    with _cache(cache) as folder:
+        ended = whole_process([*TLCLI, f"hydra.run.dir='{out}'", *overrides], {"TLCLI_CACHE": str(folder)})
+    return Result(out, read_json(out / "test.json"), ended.seconds, ended.peak_gb)
+
+
+def tlcli_sweep(out: Path, *overrides: str, cache: Path | None = None) -> tuple[list[Result], float]:
+    """Run `tlcli train -m`: a result for each job, in order, and the wall time of the whole process."""
+    with _cache(cache) as folder:
+        command = [*TLCLI, "-m", f"hydra.sweep.dir='{out}'", *overrides]
+        ended = whole_process(command, {"TLCLI_CACHE": str(folder)})
+    jobs = sorted((file.parent for file in out.glob("*/test.json")), key=lambda job: int(job.name))
+    return [Result(job, read_json(job / "test.json"), float("nan")) for job in jobs], ended.seconds
+
+
+@contextmanager
+def _cache(folder: Path | None) -> Iterator[Path]:
+    """This folder, or a new one that goes when the block ends."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="activations_") as name:
+        yield Path(name)
+
+
+def whole_process(command: Sequence[str], environment: Mapping[str, str]) -> Ended:
+    """Run a command to its end. Raises CalledProcessError where it fails.
+
+    The memory is that of the process itself, or of the largest of those that it started if that is more. Linux counts
+    from before the command is loaded: the figure is never less than what this process has had.
+    """
     began = time.perf_counter()
-    command = [sys.executable, "-m", "tlcli", "train", f"hydra.run.dir='{out}'", *overrides]
-    subprocess.run(command, check=True, stdout=2)  # stdout is for the table
-    test = json.loads((out / "test.json").read_text(encoding="utf-8"))
-    return Result(out, test, time.perf_counter() - began)
+    process = subprocess.Popen(command, stdout=2, env={**os.environ, **environment})  # stdout is for the table
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    in_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Ended(seconds, in_bytes / 1e9)
+
+
+def alone(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    """What a function of a benchmark module gives in a fresh process, and `process_seconds`, that process's wall time.
+
+    A process of its own, because allocator settings, threads and warm caches outlive the call that made them.
+    """
+    spec = sys.modules[function.__module__].__spec__  # __name__ is __main__ under `python -m`; its spec has the name
+    assert spec is not None
+    code = (
+        f"import json, sys; from {spec.name} import {function.__name__} as function; "
+        f"print(json.dumps(function(**json.loads(sys.argv[1]))))"
+    )
+    began = time.perf_counter()
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    seconds = time.perf_counter() - began
+    return {**json.loads(output.splitlines()[-1]), "process_seconds": seconds}
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The command line that the benchmarks have in common: DATA [--small] [--out FOLDER]."""
+    command = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("data", type=Path, help="has cifar10/{train,test}/CLASS/* and hymenoptera/{train,val}/CLASS/*")
+    command.add_argument(
+        "--small", action="store_true", help="tiny settings, to see that it runs; no figure means much"
+    )
+    command.add_argument("--out", type=Path, help="where runs and JSON go (default: a new temporary folder)")
+    return command
+
+
+def out_folder(given: Path | None, name: str) -> Path:
+    """The folder asked for, or a new one; absolute, as tlcli's processes may be elsewhere."""
+    folder = (given or Path(tempfile.mkdtemp(prefix=f"{name}_"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def machine() -> str:
     """The processor and the versions, for the line under a table."""
     record = Path("/proc/cpuinfo")
-    names = [line for line in record.read_text().splitlines() if "model name" in line] if record.exists() else []
+    lines = record.read_text().splitlines() if record.exists() else []
+    names = [line for line in lines if "model name" in line]
     processor = names[0].split(":")[1].strip() if names else platform.processor()
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    if bfloat16 := sorted(flags & {"avx512_bf16", "amx_bf16"}):
+        processor += f" ({', '.join(bfloat16)})"
     packages = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "torchvision", "timm"))
     return f"{len(names) or '?'} cores of {processor}, Python {platform.python_version()}, {packages}"
 
 
-def publish(name: str, header: list[str], rows: list[list[str]], folder: Path) -> None:
-    """Print a Markdown table and write it as JSON."""
+def publish(
+    name: str, header: list[str], rows: list[list[str]], folder: Path, figures: Mapping[str, Any] | None = None
+) -> None:
+    """Print a Markdown table and write it as JSON, with the figures that it was made from."""
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(row) + " |")
-    print(f"\n{machine()}")
+    print(f"\n{machine()}\n", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
     record = {"machine": machine(), "rows": [dict(zip(header, row, strict=True)) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({**record, "figures": figures or {}}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {file}", file=sys.stderr, flush=True)
+
+
+def publish_measures(name: str, measures: Sequence[Measure], folder: Path) -> None:
+    """Print bars and what was seen of them, and write them as JSON."""
+    publish(name, HEADER, [m.row for m in measures], folder, {"measures": [m.to_json() for m in measures]})

@@ -1,6 +1,6 @@
 """What tests share: specs composed from conf/ as users compose them, and small image folders made on the spot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,16 @@ from PIL import Image
 
 from tlcli.cli.compose import build, composed, parse_flags, register
 from tlcli.specs import TrainSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache for the tests alone: the user's own is never touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLCLI_CACHE", str(folder))
+        yield folder
+
 
 Compose = Callable[..., TrainSpec]
 

@@ -13,6 +13,7 @@ import tlcli
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
     {"errors", "specs", "watch", "__init__"},
+    {"store"},
     {"device"},
     {"models", "data"},
     {"transfer"},
@@ -92,7 +93,7 @@ def test_rich_is_for_the_command_line_alone() -> None:
     assert {own_top(p) for p in MODULES if any(n.split(".")[0] == "rich" for n in imports(p))} == {"cli"}
 
 
-LIGHT = ["tlcli", "tlcli.cli", "tlcli.specs", "tlcli.data.listing", "tlcli.runs.leaderboard"]
+LIGHT = ["tlcli", "tlcli.cli", "tlcli.specs", "tlcli.store", "tlcli.data.listing", "tlcli.runs.leaderboard"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -1,11 +1,31 @@
 """The benchmarks run: on small data here, at full size by hand."""
 
 import json
+import math
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import accuracy, run, source_target, startup
+from benchmarks import (
+    __main__,
+    accuracy,
+    baselines,
+    cached,
+    extraction,
+    figures,
+    limits,
+    memory,
+    run,
+    scaling,
+    source_target,
+    startup,
+    training,
+    tutorial_job,
+)
+from benchmarks.images import count, subset
 from tests.conftest import make_folder
 
 pytestmark = pytest.mark.slow
@@ -49,3 +69,132 @@ def test_what_is_published_can_be_read_back(tmp_path: Path, capsys: pytest.Captu
     run.publish("t", ["a", "b"], [["1", "2"]], tmp_path)
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == [{"a": "1", "b": "2"}]
     assert "| 1 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "rows"), [(extraction, 3), (training, 4), (cached, 5), (tutorial_job, 2), (scaling, 1), (memory, 1)]
+)
+def test_part_of_the_suite_measures_its_bars(benchmark, rows: int, data: Path, tmp_path: Path) -> None:
+    measures = benchmark.main(data, tmp_path / "out", small=True)
+    assert len(measures) == rows
+    assert all(math.isfinite(value) for measure in measures for value in measure.seen)
+    name = benchmark.__name__.split(".")[1]
+    written = json.loads((tmp_path / "out" / f"{name}_measures.json").read_text())
+    assert [row["measure"] for row in written["rows"]] == [measure.what for measure in measures]
+
+
+def test_suite_prints_one_table_and_goes_on_where_a_part_fails(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        @staticmethod
+        def main(data: Path, out: Path, *, small: bool) -> list[figures.Measure]:
+            run.whole_process([sys.executable, "-c", "raise SystemExit(3)"], {})
+            raise AssertionError
+
+    class Fine:
+        @staticmethod
+        def main(data: Path, out: Path, *, small: bool) -> list[figures.Measure]:
+            return [figures.at_least("S9 speed", 2, [2.5])]
+
+    monkeypatch.setattr(__main__, "SUITE", {"broken": Broken, "fine": Fine})
+    assert __main__.main(data, tmp_path / "out", small=True) == 1
+    printed = capsys.readouterr().out
+    assert "| S9 speed | at least 2x | 2.5x | yes |" in printed
+    assert "broken did not run to its end" in printed
+
+
+def test_baselines_print_their_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baselines.main(data, tmp_path / "out", small=True)
+    written = json.loads((tmp_path / "out" / "baselines.json").read_text())["figures"]
+    speeds = [result["images_per_second"] for network in written.values() for result in list(network.values())[:5]]
+    assert len(speeds) == 10
+    assert all(speed > 0 for speed in speeds)
+    assert capsys.readouterr().out.count("| resnet18 |") == 6
+
+
+def test_tutorial_script_reports_the_accuracy_on_all_test_images(data: Path) -> None:
+    root = data / "cifar10"
+    result = baselines.tutorial_job("resnet18", str(root), size=32, workers=0, epochs=1)
+    assert result["n"] == count(root / "test")
+    assert 0 <= result["accuracy"] <= 1
+
+
+def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": 2, "b": 2})
+    x, y = baselines.in_memory(str(tmp_path))
+    batch = baselines.network_input(x, 32)  # their own size: no resizing
+    data = baselines.tutorial_data(str(tmp_path), 32)
+    assert torch.allclose(batch, torch.stack([image for image, _ in data]), atol=1e-5)
+    assert y.tolist() == [label for _, label in data]
+
+
+def test_a_trial_takes_the_quicker() -> None:
+    def steps(seconds: float):
+        for _ in range(5):
+            time.sleep(seconds)
+            yield 1
+
+    assert baselines.quickest([0.02, 0.0], steps, 3) == 0.0
+
+
+def test_limits_count_the_work_of_a_forward_pass() -> None:
+    assert limits.forward_gflop(224) == pytest.approx(3.6, rel=0.02)  # He et al. 2016: 1.8 billion multiply-adds
+    assert min(limits.matrix_gflops(64, repeats=1).values()) > 0
+
+
+def test_limits_print_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits.main(tmp_path, small=True)
+    assert "| bfloat16 |" in capsys.readouterr().out
+
+
+def test_subset_copies_the_first_images_and_takes_val_from_behind_train(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        make_folder(tmp_path / "all" / split, {"a": 5, "b": 5})
+    root = subset(tmp_path / "all", tmp_path / "few", train=3, val=2, test=1)
+    assert sorted(f.name for f in (root / "train" / "a").iterdir()) == ["000.png", "001.png", "002.png"]
+    assert sorted(f.name for f in (root / "val" / "b").iterdir()) == ["003.png", "004.png"]
+    assert count(root / "test") == 2
+    with pytest.raises(SystemExit, match="needs 6 images of each class"):
+        subset(tmp_path / "all", tmp_path / "more", train=4, val=2)
+
+
+def test_measures_hold_by_their_medians() -> None:
+    assert figures.at_least("speed", 2, [1.0, 2.0, 9.0]).holds
+    assert not figures.at_least("speed", 2, [1.0, 1.9, 9.0]).holds
+    assert figures.at_most("time", 8, [7.0, 8.0, 20.0], " s").holds
+    assert figures.at_most("time", 8, [9.0], " s").row == ["time", "at most 8 s", "9 s", "**no**"]
+
+
+def test_rounds_are_interleaved_and_every_other_one_runs_backwards() -> None:
+    calls: list[str] = []
+    timers = {name: (lambda name=name: float(calls.append(name) or len(calls))) for name in "ab"}
+    assert figures.interleaved(timers, 2) == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
+    assert calls == ["a", "b", "b", "a"]
+
+
+def test_figures_are_ratios_medians_and_ranges() -> None:
+    assert figures.ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
+    assert figures.spread([3.0, 1.0, 2.0], "x") == "2x (1 to 3)"
+    assert [figures.number(v) for v in (0.9134, 2.414, 35.66, 113.4, 12345.0)] == [
+        "0.913",
+        "2.41",
+        "35.7",
+        "113",
+        "12,345",
+    ]
+    assert figures.quickest({"a": [1.0, 5.0], "b": [4.0, 4.0]}, ["a", "b"]) == "b"
+    assert extraction.one_after_the_other([100.0], [100.0]) == pytest.approx([50.0])
+    assert scaling.excess({"1": [1.0, 2.0], "2": [1.1, 2.0]}) == pytest.approx([10.0, 0.0])
+
+
+def test_process_reports_its_time_and_memory() -> None:
+    ended = run.whole_process([sys.executable, "-c", "b = bytearray(300_000_000)"], {})
+    assert ended.seconds > 0
+    assert ended.peak_gb >= 0.3
+
+
+def test_function_runs_in_a_process_of_its_own() -> None:
+    found = run.alone(limits.matrix_gflops, size=16, repeats=1)
+    assert found["float32"] > 0
+    assert found["process_seconds"] > 0

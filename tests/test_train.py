@@ -51,7 +51,8 @@ def test_a_run_directory_is_complete(train) -> None:
     assert (record["n_train"], record["n_val"], record["n_test"]) == (54, 6, 24)
     assert record["classes"] == ["across", "checks", "down"]
     assert record["parameters"]["trainable"] == record["parameters"]["total"]
-    assert record["cache"] == {"used": False, "key": None, "why": record["cache"]["why"]}
+    assert record["cache"]["used"] is False
+    assert "trains" in record["cache"]["why"]  # what keeps training live
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 1e-4
     assert (run / ".hydra/overrides.yaml").exists()
     assert test["n"] == 24

@@ -5,6 +5,7 @@ import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from tlcli.errors import UsageError
 from tlcli.specs import Accelerator, DeviceSpec, Precision
 
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator with the number formats for training and for evaluation; `why` is the one line that says so."""
+    """An accelerator with the number formats for training and for evaluation."""
 
     accelerator: torch.device
     train_dtype: torch.dtype
@@ -26,7 +27,19 @@ class Device:
     memory_format: torch.memory_format
     compile: bool
     workers: int
-    why: str
+
+    @property
+    def words(self) -> str:
+        """The accelerator, its formats and how images are decoded, in one line."""
+        words = [
+            accelerator_name(self.accelerator),
+            f"training in {SHORT[self.train_dtype]}, evaluation in {SHORT[self.eval_dtype]}",
+            "channels_last" if self.memory_format == torch.channels_last else "contiguous",
+        ]
+        if self.accelerator.type == "cpu":
+            words.append(f"{torch.get_num_threads()} threads")
+        words.append(f"{self.workers} decoding workers" if self.workers else "decoding in process")
+        return ", ".join(words)
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Forward passes in `dtype`; weights and the loss stay float32."""
@@ -76,63 +89,12 @@ def find_accelerator(kind: Accelerator) -> torch.device:
     return torch.device(kind.value)
 
 
-def choose_numerics(spec: DeviceSpec, accelerator: torch.device, network: nn.Module) -> Device:
-    """The number formats and the memory format that suit this network on this accelerator, or those asked for."""
-    if spec.precision is Precision.auto:
-        train, evaluate, reason = _auto_precision(accelerator, network)
-    else:
-        train = evaluate = _DTYPES[spec.precision]
-        reason = "as asked"
-        if train == torch.float16 and accelerator.type == "cpu":
-            raise UsageError("device.precision=fp16 needs a GPU: on a CPU give fp32, bf16 or auto")
-    channels_last = spec.channels_last if spec.channels_last is not None else accelerator.type != "mps"
-    workers = spec.workers if spec.workers is not None else _auto_workers(accelerator)
-    words = [
-        f"{_name(accelerator)}",
-        f"training in {_SHORT[train]}, evaluation in {_SHORT[evaluate]} ({reason})",
-        "channels_last" if channels_last else "contiguous",
-    ]
-    if accelerator.type == "cpu":
-        words.append(f"{torch.get_num_threads()} threads")
-    words.append(f"{workers} decoding workers" if workers else "decoding in process")
-    return Device(
-        accelerator=accelerator,
-        train_dtype=train,
-        eval_dtype=evaluate,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        compile=spec.compile,
-        workers=workers,
-        why=", ".join(words),
-    )
-
-
-def _auto_precision(accelerator: torch.device, network: nn.Module) -> tuple[torch.dtype, torch.dtype, str]:
-    """Formats for training and evaluation, and the reason."""
-    if accelerator.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, torch.bfloat16, "native here"
-        return torch.float16, torch.float16, "this GPU has no bfloat16"
-    if accelerator.type == "mps":
-        return torch.float32, torch.float32, "the safe choice on MPS"
-    if not cpu_has_bfloat16():
-        return torch.float32, torch.float32, "this CPU has no bfloat16 arithmetic"
-    if has_depthwise(network):
-        # Measured on AVX512-BF16: EfficientNet-Lite0 trains at 34 images a second in float32 and at 28 in bfloat16
-        return torch.float32, torch.bfloat16, "depthwise convolutions train faster in float32"
-    return torch.bfloat16, torch.bfloat16, "this CPU has bfloat16 arithmetic"
-
-
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     if not hasattr(torch.cpu, "get_capabilities"):  # not in every release of our range
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def has_depthwise(network: nn.Module) -> bool:
-    """Whether any convolution has a group for each input channel."""
-    return any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in network.modules())
 
 
 def keep_freed_memory() -> None:
@@ -149,15 +111,28 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, limit)
 
 
-def _auto_workers(accelerator: torch.device) -> int:
+def auto_workers(accelerator: torch.device) -> int:
     """One a core, at most 8, beside a CUDA GPU on Linux. None on a CPU, where decoding and arithmetic share the cores,
     and none where workers cannot be forked: each would be sent the images that are in memory."""
     forks = platform.system() == "Linux"
     return min(8, os.cpu_count() or 1) if accelerator.type == "cuda" and forks else 0
 
 
-def _name(accelerator: torch.device) -> str:
+def accelerator_name(accelerator: torch.device) -> str:
     """What a person calls this accelerator."""
     if accelerator.type == "cuda":
         return torch.cuda.get_device_name(accelerator)
     return {"cpu": "CPU", "mps": "Apple GPU"}[accelerator.type]
+
+
+def machine_name(accelerator: torch.device) -> str:
+    """What a measurement of speed holds for: the accelerator, and on a CPU its model, instructions and threads."""
+    if accelerator.type == "cuda":
+        return accelerator_name(accelerator)
+    model = platform.processor()
+    record = Path("/proc/cpuinfo")
+    if record.exists():
+        lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {model}, {instructions}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"

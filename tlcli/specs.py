@@ -74,6 +74,22 @@ class ClassWeights(Enum):
     balanced = "balanced"
 
 
+class CacheMode(Enum):
+    """Whether the activations of the frozen part are kept on disk."""
+
+    auto = "auto"
+    off = "off"
+    require = "require"
+
+
+class CacheDtype(Enum):
+    """The number format in which activations are kept."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 def number(
     low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
 ) -> Any:
@@ -401,6 +417,17 @@ class ImageSpec(Spec):
 
 
 @dataclass(kw_only=True)
+class CacheSpec(Spec):
+    """Whether and how the activations of the frozen part are kept; `max_gb` of disk, `ram_gb` of memory."""
+
+    mode: CacheMode
+    views: int | None = number(low=1)
+    dtype: CacheDtype
+    max_gb: float = number(low=0)
+    ram_gb: float = number(low=0)
+
+
+@dataclass(kw_only=True)
 class DeviceSpec(Spec):
     """Where and how arithmetic runs."""
 
@@ -428,6 +455,7 @@ class TrainSpec(Spec):
     augment: AugmentSpec
     device: DeviceSpec
     image: ImageSpec
+    cache: CacheSpec
     epochs: int = number(low=1)
     batch_size: int = number(low=1)
     accumulate: int = number(low=1)

@@ -1,19 +1,21 @@
 """The main path: fine-tune one backbone on one data set, and measure it on images that it has never seen."""
 
-from tlcli.data.dataset import load_dataset
-from tlcli.device import Device, choose_numerics, prepare
+import hashlib
+
+from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
-from tlcli.engine.inputs import LiveImages, image_size, open_inputs
+from tlcli.engine.inputs import Feed, image_size
 from tlcli.engine.metrics import scores
+from tlcli.engine.planning import plan_inputs
 from tlcli.engine.selection import Selection
+from tlcli.engine.session import Session, session_for
 from tlcli.engine.trainer import Trainer
-from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.probe import fit_probe, probed_head
+from tlcli.transfer.probe import probe_weights, probed_head
 from tlcli.watch import Watch
 
 
@@ -26,24 +28,28 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
     record = Recorder(run, watch, spec)
     with record.phase("setup"):
         accelerator = prepare(spec.device)
-        data = load_dataset(spec.dataset, seed=spec.seed, watch=watch)
-        model = build_model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
+        session = session_for(spec.cache)  # what the jobs of a sweep share
+        data = session.dataset(spec.dataset, spec.seed, watch)
+        model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
+        model.network.to(accelerator)
         contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
-        device = choose_numerics(spec.device, accelerator, model.network)
+        plan = plan_inputs(data, model, contract, spec, accelerator, session, wants_probe=wants_probe(spec, model))
+        device = plan.device
         device.place(model.network)
-        inputs = open_inputs(data, model, spec, device)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))
-    record.plan(data, model, inputs, device)
+    record.plan(data, model, plan)
+    with record.phase("extract"):
+        inputs = plan.open(watch)  # live images, or activations of what is frozen: both yield (x, y)
     with record.phase("probe"):
-        head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, watch)
+        head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
     contract.seal()
-    device.compile_where_asked(model.network)
+    device.compile_where_asked(inputs.train.network)
 
     selection = Selection(spec.keep_best, spec.early_stop)
     for epoch in range(0 if head_is_ready else 1, spec.epochs + 1):  # epoch 0 is the network before it trains
         with record.phase("train"):
             fit = trainer.fit(inputs.train, epoch, watch, record.running) if epoch > 0 else None
-        contract.verify()
+        contract.check()
         with record.phase("validate"):
             validation = scores(evaluate(model.network, inputs.val, device, watch, "validation"))
         trainer.require_finite(validation.loss, epoch, "validation loss")
@@ -56,20 +62,29 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
 
     record.load_best(model.network)
     frozen = contract.verify()
+    with record.phase("extract"):
+        test = plan.open_test(watch)
     with record.phase("test"):
-        predictions = evaluate(model.network, inputs.test, device, watch, "test")
+        predictions = evaluate(model.network, test, device, watch, "test")
+    record.extraction(plan.extraction())
     record.result(data, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
 
 
-def init_head(spec: TrainSpec, model: Classifier, inputs: LiveImages, device: Device, watch: Watch) -> bool:
+def wants_probe(spec: TrainSpec, model: Classifier) -> bool:
+    """Whether the head is to start from a linear probe; random features are worth none."""
+    return spec.freeze.head_init is HeadInit.probe and bool(model.pretrained) and not model.head_loaded
+
+
+def init_head(spec: TrainSpec, model: Classifier, feed: Feed, device: Device, session: Session, watch: Watch) -> bool:
     """Fill the head with a linear probe on the features, where the spec asks for one; whether that was done."""
-    if spec.freeze.head_init is not HeadInit.probe or not model.pretrained:  # random features are worth no probe
+    if not wants_probe(spec, model):
         return False
     head = probed_head(model)
     if head is None:
         watch.note("head starts random: a probe needs a head of one linear layer")
         return False
-    x, y = features(model.network, head, inputs, device, watch, "features for the probe")
-    fit_probe(head, x, y)
+    x, y = features(model.network, head, feed, device, watch, "features for the probe")
+    seen = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    head.load_state_dict(session.once(("probe", seen), lambda: probe_weights(head, x, y)))
     return True

@@ -33,6 +33,7 @@ class Plan:
     stages: tuple[StageRow, ...]
     training: str
     device: str
+    activations: str
     notes: tuple[str, ...]
 
 

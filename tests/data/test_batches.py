@@ -1,5 +1,6 @@
 """Order and augmentation are functions of (seed, epoch, index); the number of workers changes nothing."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tlcli.data.batches import Batch, Batches, epoch_order, sample_seed
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Files, Split
 from tlcli.errors import BadImages
-from tlcli.specs import Fit, Trivial
+from tlcli.specs import Crop, Fit, Trivial
 
 PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -59,6 +60,7 @@ def test_in_order(split: Split, workers: int) -> None:
     assert torch.cat([y for _, y in found]).tolist() == list(range(11))
     x = torch.cat([x for x, _ in found])
     assert (x.dtype, found[0][1].dtype) == (torch.uint8, torch.int64)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in found)
     assert all(torch.equal(x[i], PREPROCESSING.apply(split.read(i))) for i in range(11))
     assert same(found, list(batches.in_order()))
 
@@ -101,9 +103,61 @@ def test_in_order_is_never_augmented(split: Split, augmentation: Augmentation) -
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentation, workers: int) -> None:
+    batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
+    ordered = {view: torch.cat([x for x, _ in batches.in_order(view)]) for view in (0, 1, 2)}
+    assert not torch.equal(ordered[1], ordered[2])
+    for number, view in ((1, None), (5, 1), (1, 2), (3, 0)):
+        x, y = (torch.cat(parts) for parts in zip(*batches.epoch(number, view), strict=True))
+        assert y.tolist() == epoch_order(11, 7, number).tolist(), "the order is the epoch's"
+        assert torch.equal(x, ordered[number if view is None else view][y]), "the augmentation is the view's"
+
+
+def test_views_without_augmentation_are_plain(split: Split) -> None:
+    batches = Batches(split, PREPROCESSING, batch_size=4, workers=0)
+    assert same(list(batches.in_order(3)), list(batches.in_order()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
+    """A batch of photographs would fill memory."""
+
+    class Photos:
+        alive = 0
+
+        def __len__(self) -> int:
+            return 8
+
+        def read(self, index: int) -> np.ndarray:
+            image = np.zeros((700, 600, 3), dtype=np.uint8)
+            Photos.alive += 1
+            weakref.finalize(image, self.gone)
+            assert Photos.alive <= 3
+            return image
+
+        def gone(self) -> None:
+            Photos.alive -= 1
+
+        def name(self, index: int) -> str:
+            return str(index)
+
+        key = name
+
+        def digest(self, index: int) -> bytes:
+            return bytes(16)
+
+    crop = make_augmentation(Crop(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
+    split = Split(Photos(), np.arange(8), np.arange(8))
+    batches = Batches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
+    assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
     paths = tuple(save_image(tmp_path / f"{i}.png", seed=i) for i in range(4))
-    batches = Batches(Split(Files(paths), np.arange(4), np.arange(4)), PREPROCESSING, batch_size=2, workers=workers)
+    batches = Batches(
+        Split(Files(paths, tmp_path), np.arange(4), np.arange(4)), PREPROCESSING, batch_size=2, workers=workers
+    )
     assert len(list(batches.in_order())) == 2
     paths[3].unlink()
     with pytest.raises(BadImages, match=r"3\.png: no such file or directory$") as caught:

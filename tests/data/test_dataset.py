@@ -277,6 +277,11 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         def name(self, index: int) -> str:
             return str(index)
 
+        key = name
+
+        def digest(self, index: int) -> bytes:
+            return bytes(16)
+
         def read(self, index: int) -> Any:
             read.append(index)
             return np.full((1, 1, 3), index % 256, dtype=np.uint8)
@@ -286,10 +291,11 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         taken += n
         most = max(most, len(read) - taken)
 
-    images, bad, _ = reading.read_once(Counted(), range(400), 10**6, done)
+    images = reading.kept(Counted(), reading.Memory(10**6))
+    assert reading.read_once(images, range(400), done) == {}
     assert most <= reading.CHUNK * 6
-    assert not bad
     assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
+    assert len(read) == 400
 
 
 def test_user_files_stay_as_they_are(make_folder: MakeFolder) -> None:

@@ -1,12 +1,14 @@
 """The square that the network sees, by geometry and by value."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
+from tlcli.data import preprocess
 from tlcli.data.preprocess import Preprocessing
 from tlcli.specs import Fit
 
@@ -36,6 +38,57 @@ def test_the_same_size_is_unchanged_and_not_shared(fit: Fit) -> None:
     assert np.array_equal(out.permute(1, 2, 0).numpy(), image)
     out.zero_()
     assert image.any()
+
+
+SHAPES = [(32, 32)] * 9 + [(40, 30), (32, 32), (1, 7), (7, 1), (24, 24), (24, 24), (31, 18), (31, 18), (3, 500)]
+
+
+@pytest.mark.parametrize("fit", Fit)
+@pytest.mark.parametrize("size", [24, 37])
+def test_a_batch_is_its_images(fit: Fit, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
+    one = preprocessing(size, fit)
+    want = torch.stack([one.apply(image) for image in images])
+    assert torch.equal(want, torch.stack([plainly(image, one) for image in images]))
+    for together in (1, 4 * 32 * 32 * 3, 2**20):
+        monkeypatch.setattr("tlcli.data.preprocess.TOGETHER", together)
+        got = one.apply_batch(iter(images))
+        assert torch.equal(got, want)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert got.dtype == torch.uint8
+
+
+def plainly(image: np.ndarray, one: Preprocessing) -> torch.Tensor:
+    """The same by torchvision's functions alone, one image at a time, colours first."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    height, width = image.shape[:2]
+    if one.fit is Fit.crop:
+        pixels = v2.functional.center_crop(pixels, [min(height, width)] * 2)
+    if one.fit is not Fit.pad:
+        return v2.functional.resize(pixels, [one.size, one.size], antialias=True)
+    scale = one.size / max(height, width)
+    h, w = (max(1, round(side * scale)) for side in (height, width))
+    left, top = (one.size - w) // 2, (one.size - h) // 2
+    pixels = v2.functional.resize(pixels, [h, w], antialias=True)
+    return v2.functional.pad(pixels, [left, top, one.size - w - left, one.size - h - top])
+
+
+def test_images_of_an_iterator_are_taken_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcli.data.preprocess.TOGETHER", 4 * 32 * 32 * 3)
+    resizes: list[int] = []
+    taken = 0
+    resize = preprocess.resized
+    monkeypatch.setattr(preprocess, "resized", lambda *a: resizes.append(taken - sum(resizes)) or resize(*a))
+
+    def images() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for _ in range(40):
+            taken += 1
+            yield noise(32, 32)
+
+    assert len(preprocessing(8).apply_batch(images())) == 40
+    assert max(resizes) <= 5
 
 
 def bars() -> np.ndarray:

@@ -11,15 +11,17 @@ from torchvision.transforms import v2
 
 from tests.conftest import Compose
 from tlcli.data.batches import epoch_order
-from tlcli.data.dataset import Dataset, load_dataset
-from tlcli.device import choose_numerics
+from tlcli.data.dataset import Dataset
 from tlcli.engine.evaluate import evaluate, evaluating
-from tlcli.engine.inputs import Inputs, open_inputs
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.planning import plan_inputs
+from tlcli.engine.session import Session
 from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.errors import NotFinite, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.specs import TrainSpec
+from tlcli.store import Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
 from tlcli.watch import Watch
 
@@ -29,12 +31,16 @@ class Setting:
 
     def __init__(self, spec: TrainSpec) -> None:
         self.spec = spec
-        self.data: Dataset = load_dataset(spec.dataset, seed=spec.seed, watch=Watch())
-        self.model: Classifier = build_model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
+        session = Session(Store(cache_dir()), int(spec.cache.ram_gb * 1e9))
+        self.data: Dataset = session.dataset(spec.dataset, spec.seed, Watch())
+        self.model: Classifier = session.model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
         self.contract = apply_freeze(spec.freeze, self.model)
-        self.device = choose_numerics(spec.device, torch.device("cpu"), self.model.network)
+        self.contract.seal()
+        cpu = torch.device("cpu")
+        self.plan = plan_inputs(self.data, self.model, self.contract, spec, cpu, session, wants_probe=False)
+        self.device = self.plan.device
         self.device.place(self.model.network)
-        self.inputs: Inputs = open_inputs(self.data, self.model, spec, self.device)
+        self.inputs: Inputs = self.plan.open(Watch())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
         self.running: list[Running] = []
@@ -112,7 +118,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     for setting in (once, parts):
         setting.model.network.double()
         ready = setting.inputs.train._ready
-        setting.inputs.train._ready = lambda batches, ready=ready: ((x.double(), y) for x, y in ready(batches))
+        setting.inputs.train._ready = lambda batches, ready=ready: (((x.double(),), y) for (x,), y in ready(batches))
         setting.fit()
     assert once.trainer.step == parts.trainer.step == math.ceil(54 / 24)
     other = parts.model.network.state_dict()
@@ -209,12 +215,12 @@ def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> Non
     setting = small("freeze=head")
     setting.contract.train_mode()
     modes = {name: module.training for name, module in setting.model.network.named_modules()}
-    found = evaluate(setting.model.network, setting.inputs.test, setting.device, Watch(), "test")
+    found = evaluate(setting.model.network, setting.plan.open_test(Watch()), setting.device, Watch(), "test")
     assert np.array_equal(found.labels.numpy(), setting.data.test.labels)
     assert {name: module.training for name, module in setting.model.network.named_modules()} == modes
     with evaluating(setting.model.network), torch.inference_mode():
-        x, _ = next(setting.inputs.test.in_order())
-        assert torch.allclose(setting.model.network(x), found.logits[: len(x)], atol=1e-5)
+        (x,), _ = next(setting.plan.live.feed("test", Watch()).in_order())
+        assert torch.allclose(setting.model.network(x), found.logits[: len(x)], atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])

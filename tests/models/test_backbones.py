@@ -53,6 +53,7 @@ def test_forward_at_its_own_size(spec: Compose, name: str) -> None:
 def test_frozen_stays_frozen_through_three_steps(spec: Compose, name: str, strategy: str) -> None:
     model = model_of(spec, name)
     contract = apply_freeze(spec(f"freeze={strategy}").freeze, model)
+    contract.seal()
     expected = model.stages[-1].tensors if strategy == "head" else model.stages[-1].tensors | model.stages[-2].tensors
     parameters = dict(model.network.named_parameters())
     assert {n for n, p in parameters.items() if p.requires_grad} == expected & set(parameters)

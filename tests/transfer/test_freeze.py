@@ -75,6 +75,7 @@ def test_nothing_left_to_train_is_an_error(spec: Compose, model: Classifier) -> 
 
 def test_frozen_modules_are_in_eval_mode_and_do_not_change(spec: Compose, model: Classifier) -> None:
     contract = apply_freeze(spec("freeze=last_stages").freeze, model)
+    contract.seal()
     contract.train_mode()
     assert not model.network.get_submodule("blocks.0").training
     assert model.network.get_submodule("blocks.6").training
@@ -87,6 +88,7 @@ def test_frozen_modules_are_in_eval_mode_and_do_not_change(spec: Compose, model:
 @pytest.mark.parametrize(("bn_stats", "updates"), [("auto", False), ("frozen", False), ("update", True)])
 def test_statistics_of_layers_that_train(spec: Compose, model: Classifier, bn_stats: str, updates: bool) -> None:
     contract = apply_freeze(spec(f"freeze.bn_stats={bn_stats}").freeze, model)
+    contract.seal()
     before = model.network.bn1.running_mean.clone()
     contract.train_mode()
     model.network(torch.randn(4, 3, 32, 32))
@@ -103,6 +105,7 @@ def test_auto_updates_statistics_that_were_not_loaded(spec: Compose) -> None:
 
 def test_update_leaves_the_statistics_of_frozen_layers(spec: Compose, model: Classifier) -> None:
     contract = apply_freeze(spec("freeze=last_stages", "freeze.bn_stats=update").freeze, model)
+    contract.seal()
     contract.train_mode()
     model.network(torch.randn(4, 3, 32, 32))
     contract.verify()
@@ -112,9 +115,21 @@ def test_update_leaves_the_statistics_of_frozen_layers(spec: Compose, model: Cla
 @pytest.mark.parametrize("name", ["conv_stem.weight", "blocks.3.0.bn1.running_mean"])
 def test_a_breach_is_named(spec: Compose, model: Classifier, name: str) -> None:
     contract = apply_freeze(spec("freeze=head").freeze, model)
+    contract.seal()
     with torch.no_grad():
         model.network.state_dict()[name].view(-1)[0] += 1e-3
     with pytest.raises(FrozenChanged, match=name):
+        contract.check()
+    with pytest.raises(FrozenChanged, match=name):
+        contract.verify()
+
+
+def test_a_breach_that_leaves_no_trace_is_found_at_the_end(spec: Compose, model: Classifier) -> None:
+    contract = apply_freeze(spec("freeze=head").freeze, model)
+    contract.seal()
+    weight = model.network.get_parameter("conv_stem.weight")
+    weight.detach().numpy().flat[0] += 1e-3  # behind PyTorch's back
+    with pytest.raises(FrozenChanged, match="conv_stem"):
         contract.verify()
 
 

@@ -16,6 +16,7 @@ from tlcli.errors import UsageError, did_you_mean
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
+    "cache": ("tlcli.cli.cache", "list or remove the activations that are kept on disk"),
     "completion": ("tlcli.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 """The module of each command, and what it does."""

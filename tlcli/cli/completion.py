@@ -78,6 +78,10 @@ def candidates(line: str) -> list[str]:
             found = _for_train(word, before, files)
         case [_, "completion"]:
             found = iter(SCRIPTS)
+        case [_, "cache", *before]:
+            from tlcli.cli import cache
+
+            found = cache.candidates(before)
         case _:
             found = iter(())
     return [one if one[-1] in "=." else one + " " for one in dict.fromkeys(found) if one.startswith(word)]

@@ -74,7 +74,8 @@ def plan_lines(plan: Plan, width: int | None) -> list[str]:
         ("device", plan.device),
         *(("note", note) for note in plan.notes),
     ]
-    return [line for label, value in rows for line in labelled(label, value, width)]
+    lines = [line for label, value in rows for line in labelled(label, value, width)]
+    return [*lines, *wrapped(f"activations: {plan.activations}", width)]
 
 
 def counts_table(plan: Plan) -> Table | None:
@@ -156,6 +157,13 @@ def labelled(label: str, value: str, width: int | None) -> list[str]:
     wrapper = textwrap.TextWrapper(max(width, LABEL + 8), break_on_hyphens=False, break_long_words=False)
     wrapper.initial_indent, wrapper.subsequent_indent = first, " " * LABEL
     return wrapper.wrap(value) or [first.rstrip()]
+
+
+def wrapped(text: str, width: int | None) -> list[str]:
+    """A sentence, wrapped under its second word where the width is not None."""
+    return (
+        [text] if width is None else textwrap.wrap(text, width, subsequent_indent=" " * LABEL, break_long_words=False)
+    )
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches of images. Order and augmentation are functions of (seed, epoch, index), whatever the number of workers."""
+"""Batches of images. Order and augmentation are functions of seed, epoch and index, whatever the number of workers."""
 
 import hashlib
 import sys
@@ -23,14 +23,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> Ints:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
+def sample_seed(seed: int, view: int, index: int) -> int:
     """A number from 0 to 2**63 - 1 that differs in all its bits between neighbours."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{view}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Batches:
-    """The images of a split as (x, y): x uint8 (batch, 3, size, size), y int64 (batch,), both on the CPU.
+    """The images of a split as (x, y): x uint8 (batch, 3, size, size), channels_last, y int64 (batch,), on the CPU.
 
     With workers=0 images are read in this process, else in so many others. `pin_memory` is for batches that go to a
     CUDA GPU. The last batch may be smaller. Iterating raises BadImages if a file can no longer be read.
@@ -52,65 +52,75 @@ class Batches:
         self.workers = workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self.plain = _Samples(split, preprocessing, None, seed)
-        self.augmented = _Samples(split, preprocessing, augmentation, seed)
+        self._samples = _Samples(split, preprocessing, augmentation, seed)
 
     def __len__(self) -> int:
         """The number of batches."""
         return -(-len(self.split) // self.batch_size)
 
-    def in_order(self) -> Iterator[Batch]:
-        """Every image once, in the split's order, as evaluation sees it."""
-        return self._load(self.plain, 0, np.arange(len(self.split)))
+    def in_order(self, view: int | None = None) -> Iterator[Batch]:
+        """Every image once, in the split's order; as evaluation sees it, or with the augmentation of a view."""
+        return self._load(view, np.arange(len(self.split)))
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Every image once, in the order and with the augmentation of this epoch."""
-        return self._load(self.augmented, number, epoch_order(len(self.split), self.seed, number))
+    def epoch(self, number: int, view: int | None = None) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch, with the augmentation of a view: the epoch's own, if None."""
+        return self._load(number if view is None else view, epoch_order(len(self.split), self.seed, number))
 
-    def _load(self, samples: "_Samples", epoch: int, order: Ints) -> Iterator[Batch]:
-        keys = [(epoch, int(i)) for i in order]
+    def _load(self, view: int | None, order: Ints) -> Iterator[Batch]:
+        chunks = [_Chunk(view, order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
+        return self._in_workers(chunks) if self.workers else self._in_process(chunks)
+
+    def _in_process(self, chunks: list["_Chunk"]) -> Iterator[Batch]:
+        for chunk in chunks:
+            x, y = self._samples.batch(chunk)
+            yield (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
+
+    def _in_workers(self, chunks: list["_Chunk"]) -> Iterator[Batch]:
         loader = DataLoader(
-            samples,
-            batch_sampler=[keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size)],
+            self._samples,
+            sampler=chunks,
+            batch_size=None,  # a sample of the loader's is a whole batch of ours
             num_workers=self.workers,
-            collate_fn=_collate,
             pin_memory=self.pin_memory,
             # fork shares the images in memory; spawn and forkserver would send them to each worker
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
             generator=torch.Generator(),  # its own: else every pass would move torch's global generator on
         )
         for batch in loader:
             if isinstance(batch, TlcliError):
                 raise batch
-            x, y = batch  # pinning makes a list of it
+            x, y = batch  # the loader makes a list of it
             yield x, y
 
 
 @dataclass(frozen=True, eq=False)
-class _Samples(Dataset[tuple[Tensor, int] | TlcliError]):
-    """A sample by (epoch, index). An error is returned, so that it reaches the other process as it is."""
+class _Chunk:
+    """Positions of images in a split, and which augmentation they get; view None is none."""
+
+    view: int | None
+    positions: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples(Dataset[Batch | TlcliError]):
+    """Batches by chunk. An error is returned, so that it reaches the other process as it is."""
 
     split: Split
     preprocessing: Preprocessing
     augmentation: Augmentation | None
     seed: int
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | TlcliError:
-        epoch, index = key
+    def __getitem__(self, chunk: _Chunk) -> Batch | TlcliError:
         try:
-            image = self.split.read(index)
+            return self.batch(chunk)
         except TlcliError as error:
             return error
-        label = int(self.split.labels[index])
-        if self.augmentation is None:
-            return self.preprocessing.apply(image), label
-        return self.augmentation(image, sample_seed(self.seed, epoch, index)), label
 
-
-def _collate(samples: list[tuple[Tensor, int] | TlcliError]) -> Batch | TlcliError:
-    good = []
-    for sample in samples:
-        if isinstance(sample, TlcliError):
-            return sample
-        good.append(sample)
-    return torch.stack([x for x, _ in good]), torch.tensor([y for _, y in good])
+    def batch(self, chunk: _Chunk) -> Batch:
+        """Raises BadImages."""
+        positions = chunk.positions.tolist()
+        images = (self.split.read(i) for i in positions)  # one after the other: photographs are large
+        y = torch.from_numpy(self.split.labels[chunk.positions])
+        if self.augmentation is None or chunk.view is None:
+            return self.preprocessing.apply_batch(images), y
+        return self.augmentation.apply_batch(images, [sample_seed(self.seed, chunk.view, i) for i in positions]), y

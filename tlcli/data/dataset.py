@@ -8,7 +8,7 @@ import numpy as np
 
 from tlcli.data.digits import load_digits
 from tlcli.data.listing import list_imagefolder, list_manifest
-from tlcli.data.reading import read_once
+from tlcli.data.reading import Group, Memory, SoundImages, bad_images, keep_in_memory, kept
 from tlcli.data.source import Images, Source, Split, from_listing
 from tlcli.data.splits import held_out, per_class
 from tlcli.data.torchvision_sets import load_torchvision
@@ -16,7 +16,7 @@ from tlcli.errors import BadImages, UsageError
 from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
 from tlcli.watch import Watch
 
-__all__ = ["Dataset", "Images", "Split", "load_dataset"]
+__all__ = ["Dataset", "Images", "SoundImages", "Split", "keep_in_memory", "load_dataset"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +41,17 @@ SOURCES: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
 """What makes a source of each kind of spec."""
 
 
-def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch) -> Dataset:
-    """The images of `spec`, split, cut down and read once; decoded ones stay in memory up to `spec.ram_gb`.
+def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImages | None = None) -> Dataset:
+    """The images of `spec`, split and cut down; every one decodes. Those read stay in memory up to `spec.ram_gb`.
 
-    Which image is in which split is a function of the seed and of the sorted names of each class's files.
-    Raises UsageError where the data cannot be used as it is, BadImages for files that do not decode (on_bad=error).
+    All are decoded here, unless `sound` knows which of them decode: then each is when it is first read. Which image is
+    in which split is a function of the seed and of the sorted names of each class's files. Raises UsageError where the
+    data cannot be used as it is, BadImages for files that do not decode (on_bad=error).
     """
     source = SOURCES[type(spec)](spec, watch)
     splits, notes = _divide(source, spec, seed)
-    splits, bad = _decode(splits, spec, watch)
+    splits = _kept(splits, Memory(int(spec.ram_gb * 1e9)))
+    splits, bad = _without_bad(splits, spec, watch, sound)
     if bad:
         notes.append(
             f"{_files(len(bad))} not decode and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv"
@@ -92,36 +94,44 @@ def _per_class(split: Split, classes: tuple[str, ...], most: int | None, seed: i
     return split.take(per_class(split.labels, classes, most, seed=seed, purpose=purpose))
 
 
-def _decode(
-    splits: dict[str, Split], spec: DatasetSpec, watch: Watch
+def _kept(splits: dict[str, Split], memory: Memory) -> dict[str, Split]:
+    """The splits with images that stay in memory; those that choose from the same images go on doing so."""
+    images = {id(s.images): s.images for s in splits.values()}
+    wrapped = {key: kept(value, memory) for key, value in images.items()}
+    return {name: Split(wrapped[id(s.images)], s.indices, s.labels) for name, s in splits.items()}
+
+
+def _without_bad(
+    splits: dict[str, Split], spec: DatasetSpec, watch: Watch, sound: SoundImages | None
 ) -> tuple[dict[str, Split], list[tuple[str, str]]]:
-    """The splits without what does not decode, backed by memory as far as it goes, and (file, reason) of the bad."""
-    budget = int(spec.ram_gb * 1e9)
-    bad: list[tuple[str, str]] = []
-    with watch.track("decoding", sum(len(s) for s in splits.values())) as done:
-        for group in _by_images(splits):
-            images = splits[group[0]].images
-            indices = np.sort(np.concatenate([splits[name].indices for name in group])).tolist()
-            kept, reasons, budget = read_once(images, indices, budget, done)
-            bad += [(images.name(index), reason) for index, reason in reasons.items()]
-            for name in group:
-                split = splits[name]
-                good = split.take(np.flatnonzero(~np.isin(split.indices, list(reasons))))
-                splits[name] = Split(kept, good.indices, good.labels)
-    if bad and spec.on_bad is OnBad.error:
-        first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
-        more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
-        message = f"{_files(len(bad))} not decode: {first}{more}; dataset.on_bad=skip leaves them out"
-        raise BadImages(message, bad)
-    return splits, bad
-
-
-def _by_images(splits: dict[str, Split]) -> list[list[str]]:
-    """The names of the splits, those that choose from the same images together."""
-    groups: dict[int, list[str]] = {}
+    """The splits without what does not decode, and (file, reason) of that. Raises BadImages if it is to be an error."""
+    groups = _in_use(splits)
+    faults = bad_images(groups, watch, sound)
+    if not faults:
+        return splits, []
+    bad = [(images, i, faults[key]) for images, used in groups for i in used if (key := images.key(i)) in faults]
+    files = [(images.name(i), reason) for images, i, reason in bad]
+    if spec.on_bad is OnBad.error:
+        raise BadImages(_do_not_decode(files), files)
+    left_out = {(id(images), i) for images, i, _ in bad}
     for name, split in splits.items():
-        groups.setdefault(id(split.images), []).append(name)
-    return list(groups.values())
+        good = [n for n, i in enumerate(split.indices.tolist()) if (id(split.images), i) not in left_out]
+        splits[name] = split.take(np.array(good, dtype=np.int64))
+    return splits, files
+
+
+def _in_use(splits: dict[str, Split]) -> list[Group]:
+    """The images of all splits, those that choose from the same images together, in the order of these images."""
+    groups: dict[int, Group] = {}
+    for split in splits.values():
+        groups.setdefault(id(split.images), (split.images, []))[1].extend(split.indices.tolist())
+    return [(images, sorted(indices)) for images, indices in groups.values()]
+
+
+def _do_not_decode(bad: list[tuple[str, str]]) -> str:
+    first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
+    more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
+    return f"{_files(len(bad))} not decode: {first}{more}; dataset.on_bad=skip leaves them out"
 
 
 def _check_filled(classes: tuple[str, ...], splits: dict[str, Split], spec: DatasetSpec) -> None:

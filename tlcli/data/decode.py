@@ -1,6 +1,9 @@
 """A file becomes RGB pixels here and nowhere else, so that training, evaluation and prediction see the same image."""
 
+import hashlib
+import inspect
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import PIL
+from PIL import Image, UnidentifiedImageError, features
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -32,13 +36,21 @@ def read_image(file: Path | BinaryIO) -> Pixels:
     """
     if not isinstance(file, Path):
         return _decode(file)
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise BadImage("not a regular file")
-        with file.open("rb") as stream:
-            return _decode(stream)
-    except OSError as error:
-        raise BadImage((error.strerror or str(error)).lower()) from error
+    with _opened(file) as stream:
+        return _decode(stream)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file. Raises BadImage where `read_image` would not open it."""
+    with _opened(path) as stream:
+        return stream.read()
+
+
+def decoder() -> str:
+    """What decides, beside its bytes, whether an image decodes and to which pixels: versions, and this file's rules."""
+    codecs = [f"{name} {features.version(name)}" for name in ("jpg", "webp", "avif", "libtiff", "zlib")]
+    rules = hashlib.blake2b(inspect.getsource(sys.modules[__name__]).encode(), digest_size=8).hexdigest()
+    return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"rules {rules}"])
 
 
 def to_rgb(image: Image.Image) -> Pixels:
@@ -52,6 +64,18 @@ def to_rgb(image: Image.Image) -> Pixels:
     if 0 in rgb.shape:
         raise BadImage("no pixels")
     return rgb
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open. Whatever the system says against it becomes a BadImage."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadImage("not a regular file")
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise BadImage((error.strerror or str(error)).lower()) from error
 
 
 def _decode(stream: BinaryIO) -> Pixels:

@@ -41,9 +41,10 @@ Found = dict[str, dict[str, list[Path]]]
 class Listing:
     """Files by split ("train", "val", "test", or "all" for a set that is not split) with positions in `classes`.
 
-    Sorted: classes by name, files of a split by class, then by path.
+    Sorted: classes by name, files of a split by class, then by path. All lie below `root`.
     """
 
+    root: Path
     classes: tuple[str, ...]
     splits: dict[str, list[tuple[Path, int]]]
 
@@ -72,8 +73,8 @@ def kept_classes(known: Sequence[str], wanted: Iterable[str] | None, where: str)
     return tuple(name for name in known if name in chosen)
 
 
-def _listing(found: Found, wanted: Iterable[str] | None, where: str) -> Listing:
-    """The found files as a Listing, once classes are known to be sound."""
+def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str) -> Listing:
+    """The files found below root as a Listing, once classes are known to be sound."""
     main = "all" if "all" in found else "train"
     if main not in found:
         raise UsageError(f"{where}: has {' and '.join(found)} but no train: nothing to train on")
@@ -90,6 +91,7 @@ def _listing(found: Found, wanted: Iterable[str] | None, where: str) -> Listing:
         raise UsageError(f"{where}: only one class, {_some(classes)!r}: at least two are needed. {_ONE_A_CLASS}")
     place = {name: i for i, name in enumerate(classes)}
     return Listing(
+        root,
         classes,
         {s: [(p, place[c]) for c in classes for p in sorted(by_class.get(c, ()))] for s, by_class in found.items()},
     )
@@ -122,7 +124,7 @@ def list_imagefolder(spec: ImageFolder) -> Listing:
         raise UsageError(f"{error.filename}: not readable (permission denied)") from error
     if len(only := found.get("all", {})) == 1 and (inner := _dataset_below(root)):
         raise UsageError(f"{root}: only one class, {next(iter(only))!r}. Did you mean {inner}? {_ONE_A_CLASS}")
-    return _listing(found, spec.classes, str(root))
+    return _listing(root, found, spec.classes, str(root))
 
 
 def _no_folder(root: Path) -> NoReturn:
@@ -230,7 +232,7 @@ def list_manifest(spec: Manifest) -> Listing:
     found: Found = {}
     for path, row in zip(_paths(file, root, rows), rows, strict=True):
         found.setdefault(row.split or "all", {}).setdefault(row.label, []).append(path)
-    return _listing(found, spec.classes, str(file))
+    return _listing(root, found, spec.classes, str(file))
 
 
 def _rows(file: Path) -> list[_Row]:

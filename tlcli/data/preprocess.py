@@ -1,15 +1,20 @@
 """What every image goes through on its way into the network, in training and everywhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from tlcli.data.decode import Pixels
 from tlcli.specs import Fit
+
+TOGETHER = 2**20
+"""Bytes of images that are resized in one call: of small ones the calls cost more than the pixels, of large ones a copy
+of them does."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,25 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def apply(self, image: Pixels) -> Tensor:
-        """uint8 (height, width, 3) -> uint8 (3, size, size), by antialiased bilinear resizing.
+        """uint8 (height, width, 3) -> uint8 (3, size, size), contiguous: the image of `apply_batch`."""
+        return self.apply_batch([image])[0].contiguous()
 
-        squash resizes both sides; crop keeps the middle square; pad keeps everything and fills up with black.
+    def apply_batch(self, images: Iterable[Pixels]) -> Tensor:
+        """uint8 (height, width, 3), each its own -> uint8 (batch, 3, size, size), channels_last, antialiased bilinear.
+
+        squash resizes both sides; crop keeps the middle square; pad keeps everything and fills up with black. What
+        becomes of an image does not depend on the others. Of an iterator only a few images are in memory at a time.
         """
-        pixels = to_tensor(image)
-        height, width = pixels.shape[1:]
+        return torch.cat([self._squares(group) for group in _alike(images)]).permute(0, 3, 1, 2)
+
+    def _squares(self, images: Sequence[Pixels]) -> Tensor:
+        """Images of one shape -> (n, size, size, 3)."""
+        height, width = images[0].shape[:2]
         if self.fit is Fit.pad:
-            return pad_to_square(resized(pixels, *fitted(height, width, self.size)))
+            return pad_to_square(resized(stacked(images), *fitted(height, width, self.size)))
         if self.fit is Fit.crop:  # crop, then resize: the other way round, 20,000 by 1 pixels would grow 224-fold
-            pixels = functional.center_crop(pixels, [min(height, width)] * 2)
-        return resized(pixels, self.size, self.size)
+            images = [_middle(image) for image in images]
+        return resized(stacked(images), self.size, self.size)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """uint8 (batch, 3, size, size) on any device -> float32 of the same shape, device and memory format."""
@@ -50,15 +63,18 @@ class Preprocessing:
         return cls(int(data["size"]), Fit(data["fit"]), (r, g, b), (sr, sg, sb))
 
 
-def to_tensor(image: Pixels) -> Tensor:
-    """uint8 (height, width, 3) -> a view of it as (3, height, width)."""
-    return torch.from_numpy(image).permute(2, 0, 1)
+def stacked(images: Sequence[Pixels]) -> Tensor:
+    """Images of one shape -> (n, height, width, 3); a single one may share its memory."""
+    return torch.from_numpy(np.ascontiguousarray(images[0])[None] if len(images) == 1 else np.stack(images))
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (3, h, w) -> uint8 (3, height, width), contiguous."""
-    out: Tensor = functional.resize(pixels, [height, width], antialias=True)
-    return out.contiguous()
+    """uint8 (n, h, w, 3) -> uint8 (n, height, width, 3), contiguous, or the same memory where the size is the same.
+
+    Colours lie last throughout: so torch resizes three times as fast as with (n, 3, h, w), and to the same values.
+    """
+    out: Tensor = functional.resize(pixels.permute(0, 3, 1, 2), [height, width], antialias=True)
+    return out.permute(0, 2, 3, 1).contiguous()
 
 
 def fitted(height: int, width: int, size: int) -> tuple[int, int]:
@@ -68,9 +84,31 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def pad_to_square(pixels: Tensor) -> Tensor:
-    """(3, h, w) in the middle of a black square of the longer side."""
-    height, width = pixels.shape[1:]
+    """(n, h, w, 3), each in the middle of a black square of the longer side."""
+    n, height, width, colours = pixels.shape
     side = max(height, width)
+    if height == width:
+        return pixels
     left, top = (side - width) // 2, (side - height) // 2
-    out: Tensor = functional.pad(pixels, [left, top, side - width - left, side - height - top])
+    out = pixels.new_zeros(n, side, side, colours)
+    out[:, top : top + height, left : left + width] = pixels
     return out
+
+
+def _middle(image: Pixels) -> Pixels:
+    """The middle square."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image[top : top + side, left : left + side]
+
+
+def _alike(images: Iterable[Pixels]) -> Iterator[list[Pixels]]:
+    """The images in order, those together that follow each other, have one shape, and are small."""
+    group: list[Pixels] = []
+    for image in images:
+        if group and (image.shape != group[0].shape or (len(group) + 1) * image.nbytes > TOGETHER):
+            yield group
+            group = []
+        group.append(image)
+    yield group

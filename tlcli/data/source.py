@@ -1,17 +1,24 @@
 """What a data set's builder hands over: images that can be read by position, and which belong to which split."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tlcli.data.decode import BadImage, Pixels, read_image
+from tlcli.data.decode import BadImage, Pixels, read_bytes, read_image
 from tlcli.data.listing import Listing, kept_classes
+from tlcli.data.threads import in_threads, shown_if_slow
 from tlcli.errors import BadImages
+from tlcli.watch import Watch
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+DIGEST_SIZE = 16
+"""Bytes of an image's digest: enough that no two images share one by chance."""
 
 
 class Images(Protocol):
@@ -25,12 +32,19 @@ class Images(Protocol):
     def name(self, index: int) -> str:
         """The path of the file, or a name such as digits/17."""
 
+    def key(self, index: int) -> str:
+        """A name that stays when the data moves: the path below the data set's root, or a name such as digits/17."""
+
+    def digest(self, index: int) -> bytes:
+        """BLAKE2b of the file's bytes, or of shape and pixels. Raises BadImage."""
+
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images in files, read each time."""
+    """Images in files below a folder, read each time."""
 
     paths: tuple[Path, ...]
+    root: Path
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,6 +54,13 @@ class Files:
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def key(self, index: int) -> str:
+        # lexically, so that nothing is read from disk; as_posix: Windows gives the same
+        return Path(os.path.relpath(self.paths[index], self.root)).as_posix()
+
+    def digest(self, index: int) -> bytes:
+        return hashlib.blake2b(read_bytes(self.paths[index]), digest_size=DIGEST_SIZE).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +80,44 @@ class Arrays:
     def name(self, index: int) -> str:
         return f"{self.prefix}/{index}"
 
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def digest(self, index: int) -> bytes:
+        return digest_of_pixels(self.read(index))
+
+
+def digest_of_pixels(pixels: Pixels) -> bytes:
+    """BLAKE2b of the shape and the values."""
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_SIZE)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+def fingerprint(images: Images, indices: Sequence[int], watch: Watch) -> str:
+    """SHA-256 over key and digest of each of these images, in order. Raises BadImages for what cannot be read.
+
+    It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
+    """
+
+    def digest_of(index: int) -> bytes:
+        try:
+            return images.digest(index)
+        except BadImage as error:
+            raise no_longer_readable(images, index, error) from error
+
+    total = hashlib.sha256()
+    digests = shown_if_slow(in_threads(digest_of, indices, 64), "reading files", len(indices), watch)
+    for index, digest in zip(indices, digests, strict=True):
+        key = os.fsencode(images.key(index))  # a file's name need not be UTF-8
+        total.update(len(key).to_bytes(8, "little") + key + digest)
+    return total.hexdigest()
+
+
+def no_longer_readable(images: Images, index: int, error: BadImage) -> BadImages:
+    """The error of an image that was sound when the data set was loaded."""
+    return BadImages(f"{images.name(index)}: {error}")
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -75,12 +134,20 @@ class Split:
         """Pixels of the split's i-th image, uint8 (height, width, 3) RGB, not to be changed in place."""
         try:
             return self.images.read(int(self.indices[i]))
-        except BadImage as error:  # it was sound when the data set was loaded
-            raise BadImages(f"{self.name(i)}: {error}") from error
+        except BadImage as error:
+            raise no_longer_readable(self.images, int(self.indices[i]), error) from error
 
     def name(self, i: int) -> str:
         """The path or name of the split's i-th image."""
         return self.images.name(int(self.indices[i]))
+
+    def fingerprint(self, positions: Ints | None = None, watch: Watch | None = None) -> str:
+        """SHA-256 over names and contents of the images at these positions (None: all), in order; not over labels.
+
+        It stays when the data moves. Raises BadImages for a file that cannot be read.
+        """
+        indices = self.indices if positions is None else self.indices[positions]
+        return fingerprint(self.images, indices.tolist(), watch or Watch())
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         """The number of images of each class."""
@@ -116,5 +183,8 @@ def from_listing(listing: Listing) -> Source:
     """Files as images."""
     return Source(
         listing.classes,
-        {k: whole(Files(tuple(p for p, _ in rows)), (c for _, c in rows)) for k, rows in listing.splits.items()},
+        {
+            k: whole(Files(tuple(p for p, _ in rows), listing.root), (c for _, c in rows))
+            for k, rows in listing.splits.items()
+        },
     )

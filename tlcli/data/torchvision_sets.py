@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tlcli.data.decode import BadImage, Pixels, to_rgb
-from tlcli.data.source import Files, Images, Ints, Source, whole
+from tlcli.data.source import Files, Images, Ints, Source, digest_of_pixels, whole
 from tlcli.errors import TlcliError, UsageError, did_you_mean
 from tlcli.specs import TorchvisionDataset
 from tlcli.watch import Watch
@@ -44,6 +44,12 @@ class Items:
     def name(self, index: int) -> str:
         return f"{self.prefix}/{index}"
 
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def digest(self, index: int) -> bytes:
+        return digest_of_pixels(self.read(index))
+
 
 def load_torchvision(spec: TorchvisionDataset, watch: Watch) -> Source:
     """The splits of a torchvision data set, downloaded where `download` says so and nothing is there yet.
@@ -57,7 +63,8 @@ def load_torchvision(spec: TorchvisionDataset, watch: Watch) -> Source:
     sets = {k: _open(spec, dict(arguments), watch) for k, arguments in wanted.items() if arguments is not None}
     labels = {k: _labels(spec, s) for k, s in sets.items()}
     classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
-    splits = {k: whole(_images(s, f"{spec.name}/{k}"), labels[k]) for k, s in sets.items()}
+    root = Path(spec.root or "").expanduser()
+    splits = {k: whole(_images(s, root, f"{spec.name}/{k}"), labels[k]) for k, s in sets.items()}
     # some name classes that no image has, as EMNIST's letters do with "N/A"
     in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
     return Source(classes, splits).keep(in_use if spec.classes is None else spec.classes, spec.name)
@@ -152,12 +159,12 @@ def _class_names(items: Any, count: int) -> tuple[str, ...]:
     return tuple(name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(plain))
 
 
-def _images(items: Any, prefix: str) -> Images:
+def _images(items: Any, root: Path, prefix: str) -> Images:
     """The files themselves where the data set has a list of them, so that they are decoded as all files are."""
     for name in ("_image_files", "_images", "samples", "_samples"):
         listed = getattr(items, name, None)
         if isinstance(listed, list) and len(listed) == len(items):
             paths = [x[0] if isinstance(x, tuple) else x for x in listed]
             if all(isinstance(path, str | Path) for path in paths):
-                return Files(tuple(Path(path) for path in paths))
+                return Files(tuple(Path(path) for path in paths), root)
     return Items(items, prefix)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import Device
-from tlcli.engine.inputs import LiveImages
+from tlcli.engine.inputs import Feed
 from tlcli.engine.metrics import Predictions, predictions_of
 from tlcli.watch import Watch
 
@@ -24,27 +24,27 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def evaluate(network: nn.Module, inputs: LiveImages, device: Device, watch: Watch, label: str) -> Predictions:
-    """The logits for every image of a split, each once, in order."""
+def evaluate(network: nn.Module, feed: Feed, device: Device, watch: Watch, label: str) -> Predictions:
+    """The logits for every image of a split, each once, in order; `network` is the whole one, whose modes are set."""
     logits, labels = [], []
-    with evaluating(network), torch.inference_mode(), watch.track(label, len(inputs)) as advance:
-        for x, y in inputs.in_order():
-            with device.autocast(device.eval_dtype):
-                logits.append(network(x))
+    with evaluating(network), torch.inference_mode(), watch.track(label, len(feed)) as advance:
+        for x, y in feed.in_order():
+            with device.autocast(feed.dtype):
+                logits.append(feed.network(*x))
             labels.append(y)
             advance(len(y))
     return predictions_of(logits, labels)
 
 
 def features(
-    network: nn.Module, head: nn.Module, inputs: LiveImages, device: Device, watch: Watch, label: str
+    network: nn.Module, head: nn.Module, feed: Feed, device: Device, watch: Watch, label: str
 ) -> tuple[Tensor, Tensor]:
     """What enters `head` for every image, float32 on the CPU, and the labels (N)."""
     seen: list[Tensor] = []
     hook: Callable[..., None] = lambda module, args: seen.append(args[0].float().cpu())  # noqa: E731
     handle = head.register_forward_pre_hook(hook)
     try:
-        labels = evaluate(network, inputs, device, watch, label).labels
+        labels = evaluate(network, feed, device, watch, label).labels
     finally:
         handle.remove()
     return torch.cat(seen), labels

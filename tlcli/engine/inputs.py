@@ -1,84 +1,53 @@
-"""What the loop reads: batches (x, y) on the device, x as the network takes it."""
+"""What the loop reads: live images or cached activations, as `planning` decided."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import nn
 
 from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import Batches
 from tlcli.data.dataset import Dataset, Split
 from tlcli.data.preprocess import Preprocessing
+from tlcli.data.reading import keep_in_memory
 from tlcli.device import Device
+from tlcli.engine.activations import Activations, CachedActivations, Tables, rows_in
+from tlcli.engine.extraction import Speed
+from tlcli.engine.live import Batch, LiveImages
 from tlcli.models.classifier import Classifier
 from tlcli.specs import TrainSpec
+from tlcli.watch import Watch
 
-Batch = tuple[Tensor, Tensor]
 EVALUATION_BATCH = 64
 """Images a forward pass of evaluation at the most; at most four times the training batch, whose backward pass needs as
 much memory."""
 
 
-class LiveImages:
-    """Images decoded, augmented and normalised as they are needed: x (B, 3, S, S) float32, y (B) int64."""
+class Feed(Protocol):
+    """One split as the loop reads it: batches (x, y) on the device, x as `network` takes it in the format `dtype`."""
 
-    def __init__(self, batches: Batches, preprocessing: Preprocessing, device: Device) -> None:
-        self._batches = batches
-        self._preprocessing = preprocessing
-        self._device = device
+    network: nn.Module
+    dtype: torch.dtype
 
     def __len__(self) -> int:
         """The number of images."""
-        return len(self._batches.split)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Every image once, shuffled and augmented as (seed, epoch, index) say."""
-        return self._ready(self._batches.epoch(number))
+        """Every image once, in the order of this epoch (1, 2, ...)."""
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, as evaluation sees it."""
-        return self._ready(self._batches.in_order())
-
-    def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for images, labels in batches:
-            x = self._device.put(images).contiguous(memory_format=self._device.memory_format)
-            yield self._preprocessing.normalise(x), self._device.put(labels)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The splits of a data set as the loop reads them; `probe` is train as evaluation sees it."""
+    """What a run reads before its test; `probe` is train as evaluation sees it."""
 
-    train: LiveImages
-    probe: LiveImages
-    val: LiveImages
-    test: LiveImages
-    preprocessing: Preprocessing
-
-
-def open_inputs(data: Dataset, model: Classifier, spec: TrainSpec, device: Device) -> Inputs:
-    """Live images of every split, in the size that the spec, the data set or the backbone names."""
-    preprocessing = preprocessing_for(spec, model)
-
-    def live(split: Split, *, train: bool = False) -> LiveImages:
-        batches = Batches(
-            split,
-            preprocessing,
-            batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
-            workers=device.workers,
-            pin_memory=device.accelerator.type == "cuda",
-            augmentation=make_augmentation(spec.augment, preprocessing) if train else None,
-            seed=spec.seed,
-        )
-        return LiveImages(batches, preprocessing, device)
-
-    return Inputs(
-        train=live(data.train, train=True),
-        probe=live(data.train),
-        val=live(data.val),
-        test=live(data.test),
-        preprocessing=preprocessing,
-    )
+    train: Feed
+    probe: Feed
+    val: Feed
 
 
 def image_size(spec: TrainSpec) -> int | None:
@@ -100,3 +69,115 @@ def preprocessing_for(spec: TrainSpec, model: Classifier) -> Preprocessing:
 def _three(given: list[float] | None, own: tuple[float, float, float]) -> tuple[float, float, float]:
     red, green, blue = own if given is None else given
     return red, green, blue
+
+
+@dataclass
+class InputPlan:
+    """Where each split comes from: `cached` has those that are read from activations, by train, probe, val and test.
+
+    `line` says to people what was decided and why, `facts` to run.json; `numerics` says how the formats were chosen.
+    """
+
+    device: Device
+    preprocessing: Preprocessing
+    line: str
+    facts: dict[str, Any]
+    numerics: dict[str, str]
+    live: "LiveFeeds"
+    cached: "dict[str, CachedFeed]"
+
+    def open(self, watch: Watch) -> Inputs:
+        """Fill what is missing in the cache; where that fails, that split is live, and a note says so."""
+        return Inputs(train=self._feed("train", watch), probe=self._feed("probe", watch), val=self._feed("val", watch))
+
+    def open_test(self, watch: Watch) -> Feed:
+        """The test set: nothing runs on it before this is called."""
+        return self._feed("test", watch)
+
+    def extraction(self) -> dict[str, Any] | None:
+        """How the extractions of this run went, for run.json; None where everything was there or is live."""
+        speeds: dict[str, Speed] = {}
+        for feed in self.cached.values():
+            speeds |= {a.key: a.speed for a in feed.sources if a.speed is not None}
+        if not speeds:
+            return None
+        first, *others = speeds.values()
+        for other in others:
+            first = first.plus(other)
+        return {
+            "images": first.images,
+            "seconds": round(first.seconds, 3),
+            "compile_seconds": round(first.compile_seconds, 3),
+            "images_per_second": round(first.images_per_second, 1),
+            "dtype": first.dtype,
+            "memory_format": first.memory_format,
+            "why": first.why,
+        }
+
+    def _feed(self, role: str, watch: Watch) -> Feed:
+        if role not in self.cached:
+            return self.live.feed(role, watch)
+        try:
+            return self.cached[role].open(self.device, watch)
+        except OSError as error:  # a disk that is full now, a folder that was taken away
+            watch.note(f"activations: {role} is not cached ({error.strerror or error}): its images are live")
+            return self.live.feed(role, watch)
+
+
+@dataclass(frozen=True)
+class CachedFeed:
+    """How a split is read from activations: `sources` are its views, or the one that has its images as they are."""
+
+    sources: tuple[Activations, ...]
+    pool: Split
+    split: Split
+    network: nn.Module
+    dtype: torch.dtype
+    batch_size: int
+    seed: int
+    tables: Tables
+
+    def open(self, device: Device, watch: Watch) -> Feed:
+        return CachedActivations(
+            [self.tables.open(source.entry(watch)) for source in self.sources],
+            rows_in(self.pool, self.split),
+            torch.from_numpy(self.split.labels),
+            network=self.network,
+            dtype=self.dtype,
+            device=device,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class LiveFeeds:
+    """How a split is read live."""
+
+    data: Dataset
+    network: nn.Module
+    spec: TrainSpec
+    preprocessing: Preprocessing
+    device: Device
+
+    def feed(self, role: str, watch: Watch) -> Feed:
+        spec, device, train = self.spec, self.device, role == "train"
+        split: Split = getattr(self.data, "train" if role == "probe" else role)
+        keep_in_memory([split], watch)
+        batches = Batches(
+            split,
+            self.preprocessing,
+            batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
+            workers=device.workers,
+            pin_memory=device.accelerator.type == "cuda",
+            augmentation=make_augmentation(spec.augment, self.preprocessing) if train else None,
+            seed=spec.seed,
+        )
+        return LiveImages(
+            batches,
+            self.preprocessing,
+            device,
+            network=self.network,
+            dtype=device.train_dtype if train else device.eval_dtype,
+            views=spec.cache.views if train else None,
+        )

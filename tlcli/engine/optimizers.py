@@ -14,11 +14,13 @@ def build_optimizer(spec: OptimizerSpec, groups: Sequence[Group]) -> Optimizer:
     parameters = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
     ]
+    # fused: one call for all tensors. On a CPU a step of AdamW on a small head takes three quarters of the time of the
+    # plain loop over tensors; the fused SGD there is no quicker than the loop.
     match spec:
         case AdamW():
-            return torch.optim.AdamW(parameters, betas=spec.betas)
+            return torch.optim.AdamW(parameters, betas=spec.betas, fused=True)
         case Adam():
-            return torch.optim.Adam(parameters, betas=spec.betas)
+            return torch.optim.Adam(parameters, betas=spec.betas, fused=True)
         case Sgd():
             return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
     raise AssertionError(f"no optimizer for {type(spec).__name__}")

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device
-from tlcli.engine.inputs import Batch, LiveImages
+from tlcli.engine.inputs import Feed
+from tlcli.engine.live import Batch
 from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NotFinite, TlcliError
@@ -23,7 +24,8 @@ from tlcli.transfer.contract import Contract
 from tlcli.transfer.groups import parameter_groups
 from tlcli.watch import Watch
 
-STEPS_BETWEEN_CHECKS = 20  # on an accelerator, where looking at a loss waits for it
+STEPS_BETWEEN_CHECKS = 20
+"""Looking at a loss waits for it on an accelerator, and costs a step of a small head a tenth of its time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class Trainer:
         self._spec = spec
         self._device = device
         self._contract = contract
-        self._network: nn.Module = model.network
         self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, model))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         n_train = sum(class_counts)
@@ -68,7 +69,7 @@ class Trainer:
         self._class_weights = _class_weights(spec.class_weights, class_counts, device)
         self.step = 0
 
-    def fit(self, inputs: LiveImages, epoch: int, watch: Watch, on_running: Callable[[Running], None]) -> Fit:
+    def fit(self, inputs: Feed, epoch: int, watch: Watch, on_running: Callable[[Running], None]) -> Fit:
         """Train on every image once. Raises NotFinite where the loss becomes NaN or infinite."""
         self._contract.train_mode()
         torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout is then a function of (seed, epoch)
@@ -77,8 +78,8 @@ class Trainer:
         first_step, start, batch = self.step, time.perf_counter(), 0
         with watch.track(f"epoch {epoch}", len(inputs)) as advance:
             while group := list(islice(batches, self._spec.accumulate)):
-                self._update(group, tally)
-                if self._device.accelerator.type == "cpu" or self.step % STEPS_BETWEEN_CHECKS == 0:
+                self._update(inputs, group, tally)
+                if self.step % STEPS_BETWEEN_CHECKS == 0:
                     self._check(tally, epoch, first_step)
                 for _, y in group:
                     batch += 1
@@ -100,13 +101,13 @@ class Trainer:
             "random": torch.get_rng_state(),
         }
 
-    def _update(self, group: list[Batch], tally: "_Tally") -> None:
+    def _update(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""
         self.schedule.before_step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = sum(len(y) for _, y in group)
         for x, y in group:
-            losses, logits = self._forward(x, y)
+            losses, logits = self._forward(inputs, x, y)
             torch.autograd.backward(self._scaler.scale(losses / total))
             tally.add(losses.detach(), logits.detach(), y)
         if self._spec.clip_grad is not None:
@@ -116,14 +117,14 @@ class Trainer:
         self._scaler.update()
         self.step += 1
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Feed, x: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the images' losses, and the logits."""
         alone = len(y) == 1 < self._spec.batch_size
         if alone:  # one image left over has no batch statistics to speak of
             self._contract.train_mode(update_stats=False)
         try:
-            with self._device.autocast(self._device.train_dtype):
-                logits = self._network(x)
+            with self._device.autocast(inputs.dtype):
+                logits = inputs.network(*x)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise TlcliError(
@@ -169,12 +170,21 @@ class _Tally:
         self._sizes: list[int] = []
         self._checked = 0
         self._right = torch.zeros((), dtype=torch.int64, device=device)
+        self._to_count: list[tuple[Tensor, Tensor]] = []
 
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
         """A batch: the sum of its losses, its logits and its labels."""
         self._losses.append(losses)
         self._sizes.append(len(labels))
-        self._right += (logits.argmax(dim=1) == labels).sum()
+        self._to_count.append((logits, labels))
+        if len(self._to_count) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
+            self._count()
+
+    def _count(self) -> None:
+        if self._to_count:
+            logits, labels = (torch.cat(part) for part in zip(*self._to_count, strict=True))
+            self._right += (logits.argmax(dim=1) == labels).sum()
+            self._to_count.clear()
 
     def loss(self) -> float:
         """The mean over all images so far."""
@@ -188,6 +198,7 @@ class _Tally:
 
     def accuracy(self) -> float:
         """The share of images that were classified rightly as they were trained on."""
+        self._count()
         return self._right.item() / sum(self._sizes)
 
     def first_not_finite(self) -> int | None:

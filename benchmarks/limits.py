@@ -1,0 +1,64 @@
+"""What the machine can do at most: python -m benchmarks.limits [--small]
+
+GFLOP/s of a large square matrix product, and the images a second that this allows: the FLOPs of a network's forward
+pass, counted by PyTorch, at that rate. No convolution runs faster than the matrix product that it is made of.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.run import out_folder, publish
+
+SIZE, SMALL_SIZE, REPEATS = 2048, 128, 9
+
+
+def matrix_gflops(size: int = SIZE, repeats: int = REPEATS) -> dict[str, float]:
+    """GFLOP/s of a product of two (size, size) matrices in float32 and in bfloat16: medians, after two of warm-up."""
+    rates: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        seconds = _median_seconds(a, b, repeats)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e9
+    return rates
+
+
+def _median_seconds(a: Tensor, b: Tensor, repeats: int) -> float:
+    out, seconds = torch.empty_like(a), []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def forward_gflop(size: int) -> float:
+    """GFLOP of ResNet-18's forward pass for one image of `size` pixels a side (a multiply and an add are two)."""
+    with torch.device("meta"):
+        network, image = torchvision.models.resnet18().eval(), torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return counter.get_total_flops() / 1e9
+
+
+def main(out: Path, *, small: bool = False) -> None:
+    """Print rates and limits."""
+    rates = matrix_gflops(SMALL_SIZE if small else SIZE)
+    work = forward_gflop(224)
+    rows = [[name, f"{rate:.0f}", f"{rate / work:.1f}"] for name, rate in rates.items()]
+    header = ["number format", "matrix product, GFLOP/s", "limit for ResNet-18 at 224 px, images a second"]
+    publish("limits", header, rows, out, {"gflops": rates, "gflop_a_forward_image": work})
+
+
+if __name__ == "__main__":
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--small", action="store_true")
+    command.add_argument("--out", type=Path)
+    given = command.parse_args()
+    main(out_folder(given.out, "limits"), small=given.small)

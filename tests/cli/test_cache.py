@@ -1,0 +1,230 @@
+"""`tlcli cache`: what it shows, and that it removes what it was told to and nothing else."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tlcli as package
+from tlcli.cli import cache, view
+from tlcli.cli.completion import candidates
+from tlcli.store import META, Column, Entry, Store
+
+NAMES = (("hymenoptera", "efficientnet_lite0", "classifier"), ("digits", "resnet18", "layer4.1"))
+KEYS = ("ab01" * 16, "ab02" * 16)
+LONG = "a folder_with_a_name_that_is_far_too_long_for_a_terminal"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Where the command looks: a cache of its own."""
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
+    return Store(tmp_path / "cache")
+
+
+def add(store: Store, key: str, rows: int = 1257, **facts: object) -> Entry:
+    with store.create(key, rows, [Column("bfloat16", (16,))], facts) as writer:
+        writer.append([bytes(rows * 32)])
+    return writer.entry
+
+
+@pytest.fixture
+def two(store: Store) -> list[Entry]:
+    """Two entries; the first was used two hours ago, the second three days."""
+    entries = []
+    for key, (dataset, backbone, at), hours in zip(KEYS, NAMES, (2.5, 73), strict=True):
+        entries.append(add(store, key, dataset=dataset, split="train", backbone=backbone, at=at, view=0))
+        used = time.time() - hours * 3600
+        os.utime(entries[-1].path / META, (used, used))
+    return entries
+
+
+def test_list_shows_a_line_an_entry(two, store, tlcli) -> None:
+    title, first, second, total = tlcli("cache", "list").out.splitlines()
+    assert title.split() == [field.title for field in cache.FIELDS]
+    assert re.split(" {2,}", first) == [
+        "ab01ab01", "hymenoptera train", "efficientnet_lite0", "classifier", "1,257", "40.2 kB", "2h ago"
+    ]  # fmt: skip
+    assert re.split(" {2,}", second) == [
+        "ab02ab02",
+        "digits train",
+        "resnet18",
+        "layer4.1",
+        "1,257",
+        "40.2 kB",
+        "3d ago",
+    ]
+    assert total == f"2 entries, 80.4 kB, in {store.root}"
+
+
+def test_a_pipe_gets_whole_lines(store, tlcli) -> None:
+    add(store, KEYS[0], dataset=LONG, backbone=LONG, at=LONG)
+    assert tlcli("cache", "list").out.splitlines()[1].count(LONG) == 3
+
+
+def test_list_of_nothing_is_one_line(store, tlcli) -> None:
+    assert tlcli("cache", "list").out == f"the cache is empty: {store.root}\n"
+    assert not store.root.exists()
+
+
+def test_facts_that_are_missing_or_odd(store, tlcli) -> None:
+    add(store, KEYS[0], dataset="[red]:fire:", split=3)
+    assert "[red]:fire: 3" in tlcli("cache", "list").out
+    add(store, KEYS[1])
+    assert "ab02ab02  -  " in tlcli("cache", "list").out
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_list_fits_a_terminal(width, two, store, tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(view.Screen):
+        is_terminal = True
+
+        def __init__(self) -> None:
+            super().__init__(width)
+
+    monkeypatch.setattr(view, "Screen", Terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    for name in ("", LONG):
+        if name:
+            add(store, "cd" * 32, dataset=name, split="train", backbone=name, at=name)
+        out = re.sub(r"\x1b\[[0-9;]*m", "", tlcli("cache", "list").out)
+        lines = out.splitlines()[:-1]  # the total has a path, which stays whole
+        assert max(map(len, lines)) <= width
+        assert all(f"{entry.key[:8]}" in out and "40.2 kB" in out for entry in two)
+        assert "hymenoptera" in out or width < 40
+        assert width < 80 or "classifier" in out or name
+
+
+def test_all_fields_of_common_names_fit_80_columns(two) -> None:
+    assert cache.fields_for(two, 80) == list(cache.FIELDS)
+    assert [field.title for field in cache.fields_for(two, 10)] == ["key", "size"]
+
+
+def test_list_as_json(two, store, tlcli) -> None:
+    for words in (("--format", "json"), ("--format=json",)):
+        listed = json.loads(tlcli("cache", "list", *words).out)
+        assert [entry["key"] for entry in listed] == list(KEYS)
+        assert [entry["bytes"] for entry in listed] == [two[0].nbytes] * 2
+        assert listed[0]["facts"] == dict(two[0].facts)
+        assert Path(listed[0]["path"]) == two[0].path
+    assert tlcli("cache", "list", "--format", "table").out == tlcli("cache", "list").out
+    store.clear()
+    assert tlcli("cache", "list", "--format", "json").out == "[]\n"
+
+
+def test_remove(two, store, tlcli) -> None:
+    ended = tlcli("cache", "remove", "ab02", KEYS[1])
+    assert (ended.code, ended.out) == (0, "removed 1 entry, 40.2 kB\n")
+    assert [entry.key for entry in store.entries()] == [KEYS[0]]
+    add(store, KEYS[1])
+    assert tlcli("cache", "remove", *KEYS).out == "removed 2 entries, 80.4 kB\n"
+    assert store.entries() == []
+
+
+def test_clear(two, store, tlcli) -> None:
+    store.remember("choices", "a", 1)
+    ended = tlcli("cache", "clear")
+    assert ended.code == 0
+    assert re.fullmatch(rf"removed 2 entries, 8\d\.\d kB, from {re.escape(str(store.root))}\n", ended.out)
+    assert store.entries() == []
+    assert store.remembered("choices") == {}
+    assert tlcli("cache", "clear").out == f"removed 0 entries, 0 B, from {store.root}\n"
+
+
+WRONG = {
+    "lst": "Did you mean 'list'?",
+    "dir": "`tlcli cache --help`",
+    "--formt": "",
+    "list json": "It takes --format table|json",
+    "list --fromat json": "Did you mean '--format'?",
+    "list --format": "one of table, json",
+    "list --format jsn": "Did you mean 'json'?",
+    "list --format json x": "one of table, json",
+    "clear ab01": "Did you mean 'tlcli cache remove ab01'?",
+    "remove": "name the entries",
+    "remove ab0": "too short",
+    "remove ../..": "is not a key",
+    "remove ab01 /": "is not a key",
+    "remove ab01 ab03": "no entry 'ab03'",
+    "remove ab01ab02": "Did you mean 'ab01ab01'?",
+    "remove ab01 cdcd": "'cdcd' is the start of 2 keys",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_one_line_and_removes_nothing(line, two, store, tlcli) -> None:
+    for n in (1, 2):
+        add(store, "cdcd" * 15 + f"{n:04}")
+    ended = tlcli("cache", *line.split())
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("tlcli cache: ") and ended.err.count("\n") == 1
+    assert WRONG[line] in ended.err
+    assert len(store.entries()) == 4
+
+
+def test_what_the_system_does_not_let_go_is_one_line(two, tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for words in (("remove", "ab01"), ("clear",)):
+        ended = tlcli("cache", *words)
+        assert ended.code == 1
+        assert ended.err == f"tlcli cache: {two[0].path}: Permission denied\n"
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("list", "--help"), ("clear", "-h")])
+def test_help(argv, two, store, tlcli) -> None:
+    ended = tlcli("cache", *argv)
+    assert (ended.code, ended.out) == (0, cache.HELP)
+    assert max(map(len, cache.HELP.splitlines())) <= 80
+    assert all(f"tlcli cache {action}" in cache.HELP for action in cache.ACTIONS)
+    assert len(store.entries()) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("tlcli ca", ["cache "]),
+        ("tlcli cache ", ["list ", "remove ", "clear ", "--help "]),
+        ("tlcli cache li", ["list "]),
+        ("tlcli cache list ", ["--format "]),
+        ("tlcli cache list --format ", ["table ", "json "]),
+        ("tlcli cache remove ", [f"{KEYS[0]} ", f"{KEYS[1]} "]),
+        ("tlcli cache remove ab02", [f"{KEYS[1]} "]),
+        (f"tlcli cache remove {KEYS[0]} ", [f"{KEYS[1]} "]),
+        ("tlcli cache clear ", []),
+    ],
+)
+def test_completion(line, wanted, two) -> None:
+    assert candidates(line) == wanted
+
+
+def test_list_imports_no_torch(two) -> None:
+    code = "import sys; from tlcli.cli import main; main(['cache', 'list']); print(*sys.modules, file=sys.stderr)"
+    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "ab01ab01" in done.stdout
+    assert not {"torch", "hydra", "omegaconf", "numpy", "sklearn", "yaml"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "now"),
+        (59, "now"),
+        (60, "1m ago"),
+        (3599, "59m ago"),
+        (3600, "1h ago"),
+        (172_799, "47h ago"),
+        (1e6, "11d ago"),
+    ],
+)
+def test_ago(seconds: float, text: str) -> None:
+    assert cache.ago(seconds) == text

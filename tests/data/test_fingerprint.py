@@ -1,0 +1,183 @@
+"""A fingerprint is of names and contents: a moved folder keeps it, nothing else does."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.samples import digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
+from tlcli.data import threads
+from tlcli.data.dataset import Split, load_dataset
+from tlcli.data.decode import decoder
+from tlcli.data.listing import list_imagefolder, list_manifest
+from tlcli.data.source import Arrays, Files, from_listing, whole
+from tlcli.data.torchvision_sets import Items
+from tlcli.errors import BadImages
+from tlcli.specs import DatasetSpec
+from tlcli.watch import Watch
+
+MakeFolder = Callable[..., Path]
+
+
+def everything(root: Path) -> Split:
+    """All images of a folder that is not split."""
+    return from_listing(list_imagefolder(folder_spec(root))).splits["all"]
+
+
+def keys(split: Split) -> list[str]:
+    return [split.images.key(i) for i in range(len(split))]
+
+
+def test_a_moved_folder_keeps_it(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder({"a": 3, "b/deep": 2})
+    before = everything(root)
+    shutil.copytree(root, tmp_path / "else" / "where")
+    moved = everything(tmp_path / "else" / "where")
+    assert keys(before) == keys(moved) == ["a/000.png", "a/001.png", "a/002.png", "b/deep/000.png", "b/deep/001.png"]
+    assert before.fingerprint() == moved.fingerprint()
+    monkeypatch.chdir(tmp_path)
+    assert everything(Path("photos")).fingerprint() == before.fingerprint()
+    assert everything(Path("else/../photos")).fingerprint() == before.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "a/000.png").write_bytes((root / "a/000.png").read_bytes() + b"\0"),
+        lambda root: (root / "a/000.png").write_bytes(b"\0" + (root / "a/000.png").read_bytes()[1:]),
+        lambda root: (root / "a/000.png").rename(root / "a/00.png"),
+        lambda root: (root / "a/000.png").rename(root / "b/000.png"),
+        lambda root: (root / "a/000.png").unlink(),
+        lambda root: save_image(root / "b" / "new.png"),
+    ],
+    ids=["longer", "a byte", "renamed", "another class", "removed", "added"],
+)
+def test_whatever_changes_changes_it(make_folder: MakeFolder, change: Callable[[Path], object]) -> None:
+    root = make_folder({"a": 2, "b": 0})
+    save_image(root / "b" / "only.png", seed=9)
+    before = everything(root).fingerprint()
+    assert everything(root).fingerprint() == before
+    change(root)
+    assert everything(root).fingerprint() != before
+
+
+def test_times_do_not_matter(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 2, "b": 2})
+    before = everything(root).fingerprint()
+    os.utime(root / "a" / "000.png", (1, 1))
+    assert everything(root).fingerprint() == before
+
+
+def test_positions_choose_and_order() -> None:
+    split = whole(Arrays(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), "x"), range(5))
+    prints = [split.fingerprint(np.array(p, dtype=np.int64)) for p in ([], [0], [1], [0, 1], [1, 0], range(5))]
+    assert len(set(prints)) == 6
+    assert prints[-1] == split.fingerprint()
+    assert split.take(np.array([1, 0])).fingerprint() == prints[4]
+
+
+def test_names_that_run_together_differ(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        for name in ("ab", "c", "a", "bc"):
+            save_image(tmp_path / folder / name / "x.png")
+    both = [
+        whole(Files(tuple(tmp_path / "one" / n / "x.png" for n in names), tmp_path / "one"), range(2))
+        for names in (("ab", "c"), ("a", "bc"))
+    ]
+    assert both[0].fingerprint() != both[1].fingerprint()
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    try:
+        save_image(tmp_path / "x.png").rename(path)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert len(whole(Files((path,), tmp_path), [0]).fingerprint()) == 64
+
+
+def test_manifest_keys_are_below_its_root(make_folder: MakeFolder) -> None:
+    root = make_folder({"x": 2})
+    rows = [f"./x/../x/000.png,a\n{root}/x/001.png,b"]
+    (root / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    assert keys(from_listing(list_manifest(manifest_spec(root / "labels.csv"))).splits["all"]) == [
+        "x/000.png",
+        "x/001.png",
+    ]
+
+
+def sources(tmp_path: Path) -> dict[str, tuple[DatasetSpec, str]]:
+    for name in ("Forest", "River"):
+        for i in range(8):
+            save_image(tmp_path / "eurosat" / "2750" / name / f"{i}.jpg", seed=i)
+    return {
+        "digits": (digits_spec(train_per_class=4), "digits/"),
+        "torchvision files": (torchvision_spec("EuroSAT", tmp_path), "eurosat/2750/Forest/"),
+    }
+
+
+@pytest.mark.parametrize("name", ["digits", "torchvision files"])
+def test_keys_of_other_sources(name: str, tmp_path: Path) -> None:
+    spec, start = sources(tmp_path)[name]
+    one, two = (load_dataset(spec, seed=0, watch=Watch()) for _ in range(2))
+    assert one.train.images.key(int(one.train.indices[0])).startswith(start)
+    assert one.train.fingerprint() == two.train.fingerprint() != one.val.fingerprint()
+
+
+def test_a_digest_is_of_pixels_and_shape() -> None:
+    pixels = np.arange(24, dtype=np.uint8)
+    images = [Arrays(pixels.reshape(1, *shape), "x") for shape in ((2, 4, 3), (4, 2, 3), (2, 4, 3))]
+    digests = [image.digest(0) for image in images]
+    assert digests[0] == digests[2] != digests[1]
+    assert {len(digest) for digest in digests} == {16}
+    from PIL import Image
+
+    items = Items([(Image.fromarray(pixels.reshape(2, 4, 3)), 0)], "x")
+    assert (items.digest(0), items.key(0)) == (digests[0], "x/0")
+
+
+def test_a_file_is_read_once(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_dataset(folder_spec(make_folder({"a": 8, "b": 8})), seed=0, watch=Watch())
+    before = data.train.fingerprint()
+    monkeypatch.setattr("tlcli.data.source.read_bytes", lambda path: pytest.fail("read again"))
+    assert data.train.fingerprint() == before
+    assert data.train.fingerprint(np.array([0])) != before
+
+
+def test_a_file_that_is_gone_is_named(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    split = everything(root)
+    (root / "a" / "003.png").unlink()
+    with pytest.raises(BadImages, match=r"photos/a/003\.png: no such file or directory$"):
+        split.fingerprint()
+
+
+def test_pipes_are_not_opened(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 1, "b": 1})
+    os.mkfifo(root / "a" / "pipe.png")
+    with pytest.raises(BadImages, match=r"pipe\.png: not a regular file"):
+        everything(root).fingerprint()
+
+
+def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.data.test_dataset import Recorder
+
+    for patience, shown in ((60.0, {}), (-1.0, {"reading files": [40, 40]})):
+        monkeypatch.setattr(threads, "PATIENCE", patience)
+        watch = Recorder()
+        whole(Arrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(watch=watch)
+        assert watch.tracked == shown
+
+
+def test_threads_keep_the_order_and_raise() -> None:
+    assert list(threads.in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
+    with pytest.raises(ZeroDivisionError):
+        list(threads.in_threads(lambda i: 1 // (i - 50), range(100), 3))
+
+
+def test_the_decoder_has_a_name() -> None:
+    assert decoder() == decoder()
+    assert "Pillow" in decoder()

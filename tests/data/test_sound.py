@@ -1,0 +1,185 @@
+"""What an earlier run found sound is not decoded again, and what is read stays in memory."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.samples import digits_spec, folder_spec
+from tests.data.test_dataset import Recorder, all_names, damage
+from tlcli.data.batches import Batches
+from tlcli.data.dataset import Dataset, keep_in_memory, load_dataset
+from tlcli.data.decode import read_image
+from tlcli.data.preprocess import Preprocessing
+from tlcli.errors import BadImages
+from tlcli.specs import DatasetSpec, Fit, OnBad
+from tlcli.watch import Watch
+
+MakeFolder = Callable[..., Path]
+IMAGE = 12 * 10 * 3
+"""Bytes of an image of make_folder."""
+
+
+class Sound:
+    """Remembers in a dict."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, str]] = {}
+
+    def known(self, fingerprint: str) -> dict[str, str] | None:
+        return self.records.get(fingerprint)
+
+    def record(self, fingerprint: str, bad: dict[str, str]) -> None:
+        self.records[fingerprint] = bad
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are decoded, one after the other."""
+    opened: list[Path] = []
+    monkeypatch.setattr("tlcli.data.source.read_image", lambda path: opened.append(path) or read_image(path))
+    return opened
+
+
+def load(spec: DatasetSpec, sound: Sound | None, seed: int = 0) -> Dataset:
+    return load_dataset(spec, seed=seed, watch=Watch(), sound=sound)
+
+
+def read_all(data: Dataset) -> list[np.ndarray]:
+    return [split.read(i) for split in (data.train, data.val, data.test) for i in range(len(split))]
+
+
+def test_known_images_are_not_decoded(make_folder: MakeFolder, decoded: list[Path]) -> None:
+    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+    first = load(folder_spec(root), sound)
+    assert len(decoded) == 20
+    assert list(sound.records.values()) == [{}]
+    again = load(folder_spec(root), sound)
+    assert len(decoded) == 20
+    assert all_names(again) == all_names(first)
+    assert (again.notes, again.classes, again.bad_files) == (first.notes, first.classes, ())
+    assert all(np.array_equal(a, b) for a, b in zip(read_all(first), read_all(again), strict=True))
+    load(folder_spec(root), None)
+    assert len(decoded) == 60
+
+
+def test_the_seed_does_not_matter_where_all_images_are_used(make_folder: MakeFolder, decoded: list[Path]) -> None:
+    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+    assert all_names(load(folder_spec(root), sound)) != all_names(load(folder_spec(root), sound, seed=1))
+    assert len(decoded) == 20
+
+
+def test_a_change_is_seen(make_folder: MakeFolder, decoded: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+    load(folder_spec(root), sound)
+    damage(root, "a/003.png")
+    with pytest.raises(BadImages, match="1 file does not decode"):
+        load(folder_spec(root), sound)
+    monkeypatch.setattr("tlcli.data.reading.decoder", lambda: "another Pillow")
+    load(folder_spec(root, on_bad=OnBad.skip), sound)
+    assert len(decoded) == 60
+    assert [list(bad) for bad in sound.records.values()] == [[], ["a/003.png"], ["a/003.png"]]
+
+
+def test_known_bad_images_are_treated_as_new_ones(make_folder: MakeFolder, decoded: list[Path]) -> None:
+    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+    damage(root, "a/003.png", "b/000.png")
+    first = load(folder_spec(root, on_bad=OnBad.skip), sound)
+    again = load(folder_spec(root, on_bad=OnBad.skip), sound)
+    assert (again.bad_files, again.notes) == (first.bad_files, first.notes)
+    assert len(first.bad_files) == 2
+    assert all_names(again) == all_names(first)
+    messages = []
+    for memory in (sound, None):
+        with pytest.raises(BadImages) as caught:
+            load(folder_spec(root), memory)
+        messages.append((str(caught.value), caught.value.files))
+    assert messages[0] == messages[1]
+    assert len(decoded) == 40
+
+
+def test_what_cannot_be_read_is_not_remembered(make_folder: MakeFolder) -> None:
+    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+    (root / "a" / "new.png").symlink_to(root / "nowhere.png")
+    for _ in range(2):
+        data = load(folder_spec(root, on_bad=OnBad.skip), sound)
+        assert data.bad_files == ((str(root / "a/new.png"), "no such file or directory"),)
+    assert sound.records == {}
+
+
+def test_arrays_are_sound() -> None:
+    sound = Sound()
+    load(digits_spec(train_per_class=4), sound)
+    assert sound.records == {}
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, 0), (5.5, 5), (100, 20)])
+def test_what_is_read_later_stays_too(make_folder: MakeFolder, decoded: list[Path], room: float, kept: int) -> None:
+    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9), Sound()
+    load(spec, sound)
+    data = load(spec, sound)
+    decoded.clear()
+    first, second = read_all(data), read_all(data)
+    assert len(decoded) == 20 + 20 - kept
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, 0), (5.5, 5), (14, 14), (100, 20)])
+def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: float, kept: int) -> None:
+    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9), Sound()
+    load(spec, sound)
+    data = load(spec, sound)
+    watch = Recorder()
+    keep_in_memory([data.train, data.val, data.test], watch)
+    assert sum(n for n, _ in watch.tracked.values()) <= kept
+    decoded.clear()
+    read_all(data)
+    assert len(decoded) == 20 - kept
+    if kept:
+        assert data.train.name(0) not in [str(path) for path in decoded], "the first split comes first"
+    decoded.clear()
+    keep_in_memory([data.train, data.val, data.test], watch)
+    assert kept < 20 or not decoded
+
+
+def test_decoding_ahead_names_a_file_that_went_bad(make_folder: MakeFolder) -> None:
+    spec, sound = folder_spec(make_folder({"a": 10, "b": 10})), Sound()
+    load(spec, sound)
+    data = load(spec, sound)
+    Path(data.train.name(0)).unlink()
+    with pytest.raises(BadImages, match=r"photos/a/\d+.png: no such file"):
+        keep_in_memory([data.train], Watch())
+
+
+def test_several_threads_may_read(make_folder: MakeFolder) -> None:
+    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=7 * IMAGE / 1e9), Sound()
+    want = read_all(load(spec, sound))
+    data = load(spec, sound)
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: read_all(data), range(16)):
+            assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """What a worker keeps is lost with it: it would only take memory, as much as the budget for each worker."""
+    spec, sound = folder_spec(make_folder({"a": 10, "b": 10})), Sound()
+    load(spec, sound)
+    split = load(spec, sound).train
+    preprocessing = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    log = tmp_path / "log"
+    take = type(split.images.memory).take  # type: ignore[attr-defined]
+
+    def logged(self: object, size: int) -> bool:
+        with log.open("a") as stream:
+            stream.write(f"{taken}\n" if (taken := take(self, size)) else "False\n")
+        return bool(taken)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcli.data.reading.Memory.take", logged)
+        list(Batches(split, preprocessing, batch_size=4, workers=2).in_order())
+    assert log.read_text().split() == ["False"] * len(split)

@@ -1,0 +1,623 @@
+"""The store of activations: what comes back is what was written, whole, whoever else is at work."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import zlib
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tlcli
+from tlcli import store as module
+from tlcli.errors import UsageError
+from tlcli.store import GB, META, Column, Entry, Store, cache_dir, size_text
+
+KEY = "0123456789abcdef"
+OTHER = "fedcba9876543210"
+COLUMNS = (Column("float32", (3, 4)), Column("bfloat16", (5,)), Column("float16", ()))
+FACTS = {"dataset": "shapes", "split": "train", "view": 0}
+ROWS = 7
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+def nobody() -> None:
+    raise AssertionError("nobody holds this key")
+
+
+def arrays(rows: int = ROWS) -> list[np.ndarray]:
+    """A tensor a column; bfloat16 as the 16 bits that it is."""
+    random = np.random.default_rng(0)
+    return [
+        random.normal(size=(rows, 3, 4)).astype(np.float32),
+        random.integers(0, 65536, (rows, 5), dtype=np.uint16),
+        random.normal(size=rows).astype(np.float16),
+    ]
+
+
+def fill(store: Store, key: str = KEY) -> Entry:
+    """An entry that is written in two batches."""
+    with store.filling(key, nobody), store.create(key, ROWS, COLUMNS, FACTS) as writer:
+        for part in (slice(0, 4), slice(4, ROWS)):
+            writer.append([memoryview(array[part]) for array in arrays()])
+    return writer.entry
+
+
+def everything(root: Path) -> list[str]:
+    """All files and folders but the locks."""
+    names = (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")))
+    return [name for name in names if not name.startswith("locks")]
+
+
+def age(entry: Entry) -> None:
+    """Let the files be old enough for their times to tell a later change."""
+    for column in range(len(entry.columns)):
+        os.utime(entry.file(column), (1, 1))
+
+
+def test_round_trip(store: Store) -> None:
+    written, found = fill(store), store.find(KEY)
+    assert found == written
+    assert (found.key, found.rows, found.columns, found.facts) == (KEY, ROWS, COLUMNS, FACTS)
+    assert found.nbytes == ROWS * (48 + 10 + 2)
+    for column, array in enumerate(arrays()):
+        mapped = np.memmap(found.file(column), array.dtype, "r", shape=array.shape)
+        assert np.array_equal(mapped, array)
+
+
+def test_meta_is_for_people_and_says_all(store: Store) -> None:
+    text = (fill(store).path / META).read_text(encoding="utf-8")
+    meta = json.loads(text)
+    assert text == json.dumps(meta, indent=2) + "\n"
+    assert {"format", "key", "rows", "columns", "checksums", "created", "facts"} == set(meta)
+    assert meta["checksums"][0] == f"{zlib.crc32(arrays()[0].tobytes()):08x}"
+
+
+def test_a_store_touches_nothing_until_it_is_written(store: Store) -> None:
+    assert store.find(KEY) is None
+    assert not store.exists(KEY)
+    assert store.entries() == []
+    assert store.clear() == (0, 0)
+    assert store.remembered("choices") == {}
+    assert not store.root.exists()
+
+
+def test_a_half_written_entry_is_not_found(store: Store) -> None:
+    with store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
+        writer.append([memoryview(array[:4]) for array in arrays()])
+        assert store.find(KEY) is None
+        assert not store.exists(KEY)
+        assert store.entries() == []
+        writer.append([memoryview(array[4:]) for array in arrays()])
+        assert store.find(KEY) is None
+    assert store.find(KEY)
+
+
+def test_an_exception_leaves_nothing(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt), store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
+        writer.append([memoryview(array) for array in arrays()])
+        raise KeyboardInterrupt
+    assert everything(store.root) == ["activations"]
+
+
+def test_too_few_rows_leave_nothing(store: Store) -> None:
+    with pytest.raises(ValueError, match="4 rows came for an entry of 7"), store.create(
+        KEY, ROWS, COLUMNS, FACTS
+    ) as writer:  # fmt: skip
+        writer.append([memoryview(array[:4]) for array in arrays()])
+    assert everything(store.root) == ["activations"]
+
+
+@contextmanager
+def file_limit(nbytes: int) -> Iterator[None]:
+    """The system refuses longer files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("rows", [100, 100_000])  # refused in the last flush, and in the first write
+def test_a_refused_write_leaves_nothing(store: Store, rows: int) -> None:
+    with file_limit(50), pytest.raises(OSError), store.create(KEY, rows, [Column("float32", ())], {}) as writer:
+        writer.append([bytes(4 * rows)])
+    assert everything(store.root) == ["activations"]
+
+
+WRONG_BATCHES = {
+    "a column is missing": [bytes(48), bytes(10)],
+    "half a row": [bytes(24), bytes(10), bytes(2)],
+    "different rows": [bytes(96), bytes(10), bytes(2)],
+    "too many rows": [bytes(48 * 8), bytes(10 * 8), bytes(2 * 8)],
+    "not contiguous": [memoryview(bytes(96))[::2], bytes(10), bytes(2)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("batch", WRONG_BATCHES.values(), ids=WRONG_BATCHES)
+def test_wrong_batches_are_refused(store: Store, batch: list[bytes]) -> None:
+    with store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
+        with pytest.raises((ValueError, TypeError)):
+            writer.append(batch)
+        writer.append([memoryview(array) for array in arrays()])
+    assert store.find(KEY)  # nothing of the wrong batch was written
+
+
+def test_who_was_first_is_kept(store: Store) -> None:
+    column = [Column("float32", ())]
+    with store.create(KEY, 1, column, {}) as second:
+        with store.create(KEY, 1, column, {}) as first:
+            first.append([b"1111"])
+        second.append([b"2222"])
+    assert second.entry == first.entry
+    assert second.entry.file(0).read_bytes() == b"1111"
+    assert sorted(path.name for path in store.activations.rglob("*")) == ["0.bin", KEY, META]
+
+
+def rewrite(entry: Entry, **changes: object) -> None:
+    meta = json.loads((entry.path / META).read_text(encoding="utf-8"))
+    (entry.path / META).write_text(json.dumps(meta | changes), encoding="utf-8")
+
+
+def flip(entry: Entry) -> None:
+    """One bit of the last byte of the last column."""
+    data = bytearray(entry.file(2).read_bytes())
+    data[-1] ^= 1
+    entry.file(2).write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Entry], object]] = {
+    "a flipped bit": flip,
+    "a short file": lambda entry: os.truncate(entry.file(0), entry.file(0).stat().st_size - 1),
+    "an empty file": lambda entry: os.truncate(entry.file(1), 0),
+    "a long file": lambda entry: os.truncate(entry.file(0), entry.file(0).stat().st_size + 1),
+    "a missing file": lambda entry: entry.file(1).unlink(),
+    "no meta.json": lambda entry: (entry.path / META).unlink(),
+    "half a meta.json": lambda entry: os.truncate(entry.path / META, 40),
+    "meta.json is no text": lambda entry: (entry.path / META).write_bytes(b"\xff\x00"),
+    "meta.json is a list": lambda entry: (entry.path / META).write_text("[]"),
+    "meta.json without end": lambda entry: (entry.path / META).write_text("[" * 100_000),
+    "another format": lambda entry: rewrite(entry, format=0),
+    "another key": lambda entry: rewrite(entry, key=OTHER),
+    "fewer rows": lambda entry: rewrite(entry, rows=ROWS - 1),
+    "rows are no number": lambda entry: rewrite(entry, rows="7"),
+    "another dtype": lambda entry: rewrite(entry, columns=[{"dtype": "object", "shape": [1]}] * 3),
+    "another shape": lambda entry: rewrite(entry, columns=[{"dtype": "float32", "shape": [2, -2]}] * 3),
+    "another checksum": lambda entry: rewrite(entry, checksums=["00000000"] * 3),
+    "too few checksums": lambda entry: rewrite(entry, checksums=[]),
+}
+
+
+@pytest.mark.parametrize("verified", [False, True], ids=["new", "verified before"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_removed_and_can_be_refilled(
+    store: Store, damage: Callable[[Entry], object], verified: bool
+) -> None:
+    entry = fill(store)
+    age(entry)
+    if verified:
+        assert store.find(KEY)
+    damage(entry)
+    assert store.find(KEY) is None
+    assert everything(store.root) == ["activations"]
+    fill(store)
+    assert store.find(KEY)
+
+
+def test_a_damaged_entry_gives_way_to_a_whole_one(store: Store) -> None:
+    entry = fill(store)
+    os.truncate(entry.file(0), 1)
+    fill(store)
+    assert store.find(KEY)
+
+
+def test_an_entry_is_verified_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    real = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data, start=0: checked.append(len(data)) or real(data, start))
+    age(fill(store))
+    for _ in range(3):
+        checked.clear()
+        assert store.find(KEY)
+        assert Store(store.root).find(KEY)
+    assert checked == []
+    os.utime(store.activations / KEY / "0.bin", (2, 2))
+    assert store.find(KEY)
+    assert sum(checked) == store.find(KEY).nbytes
+
+
+def test_what_has_just_been_written_is_verified_again(store: Store) -> None:
+    """A change within the same tick of the clock leaves the time as it was."""
+    entry = fill(store)
+    assert store.find(KEY)
+    before = entry.file(2).stat().st_mtime_ns
+    flip(entry)
+    os.utime(entry.file(2), ns=(before, before))
+    assert store.find(KEY) is None
+
+
+def test_verifying_takes_little_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = zlib.crc32
+    with store.create(KEY, 5, [Column("float32", (1 << 18,))], {}) as writer:
+        for _ in range(5):
+            writer.append([bytes(1 << 20)])
+    monkeypatch.setattr(module, "BLOCK", 1000)
+    monkeypatch.setattr(zlib, "crc32", lambda data, start=0: sizes.append(len(data)) or real(data, start))
+    assert store.find(KEY)
+    assert max(sizes) <= 1000
+
+
+def test_entries_come_by_last_use(store: Store) -> None:
+    for key in (KEY, OTHER):
+        os.utime(fill(store, key).path / META, (1, 1))
+    assert store.find(KEY)
+    assert [entry.key for entry in store.entries()] == [KEY, OTHER]
+    os.utime(store.activations / KEY / META, (1, 1))
+    assert store.find(OTHER)
+    assert [entry.key for entry in store.entries()] == [OTHER, KEY]
+
+
+TRICKS = ["", ".", "..", "../..", "/etc", "a/b", "a\\b", "ab\n", "AB", "xyz", f"{KEY}.lock", "a" * 300, "\u0661"]
+
+
+@pytest.mark.parametrize("key", TRICKS)
+def test_keys_are_hex_and_nothing_else(store: Store, key: str) -> None:
+    with pytest.raises(ValueError):
+        store.find(key)
+    with pytest.raises(ValueError):
+        store.exists(key)
+    with pytest.raises(ValueError):
+        store.create(key, 1, COLUMNS, {})
+    with pytest.raises(ValueError), store.filling(key, nobody):
+        pass
+    with pytest.raises(UsageError):
+        store.remove(key)
+    with pytest.raises(ValueError):
+        store.remember(f"../{key}", "a", 1)
+    assert not store.root.exists()
+
+
+CHILD = f"""
+import hashlib, sys
+from pathlib import Path
+from tlcli.store import Column, Store
+
+def say(word): print(word, flush=True)
+
+store = Store(Path(sys.argv[1]))
+say("ready")
+sys.stdin.readline()
+with store.filling("{KEY}", lambda: say("waiting")):
+    entry = store.find("{KEY}")
+    if entry is None:
+        with store.create("{KEY}", 2, [Column("float32", (1024,))], {{}}) as writer:
+            writer.append([bytes(4096)])
+            say("filling")
+            sys.stdin.readline()
+            writer.append([bytes([7]) * 4096])
+        entry = writer.entry
+say(hashlib.sha256(entry.file(0).read_bytes()).hexdigest())
+"""
+
+
+class Child:
+    """A process that fills an entry, and says what it does. It begins, and goes on half-way, when it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        env = os.environ | {"PYTHONPATH": str(Path(tlcli.__file__).parents[1])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(root)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env,
+        )  # fmt: skip
+
+    def says(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def child(store: Store) -> Iterator[Callable[[], Child]]:
+    """Start a process that is ready to begin."""
+    children = []
+
+    def start() -> Child:
+        children.append(Child(store.root))
+        assert children[-1].says() == "ready"
+        return children[-1]
+
+    yield start
+    for one in children:
+        one.kill()
+
+
+def test_one_process_fills_and_the_other_waits_for_it(store: Store, child: Callable[[], Child]) -> None:
+    first, second = child(), child()
+    first.go_on()
+    assert first.says() == "filling"
+    second.go_on()
+    assert second.says() == "waiting"
+    assert store.find(KEY) is None
+    first.go_on()
+    digest = first.says()
+    assert len(digest) == 64
+    assert second.says() == digest  # and not "filling"
+
+
+def test_of_many_processes_at_once_exactly_one_fills(child: Callable[[], Child]) -> None:
+    children = [child() for _ in range(4)]
+    for one in children:
+        one.go_on()
+        one.go_on()
+    said = [one.process.communicate()[0].split() for one in children]
+    assert sum("filling" in words for words in said) == 1
+    assert len({words[-1] for words in said}) == 1
+    assert all(one.process.returncode == 0 for one in children)
+
+
+def test_a_killed_process_holds_nothing_and_its_leftover_goes(store: Store, child: Callable[[], Child]) -> None:
+    first, second = child(), child()
+    first.go_on()
+    assert first.says() == "filling"
+    second.go_on()
+    assert second.says() == "waiting"
+    (left,) = store.activations.iterdir()
+    first.kill()
+    assert second.says() == "filling"
+    assert not left.exists()
+    second.go_on()
+    assert len(second.says()) == 64
+    assert [path.name for path in store.activations.iterdir()] == [KEY]
+
+
+def test_threads_exclude_each_other(store: Store) -> None:
+    asked, order = threading.Event(), []
+
+    def wait() -> None:
+        with store.filling(KEY, asked.set):
+            order.append("second")
+
+    with store.filling(KEY, nobody), store.filling(OTHER, nobody):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert asked.wait(60)
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"]
+
+
+def test_the_umask_says_who_may_use_a_cache(store: Store) -> None:
+    before = os.umask(0o002)
+    try:
+        entry = fill(store)
+    finally:
+        os.umask(before)
+    files = [entry.file(0), entry.path / META, store.root / "locks" / f"{KEY}.lock"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o664}
+    assert {path.stat().st_mode & 0o777 for path in (entry.path, store.activations)} == {0o775}
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_room_by_max_gb(store: Store) -> None:
+    entry = fill(store)
+    taken = sum(file.stat().st_size for file in entry.path.iterdir())
+    limit = (taken + 1000) / GB
+    assert store.room(999, limit) is None
+    assert store.room(1001, limit) is not None
+    assert store.room(4_200_000_000, 4) == f"4.2 GB beside {size_text(taken)} of other entries is over cache.max_gb=4"
+    store.clear()
+    assert store.room(4_200_000_000, 4) == "4.2 GB is over cache.max_gb=4"
+    assert store.room(1, 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "fits"),
+    [(100, 7.1, True), (100, 6.9, False), (10, 3.1, True), (10, 2.9, False), (4000, 12.1, True), (4000, 11.9, False)],
+)
+def test_room_by_free_disk(store: Store, monkeypatch: pytest.MonkeyPatch, total: int, free: float, fits: bool) -> None:
+    """2 GB on a disk: 5 % of it stay free, but no less than 1 GB and no more than 10 GB."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(total * GB, 0, int(free * GB)))
+    reason = store.room(2 * GB, 100)
+    assert (reason is None) == fits
+    assert fits or f"free {free:.1f} GB" in str(reason)
+
+
+def test_room_in_a_read_only_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert store.room(1, 1) == f"{store.root} is read-only (Read-only file system)"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_room_without_permission(store: Store) -> None:
+    store.root.mkdir(mode=0o555)
+    assert "is read-only (Permission denied)" in str(store.room(1, 1))
+    store.remember("choices", "a", 1)
+    assert list(store.root.iterdir()) == []
+
+
+def test_where_the_directory_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    store = Store(tmp_path / "file")
+    assert "cannot be written" in str(store.room(1, 1))
+    assert store.find(KEY) is None
+    store.remember("choices", "a", 1)
+    assert store.remembered("choices") == {}
+    with pytest.raises(OSError), store.filling(KEY, nobody):
+        pass
+    with pytest.raises(OSError), store.create(KEY, 1, COLUMNS, {}):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def leftover(store: Store, key: str = OTHER) -> Path:
+    """What a writer leaves that is killed."""
+    folder = store.activations / f".{key}.4194304.0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "0.bin").write_bytes(bytes(1000))
+    return folder
+
+
+def test_room_is_not_taken_by_leftovers(store: Store) -> None:
+    left = leftover(store)
+    assert store.room(500, 1e-6) is None
+    assert not left.exists()
+
+
+def test_room_counts_what_others_are_writing(store: Store, child: Callable[[], Child]) -> None:
+    other = child()
+    other.go_on()
+    assert other.says() == "filling"
+    draft = leftover(store, KEY)  # within the same key: as good as the other process's own
+    assert store.room(500, 1e-6) == "500 B beside 1.0 kB of other entries is over cache.max_gb=1e-06"
+    assert draft.exists()
+
+
+FOREIGN = (
+    "notes.txt",
+    "settings.json",
+    "activations/readme",
+    "activations/photos/a.jpg",
+    "activations/2024/a.jpg",
+    "activations/2025/meta.json/a.jpg",
+    "activations/.git/meta.json",
+)
+
+
+def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    nbytes = sum(f.stat().st_size for key in (KEY, OTHER) for f in fill(store, key).path.iterdir()) + 1000
+    leftover(store)
+    (store.activations / KEY / ".DS_Store").touch()
+    (store.activations / OTHER / META).unlink()
+    store.remember("choices", "a", 1)
+    before = everything(store.root)
+    for name in FOREIGN:
+        (store.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (store.root / name).write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.bin").touch()
+    (store.activations / "abcd").symlink_to(tmp_path / "elsewhere")
+    count, freed = store.clear()
+    assert count == 2
+    assert 0 < freed < nbytes
+    left = everything(store.root)
+    assert set(FOREIGN) <= set(left)
+    assert (store.activations / "abcd" / "0.bin").exists()
+    assert not (set(before) - {"activations"}) & set(left)
+
+
+def test_clear_leaves_an_entry_that_is_being_written(store: Store, child: Callable[[], Child]) -> None:
+    other = child()
+    other.go_on()
+    assert other.says() == "filling"
+    assert store.clear() == (0, 0)
+    other.go_on()
+    assert len(other.says()) == 64
+    assert store.find(KEY)
+
+
+def test_remove_by_prefix(store: Store) -> None:
+    long = KEY + "00"
+    for key in (KEY, long, OTHER):
+        fill(store, key)
+    for wrong in (KEY[:4], "fed", "abcd", KEY + "01"):
+        with pytest.raises(UsageError):
+            store.remove(wrong)
+    assert store.remove(KEY).key == KEY  # whole, although it is also the start of another one
+    assert store.remove("fedc").key == OTHER
+    assert [entry.key for entry in store.entries()] == [long]
+
+
+REMEMBER = """
+import sys
+from pathlib import Path
+from tlcli.store import Store
+store = Store(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.readline()
+for i in range(20):
+    store.remember("choices", f"{sys.argv[2]} {i}", i)
+"""
+
+
+def test_notes_of_many_processes_are_all_kept(store: Store) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(tlcli.__file__).parents[1])}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", REMEMBER, str(store.root), str(n)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    for writer in writers:
+        assert writer.stdout
+        writer.stdout.readline()
+    for writer in writers:
+        assert writer.stdin
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+    assert store.remembered("choices") == {f"{n} {i}": i for n in range(3) for i in range(20)}
+    assert store.remembered("others") == {}
+    assert everything(store.root) == ["choices.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "tlcli notes 1"}', '{"a": 1}', "\u00ff"])
+def test_damaged_notes_are_none_and_can_be_written_again(store: Store, text: str) -> None:
+    store.remember("choices", "a", {"b": [1, 2]})
+    assert store.remembered("choices") == {"a": {"b": [1, 2]}}
+    (store.root / "choices.json").write_text(text, encoding="latin-1")
+    assert store.remembered("choices") == {}
+    store.remember("choices", "c", None)
+    assert store.remembered("choices") == {"c": None}
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TLCLI_CACHE", "~/mine")
+    assert cache_dir() == tmp_path / "mine"
+    for unset in (lambda: monkeypatch.setenv("TLCLI_CACHE", ""), lambda: monkeypatch.delenv("TLCLI_CACHE")):
+        unset()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        if sys.platform == "linux":
+            assert cache_dir() == tmp_path / "xdg" / "tlcli"
+        assert cache_dir().is_absolute()
+    monkeypatch.setenv("TLCLI_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(UsageError):
+        cache_dir()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (625_600, "626 kB"), (4.2e9, "4.2 GB"), (18.9e9, "18.9 GB"), (2e15, "2000 TB")],
+)
+def test_size_text(nbytes: float, text: str) -> None:
+    assert size_text(nbytes) == text

@@ -1,0 +1,637 @@
+"""The cut: suffix(prefix(x)) is the network, in evaluation and in training, for every backbone; and where it is."""
+
+import copy
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import Compose
+from tlcli.cli.conf_files import conf_dir
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier, Head, within
+from tlcli.transfer.contract import Contract, apply_freeze
+from tlcli.transfer.cut import Cut, NoCut, _minimum_cut, split_frozen
+
+BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
+CLASSES = ("ant", "bee", "cat")
+SMALL = {"vit_b_16": 32, "swin_t": 32, "convnext_tiny": 32}
+LEADING = {
+    "timm": "layer[34]",
+    "resnet18": "layer4.1.conv2",
+    "resnet34": "layer[34]",
+    "resnet50": "layer4.2.bn3",
+    "efficientnet_b0": "features.[678]",
+    "mobilenet_v3_small": "features.1[012]",
+    "mobilenet_v3_large": "features.1[3456]",
+    "regnet_y_400mf": "block[34]",
+    "swin_t": "features.[67]",
+    "vit_b_16": "layer_11.mlp",
+    "convnext_tiny": "features.[67]",
+}
+"""What trains, beside the head, for a cut in the middle; of EfficientNet-Lite the last two blocks."""
+
+
+def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None) -> Classifier:
+    named = ["backbone.name=resnet10t"] if name == "timm" else []
+    backbone = spec(f"backbone={name}", "backbone.weights=none", *named, *overrides).backbone
+    return build_model(backbone, CLASSES, size=size or SMALL.get(name, 64), seed=0)
+
+
+def frozen(spec: Compose, model: Classifier, *freeze: str) -> Contract:
+    """The contract of a strategy, in training mode."""
+    contract = apply_freeze(spec(*freeze).freeze, model)
+    contract.train_mode()
+    return contract
+
+
+def cut_of(network: nn.Module, size: int = 16, trainable: frozenset[str] | None = None) -> Cut:
+    cut = split_frozen(network, size, trainable)
+    assert isinstance(cut, Cut), cut
+    return cut
+
+
+def why_not(network: nn.Module, size: int = 16, trainable: frozenset[str] | None = None) -> str:
+    cut = split_frozen(network, size, trainable)
+    assert isinstance(cut, NoCut), cut
+    assert cut.why and "\n" not in cut.why
+    return cut.why
+
+
+def assert_same(network: nn.Module, cut: Cut, size: int) -> None:
+    """Logits in evaluation; logits, gradients and statistics of a training step with the same random numbers."""
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    with torch.no_grad():
+        close(cut.suffix(*cut.prefix(x)), network(x))
+        assert [tuple(a.shape) for a in cut.prefix(x)] == [(4, *shape) for shape in cut.shapes]
+    for module, mode in modes:
+        module.training = mode
+    found = copy.deepcopy(network.state_dict())
+    wanted = training_step(network, lambda: network(x))
+    network.load_state_dict(found)
+    with torch.no_grad():
+        activations = cut.prefix(x)
+    given = [a.clone() for a in activations]
+    got = training_step(network, lambda: cut.suffix(*activations))
+    assert all(torch.equal(a, b) for a, b in zip(activations, given, strict=True))
+    assert wanted.keys() == got.keys()
+    for name, value in wanted.items():
+        close(got[name], value, name)
+
+
+def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The logits, the gradient of each parameter that has one, and the buffers afterwards."""
+    torch.manual_seed(0)
+    logits = forward()
+    network.zero_grad()
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name, p in network.named_parameters() if p.requires_grad}
+    return {"logits": logits.detach(), **gradients, **{n: b.clone() for n, b in network.named_buffers()}}
+
+
+def close(got: Tensor, wanted: Tensor, name: str = "") -> None:
+    """Equal but for the rounding of float32, which the batch's layout in memory can change on some processors."""
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+# --- Every backbone of conf/
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone(spec: Compose, name: str) -> None:
+    size = SMALL.get(name, 64)
+    model = model_of(spec, name, size=size)
+    for freeze in (
+        ["freeze=head"],
+        ["freeze=last_stages", "freeze.n=1"],
+        ["freeze=pattern", f"freeze.train=['{LEADING.get(name, 'blocks.[56]')}']"],
+    ):
+        frozen(spec, model, *freeze)
+        cut = cut_of(model.network, size)
+        assert_same(model.network, cut, size)
+        if freeze == ["freeze=head"]:
+            assert within(model.architecture.head[0] + ".weight", [cut.at])
+
+
+def test_two_heads_are_both_the_head(spec: Compose) -> None:
+    model = model_of(spec, "timm", "backbone.name=deit_tiny_distilled_patch16_224", size=128)
+    frozen(spec, model, "freeze=head")
+    cut = cut_of(model.network, 128)
+    assert (cut.at, cut.shapes) == ("head, head_dist", ((192,), (192,)))
+    assert_same(model.network, cut, 128)
+
+
+def test_modules_are_those_of_the_network(spec: Compose) -> None:
+    """A hook on the head fires, a step of the optimizer counts, the contract's modes hold."""
+    model = model_of(spec, "efficientnet_b0", "backbone.dropout=0.5")
+    contract = frozen(spec, model, "freeze=head")
+    cut = cut_of(model.network, 64)
+    head = model.network.get_submodule("classifier.1")
+    assert isinstance(head, Head)
+    seen: list[Tensor] = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        activations = tuple(torch.randn_like(a) for a in cut.prefix(torch.randn(4, 3, 64, 64)))
+        first, second = cut.suffix(*activations), cut.suffix(*activations)
+        assert not torch.equal(first, second)
+        model.network.eval()
+        first = cut.suffix(*activations)
+        assert torch.equal(first, cut.suffix(*activations))
+        head.bias += 1.0
+        close(cut.suffix(*activations), first + 1.0)
+    assert len(seen) == 5
+    contract.train_mode()
+    assert not torch.equal(cut.suffix(*activations), cut.suffix(*activations))
+
+
+def test_prefix_has_no_training_mode(spec: Compose) -> None:
+    """Features for a probe, while the whole network trains later: statistics stay and dropout is off."""
+    model = model_of(spec, "mobilenet_v3_small")
+    frozen(spec, model, "freeze=none", "freeze.bn_stats=update")
+    cut = cut_of(model.network, 64, trainable=model.head_parameters())
+    assert cut.at == "classifier.3"
+    x = torch.randn(4, 3, 64, 64)
+    before = copy.deepcopy(model.network.state_dict())
+    with torch.no_grad():
+        model.network.eval()
+        wanted = model.network(x)
+        model.network.train()
+        cut.prefix.train()
+        activations = cut.prefix(x)
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    model.network.eval()
+    close(cut.suffix(*activations), wanted)
+
+
+def test_channels_last_maps_cross(spec: Compose) -> None:
+    model = model_of(spec, "resnet18")
+    model.network.to(memory_format=torch.channels_last)
+    frozen(spec, model, "freeze=last_stages")
+    cut = cut_of(model.network, 64)
+    assert (cut.at, cut.shapes) == ("layer4", ((256, 4, 4),))
+    with torch.no_grad():
+        assert cut.prefix(torch.randn(2, 3, 64, 64))[0].is_contiguous(memory_format=torch.channels_last)
+    assert_same(model.network, cut, 64)
+
+
+def test_prefix_can_be_copied(spec: Compose) -> None:
+    model = model_of(spec, "resnet18")
+    frozen(spec, model, "freeze=head")
+    cut = cut_of(model.network, 64)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted, copied = cut.prefix(x), copy.deepcopy(cut.prefix)
+        model.network.conv1.weight.zero_()
+        assert torch.equal(copied(x)[0], wanted[0])
+        assert not torch.equal(cut.prefix(x)[0], wanted[0])
+
+
+# --- Where the cut is made
+
+
+def test_a_residual_block_is_cut_before_it(spec: Compose) -> None:
+    """What trains is inside the block: its input is one tensor, cheaper than the two that reach what trains."""
+    model = model_of(spec, "resnet18")
+    frozen(spec, model, "freeze=pattern", "freeze.train=['layer4.1.conv2']")
+    cut = cut_of(model.network, 64)
+    assert (cut.at, cut.shapes) == ("layer4.1", ((512, 2, 2),))
+
+
+def test_a_deep_map_is_not_given_up_for_the_images(spec: Compose) -> None:
+    model = model_of(spec, "resnet50", size=32)
+    frozen(spec, model, "freeze=last_stages")
+    assert cut_of(model.network, 32).shapes == ((1024, 2, 2),)  # 16 kB; the images have 12 kB
+
+
+def test_a_wide_map_near_the_images_is_not_worth_keeping(spec: Compose) -> None:
+    model = model_of(spec, "resnet18")
+    frozen(spec, model, "freeze=pattern", "freeze.train=['layer', 'bn1']")
+    why = why_not(model.network, 64)
+    assert why == "too little leads: bn1 trains, and what is frozen before it costs less to run again than to keep"
+
+
+@pytest.mark.parametrize(
+    ("freeze", "why"),
+    [
+        ("none", "nothing leads: conv_stem trains"),
+        ("norm", "too little leads: bn1 trains, "),
+        ("bias", "too little leads: bn1 trains, "),
+    ],
+)
+def test_what_does_not_lead_is_named(spec: Compose, freeze: str, why: str) -> None:
+    model = model_of(spec, "efficientnet_lite0")
+    frozen(spec, model, f"freeze={freeze}")
+    assert why_not(model.network, 64).startswith(why)
+
+
+class Net(nn.Module):
+    """Two convolutions with something between them, pooled, and a head with something before it."""
+
+    def __init__(self, between: nn.Module | None = None, before_head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=4)
+        self.between = between or nn.Identity()
+        self.second = nn.Conv2d(8, 8, 3, stride=2)
+        self.before_head = before_head or nn.Identity()
+        self.head = nn.Linear(8, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.before_head(self.features(x)))
+
+
+def head_trains(network: nn.Module) -> nn.Module:
+    """Everything but `head` frozen, and in the contract's mode."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    network.train()
+    for module in network.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+    return network
+
+
+def test_dropout_moves_the_cut_before_it() -> None:
+    network = head_trains(Net(between=nn.Dropout(0.5)))
+    cut = cut_of(network)
+    assert (cut.at, cut.shapes) == ("second", ((8, 4, 4),))
+    assert_same(network, cut, 16)
+
+
+def test_dropout_that_is_off_moves_nothing() -> None:
+    for network in (head_trains(Net(nn.Dropout(0.0))), head_trains(Net(nn.Sequential(nn.Dropout(0.5)).eval()))):
+        network.between.eval()
+        assert cut_of(network).at == "head"
+    network = Net(between=nn.Dropout(0.5))
+    assert cut_of(network, trainable=frozenset({"head.weight", "head.bias"})).at == "head"
+    assert network.training
+
+
+class Functional(Net):
+    """Dropout as a function, whose `training` is fixed when it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.dropout(self.features(x), 0.5, self.training)
+        if self.training:
+            features = features * torch.ones_like(features).bernoulli_(0.9)
+        return self.head(features)
+
+
+def test_functional_dropout_has_two_forms() -> None:
+    network = head_trains(Functional())
+    cut = cut_of(network)
+    assert cut.shapes == ((8,),)
+    assert_same(network, cut, 16)
+    activations = cut.prefix(torch.randn(4, 3, 16, 16))
+    assert not torch.equal(cut.suffix(*activations), cut.suffix(*activations))
+    network.eval()
+    assert torch.equal(cut.suffix(*activations), cut.suffix(*activations))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False)])
+def test_statistics_of_the_batch_are_not_frozen(norm: nn.Module) -> None:
+    network = head_trains(Net(between=norm))
+    cut = cut_of(network)
+    assert cut.at == ("second" if norm.track_running_stats else "between")
+    assert_same(network, cut, 16)
+
+
+def test_a_later_change_in_place_is_seen() -> None:
+    class InPlace(Net):
+        def features(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x.mul_(2.0)
+            return self.second(x).mean((2, 3))
+
+    network = head_trains(InPlace())
+    assert_same(network, cut_of(network), 16)
+
+
+def test_what_crosses_is_left_as_it_is() -> None:
+    """ReLU in place is the suffix's first operation: it must not write into the caller's activations."""
+    network = head_trains(Net(before_head=nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.3, inplace=True))))
+    cut = cut_of(network)
+    assert cut.shapes == ((8,),)
+    assert_same(network, cut, 16)  # which compares the activations before and after
+
+
+def test_shapes_do_not_cross() -> None:
+    """The number of images and the sides, which the suffix needs, come from what crosses."""
+
+    class Shapes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            n, _, height, width = x.shape
+            features = self.features(x).reshape(n * 2, -1) / (height * width)
+            return self.head(features.reshape(n, -1).reshape(x.shape[0], 8))
+
+    network = head_trains(Shapes(before_head=nn.Identity()))
+    network.second.weight.requires_grad_(True)
+    cut = cut_of(network)
+    assert cut.shapes == ((8, 4, 4),)
+    with torch.no_grad():
+        network.eval()
+        x = torch.randn(5, 3, 16, 16)
+        close(cut.suffix(*cut.prefix(x)), network(x))
+
+
+def test_constants_do_not_cross() -> None:
+    class Constants(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.randn(1, 8))
+            self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.features(x)
+            token = self.token.sigmoid().expand(x.shape[0], -1, -1)
+            both = torch.cat([self.head(features).unsqueeze(1) @ torch.ones(3, 8), token], 1)
+            return self.head(both.mean(1) + self.place)
+
+    network = head_trains(Constants())
+    attributes = set(vars(network))
+    cut = cut_of(network)
+    assert cut.shapes == ((8,),)
+    assert set(vars(network)) == attributes  # tracing keeps its constants elsewhere
+    assert_same(network, cut, 16)
+
+
+# --- What is refused
+
+
+class Branches(nn.Module):
+    """Control flow on values, which cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class BranchingNet(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else self.head(self.features(x))
+
+
+def test_what_cannot_be_traced_says_so() -> None:
+    assert why_not(head_trains(BranchingNet())).startswith(
+        "cannot be traced: TraceError: symbolically traced variables"
+    )
+
+
+def test_a_part_that_cannot_be_traced_is_taken_whole() -> None:
+    network = head_trains(Net(before_head=Branches()))
+    network.second.requires_grad_(True)
+    cut = cut_of(network)
+    assert cut.at == "second"
+    assert_same(network, cut, 16)
+
+
+class Fixed(Net):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).reshape(self.rows, -1).reshape(-1, 8, 4, 4)).mean((2, 3))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_fixed_batch_size_is_refused(rows: int) -> None:
+    """The frozen part is right for one batch size alone, or mixes the images' rows."""
+    why_not(head_trains(Fixed(rows)), 20)
+
+
+class Place(Net):
+    """A value that depends on the image's place in the batch."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x).cumsum(0)
+
+
+def test_values_that_depend_on_the_rest_of_the_batch_are_refused() -> None:
+    assert why_not(head_trains(Place())) == "what is frozen gives an image other values in another batch"
+
+
+class Differs(Net):
+    """Frozen, and not the same in training: nobody set its mode, for it is no module's."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) * (2 if self.training else 1)
+
+
+def test_frozen_parts_that_differ_in_training_do_not_cross() -> None:
+    network = head_trains(Differs())
+    cut = split_frozen(network, 16)
+    if isinstance(cut, Cut):
+        assert_same(network, cut, 16)
+
+
+def test_random_numbers_while_tracing_are_refused() -> None:
+    class Layers(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (0.0 if random.random() < 0.5 and self.training else 1.0)
+
+    assert "random numbers" in why_not(head_trains(Layers()))
+
+
+def test_nothing_that_trains_reaches_the_output() -> None:
+    network = head_trains(Net())
+    network.requires_grad_(False)
+    assert why_not(network) == "nothing that trains reaches the output"
+
+
+# --- Nothing is disturbed
+
+
+def test_the_network_is_left_as_it_was(spec: Compose) -> None:
+    model = model_of(spec, "mobilenet_v3_small")
+    frozen(spec, model, "freeze=pattern", "freeze.train=['features.1[012]']", "freeze.bn_stats=update")
+    network = model.network
+    modes = [module.training for module in network.modules()]
+    state = copy.deepcopy(network.state_dict())
+    attributes = {name: set(vars(module)) for name, module in network.named_modules()}
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = torch.randn(3), random.random()
+    torch.manual_seed(3)
+    random.seed(3)
+    assert isinstance(split_frozen(network, 64), Cut)
+    assert torch.equal(torch.randn(3), expected[0]) and random.random() == expected[1]
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert {name: set(vars(module)) for name, module in network.named_modules()} == attributes
+    assert all(p.grad is None for p in network.parameters())
+    assert torch.is_grad_enabled()
+
+
+# --- The digest
+
+
+def test_the_digest_is_of_the_prefix_alone(spec: Compose) -> None:
+    model = model_of(spec, "mobilenet_v3_small")
+    frozen(spec, model, "freeze=last_stages", "freeze.n=2")
+    network = model.network
+    digest = cut_of(network, 64).digest()
+    assert cut_of(network, 64).digest() == digest
+
+    cut = cut_of(network, 64)
+    prefix = {name for name, _ in cut.prefix.named_parameters()} | {name for name, _ in cut.prefix.named_buffers()}
+    assert 0 < len(prefix) < len(network.state_dict())
+    for name, tensor in network.state_dict().items():
+        value = tensor.clone()
+        tensor += 1
+        assert (cut.digest() != digest) == (name in prefix), name
+        tensor.copy_(value)
+    assert cut.digest() == digest
+
+
+def test_the_digest_knows_the_place_and_the_settings() -> None:
+    def digest(change: Callable[[Net], object] = lambda network: None) -> str:
+        torch.manual_seed(0)
+        network = Net(nn.BatchNorm2d(8))
+        change(network)
+        return cut_of(head_trains(network)).digest()
+
+    def dropout_later(network: Net) -> None:
+        network.second = nn.Sequential(network.second, nn.Identity())
+
+    assert digest() == digest()
+    assert digest(lambda n: setattr(n.between, "eps", 1e-3)) != digest()
+    assert digest(lambda n: setattr(n.second, "stride", (1, 1))) != digest()
+    assert digest(dropout_later) != digest()
+    network = head_trains(Net())
+    early = {"second.weight", "second.bias", "head.weight", "head.bias"}
+    places = [cut_of(network, trainable=frozenset(names)) for names in (early, {"head.weight"})]
+    assert places[0].at == "second" and places[1].at == "head"
+    assert places[0].digest() != places[1].digest()
+
+
+# --- The minimum cut
+
+
+def brute_force(nodes: list[str], users: dict, needed: set[str], width: dict, price: dict) -> tuple[int, int]:
+    """The least cost of all ways to say which nodes run again, and the fewest that do so at this cost."""
+    found = []
+    for flags in itertools.product([False, True], repeat=len(nodes) - 1):
+        again = {node for node, flag in zip(nodes[1:], flags, strict=True) if flag}
+        crossing = {n for n in nodes if n in needed or any(user in again for user in users[n])} - again
+        if all(width[n] is not None for n in crossing):
+            found.append((sum(width[n] for n in crossing) + sum(price[n] for n in again), len(again)))
+    return min(found)
+
+
+def cost_of(
+    crossing: list[str], nodes: list[str], users: dict, needed: set[str], width: dict, price: dict
+) -> tuple[int, int]:
+    """Of what crosses, and of all that must run again because it is needed and does not; and how many these are."""
+    again: set[str] = set()
+    for node in reversed(nodes):
+        if node not in crossing and (node in needed or any(user in again for user in users[node])):
+            again.add(node)
+    assert nodes[0] not in again
+    return sum(width[n] for n in crossing) + sum(price[n] for n in again), len(again)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_cut_is_the_latest_of_the_least(seed: int) -> None:
+    """Against every possible cut, on random graphs of eight operations."""
+    draw = random.Random(seed)
+    nodes = [f"n{i}" for i in range(8)]
+    users: dict[str, list[str]] = {node: [] for node in nodes}
+    for i in range(1, 8):
+        for source in draw.sample(nodes[:i], min(i, draw.choice([1, 1, 2]))):
+            users[source].append(nodes[i])
+    needed = {nodes[-1], draw.choice(nodes[1:])}
+    width = {node: draw.choice([1, 4, 8, 16, None]) for node in nodes} | {nodes[0]: 9}
+    price = {node: draw.choice([0, 1, 3, 7]) for node in nodes}
+    crossing = _minimum_cut(nodes, users, needed, width, price)  # type: ignore[arg-type]
+    assert cost_of(crossing, nodes, users, needed, width, price) == brute_force(nodes, users, needed, width, price)
+
+
+# --- Families of timm
+
+FAMILIES = [
+    "cait_xxs24_224",
+    "coat_tiny",
+    "convit_tiny",
+    "convnext_atto",
+    "cs3darknet_focus_s",
+    "cspnext_tiny",
+    "dla34",
+    "dpn48b",
+    "eca_botnext26ts_256",
+    "edgenext_xx_small",
+    "efficientformerv2_s0",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "eva02_tiny_patch14_224",
+    "fasternet_t0",
+    "fastvit_t8",
+    "ghostnet_050",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hrnet_w18_small",
+    "inception_next_atto",
+    "lcnet_035",
+    "legacy_seresnet18",
+    "levit_128s",
+    "mambaout_femto",
+    "mobileone_s1",
+    "mobilevit_xxs",
+    "nf_resnet26",
+    "pit_xs_224",
+    "poolformer_s12",
+    "pvt_v2_b0",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m0_9",
+    "resnetv2_18",
+    "rexnet_100",
+    "selecsls42",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "tiny_vit_5m_224",
+    "tinynet_d",
+    "visformer_tiny",
+    "vit_tiny_patch16_224",
+    "xcit_nano_12_p8_224",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of timm itself
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_timm(spec: Compose, name: str) -> None:
+    """At the head, before the last stage, and half way."""
+    model, size = small(spec, name)
+    stages = len(model.stages) - 1
+    for n in dict.fromkeys((0, 1, max(1, stages // 2))):
+        frozen(spec, model, "freeze=head") if n == 0 else frozen(spec, model, "freeze=last_stages", f"freeze.n={n}")
+        assert_same(model.network, cut_of(model.network, size), size)
+
+
+def small(spec: Compose, name: str) -> tuple[Classifier, int]:
+    """A model of timm for images that are as small as it takes."""
+    for size in (64, 96, 128, None):
+        try:
+            model = model_of(spec, "timm", f"backbone.name={name}", "backbone.dropout=0.1", size=size)
+            own = size or model.architecture.size
+            with torch.no_grad():
+                model.network.eval()(torch.zeros(2, 3, own, own))
+        except Exception:
+            if size is None:
+                raise
+        else:
+            return model, own
+    raise AssertionError

@@ -1,0 +1,58 @@
+"""Images as the loop reads them where nothing of the network has run on them before."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tlcli.data.batches import Batches
+from tlcli.data.preprocess import Preprocessing
+from tlcli.device import Device
+
+Batch = tuple[tuple[Tensor, ...], Tensor]
+"""What the network takes, and the labels (B) int64."""
+
+
+class LiveImages:
+    """Images decoded, augmented and normalised as they are needed: x (B, 3, S, S) float32, y (B) int64.
+
+    Args:
+        network: what takes the images: the whole network.
+        dtype: the number format that it runs in.
+        views: how many augmented views of each image there are, one an epoch in turn; None: a new one each epoch.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        preprocessing: Preprocessing,
+        device: Device,
+        *,
+        network: nn.Module,
+        dtype: torch.dtype,
+        views: int | None = None,
+    ) -> None:
+        self.network = network
+        self.dtype = dtype
+        self._batches = batches
+        self._preprocessing = preprocessing
+        self._device = device
+        self._views = views
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self._batches.split)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch (1, 2, ...), augmented as (seed, view, index) say."""
+        view = (number - 1) % self._views if self._views else None
+        return self._ready(self._batches.epoch(number, view=view))
+
+    def in_order(self) -> Iterator[Batch]:
+        """Every image once, in order, as evaluation sees it."""
+        return self._ready(self._batches.in_order())
+
+    def _ready(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        for images, labels in batches:
+            x = self._device.put(images).contiguous(memory_format=self._device.memory_format)
+            yield (self._preprocessing.normalise(x),), self._device.put(labels)
