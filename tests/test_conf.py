@@ -7,10 +7,11 @@ import pytest
 
 from tlcli.cli.compose import build, composed, parse_flags, register
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
-from tlcli.specs import SCHEMAS, DeviceSpec, ImageSpec, TrainSpec
+from tlcli.specs import SCHEMAS, CacheSpec, DeviceSpec, ImageSpec, TrainSpec
 
 FILES = ConfFiles([conf_dir()])
 OPTIONS = [option for options in FILES.groups.values() for option in options.values()]
+NESTED = {"image": ImageSpec, "cache": CacheSpec}
 COMMON = sorted((conf_dir() / "common").glob("*.yaml"))
 
 
@@ -36,7 +37,7 @@ def test_option_says_what_it_is(option) -> None:
 
 
 def test_groups_are_those_of_the_issue() -> None:
-    groups = ["dataset", "backbone", "freeze", "optimizer", "scheduler", "augment", "device", "experiment"]
+    groups = ["dataset", "backbone", "optimizer", "scheduler", "augment", "freeze", "device", "experiment"]
     assert list(FILES.groups) == groups
     assert set(SCHEMAS) == set(groups) - {"experiment"}
 
@@ -49,17 +50,17 @@ def test_every_shared_key_has_a_comment(path: Path) -> None:
 
 
 def test_main_file_has_every_top_level_key() -> None:
-    nested = {f.name for f in fields(ImageSpec)}
-    plain = {f.name for f in fields(TrainSpec)} - {*SCHEMAS, "image"}
-    assert {key.name for key in FILES.top_level()} == plain | {f"image.{name}" for name in nested}
+    nested = {f"{key}.{f.name}" for key, kind in NESTED.items() for f in fields(kind)}
+    plain = {f.name for f in fields(TrainSpec)} - {*SCHEMAS, *NESTED}
+    assert {key.name for key in FILES.top_level()} == plain | nested
 
 
 def test_code_has_no_defaults() -> None:
     """A default's home is its YAML; a class has its tag alone."""
-    kinds = [TrainSpec, ImageSpec, *(kind for options in SCHEMAS.values() for kind in options.values())]
+    kinds = [TrainSpec, *NESTED.values(), *(kind for options in SCHEMAS.values() for kind in options.values())]
     for kind in kinds:
         with_default = [f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING]
-        assert with_default == (["kind"] if kind not in (TrainSpec, ImageSpec, DeviceSpec) else [])
+        assert with_default == (["kind"] if kind not in (TrainSpec, *NESTED.values(), DeviceSpec) else [])
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.group}={option.name}")

@@ -3,7 +3,8 @@
 import ctypes
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,17 @@ class Device:
         """torch.compile, in place: the names of tensors stay as they are."""
         if self.compile:
             network.compile()
+
+
+@contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """So many threads of arithmetic on the CPU within the block; None: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(spec: DeviceSpec) -> torch.device:

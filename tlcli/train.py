@@ -8,7 +8,7 @@ from tlcli.engine.inputs import Feed, image_size
 from tlcli.engine.metrics import scores
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.selection import Selection
-from tlcli.engine.session import Session, session_for
+from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.runs.recorder import Recorder
@@ -19,16 +19,15 @@ from tlcli.transfer.probe import probe_weights, probed_head
 from tlcli.watch import Watch
 
 
-def train(spec: TrainSpec, run: RunDir, watch: Watch) -> float | None:
+def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float | None:
     """Fine-tune, keep the epoch best on validation, test that one once; the validation figure that selected it.
 
-    All that it gives is in the run's directory. Raises UsageError where the spec cannot be followed and TlcliError
-    where the run fails.
+    All that it gives is in the run's directory; the session has what the jobs of a sweep share. Raises UsageError where
+    the spec cannot be followed and TlcliError where the run fails.
     """
     record = Recorder(run, watch, spec)
     with record.phase("setup"):
         accelerator = prepare(spec.device)
-        session = session_for(spec.cache)  # what the jobs of a sweep share
         data = session.dataset(spec.dataset, spec.seed, watch)
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         model.network.to(accelerator)

@@ -20,7 +20,7 @@ from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.endings import Abort, Terminated
 from tlcli.cli.explain import explain
 from tlcli.cli.folders import Folder, named_folder, new_folder
-from tlcli.cli.job import run_job
+from tlcli.cli.job import Command, run_job
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 
@@ -75,8 +75,10 @@ def _hydra_main(flags: Flags, command: Sequence[str], overrides: Sequence[str]) 
         command: what the user typed behind `tlcli train`, for run.json.
     """
 
+    shared = Command(shlex.join(["tlcli", "train", *command]))
+
     def task(config: DictConfig) -> float | None:
-        return run_job(config, flags.files, shlex.join(["tlcli", "train", *command]))
+        return run_job(config, flags.files, shared)
 
     task.__module__ = "tlcli.train"  # Hydra names the job after it
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

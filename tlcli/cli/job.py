@@ -5,24 +5,43 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.checks import check, first_line
+from tlcli.cli.checks import check_weights, first_line
 from tlcli.cli.compose import build
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
 from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
+from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImages, TlcliError
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir
+from tlcli.specs import DatasetSpec, TrainSpec
 
 
-def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
+class Command:
+    """What the jobs of one command share: the line that was typed, the data set last looked at, and the session."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+        self.session: Any = None  # of tlcli.engine.session, which imports torch
+        self._sound: DatasetSpec | None = None
+
+    def check(self, spec: TrainSpec) -> None:
+        """Raise UsageError where what a spec names is not there; a data set is looked at once."""
+        check_weights(spec.backbone.weights)
+        if spec.dataset != self._sound:
+            check_dataset(spec.dataset)
+            self._sound = spec.dataset
+
+
+def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | None:
     """Hydra's task: train, and record the ending in run.json, whichever it is.
 
     In a sweep a failure is recorded and None returned, so that the other jobs go on; else it is raised as an Abort,
@@ -34,11 +53,11 @@ def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
     overrides = list(job.overrides.task)
     try:
         with recorded(run), logging_to(run.log_file), logged():
-            run.start(command=command, overrides=overrides, config=_resolved(config))
+            run.start(command=command.line, overrides=overrides, config=_resolved(config))
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:
                 watch.heading(f"[{job.job.num}] {' '.join(overrides)}")
-            return _train(config, files, run, watch, checked=sweep is None)
+            return _train(config, files, run, watch, command, checked=sweep is None)
     except Exception as exc:
         if sweep is None:
             raise Abort(exc) from exc
@@ -50,16 +69,20 @@ def run_job(config: DictConfig, files: ConfFiles, command: str) -> float | None:
                 leaderboard.write(sweep)
 
 
-def _train(config: DictConfig, files: ConfFiles, run: RunDir, watch: TerminalWatch, checked: bool) -> float | None:
+def _train(
+    config: DictConfig, files: ConfFiles, run: RunDir, watch: TerminalWatch, command: Command, checked: bool
+) -> float | None:
     """Train what a config says. `checked`: the data set and the weights it names were looked at already."""
     spec = build(config, files)
     if not checked:
-        check(spec)
+        command.check(spec)
     log.info(first_line(spec))
     _quiet_libraries()
-    from tlcli.train import train  # torch is imported here, and not before
+    from tlcli.engine.session import session_for  # torch is imported here, and not before
+    from tlcli.train import train
 
-    return train(spec, run, watch)
+    command.session = session_for(spec.cache, command.session)
+    return train(spec, run, watch, command.session)
 
 
 def _quiet_libraries() -> None:

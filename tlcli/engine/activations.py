@@ -191,6 +191,8 @@ class CachedActivations:
         tables: one for each view, or one in all.
         rows: where the images of this split stand in them.
         network: what takes the activations: the suffix.
+        head: the layer that the suffix is, where it is one bare linear layer. Its steps are so short that a second
+            thread costs more than it brings, and a hundred times that on a busy machine.
         dtype: the number format that it runs in.
     """
 
@@ -201,12 +203,15 @@ class CachedActivations:
         labels: Tensor,
         *,
         network: nn.Module,
+        head: nn.Linear | None,
         dtype: torch.dtype,
         device: Device,
         batch_size: int,
         seed: int,
     ) -> None:
         self.network = network
+        self.head = head
+        self.threads = None if head is None else 1
         self.dtype = dtype
         self._tables = tables
         self._rows = rows

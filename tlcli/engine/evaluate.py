@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tlcli.device import Device
+from tlcli.device import Device, threads
 from tlcli.engine.inputs import Feed
 from tlcli.engine.metrics import Predictions, predictions_of
 from tlcli.watch import Watch
@@ -27,7 +27,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def evaluate(network: nn.Module, feed: Feed, device: Device, watch: Watch, label: str) -> Predictions:
     """The logits for every image of a split, each once, in order; `network` is the whole one, whose modes are set."""
     logits, labels = [], []
-    with evaluating(network), torch.inference_mode(), watch.track(label, len(feed)) as advance:
+    with (
+        evaluating(network),
+        torch.inference_mode(),
+        threads(feed.threads),
+        watch.track(label, len(feed)) as advance,
+    ):
         for x, y in feed.in_order():
             with device.autocast(feed.dtype):
                 logits.append(feed.network(*x))

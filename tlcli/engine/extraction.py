@@ -85,13 +85,16 @@ class Extractor:
         self._run: Any = None
         self._compiled = False
         self._expected = 0
+        self._columns: tuple[Column, ...] | None = None
         self.why = ""
 
     def columns(self) -> tuple[Column, ...]:
         """What one row has."""
-        size = self._preprocessing.size
-        rows = self._forward(self._plain, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        return tuple(Column(SHORT[t.dtype], tuple(t.shape[1:])) for t in rows)
+        if self._columns is None:
+            size = self._preprocessing.size
+            rows = self._forward(self._plain, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            self._columns = tuple(Column(SHORT[t.dtype], tuple(t.shape[1:])) for t in rows)
+        return self._columns
 
     def expect(self, images: int) -> None:
         """So many more images are going to be run: that decides whether compiling pays."""

@@ -26,10 +26,15 @@ much memory."""
 
 
 class Feed(Protocol):
-    """One split as the loop reads it: batches (x, y) on the device, x as `network` takes it in the format `dtype`."""
+    """One split as the loop reads it: batches (x, y) on the device, x as `network` takes it in the format `dtype`.
+
+    `threads` of arithmetic are best for it on a CPU (None: all). Where the features of a head are read, `head` is it.
+    """
 
     network: nn.Module
     dtype: torch.dtype
+    threads: int | None
+    head: nn.Linear | None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -132,6 +137,7 @@ class CachedFeed:
     pool: Split
     split: Split
     network: nn.Module
+    head: nn.Linear | None
     dtype: torch.dtype
     batch_size: int
     seed: int
@@ -143,6 +149,7 @@ class CachedFeed:
             rows_in(self.pool, self.split),
             torch.from_numpy(self.split.labels),
             network=self.network,
+            head=self.head,
             dtype=self.dtype,
             device=device,
             batch_size=self.batch_size,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tlcli.data.batches import Batches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
+from tlcli.engine.prefetch import on_device
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """What the network takes, and the labels (B) int64."""
@@ -33,6 +34,8 @@ class LiveImages:
         views: int | None = None,
     ) -> None:
         self.network = network
+        self.threads: int | None = None
+        self.head: nn.Linear | None = None
         self.dtype = dtype
         self._batches = batches
         self._preprocessing = preprocessing
@@ -53,6 +56,6 @@ class LiveImages:
         return self._ready(self._batches.in_order())
 
     def _ready(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-        for images, labels in batches:
-            x = self._device.put(images).contiguous(memory_format=self._device.memory_format)
-            yield (self._preprocessing.normalise(x),), self._device.put(labels)
+        for images, labels in on_device(batches, self._device):
+            x = images.contiguous(memory_format=self._device.memory_format)
+            yield (self._preprocessing.normalise(x),), labels

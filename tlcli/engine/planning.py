@@ -5,9 +5,11 @@ Nothing is computed for all images here: one small batch runs through the networ
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import Batches
@@ -16,6 +18,7 @@ from tlcli.device import Device, auto_workers, machine_name
 from tlcli.engine.activations import Activations, View, activations_key, pooled
 from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import CachedFeed, InputPlan, LiveFeeds, preprocessing_for
+from tlcli.engine.linear import bare_linear
 from tlcli.engine.numerics import SAMPLE, Numerics, Quickest, candidates, forward_step, training_step
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
@@ -142,6 +145,10 @@ class _Planner:
         """The format for training on activations, in the memory format of the extraction."""
         assert isinstance(self.cut, Cut)
         cut, network = self.cut, self.model.network
+        if self._bare_head(cut) is not None:  # so little work that no format is quicker than float32
+            return replace(
+                extractor.numerics, dtype=self.options[0].dtype, images_per_second=None, why="a linear layer"
+            )
         inputs = tuple(torch.rand(len(self.sample), *shape) for shape in cut.shapes)
         make = lambda option: training_step(cut.suffix, network, inputs, self.accelerator, option)  # noqa: E731
         same = [option for option in self.options if option.memory_format == extractor.numerics.memory_format]
@@ -270,6 +277,7 @@ class _Planner:
                 pool=pool,
                 split=splits[role],
                 network=cut.suffix,
+                head=self._bare_head(cut),
                 dtype=dtype,
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed,
@@ -277,6 +285,14 @@ class _Planner:
             )
             for role, (activations, pool) in sources.items()
         }
+
+    def _bare_head(self, cut: Cut) -> nn.Linear | None:
+        """The head where the suffix of a cut is it and no more: what crosses the cut is what enters it."""
+        names = self.model.architecture.head
+        head = self.model.network.get_submodule(names[0])
+        if len(names) == 1 and cut.at == names[0] and isinstance(head, nn.Linear) and bare_linear(head):
+            return head if cut.shapes == ((head.in_features,),) else None
+        return None
 
     def _expect(self, cached: Mapping[str, CachedFeed]) -> None:
         """Tell the extractors what they are going to run."""

@@ -1,4 +1,4 @@
-"""What the runs of one process share, so that a sweep pays for it once: images, weights, cuts and cached tensors."""
+"""What the runs of one command share, so that a sweep pays for it once: images, weights, cuts and cached tensors."""
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
@@ -41,7 +41,7 @@ class Session:
         return self._dataset[1]
 
     def model(self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int) -> Classifier:
-        """A classifier as `build_model` gives it; where it is that of the run before, that one with its first weights."""
+        """A classifier as `build_model` gives it: that of the run before with its first weights, if it is the same."""
         asked = (spec, classes, size, seed)
         if self._model is None or self._model.asked != asked:
             self._model = None
@@ -60,15 +60,12 @@ class Session:
         return found
 
 
-_sessions: list[Session] = []
-
-
-def session_for(spec: CacheSpec) -> Session:
-    """The session of this process: the one before, unless the cache is another."""
+def session_for(spec: CacheSpec, before: Session | None = None) -> Session:
+    """The session of the run before, or a new one where the cache is another."""
     store, ram_bytes = Store(cache_dir()), int(spec.ram_gb * 1e9)
-    if not _sessions or (_sessions[0].store.root, _sessions[0].ram_bytes) != (store.root, ram_bytes):
-        _sessions[:] = [Session(store, ram_bytes)]
-    return _sessions[0]
+    if before is not None and (before.store.root, before.ram_bytes) == (store.root, ram_bytes):
+        return before
+    return Session(store, ram_bytes)
 
 
 @dataclass

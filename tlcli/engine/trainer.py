@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
-from tlcli.device import Device
+from tlcli.device import Device, threads
 from tlcli.engine.inputs import Feed
+from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
 from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
@@ -67,6 +68,7 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights = _class_weights(spec.class_weights, class_counts, device)
+        self._linear: LinearLoss | None = None
         self.step = 0
 
     def fit(self, inputs: Feed, epoch: int, watch: Watch, on_running: Callable[[Running], None]) -> Fit:
@@ -76,7 +78,7 @@ class Trainer:
         tally = _Tally(self._device.accelerator)
         batches = inputs.epoch(epoch)
         first_step, start, batch = self.step, time.perf_counter(), 0
-        with watch.track(f"epoch {epoch}", len(inputs)) as advance:
+        with threads(inputs.threads), watch.track(f"epoch {epoch}", len(inputs)) as advance:
             while group := list(islice(batches, self._spec.accumulate)):
                 self._update(inputs, group, tally)
                 if self.step % STEPS_BETWEEN_CHECKS == 0:
@@ -104,11 +106,16 @@ class Trainer:
     def _update(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""
         self.schedule.before_step(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trainable:
+            parameter.grad = None  # what zero_grad(set_to_none=True) comes to, without its overhead
         total = sum(len(y) for _, y in group)
+        formula = self._formula(inputs)
         for x, y in group:
-            losses, logits = self._forward(inputs, x, y)
-            torch.autograd.backward(self._scaler.scale(losses / total))
+            if formula is not None:
+                losses, logits = formula.backward(x[0], y, total)
+            else:
+                losses, logits = self._forward(inputs, x, y)
+                torch.autograd.backward(self._scaler.scale(losses / total))
             tally.add(losses.detach(), logits.detach(), y)
         if self._spec.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
@@ -116,6 +123,14 @@ class Trainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.step += 1
+
+    def _formula(self, inputs: Feed) -> LinearLoss | None:
+        """Loss and gradient without autograd, where the features of one linear layer are read in float32."""
+        if inputs.head is None or inputs.dtype != torch.float32:
+            return None
+        if self._linear is None:
+            self._linear = LinearLoss(inputs.head, self._spec.label_smoothing, self._class_weights)
+        return self._linear
 
     def _forward(self, inputs: Feed, x: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the images' losses, and the logits."""

@@ -28,6 +28,9 @@ from tlcli.watch import EpochRow, Outcome, Plan, Watch
 CHECKPOINT_SHARE = 0.1
 """Of the time of training that writing checkpoints may take: an epoch of a small head takes less than its file."""
 
+FIRST_SAVE = 0.1
+"""Seconds that writing them is taken to need before it was done once."""
+
 
 class Recorder:
     """Writes one run's directory and tells the watcher what it wrote."""
@@ -42,7 +45,7 @@ class Recorder:
         self._best_images_per_second = 0.0
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._unsaved: Callable[[], None] | None = None
-        self._saved_at, self._save_seconds = self._began, 0.0
+        self._saved_at, self._save_seconds = self._began, FIRST_SAVE
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -66,6 +69,7 @@ class Recorder:
             "classes": list(model.classes),
             "preprocessing": inputs.preprocessing.to_json(),
         }
+        self._saved_at = time.perf_counter()
         self._run.write_bad_files(data.bad_files)
         self._run.update(
             name=spec.name,
@@ -98,7 +102,7 @@ class Recorder:
                 training=_training_words(spec),
                 device=device.words,
                 activations=inputs.line,
-                notes=(*model.notes, *data.notes),
+                notes=(*model.notes, *data.notes, *_formats(inputs.numerics)),
             )
         )
 
@@ -214,6 +218,11 @@ class Recorder:
         plot_confusion(report, self._run.plots / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
+
+
+def _formats(numerics: Mapping[str, str]) -> list[str]:
+    """How the number and memory formats were chosen, where it was by measurement."""
+    return [f"{what}: {why}" for what, why in numerics.items() if "measured" in why]
 
 
 def _augment_words(spec: TrainSpec) -> str:
