@@ -67,9 +67,10 @@ def test_source_then_target(home: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_other_commands_are_what_ci_and_the_shell_run(capsys: pytest.CaptureFixture[str]) -> None:
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    others = [line for line in README if not line.startswith("tlcli train")]
-    assert [line for line in others if line not in ci] == ["source <(tlcli completion bash)"]
-    assert main(["completion", "bash"]) == 0
+    others = [line for line in README if not line.startswith("tlcli train") and line not in ci]
+    assert others == ["tlcli cache list", "tlcli cache clear", "source <(tlcli completion bash)"]
+    for line in ("tlcli cache list", "tlcli cache clear", "tlcli completion bash"):
+        assert main(line.split()[1:]) == 0
     assert "complete " in capsys.readouterr().out
 
 

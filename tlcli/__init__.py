@@ -1,3 +1,3 @@
 """Transfer learning for image classification from the shell, driven by YAML."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tlcli.data.augment import Augmentation
+from tlcli.data.decode import Pixels
 from tlcli.data.preprocess import Preprocessing
+from tlcli.data.reading import Kept
 from tlcli.data.source import Ints, Split
+from tlcli.data.threads import in_threads
 from tlcli.errors import TlcliError
 
 Batch = tuple[Tensor, Tensor]
@@ -52,7 +55,7 @@ class Batches:
         self.workers = workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self._samples = _Samples(split, preprocessing, augmentation, seed)
+        self._samples = _Samples(split, preprocessing, augmentation, seed, threads=workers == 0)
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -109,6 +112,7 @@ class _Samples(Dataset[Batch | TlcliError]):
     preprocessing: Preprocessing
     augmentation: Augmentation | None
     seed: int
+    threads: bool  # whether to decode in threads, where no other processes do it
 
     def __getitem__(self, chunk: _Chunk) -> Batch | TlcliError:
         try:
@@ -119,8 +123,15 @@ class _Samples(Dataset[Batch | TlcliError]):
     def batch(self, chunk: _Chunk) -> Batch:
         """Raises BadImages."""
         positions = chunk.positions.tolist()
-        images = (self.split.read(i) for i in positions)  # one after the other: photographs are large
+        images = self._images(positions)  # an iterator: photographs are large
         y = torch.from_numpy(self.split.labels[chunk.positions])
         if self.augmentation is None or chunk.view is None:
             return self.preprocessing.apply_batch(images), y
         return self.augmentation.apply_batch(images, [sample_seed(self.seed, chunk.view, i) for i in positions]), y
+
+    def _images(self, positions: list[int]) -> Iterator[Pixels]:
+        """In order; in threads where they have to be decoded, for arithmetic waits for that on all cores."""
+        images = self.split.images
+        if self.threads and isinstance(images, Kept) and not images.holds(self.split.indices[positions].tolist()):
+            return in_threads(self.split.read, positions, 1)
+        return (self.split.read(i) for i in positions)

@@ -63,6 +63,10 @@ class Kept:
             self.keep(index, pixels)
         return pixels
 
+    def holds(self, indices: Sequence[int]) -> bool:
+        """Whether all of these are in memory."""
+        return all(index in self.pixels for index in indices)
+
     def keep(self, index: int, pixels: Pixels) -> bool:
         """Keep this image if there is room for it; whether it is in memory."""
         if index not in self.pixels and self.memory.take(pixels.nbytes):

@@ -230,7 +230,7 @@ class _Leaves:
     """Modules that are called as they are, not traced into."""
 
     modules: set[nn.Module]
-    types: set[type] = field(default_factory=lambda: {Head, *get_notrace_modules()})
+    types: set[type] = field(default_factory=lambda: set(get_notrace_modules()))
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self.modules or type(module) in self.types or isinstance(module, Head)
@@ -773,14 +773,11 @@ class _Prefix(fx.GraphModule):
         return self
 
 
-def _in_eval_mode(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A view of a module that stays in eval mode, with all in it: it shares parameters and buffers, not the mode."""
+def _view(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module, with all in it, that shares its parameters and buffers and has a mode of its own."""
     if module not in known:
-        view = known[module] = copy.copy(module)
-        view.training = False
-        view._modules = {
-            name: None if child is None else _in_eval_mode(child, known) for name, child in module._modules.items()
-        }
+        known[module] = view = copy.copy(module)
+        view._modules = {name: child if child is None else _view(child, known) for name, child in view._modules.items()}
     return known[module]
 
 
@@ -807,7 +804,8 @@ class _Halves:
         self.pair = pair
         self.boundary = boundary
         twins = [pair.twin[node] for node in boundary]
-        self.prefix = _Prefix(_in_eval_mode(pair.evaluation.shell, {}), _leading(pair.evaluation, twins))
+        self.prefix = _Prefix(_view(pair.evaluation.shell, {}), _leading(pair.evaluation, twins))
+        nn.Module.train(self.prefix, False)
         self.training_prefix = _Form(pair.training.shell, _leading(pair.training, boundary))
         crossing = [[node] for node in boundary]
         self.training = _Form(pair.training.shell, _following(pair.training, crossing, pair.live, pair.folded))
