@@ -353,7 +353,7 @@ def _mutated(node: fx.Node, shell: nn.Module) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class _Map:
-    """A tensor, by its shape and the bytes of a value."""
+    """A tensor, by its shape."""
 
     shape: tuple[int, ...]
 
