@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.conftest import Compose
 from tlcli.engine.checkpoints import save_weights
 from tlcli.errors import UsageError
+from tlcli.models import backbones
+from tlcli.models.backbones import timm_stages
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.models.weights import read_weights
@@ -183,6 +186,37 @@ def test_names_that_do_not_suit_their_kind(spec: Compose) -> None:
         build_model(spec("backbone=vit_b_16", "backbone.weights=none").backbone, CLASSES, size=100, seed=0)
     with pytest.raises(UsageError, match="is no stage"):
         build_model(spec("backbone.weights=none", "backbone.reinit=[nosuch]").backbone, CLASSES, size=None, seed=0)
+
+
+class Encoder(nn.Module):
+    """As some of timm's: no classifier, and no coarse groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(2, 2)
+        self.body = nn.Linear(2, 2)
+        self.fc = nn.Linear(2, 2)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        assert not coarse, "coarse grouping is not implemented"
+        return {"stem": "stem", "blocks": "body"}
+
+
+def test_a_timm_model_without_coarse_groups_is_one_stage() -> None:
+    body, head = timm_stages(Encoder(), ("fc",))
+    assert body.tensors == {"stem.weight", "stem.bias", "body.weight", "body.bias"}
+    assert (head.name, head.tensors) == ("head", {"fc.weight", "fc.bias"})
+
+
+def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "build_timm", lambda *args, **options: Encoder())
+    with pytest.raises(UsageError, match="no classifier that can be replaced"):
+        build_model(
+            spec("backbone=timm", "backbone.name=an_encoder", "backbone.weights=none").backbone,
+            CLASSES,
+            size=None,
+            seed=0,
+        )
 
 
 def test_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head, within
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import Contract, apply_freeze
-from tlcli.transfer.cut import Cut, NoCut, _minimum_cut, split_frozen
+from tlcli.transfer.cut import Cut, NoCut, split_frozen
+from tlcli.transfer.cut.place import minimum_cut
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")
@@ -632,7 +633,7 @@ def test_the_cut_is_the_latest_of_the_least(seed: int) -> None:
     needed = {nodes[-1], draw.choice(nodes[1:])}
     width = {node: draw.choice([1, 4, 8, 16, None]) for node in nodes} | {nodes[0]: 9}
     price = {node: draw.choice([0, 1, 3, 7]) for node in nodes}
-    crossing = _minimum_cut(nodes, users, needed, width, price)  # type: ignore[arg-type]
+    crossing = minimum_cut(nodes, users, needed, width, price)  # type: ignore[arg-type]
     assert cost_of(crossing, nodes, users, needed, width, price) == brute_force(nodes, users, needed, width, price)
 
 

@@ -67,7 +67,8 @@ def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
 
 def timm_head(network: nn.Module) -> tuple[str, ...]:
     """The names of the modules that are its classifier: two in distilled models, else one."""
-    found = network.get_classifier()  # type: ignore[operator]
+    classifier: Any = getattr(network, "get_classifier", tuple)  # a few encoders have none
+    found = classifier()
     wanted = {id(m) for m in (found if isinstance(found, tuple | list) else (found,))}
     return tuple(name for name, m in network.named_modules() if id(m) in wanted and any(True for _ in m.parameters()))
 
@@ -77,7 +78,7 @@ def timm_stages(network: nn.Module, head: tuple[str, ...]) -> tuple[Stage, ...]:
     try:
         matcher = network.group_matcher(coarse=True)  # type: ignore[operator]
         layer_of = group_with_matcher(network.state_dict(keep_vars=True).items(), matcher, reverse=True)
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AssertionError, AttributeError, NotImplementedError, TypeError):  # some assert that `coarse` is False
         layer_of = dict.fromkeys(network.state_dict(), 0)
     groups: dict[int, set[str]] = defaultdict(set)
     for name, layer in layer_of.items():

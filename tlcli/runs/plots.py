@@ -22,7 +22,8 @@ MOST_NAMES = 40
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
     """Loss and accuracy of train and val by epoch, from the rows of metrics.jsonl; the kept epoch is marked."""
-    figure = _figure(9, 3.6)
+    figure = Figure(figsize=(9, 3.6), dpi=DPI)
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.91, wspace=0.22)
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, colour in (("train", BLUE), ("val", ORANGE)):
             points = [(r["epoch"], r[key]) for r in rows if r["split"] == split]
