@@ -84,8 +84,8 @@ class Extractor:
         self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
         self.numerics = numerics
         self.batch_size = BATCH[accelerator.type]
-        self._run: Any = None
-        self._compiled = False
+        self._run: _FromPixels | None = None
+        self._tried = False
         self._expected = 0
         self._columns: tuple[Column, ...] | None = None
         self.why = ""
@@ -104,15 +104,15 @@ class Extractor:
 
     def prepare(self, watch: Watch) -> None:
         """Get ready for the images that are expected: as the network is with its BatchNorm folded, or compiled."""
-        if self._compiled:
-            return
+        if self._run is None:
+            self._run, folded = _folded(self._plain)
+            self.why = "BatchNorm folded" if folded else "as the network is"
         speed = self.numerics.images_per_second or 1.0
         eager = self._expected / speed
         cost, compiled_speed = _known(self._store.remembered(NOTES).get(self._key), speed)
         gain = eager - (cost + self._expected / compiled_speed)
-        self._run, folded = _folded(self._plain)
-        self.why = "BatchNorm folded" if folded else "as the network is"
-        if gain > 0:
+        if gain > 0 and not self._tried:
+            self._tried = True
             watch.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {eager:.0f} s")
             self._compile(self._run)
 
@@ -128,8 +128,8 @@ class Extractor:
         size = self._preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
         prefix = copy.deepcopy(network.prefix).to(self.numerics.dtype)
-        compiled = _FromPixels(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
         try:
+            compiled = _FromPixels(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
             with warnings.catch_warnings(), inductor.patch(freezing=True):
                 warnings.simplefilter("ignore")  # inductor's advice is for whoever wrote the network
                 found = self._forward(compiled, sample)
@@ -145,7 +145,7 @@ class Extractor:
             self._forward(compiled, sample)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
         self._store.remember(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
-        self._run, self._compiled, self.why = compiled, True, f"compiled in {seconds:.0f} s"
+        self._run, self.why = compiled, f"compiled in {seconds:.0f} s"
 
     def _as_exact(self, found: tuple[Tensor, ...], sample: Tensor) -> bool:
         """Whether these rows are about as near to those in float32 as the network's own in this format."""
@@ -159,7 +159,9 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """The rows of a batch, on the CPU. A short batch is filled up: a compiled network takes one size."""
+        assert self._run is not None
         n = len(images)
+        self._expected = max(0, self._expected - n)
         if n < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - n, -1, -1, -1)])
         return tuple(t[:n].cpu() for t in self._forward(self._run, images))
@@ -257,4 +259,5 @@ def _replace(graph: fx.GraphModule, name: str, module: nn.Module) -> None:
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
     """The relative difference, in the mean."""
-    return (found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6)
+    relative: Tensor = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6)
+    return relative

@@ -1,0 +1,121 @@
+"""Checkpoints are of the epochs that they say, however seldom they are written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.conftest import Compose
+from tests.engine.test_trainer import Setting
+from tlcli.cli import main
+from tlcli.engine.checkpoints import load_weights_into, save_weights, snapshot
+from tlcli.engine.evaluate import evaluate
+from tlcli.engine.metrics import scores
+from tlcli.runs import recorder
+from tlcli.runs.run_dir import read_json
+from tlcli.watch import Watch
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    """A frozen convolution, a norm and a head."""
+    own = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    own[0].requires_grad_(False)
+    return own
+
+
+def move_on(network: nn.Module) -> None:
+    """What training does, to parameters that train and to buffers."""
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if not name.startswith("0."):
+                tensor.add_(1)
+
+
+def test_a_snapshot_has_what_training_can_change(network: nn.Sequential) -> None:
+    taken = snapshot(network)
+    buffers = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert taken.keys() == {"1.weight", "1.bias", "3.weight", "3.bias"} | buffers
+    before = {name: tensor.clone() for name, tensor in taken.items()}
+    move_on(network)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in taken.items())
+
+
+def test_weights_of_an_earlier_epoch_are_written_when_the_network_has_moved_on(
+    network: nn.Sequential, tmp_path: Path
+) -> None:
+    wanted = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    taken = snapshot(network)
+    move_on(network)
+    save_weights(tmp_path / "then.safetensors", network, {"epoch": 3}, instead=taken)
+    save_weights(tmp_path / "now.safetensors", network, {"epoch": 4})
+    then, now = (load_file(tmp_path / f"{name}.safetensors") for name in ("then", "now"))
+    assert then.keys() == now.keys() == wanted.keys()
+    assert all(torch.equal(then[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(now[name], tensor) for name, tensor in network.state_dict().items())
+    load_weights_into(tmp_path / "then.safetensors", network)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in network.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # no drafts
+
+
+def epoch_of(checkpoint: Path) -> int:
+    with safe_open(checkpoint, framework="pt") as content:
+        return int(json.loads(content.metadata()["tlcli"])["epoch"])
+
+
+WORDS = ("image.size=32", "device.precision=fp32", "freeze=head", "optimizer=sgd", "optimizer.lr=0.3", "epochs=9",
+         "keep_best=loss", "freeze.head_init=random", "dataset=imagefolder")  # fmt: skip
+
+
+@pytest.fixture
+def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A run with epochs much quicker than writing its checkpoints, which may take `share` of its time."""
+
+    def run(share: float, *overrides: str) -> Path:
+        written: list[Any] = []
+        monkeypatch.setattr(recorder.Recorder, "_plot", lambda *args: None)
+        monkeypatch.setattr(recorder, "CHECKPOINT_SHARE", share)
+        save = recorder.save_weights
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder, "save_weights", lambda *a, **k: written.append(a) or save(*a, **k))
+            out = tmp_path / f"share{share:g}"
+            assert main(["train", f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]) == 0
+        assert len(written) <= 3 if share < 1 else len(written) > 9
+        return out
+
+    return run
+
+
+def test_seldom_written_checkpoints_are_those_of_every_epoch(
+    quick: Callable[..., Path], spec: Compose, shapes: Path
+) -> None:
+    seldom, often = quick(1e-9), quick(1e9)
+    record = read_json(seldom / "run.json")
+    assert epoch_of(seldom / "checkpoints/best.safetensors") == record["best"]["epoch"]
+    assert epoch_of(seldom / "checkpoints/last.safetensors") == 9
+    for name in ("best", "last"):
+        one, other = ((run / f"checkpoints/{name}.safetensors").read_bytes() for run in (seldom, often))
+        assert one == other
+    state, other_state = (torch.load(run / "checkpoints/last.state", weights_only=True) for run in (seldom, often))
+    assert state["epoch"] == other_state["epoch"] == 9
+    assert state["step"] == other_state["step"]
+
+    setting = Setting(spec(*WORDS, f"dataset.root='{shapes}'"))
+    load_weights_into(seldom / "checkpoints/best.safetensors", setting.model.network)
+    found = scores(evaluate(setting.model.network, setting.inputs.val, setting.device, Watch(), "validation"))
+    assert found.loss == pytest.approx(record["best"]["loss"], rel=1e-5)
+
+
+def test_the_best_epoch_is_not_the_last_where_training_does_harm(quick: Callable[..., Path]) -> None:
+    run = quick(1e-9, "label_smoothing=0.9", "freeze.head_init=probe")
+    record = read_json(run / "run.json")
+    best, last = (run / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
+    assert epoch_of(best) == record["best"]["epoch"] < epoch_of(last) == 9
+    assert not torch.equal(load_file(best)["classifier.weight"], load_file(last)["classifier.weight"])
+    assert read_json(run / "test.json")["epoch"] == record["best"]["epoch"]

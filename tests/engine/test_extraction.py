@@ -1,0 +1,369 @@
+"""The frozen part over many images: folded, compiled where that pays, and the same rows whichever way."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from tests.conftest import Compose
+from tlcli.data.preprocess import Preprocessing
+from tlcli.engine.extraction import NOTES, Extractor, _folded, _FromPixels
+from tlcli.engine.numerics import Numerics
+from tlcli.models.build import build_model
+from tlcli.specs import CacheDtype, Fit
+from tlcli.store import Column, Store
+from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.cut import Cut, split_frozen
+from tlcli.watch import Watch
+
+CPU = torch.device("cpu")
+KEY = "abcd"
+SMALL = Preprocessing(size=32, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.4))
+PIXELS = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Notes(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def cut_of(spec: Compose, *overrides: str) -> Cut:
+    """The cut of a backbone at its head; random weights get random statistics, as if it had been trained."""
+    own = spec("freeze=head", *overrides)
+    model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    if not model.pretrained:
+        for norm in model.network.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
+                    tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
+                norm.running_var.mul_(0.5 + torch.rand(norm.running_var.shape, generator=generator))
+    apply_freeze(own.freeze, model).train_mode()
+    cut = split_frozen(model.network, 32)
+    assert isinstance(cut, Cut)
+    return cut
+
+
+@pytest.fixture(scope="module")
+def lite0(spec: Compose) -> Cut:
+    return cut_of(spec)
+
+
+@pytest.fixture(scope="module")
+def resnet18(spec: Compose) -> Cut:
+    return cut_of(spec, "backbone=resnet18", "backbone.weights=none")
+
+
+def norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", ["lite0", "resnet18"])
+def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    """All of it: 20 of ResNet-18's, and those of timm that have their activation inside."""
+    network = _FromPixels(request.getfixturevalue(name).prefix, SMALL)
+    had = norms(network)
+    before = [tensor.clone() for tensor in network.state_dict().values()]
+    folded, count = _folded(network)
+    assert count == had >= 20
+    assert norms(folded) == 0
+    with torch.inference_mode():
+        (found,), (wanted,) = folded(PIXELS), network(PIXELS)
+    assert not torch.equal(found, wanted)  # it was computed in another way,
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())  # to the same
+    assert norms(network) == had
+    assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
+
+
+class Before(nn.Module):
+    """A norm before its convolution, as in DenseNet: nothing to fold it into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.conv(torch.relu(self.norm(x))),)
+
+
+class ReadTwice(Before):
+    """A convolution that others read beside the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        return (self.norm(y) + y,)
+
+
+class CalledTwice(ReadTwice):
+    """A convolution that runs twice, once without the norm."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(self.conv(x)) + self.conv(x.flip(2)),)
+
+
+class OfTheBatch(ReadTwice):
+    """A norm without statistics of its own: it normalises by those of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(self.conv(x)),)
+
+
+class ByKeyword(ReadTwice):
+    """A norm that is called by keyword."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(input=self.conv(x)),)
+
+
+class Unlike(OfTheBatch):
+    """A norm that is no more BatchNorm than its name: folding it would change the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Shifted(4)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "kind", [Before, ReadTwice, CalledTwice, OfTheBatch, Unlike, ByKeyword]
+)  # FIXME ByKeyword: IndexError in _pairs
+def test_what_cannot_be_folded_stays_as_it_is(kind: type[nn.Module]) -> None:
+    whole = _FromPixels(traced(kind().eval()), SMALL)
+    assert _folded(whole) == (whole, 0)
+
+
+def traced(network: nn.Module) -> fx.GraphModule:
+    """With its layers as leaves, as the cut has them."""
+
+    class Layers(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return True
+
+    return fx.GraphModule(network, Layers().trace(network))
+
+
+# -- rows
+
+
+class Make:
+    """Extractors over a cut that share a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __call__(
+        self,
+        cut: Cut,
+        *,
+        dtype: torch.dtype = torch.float32,
+        stored: CacheDtype = CacheDtype.auto,
+        speed: float = 100.0,
+        expect: int = 0,
+    ) -> Extractor:
+        numerics = Numerics(dtype, torch.channels_last, images_per_second=speed)
+        extractor = Extractor(cut.prefix, SMALL, CPU, numerics, stored, self.store, KEY)
+        extractor.expect(expect)
+        return extractor
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return Make(Store(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make: Make, resnet18: Cut) -> None:
+    extractor = make(resnet18, dtype=dtype)
+    extractor.prepare(Watch())
+    assert extractor.batch_size == len(PIXELS)
+    (full,) = extractor(PIXELS)
+    for n in (1, 5):
+        (short,) = extractor(PIXELS[:n])
+        assert torch.equal(short, full[:n])
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "expected"),
+    [
+        (CacheDtype.auto, torch.float32, "float32"),
+        (CacheDtype.auto, torch.bfloat16, "bfloat16"),
+        (CacheDtype.bf16, torch.float32, "bfloat16"),
+        (CacheDtype.fp32, torch.bfloat16, "float32"),
+    ],
+)
+def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
+    stored: CacheDtype, computed: torch.dtype, expected: str, make: Make, spec: Compose
+) -> None:
+    cut = cut_of(spec, "backbone=resnet18", "backbone.weights=none", "freeze=last_stages")
+    extractor = make(cut, dtype=computed, stored=stored)
+    (column,) = extractor.columns()
+    assert column == Column(expected, (2, 2, 256))  # a map, its channels last
+    extractor.prepare(Watch())
+    (rows,) = extractor(PIXELS[:3])
+    assert rows.is_contiguous()
+    assert (rows.dtype, rows.shape) == (getattr(torch, expected), (3, 2, 2, 256))
+    with torch.inference_mode():
+        (plain,) = cut.prefix(SMALL.normalise(PIXELS[:3]))
+    wanted = plain.permute(0, 2, 3, 1)
+    far = (rows.float() - wanted).norm() / wanted.norm()
+    assert far < (1e-5 if expected == "float32" == str(computed).removeprefix("torch.") else 2e-2)
+
+
+# -- compiling
+
+
+class Compiler:
+    """In the place of torch.compile."""
+
+    def __init__(self, how: Callable[[nn.Module], Any]) -> None:
+        self.how = how
+        self.calls = 0
+
+    def __call__(self, network: nn.Module, **options: object) -> Any:
+        assert options == {"dynamic": False, "options": {"freezing": True}}
+        self.calls += 1
+        return self.how(network)
+
+
+def works(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    return lambda images: tuple(t * (1 + 1e-7) for t in network(images))
+
+
+def fails_when_run(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("no C++ compiler")
+
+    return run
+
+
+def fails_at_once(network: nn.Module) -> Any:
+    raise RuntimeError("torch.compile is not supported on this Python")
+
+
+def is_wrong(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    return lambda images: tuple(t * 1.1 for t in network(images))
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
+    def put(how: Callable[[nn.Module], Any]) -> Compiler:
+        monkeypatch.setattr(torch, "compile", stand_in := Compiler(how))
+        return stand_in
+
+    return put
+
+
+def prepared(extractor: Extractor) -> list[str]:
+    watch = Notes()
+    extractor.prepare(watch)
+    return watch.notes
+
+
+def test_little_work_is_not_compiled(make: Make, resnet18: Cut, compiler) -> None:
+    stand_in = compiler(works)
+    extractor = make(resnet18, speed=100, expect=3000)  # 30 s, of which compiling would save 10 at a cost of 12
+    assert prepared(extractor) == []
+    assert stand_in.calls == 0
+    assert extractor.why == "BatchNorm folded"
+
+
+def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) -> None:
+    stand_in = compiler(works)
+    extractor = make(resnet18, speed=100, expect=2000)
+    extractor.expect(4000)  # 60 s with what was expected before, 20 of them saved at a cost of 12
+    assert prepared(extractor) == ["extraction: compiling, about 12 s to save 20 s of 60 s"]
+    assert prepared(extractor) == []
+    assert stand_in.calls == 1
+    assert extractor.why.startswith("compiled in ")
+    plain = make(resnet18)
+    plain.prepare(Watch())
+    for n in (32, 5):
+        assert torch.allclose(extractor(PIXELS[:n])[0], plain(PIXELS[:n])[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (fails_when_run, "BatchNorm folded, not compiled (RuntimeError)"),
+        (fails_at_once, "BatchNorm folded, not compiled (RuntimeError)"),  # FIXME torch.compile() is outside of the try
+        (is_wrong, "BatchNorm folded, not compiled: the compiled network gave other values"),
+    ],
+)
+def test_what_does_not_compile_runs_as_it_is(how, why: str, make: Make, resnet18: Cut, compiler) -> None:
+    compiler(how)
+    extractor, plain = make(resnet18, expect=10**6), make(resnet18)
+    extractor.prepare(Watch())
+    plain.prepare(Watch())
+    assert extractor.why == why
+    assert torch.equal(extractor(PIXELS)[0], plain(PIXELS)[0])
+    assert make.store.remembered(NOTES) == {}
+
+
+def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, compiler) -> None:  # FIXME it is
+    """Neither for the next split of the run: it would cost as long again."""
+    stand_in = compiler(is_wrong)
+    extractor = make(resnet18, expect=10**6)
+    for _ in range(3):
+        extractor.prepare(Watch())
+    assert stand_in.calls == 1
+
+
+def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut, compiler) -> None:
+    stand_in = compiler(works)
+    make(resnet18, expect=10**6).prepare(Watch())
+    assert make.store.remembered(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
+    for seconds, speed, images, pays in (
+        (500.0, 200.0, 6000, False),
+        (1.0, 101.0, 6000, False),
+        (1.0, 300.0, 300, True),
+    ):
+        make.store.remember(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
+        stand_in.calls = 0
+        make(resnet18, speed=100, expect=images).prepare(Watch())
+        assert bool(stand_in.calls) == pays
+
+
+@pytest.mark.slow
+def test_torch_compile_gives_the_same_rows(make: Make, lite0: Cut) -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        pytest.skip("inductor needs a C++ compiler")
+    extractor, plain = make(lite0, expect=10**7), make(lite0)
+    plain.prepare(Watch())
+    extractor.prepare(Watch())
+    assert extractor.why.startswith("compiled in ")
+    for n in (32, 7):
+        found, wanted = extractor(PIXELS[:n])[0], plain(PIXELS[:n])[0]
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    assert make.store.remembered(NOTES)[KEY]["seconds"] > 0
+
+
+def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, compiler) -> None:  # FIXME it is
+    """The next run of a sweep counts its own images alone."""
+    stand_in = compiler(works)
+    extractor = make(resnet18, speed=1, expect=32)
+    extractor.prepare(Watch())
+    extractor(PIXELS)
+    extractor.expect(32)  # two times 32 s would be worth the 12 s of compiling, 32 s are not
+    extractor.prepare(Watch())
+    assert stand_in.calls == 0

@@ -1,0 +1,184 @@
+"""The choice of a number format and a memory format: what may be chosen, what is measured, what is remembered."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import Compose
+from tlcli.engine import numerics
+from tlcli.engine.numerics import Numerics, Quickest, candidates, forward_step, training_step
+from tlcli.errors import UsageError
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier
+from tlcli.store import Store
+from tlcli.transfer.contract import apply_freeze
+
+CPU = torch.device("cpu")
+FAST, SLOW = (Numerics(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float32))
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """processor(True): one that multiplies bfloat16."""
+    return lambda bfloat16: monkeypatch.setattr(numerics, "cpu_has_bfloat16", lambda: bfloat16)
+
+
+def words(spec: Compose, *overrides: str, on: str = "cpu") -> list[str]:
+    return [option.words for option in candidates(spec(*overrides).device, torch.device(on))]
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_candidates_are_what_the_processor_has(spec: Compose, processor, bfloat16: bool) -> None:
+    processor(bfloat16)
+    dtypes = ["float32", "bfloat16"] if bfloat16 else ["float32"]
+    assert words(spec) == [f"{dtype}, {layout}" for dtype in dtypes for layout in ("channels_last", "contiguous")]
+
+
+def test_candidates_respect_what_the_user_names(spec: Compose, processor) -> None:
+    processor(True)
+    assert words(spec, "device.precision=bf16") == ["bfloat16, channels_last", "bfloat16, contiguous"]
+    assert words(spec, "device.channels_last=false") == ["float32, contiguous", "bfloat16, contiguous"]
+    assert words(spec, "device.precision=fp32", "device.channels_last=true") == ["float32, channels_last"]
+    processor(False)
+    assert words(spec, "device.precision=bf16", "device.channels_last=true") == ["bfloat16, channels_last"]
+
+
+def test_apple_gpus_have_one_memory_format_unless_another_is_named(spec: Compose) -> None:
+    assert words(spec, on="mps") == ["float32, contiguous"]
+    assert words(spec, "device.channels_last=true", on="mps") == ["float32, channels_last"]
+
+
+def test_half_precision_on_a_cpu_is_refused(spec: Compose) -> None:
+    with pytest.raises(UsageError, match=r"precision=fp16 needs a GPU.*bf16"):
+        candidates(spec("device.precision=fp16").device, CPU)
+
+
+class Steps:
+    """Steps of stand-ins; `seconds` by words."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+        self.run = 0
+        self.seconds = seconds
+        self.clock = 0.0
+        monkeypatch.setattr(numerics.time, "perf_counter", lambda: self.clock)
+
+    def __call__(self, option: Numerics) -> Callable[[], None]:
+        def step() -> None:
+            self.run += 1
+            self.clock += self.seconds[option.words]
+
+        return step
+
+
+def chosen(store: Store, steps: Steps, *options: Numerics, **subject: object) -> Numerics:
+    return Quickest(store, CPU, **{"backbone": "one", **subject}).of(options, 8, "training", steps)
+
+
+def test_the_quickest_is_chosen_with_its_speed_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    found = chosen(Store(tmp_path), steps, SLOW, FAST)
+    assert found.dtype == torch.bfloat16
+    assert found.images_per_second == pytest.approx(80)
+    assert found.why == "measured: float32, channels_last 40, bfloat16, channels_last 80 images/s"
+
+
+def test_what_is_nearly_as_quick_and_comes_first_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, {SLOW.words: 0.105, FAST.words: 0.1})
+    assert chosen(Store(tmp_path / "near"), steps, SLOW, FAST).dtype == torch.float32
+    assert chosen(Store(tmp_path / "turned"), steps, FAST, SLOW).dtype == torch.bfloat16
+    steps.seconds[SLOW.words] = 0.12
+    assert chosen(Store(tmp_path / "far"), steps, SLOW, FAST).dtype == torch.bfloat16
+
+
+def test_a_choice_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the steps would have told otherwise: no result depends on a race."""
+    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    first = chosen(Store(tmp_path), steps, SLOW, FAST)
+    steps.run, steps.seconds = 0, {SLOW.words: 0.1, FAST.words: 0.2}
+    again = chosen(Store(tmp_path), steps, SLOW, FAST)
+    assert steps.run == 0
+    assert (again.words, again.images_per_second) == (first.words, first.images_per_second)
+    assert again.why.startswith("measured before: ")
+
+
+@pytest.mark.parametrize("change", ["machine", "torch", "subject", "images", "what", "options"])
+def test_another_case_is_measured_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    chosen(Store(tmp_path), steps, SLOW, FAST)
+    steps.run = 0
+    if change == "machine":
+        monkeypatch.setattr(numerics, "machine_name", lambda accelerator: "another")
+    if change == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99")
+    quickest = Quickest(Store(tmp_path), CPU, backbone="two" if change == "subject" else "one")
+    options = [FAST, SLOW] if change == "options" else [SLOW, FAST]
+    quickest.of(options, 4 if change == "images" else 8, "evaluation" if change == "what" else "training", steps)
+    assert steps.run > 0
+
+
+def test_damaged_notes_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    first = chosen(Store(tmp_path), steps, SLOW, FAST)
+    (tmp_path / "numerics.json").write_text("{")
+    steps.run = 0
+    assert chosen(Store(tmp_path), steps, SLOW, FAST) == first
+    assert steps.run > 0
+
+
+def test_what_is_much_slower_runs_twice_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, {SLOW.words: 9.0, FAST.words: 0.01})
+    chosen(Store(tmp_path), steps, FAST, SLOW)
+    assert steps.clock == pytest.approx(2 * 9.0 + 6 * 0.01)
+
+
+@pytest.fixture
+def classifier(spec: Compose) -> Classifier:
+    """Lite0 with its weights, half of it frozen, in the mode in which it trains; BatchNorm updates."""
+    own = spec("freeze=last_stages", "freeze.bn_stats=update", "backbone.dropout=0.5")
+    model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
+    apply_freeze(own.freeze, model).train_mode()
+    return model
+
+
+@pytest.mark.parametrize("make", [training_step, forward_step])
+@pytest.mark.parametrize("option", [FAST, SLOW], ids=lambda option: option.words)
+def test_measuring_leaves_everything_as_it_was(make, option: Numerics, classifier: Classifier) -> None:
+    network = classifier.network
+    images = torch.rand(4, 3, 32, 32)
+    tensors, modes = copy.deepcopy(network.state_dict()), {n: m.training for n, m in network.named_modules()}
+    strides = {name: t.stride() for name, t in network.state_dict().items()}
+    versions = {name: p._version for name, p in network.named_parameters()}
+    generator, copied = torch.get_rng_state(), images.clone()
+
+    arguments = (network, images) if make is forward_step else (network, network, images)
+    step = make(*arguments[:-1], (images,), CPU, option)
+    step()
+    step()
+
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(images, copied)
+    assert {name: m.training for name, m in network.named_modules()} == modes
+    assert all(p.grad is None for p in network.parameters())
+    assert {name: p._version for name, p in network.named_parameters()} == versions
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+        assert tensor.stride() == strides[name]
+
+
+def test_a_training_step_has_a_backward_pass_in_the_modes_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, torch.dtype, bool]] = []
+
+    class Probe(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, x.dtype, x.requires_grad))
+            return x
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Probe(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    images = torch.rand(2, 3, 8, 8)
+    training_step(network, network, (images,), CPU, FAST)()
+    forward_step(network, (images,), CPU, SLOW)()
+    assert seen == [(True, torch.bfloat16, True), (False, torch.float32, False)]

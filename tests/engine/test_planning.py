@@ -1,0 +1,338 @@
+"""What is read from where: the modes, the reasons, the ways back to live images. Results do not depend on it."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Compose
+from tlcli.cli import main
+from tlcli.engine import planning
+from tlcli.engine.activations import Activations
+from tlcli.engine.inputs import InputPlan, image_size
+from tlcli.engine.numerics import Numerics, Quickest
+from tlcli.engine.planning import plan_inputs
+from tlcli.engine.session import Session
+from tlcli.engine.trainer import Trainer
+from tlcli.errors import UsageError
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import read_json
+from tlcli.store import Store, Writer
+from tlcli.transfer.contract import apply_freeze
+from tlcli.watch import Watch
+
+CPU = torch.device("cpu")
+FP32 = ("device.precision=fp32", "device.channels_last=true")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: `shown` is stdout with its lines unwrapped."""
+
+    code: int
+    out: Path
+    shown: str
+    error: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return read_json(self.out / "run.json")
+
+    @property
+    def weights(self) -> bytes:
+        return (self.out / "checkpoints/last.safetensors").read_bytes()
+
+    @property
+    def test(self) -> dict[str, Any]:
+        return read_json(self.out / "test.json")
+
+
+@pytest.fixture
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with nothing in it; its folder of activations, which is not there yet."""
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/activations"
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """run("freeze=head"): an epoch on the shapes at 32 px."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    count = 0
+
+    def one(*overrides: str, flags: tuple[str, ...] = ()) -> Ended:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"run{count}"
+        folder = f"hydra.{'sweep' if flags else 'run'}.dir='{out}'"
+        words = [folder, "dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *FP32]
+        capsys.readouterr()
+        code = main(["train", *flags, *words, *overrides])
+        shown, error = capsys.readouterr()
+        return Ended(code, out, re.sub(r"\n +", " ", shown), error)
+
+    return one
+
+
+def activations_line(ended: Ended) -> str:
+    (line,) = [line for line in ended.shown.splitlines() if line.startswith("activations: ")]
+    return line
+
+
+# -- modes
+
+
+def test_off_touches_no_activations(run, cold: Path) -> None:
+    ended = run("freeze=head", "cache.mode=off")
+    assert ended.code == 0
+    assert not cold.exists()
+    assert activations_line(ended) == "activations: training is live: cache.mode=off"
+    assert ended.record["cache"]["used"] is False
+
+
+def test_off_reads_none_that_are_there(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("freeze=head")
+    assert len(list(cold.iterdir())) == 2
+    for name in ("find", "exists", "room"):
+        monkeypatch.setattr(Store, name, lambda *args: pytest.fail("the cache was asked"))
+    assert run("freeze=head", "cache.mode=off").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("freeze=none",), "cache.mode=require: "),
+        (("freeze=head", "augment=basic"), "cache.mode=require: augment=crop .*cache.views=8"),
+        (("freeze=head", "cache.max_gb=0"), "cache.mode=require: .*over cache.max_gb=0"),
+    ],
+)
+def test_require_says_in_one_line_why_it_cannot(words: tuple[str, ...], why: str, run, cold: Path) -> None:
+    ended = run(*words, "cache.mode=require")
+    assert ended.code == 2
+    assert ended.error.count("\n") == 1
+    assert re.search(why, ended.error)
+
+
+def test_no_room_means_live_and_is_said(run, cold: Path) -> None:
+    ended = run("freeze=head", "cache.max_gb=0")
+    assert ended.code == 0
+    assert ended.record["cache"]["used"] is False
+    assert "over cache.max_gb=0" in ended.record["cache"]["why"]
+    assert activations_line(ended) == f"activations: training is live: {ended.record['cache']['why']}"
+    assert list(cold.parent.glob("activations/*")) == []
+
+
+# FIXME a note for each split, and run.json says used: true
+def test_a_disk_that_is_full_after_all_means_live(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One note, whatever the number of splits; and what run.json says is what was done."""
+    expected = run("freeze=head", "cache.mode=off")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Writer, "append", full)
+    ended = run("freeze=head")
+    assert ended.code == 0, ended.error
+    assert list(cold.iterdir()) == []
+    assert ended.test == expected.test
+    notes = [line for line in ended.shown.splitlines() if line.startswith("note") and "No space left" in line]
+    assert len(notes) == 1, notes
+    assert ended.record["cache"]["used"] is False
+    assert "No space left" in ended.record["cache"]["why"]
+
+
+# -- what is there is read
+
+
+def test_the_second_run_reads_what_the_first_computed(run, cold: Path) -> None:
+    first, second = run("freeze=head"), run("freeze=head", "epochs=2")
+    assert activations_line(first).startswith("activations: computed once and cached: 84 rows, 430 kB, about ")
+    assert activations_line(second) == "activations: read from cache: 84 rows, 430 kB"
+    assert first.record["extraction"]["images"] == 84
+    assert second.record["extraction"] is None
+    assert first.record["cache"]["key"] == second.record["cache"]["key"]
+    assert {path.name for path in cold.iterdir()} == {
+        key for keys in first.record["cache"]["entries"].values() for key in keys
+    }
+
+
+def flip(entry: Path) -> None:
+    content = bytearray((entry / "0.bin").read_bytes())
+    content[len(content) // 2] ^= 64
+    (entry / "0.bin").write_bytes(content)
+
+
+def truncate(entry: Path) -> None:
+    os.truncate(entry / "0.bin", (entry / "0.bin").stat().st_size // 2)
+
+
+def lose_meta(entry: Path) -> None:
+    (entry / "meta.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, *(pytest.param(one, marks=pytest.mark.slow) for one in (truncate, lose_meta))]
+)
+def test_a_damaged_entry_is_refilled(damage: Callable[[Path], None], run, cold: Path) -> None:
+    first = run("freeze=head")
+    entry = cold / first.record["cache"]["key"]
+    whole = (entry / "0.bin").read_bytes()
+    damage(entry)
+    second = run("freeze=head")
+    assert second.record["extraction"]["images"] == 60
+    assert second.weights == first.weights
+    assert second.test == first.test
+    assert (entry / "0.bin").read_bytes() == whole
+
+
+def test_a_sweep_computes_once_and_each_job_gives_what_it_gives_alone(
+    run, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("freeze=head", "epochs=2", "freeze.head_init=random")
+    sweep = run(*words, "optimizer.lr=1e-3,1e-2", flags=("-m",))
+    assert sweep.code == 0, sweep.error
+    lines = [line for line in sweep.shown.splitlines() if line.startswith("activations: ")]
+    assert [line.split(":")[1] for line in lines] == [" computed once and cached", " read from cache"]
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "another"))
+    for number, rate in enumerate(("1e-3", "1e-2")):
+        job, alone = replace(sweep, out=sweep.out / str(number)), run(*words, f"optimizer.lr={rate}")
+        assert job.weights == alone.weights
+        assert job.test == alone.test
+    assert job.weights != replace(sweep, out=sweep.out / "0").weights
+
+
+def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    extract, fit = Activations._extract, Trainer.fit
+
+    def noted(name: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *args: events.append(name(self)) or call(self, *args)
+
+    monkeypatch.setattr(Activations, "_extract", noted(lambda one: one._facts["split"], extract))
+    monkeypatch.setattr(Trainer, "fit", noted(lambda one: "fit", fit))
+    run("freeze=head", "epochs=2")
+    assert events == ["train+val", "fit", "fit", "test"]
+    events.clear()
+    run("freeze=head")
+    assert events == ["fit"]
+
+
+def test_where_nothing_is_frozen_the_probe_still_reads_its_features(run, cold: Path) -> None:
+    first, second = run("freeze=none"), run("freeze=none")
+    assert first.record["extraction"]["images"] == 54
+    assert second.record["extraction"] is None
+    assert first.record["cache"]["used"] is second.record["cache"]["used"] is False
+    assert activations_line(first).startswith("activations: computed once and cached (probe): 54 rows")
+    assert activations_line(second).startswith("activations: read from cache (probe): 54 rows")
+    assert "; training is live: " in activations_line(second)
+    assert first.weights == second.weights
+
+
+@pytest.mark.slow
+def test_where_training_is_live_evaluation_still_reads_activations(run, cold: Path) -> None:
+    run("freeze=head")
+    ended = run("freeze=head", "augment=basic")
+    assert activations_line(ended).startswith("activations: computed once and cached (probe, val, test)")
+    again = run("freeze=head", "augment=basic")
+    assert activations_line(again).startswith("activations: read from cache (probe, val, test)")
+    assert again.weights == ended.weights
+
+
+@pytest.mark.slow
+def test_views_are_entries_of_their_own_and_taken_in_turn(run, cold: Path) -> None:
+    words = ("freeze=head", "augment=basic", "cache.views=2", "freeze.head_init=random")
+    ended = run(*words)
+    assert len(ended.record["cache"]["entries"]["train"]) == 2
+    meta = [json.loads((folder / "meta.json").read_text())["facts"] for folder in cold.iterdir()]
+    assert sorted(str(facts["view"]) for facts in meta if facts["split"] == "train") == ["0", "1"]
+    assert run(*words).record["extraction"] is None
+
+
+# -- decisions
+
+
+@pytest.fixture
+def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., InputPlan]:
+    """The plan for a run on a machine that does so many images a second; nothing is measured."""
+    store = Store(tmp_path / "planned")
+
+    def make(speed: float, *overrides: str, wants_probe: bool = False) -> InputPlan:
+        def chosen(self: Quickest, options: list[Numerics], *args: object, **more: object) -> Numerics:
+            return replace(options[0], images_per_second=speed, why="as the test says")
+
+        monkeypatch.setattr(Quickest, "of", chosen)
+        own = spec("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", *FP32, *overrides)
+        session = Session(store, 10**9)
+        data = session.dataset(own.dataset, own.seed, Watch())
+        model = session.model(own.backbone, data.classes, size=image_size(own), seed=own.seed)
+        contract = apply_freeze(own.freeze, model)
+        return plan_inputs(data, model, contract, own, CPU, session, wants_probe=wants_probe)
+
+    return make
+
+
+def test_large_maps_are_cached_where_the_frozen_part_is_slow(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SMALL", 0)
+    slow, quick = (plan(speed, "freeze=last_stages", "augment=none", "epochs=5") for speed in (10.0, 1e9))
+    assert slow.facts["used"] is True
+    assert {*slow.cached} == {"train", "probe", "val"}  # test is read once: writing it would bring this run nothing
+    assert slow.line.startswith("computed once and cached: ")
+    assert quick.facts["used"] is False
+    assert quick.cached == {}
+    figures = (
+        r"[\d.]+ [kM]?B an image: the frozen part would take about \d+ s in all, and \d+ s with [\d.]+ [kM]?B of activ"
+    )
+    assert re.match(figures, quick.facts["why"])
+    assert quick.line == f"training is live: {quick.facts['why']}"
+
+
+def test_small_rows_are_cached_however_quick_the_frozen_part_is(plan) -> None:
+    assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "probe", "val", "test"}
+
+
+def test_require_caches_what_auto_would_not(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SMALL", 0)
+    words = ("freeze=last_stages", "augment=none")
+    assert plan(1e9, *words).facts["used"] is False
+    assert plan(1e9, *words, "cache.mode=require").facts["used"] is True
+
+
+def test_large_maps_that_are_there_are_read(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("freeze=last_stages", "augment=none")
+    plan(1e9, *words, "cache.mode=require").open(Watch())
+    monkeypatch.setattr(planning, "SMALL", 0)
+    assert plan(1e9, *words).line.startswith("read from cache")
+
+
+def test_more_epochs_make_caching_worth_it(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SMALL", 0)
+    monkeypatch.setattr(planning, "WRITE", 2e-6)
+    used = [plan(100.0, "freeze=last_stages", "augment=none", f"epochs={n}").facts["used"] for n in (1, 100)]
+    assert used == [False, True]
+
+
+def test_require_of_nothing_to_cut_is_a_usage_error(plan) -> None:
+    with pytest.raises(UsageError, match=r"^cache\.mode=require: "):
+        plan(100.0, "freeze=none", "cache.mode=require")
+
+
+# FIXME Quickest.of measures a single candidate
+def test_no_training_step_is_run_where_the_user_leaves_one_choice(
+    run, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its speed decides nothing then."""
+    monkeypatch.setattr(planning, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
+    for words in (("freeze=none", "augment=none"), ("freeze=last_stages", "augment=none")):
+        ended = run(*words, "freeze.head_init=random")
+        assert ended.code == 0
+        assert ended.record["numerics"]["training"] == "the only choice here"

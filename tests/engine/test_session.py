@@ -1,0 +1,122 @@
+"""What the runs of a command share: the same things, as they were at first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tlcli.train
+from tests.conftest import Compose
+from tlcli.engine import session as module
+from tlcli.engine.session import Session, session_for
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.specs import TrainSpec
+from tlcli.store import Store
+from tlcli.watch import Watch
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(Store(tmp_path / "cache"), 10**9)
+
+
+@pytest.fixture
+def on_shapes(spec: Compose, shapes: Path) -> Callable[..., TrainSpec]:
+    """Lite0 at 32 px in float32 on the folder of shapes."""
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", "device.precision=fp32")
+    return lambda *overrides: spec(*words, *overrides)
+
+
+def model_of(session: Session, spec: TrainSpec, *, classes: tuple[str, ...] = ("a", "b"), size: int = 32):
+    return session.model(spec.backbone, classes, size=size, seed=spec.seed)
+
+
+def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
+    """After training changed them, statistics and all."""
+    first = model_of(session, on_shapes())
+    before = {name: tensor.clone() for name, tensor in first.network.state_dict().items()}
+    with torch.no_grad():
+        for tensor in first.network.state_dict().values():
+            tensor.add_(1)
+    again = model_of(session, on_shapes("freeze=head", "optimizer.lr=0.1"))
+    assert again is first
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("change", ["seed=1", "backbone.dropout=0.5", "backbone.weights=none"])
+def test_another_spec_gives_another_model(change: str, session: Session, on_shapes) -> None:
+    first = model_of(session, on_shapes())
+    assert model_of(session, on_shapes(change)) is not first
+
+
+def test_other_classes_or_another_size_give_another_model(session: Session, on_shapes) -> None:
+    first = model_of(session, on_shapes())
+    other = model_of(session, on_shapes(), classes=("a", "b", "c"))
+    assert other is not first
+    assert model_of(session, on_shapes(), classes=("a", "b", "c"), size=48) is not other
+
+
+def test_what_was_made_for_a_model_goes_with_it(session: Session, on_shapes) -> None:
+    made: list[int] = []
+    make = lambda: made.append(1) or len(made)  # noqa: E731
+    model_of(session, on_shapes())
+    assert [session.once("key", make), session.once("key", make), session.once("other", make)] == [1, 1, 2]
+    model_of(session, on_shapes())
+    assert session.once("key", make) == 1
+    model_of(session, on_shapes("seed=1"))
+    assert session.once("key", make) == 3
+
+
+def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    load = module.load_dataset
+
+    def counted(*args, seed: int, **kwargs):
+        loaded.append(seed)
+        return load(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(module, "load_dataset", counted)
+    for overrides in ((), ("optimizer.lr=0.1",), ("seed=1",), ("seed=1", "dataset.val_fraction=0.3")):
+        own = on_shapes(*overrides)
+        session.dataset(own.dataset, own.seed, Watch())
+    assert loaded == [0, 1, 1]
+
+
+def test_a_session_lasts_while_the_cache_is_the_same(
+    on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "one"))
+    first = session_for(on_shapes().cache)
+    assert session_for(on_shapes("seed=1").cache, first) is first
+    assert session_for(on_shapes("cache.ram_gb=0.5").cache, first) is not first
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "two"))
+    assert session_for(on_shapes().cache, first) is not first
+
+
+def test_runs_of_a_session_give_what_they_give_alone(
+    session: Session, on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one reads what the first computed, and fits no second probe."""
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    fitted: list[int] = []
+    fit = tlcli.train.probe_weights
+    monkeypatch.setattr(tlcli.train, "probe_weights", lambda *args: fitted.append(1) or fit(*args))
+    specs = [on_shapes("freeze=head", f"optimizer.lr={lr}") for lr in (1e-1, 1e-3)]
+    specs.append(on_shapes("freeze=last_stages", "augment=basic", "epochs=1"))
+
+    def weights(name: str, spec: TrainSpec, shared: Session) -> tuple[bytes, RunDir]:
+        run = RunDir(tmp_path / name)
+        run.start(command="", overrides=[], config="")
+        tlcli.train.train(spec, run, Watch(), shared)
+        return run.last.read_bytes(), run
+
+    together = [weights(f"together{i}", spec, session) for i, spec in enumerate(specs)]
+    assert len(fitted) == 1
+    assert [read_json(run.record_file)["extraction"] is None for _, run in together] == [False, True, False]
+    for i, spec in enumerate(specs):
+        alone, run = weights(f"alone{i}", spec, Session(Store(tmp_path / f"cache{i}"), 10**9))
+        assert alone == together[i][0]
+        assert read_json(run.test_file) == read_json(together[i][1].test_file)

@@ -1,0 +1,287 @@
+"""Cached and live training agree: same seed, same order, the same weights but for rounding.
+
+What was seen after two epochs in float32, with one thread and the same memory format, for each of the cases below:
+
+    BatchNorm as it is       bit for bit the same; the head alone, whose gradient is then a formula: 6e-8
+    BatchNorm folded         activations differ by 1e-6 of their size, and weights by 9e-6 at most under SGD; where that
+                             turned a ReLU on, in a network with random weights whose BatchNorm updates: 9e-4
+    from a probe             2.4e-4 in a bias: logistic regression stops at a tolerance of its own
+    under AdamW              5e-5 of a tensor's norm; a single weight whose gradient is almost zero moves by as much as
+                             the learning rate, for Adam divides a gradient by its own size
+
+In bfloat16 the accuracy on the 24 test images was the same.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Compose
+from tests.engine.test_trainer import Setting
+from tlcli.cli import main
+from tlcli.engine import extraction
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import read_json
+
+RTOL, ATOL = 1e-3, 5e-5
+NORM = 1e-3
+"""Of a tensor's own, for what AdamW gives."""
+ONE_IMAGE = 1 / 24 + 1e-9
+Train = Callable[..., Path]
+
+LITE0 = ("backbone=efficientnet_lite0", "freeze.head_init=random")
+RESNET = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=frozen")
+UPDATING = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=update")
+HEAD = ("freeze=head",)
+LAST = ("freeze=last_stages", "freeze.n=1")
+PATTERN = {LITE0: ("freeze=pattern", "freeze.train=['blocks\\.5']")}
+PATTERN |= dict.fromkeys((RESNET, UPDATING), ("freeze=pattern", "freeze.train=['layer3']"))
+PLAIN = ("augment=none",)
+SGD = ("optimizer=sgd", "optimizer.lr=0.01", "device.precision=fp32", "device.channels_last=true")
+VIEWS = ("augment=basic", "cache.views=2")
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]) -> Train:
+    """train("freeze=head"): a run of two epochs on the shapes at 32 px, which has to succeed; its directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    count = 0
+
+    def run(*overrides: str) -> Path:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"run{count}"
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", *overrides]
+        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0, capsys.readouterr().err
+        return out
+
+    return run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def both(train: Train, *overrides: str) -> tuple[Path, Path]:
+    """The same run on cached activations and live."""
+    cached, live = (train(*overrides, f"cache.mode={mode}") for mode in ("require", "off"))
+    assert read_json(cached / "run.json")["cache"]["used"] is True
+    assert read_json(live / "run.json")["cache"]["used"] is False
+    return cached, live
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/{name}.safetensors")
+
+
+def assert_same_course(cached: Path, live: Path) -> None:
+    """The same epochs with the same losses, the same choice, the same test."""
+    for row, wanted in zip(rows(cached), rows(live), strict=True):
+        assert [row[key] for key in ("split", "epoch", "step")] == [wanted[key] for key in ("split", "epoch", "step")]
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-3, abs=1e-4)
+    best, tests = ([read_json(run / name) for run in (cached, live)] for name in ("run.json", "test.json"))
+    assert best[0]["best"]["epoch"] == best[1]["best"]["epoch"]
+    assert tests[0]["accuracy"] == tests[1]["accuracy"]
+
+
+def assert_close(cached: Path, live: Path, *, rtol: float, atol: float) -> None:
+    one, other = weights(cached), weights(live)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.allclose(one[name].float(), tensor.float(), rtol=rtol, atol=atol), name
+
+
+def cases() -> Iterator[Any]:
+    """Every kind of boundary with every backbone, as images are and in views; a few of them in every run of tests."""
+    quick = {(LITE0, PATTERN[LITE0], VIEWS), (RESNET, HEAD, PLAIN), (UPDATING, LAST, PLAIN)}
+    for backbone in (LITE0, RESNET, UPDATING):
+        for freeze in (HEAD, LAST, PATTERN[backbone]):
+            for augment in (PLAIN, VIEWS):
+                case = backbone, freeze, augment
+                marks = () if case in quick else pytest.mark.slow
+                yield pytest.param(*case, marks=marks, id=" ".join(word for words in case for word in words))
+
+
+@pytest.mark.parametrize(("backbone", "freeze", "augment"), list(cases()))
+def test_cached_and_live_training_are_one_computation(
+    backbone: tuple[str, ...],
+    freeze: tuple[str, ...],
+    augment: tuple[str, ...],
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With BatchNorm as it is, the frozen part gives what it gives in the whole network."""
+    monkeypatch.setattr(extraction, "_folded", lambda network: (network, 0))
+    cached, live = both(train, *backbone, *freeze, *augment, *SGD)
+    assert_same_course(cached, live)
+    assert_close(cached, live, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "freeze", "augment"),
+    [(LITE0, HEAD, PLAIN), (RESNET, LAST, VIEWS)],
+    ids=lambda words: words[-1],
+)
+def test_folded_batchnorm_changes_weights_by_rounding_alone(
+    backbone: tuple[str, ...], freeze: tuple[str, ...], augment: tuple[str, ...], train: Train
+) -> None:
+    cached, live = both(train, *backbone, *freeze, *augment, *SGD)
+    assert "BatchNorm folded" in read_json(cached / "run.json")["extraction"]["why"]
+    assert_same_course(cached, live)
+    assert_close(cached, live, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze"),
+    [
+        ("mobilenet_v3_small", "freeze=last_stages"),
+        pytest.param("convnext_tiny", "freeze=last_stages", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", "freeze=head", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", "freeze=last_stages", marks=pytest.mark.slow),
+    ],
+)
+def test_other_families_of_backbones(name: str, freeze: str, train: Train) -> None:
+    words = (f"backbone={name}", "backbone.weights=none", "epochs=1", "augment=none", "freeze.bn_stats=frozen")
+    cached, live = both(train, *words, freeze, *SGD)
+    assert_same_course(cached, live)
+    assert_close(cached, live, rtol=RTOL, atol=ATOL)
+
+
+def test_the_defaults_give_the_same_but_for_rounding(train: Train) -> None:
+    """A head from the probe, AdamW."""
+    cached, live = both(train, *LAST, *PLAIN, "device.precision=fp32")
+    assert_same_course(cached, live)
+    one = weights(cached)
+    for name, tensor in weights(live).items():
+        assert (one[name].float() - tensor.float()).norm() <= NORM * tensor.float().norm(), name
+
+
+@pytest.mark.parametrize("freeze", [HEAD, pytest.param(LAST, marks=pytest.mark.slow)], ids=lambda words: words[0])
+def test_bfloat16_gives_the_same_accuracy_but_for_an_image(freeze: tuple[str, ...], train: Train) -> None:
+    runs = both(train, *freeze, *PLAIN, "device.precision=bf16")
+    accuracy = [read_json(run / "test.json")["accuracy"] for run in runs]
+    assert abs(accuracy[0] - accuracy[1]) <= ONE_IMAGE
+    assert min(accuracy) > 0.9
+
+
+# -- what a run says, and what it does
+
+
+def test_freeze_head_trains_on_images_as_they_are(train: Train, spec: Compose) -> None:
+    run = train("freeze=head")
+    assert "augment:\n  kind: none" in (run / "config.yaml").read_text()
+    assert read_json(run / "run.json")["cache"]["used"] is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("freeze=head", "augment=basic"), pytest.param(("augment=basic", "freeze=head"), marks=pytest.mark.slow)],
+    ids=lambda words: words[0],
+)
+def test_an_augmentation_that_is_named_trains_live_and_says_why(
+    words: tuple[str, ...], train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*words, "epochs=1")
+    cache = read_json(run / "run.json")["cache"]
+    assert cache["used"] is False
+    assert cache["why"] == "augment=crop changes training images anew each epoch (cache.views=8 keeps 8 views of each)"
+    assert f"training is live: {cache['why']}" in capsys.readouterr().out.replace("\n             ", " ")
+
+
+def test_measured_and_remembered_choices_give_the_same_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live, so that no cached activations stand between: measuring leaves no trace in a run."""
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
+    words = ("freeze=last_stages", "epochs=1", "cache.mode=off")
+    cold, warm = train(*words), train(*words)
+    chosen = [read_json(run / "run.json")["numerics"]["training"] for run in (cold, warm)]
+    assert chosen[1] == chosen[0].replace("measured:", "measured before:") or chosen[0] == chosen[1]
+    last = [(run / "checkpoints/last.safetensors").read_bytes() for run in (cold, warm)]
+    assert last[0] == last[1]
+
+
+def test_the_leading_frozen_part_stores_nothing_for_backward(spec: Compose, shapes: Path) -> None:
+    """Live: nothing is kept before the first module that trains."""
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "cache.mode=off", "augment=none",
+             "device.precision=fp32", "device.channels_last=true", "freeze.head_init=random")  # fmt: skip
+    stored = {}
+    for freeze in ("last_stages", "none"):
+        setting = Setting(spec(*words, f"freeze={freeze}"))
+        network = setting.model.network
+        setting.contract.train_mode()
+        kept: list[int] = []
+        at_boundary: list[int] = []
+        network.get_submodule("blocks.6").register_forward_pre_hook(lambda *_, k=kept, a=at_boundary: a.append(len(k)))
+        pack = lambda t, k=kept: k.append(t.numel() * t.element_size()) or t  # noqa: E731
+        (x, _) = next(setting.inputs.train.epoch(1))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            network(*x)
+        stored[freeze] = at_boundary[0], sum(kept)
+    assert stored["last_stages"][0] == 0 < stored["none"][0]
+    assert 0 < stored["last_stages"][1] < stored["none"][1] / 4
+
+
+# -- two processes
+
+IN_STEP = """
+import sys
+from tlcli.cli import main
+from tlcli.engine import extraction
+from tlcli.engine.activations import Activations
+
+entry = Activations.entry
+
+def together(self, watch):
+    Activations.entry = entry
+    print("ready", flush=True)
+    sys.stdin.readline()
+    return entry(self, watch)
+
+Activations.entry = together
+sys.exit(main(sys.argv[1:]))
+"""
+"""tlcli that says when it is about to look into the cache for the first time, and waits for a line then."""
+
+
+def test_two_processes_fill_a_cold_cache_once(shapes: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TLCLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head",
+             "freeze.head_init=random", "device.precision=fp32", "device.channels_last=true"]  # fmt: skip
+    runs = [tmp_path / "one", tmp_path / "two"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_STEP, "train", f"hydra.run.dir='{run}'", *words],
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for run in runs
+    ]
+    for process in started:
+        assert "ready\n" in iter(process.stdout.readline, "")  # type: ignore[union-attr]
+    for process in started:
+        process.stdin.write("\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    computed = [read_json(run / "run.json")["extraction"] for run in runs]
+    assert sum(facts["images"] for facts in computed if facts) == 60 + 24  # train and val, test: each once
+    folders = [path.name for path in (tmp_path / "cache/activations").iterdir()]
+    assert len(folders) == 2
+    assert not [name for name in folders if name.startswith(".")]
+    one, two = ((run / "checkpoints/last.safetensors").read_bytes() for run in runs)
+    assert one == two
+    assert read_json(runs[0] / "test.json") == read_json(runs[1] / "test.json")
