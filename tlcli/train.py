@@ -45,19 +45,20 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float
     device.compile_where_asked(inputs.train.network)
 
     selection = Selection(spec.keep_best, spec.early_stop)
-    for epoch in range(0 if head_is_ready else 1, spec.epochs + 1):  # epoch 0 is the network before it trains
-        with record.phase("train"):
-            fit = trainer.fit(inputs.train, epoch, watch, record.running) if epoch > 0 else None
-        contract.check()
-        with record.phase("validate"):
-            validation = scores(evaluate(model.network, inputs.val, device, watch, "validation"))
-        trainer.require_finite(validation.loss, epoch, "validation loss")
-        trainer.schedule.after_epoch(validation.loss)
-        best = selection.improves(epoch, validation)
-        record.epoch(epoch, fit, validation, best=best, trainer=trainer, network=model.network)
-        if selection.exhausted:
-            watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
-            break
+    with record.keeping_best():
+        for epoch in range(0 if head_is_ready else 1, spec.epochs + 1):  # epoch 0 is the network before it trains
+            with record.phase("train"):
+                fit = trainer.fit(inputs.train, epoch, watch, record.running) if epoch > 0 else None
+            contract.check()
+            with record.phase("validate"):
+                validation = scores(evaluate(model.network, inputs.val, device, watch, "validation"))
+            trainer.require_finite(validation.loss, epoch, "validation loss")
+            trainer.schedule.after_epoch(validation.loss)
+            best = selection.improves(epoch, validation)
+            record.epoch(epoch, fit, validation, best=best, trainer=trainer, network=model.network)
+            if selection.exhausted:
+                watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
+                break
 
     record.load_best(model.network)
     frozen = contract.verify()
@@ -65,7 +66,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float
         test = plan.open_test(watch)
     with record.phase("test"):
         predictions = evaluate(model.network, test, device, watch, "test")
-    record.extraction(plan.extraction())
+    record.inputs(plan)
     record.result(data, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
 

@@ -145,12 +145,18 @@ class Shifted(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
-@pytest.mark.parametrize(
-    "kind", [Before, ReadTwice, CalledTwice, OfTheBatch, Unlike, ByKeyword]
-)  # FIXME ByKeyword: IndexError in _pairs
+@pytest.mark.parametrize("kind", [Before, ReadTwice, CalledTwice, OfTheBatch, Unlike])
 def test_what_cannot_be_folded_stays_as_it_is(kind: type[nn.Module]) -> None:
     whole = _FromPixels(traced(kind().eval()), SMALL)
     assert _folded(whole) == (whole, 0)
+
+
+def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
+    whole = _FromPixels(traced(ByKeyword().eval()), SMALL)
+    folded, count = _folded(whole)
+    assert (count, norms(folded)) == (1, 0)
+    with torch.inference_mode():
+        assert torch.allclose(folded(PIXELS)[0], whole(PIXELS)[0], rtol=1e-4, atol=1e-5)
 
 
 def traced(network: nn.Module) -> fx.GraphModule:
@@ -241,7 +247,7 @@ class Compiler:
         self.calls = 0
 
     def __call__(self, network: nn.Module, **options: object) -> Any:
-        assert options == {"dynamic": False, "options": {"freezing": True}}
+        assert options == {"dynamic": False}
         self.calls += 1
         return self.how(network)
 
@@ -306,13 +312,16 @@ def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) 
     ("how", "why"),
     [
         (fails_when_run, "BatchNorm folded, not compiled (RuntimeError)"),
-        (fails_at_once, "BatchNorm folded, not compiled (RuntimeError)"),  # FIXME torch.compile() is outside of the try
-        (is_wrong, "BatchNorm folded, not compiled: the compiled network gave other values"),
+        (fails_at_once, "BatchNorm folded, not compiled (RuntimeError)"),
+        (is_wrong, "BatchNorm folded, not compiled: the compiled network is less exact"),
     ],
 )
-def test_what_does_not_compile_runs_as_it_is(how, why: str, make: Make, resnet18: Cut, compiler) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_does_not_compile_runs_as_it_is(
+    how, why: str, dtype: torch.dtype, make: Make, resnet18: Cut, compiler
+) -> None:
     compiler(how)
-    extractor, plain = make(resnet18, expect=10**6), make(resnet18)
+    extractor, plain = make(resnet18, dtype=dtype, expect=10**6), make(resnet18, dtype=dtype)
     extractor.prepare(Watch())
     plain.prepare(Watch())
     assert extractor.why == why
@@ -320,7 +329,7 @@ def test_what_does_not_compile_runs_as_it_is(how, why: str, make: Make, resnet18
     assert make.store.remembered(NOTES) == {}
 
 
-def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, compiler) -> None:  # FIXME it is
+def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, compiler) -> None:
     """Neither for the next split of the run: it would cost as long again."""
     stand_in = compiler(is_wrong)
     extractor = make(resnet18, expect=10**6)
@@ -345,20 +354,22 @@ def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut
 
 
 @pytest.mark.slow
-def test_torch_compile_gives_the_same_rows(make: Make, lite0: Cut) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0: Cut) -> None:
+    """As near to float32 as the network itself comes in this format."""
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("inductor needs a C++ compiler")
-    extractor, plain = make(lite0, expect=10**7), make(lite0)
-    plain.prepare(Watch())
-    extractor.prepare(Watch())
-    assert extractor.why.startswith("compiled in ")
+    exact, own, compiled = make(lite0), make(lite0, dtype=dtype), make(lite0, dtype=dtype, expect=10**7)
+    for extractor in (exact, own, compiled):
+        extractor.prepare(Watch())
+    assert compiled.why.startswith("compiled in ")
     for n in (32, 7):
-        found, wanted = extractor(PIXELS[:n])[0], plain(PIXELS[:n])[0]
-        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+        wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
+        assert (found - wanted).norm() <= 2 * (near - wanted).norm() + 1e-4 * wanted.norm()
     assert make.store.remembered(NOTES)[KEY]["seconds"] > 0
 
 
-def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, compiler) -> None:  # FIXME it is
+def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, compiler) -> None:
     """The next run of a sweep counts its own images alone."""
     stand_in = compiler(works)
     extractor = make(resnet18, speed=1, expect=32)

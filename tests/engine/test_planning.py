@@ -132,7 +132,6 @@ def test_no_room_means_live_and_is_said(run, cold: Path) -> None:
     assert list(cold.parent.glob("activations/*")) == []
 
 
-# FIXME a note for each split, and run.json says used: true
 def test_a_disk_that_is_full_after_all_means_live(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One note, whatever the number of splits; and what run.json says is what was done."""
     expected = run("freeze=head", "cache.mode=off")
@@ -326,7 +325,6 @@ def test_require_of_nothing_to_cut_is_a_usage_error(plan) -> None:
         plan(100.0, "freeze=none", "cache.mode=require")
 
 
-# FIXME Quickest.of measures a single candidate
 def test_no_training_step_is_run_where_the_user_leaves_one_choice(
     run, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,17 +122,18 @@ class Extractor:
         The weights are given in half precision where that is computed with: inductor folds and packs them then. It
         would make slow work of the pixels' bytes, so that normalising them stays outside.
         """
-        from torch._inductor import config as inductor  # here: it takes most of a second
-
         start = time.perf_counter()
         size = self._preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
         prefix = copy.deepcopy(network.prefix).to(self.numerics.dtype)
         try:
-            compiled = _FromPixels(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
-            with warnings.catch_warnings(), inductor.patch(freezing=True):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's advice is for whoever wrote the network
-                found = self._forward(compiled, sample)
+                from torch._inductor import config as inductor  # here: it takes most of a second
+
+                compiled = _FromPixels(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
+                with inductor.patch(freezing=True):
+                    found = self._forward(compiled, sample)
             seconds = time.perf_counter() - start
         except Exception as error:  # no C++ compiler, or a network that inductor does not take: the run goes on
             self.why += f", not compiled ({type(error).__name__})"

@@ -16,8 +16,9 @@ from tlcli.device import Device
 from tlcli.engine.activations import Activations, CachedActivations, Tables, rows_in
 from tlcli.engine.extraction import Speed
 from tlcli.engine.live import Batch, LiveImages
+from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier
-from tlcli.specs import TrainSpec
+from tlcli.specs import CacheMode, TrainSpec
 from tlcli.watch import Watch
 
 EVALUATION_BATCH = 64
@@ -125,8 +126,18 @@ class InputPlan:
         try:
             return self.cached[role].open(self.device, watch)
         except OSError as error:  # a disk that is full now, a folder that was taken away
-            watch.note(f"activations: {role} is not cached ({error.strerror or error}): its images are live")
-            return self.live.feed(role, watch)
+            why = f"activations cannot be written ({error.strerror or error})"
+            if self.live.spec.cache.mode is CacheMode.require:
+                raise TlcliError(f"cache.mode=require: {why}") from error
+            watch.note(f"{why}: what is not in the cache is live")
+            self.cached = {
+                name: feed
+                for name, feed in self.cached.items()
+                if name != role and all(source.filled for source in feed.sources)
+            }
+            if self.facts["used"] and "train" not in self.cached:
+                self.facts |= {"used": False, "key": None, "why": why}
+            return self._feed(role, watch)
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,21 @@ class Quickest:
         self._accelerator = accelerator
         self._subject = {**subject, "machine": machine_name(accelerator), "torch": torch.__version__}
 
-    def of(self, options: Sequence[Numerics], images: int, what: str, make: Callable[[Numerics], Step]) -> Numerics:
-        """The quickest of these for `what` (`training`, `extraction`); each step is over so many images."""
+    def of(
+        self,
+        options: Sequence[Numerics],
+        images: int,
+        what: str,
+        make: Callable[[Numerics], Step],
+        *,
+        even_one: bool = False,
+    ) -> Numerics:
+        """The quickest of these for `what` (`training`, `extraction`); each step is over so many images.
+
+        Where there is but one its speed is measured only if `even_one` says that something depends on it.
+        """
+        if len(options) == 1 and not even_one:
+            return replace(options[0], why="the only choice here")
         listed = [option.words for option in options]
         facts = json.dumps({**self._subject, "what": what, "options": listed, "images": images}, sort_keys=True)
         key = hashlib.sha256(facts.encode()).hexdigest()[:32]

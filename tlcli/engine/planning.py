@@ -139,7 +139,7 @@ class _Planner:
         """The format for the prefix, over which the images run once."""
         inputs = (self.sample,)
         make = lambda option: forward_step(cut.prefix, inputs, self.accelerator, option)  # noqa: E731
-        return self.quickest.of(self.options, len(self.sample), f"extraction up to {cut.at}", make)
+        return self.quickest.of(self.options, len(self.sample), f"extraction up to {cut.at}", make, even_one=True)
 
     def _measured_suffix(self, extractor: Extractor) -> Numerics:
         """The format for training on activations, in the memory format of the extraction."""
@@ -169,6 +169,7 @@ class _Planner:
             len(self.sample),
             "evaluation",
             lambda option: forward_step(network, inputs, self.accelerator, option),
+            even_one=True,  # the speed of the frozen part is taken to be this one
         )
         return self._device(train, evaluation), evaluation
 

@@ -43,7 +43,7 @@ class Recorder:
         self._seconds: dict[str, float] = {}
         self._last = 0.0
         self._best_images_per_second = 0.0
-        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._best: tuple[nn.Module, dict[str, Tensor], dict[str, Any]] | None = None
         self._unsaved: Callable[[], None] | None = None
         self._saved_at, self._save_seconds = self._began, FIRST_SAVE
 
@@ -121,7 +121,7 @@ class Recorder:
         self._log_evaluation("val", epoch, trainer.step, validation, fit.lr if fit else None)
         facts = {**self._facts, "epoch": epoch}
         if best:
-            self._best = snapshot(network), facts
+            self._best = network, snapshot(network), facts
             self._run.update(best={"epoch": epoch, **asdict(validation)})
         self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
         self._unsaved = lambda: self._save(network, facts, {**trainer.state(), "epoch": epoch})
@@ -154,16 +154,27 @@ class Recorder:
         self._save_seconds = self._saved_at - start
 
     def _save(self, network: nn.Module, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        if self._best is not None:
-            tensors, best_facts = self._best
-            save_weights(self._run.best, network, best_facts, instead=tensors)
-            self._best = None
+        self._save_best()
         save_weights(self._run.last, network, facts)
         save_state(self._run.state, state)
 
-    def extraction(self, facts: dict[str, Any] | None) -> None:
-        """How the frozen part ran over the images, where it did."""
-        self._run.update(extraction=facts)
+    def _save_best(self) -> None:
+        if self._best is not None:
+            network, tensors, facts = self._best
+            save_weights(self._run.best, network, facts, instead=tensors)
+            self._best = None
+
+    @contextmanager
+    def keeping_best(self) -> Iterator[None]:
+        """However training ends within, the best epoch so far is on disk afterwards."""
+        try:
+            yield
+        finally:
+            self._save_best()
+
+    def inputs(self, inputs: InputPlan) -> None:
+        """Everything was read: what came from the cache, and how the frozen part ran over the images where it did."""
+        self._run.update(cache=inputs.facts, extraction=inputs.extraction())
 
     def _log_evaluation(
         self, split: str, epoch: int, step: int, found: Scores, rates: Mapping[str, float] | None
