@@ -15,7 +15,7 @@ from tlcli.runs.run_dir import RunDir, write_json
 from tlcli.specs import TrainSpec
 from tlcli.watch import Watch
 
-Train = Callable[[TrainSpec, RunDir, Watch, Any], float | None]
+Train = Callable[[TrainSpec, RunDir, Watch], float | None]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Train], None]:
 
     def put(train: Train) -> None:
         module: Any = types.ModuleType("tlcli.train")
-        module.train = train
+        module.train = lambda spec, run, watch, session: train(spec, run, watch)
         monkeypatch.setitem(sys.modules, "tlcli.train", module)
 
     return put
 
 
-def finished(spec: TrainSpec, run: RunDir, watch: Watch, session: object) -> float:
+def finished(spec: TrainSpec, run: RunDir, watch: Watch) -> float:
     """A training that takes no time; its validation accuracy falls with the seed."""
     accuracy = 0.9 - spec.seed / 100
     best = {"epoch": 1, "accuracy": accuracy, "macro_f1": accuracy, "loss": 1 - accuracy}

@@ -34,7 +34,7 @@ def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
 
 
 def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) -> None:
-    def train(spec, run, watch, session):
+    def train(spec, run, watch):
         if spec.seed == 1:
             raise TlcliError("seed 1 is unlucky")
         return finished(spec, run, watch)
@@ -54,7 +54,7 @@ def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) ->
 def test_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path) -> None:
     jobs_seen = []
 
-    def train(spec, run, watch, session):
+    def train(spec, run, watch):
         boards = list(tmp_path.rglob("sweep.json"))
         jobs_seen.append([job["name"] for job in json.loads(boards[0].read_text())["jobs"]] if boards else [])
         return finished(spec, run, watch)
@@ -65,7 +65,7 @@ def test_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path) ->
 
 
 def test_interrupt_stops_the_sweep_and_ranks_what_there_is(tlcli, training, tmp_path: Path) -> None:
-    def train(spec, run, watch, session):
+    def train(spec, run, watch):
         if spec.seed == 2:
             raise KeyboardInterrupt
         return finished(spec, run, watch)
