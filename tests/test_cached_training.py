@@ -132,8 +132,14 @@ def test_cached_and_live_training_are_one_computation(
     ids=lambda words: words[-1],
 )
 def test_folded_batchnorm_changes_weights_by_rounding_alone(
-    backbone: tuple[str, ...], freeze: tuple[str, ...], augment: tuple[str, ...], train: Train
+    backbone: tuple[str, ...],
+    freeze: tuple[str, ...],
+    augment: tuple[str, ...],
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))  # another test may have left unfolded activations
     cached, live = both(train, *backbone, *freeze, *augment, *SGD)
     assert "BatchNorm folded" in read_json(cached / "run.json")["extraction"]["why"]
     assert_same_course(cached, live)
@@ -253,6 +259,7 @@ sys.exit(main(sys.argv[1:]))
 """tlcli that says when it is about to look into the cache for the first time, and waits for a line then."""
 
 
+@pytest.mark.slow
 def test_two_processes_fill_a_cold_cache_once(shapes: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TLCLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head",

@@ -109,7 +109,12 @@ def close(got: Tensor, wanted: Tensor, name: str = "") -> None:
 # --- Every backbone of conf/
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+QUICK = {"efficientnet_lite0", "resnet18", "mobilenet_v3_small"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BACKBONES]
+)
 def test_every_backbone(spec: Compose, name: str) -> None:
     size = SMALL.get(name, 64)
     model = model_of(spec, name, size=size)
