@@ -79,6 +79,12 @@ def both(train: Train, *overrides: str) -> tuple[Path, Path]:
     return cached, live
 
 
+@pytest.fixture(autouse=True)
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for each test: folded and unfolded activations have one key."""
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
+
+
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/{name}.safetensors")
 
@@ -136,10 +142,7 @@ def test_folded_batchnorm_changes_weights_by_rounding_alone(
     freeze: tuple[str, ...],
     augment: tuple[str, ...],
     train: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))  # another test may have left unfolded activations
     cached, live = both(train, *backbone, *freeze, *augment, *SGD)
     assert "BatchNorm folded" in read_json(cached / "run.json")["extraction"]["why"]
     assert_same_course(cached, live)
