@@ -6,7 +6,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +43,7 @@ class Device:
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Forward passes in `dtype`; weights and the loss stay float32."""
-        if dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.accelerator.type, dtype=dtype)
+        return autocast(self.accelerator, dtype)
 
     def place(self, network: nn.Module) -> None:
         """Move a network's weights here, in this memory format."""
@@ -60,6 +57,11 @@ class Device:
         """torch.compile, in place: the names of tensors stay as they are."""
         if self.compile:
             network.compile()
+
+
+def autocast(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Arithmetic in `dtype` as far as PyTorch finds it safe; float32 is what there is without."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(accelerator.type, dtype=dtype)
 
 
 @contextmanager
@@ -141,10 +143,15 @@ def machine_name(accelerator: torch.device) -> str:
     """What a measurement of speed holds for: the accelerator, and on a CPU its model, instructions and threads."""
     if accelerator.type == "cuda":
         return accelerator_name(accelerator)
-    model = platform.processor()
-    record = Path("/proc/cpuinfo")
-    if record.exists():
-        lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {model}, {instructions}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
+    cores = f"{torch.get_num_threads()} threads, {os.cpu_count()} cores"
+    return f"{platform.machine()} {processor_name()}, {instructions}, {cores}"
+
+
+def processor_name() -> str:
+    """The processor's name as the system knows it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a stream of the kernel's
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -35,8 +35,8 @@ Table = tuple[Tensor, ...]
 
 ROWS = 1
 """The version of the rules by which an image becomes a row: part of every key."""
-SMALL_ROW = 64 * 1024
-"""Bytes of a row up to which evaluation reads many rows at a time."""
+EVALUATION_BYTES, EVALUATION_ROWS = 4 * 1024 * 1024, 1024
+"""What evaluation reads at a time, at the most."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class CachedActivations:
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, in the first table."""
         row_bytes = sum(t[0].numel() * t.element_size() for t in self._tables[0])
-        many = max(1, min(1024, 64 * SMALL_ROW // max(1, row_bytes)))
+        many = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // max(1, row_bytes)))
         return self._read(self._tables[0], torch.arange(len(self)), max(many, self._batch_size))
 
     def _read(self, table: Table, order: Tensor, batch_size: int) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import SHORT
+from tlcli.device import SHORT, autocast
 from tlcli.engine.numerics import Numerics
 from tlcli.specs import CacheDtype
 from tlcli.store import Column, Store
@@ -169,12 +169,7 @@ class Extractor:
 
     def _forward(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, ...]:
         x = images.to(self._accelerator, non_blocking=True).contiguous(memory_format=self.numerics.memory_format)
-        half = self.numerics.dtype
-        off = half == torch.float32
-        with (
-            torch.inference_mode(),
-            torch.autocast(self._accelerator.type, dtype=torch.bfloat16 if off else half, enabled=not off),
-        ):
+        with torch.inference_mode(), autocast(self._accelerator, self.numerics.dtype):
             rows = network(x)
         return tuple(self._as_stored(t) for t in rows)
 

@@ -9,14 +9,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tlcli.device import DTYPES, SHORT, cpu_has_bfloat16, machine_name
+from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
@@ -162,7 +161,7 @@ def training_step(
     ready = tuple(_laid_out(x, accelerator, option) for x in inputs)
 
     def step() -> None:
-        with torch.random.fork_rng(devices=[]), _autocast(accelerator, option):
+        with torch.random.fork_rng(devices=[]), autocast(accelerator, option.dtype):
             logits = own(*ready)
         torch.autograd.backward(logits.float().logsumexp(dim=1).sum())
         owner.zero_grad(set_to_none=True)
@@ -177,16 +176,10 @@ def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.
     ready = tuple(_laid_out(x, accelerator, option) for x in inputs)
 
     def step() -> None:
-        with torch.inference_mode(), _autocast(accelerator, option):
+        with torch.inference_mode(), autocast(accelerator, option.dtype):
             own(*ready)
 
     return step
-
-
-def _autocast(accelerator: torch.device, option: Numerics) -> AbstractContextManager[object]:
-    if option.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(accelerator.type, dtype=option.dtype)
 
 
 def _laid_out(x: Tensor, accelerator: torch.device, option: Numerics) -> Tensor:

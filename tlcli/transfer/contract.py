@@ -1,15 +1,14 @@
 """The freeze contract: frozen parts stay in eval mode while the rest trains, and end bit for bit as they began."""
 
-import hashlib
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tlcli.errors import FrozenChanged, UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import BnStats, FreezeSpec
+from tlcli.transfer.cut.digest import digest_of_tensor
 from tlcli.transfer.freeze import trainable_names
 
 
@@ -32,7 +31,7 @@ class Contract:
 
     def seal(self) -> None:
         """Take the digests of what is frozen, as it is now: everything before training is done."""
-        self._digests = {name: _digest(tensor) for name, tensor in self._frozen()}
+        self._digests = {name: digest_of_tensor(tensor) for name, tensor in self._frozen()}
         self._versions = {name: tensor._version for name, tensor in self._frozen()}
 
     def train_mode(self, *, update_stats: bool = True) -> None:
@@ -60,7 +59,7 @@ class Contract:
         return len(self._digests)
 
     def _compare(self, name: str, tensor: Tensor) -> None:
-        if _digest(tensor) != self._digests[name]:
+        if digest_of_tensor(tensor) != self._digests[name]:
             raise FrozenChanged(f"frozen tensor {name} changed in training: this run's result is not to be trusted")
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
@@ -97,9 +96,3 @@ def _keeps(module_name: str, bn_stats: BnStats, pretrained: frozenset[str]) -> b
     if bn_stats is BnStats.auto:
         return f"{module_name}.running_mean" in pretrained
     return bn_stats is BnStats.frozen
-
-
-def _digest(tensor: Tensor) -> str:
-    """The sha256 of a tensor's values."""
-    content = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -20,13 +20,14 @@ def digest_of(prefix: fx.GraphModule) -> str:
             whole.update(_text_of_module(module).encode())
             tensors = [*module.named_parameters(), *module.named_buffers()]
             for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
-                whole.update(f"{name} {_digest_of_tensor(tensor)}\n".encode())
+                whole.update(f"{name} {digest_of_tensor(tensor)}\n".encode())
         elif node.op == "get_attr":
-            whole.update(_digest_of_tensor(attribute(prefix, str(node.target))).encode())
+            whole.update(digest_of_tensor(attribute(prefix, str(node.target))).encode())
     return whole.hexdigest()
 
 
-def _digest_of_tensor(tensor: Tensor) -> str:
+def digest_of_tensor(tensor: Tensor) -> str:
+    """The sha256 of a tensor's dtype, shape and values."""
     content = tensor.detach().cpu().contiguous()
     sha = hashlib.sha256(f"{content.dtype} {tuple(content.shape)} ".encode())
     sha.update(content.reshape(-1).view(torch.uint8).numpy().data)
@@ -43,7 +44,7 @@ def text_of_node(node: fx.Node, shell: nn.Module, number: dict[fx.Node, int]) ->
     named by its value."""
     target = node.target if isinstance(node.target, str) else _name_of(node.target)
     if node.op == "get_attr" and target.startswith("_tensor_constant"):
-        target = _digest_of_tensor(attribute(shell, target))
+        target = digest_of_tensor(attribute(shell, target))
     if node.op == "placeholder":
         target = "images"
     return f"{node.op} {target} {_text(node.args, number)} {_text(node.kwargs, number)}"
@@ -74,7 +75,7 @@ def _text(value: Any, number: dict[fx.Node, int]) -> str:
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return repr(value)
     if isinstance(value, Tensor):
-        return _digest_of_tensor(value)
+        return digest_of_tensor(value)
     return _name_of(value)
 
 
