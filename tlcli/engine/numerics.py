@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
+from tlcli.engine.depthwise import quick_depthwise
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
@@ -161,7 +162,11 @@ def training_step(
     ready = tuple(_laid_out(x, accelerator, option) for x in inputs)
 
     def step() -> None:
-        with torch.random.fork_rng(devices=[]), autocast(accelerator, option.dtype):
+        with (
+            torch.random.fork_rng(devices=[]),
+            autocast(accelerator, option.dtype),
+            quick_depthwise(accelerator, option.dtype),
+        ):
             logits = own(*ready)
         torch.autograd.backward(logits.float().logsumexp(dim=1).sum())
         owner.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil, isfinite
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device, threads
+from tlcli.engine.depthwise import quick_depthwise
 from tlcli.engine.inputs import Feed
 from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
@@ -138,7 +140,7 @@ class Trainer:
         if alone:  # one image left over has no batch statistics to speak of
             self._contract.train_mode(update_stats=False)
         try:
-            with self._device.autocast(inputs.dtype):
+            with self._device.autocast(inputs.dtype), self._quick_gradients(inputs.dtype):
                 logits = inputs.network(*x)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
@@ -154,6 +156,10 @@ class Trainer:
             logits, y, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
         )
         return losses, logits
+
+    def _quick_gradients(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """torch.compile makes kernels of its own."""
+        return nullcontext() if self._device.compile else quick_depthwise(self._device.accelerator, dtype)
 
     def require_finite(self, loss: float, epoch: int, what: str) -> None:
         """Raise NotFinite, after an epoch, unless this loss is a number."""
