@@ -41,14 +41,18 @@ def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
     """Rows are true classes, columns predicted ones; colour is the share of the row, numbers are images."""
     counts = np.array(report["confusion"])
     names, n = [_shorten(name, 18) for name in report["classes"]], len(report["classes"])
-    side = min(14.0, max(4.5, 2.2 + 0.5 * n))
-    figure = _figure(side, side)
-    axes = figure.subplots()
+    named = n <= MOST_NAMES
+    labels = 0.45 + (0.09 * max(map(len, names)) if named else 0.3)  # inches for the names and what stands before them
+    cells = min(12.0, max(2.6, 0.5 * n))
+    width, height = labels + cells + 0.2, labels + cells + 0.4
+    figure = Figure(figsize=(width, height), dpi=DPI)  # margins by hand: a layout engine would draw it all twice
+    axes = figure.add_axes((labels / width, labels / height, cells / width, cells / height))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title=f"test, {report['n']} images")
-    if n <= MOST_NAMES:
-        axes.set_xticks(range(n), names, rotation=90 if n > 3 else 0)
+    if named:
+        fits = 0.09 * max(map(len, names)) < cells / n
+        axes.set_xticks(range(n), names, rotation=0 if fits else 90)
         axes.set_yticks(range(n), names)
     if n <= 20:
         for t, p in np.argwhere(counts > 0):
@@ -95,11 +99,6 @@ def _sheet(images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[float, 
 def _kernel(scale: float) -> str:
     """Small images are shown pixel by pixel."""
     return "BILINEAR" if scale < 1 else "NEAREST"
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own: no state of pyplot's, no window."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _spread(indices: np.ndarray, n: int) -> list[int]:

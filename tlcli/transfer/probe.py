@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tlcli.models.classifier import Classifier
@@ -33,7 +34,7 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
     x = features.numpy().astype(np.float32)
     mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
     regression = LogisticRegression(C=1 / (PENALTY * len(x)), max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # more gain little, and lose all beside other work
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, not a result
         regression.fit((x - mean) / scale, labels.numpy())
     coefficients, intercept = regression.coef_, regression.intercept_
