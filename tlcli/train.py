@@ -51,11 +51,12 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float
                 fit = trainer.fit(inputs.train, epoch, watch, record.running) if epoch > 0 else None
             contract.check()
             with record.phase("validate"):
-                validation = scores(evaluate(model.network, inputs.val, device, watch, "validation"))
+                found = evaluate(model.network, inputs.val, device, watch, "validation")
+                validation = scores(found)
             trainer.require_finite(validation.loss, epoch, "validation loss")
             trainer.schedule.after_epoch(validation.loss)
             best = selection.improves(epoch, validation)
-            record.epoch(epoch, fit, validation, best=best, trainer=trainer, network=model.network)
+            record.epoch(epoch, fit, validation, predictions=found, best=best, trainer=trainer, network=model.network)
             if selection.exhausted:
                 watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
                 break

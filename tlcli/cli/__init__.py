@@ -16,6 +16,15 @@ from tlcli.errors import UsageError, did_you_mean
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
+    "eval": ("tlcli.cli.evaluate", "a finished run on its test set, or on another data set"),
+    "predict": ("tlcli.cli.predict", "what a finished run says of images that you name"),
+    "compare": ("tlcli.cli.compare", "what differs between runs, and whether it is more than chance"),
+    "report": ("tlcli.cli.report", "one HTML file of a run or a sweep, with figures and pictures"),
+    "list": ("tlcli.cli.list_runs", "the runs and sweeps under a folder, with what they reached"),
+    "export": ("tlcli.cli.export", "a run's model as ONNX, TorchScript, pt2, safetensors or for timm"),
+    "inspect": ("tlcli.cli.inspect", "a network's stages, and what each way to freeze it costs here"),
+    "data": ("tlcli.cli.data_check", "what is wrong with a data set: duplicates, labels, files, balance"),
+    "doctor": ("tlcli.cli.doctor", "versions, devices, room and speed here, and what is wrong"),
     "cache": ("tlcli.cli.cache", "list or remove the activations that are kept on disk"),
     "completion": ("tlcli.cli.completion", "print a completion script for bash, zsh or fish"),
 }

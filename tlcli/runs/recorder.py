@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tlcli import __version__
-from tlcli.data.dataset import Dataset
+from tlcli.data.dataset import Dataset, Split
+from tlcli.engine.calibration import BINS, Calibration, calibrate, expected_calibration_error
 from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
@@ -20,6 +21,7 @@ from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.runs.environment import environment
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
+from tlcli.runs.predictions import SplitPredictions, write_predictions
 from tlcli.runs.run_dir import RunDir, write_json
 from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
@@ -44,6 +46,7 @@ class Recorder:
         self._last = 0.0
         self._best_images_per_second = 0.0
         self._best: tuple[nn.Module, dict[str, Tensor], dict[str, Any]] | None = None
+        self._validation: Predictions | None = None
         self._unsaved: Callable[[], None] | None = None
         self._saved_at, self._save_seconds = self._began, FIRST_SAVE
 
@@ -81,6 +84,7 @@ class Recorder:
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
+            memory_format=str(device.memory_format),
             numerics={"device": device.words, **inputs.numerics},
             **{f"n_{name}": n for name, n in self._sizes.items()},
             n_bad_files=len(data.bad_files),
@@ -112,7 +116,15 @@ class Recorder:
         self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
 
     def epoch(
-        self, epoch: int, fit: Fit | None, validation: Scores, *, best: bool, trainer: Trainer, network: nn.Module
+        self,
+        epoch: int,
+        fit: Fit | None,
+        validation: Scores,
+        *,
+        predictions: Predictions,
+        best: bool,
+        trainer: Trainer,
+        network: nn.Module,
     ) -> None:
         """An epoch ended: a line for train and one for val, and the checkpoints."""
         if fit is not None:
@@ -122,6 +134,7 @@ class Recorder:
         facts = {**self._facts, "epoch": epoch}
         if best:
             self._best = network, snapshot(network), facts
+            self._validation = predictions
             self._run.update(best={"epoch": epoch, **asdict(validation)})
         self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
         self._unsaved = lambda: self._save(network, facts, {**trainer.state(), "epoch": epoch})
@@ -199,6 +212,8 @@ class Recorder:
         assert selection.scores is not None
         self._log_evaluation("test", selection.epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)
+        with self.phase("calibrate"):
+            report["calibration"] = self._calibrate(data, predictions)
         checkpoint = self._run.best.relative_to(self._run.path)
         write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
         with self.phase("plots"):
@@ -222,6 +237,17 @@ class Recorder:
             )
         )
 
+    def _calibrate(self, data: Dataset, test: Predictions) -> dict[str, Any]:
+        """Fit the temperature to the best epoch's validation and write all predictions; what it does for the test."""
+        assert self._validation is not None
+        found = calibrate(self._validation.logits, self._validation.labels)
+        self._run.update(calibration=found.to_json())
+        write_predictions(self._run.val_predictions, _of_split(data.val, self._validation, data.classes))
+        write_predictions(self._run.test_predictions, _of_split(data.test, test, data.classes))
+        before, after = (expected_calibration_error(test.logits, test.labels, t) for t in (1.0, found.temperature))
+        self._watch.note(_calibration_words(found, before, after))
+        return {"temperature": found.temperature, "ece_before": before, "ece_after": after, "bins": BINS}
+
     def _plot(self, data: Dataset, predictions: Predictions, report: Mapping[str, Any], best_epoch: int) -> None:
         self._run.plots.mkdir(exist_ok=True)
         rows = [json.loads(line) for line in self._run.metrics_file.read_text(encoding="utf-8").splitlines()]
@@ -229,6 +255,19 @@ class Recorder:
         plot_confusion(report, self._run.plots / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
+
+
+def _of_split(split: Split, found: Predictions, classes: Sequence[str]) -> SplitPredictions:
+    """Predictions with the image of each row."""
+    keys, names = (tuple(of(i) for i in range(len(split))) for of in (split.key, split.name))
+    return SplitPredictions(found.logits, found.labels, tuple(classes), keys, names)
+
+
+def _calibration_words(found: Calibration, before: float, after: float) -> str:
+    """What the temperature is and what it does, in one line."""
+    fitted = f"temperature {found.temperature:.2f}, fitted on {found.n:,} validation images"
+    change = f"{before:.4f}, {after:.4f} with it" if found.temperature != 1 else f"{before:.4f}, no better otherwise"
+    return f"calibration: {fitted}; expected calibration error on test {change}"
 
 
 def _formats(numerics: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,10 @@
 """One run's directory: the names of its files, and how each is written."""
 
 import csv
+import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,8 @@ class RunDir:
         self.record_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.test_file = path / "test.json"
+        self.val_predictions = path / "val_predictions.safetensors"
+        self.test_predictions = path / "test_predictions.safetensors"
         self.log_file = path / "run.log"
         self.config_file = path / "config.yaml"
         self.bad_files_file = path / "bad_files.csv"
@@ -35,8 +39,11 @@ class RunDir:
             schema_version=SCHEMA_VERSION,
             status="running",
             command=command,
+            cwd=str(Path.cwd()),
             overrides=list(overrides),
             started=now(),
+            pid=os.getpid(),
+            host=host_digest(),
         )
 
     def update(self, **facts: Any) -> None:
@@ -63,6 +70,11 @@ class RunDir:
 def now() -> str:
     """The present time, UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def host_digest() -> str:
+    """Tells whether a run was on this machine, so that its pid means something; it does not tell the machine's name."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""`tlcli predict`: what it writes in each format, how it ends, and what it refuses."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ended
+from tlcli.cli import main, predict
+from tlcli.cli.completion import candidates
+from tlcli.runs.recorder import Recorder
+
+
+@pytest.fixture(scope="module")
+def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a finished run on the shapes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
+    words += ["backbone=resnet18", "backbone.weights=none", "device.precision=fp32", f"hydra.run.dir='{out}'"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_plot", lambda *args: None)
+        assert main(["train", *words]) == 0
+    return str(out)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, shapes: Path) -> Path:
+    """Two images, a hidden one, and one that does not decode whose name is a formula."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.png", ".b.png", "more/c.png"):
+        shutil.copy(shapes / "test/checks/000.png", folder / name)
+    return folder
+
+
+@pytest.fixture
+def formula(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bad file whose name a spreadsheet would run, in the present directory."""
+    (photos / "=1+1.png").write_bytes(b"no image")
+    return photos
+
+
+def lines(ended: Ended) -> list[dict[str, object]]:
+    return [json.loads(line) for line in ended.out.splitlines()]
+
+
+def test_a_pipe_gets_an_object_a_line(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
+    ended = tlcli("predict", run, "photos")
+    assert (ended.code, ended.err) == (0, "")
+    rows = lines(ended)
+    assert [row["path"] for row in rows] == ["photos/a.png", "photos/more/c.png"]
+    assert rows[0].keys() == {"path", "prediction", "probability", "top"}
+    top = rows[0]["top"]
+    assert isinstance(top, list)
+    assert [rows[0]["prediction"], rows[0]["probability"]] == top[0]
+    assert sum(value for _, value in top) == pytest.approx(1, abs=1e-6)
+    assert {name for name, _ in top} == {"across", "checks", "down"}
+
+
+def test_a_bad_file_is_a_row_and_the_exit_code(tlcli: Callable[..., Ended], run: str, formula: Path) -> None:
+    ended = tlcli("predict", run, "photos", "missing.jpg", "--top", "1")
+    assert ended.code == 1
+    assert lines(ended)[0] == {"path": "photos/=1+1.png", "error": "not an image"}
+    assert lines(ended)[3] == {"path": "missing.jpg", "error": "no such file or directory"}
+    assert [len(row["top"]) for row in lines(ended)[1:3]] == [1, 1]  # type: ignore[arg-type]
+    assert ended.err == "tlcli predict: 2 of 4 have no prediction: see their errors\n"
+
+
+def test_csv_has_a_header_and_no_formulas(
+    tlcli: Callable[..., Ended], run: str, formula: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(formula)
+    file = formula / "found.csv"
+    assert main(["predict", run, "=1+1.png", "a.png", "--format=csv", "--top", "2", f"--output={file}"]) == 1
+    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+    assert list(rows[0]) == ["path", "prediction", "probability", "class_2", "probability_2", "error"]
+    assert rows[0]["path"] == "'=1+1.png"
+    assert rows[0]["error"] == "not an image"
+    assert float(rows[1]["probability"]) >= float(rows[1]["probability_2"]) > 0
+
+
+def test_a_table_leaves_nothing_out_in_a_pipe(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
+    name = "a long name " * 8 + ".png"
+    shutil.copy(photos / "a.png", photos / name)
+    ended = tlcli("predict", run, "photos", "missing.jpg", "--format", "table")
+    assert ended.out.startswith("image ")
+    assert f"photos/{name}" in ended.out
+    assert "missing.jpg" in ended.out
+    assert "error: no such file or directory" in ended.out
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_a_table_fits_a_terminal(
+    tlcli: Callable[..., Ended], run: str, photos: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    (photos / ("x" * 90 + ".png")).write_bytes((photos / "a.png").read_bytes())
+    (photos / "esc\x1b[31m.png").write_bytes((photos / "a.png").read_bytes())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert main(["predict", run, "photos"]) == 0
+    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert len(shown.splitlines()) == 5
+    assert max(map(len, shown.splitlines())) <= width
+    assert "\x1b" not in shown
+    assert "xxx.png  " in shown  # the end of a path tells files apart
+
+
+def test_a_list_on_stdin(tlcli: Callable[..., Ended], run: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "[1].png").write_bytes((photos / "a.png").read_bytes())
+    names = b"photos/a.png\r\n\nphotos/[1].png\nphotos/more\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names)))
+    ended = tlcli("predict", run, "-", "photos/a.png")
+    assert ended.code == 0
+    assert [row["path"] for row in lines(ended)] == [
+        "photos/a.png", "photos/[1].png", "photos/more/c.png", "photos/a.png",
+    ]  # fmt: skip
+
+
+def test_patterns(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
+    assert [row["path"] for row in lines(tlcli("predict", run, "photos/**/*.png"))] == [
+        "photos/a.png", "photos/more/c.png"
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_there_is_not_written_to(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
+    (photos / "mine.csv").write_text("mine")
+    ended = tlcli("predict", run, "photos", "--output", "photos/mine.csv")
+    assert ended.code == 2
+    assert "photos/mine.csv: is there already" in ended.err
+    assert (photos / "mine.csv").read_text() == "mine"
+
+
+def test_a_failure_leaves_no_empty_file(tlcli: Callable[..., Ended], photos: Path) -> None:
+    ended = tlcli("predict", "nowhere", "photos", "--output", "new.jsonl")
+    assert ended.code == 2
+    assert ended.err == "tlcli predict: nowhere: no such run directory.\n"
+    assert not Path("new.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        (["r"], "name what to predict"),
+        (["--top", "3"], "name a run directory"),
+        (["r", "x", "--tpo", "3"], "Did you mean '--top'"),
+        (["r", "x", "--top"], "--top needs a value: a whole number from 1"),
+        (["r", "x", "--top", "0"], "--top=0: give a whole number from 1"),
+        (["r", "x", "--batch-size=many"], "--batch-size=many"),
+        (["r", "x", "--format", "jsn"], "table, csv, jsonl"),
+        (["r", "x", "--checkpoint", "first"], "best, last"),
+        (["r", "-", "-"], "stdin (-) is named twice"),
+    ],
+)
+def test_usage_errors_are_one_line_at_once(tlcli: Callable[..., Ended], words: list[str], wanted: str) -> None:
+    ended = tlcli("predict", *words)
+    assert ended.code == 2
+    assert wanted in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_help_has_examples_and_needs_no_torch() -> None:
+    code = "import sys; from tlcli.cli import main; main(['predict', '--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert done.stdout.count("  tlcli predict ") + done.stdout.count("| tlcli predict ") >= 2
+    assert all(option in done.stdout for option in predict.OPTIONS)
+    assert max(map(len, predict.HELP.splitlines())) <= 80
+
+
+def test_completion(tlcli: Callable[..., Ended]) -> None:
+    Path("outputs/2026-01-01/10-00-00").mkdir(parents=True)
+    Path("outputs/2026-01-01/10-00-00/run.json").write_text("{}")
+    assert candidates("tlcli predict ou") == ["outputs/2026-01-01/10-00-00 "]
+    assert candidates("tlcli predict outputs/x a.jpg --pre") == ["--precision "]
+    assert candidates("tlcli predict outputs/x a.jpg --format c") == ["csv "]
+
+
+def test_a_reader_that_leaves_ends_it_quietly(run: str, photos: Path) -> None:
+    command = [sys.executable, "-m", "tlcli", "predict", run, "-"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        names = f"{photos / 'a.png'}\n".encode() * 2000
+        os.set_blocking(process.stdin.fileno(), True)
+        process.stdin.write(names[: 2**15])
+        process.stdin.flush()
+        process.stdin.close()
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

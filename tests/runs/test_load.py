@@ -1,0 +1,204 @@
+"""A run is loaded as it was, from what it recorded and no more; what cannot be loaded is one line."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tlcli
+from tlcli.cli import main
+from tlcli.data.decode import BadImage
+from tlcli.errors import UsageError
+from tlcli.runs.load import load_run
+from tlcli.runs.predictions import read_predictions
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import RunDir, read_json, write_json
+
+BACKBONES = {
+    "lite": ("backbone=efficientnet_lite0",),
+    "torchvision": ("backbone=resnet18",),
+    "timm": ("backbone=timm", "backbone.name=mobilenetv3_small_050"),
+    "vit": ("backbone=timm", "backbone.name=vit_tiny_patch16_224"),
+}
+EXACT = ("device.precision=fp32", "cache.mode=off")
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """trained("timm"): a finished run with random first weights, the same one for all tests."""
+    made: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind not in made:
+            out = tmp_path_factory.mktemp("runs") / kind
+            words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *EXACT]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Recorder, "_plot", lambda *args: None)
+                words += [*BACKBONES[kind], "backbone.weights=none", "freeze=head", f"hydra.run.dir='{out}'"]
+                assert main(["train", *words]) == 0
+            made[kind] = out
+        return made[kind]
+
+    return run
+
+
+@pytest.fixture
+def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a run, to damage."""
+    return Path(shutil.copytree(trained("torchvision"), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["lite", "torchvision", "timm", pytest.param("vit", marks=pytest.mark.slow)])
+def test_the_loaded_network_gives_the_logits_of_the_test(
+    kind: str, trained: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = trained(kind)
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("it asked the network"))
+    loaded = load_run(path)
+    recorded = read_predictions(RunDir(path).test_predictions)
+    images = torch.cat([loaded.preprocess(name) for name in recorded.names])
+    with torch.inference_mode():
+        assert torch.allclose(loaded.model(images), recorded.logits, atol=1e-4)
+    assert loaded.classes == recorded.classes == ("across", "checks", "down")
+    assert not any(module.training for module in loaded.model.modules())
+    assert loaded.temperature == read_json(path / "run.json")["calibration"]["temperature"]
+
+
+def test_an_image_may_be_a_path_a_picture_or_pixels(run: Path, shapes: Path) -> None:
+    loaded, file = tlcli.load_run(run), shapes / "test/checks/000.png"
+    with Image.open(file) as image:
+        found = [loaded.predict(one) for one in (file, str(file), image, np.asarray(image.convert("RGB")))]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert sum(value for _, value in found[0]) == pytest.approx(1)
+    assert [value for _, value in found[0]] == sorted((value for _, value in found[0]), reverse=True)
+    assert len(loaded.predict(file, top=2)) == 2
+
+
+def test_probabilities_are_calibrated(run: Path, shapes: Path) -> None:
+    info = read_json(run / "run.json")
+    write_json(run / "run.json", {**info, "calibration": {**info["calibration"], "temperature": 4.0}})
+    loaded = load_run(run)
+    x = loaded.preprocess(shapes / "test/down/001.png")
+    with torch.inference_mode():
+        wanted = torch.softmax(loaded.model(x).double() / 4, dim=1)[0].max().item()
+    assert loaded.predict(shapes / "test/down/001.png")[0][1] == pytest.approx(wanted)
+
+
+def test_the_temperature_is_of_the_best_epoch_alone(run: Path) -> None:
+    info = read_json(run / "run.json")
+    last = load_run(run, "last")
+    best_is_last = info["best"]["epoch"] == 1
+    assert last.temperature == (info["calibration"]["temperature"] if best_is_last else 1.0)
+    write_json(run / "run.json", {**info, "best": {**info["best"], "epoch": 7}})
+    assert load_run(run).temperature == 1.0
+
+
+@pytest.mark.parametrize("image", [7, np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+def test_what_is_no_image_is_refused(run: Path, image: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        load_run(run).predict(image)  # type: ignore[arg-type]
+
+
+def test_a_file_that_does_not_decode_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no")
+    with pytest.raises(BadImage, match="not an image"):
+        load_run(run).predict(tmp_path / "x.png")
+
+
+def test_the_random_numbers_of_the_caller_go_on_as_they_were(run: Path) -> None:
+    torch.manual_seed(5)
+    load_run(run)
+    found = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(1))
+
+
+def spoil(run: Path, fault: str) -> Path:
+    """Damage a run; the path to load."""
+    best, record = run / "checkpoints/best.safetensors", run / "run.json"
+    match fault:
+        case "missing":
+            return run.with_name("rum")
+        case "no run":
+            return run.parent
+        case "a file":
+            return best
+        case "no checkpoint":
+            best.unlink()
+            write_json(record, {**read_json(record), "status": "failed", "error": "the disk is full"})
+        case "truncated":
+            best.write_bytes(best.read_bytes()[:5000])
+        case "pickle":
+            torch.save({"a": 1}, best)
+        case "newer":
+            write_json(record, {**read_json(record), "schema_version": 99})
+        case "no json":
+            record.write_text("{")
+        case "config":
+            (run / "config.yaml").write_text("backbone: !!python/object/apply:os.getcwd []\n")
+        case "classes":
+            record.write_bytes(record.read_bytes())
+            content = best.read_bytes()
+            best.write_bytes(content.replace(rb"\"across\", ", rb"            "))
+        case "not finite":
+            content = bytearray(best.read_bytes())
+            content[-4:] = np.float32("nan").tobytes()
+            best.write_bytes(content)
+    return run
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("missing", "no such run directory. Did you mean 'run'"),
+        ("no run", "not a run directory (it has no run.json). Did you mean"),
+        ("a file", "not a run directory (it has no run.json). Did you mean"),
+        ("no checkpoint", "has no checkpoints/best.safetensors; its status is failed (the disk is full)"),
+        ("truncated", "best.safetensors: damaged"),
+        ("pickle", "best.safetensors: damaged"),
+        ("newer", "schema_version 99"),
+        ("no json", "run.json: damaged"),
+        ("config", "config.yaml: does not describe the backbone"),
+        ("classes", "does not fit resnet18 with 2 classes"),
+        ("not finite", "not finite"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(run: Path, fault: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_run(spoil(run, fault))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_checkpoint_than_these_two_is_refused(run: Path) -> None:
+    with pytest.raises(UsageError, match="best, last"):
+        load_run(run, "first")
+
+
+def test_the_package_waits_with_torch_until_a_run_is_loaded() -> None:
+    code = "import sys, tlcli; tlcli.load_run; print('torch' in sys.modules, tlcli.load_run.__doc__ is not None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_the_run_has_its_calibration_and_predictions(run: Path) -> None:
+    record, test = read_json(run / "run.json"), read_json(run / "test.json")
+    val = read_predictions(run / "val_predictions.safetensors")
+    assert record["calibration"].keys() == {
+        "temperature", "n", "ece_before", "ece_after", "loss_before", "loss_after"
+    }  # fmt: skip
+    assert record["calibration"]["n"] == record["n_val"] == len(val.labels)
+    assert record["calibration"]["loss_before"] == pytest.approx(record["best"]["loss"], abs=1e-5)
+    assert test["calibration"].keys() == {"temperature", "ece_before", "ece_after", "bins"}
+    found = read_predictions(run / "test_predictions.safetensors")
+    assert (found.logits.argmax(1) == found.labels).double().mean().item() == test["accuracy"]
+    assert all(Path(name).as_posix().endswith(key) for name, key in zip(found.names, found.keys, strict=True))
+    assert json.dumps(record)  # plain numbers

@@ -1,0 +1,54 @@
+"""Predictions of a split on disk: what was written is read, and what is damaged is said to be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tlcli.errors import UsageError
+from tlcli.runs import predictions
+from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
+
+SOME = SplitPredictions(
+    logits=torch.tensor([[0.5, -1.0], [2.0, 3.25], [0.0, 1e-8]]),
+    labels=torch.tensor([0, 1, 1]),
+    classes=("ants", "b\N{LATIN SMALL LETTER E WITH ACUTE}es"),
+    keys=("ants/0.jpg", "bees/\udcff.jpg", "bees/2.jpg"),
+    names=("/data/ants/0.jpg", "/data/bees/\udcff.jpg", "/data/bees/2.jpg"),
+)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "test_predictions.safetensors"
+    write_predictions(file, SOME)
+    found = read_predictions(file)
+    assert torch.equal(found.logits, SOME.logits)
+    assert torch.equal(found.labels, SOME.labels)
+    assert (found.classes, found.keys, found.names) == (SOME.classes, SOME.keys, SOME.names)
+    assert load_file(file)["logits"].dtype == torch.float32  # plain safetensors, for whoever has no tlcli
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_names_are_left_out_where_they_are_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "LARGEST", 10)
+    write_predictions(tmp_path / "f", SOME)
+    assert read_predictions(tmp_path / "f").names == SOME.keys
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"p\.safetensors: no such file"):
+        read_predictions(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("fault", ["truncated", "others", "rows"])
+def test_a_damaged_file_is_named(tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "p.safetensors"
+    write_predictions(file, replace(SOME, keys=SOME.keys[:2]) if fault == "rows" else SOME)
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-8])
+    if fault == "others":
+        save_file({"logits": SOME.logits}, file)
+    with pytest.raises(UsageError, match=r"p\.safetensors: damaged"):
+        read_predictions(file)

@@ -1,0 +1,100 @@
+"""The test of a finished run once more: in its number formats, and from activations where the run read these.
+
+Rounding differs from one format to the next and between activations and live images, so that only the same way gives
+the same figures to the last digit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tlcli.data.dataset import Dataset, Split
+from tlcli.device import Device
+from tlcli.engine.inputs import Feed, InputPlan, LiveFeeds
+from tlcli.engine.numerics import Numerics
+from tlcli.engine.planning import Planner
+from tlcli.engine.session import Session
+from tlcli.models.classifier import Classifier
+from tlcli.specs import TrainSpec
+from tlcli.transfer.contract import Contract
+from tlcli.transfer.cut import Cut
+from tlcli.watch import Watch
+
+SURELY = 10**9
+"""Images that are said to be expected where the run compiled its frozen part: compiling is to pay again."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a run computed: in which number formats, whether it trained and was tested on activations, and whether the
+    frozen part was compiled."""
+
+    train_dtype: torch.dtype
+    eval_dtype: torch.dtype
+    memory_format: torch.memory_format
+    trained_cached: bool
+    tested_cached: bool
+    compiled: bool
+
+    @property
+    def suffix_dtype(self) -> torch.dtype:
+        """The format in which test activations were read: that of training, where training read activations too."""
+        return self.train_dtype if self.trained_cached else self.eval_dtype
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How one split is read for evaluation, as the run read its test set. `cached`: from activations."""
+
+    device: Device
+    cached: bool
+    extracts: bool
+    _open: Callable[[Watch], Feed]
+
+    def open(self, watch: Watch) -> Feed:
+        """The split, with its activations computed where they are not in the cache."""
+        return self._open(watch)
+
+
+def plan_replay(
+    split: Split,
+    model: Classifier,
+    contract: Contract,
+    spec: TrainSpec,
+    accelerator: torch.device,
+    session: Session,
+    formats: Formats,
+) -> Replay:
+    """Read a split as a run of `spec` in these formats read its test set. `model` has the run's weights."""
+    data = Dataset(spec.dataset.name, model.classes, split, split, split, notes=(), bad_files=())
+    return _Replayer(data, model, contract, spec, accelerator, session, wants_probe=False).replay(formats)
+
+
+class _Replayer(Planner):
+    """A planner that decides nothing."""
+
+    def replay(self, formats: Formats) -> Replay:
+        device = self._device(
+            Numerics(formats.train_dtype, formats.memory_format), Numerics(formats.eval_dtype, formats.memory_format)
+        )
+        device.place(self.model.network)
+        cached, extracts = {}, False
+        if formats.tested_cached and isinstance(self.cut, Cut):
+            extractor = self._extractor(self.cut, self.measured[1])
+            source = self._activations(self.cut, extractor, self.data.test, "test", None)
+            extracts = not source.filled
+            room = None if source.filled else self.store.room(source.nbytes, self.spec.cache.max_gb)
+            if room is None:
+                cached = self._feeds({"test": ((source,), self.data.test)}, formats.suffix_dtype)
+                extractor.expect(SURELY if formats.compiled else 0)
+        live = LiveFeeds(self.data, self.model.network, self.spec, self.preprocessing, device)
+        plan = InputPlan(device, self.preprocessing, "", {"used": False}, {}, live, cached)
+        return Replay(device, bool(cached), extracts and bool(cached), lambda watch: self._opened(plan, formats, watch))
+
+    def _opened(self, plan: InputPlan, formats: Formats, watch: Watch) -> Feed:
+        """The split; what the run compiled as a whole is compiled here."""
+        feed = plan.open_test(watch)
+        if formats.trained_cached or "test" not in plan.cached:
+            plan.device.compile_where_asked(feed.network)
+        return feed

@@ -1,0 +1,68 @@
+"""What a run's network gave for every image of a split, kept with the run: raw logits, and which image each row is."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tlcli.errors import UsageError
+
+LARGEST = 60_000_000
+"""Characters of metadata up to which the names are written beside the keys; safetensors takes 100 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPredictions:
+    """Logits (N, C) float32 and labels (N) int64 of a split, in its order; keys and names have a string a row.
+
+    A key stays when the data moves: the path below the data set's root, or a name such as digits/17. A name is the
+    path that the image had when the run read it.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def write_predictions(path: Path, predictions: SplitPredictions) -> None:
+    """Write a split's predictions as safetensors, in one atomic step."""
+    facts = {"classes": predictions.classes, "keys": predictions.keys, "names": predictions.names}
+    text = json.dumps(facts)
+    if len(text) > LARGEST:
+        text = json.dumps({**facts, "names": None})
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {"logits": predictions.logits.float().contiguous(), "labels": predictions.labels.contiguous()}
+    save_file(tensors, draft, metadata={"tlcli": text})
+    draft.replace(path)
+
+
+def read_predictions(path: Path) -> SplitPredictions:
+    """The predictions in a file of `write_predictions`.
+
+    Raises UsageError where there is no such file, or where it is damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; runs of tlcli 0.3.0 and later write it when they are tested")
+    try:
+        with safe_open(path, framework="pt") as content:
+            facts = json.loads((content.metadata() or {})["tlcli"])
+            return _checked(content.get_tensor("logits"), content.get_tensor("labels"), facts)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: damaged, or no predictions of tlcli ({type(error).__name__}: {error})") from error
+
+
+def _checked(logits: Tensor, labels: Tensor, facts: Mapping[str, Any]) -> SplitPredictions:
+    """The predictions, once their parts are known to belong together; ValueError where they do not."""
+    classes, keys = (tuple(map(str, facts[name])) for name in ("classes", "keys"))
+    names = keys if facts["names"] is None else tuple(map(str, facts["names"]))
+    if not (logits.shape == (len(keys), len(classes)) and labels.shape == (len(keys),) and len(names) == len(keys)):
+        raise ValueError(f"{tuple(logits.shape)} logits for {len(keys)} images and {len(classes)} classes")
+    return SplitPredictions(logits, labels, classes, keys, names)
