@@ -153,12 +153,12 @@ def refuse_code(config: DictConfig) -> None:
     """Raise UsageError where the config names a class or a function, but for Hydra's own parts."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
-    for key, target in _targets(plain):
+    for key, target in named_code(plain):
         if not key.startswith("hydra.") or not str(target).startswith(TRUSTED):
             raise UsageError(f"{key}={target} is refused: a config cannot name code to run")
 
 
-def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+def named_code(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
     """The keys that name a class or a function to whoever makes objects from a config, and what they name."""
     if isinstance(node, list):
         node = dict(enumerate(node))
@@ -166,7 +166,7 @@ def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
         for key, value in node.items():
             if key in ("_target_", "()"):
                 yield f"{prefix}{key}", value
-            yield from _targets(value, f"{prefix}{key}.")
+            yield from named_code(value, f"{prefix}{key}.")
 
 
 def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:

@@ -82,7 +82,7 @@ def counts_table(plan: Plan) -> Table | None:
     """Images of each class in each split; None where the classes are too many for a row each."""
     if len(plan.classes) > MANY_CLASSES:
         return None
-    table = _table("class", *plan.counts)
+    table = figures_table("class", *plan.counts)
     for index, name in enumerate(plan.classes):
         table.add_row(name, *(f"{counts[index]:,}" for counts in plan.counts.values()))
     return table
@@ -99,7 +99,7 @@ def counts_ranges(plan: Plan) -> str:
 
 def stages_table(stages: Sequence[StageRow]) -> Table:
     """Parameters in total, those that train and their rate, for each stage; a dash where nothing trains."""
-    table = _table("stage", "parameters", "trainable", "rate")
+    table = figures_table("stage", "parameters", "trainable", "rate")
     for stage in stages:
         table.add_row(stage.name, f"{stage.parameters:,}", f"{stage.trainable:,}", rate(stage.lr))
     parameters, trainable = sum(s.parameters for s in stages), sum(s.trainable for s in stages)
@@ -135,7 +135,7 @@ def outcome_lines(outcome: Outcome, backbone: str, width: int | None) -> list[st
 def leaderboard_table(board: Leaderboard) -> Table:
     """The jobs of a sweep, the best one first."""
     figure = board.figure.replace("_", " ")
-    table = _table("rank", "job", *board.keys, f"val {figure}", "test accuracy", "95 % interval", "status")
+    table = figures_table("rank", "job", *board.keys, f"val {figure}", "test accuracy", "95 % interval", "status")
     for job in board.jobs:
         own = [job.values.get(key, "") for key in board.keys]
         rank = str(job.rank) if job.rank else "-"
@@ -188,7 +188,7 @@ def shown_path(path: Path) -> str:
         return str(path)
 
 
-def _table(name: str, *figures: str) -> Table:
+def figures_table(name: str, *figures: str) -> Table:
     """A table without lines: names on the left, which wrap where the width is short, and figures, which do not."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
     table.add_column(name, overflow="fold")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tlcli.data.digits import load_digits
+from tlcli.data.duplicates import duplicate_notes
 from tlcli.data.listing import list_imagefolder, list_manifest
 from tlcli.data.reading import Group, Memory, SoundImages, bad_images, keep_in_memory, kept
 from tlcli.data.source import Images, Source, Split, from_listing
@@ -16,7 +17,17 @@ from tlcli.errors import BadImages, UsageError
 from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
 from tlcli.watch import Watch
 
-__all__ = ["Dataset", "Images", "SoundImages", "Split", "keep_in_memory", "load_dataset"]
+__all__ = [
+    "Dataset",
+    "Evaluated",
+    "Images",
+    "SoundImages",
+    "Split",
+    "keep_in_memory",
+    "load_dataset",
+    "load_unchecked",
+    "load_whole",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +51,33 @@ SOURCES: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
 }
 """What makes a source of each kind of spec."""
 
+EVALUATED: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
+    **SOURCES,
+    ImageFolder: lambda spec, watch: from_listing(list_imagefolder(spec, trains=False)),
+    Manifest: lambda spec, watch: from_listing(list_manifest(spec, trains=False)),
+}
+"""Likewise for what is not trained on: it needs no training images, and one class is enough."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """One split of a data set as it is; `role` says which: train, val, test, or all of a set that is not split.
+    `bad_files` are (file, reason) left out."""
+
+    name: str
+    classes: tuple[str, ...]
+    role: str
+    split: Split
+    bad_files: tuple[tuple[str, str], ...]
+
 
 def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImages | None = None) -> Dataset:
     """The images of `spec`, split and cut down; every one decodes. Those read stay in memory up to `spec.ram_gb`.
 
     All are decoded here, unless `sound` knows which of them decode: then each is when it is first read. Which image is
-    in which split is a function of the seed and of the sorted names of each class's files. Raises UsageError where the
-    data cannot be used as it is, BadImages for files that do not decode (on_bad=error).
+    in which split is a function of the seed and of the sorted names of each class's files. Exact duplicates that make a
+    figure wrong are noted. Raises UsageError where the data cannot be used as it is, BadImages for files that do not
+    decode (on_bad=error).
     """
     source = SOURCES[type(spec)](spec, watch)
     splits, notes = _divide(source, spec, seed)
@@ -61,7 +92,37 @@ def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImag
         counts = splits[name].class_counts(len(source.classes))
         if absent := [c for c, n in zip(source.classes, counts, strict=True) if n == 0]:
             notes.append(f"{name} has no images of {_some(absent)}")
+    notes += duplicate_notes(splits, source.classes, watch)
     return Dataset(spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad))
+
+
+def load_unchecked(spec: DatasetSpec, *, seed: int, watch: Watch) -> Dataset:
+    """The splits that `load_dataset` gives, of which no image was read: to look at a few."""
+    source = SOURCES[type(spec)](spec, watch)
+    splits, notes = _divide(source, spec, seed)
+    return Dataset(
+        spec.name, source.classes, **_kept(splits, Memory(int(spec.ram_gb * 1e9))), notes=tuple(notes), bad_files=()
+    )
+
+
+def load_whole(
+    spec: DatasetSpec, wanted: str | None, *, seed: int, watch: Watch, sound: SoundImages | None = None
+) -> Evaluated:
+    """The images of `spec` to evaluate on, with none held out: the split `wanted` (train, val, test), or (None) test,
+    else val, else all that there is. `spec.test_per_class` limits them.
+
+    Raises UsageError where the data has no such split, BadImages for files that do not decode (on_bad=error).
+    """
+    source = EVALUATED[type(spec)](spec, watch)
+    role = wanted or next(role for role in ("test", "val", "all", "train") if role in source.splits)
+    if role not in source.splits:
+        there = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
+        raise UsageError(f"split={role}: {spec.name} has no such split ({there}); leave split= out to evaluate it")
+    split = _per_class(source.splits[role], source.classes, spec.test_per_class, seed, "test_per_class")
+    splits, bad = _without_bad(_kept({role: split}, Memory(int(spec.ram_gb * 1e9))), spec, watch, sound)
+    if len(splits[role]) == 0:
+        raise UsageError(f"{spec.name}: no image is left to evaluate on")
+    return Evaluated(spec.name, source.classes, role, splits[role], tuple(bad))
 
 
 def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:

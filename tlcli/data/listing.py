@@ -49,12 +49,12 @@ class Listing:
     splits: dict[str, list[tuple[Path, int]]]
 
 
-def check_dataset(spec: DatasetSpec) -> None:
+def check_dataset(spec: DatasetSpec, *, trains: bool = True) -> None:
     """Raise UsageError for what is wrong with the data set, as far as it shows without decoding or downloading."""
     if isinstance(spec, ImageFolder):
-        list_imagefolder(spec)
+        list_imagefolder(spec, trains=trains)
     elif isinstance(spec, Manifest):
-        list_manifest(spec)
+        list_manifest(spec, trains=trains)
     elif isinstance(spec, Digits):
         kept_classes(DIGITS, spec.classes, spec.name)
     elif spec.classes is not None and len(set(spec.classes)) < 2:
@@ -73,21 +73,21 @@ def kept_classes(known: Sequence[str], wanted: Iterable[str] | None, where: str)
     return tuple(name for name in known if name in chosen)
 
 
-def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str) -> Listing:
-    """The files found below root as a Listing, once classes are known to be sound."""
+def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str, trains: bool) -> Listing:
+    """The files found below root as a Listing, once classes are known to be sound, to train on where that is meant."""
     main = "all" if "all" in found else "train"
-    if main not in found:
+    if trains and main not in found:
         raise UsageError(f"{where}: has {' and '.join(found)} but no train: nothing to train on")
     known = sorted({name for classes in found.values() for name in classes})
     classes = kept_classes(known, wanted, where)
-    for split in found:
+    for split in found if trains else ():
         if strange := [name for name in classes if name in found[split] and name not in found[main]]:
             raise UsageError(f"{where}: {split} has classes that {main} lacks: {_some(strange)}")
     folded: dict[str, str] = {}
     for name in classes:
         if (other := folded.setdefault(name.casefold(), name)) != name:
             raise UsageError(f"{where}: classes {other!r} and {name!r} differ only in case: rename one")
-    if len(classes) < 2:
+    if trains and len(classes) < 2:
         raise UsageError(f"{where}: only one class, {_some(classes)!r}: at least two are needed. {_ONE_A_CLASS}")
     place = {name: i for i, name in enumerate(classes)}
     return Listing(
@@ -106,11 +106,12 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def list_imagefolder(spec: ImageFolder) -> Listing:
+def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     """The images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
     Hidden and system files are no images, nor is what has another extension. A class folder may be a link; links to
-    folders below it are not followed. Raises UsageError, one line, for a layout that is neither.
+    folders below it are not followed. What is not to train on needs neither a train folder nor a second class. Raises
+    UsageError, one line, for a layout that is neither.
     """
     if spec.root is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
@@ -124,7 +125,7 @@ def list_imagefolder(spec: ImageFolder) -> Listing:
         raise UsageError(f"{error.filename}: not readable (permission denied)") from error
     if len(only := found.get("all", {})) == 1 and (inner := _dataset_below(root)):
         raise UsageError(f"{root}: only one class, {next(iter(only))!r}. Did you mean {inner}? {_ONE_A_CLASS}")
-    return _listing(root, found, spec.classes, str(root))
+    return _listing(root, found, spec.classes, str(root), trains)
 
 
 def _no_folder(root: Path) -> NoReturn:
@@ -152,7 +153,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _class_files(folder: Path, root: Path, wanted: Iterable[str] | None) -> dict[str, list[Path]]:
     """The images of each class folder, of the wanted classes alone. Raises UsageError where one has none."""
     names = _subfolders(folder)
-    if not names and any(_is_image(p.name) for p in folder.iterdir()):
+    if not names and any(is_image(p.name) for p in folder.iterdir()):
         near = f" Did you mean {folder.parent}?" if folder == root and len(_subfolders(folder.parent)) > 1 else ""
         raise UsageError(f"{folder}: images lie in the folder itself, not in classes.{near} {_ONE_A_CLASS}")
     for name in names:
@@ -184,7 +185,7 @@ def _dataset_below(root: Path) -> Path | None:
 def _subfolders(folder: Path) -> list[Path]:
     """Visible sub-folders, links to folders included, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if _is_visible(e.name) and e.is_dir())
+        return sorted(folder / e.name for e in entries if is_visible(e.name) and e.is_dir())
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -192,16 +193,18 @@ def _images_below(folder: Path) -> Iterator[Path]:
         raise error
 
     for where, inside, names in os.walk(folder, onerror=stop):  # does not follow links, so no loops
-        inside[:] = [name for name in inside if _is_visible(name)]
-        yield from (Path(where, name) for name in names if _is_image(name))
+        inside[:] = [name for name in inside if is_visible(name)]
+        yield from (Path(where, name) for name in names if is_image(name))
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name is neither hidden nor a system's own."""
     return not name.startswith(".") and name.lower() not in _SYSTEM
 
 
-def _is_image(name: str) -> bool:
-    return _is_visible(name) and name.lower().endswith(EXTENSIONS)
+def is_image(name: str) -> bool:
+    """Whether a file of this name is listed as an image."""
+    return is_visible(name) and name.lower().endswith(EXTENSIONS)
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ class _Row:
     split: str
 
 
-def list_manifest(spec: Manifest) -> Listing:
+def list_manifest(spec: Manifest, *, trains: bool = True) -> Listing:
     """The images that a CSV file names in its columns path, label and, optionally, split.
 
     Paths are relative to `root`, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
@@ -232,7 +235,7 @@ def list_manifest(spec: Manifest) -> Listing:
     found: Found = {}
     for path, row in zip(_paths(file, root, rows), rows, strict=True):
         found.setdefault(row.split or "all", {}).setdefault(row.label, []).append(path)
-    return _listing(root, found, spec.classes, str(file))
+    return _listing(root, found, spec.classes, str(file), trains)
 
 
 def _rows(file: Path) -> list[_Row]:

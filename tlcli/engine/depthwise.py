@@ -45,7 +45,8 @@ def _conv2d(
     if not is_depthwise or input.ndim != 4 or not (input.requires_grad or weight.requires_grad):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     low = (None if t is None else t.to(torch.bfloat16) for t in (input, weight, bias))  # what autocast would do
-    out: Tensor = _Depthwise.apply(*low, _pair(stride), _pair(padding), _pair(dilation), groups)
+    apply: Any = _Depthwise.apply
+    out: Tensor = apply(*low, _pair(stride), _pair(padding), _pair(dilation), groups)
     return out
 
 

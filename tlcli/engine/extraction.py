@@ -102,6 +102,11 @@ class Extractor:
         """So many more images are going to be run: that decides whether compiling pays."""
         self._expected += images
 
+    def about(self, images: int, speed: float) -> float:
+        """Seconds that so many images take, about, at this speed (images/s) or compiled where that pays."""
+        cost, compiled_speed = _known(self._store.remembered(NOTES).get(self._key), speed)
+        return min(images / speed, cost + images / compiled_speed)
+
     def prepare(self, watch: Watch) -> None:
         """Get ready for the images that are expected: as the network is with its BatchNorm folded, or compiled."""
         if self._run is None:

@@ -48,10 +48,10 @@ def plan_inputs(
 
     Raises UsageError where cache.mode=require cannot be followed.
     """
-    return _Planner(data, model, contract, spec, accelerator, session, wants_probe).plan()
+    return Planner(data, model, contract, spec, accelerator, session, wants_probe).plan()
 
 
-class _Planner:
+class Planner:
     """The decisions behind an InputPlan, in the order in which they are made."""
 
     def __init__(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tlcli.data.dataset import Dataset, load_dataset
+from tlcli.data.dataset import Dataset, Evaluated, load_dataset, load_whole
 from tlcli.engine.activations import Tables
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -40,6 +40,10 @@ class Session:
             self._dataset = asked, load_dataset(spec, seed=seed, watch=watch, sound=_Sound(self.store))
         return self._dataset[1]
 
+    def evaluated(self, spec: DatasetSpec, wanted: str | None, seed: int, watch: Watch) -> Evaluated:
+        """A split of a data set that is not trained on, as `load_whole` gives it."""
+        return load_whole(spec, wanted, seed=seed, watch=watch, sound=_Sound(self.store))
+
     def model(self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int) -> Classifier:
         """A classifier as `build_model` gives it: that of the run before with its first weights, if it is the same."""
         asked = (spec, classes, size, seed)
@@ -50,6 +54,10 @@ class Session:
         else:
             self._model.classifier.network.load_state_dict(self._model.first_weights)
         return self._model.classifier
+
+    def use(self, classifier: Classifier) -> None:
+        """Take a classifier that was made elsewhere as the present model."""
+        self._model = _Model(object(), classifier, {})
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives for the present model, made once for each key."""

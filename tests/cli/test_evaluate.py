@@ -1,0 +1,127 @@
+"""`tlcli eval`: its words, what it prints, and its errors before anything is computed."""
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Ended
+from tests.runs.test_compare import make_run
+from tlcli.cli import evaluate
+from tlcli.errors import UsageError
+from tlcli.watch import Watch
+
+Tlcli = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tlcli: Tlcli) -> Path:
+    path = make_run(tmp_path / "run", [0, 1], [0, 1])
+    path.joinpath("config.yaml").write_text("seed: 3\n")
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What evaluation is asked for; it takes no time."""
+    seen: list[Any] = []
+    classes = ["ants", "bees", "\x1b[31mred"]
+    own = {"precision": 0.5, "recall": 0.25, "f1": 0.3333, "support": 4}
+    report = {
+        "accuracy": 0.5, "accuracy_ci95": [0.3, 0.7], "top5": None, "loss": 0.25, "macro_f1": 0.4, "n": 8,
+        "per_class": {"ants": own, "bees": own, classes[2]: {**own, "support": 0}},
+        "confusion": [[1, 3, 0], [3, 1, 0], [0, 0, 0]], "classes": classes,
+        "calibration": {"temperature": 1.5, "ece_before": 0.2, "ece_after": 0.1, "bins": 15},
+        "checkpoint": "checkpoints/best.safetensors", "epoch": 2,
+        "dataset": {"name": "imagefolder", "root": "/photos", "own": True}, "split": "test", "n_bad_files": 0,
+    }  # fmt: skip
+    module: Any = types.ModuleType("tlcli.evaluation")
+    module.Asked = lambda *args: args
+
+    def evaluate_run(asked: Any, watch: Watch) -> Any:
+        seen.append(asked)
+        words = "the run's own test split"
+        return types.SimpleNamespace(report=report, folder=asked[0] / "eval-1", words=words, same=True, bad_files=())
+
+    module.evaluate_run = evaluate_run
+    monkeypatch.setitem(sys.modules, "tlcli.evaluation", module)
+    return seen
+
+
+def test_the_figures_are_shown(tlcli: Tlcli, run: Path, asked: list[Any]) -> None:
+    done = tlcli("eval", str(run), "dataset=digits", "split=val", "checkpoint=last")
+    assert done.code == 0, done.err
+    path, checkpoint, split, spec, trained = asked[0]
+    assert (path, checkpoint, split) == (run, "last", "val")
+    assert spec.dataset.name == "digits"
+    assert (spec.seed, trained.seed) == (3, 3)
+    for words in (
+        "8 images: the run's own test split",
+        "0.5000, 95 % interval 0.3000 to 0.7000",
+        "0.1000 with the run's temperature 1.5 (0.2000 without)",
+        "has the same figures",
+        "run/eval-1",
+    ):
+        assert words in done.out
+    assert "ants" in done.out
+    assert "red" not in done.out  # neither an image of it nor taken for anything
+
+
+def test_json_is_the_report_and_nothing_else(tlcli: Tlcli, run: Path, asked: list[Any]) -> None:
+    done = tlcli("eval", "--format=json", str(run))
+    found = json.loads(done.out)
+    assert (found["accuracy"], found["folder"]) == (0.5, str(run / "eval-1"))
+
+
+def test_many_classes_have_no_rows() -> None:
+    names = [str(i) for i in range(21)]
+    own = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    report = {"per_class": dict.fromkeys(names, own), "classes": names, "confusion": [[1] * 21] * 21}
+    assert evaluate.class_rows(report) == []
+    assert (
+        len(evaluate.class_rows({**report, "per_class": dict.fromkeys(names[:20], own), "classes": names[:20]})) == 20
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name a run"),
+        (("a", "b"), "one run at a time"),
+        (("a", "split=tset"), "Did you mean 'test'?"),
+        (("a", "checkpoint=first"), "choose from best, last"),
+        (("a", "--format", "xml"), "--format takes one of table, json"),
+        (("a", "--formt", "json"), "Did you mean '--format'?"),
+        (("a", "freeze=head"), "the run is trained already"),
+        (("a", "datset=digits"), "Did you mean 'dataset'?"),
+        (("a", "dataset.val_fraction=0.5"), "draws no new splits"),
+        (("a", "seed=1"), "the run is trained already"),
+    ],
+)
+def test_words_that_make_no_sense(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        evaluate.parse(words)
+    assert message in str(caught.value)
+
+
+def test_errors_come_without_torch(tlcli: Tlcli, run: Path) -> None:
+    assert tlcli("eval", "nowhere").code == 2
+    done = tlcli("eval", str(run), "dataset.rot=x")
+    assert (done.code, "Did you mean 'dataset.root'?" in done.err) == (2, True)
+    done = tlcli("eval", str(run), "dataset=imagefolder", "dataset.root=nowhere")
+    assert (done.code, "nowhere: no such folder" in done.err) == (2, True)
+
+
+def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
+    done = tlcli("eval", "--help")
+    assert (done.code, done.out.count("  tlcli eval ")) == (0, 2)
+    make_run(tmp_path / "outputs/2026-01-02/10-00-00", [0, 1], [0, 1])
+    make_run(tmp_path / "outputs/2026-01-03/10-00-00", [0, 1], [0, 1])
+    found = list(evaluate.candidates([]))
+    assert found[:2] == ["outputs/2026-01-03/10-00-00", "outputs/2026-01-02/10-00-00"]
+    assert "outputs/2026-01-02/10-00-00" not in list(evaluate.candidates(["outputs/2026-01-02/10-00-00"]))
+    assert list(evaluate.candidates(["x", "--format"])) == ["table", "json"]

@@ -1,0 +1,174 @@
+"""A spec from a run's config.yaml: the one that it was trained with, and nothing that is not a value."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+
+from tests.conftest import Compose
+from tlcli.cli.compose import composed, parse_flags, register
+from tlcli.cli.saved import saved_spec
+from tlcli.errors import UsageError
+from tlcli.runs.run_dir import RunDir
+from tlcli.specs import Digits, ImageFolder, TorchvisionDataset
+
+Saved = Callable[..., RunDir]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """saved("freeze=head"): a run of these overrides, as far as its config.yaml and run.json."""
+
+    def make(*overrides: str) -> RunDir:
+        register()
+        config = composed(parse_flags(list(overrides)))
+        OmegaConf.set_struct(config, False)
+        config.pop("hydra")
+        run = RunDir(tmp_path / "run")
+        run.start(command="tlcli train", overrides=overrides, config=OmegaConf.to_yaml(config, resolve=True))
+        return run
+
+    return make
+
+
+def change(run: RunDir, **values: Any) -> None:
+    """Put values into config.yaml; a group's keys as a dict, None removes a key."""
+    content = OmegaConf.to_container(OmegaConf.load(run.config_file))
+    assert isinstance(content, dict)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            content[key] |= value
+        elif value is None:
+            del content[key]
+        else:
+            content[key] = value
+    run.config_file.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("dataset=imagefolder", "dataset.root=/photos", "freeze=last_stages", "freeze.n=2", "optimizer.lr=1e-7"),
+        ("dataset=manifest", "dataset.file=/a.csv", "augment=randaugment", "optimizer=sgd", "scheduler=one_cycle"),
+        ("dataset=eurosat", "dataset.root=/data", "backbone=resnet18", "device=cpu", "dataset.classes=[a,b]"),
+        ("dataset=cifar10", "dataset.root=/data", "backbone=timm", "backbone.name=resnet10t", "freeze=pattern",
+         "freeze.train=['layer4']", "image.mean=[0.1,0.2,0.3]", "cache.mode=off"),
+    ],
+)  # fmt: skip
+def test_it_is_the_spec_of_the_run(saved: Saved, spec: Compose, overrides: tuple[str, ...]) -> None:
+    assert saved_spec(saved(*overrides)) == spec(*overrides)
+
+
+def test_a_data_set_is_switched_as_in_train(saved: Saved, spec: Compose) -> None:
+    run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50", "freeze=head")
+    own = spec("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50", "freeze=head")
+    found = saved_spec(run, ["dataset=imagefolder", "dataset.root=/photos"])
+    assert found.dataset == spec("dataset=imagefolder", "dataset.root=/photos").dataset
+    assert isinstance(found.dataset, ImageFolder)
+    assert replace(found, dataset=own.dataset) == own
+
+
+def test_a_key_of_the_same_data_set_leaves_the_others(saved: Saved) -> None:
+    run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50")
+    found = saved_spec(run, ["dataset.root=/other", "dataset.ram_gb=0.5", "device.precision=fp32"])
+    assert isinstance(found.dataset, TorchvisionDataset)
+    assert (found.dataset.root, found.dataset.ram_gb, found.dataset.train_per_class) == ("/other", 0.5, 50)
+    assert found.device.precision.value == "fp32"
+
+
+def test_keys_that_an_older_run_lacks_have_their_defaults(saved: Saved, spec: Compose) -> None:
+    run = saved("freeze=head")
+    content = OmegaConf.to_container(OmegaConf.load(run.config_file))
+    assert isinstance(content, dict)
+    del content["cache"]
+    del content["clip_grad"]
+    del content["dataset"]["min_crop"]
+    run.config_file.write_text(yaml.safe_dump(content))
+    assert saved_spec(run) == spec("freeze=head")
+
+
+def test_relative_places_are_below_where_the_run_was_started(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Path.cwd()
+    run = saved("dataset=imagefolder", "dataset.root=photos")
+    monkeypatch.chdir(run.path)
+    assert saved_spec(run).dataset.root == str(start / "photos")
+    assert saved_spec(run, ["dataset.root=mine"]).dataset.root == "mine"
+    record = json.loads(run.record_file.read_text())
+    del record["cwd"]
+    run.record_file.write_text(json.dumps(record))
+    assert saved_spec(run).dataset.root == "photos"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epohcs": 3}, "unknown key 'epohcs'. Did you mean 'epochs'?"),
+        ({"dataset": {"rot": "x"}}, "unknown key 'dataset.rot'. Did you mean 'dataset.root'?"),
+        ({"image": {"sise": 3}}, "unknown key 'image.sise'. Did you mean 'image.size'?"),
+        ({"epochs": "many"}, "epochs=many is not a whole number"),
+        ({"batch_size": 0}, "batch_size=0 is out of range: give at least 1"),
+        ({"dataset": {"kind": "tar"}}, "dataset.kind=tar is none of digits, imagefolder"),
+        ({"freeze": 3}, "freeze=3: freeze has keys of its own"),
+        ({"image": 3}, "image"),
+        ({"dataset": {"root": {"_target_": "os.system"}}}, "dataset.root._target_=os.system is refused"),
+        ({"_target_": "os.system"}, "_target_=os.system is refused"),
+        ({"dataset": {"root": "${oc.env:HOME}"}}, "dataset.root=${oc.env:HOME} is refused"),
+        ({"dataset": {"classes": ["a", "${oc.env:HOME}"]}}, "dataset.classes.1=${oc.env:HOME} is refused"),
+    ],
+)
+def test_a_mistake_in_the_file_names_file_and_key(saved: Saved, values: dict[str, Any], message: str) -> None:
+    run = saved("dataset=digits")
+    change(run, **values)
+    with pytest.raises(UsageError) as caught:
+        saved_spec(run)
+    assert str(caught.value).startswith(f"{run.config_file}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "a: !!python/object/apply:os.getcwd []", "\x00"])
+def test_a_file_that_is_no_config(saved: Saved, text: str) -> None:
+    run = saved()
+    run.config_file.write_text(text)
+    with pytest.raises(UsageError, match=r"config\.yaml: "):
+        saved_spec(run)
+
+
+def test_a_directory_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no config\.yaml here"):
+        saved_spec(RunDir(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.rot=x", "unknown key 'dataset.rot'"),
+        ("dataset=imgefolder", "Did you mean 'imagefolder'?"),
+        ("+dataset.new=1", "unknown key 'dataset.new'"),
+        ("dataset.ram_gb=-1", "out of range"),
+        ("experiment=digits", "belongs to `tlcli train`"),
+        ("hydra.run.dir=x", "belongs to `tlcli train`"),
+        ("-m", "belongs to `tlcli train`"),
+        ("seed=1,2", "one value for each key"),
+        ("~dataset.root", "one value for each key"),
+    ],
+)
+def test_a_mistake_on_the_command_line_does_not_name_the_file(saved: Saved, override: str, message: str) -> None:
+    run = saved()
+    with pytest.raises(UsageError) as caught:
+        saved_spec(run, [override])
+    assert message in str(caught.value)
+    assert str(run.config_file) not in str(caught.value)
+
+
+def test_the_users_own_references_are_followed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTOS", "/mine")
+    found = saved_spec(saved(), ["dataset=imagefolder", "dataset.root=${oc.env:PHOTOS}"])
+    assert found.dataset.root == "/mine"
+    assert not isinstance(found.dataset, Digits)

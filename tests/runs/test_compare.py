@@ -1,0 +1,197 @@
+"""The statistics of a comparison against known values, and what is compared with what."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from tlcli.errors import UsageError
+from tlcli.runs.compare import NoPair, Pair, compare, holm, least_settled, mcnemar
+from tlcli.runs.predictions import SplitPredictions, write_predictions
+from tlcli.runs.run_dir import RunDir, write_json
+
+CLASSES = ("ant", "bee", "fly")
+
+
+def make_run(
+    path: Path,
+    said: Sequence[int],
+    true: Sequence[int],
+    *,
+    classes: Sequence[str] = CLASSES,
+    keys: Sequence[str] | None = None,
+    predictions: bool = True,
+    **config: object,
+) -> Path:
+    """A finished run's directory, as far as a comparison reads it."""
+    run = RunDir(path)
+    content = {"seed": 0, "freeze": {"kind": "head"}, "name": path.name, "out": str(path.parent), **config}
+    run.start(command="tlcli train", overrides=[], config=yaml.safe_dump(content))
+    right = sum(a == b for a, b in zip(said, true, strict=True))
+    n = len(true)
+    write_json(run.test_file, {"accuracy": right / n, "accuracy_ci95": [0, 1], "loss": 0.5, "macro_f1": 0.5, "n": n})
+    run.end("done")
+    if predictions:
+        names = tuple(keys or (f"test/{i}.png" for i in range(n)))
+        logits = torch.nn.functional.one_hot(torch.tensor(said), len(classes)).float()
+        write_predictions(
+            run.test_predictions, SplitPredictions(logits, torch.tensor(true), tuple(classes), names, names)
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 0.0625),
+        (6, 0, 0.03125),
+        (1, 9, 22 / 1024),  # 2 * (1 + 10) / 2**10
+        (4, 4, 1.0),
+        (8, 3, 2 * (1 + 11 + 55 + 165) / 2**11),
+    ],
+)
+def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, p: float) -> None:
+    assert mcnemar(only_first, only_second) == pytest.approx(p, rel=1e-12)
+    assert mcnemar(only_second, only_first) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize("disagreements", [0, 3, 6, 7, 12, 60, 301])
+def test_the_least_settled_difference_is_the_least(disagreements: int) -> None:
+    least, n = least_settled(disagreements), max(disagreements, 6)
+    more = (n + least) // 2
+    assert 2 * more - n == least
+    assert mcnemar(more, n - more) < 0.05 <= mcnemar(more - 1, n - more + 1)
+
+
+def test_holm_against_a_worked_example() -> None:
+    # R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_two_runs_image_by_image(tmp_path: Path) -> None:
+    true = [0] * 6 + [1] * 4
+    first = make_run(tmp_path / "a", [0] * 6 + [1, 1, 1, 2], true)
+    second = make_run(tmp_path / "b", [1] * 6 + [1, 1, 1, 1], true, freeze={"kind": "none"}, epochs=3)
+    found = compare([first, second])
+    [pair] = found.pairs
+    assert isinstance(pair, Pair)
+    assert (pair.both_right, pair.both_wrong) == (3, 0)
+    assert [image.key for image in pair.only_first] == [f"test/{i}.png" for i in range(6)]
+    assert {(image.true, image.first, image.second) for image in pair.only_first} == {("ant", "ant", "bee")}
+    assert [(image.key, image.first) for image in pair.only_second] == [("test/9.png", "fly")]
+    assert pair.p == pytest.approx(2 * (1 + 7) / 2**7)
+    assert pair.difference == pytest.approx(0.5)
+    assert [(c.name, c.n, c.first, c.second) for c in pair.classes] == [("ant", 6, 1.0, 0.0), ("bee", 4, 0.75, 1.0)]
+    assert dict(found.config) | {"epochs": str(found.config["epochs"])} == {
+        "freeze.kind": ("head", "none"),
+        "epochs": "(-, 3)",
+    }
+
+
+def test_rows_and_classes_may_be_in_another_order(tmp_path: Path) -> None:
+    keys = ["x", "y", "z", "w"]
+    first = make_run(tmp_path / "a", [0, 1, 2, 0], [0, 1, 2, 1], keys=keys)
+    second = make_run(
+        tmp_path / "b", [1, 0, 2, 2], [1, 0, 1, 2], keys=["w", "z", "y", "x"], classes=["fly", "bee", "ant"]
+    )
+    [pair] = compare([first, second]).pairs
+    assert isinstance(pair, Pair)
+    assert (pair.both_right, pair.both_wrong) == (2, 0)  # x and z
+    assert [(image.key, image.second) for image in pair.only_first] == [("y", "ant")]
+    assert [image.key for image in pair.only_second] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"keys": ["x", "y", "q"]}, "2 images are in both, 2 in one alone"),
+        ({"keys": ["p", "q", "r"]}, "no image in common"),
+        ({"keys": ["x", "y", "y"]}, "one and the same name"),
+        ({"classes": ["ant", "fly", "bee"]}, "2 of 3 images have another label"),
+        ({"predictions": False}, "has no test_predictions.safetensors"),
+    ],
+)
+def test_no_paired_test_where_the_test_sets_differ(tmp_path: Path, other: dict[str, object], why: str) -> None:
+    own: dict[str, object] = {"keys": ["x", "y", "z"]}
+    first = make_run(tmp_path / "a", [0, 1, 2], [0, 1, 2], **own)  # type: ignore[arg-type]
+    second = make_run(tmp_path / "b", [0, 1, 2], [0, 1, 2], **(own | other))  # type: ignore[arg-type]
+    [pair] = compare([first, second]).pairs
+    assert isinstance(pair, NoPair)
+    assert why in pair.why
+
+
+def test_many_runs_are_compared_with_the_best_and_corrected(tmp_path: Path) -> None:
+    true = [0] * 20
+    runs = [make_run(tmp_path / str(n), [0] * n + [1] * (20 - n), true, width=n) for n in (20, 14, 13)]
+    found = compare([runs[1], runs[0], runs[2]])
+    assert found.best == 1
+    pairs = [pair for pair in found.pairs if isinstance(pair, Pair)]
+    assert [(pair.first, pair.second) for pair in pairs] == [(1, 0), (1, 2)]
+    assert [pair.p for pair in pairs] == pytest.approx([0.03125, 0.015625])
+    assert [pair.p_holm for pair in pairs] == pytest.approx([0.03125, 0.03125])
+
+
+def test_seeds_of_one_configuration(tmp_path: Path) -> None:
+    true = [0] * 10
+    runs = [
+        make_run(tmp_path / str(seed), [0] * n + [1] * (10 - n), true, seed=seed) for seed, n in enumerate((7, 8, 9))
+    ]
+    other = make_run(tmp_path / "other", [0] * 10, true, freeze={"kind": "none"})
+    [group] = compare([*runs, other]).seeds
+    assert group.runs == (0, 1, 2)
+    assert group.mean == pytest.approx(0.8)
+    assert group.deviation == pytest.approx(0.1)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t for two degrees of freedom
+    assert group.ci95 == pytest.approx((0.8 - half, min(1.0, 0.8 + half)), rel=1e-6)
+    assert group.same_images
+
+
+def test_seeds_with_test_sets_of_their_own_say_so(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", [0, 1], [0, 1], keys=["x", "y"], seed=0)
+    b = make_run(tmp_path / "b", [0, 1], [0, 0], keys=["x", "z"], seed=1)
+    assert not compare([a, b]).seeds[0].same_images
+
+
+def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:
+    for number in (0, 1, 2, 10):
+        make_run(tmp_path / "sweep" / str(number), [0, 1], [0, 1], lr=number)
+    (tmp_path / "sweep" / "2" / "test.json").unlink()  # this one failed
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert [run.path.name for run in compare([tmp_path / "sweep"]).runs] == ["0", "1", "10"]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "good", [0, 1], [0, 1])
+    with pytest.raises(UsageError, match="two or more runs"):
+        compare([good])
+    with pytest.raises(UsageError, match="named twice"):
+        compare([good, good])
+    with pytest.raises(UsageError, match="no such run directory"):
+        compare([good, tmp_path / "bad"])
+    failed = make_run(tmp_path / "failed", [0, 1], [0, 1])
+    (failed / "test.json").unlink()
+    RunDir(failed).end("failed", "out of memory")
+    with pytest.raises(UsageError, match=r"has no test\.json; its status is failed"):
+        compare([good, failed])
+    (failed / "test.json").write_text(json.dumps({"accuracy": "high"}))
+    with pytest.raises(UsageError, match=r"test\.json: damaged"):
+        compare([good, failed])
+    broken = make_run(tmp_path / "broken", [0, 1], [0, 1])
+    (broken / "config.yaml").write_text("a: [1")
+    with pytest.raises(UsageError, match=r"config\.yaml: cannot be read as YAML"):
+        compare([good, broken])
+
+
+def test_a_config_runs_no_code(tmp_path: Path) -> None:
+    good, evil = (make_run(tmp_path / name, [0, 1], [0, 1]) for name in ("good", "evil"))
+    (evil / "config.yaml").write_text(f"a: !!python/object/apply:os.mkdir [{tmp_path / 'touched'}]")
+    with pytest.raises(UsageError, match=r"config\.yaml: cannot be read as YAML"):
+        compare([good, evil])
+    assert not (tmp_path / "touched").exists()

@@ -1,0 +1,303 @@
+"""`eval` gives what the run's own test gave, matches classes by name, and writes beside what is there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Compose, make_folder
+from tlcli.cli import main
+from tlcli.cli.saved import saved_spec
+from tlcli.data.dataset import load_whole
+from tlcli.errors import UsageError
+from tlcli.evaluation import Asked, Evaluation, evaluate_run
+from tlcli.runs.predictions import read_predictions
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.watch import Watch
+
+SMALL = ("image.size=32", "epochs=1", "backbone=resnet18", "backbone.weights=none", "device.workers=0")
+FREEZES = {
+    "none": ("freeze=none",),
+    "head": ("freeze=head",),
+    "stage": ("freeze=last_stages", "freeze.n=1", "augment=none"),
+}
+
+
+class Notes(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """trained("head"): a finished run on the shapes, the same one for all tests."""
+    made: dict[str, Path] = {}
+
+    def run(freeze: str) -> Path:
+        if freeze not in made:
+            out = tmp_path_factory.mktemp("runs") / freeze
+            words = ["dataset=imagefolder", f"dataset.root='{shapes}'", *SMALL, *FREEZES[freeze]]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Recorder, "_plot", lambda *args: None)
+                assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
+            made[freeze] = out
+        return made[freeze]
+
+    return run
+
+
+@pytest.fixture
+def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a finished run, to write into."""
+    return Path(shutil.copytree(trained("head"), tmp_path / "run"))
+
+
+def evaluated(
+    run: Path, *overrides: str, split: str | None = None, checkpoint: str = "best", watch: Watch | None = None
+) -> Evaluation:
+    own = saved_spec(RunDir(run))
+    spec = saved_spec(RunDir(run), overrides) if overrides else own
+    return evaluate_run(Asked(run, checkpoint, split, spec, own), watch or Watch())
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "cache"),
+    [
+        ("none", "warm"),
+        ("head", "warm"),
+        ("head", "cold"),
+        pytest.param("stage", "warm", marks=pytest.mark.slow),
+        pytest.param("stage", "cold", marks=pytest.mark.slow),
+    ],
+)
+def test_it_reproduces_the_test_to_the_last_digit(
+    trained: Callable[[str], Path], freeze: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained(freeze), tmp_path / "run"))
+    before = files_of(run)
+    was_cached = "test" in read_json(run / "run.json")["cache"]["entries"]
+    assert was_cached == (freeze != "none")  # else the test would not see both ways
+    if cache == "cold":
+        monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
+    found = evaluated(run)
+    report, test = read_json(found.folder / "eval.json"), read_json(run / "test.json")
+    assert {key: report[key] for key in test} == test
+    assert found.same is True
+    assert found.folder == run / "eval-1"
+    ours, theirs = (
+        read_predictions(p) for p in (found.folder / "predictions.safetensors", run / "test_predictions.safetensors")
+    )
+    assert torch.equal(ours.logits, theirs.logits)
+    assert (ours.keys, ours.classes) == (theirs.keys, theirs.classes)
+    after = files_of(run)
+    assert {name: after[name] for name in before} == before
+
+
+def test_the_formats_are_those_of_the_run(run: Path) -> None:
+    record = read_json(run / "run.json")
+    other = "torch.bfloat16" if record["precision"]["evaluate"] == "torch.float32" else "torch.float32"
+    own = evaluated(run).report["loss"]
+    (run / "run.json").write_text(json.dumps({**record, "precision": {"train": other, "evaluate": other}}))
+    found = evaluated(run)
+    assert found.report["loss"] != own
+    assert found.same is False
+
+
+def test_each_evaluation_has_a_directory_of_its_own(run: Path) -> None:
+    (run / "eval-1").mkdir()  # somebody's own, and empty
+    (run / "eval-2").write_text("notes")
+    folders = [evaluated(run, split=split).folder.name for split in ("test", "val", "train")]
+    assert folders == ["eval-3", "eval-4", "eval-5"]
+    assert not list((run / "eval-1").iterdir())
+    assert not list(run.glob(".eval-*"))
+    reports = [read_json(run / name / "eval.json") for name in folders]
+    assert [report["split"] for report in reports] == ["test", "val", "train"]
+    info = read_json(run / "run.json")
+    assert [report["n"] for report in reports] == [info["n_test"], info["n_val"], info["n_train"]]
+    assert sorted(p.name for p in (run / "eval-3").iterdir()) == ["config.yaml", "eval.json", "predictions.safetensors"]
+
+
+def test_fewer_test_images_are_no_repetition(run: Path) -> None:
+    found = evaluated(run, "dataset.test_per_class=2")
+    assert (found.report["n"], found.same) == (6, None)
+
+
+def test_the_last_checkpoint(run: Path) -> None:
+    found = evaluated(run, checkpoint="last")
+    assert found.report["checkpoint"] == "checkpoints/last.safetensors"
+    assert found.same is None
+
+
+# -- other data sets
+
+
+def by_name(run: Path) -> dict[str, str]:
+    """What the run says of each of its test images, by key."""
+    rows = read_predictions(run / "test_predictions.safetensors")
+    said = rows.logits.argmax(dim=1).tolist()
+    return {key: rows.classes[place] for key, place in zip(rows.keys, said, strict=True)}
+
+
+@pytest.mark.parametrize("wanted", [("down", "checks"), ("down",)])
+def test_a_subset_of_the_classes_is_matched_by_name(
+    run: Path, shapes: Path, tmp_path: Path, wanted: tuple[str, ...]
+) -> None:
+    for name in wanted:
+        shutil.copytree(shapes / "test" / name, tmp_path / "few" / name)
+    said = by_name(run)
+    right = [said[f"test/{name}/{p.name}"] == name for name in wanted for p in (shapes / "test" / name).iterdir()]
+    found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'few'}")
+    assert found.report["n"] == len(right)
+    assert found.report["accuracy"] == sum(right) / len(right)
+    assert found.report["classes"] == ["across", "checks", "down"]
+    assert found.report["per_class"]["across"]["support"] == 0
+    assert found.words == "all of it"
+    rows = read_predictions(found.folder / "predictions.safetensors")
+    assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
+
+
+def test_classes_in_another_order_are_matched_by_name(run: Path, shapes: Path, tmp_path: Path) -> None:
+    """In a manifest classes are sorted by name, too; the other order is the run's: a head for classes turned round."""
+    said = by_name(run)
+    rows = ["path,label"] + [
+        f"{p.relative_to(shapes)},{p.parent.name}" for p in sorted((shapes / "test").rglob("*.png"), reverse=True)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    found = evaluated(run, "dataset=manifest", f"dataset.file={tmp_path / 'labels.csv'}", f"dataset.root={shapes}")
+    assert found.report["accuracy"] == sum(key.split("/")[1] == name for key, name in said.items()) / len(said)
+
+
+def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
+    import numpy as np
+
+    from tlcli.data.source import Arrays, Split
+    from tlcli.evaluation import labelled_as
+
+    split = Split(Arrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
+    found = labelled_as(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
+    assert found.labels.tolist() == [2, 3, 3, 0]
+
+
+def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "other", {"Across": 2, "wasps": 2, "down": 2})
+    with pytest.raises(UsageError) as caught:
+        evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    assert "'Across' (did you mean 'across'?), 'wasps'" in str(caught.value)
+    assert "across, checks, down" in str(caught.value)
+    assert not list(run.glob("*eval-*"))
+
+
+def test_classes_that_are_not_evaluated_may_be_unknown(run: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "other" / "train", {"across": 2, "wasps": 2})
+    make_folder(tmp_path / "other" / "test", {"across": 3})
+    found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    assert (found.report["n"], found.report["split"], found.words) == (3, "test", "its test split")
+
+
+@pytest.mark.parametrize(
+    ("splits", "role"),
+    [
+        (("train", "val", "test"), "test"),
+        (("train", "val"), "val"),
+        (("test",), "test"),
+        (("train",), "train"),
+        (("",), "all"),
+    ],
+)
+def test_which_split_of_another_data_set(spec: Compose, tmp_path: Path, splits: tuple[str, ...], role: str) -> None:
+    for place, split in enumerate(splits):
+        make_folder(tmp_path / split, {"across": 2 + place})  # one class is enough
+    own = spec("dataset=imagefolder", f"dataset.root='{tmp_path}'").dataset
+    found = load_whole(own, None, seed=0, watch=Watch())
+    assert (found.role, len(found.split)) == (role, 2 + splits.index(role if role in splits else ""))
+
+
+def test_a_val_split_in_place_of_a_test_split_is_said(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "other" / split, {"across": 2, "down": 2})
+    found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    assert found.words == "its val split, as it has no test split"
+
+
+def test_a_split_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "other", {"across": 2, "down": 2})
+    with pytest.raises(UsageError, match=r"split=val: imagefolder has no such split \(it is not split\)"):
+        evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}", split="val")
+
+
+@pytest.mark.slow
+def test_the_preprocessing_is_the_runs(run: Path, tmp_path: Path) -> None:
+    """Other data sets suggest other sizes of images; the network was trained for one."""
+    make_folder(tmp_path / "other", {"across": 4, "down": 4})
+    own = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    other = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}", "dataset.image_size=64")
+    assert own.report["loss"] == other.report["loss"]
+
+
+# -- the run's own data set, later
+
+
+@pytest.fixture
+def unsplit(tmp_path: Path) -> Path:
+    """A run on a folder without splits, whose test images were held out; a cheap stand-in for training."""
+    make_folder(tmp_path / "photos", {"across": 10, "down": 10})
+    out = tmp_path / "unsplit"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_plot", lambda *args: None)
+        words = ["dataset=imagefolder", f"dataset.root='{tmp_path / 'photos'}'", *SMALL, "freeze=head"]
+        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
+    return out
+
+
+def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    found = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
+    assert found.same is True
+    assert found.words == "the run's own test split: the same images in another place"
+    make_folder(tmp_path / "new", {"across": 3, "down": 4})
+    assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
+
+
+@pytest.mark.slow
+def test_a_data_set_that_has_grown_is_said(unsplit: Path, tmp_path: Path) -> None:
+    for i in range(10):
+        shutil.copy(tmp_path / "photos/across/000.png", tmp_path / f"photos/across/a{i}.png")
+    watch = Notes()
+    found = evaluated(unsplit, watch=watch)
+    assert found.same is False
+    assert any("the data set has changed since the run" in note for note in watch.notes)
+
+
+def test_a_damaged_checkpoint_leaves_nothing_behind(run: Path) -> None:
+    (run / "checkpoints" / "best.safetensors").write_bytes(b"no weights")
+    before = files_of(run)
+    with pytest.raises(UsageError, match="damaged"):
+        evaluated(run)
+    assert files_of(run) == before
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files_of(run)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tlcli.evaluation.write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluated(run)
+    assert files_of(run) == before
+    assert not list(run.glob("*eval*"))
