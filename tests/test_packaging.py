@@ -39,8 +39,9 @@ def test_every_config_file_is_in_the_wheel(wheel: list[str]) -> None:
 
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel: list[str]) -> None:
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tlcli").rglob("*.py")}
-    assert modules <= set(wheel)
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tlcli").rglob("*.*") if "__pycache__" not in p.parts}
+    assert any(name.endswith(".html.j2") for name in files)
+    assert files <= set(wheel)
     assert {name.split("/")[0] for name in wheel} == {"tlcli", f"tlcli-{tlcli.__version__}.dist-info"}
 
 

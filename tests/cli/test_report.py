@@ -1,0 +1,138 @@
+"""`tlcli report`: from a run's directory to one file."""
+
+import base64
+import io
+import re
+import subprocess
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import Ended
+from tlcli.cli.completion import candidates
+from tlcli.data.decode import read_image
+from tlcli.runs.predictions import read_predictions
+from tlcli.runs.run_dir import RunDir
+
+Tlcli = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A run, in a process of its own."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    words = f"dataset=imagefolder dataset.root={shapes} backbone=resnet18 backbone.weights=none image.size=32 epochs=1"
+    command = [sys.executable, "-m", "tlcli", "train", *words.split(), f"hydra.run.dir={folder}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    return folder
+
+
+def pictures(html: str) -> list[np.ndarray]:
+    """The pictures in a page, each as its pixels."""
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in found]
+
+
+def test_a_run_becomes_one_file_with_its_images(tlcli: Tlcli, trained: Path, shapes: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "report.html"}
+    ended = tlcli("report", str(trained))
+    assert (ended.code, ended.out, ended.err) == (0, f"{trained / 'report.html'}\n", "")
+    html = (trained / "report.html").read_text(encoding="utf-8")
+    assert "test accuracy" in html
+    shown = pictures(html)
+    found = read_predictions(RunDir(trained).test_predictions)
+    wrong = int((found.logits.argmax(dim=1) != found.labels).sum())
+    assert len(shown) >= wrong > 0
+    first = html.split('<ul class="gallery">')[1].split('class="file" title="')[1].split('"')[0]
+    assert first in found.keys
+    far = {key: np.abs(shown[0].astype(int) - read_image(shapes / key)).mean() for key in found.keys}
+    assert min(far, key=lambda key: far[key]) == first  # the picture is of the image that its name says
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_images_that_are_gone_leave_their_names(tlcli: Tlcli, trained: Path, tmp_path: Path) -> None:
+    config = trained / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(re.sub(r"root: .*", "root: /no/such/place", text), encoding="utf-8")
+    try:
+        assert tlcli("report", str(trained), "--output", str(tmp_path / "r.html")).code == 0
+    finally:
+        config.write_text(text, encoding="utf-8")
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert pictures(html) == []
+    assert "The images are not shown, because the data set cannot be read: /no/such/place" in html
+    assert "not found" in html
+
+
+def test_a_relative_output_and_the_browser(tlcli: Tlcli, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: shown.append(address) is None)
+    ended = tlcli("report", "--open", str(trained), "--output=here.html")
+    assert (ended.code, ended.out) == (0, "here.html\n")
+    assert shown == [Path("here.html").resolve().as_uri()]
+    monkeypatch.setattr(webbrowser, "open", lambda address: False)
+    ended = tlcli("report", "--open", str(trained), "--output=here.html")
+    assert ended.code == 1
+    assert "no browser was found; open here.html" in ended.err
+
+
+def test_nothing_else_is_overwritten(tlcli: Tlcli, trained: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.html"
+    notes.write_text("mine")
+    ended = tlcli("report", str(trained), "--output", str(notes))
+    assert ended.code == 2
+    assert "not a report of tlcli's" in ended.err
+    assert notes.read_text() == "mine"
+    link = tmp_path / "link.html"
+    link.symlink_to(trained / "report.html")
+    assert tlcli("report", str(trained), "--output", str(link)).code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "nowhere: no such directory"),
+        (["."], "neither a run nor a sweep"),
+        ([".", "x"], "give one directory of a run or a sweep, not 2"),
+        (["--outptu", "x"], "Did you mean '--output'?"),
+        ([".", "--output"], "--output takes the name of a file"),
+    ],
+)
+def test_mistakes_are_one_line(tlcli: Tlcli, words: list[str], says: str) -> None:
+    ended = tlcli("report", *words)
+    assert ended.code == 2
+    assert says in ended.err
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("output", ["nowhere/r.html", "."])
+def test_a_place_that_cannot_be_is_one_line(tlcli: Tlcli, trained: Path, output: str) -> None:
+    ended = tlcli("report", str(trained), "--output", output)
+    assert ended.code == 2
+    assert "--output" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_damaged_run_json_is_one_line(tlcli: Tlcli, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    ended = tlcli("report", str(tmp_path))
+    assert ended.code == 1
+    assert "run.json: cannot be read" in ended.err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
+    assert tlcli("report", "--help").out.count("\n  tlcli report outputs") == 2
+    for name, file in (("a", "run.json"), ("b", "sweep.json")):
+        (tmp_path / "outputs" / "day" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / "day" / name / file).write_text("{}")
+    folders = ["outputs/day/b ", "outputs/day/a "]
+    assert candidates("tlcli report ") == [*folders, "--output ", "--open ", "--help "]
+    assert candidates("tlcli report outputs/day/a --o") == ["--output ", "--open "]
+    assert candidates("tlcli report outputs/day/a --output ") == []
+    assert candidates("tlcli report --output x outp") == folders

@@ -1,0 +1,467 @@
+"""The report: complete, escaped, and nothing from outside; each part has its sentence where it is missing."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.runs.chromium import CHROMIUM, Page, chromium
+from tlcli.engine.metrics import Predictions
+from tlcli.engine.metrics import test_report as figures_of
+from tlcli.errors import UsageError
+from tlcli.runs import leaderboard
+from tlcli.runs.predictions import SplitPredictions, write_predictions
+from tlcli.runs.report import Pictures, render, run_page, save, sweep_page
+from tlcli.runs.report.gallery import SHOWN, SIDE
+from tlcli.runs.run_dir import RunDir, write_json
+
+SCRIPT = "<script>alert(1)</script>"
+IMAGE = '"><img src=x onerror=alert(1)>'
+TURNED = "\u202eabc\u0627\u0644\u0646\u062d\u0644"
+HOSTILE = (SCRIPT, IMAGE, "two\nlines", TURNED, "</style><b>", "{{ 7777 * 7 }}", "' onload='alert(1)", "half \udc80")
+"""Names that a data set may have. The last is how Python has a file's name that is not UTF-8."""
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+SVG = {"svg", "path", "circle", "line", "rect", "text", "title"}
+KNOWN = {
+    *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "div", "p", "h1", "h2", "h3"),
+    *("span", "bdi", "strong", "small", "a", "dl", "dt", "dd", "figure", "figcaption", "details", "summary", "pre"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td", "ul", "li", "img", *SVG),
+}
+
+
+class Html(HTMLParser):
+    """A page as a parser sees it: tags, attributes and text; elements that are open when they should not be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def check(html: str) -> Html:
+    """What holds for every report: it parses, has known elements alone, its policy, and no address from outside."""
+    page = Html(html)
+    assert set(page.tags) <= KNOWN, set(page.tags) - KNOWN
+    assert "script" not in page.tags
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+    policy = next(value for _, name, value in page.attributes if name == "content" and "default-src" in value)
+    assert re.fullmatch(
+        r"default-src 'none'; img-src data:; style-src 'sha256-[A-Za-z0-9+/=]+'; base-uri 'none'; form-action 'none'",
+        policy,
+    )
+    for tag, name, value in page.attributes:
+        if name in ("href", "src", "xlink:href", "action", "data", "srcset", "poster"):
+            inside = value.startswith("./" if tag == "a" else "data:image/jpeg;base64,")
+            assert inside and ":" not in value[16:], (tag, name, value)
+    sheet = html.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in sheet and "@import" not in sheet
+    return page
+
+
+def make_run(folder: Path, classes: tuple[str, ...], *, n: int = 60, status: str = "done", **facts: Any) -> RunDir:
+    """A run's directory as training leaves it, with random predictions; images are called IMAGE0.jpg and so on."""
+    run, k = RunDir(folder), len(classes)
+    random = np.random.default_rng(0)
+    run.start(command="tlcli train dataset=digits", overrides=["dataset=digits"], config="epochs: 2\nseed: 0\n")
+    labels = torch.tensor(random.integers(0, k, n))
+    logits = torch.tensor(random.normal(0, 2, (n, k))).float()
+    logits[torch.arange(n), labels] += 2
+    for epoch in range(3):
+        row = {"epoch": epoch, "loss": 1 / (1 + epoch), "accuracy": 0.5 + epoch / 10}
+        run.log_metrics({"split": "train", **row, "lr": {"head": 0.1}})
+        run.log_metrics({"split": "val", **row})
+    run.update(
+        name="a run", classes=list(classes), dataset="digits", backbone="net", freeze="head", n_train=90, n_val=10,
+        best={"epoch": 2, "accuracy": 0.7, "macro_f1": 0.7, "loss": 0.3}, keep_best="accuracy",
+        parameters={"total": 300, "trainable": 20}, seconds={"setup": 1.0, "train": 2.0, "total": 3.0},
+        stages=[{"name": "stem", "parameters": 280, "trainable": 0, "lr": None}],
+        calibration={"temperature": 1.3}, versions={"torch": "2.13"}, **facts,
+    )  # fmt: skip
+    write_json(run.test_file, {**figures_of(Predictions(logits, labels), classes), "epoch": 2})
+    keys = tuple(f"test/{classes[int(t) % k]}/{i}.jpg" for i, t in enumerate(labels))
+    write_predictions(run.test_predictions, SplitPredictions(logits, labels, tuple(classes), keys, keys))
+    run.end(status, "it broke" if status == "failed" else None)
+    return run
+
+
+def drawn(run: RunDir, pictures: Pictures | None = None) -> Html:
+    return check(render("run.html.j2", run_page(run, pictures or Pictures({}))))
+
+
+# -- what comes from the data
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run in which everything that can be named has a hostile name."""
+    all_of_it = " ".join(HOSTILE)
+    run = make_run(
+        tmp_path_factory.mktemp("hostile"), HOSTILE, status="failed",
+        machine={"processor": all_of_it}, git_commit=all_of_it, device=all_of_it,
+    )  # fmt: skip
+    run.update(
+        name=all_of_it, error=all_of_it, dataset=all_of_it, backbone=all_of_it, freeze=all_of_it, started=all_of_it,
+        overrides=[all_of_it], command=f"tlcli train '{IMAGE}", keep_best=all_of_it, status=all_of_it,
+        stages=[{"name": all_of_it, "parameters": all_of_it, "trainable": 3, "lr": all_of_it}],
+        seconds={all_of_it: 1.0, "total": all_of_it}, versions={all_of_it: all_of_it},
+        cache={"used": False, "why": all_of_it}, n_train=all_of_it, parameters={"total": all_of_it, "trainable": 1},
+    )  # fmt: skip
+    run.config_file.write_text(f"dataset: {{kind: imagefolder, root: '{SCRIPT}'}}\n# {SCRIPT} {IMAGE}\n")
+    return run
+
+
+def test_hostile_names_are_text_and_nothing_else(hostile: RunDir) -> None:
+    page = drawn(hostile)
+    for name in HOSTILE[:-1]:
+        assert " ".join(name.split()) in page.words
+    assert "half \ufffd" in page.words
+    assert "54439" not in page.words  # a template's marks within a name mean nothing
+
+
+def test_hostile_names_appear_escaped_only(hostile: RunDir) -> None:
+    html = render("run.html.j2", run_page(hostile, Pictures({})))
+    html.encode("utf-8")
+    assert html.count("<img src=x") == 0 == html.count("<script") == html.count("onload='")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+OTHER_KINDS: tuple[Any, ...] = (
+    SCRIPT,
+    7,
+    [],
+    [[SCRIPT]],
+    [[1]],
+    {},
+    {"x": [1]},
+    {"x": {"f1": SCRIPT}},
+    None,
+    True,
+    -1,
+    1e300,
+)
+
+
+@pytest.mark.parametrize("file", ["run.json", "test.json"])
+def test_values_of_another_kind_are_left_out(tmp_path: Path, file: str) -> None:
+    run = make_run(tmp_path, ("a", "b"), n=12)
+    whole = json.loads((tmp_path / file).read_text())
+    for n, key in enumerate(whole):  # each key with some of them, and all keys with each
+        for value in (OTHER_KINDS * 2)[3 * n % len(OTHER_KINDS) :][:3]:
+            write_json(tmp_path / file, {**whole, key: value})
+            drawn(run)
+    for value in OTHER_KINDS:
+        write_json(tmp_path / file, dict.fromkeys(whole, value))
+        drawn(run)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff", '{"loss": NaN, "split": "val", "epoch": 1}'])
+def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path, ("a", "b"))
+    for file in (run.test_file, run.metrics_file, run.config_file, run.test_predictions):
+        file.write_text(content, encoding="utf-8")
+    assert "70.0" in drawn(run).words  # validation is all that is known
+
+
+# -- what is shown
+
+
+@pytest.mark.filterwarnings("ignore:A single label:UserWarning")  # scikit-learn's, of the figures of one class
+@pytest.mark.parametrize("n", [1, 2, 7, 41, 300])
+def test_any_number_of_classes(tmp_path: Path, n: int) -> None:
+    classes = tuple(f"class {i}" for i in range(n))
+    run = make_run(tmp_path, classes, n=3 * n + 10)
+    page = drawn(run)
+    assert all(name in page.words for name in classes)
+    test = json.loads(run.test_file.read_text())
+    counts = np.array(test["confusion"])
+    worst = np.array([test["per_class"][name]["f1"] for name in classes if test["per_class"][name]["support"]]).min()
+    first = next(c for c in run_page(run, Pictures({})).classes)
+    assert first.f1 == worst
+    if n <= 40:
+        cells = [value for tag, name, value in page.attributes if tag == "td" and re.fullmatch(r"[de]\d+", value)]
+    else:
+        cells = [value for tag, name, value in page.attributes if tag == "rect" and re.fullmatch(r"[de]\d+", value)]
+    assert len(cells) == (counts > 0).sum()
+
+
+def test_the_result_comes_first_with_its_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("ants", "bees"))
+    test = json.loads(run.test_file.read_text())
+    low, high = test["accuracy_ci95"]
+    said = [f"{100 * x:.1f} %" for x in (test["accuracy"], low, high)]
+    words = drawn(run).words.replace("\xa0", " ")
+    places = [words.index(figure, words.index("test accuracy") - 12) for figure in said]
+    assert places == sorted(places)
+    assert places[-1] < words.index("Training")
+    assert "net was fine-tuned on 90 images of digits to tell ants and bees apart; only its head trained" in words
+
+
+def test_mistakes_are_the_most_confident_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("a", "b", "c"), n=200)
+    page = run_page(run, Pictures({}))
+    shown = page.galleries.mistakes
+    assert shown is not None
+    test = json.loads(run.test_file.read_text())
+    assert shown.n == 200 - np.trace(np.array(test["confusion"]))
+    assert len(shown.cards) == min(SHOWN, shown.n)
+    sure = [card.guesses[0].probability for card in shown.cards]
+    assert sure == sorted(sure, reverse=True)
+    assert all(card.truth != card.guesses[0].name and card.truth in card.name for card in shown.cards)
+    undecided = page.galleries.uncertain
+    assert undecided is not None
+    margins = [card.guesses[0].probability - card.guesses[1].probability for card in undecided.cards]
+    assert margins == sorted(margins)
+    assert all(card.right == (card.truth == card.guesses[0].name) for card in undecided.cards)
+
+
+def test_thumbnails_are_small_jpegs_and_what_is_gone_has_its_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("a", "b"))
+    shown = run_page(run, Pictures({})).galleries.mistakes
+    assert shown is not None
+    there, gone = shown.cards[0].name, shown.cards[1].name
+    pixels = np.full((400, 1000, 3), (200, 30, 30), dtype=np.uint8)
+    page = drawn(run, Pictures({there: lambda: pixels}))
+    (picture,) = {value for tag, name, value in page.attributes if (tag, name) == ("img", "src")}
+    image = Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2])))
+    assert image.format == "JPEG"
+    assert image.size == (SIDE, SIDE * 400 // 1000)
+    assert np.abs(np.asarray(image).reshape(-1, 3).mean(axis=0) - (200, 30, 30)).max() < 5
+    assert gone in page.words
+    assert "not found" in page.words
+
+
+def test_older_runs_say_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("a", "b"))
+    run.test_predictions.unlink()
+    assert "This run has no test_predictions.safetensors" in drawn(run).words
+
+
+def test_the_calibration_error_is_that_of_test_json(tmp_path: Path) -> None:
+    from tlcli.engine.calibration import expected_calibration_error
+    from tlcli.runs.predictions import read_predictions
+
+    run = make_run(tmp_path, ("a", "b", "c"), n=300)
+    found, shown = read_predictions(run.test_predictions), run_page(run, Pictures({})).calibration
+    assert shown is not None and shown.chart is not None
+    assert shown.ece_after == expected_calibration_error(found.logits, found.labels, 1.3)
+    assert shown.ece_before == expected_calibration_error(found.logits, found.labels, 1.0)
+    assert [series.name for series in shown.chart.series] == ["unscaled", "scaled"]
+
+
+@pytest.mark.parametrize(("status", "word"), [("failed", "Failed"), ("interrupted", "Interrupted")])
+def test_runs_that_ended_early_have_a_report(tmp_path: Path, status: str, word: str) -> None:
+    run = RunDir(tmp_path)
+    run.start(command="tlcli train", overrides=[], config="")
+    run.end(status, "no room on the disk")
+    words = drawn(run).words
+    assert words.index(word) < words.index("No result")
+    assert "no room on the disk" in words
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("a", "b"))
+    run.update(status="running", pid=2**22 + 1)  # Linux has no such number
+    assert run_page(run, Pictures({})).status == "died"
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "again"),
+    [
+        ("tlcli train seed=3 hydra.run.dir=here", ["seed=3"], "tlcli train seed=3"),
+        ("tlcli train -m seed=3,4 --config-dir my", ["seed=4"], "tlcli train --config-dir my seed=4"),
+        ("tlcli train 'name=a b'", ["name=a b"], "tlcli train 'name=a b'"),
+        ("tlcli train '~scheduler' +x=1", ["~scheduler", "+x=1"], "tlcli train '~scheduler' +x=1"),
+    ],
+)
+def test_the_command_trains_this_run_alone(tmp_path: Path, command: str, overrides: list[str], again: str) -> None:
+    run = make_run(tmp_path, ("a", "b"))
+    run.update(command=command, overrides=overrides)
+    assert run_page(run, Pictures({})).command == again
+
+
+# -- sweeps
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six jobs over a rate and a name; the last one failed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for i, (rate, name) in enumerate([(r, n) for n in ("adam", SCRIPT) for r in ("1e-4", "1e-3", "1e-1")]):
+        run = make_run(folder / str(i), ("a", "b"), status="failed" if i == 5 else "done")
+        best = {"epoch": 2, "accuracy": 0.5 + i / 20, "macro_f1": 0.5, "loss": 0.3}
+        run.update(overrides=[f"optimizer.lr={rate}", f"name={name}"], best=best)
+    leaderboard.write(folder)
+    return folder
+
+
+def test_a_sweep_has_a_leaderboard_and_a_figure_a_key(sweep: Path) -> None:
+    made = sweep_page(sweep, sweep / "report.html")
+    page = check(render("sweep.html.j2", made))
+    assert [chart.title for chart in made.charts] == ["optimizer.lr", "name"]
+    assert all(len(chart.series[0].dots) == 5 for chart in made.charts)  # the failed job has no figure
+    (chosen,) = [dot for dot in made.charts[0].series[0].dots if dot.chosen]
+    assert "job 4" in chosen.label
+    assert "70.0" in page.words[:60]
+    assert "Failed" in page.words
+    assert "it broke" in page.words
+    assert SCRIPT in page.words
+
+
+def test_values_that_span_decades_are_as_far_apart_as_their_logarithms(sweep: Path) -> None:
+    chart = sweep_page(sweep, sweep / "report.html").charts[0]
+    low, middle, high = (tick.at for tick in chart.x_ticks)
+    assert [tick.label for tick in chart.x_ticks] == ["0.0001", "0.001", "0.1"]
+    assert (high - middle) == pytest.approx(2 * (middle - low), abs=0.5)
+
+
+def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> None:
+    folder = tmp_path / "a sweep"
+    names = ["javascript:alert(1)", 'x"><b>', "plain"]
+    for name in names:
+        make_run(folder / name, ("a", "b")).update(overrides=[f"x={len(name)}"])
+    (folder / "plain" / "report.html").write_text("")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place in (folder, elsewhere):
+        page = check(render("sweep.html.j2", sweep_page(folder, place / "r.html")))
+        links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
+        from urllib.parse import unquote
+
+        found = {(place / unquote(link)).resolve() for link in links}
+        assert found == {(folder / n).resolve() for n in names[:2]} | {(folder / "plain" / "report.html").resolve()}
+
+
+def test_a_sweep_without_a_finished_job(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "0")
+    run.start(command="tlcli train -m seed=1,2", overrides=["seed=1"], config="")
+    run.end("interrupted")
+    assert "No result" in check(render("sweep.html.j2", sweep_page(tmp_path, tmp_path / "r.html"))).words
+    with pytest.raises(UsageError, match="no run in this sweep"):
+        sweep_page(tmp_path / "0" / "nothing", tmp_path / "r.html")
+
+
+# -- the file
+
+
+def test_only_a_report_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    html = render("run.html.j2", run_page(make_run(tmp_path / "run", ("a", "b")), Pictures({})))
+    save(html, file)
+    save(html, file)
+    assert file.read_text(encoding="utf-8") == html
+    for other in ("my notes", "<!doctype html><title>tlcli report</title>", ""):
+        file.write_text(other)
+        with pytest.raises(UsageError, match="not a report of tlcli's"):
+            save(html, file)
+        assert file.read_text() == other
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
+
+
+# -- in a browser
+
+in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def pages(hostile: RunDir, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports of a hostile run, of runs with few and many classes, and of a sweep."""
+    folder = tmp_path_factory.mktemp("pages")
+    few = make_run(folder / "few", ("ants", "bees"))
+    many = make_run(folder / "many", tuple(f"class {i}" for i in range(60)), n=400)
+    wide = make_run(folder / "wide", tuple(f"{i}" + "w" * 120 for i in range(12)))
+    red = np.full((30, 20, 3), (255, 0, 0), dtype=np.uint8)
+    runs = {"hostile": hostile, "few": few, "many": many, "wide": wide}
+    found = {}
+    for name, run in runs.items():
+        keys = {card.name for g in vars(run_page(run, Pictures({})).galleries).values() if g for card in g.cards}
+        pictures = Pictures({key: lambda: red for key in keys})
+        found[name] = folder / f"{name}.html"
+        save(render("run.html.j2", run_page(run, pictures)), found[name])
+    found["sweep"] = folder / "sweep.html"
+    save(render("sweep.html.j2", sweep_page(sweep, found["sweep"])), found["sweep"])
+    return found
+
+
+@in_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hostile", "few", "many", "wide", "sweep"])
+def test_chromium_has_nothing_to_complain_about(
+    browser: Page, pages: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    for width in (390, 1280):
+        for scheme in ("light", "dark"):
+            browser.complaints.clear()
+            browser.requests.clear()
+            browser.show(pages[name], width, scheme=scheme)
+            assert browser.value("document.documentElement.scrollWidth") == width  # nothing is wider than the screen
+            assert browser.complaints == []
+            asked = [address for address in browser.requests if not address.startswith("data:")]
+            assert asked == [pages[name].resolve().as_uri()]
+            assert browser.value("document.scripts.length") == 0
+            assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            light = browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            assert light == (scheme == "light")  # the style sheet was let in by its digest
+        browser.picture(tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as picture:
+            assert picture.width == width
+            assert picture.getpixel((1, 1)) == (20, 22, 26)
+
+
+@in_chromium
+@pytest.mark.slow
+def test_a_class_that_is_a_script_is_text_in_chromium(browser: Page, pages: dict[str, Path]) -> None:
+    browser.show(pages["hostile"], 1280)
+    assert SCRIPT in browser.value("document.body.innerText")
+    assert browser.value("document.querySelectorAll('img:not([src^=\"data:image/jpeg\"])').length") == 0
+
+
+@in_chromium
+@pytest.mark.slow
+def test_the_policy_stops_what_it_should(browser: Page, pages: dict[str, Path], tmp_path: Path) -> None:
+    html = pages["few"].read_text(encoding="utf-8")
+    file = tmp_path / "broken.html"
+    file.write_text(html.replace("</main>", '<script>1</script><p style="color: red">x</p></main>'), encoding="utf-8")
+    browser.complaints.clear()
+    browser.show(file, 1280)
+    assert len([c for c in browser.complaints if "Content Security Policy" in c]) >= 2
