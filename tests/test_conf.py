@@ -37,7 +37,7 @@ def test_option_says_what_it_is(option) -> None:
 
 
 def test_groups_are_those_of_the_issue() -> None:
-    groups = ["dataset", "backbone", "optimizer", "scheduler", "augment", "freeze", "device", "experiment"]
+    groups = ["dataset", "backbone", "optimizer", "scheduler", "augment", "freeze", "device", "logger", "experiment"]
     assert list(FILES.groups) == groups
     assert set(SCHEMAS) == set(groups) - {"experiment"}
 

@@ -90,6 +90,13 @@ class CacheDtype(Enum):
     bf16 = "bf16"
 
 
+class WandbMode(Enum):
+    """Whether a Weights & Biases run is sent while it goes."""
+
+    offline = "offline"
+    online = "online"
+
+
 def number(
     low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
 ) -> Any:
@@ -440,6 +447,48 @@ class DeviceSpec(Spec):
     deterministic: bool
 
 
+# -- logger -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class LoggerSpec(Spec):
+    """An experiment tracker that the run is also written to."""
+
+    kind: str
+
+
+@dataclass(kw_only=True)
+class NoLogger(LoggerSpec):
+    """The run directory alone."""
+
+    kind: str = "none"
+
+
+@dataclass(kw_only=True)
+class TensorboardLogger(LoggerSpec):
+    """TensorBoard's event files, in the run directory."""
+
+    kind: str = "tensorboard"
+
+
+@dataclass(kw_only=True)
+class MlflowLogger(LoggerSpec):
+    """A run of an MLflow experiment: the address of its store, and the experiment's name."""
+
+    kind: str = "mlflow"
+    uri: str
+    experiment: str
+
+
+@dataclass(kw_only=True)
+class WandbLogger(LoggerSpec):
+    """A Weights & Biases run."""
+
+    kind: str = "wandb"
+    project: str
+    mode: WandbMode
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +503,7 @@ class TrainSpec(Spec):
     scheduler: SchedulerSpec
     augment: AugmentSpec
     device: DeviceSpec
+    logger: LoggerSpec
     image: ImageSpec
     cache: CacheSpec
     epochs: int = number(low=1)
@@ -492,6 +542,7 @@ SCHEMAS: dict[str, dict[str, type[Spec]]] = {
     },
     "augment": {"none": AugmentNone, "crop": Crop, "trivial": Trivial, "randaugment": Rand},
     "device": {"device": DeviceSpec},
+    "logger": {"none": NoLogger, "tensorboard": TensorboardLogger, "mlflow": MlflowLogger, "wandb": WandbLogger},
 }
 """The dataclasses that the YAML files of each group may name in their defaults list, as /schema/GROUP/NAME@_here_."""
 

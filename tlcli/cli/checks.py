@@ -6,6 +6,7 @@ from pathlib import Path
 from tlcli import __version__
 from tlcli.data.listing import check_dataset
 from tlcli.errors import UsageError
+from tlcli.runs.loggers import check_logger
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 
@@ -13,7 +14,8 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 
 
 def check(spec: TrainSpec) -> None:
-    """Raise UsageError where the data set or the weights that a spec names are not there."""
+    """Raise UsageError where the data set, the weights or the package that a spec names are not there."""
+    check_logger(spec.logger)
     check_dataset(spec.dataset)
     check_weights(spec.backbone.weights)
 

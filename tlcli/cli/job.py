@@ -21,6 +21,7 @@ from tlcli.cli.view import TerminalWatch
 from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImages, TlcliError
 from tlcli.runs import leaderboard
+from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import DatasetSpec, TrainSpec
 
@@ -77,15 +78,16 @@ def _train(
     if not checked:
         command.check(spec)
     log.info(first_line(spec))
-    _quiet_libraries()
+    quiet_libraries()
     from tlcli.engine.session import session_for  # torch is imported here, and not before
     from tlcli.train import train
 
     command.session = session_for(spec.cache, command.session)
-    return train(spec, run, watch, command.session)
+    with logged_run(spec, run.path, watch) as told:
+        return train(spec, run, told, command.session)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """What torch and tqdm read from the environment when they are imported; the user's own settings stay."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not spin on a shared machine
     if not sys.stderr.isatty():

@@ -1,0 +1,367 @@
+"""Experiment trackers: what reaches them, and that none of them can end a run or change it.
+
+The real packages are extras: where one is not installed, its test is skipped.
+"""
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlcli.cli import main
+from tlcli.errors import UsageError
+from tlcli.runs import loggers
+from tlcli.runs.loggers import (
+    LoggedWatch,
+    check_logger,
+    epoch_figures,
+    facts_of,
+    flat_config,
+    logged_run,
+    result_figures,
+)
+from tlcli.runs.run_dir import read_json
+from tlcli.specs import TrainSpec
+from tlcli.watch import EpochRow, Outcome, Plan, StageRow, Watch
+
+RUN = Path("outputs/2026-11-24/10-15-00")
+PLAN = Plan(
+    run=RUN,
+    name="photos-resnet18-head",
+    dataset="photos",
+    classes=("ants", "bees"),
+    counts={"train": (10, 20), "val": (1, 2), "test": (3, 4)},
+    model="resnet18",
+    image="32 px",
+    stages=(StageRow("stem", 100, 0, None), StageRow("head", 10, 10, 1e-3)),
+    training="2 epochs",
+    device="CPU",
+    activations="live",
+    notes=(),
+)
+START = EpochRow(0, 2, None, None, 0.7, 0.5, 0.4, None, None, 1.5, True)
+ROW = EpochRow(1, 2, 0.6, 0.7, 0.5, 0.8, 0.75, 1e-3, 120.0, 3.0, True)
+OUTCOME = Outcome(RUN, 0.9, (0.8, 0.95), None, 0.3, 7, 1, 0.8, (), RUN / "checkpoints/best.safetensors", 4.0)
+
+
+class Heard(Watch):
+    """A watch that keeps its notes and what else it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.told: list[object] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def plan(self, plan: Plan) -> None:
+        self.told.append(plan)
+
+    def epoch(self, row: EpochRow) -> None:
+        self.told.append(row)
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.told.append(outcome)
+
+
+class Fake:
+    """A logger that keeps what it was told, and raises in the methods that are named."""
+
+    def __init__(self, *raising: str, error: Exception | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._raising = raising
+        self._error = error or ConnectionError("the server is down\nand more lines")
+
+    def _called(self, name: str, *values: Any) -> None:
+        self.calls.append((name, *values))
+        if name in self._raising:
+            raise self._error
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        self._called("start", config, facts)
+
+    def epoch(self, row: EpochRow) -> None:
+        self._called("epoch", row)
+
+    def end(self, result: Outcome | None, status: str) -> None:
+        self._called("end", result, status)
+
+
+Compose = Callable[..., TrainSpec]
+
+
+@pytest.fixture
+def chosen(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake], TrainSpec]:
+    """A spec with logger=wandb, and a fake in the place of the real one."""
+
+    def choose(fake: Fake) -> TrainSpec:
+        own = spec("logger=wandb", "optimizer.lr=0.25")
+        monkeypatch.setitem(loggers.LOGGERS, type(own.logger), lambda spec, run: fake)
+        monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+        return own
+
+    return choose
+
+
+def goes(watch: Watch) -> None:
+    """What a run tells its watch."""
+    watch.plan(PLAN)
+    watch.epoch(START)
+    watch.epoch(ROW)
+    watch.outcome(OUTCOME)
+
+
+def test_a_logger_is_told_the_run(chosen) -> None:
+    fake, heard = Fake(), Heard()
+    with logged_run(chosen(fake), RUN, heard) as watch:
+        goes(watch)
+    (start, config, facts), *epochs, end = fake.calls
+    assert start == "start"
+    assert config["optimizer.lr"] == 0.25
+    assert (facts["name"], facts["n_train"], facts["n_test"], facts["parameters"]) == (PLAN.name, 30, 7, 110)
+    assert epochs == [("epoch", START), ("epoch", ROW)]
+    assert end == ("end", OUTCOME, "done")
+    assert heard.told == [PLAN, START, ROW, OUTCOME]  # what shows the run hears the same
+    assert heard.notes == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")])
+def test_how_a_run_ended_is_logged(chosen, error: BaseException, status: str) -> None:
+    fake = Fake()
+    with pytest.raises(type(error)), logged_run(chosen(fake), RUN, Heard()) as watch:
+        watch.plan(PLAN)
+        raise error
+    assert fake.calls[-1] == ("end", None, status)
+
+
+def test_a_run_that_never_began_is_not_logged(chosen) -> None:
+    fake = Fake()
+    with pytest.raises(UsageError), logged_run(chosen(fake), RUN, Heard()):
+        raise UsageError("no such folder")
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("epoch", 2), ("end", 4)])
+def test_a_logger_that_fails_is_a_note_and_then_off(chosen, raising: str, calls: int) -> None:
+    fake, heard = Fake(raising), Heard()
+    with logged_run(chosen(fake), RUN, heard) as watch:
+        goes(watch)
+    assert heard.told == [PLAN, START, ROW, OUTCOME]
+    assert heard.notes == ["logger=wandb failed and is off for the rest of this run: the server is down"]
+    assert len(fake.calls) == calls
+
+
+def test_an_error_without_words_is_named(chosen) -> None:
+    heard = Heard()
+    with logged_run(chosen(Fake("start", error=RuntimeError())), RUN, heard) as watch:
+        goes(watch)
+    assert heard.notes[0].endswith(": RuntimeError")
+
+
+def test_no_logger_is_no_wrapper(spec: Compose) -> None:
+    heard = Heard()
+    with logged_run(spec(), RUN, heard) as watch:
+        assert watch is heard
+
+
+def test_tracking_passes_through(chosen) -> None:
+    class Counting(Heard):
+        def track(self, label, total, unit="images"):
+            self.told.append((label, total, unit))
+            return super().track(label, total, unit)
+
+    counting = Counting()
+    with LoggedWatch(counting, Fake(), chosen(Fake())).track("reading", 3, "files") as advance:
+        advance(3)
+    assert counting.told == [("reading", 3, "files")]
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow", "wandb"])
+def test_a_missing_package_is_a_usage_error(kind: str, spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"logger={kind} needs {kind}: pip install 'tlcli\[{kind}\]'"):
+        check_logger(spec(f"logger={kind}").logger)
+    check_logger(spec().logger)
+
+
+def test_a_missing_package_ends_a_command_before_it_leaves_anything(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    assert main(["train", "dataset=imagefolder", f"dataset.root='{shapes}'", "logger=mlflow"]) == 2
+    shown = capsys.readouterr()
+    assert "pip install 'tlcli[mlflow]'" in shown.err
+    assert shown.out == ""  # before torch is imported and the run's first line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_is_flat_and_without_what_may_be_secret(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    config = flat_config(spec("logger=mlflow", "logger.uri='http://me:hunter2@host'", "image.mean=[0.1,0.2,0.3]"))
+    assert (config["keep_best"], config["image.mean"], config["freeze.kind"]) == ("accuracy", [0.1, 0.2, 0.3], "none")
+    assert not [key for key in config if key.startswith("logger")]
+    assert "hunter2" not in repr(config) + repr(facts_of(PLAN))
+
+
+def test_figures_that_are_missing_are_left_out() -> None:
+    assert epoch_figures(START).keys() == {"val/loss", "val/accuracy", "val/macro_f1", "seconds"}
+    assert epoch_figures(ROW)["train/loss"] == 0.6
+    assert "test/top5" not in result_figures(OUTCOME)
+    assert result_figures(OUTCOME)["test/accuracy_low"] == 0.8
+
+
+# -- the real packages
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]):
+    """train("logger=wandb"): a small run without a network; its directory. A note that a logger failed is an error."""
+    monkeypatch.chdir(tmp_path)
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), address
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    small = ["backbone=resnet18", "backbone.weights=none", "image.size=32", "epochs=2", "device.precision=fp32"]
+    small += ["device.channels_last=false", "cache.mode=off"]
+    count = 0
+
+    def run(*overrides: str) -> Path:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"run{count}"
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", *small, f"hydra.run.dir='{out}'", *overrides]
+        assert main(["train", *words]) == 0, capsys.readouterr().err
+        assert "failed and is off" not in capsys.readouterr().out
+        return out
+
+    return run
+
+
+def figures_of(run: Path) -> tuple[list[float], float]:
+    """The validation losses by epoch and the test accuracy, as the run directory has them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "val"], read_json(run / "test.json")["accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # theirs
+def test_tensorboard_reads_what_was_written(train) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train("logger=tensorboard")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    losses, accuracy = figures_of(run)
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 2]
+    assert [event.value for event in events.Scalars("val/loss")] == pytest.approx(losses)
+    assert events.Scalars("test/accuracy")[0].value == pytest.approx(accuracy)
+    assert {"config/text_summary", "facts/text_summary", "status/text_summary"} <= set(events.Tags()["tensors"])
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "optimizer.lr: 0.0005" in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_mlflow_reads_what_was_written(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    plain = train()
+    run = train("logger=mlflow", "logger.experiment=mine")
+    assert figures_of(run) == figures_of(plain)  # a logger changes nothing
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    losses, accuracy = figures_of(run)
+    history = sorted(client.get_metric_history(found.info.run_id, "val/loss"), key=lambda metric: metric.step)
+    assert [metric.value for metric in history] == pytest.approx(losses)
+    assert found.data.metrics["test/accuracy"] == pytest.approx(accuracy)
+    assert found.data.params["optimizer.lr"] == "0.0005"
+    assert found.data.tags["run"] == str(run)
+    assert found.info.status == "FINISHED"
+    assert b"hunter2" not in (tmp_path / "outputs/mlflow.db").read_bytes()
+    assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_each_job_of_a_sweep_is_a_run_of_its_own(train, tmp_path: Path, shapes: Path) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "backbone=resnet18", "backbone.weights=none"]
+    words += ["image.size=32", "epochs=1", "logger=mlflow", "hydra.sweep.dir=sweep"]
+    words.append(f"out='{tmp_path}/outputs'")  # MLflow keeps a store open by its address
+    assert main(["train", "-m", *words, "optimizer.lr=1e-4,1e-3,-1"]) == 1  # the last job never begins
+    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    experiment = client.get_experiment_by_name("tlcli")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.params["optimizer.lr"] for run in found) == ["0.0001", "0.001"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_wandb_offline_has_what_was_written(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    run = train("logger=wandb", "logger.project=mine")
+    (folder,) = run.glob("wandb/offline-run-*")
+    (file,) = folder.glob("*.wandb")
+    records = wandb_records(file)
+    losses, accuracy = figures_of(run)
+    assert [row["val/loss"] for row in records["history"] if "val/loss" in row] == pytest.approx(losses)
+    assert records["summary"]["test/accuracy"] == pytest.approx(accuracy)
+    assert records["summary"]["status"] == "done"
+    assert records["config"]["optimizer.lr"] == 0.0005
+    assert records["project"] == "mine"
+    content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"hunter2" not in content
+
+
+def wandb_records(file: Path) -> dict[str, Any]:
+    """What an offline run's file holds: config, history, summary."""
+    from wandb.proto import wandb_internal_pb2
+
+    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "project": None}
+    for data in level_db_records(file.read_bytes()[7:]):  # behind the file's own head
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            found["project"] = record.run.project
+            found["config"] |= values(record.run.config.update)
+        if record.HasField("history"):
+            found["history"].append(values(record.history.item))
+        if record.HasField("summary"):
+            found["summary"] |= values(record.summary.update)
+    return found
+
+
+def values(items: Any) -> dict[str, Any]:
+    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+
+
+def level_db_records(content: bytes, block: int = 32_768) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format: parts with a head of 7 bytes (checksum, length, kind), in blocks."""
+    place, parts = 7, b""  # the head of the file counts as part of the first block
+    content = bytes(7) + content
+    while place + 7 <= len(content):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, last
+            yield parts
+            parts = b""
