@@ -46,12 +46,13 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Images that stay in memory once they were read, as long as it lasts; their digests always do."""
+    """Images that stay in memory once they were read, as long as it lasts; their digests and keys always do."""
 
     images: Images
     memory: Memory
     pixels: dict[int, Pixels] = field(default_factory=dict)
     digests: dict[int, bytes] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,7 +78,10 @@ class Kept:
         return self.images.name(index)
 
     def key(self, index: int) -> str:
-        return self.images.key(index)
+        key = self.keys.get(index)
+        if key is None:
+            key = self.keys[index] = self.images.key(index)
+        return key
 
     def digest(self, index: int) -> bytes:
         digest = self.digests.get(index)

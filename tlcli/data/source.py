@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,10 +65,11 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Images of one size that are in memory: uint8 (n, height, width, 3)."""
+    """Images of one size that are in memory: uint8 (n, height, width, 3). Their digests stay once they were taken."""
 
     arrays: Pixels
     prefix: str
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -84,7 +85,10 @@ class Arrays:
         return self.name(index)
 
     def digest(self, index: int) -> bytes:
-        return digest_of_pixels(self.read(index))
+        digest = self.digests.get(index)
+        if digest is None:
+            digest = self.digests[index] = digest_of_pixels(self.read(index))
+        return digest
 
 
 def digest_of_pixels(pixels: Pixels) -> bytes:
@@ -140,6 +144,10 @@ class Split:
     def name(self, i: int) -> str:
         """The path or name of the split's i-th image."""
         return self.images.name(int(self.indices[i]))
+
+    def key(self, i: int) -> str:
+        """The name of the split's i-th image that stays when the data moves."""
+        return self.images.key(int(self.indices[i]))
 
     def fingerprint(self, positions: Ints | None = None, watch: Watch | None = None) -> str:
         """SHA-256 over names and contents of the images at these positions (None: all), in order; not over labels.

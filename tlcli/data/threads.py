@@ -3,29 +3,40 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from tlcli.watch import Watch
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 PATIENCE = 1.0
 """Seconds that work may take before anybody is told of it."""
 
 
-def in_threads(work: Callable[[int], T], indices: Sequence[int], chunk: int) -> Iterator[T]:
-    """What `work` gives for each index, in order; a task of a thread is `chunk` of them. Errors are raised here."""
+def in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
+    """What `work` gives for each item, in order; a task of a thread is `chunk` of them. Errors are raised here.
+
+    At most `ahead` tasks (None: two for each thread) are done or under way before their results are taken.
+    """
     threads = min(16, os.cpu_count() or 1)
+    most = 2 * threads if ahead is None else ahead
     waiting: deque[Future[list[T]]] = deque()
+    source = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(indices), chunk):
-            waiting.append(pool.submit(_each, work, indices[start : start + chunk]))
-            if len(waiting) > 2 * threads:
+        try:
+            while some := list(islice(source, chunk)):
+                waiting.append(pool.submit(_each, work, some))
+                if len(waiting) > most:
+                    yield from waiting.popleft().result()
+            while waiting:
                 yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+        finally:
+            for task in waiting:  # whoever took the results has gone
+                task.cancel()
 
 
 def shown_if_slow(results: Iterator[T], label: str, total: int, watch: Watch) -> Iterator[T]:
@@ -45,5 +56,5 @@ def shown_if_slow(results: Iterator[T], label: str, total: int, watch: Watch) ->
                 done(1)
 
 
-def _each(work: Callable[[int], T], indices: Sequence[int]) -> list[T]:
-    return [work(index) for index in indices]
+def _each(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    return [work(item) for item in items]
