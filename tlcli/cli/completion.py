@@ -7,6 +7,7 @@ import enum
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
@@ -78,10 +79,9 @@ def candidates(line: str) -> list[str]:
             found = _for_train(word, before, files)
         case [_, "completion"]:
             found = iter(SCRIPTS)
-        case [_, "cache", *before]:
-            from tlcli.cli import cache
-
-            found = cache.candidates(before)
+        case [_, command, *before] if command in COMMANDS:
+            module = import_module(COMMANDS[command][0])
+            found = module.candidates(before) if hasattr(module, "candidates") else iter(())
         case _:
             found = iter(())
     return [one if one[-1] in "=." else one + " " for one in dict.fromkeys(found) if one.startswith(word)]

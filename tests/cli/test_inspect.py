@@ -1,0 +1,134 @@
+"""`tlcli inspect`: what its words mean, and how the figures look. What is measured is in tests/test_inspection.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tlcli.cli.inspect import backbone_words, candidates, page, specs
+from tlcli.inspection import Inspection, StageCost, Strategy
+
+CUT = Strategy("head", 2562, "classifier", 2560, 1_018_880, 5.97, 0.008, 3.8, "cached", None, 6.1)
+LAST = [
+    Strategy(
+        f"last_stages n={n}", 1_020_162 * n, f"blocks.{7 - n}", 18_816, 7_488_768, 6.0, 0.5, 4.1, "live", "crops", 28.0
+    )
+    for n in (1, 2, 3)
+]
+LIVE = Strategy(
+    "none", 3_373_570, None, None, None, None, None, 13.4, "live", "nothing leads: conv_stem trains", 4000.0
+)
+FOUND = Inspection(
+    backbone="efficientnet_lite0",
+    dataset="imagefolder photos",
+    classes=2,
+    images={"train": 221, "val": 24, "test": 153},
+    size=224,
+    epochs=5,
+    batch_size=32,
+    device="CPU, training in float32",
+    cores=2,
+    load=0.5,
+    stages=(StageCost("stem", 3_371_008, 0.99), StageCost("head", 2562, 0.01)),
+    strategies=(CUT, *LAST, LIVE),
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_a_page_fits_its_width(width: int) -> None:
+    lines = page(FOUND, width)
+    assert max(map(len, lines)) <= width
+    table = next(i for i, line in enumerate(lines) if line.startswith("freeze"))
+    assert {"first", "then", "live", "run"} <= set(lines[table].split())
+    assert lines[table + 1].split()[0] == "head"
+    assert lines[table + 5].split()[-1 if width < 80 else -2] == "1:06:40"
+
+
+def test_reasons_name_each_strategy_once() -> None:
+    lines = page(FOUND, 10_000)
+    assert "live       last_stages n=1,2,3: crops" in lines
+    assert "live       none: nothing leads: conv_stem trains" in lines
+    assert not any(line.startswith("busy") for line in lines)
+
+
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    assert any("load 9.0 on 2 cores" in line for line in page(replace(FOUND, load=9.0), 10_000))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("resnet18", [], ["backbone=resnet18"]),
+        ("torchvision/swin_t", [], ["backbone=swin_t"]),
+        ("timm/vit_tiny_patch16_224", [], ["backbone=timm", "backbone.name=vit_tiny_patch16_224"]),
+        ("timm", ["backbone.name=resnet10t"], ["backbone=timm"]),
+    ],
+)
+def test_a_backbone_is_chosen_as_train_would(name: str, overrides: list[str], words: list[str]) -> None:
+    assert backbone_words(name, overrides) == words
+
+
+def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()  # a folder of the same name is no run
+    spec, linear = specs(["resnet18", "dataset=imagefolder", f"dataset.root={shapes}", "batch_size=7"])
+    assert (spec.backbone.name, spec.batch_size, spec.augment.kind) == ("resnet18", 7, "crop")
+    assert linear.kind == "none", "freeze=head comes with images as they are"
+    assert specs([])[0].backbone.name == "efficientnet_lite0"
+    assert specs(["augment=trivial"])[1].kind == "trivial"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["resnet19"], "Did you mean 'resnet18'"),
+        (["torchvision/resnet101"], "timm/NAME"),
+        (["resnet18", "freez=head"], "Did you mean 'freeze'"),
+        (["resnet18", "head"], "what is 'head'"),
+        (["resnet18", "--fromat=json"], "Did you mean '--format'"),
+        (["resnet18", "--format", "xml"], "--format takes one of"),
+        (["resnet18", "-m"], "does not take '-m'"),
+        (["resnet18", "dataset=imagefolder", "dataset.root=nowhere"], "nowhere"),
+        (["."], "not a run's directory"),
+    ],
+)
+def test_usage_errors(words: list[str], told: str, tlcli) -> None:
+    ended = tlcli("inspect", *words)
+    assert ended.code == 2
+    assert ended.err.startswith("tlcli inspect: ")
+    assert ended.err.count("\n") == 1
+    assert told in ended.err
+
+
+def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = tmp_path / "run", ["dataset=imagefolder", f"dataset.root={shapes}", "backbone=resnet18"]
+    code = tlcli("train", "--cfg", "job", "--resolve", *config, "backbone.weights=none", "image.size=40", "epochs=7")
+    run.mkdir()
+    (run / "config.yaml").write_text(code.out)
+    monkeypatch.setattr("tlcli.inspection.inspect", lambda spec, linear, watch: _echo(spec, linear))
+    ended = tlcli("inspect", str(run), "epochs=9", "--format", "json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert (found["backbone"], found["size"], found["epochs"]) == ("resnet18", 40, 9)
+    assert found["strategies"][0]["cache_bytes"] == 1_018_880
+    assert tlcli("inspect", str(run)).out.startswith("backbone   resnet18, ")
+
+
+def _echo(spec, linear) -> Inspection:  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    assert linear.kind == "none"
+    return replace(FOUND, backbone=spec.backbone.name, size=spec.image.size, epochs=spec.epochs)
+
+
+def test_completion() -> None:
+    assert {"resnet18", "--format"} <= set(candidates([]))
+    assert list(candidates(["resnet18", "--format"])) == ["table", "json"]
+
+
+def test_help_has_two_examples(tlcli) -> None:
+    out = tlcli("inspect", "--help").out
+    assert out.count("  tlcli inspect ") == 2
+    assert max(map(len, out.splitlines())) <= 82

@@ -1,0 +1,232 @@
+"""`tlcli list`: what it shows of runs and sweeps, which it shows, and in which order."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs.test_index import make_run
+from tlcli.cli.list_query import KEYS, parsed_filter
+from tlcli.cli.list_runs import candidates, rows, table
+from tlcli.errors import UsageError
+from tlcli.runs.index import read_index
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """Four runs, a day apart, and a sweep of three jobs."""
+    folder = tmp_path / "outputs"
+    accuracies = {"1": 0.9, "2": 0.7, "3": None, "4": 0.8}
+    for day, accuracy in accuracies.items():
+        backbone = "resnet50" if day == "4" else "resnet18"
+        status = "done" if accuracy else "failed"
+        facts = {"started": f"2026-11-0{day}T12:00:00+00:00", "seconds": {"total": 60.0 * int(day)}, "status": status}
+        make_run(
+            folder / day, accuracy=accuracy, backbone=backbone, best=None if day == "3" else {"accuracy": 0.5}, **facts
+        )
+    for job, freeze in enumerate(("head", "none", "norm")):
+        best = {"accuracy": 0.1 * job, "macro_f1": 0.1, "loss": 1.0}
+        facts = {"started": "2026-11-05T12:00:00+00:00", "best": best, "overrides": ["epochs=1", f"freeze={freeze}"]}
+        make_run(folder / "sweep" / str(job), accuracy=0.3 + job / 10, freeze=freeze, **facts)
+    (folder / "sweep" / "sweep.json").write_text("{}")
+    return folder
+
+
+def shown(text: str) -> list[str]:
+    """The path of each line of a table."""
+    return [line.split()[-1] for line in text.split("\n\n")[0].splitlines()[1:]]
+
+
+def test_newest_first_with_a_line_a_sweep(outputs, tlcli) -> None:
+    ended = tlcli("list")
+    assert ended.code == 0
+    assert shown(ended.out) == [f"outputs/{name}" for name in ("sweep", "4", "3", "2", "1")]
+    assert ended.out.splitlines()[-1] == "4 runs and 1 sweep of 3 jobs in outputs"
+    sweep = re.split(" {2,}", ended.out.splitlines()[1])
+    assert sweep[0] == "3 done"
+    assert sweep[4:7] == ["head,none,norm", "0.2000", "0.5000"], "the best job by validation"
+
+
+def test_jobs_stand_below_their_sweep_with_what_it_varies(outputs, tlcli) -> None:
+    lines = tlcli("list", "--jobs").out.splitlines()
+    assert [line.split()[-1] for line in lines[1:6]] == [
+        "outputs/sweep", "outputs/sweep/0", "outputs/sweep/1", "outputs/sweep/2", "outputs/4"
+    ]  # fmt: skip
+    assert "freeze=norm" in lines[4]
+    assert "epochs=1" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("sort", "first", "last"),
+    [
+        ("test", "1", "3"),
+        ("-test", "sweep", "3"),
+        ("minutes", "sweep", "1"),
+        ("when", "sweep", "1"),
+        ("-when", "1", "sweep"),
+        ("backbone", "sweep", "4"),
+        ("-backbone", "4", "1"),
+    ],
+)
+def test_order(sort: str, first: str, last: str, outputs, tlcli) -> None:
+    paths = shown(tlcli("list", "--sort", sort).out)
+    assert (paths[0], paths[-1]) == (f"outputs/{first}", f"outputs/{last}")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "names"),
+    [
+        (["status=failed"], "3"),
+        (["backbone=resnet50"], "4"),
+        (["backbone=resnet*"], "sweep 4 3 2 1"),
+        (["backbone!=resnet18"], "4"),
+        (["test>0.75"], "4 1"),
+        (["test<=0.5"], "sweep"),
+        (["test>0.75", "backbone=resnet18"], "1"),
+        (["when>=2026-11-04"], "sweep 4"),
+        (["when=2026-11-03"], "3"),
+        (["freeze=none"], "sweep"),
+        (["path=*/2"], "sweep 2"),
+    ],
+)
+def test_filters(conditions: list[str], names: str, outputs, tlcli) -> None:
+    words = [word for condition in conditions for word in ("--filter", condition)]
+    assert shown(tlcli("list", *words).out) == [f"outputs/{name}" for name in names.split()]
+
+
+def test_a_filter_leaves_of_a_sweep_the_jobs_for_which_it_holds(outputs, tlcli) -> None:
+    (sweep,) = json.loads(tlcli("list", "--filter", "freeze!=norm", "--filter", "path=*sweep*", "--format", "json").out)
+    assert (sweep["jobs"], sweep["val"], sweep["freeze"]) == (2, 0.1, ["head", "none"])
+
+
+def test_limit(outputs, tlcli) -> None:
+    assert len(shown(tlcli("list", "--limit", "2").out)) == 2
+
+
+def test_json_has_everything(outputs, tlcli) -> None:
+    found = json.loads(tlcli("list", "--jobs", "--format=json").out)
+    assert [entry["kind"] for entry in found] == ["sweep", "run", "run", "run", "run"]
+    assert [job["freeze"] for job in found[0]["runs"]] == ["head", "none", "norm"]
+    assert found[0]["best_job"] == "outputs/sweep/2"
+    assert found[-1]["started"] == "2026-11-01T12:00:00+00:00"
+    assert found[-1]["test_ci95"] == pytest.approx([0.8, 1.0])
+
+
+def test_csv_cannot_carry_a_formula(outputs, tlcli) -> None:
+    make_run(outputs / "evil", name='=HYPERLINK("x")', dataset="@SUM(1)", backbone="+1", error="-1")
+    found = {row["path"]: row for row in csv.DictReader(io.StringIO(tlcli("list", "--format", "csv").out))}
+    assert len(found) == 6
+    evil = found["outputs/evil"]
+    assert (evil["name"], evil["dataset"], evil["backbone"], evil["error"]) == (
+        '\'=HYPERLINK("x")', "'@SUM(1)", "'+1", "'-1"
+    )  # fmt: skip
+    assert found["outputs/1"]["test"] == "0.9"
+
+
+def test_control_characters_do_not_reach_the_terminal(outputs, tlcli) -> None:
+    make_run(outputs / "evil", dataset="a\x1b[31mb\nc", backbone="d\u202ee")
+    out = tlcli("list").out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert len(out.splitlines()) == 9
+
+
+def test_damaged_and_died_are_shown(outputs, tlcli) -> None:
+    (outputs / "1" / "run.json").write_text("{")
+    lines = tlcli("list", "--filter", "status=damaged").out.splitlines()
+    assert re.split(" {2,}", lines[1])[0] == "damaged"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_a_table_fits_its_width(width: int, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(outputs.parent)
+    make_run(outputs / "long", dataset="a data set with a name that is far too long", backbone="图像" * 20)
+    lines = table(list(rows(read_index(Path("outputs")).entries, jobs=True)), width)
+    from rich.cells import cell_len
+
+    assert max(map(cell_len, lines)) <= width
+    titles = lines[0].split()
+    assert {"status", "val", "test", "path"} <= set(titles)
+    assert len(titles) > 4 or width == 60
+
+
+def test_a_pipe_gets_whole_cells(outputs, tlcli) -> None:
+    name = "x" * 80
+    make_run(outputs / "long", backbone=name)
+    assert name in tlcli("list").out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "there is no such folder"),
+        (["--sort", "tst"], "Did you mean 'test'"),
+        (["--sort", "validation"], "Did you mean 'val'"),
+        (["--filter", "backbon=x"], "Did you mean 'backbone'"),
+        (["--filter", "test"], "in quotes"),
+        (["--filter", "test>high"], "'high' is none"),
+        (["--filter", "status>done"], "status is a word"),
+        (["--filter"], "--filter needs a value"),
+        (["--limit", "0"], "--limit 0"),
+        (["--format", "jsn"], "Did you mean 'json'"),
+        (["--job"], "Did you mean '--jobs'"),
+    ],
+)
+def test_usage_errors(words: list[str], told: str, outputs, tlcli) -> None:
+    ended = tlcli("list", *words)
+    assert ended.code == 2
+    assert ended.err.startswith("tlcli list: ")
+    assert ended.err.count("\n") == 1
+    assert told in ended.err
+
+
+def test_nothing_there_is_no_error(tlcli, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    assert tlcli("list") == tlcli("list", "outputs")
+    assert tlcli("list").out == "no runs in outputs\n"
+    assert json.loads(tlcli("list", "--format", "json").out) == []
+
+
+def test_every_key_can_be_sorted_and_filtered_by(outputs, tlcli) -> None:
+    for key in KEYS:
+        assert tlcli("list", "--sort", key).code == 0
+        parsed_filter(f"{key}=1")
+    with pytest.raises(UsageError, match="no key"):
+        parsed_filter("=1")
+
+
+def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert {"--sort", "--filter", "experiments/"} <= set(candidates([]))
+    assert list(candidates(["--jobs", "--sort"])) == list(KEYS)
+    assert list(candidates(["--format"])) == ["table", "csv", "json"]
+
+
+def test_help_has_two_examples(tlcli) -> None:
+    out = tlcli("list", "--help").out
+    assert out.count("  tlcli list ") == 2
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_two_thousand_runs_without_torch(tmp_path: Path) -> None:
+    for i in range(2000):
+        folder = tmp_path / f"2026-11-{i % 28 + 1:02}" / str(i)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text('{"status": "done", "backbone": "resnet18", "dataset": "digits"}')
+        (folder / "test.json").write_text('{"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6]}')
+    code = (
+        "import sys; from tlcli.cli import main; main(['list', sys.argv[1]]);"
+        "print([m for m in ('torch', 'numpy', 'hydra', 'omegaconf', 'rich', 'matplotlib') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *lines, total, modules = done.stdout.splitlines()
+    assert len(lines) == 2000 + 2
+    assert total == f"2,000 runs in {tmp_path}"
+    assert modules == "[]"

@@ -1,0 +1,187 @@
+"""What runs lie under a folder: each once, whatever is in their files, and nothing is opened that is not needed."""
+
+import builtins
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlcli.runs import index
+from tlcli.runs.index import RunEntry, SweepEntry, read_index, read_run
+from tlcli.runs.run_dir import RunDir, host_digest, write_json
+
+BEST = {"epoch": 2, "accuracy": 0.9, "macro_f1": 0.8, "loss": 0.3}
+
+
+def make_run(path: Path, *, accuracy: float | None = None, **facts: Any) -> Path:
+    path.mkdir(parents=True)
+    record = {"status": "done", "started": "2026-11-24T10:00:00+00:00", "backbone": "resnet18", "dataset": "digits"}
+    write_json(path / "run.json", {**record, "freeze": "head", "best": BEST, "seconds": {"total": 90.0}, **facts})
+    if accuracy is not None:
+        write_json(path / "test.json", {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.1, accuracy + 0.1]})
+    return path
+
+
+def one(folder: Path) -> RunEntry:
+    (entry,) = read_index(folder).entries
+    assert isinstance(entry, RunEntry)
+    return entry
+
+
+def test_a_run_has_what_its_files_say(tmp_path: Path) -> None:
+    make_run(tmp_path / "a" / "b", accuracy=0.75, seed=3)
+    entry = one(tmp_path)
+    assert (entry.status, entry.dataset, entry.backbone, entry.freeze, entry.seed) == (
+        "done", "digits", "resnet18", "head", 3
+    )  # fmt: skip
+    assert (entry.validation, entry.test, entry.minutes) == (0.9, 0.75, 1.5)
+    assert entry.test_ci95 == pytest.approx((0.65, 0.85))
+
+
+def test_a_folder_that_is_a_run_itself(tmp_path: Path) -> None:
+    assert one(make_run(tmp_path / "run")).path == tmp_path / "run"
+
+
+def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
+    for job, loss in ((0, 0.5), (2, 0.1), (10, 0.3)):
+        best = {"epoch": 1, "accuracy": 0.5 + loss, "loss": loss}
+        make_run(tmp_path / "s" / str(job), accuracy=0.6, best=best, keep_best="loss", overrides=["a=1", f"b={job}"])
+    make_run(tmp_path / "s" / "3", status="failed", best=None, freeze="none")
+    (tmp_path / "s" / "multirun.yaml").touch()
+    (sweep,) = read_index(tmp_path).entries
+    assert isinstance(sweep, SweepEntry)
+    assert [job.path.name for job in sweep.jobs] == ["0", "2", "3", "10"]
+    assert sweep.status == "failed"
+    assert sweep.top is not None
+    assert sweep.top.path.name == "2", "they keep the epoch of the lowest loss"
+    assert sweep.values("freeze") == ("head", "none")
+    assert sweep.minutes == 6.0
+    assert sweep.varied() == {"a=1", "b=0", "b=2", "b=10"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"status": ', "\x00\xff", "[" * 100_000], ids=lambda text: repr(text[:8])
+)
+def test_a_damaged_run_json_is_an_entry_that_says_so(text: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    (make_run(tmp_path / "bad") / "run.json").write_bytes(text.encode("latin-1"))
+    entries = {entry.path.name: entry for entry in read_index(tmp_path).entries}
+    assert entries["good"].status == "done"
+    assert entries["bad"].status == "damaged"
+    assert "run.json" in str(entries["bad"].error)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": []}, True])
+def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
+    names = ["best", "seconds", "overrides", "started", "ended", "pid", "seed", "dataset", "backbone", "keep_best"]
+    make_run(tmp_path / "run", **dict.fromkeys(names, value))
+    write_json(tmp_path / "run" / "test.json", {"accuracy": value, "accuracy_ci95": value})
+    assert one(tmp_path).status == "done"
+    assert one(tmp_path).test is None
+
+
+def test_a_process_that_is_gone_died(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run = make_run(tmp_path / "run", status="running", pid=gone.pid, host=host_digest())
+    assert read_run(run).status == "died"
+    assert read_run(run).minutes == 1.5, "as far as it had come"
+    RunDir(run).update(host="another machine's")
+    assert read_run(run).status == "running", "nobody can tell from here"
+
+
+def test_a_process_that_runs_is_running(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.start(command="tlcli train", overrides=[], config="")
+    assert read_run(run.path).status == "running"
+    run.end("done")
+    assert read_run(run.path).status == "done"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the start of a process is read in Linux's way")
+def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path) -> None:
+    started = "2020-01-01T00:00:00+00:00"
+    make_run(tmp_path / "run", status="running", pid=os.getpid(), host=host_digest(), started=started)
+    assert one(tmp_path).status == "died"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is read in Linux's way")
+def test_a_process_that_nobody_buried_died(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        ended.stdout.read()  # it has ended, and is not waited for
+        state = Path(f"/proc/{ended.pid}/stat")
+        while b") Z" not in state.read_bytes():
+            time.sleep(0.01)
+        run = make_run(tmp_path / "run", status="running", pid=ended.pid, host=host_digest())
+        assert read_run(run).status == "died"
+
+
+def test_links_that_loop_end(tmp_path: Path) -> None:
+    make_run(tmp_path / "2026" / "run")
+    (tmp_path / "2026" / "up").symlink_to(tmp_path)
+    (tmp_path / "2026" / "again").symlink_to(tmp_path / "2026" / "run")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    assert one(tmp_path).path == tmp_path / "2026" / "run"
+
+
+def test_a_link_to_elsewhere_is_followed(tmp_path: Path) -> None:
+    make_run(tmp_path / "archive" / "run")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "old").symlink_to(tmp_path / "archive")
+    assert one(tmp_path / "outputs").path == tmp_path / "outputs" / "old" / "run"
+
+
+def test_runs_that_ended_early_are_known_by_their_config(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="interrupted", dataset=None, backbone=None, freeze=None)
+    config = "dataset:\n  kind: imagefolder\n  name: imagefolder\n  root: '/data/photos/'\n"
+    (run / "config.yaml").write_text(config + "backbone:\n  name: swin_t\nfreeze:\n  kind: norm\nepochs: 5\n")
+    entry = one(tmp_path)
+    assert (entry.dataset, entry.data, entry.backbone, entry.freeze) == ("imagefolder", "photos", "swin_t", "norm")
+
+
+def test_a_large_test_json_is_read_at_its_beginning_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", accuracy=0.25)
+    text = (run / "test.json").read_text().rstrip().removesuffix("}")
+    (run / "test.json").write_text(text + ', "confusion": [' + "0, " * 10**6)  # never closed: no parser would take it
+    assert one(tmp_path).test == 0.25
+
+
+def test_an_accuracy_elsewhere_in_test_json_is_found_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "test.json").write_text(json.dumps({"n": 4, "accuracy_ci95": [0.5, 1.0], "accuracy": 0.75}))
+    assert (one(tmp_path).test, one(tmp_path).test_ci95) == (0.75, (0.5, 1.0))
+
+
+def test_nothing_but_run_json_and_test_json_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        run = make_run(tmp_path / str(i), accuracy=0.5)
+        for name in ("checkpoints", "plots", ".hydra", "eval-1"):
+            (run / name).mkdir()
+        for name in ("config.yaml", "run.log", "metrics.jsonl", "checkpoints/best.safetensors"):
+            (run / name).write_text("?")
+    (tmp_path / "no run" / "checkpoints").mkdir(parents=True)
+    opened: list[str] = []
+    entered: list[str] = []
+    real_open, real_scandir = io.open, os.scandir
+
+    def note(file: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(str(file)).name)
+        return real_open(file, *args, **kwargs)
+
+    def enter(path: str) -> Any:
+        entered.append(Path(path).name)
+        return real_scandir(path)
+
+    monkeypatch.setattr(io, "open", note)
+    monkeypatch.setattr(builtins, "open", note)
+    monkeypatch.setattr(index.os, "scandir", enter)
+    read_index(tmp_path)
+    assert sorted(opened) == ["run.json"] * 3 + ["test.json"] * 3
+    assert sorted(entered) == ["0", "1", "2", "no run", tmp_path.name]

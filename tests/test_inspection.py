@@ -1,0 +1,138 @@
+"""What each way of freezing costs: what can be counted is exact, and what is measured is sane."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Compose
+from tlcli.engine import costs
+from tlcli.engine.session import session_for
+from tlcli.inspection import Inspection, Strategy, inspect
+from tlcli.models.build import build_model
+from tlcli.specs import AugmentNone, TrainSpec
+from tlcli.watch import Watch
+
+NONE = AugmentNone(kind="none", erasing=0.0)
+
+
+def base(shapes: Path, *more: str) -> list[str]:
+    small = ["backbone=resnet18", "image.size=32", "epochs=3", "batch_size=8"]
+    return ["dataset=imagefolder", f"dataset.root={shapes}", *small, *more]
+
+
+@pytest.fixture(scope="module")
+def found(spec: Compose, shapes: Path) -> Inspection:
+    """ResNet-18 at 32 px on shapes: 54 train, 6 val and 24 test images."""
+    return inspect(spec(*base(shapes)), NONE, Watch())
+
+
+@pytest.fixture(scope="module")
+def by_name(found: Inspection) -> dict[str, Strategy]:
+    return {strategy.freeze: strategy for strategy in found.strategies}
+
+
+def test_stages_are_the_networks(found: Inspection) -> None:
+    assert [stage.name for stage in found.stages] == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert found.stages[-1].parameters == 512 * 3 + 3
+    assert sum(stage.share for stage in found.stages) == pytest.approx(1)
+    assert found.images == {"train": 54, "val": 6, "test": 24}
+
+
+def test_every_strategy_is_there(by_name: dict[str, Strategy]) -> None:
+    last = [f"last_stages n={n}" for n in (1, 2, 3)]
+    assert list(by_name) == ["head", *last, "norm", "bias", "none"]
+
+
+def test_what_trains_is_counted(found: Inspection, by_name: dict[str, Strategy]) -> None:
+    sizes = {stage.name: stage.parameters for stage in found.stages}
+    assert by_name["head"].trainable == sizes["head"]
+    assert by_name["last_stages n=2"].trainable == sizes["head"] + sizes["layer4"] + sizes["layer3"]
+    assert by_name["none"].trainable == sum(sizes.values())
+
+
+def test_cuts_and_what_crosses_them(by_name: dict[str, Strategy]) -> None:
+    head, last = by_name["head"], by_name["last_stages n=1"]
+    assert (head.at, last.at) == ("fc", "layer4")
+    assert head.row_bytes in (512 * 2, 512 * 4), "in bfloat16 or float32"
+    assert last.row_bytes in (256 * 2 * 2 * 2, 256 * 2 * 2 * 4)
+    assert head.cache_bytes == head.row_bytes * (54 + 6 + 24)  # type: ignore[operator]
+    none = by_name["none"]
+    assert (none.at, none.row_bytes, none.cache_bytes, none.first_pass, none.cached_epoch) == (None,) * 5
+    assert "nothing leads" in str(none.why_live)
+
+
+def test_what_train_would_do(by_name: dict[str, Strategy]) -> None:
+    assert (by_name["head"].takes, by_name["head"].why_live) == ("cached", None)
+    assert by_name["last_stages n=1"].takes == "live"
+    assert "cache.views" in str(by_name["last_stages n=1"].why_live), "it trains on random crops"
+
+
+def test_times_are_of_that_order(by_name: dict[str, Strategy]) -> None:
+    head, none = by_name["head"], by_name["none"]
+    assert 0 < head.cached_epoch < head.live_epoch < none.live_epoch < 600  # type: ignore[operator]
+    assert head.total >= head.first_pass + 3 * head.cached_epoch  # type: ignore[operator]
+    assert none.total >= 3 * none.live_epoch
+
+
+def test_the_specs_own_strategy_is_among_them_and_seconds_follow_from_speeds(
+    spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "speed", lambda step, most, *more: (most, 10.0))
+    own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))
+    found = inspect(own, NONE, Watch())
+    assert [strategy.freeze for strategy in found.strategies][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
+    assert all(strategy.takes == "cached" for strategy in found.strategies[:5]), "there is no augmentation"
+    assert found.strategies[-1].live_epoch == pytest.approx((54 + 6) / 10)
+    assert found.strategies[1].cached_epoch == pytest.approx((54 + 6) / 10)
+
+
+def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
+    own = spec(*base(shapes, "backbone.weights=none"))
+    model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    _one_epoch(own, model)
+    after = model.network.state_dict()
+    moved = [name for name, t in before.items() if not torch.allclose(after[name].float(), t.float(), atol=1e-8)]
+    assert moved, "BatchNorm statistics of random weights train"
+    assert all("running" in name or "num_batches" in name for name in moved)
+
+
+def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
+    from tlcli.data.dataset import load_unchecked
+    from tlcli.transfer.contract import apply_freeze
+
+    data = load_unchecked(spec.dataset, seed=0, watch=Watch())
+    session = session_for(spec.cache)
+    session.use(model)
+    contract = apply_freeze(spec.freeze, model)
+    meter = costs.CostMeter(data, model, contract, spec, torch.device("cpu"), session, False)
+    meter.live(costs.sample_of(data, 8, 0), Watch(), costs.Shared())
+
+
+def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, shapes: Path) -> None:
+    from tlcli.data.dataset import load_unchecked
+    from tlcli.engine.inputs import preprocessing_for
+
+    own = spec(*base(shapes, "backbone.weights=none", "backbone=mobilenet_v3_small"))
+    model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
+    data = load_unchecked(own.dataset, seed=0, watch=Watch())
+    costs.settle(model, data, preprocessing_for(own, model))
+    norms = [m for m in model.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(not m.training and m.momentum is not None and m.num_batches_tracked == 1 for m in norms)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.06, 0.3])
+def test_speed_takes_as_many_images_as_there_is_time_for(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the clock: an image takes so many seconds."""
+    now = 0.0
+
+    def step(n: int) -> None:
+        nonlocal now
+        now += n * seconds
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
+    n, per_second = costs.speed(step, 32)
+    assert per_second == pytest.approx(1 / seconds)
+    assert n == (32 if seconds == 0.001 else 8)
+    assert now <= 3 * costs.TOO_LONG or n == costs.FIRST
