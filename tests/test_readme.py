@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import make_folder
 from tlcli.cli import main
@@ -24,6 +25,9 @@ def commands(document: str) -> Iterator[str]:
 
 README = list(commands("README.md"))
 TRAIN = [line for line in README if line.startswith("tlcli train")]
+WITH_RUNS = [line for line in README if line.startswith("tlcli ") and line not in TRAIN]
+"""Commands that take a run's directory, and others that train nothing."""
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture
@@ -65,12 +69,47 @@ def test_source_then_target(home: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "head: replaced" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with photos, new images, and two finished runs, of EfficientNet-Lite0 and of ResNet-18."""
+    home = tmp_path_factory.mktemp("finished")
+    make_folder(home / "photos", {f"photos{k}": 12 for k in range(3)}, seed=0)
+    make_folder(home / "new", {f"photos{k}": 2 for k in range(3)}, seed=1)
+    Image.open(home / "new/photos0/000.png").save(home / "image.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for time, backbone in (("TIME", "efficientnet_lite0"), ("TIME2", "resnet18")):
+            weights = "backbone.weights=none" if backbone == "resnet18" else "backbone.weights=default"
+            words = ["dataset=imagefolder", "dataset.root=photos", f"backbone={backbone}", weights]
+            assert main(["train", *words, f"hydra.run.dir=outputs/DATE/{time}", *SMALL]) == 0
+    return home
+
+
+@pytest.mark.parametrize("line", WITH_RUNS)
+def test_command_runs_after_training(line: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "onnx" in line:
+        pytest.importorskip("onnxscript")
+    monkeypatch.chdir(finished)
+    words = shlex.split(line)[1:]
+    if words[0] in ("data", "inspect"):
+        words.append("image.size=32")
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["tlcli", "torch alone"])
+def test_snippet_runs(
+    snippet: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    exec(compile(snippet.replace("new/image.jpg", "image.jpg"), "README.md", "exec"), {})
+    assert "photos0" in capsys.readouterr().out
+
+
 def test_the_other_commands_are_what_ci_and_the_shell_run(capsys: pytest.CaptureFixture[str]) -> None:
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    others = [line for line in README if not line.startswith("tlcli train") and line not in ci]
-    assert others == ["tlcli cache list", "tlcli cache clear", "source <(tlcli completion bash)"]
-    for line in ("tlcli cache list", "tlcli cache clear", "tlcli completion bash"):
-        assert main(line.split()[1:]) == 0
+    others = [line for line in README if not line.startswith("tlcli ") and line not in ci]
+    assert others == ["source <(tlcli completion bash)"]
+    assert main(["completion", "bash"]) == 0
     assert "complete " in capsys.readouterr().out
 
 

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import make_folder
-from tlcli.checking.files import neutral, write_table
+from tlcli.checking.files import write_table
 from tlcli.cli import main
 from tlcli.cli.completion import candidates
 from tlcli.cli.data_check import parse
 from tlcli.errors import UsageError
+from tlcli.runs.cells import neutral
 
 SMALL = ("backbone=efficientnet_lite0", "image.size=32", "device=cpu")
 FILES = {"summary.json", "duplicates.csv", "labels.csv", "bad_files.csv", "contact_sheet.png", "duplicates.png"}

@@ -118,12 +118,12 @@ def test_a_table_fits_a_terminal(
 
 def test_a_list_on_stdin(tlcli: Callable[..., Ended], run: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "[1].png").write_bytes((photos / "a.png").read_bytes())
-    names = b"photos/a.png\r\n\nphotos/[1].png\nphotos/more\n"
+    names = b"photos/a.png\r\n\nphotos/[1].png\nphotos/more\nphotos/*.png\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names)))
     ended = tlcli("predict", run, "-", "photos/a.png")
-    assert ended.code == 0
+    assert ended.code == 1  # a name with a star in it is a name: a list has no patterns
     assert [row["path"] for row in lines(ended)] == [
-        "photos/a.png", "photos/[1].png", "photos/more/c.png", "photos/a.png",
+        "photos/a.png", "photos/[1].png", "photos/more/c.png", "photos/*.png", "photos/a.png",
     ]  # fmt: skip
 
 

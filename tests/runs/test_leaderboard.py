@@ -91,3 +91,21 @@ def test_files_say_the_same(tmp_path: Path) -> None:
 
 def test_no_jobs(tmp_path: Path) -> None:
     assert leaderboard.read(tmp_path).jobs == ()
+
+
+@pytest.mark.parametrize("wrong", [{"overrides": 3}, {"best": [1]}, {"keep_best": None}])
+def test_a_record_of_wrong_types_is_a_failed_job(wrong: dict[str, object], tmp_path: Path) -> None:
+    job(tmp_path, "0", ["seed=0"], accuracy=0.7)
+    damaged = job(tmp_path, "1", ["seed=1"], accuracy=0.9)
+    damaged.update(**wrong)
+    board = leaderboard.read(tmp_path)
+    assert [one.status for one in board.jobs] == ["done", "failed"]
+    assert f"its {next(iter(wrong))}" in str(board.jobs[1].error)
+
+
+def test_no_cell_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    job(tmp_path, "0", ["name==1+1"], accuracy=0.7)
+    job(tmp_path, "1", ["name=plain"], accuracy=0.6)
+    leaderboard.write(tmp_path)
+    with (tmp_path / "leaderboard.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["'=1+1", "plain"]

@@ -24,7 +24,7 @@ from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 BACKBONES = {
     "lite": ("backbone=efficientnet_lite0",),
-    "torchvision": ("backbone=resnet18",),
+    "torchvision": ("backbone=resnet18", "epochs=4", "keep_best=loss"),
     "timm": ("backbone=timm", "backbone.name=mobilenetv3_small_050"),
     "vit": ("backbone=timm", "backbone.name=vit_tiny_patch16_224"),
 }
@@ -94,9 +94,10 @@ def test_probabilities_are_calibrated(run: Path, shapes: Path) -> None:
 
 def test_the_temperature_is_of_the_best_epoch_alone(run: Path) -> None:
     info = read_json(run / "run.json")
-    last = load_run(run, "last")
-    best_is_last = info["best"]["epoch"] == 1
-    assert last.temperature == (info["calibration"]["temperature"] if best_is_last else 1.0)
+    info["calibration"]["temperature"] = 4.0
+    write_json(run / "run.json", info)
+    assert load_run(run).temperature == 4.0
+    assert load_run(run, "last").temperature == (4.0 if info["best"]["epoch"] == 4 else 1.0)
     write_json(run / "run.json", {**info, "best": {**info["best"], "epoch": 7}})
     assert load_run(run).temperature == 1.0
 
@@ -196,6 +197,7 @@ def test_the_run_has_its_calibration_and_predictions(run: Path) -> None:
         "temperature", "n", "ece_before", "ece_after", "loss_before", "loss_after"
     }  # fmt: skip
     assert record["calibration"]["n"] == record["n_val"] == len(val.labels)
+    assert record["best"]["epoch"] > 1  # so that the first epoch's predictions are not those to keep
     assert record["calibration"]["loss_before"] == pytest.approx(record["best"]["loss"], abs=1e-5)
     assert test["calibration"].keys() == {"temperature", "ece_before", "ece_after", "bins"}
     found = read_predictions(run / "test_predictions.safetensors")

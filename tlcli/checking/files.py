@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.checking.check import Findings
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+from tlcli.runs.cells import neutral
 
 
 def write_files(folder: Path, found: Findings, summary: Mapping[str, Any]) -> None:
@@ -59,8 +58,3 @@ def write_table(file: Path, head: Sequence[str], rows: Iterable[Sequence[object]
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(head)
         table.writerows([neutral(cell) for cell in row] for row in rows)
-
-
-def neutral(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.list_runs import plain
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import UsageError, did_you_mean
+from tlcli.runs.cells import plain
 
 if TYPE_CHECKING:
     from tlcli.evaluation import Evaluation

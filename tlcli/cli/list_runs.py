@@ -12,6 +12,7 @@ from typing import Any
 
 from tlcli.cli.list_query import FIGURES, FORMATS, KEYS, OPTIONS, WORDS, Wanted, kept, ordered, parsed
 from tlcli.errors import UsageError
+from tlcli.runs.cells import neutral, plain
 from tlcli.runs.index import Entry, Index, RunEntry, SweepEntry, read_index
 
 HELP = """\
@@ -102,18 +103,6 @@ def state(row: Row) -> str:
         return f"  {entry.status}" if row.is_job else entry.status
     done, n = entry.counts["done"], len(entry.jobs)
     return f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
-
-
-def plain(text: str) -> str:
-    """Without what would move a terminal's cursor or colour it: names come from other people's files."""
-    if text.isprintable():
-        return text
-    return "".join(c if unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def neutral(text: str) -> str:
-    """A CSV cell that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 # -- the table

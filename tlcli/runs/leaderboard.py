@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tlcli.runs.cells import neutral
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -93,14 +94,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _record(run: RunDir) -> dict[str, Any]:
     """run.json, or what can be said where it is damaged."""
     try:
-        return read_json(run.record_file)
+        record = read_json(run.record_file)
     except (OSError, ValueError) as exc:
         return {"status": "failed", "error": f"run.json is damaged: {exc}"}
+    kinds = {"overrides": list, "best": dict, "keep_best": str}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]:
+        return {"status": "failed", "error": f"run.json is damaged: its {wrong[0]}"}
+    return record
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:
     """{key: value} of overrides; a + or ++ in front is no part of the key."""
-    parts = (override.lstrip("+").partition("=") for override in overrides)
+    parts = (str(override).lstrip("+").partition("=") for override in overrides)
     return {key: value for key, _, value in parts}
 
 
@@ -161,7 +166,7 @@ def _csv(board: Leaderboard) -> str:
     table.writerow([*head, "test_accuracy", "test_low", "test_high", "seconds", "error"])
     for job in board.jobs:
         low, high = job.test_ci95 or (None, None)
-        own = [job.values.get(key, "") for key in board.keys]
+        own = [neutral(job.values.get(key, "")) for key in board.keys]
         figures = [job.validation, job.epoch, job.test_accuracy, low, high, job.seconds]
-        table.writerow([job.rank, job.name, job.status, *own, *figures, job.error])
+        table.writerow([job.rank, job.name, job.status, *own, *figures, neutral(job.error)])
     return text.getvalue()
