@@ -27,7 +27,7 @@ class Settings:
     """How much is measured. `train`, `test`: images a class, of ten."""
 
     size: int = 224  # of the script; the recipe has its own
-    train: int = 250
+    train: int = 500
     test: int = 100
     trial_images: int = 80
     rounds: int = 1
