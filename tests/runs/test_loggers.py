@@ -313,9 +313,10 @@ def test_each_job_of_a_sweep_is_a_run_of_its_own(train, tmp_path: Path, shapes: 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_wandb_offline_has_what_was_written(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     run = train("logger=wandb", "logger.project=mine")
+    wandb.teardown()  # as at the end of a process: its service has written everything then
     (folder,) = run.glob("wandb/offline-run-*")
     (file,) = folder.glob("*.wandb")
     records = wandb_records(file)
