@@ -16,7 +16,7 @@ from torch import nn
 
 from tlcli.data.source import Split
 from tlcli.device import DTYPES, prepare
-from tlcli.engine.calibration import BINS, expected_calibration_error
+from tlcli.engine.calibration import calibration_report
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.metrics import Predictions, test_report
 from tlcli.engine.replay import Formats, plan_replay
@@ -271,15 +271,10 @@ def _same_but_case(name: str | None) -> str:
 
 def _report(found: Predictions, loaded: LoadedRun, images: Images) -> dict[str, Any]:
     """The contents of eval.json: those of test.json, and what was evaluated."""
-    file, spec, temperature = _checkpoint_file(loaded), images.spec, loaded.temperature
+    file, spec = _checkpoint_file(loaded), images.spec
     return {
         **test_report(found, loaded.classes),
-        "calibration": {
-            "temperature": temperature,
-            "ece_before": expected_calibration_error(found.logits, found.labels, 1.0),
-            "ece_after": expected_calibration_error(found.logits, found.labels, temperature),
-            "bins": BINS,
-        },
+        "calibration": calibration_report(found.logits, found.labels, loaded.temperature),
         "checkpoint": file.relative_to(loaded.path).as_posix(),
         "epoch": read_metadata(file).get("epoch"),
         "dataset": {"name": spec.name, "root": spec.root, "own": images.own}
@@ -312,10 +307,8 @@ def _write(run: RunDir, report: Mapping[str, Any], found: Predictions, loaded: L
         draft = Path(tempfile.mkdtemp(prefix=".eval-", dir=run.path))
     except OSError as error:
         raise TlcliError(f"{run.path}: cannot be written to ({error.strerror}); eval puts eval-N there") from error
-    split = images.split
     try:
-        names = tuple(split.name(i) for i in range(len(split)))
-        rows = SplitPredictions(found.logits, found.labels, loaded.classes, tuple(_keys(split)), names)
+        rows = SplitPredictions.of(images.split, found.logits, found.labels, loaded.classes)
         write_predictions(draft / "predictions.safetensors", rows)
         write_json(draft / "eval.json", report)
         config = yaml.safe_dump({"dataset": _plain(asdict(images.spec))}, sort_keys=False, allow_unicode=True)

@@ -34,12 +34,9 @@ GRAPHS = ("torchscript", "pt2")
 SIZE = 32
 
 
-def test_images(run: Path) -> list[Path]:
+def images_of_test(run: Path) -> list[Path]:
     """The files of the run's test set."""
     return sorted((run.parent / "images/test").rglob("*.png"))
-
-
-test_images.__test__ = False  # type: ignore[attr-defined]
 
 
 def reference(loaded: LoadedRun, images: list[Path]) -> Tensor:
@@ -98,7 +95,7 @@ def made(loaded: LoadedRun, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_the_line_that_is_printed_loads_a_model_with_equal_logits(
     to: str, loaded: LoadedRun, resnet: Path, made: Callable[[str], Exported]
 ) -> None:
-    images, done = test_images(resnet), made(to)
+    images, done = images_of_test(resnet), made(to)
     assert done.path.name == FILES[to]
     assert done.check.images == f"{COUNT} of the run's test images"
     model, wanted = runner(to, told(done.load)), reference(loaded, images)
@@ -121,7 +118,7 @@ def test_with_preprocessing_a_graph_takes_pixels(to: str, loaded: LoadedRun, res
     if to == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    done, images = exported(loaded, to, tmp_path, with_preprocessing=True), test_images(resnet)
+    done, images = exported(loaded, to, tmp_path, with_preprocessing=True), images_of_test(resnet)
     assert "uint8 (N, 32, 32, 3)" in done.holds
     found = runner(to, told(done.load))(torch.from_numpy(np.stack([pixels(image) for image in images])))
     assert float((found - reference(loaded, images)).abs().max()) <= 1e-4
@@ -177,7 +174,7 @@ def test_no_file_tells_of_this_machine(to: str, made: Callable[[str], Exported])
 
 
 def test_timm_folder_says_how_images_are_prepared(mobilenet: Path, tmp_path: Path) -> None:
-    loaded, images = load_run(mobilenet), test_images(mobilenet)
+    loaded, images = load_run(mobilenet), images_of_test(mobilenet)
     folder = exported(loaded, "timm", tmp_path).path
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
@@ -362,7 +359,7 @@ def test_downloads_are_never_tried(
 def test_samples_are_what_the_network_sees(loaded: LoadedRun, resnet: Path) -> None:
     found = find_samples(loaded, None)
     assert isinstance(found, Samples)
-    assert torch.equal(loaded.preprocessing.normalise(found.images[:1]), loaded.preprocess(test_images(resnet)[0]))
+    assert torch.equal(loaded.preprocessing.normalise(found.images[:1]), loaded.preprocess(images_of_test(resnet)[0]))
 
 
 def test_formats_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:

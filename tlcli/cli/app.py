@@ -15,10 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from tlcli.cli import sweep
 from tlcli.cli.checks import check, first_line
-from tlcli.cli.compose import Flags, build, composed, parse_flags, quoted, register
+from tlcli.cli.compose import Flags, build, composed, composing, parse_flags, quoted, register
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.endings import Abort, Terminated
-from tlcli.cli.explain import explain
 from tlcli.cli.folders import Folder, named_folder, new_folder
 from tlcli.cli.job import Command, run_job
 from tlcli.errors import UsageError
@@ -98,15 +97,10 @@ def _hydra_main(flags: Flags, command: Sequence[str], overrides: Sequence[str]) 
 def _explained(files: ConfFiles) -> Iterator[None]:
     """Turn Hydra's exceptions into usage errors, and an Abort into what it carries."""
     try:
-        yield
+        with composing(files):
+            yield
     except Abort as abort:
         raise abort.cause from None
-    except Exception as exc:
-        # a job's own errors come as an Abort, so a plain ValueError is Hydra's about its flags
-        message = explain(exc, files) or (str(exc) if type(exc) is ValueError else None)
-        if message is None:
-            raise
-        raise UsageError(message) from exc
 
 
 def _tidy(folder: Folder, exc: BaseException, sweeping: bool) -> None:

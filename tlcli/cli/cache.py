@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from tlcli.cli.arguments import FORMATS, only_format
+from tlcli.cli.terminal import WHOLE_LINES
 from tlcli.errors import TlcliError, UsageError, did_you_mean
 from tlcli.store import LEAST_PREFIX, Entry, Store, cache_dir, size_text
 
@@ -27,11 +29,9 @@ The directory is $TLCLI_CACHE, or tlcli in the user's cache directory.
 """
 
 ACTIONS = ("list", "remove", "clear")
-FORMATS = ("table", "json")
 SHOWN_KEY = 8  # characters
 WIDEST_CELL = 24  # columns: what is longer is cut on a terminal, so that the figures stay in sight
 WIDEST_WORD = 16  # columns: a longer word of what wraps is broken
-WHOLE_LINES = 10_000  # the width where there is no terminal: what reads a pipe wants a line an entry
 
 
 def run(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     store = Store(cache_dir())
     match argv:
         case ["list", *rest]:
-            shown = {"table": _print_table, "json": _print_json}[_format(rest)]
+            shown = {"table": _print_table, "json": _print_json}[only_format("list", rest)]
             shown(store)
         case ["remove", *keys]:
             _remove(store, keys)
@@ -67,22 +67,6 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
             yield from FORMATS
         case ["remove", *keys]:
             yield from (entry.key for entry in Store(cache_dir()).entries() if entry.key not in keys)
-
-
-def _format(words: Sequence[str]) -> str:
-    """The format that the arguments of `list` ask for."""
-    match [part for word in words for part in word.split("=", 1)]:
-        case []:
-            return FORMATS[0]
-        case ["--format", name] if name in FORMATS:
-            return name
-        case ["--format", *names]:
-            hint = did_you_mean(names[0], FORMATS) if names else ""
-            raise UsageError(f"--format takes one of {', '.join(FORMATS)}.{hint}")
-        case [word, *_]:
-            hint = did_you_mean(word, ["--format"]) or " It takes --format table|json"
-            raise UsageError(f"list does not take {word!r}.{hint}")
-    raise AssertionError(words)
 
 
 def _remove(store: Store, keys: Sequence[str]) -> None:

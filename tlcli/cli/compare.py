@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.evaluate import format_of
+from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.run_folders import run_folders
+from tlcli.cli.terminal import WHOLE_LINES
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.runs.cells import plain
 
@@ -40,7 +41,6 @@ MANY_RUNS = 3
 """With more runs than this a config has no column for each."""
 MANY_CLASSES, MANY_IMAGES = 20, 10
 """So many rows are shown at the most; JSON has all."""
-WHOLE_LINES = 10_000  # the width where there is no terminal: what reads a pipe wants whole lines
 
 
 def run(argv: list[str]) -> int:
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
     shape, words = format_of(argv)
     if flag := next((word for word in words if word.startswith("-")), None):
         raise UsageError(f"unknown flag {flag!r}.{did_you_mean(flag, ['--format', '--help'])}")
-    from tlcli.cli.job import quiet_libraries
+    from tlcli.cli.libraries import quiet_libraries
 
     quiet_libraries()
     from tlcli.runs.compare import compare
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
 def candidates(before: Sequence[str]) -> Iterator[str]:
     """What may follow these words on a command line, for completion."""
     if before and before[-1] == "--format":
-        yield from ("table", "json")
+        yield from FORMATS
         return
     yield from (folder for folder in run_folders() if folder not in before)
     yield from ("--format", "--help")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -114,6 +115,19 @@ def composed(flags: Flags) -> DictConfig:
     refuse_code(config)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config
+
+
+@contextmanager
+def composing(files: ConfFiles) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and PyYAML raise within into usage errors of one line."""
+    try:
+        yield
+    except Exception as exc:
+        # a plain ValueError is Hydra's about its flags
+        message = explain(exc, files) or (str(exc) if type(exc) is ValueError else None)
+        if message is None:
+            raise
+        raise UsageError(message) from exc
 
 
 def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:

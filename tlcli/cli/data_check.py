@@ -7,7 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlcli.cli.arguments import FORMATS
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
+from tlcli.cli.terminal import WHOLE_LINES
 from tlcli.errors import TlcliError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,10 +42,8 @@ examples:
   tlcli data check dataset=manifest dataset.file=labels.csv --quick --output found
 """
 
-FORMATS = ("table", "json")
 FLAGS = ("--quick", "--output", "--format", "--help")
 MANY_CLASSES = 12
-WHOLE_LINES = 10_000  # the width where there is no terminal: what reads a pipe wants whole lines
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def _near_words(word: str) -> str:
 def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     """The spec that the words compose, whose data set and weights are there. Raises UsageError."""
     from tlcli.cli.checks import check_weights
-    from tlcli.cli.compose import build, composed, parse_flags, register
-    from tlcli.cli.explain import explain
+    from tlcli.cli.compose import build, composed, composing, parse_flags, register
     from tlcli.data.layout import survey, usable
     from tlcli.data.listing import check_dataset
     from tlcli.specs import ImageFolder
@@ -143,15 +142,8 @@ def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     if flags.multirun or not flags.runs:
         raise UsageError("data check looks at one data set: give KEY=VALUE and GROUP=OPTION words alone")
     register()
-    try:
+    with composing(flags.files):
         spec = build(composed(flags), flags.files)
-    except UsageError:
-        raise
-    except Exception as exc:
-        message = explain(exc, flags.files)
-        if message is None:
-            raise
-        raise UsageError(message) from exc
     dataset = spec.dataset
     check_dataset(usable(dataset, survey(dataset)) if isinstance(dataset, ImageFolder) else dataset)
     if not quick:
@@ -179,7 +171,7 @@ def _folder(spec: "TrainSpec", output: Path | None) -> "Folder":
 
 def _check(spec: "TrainSpec", asked: Asked, folder: Path) -> dict[str, Any]:
     """Check, and write all files; the summary."""
-    from tlcli.cli.job import quiet_libraries
+    from tlcli.cli.libraries import quiet_libraries
     from tlcli.cli.view import TerminalWatch
     from tlcli.watch import Watch
 

@@ -1,14 +1,13 @@
 """`tlcli doctor`: what is here, how fast it is, and what does not work."""
 
 import json
-import shutil
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.cli.arguments import FORMATS, only_format
+from tlcli.cli.terminal import terminal_columns
 
 if TYPE_CHECKING:
     from tlcli.doctor import Fact, Problem
@@ -29,7 +28,6 @@ examples:
   tlcli doctor --format json > doctor.json
 """
 
-FORMATS = ("table", "json")
 OUTPUTS = "outputs"
 
 
@@ -38,8 +36,8 @@ def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP, end="")
         return 0
-    form = _format(argv)
-    from tlcli.cli.job import quiet_libraries
+    form = only_format("doctor", argv)
+    from tlcli.cli.libraries import quiet_libraries
 
     quiet_libraries()
     from tlcli.doctor import Fact, Problem, examine
@@ -48,7 +46,7 @@ def run(argv: list[str]) -> int:
     facts = [finding for finding in found if isinstance(finding, Fact)]
     problems = [finding for finding in found if isinstance(finding, Problem)]
     fails = any(problem.fails for problem in problems)
-    print(_json(facts, problems) if form == "json" else "\n".join(page(facts, problems, _width())))
+    print(_json(facts, problems) if form == "json" else "\n".join(page(facts, problems, terminal_columns())))
     return 1 if fails else 0
 
 
@@ -57,31 +55,12 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
     yield from FORMATS if before and before[-1] == "--format" else ("--format", "--help")
 
 
-def _format(words: Sequence[str]) -> str:
-    match [part for word in words for part in word.split("=", 1)]:
-        case []:
-            return FORMATS[0]
-        case ["--format", name] if name in FORMATS:
-            return name
-        case ["--format", *names]:
-            hint = did_you_mean(names[0], FORMATS) if names else ""
-            raise UsageError(f"--format takes one of {', '.join(FORMATS)}.{hint}")
-        case [word, *_]:
-            hint = did_you_mean(word, ["--format", "--help"]) or " It takes --format table|json"
-            raise UsageError(f"doctor does not take {word!r}.{hint}")
-    raise AssertionError(words)
-
-
 def _backbones() -> Iterator[tuple[str, str]]:
     """The options of backbone= and their kinds."""
     from tlcli.cli.conf_files import ConfFiles, conf_dir
 
     for name, option in ConfFiles([conf_dir()]).groups["backbone"].items():
         yield name, option.schema or ""
-
-
-def _width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def page(facts: "Sequence[Fact]", problems: "Sequence[Problem]", width: int | None) -> list[str]:

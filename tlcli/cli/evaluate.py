@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.runs.cells import plain
@@ -38,7 +39,6 @@ examples:
   tlcli eval outputs/2026-05-04/12-30-00 dataset=imagefolder dataset.root=new
 """
 
-FORMATS = ("table", "json")
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
 GROUPS = ("dataset", "device", "cache")
 DRAWN = ("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class")
@@ -108,20 +108,6 @@ def parse(argv: Sequence[str]) -> Words:
     return Words(Path(places[0]), chosen.get("split"), chosen.get("checkpoint", "best"), tuple(overrides), shape)
 
 
-def format_of(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The format that is asked for, and the other words."""
-    shape, rest, words = FORMATS[0], [], iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag != "--format":
-            rest.append(word)
-            continue
-        shape = value if equals else next(words, "")
-        if shape not in FORMATS:
-            raise UsageError(f"--format takes one of {', '.join(FORMATS)}.{did_you_mean(shape, FORMATS)}")
-    return shape, rest
-
-
 def _allowed(word: str, key: str) -> str:
     """An override that means something for a network that is trained already."""
     name = key.lstrip("+~")
@@ -135,7 +121,7 @@ def _allowed(word: str, key: str) -> str:
 
 def _evaluated(words: Words) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
-    from tlcli.cli.job import quiet_libraries
+    from tlcli.cli.libraries import quiet_libraries
     from tlcli.cli.saved import saved_spec
     from tlcli.data.listing import check_dataset
     from tlcli.runs.opening import open_run

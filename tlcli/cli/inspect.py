@@ -1,15 +1,16 @@
 """`tlcli inspect`: a network's stages, and what each way to freeze it costs here, before that is paid."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.run_folders import run_folders
+from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.store import size_text
 
@@ -41,8 +42,6 @@ examples:
   tlcli inspect timm/vit_small_patch16_224 dataset=imagefolder dataset.root=photos
 """
 
-FORMATS = ("table", "json")
-WHOLE_LINES = 10_000
 PLACES = ("--config-dir", "-cd")
 """The flags of `tlcli train` that inspect has, too: for options of the user's own."""
 
@@ -52,9 +51,9 @@ def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP, end="")
         return 0
-    form, words = _format(argv)
+    form, words = format_of(argv)
     spec, linear = specs(words)
-    from tlcli.cli.job import quiet_libraries
+    from tlcli.cli.libraries import quiet_libraries
     from tlcli.cli.view import TerminalWatch
 
     quiet_libraries()
@@ -62,7 +61,11 @@ def run(argv: list[str]) -> int:
     from tlcli.watch import Watch
 
     found = inspect(spec, linear, TerminalWatch() if form == "table" and sys.stdout.isatty() else Watch())
-    print(json.dumps(asdict(found), indent=2) if form == "json" else "\n".join(page(found, _width())))
+    print(
+        json.dumps(asdict(found), indent=2)
+        if form == "json"
+        else "\n".join(page(found, terminal_columns() or WHOLE_LINES))
+    )
     return 0
 
 
@@ -81,20 +84,6 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
 
 
 # -- what is asked for
-
-
-def _format(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The format, and the words that are left."""
-    form, words, left = FORMATS[0], list(argv), []
-    while words:
-        word = words.pop(0)
-        if word.partition("=")[0] != "--format":
-            left.append(word)
-            continue
-        form = word.partition("=")[2] or (words.pop(0) if words else "")
-        if form not in FORMATS:
-            raise UsageError(f"--format takes one of {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
-    return form, left
 
 
 def specs(words: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
@@ -142,25 +131,17 @@ def backbone_words(name: str, overrides: Sequence[str]) -> list[str]:
 def _composed(overrides: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a command line of `tlcli train`."""
     from tlcli.cli.checks import check
-    from tlcli.cli.compose import build, composed, parse_flags, register
-    from tlcli.cli.explain import explain
+    from tlcli.cli.compose import build, composed, composing, parse_flags, register
 
     flags = parse_flags(overrides)
     if flags.multirun or not flags.runs:
         raise UsageError("inspect looks at one configuration: give KEY=VALUE and GROUP=OPTION words alone")
     register()
-    try:
+    with composing(flags.files):
         spec = build(composed(flags), flags.files)
         check(spec)
         head = replace(flags, overrides=(*(o for o in flags.overrides if not _is_freeze(o)), "freeze=head"))
         return spec, build(composed(head), flags.files).augment
-    except UsageError:
-        raise
-    except Exception as exc:
-        message = explain(exc, flags.files)
-        if message is None:
-            raise
-        raise UsageError(message) from exc
 
 
 def _is_freeze(override: str) -> bool:
@@ -184,10 +165,6 @@ def _of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]"
 
 
 # -- words
-
-
-def _width() -> int:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WHOLE_LINES
 
 
 def page(found: "Inspection", width: int) -> list[str]:

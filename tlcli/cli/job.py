@@ -1,7 +1,6 @@
 """One run, from its composed config to its final status."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from tlcli.cli.checks import check_weights, first_line
 from tlcli.cli.compose import build
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
+from tlcli.cli.libraries import quiet_libraries
 from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
 from tlcli.data.listing import check_dataset
@@ -85,13 +85,6 @@ def _train(
     command.session = session_for(spec.cache, command.session)
     with logged_run(spec, run.path, watch) as told:
         return train(spec, run, told, command.session)
-
-
-def quiet_libraries() -> None:
-    """What torch and tqdm read from the environment when they are imported; the user's own settings stay."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not spin on a shared machine
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextlib.contextmanager

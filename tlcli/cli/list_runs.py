@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.cli.list_query import FIGURES, FORMATS, KEYS, OPTIONS, WORDS, Wanted, kept, ordered, parsed
+from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.runs.cells import neutral, plain
 from tlcli.runs.index import Entry, Index, RunEntry, SweepEntry, read_index
@@ -41,7 +41,6 @@ examples:
 """
 
 WIDEST_CELL = 24  # columns: a longer name is cut on a terminal, so that the figures stay in sight
-WHOLE_LINES = 10_000  # the width where there is no terminal: what reads a pipe wants a line a run
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _print_table(entries: Sequence[Entry], wanted: Wanted) -> None:
     if not entries:
         print(f"no such runs in {where}" if wanted.filters else f"no runs in {where}")
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WHOLE_LINES
+    width = terminal_columns() or WHOLE_LINES
     print("\n".join(table(list(rows(entries, wanted.jobs)), width)))
     print(f"\n{_total(entries)} in {where}")
 

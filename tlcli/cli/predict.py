@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tlcli.cli.answer_rows import ROWS
+from tlcli.cli.libraries import quiet_libraries
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.watch import Watch
 
@@ -179,7 +180,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 def _predict(wanted: Wanted, file: TextIO) -> int:
     """Write a row an image; 1 if there were errors among them."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not spin on a shared machine
+    quiet_libraries()
     from tlcli.device import find_accelerator, keep_freed_memory
     from tlcli.predict import Predictor
     from tlcli.runs.load import load_run

@@ -83,6 +83,12 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in found) / max(1, len(labels))
 
 
+def calibration_report(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
+    """What a temperature does to the calibration of a test: `calibration` of test.json and eval.json."""
+    before, after = (expected_calibration_error(logits, labels, t) for t in (1.0, temperature))
+    return {"temperature": temperature, "ece_before": before, "ece_after": after, "bins": BINS}
+
+
 def reliability(logits: Tensor, labels: Tensor, temperature: float, bins: int = BINS) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, images) of each bin of confidence ((0, 1/bins], ...), the lowest first.
 

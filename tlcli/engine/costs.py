@@ -23,13 +23,11 @@ from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import EVALUATION_BATCH, Feed, LiveFeeds
 from tlcli.engine.numerics import Numerics
 from tlcli.engine.planning import SMALL, Planner
-from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NotFinite
 from tlcli.models.classifier import Classifier
 from tlcli.specs import CacheMode, TrainSpec
 from tlcli.store import size_text
-from tlcli.transfer.contract import Contract
 from tlcli.transfer.cut import Cut
 from tlcli.watch import Watch
 
@@ -81,19 +79,6 @@ class Cached:
 
 class CostMeter(Planner):
     """Measures one spec on a sample of its data. `data` is the whole set, of which only the sample is read."""
-
-    def __init__(
-        self,
-        data: Dataset,
-        model: Classifier,
-        contract: Contract,
-        spec: TrainSpec,
-        accelerator: torch.device,
-        session: Session,
-        wants_probe: bool,
-    ) -> None:
-        super().__init__(data, model, contract, spec, accelerator, session, wants_probe)
-        self.contract = contract
 
     def live(self, sample: Dataset, watch: Watch, shared: Shared) -> Speeds:
         """Training and evaluation on images, decoding not included."""

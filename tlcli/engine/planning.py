@@ -64,7 +64,7 @@ class Planner:
         session: Session,
         wants_probe: bool,
     ) -> None:
-        self.data, self.model, self.spec = data, model, spec
+        self.data, self.model, self.contract, self.spec = data, model, contract, spec
         self.accelerator, self.session, self.store = accelerator, session, session.store
         self.wants_probe = wants_probe
         self.preprocessing = preprocessing_for(spec, model)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tlcli.data.source import Split
 from tlcli.errors import UsageError
 
 LARGEST = 60_000_000
@@ -30,6 +31,12 @@ class SplitPredictions:
     classes: tuple[str, ...]
     keys: tuple[str, ...]
     names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, split: Split, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> "SplitPredictions":
+        """The logits and labels of a split, with the image of each row."""
+        keys, names = (tuple(of(i) for i in range(len(split))) for of in (split.key, split.name))
+        return cls(logits, labels, tuple(classes), keys, names)
 
 
 def write_predictions(path: Path, predictions: SplitPredictions) -> None:

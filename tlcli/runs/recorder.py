@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tlcli import __version__
-from tlcli.data.dataset import Dataset, Split
-from tlcli.engine.calibration import BINS, Calibration, calibrate, expected_calibration_error
+from tlcli.data.dataset import Dataset
+from tlcli.engine.calibration import Calibration, calibrate, calibration_report
 from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
@@ -240,13 +240,18 @@ class Recorder:
     def _calibrate(self, data: Dataset, test: Predictions) -> dict[str, Any]:
         """Fit the temperature to the best epoch's validation and write all predictions; what it does for the test."""
         assert self._validation is not None
-        found = calibrate(self._validation.logits, self._validation.labels)
+        val = self._validation
+        found = calibrate(val.logits, val.labels)
         self._run.update(calibration=found.to_json())
-        write_predictions(self._run.val_predictions, _of_split(data.val, self._validation, data.classes))
-        write_predictions(self._run.test_predictions, _of_split(data.test, test, data.classes))
-        before, after = (expected_calibration_error(test.logits, test.labels, t) for t in (1.0, found.temperature))
-        self._watch.note(_calibration_words(found, before, after))
-        return {"temperature": found.temperature, "ece_before": before, "ece_after": after, "bins": BINS}
+        write_predictions(
+            self._run.val_predictions, SplitPredictions.of(data.val, val.logits, val.labels, data.classes)
+        )
+        write_predictions(
+            self._run.test_predictions, SplitPredictions.of(data.test, test.logits, test.labels, data.classes)
+        )
+        report = calibration_report(test.logits, test.labels, found.temperature)
+        self._watch.note(_calibration_words(found, report["ece_before"], report["ece_after"]))
+        return report
 
     def _plot(self, data: Dataset, predictions: Predictions, report: Mapping[str, Any], best_epoch: int) -> None:
         self._run.plots.mkdir(exist_ok=True)
@@ -255,12 +260,6 @@ class Recorder:
         plot_confusion(report, self._run.plots / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
-
-
-def _of_split(split: Split, found: Predictions, classes: Sequence[str]) -> SplitPredictions:
-    """Predictions with the image of each row."""
-    keys, names = (tuple(of(i) for i in range(len(split))) for of in (split.key, split.name))
-    return SplitPredictions(found.logits, found.labels, tuple(classes), keys, names)
 
 
 def _calibration_words(found: Calibration, before: float, after: float) -> str:
