@@ -19,7 +19,7 @@ from tlcli.device import DTYPES, prepare
 from tlcli.engine.calibration import calibration_report
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.metrics import Predictions, test_report
-from tlcli.engine.replay import Formats, plan_replay
+from tlcli.engine.replay import Formats, plan_replay, recorded_formats
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImages, TlcliError, UsageError
 from tlcli.models.build import tensors_to_reinit
@@ -131,27 +131,13 @@ def _tensor_names(network: nn.Module) -> Sequence[str]:
 
 def _formats(asked: Asked, info: Mapping[str, Any], accelerator: torch.device) -> tuple[Formats, str | None]:
     """The formats that the run was tested in; where they cannot be had or are not wanted, others, and why."""
-    precision, cache = info.get("precision") or {}, info.get("cache") or {}
-    dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
-    try:
-        train, evaluation = (dtypes[precision[use]] for use in ("train", "evaluate"))
-        there = str(info["device"])
-        layout = "channels_last" in str(info.get("memory_format", info["numerics"]["device"]))
-    except (KeyError, TypeError):
+    formats, there = recorded_formats(info), info.get("device")
+    if formats is None or there is None:
         return _safe(asked.spec, accelerator), "run.json does not say in which number format the run was tested"
     if there != accelerator.type:
         return _safe(asked.spec, accelerator), f"tested on {there}, evaluated here on {accelerator.type}"
     if not asked.formats_are_own and asked.spec.device.precision is not Precision.auto:
-        return _safe(asked.spec, accelerator), f"tested in {precision['evaluate'].removeprefix('torch.')}"
-    extraction = info.get("extraction") or {}
-    formats = Formats(
-        train_dtype=train,
-        eval_dtype=evaluation,
-        memory_format=torch.channels_last if layout else torch.contiguous_format,
-        trained_cached=bool(cache.get("used")),
-        tested_cached="test" in (cache.get("entries") or {}),
-        compiled=str(extraction.get("why", "")).startswith("compiled"),
-    )
+        return _safe(asked.spec, accelerator), f"tested in {str(formats.eval_dtype).removeprefix('torch.')}"
     return formats, None
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +18,7 @@ from tlcli.data.threads import in_threads
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.numerics import Numerics
-from tlcli.engine.replay import SURELY
+from tlcli.engine.replay import SURELY, recorded_formats
 from tlcli.errors import UsageError
 from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import CacheDtype, Precision
@@ -144,20 +144,14 @@ class Predictor:
 
 def numerics_for(run: LoadedRun, accelerator: torch.device, precision: Precision) -> Numerics:
     """The number and memory format to predict in. Raises UsageError for one that this accelerator does not have."""
-    dtype = DTYPES[precision] if precision is not Precision.auto else _evaluated_in(run)
+    formats = recorded_formats(run.info)
+    dtype = DTYPES[precision] if precision is not Precision.auto else formats.eval_dtype if formats else torch.float32
     if precision is Precision.auto and not _is_native(dtype, accelerator):
         dtype = torch.float32
     if dtype == torch.float16 and accelerator.type == "cpu":
         raise UsageError("precision fp16 needs a GPU: on a CPU give fp32, bf16 or auto")
-    contiguous = accelerator.type == "mps" or run.info.get("memory_format") == str(torch.contiguous_format)
-    return Numerics(dtype, torch.contiguous_format if contiguous else torch.channels_last)
-
-
-def _evaluated_in(run: LoadedRun) -> torch.dtype:
-    """The number format of a run's evaluation, as run.json names it; float32 where it does not."""
-    named = run.info.get("precision")
-    word = named.get("evaluate") if isinstance(named, Mapping) else None
-    return next((dtype for dtype in DTYPES.values() if str(dtype) == word), torch.float32)
+    layout = formats.memory_format if formats else torch.channels_last
+    return Numerics(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
 
 
 def _is_native(dtype: torch.dtype, accelerator: torch.device) -> bool:
@@ -196,7 +190,7 @@ class _Way:
 def _way(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Way:
     """The quickest way where only rounding of float32 is at stake or bfloat16 was asked for; else the run's own."""
     if precision is Precision.auto and dtype != torch.float32:
-        own = _as_evaluated(run, dtype)
+        own = _as_evaluated(run)
         if own is not None:
             return own
     cut = _cut(run, run.classifier.head_parameters())
@@ -205,19 +199,16 @@ def _way(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Way:
     return _Way(cut.prefix, cut.suffix, torch.float32, None)
 
 
-def _as_evaluated(run: LoadedRun, dtype: torch.dtype) -> _Way | None:
+def _as_evaluated(run: LoadedRun) -> _Way | None:
     """The order of operations in which the run was tested; None where that was on activations that cannot be had."""
-    cache, extraction = run.info.get("cache") or {}, run.info.get("extraction") or {}
-    if "test" not in cache.get("entries", {}):
+    formats = recorded_formats(run.info)
+    if formats is None or not formats.tested_cached:
         return _Way(_Whole(run.model), nn.Identity(), torch.float32, False)
     trained = _trained(run)
     cut = None if trained is None else _cut(run, trained)
-    if cut is None or cut.at != cache.get("at"):
+    if cut is None or cut.at != run.info["cache"].get("at"):
         return None
-    suffix = run.info["precision"].get("train") if cache.get("used") else str(dtype)
-    known = {str(one): one for one in DTYPES.values()}
-    compiled = str(extraction.get("why", "")).startswith("compiled")
-    return _Way(cut.prefix, cut.suffix, known.get(suffix, torch.float32), compiled)
+    return _Way(cut.prefix, cut.suffix, formats.suffix_dtype, formats.compiled)
 
 
 def _trained(run: LoadedRun) -> frozenset[str] | None:

@@ -4,13 +4,14 @@ Rounding differs from one format to the next and between activations and live im
 the same figures to the last digit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tlcli.data.dataset import Dataset, Split
-from tlcli.device import Device
+from tlcli.device import DTYPES, Device
 from tlcli.engine.inputs import Feed, InputPlan, LiveFeeds
 from tlcli.engine.numerics import Numerics
 from tlcli.engine.planning import Planner
@@ -41,6 +42,25 @@ class Formats:
     def suffix_dtype(self) -> torch.dtype:
         """The format in which test activations were read: that of training, where training read activations too."""
         return self.train_dtype if self.trained_cached else self.eval_dtype
+
+
+def recorded_formats(info: Mapping[str, Any]) -> Formats | None:
+    """The formats that a run was tested in, from its run.json; None where it does not say."""
+    precision, cache, extraction = (info.get(key) or {} for key in ("precision", "cache", "extraction"))
+    dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
+    try:
+        train, evaluation = (dtypes[precision[use]] for use in ("train", "evaluate"))
+        layout = "channels_last" in str(info.get("memory_format", info["numerics"]["device"]))
+    except (KeyError, TypeError):
+        return None
+    return Formats(
+        train_dtype=train,
+        eval_dtype=evaluation,
+        memory_format=torch.channels_last if layout else torch.contiguous_format,
+        trained_cached=bool(cache.get("used")),
+        tested_cached="test" in (cache.get("entries") or {}),
+        compiled=str(extraction.get("why", "")).startswith("compiled"),
+    )
 
 
 @dataclass(frozen=True)
