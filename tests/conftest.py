@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tlcli.cli import main
 from tlcli.cli.compose import build, composed, parse_flags, register
+from tlcli.cli.libraries import quiet_libraries
 from tlcli.specs import TrainSpec
+
+quiet_libraries()  # before torch is imported: two processes of tests share the cores
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +46,16 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, n in (("train", 20), ("test", 8)):
         make_folder(root / split, {"across": n, "checks": n, "down": n}, seed=n)
     return root
+
+
+def finish(out: Path, *words: str) -> Path:
+    """The directory of a run of `tlcli train` with these words, done and without plots, which take longer than it."""
+    from tlcli.runs.recorder import Recorder  # here: most tests need no torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_plot", lambda *args: None)
+        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
+    return out
 
 
 def make_folder(root: Path, counts: dict[str, int], *, side: int = 32, seed: int = 0) -> None:

@@ -3,20 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import Compose, make_folder
-from tlcli.cli import main
+from tests.conftest import Compose, finish, make_folder
 from tlcli.cli.saved import saved_spec
 from tlcli.data.dataset import load_whole
 from tlcli.errors import UsageError
 from tlcli.evaluation import Asked, Evaluation, evaluate_run
 from tlcli.runs.predictions import read_predictions
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.watch import Watch
 
@@ -41,17 +40,11 @@ class Notes(Watch):
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """trained("head"): a finished run on the shapes, the same one for all tests."""
-    made: dict[str, Path] = {}
 
+    @cache
     def run(freeze: str) -> Path:
-        if freeze not in made:
-            out = tmp_path_factory.mktemp("runs") / freeze
-            words = ["dataset=imagefolder", f"dataset.root='{shapes}'", *SMALL, *FREEZES[freeze]]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Recorder, "_plot", lambda *args: None)
-                assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
-            made[freeze] = out
-        return made[freeze]
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", *SMALL, *FREEZES[freeze]]
+        return finish(tmp_path_factory.mktemp("runs") / freeze, *words)
 
     return run
 
@@ -255,12 +248,8 @@ def test_the_preprocessing_is_the_runs(run: Path, tmp_path: Path) -> None:
 def unsplit(tmp_path: Path) -> Path:
     """A run on a folder without splits, whose test images were held out; a cheap stand-in for training."""
     make_folder(tmp_path / "photos", {"across": 10, "down": 10})
-    out = tmp_path / "unsplit"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "_plot", lambda *args: None)
-        words = ["dataset=imagefolder", f"dataset.root='{tmp_path / 'photos'}'", *SMALL, "freeze=head"]
-        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
-    return out
+    words = ["dataset=imagefolder", f"dataset.root='{tmp_path / 'photos'}'", *SMALL, "freeze=head"]
+    return finish(tmp_path / "unsplit", *words)
 
 
 def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tlcli.cli import main
+from tests.conftest import finish
 from tlcli.data.named import Nothing
 from tlcli.data.threads import in_threads
 from tlcli.device import cpu_has_bfloat16
@@ -16,7 +17,6 @@ from tlcli.errors import UsageError
 from tlcli.predict import Answer, Predictor, numerics_for
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import read_predictions
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import Precision
 from tlcli.store import Store, cache_dir
@@ -32,20 +32,14 @@ RUNS = {
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LoadedRun]:
     """trained("head", "fp32"): a finished run in this number format, the same one for all tests."""
-    made: dict[tuple[str, str], Path] = {}
 
-    def run(freeze: str, precision: str) -> LoadedRun:
-        if (freeze, precision) not in made:
-            out = tmp_path_factory.mktemp("runs") / "run"
-            words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1"]
-            words += ["backbone=resnet18", "backbone.weights=none", f"device.precision={precision}", "device=cpu"]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Recorder, "_plot", lambda *args: None)
-                assert main(["train", *words, *RUNS[freeze], f"hydra.run.dir='{out}'"]) == 0
-            made[freeze, precision] = out
-        return load_run(made[freeze, precision])
+    @cache
+    def made(freeze: str, precision: str) -> Path:
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1"]
+        words += ["backbone=resnet18", "backbone.weights=none", f"device.precision={precision}", "device=cpu"]
+        return finish(tmp_path_factory.mktemp("runs") / "run", *words, *RUNS[freeze])
 
-    return run
+    return lambda freeze, precision: load_run(made(freeze, precision))
 
 
 def predictor(run: LoadedRun, **options: object) -> Predictor:

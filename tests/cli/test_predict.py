@@ -13,21 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Ended
+from tests.conftest import finish
 from tlcli.cli import main, predict
 from tlcli.cli.completion import candidates
-from tlcli.runs.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
 def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory of a finished run on the shapes."""
-    out = tmp_path_factory.mktemp("runs") / "run"
     words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
-    words += ["backbone=resnet18", "backbone.weights=none", "device.precision=fp32", f"hydra.run.dir='{out}'"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "_plot", lambda *args: None)
-        assert main(["train", *words]) == 0
-    return str(out)
+    words += ["backbone=resnet18", "backbone.weights=none", "device.precision=fp32"]
+    return str(finish(tmp_path_factory.mktemp("runs") / "run", *words))
 
 
 @pytest.fixture

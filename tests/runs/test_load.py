@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ import torch
 from PIL import Image
 
 import tlcli
-from tlcli.cli import main
+from tests.conftest import finish
 from tlcli.data.decode import BadImage
 from tlcli.errors import UsageError
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 BACKBONES = {
@@ -34,18 +34,12 @@ EXACT = ("device.precision=fp32", "cache.mode=off")
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """trained("timm"): a finished run with random first weights, the same one for all tests."""
-    made: dict[str, Path] = {}
 
+    @cache
     def run(kind: str) -> Path:
-        if kind not in made:
-            out = tmp_path_factory.mktemp("runs") / kind
-            words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *EXACT]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Recorder, "_plot", lambda *args: None)
-                words += [*BACKBONES[kind], "backbone.weights=none", "freeze=head", f"hydra.run.dir='{out}'"]
-                assert main(["train", *words]) == 0
-            made[kind] = out
-        return made[kind]
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *EXACT]
+        words += [*BACKBONES[kind], "backbone.weights=none", "freeze=head"]
+        return finish(tmp_path_factory.mktemp("runs") / kind, *words)
 
     return run
 
