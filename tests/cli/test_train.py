@@ -156,7 +156,11 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     training(interrupt)
-    ended = tlcli("train")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        ended = tlcli("train")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (ended.code, ended.err) == (130, "tlcli train: interrupted\n")
     assert status(tmp_path) == ("interrupted", "interrupted")
 
