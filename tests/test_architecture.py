@@ -12,7 +12,7 @@ import tlcli
 
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
-    {"errors", "specs", "watch", "__init__"},
+    {"atomic", "errors", "interrupts", "specs", "watch", "__init__"},
     {"store"},
     {"device"},
     {"models", "data"},

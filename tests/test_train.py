@@ -61,7 +61,7 @@ def test_a_run_directory_is_complete(train) -> None:
     assert test["epoch"] == record["best"]["epoch"]
     assert (run / test["checkpoint"]).is_file()
     assert (run / "checkpoints/last.safetensors").is_file()
-    assert (run / "checkpoints/last.state").is_file()
+    assert (run / "checkpoints/state.safetensors").is_file()
     assert "test" in (run / "run.log").read_text()
     for plot in ("curves", "confusion", "samples"):
         with Image.open(run / f"plots/{plot}.png") as image:

@@ -18,8 +18,9 @@ from tlcli.data.source import Split
 from tlcli.device import DTYPES, prepare
 from tlcli.engine.calibration import calibration_report
 from tlcli.engine.evaluate import evaluate
+from tlcli.engine.formats import Formats, recorded_formats
 from tlcli.engine.metrics import Predictions, test_report
-from tlcli.engine.replay import Formats, plan_replay, recorded_formats
+from tlcli.engine.replay import plan_replay
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImages, TlcliError, UsageError
 from tlcli.models.build import tensors_to_reinit
@@ -146,7 +147,7 @@ def _safe(spec: TrainSpec, accelerator: torch.device) -> Formats:
     dtype = DTYPES.get(spec.device.precision, torch.float32)
     plain = spec.device.channels_last is False or accelerator.type == "mps"
     layout = torch.contiguous_format if plain else torch.channels_last
-    return Formats(dtype, dtype, layout, trained_cached=False, tested_cached=False, compiled=False)
+    return Formats(dtype, dtype, layout, frozenset(), compiled=False)
 
 
 # -- the images

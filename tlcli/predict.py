@@ -17,8 +17,8 @@ from tlcli.data.preprocess import Preprocessing
 from tlcli.data.threads import in_threads
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.extraction import BATCH, Extractor
+from tlcli.engine.formats import SURELY, recorded_formats
 from tlcli.engine.numerics import Numerics
-from tlcli.engine.replay import SURELY, recorded_formats
 from tlcli.errors import UsageError
 from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import CacheDtype, Precision
@@ -202,7 +202,7 @@ def _way(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Way:
 def _as_evaluated(run: LoadedRun) -> _Way | None:
     """The order of operations in which the run was tested; None where that was on activations that cannot be had."""
     formats = recorded_formats(run.info)
-    if formats is None or not formats.tested_cached:
+    if formats is None or "test" not in formats.cached:
         return _Way(_Whole(run.model), nn.Identity(), torch.float32, False)
     trained = _trained(run)
     cut = None if trained is None else _cut(run, trained)

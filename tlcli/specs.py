@@ -5,7 +5,7 @@ once; nothing below the command line sees anything else. This module imports nei
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -489,6 +489,13 @@ class WandbLogger(LoggerSpec):
     mode: WandbMode
 
 
+@dataclass(kw_only=True)
+class CheckpointSpec(Spec):
+    """When the state of training is written beside the ends of epochs."""
+
+    every_minutes: float = number(above=0)
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +513,7 @@ class TrainSpec(Spec):
     logger: LoggerSpec
     image: ImageSpec
     cache: CacheSpec
+    checkpoint: CheckpointSpec
     epochs: int = number(low=1)
     batch_size: int = number(low=1)
     accumulate: int = number(low=1)
@@ -518,6 +526,30 @@ class TrainSpec(Spec):
     log_every: int | None = number(low=1)
     name: str
     out: str
+
+
+LARGEST_IMAGE = 16_384
+"""Pixels of a side that are believed of a file: one such image takes 3 GB as float32."""
+
+
+def image_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """size, mean and std of the images that a network takes, as a file says that may come from anybody.
+
+    Raises KeyError, TypeError or ValueError unless they are numbers that an image can go through.
+    """
+    size = data["size"]
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_IMAGE:
+        raise ValueError(f"size is {size!r:.40}, not a whole number from 1 to {LARGEST_IMAGE}")
+    (r, g, b), (sr, sg, sb) = ([_finite(v) for v in data[key]] for key in ("mean", "std"))
+    if min(sr, sg, sb) <= 0:
+        raise ValueError("std is not above 0")
+    return {"size": size, "mean": (r, g, b), "std": (sr, sg, sb)}
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ValueError(f"{value!r:.40} is no number to reckon with")
+    return float(value)
 
 
 SCHEMAS: dict[str, dict[str, type[Spec]]] = {

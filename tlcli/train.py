@@ -1,68 +1,94 @@
 """The main path: fine-tune one backbone on one data set, and measure it on images that it has never seen."""
 
 import hashlib
+from typing import Any
 
+from tlcli.data.dataset import Dataset
 from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
-from tlcli.engine.inputs import Feed, image_size
+from tlcli.engine.inputs import Feed, InputPlan, image_size
 from tlcli.engine.metrics import scores
+from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.selection import Selection
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
+from tlcli.interrupts import steady
 from tlcli.models.classifier import Classifier
 from tlcli.runs.recorder import Recorder
+from tlcli.runs.restart import Restart
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
-from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.contract import Contract, apply_freeze
 from tlcli.transfer.probe import probe_weights, probed_head
 from tlcli.watch import Watch
 
 
-def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float | None:
+def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart: Restart | None = None) -> float | None:
     """Fine-tune, keep the epoch best on validation, test that one once; the validation figure that selected it.
 
-    All that it gives is in the run's directory; the session has what the jobs of a sweep share. Raises UsageError where
-    the spec cannot be followed and TlcliError where the run fails.
+    All that it gives is in the run's directory; the session has what the jobs of a sweep share. With `restart` a run
+    goes on where it was interrupted. Raises UsageError where the spec cannot be followed and TlcliError where the run
+    fails.
     """
-    record = Recorder(run, watch, spec)
+    record = Recorder(run, watch, spec, restart)
     with record.phase("setup"):
         accelerator = prepare(spec.device)
+        if restart is not None:
+            restart.prepare()
+        machine = machine_of(accelerator)
         data = session.dataset(spec.dataset, spec.seed, watch)
+        if restart is not None:
+            restart.require_same(data)
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         model.network.to(accelerator)
         contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
-        plan = plan_inputs(data, model, contract, spec, accelerator, session, wants_probe=wants_probe(spec, model))
+        before = None if restart is None else restart.formats
+        wanted = wants_probe(spec, model)
+        plan = plan_inputs(data, model, contract, spec, accelerator, session, wants_probe=wanted, before=before)
         device = plan.device
         device.place(model.network)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))
     record.plan(data, model, plan)
     with record.phase("extract"):
         inputs = plan.open(watch)  # live images, or activations of what is frozen: both yield (x, y)
-    with record.phase("probe"):
-        head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
-    contract.seal()
+    if restart is None:
+        with record.phase("probe"):
+            head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
+        selection, first = Selection(spec.keep_best, spec.early_stop), 0 if head_is_ready else 1
+        contract.seal()
+    else:
+        head_is_ready, selection, first = restart.head_is_ready, restart.selection(spec), restart.first_epoch
+        restart.load(model.network, trainer)
+        contract.seal()
+        restart.require_frozen(contract)
+        tell_restart(restart, plan, watch)
     device.compile_where_asked(inputs.train.network)
 
-    selection = Selection(spec.keep_best, spec.early_stop)
-    with record.keeping_best():
-        for epoch in range(0 if head_is_ready else 1, spec.epochs + 1):  # epoch 0 is the network before it trains
+    told = {"head_is_ready": head_is_ready, "machine": machine}
+    keeper = record.keeper(model.network, trainer, lambda: {**told, **origin(data, plan, contract)})
+    with keeper.keeping():
+        for epoch in range(first, spec.epochs + 1):  # epoch 0 is the network before it trains
+            if selection.exhausted:
+                watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
+                break
             with record.phase("train"):
-                fit = trainer.fit(inputs.train, epoch, watch, record.running) if epoch > 0 else None
+                fit = trainer.fit(inputs.train, epoch, watch, record.running, keeper.step) if epoch > 0 else None
             contract.check()
             with record.phase("validate"):
                 found = evaluate(model.network, inputs.val, device, watch, "validation")
                 validation = scores(found)
             trainer.require_finite(validation.loss, epoch, "validation loss")
-            trainer.schedule.after_epoch(validation.loss)
-            best = selection.improves(epoch, validation)
-            record.epoch(epoch, fit, validation, predictions=found, best=best, trainer=trainer, network=model.network)
-            if selection.exhausted:
-                watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
-                break
+            with steady:
+                trainer.schedule.after_epoch(validation.loss)
+                best = selection.improves(epoch, validation)
+                record.epoch(epoch, fit, validation, predictions=found, best=best, step=trainer.step)
+                keeper.epoch(epoch, validation if best else None)
 
-    record.load_best(model.network)
+    keeper.load_best()
     frozen = contract.verify()
+    if not record.has_validation:
+        record.validation_of_best(evaluate(model.network, inputs.val, device, watch, "validation of the best epoch"))
     with record.phase("extract"):
         test = plan.open_test(watch)
     with record.phase("test"):
@@ -70,6 +96,23 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session) -> float
     record.inputs(plan)
     record.result(data, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
+
+
+def origin(data: Dataset, plan: InputPlan, contract: Contract) -> dict[str, Any]:
+    """What a run's result depends on that its config does not say, for the run to go on with after an interruption."""
+    return {
+        "images": images_of(data),
+        "frozen": contract.digest(),
+        "formats": plan.formats.to_json(),
+        "activations": plan.checksums(),
+    }
+
+
+def tell_restart(restart: Restart, plan: InputPlan, watch: Watch) -> None:
+    """Say where the run goes on, and whether its result is the one that it would have had."""
+    watch.note(restart.words)
+    if differences := restart.differences(plan.device.accelerator, plan):
+        watch.note(f"the result will not be exactly that of an undisturbed run: {'; '.join(differences)}")
 
 
 def wants_probe(spec: TrainSpec, model: Classifier) -> bool:

@@ -14,10 +14,10 @@ from torch import nn
 from tests.conftest import Compose
 from tests.engine.test_trainer import Setting
 from tlcli.cli import main
-from tlcli.engine.checkpoints import load_weights_into, save_weights, snapshot
+from tlcli.engine.checkpoints import load_state, load_weights_into, save_weights, snapshot
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.metrics import scores
-from tlcli.runs import recorder
+from tlcli.runs import keeping, recorder
 from tlcli.runs.run_dir import read_json
 from tlcli.watch import Watch
 
@@ -80,10 +80,10 @@ def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def run(share: float, *overrides: str) -> Path:
         written: list[Any] = []
         monkeypatch.setattr(recorder.Recorder, "_plot", lambda *args: None)
-        monkeypatch.setattr(recorder, "CHECKPOINT_SHARE", share)
-        save = recorder.save_weights
+        monkeypatch.setattr(keeping, "SHARE", share)
+        save = keeping.save_weights
         with monkeypatch.context() as patch:
-            patch.setattr(recorder, "save_weights", lambda *a, **k: written.append(a) or save(*a, **k))
+            patch.setattr(keeping, "save_weights", lambda *a, **k: written.append(a) or save(*a, **k))
             out = tmp_path / f"share{share:g}"
             assert main(["train", f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]) == 0
         assert len(written) <= 3 if share < 1 else len(written) > 9
@@ -102,9 +102,9 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(
     for name in ("best", "last"):
         one, other = ((run / f"checkpoints/{name}.safetensors").read_bytes() for run in (seldom, often))
         assert one == other
-    state, other_state = (torch.load(run / "checkpoints/last.state", weights_only=True) for run in (seldom, often))
+    state, other_state = (load_state(run / "checkpoints/state.safetensors") for run in (seldom, often))
     assert state["epoch"] == other_state["epoch"] == 9
-    assert state["step"] == other_state["step"]
+    assert state["trainer"]["step"] == other_state["trainer"]["step"]
 
     setting = Setting(spec(*WORDS, f"dataset.root='{shapes}'"))
     load_weights_into(seldom / "checkpoints/best.safetensors", setting.model.network)

@@ -95,7 +95,7 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
         optimizer.step()
 
     twenty = iter(list(setting.inputs.train.epoch(1))[:20])
-    setting.inputs.train.epoch = lambda number: twenty  # type: ignore[method-assign]
+    setting.inputs.train.epoch = lambda number, start: twenty  # type: ignore[method-assign]
     setting.fit()
     assert setting.trainer.step == 20
     expected = network.state_dict()

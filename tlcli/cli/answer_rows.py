@@ -1,7 +1,5 @@
 """The rows of `tlcli predict`: a table, CSV, or a JSON object a line."""
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
-from tlcli.runs.cells import neutral, plain
+from tlcli.runs.cells import csv_line, plain
 
 if TYPE_CHECKING:
     from tlcli.predict import Answer
@@ -58,18 +56,12 @@ class Csv(Rows):
         if hasattr(self.file, "reconfigure"):
             self.file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         more = [word for n in range(2, self.top + 1) for word in (f"class_{n}", f"probability_{n}")]
-        self.file.write(_csv_line(["path", "prediction", "probability", *more, "error"]))
+        self.file.write(csv_line(["path", "prediction", "probability", *more, "error"]))
 
     def line(self, answer: "Answer") -> str:
-        cells = [cell for name, value in answer.top for cell in (neutral(name), round(value, DIGITS))]
+        cells = [cell for name, value in answer.top for cell in (name, round(value, DIGITS))]
         cells += [""] * (2 * self.top - len(cells))
-        return _csv_line([neutral(answer.path), *cells, neutral(answer.error or "")])
-
-
-def _csv_line(cells: Sequence[object]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
+        return csv_line([answer.path, *cells, answer.error or ""])
 
 
 class Table(Rows):

@@ -2,13 +2,10 @@
 
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -17,23 +14,34 @@ from tlcli.cli import sweep
 from tlcli.cli.checks import check, first_line
 from tlcli.cli.compose import Flags, build, composed, composing, parse_flags, quoted, register
 from tlcli.cli.conf_files import ConfFiles, conf_dir
-from tlcli.cli.endings import Abort, Terminated
+from tlcli.cli.endings import Abort
 from tlcli.cli.folders import Folder, named_folder, new_folder
 from tlcli.cli.job import Command, run_job
+from tlcli.cli.resume import is_sweep, named_run, resume_run, sweep_begun
+from tlcli.cli.signals import terminable
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 
 
 def run(argv: list[str]) -> int:
     """Do what argv asks; the exit code. Raises what ended it otherwise, in terms of tlcli's own errors."""
+    path, words = named_run(argv)
+    if path is not None:
+        with terminable():
+            return resume(path, words)
     flags = parse_flags(argv)
     register()
     with terminable():
         if flags.runs:
             return _run_in_folder(flags, argv)
         with _explained(flags.files):
-            _hydra_main(flags, argv, flags.overrides)
+            _hydra_main(flags, _command(argv), flags.overrides)
     return 0
+
+
+def _command(argv: Sequence[str], *, goes_on: bool = False) -> Command:
+    """What the jobs of a command share; its line is what the user typed."""
+    return Command(shlex.join(["tlcli", "train", *argv]), goes_on=goes_on)
 
 
 def _run_in_folder(flags: Flags, argv: list[str]) -> int:
@@ -53,11 +61,33 @@ def _run_in_folder(flags: Flags, argv: list[str]) -> int:
         if spec:
             print(first_line(spec), flush=True)
         with _explained(flags.files):
-            _hydra_main(flags, argv, (*flags.overrides, f"{key}={quoted(folder.path)}"))
+            _hydra_main(flags, _command(argv), (*flags.overrides, f"{key}={quoted(folder.path)}"))
     except BaseException as exc:
         _tidy(folder, exc, sweeping)
         raise
     return sweep.finish(folder.path) if sweeping else 0
+
+
+def resume(path: Path, words: Sequence[str]) -> int:
+    """Go on with a run or a sweep that ended before its time; the exit code."""
+    if not is_sweep(path):
+        return resume_run(path, words)
+    if words:
+        raise UsageError(f"{words[0]}: a sweep goes on as it was begun; resume its jobs one by one to change them")
+    began = sweep_begun(path)
+    flags = parse_flags(began.argv)
+    register()
+    os.chdir(began.cwd)
+    with _explained(flags.files):
+        composed(flags)  # refuses what names code to run
+    overrides = [word for word in flags.overrides if not word.lstrip("+").startswith("hydra.sweep.dir=")]
+    try:
+        with _explained(flags.files):
+            goes_on = _command(began.argv, goes_on=True)
+            _hydra_main(flags, goes_on, (*overrides, f"hydra.sweep.dir={quoted(began.path)}"))
+    finally:
+        code = sweep.finish(began.path)
+    return code
 
 
 def _folder(config: DictConfig, key: str, overrides: Sequence[str]) -> Folder:
@@ -67,17 +97,11 @@ def _folder(config: DictConfig, key: str, overrides: Sequence[str]) -> Folder:
     return named_folder(wanted, key) if named else new_folder(wanted)
 
 
-def _hydra_main(flags: Flags, command: Sequence[str], overrides: Sequence[str]) -> None:
-    """Call Hydra as if it had been started with these flags and overrides, and get its errors as exceptions.
-
-    Args:
-        command: what the user typed behind `tlcli train`, for run.json.
-    """
-
-    shared = Command(shlex.join(["tlcli", "train", *command]))
+def _hydra_main(flags: Flags, command: Command, overrides: Sequence[str]) -> None:
+    """Call Hydra as if it had been started with these flags and overrides, and get its errors as exceptions."""
 
     def task(config: DictConfig) -> float | None:
-        return run_job(config, flags.files, shared)
+        return run_job(config, flags.files, command)
 
     task.__module__ = "tlcli.train"  # Hydra names the job after it
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -112,26 +136,3 @@ def _tidy(folder: Folder, exc: BaseException, sweeping: bool) -> None:
         folder.discard()
     elif sweeping:
         sweep.finish(folder.path)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the block SIGTERM, and SIGHUP unless it is ignored, raise Terminated: a run can record its ending."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    owner = os.getpid()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)  # a forked worker: the run is not its to record
-        raise Terminated
-
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    caught = {s for s in (signal.SIGTERM, hangup) if signal.getsignal(s) is not signal.SIG_IGN}  # nohup stays nohup
-    previous = {number: signal.signal(number, stop) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,25 +1,34 @@
 """From argv to a TrainSpec: the flags, the composed config, and the sealed dataclasses that it becomes."""
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
 from tlcli.cli.explain import explain, unknown_key
+from tlcli.cli.yaml_size import check_yaml
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.specs import SCHEMAS, Spec, TrainSpec, problems
+
+RESOLVERS = frozenset(
+    {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}
+)
+"""What a config file may call to compute a value: nothing that reads anything but the config and the clock."""
 
 TRUSTED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
 """Where a class may come from that the config names for Hydra itself: its sweeper, launcher and callbacks."""
@@ -106,6 +115,8 @@ def composed(flags: Flags) -> DictConfig:
 
     Raises UsageError.
     """
+    for folder in _folders_of_others(flags):
+        _check_files(folder)
     parsed = [parse_override(override, flags.files) for override in flags.overrides]
     if flags.multirun:
         parsed = [override for override in parsed if not override.is_sweep_override()]
@@ -113,8 +124,30 @@ def composed(flags: Flags) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
         config = compose(flags.config_name, overrides, return_hydra_config=True)
     refuse_code(config)
+    refuse_environment(config, flags.overrides)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config
+
+
+def _folders_of_others(flags: Flags) -> Iterator[Path]:
+    """The folders of config files that the command line names: none of these files is tlcli's own."""
+    if flags.config_dir:
+        yield flags.config_dir
+    for override in flags.overrides:
+        if override.startswith("hydra.searchpath="):
+            yield from (Path(found) for found in re.findall(r"file://([^'\",\]]+)", override))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UsageError for a file in a folder of configs that cannot be read, or stands for too much."""
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            check_yaml(file)
+        except yaml.YAMLError:
+            continue  # of no concern unless it is composed, and then Hydra says so
+        except (OSError, UnicodeDecodeError) as exc:
+            why = getattr(exc, "strerror", None) or "not UTF-8 text"
+            raise UsageError(f"{file}: cannot be read as YAML: {why.lower()}") from exc
 
 
 @contextmanager
@@ -170,6 +203,47 @@ def refuse_code(config: DictConfig) -> None:
     for key, target in named_code(plain):
         if not key.startswith("hydra.") or not str(target).startswith(TRUSTED):
             raise UsageError(f"{key}={target} is refused: a config cannot name code to run")
+
+
+def refuse_environment(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UsageError where a config file would have a value computed from what is outside of the config.
+
+    The value of ${oc.env:TOKEN} would be saved with the run. Whoever types it on the command line wants that; a file
+    may be from anybody.
+    """
+    for key, text in references(OmegaConf.to_container(config, resolve=False)):
+        for name, call in calls(text):
+            if name not in RESOLVERS and not any(_blankless(call) in _blankless(override) for override in overrides):
+                raise UsageError(
+                    f"{key}={text} is refused: a config file that calls {name} could have a secret saved with the run; "
+                    f"give the value on the command line"
+                )
+
+
+def _blankless(text: str) -> str:
+    return "".join(text.split())
+
+
+def references(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys whose values OmegaConf would replace by something else, and these values: ${oc.env:HOME}."""
+    if isinstance(node, str) and "${" in node:
+        yield prefix.rstrip("."), node
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from references(value, f"{prefix}{key}.")
+
+
+def calls(text: str) -> Iterator[tuple[str, str]]:
+    """The functions that a text of OmegaConf's grammar calls, and each call: oc.env and ${oc.env:HOME}. A name may have
+    references in it."""
+    waiting: list[Any] = [grammar_parser.parse(text)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+            yield node.resolverName().getText(), node.getText()
+        waiting += getattr(node, "children", None) or []
 
 
 def named_code(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:

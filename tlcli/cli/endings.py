@@ -3,6 +3,7 @@
 import errno
 
 from tlcli.errors import TlcliError, UsageError
+from tlcli.runs.cells import plain
 
 
 class Terminated(KeyboardInterrupt):
@@ -28,6 +29,10 @@ def ending(exc: BaseException) -> tuple[int, str]:
             return 2, one_line(str(exc))
         case TlcliError():
             return 1, one_line(str(exc))
+        case OSError(errno=errno.ENAMETOOLONG | errno.ELOOP):
+            return 2, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}; name another")
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS) if exc.filename:
+            return 1, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}: tlcli may not read it or write there")
         case OSError(errno=errno.ENOSPC):
             where = f" for {exc.filename}" if exc.filename else ""
             return 1, f"the disk is full: no space left{where}"
@@ -47,5 +52,6 @@ def is_out_of_memory(exc: BaseException) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The text with its line breaks and runs of blanks as single blanks."""
-    return " ".join(text.split())
+    """The text with its line breaks and runs of blanks as single blanks, and without what would move a terminal's
+    cursor or colour it: the names of files may be anybody's."""
+    return plain(" ".join(text.split()))

@@ -22,15 +22,19 @@ from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImages, TlcliError
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import DatasetSpec, TrainSpec
 
 
 class Command:
-    """What the jobs of one command share: the line that was typed, the data set last looked at, and the session."""
+    """What the jobs of one command share: the line that was typed, the data set last looked at, and the session.
 
-    def __init__(self, line: str) -> None:
+    `goes_on`: the sweep was begun before; jobs that are done stay as they are, the others go on.
+    """
+
+    def __init__(self, line: str, *, goes_on: bool = False) -> None:
         self.line = line
+        self.goes_on = goes_on
         self.session: Any = None  # of tlcli.engine.session, which imports torch
         self._sound: DatasetSpec | None = None
 
@@ -52,13 +56,23 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
     run = RunDir(Path(job.runtime.output_dir))
     sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     overrides = list(job.overrides.task)
+    heading = f"[{job.job.num}] {' '.join(overrides)}" if sweep else ""
     try:
-        with recorded(run), logging_to(run.log_file), logged():
-            run.start(command=command.line, overrides=overrides, config=_resolved(config))
+        if command.goes_on and (found := done_before(run, overrides)) is not None:
+            print(f"{heading}: done before, validation {found:.4f}", flush=True)
+            return found
+        begun = command.goes_on and run.record_file.exists()
+        with recorded_job(run):
+            if not begun:
+                run.start(command=command.line, overrides=overrides, config=_resolved(config))
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:
-                watch.heading(f"[{job.job.num}] {' '.join(overrides)}")
-            return _train(config, files, run, watch, command, checked=sweep is None)
+                watch.heading(heading)
+            spec = build(config, files)
+            if sweep:  # of a single run this was looked at before its directory was made
+                command.check(spec)
+            restart = go_on(run, command.line) if begun else None
+            return train_job(spec, run, watch, restart, command)
     except Exception as exc:
         if sweep is None:
             raise Abort(exc) from exc
@@ -70,21 +84,55 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
                 leaderboard.write(sweep)
 
 
-def _train(
-    config: DictConfig, files: ConfFiles, run: RunDir, watch: TerminalWatch, command: Command, checked: bool
+def done_before(run: RunDir, overrides: Sequence[str]) -> float | None:
+    """The validation figure of a job that is done; None where it is not. Raises TlcliError where the directory is that
+    of a job with other overrides."""
+    try:
+        record = read_json(run.record_file)
+        if record["overrides"] != list(overrides):
+            raise TlcliError(f"{run.path}: is of the job {' '.join(record['overrides'])}: it stays as it is")
+        return float(record["best"][record["keep_best"]]) if record["status"] == "done" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def go_on(run: RunDir, line: str) -> Any:
+    """Make a run's directory ready to go on, and say so in run.json; its Restart (of tlcli.runs.restart), or None where
+    it ended before its first checkpoint and begins again."""
+    quiet_libraries()
+    from tlcli.runs.restart import read_restart, start_over  # torch is imported here, and not before
+
+    restart = read_restart(run)
+    run.go_on(line)
+    if restart is None:
+        start_over(run)
+    else:
+        restart.rewind()
+    return restart
+
+
+def train_job(
+    spec: TrainSpec, run: RunDir, watch: TerminalWatch, restart: Any = None, command: Command | None = None
 ) -> float | None:
-    """Train what a config says. `checked`: the data set and the weights it names were looked at already."""
-    spec = build(config, files)
-    if not checked:
-        command.check(spec)
+    """Train what a spec says in a run's directory, from where `restart` says."""
     log.info(first_line(spec))
     quiet_libraries()
     from tlcli.engine.session import session_for  # torch is imported here, and not before
     from tlcli.train import train
 
-    command.session = session_for(spec.cache, command.session)
+    session = session_for(spec.cache, command.session if command else None)
+    if command:
+        command.session = session
     with logged_run(spec, run.path, watch) as told:
-        return train(spec, run, told, command.session)
+        return train(spec, run, told, session, restart)
+
+
+@contextlib.contextmanager
+def recorded_job(run: RunDir) -> Iterator[None]:
+    """What happens within goes to run.log, and the ending to run.json."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with recorded(run), logging_to(run.log_file), logged():
+        yield
 
 
 @contextlib.contextmanager

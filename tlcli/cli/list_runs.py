@@ -1,6 +1,5 @@
 """`tlcli list`: the runs and sweeps under a folder, as a table, CSV or JSON."""
 
-import csv
 import json
 import sys
 import unicodedata
@@ -12,7 +11,7 @@ from typing import Any
 from tlcli.cli.list_query import FIGURES, FORMATS, KEYS, OPTIONS, WORDS, Wanted, kept, ordered, parsed
 from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
 from tlcli.errors import UsageError
-from tlcli.runs.cells import neutral, plain
+from tlcli.runs.cells import csv_line, plain
 from tlcli.runs.index import Entry, Index, RunEntry, SweepEntry, read_index
 
 HELP = """\
@@ -220,15 +219,14 @@ def _total(entries: Sequence[Entry]) -> str:
 
 def _print_csv(entries: Sequence[Entry], wanted: Wanted) -> None:
     """A line a run or sweep; with --jobs a line for each job after its sweep."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"])
+    sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
     for row in rows(entries, wanted.jobs):
         entry = row.entry
-        values = [FIGURES[key](entry) if key in FIGURES else neutral(WORDS[key](entry)) for key in KEYS]
+        values = [FIGURES[key](entry) if key in FIGURES else WORDS[key](entry) for key in KEYS]
         jobs = (len(entry.jobs), entry.counts["done"]) if isinstance(entry, SweepEntry) else (None, None)
         kind = "sweep" if isinstance(entry, SweepEntry) else "job" if row.is_job else "run"
-        error = neutral(entry.error or "") if isinstance(entry, RunEntry) else ""
-        writer.writerow([kind, *values, *jobs, neutral(row.swept), error])
+        error = entry.error if isinstance(entry, RunEntry) else None
+        sys.stdout.write(csv_line([kind, *values, *jobs, row.swept, error]))
 
 
 def _print_json(entries: Sequence[Entry], wanted: Wanted) -> None:

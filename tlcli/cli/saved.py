@@ -14,9 +14,10 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, register
+from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, references, register
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
 from tlcli.cli.explain import explain, unknown_key
+from tlcli.cli.yaml_size import check_yaml
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import SCHEMAS, TrainSpec
@@ -101,6 +102,7 @@ class _Saved:
 
     def _read(self) -> dict[str, Any]:
         try:
+            check_yaml(self.file)
             content = OmegaConf.to_container(OmegaConf.load(self.file), resolve=False)
         except FileNotFoundError:
             raise UsageError(f"{self.file.parent}: no config.yaml here; give the directory of a run") from None
@@ -112,7 +114,7 @@ class _Saved:
         values = {str(key): value for key, value in content.items() if key != "hydra"}
         for key, target in named_code(values):
             raise UsageError(f"{self.file}: {key}={target} is refused: a config cannot name code to run")
-        for key, text in _references(values):
+        for key, text in references(values):
             raise UsageError(f"{self.file}: {key}={text} is refused: a finished run's config holds values alone")
         return values
 
@@ -123,10 +125,10 @@ class _Saved:
             raise UsageError(f"{self.file}: {group}={node}: {group} has keys of its own")
         if group == "device":
             return self.files.defaults[group]
-        kind = node.get("kind")
+        kind = str(node.get("kind"))
         if kind not in SCHEMAS[group]:
             raise UsageError(f"{self.file}: {group}.kind={kind} is none of {', '.join(SCHEMAS[group])}")
-        options = self.files.options_with(group, {str(kind)})
+        options = self.files.options_with(group, {kind})
         return str(node["name"]) if node.get("name") in options else options[0]
 
     def _check_keys(self) -> None:
@@ -170,14 +172,3 @@ def _values_given(overrides: Sequence[Override], chosen: Sequence[bool]) -> Iter
     for override, is_choice in zip(overrides, chosen, strict=True):
         if not is_choice and override.type in (OverrideType.CHANGE, OverrideType.ADD, OverrideType.FORCE_ADD):
             yield override.key_or_group
-
-
-def _references(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The keys whose values OmegaConf would replace by something else: ${oc.env:HOME}."""
-    if isinstance(node, str) and "${" in node:
-        yield prefix.rstrip("."), node
-    if isinstance(node, list):
-        node = dict(enumerate(node))
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _references(value, f"{prefix}{key}.")

@@ -65,9 +65,13 @@ class Batches:
         """Every image once, in the split's order; as evaluation sees it, or with the augmentation of a view."""
         return self._load(view, np.arange(len(self.split)))
 
-    def epoch(self, number: int, view: int | None = None) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch, with the augmentation of a view: the epoch's own, if None."""
-        return self._load(number if view is None else view, epoch_order(len(self.split), self.seed, number))
+    def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch, with the augmentation of a view: the epoch's own, if None.
+
+        `start`: batches to leave out, which an interrupted epoch has had.
+        """
+        order = epoch_order(len(self.split), self.seed, number)
+        return self._load(number if view is None else view, order[start * self.batch_size :])
 
     def _load(self, view: int | None, order: Ints) -> Iterator[Batch]:
         chunks = [_Chunk(view, order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]

@@ -103,6 +103,7 @@ class Activations:
         self._facts = facts
         self.key = key
         self.speed: Speed | None = None
+        self.found: Entry | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -120,20 +121,21 @@ class Activations:
 
     def entry(self, watch: Watch) -> Entry:
         """The entry, extracted first where it is missing or damaged. Raises OSError where it cannot be written."""
-        found = self._store.find(self.key)
-        if found is not None:
-            return found
-        with self._store.filling(self.key, lambda: watch.note("activations: another process computes them, waiting")):
-            found = self._store.find(self.key)
-            return found if found is not None else self._extract(watch)
+        self.found = self._store.find(self.key)
+        if self.found is None:
+            waiting = lambda: watch.note("activations: another process computes them, waiting")  # noqa: E731
+            with self._store.filling(self.key, waiting):
+                self.found = self._store.find(self.key) or self._extract(watch)
+        return self.found
 
     def _extract(self, watch: Watch) -> Entry:
         start = time.perf_counter()
         self.extractor.prepare(watch)
         compiling = time.perf_counter() - start
+        facts = {**self._facts, "computed": self.extractor.why}
         label = f"activations of {self._facts['split']}" + (f", view {self._view.number}" if self._view else "")
         with (
-            self._store.create(self.key, len(self), self._columns, self._facts) as writer,
+            self._store.create(self.key, len(self), self._columns, facts) as writer,
             watch.track(label, len(self)) as advance,
         ):
             for images, labels in self._batches.in_order(view=self._view.number if self._view else None):
@@ -166,7 +168,7 @@ class Tables:
         self._held: dict[str, Table] = {}
 
     def open(self, entry: Entry) -> Table:
-        """The tensors of an entry, each (rows, ...)."""
+        """The tensors of an entry, each (rows, ...). Raises FileNotFoundError where somebody has just removed it."""
         if entry.key in self._held:
             return self._held[entry.key]
         table = tuple(_mapped(entry, i) for i in range(len(entry.columns)))
@@ -180,7 +182,11 @@ def _mapped(entry: Entry, i: int) -> Tensor:
     column = entry.columns[i]
     dtype: torch.dtype = getattr(torch, column.dtype)
     shape = (entry.rows, *column.shape)
-    flat = torch.from_file(str(entry.file(i)), shared=False, size=torch.Size(shape).numel(), dtype=dtype)
+    try:
+        flat = torch.from_file(str(entry.file(i)), shared=False, size=torch.Size(shape).numel(), dtype=dtype)
+    except RuntimeError:
+        entry.file(i).stat()  # FileNotFoundError, where that is why
+        raise
     return flat.view(shape)
 
 
@@ -224,9 +230,10 @@ class CachedActivations:
         """The number of images."""
         return len(self._rows)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch (1, 2, ...), in the view whose turn it is."""
-        order = torch.from_numpy(epoch_order(len(self), self._seed, number))
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch (1, 2, ...), in the view whose turn it is; without the first
+        `start` batches."""
+        order = torch.from_numpy(epoch_order(len(self), self._seed, number)[start * self._batch_size :])
         return self._read(self._tables[(number - 1) % len(self._tables)], order, self._batch_size)
 
     def in_order(self) -> Iterator[Batch]:

@@ -1,14 +1,15 @@
-"""Weights as safetensors with what is needed to use them; the state of training beside them."""
+"""Weights of a whole network in a file, with what is needed to use them; the state of training in another."""
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tlcli.models.tensorfile import read_tensors, write_tensors
+
+_TENSOR = "$tensor"
+"""The key of what stands for a tensor in a state's facts."""
 
 
 def save_weights(
@@ -18,11 +19,7 @@ def save_weights(
 
     `instead` has tensors to write in place of those that the network has by now.
     """
-    own = {**network.state_dict(), **(instead or {})}
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in own.items()}
-    draft = _draft(path)
-    save_file(state, draft, metadata={"tlcli": json.dumps(facts)})
-    draft.replace(path)
+    write_tensors(path, {**network.state_dict(), **(instead or {})}, facts)
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
@@ -32,18 +29,43 @@ def snapshot(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights_into(path: Path, network: nn.Module) -> None:
-    """Put the tensors of a checkpoint of ours back into the network that they are from."""
-    network.load_state_dict(load_file(path))
+    """Put the tensors of a checkpoint of ours back into the network that they are from. Raises TlcliError where the
+    file is damaged."""
+    network.load_state_dict(read_tensors(path)[0])
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write what exact resume needs beside the weights: tensors, numbers and strings alone, in one atomic step."""
-    draft = _draft(path)
-    torch.save(dict(state), draft)
-    draft.replace(path)
+    """Write nested mappings and sequences of tensors and of what JSON can hold, in one atomic step."""
+    tensors: dict[str, Tensor] = {}
+    facts = _without_tensors(state, "", tensors)
+    write_tensors(path, tensors, facts)
 
 
-def _draft(path: Path) -> Path:
-    """A temporary name beside a file, in a folder that is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote: keys are strings and sequences are lists. Raises TlcliError where it is damaged."""
+    tensors, facts = read_tensors(path)
+    state: dict[str, Any] = _with_tensors(facts, tensors)
+    return state
+
+
+def _without_tensors(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
+    """The same with a reference in the place of each tensor, which goes to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[at] = value
+        return {_TENSOR: at}
+    if isinstance(value, Mapping):
+        return {str(key): _without_tensors(item, f"{at}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_tensors(item, f"{at}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The same with tensors in the place of references."""
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value

@@ -13,12 +13,14 @@ from tlcli.data.dataset import Dataset, Split
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.reading import keep_in_memory
 from tlcli.device import Device
-from tlcli.engine.activations import Activations, CachedActivations, Tables, rows_in
+from tlcli.engine.activations import Activations, CachedActivations, Table, Tables, rows_in
 from tlcli.engine.extraction import Speed
+from tlcli.engine.formats import Formats
 from tlcli.engine.live import Batch, LiveImages
 from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import CacheMode, TrainSpec
+from tlcli.store import Entry
 from tlcli.watch import Watch
 
 EVALUATION_BATCH = 64
@@ -40,8 +42,8 @@ class Feed(Protocol):
     def __len__(self) -> int:
         """The number of images."""
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch (1, 2, ...)."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch (1, 2, ...), without the first `start` batches."""
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, as evaluation sees it."""
@@ -100,6 +102,21 @@ class InputPlan:
         """The test set: nothing runs on it before this is called."""
         return self._feed("test", watch)
 
+    @property
+    def formats(self) -> Formats:
+        """How this run computes, as far as its splits have been opened."""
+        device, how = self.device, (entry.facts.get("computed") for entry in self._entries())
+        compiled = any(str(computed).startswith("compiled") for computed in how)
+        return Formats(device.train_dtype, device.eval_dtype, device.memory_format, frozenset(self.cached), compiled)
+
+    def checksums(self) -> dict[str, list[str]]:
+        """Of the activations that have been opened, by key."""
+        return {entry.key: list(entry.checksums) for entry in self._entries()}
+
+    def _entries(self) -> list[Entry]:
+        sources = (source for feed in self.cached.values() for source in feed.sources)
+        return [source.found for source in sources if source.found is not None]
+
     def extraction(self) -> dict[str, Any] | None:
         """How the extractions of this run went, for run.json; None where everything was there or is live."""
         speeds: dict[str, Speed] = {}
@@ -156,7 +173,7 @@ class CachedFeed:
 
     def open(self, device: Device, watch: Watch) -> Feed:
         return CachedActivations(
-            [self.tables.open(source.entry(watch)) for source in self.sources],
+            [self._table(source, watch) for source in self.sources],
             rows_in(self.pool, self.split),
             torch.from_numpy(self.split.labels),
             network=self.network,
@@ -166,6 +183,14 @@ class CachedFeed:
             batch_size=self.batch_size,
             seed=self.seed,
         )
+
+    def _table(self, source: Activations, watch: Watch) -> Table:
+        """The rows of a source. Of what somebody removes between its being found and its being read there is one more
+        try."""
+        try:
+            return self.tables.open(source.entry(watch))
+        except FileNotFoundError:
+            return self.tables.open(source.entry(watch))
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,11 @@ class LiveImages:
         """The number of images."""
         return len(self._batches.split)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch (1, 2, ...), augmented as (seed, view, index) say."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Every image once, in the order of this epoch (1, 2, ...), augmented as (seed, view, index) say; without the
+        first `start` batches."""
         view = (number - 1) % self._views if self._views else None
-        return self._ready(self._batches.epoch(number, view=view))
+        return self._ready(self._batches.epoch(number, view, start))
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, as evaluation sees it."""

@@ -1,17 +1,13 @@
-"""The test of a finished run once more: in its number formats, and from activations where the run read these.
+"""The test of a finished run once more: in its number formats, and from activations where the run read these."""
 
-Rounding differs from one format to the next and between activations and live images, so that only the same way gives
-the same figures to the last digit.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tlcli.data.dataset import Dataset, Split
-from tlcli.device import DTYPES, Device
+from tlcli.device import Device
+from tlcli.engine.formats import Formats
 from tlcli.engine.inputs import Feed, InputPlan, LiveFeeds
 from tlcli.engine.numerics import Numerics
 from tlcli.engine.planning import Planner
@@ -21,46 +17,6 @@ from tlcli.specs import TrainSpec
 from tlcli.transfer.contract import Contract
 from tlcli.transfer.cut import Cut
 from tlcli.watch import Watch
-
-SURELY = 10**9
-"""Images that are said to be expected where the run compiled its frozen part: compiling is to pay again."""
-
-
-@dataclass(frozen=True)
-class Formats:
-    """How a run computed: in which number formats, whether it trained and was tested on activations, and whether the
-    frozen part was compiled."""
-
-    train_dtype: torch.dtype
-    eval_dtype: torch.dtype
-    memory_format: torch.memory_format
-    trained_cached: bool
-    tested_cached: bool
-    compiled: bool
-
-    @property
-    def suffix_dtype(self) -> torch.dtype:
-        """The format in which test activations were read: that of training, where training read activations too."""
-        return self.train_dtype if self.trained_cached else self.eval_dtype
-
-
-def recorded_formats(info: Mapping[str, Any]) -> Formats | None:
-    """The formats that a run was tested in, from its run.json; None where it does not say."""
-    precision, cache, extraction = (info.get(key) or {} for key in ("precision", "cache", "extraction"))
-    dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
-    try:
-        train, evaluation = (dtypes[precision[use]] for use in ("train", "evaluate"))
-        layout = "channels_last" in str(info.get("memory_format", info["numerics"]["device"]))
-    except (KeyError, TypeError):
-        return None
-    return Formats(
-        train_dtype=train,
-        eval_dtype=evaluation,
-        memory_format=torch.channels_last if layout else torch.contiguous_format,
-        trained_cached=bool(cache.get("used")),
-        tested_cached="test" in (cache.get("entries") or {}),
-        compiled=str(extraction.get("why", "")).startswith("compiled"),
-    )
 
 
 @dataclass(frozen=True)
@@ -100,14 +56,14 @@ class _Replayer(Planner):
         )
         device.place(self.model.network)
         cached, extracts = {}, False
-        if formats.tested_cached and isinstance(self.cut, Cut):
+        if "test" in formats.cached and isinstance(self.cut, Cut):
             extractor = self._extractor(self.cut, self.measured[1])
             source = self._activations(self.cut, extractor, self.data.test, "test", None)
             extracts = not source.filled
             room = None if source.filled else self.store.room(source.nbytes, self.spec.cache.max_gb)
             if room is None:
                 cached = self._feeds({"test": ((source,), self.data.test)}, formats.suffix_dtype)
-                extractor.expect(SURELY if formats.compiled else 0)
+                extractor.expect(formats.expected)
         live = LiveFeeds(self.data, self.model.network, self.spec, self.preprocessing, device)
         plan = InputPlan(device, self.preprocessing, "", {"used": False}, {}, live, cached)
         return Replay(device, bool(cached), extracts and bool(cached), lambda watch: self._opened(plan, formats, watch))
@@ -115,6 +71,6 @@ class _Replayer(Planner):
     def _opened(self, plan: InputPlan, formats: Formats, watch: Watch) -> Feed:
         """The split; what the run compiled as a whole is compiled here."""
         feed = plan.open_test(watch)
-        if formats.trained_cached or "test" not in plan.cached:
+        if "train" in formats.cached or "test" not in plan.cached:
             plan.device.compile_where_asked(feed.network)
         return feed

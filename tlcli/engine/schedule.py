@@ -1,7 +1,7 @@
 """Learning rates over time: a factor on every group's rate, set before each step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch.optim import Optimizer
 
@@ -47,6 +47,11 @@ class Schedule:
             "best_loss": self._best_loss,
             "epochs_without": self._epochs_without,
         }
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state` gave."""
+        self._plateau_factor, self._best_loss = state["plateau_factor"], state["best_loss"]
+        self._epochs_without = int(state["epochs_without"])
 
 
 def rate_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) -> float:

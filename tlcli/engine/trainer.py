@@ -1,7 +1,7 @@
 """The loop. There is one: what it reads, what trains and at which rates are inputs to it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +21,7 @@ from tlcli.engine.live import Batch
 from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NotFinite, TlcliError
+from tlcli.interrupts import steady
 from tlcli.models.classifier import Classifier
 from tlcli.specs import ClassWeights, TrainSpec
 from tlcli.transfer.contract import Contract
@@ -71,39 +72,91 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights = _class_weights(spec.class_weights, class_counts, device)
         self._linear: LinearLoss | None = None
+        self._pass: _Pass | None = None
         self.step = 0
 
-    def fit(self, inputs: Feed, epoch: int, watch: Watch, on_running: Callable[[Running], None]) -> Fit:
-        """Train on every image once. Raises NotFinite where the loss becomes NaN or infinite."""
+    def fit(
+        self,
+        inputs: Feed,
+        epoch: int,
+        watch: Watch,
+        on_running: Callable[[Running], None],
+        after_step: Callable[[], None] = lambda: None,
+    ) -> Fit:
+        """Train on every image once, or on those that are left of an epoch that `load` brought.
+
+        Interrupts wait for the end of a step, so that the state is always that of whole ones. Raises NotFinite where
+        the loss becomes NaN or infinite.
+        """
         self._contract.train_mode()
-        torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout is then a function of (seed, epoch)
-        tally = _Tally(self._device.accelerator)
-        batches = inputs.epoch(epoch)
-        first_step, start, batch = self.step, time.perf_counter(), 0
+        now = self._begin(epoch)
+        batches, mark = inputs.epoch(epoch, now.batches), time.perf_counter()
         with threads(inputs.threads), watch.track(f"epoch {epoch}", len(inputs)) as advance:
+            advance(now.tally.images)
             while group := list(islice(batches, self._spec.accumulate)):
-                self._update(inputs, group, tally)
-                if self.step % STEPS_BETWEEN_CHECKS == 0:
-                    self._check(tally, epoch, first_step)
-                for _, y in group:
-                    batch += 1
-                    if self._spec.log_every and batch % self._spec.log_every == 0:
-                        on_running(Running(epoch, batch, tally.running(batch, self._spec.log_every)))
-                    advance(len(y))
-        self._check(tally, epoch, first_step)
-        seconds = time.perf_counter() - start
+                with steady:
+                    self._update(inputs, group, now.tally)
+                    if self.step % STEPS_BETWEEN_CHECKS == 0:
+                        self._check(now)
+                    self._tell(now, group, on_running, advance)
+                    now.seconds, mark = now.seconds + time.perf_counter() - mark, time.perf_counter()
+                after_step()
+        self._check(now)
         lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return Fit(tally.loss(), tally.accuracy(), self.step, seconds, len(inputs) / seconds, lr)
+        return Fit(now.tally.loss(), now.tally.accuracy(), self.step, now.seconds, len(inputs) / now.seconds, lr)
+
+    def _begin(self, epoch: int) -> "_Pass":
+        """The epoch as far as it has come: dropout is a function of it and of the steps within it."""
+        if self._pass is None or self._pass.epoch != epoch:
+            self._pass = _Pass(epoch, self.step, _Tally(self._device.accelerator))
+            torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))
+        return self._pass
+
+    def _tell(
+        self,
+        now: "_Pass",
+        group: list[Batch],
+        on_running: Callable[[Running], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Count the batches of a step, and tell how training goes."""
+        every = self._spec.log_every
+        for _, y in group:
+            now.batches += 1
+            if every and now.batches % every == 0:
+                on_running(Running(now.epoch, now.batches, now.tally.running(now.batches, every)))
+            advance(len(y))
+
+    def is_between_epochs(self, last: int) -> bool:
+        """Whether no step was made since the end of this epoch."""
+        return self._pass is None or self._pass.epoch <= last
 
     def state(self) -> dict[str, Any]:
-        """The state of training beside the weights."""
+        """The state of training beside the weights, between two steps."""
+        own = self.optimizer.state_dict()["state"]
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {str(place): values for place, values in own.items()},
             "schedule": self.schedule.state(),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
-            "random": torch.get_rng_state(),
+            "random": _random_states(),
+            "pass": None if self._pass is None else self._pass.state(),
         }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: what follows is what would have followed it. The network has its weights by itself."""
+        laid_out = {
+            int(place): {name: _laid_out(value, self._trainable[int(place)]) for name, value in values.items()}
+            for place, values in state["optimizer"].items()
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
+        self.schedule.load(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+        self.schedule.before_step(max(0, self.step - 1))  # the rates that an epoch of no more steps reports
+        self._pass = None if state["pass"] is None else _Pass.of(state["pass"], self._device.accelerator)
+        _set_random_states(state["random"])
 
     def _update(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""
@@ -166,12 +219,12 @@ class Trainer:
         if not isfinite(loss):
             raise self._not_finite(f"the {what} is not finite after epoch {epoch}", self.step - 1)
 
-    def _check(self, tally: "_Tally", epoch: int, first_step: int) -> None:
+    def _check(self, now: "_Pass") -> None:
         """Raise NotFinite where the loss of a batch that was not looked at yet is not a number."""
-        at = tally.first_not_finite()
+        at = now.tally.first_not_finite()
         if at is not None:
-            step = first_step + at // self._spec.accumulate
-            raise self._not_finite(f"the loss is not finite at epoch {epoch}, batch {at + 1}", step)
+            step = now.first_step + at // self._spec.accumulate
+            raise self._not_finite(f"the loss is not finite at epoch {now.epoch}, batch {at + 1}", step)
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
         """The error for a step (0-based), with its rate and what to try."""
@@ -207,6 +260,26 @@ class _Tally:
             self._right += (logits.argmax(dim=1) == labels).sum()
             self._to_count.clear()
 
+    @property
+    def images(self) -> int:
+        """The number of images so far."""
+        return sum(self._sizes)
+
+    def state(self) -> dict[str, Any]:
+        """What has been counted."""
+        self._count()
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
+        return {"losses": losses, "sizes": self._sizes, "right": self._right.item()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> "_Tally":
+        """From a state."""
+        tally = cls(device)
+        tally._losses = list(state["losses"].to(device).unbind())
+        tally._sizes = [int(size) for size in state["sizes"]]
+        tally._right += int(state["right"])
+        return tally
+
     def loss(self) -> float:
         """The mean over all images so far."""
         return torch.stack(self._losses).cpu().double().sum().item() / sum(self._sizes)
@@ -231,6 +304,46 @@ class _Tally:
             return self._checked + int((~new.isfinite()).nonzero()[0])
         self._checked = len(self._losses)
         return None
+
+
+@dataclass
+class _Pass:
+    """An epoch as far as it has come: batches that were trained on, from which step on, and the seconds it took."""
+
+    epoch: int
+    first_step: int
+    tally: _Tally
+    batches: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("epoch", "first_step", "batches", "seconds")}
+        return {**own, "tally": self.tally.state()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> "_Pass":
+        tally = _Tally.of(state["tally"], device)
+        epoch, first_step, batches = (int(state[name]) for name in ("epoch", "first_step", "batches"))
+        return cls(epoch, first_step, tally, batches, float(state["seconds"]))
+
+
+def _random_states() -> list[Tensor]:
+    """Of the CPU's generator, then of each CUDA GPU's: dropout draws there."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    """Back to these; without those of GPUs that are not here."""
+    torch.set_rng_state(states[0])
+    if len(states) - 1 == (torch.cuda.device_count() if torch.cuda.is_available() else 0) > 0:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A tensor of the optimizer's as its parameter lies in memory, which is how its kernels read both."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        return torch.empty_like(parameter).copy_(value)
+    return value
 
 
 def _class_weights(kind: ClassWeights, counts: tuple[int, ...], device: Device) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What differs between runs, and whether their test accuracies differ by more than chance."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from scipy import stats
 
+from tlcli.data.listing import expanded
 from tlcli.errors import UsageError
 from tlcli.runs.index import SWEEP_FILES
 from tlcli.runs.opening import open_run
@@ -171,7 +173,8 @@ def _each_run(paths: Sequence[Path]) -> list[Path]:
         else:
             own = [path]
         for one in own:
-            if (place := one.expanduser().resolve()) in found and len(own) == 1:
+            place = Path(os.path.realpath(expanded(str(one))))  # Path.resolve raises where links form a loop
+            if place in found and len(own) == 1:
                 raise UsageError(f"{one}: is named twice")
             found[place] = one
     return list(found.values())

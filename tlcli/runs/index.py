@@ -198,7 +198,7 @@ class _Scan:
 def read_run(path: Path, tested: bool = True) -> RunEntry:
     """A run's directory as an entry. Nothing in its files makes this fail."""
     try:
-        record = read_json(path / "run.json")
+        record = read_json(_regular(path / "run.json"))
     except (OSError, ValueError, RecursionError) as error:
         return RunEntry(path, "damaged", error=f"run.json is damaged: {' '.join(str(error).split())}")
     overrides = tuple(str(word) for word in _as(list, record.get("overrides")) or ())
@@ -226,6 +226,13 @@ def read_run(path: Path, tested: bool = True) -> RunEntry:
         error=_text(record.get("error")),
         overrides=overrides,
     )
+
+
+def _regular(path: Path) -> Path:
+    """The same path. Raises OSError for a pipe, which would be waited for, or a device, which may have no end."""
+    if not path.is_file():
+        raise OSError("not a regular file" if path.exists() else "no such file")
+    return path
 
 
 def is_gone(record: Mapping[str, Any], started: datetime | None) -> bool:
@@ -260,7 +267,7 @@ def _process(pid: int) -> tuple[str | None, float | None]:
 def _test(path: Path) -> tuple[float, float, float] | None:
     """Test accuracy and the ends of its interval."""
     try:
-        with path.open("rb") as file:
+        with _regular(path).open("rb") as file:
             found = _ACCURACY.match(file.read(HEAD))
         if found:
             return float(found[1]), float(found[2]), float(found[3])

@@ -3,8 +3,6 @@
 Everything is read from the run directories of the jobs, so that it does not matter which process ran them.
 """
 
-import csv
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tlcli.runs.cells import neutral
+from tlcli.runs.cells import csv_line
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -160,13 +158,11 @@ def _ranked(jobs: Sequence[Job], figure: str) -> list[Job]:
 
 def _csv(board: Leaderboard) -> str:
     """The leaderboard as CSV."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     head = ["rank", "job", "status", *board.keys, f"val_{board.figure}", "epoch"]
-    table.writerow([*head, "test_accuracy", "test_low", "test_high", "seconds", "error"])
+    lines = [csv_line([*head, "test_accuracy", "test_low", "test_high", "seconds", "error"])]
     for job in board.jobs:
         low, high = job.test_ci95 or (None, None)
-        own = [neutral(job.values.get(key, "")) for key in board.keys]
+        own = [job.values.get(key, "") for key in board.keys]
         figures = [job.validation, job.epoch, job.test_accuracy, low, high, job.seconds]
-        table.writerow([job.rank, job.name, job.status, *own, *figures, neutral(job.error)])
-    return text.getvalue()
+        lines.append(csv_line([job.rank, job.name, job.status, *own, *figures, job.error]))
+    return "".join(lines)

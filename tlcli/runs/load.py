@@ -12,16 +12,15 @@ import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tlcli.data.decode import Pixels, read_image, to_rgb
 from tlcli.data.preprocess import Preprocessing
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
-from tlcli.models.weights import read_metadata
+from tlcli.models.tensorfile import read_tensors
+from tlcli.models.weights import class_names
 from tlcli.runs.opening import open_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
@@ -103,14 +102,15 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     if not file.is_file():
         raise UsageError(f"{run.path}: has no {file.relative_to(run.path).as_posix()}; {_status_words(info)}")
     try:
-        facts = read_metadata(file)
+        state, facts = read_tensors(file)
         preprocessing = Preprocessing.from_json(facts["preprocessing"])
-        classes = tuple(str(name) for name in facts["classes"])
-        state = load_file(file)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        classes = class_names(facts["classes"])
+    except TlcliError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: damaged, or no checkpoint of tlcli ({type(error).__name__}: {error})") from error
     classifier = _rebuilt(_backbone(run, facts), classes, preprocessing, state, file)
-    return LoadedRun(run.path, info, checkpoint, classifier, preprocessing, _temperature(info, facts))
+    return LoadedRun(run.path, info, checkpoint, classifier, preprocessing, _temperature(run, info, facts))
 
 
 def _status_words(info: Mapping[str, Any]) -> str:
@@ -130,9 +130,11 @@ def _backbone(run: RunDir, facts: Mapping[str, Any]) -> BackboneSpec:
         return KINDS[kind](**common)
     try:
         own = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["backbone"]
-        stages = {str(stage): str(pattern) for stage, pattern in own["stages"].items()}
-        return TorchvisionBackbone(**common, head=str(own["head"]), stages=stages)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+        head, stages = own["head"], dict(own["stages"])
+        if not all(isinstance(text, str) for text in (head, *stages, *stages.values())):
+            raise ValueError("head and stages are not all texts")
+        return TorchvisionBackbone(**common, head=head, stages=stages)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"{run.config_file}: does not describe the backbone ({why})") from error
 
@@ -148,16 +150,20 @@ def _rebuilt(
     except RuntimeError as error:
         why = " ".join(str(error).split())
         raise UsageError(f"{file}: does not fit {spec.name} with {len(classes)} classes: {why[:300]}") from error
-    if bad := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+    loaded = built.network.state_dict()  # in float32, which may hold less than what the file has
+    if bad := next((n for n, t in state.items() if t.is_complex() or not loaded[n].isfinite().all()), None):
         raise UsageError(f"{file}: {bad} has values that are not finite; the checkpoint is damaged")
     built.network.eval().requires_grad_(False)
     own = replace(built, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
     return Classifier(spec.name, own, classes, pretrained=frozenset(state), head_loaded=True)
 
 
-def _temperature(info: Mapping[str, Any], facts: Mapping[str, Any]) -> float:
+def _temperature(run: RunDir, info: Mapping[str, Any], facts: Mapping[str, Any]) -> float:
     """What logits of these weights are divided by: what was fitted, if it was to this epoch."""
     calibration, best = info.get("calibration"), info.get("best")
-    if isinstance(calibration, Mapping) and isinstance(best, Mapping) and best.get("epoch") == facts.get("epoch"):
-        return float(calibration.get("temperature", 1.0))
-    return 1.0
+    if not (isinstance(calibration, Mapping) and isinstance(best, Mapping) and best.get("epoch") == facts.get("epoch")):
+        return 1.0
+    value = calibration.get("temperature", 1.0)
+    if not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise UsageError(f"{run.record_file}: damaged (calibration.temperature is {value!r:.40}, no number above 0)")
+    return float(value)

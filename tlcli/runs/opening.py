@@ -1,35 +1,43 @@
 """Whether a directory is a run's, said at once: torch is not imported here."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcli.data.listing import expanded
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.runs.run_dir import SCHEMA_VERSION, RunDir, read_json
 
 
 def open_run(path: str | Path) -> tuple[RunDir, dict[str, Any]]:
     """The run in a directory, and its run.json. Raises UsageError where there is none that this tlcli can read."""
-    run = RunDir(Path(path).expanduser())
-    if not run.path.exists():
+    run = RunDir(expanded(str(path)))
+    if not os.path.exists(run.path):  # noqa: PTH110  Path.exists raises for a name that is too long
         raise UsageError(f"{run.path}: no such run directory.{_near(run.path)}")
     if not run.record_file.is_file():
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){_instead(run.path)}")
     try:
         info = read_json(run.record_file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{run.record_file}: damaged ({error})") from error
+    check_version(run, info)
+    return run, info
+
+
+def check_version(run: RunDir, info: Mapping[str, Any]) -> None:
+    """Raise UsageError unless this tlcli knows what the keys of this run.json mean."""
     version = info.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UsageError(
             f"{run.record_file}: schema_version {version!r} is of another tlcli ({info.get('tlcli', 'unknown')}); "
-            f"this one reads up to {SCHEMA_VERSION}"
+            f"this one reads up to {SCHEMA_VERSION}: use that one, or a newer one"
         )
-    return run, info
 
 
 def _near(path: Path) -> str:
     """A directory beside it that may have been meant."""
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
     return did_you_mean(path.name, beside)
 
 

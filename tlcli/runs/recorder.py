@@ -8,47 +8,41 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
 from tlcli.engine.calibration import Calibration, calibrate, calibration_report
-from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
 from tlcli.engine.selection import Selection
 from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.runs.environment import environment
+from tlcli.runs.keeping import Keeper
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.predictions import SplitPredictions, write_predictions
-from tlcli.runs.run_dir import RunDir, write_json
+from tlcli.runs.restart import Restart
+from tlcli.runs.run_dir import RunDir, read_json, write_json
 from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
 from tlcli.watch import EpochRow, Outcome, Plan, Watch
-
-CHECKPOINT_SHARE = 0.1
-"""Of the time of training that writing checkpoints may take: an epoch of a small head takes less than its file."""
-
-FIRST_SAVE = 0.1
-"""Seconds that writing them is taken to need before it was done once."""
 
 
 class Recorder:
     """Writes one run's directory and tells the watcher what it wrote."""
 
-    def __init__(self, run: RunDir, watch: Watch, spec: TrainSpec) -> None:
+    def __init__(self, run: RunDir, watch: Watch, spec: TrainSpec, restart: Restart | None = None) -> None:
         self._run = run
         self._watch = watch
         self._spec = spec
-        self._began = time.perf_counter()
-        self._seconds: dict[str, float] = {}
+        self._restart = restart
+        before = read_json(run.record_file) if restart is not None else {}
+        self._seconds: dict[str, float] = dict(before.get("seconds") or {})
+        self._began = time.perf_counter() - self._seconds.pop("total", 0.0)
         self._last = 0.0
-        self._best_images_per_second = 0.0
-        self._best: tuple[nn.Module, dict[str, Tensor], dict[str, Any]] | None = None
+        self._best_images_per_second: float = before.get("images_per_second") or 0.0
         self._validation: Predictions | None = None
-        self._unsaved: Callable[[], None] | None = None
-        self._saved_at, self._save_seconds = self._began, FIRST_SAVE
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -72,7 +66,6 @@ class Recorder:
             "classes": list(model.classes),
             "preprocessing": inputs.preprocessing.to_json(),
         }
-        self._saved_at = time.perf_counter()
         self._run.write_bad_files(data.bad_files)
         self._run.update(
             name=spec.name,
@@ -115,6 +108,12 @@ class Recorder:
         self._run.log_metrics({"split": "running", **asdict(running)})
         self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
 
+    def keeper(self, network: nn.Module, trainer: Trainer, origin: Callable[[], Mapping[str, Any]]) -> Keeper:
+        """What keeps this run's checkpoints; `origin` as it takes it."""
+        seconds = 60 * self._spec.checkpoint.every_minutes
+        epoch = None if self._restart is None else self._restart.epoch
+        return Keeper(self._run, network, trainer, self._facts, origin, seconds=seconds, epoch=epoch)
+
     def epoch(
         self,
         epoch: int,
@@ -123,23 +122,17 @@ class Recorder:
         *,
         predictions: Predictions,
         best: bool,
-        trainer: Trainer,
-        network: nn.Module,
+        step: int,
     ) -> None:
-        """An epoch ended: a line for train and one for val, and the checkpoints."""
+        """An epoch was validated: a line for train and one for val."""
         if fit is not None:
             self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
             self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
-        self._log_evaluation("val", epoch, trainer.step, validation, fit.lr if fit else None)
-        facts = {**self._facts, "epoch": epoch}
+        self._log_evaluation("val", epoch, step, validation, fit.lr if fit else None)
         if best:
-            self._best = network, snapshot(network), facts
             self._validation = predictions
             self._run.update(best={"epoch": epoch, **asdict(validation)})
         self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
-        self._unsaved = lambda: self._save(network, facts, {**trainer.state(), "epoch": epoch})
-        if time.perf_counter() - self._saved_at >= self._save_seconds / CHECKPOINT_SHARE:
-            self.save()
         self._watch.epoch(
             EpochRow(
                 epoch=epoch,
@@ -156,34 +149,14 @@ class Recorder:
             )
         )
 
-    def save(self) -> None:
-        """Write the checkpoints of the last epoch, and of the best one, unless that is done."""
-        if self._unsaved is None:
-            return
-        start = time.perf_counter()
-        self._unsaved()
-        self._unsaved = None
-        self._saved_at = time.perf_counter()
-        self._save_seconds = self._saved_at - start
+    @property
+    def has_validation(self) -> bool:
+        """Whether the best epoch's validation is known: not where that epoch was before an interruption."""
+        return self._validation is not None
 
-    def _save(self, network: nn.Module, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        self._save_best()
-        save_weights(self._run.last, network, facts)
-        save_state(self._run.state, state)
-
-    def _save_best(self) -> None:
-        if self._best is not None:
-            network, tensors, facts = self._best
-            save_weights(self._run.best, network, facts, instead=tensors)
-            self._best = None
-
-    @contextmanager
-    def keeping_best(self) -> Iterator[None]:
-        """However training ends within, the best epoch so far is on disk afterwards."""
-        try:
-            yield
-        finally:
-            self._save_best()
+    def validation_of_best(self, predictions: Predictions) -> None:
+        """What the best epoch gives for the validation images, where it had to be found once more."""
+        self._validation = predictions
 
     def inputs(self, inputs: InputPlan) -> None:
         """Everything was read: what came from the cache, and how the frozen part ran over the images where it did."""
@@ -200,11 +173,6 @@ class Recorder:
         """Seconds by phase, and in all."""
         total = time.perf_counter() - self._began
         return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
-
-    def load_best(self, network: nn.Module) -> None:
-        """The network as it was at the best epoch, from its checkpoint."""
-        self.save()
-        load_weights_into(self._run.best, network)
 
     def result(self, data: Dataset, predictions: Predictions, selection: Selection, *, step: int, frozen: int) -> None:
         """The test is done: test.json, plots, the last facts of run.json, and the outcome."""

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tlcli.atomic import replacing
+
 SCHEMA_VERSION = 1
 
 
@@ -28,13 +30,13 @@ class RunDir:
         self.bad_files_file = path / "bad_files.csv"
         self.best = path / "checkpoints" / "best.safetensors"
         self.last = path / "checkpoints" / "last.safetensors"
-        self.state = path / "checkpoints" / "last.state"
+        self.state = path / "checkpoints" / "state.safetensors"
         self.plots = path / "plots"
 
     def start(self, *, command: str, overrides: Sequence[str], config: str) -> None:
         """Write config.yaml and a run.json with the status `running`; the directory is there afterwards."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config_file.write_text(config, encoding="utf-8")
+        self.write_config(config)
         self.update(
             schema_version=SCHEMA_VERSION,
             status="running",
@@ -44,6 +46,23 @@ class RunDir:
             started=now(),
             pid=os.getpid(),
             host=host_digest(),
+        )
+
+    def write_config(self, config: str) -> None:
+        """Write config.yaml, in one atomic step."""
+        with replacing(self.config_file) as file:
+            file.write(config.encode())
+
+    def go_on(self, command: str) -> None:
+        """Write a run.json with the status `running` for a run that ended before its time."""
+        before = read_json(self.record_file).get("resumed", [])
+        self.update(
+            status="running",
+            error=None,
+            ended=None,
+            pid=os.getpid(),
+            host=host_digest(),
+            resumed=[*before, {"command": command, "started": now()}],
         )
 
     def update(self, **facts: Any) -> None:
@@ -59,6 +78,10 @@ class RunDir:
         """Append one line to metrics.jsonl; whoever follows the file sees it at once."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics_bytes(self) -> int:
+        """The size of metrics.jsonl."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
 
     def write_bad_files(self, files: Sequence[tuple[str, str]]) -> None:
         """List the files that do not decode, each with its reason; nothing where there are none."""
@@ -87,6 +110,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object so that a reader finds the old file or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())

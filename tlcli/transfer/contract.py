@@ -1,5 +1,6 @@
 """The freeze contract: frozen parts stay in eval mode while the rest trains, and end bit for bit as they began."""
 
+import hashlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class Contract:
         """Take the digests of what is frozen, as it is now: everything before training is done."""
         self._digests = {name: digest_of_tensor(tensor) for name, tensor in self._frozen()}
         self._versions = {name: tensor._version for name, tensor in self._frozen()}
+
+    def digest(self) -> str:
+        """The sha256 of everything that was sealed."""
+        text = "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def train_mode(self, *, update_stats: bool = True) -> None:
         """Training mode for what trains, eval mode for what is frozen; no BatchNorm trains without `update_stats`.

@@ -13,6 +13,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from tlcli.errors import TlcliError
+from tlcli.runs.opening import check_version
 from tlcli.runs.run_dir import RunDir, read_json
 
 Facts = Mapping[str, Any]
@@ -32,10 +33,13 @@ class RunFiles:
 
 def read_run(run: RunDir) -> RunFiles:
     """The files of a run. Raises TlcliError where run.json cannot be read."""
+    if not run.record_file.is_file():
+        raise TlcliError(f"{run.record_file}: cannot be read: not a regular file")
     try:
         record = read_json(run.record_file)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise TlcliError(f"{run.record_file}: cannot be read: {' '.join(str(exc).split())}") from exc
+    check_version(run, {"schema_version": 1, **record})  # a run that was killed early may not say its own
     text = _text(run.config_file)
     return RunFiles(run, record, _json(run.test_file), _rows(run.metrics_file), _yaml(text), text)
 
@@ -83,13 +87,17 @@ def pair(value: object) -> tuple[float, float] | None:
 
 
 def _json(path: Path) -> Facts:
+    if not path.is_file():
+        return {}
     try:
         return read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe would be waited for
+        return ""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -109,7 +117,7 @@ def _rows(path: Path) -> tuple[Facts, ...]:
     for line in _text(path).splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             found.append(row)

@@ -1,0 +1,339 @@
+"""A run that goes on is, bit for bit, the run that nobody disturbed."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Compose, make_folder
+from tests.faults.runs_alike import differences, rows
+from tests.faults.scale import scale
+from tlcli.cli import main
+from tlcli.engine.trainer import Trainer
+from tlcli.interrupts import steady
+from tlcli.runs import keeping
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import RunDir, read_json
+
+STEPS_AN_EPOCH = 7  # 54 images in batches of 8
+
+
+class Killed(BaseException):
+    """What ends a run without a chance to save anything, as nearly as one process can have it."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plots, and a checkpoint after every epoch."""
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    monkeypatch.setattr(keeping, "SHARE", 1e9)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a run was stopped: after this step (1, 2, ...), with what."""
+
+    step: int
+    exc: type[BaseException] = KeyboardInterrupt
+
+    def __call__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the next run stop there."""
+        update, made = Trainer._update, iter(range(1, 10**6))
+
+        def stopping(trainer: Trainer, *args: object) -> None:
+            update(trainer, *args)  # type: ignore[arg-type]
+            if next(made) == self.step:
+                steady.interrupt(self.exc())
+
+        monkeypatch.setattr(Trainer, "_update", stopping)
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def words(shapes: Path) -> tuple[str, ...]:
+    return ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=3", "batch_size=8")
+
+
+@pytest.fixture
+def disturbed(tmp_path: Path, words: tuple[str, ...]) -> Run:
+    """A run with these words that is stopped and then goes on; its directory."""
+
+    def run(*own: str, stops: Sequence[Stopped]) -> Path:
+        out = tmp_path / "disturbed"
+        argv = ["train", f"hydra.run.dir='{out}'", *words, *own]
+        for stop in stops:
+            with pytest.MonkeyPatch.context() as patch:
+                stop(patch)
+                if stop.exc is Killed:
+                    with pytest.raises(Killed):
+                        main(argv)
+                else:
+                    assert main(argv) == 130
+                    assert read_json(out / "run.json")["status"] == "interrupted"
+            argv = ["train", "--resume", str(out)]
+        assert main(argv) == 0
+        return out
+
+    return run
+
+
+@pytest.fixture
+def whole(tmp_path: Path, words: tuple[str, ...]) -> Run:
+    """The same run, undisturbed."""
+
+    def run(*own: str) -> Path:
+        out = tmp_path / "whole"
+        assert main(["train", f"hydra.run.dir='{out}'", *words, *own]) == 0
+        return out
+
+    return run
+
+
+LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
+
+
+@pytest.mark.parametrize("step", [3, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
+def test_an_interrupted_run_goes_on_to_the_same_end(disturbed: Run, whole: Run, step: int) -> None:
+    """Within the first epoch, at its end before it was validated, and within the second."""
+    own = (*LIVE, "freeze=last_stages", "log_every=2", "epochs=2")
+    assert list(differences(whole(*own), disturbed(*own, stops=[Stopped(step)]))) == []
+
+
+def test_a_killed_run_goes_on_from_the_end_of_its_last_epoch(disturbed: Run, whole: Run) -> None:
+    own = ("freeze=head", "optimizer=sgd", "optimizer.lr=0.1", "freeze.head_init=random")
+    found = disturbed(*own, stops=[Stopped(2 * STEPS_AN_EPOCH + 3, Killed)])
+    assert list(differences(whole(*own), found)) == []
+
+
+def test_twice_interrupted_and_once_killed(disturbed: Run, whole: Run) -> None:
+    own = ("freeze=head", "optimizer=adamw", "scheduler=plateau", "early_stop=1")
+    stops = [Stopped(2), Stopped(4), Stopped(STEPS_AN_EPOCH, Killed)]
+    assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
+    disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("freeze=head", "freeze.head_init=random", "epochs=1")
+    found = disturbed(*own, stops=[Stopped(2, Killed)])
+    assert list(differences(whole(*own), found)) == []
+
+
+# -- the matrix
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: str
+    scheduler: str
+    freeze: str
+    precision: str
+    workers: int
+    cached: bool
+    stop: str
+
+    @property
+    def words(self) -> list[str]:
+        own = [f"{key}={getattr(self, key)}" for key in ("optimizer", "scheduler", "freeze")]
+        own += [f"device.precision={self.precision}", f"device.workers={self.workers}"]
+        own += ["cache.mode=require", "cache.views=2"] if self.cached else ["cache.mode=off", "backbone.dropout=0.2"]
+        own += ["accumulate=2"] if self.scheduler in ("linear", "plateau") else []
+        own += ["clip_grad=1.0"] if self.optimizer == "adam" else []
+        return own
+
+    @property
+    def stops(self) -> list[Stopped]:
+        an_epoch = 4 if "accumulate=2" in self.words else STEPS_AN_EPOCH
+        return [Stopped(an_epoch + 2)] if self.stop == "within" else [Stopped(2 * an_epoch + 1, Killed)]
+
+
+SCHEDULERS = ("constant", "cosine", "linear", "step", "one_cycle", "plateau")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+FREEZES = {True: ("head", "last_stages"), False: ("none", "last_stages", "norm", "head")}
+
+
+def matrix() -> Iterator[Case]:
+    """Every scheduler with every precision, number of workers, way to read and place to stop; optimizers and freeze
+    strategies in turn, so that each pair of them occurs."""
+    rest = product(("fp32", "bf16"), (0, 2), (True, False), ("within", "at its end"))
+    for i, (precision, workers, cached, stop) in enumerate(rest):
+        for j, scheduler in enumerate(SCHEDULERS):
+            freeze = FREEZES[cached][(i // 3 + j) % len(FREEZES[cached])]
+            yield Case(OPTIMIZERS[(i + j) % 3], scheduler, freeze, precision, workers, cached, stop)
+
+
+CASES = list(matrix())
+
+
+def test_the_matrix_has_every_pair() -> None:
+    assert len(CASES) == len(set(CASES)) == 96
+    for one, other in (("optimizer", "scheduler"), ("optimizer", "freeze"), ("freeze", "precision")):
+        seen = {(getattr(case, one), getattr(case, other)) for case in CASES}
+        assert len(seen) == len({a for a, _ in seen}) * len({b for _, b in seen})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[:: scale(7, 1)], ids=lambda case: "-".join(map(str, vars(case).values())))
+def test_every_way_to_train_goes_on_exactly(disturbed: Run, whole: Run, case: Case) -> None:
+    assert list(differences(whole(*case.words), disturbed(*case.words, stops=case.stops))) == []
+
+
+# -- what else a user meets
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run on images of its own, interrupted in its second epoch."""
+    for split, n in (("train", 20), ("test", 4)):
+        make_folder(tmp_path / "images" / split, {"across": n, "checks": n}, seed=n)
+    out = tmp_path / "run"
+    argv = ["train", f"hydra.run.dir='{out}'", "dataset=imagefolder", f"dataset.root='{tmp_path / 'images'}'"]
+    with pytest.MonkeyPatch.context() as patch:
+        Stopped(7)(patch)
+        assert main([*argv, "image.size=32", "batch_size=8", "epochs=3", "freeze=head", "log_every=1"]) == 130
+    return out
+
+
+def test_metrics_have_each_epoch_once(stopped: Path) -> None:
+    assert main(["train", "--resume", str(stopped)]) == 0
+    found = rows(RunDir(stopped))
+    assert [row["epoch"] for row in found if row["split"] == "val"] == [0, 1, 2, 3]
+    assert [row["batch"] for row in found if row["split"] == "running"] == [1, 2, 3, 4, 5] * 3
+    record = read_json(stopped / "run.json")
+    assert record["status"] == "done"
+    assert record["error"] is None
+    assert len(record["resumed"]) == 1
+
+
+def test_a_run_that_is_done_stays_as_it_is(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"resume={stopped}"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    capsys.readouterr()
+    assert main(["train", f"--resume={stopped}"]) == 0
+    assert "is done, test accuracy" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+def test_more_epochs_go_on_from_the_last_one(stopped: Path) -> None:
+    assert main(["train", "--resume", str(stopped), "epochs=5"]) == 0
+    assert [row["epoch"] for row in rows(RunDir(stopped)) if row["split"] == "val"] == [0, 1, 2, 3, 4, 5]
+    assert "epochs: 5" in (stopped / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("optimizer.lr=1", r"cannot change optimizer\.lr; it may change epochs \(upward\), device\.workers, log_every"),
+        ("epochs=2", "cannot change epochs=2, less than 3"),
+        ("device.precision=bf16", r"cannot change device\.precision"),
+        ("freeze=none", r"cannot change freeze\."),
+    ],
+)
+def test_what_makes_another_run_is_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+) -> None:
+    before = (stopped / "run.json").read_bytes()
+    assert main(["train", "--resume", str(stopped), word]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(said, error), error
+    assert (stopped / "run.json").read_bytes() == before
+
+
+def test_other_images_are_refused_with_what_changed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = stopped.parent / "images"
+    one = next((images / "test/across").iterdir())
+    one.write_bytes(next((images / "test/checks").iterdir()).read_bytes())
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert "images of across in test have other names or contents" in capsys.readouterr().err
+    one.unlink()
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert "test has 3 images of across, it had 4" in capsys.readouterr().err
+
+
+def test_images_that_moved_are_the_same(stopped: Path) -> None:
+    (stopped.parent / "images").rename(stopped.parent / "elsewhere")
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert main(["train", "--resume", str(stopped), f"dataset.root='{stopped.parent / 'elsewhere'}'"]) == 0
+
+
+def test_a_damaged_state_is_one_line_that_says_what_to_do(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = stopped / "checkpoints/state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-20] ^= 1
+    state.write_bytes(content)
+    assert main(["train", "--resume", str(stopped)]) == 1
+    error = capsys.readouterr().err
+    assert "its checksum is another" in error
+    assert "without that file the run begins again" in error
+    state.unlink()
+    assert main(["train", "--resume", str(stopped)]) == 0
+    assert [row["epoch"] for row in rows(RunDir(stopped)) if row["split"] == "val"] == [0, 1, 2, 3]
+
+
+def test_other_threads_or_activations_are_said_not_to_be_exact(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    assert main(["train", "--resume", str(stopped)]) == 0
+    assert "not be exactly that of an undisturbed run: torch 9.9.9, it was" in capsys.readouterr().out
+
+
+def test_the_number_of_threads_is_taken_over(stopped: Path) -> None:
+    before, state = torch.get_num_threads(), stopped / "checkpoints/state.safetensors"
+    from tlcli.engine.checkpoints import load_state
+
+    assert load_state(state)["machine"]["threads"] == before
+    torch.set_num_threads(before + 1)
+    try:
+        assert main(["train", "--resume", str(stopped)]) == 0
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its process is there: it is this one."""
+    RunDir(stopped).update(status="running")
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert "is still running it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--resume"], ["resume="], ["--resume", "nowhere"], ["--resume="]])
+def test_no_such_run_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *argv]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_state_within_an_epoch_is_written_after_so_many_minutes(
+    whole: Run, disturbed: Run, monkeypatch: pytest.MonkeyPatch, spec: Compose
+) -> None:
+    """Killed within the first epoch, the run does not begin again."""
+    own = ("freeze=head", "freeze.head_init=random", "checkpoint.every_minutes=1e-9", "epochs=1")
+    found = disturbed(*own, stops=[Stopped(5, Killed)])
+    assert "resumed at epoch 1, batch 5" in (found / "run.log").read_text()
+    assert list(differences(whole(*own), found)) == []
+
+
+def test_json_of_a_state_is_plain(stopped: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(stopped / "checkpoints/state.safetensors", framework="pt") as content:
+        facts = json.loads(content.metadata()["tlcli"])
+    assert facts["epoch"] == 1
+    assert facts["trainer"]["pass"]["batches"] == 2
+
+
+def test_the_threads_of_a_state_are_the_runs_own(disturbed: Run, whole: Run) -> None:
+    """A head trains on one thread: a state that is written meanwhile has the number of the whole run."""
+    from tlcli.engine.checkpoints import load_state
+
+    found = disturbed("freeze=head", "checkpoint.every_minutes=1e-9", stops=[Stopped(5, Killed)])
+    assert load_state(found / "checkpoints/state.safetensors")["machine"]["threads"] == torch.get_num_threads()

@@ -1,0 +1,147 @@
+"""Where a run that was interrupted stands, read from its directory, and how it goes on from there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlcli.atomic import remove_drafts
+from tlcli.data.dataset import Dataset
+from tlcli.engine.checkpoints import load_state
+from tlcli.engine.formats import Formats
+from tlcli.engine.inputs import InputPlan
+from tlcli.engine.metrics import Scores
+from tlcli.engine.origin import machine_changes, require_same_images, take_threads
+from tlcli.engine.selection import Selection
+from tlcli.engine.trainer import Trainer
+from tlcli.errors import TlcliError
+from tlcli.models.tensorfile import damaged, read_tensors
+from tlcli.runs.run_dir import RunDir
+from tlcli.specs import TrainSpec
+from tlcli.transfer.contract import Contract
+
+STATE_VERSION = 1
+"""Of the contents of state.safetensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Restart:
+    """The state of training at the last checkpoint, and the best epoch with its validation scores, if there is one."""
+
+    run: RunDir
+    state: Mapping[str, Any]
+    best: tuple[int, Scores] | None
+
+    @property
+    def epoch(self) -> int | None:
+        """The last epoch that was validated; None: not even the network before training."""
+        epoch: int | None = self.state["epoch"]
+        return epoch
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch to go on with, from its beginning or from within it."""
+        return self.epoch + 1 if self.epoch is not None else int(not self.head_is_ready)
+
+    @property
+    def head_is_ready(self) -> bool:
+        """Whether the network before training was worth an evaluation, as epoch 0."""
+        return bool(self.state["head_is_ready"])
+
+    @property
+    def words(self) -> str:
+        """Where it goes on, for a note."""
+        batches = (self.state["trainer"]["pass"] or {}) if self._is_within() else {}
+        within = f", batch {batches['batches'] + 1:,}" if batches else ""
+        return f"resumed at epoch {self.first_epoch}{within}"
+
+    def _is_within(self) -> bool:
+        now = self.state["trainer"]["pass"]
+        return now is not None and now["epoch"] == self.first_epoch
+
+    @property
+    def formats(self) -> Formats:
+        return Formats.from_json(self.state["formats"])
+
+    def prepare(self) -> None:
+        """Compute with as many threads as before."""
+        take_threads(self.state["machine"])
+
+    def require_same(self, data: Dataset) -> None:
+        """Raise UsageError unless these are the images that the run began with."""
+        require_same_images(self.state["images"], data, str(self.run.path))
+
+    def selection(self, spec: TrainSpec) -> Selection:
+        """The best epoch so far. It may be later than the state, which training then comes to again."""
+        epoch, scores = self.best or (None, None)
+        return Selection(spec.keep_best, spec.early_stop, epoch, scores, self.epoch or 0)
+
+    def load(self, network: nn.Module, trainer: Trainer) -> None:
+        """Put weights, optimizer, rates, counters and random states back."""
+        try:
+            missing = network.load_state_dict(self.state["weights"], strict=False)
+            if missing.unexpected_keys:
+                raise ValueError(f"the network has no {missing.unexpected_keys[0]}")
+            trainer.load(self.state["trainer"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(self.run.state, str(error)) from error
+
+    def require_frozen(self, contract: Contract) -> None:
+        """Raise TlcliError where the frozen part is not the one that the run began with: its weights are another's."""
+        if contract.digest() != self.state["frozen"]:
+            raise TlcliError(
+                f"{self.run.path}: the frozen part is not the one that the run began with: the file or package that "
+                f"backbone.weights names has other weights now. Put it back, or start a new run"
+            )
+
+    def differences(self, accelerator: torch.device, plan: InputPlan) -> list[str]:
+        """Why the result may not be to the last bit that of a run without an interruption; empty where it is."""
+        found = machine_changes(self.state["machine"], accelerator)
+        if lost := self.formats.cached - plan.formats.cached - {"probe"}:
+            found.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
+        then = self.state["activations"]
+        if any(then.get(key, sums) != sums for key, sums in plan.checksums().items()):
+            found.append("activations were computed anew, and are rounded otherwise")
+        return found
+
+    def rewind(self) -> None:
+        """Leave out of metrics.jsonl what is going to be done again, and remove what a killed writer left."""
+        for folder in (self.run.path, self.run.best.parent):
+            remove_drafts(folder)
+        wanted = int(self.state["metrics_bytes"])
+        if self.run.metrics_file.exists() and self.run.metrics_file.stat().st_size > wanted:
+            with self.run.metrics_file.open("r+b") as file:
+                file.truncate(wanted)
+
+
+def read_restart(run: RunDir) -> Restart | None:
+    """Where a run stands; None where it ended before its first checkpoint. Raises TlcliError for damaged files."""
+    if not run.state.is_file():
+        return None
+    try:
+        state = load_state(run.state)
+    except TlcliError as error:
+        raise TlcliError(f"{error}; without that file the run begins again") from error
+    if state.get("version") != STATE_VERSION:
+        raise TlcliError(f"{run.state}: is of version {state.get('version')}, this tlcli knows {STATE_VERSION}")
+    return Restart(run, state, _best(run.best) if run.best.is_file() else None)
+
+
+def _best(path: Path) -> tuple[int, Scores]:
+    """The epoch of the best weights, and their scores."""
+    _, facts = read_tensors(path)
+    try:
+        return int(facts["epoch"]), Scores(**facts["validation"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"its facts: {error}") from error
+
+
+def start_over(run: RunDir) -> None:
+    """Remove what a run wrote before its first checkpoint: it begins again in its directory."""
+    for folder in (run.path, run.best.parent):
+        remove_drafts(folder)
+    for file in (run.metrics_file, run.bad_files_file, run.best, run.last):
+        file.unlink(missing_ok=True)
