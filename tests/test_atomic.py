@@ -64,9 +64,10 @@ def test_an_error_leaves_the_old_file_and_nothing_else(file: Path, step: str, mo
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as raised:
         at(step, full, patch)
         write(file)
+    assert raised.value.filename == str(file)
     assert file.read_bytes() == OLD
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     write(file)

@@ -58,7 +58,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Train], None]:
 
     def put(train: Train) -> None:
         module: Any = types.ModuleType("tlcli.train")
-        module.train = lambda spec, run, watch, session: train(spec, run, watch)
+        module.train = lambda spec, run, watch, session, restart=None: train(spec, run, watch)
         monkeypatch.setitem(sys.modules, "tlcli.train", module)
 
     return put

@@ -83,3 +83,71 @@ def test_sweep_in_a_named_directory_is_not_overwritten(tlcli, training, tmp_path
     ended = tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=mine")
     assert ended.code == 2
     assert "is there already" in ended.err
+
+
+def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) -> None:
+    """Of four jobs one is done, one failed, one was interrupted and one never began."""
+    ran = []
+
+    def first(spec, run, watch):
+        if spec.seed == 2:
+            raise TlcliError("the disk is full")
+        if spec.seed == 3:
+            raise KeyboardInterrupt
+        return finished(spec, run, watch)
+
+    def second(spec, run, watch):
+        ran.append(spec.seed)
+        return finished(spec, run, watch)
+
+    training(first)
+    assert tlcli("train", "-m", "seed=1,2,3,4", "epochs=2").code == 130
+    (sweep,) = (path.parent for path in tmp_path.rglob("sweep.json"))
+    done = (sweep / "0/run.json").read_bytes()
+
+    training(second)
+    (tmp_path / "elsewhere").mkdir()
+    ended = tlcli("train", "--resume", str(sweep))
+    assert (ended.code, ended.err) == (0, "")
+    assert ran == [2, 3, 4]
+    assert "[0] seed=1 epochs=2: done before, validation 0.8900" in ended.out
+    assert (sweep / "0/run.json").read_bytes() == done
+    board = json.loads((sweep / "sweep.json").read_text())
+    assert [(job["name"], job["status"]) for job in board["jobs"]] == [(str(n), "done") for n in range(4)]
+    assert board["command"] == "tlcli train -m seed=1,2,3,4 epochs=2"
+    assert read_json(sweep / "1/run.json")["error"] is None
+
+    again = tlcli("train", f"resume={sweep}")
+    assert again.code == 0
+    assert ran == [2, 3, 4]
+
+
+def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    """Relative places in its command are those of the directory in which it was begun."""
+    training(lambda spec, run, watch: finished(spec, run, watch) if spec.seed == 1 else 1 / 0)
+    tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    training(finished)
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda self: self)
+    from tlcli.cli import main
+
+    assert main(["train", "--resume", "../swept"]) == 0
+    assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
+    assert not (tmp_path / "below/swept").exists()
+
+
+def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
+    ended = tlcli("train", "--resume", "swept", "epochs=9")
+    assert ended.code == 2
+    assert "a sweep goes on as it was begun" in ended.err
+
+
+def test_a_sweep_of_which_no_job_began_is_one_line(tlcli, tmp_path: Path) -> None:
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept/multirun.yaml").touch()
+    ended = tlcli("train", "--resume", "swept")
+    assert ended.code == 2
+    assert "no job has a run.json" in ended.err

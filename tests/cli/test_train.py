@@ -168,7 +168,7 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
 STUB = """
 import sys, threading, types
 from pathlib import Path
-def train(spec, run, watch, session):
+def train(spec, run, watch, session, restart=None):
     Path("started").touch()
     threading.Event().wait(120)
 module = types.ModuleType("tlcli.train")
