@@ -80,8 +80,8 @@ def test_candidates_of_odd_lines_do_not_fail(line: str) -> None:
 def test_hidden_groups_are_no_candidates() -> None:
     found = candidates("tlcli train ")
     assert not [one for one in found if one.startswith(("schema", "common", "hydra"))]
-    assert {f"{f.name}=" for f in fields(TrainSpec)} - {"image=", "cache="} <= set(found)
-    assert {"image.", "cache."} <= set(found)
+    assert {f"{f.name}=" for f in fields(TrainSpec)} - {"image=", "cache=", "checkpoint="} <= set(found)
+    assert {"image.", "cache.", "checkpoint."} <= set(found)
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

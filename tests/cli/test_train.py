@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,9 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
         ended = tlcli("train")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (ended.code, ended.err) == (130, "tlcli train: interrupted\n")
+    (run,) = runs_in(tmp_path)
+    goes_on = f"tlcli train --resume {run.path.relative_to(tmp_path)} goes on"
+    assert (ended.code, ended.err) == (130, f"tlcli train: interrupted: {goes_on}\n")
     assert status(tmp_path) == ("interrupted", "interrupted")
 
 
@@ -193,7 +196,7 @@ def test_terminated(argv: tuple[str, ...], tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 143
-    assert err.decode().endswith("tlcli train: terminated\n")
+    assert re.fullmatch(r"tlcli train: terminated: tlcli train --resume \S+ goes on", err.decode().splitlines()[-1])
     assert status(tmp_path) == ("interrupted", "terminated")
     if "-m" in argv:
         (board,) = tmp_path.rglob("sweep.json")

@@ -64,14 +64,33 @@ def _run_in_folder(flags: Flags, argv: list[str]) -> int:
             _hydra_main(flags, _command(argv), (*flags.overrides, f"{key}={quoted(folder.path)}"))
     except BaseException as exc:
         _tidy(folder, exc, sweeping)
+        if isinstance(exc, KeyboardInterrupt) and folder.path.exists():
+            exc.args = (how_to_go_on(folder.path),)
         raise
     return sweep.finish(folder.path) if sweeping else 0
 
 
 def resume(path: Path, words: Sequence[str]) -> int:
     """Go on with a run or a sweep that ended before its time; the exit code."""
-    if not is_sweep(path):
-        return resume_run(path, words)
+    here = Path.cwd()
+    whole = here / path
+    try:
+        return _resume_sweep(path, words) if is_sweep(path) else resume_run(path, words)
+    except KeyboardInterrupt as exc:
+        exc.args = (how_to_go_on(whole),)
+        raise
+    finally:
+        os.chdir(here)
+
+
+def how_to_go_on(path: Path) -> str:
+    """What to type to go on with a run or a sweep."""
+    near = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{shlex.join(['tlcli', 'train', '--resume', str(near)])} goes on"
+
+
+def _resume_sweep(path: Path, words: Sequence[str]) -> int:
+    """Run the jobs of a sweep that are not done; the exit code."""
     if words:
         raise UsageError(f"{words[0]}: a sweep goes on as it was begun; resume its jobs one by one to change them")
     began = sweep_begun(path)

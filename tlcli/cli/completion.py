@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
+from tlcli.cli.run_folders import run_folders
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.specs import SCHEMAS, TrainSpec
 
@@ -44,7 +45,17 @@ Print a script that completes tlcli's commands, groups, options, keys and values
   fish  tlcli completion fish | source             in ~/.config/fish/config.fish
 """
 
-FLAGS = ("--cfg", "--config-dir", "--config-name", "--debug", "--help", "--hydra-help", "--info", "--multirun")
+FLAGS = (
+    "--cfg",
+    "--config-dir",
+    "--config-name",
+    "--debug",
+    "--help",
+    "--hydra-help",
+    "--info",
+    "--multirun",
+    "--resume",
+)
 FLAG_VALUES = {"--cfg": ("job", "hydra", "all"), "--info": ("all", "config", "defaults", "defaults-tree", "searchpath")}
 
 
@@ -89,7 +100,9 @@ def candidates(line: str) -> list[str]:
 
 def _for_train(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
     """Flags, groups, keys, and behind an equals sign their options and values."""
-    if before and before[-1] in FLAG_VALUES:
+    if before and before[-1] == "--resume":
+        yield from run_folders()
+    elif before and before[-1] in FLAG_VALUES:
         yield from FLAG_VALUES[before[-1]]
     elif word.startswith("-"):
         yield from FLAGS

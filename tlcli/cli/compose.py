@@ -242,7 +242,8 @@ def calls(text: str) -> Iterator[tuple[str, str]]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
-            yield node.resolverName().getText(), node.getText()
+            named: Any = node
+            yield named.resolverName().getText(), named.getText()
         waiting += getattr(node, "children", None) or []
 
 

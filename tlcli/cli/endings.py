@@ -2,7 +2,7 @@
 
 import errno
 
-from tlcli.errors import TlcliError, UsageError
+from tlcli.errors import TlcliError, UsageError, is_out_of_memory
 from tlcli.runs.cells import plain
 
 
@@ -22,9 +22,9 @@ def ending(exc: BaseException) -> tuple[int, str]:
     """The exit code and the line for an exception that ended a command."""
     match exc:
         case Terminated():
-            return 143, "terminated"
+            return 143, ": ".join(["terminated", *map(str, exc.args)])
         case KeyboardInterrupt():
-            return 130, "interrupted"
+            return 130, ": ".join(["interrupted", *map(str, exc.args)])
         case UsageError():
             return 2, one_line(str(exc))
         case TlcliError():
@@ -40,15 +40,6 @@ def ending(exc: BaseException) -> tuple[int, str]:
         return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
     what = f"{type(exc).__name__}: {one_line(str(exc))}".rstrip(": ")
     return 1, f"internal error: {what} (rerun with --debug for the traceback)"
-
-
-def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether an accelerator or the machine ran out of memory. By name and text: torch is not imported here."""
-    names = {kind.__name__ for kind in type(exc).__mro__}
-    text = str(exc).lower()
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
 
 
 def one_line(text: str) -> str:

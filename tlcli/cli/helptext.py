@@ -18,10 +18,12 @@ examples:
   tlcli train backbone=resnet18 backbone.weights=outputs/DATE/TIME
   tlcli train experiment=cifar10_resnet18
   tlcli train -m freeze=head,none optimizer.lr=1e-3,1e-2
+  tlcli train --resume outputs/DATE/TIME
 """
 
 FLAGS = {
     "-m, --multirun": "sweep: a run for each combination of the values given",
+    "--resume DIR": "go on with a run or a sweep that ended before its time",
     "--cfg job": "print the composed config and stop",
     "--config-dir DIR": "a folder with groups and options of your own",
     "--info defaults-tree": "print what the config is composed of and stop",
@@ -34,7 +36,7 @@ def train_help(files: ConfFiles, width: int | None = None) -> str:
     """The text of `tlcli train --help`, at most `width` columns wide (the terminal's, up to 100)."""
     width = width or min(shutil.get_terminal_size().columns, 100)
     parts = [
-        "usage: tlcli train [-m] [GROUP=OPTION ...] [KEY=VALUE ...]\n",
+        "usage: tlcli train [-m] [GROUP=OPTION ...] [KEY=VALUE ...]\n       tlcli train --resume DIR [KEY=VALUE ...]\n",
         textwrap.fill(SUMMARY, width) + "\n",
         "groups and their options (* is the default):",
     ]
