@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -99,13 +100,21 @@ def whole(tmp_path: Path, words: tuple[str, ...]) -> Run:
 LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
 
 
-@pytest.mark.parametrize("step", [3, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(STEPS_AN_EPOCH, marks=pytest.mark.slow),
+        STEPS_AN_EPOCH + 2,
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_end(disturbed: Run, whole: Run, step: int) -> None:
     """Within the first epoch, at its end before it was validated, and within the second."""
     own = (*LIVE, "freeze=last_stages", "log_every=2", "epochs=2")
     assert list(differences(whole(*own), disturbed(*own, stops=[Stopped(step)]))) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_end_of_its_last_epoch(disturbed: Run, whole: Run) -> None:
     own = ("freeze=head", "optimizer=sgd", "optimizer.lr=0.1", "freeze.head_init=random")
     found = disturbed(*own, stops=[Stopped(2 * STEPS_AN_EPOCH + 3, Killed)])
@@ -118,6 +127,7 @@ def test_twice_interrupted_and_once_killed(disturbed: Run, whole: Run) -> None:
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,17 +198,28 @@ def test_every_way_to_train_goes_on_exactly(disturbed: Run, whole: Run, case: Ca
 # -- what else a user meets
 
 
-@pytest.fixture
-def stopped(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on images of its own, interrupted in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
     for split, n in (("train", 20), ("test", 4)):
-        make_folder(tmp_path / "images" / split, {"across": n, "checks": n}, seed=n)
-    out = tmp_path / "run"
-    argv = ["train", f"hydra.run.dir='{out}'", "dataset=imagefolder", f"dataset.root='{tmp_path / 'images'}'"]
+        make_folder(folder / "images" / split, {"across": n, "checks": n}, seed=n)
+    argv = ["train", f"hydra.run.dir='{folder / 'run'}'", "dataset=imagefolder", f"dataset.root='{folder / 'images'}'"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "SHARE", 1e9)
         Stopped(7)(patch)
         assert main([*argv, "image.size=32", "batch_size=8", "epochs=3", "freeze=head", "log_every=1"]) == 130
-    return out
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, with images of its own beside it."""
+    folder = tmp_path / "own"
+    shutil.copytree(stopped_once, folder)
+    config = folder / "run/config.yaml"
+    config.write_text(config.read_text().replace(str(stopped_once), str(folder)))
+    return folder / "run"
 
 
 def test_metrics_have_each_epoch_once(stopped: Path) -> None:
@@ -312,6 +333,7 @@ def test_no_such_run_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_state_within_an_epoch_is_written_after_so_many_minutes(
     whole: Run, disturbed: Run, monkeypatch: pytest.MonkeyPatch, spec: Compose
 ) -> None:
