@@ -24,7 +24,7 @@ def commands(document: str) -> Iterator[str]:
 
 
 README = list(commands("README.md"))
-TRAIN = [line for line in README if line.startswith("tlcli train")]
+TRAIN = [line for line in README if line.startswith("tlcli train") and "--resume" not in line]
 WITH_RUNS = [line for line in README if line.startswith("tlcli ") and line not in TRAIN]
 """Commands that take a run's directory, and others that train nothing."""
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)

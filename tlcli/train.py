@@ -1,12 +1,13 @@
 """The main path: fine-tune one backbone on one data set, and measure it on images that it has never seen."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 from tlcli.data.dataset import Dataset
 from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
-from tlcli.engine.inputs import Feed, InputPlan, image_size
+from tlcli.engine.inputs import Feed, InputPlan, Inputs, image_size
 from tlcli.engine.metrics import scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
@@ -52,23 +53,18 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
     record.plan(data, model, plan)
     with record.phase("extract"):
         inputs = plan.open(watch)  # live images, or activations of what is frozen: both yield (x, y)
-    if restart is None:
-        with record.phase("probe"):
-            head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
-        selection, first = Selection(spec.keep_best, spec.early_stop), 0 if head_is_ready else 1
-        contract.seal()
-    else:
-        head_is_ready, selection, first = restart.head_is_ready, restart.selection(spec), restart.first_epoch
-        restart.load(model.network, trainer)
-        contract.seal()
-        restart.require_frozen(contract)
-        tell_restart(restart, plan, watch)
+    with record.phase("probe"):
+        if restart is None:
+            start = begin(spec, model, inputs, contract, device, session, watch)
+        else:
+            start = go_on(restart, spec, model, trainer, contract, plan, watch)
+    selection = start.selection
     device.compile_where_asked(inputs.train.network)
 
-    told = {"head_is_ready": head_is_ready, "machine": machine}
+    told = {"head_is_ready": start.head_is_ready, "machine": machine}
     keeper = record.keeper(model.network, trainer, lambda: {**told, **origin(data, plan, contract)})
     with keeper.keeping():
-        for epoch in range(first, spec.epochs + 1):  # epoch 0 is the network before it trains
+        for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
             if selection.exhausted:
                 watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
                 break
@@ -108,11 +104,48 @@ def origin(data: Dataset, plan: InputPlan, contract: Contract) -> dict[str, Any]
     }
 
 
-def tell_restart(restart: Restart, plan: InputPlan, watch: Watch) -> None:
-    """Say where the run goes on, and whether its result is the one that it would have had."""
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: the epoch, what is known of the best one, and whether the network is of use before it."""
+
+    epoch: int
+    selection: Selection
+    head_is_ready: bool
+
+
+def begin(
+    spec: TrainSpec,
+    model: Classifier,
+    inputs: Inputs,
+    contract: Contract,
+    device: Device,
+    session: Session,
+    watch: Watch,
+) -> Start:
+    """Fill the head, and seal what is frozen."""
+    head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
+    contract.seal()
+    return Start(0 if head_is_ready else 1, Selection(spec.keep_best, spec.early_stop), head_is_ready)
+
+
+def go_on(
+    restart: Restart,
+    spec: TrainSpec,
+    model: Classifier,
+    trainer: Trainer,
+    contract: Contract,
+    plan: InputPlan,
+    watch: Watch,
+) -> Start:
+    """Put the state of training back, seal what is frozen and compare it with what was; say where the run goes on, and
+    whether its result is going to be the one that it would have had."""
+    restart.load(model.network, trainer)
+    contract.seal()
+    restart.require_frozen(contract)
     watch.note(restart.words)
     if differences := restart.differences(plan.device.accelerator, plan):
         watch.note(f"the result will not be exactly that of an undisturbed run: {'; '.join(differences)}")
+    return Start(restart.first_epoch, restart.selection(spec), restart.head_is_ready)
 
 
 def wants_probe(spec: TrainSpec, model: Classifier) -> bool:
