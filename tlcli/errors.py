@@ -4,7 +4,8 @@ TlcliError            a run failed: exit code 1
 ├── UsageError        the command line, the config or what it names is wrong: exit code 2
 ├── BadImages         files of the data set do not decode
 ├── FrozenChanged     a tensor that was to stay frozen did not
-└── NotFinite         the loss became NaN or infinite
+├── NotFinite         the loss became NaN or infinite
+└── OutOfMemory       a training step needs more memory than there is
 """
 
 import difflib
@@ -33,6 +34,19 @@ class FrozenChanged(TlcliError):
 
 class NotFinite(TlcliError):
     """The training loss became NaN or infinite."""
+
+
+class OutOfMemory(TlcliError):
+    """A training step needs more memory than there is."""
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether an accelerator or the machine ran out of memory. By name and text: torch is not imported here."""
+    names = {kind.__name__ for kind in type(exc).__mro__}
+    text = str(exc).lower()
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:

@@ -54,6 +54,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NOTES_DRAFT = re.compile(r"\.[a-z][a-z0-9_-]*\.json\.\d+\.[0-9a-f]+")
 _OWN_FILE = re.compile(r"meta\.json|\d+\.bin")
 _NOTES_MARK = "tlcli notes 1"
+_META_KEYS = {"format", "key", "created", "facts", "rows", "columns", "checksums"}
+_META_CHECKSUM = "meta_checksum"  # the key of the checksum over all else in meta.json; tlcli 0.3 wrote none
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged entry may raise
 
 _verified: dict[Path, tuple[object, ...]] = {}  # entry -> its state when this process verified it; see _state
@@ -131,6 +133,7 @@ class Store:
         if identity is None:
             return None
         try:
+            _verify_meta(folder / META)
             entry = _read(folder)
             _verify(entry)
         except _DAMAGE:
@@ -377,8 +380,8 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         self._open.close()
-        with (self._draft / META).open("w", encoding="utf-8") as meta:
-            meta.write(json.dumps(self._meta(), indent=2) + "\n")
+        with (self._draft / META).open("w", encoding="utf-8", newline="\n") as meta:
+            meta.write(_meta_text(self._meta()))
             meta.flush()
             os.fsync(meta.fileno())
         _sync_folder(self._draft)
@@ -475,6 +478,24 @@ def _read(folder: Path) -> Entry:
         if entry.file(column).stat().st_size != entry.rows * one.nbytes:
             raise ValueError(f"{entry.file(column)} has a wrong size")
     return entry
+
+
+def _meta_text(meta: Mapping[str, Any]) -> str:
+    """What is written as meta.json: the checksum of the rest is its last line."""
+    return _json({**meta, _META_CHECKSUM: _hex(zlib.crc32(_json(meta).encode()))})
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _verify_meta(file: Path) -> None:
+    """One of _DAMAGE is raised unless a meta.json is what some writer wrote, to the last byte."""
+    text = file.read_bytes().decode()
+    rest = dict(json.loads(text))
+    whole = _json(rest) if rest.pop(_META_CHECKSUM, None) is None else _meta_text(rest)
+    if text != whole or rest.keys() != _META_KEYS:
+        raise ValueError(f"{file} is not as it was written")
 
 
 def _verify(entry: Entry) -> None:

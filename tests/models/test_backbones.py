@@ -1,17 +1,22 @@
 """Every backbone of conf/: built, forward at its size, the parameters that strategies leave trainable, frozen bits."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import Compose
+from tests.faults.scale import scale
 from tlcli.cli.conf_files import conf_dir
+from tlcli.engine.optimizers import build_optimizer
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head
 from tlcli.specs import BackboneSpec
 from tlcli.transfer.contract import Contract, apply_freeze
+from tlcli.transfer.groups import parameter_groups
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")
@@ -64,10 +69,62 @@ def test_frozen_stays_frozen_through_three_steps(spec: Compose, name: str, strat
     assert all(p.grad is None for n, p in parameters.items() if n not in before)
 
 
-def take_steps(model: Classifier, contract: Contract, n: int) -> None:
-    """Plain SGD steps on noise, small images, in the contract's training mode."""
+STRATEGIES = {
+    "none": (),
+    "head": (),
+    "last_stages": (),
+    "norm": (),
+    "bias": (),
+    "pattern": (
+        "freeze.train=['(weight|bias)$']",
+        "freeze.keep=['^(stem|conv|features|blocks|layer|encoder).*weight']",
+    ),
+}
+"""Every strategy of conf/freeze, with what it needs to be told."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKBONES)
+def test_frozen_tensors_keep_their_sha256(spec: Compose, name: str) -> None:
+    """Through 50 steps (3 unless TLCLI_FAULTS=full) under each strategy, with momentum and weight decay: what takes no
+    gradient, and the statistics of the modules that have nothing else to train."""
+    assert {path.stem for path in Path(conf_dir(), "freeze").glob("*.yaml")} == STRATEGIES.keys()
+    for strategy, words in STRATEGIES.items():
+        own = spec(f"freeze={strategy}", *words, "optimizer=adamw")
+        model = model_of(spec, name)
+        contract = apply_freeze(own.freeze, model)
+        frozen = frozen_names(model.network)
+        before = digests(model.network)
+        optimizing = build_optimizer(own.optimizer, parameter_groups(own.optimizer, model))
+        take_steps(model, contract, scale(3, 50), optimizing)
+        after = digests(model.network)
+        assert [n for n in frozen if after[n] != before[n]] == [], strategy
+        assert bool(frozen) == (strategy != "none")
+        assert any(after[n] != before[n] for n in before)
+
+
+def digests(network: nn.Module) -> dict[str, str]:
+    """sha256 of the bytes of every parameter and buffer."""
+    state = network.state_dict()
+    return {
+        n: hashlib.sha256(t.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest() for n, t in state.items()
+    }
+
+
+def frozen_names(network: nn.Module) -> set[str]:
+    """Parameters that take no gradient, and buffers of modules that have parameters, none of which takes one."""
+    names = {n for n, parameter in network.named_parameters() if not parameter.requires_grad}
+    for prefix, module in network.named_modules():
+        own = list(module.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            names |= {f"{prefix}.{n}".lstrip(".") for n, _ in module.named_buffers()}
+    return names & set(network.state_dict())
+
+
+def take_steps(model: Classifier, contract: Contract, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Steps on noise, small images, in the contract's training mode; of plain SGD unless another is given."""
     trainable = [p for p in model.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
+    optimizer = optimizer or torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     contract.train_mode()
     for _ in range(n):

@@ -18,6 +18,7 @@ import tlcli
 from tests.conftest import finish
 from tlcli.data.decode import BadImage
 from tlcli.errors import UsageError
+from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json
@@ -140,12 +141,15 @@ def spoil(run: Path, fault: str) -> Path:
         case "config":
             (run / "config.yaml").write_text("backbone: !!python/object/apply:os.getcwd []\n")
         case "classes":
-            record.write_bytes(record.read_bytes())
-            content = best.read_bytes()
-            best.write_bytes(content.replace(rb"\"across\", ", rb"            "))
+            tensors, facts = read_tensors(best)
+            write_tensors(best, tensors, {**facts, "classes": [c for c in facts["classes"] if c != "across"]})
         case "not finite":
+            tensors, facts = read_tensors(best)
+            next(iter(tensors.values())).fill_(float("nan"))
+            write_tensors(best, tensors, facts)
+        case "flipped":
             content = bytearray(best.read_bytes())
-            content[-4:] = np.float32("nan").tobytes()
+            content[-3] ^= 1
             best.write_bytes(content)
     return run
 
@@ -164,6 +168,7 @@ def spoil(run: Path, fault: str) -> Path:
         ("config", "config.yaml: does not describe the backbone"),
         ("classes", "does not fit resnet18 with 2 classes"),
         ("not finite", "not finite"),
+        ("flipped", "its checksum is another"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(run: Path, fault: str, words: str) -> None:

@@ -1,13 +1,12 @@
 """The files that a check leaves: CSV for whoever sorts the data out, JSON for programs."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tlcli.checking.check import Findings
-from tlcli.runs.cells import neutral
+from tlcli.runs.cells import csv_line
 
 
 def write_files(folder: Path, found: Findings, summary: Mapping[str, Any]) -> None:
@@ -55,6 +54,4 @@ def label_rows(found: Findings) -> Iterable[Sequence[object]]:
 def write_table(file: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A CSV file, UTF-8; names that are no UTF-8 keep their bytes."""
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(head)
-        table.writerows([neutral(cell) for cell in row] for row in rows)
+        stream.writelines(csv_line(row) for row in (head, *rows))

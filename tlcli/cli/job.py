@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tlcli.cli.checks import check_weights, first_line
-from tlcli.cli.compose import build
+from tlcli.cli.compose import build, refuse_environment
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
 from tlcli.cli.libraries import quiet_libraries
@@ -64,7 +64,9 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
         begun = command.goes_on and run.record_file.exists()
         with recorded_job(run):
             if not begun:
-                run.start(command=command.line, overrides=overrides, config=_resolved(config))
+                run.start(command=command.line, overrides=overrides, config=OmegaConf.to_yaml(config))
+                refuse_environment(config, overrides)  # of files that a sweep chose, which Hydra alone composed
+                run.write_config(_resolved(config))
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:
                 watch.heading(heading)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tlcli.data.listing import EXTENSIONS, SPLITS
+from tlcli.data.listing import EXTENSIONS, SPLITS, expanded, folded
 from tlcli.specs import ImageFolder
 
 
@@ -25,7 +25,7 @@ def survey(spec: ImageFolder) -> Layout:
 
     What is no folder of class folders at all is left to `list_imagefolder`, which says so.
     """
-    root = Path(spec.root or "").expanduser()
+    root = expanded(spec.root or "")
     counts: dict[str, dict[str, int]] = {}
     ignored: Counter[str] = Counter()
     for split, folder in _split_folders(root):
@@ -56,7 +56,7 @@ def _problems(counts: Mapping[str, Mapping[str, int]]) -> tuple[list[str], set[s
                 bad.update(strange)
     spelled: dict[str, list[str]] = {}
     for name in sorted(total):
-        spelled.setdefault(name.casefold(), []).append(name)
+        spelled.setdefault(folded(name), []).append(name)
     for names in spelled.values():
         if len(names) > 1:
             problems.append(f"class names that differ only in case: {', '.join(names)}; rename all but one")
@@ -66,7 +66,7 @@ def _problems(counts: Mapping[str, Mapping[str, int]]) -> tuple[list[str], set[s
 
 def _split_folders(root: Path) -> list[tuple[str, Path]]:
     """Each split and its folder; one without a name where root holds the classes."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises for a name that is too long
         return []
     named = [(SPLITS[path.name.lower()], path) for path in _subfolders(root) if path.name.lower() in SPLITS]
     return named if any(_subfolders(path) for _, path in named) else [("", root)]

@@ -5,6 +5,7 @@ Imports neither torch nor numpy: a wrong folder is to be told at once.
 
 import csv
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,10 @@ def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str,
     for split in found if trains else ():
         if strange := [name for name in classes if name in found[split] and name not in found[main]]:
             raise UsageError(f"{where}: {split} has classes that {main} lacks: {_some(strange)}")
-    folded: dict[str, str] = {}
+    same: dict[str, str] = {}
     for name in classes:
-        if (other := folded.setdefault(name.casefold(), name)) != name:
-            raise UsageError(f"{where}: classes {other!r} and {name!r} differ only in case: rename one")
+        if (other := same.setdefault(folded(name), name)) != name:
+            raise UsageError(f"{where}: classes {other!r} and {name!r} differ only in {_difference(other, name)}")
     if trains and len(classes) < 2:
         raise UsageError(f"{where}: only one class, {_some(classes)!r}: at least two are needed. {_ONE_A_CLASS}")
     place = {name: i for i, name in enumerate(classes)}
@@ -95,6 +96,18 @@ def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str,
         classes,
         {s: [(p, place[c]) for c in classes for p in sorted(by_class.get(c, ()))] for s, by_class in found.items()},
     )
+
+
+def folded(name: str) -> str:
+    """The same text for names that people take for one: upper or lower case, accents in one character or in two."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _difference(one: str, other: str) -> str:
+    """What tells two names apart that are the same once folded, and what to do."""
+    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
+        return "how their accents are encoded, and look the same: rename one"
+    return "case: rename one"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -115,8 +128,8 @@ def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     """
     if spec.root is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
-    root = Path(spec.root).expanduser()
-    if not root.is_dir():
+    root = expanded(spec.root)
+    if not _is_dir(root):
         _no_folder(root)
     try:
         folders = _split_folders(root)
@@ -128,11 +141,34 @@ def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     return _listing(root, found, spec.classes, str(root), trains)
 
 
+def expanded(place: str) -> Path:
+    """The path with the home directory in place of ~. Raises UsageError for the home of somebody unknown."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{place}: there is no such home directory; write the whole path") from None
+
+
+def _is_dir(path: Path) -> bool:
+    """Whether there is a folder; False where the system does not even look, as for a name that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises for such a name
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a regular file; False where the system does not even look."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def _no_folder(root: Path) -> NoReturn:
-    if root.exists():
-        raise UsageError(f"{root}: not a folder. {_ONE_A_CLASS}")
-    near = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if root.parent.is_dir() else ""
-    raise UsageError(f"{root}: no such folder.{near}")
+    try:
+        root.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        near = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if _is_dir(root.parent) else ""
+        raise UsageError(f"{root}: no such folder.{near}") from None
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UsageError(f"{root}: no folder that can be read ({why}). {_ONE_A_CLASS}") from error
+    raise UsageError(f"{root}: not a folder. {_ONE_A_CLASS}")
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -185,7 +221,15 @@ def _dataset_below(root: Path) -> Path | None:
 def _subfolders(folder: Path) -> list[Path]:
     """Visible sub-folders, links to folders included, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if is_visible(e.name) and e.is_dir())
+        return sorted(folder / e.name for e in entries if is_visible(e.name) and _leads_to_folder(e))
+
+
+def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether this is a folder or a link to one; links that lead in a circle are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -224,11 +268,12 @@ def list_manifest(spec: Manifest, *, trains: bool = True) -> Listing:
     Paths are relative to `root`, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
     mark. Raises UsageError with the line number for a row that is incomplete, double or names a missing file.
     """
-    file = Path(spec.file).expanduser()
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file. dataset.file names a CSV file with the columns path, label[, split]")
-    root = file.parent if spec.root is None else Path(spec.root).expanduser()
-    if not root.is_dir():
+    file = expanded(spec.file)
+    if not _is_file(file):
+        what = "not a file" if os.path.lexists(file) else "no such file"
+        raise UsageError(f"{file}: {what}. dataset.file names a CSV file with the columns path, label[, split]")
+    root = file.parent if spec.root is None else expanded(spec.root)
+    if not _is_dir(root):
         _no_folder(root)
     rows = _rows(file)
     _check_splits(file, rows)
@@ -248,6 +293,8 @@ def _rows(file: Path) -> list[_Row]:
                 if name not in columns:
                     seen = _some(columns, 8) or "none"
                     raise UsageError(f"{file}: no column {name!r} in its first line (columns: {seen})")
+            if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+                raise UsageError(f"{file}: two columns are called {twice[0]!r}; rename one")
             rows = [_row(file, reader.line_num, fields) for fields in reader]
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8 text; save it as CSV in UTF-8") from error
@@ -267,6 +314,8 @@ def _row(file: Path, line: int, fields: dict[str, str | None]) -> _Row:
     for name, value in (("path", path), ("label", label)):
         if not value:
             raise UsageError(f"{file}, line {line}: no {name}")
+        if "\0" in value:
+            raise UsageError(f"{file}, line {line}: its {name} has a NUL character in it; is this CSV in UTF-8?")
     if split and split.lower() not in SPLITS:
         raise UsageError(f"{file}, line {line}: split {split!r} is none of train, val, test")
     return _Row(line, path, label, SPLITS.get(split.lower(), ""))
@@ -284,7 +333,7 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
     paths, missing = [], []
     for row in rows:
         path = root / row.path
-        if (Path(row.path).is_absolute() or ".." in path.parts) and not path.resolve().is_relative_to(root.resolve()):
+        if (Path(row.path).is_absolute() or ".." in path.parts) and not _real(path).is_relative_to(_real(root)):
             raise UsageError(f"{file}, line {row.line}: {row.path} lies outside {root}; set dataset.root to its folder")
         first = seen.setdefault(os.path.abspath(path), row)  # noqa: PTH100  resolve() would read the disk for each row
         if first.label != row.label:
@@ -292,10 +341,17 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
             raise UsageError(f"{file}: {row.path} has two labels: {labels}")
         if first is not row:
             raise UsageError(f"{file}: {row.path} is named twice (lines {first.line} and {row.line}); remove one")
-        if not path.is_file():
+        if not _is_file(path):
             missing.append(row)
         paths.append(path)
     if missing:
         more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
-        raise UsageError(f"{file}, line {missing[0].line}: {root / missing[0].path}: no such file{more}")
+        path = root / missing[0].path
+        what = "not a file, or a link that leads to none" if os.path.lexists(path) else "no such file"
+        raise UsageError(f"{file}, line {missing[0].line}: {path}: {what}{more}")
     return paths
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads once links are followed, as far as they can be: Path.resolve raises where they form a loop."""
+    return Path(os.path.realpath(path))

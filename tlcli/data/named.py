@@ -4,7 +4,6 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from tlcli.data.listing import is_image, is_visible
 
@@ -28,7 +27,7 @@ def named_images(arguments: Iterable[str], *, patterns: bool = True) -> Iterator
     read as they are asked for: no more than those of one folder are in memory.
     """
     for argument in arguments:
-        if Path(argument).is_dir():
+        if os.path.isdir(argument):  # noqa: PTH112  Path.is_dir raises for a name that is too long
             yield from _of_folder(argument)
         elif patterns and glob.has_magic(argument) and not os.path.lexists(argument):
             yield from _of_pattern(argument)
@@ -42,7 +41,7 @@ def _of_pattern(pattern: str) -> Iterator[Named]:
     if not found:
         yield Nothing(pattern, "no file matches")
     for path in found:
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112
             yield path
         elif "**" not in pattern:  # which matches what is in a folder already
             yield from _of_folder(path)

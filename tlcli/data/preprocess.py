@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from tlcli.data.decode import Pixels
-from tlcli.specs import Fit
+from tlcli.specs import Fit, image_numbers
 
 TOGETHER = 2**20
 """Bytes of images that are resized in one call: of small ones the calls cost more than the pixels, of large ones a copy
@@ -59,8 +59,7 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """From what `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        (r, g, b), (sr, sg, sb) = ([float(v) for v in data[key]] for key in ("mean", "std"))
-        return cls(int(data["size"]), Fit(data["fit"]), (r, g, b), (sr, sg, sb))
+        return cls(fit=Fit(data["fit"]), **image_numbers(data))
 
 
 def stacked(images: Sequence[Pixels]) -> Tensor:

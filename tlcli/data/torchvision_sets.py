@@ -21,6 +21,9 @@ from tlcli.errors import TlcliError, UsageError, did_you_mean
 from tlcli.specs import TorchvisionDataset
 from tlcli.watch import Watch
 
+UNPICKLING = ("LSUN", "LSUNClass")
+"""Classes that unpickle a file beside the images. CIFAR's files are pickles too, whose digests torchvision compares."""
+
 
 @dataclass(frozen=True, eq=False)
 class Items:
@@ -77,6 +80,11 @@ def dataset_class(name: str) -> Any:
     base = datasets.VisionDataset
     exported = {n: getattr(datasets, n) for n in datasets.__all__}
     known = [n for n, c in exported.items() if inspect.isclass(c) and issubclass(c, base) and c is not base]
+    if name in UNPICKLING:
+        raise UsageError(
+            f"dataset.class_name: torchvision's {name} unpickles a file beside the images, which could run any code: "
+            f"use dataset=imagefolder"
+        )
     if name not in known:
         raise UsageError(f"dataset.class_name: torchvision.datasets has no {name!r}.{did_you_mean(name, known)}")
     return exported[name]
@@ -107,7 +115,7 @@ def _open(spec: TorchvisionDataset, arguments: dict[str, Any], watch: Watch) -> 
 def _download(spec: TorchvisionDataset, make: Any, arguments: dict[str, Any], watch: Watch) -> Any:
     watch.note(f"downloading {spec.name} to {arguments.get('root')}")
     try:
-        with _no_bars_off_a_terminal():
+        with _no_bars_off_a_terminal(), _archives_stay_in_their_folder():
             return make(download=True, **arguments)
     except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise TlcliError(
@@ -124,6 +132,17 @@ def _missing(spec: TorchvisionDataset, error: Exception, *, can_download: bool) 
 def _short(error: Exception) -> str:
     """The first sentence of an error."""
     return (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:100].rstrip(".")
+
+
+@contextlib.contextmanager
+def _archives_stay_in_their_folder() -> Iterator[None]:
+    """torchvision extracts tar files with Python's default, which before 3.14 lets them write anywhere."""
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 @contextlib.contextmanager

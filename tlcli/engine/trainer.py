@@ -18,6 +18,7 @@ from tlcli.engine.depthwise import quick_depthwise
 from tlcli.engine.inputs import Feed
 from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
+from tlcli.engine.memory import batch_size_that_fits
 from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NotFinite, TlcliError
@@ -95,7 +96,7 @@ class Trainer:
             advance(now.tally.images)
             while group := list(islice(batches, self._spec.accumulate)):
                 with steady:
-                    self._update(inputs, group, now.tally)
+                    self._step(inputs, group, now.tally)
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check(now)
                     self._tell(now, group, on_running, advance)
@@ -157,6 +158,25 @@ class Trainer:
         self.schedule.before_step(max(0, self.step - 1))  # the rates that an epoch of no more steps reports
         self._pass = None if state["pass"] is None else _Pass.of(state["pass"], self._device.accelerator)
         _set_random_states(state["random"])
+
+    def _step(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
+        """One step; where it runs out of memory, the error names a batch that does not."""
+        batch = group[0]
+        attempt = lambda n: self._attempt(inputs, batch, n)  # noqa: E731
+        with batch_size_that_fits(attempt, len(batch[1]), self._spec.accumulate):
+            self._update(inputs, group, tally)
+
+    def _attempt(self, inputs: Feed, batch: Batch, n: int) -> None:
+        """Forward and backward pass over n images of a batch, for the memory that they take: nothing is trained."""
+        x, y = batch
+        self._contract.train_mode(update_stats=False)
+        try:
+            losses, _ = self._forward(inputs, tuple(part[:n] for part in x), y[:n])
+            torch.autograd.backward(losses)
+        finally:
+            for parameter in self._trainable:
+                parameter.grad = None
+            self._contract.train_mode()
 
     def _update(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tlcli.errors import UsageError
@@ -25,7 +25,8 @@ def plain_state(network: nn.Module) -> dict[str, Tensor]:
 
 def write_safetensors(run: LoadedRun, facts: Mapping[str, Any], path: Path) -> nn.Module:
     """Write the weights with the facts as their metadata; the library's own network with what the file has."""
-    save_file(plain_state(run.model), path, metadata={"tlcli": json.dumps(facts)})
+    # not save_file: its files are their owner's alone, whatever the umask
+    path.write_bytes(save(plain_state(run.model), metadata={"tlcli": json.dumps(facts)}))
     network = _fresh(run)
     network.load_state_dict(load_file(path))
     return network.eval()
@@ -81,7 +82,7 @@ def write_timm(run: LoadedRun, facts: Mapping[str, Any], folder: Path) -> nn.Mod
             f"choose --to onnx, torchscript, pt2 or safetensors"
         ) from exc
     folder.mkdir()
-    save_file(plain_state(run.model), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(plain_state(run.model), metadata={"format": "pt"}))
     config = json.dumps(_timm_config(run, network), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(run, facts, timm_name(run)), encoding="utf-8")

@@ -151,7 +151,10 @@ def pattern_stages(network: nn.Module, spec: TorchvisionBackbone) -> tuple[Stage
     body = [name for name in network.state_dict() if not within(name, (spec.head,))]
     stages: list[Stage] = []
     for stage, pattern in spec.stages.items():
-        stages.append(Stage(stage, frozenset(name for name in body if re.match(pattern, name))))
+        try:
+            stages.append(Stage(stage, frozenset(name for name in body if re.match(pattern, name))))
+        except re.error as error:
+            raise UsageError(f"backbone.stages.{stage}={pattern!r} is no regular expression: {error}") from error
         if not stages[-1].tensors:
             raise UsageError(f"backbone.stages.{stage}: {pattern!r} matches no parameter of {spec.name}")
     for name in body:

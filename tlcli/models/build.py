@@ -130,7 +130,9 @@ def _check_fit(state: Mapping[str, Tensor], architecture: Architecture, optional
         if state[name].shape != tensor.shape:
             have, need = "x".join(map(str, state[name].shape)), "x".join(map(str, tensor.shape))
             raise UsageError(f"backbone.weights={source}: {name} is {have}, not {need}; {remedy}")
-        if not state[name].isfinite().all():
+        if state[name].is_complex():
+            raise UsageError(f"backbone.weights={source}: {name} has complex numbers; {remedy}")
+        if not state[name].to(tensor.dtype).isfinite().all():  # as it is loaded: float64 holds more than float32
             raise UsageError(f"backbone.weights={source}: {name} has values that are not finite; they are damaged")
     unknown = [name for name in state if name not in wanted]
     if unknown:

@@ -3,6 +3,7 @@ that a file brings."""
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.backbones import build_timm, timm_head
 from tlcli.models.classifier import Architecture, within
-from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
+from tlcli.models.tensorfile import read_tensors
+from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone, image_numbers
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
@@ -58,17 +60,18 @@ def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes:
 def read_weights(path: Path) -> Pretrained:
     """The tensors of a .safetensors file, a .pth or .pt file with a state dict, or the best ones of a run directory."""
     path = path.expanduser()
-    file = path / RUN_CHECKPOINT if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if path.is_dir() else ''}")
+    is_dir = os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises for a name that is too long
+    file = path / RUN_CHECKPOINT if is_dir else path
+    if not os.path.isfile(file):  # noqa: PTH113
+        raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_dir else ''}")
     try:
         if file.suffix == ".safetensors":
             return _safetensors(file, str(path))
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UsageError:
         raise
-    except SafetensorError as error:
-        raise UsageError(f"backbone.weights={path}: not a safetensors file, or damaged ({error})") from error
+    except TlcliError as error:
+        raise UsageError(f"backbone.weights={error}") from error
     except Exception as error:  # torch.load raises many kinds; none of them is ours to mend
         raise UsageError(
             f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
@@ -78,20 +81,23 @@ def read_weights(path: Path) -> Pretrained:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What tlcli wrote about a checkpoint: classes, preprocessing, backbone; empty for files of others."""
-    with safe_open(file, framework="pt") as content:
-        text = (content.metadata() or {}).get("tlcli")
+    """What tlcli wrote about a checkpoint: classes, preprocessing, backbone; empty for files of others.
+
+    Raises UsageError for a file that cannot be read, or that is damaged.
+    """
     try:
+        with safe_open(file, framework="pt") as content:
+            text = (content.metadata() or {}).get("tlcli")
         value = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file}: not a safetensors file, or damaged ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file}: its tlcli metadata is damaged") from error
     return value if isinstance(value, dict) else {}
 
 
 def _safetensors(file: Path, source: str) -> Pretrained:
-    with safe_open(file, framework="pt") as content:
-        state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
-    facts = read_metadata(file)
+    state, facts = read_tensors(file)
     try:
         return Pretrained(source, state, **_checked(facts))
     except (KeyError, TypeError, ValueError) as error:
@@ -102,14 +108,23 @@ def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself, as far as it is what it should be; raises for anything else."""
     found: dict[str, Any] = {}
     if "backbone" in facts:
-        found["backbone"] = str(facts["backbone"])
+        if not isinstance(facts["backbone"], str):
+            raise ValueError("the backbone is no name")
+        found["backbone"] = facts["backbone"]
     if "classes" in facts:
-        found["classes"] = tuple(str(name) for name in facts["classes"])
+        found["classes"] = class_names(facts["classes"])
     if "preprocessing" in facts:
-        own = facts["preprocessing"]
-        (r, g, b), (sr, sg, sb) = ([float(v) for v in own[key]] for key in ("mean", "std"))
-        found["preprocessing"] = {"size": int(own["size"]), "mean": (r, g, b), "std": (sr, sg, sb)}
+        found["preprocessing"] = image_numbers(facts["preprocessing"])
     return found
+
+
+def class_names(value: object) -> tuple[str, ...]:
+    """The classes that a checkpoint names. Raises ValueError unless they are names, each there once."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("the classes are no list of names")
+    if len(set(value)) < len(value):
+        raise ValueError("a class is named twice")
+    return tuple(value)
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:
@@ -119,6 +134,12 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         raise UsageError(f"backbone.weights={path}: holds no state dict (names and tensors)")
+    for name, tensor in state.items():
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UsageError(
+                f"backbone.weights={path}: {name} is no plain tensor (nested, quantized, sparse or without data); "
+                "save the dense one"
+            )
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 

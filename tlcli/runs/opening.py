@@ -1,7 +1,6 @@
 """Whether a directory is a run's, said at once: torch is not imported here."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,13 @@ def open_run(path: str | Path) -> tuple[RunDir, dict[str, Any]]:
         info = read_json(run.record_file)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{run.record_file}: damaged ({error})") from error
-    check_version(run, info)
-    return run, info
-
-
-def check_version(run: RunDir, info: Mapping[str, Any]) -> None:
-    """Raise UsageError unless this tlcli knows what the keys of this run.json mean."""
     version = info.get("schema_version")
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UsageError(
             f"{run.record_file}: schema_version {version!r} is of another tlcli ({info.get('tlcli', 'unknown')}); "
             f"this one reads up to {SCHEMA_VERSION}: use that one, or a newer one"
         )
+    return run, info
 
 
 def _near(path: Path) -> str:

@@ -1,6 +1,5 @@
 """One run's directory: the names of its files, and how each is written."""
 
-import csv
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.atomic import replacing
+from tlcli.runs.cells import csv_line
 
 SCHEMA_VERSION = 1
 
@@ -87,7 +87,7 @@ class RunDir:
         """List the files that do not decode, each with its reason; nothing where there are none."""
         if files:
             with self.bad_files_file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                csv.writer(file).writerows([("file", "reason"), *files])
+                file.writelines(csv_line(row) for row in [("file", "reason"), *files])
 
 
 def now() -> str:

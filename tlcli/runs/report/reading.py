@@ -13,7 +13,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from tlcli.errors import TlcliError
-from tlcli.runs.opening import check_version
 from tlcli.runs.run_dir import RunDir, read_json
 
 Facts = Mapping[str, Any]
@@ -39,7 +38,6 @@ def read_run(run: RunDir) -> RunFiles:
         record = read_json(run.record_file)
     except (OSError, ValueError, RecursionError) as exc:
         raise TlcliError(f"{run.record_file}: cannot be read: {' '.join(str(exc).split())}") from exc
-    check_version(run, {"schema_version": 1, **record})  # a run that was killed early may not say its own
     text = _text(run.config_file)
     return RunFiles(run, record, _json(run.test_file), _rows(run.metrics_file), _yaml(text), text)
 

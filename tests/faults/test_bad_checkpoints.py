@@ -1,0 +1,356 @@
+"""Checkpoints that are cut short, empty, of something else, or meant to do harm: to train from, to load, to compare.
+
+Weights of another backbone, tensors that are missing, unknown, of another shape or not finite, and a state dict with a
+payload are in tests/models/test_build.py; classes that were renamed are there and in tests/test_evaluation.py.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tests.faults.refusals import refused, untouched, yaml_bomb
+from tests.models.test_build import Payload
+from tests.runs.test_predictions import SOME
+from tlcli.cli.checks import check_weights
+from tlcli.engine.checkpoints import save_weights
+from tlcli.models.backbones import build_architecture
+from tlcli.models.build import build_model
+from tlcli.models.weights import read_metadata, read_weights
+from tlcli.runs.load import load_run
+from tlcli.runs.predictions import read_predictions, write_predictions
+from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.specs import TimmBackbone
+
+CLASSES = ("ant", "bee", "cat")
+PREPROCESSING = {"size": 32, "fit": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+FACTS = {"backbone": "test_resnet", "backbone_kind": "timm", "classes": list(CLASSES), "epoch": 3,
+         "preprocessing": PREPROCESSING}  # fmt: skip
+
+
+def backbone(weights: str = "none") -> TimmBackbone:
+    return TimmBackbone(name="test_resnet", weights=weights, reinit=[], dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """The tensors of the smallest network that timm has: half a megabyte."""
+    torch.manual_seed(0)
+    return dict(build_architecture(backbone(), len(CLASSES), 32).network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> Path:
+    """A finished run with these tensors, as far as loading it goes."""
+    network = build_architecture(backbone(), len(CLASSES), 32).network
+    network.load_state_dict(state)
+    own = RunDir(tmp_path_factory.mktemp("made") / "run")
+    own.start(command="tlcli train", overrides=[], config="seed: 1\n")
+    save_weights(own.best, network, FACTS)
+    save_weights(own.last, network, FACTS)
+    own.update(best={"epoch": 3}, calibration={"temperature": 1.5})
+    own.end("done")
+    return own.path
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def best(run: Path) -> Path:
+    return RunDir(run).best
+
+
+def train_from(file: Path) -> Any:
+    return build_model(backbone(str(file)), CLASSES, size=None, seed=0)
+
+
+def test_the_sound_run_is_taken(run: Path, tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        assert load_run(run).temperature == 1.5
+        assert train_from(run).head_loaded
+
+
+# -- bytes
+
+
+DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {
+    "empty": lambda content, header: b"",
+    "a byte": lambda content, header: content[:1],
+    "seven bytes": lambda content, header: content[:7],
+    "the header's length": lambda content, header: content[:8],
+    "half a header": lambda content, header: content[: 8 + header // 2],
+    "a header but for its end": lambda content, header: content[: 7 + header],
+    "a header": lambda content, header: content[: 8 + header],
+    "a header and a byte": lambda content, header: content[: 9 + header],
+    "half": lambda content, header: content[: len(content) // 2],
+    "all but the last byte": lambda content, header: content[:-1],
+    "a byte more": lambda content, header: content + b"\0",
+    "a header of 16 exabytes": lambda content, header: b"\xff" * 8 + content[8:],
+    "a header longer than the file": lambda content, header: len(content).to_bytes(8, "little") + content[8:],
+    "a header of nothing": lambda content, header: bytes(8) + content[8:],
+    "zeros": lambda content, header: bytes(len(content)),
+    "a header that is no JSON": lambda content, header: content[:8] + b"[" + content[9:],
+    "a header that is not UTF-8": lambda content, header: content[:10] + b"\xff" + content[11:],
+    "the beginning of a zip": lambda content, header: b"PK\3\4" + content[4:],
+    "a web page": lambda content, header: b"<!DOCTYPE html><html></html>",
+}
+"""What is left of a file, by its content and the length of its header."""
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_said_to_be(case: str, run: Path, tmp_path: Path) -> None:
+    content = best(run).read_bytes()
+    content = DAMAGES[case](content, int.from_bytes(content[:8], "little"))
+    for file in (RunDir(run).best, RunDir(run).last):
+        file.write_bytes(content)
+    for checkpoint in ("best", "last"):
+        refused(lambda which=checkpoint: load_run(run, which), 2, f"{checkpoint}.safetensors: damaged", keeps=tmp_path)
+    refused(lambda: train_from(run), 2, "backbone.weights=", "best.safetensors: damaged", keeps=tmp_path)
+    cut_later = len(content) > 10_000 and case in ("half", "all but the last byte", "a byte more")
+    if not cut_later:  # the header alone is read for this
+        refused(lambda: read_metadata(best(run)), 2, "best.safetensors: ", "damaged", keeps=tmp_path)
+
+
+def test_no_flipped_byte_of_a_header_does_anything_but_say_so(run: Path, tmp_path: Path) -> None:
+    """Names and shapes are part of the checksum, so that none is taken for another one."""
+    content = best(run).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in [*range(12), *range(12, header, header // 40)]:
+        best(run).write_bytes(content[:place] + bytes([content[place] ^ 0x11]) + content[place + 1 :])
+        try:
+            found = read_weights(best(run)).state
+        except Exception:
+            refused(lambda: read_weights(best(run)), 2, "damaged", keeps=tmp_path)
+        else:  # a blank between two words, say
+            assert found.keys() == read_weights(RunDir(run).last).state.keys()
+
+
+# -- payloads
+
+
+def payloads(canary: Path) -> dict[str, Callable[[Path], Any]]:
+    """Files that would write the canary if they were unpickled."""
+    evil = Payload(canary)
+    return {
+        "a pickle": lambda file: file.write_bytes(pickle.dumps(evil)),
+        "torch.save": lambda file: torch.save({"state_dict": {"w": evil}}, file),
+        "torch.save of old": lambda file: torch.save({"w": evil}, file, _use_new_zipfile_serialization=False),
+        "a key": lambda file: torch.save({evil: torch.zeros(1)}, file),
+        "a whole network": lambda file: torch.save(torch.nn.Linear(1, 1), file),
+    }
+
+
+@pytest.mark.parametrize("case", payloads(Path()))
+@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.safetensors", "run"])
+def test_nothing_in_a_file_is_run(case: str, name: str, run: Path, tmp_path: Path) -> None:
+    file = best(run) if name == "run" else tmp_path / name
+    payloads(tmp_path / "canary")[case](file)
+    refused(lambda: read_weights(run if name == "run" else file), 2, "backbone.weights=", keeps=tmp_path)
+    if name == "run":
+        RunDir(run).last.write_bytes(file.read_bytes())
+        RunDir(run).test_predictions.write_bytes(file.read_bytes())
+        refused(lambda: load_run(run), 2, "best.safetensors: damaged", keeps=tmp_path)
+        refused(lambda: load_run(run, "last"), 2, "last.safetensors: damaged", keeps=tmp_path)
+        refused(lambda: read_predictions(RunDir(run).test_predictions), 2, "predictions", keeps=tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+# -- tensors
+
+
+def swapped(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {**state, "conv1.0.weight": change(state["conv1.0.weight"])}
+
+
+TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "without data": (swapped(lambda t: t.to("meta")), "is no plain tensor"),
+    "sparse": (swapped(lambda t: t.to_sparse()), "is no plain tensor"),
+    "complex": (swapped(lambda t: t.to(torch.complex64)), "has complex numbers"),
+    "too large for float32": (swapped(lambda t: t.double() * 1e300), "has values that are not finite"),
+    "no values": (swapped(lambda t: t[:0]), "is 0x"),
+    "no tensors": (lambda state: {}, "holds no state dict"),
+    "a list": (lambda state: list(state.values()), "holds no state dict"),
+    "numbers": (lambda state: dict.fromkeys(state, 1.0), "holds no state dict"),
+    "another architecture": (lambda state: {f"layer9.{n}": t for n, t in state.items()}, "another architecture?"),
+    "a head alone": (lambda state: {n: t for n, t in state.items() if n.startswith("fc.")}, "another architecture?"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_are_no_weights(case: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    change, words = TENSORS[case]
+    torch.save(change(state), tmp_path / "w.pth")
+    refused(lambda: train_from(tmp_path / "w.pth"), 2, "backbone.weights=", "w.pth: ", words, keeps=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about what it writes
+@pytest.mark.parametrize("kind", ["quantized", "nested"])
+def test_tensors_of_other_kinds(kind: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    odd = {
+        "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    }[kind]
+    torch.save({**state, "conv1.0.weight": odd()}, tmp_path / "w.pth")
+    refused(lambda: train_from(tmp_path / "w.pth"), 2, "w.pth: ", keeps=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_other_precisions_are_taken(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, tmp_path / "w.pth")
+    with untouched(tmp_path):
+        model = train_from(tmp_path / "w.pth")
+    assert model.network.state_dict()["conv1.0.weight"].dtype == torch.float32
+
+
+# -- what a checkpoint says of itself
+
+BIG = "9" * 5000
+CLAIMS: dict[str, str] = {
+    "too deep": "[" * 100_000,
+    "no JSON": "{",
+    "a long number": f'{{"epoch": {BIG}}}',
+    "classes in a word": '{"classes": "ab"}',
+    "classes by number": '{"classes": [1, 2, 3]}',
+    "a class twice": '{"classes": ["a", "a", "b"]}',
+    "classes with keys": '{"classes": {"a": 1}}',
+    "a list for a backbone": '{"backbone": ["resnet18"]}',
+    "no size": '{"preprocessing": {"fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}}',
+    "size 0": '{"preprocessing": {"size": 0, "fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}}',
+    "size of a petabyte": '{"preprocessing": {"size": 99999999, "fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}}',
+    "size infinite": '{"preprocessing": {"size": Infinity, "fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}}',
+    "size true": '{"preprocessing": {"size": true, "fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}}',
+    "std 0": '{"preprocessing": {"size": 32, "fit": "squash", "mean": [0, 0, 0], "std": [1, 0, 1]}}',
+    "mean NaN": '{"preprocessing": {"size": 32, "fit": "squash", "mean": [NaN, 0, 0], "std": [1, 1, 1]}}',
+    "mean of 400 digits": f'{{"preprocessing": {{"size": 32, "mean": [{BIG[:400]}, 0, 0], "std": [1, 1, 1]}}}}',
+    "four colours": '{"preprocessing": {"size": 32, "fit": "squash", "mean": [0, 0, 0, 0], "std": [1, 1, 1]}}',
+    "preprocessing a text": '{"preprocessing": "none"}',
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_claims_that_cannot_be_are_damage(case: str, run: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
+    best(run).write_bytes(save(state, metadata={"tlcli": CLAIMS[case]}))
+    refused(lambda: train_from(run), 2, "best.safetensors: ", "damaged", keeps=tmp_path)
+    refused(lambda: load_run(run), 2, "best.safetensors: damaged", keeps=tmp_path)
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown kind": ({"backbone_kind": "os.system"}, "backbone kind 'os.system' is unknown to this tlcli"),
+    "an unknown model": ({"backbone": "no_such_net"}, "backbone.name=no_such_net: timm has no such model"),
+    "a model of the hub": ({"backbone": "hf-hub:somebody/evil"}, "timm has no such model"),
+    "a local folder": ({"backbone": "local-dir:/tmp"}, "timm has no such model"),
+    "no model": ({"backbone": None}, "timm has no such model"),
+    "another model": ({"backbone": "test_vit"}, "best.safetensors: does not fit test_vit with 3 classes"),
+    "fewer classes": ({"classes": ["ant", "bee"]}, "does not fit test_resnet with 2 classes"),
+    "no fit": ({"preprocessing": {**PREPROCESSING, "fit": "stretch"}}, "best.safetensors: damaged"),
+    "nothing": ({"preprocessing": None, "classes": None}, "best.safetensors: damaged"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_run_of_something_else(
+    case: str, run: Path, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("it asked the network"))
+    change, words = FOREIGN[case]
+    best(run).write_bytes(save(state, metadata={"tlcli": json.dumps({**FACTS, **change})}))
+    refused(lambda: load_run(run), 2, words, keeps=tmp_path)
+
+
+STAGES: dict[str, tuple[str, str]] = {
+    "no expression": ("{a: '('}", "is no regular expression"),
+    "numbers": ("{a: 3}", "config.yaml: does not describe the backbone"),
+    "a list": ("[a, b]", "config.yaml: does not describe the backbone"),
+    "too deep": ("[" * 2000, "config.yaml: does not describe the backbone"),
+    "a bomb": ("{b: *z}", "config.yaml: does not describe the backbone"),
+    "code": ("!!python/object/apply:os.getcwd []", "config.yaml: does not describe the backbone"),
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_a_config_that_does_not_describe_the_network(
+    case: str, run: Path, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    text, words = STAGES[case]
+    head = yaml_bomb() if case == "a bomb" else ""
+    (run / "config.yaml").write_text(f"{head}backbone:\n  head: fc\n  stages: {text}\n")
+    claims = json.dumps({**FACTS, "backbone": "resnet18", "backbone_kind": "torchvision"})
+    best(run).write_bytes(save(state, metadata={"tlcli": claims}))
+    refused(lambda: load_run(run), 2, words, keeps=tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1, "2", None, [1], 1e12, "nan"])
+def test_a_temperature_that_is_none(value: Any, run: Path, tmp_path: Path) -> None:
+    record = read_json(run / "run.json")
+    write_json(run / "run.json", {**record, "calibration": {"temperature": value}})
+    refused(lambda: load_run(run), 2, "run.json: damaged (calibration.temperature is ", keeps=tmp_path)
+
+
+# -- places
+
+PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a pipe": (lambda tmp_path: os.mkfifo(tmp_path / "w.pth"), "no such file"),
+    "a circle": (lambda tmp_path: (tmp_path / "w.pth").symlink_to("w.pth"), "no such file"),
+    "an empty folder": (lambda tmp_path: (tmp_path / "w.pth").mkdir(), "no such file (not a run directory)"),
+    "nothing": (lambda tmp_path: None, "no such file"),
+    "an empty file": (lambda tmp_path: (tmp_path / "w.pth").touch(), "cannot be read as plain tensors"),
+    "a manifest": (lambda tmp_path: (tmp_path / "w.pth").write_text("a,b\n"), "cannot be read as plain tensors"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_weights_that_are_not_there(case: str, tmp_path: Path) -> None:
+    make, words = PLACES[case]
+    make(tmp_path)
+    refused(lambda: read_weights(tmp_path / "w.pth"), 2, "w.pth: ", words, keeps=tmp_path)
+
+
+def test_weights_of_a_name_that_is_too_long(tmp_path: Path) -> None:
+    refused(lambda: read_weights(tmp_path / ("x" * 300 + ".pth")), 2, ": no such file", keeps=tmp_path)
+    refused(lambda: check_weights(str(tmp_path / ("x" * 300 + ".pth"))), 2, "file name too long", keeps=tmp_path)
+
+
+# -- predictions
+
+PREDICTIONS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+    "labels beyond the classes": ({}, {"labels": torch.tensor([0, 1, 2])}),
+    "labels below 0": ({}, {"labels": torch.tensor([0, -1, 1])}),
+    "labels that are no numbers of classes": ({}, {"labels": torch.tensor([0.0, 1.0, 1.0])}),
+    "logits that are whole numbers": ({}, {"logits": torch.zeros(3, 2, dtype=torch.int64)}),
+    "logits of another shape": ({}, {"logits": torch.zeros(3, 2, 1)}),
+    "classes in a word": ({"classes": "ab"}, {}),
+    "keys by number": ({"keys": [1, 2, 3]}, {}),
+    "too few names": ({"names": ["a"]}, {}),
+    "no keys": ({"keys": None}, {}),
+}
+
+
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_predictions_that_do_not_hang_together(case: str, tmp_path: Path) -> None:
+    facts, tensors = PREDICTIONS[case]
+    own = {"classes": SOME.classes, "keys": SOME.keys, "names": SOME.names}
+    file = tmp_path / "p.safetensors"
+    metadata = {"tlcli": json.dumps({**own, **facts})}
+    file.write_bytes(save({"logits": SOME.logits, "labels": SOME.labels, **tensors}, metadata=metadata))
+    refused(lambda: read_predictions(file), 2, "p.safetensors: damaged", keeps=tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_predictions_cut_short(share: float, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    write_predictions(file, SOME)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    refused(lambda: read_predictions(file), 2, "p.safetensors: damaged", keeps=tmp_path)

@@ -1,0 +1,221 @@
+"""Config files of other people: what would read a secret, run code, or never end is refused before anything is written.
+
+Code named by _target_, unknown keys and wrong values are in tests/cli/test_usage_errors.py, and for the config of a
+finished run in tests/cli/test_saved.py.
+"""
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.cli.conftest import Ended, finished, runs_in
+from tests.faults.refusals import refused, tree, untouched, yaml_bomb
+from tlcli.cli.saved import saved_spec
+from tlcli.cli.yaml_size import MOST_VALUES, check_yaml
+from tlcli.runs.run_dir import RunDir
+from tlcli.watch import Watch
+
+Tlcli = Callable[..., Ended]
+SECRET = "s3cret-value"
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret in the environment."""
+    monkeypatch.setenv("API_TOKEN", SECRET)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[[str | bytes], None]:
+    """experiment(text): the file mine/experiment/x.yaml."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+
+    def write(text: str | bytes) -> None:
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "mine" / "experiment" / "x.yaml").write_bytes(b"# @package _global_\n" + content)
+
+    return write
+
+
+@pytest.fixture
+def leak() -> Iterator[list[str]]:
+    """A resolver that somebody registered, and what it was asked for."""
+    asked: list[str] = []
+    OmegaConf.register_new_resolver("leak", lambda name: asked.append(name) or os.environ[name])
+    yield asked
+    OmegaConf.clear_resolver("leak")
+
+
+def one_line(ended: Ended, *words: str) -> None:
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    assert ended.err.startswith("tlcli train: ")
+    assert ended.err.count("\n") == 1
+    for word in words:
+        assert word in ended.err
+
+
+SECRETS = {
+    "a value": "name: ${oc.env:API_TOKEN}",
+    "a default": "name: ${oc.env:API_TOKEN,none}",
+    "among text": "name: run-${oc.env:API_TOKEN}-1",
+    "in a list": "dataset: {classes: [a, '${oc.env:API_TOKEN}']}",
+    "in keys of a data set": "dataset: {root: '${oc.env:API_TOKEN}/x'}",
+    "a name put together": "out: env\nname: ${oc.${out}:API_TOKEN}",
+    "a name that is a reference": "out: oc.env\nname: ${${out}:API_TOKEN}",
+    "as text to be read": "name: ${oc.decode:'${oc.env:API_TOKEN}'}",
+    "within another call": "name: ${oc.select:nothing,${oc.env:API_TOKEN}}",
+    "made on the way": "name: ${oc.create:'${oc.env:API_TOKEN}'}",
+    "with blanks": "name: '${ oc.env: API_TOKEN }'",
+    "the name of a folder": "hydra: {run: {dir: 'runs/${oc.env:API_TOKEN}'}}",
+    "the name of the job": "hydra: {job: {name: '${oc.env:API_TOKEN}'}}",
+    "a resolver of somebody's": "name: ${leak:API_TOKEN}",
+    "an unknown resolver": "name: ${nobody:API_TOKEN}",
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_a_file_cannot_have_a_secret_saved(
+    case: str, tlcli: Tlcli, training: Any, experiment: Callable[[str], None], tmp_path: Path, leak: list[str]
+) -> None:
+    training(lambda spec, run, watch: pytest.fail("training began"))
+    experiment(SECRETS[case])
+    with untouched(tmp_path):
+        ended = tlcli("train", "--config-dir", "mine", "experiment=x")
+    one_line(ended, " is refused: a config file that calls ", "give the value on the command line")
+    assert SECRET not in ended.err
+    assert not leak
+
+
+def test_what_is_typed_is_followed_and_so_are_references_within(
+    tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in: Any = types.ModuleType("tlcli.train")
+    stand_in.train = lambda spec, run, *rest: finished(spec, run, Watch())
+    monkeypatch.setitem(sys.modules, "tlcli.train", stand_in)
+    monkeypatch.setenv("WHO", "me")
+    experiment("out: runs-${seed}\n")
+    ended = tlcli("train", "--config-dir", "mine", "experiment=x", "name='by ${oc.env: WHO}'", "seed=7")
+    assert (ended.code, ended.err) == (0, "")
+    (run,) = runs_in(tmp_path / "runs-7")
+    assert "name: by me\n" in run.config_file.read_text()
+    assert not any(SECRET.encode() in facts[3] for facts in tree(tmp_path).values() if isinstance(facts[3], bytes))
+
+
+ENDLESS: dict[str, tuple[str | bytes, str]] = {
+    "a bomb": ("name: x\n" + yaml_bomb(), "x.yaml, line 9: stands for more than 200,000 values"),
+    "a bomb of keys": ("name: x\n" + yaml_bomb().replace("[x]", "{x: 1}"), "stands for more than 200,000 values"),
+    "a circle": ("name: &a [*a]\n", "x.yaml, line 2: *a is part of what it stands for; write the values out"),
+    "a circle of keys": ("name: &a {b: {c: *a}}\n", "*a is part of what it stands for"),
+    "a hundred levels": ("name: " + "[" * 100 + "]" * 100 + "\n", "more than 50 levels deep"),
+    "a hundred thousand levels": ("name: " + "[" * 100_000 + "\n", "more than 50 levels deep"),
+    "a key a level": ("\n".join(" " * i + "k:" for i in range(100)) + "\n", "more than 50 levels deep"),
+    "no UTF-8": (b"name: \xff\xfe\n", "x.yaml: cannot be read as YAML: not utf-8 text"),
+    "a key twice": ("name: a\nname: b\n", "x.yaml:3: found duplicate key name"),
+    "an object": ("name: !!python/object/apply:os.mkdir [made]\n", "could not determine a constructor for the tag"),
+    "a module": ("name: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    "two documents": ("name: a\n---\nname: b\n", "but found another document"),
+    "a NUL": (b"name: a\0b\n", "x.yaml"),
+    "a web page": ("<!DOCTYPE html>\n<html a:b>\n", ""),
+    "a list": ("- a\n- b\n", ""),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_file_that_makes_no_config(
+    case: str, tlcli: Tlcli, training: Any, experiment: Callable[[str | bytes], None], tmp_path: Path
+) -> None:
+    training(lambda spec, run, watch: pytest.fail("training began"))
+    text, words = ENDLESS[case]
+    experiment(text)
+    with untouched(tmp_path):
+        ended = tlcli("train", "--config-dir", "mine", "experiment=x")
+    one_line(ended, words)
+
+
+def test_a_pipe_is_not_waited_for(tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine" / "experiment" / "pipe.yaml")
+    with untouched(tmp_path):
+        one_line(tlcli("train", "--config-dir", "mine", "experiment=pipe"), "pipe.yaml: not a regular file")
+
+
+def test_a_folder_of_configs_named_elsewhere(tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path) -> None:
+    experiment(yaml_bomb())
+    with untouched(tmp_path):
+        ended = tlcli("train", f"hydra.searchpath=[file://{tmp_path}/mine]", "experiment=x")
+    one_line(ended, "stands for more than 200,000 values")
+
+
+def test_a_config_folder_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        one_line(tlcli("train", "--config-dir", "x" * 300), "file name too long; name another")
+        one_line(tlcli("train", f"out={'x' * 300}"), "File name too long; choose another place with out=...")
+        one_line(tlcli("train", f"backbone.weights={'x' * 300}.pth"), "file name too long; name another")
+
+
+def test_aliases_that_people_use_are_taken(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("a: &a [1, 2]\nb: *a\nc: {<<: &d {e: 1}, f: *d}\na2: &a [3]\ng: *a\n")
+    check_yaml(file)
+    file.write_text("classes: [" + ", ".join(f"class {i}" for i in range(MOST_VALUES - 3)) + "]\n")
+    check_yaml(file)
+
+
+# -- the config of a finished run
+
+SAVED: dict[str, tuple[str | bytes, str]] = {
+    "a bomb": (yaml_bomb(), "config.yaml, line 7: stands for more than 200,000 values"),
+    "a circle": ("a: &a [*a]\n", "config.yaml, line 1: *a is part of what it stands for"),
+    "too deep": ("a: " + "[" * 100_000, "config.yaml: more than 50 levels deep"),
+    "deep and closed": ("a: " + "[" * 60 + "]" * 60, "config.yaml, line 1: more than 50 levels deep"),
+    "a number of 5,000 digits": ("seed: " + "9" * 5000, "config.yaml: cannot be read as YAML"),
+    "a kind that is a list": ("dataset: {kind: [digits]}", "dataset.kind=['digits'] is none of digits"),
+    "a kind that is keys": ("freeze: {kind: {a: 1}}", "freeze.kind={'a': 1} is none of none, head"),
+    "a name that is a list": ("dataset: {kind: digits, name: [a]}", "is not a text"),
+    "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
+    "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
+    "a date": ("seed: 2026-01-01", "seed=2026-01-01 is not a whole number"),
+    "a reference": ("seed: ${nothing}", "seed=${nothing} is refused: a finished run's config holds values alone"),
+    "an object": ("seed: !!python/object/apply:os.mkdir [made]", "config.yaml: cannot be read as YAML"),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run's directory with a sound config."""
+    own = RunDir(tmp_path / "run")
+    own.start(command="tlcli train", overrides=[], config="seed: 3\n")
+    own.end("done")
+    return own
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_finished_runs_config_that_is_none(case: str, run: RunDir, tlcli: Tlcli, tmp_path: Path) -> None:
+    text, words = SAVED[case]
+    run.config_file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(lambda: saved_spec(run), 2, f"{run.config_file}", words, keeps=tmp_path)
+    with untouched(tmp_path):
+        ended = tlcli("eval", "run")
+        assert tlcli("list", "run").code == 0
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert words in ended.err
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_config_that_is_a_pipe(run: RunDir, tmp_path: Path) -> None:
+    run.config_file.unlink()
+    os.mkfifo(run.config_file)
+    refused(lambda: saved_spec(run), 2, "config.yaml: not a regular file", keeps=tmp_path)
+
+
+def test_a_report_of_a_run_with_a_bomb_for_a_config(run: RunDir, tlcli: Tlcli, tmp_path: Path) -> None:
+    run.config_file.write_text(yaml_bomb())
+    before = tree(tmp_path)
+    assert tlcli("report", "run").code == 0
+    assert tree(tmp_path).keys() - before.keys() == {str(tmp_path / "run" / "report.html")}

@@ -1,0 +1,350 @@
+"""Files that are no images, images of every kind, and names of every kind: in training and in predict alike."""
+
+import csv
+import io
+import os
+import socket
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from tests.data.samples import folder_spec, manifest_spec, save_image
+from tests.data.test_decode import jpeg, png_header
+from tests.faults.refusals import refused, untouched
+from tlcli.data.batches import Batches
+from tlcli.data.dataset import Dataset, load_dataset, load_whole
+from tlcli.data.named import named_images
+from tlcli.data.preprocess import Preprocessing
+from tlcli.errors import BadImages
+from tlcli.predict import _Decode
+from tlcli.runs.load import pixels_of
+from tlcli.runs.run_dir import RunDir
+from tlcli.specs import Fit, OnBad
+from tlcli.watch import Watch
+
+PREPROCESSING = Preprocessing(16, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+AS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of eight sound images that all differ."""
+    for i in range(16):
+        save_image(tmp_path / "photos" / "ab"[i % 2] / f"{i // 2}.png", seed=i)
+    return tmp_path / "photos"
+
+
+def load(root: Path, on_bad: OnBad = OnBad.error) -> Dataset:
+    return load_dataset(folder_spec(root, on_bad=on_bad), seed=0, watch=Watch())
+
+
+def names(data: Dataset) -> list[str]:
+    return [split.name(i) for split in (data.train, data.val, data.test) for i in range(len(split))]
+
+
+# -- files that are no images
+
+
+def as_text(path: Path) -> None:
+    path.write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>")
+
+
+def as_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        here = Path.cwd()
+        os.chdir(path.parent)  # the name of a socket may have about 100 bytes
+        one.bind(path.name)
+        os.chdir(here)
+
+
+def as_unreadable(path: Path) -> None:
+    save_image(path)
+    path.chmod(0)
+
+
+def as_damaged(path: Path) -> None:
+    """A PNG whose pixels do not have their checksum."""
+    content = bytearray(save_image(path).read_bytes())
+    content[-20] ^= 0xFF
+    path.write_bytes(content)
+
+
+def as_bomb_of_text(path: Path) -> None:
+    """A PNG of a pixel, whose comment of 10 kB becomes 10 MB."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 10_000_000, zip=True)
+    Image.new("RGB", (1, 1)).save(path, pnginfo=text)
+
+
+def as_bomb_of_colours(path: Path) -> None:
+    """A PNG with a colour profile of 20 kB that becomes 20 MB."""
+    raw, data = save_image(path).read_bytes(), b"icc\0\0" + zlib.compress(bytes(20_000_000))
+    chunk = struct.pack(">I", len(data)) + b"iCCP" + data + struct.pack(">I", zlib.crc32(b"iCCP" + data))
+    path.write_bytes(raw[:33] + chunk + raw[33:])
+
+
+def as_tall_gif(path: Path) -> None:
+    """A GIF that says it has 65,535 by 65,535 pixels."""
+    path.write_bytes(b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "zero bytes.jpg": (lambda path: path.touch(), "empty"),
+    "blank.png": (lambda path: path.write_bytes(b" \n" * 99), "empty"),
+    "web page.jpg": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "a web page, not an image"),
+    "drawing.png": (as_text, "not an image"),
+    "archive.jpg": (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not an image"),
+    "postscript.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image"),
+    "truncated.jpg": (lambda path: path.write_bytes(jpeg()[:1000]), "truncated"),
+    "header alone.png": (lambda path: path.write_bytes(png_header(10, 10)), "truncated"),
+    "checksum.png": (as_damaged, "damaged"),
+    "bomb.png": (lambda path: path.write_bytes(png_header(30_000, 30_000)), "too many pixels"),
+    "bomb.gif": (as_tall_gif, "too many pixels"),
+    "bomb of text.png": (as_bomb_of_text, "damaged (Decompressed"),
+    "bomb of colours.png": (as_bomb_of_colours, "damaged (Decompressed"),
+    "pipe.jpg": (as_pipe, "not a regular file"),
+    "socket.jpg": (as_socket, "not a regular file"),
+    "endless.jpg": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "dangling.jpg": (lambda path: path.symlink_to("nowhere.jpg"), "no such file or directory"),
+    "circle.jpg": (lambda path: path.symlink_to(path.name), "too many levels of symbolic links"),
+    "unreadable.jpg": (as_unreadable, "permission denied"),
+}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[AS_ROOT] if name.startswith("unread") else []) for name in FAULTS],
+    ids=lambda name: name.replace(" ", "-"),
+)
+def fault(request: pytest.FixtureRequest, photos: Path) -> tuple[Path, str]:
+    """A bad file among the sound ones, and what is wrong with it."""
+    make, reason = FAULTS[request.param]
+    make(photos / "a" / request.param)
+    return photos / "a" / request.param, reason
+
+
+def test_a_bad_file_is_named_with_its_reason_and_the_remedy(fault: tuple[Path, str], photos: Path) -> None:
+    file, reason = fault
+    line = refused(lambda: load(photos), 1, f"1 file does not decode: {file} (", reason, keeps=photos)
+    assert line.endswith("; dataset.on_bad=skip leaves them out")
+
+
+def test_a_bad_file_is_left_out_and_nothing_stands_in_for_it(fault: tuple[Path, str], photos: Path) -> None:
+    file, reason = fault
+    with untouched(photos):
+        whole = {str(path) for path in photos.rglob("*.png") if path != file}
+        data = load(photos, OnBad.skip)
+    ((name, why),) = data.bad_files
+    assert name == str(file)
+    assert reason in why
+    assert "1 file does not decode and is left out: see bad_files.csv" in data.notes
+    assert Counter(names(data)) == Counter(whole)
+
+
+def test_a_bad_file_is_an_answer_of_predict(fault: tuple[Path, str], photos: Path) -> None:
+    file, reason = fault
+    with untouched(photos):
+        path, answer = _Decode(PREPROCESSING)(str(file))
+    assert path == str(file)
+    assert isinstance(answer, str)
+    assert reason in answer
+    assert "\n" not in answer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> None:
+    for i in (0, 3, 7):
+        (photos / "a" / f"{i}.png").write_bytes(b"")
+    data = load(photos, OnBad.skip)
+    assert len(data.bad_files) == 3
+    given = []
+    for split in (data.train, data.val, data.test):
+        batches = Batches(split, PREPROCESSING, batch_size=3, workers=workers)
+        for epoch in range(1 if workers else 2):
+            found = [
+                (x, int(y)) for images, labels in batches.epoch(epoch) for x, y in zip(images, labels, strict=True)
+            ]
+            assert len(found) == len(split)
+        given += found
+    wanted = [(p, "ab".index(p.parent.name)) for p in photos.rglob("*.png") if p.stat().st_size]
+    for path, label in wanted:
+        own = PREPROCESSING.apply(pixels_of(path))
+        assert sum(torch.equal(own, x) and label == y for x, y in given) == 1, path
+    assert len(given) == len(wanted) == 13
+
+
+def test_what_is_evaluated_leaves_bad_files_out_and_counts_them(photos: Path) -> None:
+    (photos / "b" / "4.png").write_bytes(b"<html>")
+    found = load_whole(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, watch=Watch())
+    assert found.bad_files == ((str(photos / "b/4.png"), "a web page, not an image"),)
+    assert len(found.split) == 15
+    refused(
+        lambda: load_whole(folder_spec(photos), None, seed=0, watch=Watch()),
+        1, "b/4.png (a web page, not an image)", keeps=photos,
+    )  # fmt: skip
+
+
+def test_a_folder_with_the_name_of_an_image(photos: Path) -> None:
+    save_image(photos / "a" / "x.jpg" / "inside.png", seed=99)
+    with untouched(photos):
+        assert str(photos / "a/x.jpg/inside.png") in names(load(photos))
+        assert list(named_images([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
+    assert _Decode(PREPROCESSING)(str(photos / "a/x.jpg"))[1] == "not a regular file"
+
+
+def test_all_bad_images_are_one_class_without_any(photos: Path) -> None:
+    for path in (photos / "a").iterdir():
+        path.write_bytes(b"")
+    refused(lambda: load(photos, OnBad.skip), 2, "class 'a' has no training image left; add some", keeps=photos)
+
+
+# -- images of every kind
+
+
+def painted(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A gradient in this mode."""
+    width, height = size
+    rgb = np.zeros((height, width, 3), np.uint8)
+    rgb[..., 0] = np.linspace(0, 255, width)
+    rgb[..., 1] = np.linspace(255, 0, height)[:, None]
+    image = Image.fromarray(rgb)
+    if mode == "I;16":
+        return Image.fromarray((rgb[..., 0].astype(np.uint16) + 1) * 200)
+    if mode == "F":
+        return Image.fromarray(rgb[..., 0].astype(np.float32) / 255)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(rgb[..., 0]))
+        return image if mode == "RGBA" else image.convert("LA")
+    return image.convert(mode)
+
+
+def rotated(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    painted("RGB").save(path, exif=exif)
+
+
+def animated(path: Path) -> None:
+    painted("RGB").save(path, save_all=True, append_images=[Image.new("RGB", (40, 30), "red")] * 3)
+
+
+ODD: dict[str, Callable[[Path], Any]] = {
+    "cmyk.jpg": lambda path: painted("CMYK").save(path),
+    "gray.jpg": lambda path: painted("L").save(path),
+    "progressive.jpg": lambda path: painted("RGB").save(path, progressive=True),
+    "palette.png": lambda path: painted("P").save(path),
+    "clear palette.gif": lambda path: painted("P").save(path, transparency=3),
+    "rgba.png": lambda path: painted("RGBA").save(path),
+    "rgba.webp": lambda path: painted("RGBA").save(path, lossless=True),
+    "la.png": lambda path: painted("LA").save(path),
+    "16 bit.png": lambda path: painted("I;16").save(path),
+    "float.tif": lambda path: painted("F").save(path),
+    "1 bit.png": lambda path: painted("1").save(path),
+    "rotated.jpg": rotated,
+    "animated.gif": animated,
+    "animated.png": animated,
+    "animated.webp": animated,
+    "png.jpg": lambda path: painted("RGB").save(path, format="PNG"),
+    "jpeg.png": lambda path: painted("RGB").save(path, format="JPEG"),
+    "shouted.JPEG": lambda path: painted("RGB").save(path),
+    "one pixel.png": lambda path: painted("RGB", (1, 1)).save(path),
+    "wide.png": lambda path: painted("RGB", (20_000, 1)).save(path),
+    "tall.png": lambda path: painted("RGB", (1, 20_000)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_train_and_predict_see_the_same_image(photos: Path, name: str) -> None:
+    file = photos / "a" / name
+    ODD[name](file)
+    with untouched(photos):
+        data = load(photos)
+        (split, i) = next(
+            (s, i) for s in (data.train, data.val, data.test) for i in range(len(s)) if s.name(i) == str(file)
+        )
+        for fit in Fit:
+            preprocessing = Preprocessing(24, fit, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+            batches = Batches(split, preprocessing, batch_size=4, workers=0)
+            trained = torch.cat([x for x, _ in batches.in_order()])[i]
+            answered = _Decode(preprocessing)(str(file))[1]
+            assert isinstance(answered, torch.Tensor)
+            assert trained.shape == (3, 24, 24)
+            assert torch.equal(trained, answered)
+            assert torch.equal(trained, preprocessing.apply(pixels_of(str(file))))
+
+
+# -- names of every kind
+
+NAMES = [
+    "Zo\u00eb \u732b \N{CAT FACE}.png",
+    "\u05d0\u05d1\u05d2 right to left.png",
+    "\u202egnp.exe.png",
+    "two  spaces .png",
+    "new\nline.png",
+    "tab\tand return\r.png",
+    "--output.png",
+    "-.png",
+    "=HYPERLINK(1).png",
+    "[1]*?.png",
+    "quote'and\"quote.png",
+    "100%s {x} ${oc.env:HOME}.png",
+    "\x1b[31mred\x07.png",
+    "x" * 251 + ".png",
+    "\u732b" * 83 + "ab.png",
+    os.fsdecode(b"not \xff\xfe utf-8.png"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:24])
+def test_any_name_will_do(photos: Path, name: str, tmp_path: Path) -> None:
+    save_image(photos / "a" / name, seed=50)
+    with untouched(photos):
+        data = load(photos)
+        assert names(data).count(str(photos / "a" / name)) == 1
+        found = list(named_images([str(photos / "a")]))
+        assert str(photos / "a" / name) in found
+        assert list(named_images([str(photos / "a" / name)])) == [str(photos / "a" / name)]
+        answer = _Decode(PREPROCESSING)(str(photos / "a" / name))[1]
+        assert isinstance(answer, torch.Tensor)
+        for split in (data.train, data.val, data.test):
+            assert split.fingerprint()
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:24])
+def test_a_bad_file_of_any_name_is_one_line_and_one_row(photos: Path, name: str, tmp_path: Path) -> None:
+    file = photos / "a" / name
+    file.write_bytes(b"")
+    refused(lambda: load(photos), 1, "1 file does not decode: ", "(empty)", keeps=photos)
+    with pytest.raises(BadImages) as caught:
+        load(photos)
+    assert caught.value.files == ((str(file), "empty"),)
+    (tmp_path / "run").mkdir()
+    run = RunDir(tmp_path / "run")
+    run.write_bad_files(load(photos, OnBad.skip).bad_files)
+    text = run.bad_files_file.read_bytes().decode("utf-8", "surrogateescape")
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [["file", "reason"], [str(file), "empty"]]
+
+
+def test_a_manifest_may_name_a_hidden_file_or_one_of_another_extension(photos: Path) -> None:
+    png = (photos / "a" / "0.png").read_bytes()
+    (photos / ".hidden").write_bytes(png + b"1")
+    (photos / "Thumbs.db").write_bytes(png + b"2")
+    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.rglob("*.png"))]
+    file = photos / "labels.csv"
+    file.write_text("\n".join(["path,label", *rows, ".hidden,a", "Thumbs.db,b"]))
+    with untouched(photos):
+        data = load_dataset(manifest_spec(file), seed=0, watch=Watch())
+        assert {str(photos / ".hidden"), str(photos / "Thumbs.db")} <= set(names(data))
+        data = load(photos)
+    assert not {str(photos / ".hidden"), str(photos / "Thumbs.db")} & set(names(data))

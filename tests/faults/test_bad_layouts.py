@@ -1,0 +1,142 @@
+"""Folders that are no data sets: links in a circle, names that nothing can have, classes that look the same.
+
+The mistakes of layout that people make are in tests/data/test_listing.py.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.samples import folder_spec, save_image
+from tests.faults.refusals import refused, untouched
+from tlcli.data.dataset import load_dataset
+from tlcli.data.layout import survey
+from tlcli.data.listing import check_dataset, list_imagefolder
+from tlcli.data.source import Arrays, Split
+from tlcli.evaluation import labelled_as
+from tlcli.watch import Watch
+
+COMPOSED, IN_TWO = "caf\u00e9", "cafe\u0301"
+"""The same word in Unicode's two ways: macOS and Linux write them differently."""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of eight images that all differ."""
+    for i in range(16):
+        save_image(tmp_path / "photos" / "ab"[i % 2] / f"{i // 2}.png", seed=i)
+    return tmp_path / "photos"
+
+
+def circle(tmp_path: Path) -> Path:
+    (tmp_path / "circle").symlink_to("circle")
+    return tmp_path / "circle"
+
+
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def dangling(tmp_path: Path) -> Path:
+    (tmp_path / "dangling").symlink_to("gone")
+    return tmp_path / "dangling"
+
+
+ROOTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a link to itself": (circle, "circle: no folder that can be read (too many levels of symbolic links)"),
+    "a link to nothing": (dangling, "dangling: no such folder"),
+    "a pipe": (pipe, "pipe: not a folder. A dataset folder holds one sub-folder a class."),
+    "a long name": (lambda tmp_path: tmp_path / ("x" * 300), "no folder that can be read (file name too long)"),
+    "a long path": (lambda tmp_path: tmp_path / "/".join(["x" * 200] * 30), "(file name too long)"),
+    "a NUL": (lambda tmp_path: tmp_path / "a\0b", "no folder that can be read (embedded null byte)"),
+    "somebody's home": (lambda tmp_path: Path("~nobody-at-all/x"), "~nobody-at-all/x: there is no such home directory"),
+    "below a file": (lambda tmp_path: save_image(tmp_path / "f.png") / "x", "f.png/x: no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", ROOTS)
+def test_a_root_that_is_no_folder(case: str, tmp_path: Path) -> None:
+    make, words = ROOTS[case]
+    root = make(tmp_path)
+    refused(lambda: check_dataset(folder_spec(root)), 2, words, keeps=tmp_path)
+
+
+def test_links_in_a_circle_beside_classes_are_no_classes(photos: Path) -> None:
+    (photos / "circle").symlink_to("circle")
+    (photos / "gone").symlink_to("nowhere")
+    (photos / "a" / "up").symlink_to("..")
+    (photos / "a" / "again").symlink_to("again")
+    with untouched(photos):
+        listing = list_imagefolder(folder_spec(photos))
+        assert survey(folder_spec(photos)).problems == ()
+    assert listing.classes == ("a", "b")
+    assert len(listing.splits["all"]) == 16
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "--all", " ", "=1+1", "\x1b[31m", "\u732b" * 85, "x" * 255, ".."[:1] + "a"]
+)
+def test_a_class_of_any_name(photos: Path, name: str) -> None:
+    (photos / "b").rename(photos / name)
+    if name.startswith("."):
+        refused(lambda: check_dataset(folder_spec(photos)), 2, "photos: only one class, 'a'", keeps=photos)
+        return
+    with untouched(photos):
+        data = load_dataset(folder_spec(photos), seed=0, watch=Watch())
+    assert set(data.classes) == {"a", name}
+    (photos / "a" / "0.png").write_bytes(b"")
+    (photos / name / "0.png").write_bytes(b"")
+    refused(lambda: load_dataset(folder_spec(photos), seed=0, watch=Watch()), 1, "2 files do not decode", keeps=photos)
+
+
+@pytest.mark.skipif(os.uname().sysname == "Darwin", reason="this system takes both for one name")
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ("Cat", "cat", "differ only in case: rename one"),
+        ("\u01c5", "\u01c6", "differ only in case: rename one"),
+        ("stra\u00dfe", "STRASSE", "differ only in case: rename one"),
+        (COMPOSED, IN_TWO, "differ only in how their accents are encoded, and look the same: rename one"),
+        (COMPOSED.upper(), IN_TWO, "differ only in case: rename one"),
+    ],
+)
+def test_classes_that_people_take_for_one(photos: Path, one: str, other: str, words: str) -> None:
+    (photos / "a").rename(photos / one)
+    (photos / "b").rename(photos / other)
+    refused(lambda: check_dataset(folder_spec(photos)), 2, repr(one), repr(other), words, keeps=photos)
+    assert len(survey(folder_spec(photos)).problems) == 1
+
+
+def test_a_class_renamed_in_case_is_asked_about() -> None:
+    split = Split(Arrays(np.zeros((2, 1, 1, 3), np.uint8), "x"), np.arange(2), np.arange(2))
+    refused(
+        lambda: labelled_as(split, ("Cat", "dog"), ("cat", "dog"), "photos"),
+        2, "photos: has classes that the run does not know: 'Cat' (did you mean 'cat'?)", keeps=Path(__file__).parent,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink, shutil.copyfile], ids=["hard link", "link", "copy"])
+def test_an_image_in_two_splits_is_noted_however_it_came_there(tmp_path: Path, link: Callable[[Any, Any], Any]) -> None:
+    for i, place in enumerate(f"{s}/{c}/{n}.png" for s in ("train", "test") for c in "ab" for n in range(4)):
+        save_image(tmp_path / "photos" / place, seed=i)
+    link(tmp_path / "photos/train/a/0.png", tmp_path / "photos/test/a/same.png")
+    with untouched(tmp_path):
+        data = load_dataset(folder_spec(tmp_path / "photos"), seed=0, watch=Watch())
+    assert any("1 image of test is also in train" in n or "1 image of test is also in val" in n for n in data.notes)
+    assert any("test/a/same.png = train/a/0.png: test accuracy is too high" in note for note in data.notes)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_root_in_a_folder_that_may_not_be_entered(photos: Path) -> None:
+    photos.chmod(0)
+    try:
+        with pytest.raises(Exception, match=r"not readable|can be read"):
+            check_dataset(folder_spec(photos))
+    finally:
+        photos.chmod(0o755)

@@ -1,0 +1,233 @@
+"""Runs that were moved, copied, made read-only, written by a newer tlcli, or are none: eval, predict, list, report."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Ended
+from tests.conftest import finish
+from tests.faults.refusals import tree, untouched
+from tlcli.runs.run_dir import RunDir, read_json, write_json
+
+Tlcli = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the shapes, the same one for all tests."""
+    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
+    words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=none", "device.precision=fp32"]
+    return finish(tmp_path_factory.mktemp("runs") / "run", *words, "device=cpu", "cache.mode=off")
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, which is what there is of it here."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def answers(ended: Ended) -> list[Any]:
+    return [json.loads(line) for line in ended.out.splitlines()]
+
+
+# -- moved, copied, linked
+
+
+def moved(run: Path, place: Path) -> None:
+    run.rename(place)
+
+
+def copied(run: Path, place: Path) -> None:
+    shutil.copytree(run, place)
+
+
+def linked(run: Path, place: Path) -> None:
+    place.symlink_to(run)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [(moved, "new place"), (copied, "=1+1"), (linked, "n\u00e9w\nline")],
+    ids=["moved", "copied", "linked"],
+)
+def test_a_run_is_the_same_in_another_place(
+    how: Callable[[Path, Path], None], name: str, run: Path, shapes: Path, tlcli: Tlcli, tmp_path: Path
+) -> None:
+    image = str(shapes / "test/checks/000.png")
+    before = answers(tlcli("predict", str(run), image))
+    place = tmp_path / "other" / name
+    place.parent.mkdir()
+    how(run, place)
+    with untouched(tmp_path), untouched(shapes):
+        assert answers(tlcli("predict", str(place), image)) == before
+        (entry,) = json.loads(tlcli("list", "other", "--format", "json").out)
+    assert (entry["path"], entry["status"]) == (str(Path("other", name)), "done")
+
+
+def test_a_moved_run_is_evaluated_and_reported(run: Path, shapes: Path, tlcli: Tlcli, tmp_path: Path) -> None:
+    run.rename(tmp_path / "moved")
+    before = tree(tmp_path)
+    with untouched(shapes):
+        ended = tlcli("eval", "moved", "--format", "json")
+        assert tlcli("report", "moved").code == 0
+    assert ended.code == 0, ended.err
+    found, own = json.loads(ended.out), read_json(tmp_path / "moved" / "test.json")
+    assert all(found[key] == own[key] for key in ("accuracy", "loss", "n", "confusion"))
+    after = tree(tmp_path)
+    assert {path: facts for path, facts in after.items() if path in before and path != str(tmp_path / "moved")} == {
+        path: facts for path, facts in before.items() if path != str(tmp_path / "moved")
+    }
+    new = {Path(path).relative_to(tmp_path / "moved").parts[0] for path in after.keys() - before.keys()}
+    assert new == {"eval-1", "report.html"}
+
+
+# -- read-only
+
+
+@pytest.fixture
+def read_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The run where nothing can be written. Root may write anywhere: for it the calls fail as on such a file system."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", str(run))
+
+    if os.geteuid() == 0:
+        opened = Path.open
+
+        def reads(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            return fails() if run in self.absolute().parents and mode[0] != "r" else opened(self, mode, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", reads)
+        monkeypatch.setattr(tempfile, "mkdtemp", fails)
+    else:
+        run.chmod(0o555)
+    yield run
+    run.chmod(0o755)
+
+
+def test_a_read_only_run_can_be_looked_at(read_only: Path, shapes: Path, tlcli: Tlcli, tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        assert tlcli("predict", "run", str(shapes / "test/checks/000.png")).code == 0
+        assert tlcli("list", "run").code == 0
+        evaluated, reported = tlcli("eval", "run"), tlcli("report", "run")
+    assert (evaluated.code, reported.code) == (1, 2)
+    assert "run: cannot be written to (" in evaluated.err
+    assert "eval puts eval-N there" in evaluated.err
+    assert evaluated.err.count("\n") == 1
+    assert "run/report.html: cannot be written: " in reported.err
+    assert "name another file with --output" in reported.err
+    assert reported.err.count("\n") == 1
+    assert tlcli("report", "run", "--output", str(tmp_path / "r.html")).code == 0
+
+
+# -- of another schema
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "eval": ("eval", "run"),
+    "predict": ("predict", "run", "x.png"),
+    "export": ("export", "run", "--to", "safetensors"),
+    "compare": ("compare", "run", "run2"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_a_run_of_another_schema_is_left_alone(version: Any, command: str, tlcli: Tlcli, tmp_path: Path) -> None:
+    for name in ("run", "run2"):
+        run = RunDir(tmp_path / name)
+        run.start(command="tlcli train", overrides=[], config="seed: 1\n")
+        write_json(run.record_file, {**read_json(run.record_file), "schema_version": version, "tlcli": "9.9.9"})
+    with untouched(tmp_path):
+        ended = tlcli(*COMMANDS[command])
+    assert ended.code == 2
+    assert f"run.json: schema_version {version!r} is of another tlcli (9.9.9); this one reads up to 1" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", [2, "x", None, [1]])
+def test_list_and_report_show_what_they_know_of_it(version: Any, tlcli: Tlcli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "run.json", {"schema_version": version, "status": "done", "best": {"new": "shape"}})
+    with untouched(tmp_path):
+        ended = tlcli("list", "run")
+    assert (ended.code, ended.err) == (0, "")
+    assert "done" in ended.out
+    assert tlcli("report", "run").code == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "report.html"}
+
+
+# -- damaged
+
+RECORDS: dict[str, bytes] = {
+    "empty": b"",
+    "cut": b'{"schema_version": 1, "sta',
+    "a list": b"[1]",
+    "no UTF-8": b"\xff\xfe",
+    "too deep": b"[" * 100_000,
+    "a number of 5,000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
+    "zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_damaged_record_is_one_line(case: str, tlcli: Tlcli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_bytes(RECORDS[case])
+    with untouched(tmp_path):
+        listed = tlcli("list", "run")
+        ended = [tlcli("eval", "run"), tlcli("predict", "run", "x.png"), tlcli("report", "run")]
+    assert listed.code == 0
+    assert "damaged" in listed.out
+    assert [one.code for one in ended] == [2, 2, 1]
+    for one in ended:
+        assert "run.json: " in one.err
+        assert one.err.count("\n") == 1
+        assert len(one.err) < 400
+
+
+def test_pipes_and_devices_in_a_run_are_not_read(tlcli: Tlcli, tmp_path: Path) -> None:
+    sound = RunDir(tmp_path / "outputs" / "sound")
+    sound.start(command="tlcli train", overrides=[], config="seed: 1\n")
+    sound.end("done")
+    os.mkfifo(sound.test_file)
+    os.mkfifo(sound.metrics_file)
+    for name, make in {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero")}.items():
+        (tmp_path / "outputs" / name).mkdir()
+        make(tmp_path / "outputs" / name / "run.json")
+    with untouched(tmp_path):
+        listed = tlcli("list", "outputs", "--format", "json")
+        refusals = [tlcli(word, f"outputs/{name}") for word in ("eval", "report") for name in ("pipe", "device")]
+    assert {entry["status"] for entry in json.loads(listed.out)} == {"done", "damaged"}
+    assert len(json.loads(listed.out)) == 3
+    assert all(one.code in (1, 2) and one.err.count("\n") == 1 for one in refusals)
+    assert tlcli("report", "outputs/sound").code == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "report", "list", "compare", "data"])
+def test_names_that_no_folder_can_have(command: str, tlcli: Tlcli, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("x" * 300, "circle", "x/" * 3000):
+        words = {"predict": (name, "a.png"), "compare": (name, "b"), "data": ("check", name)}
+        with untouched(tmp_path):
+            ended = tlcli(command, *words.get(command, (name,)))
+        assert ended.code == 2, ended.err
+        assert ended.err.count("\n") == 1
+        assert "internal error" not in ended.err
+
+
+def test_names_that_no_image_can_have_are_answered_in_their_place(trained: Path, shapes: Path, tlcli: Tlcli) -> None:
+    good = str(shapes / "test/checks/000.png")
+    ended = tlcli("predict", str(trained), good, "x" * 300, "[" + "x" * 300, good, "--", "-x.png")
+    assert ended.code == 1
+    found = answers(ended)
+    assert [row.get("error") for row in found] == [
+        None, "file name too long", "no file matches", None, "no such file or directory"
+    ]  # fmt: skip
+    assert found[0] == found[3]

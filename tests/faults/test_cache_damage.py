@@ -1,0 +1,108 @@
+"""Entries of the cache that the disk, or somebody, has changed: noticed before a row is read, and filled anew."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.filling import KEY, entry_of, fill, wrong_rows
+from tests.faults.scale import scale
+from tlcli import store as module
+from tlcli.store import META, Entry, Store
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with one entry that is some days old."""
+    root = tmp_path_factory.mktemp("whole")
+    entry = fill(Store(root), KEY)
+    for file in entry.path.iterdir():
+        os.utime(file, (1e9, 1e9))
+    return root
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy of that cache, of which this process knows nothing yet."""
+    monkeypatch.setattr(module, "_verified", {})
+    shutil.copytree(whole, tmp_path / "cache")
+    return Store(tmp_path / "cache")
+
+
+def mended(store: Store, whole: Path) -> None:
+    """Put the entry back as it was."""
+    shutil.copytree(whole / "activations" / KEY, store.activations / KEY)
+
+
+def flip(file: Path, place: int, change: int) -> None:
+    """Change one byte as a failing disk would: the time of the file stays as it was."""
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        old = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([old ^ change]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flips(entry: Entry, draw: random.Random) -> Iterator[tuple[Path, int, int]]:
+    """Every byte of meta.json, and many of each column: its first, its last, and others that are drawn."""
+    for file in (entry.path / META, entry.file(0), entry.file(1)):
+        size = file.stat().st_size
+        places = range(size) if file.name == META else [0, size - 1, *draw.choices(range(size), k=scale(50, 2000))]
+        yield from ((file, place, draw.randrange(1, 256)) for place in places)
+
+
+def test_a_flipped_byte_anywhere_is_noticed(store: Store, whole: Path) -> None:
+    entry = store.find(KEY)
+    assert entry
+    module._verified.clear()
+    tried = 0
+    for file, place, change in flips(entry, random.Random(0)):
+        flip(file, place, change)
+        assert store.find(KEY) is None, (file.name, place, change)
+        assert not entry.path.exists()
+        mended(store, whole)
+        tried += 1
+    assert tried > 500
+    assert store.find(KEY)
+
+
+def test_a_flipped_byte_is_made_good_by_the_next_who_wants_the_entry(store: Store) -> None:
+    draw = random.Random(1)
+    for name in (META, "0.bin", "1.bin"):
+        file = store.activations / KEY / name
+        flip(file, draw.randrange(file.stat().st_size), draw.randrange(1, 256))
+        entry, filled = entry_of(store, KEY)
+        assert filled
+        assert wrong_rows(entry) == 0
+        assert [path.name for path in store.activations.iterdir()] == [KEY]
+
+
+def test_a_flipped_word_for_people_is_noticed_although_the_columns_were_verified_before(store: Store) -> None:
+    assert store.find(KEY)
+    meta = store.activations / KEY / META
+    meta.write_text(meta.read_text().replace("shapes", "shades"))
+    assert store.find(KEY) is None
+
+
+def test_entries_of_earlier_releases_are_read(store: Store) -> None:
+    """They have no checksum over meta.json."""
+    meta = store.activations / KEY / META
+    value = json.loads(meta.read_text())
+    del value["meta_checksum"]
+    meta.write_text(json.dumps(value, indent=2) + "\n")
+    assert store.find(KEY)
+
+
+def test_no_row_of_a_damaged_entry_is_handed_out_by_a_quick_look(store: Store) -> None:
+    """`exists` and `entries` do not read columns; `find`, which everyone who reads calls, does."""
+    flip(store.activations / KEY / "0.bin", 5, 1)
+    assert store.exists(KEY)
+    assert store.entries()
+    assert store.find(KEY) is None
+    assert not store.exists(KEY)

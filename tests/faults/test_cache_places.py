@@ -1,0 +1,193 @@
+"""A cache that is read-only, full, no directory, or taken away: the run goes on, and one line says what is live."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlcli.cli import main
+from tlcli.engine.activations import Tables
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import read_json
+from tlcli.store import Store, Writer
+
+ROOT = Path(__file__).parents[2]
+WORDS = (
+    *("dataset=imagefolder", "image.size=32", "epochs=1", "freeze=head", "device.precision=fp32"),
+    *("device.channels_last=true", "device.workers=0"),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: `lines` are what it printed, unwrapped."""
+
+    code: int
+    out: Path
+    lines: list[str]
+
+    @property
+    def result(self) -> tuple[bytes, Any]:
+        return (self.out / "checkpoints/last.safetensors").read_bytes(), read_json(self.out / "test.json")
+
+    def is_as(self, other: "Ended") -> bool:
+        """Whether it came to the same but for rounding, which activations differ by from live images."""
+        one, two = self.result[1], other.result[1]
+        return one["confusion"] == two["confusion"] and one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+
+    def about_the_cache(self) -> list[str]:
+        """The lines in which it says something of it."""
+        return [line for line in self.lines if re.search(r"activations|read-only|No space|TLCLI_CACHE", line)]
+
+
+def run(cache: Path, shapes: Path, *overrides: str, out: Path | None = None) -> Ended:
+    """A run with this cache: an epoch on the shapes at 32 px."""
+    out = out or cache.with_name("run")
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
+        patch.setattr(Recorder, "_plot", lambda *args: None)
+        patch.setenv("TLCLI_CACHE", str(cache))
+        code = main(["train", f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides])
+    return Ended(code, out, re.sub(r"\n +", " ", shown.getvalue()).splitlines())
+
+
+@pytest.fixture(scope="module")
+def live(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The run as it is without a cache."""
+    return run(tmp_path_factory.mktemp("live") / "unused", shapes, "cache.mode=off")
+
+
+@pytest.mark.parametrize(
+    "place", ["a file", *(pytest.param(name, marks=pytest.mark.slow) for name in ("below a file", "a dangling link"))]
+)
+def test_where_no_cache_can_be_training_is_live_and_one_line_says_so(
+    place: str, live: Ended, shapes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "file" / "nowhere")
+    there = {"a file": "file", "below a file": "file/cache", "a dangling link": "link"}[place]
+    ended = run(tmp_path / there, shapes, out=tmp_path / "run")
+    assert ended.code == 0
+    (line,) = ended.about_the_cache()
+    assert line.startswith("activations: training is live: ")
+    assert str(tmp_path / there) in line
+    assert (tmp_path / "file").read_text() == "mine"
+    assert ended.result == live.result
+
+
+def test_an_entry_that_is_removed_when_it_has_just_been_found_is_filled_once_more(
+    live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, removed = Tables.open, []
+
+    def after_removal(self: Tables, entry: Any) -> Any:
+        if not removed:
+            removed.append(Store(tmp_path / "cache").remove(entry.key))
+        return opened(self, entry)
+
+    monkeypatch.setattr(Tables, "open", after_removal)
+    ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
+    assert ended.code == 0
+    assert removed
+    assert len(ended.about_the_cache()) == 1
+    assert ended.is_as(live)
+    assert removed[0].key in [entry.key for entry in Store(tmp_path / "cache").entries()]
+
+
+@pytest.mark.slow
+def test_an_entry_that_is_removed_again_and_again_means_live(
+    live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Tables.open
+
+    def after_removal(self: Tables, entry: Any) -> Any:
+        shutil.rmtree(entry.path)
+        return opened(self, entry)
+
+    monkeypatch.setattr(Tables, "open", after_removal)
+    ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
+    assert ended.code == 0
+    assert len([line for line in ended.lines if line.startswith("note") and "live" in line]) == 1
+    assert ended.is_as(live)
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_cleared_while_it_is_filled_and_read_changes_no_result(
+    live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries that are open keep their rows until the run ends; what is being written is not cleared."""
+    append = Writer.append
+
+    def clearing(self: Writer, batch: Any) -> None:
+        append(self, batch)
+        Store(tmp_path / "cache").clear()
+
+    monkeypatch.setattr(Writer, "append", clearing)
+    ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
+    assert ended.code == 0
+    assert ended.is_as(live)
+
+
+@cache
+def can_mount() -> bool:
+    """Whether this user may have mounts of his own."""
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return False
+    return (
+        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+    )
+
+
+def mounted(options: str, cache: Path, out: Path, shapes: Path, *overrides: str) -> Ended:
+    """A run in a process that has the cache on a file system of its own."""
+    words = [f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]
+    script = f'{options} && exec "$0" -m tlcli train "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script, sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "TLCLI_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return Ended(done.returncode, out, re.sub(r"\n +", " ", done.stdout).splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no mounts of one's own here")
+def test_a_read_only_cache_is_read_and_where_it_lacks_something_training_is_live(shapes: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    read_only = f"mount --bind '{cache}' '{cache}' && mount -o remount,bind,ro '{cache}'"
+    empty = mounted(read_only, cache, tmp_path / "empty", shapes)
+    assert empty.code == 0, empty.lines
+    (line,) = empty.about_the_cache()
+    assert line == f"activations: training is live: {cache} is read-only (Read-only file system)"
+    assert list(cache.iterdir()) == []
+    filled = mounted("true", cache, tmp_path / "filled", shapes)
+    again = mounted(read_only, cache, tmp_path / "again", shapes)
+    assert again.code == 0, again.lines
+    assert [line.split(":")[1] for line in again.about_the_cache()] == [" read from cache"]
+    assert again.result == filled.result
+    assert empty.is_as(filled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no mounts of one's own here")
+def test_a_cache_on_a_full_disk_means_live_and_one_line(shapes: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    full = f"mount -t tmpfs -o size=64k tmpfs '{cache}' && (cat /dev/zero >'{cache}/full' || true) 2>/dev/null"
+    ended = mounted(full, cache, tmp_path / "run", shapes)
+    assert ended.code == 0, ended.lines
+    (line,) = ended.about_the_cache()
+    assert re.fullmatch(r"activations: training is live: .* of the disk's free 0 B would leave less than 1\.0 GB", line)

@@ -1,0 +1,78 @@
+"""The cache while many processes are at it, and while they are killed: one fill, no wrong row, nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.faults.programs import program
+from tests.faults.scale import scale
+from tlcli.runs.run_dir import read_json
+
+WORDS = (
+    *("dataset=imagefolder", "image.size=32", "epochs=1", "freeze=head", "freeze.head_init=random"),
+    *("device.precision=fp32", "device.channels_last=true", "device.workers=0"),
+)
+
+
+def test_of_sixteen_processes_on_a_cold_cache_one_fills_and_none_reads_a_wrong_row(tmp_path: Path) -> None:
+    rounds = program("filling", "cold", tmp_path, 16, scale(4, 100))
+    for seen in rounds:
+        assert len(seen) == 16
+        assert sum(one["filled"] for one in seen) == 1
+        assert sum(one["wrong"] for one in seen) == 0
+
+
+def test_a_writer_that_dies_before_any_of_its_steps_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -> None:
+    found = program("filling", "each_step", tmp_path)
+    steps = [one["step"] for one in found]
+    assert {"os.mkdir", "open", "append", "fsync", "os.rename"} <= set(steps)
+    assert all(one["killed"] for one in found)
+    assert [one["whole"] for one in found] == [number > steps.index("os.rename") for number in range(len(steps))]
+    assert not [one for one in found if one["wrong"] or one["waited"] or one["left"]]
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -> None:
+    found = program("filling", "kills", tmp_path, scale(20, 100), 0)
+    assert sum(one["killed"] and not one["whole"] for one in found) > len(found) / 2
+    assert not [one for one in found if one["wrong"] or one["waited"] or one["left"]]
+
+
+def test_who_reads_while_another_removes_reads_right_rows_or_none(tmp_path: Path) -> None:
+    reads = scale(100, 5000)
+    found = program("filling", "removals", tmp_path, reads)
+    assert sum(one["wrong"] for one in found) == 0
+    assert all(one["right"] + one["gone"] == reads and one["right"] > 0 for one in found)
+    assert sum(one["filled"] for one in found) > 1  # else nothing was removed
+
+
+@pytest.mark.slow
+def test_sixteen_runs_fill_a_cold_cache_once_and_are_one_and_the_same(shapes: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    codes = program(
+        "whole_runs", "at_once", tmp_path, 16, *WORDS, f"dataset.root='{shapes}'", TLCLI_CACHE=str(cache)
+    )  # fmt: skip
+    runs = [tmp_path / str(number) for number in range(16)]
+    assert codes == [0] * 16, [run.with_suffix(".log").read_text() for run in runs]
+    computed = [read_json(run / "run.json")["extraction"] for run in runs]
+    assert sum(facts["images"] for facts in computed if facts) == 60 + 24  # train and val, test: each once
+    assert len(list((cache / "activations").iterdir())) == 2
+    assert len({(run / "checkpoints/last.safetensors").read_bytes() for run in runs}) == 1
+    assert len({(run / "test.json").read_bytes() for run in runs}) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_fills_costs_the_next_one_nothing(shapes: Path, tmp_path: Path) -> None:
+    found = program("whole_runs", "killed", tmp_path, scale(4, 20), *WORDS, f"dataset.root='{shapes}'")
+    assert [one["code"] for one in found] == [-9] * len(found)
+    assert any(name.startswith(".") for one in found for name in one["left"])  # half an entry
+    assert [one["next"] for one in found] == [0] * len(found)
+    whole = load_file(tmp_path / "whole/checkpoints/last.safetensors")
+    for number in range(len(found)):
+        run = tmp_path / f"{number}-next"
+        own = load_file(run / "checkpoints/last.safetensors")
+        assert all((tensor == own[name]).all() for name, tensor in whole.items())
+        assert read_json(run / "test.json") == read_json(tmp_path / "whole/test.json")
+        folders = [path.name for path in (tmp_path / f"{number}.cache/activations").iterdir()]
+        assert len(folders) == 2
+        assert not [name for name in folders if name.startswith(".")]

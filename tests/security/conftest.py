@@ -1,0 +1,28 @@
+"""A small finished run that the tests of security share."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import finish
+from tlcli.runs.run_dir import RunDir
+
+SMALL = (
+    *("image.size=32", "epochs=1", "freeze=head", "backbone=timm", "backbone.name=mobilenetv3_small_050"),
+    *("backbone.weights=none", "device.precision=fp32", "device.channels_last=true"),
+)
+"""The words of a run that takes a second, on any data."""
+
+
+@pytest.fixture(scope="session")
+def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run, to be left as it is."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return finish(out, "dataset=imagefolder", f"dataset.root='{shapes}'", *SMALL)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> RunDir:
+    """A copy of it, to change."""
+    return RunDir(Path(shutil.copytree(finished, tmp_path / "run")))

@@ -1,0 +1,218 @@
+"""What a safetensors file says of itself is data: read as far as it is what it should be, and refused otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tlcli.cli import main
+from tlcli.errors import UsageError
+from tlcli.models.tensorfile import CHECKSUM
+from tlcli.models.weights import read_weights
+from tlcli.runs.load import load_run
+from tlcli.runs.predictions import read_predictions
+from tlcli.runs.run_dir import RunDir
+
+DEEP = "[" * 100_000
+NORM = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+SCRIPT = "<script>alert(1)</script>"
+
+Facts = dict[str, Any]
+
+
+def facts_of(file: Path) -> Facts:
+    """What tlcli wrote about a file, without its checksum: whoever changes a file leaves that out."""
+    with safe_open(file, framework="pt") as content:
+        facts: Facts = json.loads(content.metadata()["tlcli"])
+    del facts[CHECKSUM]
+    return facts
+
+
+def say(file: Path, text: str) -> None:
+    """Put other words in the place of tlcli's own."""
+    save_file(load_file(file), file, metadata={"tlcli": text})
+
+
+def change(file: Path, how: Callable[[Facts], object]) -> None:
+    facts = facts_of(file)
+    how(facts)
+    say(file, json.dumps(facts))
+
+
+def preprocessing(**values: Any) -> Callable[[Facts], object]:
+    return lambda facts: facts["preprocessing"].update(values)
+
+
+NOT_JSON = {
+    "deep": DEEP,
+    "deep objects": '{"a":' * 100_000,
+    "cut short": '{"classes": ["a"',
+    "a number with too many digits": '{"classes": ' + "9" * 5000 + "}",
+    "html": f"<html>{SCRIPT}</html>",
+    "a list": "[]",
+    "a number": "7",
+    "null": "null",
+    "nothing in it": "{}",
+}
+
+
+@pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON)
+def test_a_run_whose_checkpoint_says_nothing_sensible_is_refused(text: str, run: RunDir) -> None:
+    say(run.best, text)
+    with pytest.raises(UsageError, match=r"best\.safetensors: ") as caught:
+        load_run(run.path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+WRONG: dict[str, Callable[[Facts], object]] = {
+    "no classes": lambda facts: facts.pop("classes"),
+    "classes are a number": lambda facts: facts.update(classes=3),
+    "classes are a word": lambda facts: facts.update(classes="abc"),
+    "classes are an object": lambda facts: facts.update(classes={"a": 1, "b": 2, "c": 3}),
+    "classes are numbers": lambda facts: facts.update(classes=[1, 2, 3]),
+    "a class twice": lambda facts: facts.update(classes=["a", "a", "b"]),
+    "too many classes": lambda facts: facts.update(classes=[str(n) for n in range(1000)]),
+    "no preprocessing": lambda facts: facts.pop("preprocessing"),
+    "preprocessing is a list": lambda facts: facts.update(preprocessing=[]),
+    "size 0": preprocessing(size=0),
+    "size -1": preprocessing(size=-1),
+    "a size no memory holds": preprocessing(size=10**9),
+    "a size with too many digits": preprocessing(size=10**400),
+    "size infinite": preprocessing(size=float("inf")),
+    "size not a number": preprocessing(size=float("nan")),
+    "size a word": preprocessing(size="32"),
+    "size true": preprocessing(size=True),
+    "size a list": preprocessing(size=[32]),
+    "fit unknown": preprocessing(fit="__import__('os')"),
+    "fit a list": preprocessing(fit=["crop"]),
+    "two means": preprocessing(mean=[0.5, 0.5]),
+    "mean infinite": preprocessing(mean=[float("inf"), 0, 0]),
+    "mean not a number": preprocessing(mean=[float("nan"), 0, 0]),
+    "mean of words": preprocessing(mean=["a", "b", "c"]),
+    "mean a word": preprocessing(mean="abc"),
+    "std zero": preprocessing(std=[0, 0, 0]),
+    "std negative": preprocessing(std=[-1, 1, 1]),
+    "std huge": preprocessing(std=[10**400, 1, 1]),
+    "backbone unknown": lambda facts: facts.update(backbone="os.system"),
+    "backbone from a hub": lambda facts: facts.update(backbone="hf-hub:somebody/something"),
+    "backbone from a folder": lambda facts: facts.update(backbone="local-dir:/tmp"),
+    "backbone is a list": lambda facts: facts.update(backbone=["resnet18"]),
+    "backbone of another kind": lambda facts: facts.update(backbone_kind="__builtins__"),
+    "backbone kind is a list": lambda facts: facts.update(backbone_kind=[]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_value_that_cannot_be_is_refused(
+    wrong: Callable[[Facts], object], run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("it asked the network"))
+    change(run.best, wrong)
+    with pytest.raises(UsageError) as caught:
+        load_run(run.path)
+    assert str(run.path) in str(caught.value) or "backbone" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+NAMES = [SCRIPT, "=cmd|' /C calc'!A0", "\x1b[31mred\x1b[0m"]
+
+
+def test_classes_of_any_words_are_words(run: RunDir, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(run.best, lambda facts: facts.update(classes=NAMES))
+    assert list(load_run(run.path).classes) == NAMES
+    image = next((shapes / "test").rglob("*.png"))
+    for form in ("table", "csv", "jsonl"):
+        capsys.readouterr()
+        assert main(["predict", str(run.path), str(image), "--format", form]) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown or form == "csv"
+        assert form != "csv" or "'=cmd" in shown
+
+
+NOT_FOR_THE_LOADER = ("no ", "too many", "fit ", "backbone ")
+"""What does not matter to whoever trains from the weights, or is compared with the backbone that was asked for."""
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if not name.startswith(NOT_FOR_THE_LOADER)])
+def test_weights_to_start_from_are_judged_alike(name: str, run: RunDir) -> None:
+    change(run.best, WRONG[name])
+    with pytest.raises(UsageError, match="metadata is damaged"):
+        read_weights(run.best)
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "9" * 5000, "{"], ids=["deep", "objects", "digits", "short"])
+def test_text_that_is_no_json_is_refused_wherever_it_is_read(text: str, run: RunDir) -> None:
+    for file, read in ((run.best, read_weights), (run.test_predictions, read_predictions)):
+        say(file, text)
+        with pytest.raises(UsageError, match="damaged"):
+            read(file)
+
+
+PREDICTIONS: dict[str, Callable[[Facts], object]] = {
+    "no keys": lambda facts: facts.pop("keys"),
+    "keys are a number": lambda facts: facts.update(keys=3),
+    "fewer keys": lambda facts: facts["keys"].pop(),
+    "more classes": lambda facts: facts["classes"].append("d"),
+    "classes are null": lambda facts: facts.update(classes=None),
+}
+
+
+@pytest.mark.parametrize("wrong", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_predictions_that_do_not_fit_are_refused(wrong: Callable[[Facts], object], run: RunDir) -> None:
+    change(run.test_predictions, wrong)
+    with pytest.raises(UsageError, match="damaged"):
+        read_predictions(run.test_predictions)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 10**12])
+def test_labels_beyond_the_classes_are_refused(label: int, run: RunDir) -> None:
+    """A report would look them up."""
+    facts, tensors = json.dumps(facts_of(run.test_predictions)), load_file(run.test_predictions)
+    tensors["labels"][0] = label
+    save_file(tensors, run.test_predictions, metadata={"tlcli": facts})
+    with pytest.raises(UsageError, match="damaged"):
+        read_predictions(run.test_predictions)
+
+
+TYPES = {"labels as fractions": ("labels", torch.float32), "logits as numbers": ("logits", torch.int64)}
+
+
+@pytest.mark.parametrize(("name", "dtype"), TYPES.values(), ids=TYPES)
+def test_tensors_of_another_type_are_refused(name: str, dtype: torch.dtype, run: RunDir) -> None:
+    facts, tensors = json.dumps(facts_of(run.test_predictions)), load_file(run.test_predictions)
+    save_file({**tensors, name: tensors[name].to(dtype)}, run.test_predictions, metadata={"tlcli": facts})
+    with pytest.raises(UsageError, match="damaged"):
+        read_predictions(run.test_predictions)
+
+
+def test_a_header_that_claims_more_than_there_is_takes_no_memory(tmp_path: Path) -> None:
+    """Eight bytes of length, JSON of that length, and tensors behind it: all of it is checked by safetensors."""
+    for name, content in {
+        "length": (2**63).to_bytes(8, "little") + b"{}",
+        "offsets": header({"w": {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}}),
+        "shape": header({"w": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}),
+        "dtype": header({"w": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 4]}}) + bytes(4),
+        "overlap": header({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}) + bytes(4),
+        "deep": (len(DEEP)).to_bytes(8, "little") + DEEP.encode(),
+    }.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(UsageError, match=name):
+            read_weights(tmp_path / f"{name}.safetensors")
+
+
+def header(value: Facts) -> bytes:
+    text = json.dumps(value).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_tensors_of_others_may_say_anything_else(tmp_path: Path) -> None:
+    """Metadata that is not ours is not looked at."""
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", metadata={"format": DEEP, SCRIPT: SCRIPT})
+    assert read_weights(tmp_path / "w.safetensors").classes is None

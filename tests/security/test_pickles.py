@@ -1,0 +1,225 @@
+"""Pickles with a payload, handed in wherever tlcli reads a file: they are refused in a line, and nothing runs."""
+
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.samples import torchvision_spec
+from tlcli.cli import main
+from tlcli.data.torchvision_sets import load_torchvision
+from tlcli.errors import TlcliError, UsageError
+from tlcli.models.weights import read_weights
+from tlcli.runs.load import load_run
+from tlcli.runs.run_dir import RunDir
+from tlcli.watch import Watch
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.canary),)
+
+
+def plain(value: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+def first_protocol(value: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(value, protocol=0))
+
+
+def zipped(value: object, path: Path) -> None:
+    torch.save(value, path)
+
+
+def legacy(value: object, path: Path) -> None:
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def with_tensors(value: object, path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(2), "state_dict": {"w": torch.ones(3)}, "more": value}, path)
+
+
+def array(value: object, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([value], dtype=object), allow_pickle=True)
+
+
+WAYS: dict[str, Callable[[object, Path], None]] = {
+    "pickle": plain,
+    "pickle of protocol 0": first_protocol,
+    "torch.save": zipped,
+    "torch.save of old": legacy,
+    "beside tensors": with_tensors,
+    "numpy": array,
+}
+"""How a payload can be packed."""
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    return tmp_path / "canary"
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_each_payload_would_run(way: Callable[[object, Path], None], canary: Path, tmp_path: Path) -> None:
+    """Else the tests below would show nothing."""
+    file = tmp_path / "payload"
+    way(Payload(canary), file)
+    if way is array:
+        np.load(file, allow_pickle=True)
+    elif way in (plain, first_protocol):
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "evil.bin", "evil.safetensors", "evil"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_weights_with_a_payload_are_refused(
+    way: Callable[[object, Path], None], name: str, canary: Path, tmp_path: Path
+) -> None:
+    way(Payload(canary), tmp_path / name)
+    with pytest.raises(UsageError) as caught:
+        read_weights(tmp_path / name)
+    assert not canary.exists()
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_torchscript_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is no pickle, but code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch on the age of TorchScript
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+        monkeypatch.setattr(torch.jit, "load", lambda *args, **options: pytest.fail("the archive was run"))
+        with pytest.raises(UsageError, match="cannot be read as plain tensors"):
+            read_weights(tmp_path / "script.pt")
+
+
+COMMANDS = {
+    "predict": ("predict", "{run}", "{image}"),
+    "eval": ("eval", "{run}"),
+    "report": ("report", "{run}", "--output", "{run}/../page.html"),
+    "compare": ("compare", "{run}", "{other}"),
+    "export": ("export", "{run}", "--to", "safetensors"),
+    "export as a graph": ("export", "{run}", "--to", "torchscript"),
+    "inspect": ("inspect", "{run}"),
+    "list": ("list", "{run}"),
+    "train from it": ("train", "backbone=timm", "backbone.name=mobilenetv3_small_050", "backbone.weights='{run}'"),
+    "resume": ("train", "--resume", "{run}"),
+}
+READS_NO_WEIGHTS = {"report", "compare", "list", "inspect"}
+"""What may well succeed on a run without usable weights."""
+
+
+SLOW = {"inspect", "export as a graph", "train from it"}
+
+
+def each(*names: str) -> list[object]:
+    """These commands, of which some take seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [zipped, *(pytest.param(way, marks=pytest.mark.slow) for way in (plain, legacy))],
+    ids=lambda way: way.__name__,
+)
+@pytest.mark.parametrize("command", each(*COMMANDS))
+def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
+    command: str,
+    way: Callable[[object, Path], None],
+    run: RunDir,
+    finished: Path,
+    shapes: Path,
+    canary: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = [*run.path.rglob("*.safetensors"), *run.path.rglob("*.state")]
+    assert {file.name for file in tensors} >= {"best.safetensors", "last.safetensors", "test_predictions.safetensors"}
+    for file in tensors:
+        way(Payload(canary), file)
+    image = next((shapes / "test").rglob("*.png"))
+    words = [word.format(run=run.path, other=finished, image=image) for word in COMMANDS[command]]
+    code = main(words)
+    error = capsys.readouterr().err
+    assert not canary.exists()
+    assert "Traceback" not in error
+    assert error.count("\n") <= 1
+    assert code in (0, 1, 2)
+    assert code != 0 or command in READS_NO_WEIGHTS or command == "resume"  # which has nothing left to do
+
+
+@pytest.mark.parametrize("command", each(*(name for name in COMMANDS if name != "train from it")))
+def test_no_command_runs_what_a_runs_config_names(
+    command: str,
+    run: RunDir,
+    finished: Path,
+    shapes: Path,
+    canary: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run.config_file
+    tag = f"!!python/object/apply:os.mkdir ['{canary}']"
+    target = f"{{_target_: os.mkdir, _args_: ['{canary}'], path: '{canary}'}}"
+    config.write_text(f"{config.read_text()}\nevil: {tag}\nmore: {target}\n")
+    image = next((shapes / "test").rglob("*.png"))
+    main([word.format(run=run.path, other=finished, image=image) for word in COMMANDS[command]])
+    assert not canary.exists()
+
+
+def test_what_load_run_is_given_does_not_run(run: RunDir, canary: Path) -> None:
+    torch.save({"fc.weight": Payload(canary)}, run.best)
+    with pytest.raises(UsageError):
+        load_run(run.path)
+    assert not canary.exists()
+
+
+# -- data sets of torchvision's, some of which are pickles
+
+
+def test_cifar_of_others_is_not_unpickled(canary: Path, tmp_path: Path) -> None:
+    """torchvision compares the digests first."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
+        plain(Payload(canary), folder / name)
+    with pytest.raises(UsageError, match="not found"):
+        load_torchvision(torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}), Watch())
+    assert not canary.exists()
+
+
+def test_mnist_as_it_was_kept_once_is_read_as_tensors(canary: Path, tmp_path: Path) -> None:
+    """Older torchvision kept it in files of torch.save; present ones still read those."""
+    folder = tmp_path / "FashionMNIST/processed"
+    folder.mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):
+        torch.save((Payload(canary), torch.zeros(3)), folder / name)
+    with pytest.raises((TlcliError, pickle.UnpicklingError)):
+        load_torchvision(
+            torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}), Watch()
+        )
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
+def test_what_unpickles_unchecked_is_not_used(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unpickles"):
+        load_torchvision(torchvision_spec(name, tmp_path, train={}), Watch())

@@ -1,0 +1,96 @@
+"""The files of a run and of all that is made from it: for those whom the user's umask lets, and without his secrets."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from tests.security.conftest import SMALL
+from tlcli.cli import main
+
+TOKENS = {
+    "HF_TOKEN": "hf_canary0123456789",
+    "HUGGING_FACE_HUB_TOKEN": "hf_another0123456789",
+    "WANDB_API_KEY": "wandbcanary0123456789",
+    "MLFLOW_TRACKING_PASSWORD": "mlflowcanary0123456789",
+    "AWS_SECRET_ACCESS_KEY": "awscanary0123456789",
+    "GITHUB_TOKEN": "ghp_canary0123456789",
+    "KAGGLE_KEY": "kagglecanary0123456789",
+    "PASSWORD": "canary0123456789!",
+}
+
+
+UMASKS = [0o027, *(pytest.param(umask, marks=pytest.mark.slow) for umask in (0o022, 0o077, 0o002))]
+
+
+@pytest.fixture(scope="module", params=UMASKS, ids=oct)
+def left(request: pytest.FixtureRequest, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a run, what is made from one, its cache, and what was printed, under a umask; with the one of the
+    default tests only what is quick to make."""
+    folder = tmp_path_factory.mktemp("left")
+    image = next((shapes / "test").rglob("*.png"))
+    photos = ("dataset=imagefolder", f"dataset.root='{shapes}'")
+    lines = [
+        ["train", "hydra.run.dir=run", *photos, *SMALL],
+        ["eval", "run"],
+        ["report", "run", "--output", "page.html"],
+        ["predict", "run", str(image), "--format", "csv", "--output", "answers.csv"],
+        ["export", "run", "--to", "safetensors"],
+        ["list", ".", "--format", "json"],
+    ]
+    if request.param != 0o027:
+        lines += [["train", "-m", "hydra.sweep.dir=sweep", "seed=0", *photos, *SMALL]]
+        lines += [["data", "check", *photos, "--quick", "--output", "found"], ["export", "run", "--to", "torchscript"]]
+        lines += [["export", "run", "--to", "timm"]]
+    before = os.umask(request.param)
+    shown = StringIO()
+    try:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
+            patch.chdir(folder)
+            patch.setenv("TLCLI_CACHE", str(folder / "cache"))
+            for name, value in TOKENS.items():
+                patch.setenv(name, value)
+            codes = [main(line) for line in lines]
+        (folder / "shown.txt").write_text(shown.getvalue())
+    finally:
+        os.umask(before)
+    assert codes == [0] * len(lines), shown.getvalue()
+    yield folder
+
+
+EXPECTED = {
+    *("run/run.json", "run/checkpoints/best.safetensors", "run/test_predictions.safetensors", "run/plots/curves.png"),
+    *("run/eval-1/predictions.safetensors", "run/export/model.safetensors"),
+    *("page.html", "answers.csv", "cache/activations"),
+}
+"""Some of what is there, each written in a way of its own."""
+
+
+def test_files_are_for_whom_the_umask_lets(left: Path, request: pytest.FixtureRequest) -> None:
+    umask = request.node.callspec.params["left"]
+    found = {path.relative_to(left).as_posix(): path for path in left.rglob("*")}
+    assert found.keys() >= EXPECTED | (set() if umask == 0o027 else {"run/export/timm/model.safetensors"})
+    wrong = {
+        name: oct(stat.S_IMODE(path.stat().st_mode))
+        for name, path in found.items()
+        if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
+
+
+def test_no_file_has_a_secret_of_the_environment(left: Path) -> None:
+    files = [path for path in left.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for path in files:
+        content = path.read_bytes()
+        assert [name for name, value in TOKENS.items() if value.encode() in content] == [], path
+
+
+def test_nothing_temporary_is_left(left: Path) -> None:
+    """Names that begin with a dot are those of Hydra's folder, and of files that are being written."""
+    hidden = [path for path in left.rglob(".*") if path.name != ".hydra"]
+    assert hidden == []
