@@ -111,19 +111,3 @@ def test_light_modules_leave_torch_out(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'sklearn', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-FORBIDDEN = {"eval", "exec", "instantiate", "pickle.load", "pickle.loads", "yaml.load", "os.system"}
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_nothing_runs_code_from_a_file(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-        assert name not in FORBIDDEN, f"{path}:{node.lineno}: {name}"
-        assert keywords.get("shell") != "True", f"{path}:{node.lineno}: shell=True"
-        if name == "torch.load":
-            assert keywords.get("weights_only") == "True", f"{path}:{node.lineno}: torch.load of anything"

@@ -37,7 +37,7 @@ from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=scale(2000, 20_000), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=scale(500, 20_000), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @contextmanager

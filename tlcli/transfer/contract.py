@@ -16,8 +16,9 @@ from tlcli.transfer.freeze import trainable_names
 class Contract:
     """Which parameters of a model train, and proof that everything else did not change.
 
-    The digests are taken when training begins (`seal`) and compared when it is over (`verify`). In between, after each
-    epoch, it is enough to look at the counters with which PyTorch marks every change in place (`check`).
+    What trains is settled when a contract is made. The digests are taken when training begins (`seal`) and compared
+    when it is over (`verify`). In between, after each epoch, it is enough to look at the counters with which PyTorch
+    marks every change in place (`check`).
     """
 
     def __init__(self, model: Classifier, bn_stats: BnStats) -> None:
@@ -27,6 +28,7 @@ class Contract:
             for name, module in model.network.named_modules()
             if isinstance(module, _NormBase) and _keeps(name, bn_stats, model.pretrained)
         )
+        self._frozen_modules = {name: m for name, m in model.network.named_modules() if self._is_frozen(name, m)}
         self._digests: dict[str, str] = {}
         self._versions: dict[str, int] = {}
 
@@ -47,9 +49,13 @@ class Contract:
         off. A BatchNorm layer that keeps its statistics is in eval mode even where its scale and shift train.
         """
         self._network.train()
-        for name, module in self._network.named_modules():
-            if self._is_frozen(name, module) or (isinstance(module, _NormBase) and not update_stats):
+        for name, module in self._frozen_modules.items():
+            if name.rpartition(".")[0] not in self._frozen_modules:  # else it is one of those within another
                 module.eval()  # BatchNorm must not drift, or the frozen part is not the one that was loaded
+        if not update_stats:
+            for module in self._network.modules():
+                if isinstance(module, _NormBase):
+                    module.eval()
 
     def check(self) -> None:
         """After an epoch: raises FrozenChanged for a tensor that was written to and differs from what was sealed."""
@@ -73,10 +79,9 @@ class Contract:
         for name, parameter in self._network.named_parameters():
             if not parameter.requires_grad:
                 yield name, parameter
-        for module_name, module in self._network.named_modules():
-            if self._is_frozen(module_name, module):
-                for name, buffer in module.named_buffers(recurse=False):
-                    yield f"{module_name}.{name}".lstrip("."), buffer
+        for module_name, module in self._frozen_modules.items():
+            for name, buffer in module.named_buffers(recurse=False):
+                yield f"{module_name}.{name}".lstrip("."), buffer
 
     def _is_frozen(self, name: str, module: nn.Module) -> bool:
         """Whether a module is in eval mode while the rest trains."""
