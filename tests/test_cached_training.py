@@ -134,7 +134,7 @@ def test_cached_and_live_training_are_one_computation(
 
 @pytest.mark.parametrize(
     ("backbone", "freeze", "augment"),
-    [(LITE0, HEAD, PLAIN), (RESNET, LAST, VIEWS)],
+    [(LITE0, HEAD, PLAIN), pytest.param(RESNET, LAST, VIEWS, marks=pytest.mark.slow)],
     ids=lambda words: words[-1],
 )
 def test_folded_batchnorm_changes_weights_by_rounding_alone(

@@ -7,11 +7,11 @@ import pytest
 
 from tlcli.cli.compose import build, composed, parse_flags, register
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
-from tlcli.specs import SCHEMAS, CacheSpec, DeviceSpec, ImageSpec, TrainSpec
+from tlcli.specs import SCHEMAS, CacheSpec, CheckpointSpec, DeviceSpec, ImageSpec, TrainSpec
 
 FILES = ConfFiles([conf_dir()])
 OPTIONS = [option for options in FILES.groups.values() for option in options.values()]
-NESTED = {"image": ImageSpec, "cache": CacheSpec}
+NESTED = {"image": ImageSpec, "cache": CacheSpec, "checkpoint": CheckpointSpec}
 COMMON = sorted((conf_dir() / "common").glob("*.yaml"))
 
 

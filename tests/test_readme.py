@@ -85,7 +85,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("line", WITH_RUNS)
+LONG = ("tlcli export", "tlcli inspect")
+"""Commands that take seconds, however small the network."""
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=pytest.mark.slow) if line.startswith(LONG) else line for line in WITH_RUNS]
+)
 def test_command_runs_after_training(line: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "onnx" in line:
         pytest.importorskip("onnxscript")

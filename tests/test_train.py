@@ -110,6 +110,7 @@ def test_same_seed_same_result(train) -> None:
     assert files[0] != files[2]
 
 
+@pytest.mark.slow
 def test_source_then_target(train, tmp_path: Path) -> None:
     make_folder(tmp_path / "target", {"diagonal": 12, "plain": 12}, seed=9)
     source = train("backbone=resnet18", "backbone.weights=none", "optimizer.lr=1e-3", "freeze.head_init=random")

@@ -55,7 +55,8 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
     job = HydraConfig.get()
     run = RunDir(Path(job.runtime.output_dir))
     sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    overrides = list(job.overrides.task)
+    words = OmegaConf.to_container(job.overrides.task, resolve=False)  # as they were typed
+    overrides = [str(word) for word in words] if isinstance(words, list) else []
     heading = f"[{job.job.num}] {' '.join(overrides)}" if sweep else ""
     try:
         if command.goes_on and (found := done_before(run, overrides)) is not None:
