@@ -327,6 +327,20 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(stopped: Path, capsys: pytes
     assert "is still running it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["done", "of an older release"])
+def test_what_would_be_lost_is_kept(stopped: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its state a run begins again, which one that has a result must not."""
+    (stopped / "checkpoints/state.safetensors").unlink()
+    if how == "done":
+        RunDir(stopped).update(status="done")
+    else:
+        (stopped / "checkpoints/last.state").touch()
+    best = (stopped / "checkpoints/best.safetensors").read_bytes()
+    assert main(["train", "--resume", str(stopped), "epochs=9"]) == 2
+    assert "has no checkpoints/state.safetensors to go on from" in capsys.readouterr().err
+    assert (stopped / "checkpoints/best.safetensors").read_bytes() == best
+
+
 @pytest.mark.parametrize("argv", [["--resume"], ["resume="], ["--resume", "nowhere"], ["--resume="]])
 def test_no_such_run_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *argv]) == 2

@@ -111,6 +111,13 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path
     assert one(tmp_path).status == "died"
 
 
+def test_a_run_that_goes_on_is_running(tmp_path: Path) -> None:
+    """Its process began long after the run."""
+    make_run(tmp_path / "run", status="interrupted", started="2020-01-01T00:00:00+00:00")
+    RunDir(tmp_path / "run").go_on("tlcli train --resume run")
+    assert one(tmp_path).status == "running"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is read in Linux's way")
 def test_a_process_that_nobody_buried_died(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:

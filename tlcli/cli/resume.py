@@ -88,6 +88,7 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
         print(f"{run.path} is done{_accuracy(run)}: nothing to resume; epochs={2 * began.epochs} would train on")
         return 0
     _require_ended(run, info)
+    _require_state(run, info)
     check(spec)
     print(first_line(spec), flush=True)
     with recorded_job(run):
@@ -110,8 +111,15 @@ def _accuracy(run: RunDir) -> str:
 
 def _require_ended(run: RunDir, info: Mapping[str, Any]) -> None:
     """Raise UsageError where the run's process is still there."""
-    if info.get("status") == "running" and info.get("host") == host_digest() and not is_gone(info, None):
+    if info.get("status") == "running" and info.get("host") == host_digest() and not is_gone(info):
         raise UsageError(f"{run.path}: process {info.get('pid')} is still running it; stop it first, or wait")
+
+
+def _require_state(run: RunDir, info: Mapping[str, Any]) -> None:
+    """Raise UsageError where beginning again would lose what a run has: it is done, or of tlcli 0.3 or earlier."""
+    if run.state.is_file() or not (info.get("status") == "done" or run.state.with_name("last.state").exists()):
+        return
+    raise UsageError(f"{run.path}: has no {run.state.relative_to(run.path).as_posix()} to go on from; start a new run")
 
 
 def _elsewhere(info: Mapping[str, Any]) -> str | None:

@@ -206,7 +206,7 @@ def read_run(path: Path, tested: bool = True) -> RunEntry:
     test = _test(path / "test.json") if tested else None
     status = str(record.get("status", "damaged"))
     started, ended = _time(record.get("started")), _time(record.get("ended"))
-    if status == "running" and is_gone(record, started):
+    if status == "running" and is_gone(record):
         status = "died"
     return RunEntry(
         path=path,
@@ -235,7 +235,7 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def is_gone(record: Mapping[str, Any], started: datetime | None) -> bool:
+def is_gone(record: Mapping[str, Any]) -> bool:
     """Whether the process that wrote this run.json is known not to run any more; False where nobody can tell from
     here: it ran on another machine, or an older release wrote no pid."""
     pid = _as(int, record.get("pid"))
@@ -248,6 +248,7 @@ def is_gone(record: Mapping[str, Any], started: datetime | None) -> bool:
     except (OSError, OverflowError):
         return False  # it is there, and somebody else's
     state, born = _process(pid)
+    started = _begun(record)
     ended = state in ("Z", "X")  # dead, and its parent did not ask yet
     given_again = started is not None and born is not None and born > started.timestamp() + 2
     return ended or given_again
@@ -314,6 +315,13 @@ def _data_name(given: Mapping[str, str]) -> str | None:
     """`photos` for dataset.root=/data/photos."""
     place = given.get("dataset.file") or given.get("dataset.root") or ""
     return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or None
+
+
+def _begun(record: Mapping[str, Any]) -> datetime | None:
+    """When the process began that runs a run, or ran it last."""
+    resumed = _as(list, record.get("resumed")) or []
+    last = _as(dict, resumed[-1]) if resumed else None
+    return _time((last or record).get("started"))
 
 
 def _time(value: object) -> datetime | None:

@@ -207,8 +207,8 @@ class _Seen:
 
 def _status(record: Facts) -> str:
     """As run.json has it; `died` where it says running and that process is gone."""
-    status, started = text(record.get("status")) or "damaged", words.time_of(record.get("started"))
-    return "died" if status == "running" and is_gone(record, started) else status
+    status = text(record.get("status")) or "damaged"
+    return "died" if status == "running" and is_gone(record) else status
 
 
 def _result(test: Facts) -> Result | None:
