@@ -1,4 +1,4 @@
-"""The suite, S1 to S8: python -m benchmarks DATA [--small] [--only extraction training]
+"""The suite, S1 to S8 and predict: python -m benchmarks DATA [--small] [--only extraction training]
 
 Each part prints its own tables; at the end comes one of all bars. About an hour and a half on two cores, on a machine
 that does nothing else.
@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from benchmarks import cached, extraction, limits, memory, scaling, training, tutorial_job
+from benchmarks import cached, extraction, limits, memory, prediction, scaling, training, tutorial_job
 from benchmarks.figures import Measure
 from benchmarks.run import out_folder, parser, publish_measures
 
@@ -19,6 +19,7 @@ SUITE = {
     "scaling": scaling,
     "memory": memory,
     "tutorial_job": tutorial_job,
+    "prediction": prediction,
 }
 
 

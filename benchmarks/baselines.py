@@ -7,6 +7,7 @@ Each is written as its user would write it, with PyTorch, torchvision, timm or s
   float32, whichever is quicker for this network, fused AdamW, no metrics; with and without an allocator that keeps
   what is freed;
 - timm's train.py: its loader with the prefetcher, optimizer, scheduler and --amp --channels-last --no-aug;
+- timm's inference.py with its default flags: float32, batches of 256, two workers;
 - frozen features by hand, then scikit-learn's LogisticRegression.
 
 Where there is a choice that depends on the machine (workers or none, bfloat16 or float32), a short trial takes the
@@ -264,6 +265,28 @@ def timm_steps(network: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
         losses.update(loss.item(), len(labels))
         scheduler.step_update(num_updates=update, metric=losses.avg)
         yield len(labels)
+
+
+def timm_inference(model: str, folder: str, size: int, batch: int = 256, workers: int = 2) -> dict[str, Any]:
+    """Images a second of inference.py from a made network to the best five of each image, reading and decoding inside."""
+    network = new_timm_network(model).eval()
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", root=folder),
+        input_size=(3, size, size),
+        batch_size=batch,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        device=torch.device("cpu"),
+    )
+    started, images, best = time.perf_counter(), 0, []
+    with torch.inference_mode():
+        for batch_of_images, _ in loader:
+            probabilities = network(batch_of_images).softmax(-1)
+            best.append(probabilities.topk(5)[1].cpu().numpy())
+            images += len(batch_of_images)
+    return {"images_per_second": images / (time.perf_counter() - started), "images": images}
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""`tlcli predict` over a folder: python -m benchmarks.prediction DATA [--small]
+
+EfficientNet-Lite0 on images of CIFAR-10, against timm's inference.py and tlcli's own extraction. Of predict a whole
+process over all images is timed, and one over a single image: the difference is what the others take. timm's script is
+timed from the moment that its network is made.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import baselines
+from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
+from benchmarks.images import count, subset
+from benchmarks.run import alone, out_folder, parser, publish, publish_measures, tlcli_train, whole_process
+
+MODEL = "efficientnet_lite0"
+PREDICT, TIMM, EXTRACTION = "`tlcli predict`", "timm's inference.py", "tlcli's extraction"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. `train`: images a class, of ten, which are predicted too."""
+
+    size: int = 224
+    train: int = 500
+    test: int = 10
+    rounds: int = 1
+
+
+SMALL = Settings(size=32, train=6, test=2)
+
+
+def rates(root: Path, out: Path, settings: Settings) -> Rounds:
+    """Images a second of each, round by round."""
+    words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head", "epochs=1")
+    run = tlcli_train(out / "run", *words)
+    folder, images = root / "train", count(root / "train")
+    one = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+
+    def seconds(path: Path) -> float:
+        command = [sys.executable, "-m", "tlcli", "predict", str(run.run), str(path), "--format", "csv"]
+        return whole_process(command, {"TLCLI_CACHE": str(out / "cache")}).seconds
+
+    seconds(one)  # formats are measured once, and remembered
+    timers = {
+        PREDICT: lambda: (images - 1) / (seconds(folder) - seconds(one)),
+        TIMM: lambda: timm(folder, settings),
+        EXTRACTION: lambda: float(run.facts["extraction"]["images_per_second"]),
+    }
+    return interleaved(timers, settings.rounds)
+
+
+def timm(folder: Path, settings: Settings) -> float:
+    """Of timm's script."""
+    found = alone(baselines.timm_inference, model=MODEL, folder=str(folder), size=settings.size)
+    return float(found["images_per_second"])
+
+
+def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
+    """The table of rates, and what the bars say."""
+    settings = SMALL if small else Settings()
+    root = subset(data / "cifar10", out / "images", train=settings.train, test=settings.test)
+    seen = rates(root, out, settings)
+    header = [f"{10 * settings.train:,} images", "images a second, median", "range"]
+    publish("prediction", header, table(seen), out, {"images_per_second": seen})
+    measures = [
+        at_least("predict over timm's inference.py, images a second", 2, ratios(seen[PREDICT], seen[TIMM])),
+        at_least("predict, of tlcli's extraction", 0.8, ratios(seen[PREDICT], seen[EXTRACTION])),
+    ]
+    publish_measures("prediction_measures", measures, out)
+    return measures
+
+
+if __name__ == "__main__":
+    given = parser(__doc__).parse_args()
+    main(given.data, out_folder(given.out, "prediction"), small=given.small)
