@@ -268,7 +268,7 @@ def timm_steps(network: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
 
 
 def timm_inference(model: str, folder: str, size: int, batch: int = 256, workers: int = 2) -> dict[str, Any]:
-    """Images a second of inference.py from a made network to the best five of each image, reading and decoding inside."""
+    """Images a second of inference.py, from a made network to the best five of each; reading and decoding inside."""
     network = new_timm_network(model).eval()
     loader = timm.data.create_loader(
         timm.data.create_dataset("", root=folder),
