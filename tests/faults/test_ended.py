@@ -39,6 +39,7 @@ def test_killed_runs_go_on_exactly() -> None:
 def test_interrupted_runs_say_so_and_go_on_exactly(name: str, code: str) -> None:
     found = ended(name, scale(4, 50))
     assert found["codes"].keys() <= {code, "0"}  # 0: it was done before the signal came
+    assert found["codes"][code] > 0
     assert found["statuses"].keys() <= {"interrupted", "done", "none"}
     assert found["slowest_end"] < 10
     assert found["unreadable"] == found["differences"] == found["leftovers"] == []
