@@ -19,7 +19,7 @@ from tlcli.cli.libraries import quiet_libraries
 from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
 from tlcli.data.listing import check_dataset
-from tlcli.errors import BadImages, TlcliError
+from tlcli.errors import BadImages, TlcliError, UsageError
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir, read_json
@@ -65,9 +65,10 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
         begun = command.goes_on and run.record_file.exists()
         with recorded_job(run):
             if not begun:
-                run.start(command=command.line, overrides=overrides, config=OmegaConf.to_yaml(config))
-                refuse_environment(config, overrides)  # of files that a sweep chose, which Hydra alone composed
-                run.write_config(_resolved(config))
+                text, refused = _saved_text(config, overrides)
+                run.start(command=command.line, overrides=overrides, config=text)
+                if refused:
+                    raise refused
             watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
             if sweep:
                 watch.heading(heading)
@@ -174,6 +175,16 @@ def _backbone_words(choices: Mapping[str, str], overrides: Sequence[str]) -> str
     """The words of the command line that choose the same backbone again."""
     own = [word for word in overrides if word.startswith("backbone.name=")]
     return " ".join([f"backbone={choices['backbone']}", *own])
+
+
+def _saved_text(config: DictConfig, overrides: Sequence[str]) -> tuple[str, UsageError | None]:
+    """The config as it is saved. With an error its references stay as they are: following one could save a secret. So it
+    can be with the files that a sweep chooses, which Hydra alone has composed."""
+    try:
+        refuse_environment(config, overrides)
+    except UsageError as error:
+        return OmegaConf.to_yaml(config), error
+    return _resolved(config), None
 
 
 def _resolved(config: DictConfig) -> str:
