@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.conftest import Compose, make_folder
 from tests.faults.runs_alike import differences, rows
 from tests.faults.scale import scale
 from tlcli.cli import main
+from tlcli.cli.saved import saved_spec
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import steady
 from tlcli.runs import keeping
@@ -134,6 +136,22 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     own = ("freeze=head", "freeze.head_init=random", "epochs=1")
     found = disturbed(*own, stops=[Stopped(2, Killed)])
     assert list(differences(whole(*own), found)) == []
+
+
+def test_a_run_that_ended_as_it_began_can_go_on(
+    tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first moment config.yaml holds values alone, which is all that is read back."""
+    start = RunDir.start
+
+    def killed(run: RunDir, **arguments: Any) -> None:
+        start(run, **arguments)
+        raise Killed
+
+    monkeypatch.setattr(RunDir, "start", killed)
+    with pytest.raises(Killed):
+        main(["train", f"hydra.run.dir='{tmp_path / 'run'}'", *words])
+    assert saved_spec(RunDir(tmp_path / "run")).epochs == 3
 
 
 # -- the matrix

@@ -178,8 +178,8 @@ def _backbone_words(choices: Mapping[str, str], overrides: Sequence[str]) -> str
 
 
 def _saved_text(config: DictConfig, overrides: Sequence[str]) -> tuple[str, UsageError | None]:
-    """The config as it is saved. With an error its references stay as they are: following one could save a secret. So it
-    can be with the files that a sweep chooses, which Hydra alone has composed."""
+    """The config as it is saved; with an error its references stay as they are, for following one could save a secret.
+    That can be so with files that a sweep chooses, which Hydra alone has composed."""
     try:
         refuse_environment(config, overrides)
     except UsageError as error:
