@@ -169,11 +169,20 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
 
 
 STUB = """
-import sys, threading, types
+import os, signal, sys, threading, types
 from pathlib import Path
+from tlcli.interrupts import steady
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def train(spec, run, watch, session, restart=None):
+    if os.environ.get("STEADY"):
+        with steady:
+            wait()
+    wait()
+def wait():
     Path("started").touch()
-    threading.Event().wait(120)
+    for second in range(120):
+        threading.Event().wait(1)
+        Path("waits").write_text(str(second))
 module = types.ModuleType("tlcli.train")
 module.train = train
 sys.modules["tlcli.train"] = module
@@ -182,12 +191,34 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def started(folder: Path, *argv: str, **environment: str) -> "subprocess.Popen[bytes]":
+    """A process in whose training nothing happens."""
+    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1]), **environment}
+    command = [sys.executable, "-c", STUB, *argv]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    """The first one waits for the end of a step that does not end."""
+    process = started(tmp_path, "train", STEADY="1")
+    try:
+        _wait_for(tmp_path / "started", process)
+        process.send_signal(signal.SIGINT)
+        (tmp_path / "waits").unlink(missing_ok=True)
+        _wait_for(tmp_path / "waits", process)  # it went on waiting
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    (run,) = runs_in(tmp_path)
+    assert read_json(run.record_file)["status"] == "running", "nothing was recorded"
+
+
 @pytest.mark.parametrize("argv", [("train",), ("train", "-m", "seed=1,2")])
 def test_terminated(argv: tuple[str, ...], tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUB, *argv], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = started(tmp_path, *argv)
     try:
         _wait_for(tmp_path / "started", process)
         process.send_signal(signal.SIGTERM)
