@@ -111,6 +111,14 @@ def test_training_learns(small) -> None:
     assert setting.contract.verify() > 0
 
 
+def test_an_epoch_can_be_trained_again(small) -> None:
+    """As `tlcli inspect` does, to time it: only an epoch that was loaded from a state goes on where that ended."""
+    setting = small("optimizer.lr=1e-4", "augment=none")
+    first, again = setting.fit(1), setting.fit(1)
+    assert again.step == 2 * first.step
+    assert again.loss < first.loss
+
+
 def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     """A short last group included: 54 images in batches of 8 by 3, and in batches of 24."""
     same = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=frozen", "augment=none", "optimizer=sgd")

@@ -74,6 +74,7 @@ class Trainer:
         self._class_weights = _class_weights(spec.class_weights, class_counts, device)
         self._linear: LinearLoss | None = None
         self._pass: _Pass | None = None
+        self._loaded: _Pass | None = None
         self.step = 0
 
     def fit(
@@ -108,9 +109,11 @@ class Trainer:
 
     def _begin(self, epoch: int) -> "_Pass":
         """The epoch as far as it has come: dropout is a function of it and of the steps within it."""
-        if self._pass is None or self._pass.epoch != epoch:
-            self._pass = _Pass(epoch, self.step, _Tally(self._device.accelerator))
-            torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded.epoch == epoch:
+            return loaded
+        self._pass = _Pass(epoch, self.step, _Tally(self._device.accelerator))
+        torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))
         return self._pass
 
     def _tell(
@@ -157,6 +160,7 @@ class Trainer:
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # the rates that an epoch of no more steps reports
         self._pass = None if state["pass"] is None else _Pass.of(state["pass"], self._device.accelerator)
+        self._loaded = self._pass
         _set_random_states(state["random"])
 
     def _step(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
