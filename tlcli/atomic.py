@@ -33,7 +33,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
             error.filename = str(path)  # a write that fails does not say of which file
         raise
     if durable:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def remove_drafts(folder: Path) -> None:
@@ -43,7 +43,7 @@ def remove_drafts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where the system can do that."""
     with suppress(OSError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Self
 import platformdirs
 from filelock import FileLock, Timeout
 
+from tlcli.atomic import sync_folder
 from tlcli.errors import UsageError, did_you_mean
 
 FORMAT = 1
@@ -384,9 +385,9 @@ class Writer:
             meta.write(_meta_text(self._meta()))
             meta.flush()
             os.fsync(meta.fileno())
-        _sync_folder(self._draft)
+        sync_folder(self._draft)
         self._publish()
-        _sync_folder(self._store.activations)
+        sync_folder(self._store.activations)
         self._entry = _read(self._store.activations / self._key)
 
     def _publish(self) -> None:
@@ -572,16 +573,6 @@ def _delete(folder: Path) -> int:
     with suppress(FileNotFoundError):
         folder.rmdir()
     return nbytes
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk. Not every system can; the checksums show what a power cut took."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _notes_in(file: Path) -> dict[str, Any] | None:

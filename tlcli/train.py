@@ -8,7 +8,7 @@ from tlcli.data.dataset import Dataset
 from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
 from tlcli.engine.inputs import Feed, InputPlan, Inputs, image_size
-from tlcli.engine.metrics import scores
+from tlcli.engine.metrics import Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.selection import Selection
@@ -63,6 +63,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
 
     told = {"head_is_ready": start.head_is_ready, "machine": machine}
     keeper = record.keeper(model.network, trainer, lambda: {**told, **origin(data, plan, contract)})
+    of_best: Predictions | None = None  # for validation
     with keeper.keeping():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
             if selection.exhausted:
@@ -78,19 +79,20 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
             with steady:
                 trainer.schedule.after_epoch(validation.loss)
                 best = selection.improves(epoch, validation)
-                record.epoch(epoch, fit, validation, predictions=found, best=best, step=trainer.step)
+                of_best = found if best else of_best
+                record.epoch(epoch, fit, validation, best=best, step=trainer.step)
                 keeper.epoch(epoch, validation if best else None)
 
     keeper.load_best()
     frozen = contract.verify()
-    if not record.has_validation:
-        record.validation_of_best(evaluate(model.network, inputs.val, device, watch, "validation of the best epoch"))
+    if of_best is None:  # that epoch was before an interruption
+        of_best = evaluate(model.network, inputs.val, device, watch, "validation of the best epoch")
     with record.phase("extract"):
         test = plan.open_test(watch)
     with record.phase("test"):
         predictions = evaluate(model.network, test, device, watch, "test")
     record.inputs(plan)
-    record.result(data, predictions, selection, step=trainer.step, frozen=frozen)
+    record.result(data, of_best, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
 
 

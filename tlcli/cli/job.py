@@ -134,7 +134,6 @@ def train_job(
 @contextlib.contextmanager
 def recorded_job(run: RunDir) -> Iterator[None]:
     """What happens within goes to run.log, and the ending to run.json."""
-    run.path.mkdir(parents=True, exist_ok=True)
     with recorded(run), logging_to(run.log_file), logged():
         yield
 

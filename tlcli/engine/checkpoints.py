@@ -22,10 +22,15 @@ def save_weights(
     write_tensors(path, {**network.state_dict(), **(instead or {})}, facts)
 
 
-def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of what training can change: the parameters that train, and the buffers."""
+def changeable(network: nn.Module) -> dict[str, Tensor]:
+    """What training can change: the parameters that train, and the buffers."""
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
-    return {name: t.detach().clone() for name, t in network.state_dict().items() if name not in frozen}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of what training can change."""
+    return {name: tensor.detach().clone() for name, tensor in changeable(network).items()}
 
 
 def load_weights_into(path: Path, network: nn.Module) -> None:

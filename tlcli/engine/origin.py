@@ -42,8 +42,9 @@ def require_same_images(then: Mapping[str, Any], data: Dataset, where: str) -> N
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A line for each class of a split that differs."""
     if then["classes"] != now["classes"]:
-        lost, new = ([c for c in a if c not in b] for a, b in _both_ways(then["classes"], now["classes"]))
-        words = [f"classes {what}: {', '.join(names[:5])}" for what, names in (("gone", lost), ("new", new)) if names]
+        gone = [name for name in then["classes"] if name not in now["classes"]]
+        new = [name for name in now["classes"] if name not in then["classes"]]
+        words = [f"classes {what}: {', '.join(names[:5])}" for what, names in (("gone", gone), ("new", new)) if names]
         yield "; ".join(words) or "its classes are in another order"
         return
     for split in SPLITS:
@@ -54,10 +55,6 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{split} has {count_now:,} images of {name}, it had {count:,}"
             elif content != content_now:
                 yield f"images of {name} in {split} have other names or contents"
-
-
-def _both_ways(a: Any, b: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    return (a, b), (b, a)
 
 
 def machine_of(accelerator: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tlcli.engine.checkpoints import load_weights_into, save_state, save_weights, snapshot
+from tlcli.engine.checkpoints import changeable, load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.metrics import Scores
 from tlcli.engine.trainer import Trainer
 from tlcli.runs.restart import STATE_VERSION
@@ -117,7 +117,7 @@ class Keeper:
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
-            "weights": snapshot(self._network),
+            "weights": changeable(self._network),
             "trainer": self._trainer.state(),
             "metrics_bytes": self._run.metrics_bytes(),
             **self._made,

@@ -3,13 +3,13 @@
 Everything is read from the run directories of the jobs, so that it does not matter which process ran them.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tlcli.atomic import replacing
 from tlcli.runs.cells import csv_line
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
@@ -74,9 +74,8 @@ def write(folder: Path) -> Leaderboard:
             "jobs": jobs,
         },
     )
-    draft = folder / f".leaderboard.csv.{os.getpid()}"
-    draft.write_text(_csv(board), encoding="utf-8", newline="")
-    draft.replace(folder / "leaderboard.csv")
+    with replacing(folder / "leaderboard.csv") as file:
+        file.write(_csv(board).encode())
     return board
 
 

@@ -42,7 +42,6 @@ class Recorder:
         self._began = time.perf_counter() - self._seconds.pop("total", 0.0)
         self._last = 0.0
         self._best_images_per_second: float = before.get("images_per_second") or 0.0
-        self._validation: Predictions | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -120,7 +119,6 @@ class Recorder:
         fit: Fit | None,
         validation: Scores,
         *,
-        predictions: Predictions,
         best: bool,
         step: int,
     ) -> None:
@@ -130,7 +128,6 @@ class Recorder:
             self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
         self._log_evaluation("val", epoch, step, validation, fit.lr if fit else None)
         if best:
-            self._validation = predictions
             self._run.update(best={"epoch": epoch, **asdict(validation)})
         self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
         self._watch.epoch(
@@ -149,15 +146,6 @@ class Recorder:
             )
         )
 
-    @property
-    def has_validation(self) -> bool:
-        """Whether the best epoch's validation is known: not where that epoch was before an interruption."""
-        return self._validation is not None
-
-    def validation_of_best(self, predictions: Predictions) -> None:
-        """What the best epoch gives for the validation images, where it had to be found once more."""
-        self._validation = predictions
-
     def inputs(self, inputs: InputPlan) -> None:
         """Everything was read: what came from the cache, and how the frozen part ran over the images where it did."""
         self._run.update(cache=inputs.facts, extraction=inputs.extraction())
@@ -174,14 +162,27 @@ class Recorder:
         total = time.perf_counter() - self._began
         return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
 
-    def result(self, data: Dataset, predictions: Predictions, selection: Selection, *, step: int, frozen: int) -> None:
-        """The test is done: test.json, plots, the last facts of run.json, and the outcome."""
+    def result(
+        self,
+        data: Dataset,
+        validation: Predictions,
+        predictions: Predictions,
+        selection: Selection,
+        *,
+        step: int,
+        frozen: int,
+    ) -> None:
+        """The test is done: test.json, plots, the last facts of run.json, and the outcome.
+
+        Args:
+            validation: of the best epoch, which is tested.
+        """
         assert selection.epoch is not None
         assert selection.scores is not None
         self._log_evaluation("test", selection.epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
-            report["calibration"] = self._calibrate(data, predictions)
+            report["calibration"] = self._calibrate(data, validation, predictions)
         checkpoint = self._run.best.relative_to(self._run.path)
         write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
         with self.phase("plots"):
@@ -205,10 +206,8 @@ class Recorder:
             )
         )
 
-    def _calibrate(self, data: Dataset, test: Predictions) -> dict[str, Any]:
+    def _calibrate(self, data: Dataset, val: Predictions, test: Predictions) -> dict[str, Any]:
         """Fit the temperature to the best epoch's validation and write all predictions; what it does for the test."""
-        assert self._validation is not None
-        val = self._validation
         found = calibrate(val.logits, val.labels)
         self._run.update(calibration=found.to_json())
         write_predictions(

@@ -54,13 +54,9 @@ class Restart:
     @property
     def words(self) -> str:
         """Where it goes on, for a note."""
-        batches = (self.state["trainer"]["pass"] or {}) if self._is_within() else {}
-        within = f", batch {batches['batches'] + 1:,}" if batches else ""
-        return f"resumed at epoch {self.first_epoch}{within}"
-
-    def _is_within(self) -> bool:
         now = self.state["trainer"]["pass"]
-        return now is not None and now["epoch"] == self.first_epoch
+        is_within = now is not None and now["epoch"] == self.first_epoch
+        return f"resumed at epoch {self.first_epoch}" + (f", batch {now['batches'] + 1:,}" if is_within else "")
 
     @property
     def formats(self) -> Formats:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from tlcli.atomic import replacing
 from tlcli.errors import UsageError
 
 GENERATOR = "tlcli report"
@@ -37,11 +38,8 @@ def _is_ours(file: Path) -> bool:
 def save(html: str, file: Path) -> None:
     """Write a report in one atomic step. Raises UsageError where there is another file, or none can be written."""
     check_is_ours(file)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        # newline: the style sheet's digest is over \n
-        draft.write_text(html, encoding="utf-8", newline="\n")
-        draft.replace(file)
+        with replacing(file) as stream:
+            stream.write(html.encode())  # as bytes: the style sheet's digest is over \n
     except OSError as exc:
-        draft.unlink(missing_ok=True)
         raise UsageError(f"{file}: cannot be written: {exc.strerror or exc}; name another file with --output") from exc
