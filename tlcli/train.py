@@ -11,6 +11,7 @@ from tlcli.engine.inputs import Feed, InputPlan, Inputs, image_size
 from tlcli.engine.metrics import Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
+from tlcli.engine.resuming import plan_as_before
 from tlcli.engine.selection import Selection
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
@@ -44,9 +45,11 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         model.network.to(accelerator)
         contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
-        before = None if restart is None else restart.formats
-        wanted = wants_probe(spec, model)
-        plan = plan_inputs(data, model, contract, spec, accelerator, session, wants_probe=wanted, before=before)
+        planned, wanted = (data, model, contract, spec, accelerator, session), wants_probe(spec, model)
+        if restart is None:
+            plan = plan_inputs(*planned, wants_probe=wanted)
+        else:
+            plan = plan_as_before(*planned, wants_probe=wanted, formats=restart.formats)
         device = plan.device
         device.place(model.network)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))

@@ -17,7 +17,6 @@ from tlcli.data.dataset import Dataset, Split
 from tlcli.device import Device, auto_workers, machine_name
 from tlcli.engine.activations import Activations, View, activations_key, pooled
 from tlcli.engine.extraction import Extractor
-from tlcli.engine.formats import Formats
 from tlcli.engine.inputs import CachedFeed, InputPlan, LiveFeeds, preprocessing_for
 from tlcli.engine.linear import bare_linear
 from tlcli.engine.numerics import SAMPLE, Numerics, Quickest, candidates, forward_step, training_step
@@ -31,7 +30,6 @@ from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 SMALL = 64 * 1024
 """Bytes an image up to which activations are kept without reckoning: the next run reads them."""
-BEFORE = "as before the run was interrupted"
 READ, WRITE = 1e-9, 2e-9
 """Seconds a byte that reading and writing activations is taken to cost: 1 and 0.5 GB/s, a slow SSD."""
 
@@ -45,16 +43,12 @@ def plan_inputs(
     session: Session,
     *,
     wants_probe: bool,
-    before: Formats | None = None,
 ) -> InputPlan:
     """Decide for each split whether it is read live or from cached activations, and in which number formats.
 
-    Args:
-        before: what a run that goes on had decided: nothing is measured or reckoned then.
-
     Raises UsageError where cache.mode=require cannot be followed.
     """
-    return Planner(data, model, contract, spec, accelerator, session, wants_probe, before).plan()
+    return Planner(data, model, contract, spec, accelerator, session, wants_probe).plan()
 
 
 class Planner:
@@ -69,12 +63,10 @@ class Planner:
         accelerator: torch.device,
         session: Session,
         wants_probe: bool,
-        before: Formats | None = None,
     ) -> None:
         self.data, self.model, self.contract, self.spec = data, model, contract, spec
         self.accelerator, self.session, self.store = accelerator, session, session.store
         self.wants_probe = wants_probe
-        self.before = before
         self.preprocessing = preprocessing_for(spec, model)
         self.workers = spec.device.workers if spec.device.workers is not None else auto_workers(accelerator)
         self.options = candidates(spec.device, accelerator)
@@ -145,8 +137,6 @@ class Planner:
 
     def _measured_extraction(self, cut: Cut) -> Numerics:
         """The format for the prefix, over which the images run once."""
-        if self.before is not None:
-            return Numerics(self.before.eval_dtype, self.before.memory_format, why=BEFORE)
         inputs = (self.sample,)
         make = lambda option: forward_step(cut.prefix, inputs, self.accelerator, option)  # noqa: E731
         return self.quickest.of(self.options, len(self.sample), f"extraction up to {cut.at}", make, even_one=True)
@@ -155,8 +145,6 @@ class Planner:
         """The format for training on activations, in the memory format of the extraction."""
         assert isinstance(self.cut, Cut)
         cut, network = self.cut, self.model.network
-        if self.before is not None:
-            return Numerics(self.before.train_dtype, self.before.memory_format, why=BEFORE)
         if self._bare_head(cut) is not None:  # so little work that no format is quicker than float32
             return replace(
                 extractor.numerics, dtype=self.options[0].dtype, images_per_second=None, why="a linear layer"
@@ -168,10 +156,6 @@ class Planner:
 
     def _measured_live(self) -> tuple[Device, Numerics]:
         """Formats for training the whole network on images, and for evaluating it in the same memory format."""
-        if self.before is not None:
-            own = (self.before.train_dtype, self.before.eval_dtype)
-            train, evaluation = (Numerics(dtype, self.before.memory_format, why=BEFORE) for dtype in own)
-            return self._device(train, evaluation), evaluation
         network, inputs = self.model.network, (self.sample,)
         train = self.quickest.of(
             self.options,
@@ -264,22 +248,22 @@ class Planner:
     def _val_source(self, extractor: Extractor) -> "Sources":
         """val, where training is live and activations are still worth it."""
         found = self._plain_sources(extractor, with_train=False)
-        return found if self._is_worth(extractor, found["val"][0][0], self.spec.epochs + 1, "val") else {}
+        return found if self._is_worth(extractor, found["val"][0][0], self.spec.epochs + 1) else {}
 
     def _test_source(self, extractor: Extractor) -> "Sources":
         """test, which one run reads once: for the runs to come, where that is cheap."""
         assert isinstance(self.cut, Cut)
         source = self._activations(self.cut, extractor, self.data.test, "test", None)
-        return {"test": ((source,), self.data.test)} if self._is_worth(extractor, source, 1, "test") else {}
+        return {"test": ((source,), self.data.test)} if self._is_worth(extractor, source, 1) else {}
 
     def _features(self, evaluation: Numerics) -> dict[str, CachedFeed]:
         """The probe's features, where what trains has too little in front of it: cut at the head for that alone."""
         cut = self._cut("features", self.model.head_parameters()) if self.wants_probe else NoCut("no probe")
-        if not isinstance(cut, Cut) or self.before is not None:  # the head of a run that goes on has had its probe
+        if not isinstance(cut, Cut):
             return {}
         extractor = self._extractor(cut, evaluation)
         source = self._activations(cut, extractor, self.data.train, "train", None)
-        if not self._is_worth(extractor, source, 1, "probe"):
+        if not self._is_worth(extractor, source, 1):
             return {}
         return self._feeds({"probe": ((source,), self.data.train)}, evaluation.dtype, cut)
 
@@ -315,7 +299,7 @@ class Planner:
         """Tell the extractors what they are going to run."""
         for source in unique(cached):
             if not source.filled:
-                source.extractor.expect(len(source) if self.before is None else self.before.expected)
+                source.extractor.expect(len(source))
 
     # -- decisions
 
@@ -332,8 +316,6 @@ class Planner:
 
     def _why_not_worth(self, extractor: Extractor, sources: "Sources") -> str | None:
         """Why live images are the better choice by time or room; None where activations are."""
-        if self.before is not None:
-            return None if "train" in self.before.cached else BEFORE
         spec = self.spec
         missing = {a.key: a for activations, _ in sources.values() for a in activations if not a.filled}
         nbytes = sum(source.nbytes for source in missing.values())
@@ -351,10 +333,8 @@ class Planner:
             f"and {cached:.0f} s with {size_text(nbytes)} of activations"
         )
 
-    def _is_worth(self, extractor: Extractor, source: Activations, passes: int, role: str) -> bool:
+    def _is_worth(self, extractor: Extractor, source: Activations, passes: int) -> bool:
         """Whether a split that is only evaluated is better read from activations."""
-        if self.before is not None:
-            return role in self.before.cached
         if source.filled:
             return True
         if self.store.room(source.nbytes, self.spec.cache.max_gb) is not None:
