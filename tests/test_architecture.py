@@ -13,7 +13,7 @@ import tlcli
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
     {"atomic", "errors", "interrupts", "specs", "watch", "__init__"},
-    {"store"},
+    {"paths", "store"},
     {"device"},
     {"models", "data"},
     {"transfer"},

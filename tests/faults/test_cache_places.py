@@ -8,12 +8,12 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.mounts import UNSHARE, can_mount
 from tlcli.cli import main
 from tlcli.engine.activations import Tables
 from tlcli.runs.recorder import Recorder
@@ -137,22 +137,12 @@ def test_a_cache_that_is_cleared_while_it_is_filled_and_read_changes_no_result(
     assert ended.is_as(live)
 
 
-@cache
-def can_mount() -> bool:
-    """Whether this user may have mounts of his own."""
-    if sys.platform != "linux" or shutil.which("unshare") is None:
-        return False
-    return (
-        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
-    )
-
-
 def mounted(options: str, cache: Path, out: Path, shapes: Path, *overrides: str) -> Ended:
     """A run in a process that has the cache on a file system of its own."""
     words = [f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]
     script = f'{options} && exec "$0" -m tlcli train "$@"'
     done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script, sys.executable, *words],
+        [*UNSHARE, "bash", "-c", script, sys.executable, *words],
         cwd=ROOT,
         env={**os.environ, "TLCLI_CACHE": str(cache)},
         stdout=subprocess.PIPE,

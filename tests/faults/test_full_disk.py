@@ -1,25 +1,16 @@
 """A disk that is full ends a run in one line, and leaves what was good: with room again, it goes on exactly."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.faults.mounts import UNSHARE, can_mount
 from tests.faults.scale import scale
 
 ROOT = Path(__file__).parents[2]
-UNSHARE = ["unshare", "-rm"]
-
-
-def can_mount() -> bool:
-    """Whether a file system of one's own can be had here."""
-    if shutil.which("unshare") is None:
-        return False
-    command = [*UNSHARE, "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.slow

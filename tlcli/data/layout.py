@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tlcli.data.listing import EXTENSIONS, SPLITS, expanded, folded
+from tlcli.data.listing import EXTENSIONS, SPLITS, folded
+from tlcli.paths import expanded, is_dir
 from tlcli.specs import ImageFolder
 
 
@@ -66,7 +67,7 @@ def _problems(counts: Mapping[str, Mapping[str, int]]) -> tuple[list[str], set[s
 
 def _split_folders(root: Path) -> list[tuple[str, Path]]:
     """Each split and its folder; one without a name where root holds the classes."""
-    if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises for a name that is too long
+    if not is_dir(root):
         return []
     named = [(SPLITS[path.name.lower()], path) for path in _subfolders(root) if path.name.lower() in SPLITS]
     return named if any(_subfolders(path) for _, path in named) else [("", root)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tlcli.errors import UsageError, did_you_mean
+from tlcli.paths import expanded, is_dir, is_file, real
 from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest
 
 EXTENSIONS = (
@@ -129,7 +130,7 @@ def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     if spec.root is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
     root = expanded(spec.root)
-    if not _is_dir(root):
+    if not is_dir(root):
         _no_folder(root)
     try:
         folders = _split_folders(root)
@@ -141,29 +142,11 @@ def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     return _listing(root, found, spec.classes, str(root), trains)
 
 
-def expanded(place: str) -> Path:
-    """The path with the home directory in place of ~. Raises UsageError for the home of somebody unknown."""
-    try:
-        return Path(place).expanduser()
-    except RuntimeError:
-        raise UsageError(f"{place}: there is no such home directory; write the whole path") from None
-
-
-def _is_dir(path: Path) -> bool:
-    """Whether there is a folder; False where the system does not even look, as for a name that is too long."""
-    return os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises for such a name
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a regular file; False where the system does not even look."""
-    return os.path.isfile(path)  # noqa: PTH113
-
-
 def _no_folder(root: Path) -> NoReturn:
     try:
         root.stat()
     except (FileNotFoundError, NotADirectoryError):
-        near = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if _is_dir(root.parent) else ""
+        near = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if is_dir(root.parent) else ""
         raise UsageError(f"{root}: no such folder.{near}") from None
     except (OSError, ValueError) as error:
         why = (getattr(error, "strerror", None) or str(error)).lower()
@@ -269,11 +252,11 @@ def list_manifest(spec: Manifest, *, trains: bool = True) -> Listing:
     mark. Raises UsageError with the line number for a row that is incomplete, double or names a missing file.
     """
     file = expanded(spec.file)
-    if not _is_file(file):
+    if not is_file(file):
         what = "not a file" if os.path.lexists(file) else "no such file"
         raise UsageError(f"{file}: {what}. dataset.file names a CSV file with the columns path, label[, split]")
     root = file.parent if spec.root is None else expanded(spec.root)
-    if not _is_dir(root):
+    if not is_dir(root):
         _no_folder(root)
     rows = _rows(file)
     _check_splits(file, rows)
@@ -333,7 +316,7 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
     paths, missing = [], []
     for row in rows:
         path = root / row.path
-        if (Path(row.path).is_absolute() or ".." in path.parts) and not _real(path).is_relative_to(_real(root)):
+        if (Path(row.path).is_absolute() or ".." in path.parts) and not real(path).is_relative_to(real(root)):
             raise UsageError(f"{file}, line {row.line}: {row.path} lies outside {root}; set dataset.root to its folder")
         first = seen.setdefault(os.path.abspath(path), row)  # noqa: PTH100  resolve() would read the disk for each row
         if first.label != row.label:
@@ -341,7 +324,7 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
             raise UsageError(f"{file}: {row.path} has two labels: {labels}")
         if first is not row:
             raise UsageError(f"{file}: {row.path} is named twice (lines {first.line} and {row.line}); remove one")
-        if not _is_file(path):
+        if not is_file(path):
             missing.append(row)
         paths.append(path)
     if missing:
@@ -350,8 +333,3 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
         what = "not a file, or a link that leads to none" if os.path.lexists(path) else "no such file"
         raise UsageError(f"{file}, line {missing[0].line}: {path}: {what}{more}")
     return paths
-
-
-def _real(path: Path) -> Path:
-    """Where a path leads once links are followed, as far as they can be: Path.resolve raises where they form a loop."""
-    return Path(os.path.realpath(path))

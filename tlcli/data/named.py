@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tlcli.data.listing import is_image, is_visible
+from tlcli.paths import is_dir
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def named_images(arguments: Iterable[str], *, patterns: bool = True) -> Iterator
     read as they are asked for: no more than those of one folder are in memory.
     """
     for argument in arguments:
-        if os.path.isdir(argument):  # noqa: PTH112  Path.is_dir raises for a name that is too long
+        if is_dir(argument):
             yield from _of_folder(argument)
         elif patterns and glob.has_magic(argument) and not os.path.lexists(argument):
             yield from _of_pattern(argument)
@@ -41,7 +42,7 @@ def _of_pattern(pattern: str) -> Iterator[Named]:
     if not found:
         yield Nothing(pattern, "no file matches")
     for path in found:
-        if not os.path.isdir(path):  # noqa: PTH112
+        if not is_dir(path):
             yield path
         elif "**" not in pattern:  # which matches what is in a folder already
             yield from _of_folder(path)

@@ -3,7 +3,6 @@ that a file brings."""
 
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.models.backbones import build_timm, timm_head
 from tlcli.models.classifier import Architecture, within
 from tlcli.models.tensorfile import read_tensors
+from tlcli.paths import is_dir, is_file
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone, image_numbers
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
@@ -60,10 +60,10 @@ def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes:
 def read_weights(path: Path) -> Pretrained:
     """The tensors of a .safetensors file, a .pth or .pt file with a state dict, or the best ones of a run directory."""
     path = path.expanduser()
-    is_dir = os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises for a name that is too long
-    file = path / RUN_CHECKPOINT if is_dir else path
-    if not os.path.isfile(file):  # noqa: PTH113
-        raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_dir else ''}")
+    is_run = is_dir(path)
+    file = path / RUN_CHECKPOINT if is_run else path
+    if not is_file(file):
+        raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_run else ''}")
     try:
         if file.suffix == ".safetensors":
             return _safetensors(file, str(path))

@@ -1,7 +1,6 @@
 """What differs between runs, and whether their test accuracies differ by more than chance."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,8 +12,8 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from scipy import stats
 
-from tlcli.data.listing import expanded
 from tlcli.errors import UsageError
+from tlcli.paths import expanded, real
 from tlcli.runs.index import SWEEP_FILES
 from tlcli.runs.opening import open_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions
@@ -173,7 +172,7 @@ def _each_run(paths: Sequence[Path]) -> list[Path]:
         else:
             own = [path]
         for one in own:
-            place = Path(os.path.realpath(expanded(str(one))))  # Path.resolve raises where links form a loop
+            place = real(expanded(str(one)))
             if place in found and len(own) == 1:
                 raise UsageError(f"{one}: is named twice")
             found[place] = one

@@ -1,18 +1,17 @@
 """Whether a directory is a run's, said at once: torch is not imported here."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from tlcli.data.listing import expanded
 from tlcli.errors import UsageError, did_you_mean
+from tlcli.paths import exists, expanded, is_dir
 from tlcli.runs.run_dir import SCHEMA_VERSION, RunDir, read_json
 
 
 def open_run(path: str | Path) -> tuple[RunDir, dict[str, Any]]:
     """The run in a directory, and its run.json. Raises UsageError where there is none that this tlcli can read."""
     run = RunDir(expanded(str(path)))
-    if not os.path.exists(run.path):  # noqa: PTH110  Path.exists raises for a name that is too long
+    if not exists(run.path):
         raise UsageError(f"{run.path}: no such run directory.{_near(run.path)}")
     if not run.record_file.is_file():
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){_instead(run.path)}")
@@ -31,7 +30,7 @@ def open_run(path: str | Path) -> tuple[RunDir, dict[str, Any]]:
 
 def _near(path: Path) -> str:
     """A directory beside it that may have been meant."""
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if is_dir(path.parent) else []
     return did_you_mean(path.name, beside)
 
 
