@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.atomic import remove_drafts, replacing
+from tlcli.atomic import linked, remove_drafts, replacing
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -103,3 +103,26 @@ def test_a_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_second_name_keeps_what_it_stands_for(file: Path) -> None:
+    name = file.with_name("last.bin")
+    name.write_bytes(b"before")
+    assert linked(file, name)
+    assert linked(file, name)  # once more: it is so already
+    assert name.samefile(file)
+    write(file)
+    assert (file.read_bytes(), name.read_bytes()) == (NEW, OLD)
+    assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
+
+
+def test_a_second_name_that_cannot_be_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    name = file.with_name("last.bin")
+    name.write_bytes(b"before")
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert not linked(file, name)
+    assert name.read_bytes() == b"before"
+    assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}

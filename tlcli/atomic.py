@@ -18,7 +18,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         durable: survive a power failure too: the file is on the disk before it is renamed, and the rename afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = _draft(path)
     try:
         with draft.open("wb") as file:
             yield file
@@ -34,6 +34,28 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def linked(path: Path, name: Path) -> bool:
+    """Give a file a second name, in the same folder, in the place of what has that name; False where the file system
+    cannot do that. Each name keeps what it stands for when the other is replaced."""
+    draft = _draft(name)
+    try:
+        draft.unlink(missing_ok=True)
+        draft.hardlink_to(path)
+        draft.replace(name)
+        draft.unlink(missing_ok=True)  # replacing does nothing where both were names of one file
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        return False
+    sync_folder(name.parent)
+    return True
+
+
+def _draft(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def remove_drafts(folder: Path) -> None:

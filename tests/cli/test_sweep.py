@@ -4,7 +4,12 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.plugins.sweeper import Sweeper
+
 from tests.cli.conftest import finished, runs_in
+from tlcli.cli import sweep
 from tlcli.errors import TlcliError
 from tlcli.runs.run_dir import read_json
 
@@ -151,3 +156,38 @@ def test_a_sweep_of_which_no_job_began_is_one_line(tlcli, tmp_path: Path) -> Non
     ended = tlcli("train", "--resume", "swept")
     assert ended.code == 2
     assert "no job has a run.json" in ended.err
+
+
+def test_each_config_is_composed_once(tlcli, training, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the jobs share; and each job has its own, the same words twice included."""
+    composed, seeds = [], []
+    own = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *args, **named: composed.append(1) or own(*args, **named)
+    )
+
+    def train(spec, run, watch):
+        seeds.append((spec.seed, run.path.name))
+        return finished(spec, run, watch)
+
+    training(train)
+    assert tlcli("train", "-m", "seed=3").code == 0
+    shared = len(composed) - 1
+    composed.clear()
+    assert tlcli("train", "-m", "seed=1,2,1").code == 0
+    assert seeds[1:] == [(1, "0"), (2, "1"), (1, "2")]
+    assert len(composed) - shared in (3, 4)  # the second job of the same words is composed anew
+    assert Sweeper.validate_batch_is_legal.__module__ == "hydra.plugins.sweeper"
+
+
+def test_more_jobs_than_configs_are_held(tlcli, training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "KEPT", 2)
+    seeds = []
+
+    def train(spec, run, watch):
+        seeds.append(spec.seed)
+        return finished(spec, run, watch)
+
+    training(train)
+    assert tlcli("train", "-m", "seed=range(5)").code == 0
+    assert seeds == [0, 1, 2, 3, 4]

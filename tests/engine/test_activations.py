@@ -309,6 +309,23 @@ def test_rows_come_as_live_images_come(spec: Compose, views: int | None) -> None
         assert not torch.equal(one, two)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 5, 11, 1000])
+def test_an_epoch_goes_on_from_any_batch(spec: Compose, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same batches, each where it lies in memory when the epoch begins with the first one."""
+    monkeypatch.setattr(activations, "READ_ROWS", rows_at_once)
+    split = coded(23)
+    _, cached = both(spec, split, split)
+    whole = [(x, x.storage_offset(), y) for (x,), y in cached.epoch(1)]
+    assert len(whole) == 5
+    for start in range(6):
+        rest = [(x, x.storage_offset(), y) for (x,), y in cached.epoch(1, start)]
+        assert len(rest) == 5 - start
+        for (wanted, place, labels), (found, found_place, found_labels) in zip(whole[start:], rest, strict=True):
+            assert torch.equal(wanted, found)
+            assert torch.equal(labels, found_labels)
+            assert place == found_place
+
+
 def test_rows_of_a_pool_are_matched_to_its_splits(spec: Compose) -> None:
     everything = coded(20)
     order = np.random.default_rng(0).permutation(20)

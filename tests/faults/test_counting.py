@@ -97,7 +97,7 @@ def test_every_image_counts_once_whatever_the_sizes(
     feed: Callable[[Split, int], Feed], sizes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1 to 257 images, which most of the time the batches do not divide."""
-    monkeypatch.setattr(activations, "EVALUATION_ROWS", 1)  # else evaluation reads them all at once
+    monkeypatch.setattr(activations, "READ_ROWS", 1)  # else they are all read at once
     for n in range(1, 258):
         for k in range(sizes):
             counts_each_once(feed(coded(n), BATCH_SIZES[(n + k) % len(BATCH_SIZES)]), n)

@@ -127,7 +127,8 @@ def _hydra_main(flags: Flags, command: Command, overrides: Sequence[str]) -> Non
     sys.argv = ["tlcli train", *flags.flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors in its own way and exits
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(task)()
+        with sweep.composed_once():
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(task)()
     finally:
         sys.argv = argv
         if full_error is None:

@@ -20,6 +20,7 @@ from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
 from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImages, TlcliError, UsageError
+from tlcli.lasting import lasting
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir, read_json
@@ -121,8 +122,9 @@ def train_job(
     """Train what a spec says in a run's directory, from where `restart` says."""
     log.info(first_line(spec))
     quiet_libraries()
-    from tlcli.engine.session import session_for  # torch is imported here, and not before
-    from tlcli.train import train
+    with lasting():
+        from tlcli.engine.session import session_for  # torch is imported here, and not before
+        from tlcli.train import train
 
     session = session_for(spec.cache, command.session if command else None)
     if command:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ Table = tuple[Tensor, ...]
 
 ROWS = 1
 """The version of the rules by which an image becomes a row: part of every key."""
-EVALUATION_BYTES, EVALUATION_ROWS = 4 * 1024 * 1024, 1024
-"""What evaluation reads at a time, at the most."""
+READ_BYTES, READ_ROWS = 4 * 1024 * 1024, 1024
+"""What is read at a time, at the most, where a batch is less: to gather a few rows costs as much as to gather many."""
 
 
 @dataclass(frozen=True)
@@ -233,20 +234,28 @@ class CachedActivations:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Every image once, in the order of this epoch (1, 2, ...), in the view whose turn it is; without the first
         `start` batches."""
-        order = torch.from_numpy(epoch_order(len(self), self._seed, number)[start * self._batch_size :])
-        return self._read(self._tables[(number - 1) % len(self._tables)], order, self._batch_size)
+        order = torch.from_numpy(epoch_order(len(self), self._seed, number))
+        table = self._tables[(number - 1) % len(self._tables)]
+        return self._read(table, order, self._batch_size, start)
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, in the first table."""
-        row_bytes = sum(t[0].numel() * t.element_size() for t in self._tables[0])
-        many = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // max(1, row_bytes)))
-        return self._read(self._tables[0], torch.arange(len(self)), max(many, self._batch_size))
+        return self._read(self._tables[0], torch.arange(len(self)), max(self._rows_at_once(), self._batch_size))
 
-    def _read(self, table: Table, order: Tensor, batch_size: int) -> Iterator[Batch]:
+    def _rows_at_once(self) -> int:
+        row_bytes = sum(t[0].numel() * t.element_size() for t in self._tables[0])
+        return max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
+
+    def _read(self, table: Table, order: Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """The batches from number `start` on. What is read at a time begins at the same batches whatever `start` is, so
+        that each lies in memory as it would have without one: kernels may round by that."""
         rows, labels = self._rows[order], self._labels[order.to(self._labels.device)]
-        for start in range(0, len(order), batch_size):
-            part = slice(start, start + batch_size)
-            yield tuple(self._ready(t.index_select(0, rows[part])) for t in table), labels[part]
+        many = max(1, self._rows_at_once() // batch_size)
+        for chunk in range(start - start % many, -(-len(order) // batch_size), many):
+            part = slice(chunk * batch_size, (chunk + many) * batch_size)
+            read = tuple(torch.split(self._ready(t.index_select(0, rows[part])), batch_size) for t in table)
+            batches = zip(zip(*read, strict=True), torch.split(labels[part], batch_size), strict=True)
+            yield from islice(batches, max(0, start - chunk), None)
 
     def _ready(self, t: Tensor) -> Tensor:
         x = self._device.put(t)

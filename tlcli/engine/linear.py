@@ -14,32 +14,35 @@ class LinearLoss:
     """Loss and gradient for `layer`, with label smoothing and class weights as torch's cross_entropy has them.
 
     With t the target distribution of an image, weighted by class, and p the softmax of its logits, the loss is
-    -sum(t log p) and its gradient by the logits sum(t) p - t (Bishop, Pattern Recognition and Machine Learning, 4.3.4).
+    -sum(t log p) and its gradient by the logits sum(t) p - t (Bishop, Pattern Recognition and Machine Learning, 4.3.4):
+    what the backward pass of log_softmax makes of -t.
     """
 
     def __init__(self, layer: nn.Linear, label_smoothing: float, class_weights: Tensor | None) -> None:
         self._layer = layer
         classes = layer.out_features
         weights = torch.ones(classes, device=layer.weight.device) if class_weights is None else class_weights
-        self._targets = (1 - label_smoothing) * torch.diag(weights) + label_smoothing / classes * weights
-        self._mass = self._targets.sum(dim=1, keepdim=True)
+        by_label = (label_smoothing - 1) * torch.diag(weights) - label_smoothing / classes * weights
+        self._minus_targets = by_label.t().contiguous()  # (C, label)
 
     def backward(self, features: Tensor, labels: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the mean over `total` images; the sum of these images' losses, and their logits.
+        """Add the gradient of the mean over `total` images; the sum of these images' losses, and their logits (B, C).
 
         features (B, D) float32, labels (B).
         """
         weight, bias = self._layer.weight, self._layer.bias
-        with torch.no_grad():
-            logits = nn.functional.linear(features, weight, bias)
-            log_p = logits.log_softmax(dim=1)
-            targets = self._targets[labels]
-            gradient = (self._mass[labels] * log_p.exp() - targets) / total
+        with torch.no_grad():  # classes come first within: a fifth less time for products of such shapes
+            logits = weight @ features.t()
+            if bias is not None:
+                logits += bias[:, None]
+            log_p = logits.log_softmax(dim=0)
+            minus_targets = self._minus_targets.index_select(1, labels)
+            gradient = torch._log_softmax_backward_data(minus_targets, log_p, 0, log_p.dtype).div_(total)
             if weight.requires_grad:
-                _add(weight, gradient.t() @ features)
+                _add(weight, gradient @ features)
             if bias is not None and bias.requires_grad:
-                _add(bias, gradient.sum(dim=0))
-            return -(targets * log_p).sum(), logits
+                _add(bias, gradient.sum(dim=1))
+            return minus_targets.mul_(log_p).sum(), logits.t()
 
 
 def bare_linear(layer: nn.Module) -> bool:

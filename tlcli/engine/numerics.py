@@ -26,6 +26,10 @@ SAMPLE = 8
 BETTER = 1.1
 """How much faster a format has to be to be taken before one that stands earlier among the candidates: two that are
 alike must not change places from run to run."""
+HOPELESS = 1.5
+"""How much slower than the best a step may be, at the first look, for there to be a second one."""
+ENOUGH = 0.25
+"""Seconds of steps after which a format has been seen often enough."""
 NAME = "numerics"
 """Of the notes in which choices are remembered."""
 
@@ -127,10 +131,10 @@ class Quickest:
         """The shortest of a few steps after a first one; the first of them where another option was much quicker."""
         self._once(step)
         shortest = spent = self._once(step)
-        if best is not None and shortest > 2 * best:
+        if best is not None and shortest > HOPELESS * best:
             return shortest
         for _ in range(4):
-            if spent > 0.5:
+            if spent > ENOUGH:
                 break
             seconds = self._once(step)
             shortest, spent = min(shortest, seconds), spent + seconds

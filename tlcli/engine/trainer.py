@@ -19,7 +19,7 @@ from tlcli.engine.inputs import Feed
 from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
 from tlcli.engine.memory import batch_size_that_fits
-from tlcli.engine.optimizers import build_optimizer
+from tlcli.engine.optimizers import build_optimizer, take_step
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NotFinite, TlcliError
 from tlcli.interrupts import steady
@@ -199,8 +199,11 @@ class Trainer:
         if self._spec.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if self._scaler.is_enabled():
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            take_step(self.optimizer)
         self.step += 1
 
     def _formula(self, inputs: Feed) -> LinearLoss | None:

@@ -24,7 +24,7 @@ checksum behind them. Files of tlcli 0.3 and earlier have none."""
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and facts (what JSON can hold), in one atomic step that survives a power failure."""
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    state = _apart(tensors)
     whole = {**facts, CHECKSUM: _checksum(facts, state)}
     content = save(state, metadata={FACTS: json.dumps(whole)})
     with replacing(path, durable=True) as file:
@@ -54,6 +54,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def damaged(path: Path, why: str) -> TlcliError:
     """The error of a file that is not as it was written."""
     return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(why.split())})")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous, no two of them in one memory: safetensors would refuse them."""
+    state: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        state[name] = own.clone() if memory in memories else own
+        memories.add(memory)
+    return state
 
 
 def _checksum(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tlcli.atomic import linked
 from tlcli.engine.checkpoints import changeable, load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.metrics import Scores
 from tlcli.engine.trainer import Trainer
@@ -55,6 +56,7 @@ class Keeper:
         self._facts, self._origin, self._seconds = facts, origin, seconds
         self._epoch = epoch
         self._best: _Best | None = None
+        self._best_epoch: int | None = None
         self._made: Mapping[str, Any] | None = None
         self._is_new = False
         self._saved_at, self._took = time.perf_counter(), FIRST_SAVE
@@ -81,7 +83,7 @@ class Keeper:
         start = time.perf_counter()
         self._save_best()
         if self._epoch is not None and self._trainer.is_between_epochs(self._epoch):
-            save_weights(self._run.last, self._network, {**self._facts, "epoch": self._epoch})
+            self._save_last(self._epoch)
         save_state(self._run.state, self._state())
         self._is_new = False
         self._saved_at = time.perf_counter()
@@ -110,7 +112,12 @@ class Keeper:
     def _save_best(self) -> None:
         if self._best is not None:
             save_weights(self._run.best, self._network, self._best.facts, instead=self._best.tensors)
-            self._best = None
+            self._best_epoch, self._best = self._best.facts["epoch"], None
+
+    def _save_last(self, epoch: int) -> None:
+        """A second name for the best weights' file, where they are those of the last epoch."""
+        if epoch != self._best_epoch or not linked(self._run.best, self._run.last):
+            save_weights(self._run.last, self._network, {**self._facts, "epoch": epoch})
 
     def _state(self) -> dict[str, Any]:
         self._made = self._made or self._origin()

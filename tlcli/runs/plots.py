@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -34,7 +35,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) 
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(file)
+    _save(_drawn(figure), file)
 
 
 def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
@@ -57,7 +58,7 @@ def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
     if n <= 20:
         for t, p in np.argwhere(counts > 0):
             axes.text(p, t, counts[t, p], ha="center", va="center", color="white" if shares[t, p] > 0.5 else "black")
-    figure.savefig(file)
+    _save(_drawn(figure), file)
 
 
 def plot_samples(
@@ -68,32 +69,46 @@ def plot_samples(
     right = np.flatnonzero(predicted == split.labels)
     chosen_wrong = _spread(wrong, max(SAMPLES // 2, SAMPLES - len(right)))
     chosen = [*chosen_wrong, *_spread(right, SAMPLES - len(chosen_wrong))]
-    sheet, titles = _sheet([split.read(int(i)) for i in chosen])
-    figure = Figure(figsize=(sheet.shape[1] / DPI, sheet.shape[0] / DPI), dpi=DPI)
-    figure.figimage(sheet)  # one picture, and no axes: sixteen of them would take a second
-    for (x, y), i in zip(titles, chosen, strict=True):
+    rows = -(-len(chosen) // COLUMNS)
+    height, width = rows * (THUMBNAIL + TITLE), COLUMNS * (THUMBNAIL + GAP)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    for place, i in enumerate(chosen):
         is_right = predicted[i] == split.labels[i]
         guess = f"{_shorten(classes[predicted[i]], 22)} {probability[i]:.0%}"
         text = guess if is_right else f"{guess}\nis {_shorten(classes[split.labels[i]], 24)}"
+        centre, top = _place(place)
+        x, y = centre / width, 1 - (top - 6) / height
         figure.text(x, y, text, fontsize=9, color="black" if is_right else ORANGE, ha="center", va="bottom")
-    figure.savefig(file, pil_kwargs={"compress_level": 1})  # photographs: more would take longer and save little
+    sheet = _drawn(figure)
+    for place, i in enumerate(chosen):  # matplotlib would take five times as long to put them there
+        centre, top = _place(place)
+        small = _thumbnail(split.read(i))
+        sheet.paste(small, (centre - small.width // 2, top))
+    _save(sheet, file)
 
 
-def _sheet(images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """The images, small, in rows of four on white, and the place of each one's title as a fraction of the sheet."""
-    rows = -(-len(images) // COLUMNS)
-    height, width = rows * (THUMBNAIL + TITLE), COLUMNS * (THUMBNAIL + GAP)
-    sheet, titles = np.full((height, width, 3), 255, dtype=np.uint8), []
-    for place, image in enumerate(images):
-        row, column = divmod(place, COLUMNS)
-        small = Image.fromarray(image)
-        scale = THUMBNAIL / max(small.size)
-        small = small.resize([max(1, round(side * scale)) for side in small.size], Image.Resampling[_kernel(scale)])
-        top = (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL
-        left = column * (THUMBNAIL + GAP) + (THUMBNAIL + GAP - small.width) // 2
-        sheet[top : top + small.height, left : left + small.width] = np.asarray(small)
-        titles.append(((column + 0.5) / COLUMNS, 1 - (top - 6) / height))
-    return sheet, titles
+def _place(number: int) -> tuple[int, int]:
+    """Pixels, from the left and the top, of the middle of a thumbnail's upper edge; its title is above."""
+    row, column = divmod(number, COLUMNS)
+    return column * (THUMBNAIL + GAP) + (THUMBNAIL + GAP) // 2, (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    """A figure's pixels, RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    """As PNG, of the least compression: more would take as long as drawing, and save little."""
+    picture.save(file, compress_level=1, dpi=(DPI, DPI))
+
+
+def _thumbnail(image: np.ndarray) -> Image.Image:
+    small = Image.fromarray(image)
+    scale = THUMBNAIL / max(small.size)
+    return small.resize([max(1, round(side * scale)) for side in small.size], Image.Resampling[_kernel(scale)])
 
 
 def _kernel(scale: float) -> str:

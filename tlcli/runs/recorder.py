@@ -127,9 +127,8 @@ class Recorder:
             self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
             self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
         self._log_evaluation("val", epoch, step, validation, fit.lr if fit else None)
-        if best:
-            self._run.update(best={"epoch": epoch, **asdict(validation)})
-        self._run.update(seconds=self._spent(), images_per_second=self._best_images_per_second or None)
+        found = {"best": {"epoch": epoch, **asdict(validation)}} if best else {}
+        self._run.update(**found, seconds=self._spent(), images_per_second=self._best_images_per_second or None)
         self._watch.epoch(
             EpochRow(
                 epoch=epoch,
