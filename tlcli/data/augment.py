@@ -76,10 +76,7 @@ class Augmentation:
         What becomes of an image does not depend on the others. An iterator's images are in memory one at a time.
         """
         squares = self._squares(images, seeds)
-        if self.changes is None:
-            return squares
-        changed = [_seeded(self.changes, square, seed) for square, seed in zip(squares, seeds, strict=True)]
-        return torch.stack(changed).contiguous(memory_format=torch.channels_last)
+        return squares if self.changes is None else changed(self.changes, squares, seeds)
 
     def _squares(self, images: Iterable[Pixels], seeds: Sequence[int]) -> Tensor:
         if self.crop is None:
@@ -104,6 +101,12 @@ def make_augmentation(spec: AugmentSpec, preprocessing: Preprocessing) -> Augmen
     if crop is None and not changes:
         return None
     return Augmentation(preprocessing, crop, torch.nn.Sequential(*changes) if changes else None)
+
+
+def changed(changes: torch.nn.Module, squares: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Each square with `changes` as its seed draws them: uint8 (batch, 3, size, size), channels_last, on any device."""
+    found = [_seeded(changes, square, seed) for square, seed in zip(squares, seeds, strict=True)]
+    return torch.stack(found).contiguous(memory_format=torch.channels_last)
 
 
 def _seeded(changes: torch.nn.Module, square: Tensor, seed: int) -> Tensor:

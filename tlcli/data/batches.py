@@ -73,9 +73,17 @@ class Batches:
         order = epoch_order(len(self.split), self.seed, number)
         return self._load(number if view is None else view, order[start * self.batch_size :])
 
+    def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[list[int]]:
+        """What draws the augmentation of each image, for the batches of `epoch`."""
+        order = epoch_order(len(self.split), self.seed, number)[start * self.batch_size :]
+        return (self._samples.seeds(chunk) for chunk in self._chunks(number if view is None else view, order))
+
     def _load(self, view: int | None, order: Ints) -> Iterator[Batch]:
-        chunks = [_Chunk(view, order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
+        chunks = self._chunks(view, order)
         return self._in_workers(chunks) if self.workers else self._in_process(chunks)
+
+    def _chunks(self, view: int | None, order: Ints) -> list["_Chunk"]:
+        return [_Chunk(view, order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
 
     def _in_process(self, chunks: list["_Chunk"]) -> Iterator[Batch]:
         for chunk in chunks:
@@ -131,7 +139,12 @@ class _Samples(Dataset[Batch | TlcliError]):
         y = torch.from_numpy(self.split.labels[chunk.positions])
         if self.augmentation is None or chunk.view is None:
             return self.preprocessing.apply_batch(images), y
-        return self.augmentation.apply_batch(images, [sample_seed(self.seed, chunk.view, i) for i in positions]), y
+        return self.augmentation.apply_batch(images, self.seeds(chunk)), y
+
+    def seeds(self, chunk: _Chunk) -> list[int]:
+        """What draws the augmentation of each image."""
+        assert chunk.view is not None
+        return [sample_seed(self.seed, chunk.view, i) for i in chunk.positions.tolist()]
 
     def _images(self, positions: list[int]) -> Iterator[Pixels]:
         """In order; in threads where they have to be decoded, for arithmetic waits for that on all cores."""

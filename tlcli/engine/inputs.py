@@ -1,13 +1,13 @@
 """What the loop reads: live images or cached activations, as `planning` decided."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from tlcli.data.augment import make_augmentation
+from tlcli.data.augment import Augmentation, make_augmentation
 from tlcli.data.batches import Batches
 from tlcli.data.dataset import Dataset, Split
 from tlcli.data.preprocess import Preprocessing
@@ -207,13 +207,14 @@ class LiveFeeds:
         spec, device, train = self.spec, self.device, role == "train"
         split: Split = getattr(self.data, "train" if role == "probe" else role)
         keep_in_memory([split], watch)
+        augmentation, changes = self._augmentation() if train else (None, None)
         batches = Batches(
             split,
             self.preprocessing,
             batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
             workers=device.workers,
             pin_memory=device.accelerator.type == "cuda",
-            augmentation=make_augmentation(spec.augment, self.preprocessing) if train else None,
+            augmentation=augmentation,
             seed=spec.seed,
         )
         return LiveImages(
@@ -223,4 +224,18 @@ class LiveFeeds:
             network=self.network,
             dtype=device.train_dtype if train else device.eval_dtype,
             views=spec.cache.views if train else None,
+            changes=changes,
         )
+
+    def _augmentation(self) -> tuple[Augmentation | None, nn.Module | None]:
+        """What happens to training images where they are decoded, and what of it is left for the device."""
+        whole = make_augmentation(self.spec.augment, self.preprocessing)
+        if whole is None or not changes_on(self.device.accelerator):
+            return whole, None
+        return replace(whole, changes=None), whole.changes
+
+
+def changes_on(accelerator: torch.device) -> bool:
+    """Whether colours are changed, images turned and parts erased on the device. Crops are taken where images are
+    decoded: what they leave is less to copy."""
+    return accelerator.type == "cuda"

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from tlcli.data.augment import changed
 from tlcli.data.batches import Batches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
-from tlcli.engine.prefetch import on_device
+from tlcli.engine.prefetch import Pair, on_device
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """What the network takes, and the labels (B) int64."""
@@ -21,6 +22,7 @@ class LiveImages:
         network: what takes the images: the whole network.
         dtype: the number format that it runs in.
         views: how many augmented views of each image there are, one an epoch in turn; None: a new one each epoch.
+        changes: what becomes of training images on the device, where `batches` have not done it before.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class LiveImages:
         network: nn.Module,
         dtype: torch.dtype,
         views: int | None = None,
+        changes: nn.Module | None = None,
     ) -> None:
         self.network = network
         self.threads: int | None = None
@@ -41,6 +44,7 @@ class LiveImages:
         self._preprocessing = preprocessing
         self._device = device
         self._views = views
+        self._changes = changes
 
     def __len__(self) -> int:
         """The number of images."""
@@ -50,13 +54,21 @@ class LiveImages:
         """Every image once, in the order of this epoch (1, 2, ...), augmented as (seed, view, index) say; without the
         first `start` batches."""
         view = (number - 1) % self._views if self._views else None
-        return self._ready(self._batches.epoch(number, view, start))
+        batches = on_device(self._batches.epoch(number, view, start), self._device)
+        if self._changes is not None:
+            batches = self._changed(self._changes, batches, self._batches.seeds(number, view, start))
+        return self._ready(batches)
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, as evaluation sees it."""
-        return self._ready(self._batches.in_order())
+        return self._ready(on_device(self._batches.in_order(), self._device))
 
-    def _ready(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-        for images, labels in on_device(batches, self._device):
+    @staticmethod
+    def _changed(changes: nn.Module, batches: Iterator[Pair], seeds: Iterator[list[int]]) -> Iterator[Pair]:
+        for (images, labels), drawn in zip(batches, seeds, strict=True):
+            yield changed(changes, images, drawn), labels
+
+    def _ready(self, batches: Iterator[Pair]) -> Iterator[Batch]:
+        for images, labels in batches:
             x = images.contiguous(memory_format=self._device.memory_format)
             yield (self._preprocessing.normalise(x),), labels

@@ -1,0 +1,41 @@
+"""Images that are read live: what is left of augmentation for the device is what the CPU would have done."""
+
+import pytest
+import torch
+
+from tests.conftest import Compose
+from tests.engine.test_activations import CPU, EIGHT, coded, device
+from tlcli.data.dataset import Dataset
+from tlcli.engine import inputs
+from tlcli.engine.inputs import LiveFeeds, changes_on
+from tlcli.watch import Watch
+
+
+@pytest.mark.parametrize("augment", ["basic", "trivial", "randaugment", "none"])
+@pytest.mark.parametrize("views", [None, 2])
+@pytest.mark.parametrize("start", [0, 2])
+def test_changes_on_the_device_are_those_of_the_cpu(
+    spec: Compose, augment: str, views: int | None, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"augment={augment}", *(("augment.erasing=0.9",) if augment != "none" else ()), "batch_size=4")
+    wanted = spec(*words, *((f"cache.views={views}",) if views else ()))
+    split = coded(11)
+    data = Dataset("coded", ("a", "b", "c"), split, split, split, (), ())
+    feeds = LiveFeeds(data, torch.nn.Identity(), wanted, EIGHT, device())
+    before = [(x, y) for epoch in (1, 2, 3) for (x,), y in feeds.feed("train", Watch()).epoch(epoch, start)]
+
+    monkeypatch.setattr(inputs, "changes_on", lambda accelerator: True)
+    feed = feeds.feed("train", Watch())
+    assert (feed._changes is None) == (augment == "none")
+    after = [(x, y) for epoch in (1, 2, 3) for (x,), y in feed.epoch(epoch, start)]
+    assert len(before) == len(after) == 3 * (3 - start)
+    for (x, y), (found, labels) in zip(before, after, strict=True):
+        assert torch.equal(x, found)
+        assert torch.equal(y, labels)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_where_images_are_changed() -> None:
+    assert changes_on(torch.device("cuda"))
+    assert not changes_on(CPU)
+    assert not changes_on(torch.device("mps"))
