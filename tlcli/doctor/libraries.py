@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torchvision
-from huggingface_hub.constants import HF_HUB_CACHE  # timm brings it, and has its weights from there
 
 from tlcli.device import SHORT, find_accelerator, processor_name
 from tlcli.doctor.findings import Fact, Finding, Problem
 from tlcli.doctor.system import usable_cores
 from tlcli.engine.numerics import Numerics, forward_step, training_step
 from tlcli.models.build import build_model
+from tlcli.models.hub import kept_models
 from tlcli.specs import Accelerator, LiteBackbone
 from tlcli.store import size_text
 
@@ -98,7 +98,7 @@ def weights(backbones: Mapping[str, str]) -> Iterator[Finding]:
     named = {option: kind for option, kind in backbones.items() if kind != "timm"}
     here = [option for option, kind in named.items() if _has_weights(option, kind)]
     away = [option for option in named if option not in here]
-    of_timm = _timm_models()
+    of_timm = kept_models("timm")
     yield Fact("weights", "here", ", ".join(here) or "none", here)
     yield Fact("weights", "fetched when named", ", ".join(away) or "none", away)
     yield Fact("weights", "of timm, here", ", ".join(of_timm) or "none", of_timm)
@@ -115,12 +115,6 @@ def _has_weights(option: str, kind: str) -> bool:
     except ValueError:  # an option by another name than its model's
         return False
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
-
-
-def _timm_models() -> list[str]:
-    """timm's models in the cache of the Hugging Face hub."""
-    found = Path(HF_HUB_CACHE).glob("models--timm--*")
-    return sorted(path.name.removeprefix("models--timm--") for path in found if any(path.glob("snapshots/*/*")))
 
 
 def trial() -> Iterator[Finding]:

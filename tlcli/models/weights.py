@@ -17,6 +17,7 @@ from torch import Tensor
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.backbones import build_timm, timm_head
 from tlcli.models.classifier import Architecture, within
+from tlcli.models.hub import require_published
 from tlcli.models.tensorfile import read_tensors
 from tlcli.paths import is_dir, is_file
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone, image_numbers
@@ -39,7 +40,8 @@ class Pretrained:
 def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes: int, size: int) -> Pretrained:
     """The weights that were published with this backbone.
 
-    Raises UsageError where their package is not installed, TlcliError where a download fails.
+    Raises UsageError where their package is not installed, TlcliError where a download fails or is not what was
+    published.
     """
     if isinstance(spec, LiteBackbone):
         return Pretrained(f"{spec.name}'s package", _lite(spec, architecture))
@@ -160,6 +162,9 @@ def _lite(spec: LiteBackbone, architecture: Architecture) -> dict[str, Tensor]:
 def _timm(spec: TimmBackbone, n_classes: int, size: int) -> Pretrained:
     """timm's own weights, resampled by timm to this image size; without the head, which is for other classes."""
     network = build_timm(spec, n_classes, size, pretrained=True)
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    if config.get("hf_hub_id"):
+        require_published(config["hf_hub_id"])
     head = timm_head(network)
     state = {name: tensor for name, tensor in network.state_dict().items() if not within(name, head)}
     return Pretrained(f"timm's {spec.name}", state)
