@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from benchmarks import cached, extraction, limits, memory, prediction, scaling, training, tutorial_job
+from benchmarks import cached, extraction, limits, memory, photographs, prediction, scaling, training, tutorial_job
 from benchmarks.figures import Measure
 from benchmarks.run import out_folder, parser, publish_measures
 
@@ -20,6 +20,7 @@ SUITE = {
     "memory": memory,
     "tutorial_job": tutorial_job,
     "prediction": prediction,
+    "photographs": photographs,
 }
 
 

@@ -12,7 +12,7 @@ import tlcli
 
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
-    {"atomic", "errors", "interrupts", "lasting", "specs", "watch", "__init__"},
+    {"atomic", "errors", "interrupts", "specs", "watch", "__init__"},
     {"paths", "store"},
     {"device"},
     {"models", "data"},

@@ -18,6 +18,7 @@ from benchmarks import (
     figures,
     limits,
     memory,
+    photographs,
     prediction,
     run,
     scaling,
@@ -74,7 +75,16 @@ def test_what_is_published_can_be_read_back(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("benchmark", "rows"),
-    [(extraction, 3), (training, 4), (cached, 5), (tutorial_job, 2), (scaling, 1), (memory, 1), (prediction, 2)],
+    [
+        (extraction, 3),
+        (training, 4),
+        (cached, 5),
+        (tutorial_job, 2),
+        (scaling, 1),
+        (memory, 1),
+        (prediction, 2),
+        (photographs, 2),
+    ],
 )
 def test_part_of_the_suite_measures_its_bars(benchmark, rows: int, data: Path, tmp_path: Path) -> None:
     measures = benchmark.main(data, tmp_path / "out", small=True)

@@ -127,6 +127,21 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     assert ran == [2, 3, 4]
 
 
+def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path) -> None:
+    def first(spec, run, watch):
+        if spec.seed == 2:
+            raise KeyboardInterrupt
+        return finished(spec, run, watch)
+
+    training(first)
+    assert tlcli("train", "-m", "seed=1,2").code == 130
+    (sweep,) = (path.parent for path in tmp_path.rglob("sweep.json"))
+    assert [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == ["done", "interrupted"]
+    training(finished)
+    assert tlcli("train", "--resume", str(sweep / "1")).code == 0
+    assert [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == ["done", "done"]
+
+
 def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:
     """Relative places in its command are those of the directory in which it was begun."""
     training(lambda spec, run, watch: finished(spec, run, watch) if spec.seed == 1 else 1 / 0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from tlcli.data import decode
 from tlcli.data.decode import BadImage, read_image, to_rgb
 
 GRADIENT = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
@@ -240,3 +241,82 @@ def test_files_stay_as_they_are(tmp_path: Path) -> None:
     before = path.read_bytes(), path.stat().st_mtime_ns
     read_image(path)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+# -- photographs with more pixels than any network looks at
+
+
+@pytest.fixture
+def enough(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(decode, "ENOUGH", 16)
+    return 16
+
+
+def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Soft shapes, as lenses give them."""
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [
+        ((40, 31), (40, 31)),
+        ((40, 32), (20, 16)),
+        ((33, 45), (17, 23)),
+        ((100, 63), (50, 32)),
+        ((64, 64), (16, 16)),
+        ((131, 129), (17, 17)),
+        ((2000, 1000), (250, 125)),
+        ((4000, 1), (4000, 1)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_to_as_much_as_is_enough(
+    tmp_path: Path, enough: int, size: tuple[int, int], want: tuple[int, int], mode: str
+) -> None:
+    rgb = read_image(saved(tmp_path, photograph(*size, mode=mode), "a.jpg", quality=95))
+    assert rgb.shape == (want[1], want[0], 3)
+    assert min(want) >= min(enough, *size)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_reduced_is_what_shrinking_the_whole_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    path = saved(tmp_path, photograph(256, 192), "a.jpg", quality=95, **options)
+    whole = Image.fromarray(read_image(path))
+    monkeypatch.setattr(decode, "ENOUGH", 48)
+    reduced = read_image(path)
+    assert reduced.shape == (48, 64, 3)
+    wanted = np.asarray(whole.resize((64, 48), Image.Resampling.BOX))
+    difference = np.abs(reduced.astype(int) - wanted)
+    assert difference.mean() < 1
+    assert difference.max() <= 8
+
+
+def test_a_reduced_photograph_stands_upright(tmp_path: Path, enough: int) -> None:
+    image, exif = photograph(64, 32), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    upright = read_image(saved(tmp_path, image.transpose(Image.Transpose.ROTATE_270), "a.jpg", quality=95))
+    turned = read_image(saved(tmp_path, image, "b.jpg", quality=95, exif=exif))
+    assert turned.shape == upright.shape == (32, 16, 3)
+    assert np.abs(turned.astype(int) - upright).mean() < 2
+
+
+def test_of_several_photographs_in_one_file_the_first_is_reduced(tmp_path: Path, enough: int) -> None:
+    image = photograph(64, 32)
+    path = saved(tmp_path, image, "a.jpg", format="MPO", save_all=True, append_images=[image], quality=95)
+    assert read_image(path).shape == (16, 32, 3)
+
+
+def test_other_formats_come_whole(tmp_path: Path, enough: int) -> None:
+    for name in ("a.png", "a.webp", "a.tif", "a.bmp"):
+        assert read_image(saved(tmp_path, photograph(64, 32), name)).shape == (32, 64, 3)
+
+
+def test_a_large_jpeg_that_ends_early_is_still_bad(tmp_path: Path, enough: int) -> None:
+    path = saved(tmp_path, photograph(640, 320), "a.jpg", quality=95)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(BadImage, match="truncated"):
+        read_image(path)

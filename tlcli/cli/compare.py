@@ -51,10 +51,10 @@ def run(argv: list[str]) -> int:
     shape, words = format_of(argv)
     if flag := next((word for word in words if word.startswith("-")), None):
         raise UsageError(f"unknown flag {flag!r}.{did_you_mean(flag, ['--format', '--help'])}")
-    from tlcli.cli.libraries import quiet_libraries
+    from tlcli.cli.libraries import importing
 
-    quiet_libraries()
-    from tlcli.runs.compare import compare
+    with importing():
+        from tlcli.runs.compare import compare
 
     found = compare([Path(word) for word in words])
     if shape == "json":

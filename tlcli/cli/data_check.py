@@ -171,16 +171,16 @@ def _folder(spec: "TrainSpec", output: Path | None) -> "Folder":
 
 def _check(spec: "TrainSpec", asked: Asked, folder: Path) -> dict[str, Any]:
     """Check, and write all files; the summary."""
-    from tlcli.cli.libraries import quiet_libraries
+    from tlcli.cli.libraries import importing
     from tlcli.cli.view import TerminalWatch
     from tlcli.watch import Watch
 
-    quiet_libraries()
-    from tlcli.checking.check import check_data
-    from tlcli.checking.files import write_files
-    from tlcli.checking.sheets import draw_duplicates, draw_suspects
-    from tlcli.checking.summary import summarise
-    from tlcli.engine.session import session_for
+    with importing():
+        from tlcli.checking.check import check_data
+        from tlcli.checking.files import write_files
+        from tlcli.checking.sheets import draw_duplicates, draw_suspects
+        from tlcli.checking.summary import summarise
+        from tlcli.engine.session import session_for
 
     watch = TerminalWatch() if asked.form == "table" else Watch()
     found = check_data(spec, watch, session_for(spec.cache), quick=asked.quick)

@@ -37,10 +37,10 @@ def run(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     form = only_format("doctor", argv)
-    from tlcli.cli.libraries import quiet_libraries
+    from tlcli.cli.libraries import importing
 
-    quiet_libraries()
-    from tlcli.doctor import Fact, Problem, examine
+    with importing():
+        from tlcli.doctor import Fact, Problem, examine
 
     found = examine(Path(OUTPUTS), dict(_backbones()))
     facts = [finding for finding in found if isinstance(finding, Fact)]

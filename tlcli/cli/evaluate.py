@@ -121,7 +121,7 @@ def _allowed(word: str, key: str) -> str:
 
 def _evaluated(words: Words) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
-    from tlcli.cli.libraries import quiet_libraries
+    from tlcli.cli.libraries import importing
     from tlcli.cli.saved import saved_spec
     from tlcli.data.listing import check_dataset
     from tlcli.runs.opening import open_run
@@ -130,9 +130,9 @@ def _evaluated(words: Words) -> "Evaluation":
     trained = saved_spec(run_dir)
     spec = saved_spec(run_dir, words.overrides) if words.overrides else trained
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
-    quiet_libraries()
+    with importing():
+        from tlcli.evaluation import Asked, evaluate_run
     from tlcli.cli.view import TerminalWatch
-    from tlcli.evaluation import Asked, evaluate_run
     from tlcli.watch import Watch
 
     asked = Asked(words.run, words.checkpoint, words.split, spec, trained)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import TlcliError, UsageError, did_you_mean
 from tlcli.exporting import FILES, check_format, place_of, refuse_existing
@@ -73,9 +74,10 @@ def run(argv: list[str]) -> int:
     check_format(wanted.to, with_preprocessing=wanted.with_preprocessing)
     folder, _ = open_run(wanted.run)
     refuse_existing(place_of(folder.path, wanted.to, wanted.output))  # both before torch is imported
-    from tlcli.exporting.export import export
-    from tlcli.exporting.samples import find_samples
-    from tlcli.runs.load import load_run
+    with importing():
+        from tlcli.exporting.export import export
+        from tlcli.exporting.samples import find_samples
+        from tlcli.runs.load import load_run
 
     loaded = load_run(wanted.run, wanted.checkpoint)
     samples = find_samples(loaded, _spec(folder))

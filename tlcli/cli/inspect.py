@@ -53,11 +53,11 @@ def run(argv: list[str]) -> int:
         return 0
     form, words = format_of(argv)
     spec, linear = specs(words)
-    from tlcli.cli.libraries import quiet_libraries
+    from tlcli.cli.libraries import importing
     from tlcli.cli.view import TerminalWatch
 
-    quiet_libraries()
-    from tlcli.inspection import inspect
+    with importing():
+        from tlcli.inspection import inspect
     from tlcli.watch import Watch
 
     found = inspect(spec, linear, TerminalWatch() if form == "table" and sys.stdout.isatty() else Watch())

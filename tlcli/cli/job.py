@@ -15,12 +15,11 @@ from tlcli.cli.checks import check_weights, first_line
 from tlcli.cli.compose import build, refuse_environment
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
-from tlcli.cli.libraries import quiet_libraries
+from tlcli.cli.libraries import importing
 from tlcli.cli.logs import log, logging_to
 from tlcli.cli.view import TerminalWatch
 from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImages, TlcliError, UsageError
-from tlcli.lasting import lasting
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir, read_json
@@ -104,8 +103,8 @@ def done_before(run: RunDir, overrides: Sequence[str]) -> float | None:
 def go_on(run: RunDir, line: str) -> Any:
     """Make a run's directory ready to go on, and say so in run.json; its Restart (of tlcli.runs.restart), or None where
     it ended before its first checkpoint and begins again."""
-    quiet_libraries()
-    from tlcli.runs.restart import read_restart, start_over  # torch is imported here, and not before
+    with importing():  # torch, and not before
+        from tlcli.runs.restart import read_restart, start_over
 
     restart = read_restart(run)
     run.go_on(line)
@@ -121,9 +120,8 @@ def train_job(
 ) -> float | None:
     """Train what a spec says in a run's directory, from where `restart` says."""
     log.info(first_line(spec))
-    quiet_libraries()
-    with lasting():
-        from tlcli.engine.session import session_for  # torch is imported here, and not before
+    with importing():  # torch, and not before
+        from tlcli.engine.session import session_for
         from tlcli.train import train
 
     session = session_for(spec.cache, command.session if command else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tlcli.cli.answer_rows import ROWS
-from tlcli.cli.libraries import quiet_libraries
+from tlcli.cli.libraries import importing
 from tlcli.errors import UsageError, did_you_mean
 from tlcli.watch import Watch
 
@@ -180,10 +180,10 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 def _predict(wanted: Wanted, file: TextIO) -> int:
     """Write a row an image; 1 if there were errors among them."""
-    quiet_libraries()
-    from tlcli.device import find_accelerator, keep_freed_memory
-    from tlcli.predict import Predictor
-    from tlcli.runs.load import load_run
+    with importing():
+        from tlcli.device import find_accelerator, keep_freed_memory
+        from tlcli.predict import Predictor
+        from tlcli.runs.load import load_run
     from tlcli.specs import Accelerator, Precision
     from tlcli.store import Store, cache_dir
 

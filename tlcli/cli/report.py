@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import TlcliError, UsageError, did_you_mean
 from tlcli.runs.index import SWEEP_FILES
@@ -109,7 +110,8 @@ def _write(request: Request) -> None:
             f"{folder}: neither a run nor a sweep: no run.json and no sweep.json in it (`tlcli list {folder}` shows "
             "what is below)"
         )
-    from tlcli.runs import report  # here: it imports torch and matplotlib
+    with importing():  # torch and matplotlib
+        from tlcli.runs import report
 
     report.check_is_ours(request.output)
     if is_run:

@@ -13,6 +13,7 @@ from tlcli.cli.job import go_on, recorded_job, train_job
 from tlcli.cli.saved import saved_spec
 from tlcli.cli.view import TerminalWatch
 from tlcli.errors import UsageError
+from tlcli.runs import leaderboard
 from tlcli.runs.index import is_gone
 from tlcli.runs.opening import open_run
 from tlcli.runs.run_dir import RunDir, host_digest, read_json
@@ -99,7 +100,14 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
         if foreign := _elsewhere(info):
             watch.note(foreign)
         train_job(spec, run, watch, restart)
+    if sweep := _sweep_of(run):
+        leaderboard.write(sweep)
     return 0
+
+
+def _sweep_of(run: RunDir) -> Path | None:
+    """The sweep of which this run is a job: its directory is one or, where a job's name has slashes, a few above."""
+    return next((folder for folder in run.path.absolute().parents[:3] if is_sweep(folder)), None)
 
 
 def _accuracy(run: RunDir) -> str:

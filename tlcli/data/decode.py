@@ -20,6 +20,9 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # Pillow knows more formats than these. Some of them start other programs: EPS is handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF")
 
+ENOUGH = 1024
+"""Pixels of the shorter side that are left, at the least, of a photograph that is reduced as it is decoded."""
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _NOT_ALIKE = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
 
@@ -32,6 +35,8 @@ def read_image(file: Path | BinaryIO) -> Pixels:
     """Pixels of an image file, or of a seekable binary stream: uint8, (height, width, 3), RGB.
 
     The EXIF orientation is applied; of an animation this is the first frame. `to_rgb` says how modes are converted.
+    A JPEG whose shorter side has 2, 4 or 8 times ENOUGH pixels or more comes at a half, a quarter or an eighth of its
+    size.
     Raises BadImage for whatever does not decode. Pipes, devices and folders are never opened.
     """
     if not isinstance(file, Path):
@@ -82,6 +87,7 @@ def _decode(stream: BinaryIO) -> Pixels:
     with _no_pillow_warnings():
         try:
             with Image.open(stream, formats=FORMATS) as image:
+                _reduce(image)
                 image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
                 return to_rgb(image)
         except BadImage:
@@ -89,6 +95,14 @@ def _decode(stream: BinaryIO) -> Pixels:
         # Pillow's decoders raise whatever they stumble on: OSError, SyntaxError, struct.error, IndexError ...
         except Exception as error:
             raise BadImage(_reason(error, stream)) from error
+
+
+def _reduce(image: Image.Image) -> None:
+    """Have a large JPEG decoded to fewer pixels. The format has them at a half, a quarter and an eighth of the size for
+    less work than at the whole; networks look at a few hundred a side, and random crops at a part of an image."""
+    times = next((k for k in (8, 4, 2) if min(image.size) >= k * ENOUGH), 1)
+    if times > 1 and image.format in ("JPEG", "MPO"):
+        image.draft(None, (image.width // times, image.height // times))
 
 
 def _rgb(image: Image.Image) -> Pixels:

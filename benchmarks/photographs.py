@@ -1,0 +1,109 @@
+"""Photographs of 12 megapixels: python -m benchmarks.photographs DATA [--small]
+
+How quickly a JPEG as phones make it becomes what a network takes, on one core: by tlcli, by tlcli's rules from all of
+its pixels, and by the transforms that torchvision's references and timm use (Pillow, Resize, CenterCrop). The
+photographs are hymenoptera's, enlarged, with grain, for that is most of what a large JPEG has to say. Then how far
+tlcli's pixels are from those that the whole photograph gives, in grey levels of 0 to 255.
+"""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
+from benchmarks.run import out_folder, parser, publish, publish_measures
+from tlcli.data.decode import read_image, to_rgb
+from tlcli.data.preprocess import Preprocessing
+from tlcli.device import threads
+from tlcli.specs import Fit
+
+TLCLI, WHOLE, TRANSFORMS = "tlcli", "the same from all pixels", "Pillow, Resize, CenterCrop"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured; `width` and `height` of the photographs in pixels."""
+
+    photographs: int = 12
+    width: int = 4000
+    height: int = 3000
+    size: int = 224
+    rounds: int = 3
+
+
+SMALL = Settings(photographs=2, width=400, height=300, size=32, rounds=1)
+
+
+def photographs(folder: Path, settings: Settings) -> list[bytes]:
+    """JPEG files of quality 90."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    return [_enlarged(file, settings, seed) for seed, file in enumerate(files[: settings.photographs])]
+
+
+def _enlarged(file: Path, settings: Settings, seed: int) -> bytes:
+    image = Image.fromarray(read_image(file)).resize((settings.width, settings.height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(seed).normal(0, 6, (settings.height, settings.width, 1))
+    stream = io.BytesIO()
+    Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def ways(settings: Settings) -> dict[str, Callable[[bytes], Tensor]]:
+    """From the bytes of a file to uint8 (3, size, size)."""
+    own = Preprocessing(settings.size, Fit.crop, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+    transforms = v2.Compose([v2.Resize(settings.size * 8 // 7), v2.CenterCrop(settings.size), v2.PILToTensor()])
+    return {
+        TLCLI: lambda content: own.apply(read_image(io.BytesIO(content))),
+        WHOLE: lambda content: own.apply(to_rgb(Image.open(io.BytesIO(content)))),
+        TRANSFORMS: lambda content: transforms(Image.open(io.BytesIO(content)).convert("RGB")),
+    }
+
+
+def rates(files: Sequence[bytes], settings: Settings) -> Rounds:
+    """Photographs a second, each way, on one core."""
+
+    def timer(way: Callable[[bytes], Tensor]) -> Callable[[], float]:
+        def rate() -> float:
+            began = time.perf_counter()
+            for content in files:
+                way(content)
+            return len(files) / (time.perf_counter() - began)
+
+        return rate
+
+    with threads(1):
+        return interleaved({name: timer(way) for name, way in ways(settings).items()}, settings.rounds)
+
+
+def distance(files: Sequence[bytes], settings: Settings) -> float:
+    """The mean difference of tlcli's pixels from those of the whole photographs."""
+    own, whole = (ways(settings)[name] for name in (TLCLI, WHOLE))
+    return float(np.mean([(own(content).float() - whole(content).float()).abs().mean() for content in files]))
+
+
+def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
+    """The table of rates, the distance, and the ratios."""
+    settings = SMALL if small else Settings()
+    files = photographs(data / "hymenoptera" / "train", settings)
+    seen, far = rates(files, settings), distance(files, settings)
+    header = [f"{settings.width} x {settings.height}, {len(files)} files", "photographs a second, median", "range"]
+    publish("photographs", header, table(seen), out, {"rates": seen, "grey_levels": far})
+    print(f"mean difference of tlcli's pixels from those of the whole: {far:.2f} of 255 grey levels\n")
+    measures = [
+        at_least("photographs of 12 megapixels, over decoding all of them", 1, ratios(seen[TLCLI], seen[WHOLE])),
+        at_least("the same, over Pillow, Resize, CenterCrop", 1, ratios(seen[TLCLI], seen[TRANSFORMS])),
+    ]
+    publish_measures("photographs_measures", measures, out)
+    return measures
+
+
+if __name__ == "__main__":
+    given = parser(__doc__).parse_args()
+    main(given.data, out_folder(given.out, "photographs"), small=given.small)
