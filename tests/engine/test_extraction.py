@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 
 from tests.conftest import Compose
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import autocast
-from tlcli.engine.extraction import NOTES, Extractor, _cast, _folded, _FromPixels
+from tlcli.engine.extraction import NOTES, Extractor, _folded, _FromPixels
 from tlcli.engine.numerics import Numerics
 from tlcli.models.build import build_model
 from tlcli.specs import CacheDtype, Fit
@@ -83,60 +82,6 @@ def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureReque
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())  # to the same
     assert norms(network) == had
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
-
-
-@pytest.mark.parametrize("name", ["lite0", "resnet18"])
-def test_weights_cast_once_give_what_autocast_gives(name: str, request: pytest.FixtureRequest) -> None:
-    network, _ = _folded(_FromPixels(request.getfixturevalue(name).prefix, SMALL))
-    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    cast = _cast(network, CPU, torch.bfloat16)
-    assert {tensor.dtype for key, tensor in cast.state_dict().items() if "conv" in key} == {torch.bfloat16}
-    with torch.inference_mode(), autocast(CPU, torch.bfloat16):
-        (found,), (wanted,) = cast(PIXELS), network(PIXELS)
-    assert found.dtype == wanted.dtype
-    assert torch.equal(found, wanted)
-    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
-    assert _cast(network, CPU, torch.float32) is network
-
-
-class ReadsAWeight(nn.Module):
-    """A layer's weight is an input of something that autocast leaves in float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.other(self.conv(x)) * self.conv.weight.norm(),)
-
-
-class ComputesWithFloats(nn.Conv2d):
-    """A convolution of another kind: its weight is made anew from itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean(dtype=torch.float32)
-        return self._conv_forward(x, weight, self.bias)
-
-
-def test_weights_that_others_read_stay_as_they_are() -> None:
-    network = _FromPixels(fx.symbolic_trace(ReadsAWeight()), SMALL)
-    cast = _cast(network, CPU, torch.bfloat16)
-    assert cast.prefix.conv.weight.dtype == torch.float32
-    assert cast.prefix.other.weight.dtype == torch.bfloat16
-
-
-def test_layers_of_another_kind_stay_as_they_are() -> None:
-    whole = nn.Sequential(nn.Conv2d(3, 4, 3), ComputesWithFloats(4, 4, 3), Tupled())
-    network = _FromPixels(fx.symbolic_trace(whole), SMALL)
-    cast = _cast(network, CPU, torch.bfloat16)
-    assert cast.prefix.get_submodule("0").weight.dtype == torch.bfloat16
-    weights = [t for key, t in cast.state_dict().items() if key.endswith("1.weight")]
-    assert weights[0].dtype == torch.float32
-
-
-class Tupled(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,)
 
 
 class Before(nn.Module):

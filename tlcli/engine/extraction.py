@@ -110,8 +110,7 @@ class Extractor:
     def prepare(self, watch: Watch) -> None:
         """Get ready for the images that are expected: as the network is with its BatchNorm folded, or compiled."""
         if self._run is None:
-            network, folded = _folded(self._plain)
-            self._run = _cast(network, self._accelerator, self.numerics.dtype)
+            self._run, folded = _folded(self._plain)
             self.why = "BatchNorm folded" if folded else "as the network is"
         speed = self.numerics.images_per_second or 1.0
         eager = self._expected / speed
@@ -219,31 +218,6 @@ def _folded(network: _FromPixels) -> tuple[_FromPixels, int]:
         pairs = zip(folded(sample), network(sample), strict=True)
         same = count > 0 and all(bool(_distance(a, b) <= SAME) for a, b in pairs)
     return (folded, count) if same else (network, 0)
-
-
-def _cast(network: _FromPixels, accelerator: torch.device, dtype: torch.dtype) -> _FromPixels:
-    """The same with weights in the format that autocast would convert them to for each batch anew; as it is where that
-    changes what it gives, to the last bit."""
-    if dtype == torch.float32 or not isinstance(network.prefix, fx.GraphModule):
-        return network
-    prefix = copy.deepcopy(network.prefix)
-    for layer in _layers_alone(prefix):
-        layer.to(dtype)
-    cast = _FromPixels(prefix, network.preprocessing)
-    size = network.preprocessing.size
-    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=accelerator)
-    with torch.inference_mode(), autocast(accelerator, dtype):
-        same = all(torch.equal(a, b) for a, b in zip(cast(sample), network(sample), strict=True))
-    return cast if same else network
-
-
-def _layers_alone(graph: fx.GraphModule) -> Iterator[nn.Module]:
-    """The plain convolutions and linear layers whose weights nothing else in the graph reads."""
-    read = {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
-    for name in dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "call_module"):
-        module = graph.get_submodule(name)
-        if type(module).__name__ in ("Conv2d", "Conv2dSame", "Linear") and name not in read:
-            yield module
 
 
 def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
