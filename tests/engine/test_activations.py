@@ -388,6 +388,16 @@ def test_a_network_that_writes_into_its_input_leaves_the_table_alone() -> None:
     assert torch.equal(table, before)
 
 
+def test_what_trains_may_be_added_into_the_input() -> None:
+    """A batch knows nothing of those that were read together with it."""
+    feed, weight = table_feed((torch.randn(6, 5),), dtype=torch.float32), nn.Parameter(torch.ones(5))
+    for (x,), _ in feed.epoch(1):
+        assert not x.requires_grad
+        x += weight
+        x.sum().backward()
+    assert torch.equal(weight.grad, torch.full((5,), 6.0))
+
+
 @pytest.fixture
 def entry(tmp_path: Path) -> Entry:
     """Ten rows of a vector in bfloat16 and a map in float32."""

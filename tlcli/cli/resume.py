@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
     _require_state(run, info)
     check(spec)
     print(first_line(spec), flush=True)
-    with recorded_job(run):
+    with ranked(run), recorded_job(run):
         restart = go_on(run, shlex.join(["tlcli", "train", FLAG, str(path), *overrides]))
         if changes:
             run.write_config(OmegaConf.to_yaml(OmegaConf.structured(spec)))
@@ -100,14 +101,20 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
         if foreign := _elsewhere(info):
             watch.note(foreign)
         train_job(spec, run, watch, restart)
-    if sweep := _sweep_of(run):
-        leaderboard.write(sweep)
     return 0
 
 
-def _sweep_of(run: RunDir) -> Path | None:
-    """The sweep of which this run is a job: its directory is one or, where a job's name has slashes, a few above."""
-    return next((folder for folder in run.path.absolute().parents[:3] if is_sweep(folder)), None)
+@contextmanager
+def ranked(run: RunDir) -> Iterator[None]:
+    """However a job of a sweep ends within, the leaderboard knows of it afterwards. The sweep's directory is the one
+    above the job's or, where the job's name has slashes, a few above."""
+    try:
+        yield
+    finally:
+        for folder in run.path.absolute().parents[:3]:
+            if is_sweep(folder):
+                with suppress(OSError):
+                    leaderboard.write(folder)
 
 
 def _accuracy(run: RunDir) -> str:

@@ -253,9 +253,10 @@ class CachedActivations:
         many = max(1, self._rows_at_once() // batch_size)
         for chunk in range(start - start % many, -(-len(order) // batch_size), many):
             part = slice(chunk * batch_size, (chunk + many) * batch_size)
-            read = tuple(torch.split(self._ready(t.index_select(0, rows[part])), batch_size) for t in table)
+            read = [torch.split(self._ready(t.index_select(0, rows[part])), batch_size) for t in table]
             batches = zip(zip(*read, strict=True), torch.split(labels[part], batch_size), strict=True)
-            yield from islice(batches, max(0, start - chunk), None)
+            for x, y in islice(batches, max(0, start - chunk), None):
+                yield tuple(t.detach() for t in x), y  # else autograd would mind what is written into one of them
 
     def _ready(self, t: Tensor) -> Tensor:
         x = self._device.put(t)
