@@ -70,7 +70,7 @@ def files_of(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("freeze", "cache"),
     [
-        ("none", "warm"),
+        pytest.param("none", "warm", marks=pytest.mark.slow),
         ("head", "warm"),
         ("head", "cold"),
         pytest.param("stage", "warm", marks=pytest.mark.slow),

@@ -32,6 +32,7 @@ def by_name(found: Inspection) -> dict[str, Strategy]:
     return {strategy.freeze: strategy for strategy in found.strategies}
 
 
+@pytest.mark.slow
 def test_stages_are_the_networks(found: Inspection) -> None:
     assert [stage.name for stage in found.stages] == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
     assert found.stages[-1].parameters == 512 * 3 + 3
@@ -39,11 +40,13 @@ def test_stages_are_the_networks(found: Inspection) -> None:
     assert found.images == {"train": 54, "val": 6, "test": 24}
 
 
+@pytest.mark.slow
 def test_every_strategy_is_there(by_name: dict[str, Strategy]) -> None:
     last = [f"last_stages n={n}" for n in (1, 2, 3)]
     assert list(by_name) == ["head", *last, "norm", "bias", "none"]
 
 
+@pytest.mark.slow
 def test_what_trains_is_counted(found: Inspection, by_name: dict[str, Strategy]) -> None:
     sizes = {stage.name: stage.parameters for stage in found.stages}
     assert by_name["head"].trainable == sizes["head"]
@@ -51,6 +54,7 @@ def test_what_trains_is_counted(found: Inspection, by_name: dict[str, Strategy])
     assert by_name["none"].trainable == sum(sizes.values())
 
 
+@pytest.mark.slow
 def test_cuts_and_what_crosses_them(by_name: dict[str, Strategy]) -> None:
     head, last = by_name["head"], by_name["last_stages n=1"]
     assert (head.at, last.at) == ("fc", "layer4")
@@ -62,12 +66,14 @@ def test_cuts_and_what_crosses_them(by_name: dict[str, Strategy]) -> None:
     assert "nothing leads" in str(none.why_live)
 
 
+@pytest.mark.slow
 def test_what_train_would_do(by_name: dict[str, Strategy]) -> None:
     assert (by_name["head"].takes, by_name["head"].why_live) == ("cached", None)
     assert by_name["last_stages n=1"].takes == "live"
     assert "cache.views" in str(by_name["last_stages n=1"].why_live), "it trains on random crops"
 
 
+@pytest.mark.slow
 def test_times_are_of_that_order(by_name: dict[str, Strategy]) -> None:
     head, none = by_name["head"], by_name["none"]
     assert 0 < head.cached_epoch < head.live_epoch < 600  # type: ignore[operator]
@@ -76,6 +82,7 @@ def test_times_are_of_that_order(by_name: dict[str, Strategy]) -> None:
     assert none.total >= 3 * none.live_epoch
 
 
+@pytest.mark.slow
 def test_the_specs_own_strategy_is_among_them_and_seconds_follow_from_speeds(
     spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,8 +55,8 @@ def probabilities(answers: list[Answer], classes: tuple[str, ...]) -> Tensor:
     "precision, freeze",
     [
         ("fp32", "head"),
-        ("bf16", "stage"),
-        ("bf16", "none"),
+        pytest.param("bf16", "stage", marks=pytest.mark.slow),
+        pytest.param("bf16", "none", marks=pytest.mark.slow),
         pytest.param("fp32", "stage", marks=pytest.mark.slow),
         pytest.param("fp32", "none", marks=pytest.mark.slow),
         pytest.param("bf16", "head", marks=pytest.mark.slow),

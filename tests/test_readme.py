@@ -56,13 +56,25 @@ def adapted(line: str, home: Path) -> list[str]:
     return [*words, *SMALL]
 
 
-@pytest.mark.parametrize("line", [line for line in TRAIN if "pretrained/" not in line])
+LONGER = (" -m ", "freeze.n=2", "cache.views=", "efficientnet_lite2")
+"""What makes a run take seconds, however small its images."""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=pytest.mark.slow) if any(word in line for word in LONGER) else line
+        for line in TRAIN
+        if "pretrained/" not in line
+    ],
+)
 def test_command_runs(line: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(adapted(line, home)) == 0, capsys.readouterr().err
     if "--help" not in line and "--cfg" not in line:
         assert list(home.glob("*/*/*/test.json")) or list(home.glob("*/*/*/*/test.json"))
 
 
+@pytest.mark.slow
 def test_source_then_target(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in (line for line in TRAIN if "pretrained" in line):
         assert main(adapted(line, home)) == 0, capsys.readouterr().err

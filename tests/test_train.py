@@ -103,6 +103,7 @@ def test_a_fine_tune_that_does_harm_keeps_the_probe(train) -> None:
     assert record["best"]["accuracy"] >= vals[0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(train) -> None:
     one, two, other = train("device.deterministic=true"), train("device.workers=1"), train("seed=1")
     files = [(run / "checkpoints/last.safetensors").read_bytes() for run in (one, two, other)]
@@ -124,6 +125,7 @@ def test_source_then_target(train, tmp_path: Path) -> None:
     assert kept["accuracy"] == pytest.approx(best["accuracy"])  # the head came along, by name
 
 
+@pytest.mark.slow
 def test_a_head_that_is_kept_frozen_may_be_probed(train) -> None:
     run = train("freeze=pattern", "freeze.train=['blocks\\.6']", "freeze.keep=['^classifier']", "epochs=1")
     assert read_json(run / "run.json")["status"] == "done"

@@ -216,7 +216,9 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert read_json(run.record_file)["status"] == "running", "nothing was recorded"
 
 
-@pytest.mark.parametrize("argv", [("train",), ("train", "-m", "seed=1,2")])
+@pytest.mark.parametrize(
+    "argv", [("train",), pytest.param(("train", "-m", "seed=1,2"), marks=pytest.mark.slow)], ids=" ".join
+)
 def test_terminated(argv: tuple[str, ...], tmp_path: Path) -> None:
     process = started(tmp_path, *argv)
     try:

@@ -92,6 +92,7 @@ def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
+@pytest.mark.slow
 def test_seldom_written_checkpoints_are_those_of_every_epoch(
     quick: Callable[..., Path], spec: Compose, shapes: Path
 ) -> None:

@@ -179,9 +179,7 @@ def lose_meta(entry: Path) -> None:
     (entry / "meta.json").unlink()
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, *(pytest.param(one, marks=pytest.mark.slow) for one in (truncate, lose_meta))]
-)
+@pytest.mark.parametrize("damage", [pytest.param(one, marks=pytest.mark.slow) for one in (flip, truncate, lose_meta)])
 def test_a_damaged_entry_is_refilled(damage: Callable[[Path], None], run, cold: Path) -> None:
     first = run("freeze=head")
     entry = cold / first.record["cache"]["key"]
@@ -194,6 +192,7 @@ def test_a_damaged_entry_is_refilled(damage: Callable[[Path], None], run, cold: 
     assert (entry / "0.bin").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_once_and_each_job_gives_what_it_gives_alone(
     run, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +225,7 @@ def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, mon
     assert events == ["fit"]
 
 
+@pytest.mark.slow
 def test_where_nothing_is_frozen_the_probe_still_reads_its_features(run, cold: Path) -> None:
     first, second = run("freeze=none"), run("freeze=none")
     assert first.record["extraction"]["images"] == 54

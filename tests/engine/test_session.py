@@ -96,6 +96,7 @@ def test_a_session_lasts_while_the_cache_is_the_same(
     assert session_for(on_shapes().cache, first) is not first
 
 
+@pytest.mark.slow
 def test_runs_of_a_session_give_what_they_give_alone(
     session: Session, on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def small(spec: Compose, shapes: Path):
     return make
 
 
+@pytest.mark.slow
 def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
     """experiment=cifar10_resnet18 gives the weights of the tutorial's plain loop: 20 steps in float32, batches of 4."""
     from tests.conftest import make_folder
@@ -119,6 +120,7 @@ def test_an_epoch_can_be_trained_again(small) -> None:
     assert again.loss < first.loss
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     """A short last group included: 54 images in batches of 8 by 3, and in batches of 24."""
     same = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=frozen", "augment=none", "optimizer=sgd")
@@ -134,6 +136,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
         assert torch.allclose(tensor, other[name], rtol=1e-6, atol=1e-9), name
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(small) -> None:
     one, two, other = small("device.deterministic=true"), small("device.workers=2"), small("seed=1")
     for setting in (one, two, other):

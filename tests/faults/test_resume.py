@@ -123,6 +123,7 @@ def test_a_killed_run_goes_on_from_the_end_of_its_last_epoch(disturbed: Run, who
     assert list(differences(whole(*own), found)) == []
 
 
+@pytest.mark.slow
 def test_twice_interrupted_and_once_killed(disturbed: Run, whole: Run) -> None:
     own = ("freeze=head", "optimizer=adamw", "scheduler=plateau", "early_stop=1")
     stops = [Stopped(2), Stopped(4), Stopped(STEPS_AN_EPOCH, Killed)]

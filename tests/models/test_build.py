@@ -219,6 +219,7 @@ def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch
         )
 
 
+@pytest.mark.slow
 def test_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
     backbone = spec("backbone=vit_b_16", "backbone.weights=none").backbone
     small = build_model(backbone, CLASSES, size=32, seed=0)
