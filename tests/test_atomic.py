@@ -116,13 +116,23 @@ def test_a_second_name_keeps_what_it_stands_for(file: Path) -> None:
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
 
 
-def test_a_second_name_that_cannot_be_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, target: Path) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("hardlink_to", OSError(errno.EPERM, os.strerror(errno.EPERM))),
+        ("hardlink_to", NotImplementedError("os.link() not available on this system")),
+        ("replace", OSError(errno.EACCES, os.strerror(errno.EACCES))),
+    ],
+)
+def test_a_second_name_that_cannot_be_leaves_the_old_file(
+    file: Path, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise error
 
     name = file.with_name("last.bin")
     name.write_bytes(b"before")
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(Path, step, refuse)
     assert not linked(file, name)
     assert name.read_bytes() == b"before"
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}

@@ -45,7 +45,7 @@ def linked(path: Path, name: Path) -> bool:
         draft.hardlink_to(path)
         draft.replace(name)
         draft.unlink(missing_ok=True)  # replacing does nothing where both were names of one file
-    except OSError:
+    except (OSError, NotImplementedError):
         with suppress(OSError):
             draft.unlink(missing_ok=True)
         return False

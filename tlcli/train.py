@@ -84,7 +84,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
                 best = selection.improves(epoch, validation)
                 of_best = found if best else of_best
                 record.epoch(epoch, fit, validation, best=best, step=trainer.step)
-                keeper.epoch(epoch, validation if best else None)
+                keeper.epoch(epoch, validation, best=best)
 
     keeper.load_best()
     frozen = contract.verify()

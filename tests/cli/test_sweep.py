@@ -127,19 +127,48 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     assert ran == [2, 3, 4]
 
 
-def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path) -> None:
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}", "seeds/${seed}"])
+def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path, subdir: str) -> None:
+    def statuses() -> list[str]:
+        return [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]]
+
     def first(spec, run, watch):
         if spec.seed == 2:
             raise KeyboardInterrupt
         return finished(spec, run, watch)
 
+    def fails(spec, run, watch):
+        raise TlcliError("no luck")
+
     training(first)
-    assert tlcli("train", "-m", "seed=1,2").code == 130
+    assert tlcli("train", "-m", "seed=1,2", f"hydra.sweep.subdir={subdir}").code == 130
     (sweep,) = (path.parent for path in tmp_path.rglob("sweep.json"))
-    assert [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == ["done", "interrupted"]
+    (job,) = (run.path for run in runs_in(sweep) if read_json(run.record_file)["status"] == "interrupted")
+    assert statuses() == ["done", "interrupted"]
+    training(fails)
+    assert tlcli("train", "--resume", str(job)).code == 1
+    assert statuses() == ["done", "failed"]
     training(finished)
-    assert tlcli("train", "--resume", str(sweep / "1")).code == 0
-    assert [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == ["done", "done"]
+    assert tlcli("train", "--resume", str(job)).code == 0
+    assert statuses() == ["done", "done"]
+
+
+def test_a_run_that_goes_on_leaves_files_of_others_alone(tlcli, training, tmp_path: Path) -> None:
+    """Three directories above a run is, by default, where the user works."""
+    mine = {"sweep.json": '{"my": "own"}', "multirun.yaml": "my: own\n"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+
+    def stops(spec, run, watch):
+        raise KeyboardInterrupt
+
+    training(stops)
+    assert tlcli("train").code == 130
+    (run,) = runs_in(tmp_path)
+    assert tmp_path in run.path.parents[:3]
+    training(finished)
+    assert tlcli("train", "--resume", str(run.path)).code == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == mine
 
 
 def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:

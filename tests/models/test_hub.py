@@ -47,9 +47,31 @@ def test_what_was_published_is_taken(cache: Path) -> None:
 def test_another_file_of_the_same_size_is_refused(cache: Path) -> None:
     keep(cache, b"fine", "config.json")
     blob = keep(cache, b"weighty", published=b"weights")
-    with pytest.raises(TlcliError, match=r"model\.safetensors of timm/mobilenet.*remove this file") as raised:
+    with pytest.raises(TlcliError, match=r"model\.safetensors: is not the file of timm/mobilenet") as raised:
         require_published(MODEL)
-    assert str(raised.value).startswith(str(blob))
+    assert str(blob) in str(raised.value)
+
+
+def test_a_file_that_several_models_share_has_its_digest_in_the_first_link(cache: Path) -> None:
+    """The client may keep it elsewhere, by a name of as many digits that is no SHA-256 digest."""
+    blob = keep(cache, b"weights")
+    shared = cache / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(Path("../../blobs/ab", shared.name))
+    require_published(MODEL)
+    shared.write_bytes(b"weighty")
+    with pytest.raises(TlcliError, match=r"remove this file and .*abab"):
+        require_published(MODEL)
+
+
+def test_revisions_of_before_are_of_no_concern(cache: Path) -> None:
+    keep(cache, b"weights")
+    old = cache / f"models--{MODEL.replace('/', '--')}" / "snapshots" / ("1" * 40)
+    old.mkdir()
+    (old / "model.safetensors").symlink_to(Path("../../blobs", "0" * 64))
+    (old.parent.parent / "blobs" / ("0" * 64)).write_bytes(b"of another time, and damaged")
+    require_published(MODEL)
 
 
 def test_where_there_are_no_links_there_is_nothing_to_compare(cache: Path) -> None:
@@ -70,16 +92,19 @@ print(len(published_weights(spec, None, 3, 224).state))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoilt", [False, True])
-def test_a_run_looks_at_what_timm_has_loaded(tmp_path: Path, spoilt: bool) -> None:
-    """Through timm and the hub's own client, without a network."""
+@pytest.mark.parametrize("spoilt", [None, -1, 0])
+def test_a_run_looks_at_what_timm_has_loaded(tmp_path: Path, spoilt: int | None) -> None:
+    """Through timm and the hub's own client, without a network. With its first byte changed the file does not load."""
     network = timm.create_model(NAME, pretrained=False)
     content = save(network.state_dict())
-    keep(tmp_path, content[:-1] + bytes([content[-1] ^ 1]) if spoilt else content, published=content)
+    kept = bytearray(content)
+    if spoilt is not None:
+        kept[spoilt] ^= 1
+    keep(tmp_path, bytes(kept), published=content)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    if spoilt:
+    if spoilt is not None:
         assert ended.returncode == 1
-        assert f"model.safetensors of {MODEL} that was published" in ended.stderr
+        assert f"is not the file of {MODEL} that was published" in ended.stderr.splitlines()[-1]
     else:
         assert (ended.returncode, int(ended.stdout.split()[-1])) == (0, len(network.state_dict()) - 2)

@@ -106,15 +106,14 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
 
 @contextmanager
 def ranked(run: RunDir) -> Iterator[None]:
-    """However a job of a sweep ends within, the leaderboard knows of it afterwards. The sweep's directory is the one
-    above the job's or, where the job's name has slashes, a few above."""
+    """However a job of a sweep ends within, its leaderboard knows of that afterwards."""
     try:
         yield
     finally:
-        for folder in run.path.absolute().parents[:3]:
-            if is_sweep(folder):
-                with suppress(OSError):
-                    leaderboard.write(folder)
+        sweep = leaderboard.sweep_of(run)
+        if sweep is not None:
+            with suppress(OSError, ValueError, TypeError):  # of other jobs' records, which are no concern of this one
+                leaderboard.write(sweep)
 
 
 def _accuracy(run: RunDir) -> str:

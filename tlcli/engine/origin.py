@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tlcli import __version__
 from tlcli.data.dataset import Dataset
 from tlcli.data.source import Split
 from tlcli.device import machine_name
@@ -60,6 +61,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 def machine_of(accelerator: torch.device) -> dict[str, Any]:
     """What decides on the last bit of a result: two machines that agree in it are taken to compute alike."""
     return {
+        "tlcli": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": accelerator.type,
@@ -76,4 +78,5 @@ def machine_changes(then: Mapping[str, Any], accelerator: torch.device) -> list[
     """`torch 2.13.0, then 2.12.1` for each thing that is not as it was."""
     now = machine_of(accelerator)
     names = {"device": "the device is", "machine": "the machine is"}
-    return [f"{names.get(key, key)} {now[key]}, it was {then[key]}" for key in now if then.get(key) != now[key]]
+    before = {"tlcli": "0.4.0", **then}  # which did not say so
+    return [f"{names.get(key, key)} {now[key]}, it was {before[key]}" for key in now if before.get(key) != now[key]]

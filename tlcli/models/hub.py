@@ -20,16 +20,20 @@ def kept_models(author: str) -> list[str]:
 def require_published(model: str) -> None:
     """Raise TlcliError unless the files of a model (`timm/NAME`) have the digests that the hub published for them.
 
-    The client names each large file by the SHA-256 digest that the hub gave, and compares nothing but its size. Where
-    the system has no links there is no such name, and nothing to compare with.
+    The client names each large file by the SHA-256 digest that the hub gave, compares nothing but its size, and links
+    the file of a revision to that name. Where the system has no links there is nothing to compare with.
     """
     folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
-    for file in sorted(folder.glob("snapshots/*/*")):
-        kept = file.resolve()
-        if kept.is_file() and _SHA256.fullmatch(kept.name) and _digest(kept) != kept.name:
+    present = folder / "refs" / "main"
+    revision = present.read_text().strip() if present.is_file() else "*"
+    for file in sorted(folder.glob(f"snapshots/{revision}/*")):
+        # one link and no further: the name in the model's own folder is the digest; where the client shares files
+        # between models that is a link too, to a name that says something else
+        name = file.readlink().name if file.is_symlink() else ""
+        if file.is_file() and _SHA256.fullmatch(name) and _digest(file) != name:
             raise TlcliError(
-                f"{kept}: is not the {file.name} of {model} that was published, its digest is another: remove this "
-                f"file, and the next run fetches it again"
+                f"{file}: is not the file of {model} that was published, its digest is another: remove this file and "
+                f"{file.resolve()}, and the next run fetches it again"
             )
 
 

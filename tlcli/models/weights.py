@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import timm
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlcli.errors import TlcliError, UsageError
-from tlcli.models.backbones import build_timm, timm_head
+from tlcli.models.backbones import build_timm, timm_head, timm_name
 from tlcli.models.classifier import Architecture, within
 from tlcli.models.hub import require_published
 from tlcli.models.tensorfile import read_tensors
@@ -51,7 +52,7 @@ def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes:
             return Pretrained(f"torchvision's {weights}", weights.get_state_dict(check_hash=True))
         assert isinstance(spec, TimmBackbone)
         return _timm(spec, n_classes, size)
-    except (OSError, RuntimeError) as error:  # both libraries and the hub client raise subclasses of these
+    except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
         raise TlcliError(
             f"the weights of {spec.name} could not be had ({reason}). "
@@ -161,10 +162,12 @@ def _lite(spec: LiteBackbone, architecture: Architecture) -> dict[str, Tensor]:
 
 def _timm(spec: TimmBackbone, n_classes: int, size: int) -> Pretrained:
     """timm's own weights, resampled by timm to this image size; without the head, which is for other classes."""
-    network = build_timm(spec, n_classes, size, pretrained=True)
-    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-    if config.get("hf_hub_id"):
-        require_published(config["hf_hub_id"])
+    config = timm.get_pretrained_cfg(timm_name(spec))
+    try:
+        network = build_timm(spec, n_classes, size, pretrained=True)
+    finally:  # a file that is not what was published may not even load
+        if config is not None and config.hf_hub_id:
+            require_published(config.hf_hub_id)
     head = timm_head(network)
     state = {name: tensor for name, tensor in network.state_dict().items() if not within(name, head)}
     return Pretrained(f"timm's {spec.name}", state)

@@ -56,17 +56,19 @@ class Keeper:
         self._facts, self._origin, self._seconds = facts, origin, seconds
         self._epoch = epoch
         self._best: _Best | None = None
-        self._best_epoch: int | None = None
+        self._written: Mapping[str, Any] = {}
+        self._last_facts: Mapping[str, Any] = {}
         self._made: Mapping[str, Any] | None = None
         self._is_new = False
         self._saved_at, self._took = time.perf_counter(), FIRST_SAVE
 
-    def epoch(self, epoch: int, best: Scores | None) -> None:
-        """An epoch was validated (`best`: with these scores it is the best so far). Written now, unless that would take
-        more than its share of the time."""
+    def epoch(self, epoch: int, validation: Scores, *, best: bool) -> None:
+        """An epoch was validated (`best`: it is the best so far). Written now, unless that would take more than its
+        share of the time."""
         self._epoch, self._is_new = epoch, True
-        if best is not None:
-            self._best = _Best(snapshot(self._network), {**self._facts, "epoch": epoch, "validation": asdict(best)})
+        self._last_facts = {**self._facts, "epoch": epoch, "validation": asdict(validation)}
+        if best:
+            self._best = _Best(snapshot(self._network), self._last_facts)
         if time.perf_counter() - self._saved_at >= self._took / SHARE:
             self.save()
 
@@ -82,8 +84,8 @@ class Keeper:
             return
         start = time.perf_counter()
         self._save_best()
-        if self._epoch is not None and self._trainer.is_between_epochs(self._epoch):
-            self._save_last(self._epoch)
+        if self._epoch is not None and self._last_facts and self._trainer.is_between_epochs(self._epoch):
+            self._save_last()
         save_state(self._run.state, self._state())
         self._is_new = False
         self._saved_at = time.perf_counter()
@@ -112,12 +114,12 @@ class Keeper:
     def _save_best(self) -> None:
         if self._best is not None:
             save_weights(self._run.best, self._network, self._best.facts, instead=self._best.tensors)
-            self._best_epoch, self._best = self._best.facts["epoch"], None
+            self._written, self._best = self._best.facts, None
 
-    def _save_last(self, epoch: int) -> None:
+    def _save_last(self) -> None:
         """A second name for the best weights' file, where they are those of the last epoch."""
-        if epoch != self._best_epoch or not linked(self._run.best, self._run.last):
-            save_weights(self._run.last, self._network, {**self._facts, "epoch": epoch})
+        if self._last_facts != self._written or not linked(self._run.best, self._run.last):
+            save_weights(self._run.last, self._network, self._last_facts)
 
     def _state(self) -> dict[str, Any]:
         self._made = self._made or self._origin()

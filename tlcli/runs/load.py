@@ -58,7 +58,8 @@ class LoadedRun:
         return self.classifier.classes
 
     def preprocess(self, image: str | Path | Image.Image | Pixels) -> Tensor:
-        """A file, a PIL image or RGB pixels, uint8 (height, width, 3) -> (1, 3, S, S) float32, as in training.
+        """A file, a PIL image or RGB pixels, uint8 (height, width, 3) -> (1, 3, S, S) float32, as in training: but
+        that of a large JPEG all pixels are looked at where it is in memory.
 
         Raises BadImage, a ValueError, for a file that does not decode, and TypeError or ValueError for anything else.
         """
