@@ -453,6 +453,12 @@ def test_room_by_free_disk(store: Store, monkeypatch: pytest.MonkeyPatch, total:
     assert fits or f"free {free:.1f} GB" in str(reason)
 
 
+def test_a_process_killed_as_it_tried_to_write_leaves_nothing_for_long(store: Store) -> None:
+    (store.activations / ".probe.123.abcd").mkdir(parents=True)
+    assert store.room(1, 1) is None
+    assert list(store.activations.iterdir()) == []
+
+
 def test_room_in_a_read_only_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *args: object, **kwargs: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -226,7 +226,7 @@ class Store:
         count = 0
         for folder in self._folders():
             if _KEY.fullmatch(folder.name):
-                with suppress(FileNotFoundError):  # somebody else removed it first
+                with suppress(OSError):  # somebody else removed it first
                     nbytes += _delete(folder)
                     count += 1
         for file in _children(self.root):
@@ -301,9 +301,10 @@ class Store:
         """Why nothing can be written; found out by writing, which permissions alone do not tell."""
         try:
             self.activations.mkdir(parents=True, exist_ok=True)
-            probe = self.activations / f".probe.{os.getpid()}.{secrets.token_hex(4)}"
-            probe.mkdir()
-            probe.rmdir()
+            (self.activations / f".probe.{os.getpid()}.{secrets.token_hex(4)}").mkdir()
+            for probe in self.activations.glob(".probe.*"):  # that of a process which was killed just here, too
+                with suppress(OSError):
+                    probe.rmdir()
         except OSError as exc:
             read_only = exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
             return f"{self.root} {'is read-only' if read_only else 'cannot be written'} ({exc.strerror})"

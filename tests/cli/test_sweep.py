@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
 
 from tests.cli.conftest import finished, runs_in
 from tlcli.cli import sweep
@@ -202,7 +203,7 @@ def test_a_sweep_of_which_no_job_began_is_one_line(tlcli, tmp_path: Path) -> Non
     assert "no job has a run.json" in ended.err
 
 
-def test_each_config_is_composed_once(tlcli, training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_config_is_composed_once(tlcli, training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what the jobs share; and each job has its own, the same words twice included."""
     composed, seeds = [], []
     own = ConfigLoaderImpl.load_configuration
@@ -220,6 +221,12 @@ def test_each_config_is_composed_once(tlcli, training, monkeypatch: pytest.Monke
     composed.clear()
     assert tlcli("train", "-m", "seed=1,2,1").code == 0
     assert seeds[1:] == [(1, "0"), (2, "1"), (1, "2")]
+    (sweep,) = (run.path.parent for run in runs_in(tmp_path) if run.path.name == "2")
+    for number, seed in enumerate((1, 2, 1)):
+        own = OmegaConf.load(sweep / f"{number}/.hydra/hydra.yaml").hydra
+        assert (own.job.num, own.runtime.output_dir) == (number, str(sweep / str(number)))
+        assert list(own.overrides.task) == [f"seed={seed}"]
+        assert OmegaConf.load(sweep / f"{number}/config.yaml").seed == seed
     assert len(composed) - shared in (3, 4)  # the second job of the same words is composed anew
     assert Sweeper.validate_batch_is_legal.__module__ == "hydra.plugins.sweeper"
 
