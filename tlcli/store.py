@@ -226,7 +226,7 @@ class Store:
         count = 0
         for folder in self._folders():
             if _KEY.fullmatch(folder.name):
-                with suppress(OSError):  # somebody else removed it first
+                with suppress(FileNotFoundError):  # somebody else removed it first
                     nbytes += _delete(folder)
                     count += 1
         for file in _children(self.root):
