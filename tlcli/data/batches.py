@@ -63,23 +63,24 @@ class Batches:
 
     def in_order(self, view: int | None = None) -> Iterator[Batch]:
         """Every image once, in the split's order; as evaluation sees it, or with the augmentation of a view."""
-        return self._load(view, np.arange(len(self.split)))
+        return self._load(self._chunks(view, np.arange(len(self.split))))
 
     def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
         """Every image once, in the order of this epoch, with the augmentation of a view: the epoch's own, if None.
 
         `start`: batches to leave out, which an interrupted epoch has had.
         """
-        order = epoch_order(len(self.split), self.seed, number)
-        return self._load(number if view is None else view, order[start * self.batch_size :])
+        return self._load(self._of_epoch(number, view, start))
 
     def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[list[int]]:
         """What draws the augmentation of each image, for the batches of `epoch`."""
-        order = epoch_order(len(self.split), self.seed, number)[start * self.batch_size :]
-        return (self._samples.seeds(chunk) for chunk in self._chunks(number if view is None else view, order))
+        return (self._samples.seeds(chunk) for chunk in self._of_epoch(number, view, start))
 
-    def _load(self, view: int | None, order: Ints) -> Iterator[Batch]:
-        chunks = self._chunks(view, order)
+    def _of_epoch(self, number: int, view: int | None, start: int) -> list["_Chunk"]:
+        order = epoch_order(len(self.split), self.seed, number)
+        return self._chunks(number if view is None else view, order[start * self.batch_size :])
+
+    def _load(self, chunks: list["_Chunk"]) -> Iterator[Batch]:
         return self._in_workers(chunks) if self.workers else self._in_process(chunks)
 
     def _chunks(self, view: int | None, order: Ints) -> list["_Chunk"]:

@@ -84,7 +84,7 @@ class Keeper:
             return
         start = time.perf_counter()
         self._save_best()
-        if self._epoch is not None and self._last_facts and self._trainer.is_between_epochs(self._epoch):
+        if self._last_facts and self._trainer.is_between_epochs(self._last_facts["epoch"]):
             self._save_last()
         save_state(self._run.state, self._state())
         self._is_new = False

@@ -82,11 +82,11 @@ def write(folder: Path) -> Leaderboard:
 def sweep_of(run: RunDir) -> Path | None:
     """The sweep that has this run among its jobs, by its sweep.json: the directory above the run's or, where the job's
     name has slashes, a few above."""
-    path = run.path.absolute()
-    for folder in path.parents[:3]:
+    run = RunDir(run.path.absolute())
+    for folder in run.path.parents[:3]:
         try:
             jobs = read_json(folder / "sweep.json")["jobs"]
-            if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
+            if _name(run, folder) in [job["name"] for job in jobs]:
                 return folder
         except (OSError, ValueError, KeyError, TypeError):
             continue
