@@ -11,7 +11,7 @@ from tlcli.engine.inputs import Feed, InputPlan, Inputs, image_size
 from tlcli.engine.metrics import Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
-from tlcli.engine.resuming import plan_as_before
+from tlcli.engine.resuming import PlannerAsBefore
 from tlcli.engine.selection import Selection
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
@@ -49,7 +49,7 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
         if restart is None:
             plan = plan_inputs(*planned, wants_probe=wanted)
         else:
-            plan = plan_as_before(*planned, wants_probe=wanted, formats=restart.formats)
+            plan = PlannerAsBefore(restart.formats, *planned, wanted).plan()
         device = plan.device
         device.place(model.network)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))

@@ -5,43 +5,20 @@ from typing import Any
 
 import torch
 
-from tlcli.data.dataset import Dataset
 from tlcli.device import Device
 from tlcli.engine.activations import Activations
 from tlcli.engine.extraction import Extractor
 from tlcli.engine.formats import Formats
-from tlcli.engine.inputs import CachedFeed, InputPlan
+from tlcli.engine.inputs import CachedFeed
 from tlcli.engine.numerics import Numerics
 from tlcli.engine.planning import Planner, Sources, unique
-from tlcli.engine.session import Session
-from tlcli.models.classifier import Classifier
-from tlcli.specs import TrainSpec
-from tlcli.transfer.contract import Contract
 from tlcli.transfer.cut import Cut
 
 BEFORE = "as before the run was interrupted"
 
 
-def plan_as_before(
-    data: Dataset,
-    model: Classifier,
-    contract: Contract,
-    spec: TrainSpec,
-    accelerator: torch.device,
-    session: Session,
-    *,
-    wants_probe: bool,
-    formats: Formats,
-) -> InputPlan:
-    """The plan of a run that computed in these formats: nothing is measured or reckoned.
-
-    Raises UsageError where cache.mode=require cannot be followed.
-    """
-    return _AsBefore(formats, data, model, contract, spec, accelerator, session, wants_probe).plan()
-
-
-class _AsBefore(Planner):
-    """A planner whose decisions were made."""
+class PlannerAsBefore(Planner):
+    """A planner whose decisions were made: for a run that computed in these formats nothing is measured or reckoned."""
 
     def __init__(self, formats: Formats, *arguments: Any) -> None:
         self.formats = formats
