@@ -12,8 +12,9 @@ import tlcli
 
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
-    {"atomic", "errors", "interrupts", "specs", "watch", "__init__"},
-    {"paths", "store"},
+    {"errors", "interrupts", "specs", "reporter", "text", "__init__"},
+    {"files"},
+    {"store"},
     {"device"},
     {"models", "data"},
     {"transfer"},

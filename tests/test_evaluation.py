@@ -15,9 +15,9 @@ from tlcli.cli.saved import saved_spec
 from tlcli.data.dataset import load_whole
 from tlcli.errors import UsageError
 from tlcli.evaluation import Asked, Evaluation, evaluate_run
+from tlcli.reporter import Reporter
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir, read_json
-from tlcli.watch import Watch
 
 SMALL = ("image.size=32", "epochs=1", "backbone=resnet18", "backbone.weights=none", "device.workers=0")
 FREEZES = {
@@ -27,7 +27,7 @@ FREEZES = {
 }
 
 
-class Notes(Watch):
+class Notes(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def evaluated(
-    run: Path, *overrides: str, split: str | None = None, checkpoint: str = "best", watch: Watch | None = None
+    run: Path, *overrides: str, split: str | None = None, checkpoint: str = "best", reporter: Reporter | None = None
 ) -> Evaluation:
     own = saved_spec(RunDir(run))
     spec = saved_spec(RunDir(run), overrides) if overrides else own
-    return evaluate_run(Asked(run, checkpoint, split, spec, own), watch or Watch())
+    return evaluate_run(Asked(run, checkpoint, split, spec, own), reporter or Reporter())
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -178,10 +178,10 @@ def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
     import numpy as np
 
     from tlcli.data.source import Arrays, Split
-    from tlcli.evaluation import labelled_as
+    from tlcli.evaluation import remap_labels
 
     split = Split(Arrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
-    found = labelled_as(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
+    found = remap_labels(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
     assert found.labels.tolist() == [2, 3, 3, 0]
 
 
@@ -215,7 +215,7 @@ def test_which_split_of_another_data_set(spec: Compose, tmp_path: Path, splits: 
     for place, split in enumerate(splits):
         make_folder(tmp_path / split, {"across": 2 + place})  # one class is enough
     own = spec("dataset=imagefolder", f"dataset.root='{tmp_path}'").dataset
-    found = load_whole(own, None, seed=0, watch=Watch())
+    found = load_whole(own, None, seed=0, reporter=Reporter())
     assert (found.role, len(found.split)) == (role, 2 + splits.index(role if role in splits else ""))
 
 
@@ -265,10 +265,10 @@ def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path
 def test_a_data_set_that_has_grown_is_said(unsplit: Path, tmp_path: Path) -> None:
     for i in range(10):
         shutil.copy(tmp_path / "photos/across/000.png", tmp_path / f"photos/across/a{i}.png")
-    watch = Notes()
-    found = evaluated(unsplit, watch=watch)
+    reporter = Notes()
+    found = evaluated(unsplit, reporter=reporter)
     assert found.same is False
-    assert any("the data set has changed since the run" in note for note in watch.notes)
+    assert any("the data set has changed since the run" in note for note in reporter.notes)
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(run: Path) -> None:

@@ -10,8 +10,8 @@ from tlcli.engine import costs
 from tlcli.engine.session import session_for
 from tlcli.inspection import Inspection, Strategy, inspect
 from tlcli.models.build import build_model
+from tlcli.reporter import Reporter
 from tlcli.specs import AugmentNone, TrainSpec
-from tlcli.watch import Watch
 
 NONE = AugmentNone(kind="none", erasing=0.0)
 
@@ -24,7 +24,7 @@ def base(shapes: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def found(spec: Compose, shapes: Path) -> Inspection:
     """ResNet-18 at 32 px on shapes: 54 train, 6 val and 24 test images."""
-    return inspect(spec(*base(shapes)), NONE, Watch())
+    return inspect(spec(*base(shapes)), NONE, Reporter())
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_specs_own_strategy_is_among_them_and_seconds_follow_from_speeds(
 ) -> None:
     monkeypatch.setattr(costs, "speed", lambda step, most, *more: (most, 10.0))
     own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))
-    found = inspect(own, NONE, Watch())
+    found = inspect(own, NONE, Reporter())
     assert [strategy.freeze for strategy in found.strategies][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
     assert all(strategy.takes == "cached" for strategy in found.strategies[:5]), "there is no augmentation"
     assert found.strategies[-1].live_epoch == pytest.approx((54 + 6) / 10)
@@ -110,12 +110,12 @@ def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
     from tlcli.data.dataset import load_unchecked
     from tlcli.transfer.contract import apply_freeze
 
-    data = load_unchecked(spec.dataset, seed=0, watch=Watch())
+    data = load_unchecked(spec.dataset, seed=0, reporter=Reporter())
     session = session_for(spec.cache)
     session.use(model)
     contract = apply_freeze(spec.freeze, model)
     meter = costs.CostMeter(data, model, contract, spec, torch.device("cpu"), session, False)
-    meter.live(costs.sample_of(data, 8, 0), Watch(), costs.Shared())
+    meter.live(costs.sample_of(data, 8, 0), Reporter(), costs.Shared())
 
 
 def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, shapes: Path) -> None:
@@ -124,7 +124,7 @@ def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, sh
 
     own = spec(*base(shapes, "backbone.weights=none", "backbone=mobilenet_v3_small"))
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
-    data = load_unchecked(own.dataset, seed=0, watch=Watch())
+    data = load_unchecked(own.dataset, seed=0, reporter=Reporter())
     costs.settle(model, data, preprocessing_for(own, model))
     norms = [m for m in model.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert all(not m.training and m.momentum is not None and m.num_batches_tracked == 1 for m in norms)

@@ -2,31 +2,31 @@
 
 import pytest
 
-from tlcli.interrupts import steady
+from tlcli.interrupts import defer_interrupts
 
 
 def test_it_comes_at_once_outside_of_a_step() -> None:
     with pytest.raises(KeyboardInterrupt):
-        steady.interrupt(KeyboardInterrupt())
+        defer_interrupts.interrupt(KeyboardInterrupt())
 
 
 def test_it_waits_for_the_end_of_the_outermost_step() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with steady:
-            with steady:
-                steady.interrupt(KeyboardInterrupt())
+        with defer_interrupts:
+            with defer_interrupts:
+                defer_interrupts.interrupt(KeyboardInterrupt())
                 done.append("inner")
             done.append("outer")
         done.append("after")
     assert done == ["inner", "outer"]
-    with steady:
+    with defer_interrupts:
         done.append("the next one is not interrupted")
     assert len(done) == 3
 
 
 def test_a_step_that_fails_is_over() -> None:
-    with pytest.raises(ValueError, match="broken"), steady:
+    with pytest.raises(ValueError, match="broken"), defer_interrupts:
         raise ValueError("broken")
     with pytest.raises(KeyboardInterrupt):
-        steady.interrupt(KeyboardInterrupt())
+        defer_interrupts.interrupt(KeyboardInterrupt())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import finish
-from tlcli.data.named import Nothing
-from tlcli.data.threads import in_threads
+from tlcli.data.named import MissingPath
+from tlcli.data.threads import map_in_threads
 from tlcli.device import cpu_has_bfloat16
 from tlcli.errors import UsageError
 from tlcli.predict import Answer, Predictor, numerics_for
@@ -92,7 +92,7 @@ def test_what_is_bad_is_answered_in_its_place(trained: Callable[..., LoadedRun],
     good = str(shapes / "test/checks/000.png")
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not one")
-    images = [str(bad), good, "missing.png", Nothing("x*", "no file matches"), "a\0b", good, str(tmp_path)]
+    images = [str(bad), good, "missing.png", MissingPath("x*", "no file matches"), "a\0b", good, str(tmp_path)]
     answers = list(predictor(trained("head", "fp32"), batch_size=2).answers(images))
     assert [answer.path for answer in answers] == [str(bad), good, "missing.png", "x*", "a\0b", good, str(tmp_path)]
     errors = [answer.error for answer in answers]
@@ -136,7 +136,7 @@ def test_a_stream_is_read_only_a_little_ahead(trained: Callable[..., LoadedRun],
 
 def test_threads_take_no_more_than_they_may() -> None:
     taken = []
-    results = in_threads(lambda n: n * n, (taken.append(n) or n for n in range(1000)), 1, ahead=5)
+    results = map_in_threads(lambda n: n * n, (taken.append(n) or n for n in range(1000)), 1, ahead=5)
     assert [next(results) for _ in range(10)] == [n * n for n in range(10)]
     assert len(taken) <= 10 + 6
     assert list(results)[-1] == 999**2

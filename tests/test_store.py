@@ -20,7 +20,8 @@ import pytest
 import tlcli
 from tlcli import store as module
 from tlcli.errors import UsageError
-from tlcli.store import GB, META, Column, Entry, Store, cache_dir, size_text
+from tlcli.store import GB, META, Column, Entry, Store, cache_dir
+from tlcli.text import size_text
 
 KEY = "0123456789abcdef"
 OTHER = "fedcba9876543210"
@@ -571,6 +572,7 @@ REMEMBER = """
 import sys
 from pathlib import Path
 from tlcli.store import Store
+from tlcli.text import size_text
 store = Store(Path(sys.argv[1]))
 print(flush=True)
 sys.stdin.readline()

@@ -8,7 +8,6 @@ TlcliError            a run failed: exit code 1
 └── OutOfMemory       a training step needs more memory than there is
 """
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -20,7 +19,7 @@ class UsageError(TlcliError):
     """The command line, a config, or a file that it names is wrong."""
 
 
-class BadImages(TlcliError):
+class BadImagesError(TlcliError):
     """Some files of the data set are not images, or are damaged: `files` has (file, reason) of each."""
 
     def __init__(self, message: str, files: Iterable[tuple[str, str]] = ()) -> None:
@@ -28,11 +27,11 @@ class BadImages(TlcliError):
         self.files = tuple(files)
 
 
-class FrozenChanged(TlcliError):
+class FrozenTensorError(TlcliError):
     """The freeze contract was broken: a frozen tensor differs from what it was before training."""
 
 
-class NotFinite(TlcliError):
+class NonFiniteLossError(TlcliError):
     """The training loss became NaN or infinite."""
 
 
@@ -47,9 +46,3 @@ def is_out_of_memory(exc: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
         isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
-
-
-def did_you_mean(word: str, known: Iterable[object]) -> str:
-    """ " Did you mean 'near'?" for the nearest of the known words, or the empty string where none is near."""
-    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -18,20 +18,20 @@ from tlcli.data.source import Split
 from tlcli.device import DTYPES, prepare
 from tlcli.engine.calibration import calibration_report
 from tlcli.engine.evaluate import evaluate
-from tlcli.engine.formats import Formats, recorded_formats
+from tlcli.engine.formats import Decisions, recorded_decisions
 from tlcli.engine.metrics import Predictions, test_report
 from tlcli.engine.replay import plan_replay
 from tlcli.engine.session import Session, session_for
-from tlcli.errors import BadImages, TlcliError, UsageError
+from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.models.build import tensors_to_reinit
 from tlcli.models.classifier import Classifier, Head
 from tlcli.models.weights import read_metadata
+from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 from tlcli.specs import DatasetSpec, Manifest, Precision, TorchvisionDataset, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.watch import Watch
 
 SPLITS = ("test", "val", "train")
 
@@ -81,7 +81,7 @@ class Evaluation:
     bad_files: tuple[tuple[str, str], ...]
 
 
-def evaluate_run(asked: Asked, watch: Watch) -> Evaluation:
+def evaluate_run(asked: Asked, reporter: Reporter) -> Evaluation:
     """Evaluate, and write a new directory eval-N in the run's. Nothing that is there already is changed.
 
     Raises UsageError for what cannot be evaluated: no such checkpoint, split or class; TlcliError where it fails.
@@ -90,16 +90,16 @@ def evaluate_run(asked: Asked, watch: Watch) -> Evaluation:
     spec = _as_trained(asked.spec, loaded)
     accelerator = prepare(spec.device)
     session = session_for(spec.cache)
-    images = _images(asked, loaded, spec, session, watch)
+    images = _images(asked, loaded, spec, session, reporter)
     formats, why_other = _formats(asked, loaded.info, accelerator)
     if why_other:
-        watch.note(why_other)
+        reporter.note(why_other)
     model = _as_built(loaded, spec)
     session.use(model)
     model.network.to(accelerator)
     contract = apply_freeze(spec.freeze, model)
     replay = plan_replay(images.split, model, contract, spec, accelerator, session, formats)
-    found = evaluate(model.network, replay.open(watch), replay.device, watch, images.role)
+    found = evaluate(model.network, replay.open(reporter), replay.device, reporter, images.role)
     report = _report(found, loaded, images)
     folder = _write(RunDir(loaded.path), report, found, loaded, images)
     return Evaluation(report, folder, images.words, _same_as_test(report, loaded, asked, images), images.bad_files)
@@ -130,9 +130,9 @@ def _tensor_names(network: nn.Module) -> Sequence[str]:
     return list(network.state_dict())
 
 
-def _formats(asked: Asked, info: Mapping[str, Any], accelerator: torch.device) -> tuple[Formats, str | None]:
+def _formats(asked: Asked, info: Mapping[str, Any], accelerator: torch.device) -> tuple[Decisions, str | None]:
     """The formats that the run was tested in; where they cannot be had or are not wanted, others, and why."""
-    formats, there = recorded_formats(info), info.get("device")
+    formats, there = recorded_decisions(info), info.get("device")
     if formats is None or there is None:
         return _safe(asked.spec, accelerator), "run.json does not say in which number format the run was tested"
     if there != accelerator.type:
@@ -142,12 +142,12 @@ def _formats(asked: Asked, info: Mapping[str, Any], accelerator: torch.device) -
     return formats, None
 
 
-def _safe(spec: TrainSpec, accelerator: torch.device) -> Formats:
+def _safe(spec: TrainSpec, accelerator: torch.device) -> Decisions:
     """The precision that was asked for, float32 where none was, on live images."""
     dtype = DTYPES.get(spec.device.precision, torch.float32)
     plain = spec.device.channels_last is False or accelerator.type == "mps"
     layout = torch.contiguous_format if plain else torch.channels_last
-    return Formats(dtype, dtype, layout, frozenset(), compiled=False)
+    return Decisions(dtype, dtype, layout, frozenset(), compiled=False)
 
 
 # -- the images
@@ -156,37 +156,41 @@ KEPT = ("on_bad", "ram_gb", "test_per_class", "classes")
 """What a user may change about the run's own data set: what is in which split stays."""
 
 
-def _images(asked: Asked, loaded: LoadedRun, spec: TrainSpec, session: Session, watch: Watch) -> Images:
+def _images(asked: Asked, loaded: LoadedRun, spec: TrainSpec, session: Session, reporter: Reporter) -> Images:
     """The run's own split, or that of another data set."""
     wanted, trained = spec.dataset, asked.trained.dataset
     if _identity(wanted) == _identity(trained):
-        return _own(asked, loaded, _own_spec(trained, wanted), session, watch)
-    if moved := _moved(asked, loaded, wanted, session, watch):
-        return _own(asked, loaded, moved, session, watch, ": the same images in another place")
-    found = session.evaluated(wanted, asked.split, spec.seed, watch)
+        return _own(asked, loaded, _own_spec(trained, wanted), session, reporter)
+    if moved := _moved(asked, loaded, wanted, session, reporter):
+        return _own(asked, loaded, moved, session, reporter, ": the same images in another place")
+    found = session.evaluated(wanted, asked.split, spec.seed, reporter)
     which = "all of it" if found.role == "all" else f"its {found.role} split"
     if asked.split is None and found.role not in ("test", "all"):
         which += f", as it has no {'test' if found.role == 'val' else 'test or val'} split"
-    split = labelled_as(found.split, found.classes, loaded.classes, _where(wanted))
+    split = remap_labels(found.split, found.classes, loaded.classes, _where(wanted))
     return Images(wanted, split, found.role, False, which, found.bad_files)
 
 
-def _own(asked: Asked, loaded: LoadedRun, spec: DatasetSpec, session: Session, watch: Watch, more: str = "") -> Images:
-    data = session.dataset(spec, asked.trained.seed, watch)
+def _own(
+    asked: Asked, loaded: LoadedRun, spec: DatasetSpec, session: Session, reporter: Reporter, more: str = ""
+) -> Images:
+    data = session.dataset(spec, asked.trained.seed, reporter)
     role = asked.split or "test"
     split: Split = getattr(data, role)
     if role == "test" and spec.test_per_class == asked.trained.dataset.test_per_class:
         new = len(set(_keys(split)).difference(_test_keys(loaded) or _keys(split)))
         if new:
-            watch.note(
+            reporter.note(
                 f"the data set has changed since the run: {new:,} of {len(split):,} test images are others than those "
                 "that it was tested on, and it may have been trained on them"
             )
-    split = labelled_as(split, data.classes, loaded.classes, _where(spec))
+    split = remap_labels(split, data.classes, loaded.classes, _where(spec))
     return Images(spec, split, role, True, f"the run's own {role} split{more}", data.bad_files)
 
 
-def _moved(asked: Asked, loaded: LoadedRun, wanted: DatasetSpec, session: Session, watch: Watch) -> DatasetSpec | None:
+def _moved(
+    asked: Asked, loaded: LoadedRun, wanted: DatasetSpec, session: Session, reporter: Reporter
+) -> DatasetSpec | None:
     """The run's own data set where it is in another place now: then its training images stay out of the test."""
     before, trained = _test_keys(loaded), asked.trained.dataset
     if before is None or type(wanted) is not type(trained):
@@ -194,8 +198,8 @@ def _moved(asked: Asked, loaded: LoadedRun, wanted: DatasetSpec, session: Sessio
     place: dict[str, Any] = {"root": wanted.root} | ({"file": wanted.file} if isinstance(wanted, Manifest) else {})
     spec = _own_spec(replace(trained, **place), wanted)
     try:
-        data = session.dataset(spec, asked.trained.seed, watch)
-    except (UsageError, BadImages):  # nothing that could be trained on
+        data = session.dataset(spec, asked.trained.seed, reporter)
+    except (UsageError, BadImagesError):  # nothing that could be trained on
         return None
     return spec if _keys(data.test) == before else None
 
@@ -232,7 +236,7 @@ def _where(spec: DatasetSpec) -> str:
     return spec.name if place is None else f"{spec.name} {place}"
 
 
-def labelled_as(split: Split, theirs: Sequence[str], ours: Sequence[str], where: str) -> Split:
+def remap_labels(split: Split, theirs: Sequence[str], ours: Sequence[str], where: str) -> Split:
     """The split with labels that are places in the run's classes, by name. Raises UsageError for classes that the run
     does not have."""
     present = np.unique(split.labels)

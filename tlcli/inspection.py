@@ -16,6 +16,7 @@ from tlcli.engine.inputs import image_size, preprocessing_for
 from tlcli.engine.session import session_for
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, count
+from tlcli.reporter import Reporter
 from tlcli.specs import (
     AugmentSpec,
     FreezeBias,
@@ -31,7 +32,6 @@ from tlcli.specs import (
 )
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.freeze import trainable_names
-from tlcli.watch import Watch
 
 DEEPEST = 3
 """Of last_stages: n up to this is shown, and the spec's own."""
@@ -86,7 +86,7 @@ class Inspection:
     strategies: tuple[Strategy, ...]
 
 
-def inspect(spec: TrainSpec, linear: AugmentSpec, watch: Watch) -> Inspection:
+def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspection:
     """Look at the spec's network, and measure each way to freeze it on the spec's data.
 
     `linear` is the augmentation that freeze=head comes with. What the machine does quickest is remembered in the cache,
@@ -96,19 +96,19 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, watch: Watch) -> Inspection:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator = prepare(spec.device)
     session = session_for(spec.cache)
-    data = load_unchecked(spec.dataset, seed=spec.seed, watch=watch)
+    data = load_unchecked(spec.dataset, seed=spec.seed, reporter=reporter)
     model = _model(spec, data.classes)
     model.network.to(accelerator)
     session.use(model)
     stages = tuple(_stages(model))
     sample = sample_of(data, max(SAMPLE, spec.batch_size), spec.seed)
-    decoding = decoding_seconds(sample, watch)
+    decoding = decoding_seconds(sample, reporter)
     if _stands_in(spec):
         settle(model, sample, preprocessing_for(spec, model))
     ways = list(freezes(spec.freeze, model))
     found: list[Strategy] = []
-    shared, quiet = Shared(), Watch()
-    with watch.track("measuring", len(ways), "strategies") as advance:
+    shared, quiet = Shared(), Reporter()
+    with reporter.track("measuring", len(ways), "strategies") as advance:
         for way in reversed(ways):  # the whole network first: its formats are those of the others, too
             own = replace(spec, freeze=way, augment=linear if isinstance(way, FreezeHead) else spec.augment)
             contract = apply_freeze(way, model)

@@ -26,5 +26,5 @@ class _Steady:
         self._waiting = exc
 
 
-steady = _Steady()
-"""`with steady: ...` in the main thread, where Python runs the handlers of signals."""
+defer_interrupts = _Steady()
+"""`with defer_interrupts: ...` in the main thread, where Python runs the handlers of signals."""

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.data.decode import BadImage, read_image
-from tlcli.data.named import Named, Nothing
+from tlcli.data.named import MissingPath, Named
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.threads import in_threads
+from tlcli.data.threads import map_in_threads
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.extraction import BATCH, Extractor
-from tlcli.engine.formats import SURELY, recorded_formats
-from tlcli.engine.numerics import Numerics
+from tlcli.engine.formats import SURELY, recorded_decisions
+from tlcli.engine.numerics import ComputeFormat
 from tlcli.errors import UsageError
+from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import CacheDtype, Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.cut.state import exact_arithmetic
-from tlcli.watch import Watch
 
 AHEAD = 2
 """Batches of images that are decoded while the network is busy."""
@@ -92,7 +92,7 @@ class Predictor:
         return f"{SHORT[self.numerics.dtype]}, {self._extractor.why or 'not run yet'}"
 
     def answers(
-        self, images: Iterable[Named], *, top: int = 5, total: int | None = None, watch: Watch | None = None
+        self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
     ) -> Iterator[Answer]:
         """An answer for each image, in order. At most a few batches are read ahead; `total` says how many come.
 
@@ -101,9 +101,9 @@ class Predictor:
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
         exact = self.numerics.dtype == torch.float32
         self._extractor.batch_size = batch_size if exact else max(LEAST, batch_size)
-        pace = self._pace(total, watch or Watch())
+        pace = self._pace(total, reporter or Reporter())
         decode = _Decode(self._run.preprocessing)
-        decoded = in_threads(decode, images, 1, ahead=AHEAD * batch_size)
+        decoded = map_in_threads(decode, images, 1, ahead=AHEAD * batch_size)
         while some := list(islice(decoded, batch_size)):
             yield from self._answer(some, min(top, len(self._run.classes)), pace)
 
@@ -124,7 +124,7 @@ class Predictor:
 
     def logits(self, images: Tensor, pace: "_Pace | None" = None) -> Tensor:
         """uint8 (B, 3, S, S), B at most the batch size, to raw logits (B, classes), float32, on the CPU."""
-        pace = pace or self._pace(len(images), Watch())
+        pace = pace or self._pace(len(images), Reporter())
         with exact_arithmetic(self._run.model), torch.inference_mode():
             with pace.over(len(images)):
                 rows = self._extractor(images)
@@ -138,20 +138,20 @@ class Predictor:
         x = x.float() if self._way.dtype == torch.float32 else x
         return x if x.ndim != 4 else x.permute(0, 3, 1, 2).contiguous(memory_format=self.numerics.memory_format)
 
-    def _pace(self, total: int | None, watch: Watch) -> "_Pace":
-        return _Pace(self._extractor, total, watch, self._way.compiles)
+    def _pace(self, total: int | None, reporter: Reporter) -> "_Pace":
+        return _Pace(self._extractor, total, reporter, self._way.compiles)
 
 
-def numerics_for(run: LoadedRun, accelerator: torch.device, precision: Precision) -> Numerics:
+def numerics_for(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:
     """The number and memory format to predict in. Raises UsageError for one that this accelerator does not have."""
-    formats = recorded_formats(run.info)
+    formats = recorded_decisions(run.info)
     dtype = DTYPES[precision] if precision is not Precision.auto else formats.eval_dtype if formats else torch.float32
     if precision is Precision.auto and not _is_native(dtype, accelerator):
         dtype = torch.float32
     if dtype == torch.float16 and accelerator.type == "cpu":
         raise UsageError("precision fp16 needs a GPU: on a CPU give fp32, bf16 or auto")
     layout = formats.memory_format if formats else torch.channels_last
-    return Numerics(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
+    return ComputeFormat(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
 
 
 def _is_native(dtype: torch.dtype, accelerator: torch.device) -> bool:
@@ -201,7 +201,7 @@ def _way(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Way:
 
 def _as_evaluated(run: LoadedRun) -> _Way | None:
     """The order of operations in which the run was tested; None where that was on activations that cannot be had."""
-    formats = recorded_formats(run.info)
+    formats = recorded_decisions(run.info)
     if formats is None or "test" not in formats.cached:
         return _Way(_Whole(run.model), nn.Identity(), torch.float32, False)
     trained = _trained(run)
@@ -235,7 +235,7 @@ class _Decode:
         self._preprocessing = preprocessing
 
     def __call__(self, named: Named) -> tuple[str, Tensor | str]:
-        if isinstance(named, Nothing):
+        if isinstance(named, MissingPath):
             return named.path, named.why
         try:
             return named, self._preprocessing.apply(read_image(Path(named)))
@@ -249,14 +249,14 @@ class _Pace:
     Of a stream without an end in sight as much is expected as has come, time and again.
     """
 
-    def __init__(self, extractor: Extractor, total: int | None, watch: Watch, compiles: bool | None) -> None:
-        self._extractor, self._total, self._watch = extractor, total, watch
+    def __init__(self, extractor: Extractor, total: int | None, reporter: Reporter, compiles: bool | None) -> None:
+        self._extractor, self._total, self._watch = extractor, total, reporter
         self._batches = self._images = 0
         self._shortest = float("inf")
         self._next = TIMED + 1 if compiles is None else NEVER
         if compiles:
             extractor.expect(SURELY)
-        extractor.prepare(watch)
+        extractor.prepare(reporter)
 
     @contextmanager
     def over(self, images: int) -> Iterator[None]:

@@ -30,8 +30,9 @@ from typing import Any, BinaryIO, Self
 import platformdirs
 from filelock import FileLock, Timeout
 
-from tlcli.atomic import sync_folder
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
+from tlcli.files import sync_folder
+from tlcli.text import did_you_mean, size_text
 
 FORMAT = 1
 """The version of meta.json and of the files beside it."""
@@ -420,16 +421,6 @@ class Writer:
             self._open.close()
         with suppress(OSError):
             _delete(self._draft)
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people: 999 B, 4.2 GB."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while nbytes >= 1000 and len(units) > 1:
-        nbytes /= 1000
-        units.pop(0)
-    digits = 0 if units[0] == "B" or nbytes >= 100 else 1
-    return f"{nbytes:.{digits}f} {units[0]}"
 
 
 def _checked(key: str) -> str:

@@ -7,60 +7,62 @@ from typing import Any
 from tlcli.data.dataset import Dataset
 from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
-from tlcli.engine.inputs import Feed, InputPlan, Inputs, image_size
+from tlcli.engine.inputs import BatchLoader, InputPlan, Inputs, image_size
 from tlcli.engine.metrics import Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
-from tlcli.engine.resuming import PlannerAsBefore
-from tlcli.engine.selection import Selection
+from tlcli.engine.resuming import ResumePlanner
+from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
-from tlcli.interrupts import steady
+from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.restart import Restart
+from tlcli.runs.restart import ResumeState
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
-from tlcli.transfer.contract import Contract, apply_freeze
-from tlcli.transfer.probe import probe_weights, probed_head
-from tlcli.watch import Watch
+from tlcli.transfer.contract import FreezeContract, apply_freeze
+from tlcli.transfer.probe import linear_head, probe_weights
 
 
-def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart: Restart | None = None) -> float | None:
+def train(
+    spec: TrainSpec, run: RunDir, reporter: Reporter, session: Session, restart: ResumeState | None = None
+) -> float | None:
     """Fine-tune, keep the epoch best on validation, test that one once; the validation figure that selected it.
 
     All that it gives is in the run's directory; the session has what the jobs of a sweep share. With `restart` a run
     goes on where it was interrupted. Raises UsageError where the spec cannot be followed and TlcliError where the run
     fails.
     """
-    record = Recorder(run, watch, spec, restart)
+    record = Recorder(run, reporter, spec, restart)
     with record.phase("setup"):
         accelerator = prepare(spec.device)
         if restart is not None:
             restart.prepare()
         machine = machine_of(accelerator)
-        data = session.dataset(spec.dataset, spec.seed, watch)
+        data = session.dataset(spec.dataset, spec.seed, reporter)
         if restart is not None:
             restart.require_same(data)
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         model.network.to(accelerator)
         contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
-        planned, wanted = (data, model, contract, spec, accelerator, session), wants_probe(spec, model)
+        planned, wanted = (data, model, contract, spec, accelerator, session), needs_probe(spec, model)
         if restart is None:
-            plan = plan_inputs(*planned, wants_probe=wanted)
+            plan = plan_inputs(*planned, needs_probe=wanted)
         else:
-            plan = PlannerAsBefore(restart.formats, *planned, wanted).plan()
+            plan = ResumePlanner(restart.formats, *planned, wanted).plan()
         device = plan.device
         device.place(model.network)
         trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))
     record.plan(data, model, plan)
     with record.phase("extract"):
-        inputs = plan.open(watch)  # live images, or activations of what is frozen: both yield (x, y)
+        inputs = plan.open(reporter)  # live images, or activations of what is frozen: both yield (x, y)
     with record.phase("probe"):
         if restart is None:
-            start = begin(spec, model, inputs, contract, device, session, watch)
+            start = begin(spec, model, inputs, contract, device, session, reporter)
         else:
-            start = go_on(restart, spec, model, trainer, contract, plan, watch)
+            start = go_on(restart, spec, model, trainer, contract, plan, reporter)
     selection = start.selection
     device.compile_where_asked(inputs.train.network)
 
@@ -70,16 +72,16 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
     with keeper.keeping():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
             if selection.exhausted:
-                watch.note(f"early stop: no better epoch since epoch {selection.epoch}")
+                reporter.note(f"early stop: no better epoch since epoch {selection.epoch}")
                 break
             with record.phase("train"):
-                fit = trainer.fit(inputs.train, epoch, watch, record.running, keeper.step) if epoch > 0 else None
+                fit = trainer.fit(inputs.train, epoch, reporter, record.running, keeper.step) if epoch > 0 else None
             contract.check()
             with record.phase("validate"):
-                found = evaluate(model.network, inputs.val, device, watch, "validation")
+                found = evaluate(model.network, inputs.val, device, reporter, "validation")
                 validation = scores(found)
             trainer.require_finite(validation.loss, epoch, "validation loss")
-            with steady:
+            with defer_interrupts:
                 trainer.schedule.after_epoch(validation.loss)
                 best = selection.improves(epoch, validation)
                 of_best = found if best else of_best
@@ -89,17 +91,17 @@ def train(spec: TrainSpec, run: RunDir, watch: Watch, session: Session, restart:
     keeper.load_best()
     frozen = contract.verify()
     if of_best is None:  # that epoch was before an interruption
-        of_best = evaluate(model.network, inputs.val, device, watch, "validation of the best epoch")
+        of_best = evaluate(model.network, inputs.val, device, reporter, "validation of the best epoch")
     with record.phase("extract"):
-        test = plan.open_test(watch)
+        test = plan.open_test(reporter)
     with record.phase("test"):
-        predictions = evaluate(model.network, test, device, watch, "test")
+        predictions = evaluate(model.network, test, device, reporter, "test")
     record.inputs(plan)
     record.result(data, of_best, predictions, selection, step=trainer.step, frozen=frozen)
     return selection.value
 
 
-def origin(data: Dataset, plan: InputPlan, contract: Contract) -> dict[str, Any]:
+def origin(data: Dataset, plan: InputPlan, contract: FreezeContract) -> dict[str, Any]:
     """What a run's result depends on that its config does not say, for the run to go on with after an interruption."""
     return {
         "images": images_of(data),
@@ -114,7 +116,7 @@ class Start:
     """Where training begins: the epoch, what is known of the best one, and whether the network is of use before it."""
 
     epoch: int
-    selection: Selection
+    selection: BestEpochTracker
     head_is_ready: bool
 
 
@@ -122,51 +124,53 @@ def begin(
     spec: TrainSpec,
     model: Classifier,
     inputs: Inputs,
-    contract: Contract,
+    contract: FreezeContract,
     device: Device,
     session: Session,
-    watch: Watch,
+    reporter: Reporter,
 ) -> Start:
     """Fill the head, and seal what is frozen."""
-    head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, watch)
+    head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, reporter)
     contract.seal()
-    return Start(0 if head_is_ready else 1, Selection(spec.keep_best, spec.early_stop), head_is_ready)
+    return Start(0 if head_is_ready else 1, BestEpochTracker(spec.keep_best, spec.early_stop), head_is_ready)
 
 
 def go_on(
-    restart: Restart,
+    restart: ResumeState,
     spec: TrainSpec,
     model: Classifier,
     trainer: Trainer,
-    contract: Contract,
+    contract: FreezeContract,
     plan: InputPlan,
-    watch: Watch,
+    reporter: Reporter,
 ) -> Start:
     """Put the state of training back, seal what is frozen and compare it with what was; say where the run goes on, and
     whether its result is going to be the one that it would have had."""
     restart.load(model.network, trainer)
     contract.seal()
     restart.require_frozen(contract)
-    watch.note(restart.words)
+    reporter.note(restart.words)
     if differences := restart.differences(plan.device.accelerator, plan):
-        watch.note(f"the result will not be exactly that of an undisturbed run: {'; '.join(differences)}")
+        reporter.note(f"the result will not be exactly that of an undisturbed run: {'; '.join(differences)}")
     return Start(restart.first_epoch, restart.selection(spec), restart.head_is_ready)
 
 
-def wants_probe(spec: TrainSpec, model: Classifier) -> bool:
+def needs_probe(spec: TrainSpec, model: Classifier) -> bool:
     """Whether the head is to start from a linear probe; random features are worth none."""
     return spec.freeze.head_init is HeadInit.probe and bool(model.pretrained) and not model.head_loaded
 
 
-def init_head(spec: TrainSpec, model: Classifier, feed: Feed, device: Device, session: Session, watch: Watch) -> bool:
+def init_head(
+    spec: TrainSpec, model: Classifier, feed: BatchLoader, device: Device, session: Session, reporter: Reporter
+) -> bool:
     """Fill the head with a linear probe on the features, where the spec asks for one; whether that was done."""
-    if not wants_probe(spec, model):
+    if not needs_probe(spec, model):
         return False
-    head = probed_head(model)
+    head = linear_head(model)
     if head is None:
-        watch.note("head starts random: a probe needs a head of one linear layer")
+        reporter.note("head starts random: a probe needs a head of one linear layer")
         return False
-    x, y = features(model.network, head, feed, device, watch, "features for the probe")
+    x, y = features(model.network, head, feed, device, reporter, "features for the probe")
     seen = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
     head.load_state_dict(session.once(("probe", seen), lambda: probe_weights(head, x, y)))
     return True

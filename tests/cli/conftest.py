@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tlcli.cli import main
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, write_json
 from tlcli.specs import TrainSpec
-from tlcli.watch import Watch
 
-Train = Callable[[TrainSpec, RunDir, Watch], float | None]
+Train = Callable[[TrainSpec, RunDir, Reporter], float | None]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Train], None]:
 
     def put(train: Train) -> None:
         module: Any = types.ModuleType("tlcli.train")
-        module.train = lambda spec, run, watch, session, restart=None: train(spec, run, watch)
+        module.train = lambda spec, run, reporter, session, restart=None: train(spec, run, reporter)
         monkeypatch.setitem(sys.modules, "tlcli.train", module)
 
     return put
 
 
-def finished(spec: TrainSpec, run: RunDir, watch: Watch) -> float:
+def finished(spec: TrainSpec, run: RunDir, reporter: Reporter) -> float:
     """A training that takes no time; its validation accuracy falls with the seed."""
     accuracy = 0.9 - spec.seed / 100
     best = {"epoch": 1, "accuracy": accuracy, "macro_f1": accuracy, "loss": 1 - accuracy}

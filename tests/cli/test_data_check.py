@@ -18,7 +18,7 @@ from tlcli.cli import main
 from tlcli.cli.completion import candidates
 from tlcli.cli.data_check import parse
 from tlcli.errors import UsageError
-from tlcli.runs.cells import neutral
+from tlcli.text import escape_formula
 
 SMALL = ("backbone=efficientnet_lite0", "image.size=32", "device=cpu")
 FILES = {"summary.json", "duplicates.csv", "labels.csv", "bad_files.csv", "contact_sheet.png", "duplicates.png"}
@@ -253,7 +253,7 @@ def test_flags_may_stand_anywhere() -> None:
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
 def test_cells_that_are_formulas_are_neutralised(cell: str, tmp_path: Path) -> None:
-    assert neutral(cell) == "'" + cell
+    assert escape_formula(cell) == "'" + cell
     write_table(tmp_path / "t.csv", ("file",), [(cell,), ("a=b",), (-1,)])
     text = (tmp_path / "t.csv").read_text()
     assert "a=b\n-1\n" in text

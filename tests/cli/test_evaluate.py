@@ -13,7 +13,7 @@ from tests.cli.conftest import Ended
 from tests.runs.test_compare import make_run
 from tlcli.cli import evaluate
 from tlcli.errors import UsageError
-from tlcli.watch import Watch
+from tlcli.reporter import Reporter
 
 Tlcli = Callable[..., Ended]
 
@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     module: Any = types.ModuleType("tlcli.evaluation")
     module.Asked = lambda *args: args
 
-    def evaluate_run(asked: Any, watch: Watch) -> Any:
+    def evaluate_run(asked: Any, reporter: Reporter) -> Any:
         seen.append(asked)
         words = "the run's own test split"
         return types.SimpleNamespace(report=report, folder=asked[0] / "eval-1", words=words, same=True, bad_files=())

@@ -107,7 +107,7 @@ def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatc
     code = tlcli("train", "--cfg", "job", "--resolve", *config, "backbone.weights=none", "image.size=40", "epochs=7")
     run.mkdir()
     (run / "config.yaml").write_text(code.out)
-    monkeypatch.setattr("tlcli.inspection.inspect", lambda spec, linear, watch: _echo(spec, linear))
+    monkeypatch.setattr("tlcli.inspection.inspect", lambda spec, linear, reporter: _echo(spec, linear))
     ended = tlcli("inspect", str(run), "epochs=9", "--format", "json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)

@@ -40,10 +40,10 @@ def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
 
 
 def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) -> None:
-    def train(spec, run, watch):
+    def train(spec, run, reporter):
         if spec.seed == 1:
             raise TlcliError("seed 1 is unlucky")
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(train)
     ended = tlcli("train", "-m", "seed=1,2", "epochs=0,1")
@@ -60,10 +60,10 @@ def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) ->
 def test_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path) -> None:
     jobs_seen = []
 
-    def train(spec, run, watch):
+    def train(spec, run, reporter):
         boards = list(tmp_path.rglob("sweep.json"))
         jobs_seen.append([job["name"] for job in json.loads(boards[0].read_text())["jobs"]] if boards else [])
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(train)
     assert tlcli("train", "-m", "seed=1,2,3").code == 0
@@ -71,10 +71,10 @@ def test_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path) ->
 
 
 def test_interrupt_stops_the_sweep_and_ranks_what_there_is(tlcli, training, tmp_path: Path) -> None:
-    def train(spec, run, watch):
+    def train(spec, run, reporter):
         if spec.seed == 2:
             raise KeyboardInterrupt
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(train)
     assert tlcli("train", "-m", "seed=1,2,3").code == 130
@@ -95,16 +95,16 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     """Of four jobs one is done, one failed, one was interrupted and one never began."""
     ran = []
 
-    def first(spec, run, watch):
+    def first(spec, run, reporter):
         if spec.seed == 2:
             raise TlcliError("the disk is full")
         if spec.seed == 3:
             raise KeyboardInterrupt
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
-    def second(spec, run, watch):
+    def second(spec, run, reporter):
         ran.append(spec.seed)
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(first)
     assert tlcli("train", "-m", "seed=1,2,3,4", "epochs=2").code == 130
@@ -133,12 +133,12 @@ def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path, sub
     def statuses() -> list[str]:
         return [job["status"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]]
 
-    def first(spec, run, watch):
+    def first(spec, run, reporter):
         if spec.seed == 2:
             raise KeyboardInterrupt
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
-    def fails(spec, run, watch):
+    def fails(spec, run, reporter):
         raise TlcliError("no luck")
 
     training(first)
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_leaves_files_of_others_alone(tlcli, training, tmp_pa
     for name, text in mine.items():
         (tmp_path / name).write_text(text)
 
-    def stops(spec, run, watch):
+    def stops(spec, run, reporter):
         raise KeyboardInterrupt
 
     training(stops)
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_leaves_files_of_others_alone(tlcli, training, tmp_pa
 
 def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:
     """Relative places in its command are those of the directory in which it was begun."""
-    training(lambda spec, run, watch: finished(spec, run, watch) if spec.seed == 1 else 1 / 0)
+    training(lambda spec, run, reporter: finished(spec, run, reporter) if spec.seed == 1 else 1 / 0)
     tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
@@ -211,9 +211,9 @@ def test_each_config_is_composed_once(tlcli, training, tmp_path: Path, monkeypat
         ConfigLoaderImpl, "load_configuration", lambda *args, **named: composed.append(1) or own(*args, **named)
     )
 
-    def train(spec, run, watch):
+    def train(spec, run, reporter):
         seeds.append((spec.seed, run.path.name))
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(train)
     assert tlcli("train", "-m", "seed=3").code == 0
@@ -235,9 +235,9 @@ def test_more_jobs_than_configs_are_held(tlcli, training, monkeypatch: pytest.Mo
     monkeypatch.setattr(sweep, "KEPT", 2)
     seeds = []
 
-    def train(spec, run, watch):
+    def train(spec, run, reporter):
         seeds.append(spec.seed)
-        return finished(spec, run, watch)
+        return finished(spec, run, reporter)
 
     training(train)
     assert tlcli("train", "-m", "seed=range(5)").code == 0

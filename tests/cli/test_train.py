@@ -13,7 +13,7 @@ import pytest
 
 import tlcli as package
 from tests.cli.conftest import finished, runs_in
-from tlcli.errors import NotFinite, UsageError
+from tlcli.errors import NonFiniteLossError, UsageError
 from tlcli.runs.run_dir import read_json
 
 
@@ -41,14 +41,14 @@ def test_done(tlcli, training, tmp_path: Path) -> None:
 
 def test_working_directory_stays(tlcli, training, tmp_path: Path) -> None:
     seen = []
-    training(lambda spec, run, watch: seen.append(Path.cwd()))
+    training(lambda spec, run, reporter: seen.append(Path.cwd()))
     assert tlcli("train").code == 0
     assert seen == [tmp_path]
 
 
 def test_spec_is_sealed_and_as_asked(tlcli, training) -> None:
     specs = []
-    training(lambda spec, run, watch: specs.append(spec))
+    training(lambda spec, run, reporter: specs.append(spec))
     assert tlcli("train", "freeze=last_stages", "freeze.n=2", "optimizer.betas=[0.8,0.9]").code == 0
     assert specs[0].freeze.n == 2
     assert specs[0].optimizer.betas == (0.8, 0.9)
@@ -92,7 +92,7 @@ def test_directory_with_a_quote_in_its_name(tlcli, training, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (NotFinite("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
+        (NonFiniteLossError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
         (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
         (MemoryError(), 1, "tlcli train: out of memory: try a smaller batch_size"),
         (RuntimeError("CUDA error: out of memory"), 1, "tlcli train: out of memory"),
@@ -100,7 +100,7 @@ def test_directory_with_a_quote_in_its_name(tlcli, training, tmp_path: Path, mon
     ],
 )
 def test_failed(error, code, line, tlcli, training, tmp_path: Path) -> None:
-    def fail(spec, run, watch):
+    def fail(spec, run, reporter):
         raise error
 
     training(fail)
@@ -112,7 +112,7 @@ def test_failed(error, code, line, tlcli, training, tmp_path: Path) -> None:
 
 
 def test_traceback_of_a_bug_goes_to_the_log(tlcli, training, tmp_path: Path) -> None:
-    def fail(spec, run, watch):
+    def fail(spec, run, reporter):
         raise TypeError("a bug")
 
     training(fail)
@@ -122,7 +122,7 @@ def test_traceback_of_a_bug_goes_to_the_log(tlcli, training, tmp_path: Path) -> 
 
 
 def test_usage_error_before_training_leaves_nothing(tlcli, training, tmp_path: Path) -> None:
-    def misfit(spec, run, watch):
+    def misfit(spec, run, reporter):
         raise UsageError("fc.weight does not fit")
 
     training(misfit)
@@ -132,7 +132,7 @@ def test_usage_error_before_training_leaves_nothing(tlcli, training, tmp_path: P
 
 
 def test_usage_error_leaves_what_was_there(tlcli, training, tmp_path: Path) -> None:
-    def misfit(spec, run, watch):
+    def misfit(spec, run, reporter):
         raise UsageError("no")
 
     training(misfit)
@@ -143,7 +143,7 @@ def test_usage_error_leaves_what_was_there(tlcli, training, tmp_path: Path) -> N
 
 
 def test_usage_error_once_training_has_begun_is_kept(tlcli, training, tmp_path: Path) -> None:
-    def late(spec, run, watch):
+    def late(spec, run, reporter):
         run.log_metrics({"epoch": 1})
         raise UsageError("late")
 
@@ -153,7 +153,7 @@ def test_usage_error_once_training_has_begun_is_kept(tlcli, training, tmp_path: 
 
 
 def test_interrupted(tlcli, training, tmp_path: Path) -> None:
-    def interrupt(spec, run, watch):
+    def interrupt(spec, run, reporter):
         signal.raise_signal(signal.SIGINT)
 
     training(interrupt)
@@ -252,7 +252,7 @@ def test_environment_of_libraries(tlcli, training, monkeypatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("TQDM_DISABLE", "0")
     seen = {}
-    training(lambda spec, run, watch: seen.update(os.environ))
+    training(lambda spec, run, reporter: seen.update(os.environ))
     assert tlcli("train").code == 0
     assert seen["OMP_WAIT_POLICY"] == "PASSIVE"
     assert seen["TQDM_DISABLE"] == "0"  # the user's own setting stays
@@ -271,7 +271,7 @@ def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("# Slow\ndefaults:\n  - sgd\n  - _self_\nlr: 1e-5\n", encoding="utf-8")
     specs = []
-    training(lambda spec, run, watch: specs.append(spec))
+    training(lambda spec, run, reporter: specs.append(spec))
     assert tlcli("train", "optimizer=slow", "--config-dir=mine").code == 0
     assert specs[0].optimizer.lr == 1e-5 and specs[0].optimizer.kind == "sgd"
     help_text = tlcli("train", "--help", "--config-dir", "mine").out

@@ -87,7 +87,7 @@ CASES = {
 
 @pytest.mark.parametrize("argv", CASES)
 def test_one_line_exit_2_and_nothing_written(argv: str, tlcli, training, tmp_path: Path) -> None:
-    training(lambda spec, run, watch: pytest.fail("training began"))
+    training(lambda spec, run, reporter: pytest.fail("training began"))
     ended = tlcli("train", *argv.split(" "))
     assert ended.code == 2
     assert ended.out == ""
@@ -108,7 +108,7 @@ FILES = {
 
 @pytest.mark.parametrize("text", FILES)
 def test_wrong_file(text: str, tlcli, training, tmp_path: Path) -> None:
-    training(lambda spec, run, watch: pytest.fail("training began"))
+    training(lambda spec, run, reporter: pytest.fail("training began"))
     file = tmp_path / "mine" / "experiment" / "mine.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(f"# @package _global_\n{text}\n", encoding="utf-8")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tlcli.cli import tables, view
-from tlcli.cli.view import TerminalWatch
-from tlcli.watch import EpochRow, Outcome, Plan, StageRow
+from tlcli.cli.view import TerminalReporter
+from tlcli.reporter import EpochRow, RunPlan, RunResult, StageRow
 
 ESCAPE = "\x1b"
 
 
-def plan(classes: int = 10, name: str = "[red]class") -> Plan:
-    return Plan(
+def plan(classes: int = 10, name: str = "[red]class") -> RunPlan:
+    return RunPlan(
         run=Path("outputs/2026-11-24/05-23-11"),
         name="digits-efficientnet_lite0-none",
         dataset="digits",
@@ -37,8 +37,8 @@ def row(epoch: int = 1, best: bool = True) -> EpochRow:
     return EpochRow(epoch, 100, 0.5, 0.9, 0.4, 0.91, 0.9, 3e-4, 12_345.6, 12.3, best)
 
 
-def outcome() -> Outcome:
-    return Outcome(
+def outcome() -> RunResult:
+    return RunResult(
         run=Path("outputs/2026-11-24/05-23-11"),
         accuracy=0.98333,
         ci95=(0.9641, 0.9924),
@@ -53,18 +53,18 @@ def outcome() -> Outcome:
     )
 
 
-def show(watch: TerminalWatch, classes: int = 10) -> None:
+def show(reporter: TerminalReporter, classes: int = 10) -> None:
     """A whole run."""
-    with watch.track("decoding", 3) as advance:
+    with reporter.track("decoding", 3) as advance:
         advance(3)
-    watch.plan(plan(classes))
-    with watch.track("training", 10) as advance, watch.track("inner", 5) as inner:
+    reporter.plan(plan(classes))
+    with reporter.track("training", 10) as advance, reporter.track("inner", 5) as inner:
         advance(10)
         inner(5)
-    watch.epoch(EpochRow(0, 100, None, None, 0.4, 0.91, 0.9, None, None, 1.5, False))
-    watch.epoch(row())
-    watch.note("early stop: no better epoch since epoch 1")
-    watch.outcome(outcome())
+    reporter.epoch(EpochRow(0, 100, None, None, 0.4, 0.91, 0.9, None, None, 1.5, False))
+    reporter.epoch(row())
+    reporter.note("early stop: no better epoch since epoch 1")
+    reporter.outcome(outcome())
 
 
 class Terminal(io.StringIO):
@@ -92,7 +92,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
 
 def test_plain_lines_where_stdout_is_no_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    show(TerminalWatch("backbone=efficientnet_lite0"))
+    show(TerminalReporter("backbone=efficientnet_lite0"))
     out = capsys.readouterr().out
     assert ESCAPE not in out and "\r" not in out
     assert not re.search("[\u2500-\u259f]", out)  # lines of boxes, and bars
@@ -103,7 +103,7 @@ def test_plain_lines_where_stdout_is_no_terminal(capsys, monkeypatch) -> None:
 
 
 def test_markup_in_names_is_text(capsys) -> None:
-    show(TerminalWatch())
+    show(TerminalReporter())
     out = capsys.readouterr().out
     assert "[red]class 3" in out and "[red]8 taken for 1 (3)" in out
 
@@ -112,7 +112,7 @@ def test_markup_in_names_is_text(capsys) -> None:
 @pytest.mark.parametrize("width", [40, 80])
 def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
     stdout = terminal()
-    show(TerminalWatch("backbone=efficientnet_lite0", width=width), classes)
+    show(TerminalReporter("backbone=efficientnet_lite0", width=width), classes)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stdout.getvalue())
     shown = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
     assert [line for line in shown if len(line) > width and "outputs/" not in line] == []
@@ -122,7 +122,7 @@ def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
 
 def test_colours_and_bars_on_a_terminal(terminal) -> None:
     stdout = terminal()
-    show(TerminalWatch(width=80))
+    show(TerminalReporter(width=80))
     assert ESCAPE in stdout.getvalue()
     assert "decoding" in stdout.getvalue()
 
@@ -130,7 +130,7 @@ def test_colours_and_bars_on_a_terminal(terminal) -> None:
 def test_no_color(terminal, monkeypatch) -> None:
     stdout = terminal()
     monkeypatch.setenv("NO_COLOR", "1")
-    TerminalWatch(width=80).epoch(row())
+    TerminalReporter(width=80).epoch(row())
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", stdout.getvalue())
 
 
@@ -147,25 +147,25 @@ def test_a_row_has_its_columns_under_their_titles() -> None:
 
 
 def test_header_once_for_each_run(capsys) -> None:
-    watch = TerminalWatch()
+    reporter = TerminalReporter()
     for epoch in (1, 2, 3):
-        watch.epoch(row(epoch))
-    watch.heading("[1] seed=2")
-    watch.epoch(row())
+        reporter.epoch(row(epoch))
+    reporter.heading("[1] seed=2")
+    reporter.epoch(row())
     out = capsys.readouterr().out
     assert out.count("val loss") == 2
     assert out.index("[1] seed=2") < out.rindex("val loss")
 
 
 def test_many_classes_are_a_range(capsys) -> None:
-    TerminalWatch().plan(plan(classes=100))
+    TerminalReporter().plan(plan(classes=100))
     out = capsys.readouterr().out
     assert "train 1,200 to 1,299" in out
     assert "class 57" not in out
 
 
 def test_freeze_table_has_a_total_and_rates(capsys) -> None:
-    TerminalWatch().plan(plan())
+    TerminalReporter().plan(plan())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["stem", "23,508,032", "0", "-"] in lines
     assert ["head", "12,810", "12,810", "0.0003"] in lines
@@ -174,11 +174,11 @@ def test_freeze_table_has_a_total_and_rates(capsys) -> None:
 
 def test_long_spans_are_a_line_where_there_are_no_bars(capsys, monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO, "tlcli")
-    with TerminalWatch().track("short", 1) as advance:
+    with TerminalReporter().track("short", 1) as advance:
         advance(1)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(view, "WORTH_A_LINE", 0.0)
-    with TerminalWatch().track("decoding", 1500) as advance:
+    with TerminalReporter().track("decoding", 1500) as advance:
         advance(1500)
     assert capsys.readouterr().out.startswith("decoding: 1,500 images in ")
     assert [record.message.split(":")[0] for record in caplog.records] == ["short", "decoding"]
@@ -187,7 +187,7 @@ def test_long_spans_are_a_line_where_there_are_no_bars(capsys, monkeypatch, capl
 def test_everything_shown_is_logged(caplog, terminal) -> None:
     terminal()
     caplog.set_level(logging.INFO, "tlcli")
-    show(TerminalWatch(width=80))
+    show(TerminalReporter(width=80))
     logged = "\n".join(record.message for record in caplog.records)
     assert ESCAPE not in logged
     for text in ("[red]class 3", "23,508,032", "best", "early stop", "95 % interval", "training: 10 images"):
@@ -195,15 +195,15 @@ def test_everything_shown_is_logged(caplog, terminal) -> None:
 
 
 def test_closed_pipe_does_not_stop_the_run(capfd, monkeypatch) -> None:
-    watch = TerminalWatch()
+    reporter = TerminalReporter()
 
     def closed(text: str) -> None:
         raise BrokenPipeError
 
     monkeypatch.setattr(view.os, "dup2", lambda *fds: None)
     monkeypatch.setattr(sys.stdout, "write", closed)
-    watch.note("one")
-    watch.note("two")
+    reporter.note("one")
+    reporter.note("two")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 
 from tests.data.samples import save_image
 from tlcli.data.augment import Augmentation, make_augmentation
-from tlcli.data.batches import Batch, Batches, epoch_order, sample_seed
+from tlcli.data.batches import Batch, ImageBatches, epoch_order, sample_seed
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Files, Split
-from tlcli.errors import BadImages
+from tlcli.errors import BadImagesError
 from tlcli.specs import Crop, Fit, Trivial
 
 PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -53,7 +53,7 @@ def test_sample_seeds_differ() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_order(split: Split, workers: int) -> None:
-    batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers)
     found = list(batches.in_order())
     assert [len(y) for _, y in found] == [4, 4, 3]
     assert len(batches) == 3
@@ -67,7 +67,7 @@ def test_in_order(split: Split, workers: int) -> None:
 
 def test_workers_change_nothing(split: Split, augmentation: Augmentation) -> None:
     def epochs(workers: int) -> list[Batch]:
-        batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
+        batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
         torch.manual_seed(workers)
         state = torch.get_rng_state()
         found = [batch for number in (1, 2) for batch in batches.epoch(number)]
@@ -78,7 +78,7 @@ def test_workers_change_nothing(split: Split, augmentation: Augmentation) -> Non
 
 
 def test_an_epoch_is_shuffled_and_its_own(split: Split, augmentation: Augmentation) -> None:
-    batches = Batches(split, PREPROCESSING, batch_size=11, workers=0, augmentation=augmentation, seed=7)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=11, workers=0, augmentation=augmentation, seed=7)
     (one,), (two,), (again,) = (list(batches.epoch(number)) for number in (1, 2, 1))
     assert sorted(one[1].tolist()) == list(range(11))
     assert one[1].tolist() == epoch_order(11, 7, 1).tolist()
@@ -91,20 +91,20 @@ def test_an_epoch_is_shuffled_and_its_own(split: Split, augmentation: Augmentati
 def test_augmentation_does_not_depend_on_batch_size(split: Split, augmentation: Augmentation) -> None:
     xs = []
     for size in (1, 4):
-        batches = Batches(split, PREPROCESSING, batch_size=size, workers=0, augmentation=augmentation, seed=7)
+        batches = ImageBatches(split, PREPROCESSING, batch_size=size, workers=0, augmentation=augmentation, seed=7)
         xs.append(torch.cat([x for x, _ in batches.epoch(3)]))
     assert torch.equal(*xs)
 
 
 def test_in_order_is_never_augmented(split: Split, augmentation: Augmentation) -> None:
-    plain = Batches(split, PREPROCESSING, batch_size=4, workers=0)
-    augmented = Batches(split, PREPROCESSING, batch_size=4, workers=0, augmentation=augmentation, seed=7)
+    plain = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0)
+    augmented = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0, augmentation=augmentation, seed=7)
     assert same(list(plain.in_order()), list(augmented.in_order()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentation, workers: int) -> None:
-    batches = Batches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
     ordered = {view: torch.cat([x for x, _ in batches.in_order(view)]) for view in (0, 1, 2)}
     assert not torch.equal(ordered[1], ordered[2])
     for number, view in ((1, None), (5, 1), (1, 2), (3, 0)):
@@ -114,7 +114,7 @@ def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentatio
 
 
 def test_views_without_augmentation_are_plain(split: Split) -> None:
-    batches = Batches(split, PREPROCESSING, batch_size=4, workers=0)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0)
     assert same(list(batches.in_order(3)), list(batches.in_order()))
 
 
@@ -148,24 +148,24 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
 
     crop = make_augmentation(Crop(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
     split = Split(Photos(), np.arange(8), np.arange(8))
-    batches = Batches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
     assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
     paths = tuple(save_image(tmp_path / f"{i}.png", seed=i) for i in range(4))
-    batches = Batches(
+    batches = ImageBatches(
         Split(Files(paths, tmp_path), np.arange(4), np.arange(4)), PREPROCESSING, batch_size=2, workers=workers
     )
     assert len(list(batches.in_order())) == 2
     paths[3].unlink()
-    with pytest.raises(BadImages, match=r"3\.png: no such file or directory$") as caught:
+    with pytest.raises(BadImagesError, match=r"3\.png: no such file or directory$") as caught:
         list(batches.in_order())
     assert "\n" not in str(caught.value)
 
 
 def test_an_epoch_may_be_left_early(split: Split) -> None:
-    batches = Batches(split, PREPROCESSING, batch_size=2, workers=2)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=2, workers=2)
     next(batches.epoch(0))
     assert len(list(batches.epoch(0))) == 6

@@ -12,17 +12,17 @@ from tests.data.samples import digits_spec, folder_spec, manifest_spec
 from tlcli.data import reading
 from tlcli.data.dataset import Dataset, Split, load_dataset
 from tlcli.data.decode import read_image
-from tlcli.data.splits import held_out, per_class
-from tlcli.errors import BadImages, UsageError
+from tlcli.data.splits import per_class, stratified_split
+from tlcli.errors import BadImagesError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
-from tlcli.watch import Watch
 
 MakeFolder = Callable[..., Path]
 PARTS = ("train", "val", "test")
 
 
-def load(spec: DatasetSpec, seed: int = 0, watch: Watch | None = None) -> Dataset:
-    return load_dataset(spec, seed=seed, watch=watch or Watch())
+def load(spec: DatasetSpec, seed: int = 0, reporter: Reporter | None = None) -> Dataset:
+    return load_dataset(spec, seed=seed, reporter=reporter or Reporter())
 
 
 def names(split: Split) -> list[str]:
@@ -37,7 +37,7 @@ def counts(data: Dataset) -> list[tuple[int, ...]]:
     return [getattr(data, part).class_counts(len(data.classes)) for part in PARTS]
 
 
-class Recorder(Watch):
+class Recorder(Reporter):
     """Remembers what was tracked."""
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class Recorder(Watch):
 
 def test_held_out_is_stratified_disjoint_and_complete() -> None:
     labels = np.array([0] * 40 + [1] * 10 + [2] * 3 + [3] * 2 + [4])
-    stay, held = held_out(labels, "abcde", 0.2, seed=1, purpose="val")
+    stay, held = stratified_split(labels, "abcde", 0.2, seed=1, purpose="val")
     assert sorted([*stay, *held]) == list(range(len(labels)))
     assert np.bincount(labels[held], minlength=5).tolist() == [8, 2, 1, 1, 0]
     assert stay.tolist() == sorted(stay)
 
 
 def test_at_least_one_image_stays() -> None:
-    stay, held = held_out(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")
+    stay, held = stratified_split(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")
     assert (len(stay), len(held)) == (2, 1)
 
 
@@ -203,7 +203,7 @@ def damage(root: Path, *places: str) -> None:
 def test_bad_files_are_an_error(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 10, "b": 10})
     damage(root, *(f"a/{i:03}.png" for i in range(7)))
-    with pytest.raises(BadImages) as caught:
+    with pytest.raises(BadImagesError) as caught:
         load(folder_spec(root))
     message = str(caught.value)
     assert message.startswith("7 files do not decode: ")
@@ -241,7 +241,7 @@ def test_a_file_that_went_bad_later_is_named(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 10, "b": 10})
     data = load(folder_spec(root, ram_gb=0.0))
     Path(data.train.name(0)).unlink()
-    with pytest.raises(BadImages, match=r"photos/a/\d+.png: no such file"):
+    with pytest.raises(BadImagesError, match=r"photos/a/\d+.png: no such file"):
         data.train.read(0)
 
 
@@ -260,9 +260,9 @@ def test_memory_has_a_budget(
 
 
 def test_every_image_is_counted_once(make_folder: MakeFolder) -> None:
-    watch = Recorder()
-    load(folder_spec(make_folder({"a": 10, "b": 11})), watch=watch)
-    assert watch.tracked == {"decoding": [21, 21]}
+    reporter = Recorder()
+    load(folder_spec(make_folder({"a": 10, "b": 11})), reporter=reporter)
+    assert reporter.tracked == {"decoding": [21, 21]}
 
 
 def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

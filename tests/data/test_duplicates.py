@@ -11,8 +11,8 @@ from tests.data.samples import digits_spec, folder_spec
 from tests.data.test_sound import Sound, load
 from tlcli.data.duplicates import conflicting, leaked, same_content
 from tlcli.data.source import Arrays, whole
-from tlcli.data.together import Together
-from tlcli.watch import Watch
+from tlcli.data.together import ConcatSplits
+from tlcli.reporter import Reporter
 
 MakeFolder = Callable[..., Path]
 
@@ -86,18 +86,18 @@ def test_arrays_are_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == len(data.train) + len(data.val) + len(data.test)
 
 
-def together(train: list[int], test: list[int], labels: dict[int, int] | None = None) -> Together:
+def together(train: list[int], test: list[int], labels: dict[int, int] | None = None) -> ConcatSplits:
     """Images of one value each; equal values are equal images."""
     splits = {}
     for name, values in (("train", train), ("test", test)):
         pixels = np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in values])
         splits[name] = whole(Arrays(pixels, name), [(labels or {}).get(value, 0) for value in values])
-    return Together(splits)
+    return ConcatSplits(splits)
 
 
 def test_groups() -> None:
     images = together([1, 2, 1, 3], [2, 4, 1])
-    groups = same_content(images, Watch())
+    groups = same_content(images, Reporter())
     assert groups == [[0, 2, 6], [1, 4]]
     assert leaked(images, groups, "test", ("train",)) == [[6, 0, 2], [4, 1]]
     assert leaked(images, groups, "train", ("test",)) == [[0, 6], [2, 6], [1, 4]]
@@ -106,8 +106,8 @@ def test_groups() -> None:
 
 def test_the_same_pixels_in_another_shape_are_another_image() -> None:
     wide, tall = np.zeros((1, 2, 4, 3), dtype=np.uint8), np.zeros((1, 4, 2, 3), dtype=np.uint8)
-    images = Together({"train": whole(Arrays(wide, "a"), [0]), "test": whole(Arrays(tall, "b"), [0])})
-    assert same_content(images, Watch()) == []
+    images = ConcatSplits({"train": whole(Arrays(wide, "a"), [0]), "test": whole(Arrays(tall, "b"), [0])})
+    assert same_content(images, Reporter()) == []
 
 
 def test_together_knows_where_each_image_comes_from() -> None:

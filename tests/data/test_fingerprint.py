@@ -15,9 +15,9 @@ from tlcli.data.decode import decoder
 from tlcli.data.listing import list_imagefolder, list_manifest
 from tlcli.data.source import Arrays, Files, from_listing, whole
 from tlcli.data.torchvision_sets import Items
-from tlcli.errors import BadImages
+from tlcli.errors import BadImagesError
+from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec
-from tlcli.watch import Watch
 
 MakeFolder = Callable[..., Path]
 
@@ -122,7 +122,7 @@ def sources(tmp_path: Path) -> dict[str, tuple[DatasetSpec, str]]:
 @pytest.mark.parametrize("name", ["digits", "torchvision files"])
 def test_keys_of_other_sources(name: str, tmp_path: Path) -> None:
     spec, start = sources(tmp_path)[name]
-    one, two = (load_dataset(spec, seed=0, watch=Watch()) for _ in range(2))
+    one, two = (load_dataset(spec, seed=0, reporter=Reporter()) for _ in range(2))
     assert one.train.images.key(int(one.train.indices[0])).startswith(start)
     assert one.train.fingerprint() == two.train.fingerprint() != one.val.fingerprint()
 
@@ -140,7 +140,7 @@ def test_a_digest_is_of_pixels_and_shape() -> None:
 
 
 def test_a_file_is_read_once(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load_dataset(folder_spec(make_folder({"a": 8, "b": 8})), seed=0, watch=Watch())
+    data = load_dataset(folder_spec(make_folder({"a": 8, "b": 8})), seed=0, reporter=Reporter())
     before = data.train.fingerprint()
     monkeypatch.setattr("tlcli.data.source.read_bytes", lambda path: pytest.fail("read again"))
     assert data.train.fingerprint() == before
@@ -151,14 +151,14 @@ def test_a_file_that_is_gone_is_named(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 8, "b": 8})
     split = everything(root)
     (root / "a" / "003.png").unlink()
-    with pytest.raises(BadImages, match=r"photos/a/003\.png: no such file or directory$"):
+    with pytest.raises(BadImagesError, match=r"photos/a/003\.png: no such file or directory$"):
         split.fingerprint()
 
 
 def test_pipes_are_not_opened(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 1, "b": 1})
     os.mkfifo(root / "a" / "pipe.png")
-    with pytest.raises(BadImages, match=r"pipe\.png: not a regular file"):
+    with pytest.raises(BadImagesError, match=r"pipe\.png: not a regular file"):
         everything(root).fingerprint()
 
 
@@ -167,15 +167,15 @@ def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for patience, shown in ((60.0, {}), (-1.0, {"reading files": [40, 40]})):
         monkeypatch.setattr(threads, "PATIENCE", patience)
-        watch = Recorder()
-        whole(Arrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(watch=watch)
-        assert watch.tracked == shown
+        reporter = Recorder()
+        whole(Arrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(reporter=reporter)
+        assert reporter.tracked == shown
 
 
 def test_threads_keep_the_order_and_raise() -> None:
-    assert list(threads.in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
+    assert list(threads.map_in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
     with pytest.raises(ZeroDivisionError):
-        list(threads.in_threads(lambda i: 1 // (i - 50), range(100), 3))
+        list(threads.map_in_threads(lambda i: 1 // (i - 50), range(100), 3))
 
 
 def test_the_decoder_has_a_name() -> None:

@@ -81,9 +81,9 @@ def test_links(make_folder: MakeFolder, tmp_path: Path) -> None:
     save_image(tmp_path / "elsewhere" / "x.png")
     (root / "b").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "loop").symlink_to(root)
-    (root / "a" / "linked.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    (root / "a" / "replace_with_hardlink.png").symlink_to(tmp_path / "elsewhere" / "x.png")
     listing = list_imagefolder(folder_spec(root))
-    assert [path for path, _ in files(listing, root, "all")] == ["a/000.png", "a/linked.png", "b/x.png"]
+    assert [path for path, _ in files(listing, root, "all")] == ["a/000.png", "a/replace_with_hardlink.png", "b/x.png"]
 
 
 def test_home(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.data.named import Nothing, named_images
+from tlcli.data.named import MissingPath, expand_image_paths
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def names(*arguments: str, patterns: bool = True) -> list[str | Nothing]:
-    return list(named_images(arguments, patterns=patterns))
+def names(*arguments: str, patterns: bool = True) -> list[str | MissingPath]:
+    return list(expand_image_paths(arguments, patterns=patterns))
 
 
 def test_a_folder_is_its_images_sorted_and_then_those_below(folder: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_pattern_is_what_it_matches(folder: Path) -> None:
     assert names("photos/*.jpg") == ["photos/b.jpg"]
     assert names("photos/**/*.jpg") == ["photos/b.jpg", "photos/sub/c.jpg"]
     assert names("phot*") == names("photos")
-    assert names("*.bmp") == [Nothing("*.bmp", "no file matches")]
+    assert names("*.bmp") == [MissingPath("*.bmp", "no file matches")]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(folder: Path) -> No
 
 
 def test_a_folder_without_images_says_so(folder: Path) -> None:
-    assert names("empty") == [Nothing("empty", "no images in this folder")]
+    assert names("empty") == [MissingPath("empty", "no images in this folder")]
 
 
 def test_links_to_folders_make_no_loop(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_links_to_folders_make_no_loop(folder: Path) -> None:
 
 
 def test_names_are_read_as_they_are_asked_for(folder: Path) -> None:
-    found = named_images(iter(["photos/b.jpg", "photos"]))
+    found = expand_image_paths(iter(["photos/b.jpg", "photos"]))
     assert next(found) == "photos/b.jpg"
     (folder / "photos/b.jpg").unlink()
     assert "photos/b.jpg" not in list(found)

@@ -9,13 +9,13 @@ import pytest
 
 from tests.data.samples import digits_spec, folder_spec
 from tests.data.test_dataset import Recorder, all_names, damage
-from tlcli.data.batches import Batches
-from tlcli.data.dataset import Dataset, keep_in_memory, load_dataset
+from tlcli.data.batches import ImageBatches
+from tlcli.data.dataset import Dataset, load_dataset, preload_images
 from tlcli.data.decode import read_image
 from tlcli.data.preprocess import Preprocessing
-from tlcli.errors import BadImages
+from tlcli.errors import BadImagesError
+from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Fit, OnBad
-from tlcli.watch import Watch
 
 MakeFolder = Callable[..., Path]
 IMAGE = 12 * 10 * 3
@@ -44,7 +44,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def load(spec: DatasetSpec, sound: Sound | None, seed: int = 0) -> Dataset:
-    return load_dataset(spec, seed=seed, watch=Watch(), sound=sound)
+    return load_dataset(spec, seed=seed, reporter=Reporter(), sound=sound)
 
 
 def read_all(data: Dataset) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ def test_a_change_is_seen(make_folder: MakeFolder, decoded: list[Path], monkeypa
     root, sound = make_folder({"a": 10, "b": 10}), Sound()
     load(folder_spec(root), sound)
     damage(root, "a/003.png")
-    with pytest.raises(BadImages, match="1 file does not decode"):
+    with pytest.raises(BadImagesError, match="1 file does not decode"):
         load(folder_spec(root), sound)
     monkeypatch.setattr("tlcli.data.reading.decoder", lambda: "another Pillow")
     load(folder_spec(root, on_bad=OnBad.skip), sound)
@@ -93,7 +93,7 @@ def test_known_bad_images_are_treated_as_new_ones(make_folder: MakeFolder, decod
     assert all_names(again) == all_names(first)
     messages = []
     for memory in (sound, None):
-        with pytest.raises(BadImages) as caught:
+        with pytest.raises(BadImagesError) as caught:
             load(folder_spec(root), memory)
         messages.append((str(caught.value), caught.value.files))
     assert messages[0] == messages[1]
@@ -134,16 +134,16 @@ def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: floa
     spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9), Sound()
     load(spec, sound)
     data = load(spec, sound)
-    watch = Recorder()
-    keep_in_memory([data.train, data.val, data.test], watch)
-    assert sum(n for n, _ in watch.tracked.values()) <= kept
+    reporter = Recorder()
+    preload_images([data.train, data.val, data.test], reporter)
+    assert sum(n for n, _ in reporter.tracked.values()) <= kept
     decoded.clear()
     read_all(data)
     assert len(decoded) == 20 - kept
     if kept:
         assert data.train.name(0) not in [str(path) for path in decoded], "the first split comes first"
     decoded.clear()
-    keep_in_memory([data.train, data.val, data.test], watch)
+    preload_images([data.train, data.val, data.test], reporter)
     assert kept < 20 or not decoded
 
 
@@ -152,8 +152,8 @@ def test_decoding_ahead_names_a_file_that_went_bad(make_folder: MakeFolder) -> N
     load(spec, sound)
     data = load(spec, sound)
     Path(data.train.name(0)).unlink()
-    with pytest.raises(BadImages, match=r"photos/a/\d+.png: no such file"):
-        keep_in_memory([data.train], Watch())
+    with pytest.raises(BadImagesError, match=r"photos/a/\d+.png: no such file"):
+        preload_images([data.train], Reporter())
 
 
 def test_several_threads_may_read(make_folder: MakeFolder) -> None:
@@ -181,5 +181,5 @@ def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcli.data.reading.Memory.take", logged)
-        list(Batches(split, preprocessing, batch_size=4, workers=2).in_order())
+        list(ImageBatches(split, preprocessing, batch_size=4, workers=2).in_order())
     assert log.read_text().split() == ["False"] * len(split)

@@ -18,8 +18,8 @@ from tests.data.samples import CONF, save_image, torchvision_spec
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.torchvision_sets import dataset_class, load_torchvision
 from tlcli.errors import TlcliError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.specs import TorchvisionDataset
-from tlcli.watch import Watch
 
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "dataset").glob("*.yaml"))}
 OURS = {name: conf for name, conf in YAMLS.items() if "class_name" in conf}
@@ -32,7 +32,7 @@ def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDataset:
 
 
 def load(spec: TorchvisionDataset) -> Dataset:
-    return load_dataset(spec, seed=0, watch=Watch())
+    return load_dataset(spec, seed=0, reporter=Reporter())
 
 
 def counts(data: Dataset) -> list[int]:
@@ -224,6 +224,6 @@ def test_names_of_labels_and_classes(
 ) -> None:
     monkeypatch.setattr("tlcli.data.torchvision_sets.dataset_class", lambda name: Named)
     monkeypatch.setattr(Named, "__init__", lambda self, root: self.__dict__.update({"root": root, **attributes}))
-    source = load_torchvision(torchvision_spec("Named", tmp_path), Watch())
+    source = load_torchvision(torchvision_spec("Named", tmp_path), Reporter())
     assert source.classes == classes
     assert source.splits["all"].labels.tolist() == [0, 1, 0, 1]

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from tests.conftest import Compose, make_folder
 from tlcli.data.augment import make_augmentation
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
 from tlcli.engine import activations
-from tlcli.engine.activations import CachedActivations, Tables, View, activations_key, pooled, rows_in
+from tlcli.engine.activations import ActivationLoader, Tables, View, activations_key, merge_splits, row_indices
 from tlcli.engine.inputs import image_size
-from tlcli.engine.live import LiveImages
+from tlcli.engine.live import ImageLoader
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
+from tlcli.reporter import Reporter
 from tlcli.specs import Fit
 from tlcli.store import Column, Entry, Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
-from tlcli.watch import Watch
 
 CPU = torch.device("cpu")
 AUGMENTED = ("augment=basic", "cache.views=2")
@@ -53,13 +53,13 @@ class Planner:
             *("device.precision=fp32", "device.channels_last=true", "freeze.head_init=random", *overrides),
         )
         session = self.session if change is None else self.new_session()
-        data = session.dataset(spec.dataset, spec.seed, Watch())
+        data = session.dataset(spec.dataset, spec.seed, Reporter())
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         if change is not None:
             with torch.no_grad():
                 change(model.network)
         contract = apply_freeze(spec.freeze, model)
-        plan = plan_inputs(data, model, contract, spec, CPU, session, wants_probe=False)
+        plan = plan_inputs(data, model, contract, spec, CPU, session, needs_probe=False)
         return {role: tuple(source.key for source in feed.sources) for role, feed in plan.cached.items()}
 
 
@@ -267,11 +267,13 @@ def device(memory_format: torch.memory_format = torch.channels_last) -> Device:
 EIGHT = Preprocessing(size=8, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.5))
 
 
-def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) -> tuple[LiveImages, CachedActivations]:
+def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) -> tuple[ImageLoader, ActivationLoader]:
     """The same images live and as rows of a table: the identity stands for the network."""
     augment = spec("augment=basic" if views else "augment=none").augment
     batches = {
-        name: Batches(images, EIGHT, batch_size=5, workers=0, augmentation=make_augmentation(augment, EIGHT), seed=3)
+        name: ImageBatches(
+            images, EIGHT, batch_size=5, workers=0, augmentation=make_augmentation(augment, EIGHT), seed=3
+        )
         for name, images in (("split", split), ("pool", pool))
     }
     tables = [
@@ -279,10 +281,10 @@ def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) 
         for view in (range(views) if views else [None])
     ]
     nothing = nn.Identity()
-    live = LiveImages(batches["split"], EIGHT, device(), network=nothing, dtype=torch.float32, views=views)
-    rows = rows_in(pool, split)
+    live = ImageLoader(batches["split"], EIGHT, device(), network=nothing, dtype=torch.float32, views=views)
+    rows = row_indices(pool, split)
     labels = torch.from_numpy(split.labels)
-    cached = CachedActivations(
+    cached = ActivationLoader(
         tables, rows, labels, network=nothing, head=None, dtype=torch.float32, device=device(), batch_size=5, seed=3
     )
     return live, cached
@@ -330,7 +332,7 @@ def test_rows_of_a_pool_are_matched_to_its_splits(spec: Compose) -> None:
     everything = coded(20)
     order = np.random.default_rng(0).permutation(20)
     train, val = everything.take(np.sort(order[:14])), everything.take(np.sort(order[14:]))
-    pool = pooled([train, val])
+    pool = merge_splits([train, val])
     assert np.array_equal(pool.indices, everything.indices)
     assert np.array_equal(pool.labels, everything.labels)
     for split in (train, val):
@@ -345,14 +347,14 @@ def test_rows_of_a_pool_are_matched_to_its_splits(spec: Compose) -> None:
 def test_splits_in_another_order_than_their_pool(spec: Compose) -> None:
     everything = coded(9)
     train, val = everything.take(np.array([7, 1, 4])), everything.take(np.array([8, 0]))
-    pool = pooled([val, train])
+    pool = merge_splits([val, train])
     live, cached = both(spec, train, pool)
     assert torch.equal(joined(live.epoch(1))[0], joined(cached.epoch(1))[0])
 
 
-def table_feed(table: tuple[Tensor, ...], *, dtype: torch.dtype, layout: Device | None = None) -> CachedActivations:
+def table_feed(table: tuple[Tensor, ...], *, dtype: torch.dtype, layout: Device | None = None) -> ActivationLoader:
     n = len(table[0])
-    return CachedActivations(
+    return ActivationLoader(
         *([table], torch.arange(n), torch.arange(n)),
         network=nn.Identity(),
         head=None,

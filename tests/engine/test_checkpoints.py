@@ -17,9 +17,9 @@ from tlcli.cli import main
 from tlcli.engine.checkpoints import load_state, load_weights_into, save_weights, snapshot
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.metrics import scores
+from tlcli.reporter import Reporter
 from tlcli.runs import keeping, recorder
 from tlcli.runs.run_dir import read_json
-from tlcli.watch import Watch
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(
 
     setting = Setting(spec(*WORDS, f"dataset.root='{shapes}'"))
     load_weights_into(seldom / "checkpoints/best.safetensors", setting.model.network)
-    found = scores(evaluate(setting.model.network, setting.inputs.val, setting.device, Watch(), "validation"))
+    found = scores(evaluate(setting.model.network, setting.inputs.val, setting.device, Reporter(), "validation"))
     assert found.loss == pytest.approx(record["best"]["loss"], rel=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_last_is_best_where_the_last_epoch_was(
 ) -> None:
     """One file of two names; two files with the same weights where the file system has no such names."""
     if not links:
-        monkeypatch.setattr(keeping, "linked", lambda path, name: False)
+        monkeypatch.setattr(keeping, "replace_with_hardlink", lambda path, name: False)
     run = quick(1e-9)
     best, last = (run / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
     assert epoch_of(best) == epoch_of(last) == 9

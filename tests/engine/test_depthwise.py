@@ -5,7 +5,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from tlcli.engine.depthwise import _Depthwise, quick_depthwise
+from tlcli.engine.depthwise import _Depthwise, fp32_depthwise_backward
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def gradients(network: nn.Module, x: Tensor, *, dtype: torch.dtype, quick: bool)
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         if quick:
-            with quick_depthwise(CPU, dtype):
+            with fp32_depthwise_backward(CPU, dtype):
                 out = network(x)
         else:
             out = network(x)
@@ -62,7 +62,7 @@ def test_only_depthwise_convolutions_in_bfloat16_that_need_gradients(monkeypatch
     network = nn.Sequential(*parts)
     x = torch.randn(2, 4, 12, 12)
     gradients(network, x, dtype=torch.float32, quick=True)
-    with torch.no_grad(), quick_depthwise(CPU, torch.bfloat16):
+    with torch.no_grad(), fp32_depthwise_backward(CPU, torch.bfloat16):
         network(x)
     assert seen == []
     gradients(network, x, dtype=torch.bfloat16, quick=True)
@@ -73,7 +73,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     network = nn.Conv2d(4, 4, 5, groups=4)
     network.weight.requires_grad_(False)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), quick_depthwise(CPU, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), fp32_depthwise_backward(CPU, torch.bfloat16):
         network(x).sum().backward()
     assert network.weight.grad is None
     assert x.grad is not None and network.bias is not None and network.bias.grad is not None

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from tests.conftest import Compose
 from tlcli.data.preprocess import Preprocessing
 from tlcli.engine.extraction import NOTES, Extractor, _folded, _FromPixels
-from tlcli.engine.numerics import Numerics
+from tlcli.engine.numerics import ComputeFormat
 from tlcli.models.build import build_model
+from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype, Fit
 from tlcli.store import Column, Store
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut, split_frozen
-from tlcli.watch import Watch
 
 CPU = torch.device("cpu")
 KEY = "abcd"
@@ -26,7 +26,7 @@ SMALL = Preprocessing(size=32, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5
 PIXELS = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-class Notes(Watch):
+class Notes(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ class Make:
         speed: float = 100.0,
         expect: int = 0,
     ) -> Extractor:
-        numerics = Numerics(dtype, torch.channels_last, images_per_second=speed)
+        numerics = ComputeFormat(dtype, torch.channels_last, images_per_second=speed)
         extractor = Extractor(cut.prefix, SMALL, CPU, numerics, stored, self.store, KEY)
         extractor.expect(expect)
         return extractor
@@ -201,7 +201,7 @@ def make(tmp_path: Path) -> Make:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make: Make, resnet18: Cut) -> None:
     extractor = make(resnet18, dtype=dtype)
-    extractor.prepare(Watch())
+    extractor.prepare(Reporter())
     assert extractor.batch_size == len(PIXELS)
     (full,) = extractor(PIXELS)
     for n in (1, 5):
@@ -225,7 +225,7 @@ def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
     extractor = make(cut, dtype=computed, stored=stored)
     (column,) = extractor.columns()
     assert column == Column(expected, (2, 2, 256))  # a map, its channels last
-    extractor.prepare(Watch())
+    extractor.prepare(Reporter())
     (rows,) = extractor(PIXELS[:3])
     assert rows.is_contiguous()
     assert (rows.dtype, rows.shape) == (getattr(torch, expected), (3, 2, 2, 256))
@@ -281,9 +281,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
 
 
 def prepared(extractor: Extractor) -> list[str]:
-    watch = Notes()
-    extractor.prepare(watch)
-    return watch.notes
+    reporter = Notes()
+    extractor.prepare(reporter)
+    return reporter.notes
 
 
 def test_little_work_is_not_compiled(make: Make, resnet18: Cut, compiler) -> None:
@@ -303,7 +303,7 @@ def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) 
     assert stand_in.calls == 1
     assert extractor.why.startswith("compiled in ")
     plain = make(resnet18)
-    plain.prepare(Watch())
+    plain.prepare(Reporter())
     for n in (32, 5):
         assert torch.allclose(extractor(PIXELS[:n])[0], plain(PIXELS[:n])[0], rtol=1e-3, atol=1e-4)
 
@@ -322,8 +322,8 @@ def test_what_does_not_compile_runs_as_it_is(
 ) -> None:
     compiler(how)
     extractor, plain = make(resnet18, dtype=dtype, expect=10**6), make(resnet18, dtype=dtype)
-    extractor.prepare(Watch())
-    plain.prepare(Watch())
+    extractor.prepare(Reporter())
+    plain.prepare(Reporter())
     assert extractor.why == why
     assert torch.equal(extractor(PIXELS)[0], plain(PIXELS)[0])
     assert make.store.remembered(NOTES) == {}
@@ -334,13 +334,13 @@ def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, comp
     stand_in = compiler(is_wrong)
     extractor = make(resnet18, expect=10**6)
     for _ in range(3):
-        extractor.prepare(Watch())
+        extractor.prepare(Reporter())
     assert stand_in.calls == 1
 
 
 def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut, compiler) -> None:
     stand_in = compiler(works)
-    make(resnet18, expect=10**6).prepare(Watch())
+    make(resnet18, expect=10**6).prepare(Reporter())
     assert make.store.remembered(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
     for seconds, speed, images, pays in (
         (500.0, 200.0, 6000, False),
@@ -349,7 +349,7 @@ def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut
     ):
         make.store.remember(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
         stand_in.calls = 0
-        make(resnet18, speed=100, expect=images).prepare(Watch())
+        make(resnet18, speed=100, expect=images).prepare(Reporter())
         assert bool(stand_in.calls) == pays
 
 
@@ -361,7 +361,7 @@ def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0
         pytest.skip("inductor needs a C++ compiler")
     exact, own, compiled = make(lite0), make(lite0, dtype=dtype), make(lite0, dtype=dtype, expect=10**7)
     for extractor in (exact, own, compiled):
-        extractor.prepare(Watch())
+        extractor.prepare(Reporter())
     assert compiled.why.startswith("compiled in ")
     for n in (32, 7):
         wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
@@ -373,8 +373,8 @@ def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, 
     """The next run of a sweep counts its own images alone."""
     stand_in = compiler(works)
     extractor = make(resnet18, speed=1, expect=32)
-    extractor.prepare(Watch())
+    extractor.prepare(Reporter())
     extractor(PIXELS)
     extractor.expect(32)  # two times 32 s would be worth the 12 s of compiling, 32 s are not
-    extractor.prepare(Watch())
+    extractor.prepare(Reporter())
     assert stand_in.calls == 0

@@ -8,7 +8,7 @@ from tests.engine.test_activations import CPU, EIGHT, coded, device
 from tlcli.data.dataset import Dataset
 from tlcli.engine import inputs
 from tlcli.engine.inputs import LiveFeeds, changes_on
-from tlcli.watch import Watch
+from tlcli.reporter import Reporter
 
 
 @pytest.mark.parametrize("augment", ["basic", "trivial", "randaugment", "none"])
@@ -22,10 +22,10 @@ def test_changes_on_the_device_are_those_of_the_cpu(
     split = coded(11)
     data = Dataset("coded", ("a", "b", "c"), split, split, split, (), ())
     feeds = LiveFeeds(data, torch.nn.Identity(), wanted, EIGHT, device())
-    before = [(x, y) for epoch in (1, 2, 3) for (x,), y in feeds.feed("train", Watch()).epoch(epoch, start)]
+    before = [(x, y) for epoch in (1, 2, 3) for (x,), y in feeds.feed("train", Reporter()).epoch(epoch, start)]
 
     monkeypatch.setattr(inputs, "changes_on", lambda accelerator: True)
-    feed = feeds.feed("train", Watch())
+    feed = feeds.feed("train", Reporter())
     assert (feed._changes is None) == (augment == "none")
     after = [(x, y) for epoch in (1, 2, 3) for (x,), y in feed.epoch(epoch, start)]
     assert len(before) == len(after) == 3 * (3 - start)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report, wilson
-from tlcli.engine.selection import Selection
+from tlcli.engine.selection import BestEpochTracker
 from tlcli.specs import KeepBest
 
 test_report.__test__ = False  # type: ignore[attr-defined]  # a report on the test set, not a test
@@ -52,7 +52,7 @@ def test_scores_leave_out_classes_without_images() -> None:
 
 @pytest.mark.parametrize(("by", "kept"), [("accuracy", 2), ("loss", 1), ("macro_f1", 3)])
 def test_selection_by_each_figure(by: str, kept: int) -> None:
-    selection = Selection(KeepBest(by), None)
+    selection = BestEpochTracker(KeepBest(by), None)
     for epoch, (accuracy, f1, loss) in enumerate([(0.5, 0.5, 0.9), (0.6, 0.6, 0.4), (0.8, 0.6, 0.5), (0.7, 0.7, 0.8)]):
         selection.improves(epoch, Scores(accuracy, f1, loss))
     assert selection.epoch == kept
@@ -60,14 +60,14 @@ def test_selection_by_each_figure(by: str, kept: int) -> None:
 
 
 def test_equal_accuracy_is_decided_by_the_loss() -> None:
-    selection = Selection(KeepBest.accuracy, None)
+    selection = BestEpochTracker(KeepBest.accuracy, None)
     assert selection.improves(1, Scores(0.9, 0.9, 0.5))
     assert not selection.improves(2, Scores(0.9, 0.9, 0.6))
     assert selection.improves(3, Scores(0.9, 0.9, 0.4))
 
 
 def test_early_stop_counts_epochs_without_a_better_one() -> None:
-    selection = Selection(KeepBest.accuracy, early_stop=2)
+    selection = BestEpochTracker(KeepBest.accuracy, early_stop=2)
     exhausted = []
     for epoch, accuracy in enumerate([0.5, 0.6, 0.6, 0.55]):
         selection.improves(epoch, Scores(accuracy, 0.0, 1.0))

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import Compose
 from tlcli.engine import numerics
-from tlcli.engine.numerics import Numerics, Quickest, candidates, forward_step, training_step
+from tlcli.engine.numerics import Autotuner, ComputeFormat, candidates, forward_step, training_step
 from tlcli.errors import UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -18,7 +18,7 @@ from tlcli.store import Store
 from tlcli.transfer.contract import apply_freeze
 
 CPU = torch.device("cpu")
-FAST, SLOW = (Numerics(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float32))
+FAST, SLOW = (ComputeFormat(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float32))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ class Steps:
         self.clock = 0.0
         monkeypatch.setattr(numerics.time, "perf_counter", lambda: self.clock)
 
-    def __call__(self, option: Numerics) -> Callable[[], None]:
+    def __call__(self, option: ComputeFormat) -> Callable[[], None]:
         def step() -> None:
             self.run += 1
             self.clock += self.seconds[option.words]
@@ -74,8 +74,8 @@ class Steps:
         return step
 
 
-def chosen(store: Store, steps: Steps, *options: Numerics, **subject: object) -> Numerics:
-    return Quickest(store, CPU, **{"backbone": "one", **subject}).of(options, 8, "training", steps)
+def chosen(store: Store, steps: Steps, *options: ComputeFormat, **subject: object) -> ComputeFormat:
+    return Autotuner(store, CPU, **{"backbone": "one", **subject}).of(options, 8, "training", steps)
 
 
 def test_the_quickest_is_chosen_with_its_speed_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_another_case_is_measured_anew(change: str, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(numerics, "machine_name", lambda accelerator: "another")
     if change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99")
-    quickest = Quickest(Store(tmp_path), CPU, backbone="two" if change == "subject" else "one")
+    quickest = Autotuner(Store(tmp_path), CPU, backbone="two" if change == "subject" else "one")
     options = [FAST, SLOW] if change == "options" else [SLOW, FAST]
     quickest.of(options, 4 if change == "images" else 8, "evaluation" if change == "what" else "training", steps)
     assert steps.run > 0
@@ -146,7 +146,7 @@ def classifier(spec: Compose) -> Classifier:
 
 @pytest.mark.parametrize("make", [training_step, forward_step])
 @pytest.mark.parametrize("option", [FAST, SLOW], ids=lambda option: option.words)
-def test_measuring_leaves_everything_as_it_was(make, option: Numerics, classifier: Classifier) -> None:
+def test_measuring_leaves_everything_as_it_was(make, option: ComputeFormat, classifier: Classifier) -> None:
     network = classifier.network
     images = torch.rand(4, 3, 32, 32)
     tensors, modes = copy.deepcopy(network.state_dict()), {n: m.training for n, m in network.named_modules()}

@@ -15,18 +15,18 @@ import torch
 from tests.conftest import Compose
 from tlcli.cli import main
 from tlcli.engine import planning
-from tlcli.engine.activations import Activations
+from tlcli.engine.activations import SplitActivations
 from tlcli.engine.inputs import InputPlan, image_size
-from tlcli.engine.numerics import Numerics, Quickest
+from tlcli.engine.numerics import Autotuner, ComputeFormat
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import UsageError
+from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
 from tlcli.store import Store, Writer
 from tlcli.transfer.contract import apply_freeze
-from tlcli.watch import Watch
 
 CPU = torch.device("cpu")
 FP32 = ("device.precision=fp32", "device.channels_last=true")
@@ -212,12 +212,12 @@ def test_a_sweep_computes_once_and_each_job_gives_what_it_gives_alone(
 
 def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    extract, fit = Activations._extract, Trainer.fit
+    extract, fit = SplitActivations._extract, Trainer.fit
 
     def noted(name: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, *args: events.append(name(self)) or call(self, *args)
 
-    monkeypatch.setattr(Activations, "_extract", noted(lambda one: one._facts["split"], extract))
+    monkeypatch.setattr(SplitActivations, "_extract", noted(lambda one: one._facts["split"], extract))
     monkeypatch.setattr(Trainer, "fit", noted(lambda one: "fit", fit))
     run("freeze=head", "epochs=2")
     assert events == ["train+val", "fit", "fit", "test"]
@@ -266,17 +266,17 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """The plan for a run on a machine that does so many images a second; nothing is measured."""
     store = Store(tmp_path / "planned")
 
-    def make(speed: float, *overrides: str, wants_probe: bool = False) -> InputPlan:
-        def chosen(self: Quickest, options: list[Numerics], *args: object, **more: object) -> Numerics:
+    def make(speed: float, *overrides: str, needs_probe: bool = False) -> InputPlan:
+        def chosen(self: Autotuner, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
             return replace(options[0], images_per_second=speed, why="as the test says")
 
-        monkeypatch.setattr(Quickest, "of", chosen)
+        monkeypatch.setattr(Autotuner, "of", chosen)
         own = spec("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", *FP32, *overrides)
         session = Session(store, 10**9)
-        data = session.dataset(own.dataset, own.seed, Watch())
+        data = session.dataset(own.dataset, own.seed, Reporter())
         model = session.model(own.backbone, data.classes, size=image_size(own), seed=own.seed)
         contract = apply_freeze(own.freeze, model)
-        return plan_inputs(data, model, contract, own, CPU, session, wants_probe=wants_probe)
+        return plan_inputs(data, model, contract, own, CPU, session, needs_probe=needs_probe)
 
     return make
 
@@ -309,7 +309,7 @@ def test_require_caches_what_auto_would_not(plan, monkeypatch: pytest.MonkeyPatc
 
 def test_large_maps_that_are_there_are_read(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("freeze=last_stages", "augment=none")
-    plan(1e9, *words, "cache.mode=require").open(Watch())
+    plan(1e9, *words, "cache.mode=require").open(Reporter())
     monkeypatch.setattr(planning, "SMALL", 0)
     assert plan(1e9, *words).line.startswith("read from cache")
 

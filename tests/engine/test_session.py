@@ -10,11 +10,11 @@ import tlcli.train
 from tests.conftest import Compose
 from tlcli.engine import session as module
 from tlcli.engine.session import Session, session_for
+from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import TrainSpec
 from tlcli.store import Store
-from tlcli.watch import Watch
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pyt
     monkeypatch.setattr(module, "load_dataset", counted)
     for overrides in ((), ("optimizer.lr=0.1",), ("seed=1",), ("seed=1", "dataset.val_fraction=0.3")):
         own = on_shapes(*overrides)
-        session.dataset(own.dataset, own.seed, Watch())
+        session.dataset(own.dataset, own.seed, Reporter())
     assert loaded == [0, 1, 1]
 
 
@@ -111,7 +111,7 @@ def test_runs_of_a_session_give_what_they_give_alone(
     def weights(name: str, spec: TrainSpec, shared: Session) -> tuple[bytes, RunDir]:
         run = RunDir(tmp_path / name)
         run.start(command="", overrides=[], config="")
-        tlcli.train.train(spec, run, Watch(), shared)
+        tlcli.train.train(spec, run, Reporter(), shared)
         return run.last.read_bytes(), run
 
     together = [weights(f"together{i}", spec, session) for i, spec in enumerate(specs)]

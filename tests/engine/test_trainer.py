@@ -12,18 +12,18 @@ from torchvision.transforms import v2
 from tests.conftest import Compose
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
-from tlcli.engine.evaluate import evaluate, evaluating
+from tlcli.engine.evaluate import eval_mode, evaluate
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Fit, Running, Trainer
-from tlcli.errors import NotFinite, TlcliError
+from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
 from tlcli.store import Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
-from tlcli.watch import Watch
 
 
 class Setting:
@@ -32,21 +32,21 @@ class Setting:
     def __init__(self, spec: TrainSpec) -> None:
         self.spec = spec
         session = Session(Store(cache_dir()), int(spec.cache.ram_gb * 1e9))
-        self.data: Dataset = session.dataset(spec.dataset, spec.seed, Watch())
+        self.data: Dataset = session.dataset(spec.dataset, spec.seed, Reporter())
         self.model: Classifier = session.model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
         self.contract = apply_freeze(spec.freeze, self.model)
         self.contract.seal()
         cpu = torch.device("cpu")
-        self.plan = plan_inputs(self.data, self.model, self.contract, spec, cpu, session, wants_probe=False)
+        self.plan = plan_inputs(self.data, self.model, self.contract, spec, cpu, session, needs_probe=False)
         self.device = self.plan.device
         self.device.place(self.model.network)
-        self.inputs: Inputs = self.plan.open(Watch())
+        self.inputs: Inputs = self.plan.open(Reporter())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
         self.running: list[Running] = []
 
     def fit(self, epoch: int = 1) -> Fit:
-        return self.trainer.fit(self.inputs.train, epoch, Watch(), self.running.append)
+        return self.trainer.fit(self.inputs.train, epoch, Reporter(), self.running.append)
 
 
 @pytest.fixture
@@ -150,7 +150,9 @@ def test_same_seed_same_weights(small) -> None:
 
 def test_not_finite_stops_the_run_and_says_where(small) -> None:
     setting = small("optimizer=sgd", "optimizer.lr=1e12", "scheduler=constant", "augment=none", "batch_size=8")
-    with pytest.raises(NotFinite, match=r"epoch 1, batch \d+ \(step \d+, lr 1e\+12\).*try optimizer.lr=1e\+11"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"epoch 1, batch \d+ \(step \d+, lr 1e\+12\).*try optimizer.lr=1e\+11"
+    ):
         for epoch in (1, 2):
             setting.fit(epoch)
 
@@ -226,11 +228,11 @@ def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> Non
     setting = small("freeze=head")
     setting.contract.train_mode()
     modes = {name: module.training for name, module in setting.model.network.named_modules()}
-    found = evaluate(setting.model.network, setting.plan.open_test(Watch()), setting.device, Watch(), "test")
+    found = evaluate(setting.model.network, setting.plan.open_test(Reporter()), setting.device, Reporter(), "test")
     assert np.array_equal(found.labels.numpy(), setting.data.test.labels)
     assert {name: module.training for name, module in setting.model.network.named_modules()} == modes
-    with evaluating(setting.model.network), torch.inference_mode():
-        (x,), _ = next(setting.plan.live.feed("test", Watch()).in_order())
+    with eval_mode(setting.model.network), torch.inference_mode():
+        (x,), _ = next(setting.plan.live.feed("test", Reporter()).in_order())
         assert torch.allclose(setting.model.network(x), found.logits[: len(x)], atol=1e-4)
 
 
@@ -249,6 +251,6 @@ def test_a_nan_in_a_parameter_is_noticed_at_the_first_batch(small) -> None:
     setting = small()
     with torch.no_grad():
         setting.model.network.classifier.bias[0] = float("nan")
-    with pytest.raises(NotFinite, match="batch 1 "):
+    with pytest.raises(NonFiniteLossError, match="batch 1 "):
         setting.fit()
     assert isinstance(setting.model.network.classifier, nn.Linear)

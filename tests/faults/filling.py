@@ -46,7 +46,7 @@ def fill(store: Store, key: str) -> Entry:
 
 
 def entry_of(store: Store, key: str) -> tuple[Entry, bool]:
-    """The entry, and whether it was filled here: the steps of `Activations.entry`."""
+    """The entry, and whether it was filled here: the steps of `SplitActivations.entry`."""
     if (found := store.find(key)) is not None:
         return found, False
     with store.filling(key, lambda: None):

@@ -18,8 +18,8 @@ from tests.cli.conftest import Ended, finished, runs_in
 from tests.faults.refusals import refused, tree, untouched, yaml_bomb
 from tlcli.cli.saved import saved_spec
 from tlcli.cli.yaml_size import MOST_VALUES, check_yaml
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
-from tlcli.watch import Watch
 
 Tlcli = Callable[..., Ended]
 SECRET = "s3cret-value"
@@ -84,7 +84,7 @@ SECRETS = {
 def test_a_file_cannot_have_a_secret_saved(
     case: str, tlcli: Tlcli, training: Any, experiment: Callable[[str], None], tmp_path: Path, leak: list[str]
 ) -> None:
-    training(lambda spec, run, watch: pytest.fail("training began"))
+    training(lambda spec, run, reporter: pytest.fail("training began"))
     experiment(SECRETS[case])
     with untouched(tmp_path):
         ended = tlcli("train", "--config-dir", "mine", "experiment=x")
@@ -97,7 +97,7 @@ def test_what_is_typed_is_followed_and_so_are_references_within(
     tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in: Any = types.ModuleType("tlcli.train")
-    stand_in.train = lambda spec, run, *rest: finished(spec, run, Watch())
+    stand_in.train = lambda spec, run, *rest: finished(spec, run, Reporter())
     monkeypatch.setitem(sys.modules, "tlcli.train", stand_in)
     monkeypatch.setenv("WHO", "me")
     experiment("out: runs-${seed}\n")
@@ -131,7 +131,7 @@ ENDLESS: dict[str, tuple[str | bytes, str]] = {
 def test_a_file_that_makes_no_config(
     case: str, tlcli: Tlcli, training: Any, experiment: Callable[[str | bytes], None], tmp_path: Path
 ) -> None:
-    training(lambda spec, run, watch: pytest.fail("training began"))
+    training(lambda spec, run, reporter: pytest.fail("training began"))
     text, words = ENDLESS[case]
     experiment(text)
     with untouched(tmp_path):

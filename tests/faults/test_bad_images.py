@@ -19,16 +19,16 @@ from PIL import Image, PngImagePlugin
 from tests.data.samples import folder_spec, manifest_spec, save_image
 from tests.data.test_decode import jpeg, png_header
 from tests.faults.refusals import refused, untouched
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset, load_dataset, load_whole
-from tlcli.data.named import named_images
+from tlcli.data.named import expand_image_paths
 from tlcli.data.preprocess import Preprocessing
-from tlcli.errors import BadImages
+from tlcli.errors import BadImagesError
 from tlcli.predict import _Decode
+from tlcli.reporter import Reporter
 from tlcli.runs.load import pixels_of
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import Fit, OnBad
-from tlcli.watch import Watch
 
 PREPROCESSING = Preprocessing(16, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 AS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -43,7 +43,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def load(root: Path, on_bad: OnBad = OnBad.error) -> Dataset:
-    return load_dataset(folder_spec(root, on_bad=on_bad), seed=0, watch=Watch())
+    return load_dataset(folder_spec(root, on_bad=on_bad), seed=0, reporter=Reporter())
 
 
 def names(data: Dataset) -> list[str]:
@@ -170,7 +170,7 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
     assert len(data.bad_files) == 3
     given = []
     for split in (data.train, data.val, data.test):
-        batches = Batches(split, PREPROCESSING, batch_size=3, workers=workers)
+        batches = ImageBatches(split, PREPROCESSING, batch_size=3, workers=workers)
         for epoch in range(1 if workers else 2):
             found = [
                 (x, int(y)) for images, labels in batches.epoch(epoch) for x, y in zip(images, labels, strict=True)
@@ -186,11 +186,11 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
 
 def test_what_is_evaluated_leaves_bad_files_out_and_counts_them(photos: Path) -> None:
     (photos / "b" / "4.png").write_bytes(b"<html>")
-    found = load_whole(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, watch=Watch())
+    found = load_whole(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, reporter=Reporter())
     assert found.bad_files == ((str(photos / "b/4.png"), "a web page, not an image"),)
     assert len(found.split) == 15
     refused(
-        lambda: load_whole(folder_spec(photos), None, seed=0, watch=Watch()),
+        lambda: load_whole(folder_spec(photos), None, seed=0, reporter=Reporter()),
         1, "b/4.png (a web page, not an image)", keeps=photos,
     )  # fmt: skip
 
@@ -199,7 +199,7 @@ def test_a_folder_with_the_name_of_an_image(photos: Path) -> None:
     save_image(photos / "a" / "x.jpg" / "inside.png", seed=99)
     with untouched(photos):
         assert str(photos / "a/x.jpg/inside.png") in names(load(photos))
-        assert list(named_images([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
+        assert list(expand_image_paths([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
     assert _Decode(PREPROCESSING)(str(photos / "a/x.jpg"))[1] == "not a regular file"
 
 
@@ -275,7 +275,7 @@ def test_train_and_predict_see_the_same_image(photos: Path, name: str) -> None:
         )
         for fit in Fit:
             preprocessing = Preprocessing(24, fit, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-            batches = Batches(split, preprocessing, batch_size=4, workers=0)
+            batches = ImageBatches(split, preprocessing, batch_size=4, workers=0)
             trained = torch.cat([x for x, _ in batches.in_order()])[i]
             answered = _Decode(preprocessing)(str(file))[1]
             assert isinstance(answered, torch.Tensor)
@@ -312,9 +312,9 @@ def test_any_name_will_do(photos: Path, name: str, tmp_path: Path) -> None:
     with untouched(photos):
         data = load(photos)
         assert names(data).count(str(photos / "a" / name)) == 1
-        found = list(named_images([str(photos / "a")]))
+        found = list(expand_image_paths([str(photos / "a")]))
         assert str(photos / "a" / name) in found
-        assert list(named_images([str(photos / "a" / name)])) == [str(photos / "a" / name)]
+        assert list(expand_image_paths([str(photos / "a" / name)])) == [str(photos / "a" / name)]
         answer = _Decode(PREPROCESSING)(str(photos / "a" / name))[1]
         assert isinstance(answer, torch.Tensor)
         for split in (data.train, data.val, data.test):
@@ -326,7 +326,7 @@ def test_a_bad_file_of_any_name_is_one_line_and_one_row(photos: Path, name: str,
     file = photos / "a" / name
     file.write_bytes(b"")
     refused(lambda: load(photos), 1, "1 file does not decode: ", "(empty)", keeps=photos)
-    with pytest.raises(BadImages) as caught:
+    with pytest.raises(BadImagesError) as caught:
         load(photos)
     assert caught.value.files == ((str(file), "empty"),)
     (tmp_path / "run").mkdir()
@@ -344,7 +344,7 @@ def test_a_manifest_may_name_a_hidden_file_or_one_of_another_extension(photos: P
     file = photos / "labels.csv"
     file.write_text("\n".join(["path,label", *rows, ".hidden,a", "Thumbs.db,b"]))
     with untouched(photos):
-        data = load_dataset(manifest_spec(file), seed=0, watch=Watch())
+        data = load_dataset(manifest_spec(file), seed=0, reporter=Reporter())
         assert {str(photos / ".hidden"), str(photos / "Thumbs.db")} <= set(names(data))
         data = load(photos)
     assert not {str(photos / ".hidden"), str(photos / "Thumbs.db")} & set(names(data))

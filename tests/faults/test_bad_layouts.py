@@ -18,8 +18,8 @@ from tlcli.data.dataset import load_dataset
 from tlcli.data.layout import survey
 from tlcli.data.listing import check_dataset, list_imagefolder
 from tlcli.data.source import Arrays, Split
-from tlcli.evaluation import labelled_as
-from tlcli.watch import Watch
+from tlcli.evaluation import remap_labels
+from tlcli.reporter import Reporter
 
 COMPOSED, IN_TWO = "caf\u00e9", "cafe\u0301"
 """The same word in Unicode's two ways: macOS and Linux write them differently."""
@@ -88,11 +88,13 @@ def test_a_class_of_any_name(photos: Path, name: str) -> None:
         refused(lambda: check_dataset(folder_spec(photos)), 2, "photos: only one class, 'a'", keeps=photos)
         return
     with untouched(photos):
-        data = load_dataset(folder_spec(photos), seed=0, watch=Watch())
+        data = load_dataset(folder_spec(photos), seed=0, reporter=Reporter())
     assert set(data.classes) == {"a", name}
     (photos / "a" / "0.png").write_bytes(b"")
     (photos / name / "0.png").write_bytes(b"")
-    refused(lambda: load_dataset(folder_spec(photos), seed=0, watch=Watch()), 1, "2 files do not decode", keeps=photos)
+    refused(
+        lambda: load_dataset(folder_spec(photos), seed=0, reporter=Reporter()), 1, "2 files do not decode", keeps=photos
+    )
 
 
 @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="this system takes both for one name")
@@ -116,7 +118,7 @@ def test_classes_that_people_take_for_one(photos: Path, one: str, other: str, wo
 def test_a_class_renamed_in_case_is_asked_about() -> None:
     split = Split(Arrays(np.zeros((2, 1, 1, 3), np.uint8), "x"), np.arange(2), np.arange(2))
     refused(
-        lambda: labelled_as(split, ("Cat", "dog"), ("cat", "dog"), "photos"),
+        lambda: remap_labels(split, ("Cat", "dog"), ("cat", "dog"), "photos"),
         2, "photos: has classes that the run does not know: 'Cat' (did you mean 'cat'?)", keeps=Path(__file__).parent,
     )  # fmt: skip
 
@@ -127,7 +129,7 @@ def test_an_image_in_two_splits_is_noted_however_it_came_there(tmp_path: Path, l
         save_image(tmp_path / "photos" / place, seed=i)
     link(tmp_path / "photos/train/a/0.png", tmp_path / "photos/test/a/same.png")
     with untouched(tmp_path):
-        data = load_dataset(folder_spec(tmp_path / "photos"), seed=0, watch=Watch())
+        data = load_dataset(folder_spec(tmp_path / "photos"), seed=0, reporter=Reporter())
     assert any("1 image of test is also in train" in n or "1 image of test is also in val" in n for n in data.notes)
     assert any("test/a/same.png = train/a/0.png: test accuracy is too high" in note for note in data.notes)
 

@@ -15,8 +15,8 @@ from tests.data.samples import manifest_spec, save_image
 from tests.faults.refusals import refused, untouched
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.listing import check_dataset, list_manifest
+from tlcli.reporter import Reporter
 from tlcli.specs import OnBad
-from tlcli.watch import Watch
 
 Write = Callable[..., Path]
 
@@ -41,7 +41,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def load(file: Path, on_bad: OnBad = OnBad.error) -> Dataset:
-    return load_dataset(manifest_spec(file, on_bad=on_bad), seed=0, watch=Watch())
+    return load_dataset(manifest_spec(file, on_bad=on_bad), seed=0, reporter=Reporter())
 
 
 REST = "".join(f"{i}.png,{'xy'[i % 2]}\n" for i in range(1, 8))

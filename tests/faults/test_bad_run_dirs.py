@@ -48,14 +48,14 @@ def copied(run: Path, place: Path) -> None:
     shutil.copytree(run, place)
 
 
-def linked(run: Path, place: Path) -> None:
+def replace_with_hardlink(run: Path, place: Path) -> None:
     place.symlink_to(run)
 
 
 @pytest.mark.parametrize(
     ("how", "name"),
-    [(moved, "new place"), (copied, "=1+1"), (linked, "n\u00e9w\nline")],
-    ids=["moved", "copied", "linked"],
+    [(moved, "new place"), (copied, "=1+1"), (replace_with_hardlink, "n\u00e9w\nline")],
+    ids=["moved", "copied", "replace_with_hardlink"],
 )
 def test_a_run_is_the_same_in_another_place(
     how: Callable[[Path, Path], None], name: str, run: Path, shapes: Path, tlcli: Tlcli, tmp_path: Path

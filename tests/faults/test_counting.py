@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from tests.conftest import Compose, finish
 from tests.faults.programs import program
 from tlcli.cli.folders import new_folder
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
 from tlcli.engine import activations
-from tlcli.engine.activations import CachedActivations
+from tlcli.engine.activations import ActivationLoader
 from tlcli.engine.evaluate import evaluate
-from tlcli.engine.inputs import Feed
-from tlcli.engine.live import LiveImages
+from tlcli.engine.inputs import BatchLoader
+from tlcli.engine.live import ImageLoader
 from tlcli.engine.metrics import test_report as report_of
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Architecture, Classifier, Stage
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import Fit
 from tlcli.transfer.contract import apply_freeze
-from tlcli.watch import Watch
 
 CPU = Device(torch.device("cpu"), torch.float32, torch.float32, torch.channels_last, compile=False, workers=0)
 BATCH_SIZES = (7, 64, 100)
@@ -57,14 +57,14 @@ class Numbers(nn.Module):
 PLAIN = Preprocessing(size=1, fit=Fit.squash, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def live(split: Split, batch_size: int, workers: int = 0) -> Feed:
-    batches = Batches(split, PLAIN, batch_size=batch_size, workers=workers)
-    return LiveImages(batches, PLAIN, CPU, network=Numbers(), dtype=torch.float32)
+def live(split: Split, batch_size: int, workers: int = 0) -> BatchLoader:
+    batches = ImageBatches(split, PLAIN, batch_size=batch_size, workers=workers)
+    return ImageLoader(batches, PLAIN, CPU, network=Numbers(), dtype=torch.float32)
 
 
-def cached(split: Split, batch_size: int) -> Feed:
+def cached(split: Split, batch_size: int) -> BatchLoader:
     rows = torch.from_numpy(np.concatenate([split.read(i)[0] for i in range(len(split))]).astype(np.float32) / 255)
-    return CachedActivations(
+    return ActivationLoader(
         *([(rows,)], torch.arange(len(split)), torch.from_numpy(split.labels)),
         network=Numbers(),
         head=None,
@@ -75,9 +75,9 @@ def cached(split: Split, batch_size: int) -> Feed:
     )
 
 
-def counts_each_once(feed: Feed, n: int) -> None:
+def counts_each_once(feed: BatchLoader, n: int) -> None:
     """Evaluation in order, and an epoch in its own order, have the images 0 to n-1 and their labels."""
-    found = evaluate(feed.network, feed, CPU, Watch(), "test")
+    found = evaluate(feed.network, feed, CPU, Reporter(), "test")
     assert found.logits[:, 0].tolist() == list(range(n))
     assert found.labels.tolist() == [i % len(CLASSES) for i in range(n)]
     report = report_of(found, CLASSES)
@@ -94,7 +94,7 @@ KINDS_OF_FEED = {"live": live, "cached": cached}
 @pytest.mark.parametrize("feed", KINDS_OF_FEED.values(), ids=KINDS_OF_FEED)
 @pytest.mark.parametrize("sizes", [1, pytest.param(len(BATCH_SIZES), marks=pytest.mark.slow)], ids=["one each", "all"])
 def test_every_image_counts_once_whatever_the_sizes(
-    feed: Callable[[Split, int], Feed], sizes: int, monkeypatch: pytest.MonkeyPatch
+    feed: Callable[[Split, int], BatchLoader], sizes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1 to 257 images, which most of the time the batches do not divide."""
     monkeypatch.setattr(activations, "READ_ROWS", 1)  # else they are all read at once
@@ -157,7 +157,7 @@ def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides:
     own = spec(f"batch_size={batch_size}", f"accumulate={accumulate}", "epochs=2", "device.precision=fp32", *overrides)
     trainer = Trainer(model, apply_freeze(own.freeze, model), own, CPU, (n // 3, n // 3, n - 2 * (n // 3)))
     for epoch in (1, 2):
-        trainer.fit(Exact(network, n, batch_size), epoch, Watch(), lambda running: None)  # type: ignore[arg-type]
+        trainer.fit(Exact(network, n, batch_size), epoch, Reporter(), lambda running: None)  # type: ignore[arg-type]
     return dict(network.state_dict()), trainer.step
 
 

@@ -18,7 +18,7 @@ from tests.faults.scale import scale
 from tlcli.cli import main
 from tlcli.cli.saved import saved_spec
 from tlcli.engine.trainer import Trainer
-from tlcli.interrupts import steady
+from tlcli.interrupts import defer_interrupts
 from tlcli.runs import keeping
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
@@ -51,7 +51,7 @@ class Stopped:
         def stopping(trainer: Trainer, *args: object) -> None:
             update(trainer, *args)  # type: ignore[arg-type]
             if next(made) == self.step:
-                steady.interrupt(self.exc())
+                defer_interrupts.interrupt(self.exc())
 
         monkeypatch.setattr(Trainer, "_update", stopping)
 

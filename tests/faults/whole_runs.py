@@ -28,17 +28,17 @@ def run(folder: Path, name: str, words: list[str]) -> int:
 
 def at_once(folder: Path, n: int, words: list[str]) -> list[Any]:
     """The exit codes of n runs, all of which look into the cache for the first time at one moment."""
-    from tlcli.engine.activations import Activations
+    from tlcli.engine.activations import SplitActivations
 
     def member(number: int, wait: Callable[[], None]) -> int:
-        entry = Activations.entry
+        entry = SplitActivations.entry
 
-        def when_all_are_here(self: Activations, watch: Any) -> Any:
+        def when_all_are_here(self: SplitActivations, reporter: Any) -> Any:
             wait()
-            Activations.entry = entry  # type: ignore[method-assign]
-            return entry(self, watch)
+            SplitActivations.entry = entry  # type: ignore[method-assign]
+            return entry(self, reporter)
 
-        Activations.entry = when_all_are_here  # type: ignore[method-assign]
+        SplitActivations.entry = when_all_are_here  # type: ignore[method-assign]
         return run(folder, str(number), words)
 
     return together(member, n)

@@ -15,7 +15,7 @@ from tlcli.engine.optimizers import build_optimizer
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head
 from tlcli.specs import BackboneSpec
-from tlcli.transfer.contract import Contract, apply_freeze
+from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.groups import parameter_groups
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
@@ -121,7 +121,9 @@ def frozen_names(network: nn.Module) -> set[str]:
     return names & set(network.state_dict())
 
 
-def take_steps(model: Classifier, contract: Contract, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+def take_steps(
+    model: Classifier, contract: FreezeContract, n: int, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Steps on noise, small images, in the contract's training mode; of plain SGD unless another is given."""
     trainable = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(trainable, lr=0.01, momentum=0.9)

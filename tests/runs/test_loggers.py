@@ -13,6 +13,7 @@ import pytest
 
 from tlcli.cli import main
 from tlcli.errors import UsageError
+from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult, StageRow
 from tlcli.runs import loggers
 from tlcli.runs.loggers import (
     LoggedWatch,
@@ -25,10 +26,9 @@ from tlcli.runs.loggers import (
 )
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import TrainSpec
-from tlcli.watch import EpochRow, Outcome, Plan, StageRow, Watch
 
 RUN = Path("outputs/2026-11-24/10-15-00")
-PLAN = Plan(
+PLAN = RunPlan(
     run=RUN,
     name="photos-resnet18-head",
     dataset="photos",
@@ -44,10 +44,10 @@ PLAN = Plan(
 )
 START = EpochRow(0, 2, None, None, 0.7, 0.5, 0.4, None, None, 1.5, True)
 ROW = EpochRow(1, 2, 0.6, 0.7, 0.5, 0.8, 0.75, 1e-3, 120.0, 3.0, True)
-OUTCOME = Outcome(RUN, 0.9, (0.8, 0.95), None, 0.3, 7, 1, 0.8, (), RUN / "checkpoints/best.safetensors", 4.0)
+OUTCOME = RunResult(RUN, 0.9, (0.8, 0.95), None, 0.3, 7, 1, 0.8, (), RUN / "checkpoints/best.safetensors", 4.0)
 
 
-class Heard(Watch):
+class Heard(Reporter):
     """A watch that keeps its notes and what else it was told."""
 
     def __init__(self) -> None:
@@ -57,13 +57,13 @@ class Heard(Watch):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: RunPlan) -> None:
         self.told.append(plan)
 
     def epoch(self, row: EpochRow) -> None:
         self.told.append(row)
 
-    def outcome(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: RunResult) -> None:
         self.told.append(outcome)
 
 
@@ -86,7 +86,7 @@ class Fake:
     def epoch(self, row: EpochRow) -> None:
         self._called("epoch", row)
 
-    def end(self, result: Outcome | None, status: str) -> None:
+    def end(self, result: RunResult | None, status: str) -> None:
         self._called("end", result, status)
 
 
@@ -106,18 +106,18 @@ def chosen(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake], T
     return choose
 
 
-def goes(watch: Watch) -> None:
+def goes(reporter: Reporter) -> None:
     """What a run tells its watch."""
-    watch.plan(PLAN)
-    watch.epoch(START)
-    watch.epoch(ROW)
-    watch.outcome(OUTCOME)
+    reporter.plan(PLAN)
+    reporter.epoch(START)
+    reporter.epoch(ROW)
+    reporter.outcome(OUTCOME)
 
 
 def test_a_logger_is_told_the_run(chosen) -> None:
     fake, heard = Fake(), Heard()
-    with logged_run(chosen(fake), RUN, heard) as watch:
-        goes(watch)
+    with logged_run(chosen(fake), RUN, heard) as reporter:
+        goes(reporter)
     (start, config, facts), *epochs, end = fake.calls
     assert start == "start"
     assert config["optimizer.lr"] == 0.25
@@ -131,8 +131,8 @@ def test_a_logger_is_told_the_run(chosen) -> None:
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")])
 def test_how_a_run_ended_is_logged(chosen, error: BaseException, status: str) -> None:
     fake = Fake()
-    with pytest.raises(type(error)), logged_run(chosen(fake), RUN, Heard()) as watch:
-        watch.plan(PLAN)
+    with pytest.raises(type(error)), logged_run(chosen(fake), RUN, Heard()) as reporter:
+        reporter.plan(PLAN)
         raise error
     assert fake.calls[-1] == ("end", None, status)
 
@@ -147,8 +147,8 @@ def test_a_run_that_never_began_is_not_logged(chosen) -> None:
 @pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("epoch", 2), ("end", 4)])
 def test_a_logger_that_fails_is_a_note_and_then_off(chosen, raising: str, calls: int) -> None:
     fake, heard = Fake(raising), Heard()
-    with logged_run(chosen(fake), RUN, heard) as watch:
-        goes(watch)
+    with logged_run(chosen(fake), RUN, heard) as reporter:
+        goes(reporter)
     assert heard.told == [PLAN, START, ROW, OUTCOME]
     assert heard.notes == ["logger=wandb failed and is off for the rest of this run: the server is down"]
     assert len(fake.calls) == calls
@@ -156,15 +156,15 @@ def test_a_logger_that_fails_is_a_note_and_then_off(chosen, raising: str, calls:
 
 def test_an_error_without_words_is_named(chosen) -> None:
     heard = Heard()
-    with logged_run(chosen(Fake("start", error=RuntimeError())), RUN, heard) as watch:
-        goes(watch)
+    with logged_run(chosen(Fake("start", error=RuntimeError())), RUN, heard) as reporter:
+        goes(reporter)
     assert heard.notes[0].endswith(": RuntimeError")
 
 
 def test_no_logger_is_no_wrapper(spec: Compose) -> None:
     heard = Heard()
-    with logged_run(spec(), RUN, heard) as watch:
-        assert watch is heard
+    with logged_run(spec(), RUN, heard) as reporter:
+        assert reporter is heard
 
 
 def test_tracking_passes_through(chosen) -> None:

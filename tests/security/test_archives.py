@@ -14,7 +14,7 @@ from torchvision.datasets.utils import extract_archive
 from tests.data.samples import torchvision_spec
 from tlcli.data.torchvision_sets import load_torchvision
 from tlcli.errors import TlcliError
-from tlcli.watch import Watch
+from tlcli.reporter import Reporter
 
 
 def member(name: str, **changes: Any) -> tarfile.TarInfo:
@@ -40,7 +40,7 @@ def download(archive: Path) -> Callable[..., None]:
 
 def load(root: Path) -> None:
     spec = torchvision_spec("CIFAR10", root, train={"train": True}, test={"train": False}, download=True)
-    load_torchvision(spec, Watch())
+    load_torchvision(spec, Reporter())
 
 
 @pytest.mark.parametrize("members", TRICKS.values(), ids=TRICKS)

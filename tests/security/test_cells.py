@@ -17,8 +17,8 @@ from tlcli.checking.files import write_table
 from tlcli.cli import main
 from tlcli.models.tensorfile import CHECKSUM
 from tlcli.runs import leaderboard
-from tlcli.runs.cells import csv_line, neutral
 from tlcli.runs.run_dir import RunDir
+from tlcli.text import csv_line, escape_formula
 
 PACKAGE = Path(tlcli.__file__).parent
 FORMULAS = (
@@ -136,4 +136,4 @@ def test_a_cell_keeps_its_words(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ["", "a=1", "1-1", "photo.jpg", 7, -1.5, None])
 def test_other_cells_stay_as_they_are(cell: object) -> None:
-    assert neutral(cell) is cell
+    assert escape_formula(cell) is cell

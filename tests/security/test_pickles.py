@@ -15,9 +15,9 @@ from tlcli.cli import main
 from tlcli.data.torchvision_sets import load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.weights import read_weights
+from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir
-from tlcli.watch import Watch
 
 
 class Payload:
@@ -202,7 +202,9 @@ def test_cifar_of_others_is_not_unpickled(canary: Path, tmp_path: Path) -> None:
     for name in ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
         plain(Payload(canary), folder / name)
     with pytest.raises(UsageError, match="not found"):
-        load_torchvision(torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}), Watch())
+        load_torchvision(
+            torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}), Reporter()
+        )
     assert not canary.exists()
 
 
@@ -214,7 +216,7 @@ def test_mnist_as_it_was_kept_once_is_read_as_tensors(canary: Path, tmp_path: Pa
         torch.save((Payload(canary), torch.zeros(3)), folder / name)
     with pytest.raises((TlcliError, pickle.UnpicklingError)):
         load_torchvision(
-            torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}), Watch()
+            torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}), Reporter()
         )
     assert not canary.exists()
 
@@ -222,4 +224,4 @@ def test_mnist_as_it_was_kept_once_is_read_as_tensors(canary: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
 def test_what_unpickles_unchecked_is_not_used(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unpickles"):
-        load_torchvision(torchvision_spec(name, tmp_path, train={}), Watch())
+        load_torchvision(torchvision_spec(name, tmp_path, train={}), Reporter())

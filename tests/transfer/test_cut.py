@@ -18,7 +18,7 @@ from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head, within
 from tlcli.specs import BnStats
-from tlcli.transfer.contract import Contract, apply_freeze
+from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 from tlcli.transfer.cut.place import minimum_cut
 
@@ -47,7 +47,7 @@ def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None)
     return build_model(backbone, CLASSES, size=size or SMALL.get(name, 64), seed=0)
 
 
-def frozen(spec: Compose, model: Classifier, *freeze: str) -> Contract:
+def frozen(spec: Compose, model: Classifier, *freeze: str) -> FreezeContract:
     """The contract of a strategy, in training mode."""
     contract = apply_freeze(spec(*freeze).freeze, model)
     contract.train_mode()
@@ -705,7 +705,7 @@ def test_families_of_timm(spec: Compose, name: str) -> None:
         last = {*names[len(names) - int(share * len(names)) :], *model.head_parameters()}
         for parameter_name, parameter in model.network.named_parameters():
             parameter.requires_grad_(parameter_name in last)
-        Contract(model, BnStats.auto).train_mode()
+        FreezeContract(model, BnStats.auto).train_mode()
         assert_same(model.network, cut_of(model.network, size), size)
 
 

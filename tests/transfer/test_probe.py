@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import Compose
 from tlcli.models.build import build_model
-from tlcli.transfer.probe import fit_probe, probed_head
+from tlcli.transfer.probe import fit_probe, linear_head
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
@@ -54,7 +54,7 @@ def test_nearly_constant_features_get_no_huge_weights() -> None:
 def test_only_a_single_linear_head_can_be_probed(spec: Compose) -> None:
     def head(name: str) -> nn.Linear | None:
         backbone = spec("backbone=timm", f"backbone.name={name}", "backbone.weights=none").backbone
-        return probed_head(build_model(backbone, ("a", "b"), size=None, seed=0))
+        return linear_head(build_model(backbone, ("a", "b"), size=None, seed=0))
 
     assert head("resnet10t") is not None
     assert head("deit_tiny_distilled_patch16_224") is None

@@ -16,8 +16,8 @@ from tlcli.data.duplicates import same_content
 from tlcli.data.headers import Header, headers
 from tlcli.data.layout import Layout, survey, usable
 from tlcli.data.near import coefficients, joined, near_pairs, thumbnail
-from tlcli.data.threads import in_threads
-from tlcli.data.together import Together
+from tlcli.data.threads import map_in_threads
+from tlcli.data.together import ConcatSplits
 from tlcli.device import prepare
 from tlcli.engine.evaluate import features
 from tlcli.engine.inputs import image_size
@@ -25,10 +25,10 @@ from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import AugmentNone, FreezeHead, HeadInit, ImageFolder, OnBad, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.probe import probed_head
-from tlcli.watch import Watch
+from tlcli.transfer.probe import linear_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Findings:
 
     spec: TrainSpec
     data: Dataset
-    images: Together
+    images: ConcatSplits
     size: int
     layout: Layout | None = None
     headers: Sequence[Header] = ()
@@ -74,7 +74,7 @@ class Findings:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def check_data(spec: TrainSpec, watch: Watch, session: Session, *, quick: bool) -> Findings:
+def check_data(spec: TrainSpec, reporter: Reporter, session: Session, *, quick: bool) -> Findings:
     """Look at every image of the data set of a spec. `quick` leaves out what runs a network: the labels.
 
     Nothing of the data is changed. Raises UsageError where the data cannot be used at all.
@@ -83,20 +83,20 @@ def check_data(spec: TrainSpec, watch: Watch, session: Session, *, quick: bool) 
     accelerator = prepare(spec.device)
     layout = survey(spec.dataset) if isinstance(spec.dataset, ImageFolder) else None
     spec = _as_checked(spec, layout)
-    data = session.dataset(spec.dataset, spec.seed, watch)
-    images = Together({"train": data.train, "val": data.val, "test": data.test})
+    data = session.dataset(spec.dataset, spec.seed, reporter)
+    images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
     found = Findings(spec, data, images, _input_size(spec, len(data.classes)), layout)
     found.seconds["reading"] = round(time.perf_counter() - start, 3)
     with found.part("exact duplicates"):
-        found.exact = same_content(images, watch)
+        found.exact = same_content(images, reporter)
     with found.part("headers"):
-        found.headers = list(headers(images, watch))
+        found.headers = list(headers(images, reporter))
     with found.part("near duplicates"):
-        found.near, found.not_compared = _alike(images, found.exact, watch)
+        found.near, found.not_compared = _alike(images, found.exact, reporter)
     if quick:
         found.why_no_labels = "left out (--quick)"
     else:
-        _check_labels(found, accelerator, watch, session)
+        _check_labels(found, accelerator, reporter, session)
     return found
 
 
@@ -120,14 +120,14 @@ def _input_size(spec: TrainSpec, n_classes: int) -> int:
     return own or build_architecture(spec.backbone, n_classes, None).size
 
 
-def _alike(images: Together, exact: Sequence[Sequence[int]], watch: Watch) -> tuple[list[Alike], int]:
+def _alike(images: ConcatSplits, exact: Sequence[Sequence[int]], reporter: Reporter) -> tuple[list[Alike], int]:
     """Groups of near duplicates, and how many images could not be compared. Of exact copies one is looked at."""
     copies = {group[0]: group for group in exact}
     repeated = {i for group in exact for i in group[1:]}
     looked_at = [i for i in range(len(images)) if i not in repeated]
     small = {}
-    with watch.track("comparing", len(looked_at)) as done:
-        made = in_threads(lambda i: thumbnail(images.read(i)), looked_at, 16)
+    with reporter.track("comparing", len(looked_at)) as done:
+        made = map_in_threads(lambda i: thumbnail(images.read(i)), looked_at, 16)
         for i, one in zip(looked_at, made, strict=True):
             if one is not None:
                 small[i] = one
@@ -152,17 +152,17 @@ def _alike(images: Together, exact: Sequence[Sequence[int]], watch: Watch) -> tu
     return groups, len(looked_at) - len(small) + plain
 
 
-def _check_labels(found: Findings, accelerator: torch.device, watch: Watch, session: Session) -> None:
+def _check_labels(found: Findings, accelerator: torch.device, reporter: Reporter, session: Session) -> None:
     """Features of all images through the cache of activations, and a probe on them."""
     spec, data = found.spec, found.data
     with found.part("features"):
         model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         found.notes += [] if model.pretrained else ["the features are of random weights: they tell little about labels"]
-        seen = _features(found, model, accelerator, watch, session)
+        seen = _features(found, model, accelerator, reporter, session)
     if seen is None:
         found.why_no_labels = "this network's head is not one linear layer, so there are no features for a probe"
         return
-    with found.part("labels"), watch.track("labels", len(found.images)) as done:
+    with found.part("labels"), reporter.track("labels", len(found.images)) as done:
         together = joined(
             (group[0], i) for group in [*found.exact, *(one.members for one in found.near)] for i in group[1:]
         )
@@ -170,16 +170,16 @@ def _check_labels(found: Findings, accelerator: torch.device, watch: Watch, sess
 
 
 def _features(
-    found: Findings, model: Classifier, accelerator: torch.device, watch: Watch, session: Session
+    found: Findings, model: Classifier, accelerator: torch.device, reporter: Reporter, session: Session
 ) -> Tensor | None:
     """What enters the head for each image, in order; None where the head is no single layer."""
-    spec, head = found.spec, probed_head(model)
+    spec, head = found.spec, linear_head(model)
     if head is None:
         return None
     model.network.to(accelerator)
     contract = apply_freeze(spec.freeze, model)
-    plan = plan_inputs(found.data, model, contract, spec, accelerator, session, wants_probe=True)
+    plan = plan_inputs(found.data, model, contract, spec, accelerator, session, needs_probe=True)
     plan.device.place(model.network)
-    inputs = plan.open(watch)
-    feeds = (inputs.probe, inputs.val, plan.open_test(watch))
-    return torch.cat([features(model.network, head, feed, plan.device, watch, "features")[0] for feed in feeds])
+    inputs = plan.open(reporter)
+    feeds = (inputs.probe, inputs.val, plan.open_test(reporter))
+    return torch.cat([features(model.network, head, feed, plan.device, reporter, "features")[0] for feed in feeds])

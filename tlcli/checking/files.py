@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.checking.check import Findings
-from tlcli.runs.cells import csv_line
+from tlcli.text import csv_line
 
 
 def write_files(folder: Path, found: Findings, summary: Mapping[str, Any]) -> None:

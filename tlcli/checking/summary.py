@@ -10,7 +10,7 @@ from tlcli import __version__
 from tlcli.checking.check import Findings
 from tlcli.checking.labels import FOLDS
 from tlcli.data.duplicates import conflicting, leaked
-from tlcli.data.together import Together
+from tlcli.data.together import ConcatSplits
 from tlcli.specs import ClassWeights
 
 SCHEMA_VERSION = 1
@@ -79,7 +79,7 @@ def _sizes(found: Findings) -> dict[str, Any]:
     }
 
 
-def _duplicates(images: Together, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Counts of groups, of images in them, of those of one split that are in others, of groups with several labels."""
     return {
         "groups": len(groups),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tlcli import __version__
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),

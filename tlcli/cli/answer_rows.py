@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
-from tlcli.runs.cells import csv_line, plain
+from tlcli.text import csv_line, strip_control_chars
 
 if TYPE_CHECKING:
     from tlcli.predict import Answer
@@ -68,7 +68,7 @@ class Table(Rows):
     """Columns for people: on a terminal within its width, elsewhere with nothing left out."""
 
     def begin(self) -> None:
-        widest = max(cell_len(plain(name)) for name in self.classes)
+        widest = max(cell_len(strip_control_chars(name)) for name in self.classes)
         self._class = min(widest, WIDEST_CLASS) if self.file.isatty() else widest
         self._class = max(self._class, len("prediction"))
         self._width = shutil.get_terminal_size().columns if self.file.isatty() else None
@@ -77,12 +77,12 @@ class Table(Rows):
         self.file.write(self._row("image", "prediction", "prob.", "then" if self.top > 1 else ""))
 
     def line(self, answer: "Answer") -> str:
-        path = plain(answer.path)
+        path = strip_control_chars(answer.path)
         if answer.error is not None:
-            return f"{self._fitted(path, self._path, keep_end=True)}  error: {plain(answer.error)}\n"
+            return f"{self._fitted(path, self._path, keep_end=True)}  error: {strip_control_chars(answer.error)}\n"
         (name, value), *others = answer.top
-        then = ", ".join(f"{plain(other)} {its:.3f}" for other, its in others)
-        return self._row(path, plain(name), f"{value:.3f}", then)
+        then = ", ".join(f"{strip_control_chars(other)} {its:.3f}" for other, its in others)
+        return self._row(path, strip_control_chars(name), f"{value:.3f}", then)
 
     def _row(self, path: str, name: str, value: str, then: str) -> str:
         path, name = self._fitted(path, self._path, keep_end=True), self._fitted(name, self._class)

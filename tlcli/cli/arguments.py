@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean
 
 FORMATS = ("table", "json")
 

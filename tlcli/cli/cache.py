@@ -10,8 +10,9 @@ from typing import Any
 
 from tlcli.cli.arguments import FORMATS, only_format
 from tlcli.cli.terminal import WHOLE_LINES
-from tlcli.errors import TlcliError, UsageError, did_you_mean
-from tlcli.store import LEAST_PREFIX, Entry, Store, cache_dir, size_text
+from tlcli.errors import TlcliError, UsageError
+from tlcli.store import LEAST_PREFIX, Entry, Store, cache_dir
+from tlcli.text import did_you_mean, size_text
 
 HELP = f"""\
 usage: tlcli cache list [--format table|json]

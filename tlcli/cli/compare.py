@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.run_folders import run_folders
 from tlcli.cli.terminal import WHOLE_LINES
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.runs.cells import plain
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean, strip_control_chars
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -167,7 +167,7 @@ def _runs_part(found: "Comparison", width: int) -> Iterator["RenderableType"]:
     from tlcli.cli.tables import figures_table, labelled, shown_path
 
     for i, run in enumerate(found.runs):
-        yield from labelled(letter(i), plain(shown_path(run.path)), width)
+        yield from labelled(letter(i), strip_control_chars(shown_path(run.path)), width)
     yield ""
     table = figures_table("run", "accuracy", "95 % interval", "loss", "macro F1", "images")
     for i, run in enumerate(found.runs):
@@ -188,13 +188,13 @@ def _config_part(found: "Comparison", width: int) -> Iterator["RenderableType"]:
         return
     if len(found.runs) > MANY_RUNS:
         for key, values in rows.items():
-            yield from _wrapped(f"{plain(key)}: {_grouped(values)}", width)
+            yield from _wrapped(f"{strip_control_chars(key)}: {_grouped(values)}", width)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("differs", *(letter(i) for i in range(len(found.runs)))):
         table.add_column(title, overflow="fold")
     for key, values in rows.items():
-        table.add_row(plain(key), *(_value(value) for value in values))
+        table.add_row(strip_control_chars(key), *(_value(value) for value in values))
     yield table
 
 
@@ -212,7 +212,7 @@ def _value(value: Any) -> str:
     """A value as YAML has it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else plain(str(value))
+    return "null" if value is None else strip_control_chars(str(value))
 
 
 def _seeds_words(group: "Seeds") -> str:
@@ -232,7 +232,7 @@ def _short_words(pair: "Pair | NoPair") -> str:
 
     a, b = letter(pair.first), letter(pair.second)
     if isinstance(pair, NoPair):
-        return f"{a} against {b}: no paired test: {plain(pair.why)}"
+        return f"{a} against {b}: no paired test: {strip_control_chars(pair.why)}"
     verdict = "more than chance" if pair.settled else "within chance"
     counts = f"images right: {len(pair.only_first):,} in {a} alone, {len(pair.only_second):,} in {b} alone"
     return f"{a} against {b}: {_points(pair.difference)} ({counts}), {verdict}: {probability(pair.p_holm)}"
@@ -251,7 +251,7 @@ def _pair_parts(found: "Comparison", width: int) -> Iterator[list["RenderableTyp
 
     [pair] = found.pairs
     if isinstance(pair, NoPair):
-        yield list(_wrapped(f"no paired test: {plain(pair.why)}. Compare the intervals.", width))
+        yield list(_wrapped(f"no paired test: {strip_control_chars(pair.why)}. Compare the intervals.", width))
         return
     yield list(_wrapped(verdict(pair), width))
     yield list(_classes_part(pair))
@@ -295,7 +295,7 @@ def _classes_part(pair: "Pair") -> Iterator["RenderableType"]:
     table = figures_table("recall of", letter(pair.first), letter(pair.second), "difference", "images")
     for one in different[:MANY_CLASSES]:
         change = f"{100 * (one.first - one.second):+.1f}"
-        table.add_row(plain(one.name), f"{one.first:.4f}", f"{one.second:.4f}", change, f"{one.n:,}")
+        table.add_row(strip_control_chars(one.name), f"{one.first:.4f}", f"{one.second:.4f}", change, f"{one.n:,}")
     yield table
     if len(different) > MANY_CLASSES:
         yield f"and {len(different) - MANY_CLASSES:,} more classes"
@@ -305,7 +305,7 @@ def _images_part(title: str, wrong: str, images: Sequence[tuple["Image", str]]) 
     """The first of these images, each with what the run that is wrong says."""
     yield f"{title}: {len(images):,}"
     for image, said in images[:MANY_IMAGES]:
-        yield f"  {plain(image.key)}: {plain(image.true)}, {wrong} says {plain(said)}"
+        yield strip_control_chars(f"  {image.key}: {image.true}, {wrong} says {said}")
     if len(images) > MANY_IMAGES:
         yield f"  and {len(images) - MANY_IMAGES:,} more (--format json has all)"
 

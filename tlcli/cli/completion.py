@@ -12,8 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.run_folders import run_folders
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.specs import SCHEMAS, TrainSpec
+from tlcli.text import did_you_mean
 
 SCRIPTS = {
     "bash": r"""_tlcli() {

@@ -22,8 +22,9 @@ from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
 from tlcli.cli.explain import explain, unknown_key
 from tlcli.cli.yaml_size import check_yaml
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.specs import SCHEMAS, Spec, TrainSpec, problems
+from tlcli.text import did_you_mean
 
 RESOLVERS = frozenset(
     {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}

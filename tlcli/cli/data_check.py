@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tlcli.cli.arguments import FORMATS
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.terminal import WHOLE_LINES
-from tlcli.errors import TlcliError, UsageError, did_you_mean
+from tlcli.errors import TlcliError, UsageError
+from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
     from tlcli.cli.folders import Folder
@@ -172,8 +173,8 @@ def _folder(spec: "TrainSpec", output: Path | None) -> "Folder":
 def _check(spec: "TrainSpec", asked: Asked, folder: Path) -> dict[str, Any]:
     """Check, and write all files; the summary."""
     from tlcli.cli.libraries import importing
-    from tlcli.cli.view import TerminalWatch
-    from tlcli.watch import Watch
+    from tlcli.cli.view import TerminalReporter
+    from tlcli.reporter import Reporter
 
     with importing():
         from tlcli.checking.check import check_data
@@ -182,8 +183,8 @@ def _check(spec: "TrainSpec", asked: Asked, folder: Path) -> dict[str, Any]:
         from tlcli.checking.summary import summarise
         from tlcli.engine.session import session_for
 
-    watch = TerminalWatch() if asked.form == "table" else Watch()
-    found = check_data(spec, watch, session_for(spec.cache), quick=asked.quick)
+    reporter = TerminalReporter() if asked.form == "table" else Reporter()
+    found = check_data(spec, reporter, session_for(spec.cache), quick=asked.quick)
     try:
         with found.part("pictures"):
             draw_suspects(found, folder / "contact_sheet.png")

@@ -3,7 +3,7 @@
 import errno
 
 from tlcli.errors import TlcliError, UsageError, is_out_of_memory
-from tlcli.runs.cells import plain
+from tlcli.text import one_line
 
 
 class Terminated(KeyboardInterrupt):
@@ -40,9 +40,3 @@ def ending(exc: BaseException) -> tuple[int, str]:
         return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
     what = f"{type(exc).__name__}: {one_line(str(exc))}".rstrip(": ")
     return 1, f"internal error: {what} (rerun with --debug for the traceback)"
-
-
-def one_line(text: str) -> str:
-    """The text with its line breaks and runs of blanks as single blanks, and without what would move a terminal's
-    cursor or colour it: the names of files may be anybody's."""
-    return plain(" ".join(text.split()))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.run_folders import run_folders
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.runs.cells import plain
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean, strip_control_chars
 
 if TYPE_CHECKING:
     from tlcli.evaluation import Evaluation
@@ -132,11 +132,11 @@ def _evaluated(words: Words) -> "Evaluation":
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
     with importing():
         from tlcli.evaluation import Asked, evaluate_run
-    from tlcli.cli.view import TerminalWatch
-    from tlcli.watch import Watch
+    from tlcli.cli.view import TerminalReporter
+    from tlcli.reporter import Reporter
 
     asked = Asked(words.run, words.checkpoint, words.split, spec, trained)
-    return evaluate_run(asked, TerminalWatch() if words.format == "table" else Watch())
+    return evaluate_run(asked, TerminalReporter() if words.format == "table" else Reporter())
 
 
 def _print_table(found: "Evaluation") -> None:
@@ -167,7 +167,7 @@ def _lines(found: "Evaluation") -> Iterator[tuple[str, str]]:
     data = report["dataset"]
     place = data.get("file") or data["root"]
     yield "weights", f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}"
-    yield "data", plain(data["name"] + (f", {place}" if place else ""))
+    yield "data", strip_control_chars(data["name"] + (f", {place}" if place else ""))
     yield "evaluated", f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {found.words}"
     if found.bad_files:
         yield "left out", f"{len(found.bad_files):,} that do not decode"
@@ -199,7 +199,7 @@ def class_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         return []
     return [
         (
-            plain(name),
+            strip_control_chars(name),
             f"{own['precision']:.4f}",
             f"{own['recall']:.4f}" if own["support"] else "-",
             f"{own['f1']:.4f}" if own["support"] else "-",

@@ -18,9 +18,8 @@ from omegaconf.errors import (
 )
 
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.endings import one_line
-from tlcli.errors import did_you_mean
 from tlcli.specs import SCHEMAS, TrainSpec
+from tlcli.text import did_you_mean, one_line
 
 
 def explain(exc: Exception, files: ConfFiles) -> str | None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
-from tlcli.errors import TlcliError, UsageError, did_you_mean
+from tlcli.errors import TlcliError, UsageError
 from tlcli.exporting import FILES, check_format, place_of, refuse_existing
 from tlcli.runs.opening import open_run
 from tlcli.runs.run_dir import RunDir
+from tlcli.text import did_you_mean, size_text
 
 if TYPE_CHECKING:
     from tlcli.exporting.export import Exported
@@ -140,7 +141,6 @@ def _spec(run: RunDir) -> "TrainSpec | None":
 
 def _show(done: "Exported") -> None:
     """What was written, how it was checked, and how to load it; whole lines, to be copied."""
-    from tlcli.store import size_text
 
     files = [done.path] if done.path.is_file() else [p for p in done.path.rglob("*") if p.is_file()]
     print(f"wrote    {done.path} ({size_text(sum(f.stat().st_size for f in files))})")

@@ -11,8 +11,8 @@ from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.run_folders import run_folders
 from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.store import size_text
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean, size_text
 
 if TYPE_CHECKING:
     from tlcli.inspection import Inspection, Strategy
@@ -54,13 +54,13 @@ def run(argv: list[str]) -> int:
     form, words = format_of(argv)
     spec, linear = specs(words)
     from tlcli.cli.libraries import importing
-    from tlcli.cli.view import TerminalWatch
+    from tlcli.cli.view import TerminalReporter
 
     with importing():
         from tlcli.inspection import inspect
-    from tlcli.watch import Watch
+    from tlcli.reporter import Reporter
 
-    found = inspect(spec, linear, TerminalWatch() if form == "table" and sys.stdout.isatty() else Watch())
+    found = inspect(spec, linear, TerminalReporter() if form == "table" and sys.stdout.isatty() else Reporter())
     print(
         json.dumps(asdict(found), indent=2)
         if form == "json"

@@ -17,9 +17,9 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.endings import Abort, ending
 from tlcli.cli.libraries import importing
 from tlcli.cli.logs import log, logging_to
-from tlcli.cli.view import TerminalWatch
+from tlcli.cli.view import TerminalReporter
 from tlcli.data.listing import check_dataset
-from tlcli.errors import BadImages, TlcliError, UsageError
+from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir, read_json
@@ -69,14 +69,14 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
                 run.start(command=command.line, overrides=overrides, config=text)
                 if refused:
                     raise refused
-            watch = TerminalWatch(_backbone_words(job.runtime.choices, overrides))
+            reporter = TerminalReporter(_backbone_words(job.runtime.choices, overrides))
             if sweep:
-                watch.heading(heading)
+                reporter.heading(heading)
             spec = build(config, files)
             if sweep:  # of a single run this was looked at before its directory was made
                 command.check(spec)
             restart = go_on(run, command.line) if begun else None
-            return train_job(spec, run, watch, restart, command)
+            return train_job(spec, run, reporter, restart, command)
     except Exception as exc:
         if sweep is None:
             raise Abort(exc) from exc
@@ -116,7 +116,7 @@ def go_on(run: RunDir, line: str) -> Any:
 
 
 def train_job(
-    spec: TrainSpec, run: RunDir, watch: TerminalWatch, restart: Any = None, command: Command | None = None
+    spec: TrainSpec, run: RunDir, reporter: TerminalReporter, restart: Any = None, command: Command | None = None
 ) -> float | None:
     """Train what a spec says in a run's directory, from where `restart` says."""
     log.info(first_line(spec))
@@ -127,7 +127,7 @@ def train_job(
     session = session_for(spec.cache, command.session if command else None)
     if command:
         command.session = session
-    with logged_run(spec, run.path, watch) as told:
+    with logged_run(spec, run.path, reporter) as told:
         return train(spec, run, told, session, restart)
 
 
@@ -147,7 +147,7 @@ def recorded(run: RunDir) -> Iterator[None]:
         _end(run, "interrupted", ending(exc)[1])
         raise
     except BaseException as exc:
-        if isinstance(exc, BadImages):
+        if isinstance(exc, BadImagesError):
             run.write_bad_files(exc.files)
         _end(run, "failed", ending(exc)[1])
         raise

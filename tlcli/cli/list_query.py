@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.runs.index import Entry, RunEntry, SweepEntry
+from tlcli.text import did_you_mean
 
 FORMATS = ("table", "csv", "json")
 OPTIONS = ("--sort", "--filter", "--limit", "--format", "--jobs")

@@ -11,8 +11,8 @@ from typing import Any
 from tlcli.cli.list_query import FIGURES, FORMATS, KEYS, OPTIONS, WORDS, Wanted, kept, ordered, parsed
 from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
 from tlcli.errors import UsageError
-from tlcli.runs.cells import csv_line, plain
 from tlcli.runs.index import Entry, Index, RunEntry, SweepEntry, read_index
+from tlcli.text import csv_line, strip_control_chars
 
 HELP = """\
 usage: tlcli list [FOLDER ...] [--jobs] [--sort KEY] [--filter KEY=VALUE ...]
@@ -118,7 +118,7 @@ class Field:
 
 
 def _word(name: str) -> Callable[[Row], str]:
-    return lambda row: plain(WORDS[name](row.entry)) or "-"
+    return lambda row: strip_control_chars(WORDS[name](row.entry)) or "-"
 
 
 def _figure(name: str, digits: int) -> Callable[[Row], str]:
@@ -126,12 +126,12 @@ def _figure(name: str, digits: int) -> Callable[[Row], str]:
 
 
 FIELDS = (
-    Field("status", lambda row: plain(state(row)), 0),
+    Field("status", lambda row: strip_control_chars(state(row)), 0),
     Field("when", _word("when"), 6),
     Field("dataset", _word("dataset"), 4),
     Field("backbone", _word("backbone"), 3),
     Field("freeze", _word("freeze"), 5),
-    Field("swept", lambda row: plain(row.swept), 2, whole=True),
+    Field("swept", lambda row: strip_control_chars(row.swept), 2, whole=True),
     Field("val", _figure("val", 4), 1, figure=True),
     Field("test", _figure("test", 4), 0, figure=True),
     Field("minutes", _figure("minutes", 1), 7, figure=True),

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from tlcli.cli.answer_rows import ROWS
 from tlcli.cli.libraries import importing
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.watch import Watch
+from tlcli.errors import UsageError
+from tlcli.reporter import Reporter
+from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -198,8 +199,8 @@ def _predict(wanted: Wanted, file: TextIO) -> int:
     rows = ROWS[wanted.format](file, top, loaded.classes)
     count = errors = 0
     start = time.perf_counter()
-    with _progress(total, shown=sys.stderr.isatty() and not file.isatty()) as (watch, advance):
-        for answer in predictor.answers(_images(wanted.paths), top=top, total=total, watch=watch):
+    with _progress(total, shown=sys.stderr.isatty() and not file.isatty()) as (reporter, advance):
+        for answer in predictor.answers(_images(wanted.paths), top=top, total=total, reporter=reporter):
             rows.add(answer)
             count, errors = count + 1, errors + (answer.error is not None)
             advance(1)
@@ -213,10 +214,10 @@ def _predict(wanted: Wanted, file: TextIO) -> int:
 
 def _images(paths: Sequence[str]) -> Iterator["Named"]:
     """What the arguments name; for - the lines of stdin."""
-    from tlcli.data.named import named_images
+    from tlcli.data.named import expand_image_paths
 
     for path in paths:
-        yield from named_images(_lines(), patterns=False) if path == STDIN else named_images([path])
+        yield from expand_image_paths(_lines(), patterns=False) if path == STDIN else expand_image_paths([path])
 
 
 def _lines() -> Iterator[str]:
@@ -239,10 +240,10 @@ def _count(paths: Sequence[str]) -> int | None:
 
 
 @contextmanager
-def _progress(total: int | None, shown: bool) -> Iterator[tuple[Watch, Callable[[int], None]]]:
+def _progress(total: int | None, shown: bool) -> Iterator[tuple[Reporter, Callable[[int], None]]]:
     """A watch for notes, and what counts the images done: with a bar on stderr, where one is to be shown."""
     if not shown:
-        yield Watch(), lambda done: None
+        yield Reporter(), lambda done: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -264,7 +265,7 @@ def _progress(total: int | None, shown: bool) -> Iterator[tuple[Watch, Callable[
         yield _Notes(console), lambda done: bars.advance(task, done)
 
 
-class _Notes(Watch):
+class _Notes(Reporter):
     """Shows notes on stderr."""
 
     def __init__(self, console: "Console") -> None:

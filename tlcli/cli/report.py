@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
-from tlcli.errors import TlcliError, UsageError, did_you_mean
+from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.index import SWEEP_FILES
 from tlcli.runs.run_dir import RunDir
+from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
     from tlcli.runs.report import Pictures

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tlcli.cli.checks import check, first_line
 from tlcli.cli.job import go_on, recorded_job, train_job
 from tlcli.cli.saved import saved_spec
-from tlcli.cli.view import TerminalWatch
+from tlcli.cli.view import TerminalReporter
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
 from tlcli.runs.index import is_gone
@@ -97,10 +97,10 @@ def resume_run(path: Path, overrides: Sequence[str]) -> int:
         restart = go_on(run, shlex.join(["tlcli", "train", FLAG, str(path), *overrides]))
         if changes:
             run.write_config(OmegaConf.to_yaml(OmegaConf.structured(spec)))
-        watch = TerminalWatch(f"backbone={spec.backbone.name}")
+        reporter = TerminalReporter(f"backbone={spec.backbone.name}")
         if foreign := _elsewhere(info):
-            watch.note(foreign)
-        train_job(spec, run, watch, restart)
+            reporter.note(foreign)
+        train_job(spec, run, reporter, restart)
     return 0
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from tlcli.cli.endings import Terminated
-from tlcli.interrupts import steady
+from tlcli.interrupts import defer_interrupts
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def terminable() -> Iterator[None]:
         if came and number == signal.SIGINT:
             os._exit(130)
         came = True
-        steady.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+        defer_interrupts.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
 
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     wanted = {signal.SIGINT, signal.SIGTERM, hangup}

@@ -10,7 +10,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from tlcli.cli.view import TerminalWatch
+from tlcli.cli.view import TerminalReporter
 from tlcli.runs import leaderboard
 
 KEPT = 100
@@ -62,7 +62,7 @@ def _replaced(owner: type, name: str, method: Callable[..., Any]) -> Iterator[No
 def finish(folder: Path) -> int:
     """Write and show the leaderboard of a sweep; 0, or 1 where a job failed."""
     board = leaderboard.write(folder)
-    TerminalWatch().leaderboard(board)
+    TerminalReporter().leaderboard(board)
     failed = [job for job in board.jobs if job.status != "done"]
     if failed:
         print(f"tlcli train: {len(failed)} of {len(board.jobs)} jobs did not finish:", file=sys.stderr)

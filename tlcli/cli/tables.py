@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from tlcli.reporter import EpochRow, RunPlan, RunResult, StageRow
 from tlcli.runs.leaderboard import Job, Leaderboard
-from tlcli.watch import EpochRow, Outcome, Plan, StageRow
 
 MANY_CLASSES = 12
 """With more classes than this a range stands for a row each."""
@@ -62,7 +62,7 @@ def epoch_line(row: EpochRow, columns: Sequence[Column]) -> str:
     return _joined([column.cell(row).rjust(column.width) for column in columns])
 
 
-def plan_lines(plan: Plan, width: int | None) -> list[str]:
+def plan_lines(plan: RunPlan, width: int | None) -> list[str]:
     """What stands above the tables of a plan, and the notes."""
     sizes = ", ".join(f"{split} {sum(counts):,}" for split, counts in plan.counts.items())
     rows = [
@@ -78,7 +78,7 @@ def plan_lines(plan: Plan, width: int | None) -> list[str]:
     return [*lines, *wrapped(f"activations: {plan.activations}", width)]
 
 
-def counts_table(plan: Plan) -> Table | None:
+def counts_table(plan: RunPlan) -> Table | None:
     """Images of each class in each split; None where the classes are too many for a row each."""
     if len(plan.classes) > MANY_CLASSES:
         return None
@@ -88,7 +88,7 @@ def counts_table(plan: Plan) -> Table | None:
     return table
 
 
-def counts_ranges(plan: Plan) -> str:
+def counts_ranges(plan: RunPlan) -> str:
     """The fewest and the most images of a class in each split."""
     ranges = []
     for split, counts in plan.counts.items():
@@ -107,7 +107,7 @@ def stages_table(stages: Sequence[StageRow]) -> Table:
     return table
 
 
-def outcome_lines(outcome: Outcome, backbone: str, width: int | None) -> list[str]:
+def outcome_lines(outcome: RunResult, backbone: str, width: int | None) -> list[str]:
     """The result of a run, where it is, and the command to use next."""
     low, high = outcome.ci95
     confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in outcome.confused)

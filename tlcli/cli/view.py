@@ -14,8 +14,8 @@ from rich.text import Text
 
 from tlcli.cli import tables
 from tlcli.cli.logs import log
+from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.leaderboard import Leaderboard
-from tlcli.watch import EpochRow, Outcome, Plan, Watch
 
 WORTH_A_LINE = 2.0  # seconds: what took less is not worth a line where there are no bars
 LOG_WIDTH = 100
@@ -42,7 +42,7 @@ class Speed(ProgressColumn):
         return Text(f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else "", style="dim")
 
 
-class TerminalWatch(Watch):
+class TerminalReporter(Reporter):
     """Shows a run on stdout and in the log.
 
     Args:
@@ -90,7 +90,7 @@ class TerminalWatch(Watch):
         else:
             log.info(line)
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: RunPlan) -> None:
         for line in tables.plan_lines(plan, self._wrap):
             self._say(line)
         self._say("")
@@ -111,7 +111,7 @@ class TerminalWatch(Watch):
             self._header_shown = True
         self._say(Text(tables.epoch_line(row, columns), style="green" if row.best else ""))
 
-    def outcome(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: RunResult) -> None:
         self._say("")
         for number, line in enumerate(tables.outcome_lines(outcome, self._backbone, self._wrap)):
             self._say(Text(line, style="bold" if number == 0 else ""))

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from tlcli.data.augment import Augmentation
 from tlcli.data.decode import Pixels
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.reading import Kept
+from tlcli.data.reading import CachedImages
 from tlcli.data.source import Ints, Split
-from tlcli.data.threads import in_threads
+from tlcli.data.threads import map_in_threads
 from tlcli.errors import TlcliError
 
 Batch = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ def sample_seed(seed: int, view: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Batches:
+class ImageBatches:
     """The images of a split as (x, y): x uint8 (batch, 3, size, size), channels_last, y int64 (batch,), on the CPU.
 
     With workers=0 images are read in this process, else in so many others. `pin_memory` is for batches that go to a
@@ -150,6 +150,10 @@ class _Samples(Dataset[Batch | TlcliError]):
     def _images(self, positions: list[int]) -> Iterator[Pixels]:
         """In order; in threads where they have to be decoded, for arithmetic waits for that on all cores."""
         images = self.split.images
-        if self.threads and isinstance(images, Kept) and not images.holds(self.split.indices[positions].tolist()):
-            return in_threads(self.split.read, positions, 1)
+        if (
+            self.threads
+            and isinstance(images, CachedImages)
+            and not images.holds(self.split.indices[positions].tolist())
+        ):
+            return map_in_threads(self.split.read, positions, 1)
         return (self.split.read(i) for i in positions)

@@ -9,13 +9,13 @@ import numpy as np
 from tlcli.data.digits import load_digits
 from tlcli.data.duplicates import duplicate_notes
 from tlcli.data.listing import list_imagefolder, list_manifest
-from tlcli.data.reading import Group, Memory, SoundImages, bad_images, keep_in_memory, kept
+from tlcli.data.reading import Group, Memory, SoundImages, bad_images, kept, preload_images
 from tlcli.data.source import Images, Source, Split, from_listing
-from tlcli.data.splits import held_out, per_class
+from tlcli.data.splits import per_class, stratified_split
 from tlcli.data.torchvision_sets import load_torchvision
-from tlcli.errors import BadImages, UsageError
+from tlcli.errors import BadImagesError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
-from tlcli.watch import Watch
 
 __all__ = [
     "Dataset",
@@ -23,10 +23,10 @@ __all__ = [
     "Images",
     "SoundImages",
     "Split",
-    "keep_in_memory",
     "load_dataset",
     "load_unchecked",
     "load_whole",
+    "preload_images",
 ]
 
 
@@ -43,18 +43,18 @@ class Dataset:
     bad_files: tuple[tuple[str, str], ...]
 
 
-SOURCES: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
-    Digits: lambda spec, watch: load_digits(spec),
-    ImageFolder: lambda spec, watch: from_listing(list_imagefolder(spec)),
-    Manifest: lambda spec, watch: from_listing(list_manifest(spec)),
+SOURCES: dict[type[DatasetSpec], Callable[[Any, Reporter], Source]] = {
+    Digits: lambda spec, reporter: load_digits(spec),
+    ImageFolder: lambda spec, reporter: from_listing(list_imagefolder(spec)),
+    Manifest: lambda spec, reporter: from_listing(list_manifest(spec)),
     TorchvisionDataset: load_torchvision,
 }
 """What makes a source of each kind of spec."""
 
-EVALUATED: dict[type[DatasetSpec], Callable[[Any, Watch], Source]] = {
+EVALUATED: dict[type[DatasetSpec], Callable[[Any, Reporter], Source]] = {
     **SOURCES,
-    ImageFolder: lambda spec, watch: from_listing(list_imagefolder(spec, trains=False)),
-    Manifest: lambda spec, watch: from_listing(list_manifest(spec, trains=False)),
+    ImageFolder: lambda spec, reporter: from_listing(list_imagefolder(spec, trains=False)),
+    Manifest: lambda spec, reporter: from_listing(list_manifest(spec, trains=False)),
 }
 """Likewise for what is not trained on: it needs no training images, and one class is enough."""
 
@@ -71,7 +71,7 @@ class Evaluated:
     bad_files: tuple[tuple[str, str], ...]
 
 
-def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImages | None = None) -> Dataset:
+def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, sound: SoundImages | None = None) -> Dataset:
     """The images of `spec`, split and cut down; every one decodes. Those read stay in memory up to `spec.ram_gb`.
 
     All are decoded here, unless `sound` knows which of them decode: then each is when it is first read. Which image is
@@ -79,10 +79,10 @@ def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImag
     figure wrong are noted. Raises UsageError where the data cannot be used as it is, BadImages for files that do not
     decode (on_bad=error).
     """
-    source = SOURCES[type(spec)](spec, watch)
+    source = SOURCES[type(spec)](spec, reporter)
     splits, notes = _divide(source, spec, seed)
     splits = _kept(splits, Memory(int(spec.ram_gb * 1e9)))
-    splits, bad = _without_bad(splits, spec, watch, sound)
+    splits, bad = _without_bad(splits, spec, reporter, sound)
     if bad:
         notes.append(
             f"{_files(len(bad))} not decode and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv"
@@ -92,13 +92,13 @@ def load_dataset(spec: DatasetSpec, *, seed: int, watch: Watch, sound: SoundImag
         counts = splits[name].class_counts(len(source.classes))
         if absent := [c for c, n in zip(source.classes, counts, strict=True) if n == 0]:
             notes.append(f"{name} has no images of {_some(absent)}")
-    notes += duplicate_notes(splits, source.classes, watch)
+    notes += duplicate_notes(splits, source.classes, reporter)
     return Dataset(spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad))
 
 
-def load_unchecked(spec: DatasetSpec, *, seed: int, watch: Watch) -> Dataset:
+def load_unchecked(spec: DatasetSpec, *, seed: int, reporter: Reporter) -> Dataset:
     """The splits that `load_dataset` gives, of which no image was read: to look at a few."""
-    source = SOURCES[type(spec)](spec, watch)
+    source = SOURCES[type(spec)](spec, reporter)
     splits, notes = _divide(source, spec, seed)
     return Dataset(
         spec.name, source.classes, **_kept(splits, Memory(int(spec.ram_gb * 1e9))), notes=tuple(notes), bad_files=()
@@ -106,20 +106,20 @@ def load_unchecked(spec: DatasetSpec, *, seed: int, watch: Watch) -> Dataset:
 
 
 def load_whole(
-    spec: DatasetSpec, wanted: str | None, *, seed: int, watch: Watch, sound: SoundImages | None = None
+    spec: DatasetSpec, wanted: str | None, *, seed: int, reporter: Reporter, sound: SoundImages | None = None
 ) -> Evaluated:
     """The images of `spec` to evaluate on, with none held out: the split `wanted` (train, val, test), or (None) test,
     else val, else all that there is. `spec.test_per_class` limits them.
 
     Raises UsageError where the data has no such split, BadImages for files that do not decode (on_bad=error).
     """
-    source = EVALUATED[type(spec)](spec, watch)
+    source = EVALUATED[type(spec)](spec, reporter)
     role = wanted or next(role for role in ("test", "val", "all", "train") if role in source.splits)
     if role not in source.splits:
         there = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
         raise UsageError(f"split={role}: {spec.name} has no such split ({there}); leave split= out to evaluate it")
     split = _per_class(source.splits[role], source.classes, spec.test_per_class, seed, "test_per_class")
-    splits, bad = _without_bad(_kept({role: split}, Memory(int(spec.ram_gb * 1e9))), spec, watch, sound)
+    splits, bad = _without_bad(_kept({role: split}, Memory(int(spec.ram_gb * 1e9))), spec, reporter, sound)
     if len(splits[role]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
     return Evaluated(spec.name, source.classes, role, splits[role], tuple(bad))
@@ -145,7 +145,7 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
 
 
 def _held_out(split: Split, classes: tuple[str, ...], fraction: float, seed: int, purpose: str) -> tuple[Split, Split]:
-    stay, held = held_out(split.labels, classes, fraction, seed=seed, purpose=purpose)
+    stay, held = stratified_split(split.labels, classes, fraction, seed=seed, purpose=purpose)
     return split.take(stay), split.take(held)
 
 
@@ -163,17 +163,17 @@ def _kept(splits: dict[str, Split], memory: Memory) -> dict[str, Split]:
 
 
 def _without_bad(
-    splits: dict[str, Split], spec: DatasetSpec, watch: Watch, sound: SoundImages | None
+    splits: dict[str, Split], spec: DatasetSpec, reporter: Reporter, sound: SoundImages | None
 ) -> tuple[dict[str, Split], list[tuple[str, str]]]:
     """The splits without what does not decode, and (file, reason) of that. Raises BadImages if it is to be an error."""
     groups = _in_use(splits)
-    faults = bad_images(groups, watch, sound)
+    faults = bad_images(groups, reporter, sound)
     if not faults:
         return splits, []
     bad = [(images, i, faults[key]) for images, used in groups for i in used if (key := images.key(i)) in faults]
     files = [(images.name(i), reason) for images, i, reason in bad]
     if spec.on_bad is OnBad.error:
-        raise BadImages(_do_not_decode(files), files)
+        raise BadImagesError(_do_not_decode(files), files)
     left_out = {(id(images), i) for images, i, _ in bad}
     for name, split in splits.items():
         good = [n for n, i in enumerate(split.indices.tolist()) if (id(split.images), i) not in left_out]

@@ -3,24 +3,24 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from tlcli.data.source import Split
-from tlcli.data.together import Together
-from tlcli.watch import Watch
+from tlcli.data.together import ConcatSplits
+from tlcli.reporter import Reporter
 
 LISTED = "`tlcli data check` lists them"
 
 
-def same_content(images: Together, watch: Watch) -> list[list[int]]:
+def same_content(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
     """Positions of images whose files have the same bytes (of arrays: the same pixels), two or more in each group.
 
     Nothing is read whose digest is known already, as it is of all that were fingerprinted. Raises BadImages.
     """
     groups: dict[bytes, list[int]] = {}
-    for position, digest in enumerate(images.digests(watch)):
+    for position, digest in enumerate(images.digests(reporter)):
         groups.setdefault(digest, []).append(position)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def leaked(images: Together, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]) -> list[list[int]]:
+def leaked(images: ConcatSplits, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]) -> list[list[int]]:
     """For each image of a split that is in another one too: its position, then those of its copies there."""
     found = []
     for group in groups:
@@ -30,15 +30,15 @@ def leaked(images: Together, groups: Iterable[Sequence[int]], split: str, others
     return found
 
 
-def conflicting(images: Together, groups: Iterable[Sequence[int]]) -> list[list[int]]:
+def conflicting(images: ConcatSplits, groups: Iterable[Sequence[int]]) -> list[list[int]]:
     """The groups whose images do not all have one label."""
     return [list(group) for group in groups if len({int(images.labels[i]) for i in group}) > 1]
 
 
-def duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], watch: Watch) -> list[str]:
+def duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], reporter: Reporter) -> list[str]:
     """A line for each way in which exact duplicates make a figure of a run wrong: usually none."""
-    images = Together(splits)
-    groups = same_content(images, watch)
+    images = ConcatSplits(splits)
+    groups = same_content(images, reporter)
     notes = []
     for split, others in (("test", ("train", "val")), ("val", ("train",))):
         if found := leaked(images, groups, split, others):
@@ -59,7 +59,7 @@ def duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], watch: 
     return notes
 
 
-def _two_labels(images: Together, group: Sequence[int]) -> tuple[int, int]:
+def _two_labels(images: ConcatSplits, group: Sequence[int]) -> tuple[int, int]:
     """Two of a group that have different labels."""
     first = group[0]
     return first, next(i for i in group if images.labels[i] != images.labels[first])

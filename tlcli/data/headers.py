@@ -8,11 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from tlcli.data.decode import FORMATS, BadImage
-from tlcli.data.reading import Kept
+from tlcli.data.reading import CachedImages
 from tlcli.data.source import Files, no_longer_readable
-from tlcli.data.threads import in_threads
-from tlcli.data.together import Together
-from tlcli.watch import Watch
+from tlcli.data.threads import map_in_threads
+from tlcli.data.together import ConcatSplits
+from tlcli.reporter import Reporter
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Header:
     height: int
 
 
-def headers(images: Together, watch: Watch) -> Iterator[Header]:
+def headers(images: ConcatSplits, reporter: Reporter) -> Iterator[Header]:
     """The header of each image, in order; images that are no files of their own have the format `array`."""
-    with warnings.catch_warnings(), watch.track("headers", len(images)) as done:
+    with warnings.catch_warnings(), reporter.track("headers", len(images)) as done:
         warnings.simplefilter("ignore")  # Pillow's, about large images and odd metadata: decoding judges them
-        for header in in_threads(lambda i: _header(images, i), range(len(images)), 64):
+        for header in map_in_threads(lambda i: _header(images, i), range(len(images)), 64):
             yield header
             done(1)
 
 
-def _header(images: Together, position: int) -> Header:
+def _header(images: ConcatSplits, position: int) -> Header:
     source, index = images.place(position)
-    inner = source.images if isinstance(source, Kept) else source
+    inner = source.images if isinstance(source, CachedImages) else source
     if isinstance(inner, Files):
         try:
             return read_header(inner.paths[index])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tlcli.data.listing import EXTENSIONS, SPLITS, folded
-from tlcli.paths import expanded, is_dir
+from tlcli.files import expand_user, is_dir
 from tlcli.specs import ImageFolder
 
 
@@ -26,7 +26,7 @@ def survey(spec: ImageFolder) -> Layout:
 
     What is no folder of class folders at all is left to `list_imagefolder`, which says so.
     """
-    root = expanded(spec.root or "")
+    root = expand_user(spec.root or "")
     counts: dict[str, dict[str, int]] = {}
     ignored: Counter[str] = Counter()
     for split, folder in _split_folders(root):

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.paths import expanded, is_dir, is_file, real
+from tlcli.errors import UsageError
+from tlcli.files import expand_user, is_dir, is_file, resolve_links
 from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest
+from tlcli.text import did_you_mean
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif"),
@@ -129,7 +130,7 @@ def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
     """
     if spec.root is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
-    root = expanded(spec.root)
+    root = expand_user(spec.root)
     if not is_dir(root):
         _no_folder(root)
     try:
@@ -251,11 +252,11 @@ def list_manifest(spec: Manifest, *, trains: bool = True) -> Listing:
     Paths are relative to `root`, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
     mark. Raises UsageError with the line number for a row that is incomplete, double or names a missing file.
     """
-    file = expanded(spec.file)
+    file = expand_user(spec.file)
     if not is_file(file):
         what = "not a file" if os.path.lexists(file) else "no such file"
         raise UsageError(f"{file}: {what}. dataset.file names a CSV file with the columns path, label[, split]")
-    root = file.parent if spec.root is None else expanded(spec.root)
+    root = file.parent if spec.root is None else expand_user(spec.root)
     if not is_dir(root):
         _no_folder(root)
     rows = _rows(file)
@@ -316,7 +317,9 @@ def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
     paths, missing = [], []
     for row in rows:
         path = root / row.path
-        if (Path(row.path).is_absolute() or ".." in path.parts) and not real(path).is_relative_to(real(root)):
+        if (Path(row.path).is_absolute() or ".." in path.parts) and not resolve_links(path).is_relative_to(
+            resolve_links(root)
+        ):
             raise UsageError(f"{file}, line {row.line}: {row.path} lies outside {root}; set dataset.root to its folder")
         first = seen.setdefault(os.path.abspath(path), row)  # noqa: PTH100  resolve() would read the disk for each row
         if first.label != row.label:

@@ -6,21 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tlcli.data.listing import is_image, is_visible
-from tlcli.paths import is_dir
+from tlcli.files import is_dir
 
 
 @dataclass(frozen=True)
-class Nothing:
+class MissingPath:
     """An argument that names no image, and why."""
 
     path: str
     why: str
 
 
-Named = str | Nothing
+Named = str | MissingPath
 
 
-def named_images(arguments: Iterable[str], *, patterns: bool = True) -> Iterator[Named]:
+def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> Iterator[Named]:
     """The images that each argument names, in order, as paths; an argument that names none as a Nothing.
 
     A file is taken as it is, whatever its name. Of a folder these are the images in it, sorted, then those of its
@@ -40,7 +40,7 @@ def _of_pattern(pattern: str) -> Iterator[Named]:
     """Sorted: what it matches is in memory at once."""
     found = sorted(glob.iglob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     if not found:
-        yield Nothing(pattern, "no file matches")
+        yield MissingPath(pattern, "no file matches")
     for path in found:
         if not is_dir(path):
             yield path
@@ -54,7 +54,7 @@ def _of_folder(folder: str) -> Iterator[Named]:
         empty = False
         yield found
     if empty:
-        yield Nothing(folder, "no images in this folder")
+        yield MissingPath(folder, "no images in this folder")
 
 
 def _below(folder: str) -> Iterator[Named]:
@@ -63,7 +63,7 @@ def _below(folder: str) -> Iterator[Named]:
         with os.scandir(folder) as entries:
             seen = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries if is_visible(e.name))
     except OSError as error:
-        yield Nothing(folder, (error.strerror or str(error)).lower())
+        yield MissingPath(folder, (error.strerror or str(error)).lower())
         return
     for name, is_folder in seen:
         if not is_folder and is_image(name):

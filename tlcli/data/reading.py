@@ -8,9 +8,9 @@ from typing import Protocol
 
 from tlcli.data.decode import BadImage, Pixels, decoder
 from tlcli.data.source import Arrays, Images, Split, fingerprint, no_longer_readable
-from tlcli.data.threads import in_threads
-from tlcli.errors import BadImages
-from tlcli.watch import Watch
+from tlcli.data.threads import map_in_threads
+from tlcli.errors import BadImagesError
+from tlcli.reporter import Reporter
 
 CHUNK = 4
 """Images a task of a thread: enough to make its cost small, few enough that large photographs do not fill memory."""
@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class CachedImages:
     """Images that stay in memory once they were read, as long as it lasts; their digests and keys always do."""
 
     images: Images
@@ -92,10 +92,10 @@ class Kept:
 
 def kept(images: Images, memory: Memory) -> Images:
     """The same images, in memory once they were read; arrays are there already."""
-    return images if isinstance(images, Arrays) else Kept(images, memory)
+    return images if isinstance(images, Arrays) else CachedImages(images, memory)
 
 
-def bad_images(groups: Sequence[Group], watch: Watch, sound: SoundImages | None) -> dict[str, str]:
+def bad_images(groups: Sequence[Group], reporter: Reporter, sound: SoundImages | None) -> dict[str, str]:
     """The key and the fault of each image that does not decode.
 
     Decodes all of them, and keeps what fits, unless `sound` knows these very bytes, names and decoder.
@@ -103,11 +103,11 @@ def bad_images(groups: Sequence[Group], watch: Watch, sound: SoundImages | None)
     groups = [(images, indices) for images, indices in groups if not isinstance(images, Arrays)]  # those are sound
     if not groups:
         return {}
-    seen = None if sound is None else _fingerprint(groups, watch)
+    seen = None if sound is None else _fingerprint(groups, reporter)
     if sound is not None and seen is not None and (known := sound.known(seen)) is not None:
         return known
     bad: dict[str, str] = {}
-    with watch.track("decoding", sum(len(indices) for _, indices in groups)) as done:
+    with reporter.track("decoding", sum(len(indices) for _, indices in groups)) as done:
         for images, indices in groups:
             bad |= {images.key(index): reason for index, reason in read_once(images, indices, done).items()}
     if sound is not None and seen is not None:
@@ -128,7 +128,7 @@ def read_once(images: Images, indices: Sequence[int], done: Callable[[int], None
     return bad
 
 
-def keep_in_memory(splits: Iterable[Split], watch: Watch) -> None:
+def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
     """Decode ahead, in threads, as many images of these splits as fit in memory, the first split first.
 
     For live training: what a DataLoader worker decodes is lost to all others, what was there before it is shared.
@@ -136,15 +136,15 @@ def keep_in_memory(splits: Iterable[Split], watch: Watch) -> None:
     """
     for split in splits:
         images = split.images
-        if isinstance(images, Kept):
+        if isinstance(images, CachedImages):
             missing = [index for index in split.indices.tolist() if index not in images.pixels]
             if missing and images.memory.left > 0:
-                _fill(images, missing, watch)
+                _fill(images, missing, reporter)
 
 
-def _fill(images: Kept, indices: Sequence[int], watch: Watch) -> None:
+def _fill(images: CachedImages, indices: Sequence[int], reporter: Reporter) -> None:
     """Read images until one finds no room."""
-    with watch.track("decoding", len(indices)) as done:
+    with reporter.track("decoding", len(indices)) as done:
         for index, pixels in _pixels(images, indices):
             if isinstance(pixels, BadImage):
                 raise no_longer_readable(images, index, pixels)
@@ -155,7 +155,7 @@ def _fill(images: Kept, indices: Sequence[int], watch: Watch) -> None:
 
 def _pixels(images: Images, indices: Sequence[int]) -> Iterable[tuple[int, Pixels | BadImage]]:
     """Each image or what is wrong with it, in order. Those read are kept in that order too, while there is room."""
-    source = images.images if isinstance(images, Kept) else images
+    source = images.images if isinstance(images, CachedImages) else images
 
     def read(index: int) -> Pixels | BadImage:
         try:
@@ -163,18 +163,18 @@ def _pixels(images: Images, indices: Sequence[int]) -> Iterable[tuple[int, Pixel
         except BadImage as error:
             return error
 
-    for index, pixels in zip(indices, in_threads(read, indices, CHUNK), strict=True):
-        if isinstance(images, Kept) and not isinstance(pixels, BadImage):
+    for index, pixels in zip(indices, map_in_threads(read, indices, CHUNK), strict=True):
+        if isinstance(images, CachedImages) and not isinstance(pixels, BadImage):
             images.keep(index, pixels)
         yield index, pixels
 
 
-def _fingerprint(groups: Sequence[Group], watch: Watch) -> str | None:
+def _fingerprint(groups: Sequence[Group], reporter: Reporter) -> str | None:
     """Of all images and the decoder; None where a file cannot be read, of which nothing can be remembered."""
     digest = hashlib.sha256(decoder().encode())
     try:
         for images, indices in groups:
-            digest.update(fingerprint(images, indices, watch).encode())
-    except BadImages:
+            digest.update(fingerprint(images, indices, reporter).encode())
+    except BadImagesError:
         return None
     return digest.hexdigest()

@@ -11,9 +11,9 @@ import numpy as np
 
 from tlcli.data.decode import BadImage, Pixels, read_bytes, read_image
 from tlcli.data.listing import Listing, kept_classes
-from tlcli.data.threads import in_threads, shown_if_slow
-from tlcli.errors import BadImages
-from tlcli.watch import Watch
+from tlcli.data.threads import map_in_threads, shown_if_slow
+from tlcli.errors import BadImagesError
+from tlcli.reporter import Reporter
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -98,7 +98,7 @@ def digest_of_pixels(pixels: Pixels) -> bytes:
     return digest.digest()
 
 
-def fingerprint(images: Images, indices: Sequence[int], watch: Watch) -> str:
+def fingerprint(images: Images, indices: Sequence[int], reporter: Reporter) -> str:
     """SHA-256 over key and digest of each of these images, in order. Raises BadImages for what cannot be read.
 
     It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
@@ -111,16 +111,16 @@ def fingerprint(images: Images, indices: Sequence[int], watch: Watch) -> str:
             raise no_longer_readable(images, index, error) from error
 
     total = hashlib.sha256()
-    digests = shown_if_slow(in_threads(digest_of, indices, 64), "reading files", len(indices), watch)
+    digests = shown_if_slow(map_in_threads(digest_of, indices, 64), "reading files", len(indices), reporter)
     for index, digest in zip(indices, digests, strict=True):
         key = os.fsencode(images.key(index))  # a file's name need not be UTF-8
         total.update(len(key).to_bytes(8, "little") + key + digest)
     return total.hexdigest()
 
 
-def no_longer_readable(images: Images, index: int, error: BadImage) -> BadImages:
+def no_longer_readable(images: Images, index: int, error: BadImage) -> BadImagesError:
     """The error of an image that was sound when the data set was loaded."""
-    return BadImages(f"{images.name(index)}: {error}")
+    return BadImagesError(f"{images.name(index)}: {error}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +149,13 @@ class Split:
         """The name of the split's i-th image that stays when the data moves."""
         return self.images.key(int(self.indices[i]))
 
-    def fingerprint(self, positions: Ints | None = None, watch: Watch | None = None) -> str:
+    def fingerprint(self, positions: Ints | None = None, reporter: Reporter | None = None) -> str:
         """SHA-256 over names and contents of the images at these positions (None: all), in order; not over labels.
 
         It stays when the data moves. Raises BadImages for a file that cannot be read.
         """
         indices = self.indices if positions is None else self.indices[positions]
-        return fingerprint(self.images, indices.tolist(), watch or Watch())
+        return fingerprint(self.images, indices.tolist(), reporter or Reporter())
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         """The number of images of each class."""

@@ -13,7 +13,9 @@ def per_class(labels: Ints, classes: Sequence[str], most: int, *, seed: int, pur
     return _sorted(shuffled[:most] for shuffled in _shuffled(labels, classes, seed, purpose))
 
 
-def held_out(labels: Ints, classes: Sequence[str], fraction: float, *, seed: int, purpose: str) -> tuple[Ints, Ints]:
+def stratified_split(
+    labels: Ints, classes: Sequence[str], fraction: float, *, seed: int, purpose: str
+) -> tuple[Ints, Ints]:
     """Positions that stay and positions held out, each ascending.
 
     Of each class the fraction, rounded, is held out, and at least one image, but always one stays.

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from tlcli.watch import Watch
+from tlcli.reporter import Reporter
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -17,7 +17,7 @@ PATIENCE = 1.0
 """Seconds that work may take before anybody is told of it."""
 
 
-def in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
+def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
     """What `work` gives for each item, in order; a task of a thread is `chunk` of them. Errors are raised here.
 
     At most `ahead` tasks (None: two for each thread) are done or under way before their results are taken.
@@ -39,7 +39,7 @@ def in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: in
                 task.cancel()
 
 
-def shown_if_slow(results: Iterator[T], label: str, total: int, watch: Watch) -> Iterator[T]:
+def shown_if_slow(results: Iterator[T], label: str, total: int, reporter: Reporter) -> Iterator[T]:
     """The same results; the watch tracks them once they have taken longer than `PATIENCE`."""
     began = time.monotonic()
     count = 0
@@ -49,7 +49,7 @@ def shown_if_slow(results: Iterator[T], label: str, total: int, watch: Watch) ->
         if time.monotonic() - began > PATIENCE:
             break
     if count < total:
-        with watch.track(label, total) as done:
+        with reporter.track(label, total) as done:
             done(count)
             for result in results:
                 yield result

@@ -8,12 +8,12 @@ import numpy as np
 
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.data.source import Images, Ints, Split, no_longer_readable
-from tlcli.data.threads import in_threads, shown_if_slow
-from tlcli.watch import Watch
+from tlcli.data.threads import map_in_threads, shown_if_slow
+from tlcli.reporter import Reporter
 
 
 @dataclass(frozen=True, eq=False)
-class Together:
+class ConcatSplits:
     """Splits by name, one after the other: position 0 is the first image of the first one.
 
     Raises BadImages where a file can no longer be read.
@@ -60,10 +60,10 @@ class Together:
         except BadImage as error:
             raise no_longer_readable(images, index, error) from error
 
-    def digests(self, watch: Watch) -> Iterator[bytes]:
+    def digests(self, reporter: Reporter) -> Iterator[bytes]:
         """The digest of each image's content, in order."""
-        digests = in_threads(self._digest, range(len(self)), 64)
-        return shown_if_slow(digests, "reading files", len(self), watch)
+        digests = map_in_threads(self._digest, range(len(self)), 64)
+        return shown_if_slow(digests, "reading files", len(self), reporter)
 
     def _digest(self, position: int) -> bytes:
         images, index = self._places[position]

@@ -17,9 +17,10 @@ from PIL import Image
 
 from tlcli.data.decode import BadImage, Pixels, to_rgb
 from tlcli.data.source import Files, Images, Ints, Source, digest_of_pixels, whole
-from tlcli.errors import TlcliError, UsageError, did_you_mean
+from tlcli.errors import TlcliError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.specs import TorchvisionDataset
-from tlcli.watch import Watch
+from tlcli.text import did_you_mean
 
 UNPICKLING = ("LSUN", "LSUNClass")
 """Classes that unpickle a file beside the images. CIFAR's files are pickles too, whose digests torchvision compares."""
@@ -54,7 +55,7 @@ class Items:
         return digest_of_pixels(self.read(index))
 
 
-def load_torchvision(spec: TorchvisionDataset, watch: Watch) -> Source:
+def load_torchvision(spec: TorchvisionDataset, reporter: Reporter) -> Source:
     """The splits of a torchvision data set, downloaded where `download` says so and nothing is there yet.
 
     Labels are read without decoding images; classes without names are called by their numbers. Raises UsageError for a
@@ -63,7 +64,7 @@ def load_torchvision(spec: TorchvisionDataset, watch: Watch) -> Source:
     wanted = {"train": spec.train, "val": spec.val, "test": spec.test}
     if spec.val is None and spec.test is None:
         wanted = {"all": spec.train}
-    sets = {k: _open(spec, dict(arguments), watch) for k, arguments in wanted.items() if arguments is not None}
+    sets = {k: _open(spec, dict(arguments), reporter) for k, arguments in wanted.items() if arguments is not None}
     labels = {k: _labels(spec, s) for k, s in sets.items()}
     classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
     root = Path(spec.root or "").expanduser()
@@ -90,7 +91,7 @@ def dataset_class(name: str) -> Any:
     return exported[name]
 
 
-def _open(spec: TorchvisionDataset, arguments: dict[str, Any], watch: Watch) -> Any:
+def _open(spec: TorchvisionDataset, arguments: dict[str, Any], reporter: Reporter) -> Any:
     """The data set of one split: from root if it is there, else downloaded."""
     make = dataset_class(spec.class_name)
     takes = inspect.signature(make).parameters
@@ -107,13 +108,13 @@ def _open(spec: TorchvisionDataset, arguments: dict[str, Any], watch: Watch) -> 
         except (RuntimeError, OSError) as error:  # not there, or not whole
             if "download" not in takes or not spec.download:
                 raise _missing(spec, error, can_download="download" in takes) from error
-        return _download(spec, make, arguments, watch)
+        return _download(spec, make, arguments, reporter)
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"dataset {spec.name}: {' '.join(str(error).split())}") from error
 
 
-def _download(spec: TorchvisionDataset, make: Any, arguments: dict[str, Any], watch: Watch) -> Any:
-    watch.note(f"downloading {spec.name} to {arguments.get('root')}")
+def _download(spec: TorchvisionDataset, make: Any, arguments: dict[str, Any], reporter: Reporter) -> Any:
+    reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
     try:
         with _no_bars_off_a_terminal(), _archives_stay_in_their_folder():
             return make(download=True, **arguments)

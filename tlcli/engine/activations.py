@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import Batches, epoch_order
+from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.decode import decoder
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Split
 from tlcli.device import SHORT, Device
 from tlcli.engine.extraction import Extractor, Speed
 from tlcli.engine.live import Batch
+from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec
 from tlcli.store import Column, Entry, Store
-from tlcli.watch import Watch
 
 Table = tuple[Tensor, ...]
 """A row for each image in every tensor that crosses the cut."""
@@ -83,13 +83,13 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-class Activations:
+class SplitActivations:
     """The rows of one split, in its order: in the store, or extracted into it when they are first wanted."""
 
     def __init__(
         self,
         store: Store,
-        batches: Batches,
+        batches: ImageBatches,
         extractor: Extractor,
         key: str,
         columns: tuple[Column, ...],
@@ -120,24 +120,24 @@ class Activations:
         """Whether they are in the store, as far as a quick look tells."""
         return self._store.exists(self.key)
 
-    def entry(self, watch: Watch) -> Entry:
+    def entry(self, reporter: Reporter) -> Entry:
         """The entry, extracted first where it is missing or damaged. Raises OSError where it cannot be written."""
         self.found = self._store.find(self.key)
         if self.found is None:
-            waiting = lambda: watch.note("activations: another process computes them, waiting")  # noqa: E731
+            waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
             with self._store.filling(self.key, waiting):
-                self.found = self._store.find(self.key) or self._extract(watch)
+                self.found = self._store.find(self.key) or self._extract(reporter)
         return self.found
 
-    def _extract(self, watch: Watch) -> Entry:
+    def _extract(self, reporter: Reporter) -> Entry:
         start = time.perf_counter()
-        self.extractor.prepare(watch)
+        self.extractor.prepare(reporter)
         compiling = time.perf_counter() - start
         facts = {**self._facts, "computed": self.extractor.why}
         label = f"activations of {self._facts['split']}" + (f", view {self._view.number}" if self._view else "")
         with (
             self._store.create(self.key, len(self), self._columns, facts) as writer,
-            watch.track(label, len(self)) as advance,
+            reporter.track(label, len(self)) as advance,
         ):
             for images, labels in self._batches.in_order(view=self._view.number if self._view else None):
                 writer.append([memoryview(_bytes(t)) for t in self.extractor(images)])
@@ -191,7 +191,7 @@ def _mapped(entry: Entry, i: int) -> Tensor:
     return flat.view(shape)
 
 
-class CachedActivations:
+class ActivationLoader:
     """Rows of activations as the loop reads them, in the order in which live images would come.
 
     Args:
@@ -267,7 +267,7 @@ class CachedActivations:
         return x
 
 
-def pooled(splits: Sequence[Split]) -> Split:
+def merge_splits(splits: Sequence[Split]) -> Split:
     """The images of several splits of the same source together, by position and each once: a validation split that
     is held out anew, with another seed, then needs no other activations."""
     first = splits[0]
@@ -275,6 +275,6 @@ def pooled(splits: Sequence[Split]) -> Split:
     return Split(first.images, indices, np.concatenate([split.labels for split in splits])[places])
 
 
-def rows_in(pool: Split, split: Split) -> Tensor:
+def row_indices(pool: Split, split: Split) -> Tensor:
     """Where the images of a split stand in a pool that has them all."""
     return torch.from_numpy(np.searchsorted(pool.indices, split.indices))

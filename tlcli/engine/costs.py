@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from tlcli.data.batches import Batches, epoch_order
+from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.dataset import Dataset
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.reading import keep_in_memory
+from tlcli.data.reading import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import CachedActivations, Table
+from tlcli.engine.activations import ActivationLoader, Table
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.extraction import Extractor
-from tlcli.engine.inputs import EVALUATION_BATCH, Feed, LiveFeeds
-from tlcli.engine.numerics import Numerics
+from tlcli.engine.inputs import EVALUATION_BATCH, BatchLoader, LiveFeeds
+from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.planning import SMALL, Planner
 from tlcli.engine.trainer import Trainer
-from tlcli.errors import NotFinite
+from tlcli.errors import NonFiniteLossError
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, TrainSpec
-from tlcli.store import size_text
+from tlcli.text import size_text
 from tlcli.transfer.cut import Cut
-from tlcli.watch import Watch
 
 FIRST = 8
 """Images of the first step, which is slower than the next ones and says how many images to measure."""
@@ -57,9 +57,9 @@ class Shared:
     """What was found for one strategy and holds for the others: the formats on images, of the prefix and of the suffix,
     how many images a step is measured with, and the speed of evaluation."""
 
-    live: tuple[Device, Numerics] | None = None
-    prefix: Numerics | None = None
-    suffix: Numerics | None = None
+    live: tuple[Device, ComputeFormat] | None = None
+    prefix: ComputeFormat | None = None
+    suffix: ComputeFormat | None = None
     images: int | None = None
     evaluate: float | None = None
 
@@ -80,25 +80,27 @@ class Cached:
 class CostMeter(Planner):
     """Measures one spec on a sample of its data. `data` is the whole set, of which only the sample is read."""
 
-    def live(self, sample: Dataset, watch: Watch, shared: Shared) -> Speeds:
+    def live(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Speeds:
         """Training and evaluation on images, decoding not included."""
         device, _ = shared.live = shared.live or self._measured_live()
         device.place(self.model.network)
         spec = _still(self.spec)
 
-        def feed(role: str, n: int) -> Feed:
-            return LiveFeeds(first(sample, n), self.model.network, spec, self.preprocessing, device).feed(role, watch)
+        def feed(role: str, n: int) -> BatchLoader:
+            return LiveFeeds(first(sample, n), self.model.network, spec, self.preprocessing, device).feed(
+                role, reporter
+            )
 
-        fit = self._fitting(spec, device, watch)
+        fit = self._fitting(spec, device, reporter)
         most = min(len(sample.train), spec.batch_size)
         shared.images, train = speed(lambda n: fit(feed("train", n)), most, shared.images, TOO_LONG_LIVE)
         if shared.evaluate is None:
-            look = lambda n: evaluate(self.model.network, feed("probe", n), device, watch, "")  # noqa: E731
+            look = lambda n: evaluate(self.model.network, feed("probe", n), device, reporter, "")  # noqa: E731
             most = min(len(sample.train), EVALUATION_BATCH, 4 * spec.batch_size)
             shared.evaluate = speed(look, most)[1]
         return Speeds(train, shared.evaluate)
 
-    def cached(self, sample: Dataset, watch: Watch, shared: Shared) -> Cached | str:
+    def cached(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Cached | str:
         """Training on activations of the sample, or why the network cannot be cut."""
         if not isinstance(self.cut, Cut):
             return self.cut.why
@@ -106,29 +108,29 @@ class CostMeter(Planner):
         extractor = self._extractor(self.cut, shared.prefix)
         device = self._device(self._suffix_numerics(self.cut, extractor, shared), extractor.numerics)
         device.place(self.model.network)
-        table, images_per_second = self._extracted(extractor, sample, watch)
+        table, images_per_second = self._extracted(extractor, sample, reporter)
         row, images = sum(column.nbytes for column in extractor.columns()), self._images_to_extract()
         return Cached(
             at=self.cut.at,
             row_bytes=row,
             rows=images,
             first_pass=extractor.about(images, images_per_second),
-            speeds=self._suffix_speeds(self.cut, table, sample, device, watch),
+            speeds=self._suffix_speeds(self.cut, table, sample, device, reporter),
             why_live=self._why_live(extractor, images, row),
         )
 
-    def _suffix_numerics(self, cut: Cut, extractor: Extractor, shared: Shared) -> Numerics:
+    def _suffix_numerics(self, cut: Cut, extractor: Extractor, shared: Shared) -> ComputeFormat:
         """The format of the suffix; that of a bare head is no measure for others."""
         if self._bare_head(cut) is not None:
             return self._measured_suffix(extractor)
         shared.suffix = shared.suffix or self._measured_suffix(extractor)
         return shared.suffix
 
-    def _extracted(self, extractor: Extractor, sample: Dataset, watch: Watch) -> tuple[Table, float]:
+    def _extracted(self, extractor: Extractor, sample: Dataset, reporter: Reporter) -> tuple[Table, float]:
         """The rows of a batch of the sample, and how many a second."""
-        extractor.prepare(watch)
+        extractor.prepare(reporter)
         batch = first(sample, extractor.batch_size).train
-        batches = Batches(batch, self.preprocessing, batch_size=extractor.batch_size, workers=0)
+        batches = ImageBatches(batch, self.preprocessing, batch_size=extractor.batch_size, workers=0)
         rows: list[Table] = []
 
         def extract(n: int) -> None:
@@ -138,13 +140,13 @@ class CostMeter(Planner):
         shortest = _shortest(extract, len(batch))
         return rows[0], extractor.batch_size / shortest  # a short batch is filled up
 
-    def _suffix_speeds(self, cut: Cut, table: Table, sample: Dataset, device: Device, watch: Watch) -> Speeds:
+    def _suffix_speeds(self, cut: Cut, table: Table, sample: Dataset, device: Device, reporter: Reporter) -> Speeds:
         """Over as many rows as there are training images, where that is quick: the same rows again and again."""
         spec, labels = _still(self.spec), torch.from_numpy(sample.train.labels)
 
-        def feed(n: int) -> Feed:
+        def feed(n: int) -> BatchLoader:
             rows = torch.arange(n) % len(table[0])
-            return CachedActivations(
+            return ActivationLoader(
                 [table],
                 rows,
                 labels[rows],
@@ -156,20 +158,20 @@ class CostMeter(Planner):
                 seed=spec.seed,
             )
 
-        fit = self._fitting(spec, device, watch)
-        look = lambda n: evaluate(self.model.network, feed(n), device, watch, "")  # noqa: E731
+        fit = self._fitting(spec, device, reporter)
+        look = lambda n: evaluate(self.model.network, feed(n), device, reporter, "")  # noqa: E731
         most = len(self.data.train)
         few = most if self._bare_head(cut) is not None else min(FIRST, most)  # evaluation is a small part of an epoch
         return Speeds(speed(lambda n: fit(feed(n)), most)[1], speed(look, few)[1])
 
-    def _fitting(self, spec: TrainSpec, device: Device, watch: Watch) -> Callable[[Feed], None]:
+    def _fitting(self, spec: TrainSpec, device: Device, reporter: Reporter) -> Callable[[BatchLoader], None]:
         """An epoch of training over a feed."""
         counts = self.data.train.class_counts(len(self.data.classes))
         trainer = Trainer(self.model, self.contract, spec, device, counts)
 
-        def fit(feed: Feed) -> None:
-            with suppress(NotFinite):  # the weights may be random
-                trainer.fit(feed, 1, watch, lambda running: None)
+        def fit(feed: BatchLoader) -> None:
+            with suppress(NonFiniteLossError):  # the weights may be random
+                trainer.fit(feed, 1, reporter, lambda running: None)
 
         return fit
 
@@ -179,7 +181,7 @@ class CostMeter(Planner):
         evaluated = len(data.val) + len(data.test)
         if not self.augments or views is None:  # None: without augmentation, which is how they could be kept
             return len(data.train) + evaluated
-        return len(data.train) * (views + self.wants_probe) + evaluated
+        return len(data.train) * (views + self.needs_probe) + evaluated
 
     def _why_live(self, extractor: Extractor, images: int, row: int) -> str | None:
         """Why training would read images all the same, by the planner's rules."""
@@ -187,7 +189,7 @@ class CostMeter(Planner):
         why = self._why_train_cannot_be_cached() or self.store.room(images * row, spec.cache.max_gb)
         if why is not None or row <= SMALL or spec.cache.mode is CacheMode.require:
             return why
-        reads = len(self.data.train) * (spec.epochs + self.wants_probe) + len(self.data.val) * (spec.epochs + 1)
+        reads = len(self.data.train) * (spec.epochs + self.needs_probe) + len(self.data.val) * (spec.epochs + 1)
         cached, live = self._seconds(extractor, images, reads, row)
         return None if cached < live else f"{size_text(row)} an image take longer to keep and read than to compute"
 
@@ -226,10 +228,10 @@ def settle(model: Classifier, sample: Dataset, preprocessing: Preprocessing) -> 
         layer.eval()
 
 
-def decoding_seconds(sample: Dataset, watch: Watch) -> float:
+def decoding_seconds(sample: Dataset, reporter: Reporter) -> float:
     """Seconds an image that decoding takes here; the sample stays in memory, where there is room."""
     start = time.perf_counter()
-    keep_in_memory([sample.train], watch)
+    preload_images([sample.train], reporter)
     return (time.perf_counter() - start) / len(sample.train)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def quick_depthwise(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def fp32_depthwise_backward(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """In the block, where a CPU computes in bfloat16, depthwise convolutions take their gradients in float32.
 
     What they compute forward is unchanged; the gradients are those of the same values, less rounded. oneDNN falls back

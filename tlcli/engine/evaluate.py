@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import Device, threads
-from tlcli.engine.inputs import Feed
+from tlcli.engine.inputs import BatchLoader
 from tlcli.engine.metrics import Predictions, predictions_of
-from tlcli.watch import Watch
+from tlcli.reporter import Reporter
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Eval mode throughout, and every module in the mode it had afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -24,14 +24,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def evaluate(network: nn.Module, feed: Feed, device: Device, watch: Watch, label: str) -> Predictions:
+def evaluate(network: nn.Module, feed: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
     """The logits for every image of a split, each once, in order; `network` is the whole one, whose modes are set."""
     logits, labels = [], []
     with (
-        evaluating(network),
+        eval_mode(network),
         torch.inference_mode(),
         threads(feed.threads),
-        watch.track(label, len(feed)) as advance,
+        reporter.track(label, len(feed)) as advance,
     ):
         for x, y in feed.in_order():
             with device.autocast(feed.dtype):
@@ -42,14 +42,14 @@ def evaluate(network: nn.Module, feed: Feed, device: Device, watch: Watch, label
 
 
 def features(
-    network: nn.Module, head: nn.Module, feed: Feed, device: Device, watch: Watch, label: str
+    network: nn.Module, head: nn.Module, feed: BatchLoader, device: Device, reporter: Reporter, label: str
 ) -> tuple[Tensor, Tensor]:
     """What enters `head` for every image, float32 on the CPU, and the labels (N)."""
     seen: list[Tensor] = []
     hook: Callable[..., None] = lambda module, args: seen.append(args[0].float().cpu())  # noqa: E731
     handle = head.register_forward_pre_hook(hook)
     try:
-        labels = evaluate(network, feed, device, watch, label).labels
+        labels = evaluate(network, feed, device, reporter, label).labels
     finally:
         handle.remove()
     return torch.cat(seen), labels

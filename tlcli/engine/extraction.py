@@ -13,10 +13,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import SHORT, autocast
-from tlcli.engine.numerics import Numerics
+from tlcli.engine.numerics import ComputeFormat
+from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype
 from tlcli.store import Column, Store
-from tlcli.watch import Watch
 
 BATCH = {"cpu": 32, "mps": 64, "cuda": 256}
 """Images a forward pass of extraction. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for
@@ -71,7 +71,7 @@ class Extractor:
         prefix: nn.Module,
         preprocessing: Preprocessing,
         accelerator: torch.device,
-        numerics: Numerics,
+        numerics: ComputeFormat,
         stored: CacheDtype,
         store: Store,
         key: str,
@@ -107,7 +107,7 @@ class Extractor:
         cost, compiled_speed = _known(self._store.remembered(NOTES).get(self._key), speed)
         return min(images / speed, cost + images / compiled_speed)
 
-    def prepare(self, watch: Watch) -> None:
+    def prepare(self, reporter: Reporter) -> None:
         """Get ready for the images that are expected: as the network is with its BatchNorm folded, or compiled."""
         if self._run is None:
             self._run, folded = _folded(self._plain)
@@ -118,7 +118,7 @@ class Extractor:
         gain = eager - (cost + self._expected / compiled_speed)
         if gain > 0 and not self._tried:
             self._tried = True
-            watch.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {eager:.0f} s")
+            reporter.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {eager:.0f} s")
             self._compile(self._run)
 
     def _compile(self, network: "_FromPixels") -> None:

@@ -14,7 +14,7 @@ _DTYPES = {SHORT[dtype]: dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
-class Formats:
+class Decisions:
     """Number formats of training and evaluation, the memory format, which of train, probe, val and test are read from
     activations (`cached`), and whether the frozen part was compiled for them.
 
@@ -48,7 +48,7 @@ class Formats:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Formats":
+    def from_json(cls, value: Mapping[str, Any]) -> "Decisions":
         """What `to_json` gave. Raises KeyError or TypeError for anything else."""
         return cls(
             train_dtype=_DTYPES[value["train"]],
@@ -59,7 +59,7 @@ class Formats:
         )
 
 
-def recorded_formats(info: Mapping[str, Any]) -> Formats | None:
+def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
     """The formats that a run was tested in, from its run.json; None where it does not say."""
     precision, cache, extraction = (info.get(key) or {} for key in ("precision", "cache", "extraction"))
     try:
@@ -68,7 +68,7 @@ def recorded_formats(info: Mapping[str, Any]) -> Formats | None:
     except (KeyError, TypeError, AttributeError):
         return None
     roles = set(cache.get("entries") or {})
-    return Formats(
+    return Decisions(
         train_dtype=train,
         eval_dtype=evaluation,
         memory_format=torch.channels_last if layout else torch.contiguous_format,

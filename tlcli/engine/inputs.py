@@ -8,27 +8,27 @@ import torch
 from torch import nn
 
 from tlcli.data.augment import Augmentation, make_augmentation
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset, Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.reading import keep_in_memory
+from tlcli.data.reading import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import Activations, CachedActivations, Table, Tables, rows_in
+from tlcli.engine.activations import ActivationLoader, SplitActivations, Table, Tables, row_indices
 from tlcli.engine.extraction import Speed
-from tlcli.engine.formats import Formats
-from tlcli.engine.live import Batch, LiveImages
+from tlcli.engine.formats import Decisions
+from tlcli.engine.live import Batch, ImageLoader
 from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, TrainSpec
 from tlcli.store import Entry
-from tlcli.watch import Watch
 
 EVALUATION_BATCH = 64
 """Images a forward pass of evaluation at the most; at most four times the training batch, whose backward pass needs as
 much memory."""
 
 
-class Feed(Protocol):
+class BatchLoader(Protocol):
     """One split as the loop reads it: batches (x, y) on the device, x as `network` takes it in the format `dtype`.
 
     `threads` of arithmetic are best for it on a CPU (None: all). Where the features of a head are read, `head` is it.
@@ -53,9 +53,9 @@ class Feed(Protocol):
 class Inputs:
     """What a run reads before its test; `probe` is train as evaluation sees it."""
 
-    train: Feed
-    probe: Feed
-    val: Feed
+    train: BatchLoader
+    probe: BatchLoader
+    val: BatchLoader
 
 
 def image_size(spec: TrainSpec) -> int | None:
@@ -94,20 +94,22 @@ class InputPlan:
     live: "LiveFeeds"
     cached: "dict[str, CachedFeed]"
 
-    def open(self, watch: Watch) -> Inputs:
+    def open(self, reporter: Reporter) -> Inputs:
         """Fill what is missing in the cache; where that fails, that split is live, and a note says so."""
-        return Inputs(train=self._feed("train", watch), probe=self._feed("probe", watch), val=self._feed("val", watch))
+        return Inputs(
+            train=self._feed("train", reporter), probe=self._feed("probe", reporter), val=self._feed("val", reporter)
+        )
 
-    def open_test(self, watch: Watch) -> Feed:
+    def open_test(self, reporter: Reporter) -> BatchLoader:
         """The test set: nothing runs on it before this is called."""
-        return self._feed("test", watch)
+        return self._feed("test", reporter)
 
     @property
-    def formats(self) -> Formats:
+    def formats(self) -> Decisions:
         """How this run computes, as far as its splits have been opened."""
         device, how = self.device, (entry.facts.get("computed") for entry in self._entries())
         compiled = any(str(computed).startswith("compiled") for computed in how)
-        return Formats(device.train_dtype, device.eval_dtype, device.memory_format, frozenset(self.cached), compiled)
+        return Decisions(device.train_dtype, device.eval_dtype, device.memory_format, frozenset(self.cached), compiled)
 
     def checksums(self) -> dict[str, list[str]]:
         """Of the activations that have been opened, by key."""
@@ -137,16 +139,16 @@ class InputPlan:
             "why": first.why,
         }
 
-    def _feed(self, role: str, watch: Watch) -> Feed:
+    def _feed(self, role: str, reporter: Reporter) -> BatchLoader:
         if role not in self.cached:
-            return self.live.feed(role, watch)
+            return self.live.feed(role, reporter)
         try:
-            return self.cached[role].open(self.device, watch)
+            return self.cached[role].open(self.device, reporter)
         except OSError as error:  # a disk that is full now, a folder that was taken away
             why = f"activations cannot be written ({error.strerror or error})"
             if self.live.spec.cache.mode is CacheMode.require:
                 raise TlcliError(f"cache.mode=require: {why}") from error
-            watch.note(f"{why}: what is not in the cache is live")
+            reporter.note(f"{why}: what is not in the cache is live")
             self.cached = {
                 name: feed
                 for name, feed in self.cached.items()
@@ -154,14 +156,14 @@ class InputPlan:
             }
             if self.facts["used"] and "train" not in self.cached:
                 self.facts |= {"used": False, "key": None, "why": why}
-            return self._feed(role, watch)
+            return self._feed(role, reporter)
 
 
 @dataclass(frozen=True)
 class CachedFeed:
     """How a split is read from activations: `sources` are its views, or the one that has its images as they are."""
 
-    sources: tuple[Activations, ...]
+    sources: tuple[SplitActivations, ...]
     pool: Split
     split: Split
     network: nn.Module
@@ -171,10 +173,10 @@ class CachedFeed:
     seed: int
     tables: Tables
 
-    def open(self, device: Device, watch: Watch) -> Feed:
-        return CachedActivations(
-            [self._table(source, watch) for source in self.sources],
-            rows_in(self.pool, self.split),
+    def open(self, device: Device, reporter: Reporter) -> BatchLoader:
+        return ActivationLoader(
+            [self._table(source, reporter) for source in self.sources],
+            row_indices(self.pool, self.split),
             torch.from_numpy(self.split.labels),
             network=self.network,
             head=self.head,
@@ -184,13 +186,13 @@ class CachedFeed:
             seed=self.seed,
         )
 
-    def _table(self, source: Activations, watch: Watch) -> Table:
+    def _table(self, source: SplitActivations, reporter: Reporter) -> Table:
         """The rows of a source. Of what somebody removes between its being found and its being read there is one more
         try."""
         try:
-            return self.tables.open(source.entry(watch))
+            return self.tables.open(source.entry(reporter))
         except FileNotFoundError:
-            return self.tables.open(source.entry(watch))
+            return self.tables.open(source.entry(reporter))
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,12 @@ class LiveFeeds:
     preprocessing: Preprocessing
     device: Device
 
-    def feed(self, role: str, watch: Watch) -> Feed:
+    def feed(self, role: str, reporter: Reporter) -> BatchLoader:
         spec, device, train = self.spec, self.device, role == "train"
         split: Split = getattr(self.data, "train" if role == "probe" else role)
-        keep_in_memory([split], watch)
+        preload_images([split], reporter)
         augmentation, changes = self._augmentation() if train else (None, None)
-        batches = Batches(
+        batches = ImageBatches(
             split,
             self.preprocessing,
             batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
@@ -217,7 +219,7 @@ class LiveFeeds:
             augmentation=augmentation,
             seed=spec.seed,
         )
-        return LiveImages(
+        return ImageLoader(
             batches,
             self.preprocessing,
             device,

@@ -45,7 +45,7 @@ class LinearLoss:
             return minus_targets.mul_(log_p).sum(), logits.t()
 
 
-def bare_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer is linear and nothing else: a subclass may do more, and our own head has dropout."""
     return type(layer) is nn.Linear or (isinstance(layer, Head) and layer.dropout == 0)
 

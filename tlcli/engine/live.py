@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.data.augment import changed
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
-from tlcli.engine.prefetch import Pair, on_device
+from tlcli.engine.prefetch import Pair, prefetch_to_device
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """What the network takes, and the labels (B) int64."""
 
 
-class LiveImages:
+class ImageLoader:
     """Images decoded, augmented and normalised as they are needed: x (B, 3, S, S) float32, y (B) int64.
 
     Args:
@@ -27,7 +27,7 @@ class LiveImages:
 
     def __init__(
         self,
-        batches: Batches,
+        batches: ImageBatches,
         preprocessing: Preprocessing,
         device: Device,
         *,
@@ -54,14 +54,14 @@ class LiveImages:
         """Every image once, in the order of this epoch (1, 2, ...), augmented as (seed, view, index) say; without the
         first `start` batches."""
         view = (number - 1) % self._views if self._views else None
-        batches = on_device(self._batches.epoch(number, view, start), self._device)
+        batches = prefetch_to_device(self._batches.epoch(number, view, start), self._device)
         if self._changes is not None:
             batches = self._changed(self._changes, batches, self._batches.seeds(number, view, start))
         return self._ready(batches)
 
     def in_order(self) -> Iterator[Batch]:
         """Every image once, in order, as evaluation sees it."""
-        return self._ready(on_device(self._batches.in_order(), self._device))
+        return self._ready(prefetch_to_device(self._batches.in_order(), self._device))
 
     @staticmethod
     def _changed(changes: nn.Module, batches: Iterator[Pair], seeds: Iterator[list[int]]) -> Iterator[Pair]:

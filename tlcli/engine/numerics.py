@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
-from tlcli.engine.depthwise import quick_depthwise
+from tlcli.engine.depthwise import fp32_depthwise_backward
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
@@ -35,7 +35,7 @@ NAME = "numerics"
 
 
 @dataclass(frozen=True)
-class Numerics:
+class ComputeFormat:
     """A number format for arithmetic and a memory format for images. Its speed is None where nothing was measured."""
 
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Numerics:
 FORMATS = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 
 
-def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[Numerics]:
+def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
     """What may be used here, as far as the user has not named it; what is safer or simpler first.
 
     Raises UsageError where the user names a format that this accelerator does not have.
@@ -62,7 +62,7 @@ def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[Numerics]:
         formats = [torch.channels_last if spec.channels_last else torch.contiguous_format]
     elif accelerator.type == "mps":
         formats = [torch.contiguous_format]
-    return [Numerics(dtype, memory_format) for dtype in _dtypes(spec, accelerator) for memory_format in formats]
+    return [ComputeFormat(dtype, memory_format) for dtype in _dtypes(spec, accelerator) for memory_format in formats]
 
 
 def _dtypes(spec: DeviceSpec, accelerator: torch.device) -> list[torch.dtype]:
@@ -81,7 +81,7 @@ def _dtypes(spec: DeviceSpec, accelerator: torch.device) -> list[torch.dtype]:
 Step = Callable[[], None]
 
 
-class Quickest:
+class Autotuner:
     """Chooses among candidates by measurement, and remembers the choice for this machine.
 
     Args:
@@ -96,13 +96,13 @@ class Quickest:
 
     def of(
         self,
-        options: Sequence[Numerics],
+        options: Sequence[ComputeFormat],
         images: int,
         what: str,
-        make: Callable[[Numerics], Step],
+        make: Callable[[ComputeFormat], Step],
         *,
         even_one: bool = False,
-    ) -> Numerics:
+    ) -> ComputeFormat:
         """The quickest of these for `what` (`training`, `extraction`); each step is over so many images.
 
         Where there is but one its speed is measured only if `even_one` says that something depends on it.
@@ -119,7 +119,9 @@ class Quickest:
         self._store.remember(NAME, key, speeds)
         return _choose(options, speeds, "measured")
 
-    def _measure(self, options: Sequence[Numerics], images: int, make: Callable[[Numerics], Step]) -> dict[str, float]:
+    def _measure(
+        self, options: Sequence[ComputeFormat], images: int, make: Callable[[ComputeFormat], Step]
+    ) -> dict[str, float]:
         """Images a second of each option, by its words."""
         speeds: dict[str, float] = {}
         for option in options:
@@ -148,7 +150,7 @@ class Quickest:
         return time.perf_counter() - start
 
 
-def _choose(options: Sequence[Numerics], speeds: dict[str, float], how: str) -> Numerics:
+def _choose(options: Sequence[ComputeFormat], speeds: dict[str, float], how: str) -> ComputeFormat:
     """The first option that no other beats by more than BETTER."""
     quickest = max(speeds.values())
     chosen = next(option for option in options if speeds[option.words] * BETTER >= quickest)
@@ -158,7 +160,7 @@ def _choose(options: Sequence[Numerics], speeds: dict[str, float], how: str) -> 
 
 
 def training_step(
-    run: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: Numerics
+    run: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat
 ) -> Step:
     """One forward and backward pass of `run`, the network or a suffix of it, on a copy in the modes that it is in."""
     own, owner = copy.deepcopy((run, network))
@@ -169,7 +171,7 @@ def training_step(
         with (
             torch.random.fork_rng(devices=[]),
             autocast(accelerator, option.dtype),
-            quick_depthwise(accelerator, option.dtype),
+            fp32_depthwise_backward(accelerator, option.dtype),
         ):
             logits = own(*ready)
         torch.autograd.backward(logits.float().logsumexp(dim=1).sum())
@@ -178,7 +180,7 @@ def training_step(
     return step
 
 
-def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: Numerics) -> Step:
+def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat) -> Step:
     """One forward pass of a copy of the network, or of a part of it, in eval mode and without gradients."""
     own = copy.deepcopy(run).eval()
     own.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
@@ -191,6 +193,6 @@ def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.
     return step
 
 
-def _laid_out(x: Tensor, accelerator: torch.device, option: Numerics) -> Tensor:
+def _laid_out(x: Tensor, accelerator: torch.device, option: ComputeFormat) -> Tensor:
     x = x.to(accelerator)
     return x.contiguous(memory_format=option.memory_format) if x.ndim == 4 else x

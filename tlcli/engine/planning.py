@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 from tlcli.data.augment import make_augmentation
-from tlcli.data.batches import Batches
+from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset, Split
 from tlcli.device import Device, auto_workers, machine_name
-from tlcli.engine.activations import Activations, View, activations_key, pooled
+from tlcli.engine.activations import SplitActivations, View, activations_key, merge_splits
 from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import CachedFeed, InputPlan, LiveFeeds, preprocessing_for
-from tlcli.engine.linear import bare_linear
-from tlcli.engine.numerics import SAMPLE, Numerics, Quickest, candidates, forward_step, training_step
+from tlcli.engine.linear import is_plain_linear
+from tlcli.engine.numerics import SAMPLE, Autotuner, ComputeFormat, candidates, forward_step, training_step
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import CacheMode, TrainSpec
-from tlcli.store import size_text
-from tlcli.transfer.contract import Contract
+from tlcli.text import size_text
+from tlcli.transfer.contract import FreezeContract
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 SMALL = 64 * 1024
@@ -37,18 +37,18 @@ READ, WRITE = 1e-9, 2e-9
 def plan_inputs(
     data: Dataset,
     model: Classifier,
-    contract: Contract,
+    contract: FreezeContract,
     spec: TrainSpec,
     accelerator: torch.device,
     session: Session,
     *,
-    wants_probe: bool,
+    needs_probe: bool,
 ) -> InputPlan:
     """Decide for each split whether it is read live or from cached activations, and in which number formats.
 
     Raises UsageError where cache.mode=require cannot be followed.
     """
-    return Planner(data, model, contract, spec, accelerator, session, wants_probe).plan()
+    return Planner(data, model, contract, spec, accelerator, session, needs_probe).plan()
 
 
 class Planner:
@@ -58,21 +58,21 @@ class Planner:
         self,
         data: Dataset,
         model: Classifier,
-        contract: Contract,
+        contract: FreezeContract,
         spec: TrainSpec,
         accelerator: torch.device,
         session: Session,
-        wants_probe: bool,
+        needs_probe: bool,
     ) -> None:
         self.data, self.model, self.contract, self.spec = data, model, contract, spec
         self.accelerator, self.session, self.store = accelerator, session, session.store
-        self.wants_probe = wants_probe
+        self.needs_probe = needs_probe
         self.preprocessing = preprocessing_for(spec, model)
         self.workers = spec.device.workers if spec.device.workers is not None else auto_workers(accelerator)
         self.options = candidates(spec.device, accelerator)
         contract.train_mode()  # the cut looks at the modes, and a training step is measured in them
         trains = sorted(name for name, p in model.network.named_parameters() if p.requires_grad)
-        self.quickest = Quickest(
+        self.quickest = Autotuner(
             self.store,
             accelerator,
             backbone=f"{spec.backbone.kind}/{spec.backbone.name}",
@@ -117,7 +117,7 @@ class Planner:
         key = ("cut", name, size, repr(self.spec.freeze) if trainable is None else trainable)
         return self.session.once(key, lambda: split_frozen(network, size, trainable))
 
-    def _extractor(self, cut: Cut, numerics: Numerics) -> Extractor:
+    def _extractor(self, cut: Cut, numerics: ComputeFormat) -> Extractor:
         """What runs the prefix of a cut over images; one for each cut and format, in all runs of the process."""
         machine = machine_name(self.accelerator)
         note = f"{self.spec.backbone.name} {cut.at} {self.preprocessing} {numerics.words} {machine} {torch.__version__}"
@@ -135,13 +135,13 @@ class Planner:
 
     # -- numbers
 
-    def _measured_extraction(self, cut: Cut) -> Numerics:
+    def _measured_extraction(self, cut: Cut) -> ComputeFormat:
         """The format for the prefix, over which the images run once."""
         inputs = (self.sample,)
         make = lambda option: forward_step(cut.prefix, inputs, self.accelerator, option)  # noqa: E731
         return self.quickest.of(self.options, len(self.sample), f"extraction up to {cut.at}", make, even_one=True)
 
-    def _measured_suffix(self, extractor: Extractor) -> Numerics:
+    def _measured_suffix(self, extractor: Extractor) -> ComputeFormat:
         """The format for training on activations, in the memory format of the extraction."""
         assert isinstance(self.cut, Cut)
         cut, network = self.cut, self.model.network
@@ -154,7 +154,7 @@ class Planner:
         same = [option for option in self.options if option.memory_format == extractor.numerics.memory_format]
         return self.quickest.of(same, len(self.sample), f"training from {cut.at}", make)
 
-    def _measured_live(self) -> tuple[Device, Numerics]:
+    def _measured_live(self) -> tuple[Device, ComputeFormat]:
         """Formats for training the whole network on images, and for evaluating it in the same memory format."""
         network, inputs = self.model.network, (self.sample,)
         train = self.quickest.of(
@@ -173,7 +173,7 @@ class Planner:
         )
         return self._device(train, evaluation), evaluation
 
-    def _device(self, train: Numerics, evaluation: Numerics) -> Device:
+    def _device(self, train: ComputeFormat, evaluation: ComputeFormat) -> Device:
         self.measured = (train, evaluation)
         return Device(
             accelerator=self.accelerator,
@@ -186,10 +186,12 @@ class Planner:
 
     # -- activations
 
-    def _activations(self, cut: Cut, extractor: Extractor, split: Split, name: str, view: View | None) -> Activations:
+    def _activations(
+        self, cut: Cut, extractor: Extractor, split: Split, name: str, view: View | None
+    ) -> SplitActivations:
         """The activations of a split at a cut, as they are or augmented."""
         spec, numerics, columns = self.spec, extractor.numerics, extractor.columns()
-        batches = Batches(
+        batches = ImageBatches(
             split,
             self.preprocessing,
             batch_size=extractor.batch_size,
@@ -218,7 +220,7 @@ class Planner:
             "view": view.number if view else None,
             "dtype": numerics.words,
         }
-        return Activations(self.store, batches, extractor, key, columns, view, facts)
+        return SplitActivations(self.store, batches, extractor, key, columns, view, facts)
 
     def _train_sources(self, extractor: Extractor) -> "Sources":
         """Where train, probe and val come from when training reads activations: as they are, or train as its views."""
@@ -227,7 +229,7 @@ class Planner:
         if not self.augments:
             found = self._plain_sources(extractor, with_train=True)
             return {**found, "train": found["probe"]}
-        found = self._plain_sources(extractor, with_train=self.wants_probe)
+        found = self._plain_sources(extractor, with_train=self.needs_probe)
         views = [View(number, spec.seed, spec.augment) for number in range(spec.cache.views or 0)]
         found["train"] = tuple(self._activations(self.cut, extractor, train, "train", view) for view in views), train
         return found
@@ -237,7 +239,7 @@ class Planner:
         assert isinstance(self.cut, Cut)
         train, val = self.data.train, self.data.val
         if with_train and train.images is val.images:
-            pool = pooled([train, val])
+            pool = merge_splits([train, val])
             both = (self._activations(self.cut, extractor, pool, "train+val", None),), pool
             return {"probe": both, "val": both}
         found: Sources = {"val": ((self._activations(self.cut, extractor, val, "val", None),), val)}
@@ -256,9 +258,9 @@ class Planner:
         source = self._activations(self.cut, extractor, self.data.test, "test", None)
         return {"test": ((source,), self.data.test)} if self._is_worth(extractor, source, 1) else {}
 
-    def _features(self, evaluation: Numerics) -> dict[str, CachedFeed]:
+    def _features(self, evaluation: ComputeFormat) -> dict[str, CachedFeed]:
         """The probe's features, where what trains has too little in front of it: cut at the head for that alone."""
-        cut = self._cut("features", self.model.head_parameters()) if self.wants_probe else NoCut("no probe")
+        cut = self._cut("features", self.model.head_parameters()) if self.needs_probe else NoCut("no probe")
         if not isinstance(cut, Cut):
             return {}
         extractor = self._extractor(cut, evaluation)
@@ -291,7 +293,7 @@ class Planner:
         """The head where the suffix of a cut is it and no more: what crosses the cut is what enters it."""
         names = self.model.architecture.head
         head = self.model.network.get_submodule(names[0])
-        if len(names) == 1 and cut.at == names[0] and isinstance(head, nn.Linear) and bare_linear(head):
+        if len(names) == 1 and cut.at == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
             return head if cut.shapes == ((head.in_features,),) else None
         return None
 
@@ -324,7 +326,7 @@ class Planner:
         if why is not None or not missing or row <= SMALL or spec.cache.mode is CacheMode.require:
             return why
         images = sum(len(source) for source in missing.values())
-        reads = len(self.data.train) * (spec.epochs + self.wants_probe) + len(self.data.val) * (spec.epochs + 1)
+        reads = len(self.data.train) * (spec.epochs + self.needs_probe) + len(self.data.val) * (spec.epochs + 1)
         cached, live = self._seconds(extractor, images, reads, row)
         if cached < live:
             return None
@@ -333,7 +335,7 @@ class Planner:
             f"and {cached:.0f} s with {size_text(nbytes)} of activations"
         )
 
-    def _is_worth(self, extractor: Extractor, source: Activations, passes: int) -> bool:
+    def _is_worth(self, extractor: Extractor, source: SplitActivations, passes: int) -> bool:
         """Whether a split that is only evaluated is better read from activations."""
         if source.filled:
             return True
@@ -386,7 +388,7 @@ class Planner:
         return words if live is None else f"{words}; {live}"
 
 
-def _about(missing: Sequence[Activations]) -> str:
+def _about(missing: Sequence[SplitActivations]) -> str:
     """`, about 12 s`; nothing where no speed is known."""
     speeds = [source.extractor.numerics.images_per_second for source in missing]
     if None in speeds:
@@ -394,10 +396,10 @@ def _about(missing: Sequence[Activations]) -> str:
     return f", about {sum(len(source) / speed for source, speed in zip(missing, speeds, strict=True) if speed):.0f} s"
 
 
-Sources = dict[str, tuple[tuple[Activations, ...], Split]]
+Sources = dict[str, tuple[tuple[SplitActivations, ...], Split]]
 """By role (train, probe, val, test): the activations, one for each view, and the images that they are of."""
 
 
-def unique(cached: Mapping[str, CachedFeed]) -> list[Activations]:
+def unique(cached: Mapping[str, CachedFeed]) -> list[SplitActivations]:
     """Each of the activations once; several roles may read the same."""
     return list({source.key: source for feed in cached.values() for source in feed.sources}.values())

@@ -10,7 +10,7 @@ from tlcli.device import Device
 Pair = tuple[Tensor, Tensor]
 
 
-def on_device(batches: Iterable[Pair], device: Device) -> Iterator[Pair]:
+def prefetch_to_device(batches: Iterable[Pair], device: Device) -> Iterator[Pair]:
     """The same batches on the device, in order. On CUDA the next one is copied, from pinned memory and on a stream of
     its own, while the present one is computed with."""
     if device.accelerator.type != "cuda":

@@ -6,34 +6,34 @@ from typing import Any
 import torch
 
 from tlcli.device import Device
-from tlcli.engine.activations import Activations
+from tlcli.engine.activations import SplitActivations
 from tlcli.engine.extraction import Extractor
-from tlcli.engine.formats import Formats
+from tlcli.engine.formats import Decisions
 from tlcli.engine.inputs import CachedFeed
-from tlcli.engine.numerics import Numerics
+from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.planning import Planner, Sources, unique
 from tlcli.transfer.cut import Cut
 
 BEFORE = "as before the run was interrupted"
 
 
-class PlannerAsBefore(Planner):
+class ResumePlanner(Planner):
     """A planner whose decisions were made: for a run that computed in these formats nothing is measured or reckoned."""
 
-    def __init__(self, formats: Formats, *arguments: Any) -> None:
+    def __init__(self, formats: Decisions, *arguments: Any) -> None:
         self.formats = formats
         super().__init__(*arguments)
 
-    def _numerics(self, dtype: torch.dtype) -> Numerics:
-        return Numerics(dtype, self.formats.memory_format, why=BEFORE)
+    def _numerics(self, dtype: torch.dtype) -> ComputeFormat:
+        return ComputeFormat(dtype, self.formats.memory_format, why=BEFORE)
 
-    def _measured_extraction(self, cut: Cut) -> Numerics:
+    def _measured_extraction(self, cut: Cut) -> ComputeFormat:
         return self._numerics(self.formats.eval_dtype)
 
-    def _measured_suffix(self, extractor: Extractor) -> Numerics:
+    def _measured_suffix(self, extractor: Extractor) -> ComputeFormat:
         return self._numerics(self.formats.train_dtype)
 
-    def _measured_live(self) -> tuple[Device, Numerics]:
+    def _measured_live(self) -> tuple[Device, ComputeFormat]:
         evaluation = self._numerics(self.formats.eval_dtype)
         return self._device(self._numerics(self.formats.train_dtype), evaluation), evaluation
 
@@ -46,10 +46,10 @@ class PlannerAsBefore(Planner):
     def _test_source(self, extractor: Extractor) -> Sources:
         return super()._test_source(extractor) if "test" in self.formats.cached else {}
 
-    def _is_worth(self, extractor: Extractor, source: Activations, passes: int) -> bool:
+    def _is_worth(self, extractor: Extractor, source: SplitActivations, passes: int) -> bool:
         return True
 
-    def _features(self, evaluation: Numerics) -> dict[str, CachedFeed]:
+    def _features(self, evaluation: ComputeFormat) -> dict[str, CachedFeed]:
         return {}  # the head has had its probe
 
     def _expect(self, cached: Mapping[str, CachedFeed]) -> None:

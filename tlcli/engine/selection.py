@@ -7,7 +7,7 @@ from tlcli.specs import KeepBest
 
 
 @dataclass
-class Selection:
+class BestEpochTracker:
     """The best epoch so far by one validation figure.
 
     Equal accuracy or F1 is decided by the lower loss: on a small validation set many epochs are equal. `early_stop`

@@ -9,9 +9,9 @@ from tlcli.data.dataset import Dataset, Evaluated, load_dataset, load_whole
 from tlcli.engine.activations import Tables
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec
 from tlcli.store import Store, cache_dir
-from tlcli.watch import Watch
 
 T = TypeVar("T")
 SOUND = "images"
@@ -32,17 +32,17 @@ class Session:
         self._dataset: tuple[object, Dataset] | None = None
         self._model: _Model | None = None
 
-    def dataset(self, spec: DatasetSpec, seed: int, watch: Watch) -> Dataset:
+    def dataset(self, spec: DatasetSpec, seed: int, reporter: Reporter) -> Dataset:
         """The data set of this spec and seed; from the run before where that had the same."""
         asked = (spec, seed)
         if self._dataset is None or self._dataset[0] != asked:
             self._dataset = None  # the images of the last one leave memory before the next ones come
-            self._dataset = asked, load_dataset(spec, seed=seed, watch=watch, sound=_Sound(self.store))
+            self._dataset = asked, load_dataset(spec, seed=seed, reporter=reporter, sound=_Sound(self.store))
         return self._dataset[1]
 
-    def evaluated(self, spec: DatasetSpec, wanted: str | None, seed: int, watch: Watch) -> Evaluated:
+    def evaluated(self, spec: DatasetSpec, wanted: str | None, seed: int, reporter: Reporter) -> Evaluated:
         """A split of a data set that is not trained on, as `load_whole` gives it."""
-        return load_whole(spec, wanted, seed=seed, watch=watch, sound=_Sound(self.store))
+        return load_whole(spec, wanted, seed=seed, reporter=reporter, sound=_Sound(self.store))
 
     def model(self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int) -> Classifier:
         """A classifier as `build_model` gives it: that of the run before with its first weights, if it is the same."""

@@ -14,20 +14,20 @@ from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device, threads
-from tlcli.engine.depthwise import quick_depthwise
-from tlcli.engine.inputs import Feed
+from tlcli.engine.depthwise import fp32_depthwise_backward
+from tlcli.engine.inputs import BatchLoader
 from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
 from tlcli.engine.memory import batch_size_that_fits
 from tlcli.engine.optimizers import build_optimizer, take_step
 from tlcli.engine.schedule import Schedule
-from tlcli.errors import NotFinite, TlcliError
-from tlcli.interrupts import steady
+from tlcli.errors import NonFiniteLossError, TlcliError
+from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, TrainSpec
-from tlcli.transfer.contract import Contract
+from tlcli.transfer.contract import FreezeContract
 from tlcli.transfer.groups import parameter_groups
-from tlcli.watch import Watch
 
 STEPS_BETWEEN_CHECKS = 20
 """Looking at a loss waits for it on an accelerator, and costs a step of a small head a tenth of its time on a CPU."""
@@ -58,7 +58,12 @@ class Trainer:
     """Trains what is trainable in a model, an epoch at a time."""
 
     def __init__(
-        self, model: Classifier, contract: Contract, spec: TrainSpec, device: Device, class_counts: tuple[int, ...]
+        self,
+        model: Classifier,
+        contract: FreezeContract,
+        spec: TrainSpec,
+        device: Device,
+        class_counts: tuple[int, ...],
     ) -> None:
         self._spec = spec
         self._device = device
@@ -79,9 +84,9 @@ class Trainer:
 
     def fit(
         self,
-        inputs: Feed,
+        inputs: BatchLoader,
         epoch: int,
-        watch: Watch,
+        reporter: Reporter,
         on_running: Callable[[Running], None],
         after_step: Callable[[], None] = lambda: None,
     ) -> Fit:
@@ -93,10 +98,10 @@ class Trainer:
         self._contract.train_mode()
         now = self._begin(epoch)
         batches, mark = inputs.epoch(epoch, now.batches), time.perf_counter()
-        with threads(inputs.threads), watch.track(f"epoch {epoch}", len(inputs)) as advance:
+        with threads(inputs.threads), reporter.track(f"epoch {epoch}", len(inputs)) as advance:
             advance(now.tally.images)
             while group := list(islice(batches, self._spec.accumulate)):
-                with steady:
+                with defer_interrupts:
                     self._step(inputs, group, now.tally)
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check(now)
@@ -163,14 +168,14 @@ class Trainer:
         self._loaded = self._pass
         _set_random_states(state["random"])
 
-    def _step(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
+    def _step(self, inputs: BatchLoader, group: list[Batch], tally: "_Tally") -> None:
         """One step; where it runs out of memory, the error names a batch that does not."""
         batch = group[0]
         attempt = lambda n: self._attempt(inputs, batch, n)  # noqa: E731
         with batch_size_that_fits(attempt, len(batch[1]), self._spec.accumulate):
             self._update(inputs, group, tally)
 
-    def _attempt(self, inputs: Feed, batch: Batch, n: int) -> None:
+    def _attempt(self, inputs: BatchLoader, batch: Batch, n: int) -> None:
         """Forward and backward pass over n images of a batch, for the memory that they take: nothing is trained."""
         x, y = batch
         self._contract.train_mode(update_stats=False)
@@ -182,7 +187,7 @@ class Trainer:
                 parameter.grad = None
             self._contract.train_mode()
 
-    def _update(self, inputs: Feed, group: list[Batch], tally: "_Tally") -> None:
+    def _update(self, inputs: BatchLoader, group: list[Batch], tally: "_Tally") -> None:
         """One step of the optimizer: the gradient of the mean loss over all images of the group."""
         self.schedule.before_step(self.step)
         for parameter in self._trainable:
@@ -206,7 +211,7 @@ class Trainer:
             take_step(self.optimizer)
         self.step += 1
 
-    def _formula(self, inputs: Feed) -> LinearLoss | None:
+    def _formula(self, inputs: BatchLoader) -> LinearLoss | None:
         """Loss and gradient without autograd, where the features of one linear layer are read in float32."""
         if inputs.head is None or inputs.dtype != torch.float32:
             return None
@@ -214,7 +219,7 @@ class Trainer:
             self._linear = LinearLoss(inputs.head, self._spec.label_smoothing, self._class_weights)
         return self._linear
 
-    def _forward(self, inputs: Feed, x: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: BatchLoader, x: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the images' losses, and the logits."""
         alone = len(y) == 1 < self._spec.batch_size
         if alone:  # one image left over has no batch statistics to speak of
@@ -239,7 +244,7 @@ class Trainer:
 
     def _quick_gradients(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """torch.compile makes kernels of its own."""
-        return nullcontext() if self._device.compile else quick_depthwise(self._device.accelerator, dtype)
+        return nullcontext() if self._device.compile else fp32_depthwise_backward(self._device.accelerator, dtype)
 
     def require_finite(self, loss: float, epoch: int, what: str) -> None:
         """Raise NotFinite, after an epoch, unless this loss is a number."""
@@ -253,11 +258,11 @@ class Trainer:
             step = now.first_step + at // self._spec.accumulate
             raise self._not_finite(f"the loss is not finite at epoch {now.epoch}, batch {at + 1}", step)
 
-    def _not_finite(self, what: str, step: int) -> NotFinite:
+    def _not_finite(self, what: str, step: int) -> NonFiniteLossError:
         """The error for a step (0-based), with its rate and what to try."""
         self.schedule.before_step(max(0, step))
         rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return NotFinite(
+        return NonFiniteLossError(
             f"{what} (step {step + 1}, lr {rate:.3g}): "
             f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
         )

@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean
 
 FILES = {
     "onnx": "model.onnx",

@@ -10,11 +10,11 @@ from torch import Tensor
 from tlcli.data.dataset import load_dataset
 from tlcli.data.decode import Pixels, read_image
 from tlcli.errors import TlcliError
+from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TorchvisionDataset, TrainSpec
-from tlcli.watch import Watch
 
 COUNT = 16
 """Enough that every class of a small task is there, few enough that the check takes seconds with any network."""
@@ -55,7 +55,7 @@ def _from_data(spec: TrainSpec) -> list[Pixels]:
     if isinstance(data, TorchvisionDataset):
         data = replace(data, download=False)
     try:
-        test = load_dataset(data, seed=spec.seed, watch=Watch(), sound=_TakenAsSound()).test
+        test = load_dataset(data, seed=spec.seed, reporter=Reporter(), sound=_TakenAsSound()).test
         return [test.read(i) for i in _spread(len(test))]
     except (TlcliError, OSError, ValueError):
         return []

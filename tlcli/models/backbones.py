@@ -13,9 +13,10 @@ import torchvision
 from timm.models._manipulate import group_with_matcher  # timm exports only its form for parameters
 from torch import nn
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.models.classifier import Architecture, Head, Stage, within
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
+from tlcli.text import did_you_mean
 
 LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 

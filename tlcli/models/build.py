@@ -11,11 +11,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Architecture, Classifier
 from tlcli.models.weights import Pretrained, published_weights, read_weights
 from tlcli.specs import BackboneSpec
+from tlcli.text import did_you_mean
 
 POSITIONS = ("encoder.pos_embedding", "pos_embed")
 """What torchvision and timm call a ViT's table of positions."""

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tlcli.atomic import replacing
 from tlcli.errors import TlcliError
+from tlcli.files import atomic_write
 
 FACTS, CHECKSUM = "tlcli", "crc32"
 """The one key of the file's metadata (of two, safetensors would write either first), whose JSON has the facts and the
@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     state = _apart(tensors)
     whole = {**facts, CHECKSUM: _checksum(facts, state)}
     content = save(state, metadata={FACTS: json.dumps(whole)})
-    with replacing(path, durable=True) as file:
+    with atomic_write(path, durable=True) as file:
         file.write(content)
 
 

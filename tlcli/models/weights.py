@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlcli.errors import TlcliError, UsageError
+from tlcli.files import is_dir, is_file
 from tlcli.models.backbones import build_timm, timm_head, timm_name
 from tlcli.models.classifier import Architecture, within
 from tlcli.models.hub import require_published
 from tlcli.models.tensorfile import read_tensors
-from tlcli.paths import is_dir, is_file
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone, image_numbers
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")

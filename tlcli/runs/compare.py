@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from scipy import stats
 
 from tlcli.errors import UsageError
-from tlcli.paths import expanded, real
+from tlcli.files import expand_user, resolve_links
 from tlcli.runs.index import SWEEP_FILES
 from tlcli.runs.opening import open_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions
@@ -172,7 +172,7 @@ def _each_run(paths: Sequence[Path]) -> list[Path]:
         else:
             own = [path]
         for one in own:
-            place = real(expanded(str(one)))
+            place = resolve_links(expand_user(str(one)))
             if place in found and len(own) == 1:
                 raise UsageError(f"{one}: is named twice")
             found[place] = one

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tlcli.atomic import linked
 from tlcli.engine.checkpoints import changeable, load_weights_into, save_state, save_weights, snapshot
 from tlcli.engine.metrics import Scores
 from tlcli.engine.trainer import Trainer
+from tlcli.files import replace_with_hardlink
 from tlcli.runs.restart import STATE_VERSION
 from tlcli.runs.run_dir import RunDir
 
@@ -28,7 +28,7 @@ class _Best:
     facts: Mapping[str, Any]
 
 
-class Keeper:
+class CheckpointManager:
     """Keeps the best epoch's weights, the last one's, and the state from which training goes on.
 
     The state is in one file, written after the best weights, which know their own epoch and scores: a run that is
@@ -118,7 +118,7 @@ class Keeper:
 
     def _save_last(self) -> None:
         """A second name for the best weights' file, where they are those of the last epoch."""
-        if self._last_facts != self._written or not linked(self._run.best, self._run.last):
+        if self._last_facts != self._written or not replace_with_hardlink(self._run.best, self._run.last):
             save_weights(self._run.last, self._network, self._last_facts)
 
     def _state(self) -> dict[str, Any]:

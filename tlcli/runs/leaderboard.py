@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tlcli.atomic import replacing
-from tlcli.runs.cells import csv_line
+from tlcli.files import atomic_write
 from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.text import csv_line
 
 SCHEMA_VERSION = 1
 
@@ -74,7 +74,7 @@ def write(folder: Path) -> Leaderboard:
             "jobs": jobs,
         },
     )
-    with replacing(folder / "leaderboard.csv") as file:
+    with atomic_write(folder / "leaderboard.csv") as file:
         file.write(_csv(board).encode())
     return board
 

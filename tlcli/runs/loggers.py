@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from tlcli import __version__
 from tlcli.errors import UsageError
+from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.specs import LoggerSpec, MlflowLogger, Spec, TensorboardLogger, TrainSpec, WandbLogger, WandbMode
-from tlcli.watch import EpochRow, Outcome, Plan, Watch
 
 Values = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ class Logger(Protocol):
     def epoch(self, row: EpochRow) -> None:
         """An epoch ended."""
 
-    def end(self, result: Outcome | None, status: str) -> None:
+    def end(self, result: RunResult | None, status: str) -> None:
         """The run ended: `done`, `failed` or `interrupted`; `result` is there once it was tested."""
 
 
@@ -47,7 +47,7 @@ def check_logger(spec: LoggerSpec) -> None:
 
 
 @contextmanager
-def logged_run(spec: TrainSpec, run: Path, watch: Watch) -> Iterator[Watch]:
+def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Reporter]:
     """A watch to train with: it tells the given one everything, and the logger that the spec chooses.
 
     Args:
@@ -55,10 +55,10 @@ def logged_run(spec: TrainSpec, run: Path, watch: Watch) -> Iterator[Watch]:
     """
     make = LOGGERS.get(type(spec.logger))
     if make is None:
-        yield watch
+        yield reporter
         return
     check_logger(spec.logger)
-    logged = LoggedWatch(watch, make(spec.logger, run), spec)
+    logged = LoggedWatch(reporter, make(spec.logger, run), spec)
     status = "failed"
     try:
         yield logged
@@ -70,14 +70,14 @@ def logged_run(spec: TrainSpec, run: Path, watch: Watch) -> Iterator[Watch]:
         logged.end(status)
 
 
-class LoggedWatch(Watch):
+class LoggedWatch(Reporter):
     """Tells a watch everything, and a logger what it is for. The first error of the logger is a note and its end."""
 
-    def __init__(self, watch: Watch, logger: Logger, spec: TrainSpec) -> None:
-        self._watch = watch
+    def __init__(self, reporter: Reporter, logger: Logger, spec: TrainSpec) -> None:
+        self._watch = reporter
         self._logger = logger
         self._spec = spec
-        self._outcome: Outcome | None = None
+        self._outcome: RunResult | None = None
         self._is_on = False
 
     def note(self, text: str) -> None:
@@ -88,7 +88,7 @@ class LoggedWatch(Watch):
         with self._watch.track(label, total, unit) as advance:
             yield advance
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: RunPlan) -> None:
         self._watch.plan(plan)
         self._is_on = True
         self._tell(lambda: self._logger.start(flat_config(self._spec), facts_of(plan)))
@@ -97,7 +97,7 @@ class LoggedWatch(Watch):
         self._watch.epoch(row)
         self._tell(lambda: self._logger.epoch(row))
 
-    def outcome(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: RunResult) -> None:
         self._watch.outcome(outcome)
         self._outcome = outcome
 
@@ -137,7 +137,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def facts_of(plan: Plan) -> dict[str, Any]:
+def facts_of(plan: RunPlan) -> dict[str, Any]:
     """What a plan says that the config does not."""
     return {
         "run": str(plan.run),
@@ -168,7 +168,7 @@ def epoch_figures(row: EpochRow) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
-def result_figures(outcome: Outcome) -> dict[str, float]:
+def result_figures(outcome: RunResult) -> dict[str, float]:
     """The test's figures, likewise."""
     figures = {
         "test/accuracy": outcome.accuracy,
@@ -201,7 +201,7 @@ class _Tensorboard:
             self._writer.add_scalar(name, value, row.epoch)
         self._writer.flush()
 
-    def end(self, result: Outcome | None, status: str) -> None:
+    def end(self, result: RunResult | None, status: str) -> None:
         if result is not None:
             for name, value in result_figures(result).items():
                 self._writer.add_scalar(name, value, result.epoch)
@@ -239,7 +239,7 @@ class _Mlflow:
     def epoch(self, row: EpochRow) -> None:
         self._log(epoch_figures(row), row.epoch)
 
-    def end(self, result: Outcome | None, status: str) -> None:
+    def end(self, result: RunResult | None, status: str) -> None:
         if result is not None:
             self._log(result_figures(result), result.epoch)
         self._client.set_terminated(self._run, status=self.STATUS[status])
@@ -286,7 +286,7 @@ class _Wandb:
     def epoch(self, row: EpochRow) -> None:
         self._run.log(epoch_figures(row), step=row.epoch)
 
-    def end(self, result: Outcome | None, status: str) -> None:
+    def end(self, result: RunResult | None, status: str) -> None:
         self._run.summary.update({**(result_figures(result) if result else {}), "status": status})
         self._run.finish(exit_code=0 if status == "done" else 1)
 

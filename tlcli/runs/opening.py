@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from tlcli.errors import UsageError, did_you_mean
-from tlcli.paths import exists, expanded, is_dir
+from tlcli.errors import UsageError
+from tlcli.files import exists, expand_user, is_dir
 from tlcli.runs.run_dir import SCHEMA_VERSION, RunDir, read_json
+from tlcli.text import did_you_mean
 
 
 def open_run(path: str | Path) -> tuple[RunDir, dict[str, Any]]:
     """The run in a directory, and its run.json. Raises UsageError where there is none that this tlcli can read."""
-    run = RunDir(expanded(str(path)))
+    run = RunDir(expand_user(str(path)))
     if not exists(run.path):
         raise UsageError(f"{run.path}: no such run directory.{_near(run.path)}")
     if not run.record_file.is_file():

@@ -15,26 +15,26 @@ from tlcli.data.dataset import Dataset
 from tlcli.engine.calibration import Calibration, calibrate, calibration_report
 from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
-from tlcli.engine.selection import Selection
+from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.models.classifier import Classifier
+from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.environment import environment
-from tlcli.runs.keeping import Keeper
+from tlcli.runs.keeping import CheckpointManager
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.predictions import SplitPredictions, write_predictions
-from tlcli.runs.restart import Restart
+from tlcli.runs.restart import ResumeState
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
-from tlcli.watch import EpochRow, Outcome, Plan, Watch
 
 
 class Recorder:
     """Writes one run's directory and tells the watcher what it wrote."""
 
-    def __init__(self, run: RunDir, watch: Watch, spec: TrainSpec, restart: Restart | None = None) -> None:
+    def __init__(self, run: RunDir, reporter: Reporter, spec: TrainSpec, restart: ResumeState | None = None) -> None:
         self._run = run
-        self._watch = watch
+        self._watch = reporter
         self._spec = spec
         self._restart = restart
         before = read_json(run.record_file) if restart is not None else {}
@@ -86,7 +86,7 @@ class Recorder:
         )
         own = inputs.preprocessing
         self._watch.plan(
-            Plan(
+            RunPlan(
                 run=self._run.path,
                 name=spec.name,
                 dataset=data.name,
@@ -107,11 +107,13 @@ class Recorder:
         self._run.log_metrics({"split": "running", **asdict(running)})
         self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
 
-    def keeper(self, network: nn.Module, trainer: Trainer, origin: Callable[[], Mapping[str, Any]]) -> Keeper:
+    def keeper(
+        self, network: nn.Module, trainer: Trainer, origin: Callable[[], Mapping[str, Any]]
+    ) -> CheckpointManager:
         """What keeps this run's checkpoints; `origin` as it takes it."""
         seconds = 60 * self._spec.checkpoint.every_minutes
         epoch = None if self._restart is None else self._restart.epoch
-        return Keeper(self._run, network, trainer, self._facts, origin, seconds=seconds, epoch=epoch)
+        return CheckpointManager(self._run, network, trainer, self._facts, origin, seconds=seconds, epoch=epoch)
 
     def epoch(
         self,
@@ -166,7 +168,7 @@ class Recorder:
         data: Dataset,
         validation: Predictions,
         predictions: Predictions,
-        selection: Selection,
+        selection: BestEpochTracker,
         *,
         step: int,
         frozen: int,
@@ -190,7 +192,7 @@ class Recorder:
         self._run.update(seconds=spent, frozen_tensors_verified=frozen)
         low, high = report["accuracy_ci95"]
         self._watch.outcome(
-            Outcome(
+            RunResult(
                 run=self._run.path,
                 accuracy=report["accuracy"],
                 ci95=(low, high),

@@ -8,27 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlcli.atomic import remove_drafts
 from tlcli.data.dataset import Dataset
 from tlcli.engine.checkpoints import load_state
-from tlcli.engine.formats import Formats
+from tlcli.engine.formats import Decisions
 from tlcli.engine.inputs import InputPlan
 from tlcli.engine.metrics import Scores
 from tlcli.engine.origin import machine_changes, require_same_images, take_threads
-from tlcli.engine.selection import Selection
+from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError
+from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
-from tlcli.transfer.contract import Contract
+from tlcli.transfer.contract import FreezeContract
 
 STATE_VERSION = 1
 """Of the contents of state.safetensors."""
 
 
 @dataclass(frozen=True, eq=False)
-class Restart:
+class ResumeState:
     """The state of training at the last checkpoint, and the best epoch with its validation scores, if there is one."""
 
     run: RunDir
@@ -59,8 +59,8 @@ class Restart:
         return f"resumed at epoch {self.first_epoch}" + (f", batch {now['batches'] + 1:,}" if is_within else "")
 
     @property
-    def formats(self) -> Formats:
-        return Formats.from_json(self.state["formats"])
+    def formats(self) -> Decisions:
+        return Decisions.from_json(self.state["formats"])
 
     def prepare(self) -> None:
         """Compute with as many threads as before."""
@@ -70,10 +70,10 @@ class Restart:
         """Raise UsageError unless these are the images that the run began with."""
         require_same_images(self.state["images"], data, str(self.run.path))
 
-    def selection(self, spec: TrainSpec) -> Selection:
+    def selection(self, spec: TrainSpec) -> BestEpochTracker:
         """The best epoch so far. It may be later than the state, which training then comes to again."""
         epoch, scores = self.best or (None, None)
-        return Selection(spec.keep_best, spec.early_stop, epoch, scores, self.epoch or 0)
+        return BestEpochTracker(spec.keep_best, spec.early_stop, epoch, scores, self.epoch or 0)
 
     def load(self, network: nn.Module, trainer: Trainer) -> None:
         """Put weights, optimizer, rates, counters and random states back."""
@@ -85,7 +85,7 @@ class Restart:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise damaged(self.run.state, str(error)) from error
 
-    def require_frozen(self, contract: Contract) -> None:
+    def require_frozen(self, contract: FreezeContract) -> None:
         """Raise TlcliError where the frozen part is not the one that the run began with: its weights are another's."""
         if contract.digest() != self.state["frozen"]:
             raise TlcliError(
@@ -106,14 +106,14 @@ class Restart:
     def rewind(self) -> None:
         """Leave out of metrics.jsonl what is going to be done again, and remove what a killed writer left."""
         for folder in (self.run.path, self.run.best.parent):
-            remove_drafts(folder)
+            remove_temp_files(folder)
         wanted = int(self.state["metrics_bytes"])
         if self.run.metrics_file.exists() and self.run.metrics_file.stat().st_size > wanted:
             with self.run.metrics_file.open("r+b") as file:
                 file.truncate(wanted)
 
 
-def read_restart(run: RunDir) -> Restart | None:
+def read_restart(run: RunDir) -> ResumeState | None:
     """Where a run stands; None where it ended before its first checkpoint. Raises TlcliError for damaged files."""
     if not run.state.is_file():
         return None
@@ -123,7 +123,7 @@ def read_restart(run: RunDir) -> Restart | None:
         raise TlcliError(f"{error}; without that file the run begins again") from error
     if state.get("version") != STATE_VERSION:
         raise TlcliError(f"{run.state}: is of version {state.get('version')}, this tlcli knows {STATE_VERSION}")
-    return Restart(run, state, _best(run.best) if run.best.is_file() else None)
+    return ResumeState(run, state, _best(run.best) if run.best.is_file() else None)
 
 
 def _best(path: Path) -> tuple[int, Scores]:
@@ -138,6 +138,6 @@ def _best(path: Path) -> tuple[int, Scores]:
 def start_over(run: RunDir) -> None:
     """Remove what a run wrote before its first checkpoint: it begins again in its directory."""
     for folder in (run.path, run.best.parent):
-        remove_drafts(folder)
+        remove_temp_files(folder)
     for file in (run.metrics_file, run.bad_files_file, run.best, run.last):
         file.unlink(missing_ok=True)

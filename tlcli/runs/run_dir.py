@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tlcli.atomic import replacing
-from tlcli.runs.cells import csv_line
+from tlcli.files import atomic_write
+from tlcli.text import csv_line
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +50,7 @@ class RunDir:
 
     def write_config(self, config: str) -> None:
         """Write config.yaml, in one atomic step."""
-        with replacing(self.config_file) as file:
+        with atomic_write(self.config_file) as file:
             file.write(config.encode())
 
     def go_on(self, command: str) -> None:
@@ -111,5 +111,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object so that a reader finds the old file or the new one, never a part."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())

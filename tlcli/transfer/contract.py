@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tlcli.errors import FrozenChanged, UsageError
+from tlcli.errors import FrozenTensorError, UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import BnStats, FreezeSpec
 from tlcli.transfer.cut.digest import digest_of_tensor
 from tlcli.transfer.freeze import trainable_names
 
 
-class Contract:
+class FreezeContract:
     """Which parameters of a model train, and proof that everything else did not change.
 
     What trains is settled when a contract is made. The digests are taken when training begins (`seal`) and compared
@@ -72,7 +72,7 @@ class Contract:
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         if digest_of_tensor(tensor) != self._digests[name]:
-            raise FrozenChanged(f"frozen tensor {name} changed in training: this run's result is not to be trusted")
+            raise FrozenTensorError(f"frozen tensor {name} changed in training: this run's result is not to be trusted")
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         """Each frozen parameter, and each buffer of a module that is in eval mode while training."""
@@ -89,14 +89,14 @@ class Contract:
         return name in self._keeps_stats or (bool(parameters) and not any(p.requires_grad for p in parameters))
 
 
-def apply_freeze(spec: FreezeSpec, model: Classifier) -> Contract:
+def apply_freeze(spec: FreezeSpec, model: Classifier) -> FreezeContract:
     """Set requires_grad as the strategy says and nothing else; the contract to train under and to verify."""
     names = trainable_names(spec, model)
     if not names:
         raise UsageError("nothing is left to train: freeze.keep keeps every parameter")
     for name, parameter in model.network.named_parameters():
         parameter.requires_grad_(name in names)
-    return Contract(model, spec.bn_stats)
+    return FreezeContract(model, spec.bn_stats)
 
 
 def _keeps(module_name: str, bn_stats: BnStats, pretrained: frozenset[str]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from tlcli.errors import UsageError, did_you_mean
+from tlcli.errors import UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import (
     FreezeBias,
@@ -16,6 +16,7 @@ from tlcli.specs import (
     FreezePattern,
     FreezeSpec,
 )
+from tlcli.text import did_you_mean
 
 
 def trainable_names(spec: FreezeSpec, model: Classifier) -> frozenset[str]:

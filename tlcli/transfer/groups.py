@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tlcli.models.classifier import Classifier, count
+from tlcli.reporter import StageRow
 from tlcli.specs import OptimizerSpec
-from tlcli.watch import StageRow
 
 
 @dataclass(frozen=True)

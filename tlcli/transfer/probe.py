@@ -18,7 +18,7 @@ scikit-learn's own C is no such constant: its weight against the penalty grows w
 MAX_ITERATIONS = 200
 
 
-def probed_head(model: Classifier) -> nn.Linear | None:
+def linear_head(model: Classifier) -> nn.Linear | None:
     """The head where it is one linear layer, which a probe can fill; else None (distilled models have two heads)."""
     modules = [model.network.get_submodule(name) for name in model.architecture.head]
     return modules[0] if len(modules) == 1 and isinstance(modules[0], nn.Linear) else None

@@ -7,8 +7,8 @@ from tlcli.data.dataset import SOURCES
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.data.source import Images
 from tlcli.errors import TlcliError
+from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, TorchvisionDataset
-from tlcli.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Pictures:
         if isinstance(spec, TorchvisionDataset):
             spec = replace(spec, download=False)
         try:
-            source = SOURCES[type(spec)](spec, Watch())
+            source = SOURCES[type(spec)](spec, Reporter())
         except (TlcliError, OSError) as exc:
             return Pictures({}, f"The images are not shown, because the data set cannot be read: {exc}.")
         splits = source.splits.values()

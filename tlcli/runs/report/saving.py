@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from tlcli.atomic import replacing
 from tlcli.errors import UsageError
+from tlcli.files import atomic_write
 
 GENERATOR = "tlcli report"
 """The content of a report's generator tag, by which a later one knows that it may replace the file."""
@@ -39,7 +39,7 @@ def save(html: str, file: Path) -> None:
     """Write a report in one atomic step. Raises UsageError where there is another file, or none can be written."""
     check_is_ours(file)
     try:
-        with replacing(file) as stream:
+        with atomic_write(file) as stream:
             stream.write(html.encode())  # as bytes: the style sheet's digest is over \n
     except OSError as exc:
         raise UsageError(f"{file}: cannot be written: {exc.strerror or exc}; name another file with --output") from exc

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from tlcli.transfer.cut.digest import digest_of
 from tlcli.transfer.cut.graph import Refusal, one_line
-from tlcli.transfer.cut.halves import Halves
+from tlcli.transfer.cut.halves import Partition
 from tlcli.transfer.cut.pair import TRIED, Pair
 from tlcli.transfer.cut.place import boundary_of
-from tlcli.transfer.cut.state import as_found, evaluating, exact_arithmetic
+from tlcli.transfer.cut.state import as_found, eval_mode, exact_arithmetic
 from tlcli.transfer.cut.trace import both_forms
 from tlcli.transfer.cut.trial import tried
 
@@ -60,7 +60,7 @@ def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None
     try:
         with (
             as_found(network),
-            nullcontext() if trainable is None else evaluating(network),
+            nullcontext() if trainable is None else eval_mode(network),
             exact_arithmetic(network),
             torch.no_grad(),
         ):
@@ -80,7 +80,7 @@ def _split(network: nn.Module, size: int, trainable: frozenset[str] | None) -> C
     images = _images(network, size)
     try:
         pair = Pair(network, training, evaluation, trains, images)
-        halves = Halves(pair, boundary_of(pair))
+        halves = Partition(pair, boundary_of(pair))
         return Cut(halves.prefix, tried(network, halves, images), halves.at, halves.shapes)
     except Refusal:
         raise

@@ -54,7 +54,7 @@ class Suffix(nn.Module):
         return form(*(a.clone() if i in self._copied else a for i, a in enumerate(activations)))
 
 
-class Halves:
+class Partition:
     """The graphs on either side of a boundary, in both forms."""
 
     def __init__(self, pair: Pair, boundary: Sequence[fx.Node]) -> None:

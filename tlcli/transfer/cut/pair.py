@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from tlcli.transfer.cut.digest import text_of_node
 from tlcli.transfer.cut.graph import Refusal, Traced, mutated
 from tlcli.transfer.cut.observe import Map, Observer, Unknown
-from tlcli.transfer.cut.state import evaluating
+from tlcli.transfer.cut.state import eval_mode
 
 TRIED = (0, 1, 2)
 TRIED_AGAIN = (2, 0)
@@ -36,7 +36,7 @@ class Pair:
         self.evaluation = evaluation
         train, evaluated = Observer(training, trains), Observer(evaluation, trains)
         train.observe(images[list(TRIED_AGAIN)])
-        with evaluating(network):
+        with eval_mode(network):
             evaluated.observe(images)
         self.live, self._turned = train.live, train.turned
         if training.output not in self.live:

@@ -38,7 +38,7 @@ def exact_arithmetic(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """All in eval mode for a while, then each module in the mode that it was in."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from tlcli.models.classifier import Head
 from tlcli.transfer.cut.graph import Refusal, Traced, mutated, one_line
-from tlcli.transfer.cut.state import device_of, evaluating, random_state
+from tlcli.transfer.cut.state import device_of, eval_mode, random_state
 
 
 @dataclass
@@ -80,7 +80,7 @@ def both_forms(network: nn.Module) -> tuple[Traced, Traced]:
     while True:
         training = _traced(network, leaves)
         before = len(leaves.modules), len(leaves.types)
-        with evaluating(network):
+        with eval_mode(network):
             evaluation = _traced(network, leaves)
         if before == (len(leaves.modules), len(leaves.types)):
             return training, evaluation

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.transfer.cut.graph import Refusal
-from tlcli.transfer.cut.halves import Form, Halves, Suffix
+from tlcli.transfer.cut.halves import Form, Partition, Suffix
 from tlcli.transfer.cut.pair import TRIED_AGAIN
-from tlcli.transfer.cut.state import evaluating, set_buffers
+from tlcli.transfer.cut.state import eval_mode, set_buffers
 
 RTOL, ATOL = 1e-4, 1e-5
 """How near prefix and suffix must come to the network; ATOL is for values of order one and grows with larger ones."""
 
 
-def tried(network: nn.Module, halves: Halves, images: Tensor) -> Suffix:
+def tried(network: nn.Module, halves: Partition, images: Tensor) -> Suffix:
     """The suffix, after it gave with the prefix what the network gives. Raises Refusal where it does not."""
     prefix = halves.prefix
-    with evaluating(network):
+    with eval_mode(network):
         several = _same_logits(network, prefix, halves.evaluation, images)
         fewer = _same_logits(network, prefix, halves.evaluation, images[list(TRIED_AGAIN)])
     if not _close([a[list(TRIED_AGAIN)] for a in several], fewer):

@@ -8,13 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.atomic import linked, remove_drafts, replacing
+from tlcli.errors import UsageError
+from tlcli.files import (
+    atomic_write,
+    exists,
+    expand_user,
+    is_dir,
+    is_file,
+    remove_temp_files,
+    replace_with_hardlink,
+    resolve_links,
+)
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
 
 def write(path: Path) -> None:
-    with replacing(path, durable=True) as file:
+    with atomic_write(path, durable=True) as file:
         file.write(NEW)
 
 
@@ -83,7 +93,7 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(file: Path, step: str, monke
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert file.read_bytes() == (NEW if step == STEPS[-1] else OLD)
-    remove_drafts(file.parent)
+    remove_temp_files(file.parent)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -92,7 +102,7 @@ def test_what_is_no_draft_stays(tmp_path: Path) -> None:
     for name in (*names, ".run.json.123"):
         (tmp_path / name).touch()
     (tmp_path / ".folder.7").mkdir()
-    remove_drafts(tmp_path)
+    remove_temp_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*names, ".folder.7"}
 
 
@@ -108,8 +118,8 @@ def test_a_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
 def test_a_second_name_keeps_what_it_stands_for(file: Path) -> None:
     name = file.with_name("last.bin")
     name.write_bytes(b"before")
-    assert linked(file, name)
-    assert linked(file, name)  # once more: it is so already
+    assert replace_with_hardlink(file, name)
+    assert replace_with_hardlink(file, name)  # once more: it is so already
     assert name.samefile(file)
     write(file)
     assert (file.read_bytes(), name.read_bytes()) == (NEW, OLD)
@@ -133,6 +143,29 @@ def test_a_second_name_that_cannot_be_leaves_the_old_file(
     name = file.with_name("last.bin")
     name.write_bytes(b"before")
     monkeypatch.setattr(Path, step, refuse)
-    assert not linked(file, name)
+    assert not replace_with_hardlink(file, name)
     assert name.read_bytes() == b"before"
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
+
+
+def test_a_name_that_is_too_long_is_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 5000)
+    assert not exists(path) and not is_dir(path) and not is_file(path)
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert not exists(tmp_path / "a") and not is_dir(tmp_path / "a") and not is_file(tmp_path / "a")
+    assert resolve_links(tmp_path / "a").is_relative_to(resolve_links(tmp_path))
+
+
+def test_what_is_there_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert exists(tmp_path) and is_dir(tmp_path) and not is_file(tmp_path)
+    assert exists(tmp_path / "file") and is_file(tmp_path / "file") and not is_dir(tmp_path / "file")
+
+
+def test_the_home_of_nobody_is_one_line() -> None:
+    with pytest.raises(UsageError, match="no such home directory"):
+        expand_user("~nobody-at-all/x")

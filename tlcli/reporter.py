@@ -20,7 +20,7 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run is about to do. `counts` has, for each split in use, the number of images of each class."""
 
     run: Path
@@ -55,7 +55,7 @@ class EpochRow:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended. `ci95` is Wilson's interval of the accuracy; `confused` has (true, predicted, count), worst
     first; `top5` is None with five classes or fewer."""
 
@@ -72,7 +72,7 @@ class Outcome:
     seconds: float
 
 
-class Watch:
+class Reporter:
     """A silent watcher, and the base of those that show something."""
 
     def note(self, text: str) -> None:
@@ -83,11 +83,11 @@ class Watch:
         """A span of work over `total` units; the function that it yields is called with each number of units done."""
         yield lambda done: None
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: RunPlan) -> None:
         """Everything is loaded and training is about to begin."""
 
     def epoch(self, row: EpochRow) -> None:
         """An epoch ended."""
 
-    def outcome(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: RunResult) -> None:
         """The test accuracy is known and everything is written."""

@@ -1,0 +1,44 @@
+"""The argument parser of every command: argparse, with errors as one line and exit code 2."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean
+
+FORMATS = ("table", "json")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command. Help goes to stdout; an error is a UsageError that names the nearest flag.
+
+    Args:
+        command: such as `predict`.
+        summary: what the command does, one sentence.
+        examples: command lines, shown at the end of the help.
+    """
+
+    def __init__(self, command: str, summary: str, examples: Sequence[str] = ()) -> None:
+        lines = "".join(f"  {line}\n" for line in examples)
+        super().__init__(
+            prog=f"tlcli {command}",
+            description=summary,
+            epilog=f"examples:\n{lines}" if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_format(self, formats: Sequence[str] = FORMATS) -> None:
+        """Add --format; the first format is the default."""
+        self.add_argument("--format", choices=formats, default=formats[0], help="format of the output")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with argparse's message and the nearest flag."""
+        words = message.removeprefix("argument ")
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            known = [flag for action in self._actions for flag in action.option_strings]
+            kind = "flag" if word.startswith("-") else "argument"
+            words = f"unknown {kind} {word!r}.{did_you_mean(word, known) or f' `{self.prog} --help` lists the flags.'}"
+        raise UsageError(words)

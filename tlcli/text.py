@@ -1,0 +1,105 @@
+"""Text for people: hints, shortened lists, sizes, durations, and text that is safe to print or to put in a CSV file."""
+
+import csv
+import difflib
+import io
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
+"""First characters that make a spreadsheet read a cell as a formula."""
+
+
+def did_you_mean(word: str, known: Iterable[object]) -> str:
+    """Return " Did you mean 'near'?" for the nearest known word, or the empty string if none is near."""
+    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(text: object) -> str:
+    """Return text on one line, without control characters."""
+    return strip_control_chars(" ".join(str(text).split()))
+
+
+def join_limited(items: Sequence[str], limit: int = 5) -> str:
+    """Return `a, b, c and 7 more`."""
+    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def evenly_spaced(items: Sequence[T], n: int) -> list[T]:
+    """Return at most n items, evenly spaced from the first to the last."""
+    if n >= len(items):
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, n - 1))] for i in range(n)]
+
+
+def size_text(nbytes: float) -> str:
+    """Return a size for people, in powers of 1,000: 999 B, 4.2 GB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while nbytes >= 1000 and len(units) > 1:
+        nbytes /= 1000
+        units.pop(0)
+    digits = 0 if units[0] == "B" or nbytes >= 100 else 1
+    return f"{nbytes:.{digits}f} {units[0]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return `0.42 s`, `12.3 s`, `4:05` or `2:00:00`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def shown_path(path: Path) -> str:
+    """Return a path relative to the working directory if it is inside, so that it is short and can be typed."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def to_plain(value: Any) -> Any:
+    """Return dataclasses as dicts, enums as their values and tuples as lists: what JSON and YAML can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def flat_keys(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"a.b": 1} for {"a": {"b": 1}}."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flat_keys(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
+
+
+def strip_control_chars(text: str) -> str:
+    """Return text without characters that move a terminal's cursor or set its colors."""
+    if text.isprintable():
+        return text
+    return "".join(c if unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def escape_formula(cell: object) -> object:
+    """Return a CSV cell that no spreadsheet evaluates: an apostrophe is put before text that starts like a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_PREFIXES) else cell
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """Return a line of CSV, with its newline, in which no cell is a formula."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow([escape_formula(cell) for cell in cells])
+    return text.getvalue().removesuffix("\r\n") + "\n"
