@@ -277,7 +277,7 @@ def _report(found: Predictions, loaded: LoadedRun, images: Images) -> dict[str, 
 
 def _checkpoint_file(loaded: LoadedRun) -> Path:
     run = RunDir(loaded.path)
-    return run.best if loaded.checkpoint == "best" else run.last
+    return run.best_checkpoint if loaded.checkpoint == "best" else run.last_checkpoint
 
 
 def _same_as_test(report: Mapping[str, Any], loaded: LoadedRun, asked: Asked, images: Images) -> bool | None:

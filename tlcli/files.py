@@ -1,11 +1,11 @@
-"""Crash-safe file replacement, and checks of paths that do not raise."""
+"""Crash-safe file replacement, YAML from any source, and checks of paths that do not raise."""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tlcli.errors import UsageError
 
@@ -77,6 +77,35 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file as plain values.
+
+    Aliases are refused: a few lines of them can stand for billions of values.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not YAML, not a mapping, or has aliases; one line.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    if exists(path) and not is_file(path):
+        raise OSError("not a regular file")  # reading a pipe would block
+    text = path.read_text(encoding="utf-8")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        if "*" in text:
+            for event in yaml.parse(text, Loader=loader):
+                if isinstance(event, yaml.AliasEvent):
+                    line = event.start_mark.line + 1
+                    raise ValueError(f"line {line}: alias *{event.anchor} is not allowed; write the values out")
+        content = yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise ValueError("not a config (keys and values)")
+    return content
 
 
 # pathlib's checks raise for names that are too long and for links that form a circle; those below do not.

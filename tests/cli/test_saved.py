@@ -99,9 +99,9 @@ def test_relative_places_are_below_where_the_run_was_started(saved: Saved, monke
     monkeypatch.chdir(run.path)
     assert saved_spec(run).dataset.root == str(start / "photos")
     assert saved_spec(run, ["dataset.root=mine"]).dataset.root == "mine"
-    record = json.loads(run.record_file.read_text())
+    record = json.loads(run.info_file.read_text())
     del record["cwd"]
-    run.record_file.write_text(json.dumps(record))
+    run.info_file.write_text(json.dumps(record))
     assert saved_spec(run).dataset.root == "photos"
 
 

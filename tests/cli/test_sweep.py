@@ -50,7 +50,7 @@ def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) ->
     assert ended.code == 1
     assert "3 of 4 jobs did not finish" in ended.err
     assert "1  failed: seed 1 is unlucky" in ended.err
-    records = {run.path.name: read_json(run.record_file) for run in runs_in(tmp_path)}
+    records = {run.path.name: read_json(run.info_file) for run in runs_in(tmp_path)}
     assert [records[str(job)]["status"] for job in range(4)] == ["failed", "failed", "failed", "done"]
     assert records["0"]["error"] == "epochs=0 is out of range: give at least 1"
     (file,) = tmp_path.rglob("sweep.json")
@@ -144,7 +144,7 @@ def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path, sub
     training(first)
     assert tlcli("train", "-m", "seed=1,2", f"hydra.sweep.subdir={subdir}").code == 130
     (sweep,) = (path.parent for path in tmp_path.rglob("sweep.json"))
-    (job,) = (run.path for run in runs_in(sweep) if read_json(run.record_file)["status"] == "interrupted")
+    (job,) = (run.path for run in runs_in(sweep) if read_json(run.info_file)["status"] == "interrupted")
     assert statuses() == ["done", "interrupted"]
     training(fails)
     assert tlcli("train", "--resume", str(job)).code == 1

@@ -19,7 +19,7 @@ from tlcli.runs.run_dir import read_json
 
 def status(folder: Path) -> tuple[str, str | None]:
     (run,) = runs_in(folder)
-    record = read_json(run.record_file)
+    record = read_json(run.info_file)
     return record["status"], record["error"]
 
 
@@ -30,7 +30,7 @@ def test_done(tlcli, training, tmp_path: Path) -> None:
     assert ended.err == ""
     assert ended.out.splitlines()[0].startswith(f"tlcli {package.__version__}: digits ")
     (run,) = runs_in(tmp_path)
-    record = read_json(run.record_file)
+    record = read_json(run.info_file)
     assert record["status"] == "done"
     assert record["command"] == "tlcli train freeze=head epochs=3"
     assert record["overrides"] == ["freeze=head", "epochs=3"]
@@ -213,7 +213,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     (run,) = runs_in(tmp_path)
-    assert read_json(run.record_file)["status"] == "running", "nothing was recorded"
+    assert read_json(run.info_file)["status"] == "running", "nothing was recorded"
 
 
 @pytest.mark.parametrize(

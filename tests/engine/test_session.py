@@ -112,11 +112,11 @@ def test_runs_of_a_session_give_what_they_give_alone(
         run = RunDir(tmp_path / name)
         run.start(command="", overrides=[], config="")
         tlcli.train.train(spec, run, Reporter(), shared)
-        return run.last.read_bytes(), run
+        return run.last_checkpoint.read_bytes(), run
 
     together = [weights(f"together{i}", spec, session) for i, spec in enumerate(specs)]
     assert len(fitted) == 1
-    assert [read_json(run.record_file)["extraction"] is None for _, run in together] == [False, True, False]
+    assert [read_json(run.info_file)["extraction"] is None for _, run in together] == [False, True, False]
     for i, spec in enumerate(specs):
         alone, run = weights(f"alone{i}", spec, Session(Store(tmp_path / f"cache{i}"), 10**9))
         assert alone == together[i][0]

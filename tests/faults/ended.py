@@ -97,8 +97,8 @@ class Job:
         found: dict[str, Any] = {"codes": str(code), "slowest_end": time.perf_counter() - start}
         found["stages"] = stage(RunDir(out))
         found["unreadable"] = [f"{found['stages']}: {what}" for what in apart(unreadable, out)]
-        begun = RunDir(out).record_file.exists()
-        found["statuses"] = read_json(RunDir(out).record_file)["status"] if begun else "none"
+        begun = RunDir(out).info_file.exists()
+        found["statuses"] = read_json(RunDir(out).info_file)["status"] if begun else "none"
         again = Forked(["train", "--resume", str(out)] if begun else self._argv(out.with_name(f"{i}-anew")), cache)
         ended = again.wait(None)
         run = out if begun else out.with_name(f"{i}-anew")
@@ -145,7 +145,7 @@ class Forked:
 
     def until_begun(self, out: Path) -> float:
         """Wait until the run has a run.json; seconds since the process began."""
-        while not RunDir(out).record_file.exists() and not self._has_ended(0.001):
+        while not RunDir(out).info_file.exists() and not self._has_ended(0.001):
             pass
         return time.perf_counter() - self._start
 
@@ -185,13 +185,13 @@ def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
 
 def stage(run: RunDir) -> str:
     """How far a run had come when it ended."""
-    if not run.record_file.exists():
+    if not run.info_file.exists():
         return "before run.json"
     if run.test_file.exists():
         return "after the test"
-    if any(path.name.startswith(".") for path in run.best.parent.glob(".*")):
+    if any(path.name.startswith(".") for path in run.best_checkpoint.parent.glob(".*")):
         return "within the writing of a checkpoint"
-    if run.state.exists():
+    if run.state_file.exists():
         return "training, validation or test"
     return "loading, or filling the cache"
 

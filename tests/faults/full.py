@@ -55,14 +55,14 @@ def tried(whole: Path, disk: Path, words: list[str], room: int, cache: Path) -> 
         "code": code,
         "said": said,
         "unreadable": apart(unreadable, out),
-        "best": bool(apart(lambda path: read_tensors(path)[0], RunDir(out).best))
-        if RunDir(out).best.exists()
+        "best": bool(apart(lambda path: read_tensors(path)[0], RunDir(out).best_checkpoint))
+        if RunDir(out).best_checkpoint.exists()
         else None,
         "drafts": [path.name for path in disk.rglob(".*") if path.name != ".hydra"],
         "traceback": "Traceback" in first.log.read_text(),
     }
     filler.unlink()
-    begun = RunDir(out).record_file.exists()
+    begun = RunDir(out).info_file.exists()
     if code != 0:
         again = ["--resume", str(out)] if begun else [f"hydra.run.dir='{disk / 'anew'}'", *words]
         found["then"] = Forked(["train", *again], cache).wait(None)

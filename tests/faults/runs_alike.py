@@ -22,7 +22,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
         yield f"metrics.jsonl: {len(rows(a))} and {len(rows(b))} rows"
     if read_json(a.test_file) != read_json(b.test_file):
         yield "test.json"
-    records = [read_json(run.record_file) for run in (a, b)]
+    records = [read_json(run.info_file) for run in (a, b)]
     for key in ("status", "best", "calibration", "frozen_tensors_verified", "precision"):
         if records[0].get(key) != records[1].get(key):
             yield f"run.json, {key}: {records[0].get(key)} and {records[1].get(key)}"

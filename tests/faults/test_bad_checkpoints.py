@@ -55,8 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> 
     network.load_state_dict(state)
     own = RunDir(tmp_path_factory.mktemp("made") / "run")
     own.start(command="tlcli train", overrides=[], config="seed: 1\n")
-    save_weights(own.best, network, FACTS)
-    save_weights(own.last, network, FACTS)
+    save_weights(own.best_checkpoint, network, FACTS)
+    save_weights(own.last_checkpoint, network, FACTS)
     own.update(best={"epoch": 3}, calibration={"temperature": 1.5})
     own.end("done")
     return own.path
@@ -69,7 +69,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def best(run: Path) -> Path:
-    return RunDir(run).best
+    return RunDir(run).best_checkpoint
 
 
 def train_from(file: Path) -> Any:
@@ -113,7 +113,7 @@ DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {
 def test_a_damaged_checkpoint_is_said_to_be(case: str, run: Path, tmp_path: Path) -> None:
     content = best(run).read_bytes()
     content = DAMAGES[case](content, int.from_bytes(content[:8], "little"))
-    for file in (RunDir(run).best, RunDir(run).last):
+    for file in (RunDir(run).best_checkpoint, RunDir(run).last_checkpoint):
         file.write_bytes(content)
     for checkpoint in ("best", "last"):
         refused(lambda which=checkpoint: load_run(run, which), 2, f"{checkpoint}.safetensors: damaged", keeps=tmp_path)
@@ -134,7 +134,7 @@ def test_no_flipped_byte_of_a_header_does_anything_but_say_so(run: Path, tmp_pat
         except Exception:
             refused(lambda: read_weights(best(run)), 2, "damaged", keeps=tmp_path)
         else:  # a blank between two words, say
-            assert found.keys() == read_weights(RunDir(run).last).state.keys()
+            assert found.keys() == read_weights(RunDir(run).last_checkpoint).state.keys()
 
 
 # -- payloads
@@ -159,7 +159,7 @@ def test_nothing_in_a_file_is_run(case: str, name: str, run: Path, tmp_path: Pat
     payloads(tmp_path / "canary")[case](file)
     refused(lambda: read_weights(run if name == "run" else file), 2, "backbone.weights=", keeps=tmp_path)
     if name == "run":
-        RunDir(run).last.write_bytes(file.read_bytes())
+        RunDir(run).last_checkpoint.write_bytes(file.read_bytes())
         RunDir(run).test_predictions.write_bytes(file.read_bytes())
         refused(lambda: load_run(run), 2, "best.safetensors: damaged", keeps=tmp_path)
         refused(lambda: load_run(run, "last"), 2, "last.safetensors: damaged", keeps=tmp_path)

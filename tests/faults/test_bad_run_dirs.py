@@ -143,11 +143,11 @@ def test_a_run_of_another_schema_is_left_alone(version: Any, command: str, tlcli
     for name in ("run", "run2"):
         run = RunDir(tmp_path / name)
         run.start(command="tlcli train", overrides=[], config="seed: 1\n")
-        write_json(run.record_file, {**read_json(run.record_file), "schema_version": version, "tlcli": "9.9.9"})
+        write_json(run.info_file, {**read_json(run.info_file), "schema_version": version, "tlcli": "9.9.9"})
     with untouched(tmp_path):
         ended = tlcli(*COMMANDS[command])
     assert ended.code == 2
-    assert f"run.json: schema_version {version!r} is of another tlcli (9.9.9); this one reads up to 1" in ended.err
+    assert f"run.json: schema_version {version!r} was written by another tlcli (9.9.9); this one reads up to 1" in ended.err
     assert ended.err.count("\n") == 1
 
 

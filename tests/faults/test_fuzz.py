@@ -32,9 +32,8 @@ from tlcli.data.listing import list_manifest
 from tlcli.errors import TlcliError
 from tlcli.models.weights import read_metadata, read_weights
 from tlcli.runs.index import read_run
-from tlcli.runs.opening import open_run
 from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, open_run
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=scale(500, 20_000), deadline=None, database=None, suppress_health_check=list(HealthCheck))

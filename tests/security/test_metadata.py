@@ -63,7 +63,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON)
 def test_a_run_whose_checkpoint_says_nothing_sensible_is_refused(text: str, run: RunDir) -> None:
-    say(run.best, text)
+    say(run.best_checkpoint, text)
     with pytest.raises(UsageError, match=r"best\.safetensors: ") as caught:
         load_run(run.path)
     assert "\n" not in str(caught.value)
@@ -113,7 +113,7 @@ def test_a_value_that_cannot_be_is_refused(
     wrong: Callable[[Facts], object], run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("it asked the network"))
-    change(run.best, wrong)
+    change(run.best_checkpoint, wrong)
     with pytest.raises(UsageError) as caught:
         load_run(run.path)
     assert str(run.path) in str(caught.value) or "backbone" in str(caught.value)
@@ -125,7 +125,7 @@ NAMES = [SCRIPT, "=cmd|' /C calc'!A0", "\x1b[31mred\x1b[0m"]
 
 
 def test_classes_of_any_words_are_words(run: RunDir, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(run.best, lambda facts: facts.update(classes=NAMES))
+    change(run.best_checkpoint, lambda facts: facts.update(classes=NAMES))
     assert list(load_run(run.path).classes) == NAMES
     image = next((shapes / "test").rglob("*.png"))
     for form in ("table", "csv", "jsonl"):
@@ -142,14 +142,14 @@ NOT_FOR_THE_LOADER = ("no ", "too many", "fit ", "backbone ")
 
 @pytest.mark.parametrize("name", [name for name in WRONG if not name.startswith(NOT_FOR_THE_LOADER)])
 def test_weights_to_start_from_are_judged_alike(name: str, run: RunDir) -> None:
-    change(run.best, WRONG[name])
+    change(run.best_checkpoint, WRONG[name])
     with pytest.raises(UsageError, match="metadata is damaged"):
-        read_weights(run.best)
+        read_weights(run.best_checkpoint)
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "9" * 5000, "{"], ids=["deep", "objects", "digits", "short"])
 def test_text_that_is_no_json_is_refused_wherever_it_is_read(text: str, run: RunDir) -> None:
-    for file, read in ((run.best, read_weights), (run.test_predictions, read_predictions)):
+    for file, read in ((run.best_checkpoint, read_weights), (run.test_predictions, read_predictions)):
         say(file, text)
         with pytest.raises(UsageError, match="damaged"):
             read(file)

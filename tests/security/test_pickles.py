@@ -186,7 +186,7 @@ def test_no_command_runs_what_a_runs_config_names(
 
 
 def test_what_load_run_is_given_does_not_run(run: RunDir, canary: Path) -> None:
-    torch.save({"fc.weight": Payload(canary)}, run.best)
+    torch.save({"fc.weight": Payload(canary)}, run.best_checkpoint)
     with pytest.raises(UsageError):
         load_run(run.path)
     assert not canary.exists()

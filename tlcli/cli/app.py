@@ -17,10 +17,10 @@ from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.endings import Abort
 from tlcli.cli.folders import Folder, named_folder, new_folder
 from tlcli.cli.job import Command, run_job
-from tlcli.cli.resume import is_sweep, named_run, resume_run, sweep_begun
+from tlcli.cli.resume import named_run, resume_run, sweep_begun
 from tlcli.cli.signals import terminable
 from tlcli.errors import UsageError
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, is_sweep
 
 
 def run(argv: list[str]) -> int:

@@ -27,7 +27,7 @@ def check_weights(weights: str) -> None:
     path = Path(weights).expanduser()
     key = f"backbone.weights={weights}"
     if path.is_dir():
-        if not RunDir(path).best.is_file():
+        if not RunDir(path).best_checkpoint.is_file():
             raise UsageError(f"{key}: no checkpoints/best.safetensors here; give the directory of a finished run")
     elif not path.exists():
         raise UsageError(f"{key}: no such file or run; give default, none, a weights file or a run directory")

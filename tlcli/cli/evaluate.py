@@ -124,9 +124,9 @@ def _evaluated(words: Words) -> "Evaluation":
     from tlcli.cli.libraries import importing
     from tlcli.cli.saved import saved_spec
     from tlcli.data.listing import check_dataset
-    from tlcli.runs.opening import open_run
+    from tlcli.runs.run_dir import open_run
 
-    run_dir, _ = open_run(words.run)
+    run_dir = open_run(words.run)
     trained = saved_spec(run_dir)
     spec = saved_spec(run_dir, words.overrides) if words.overrides else trained
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)

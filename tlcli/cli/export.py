@@ -9,8 +9,7 @@ from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import TlcliError, UsageError
 from tlcli.exporting import FILES, check_format, place_of, refuse_existing
-from tlcli.runs.opening import open_run
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, open_run
 from tlcli.text import did_you_mean, size_text
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run(argv: list[str]) -> int:
         return 0
     wanted = parsed(argv)
     check_format(wanted.to, with_preprocessing=wanted.with_preprocessing)
-    folder, _ = open_run(wanted.run)
+    folder = open_run(wanted.run)
     refuse_existing(place_of(folder.path, wanted.to, wanted.output))  # both before torch is imported
     with importing():
         from tlcli.exporting.export import export

@@ -46,8 +46,8 @@ def new_folder(wanted: Path) -> Folder:
 def named_folder(path: Path, key: str) -> Folder:
     """Make the directory that the user named; UsageError where it has files that a run would overwrite."""
     run = RunDir(path)
-    files = [run.record_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    files += [run.best.parent, path / ".hydra", path / "sweep.json", path / "multirun.yaml"]
+    files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
+    files += [run.best_checkpoint.parent, path / ".hydra", path / "sweep.json", path / "multirun.yaml"]
     if taken := next((file for file in files if file.exists()), None):
         raise UsageError(f"{key}={path}: {taken.name} is there already; name a directory without a run in it")
     try:

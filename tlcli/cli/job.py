@@ -62,7 +62,7 @@ def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | N
         if command.goes_on and (found := done_before(run, overrides)) is not None:
             print(f"{heading}: done before, validation {found:.4f}", flush=True)
             return found
-        begun = command.goes_on and run.record_file.exists()
+        begun = command.goes_on and run.info_file.exists()
         with recorded_job(run):
             if not begun:
                 text, refused = _saved_text(config, overrides)
@@ -92,7 +92,7 @@ def done_before(run: RunDir, overrides: Sequence[str]) -> float | None:
     """The validation figure of a job that is done; None where it is not. Raises TlcliError where the directory is that
     of a job with other overrides."""
     try:
-        record = read_json(run.record_file)
+        record = read_json(run.info_file)
         if record["overrides"] != list(overrides):
             raise TlcliError(f"{run.path}: is of the job {' '.join(record['overrides'])}: it stays as it is")
         return float(record["best"][record["keep_best"]]) if record["status"] == "done" else None
@@ -107,7 +107,7 @@ def go_on(run: RunDir, line: str) -> Any:
         from tlcli.runs.restart import read_restart, start_over
 
     restart = read_restart(run)
-    run.go_on(line)
+    run.mark_resumed(line)
     if restart is None:
         start_over(run)
     else:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from tlcli.cli.libraries import importing
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.index import SWEEP_FILES
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import SWEEP_FILES, RunDir
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _write(request: Request) -> None:
     folder = request.folder
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give that of a run or a sweep (`tlcli list` shows them)")
-    is_run = RunDir(folder).record_file.exists()
+    is_run = RunDir(folder).info_file.exists()
     if not is_run and not any((folder / name).exists() for name in SWEEP_FILES):
         raise UsageError(
             f"{folder}: neither a run nor a sweep: no run.json and no sweep.json in it (`tlcli list {folder}` shows "

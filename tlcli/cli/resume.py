@@ -15,9 +15,7 @@ from tlcli.cli.saved import saved_spec
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
-from tlcli.runs.index import is_gone
-from tlcli.runs.opening import open_run
-from tlcli.runs.run_dir import RunDir, host_digest, read_json
+from tlcli.runs.run_dir import RunDir, host_digest, open_run, process_has_exited, read_json
 from tlcli.specs import TrainSpec
 
 FLAG, WORD = "--resume", "resume="
@@ -61,11 +59,6 @@ def named_run(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(found).expanduser() if found is not None else None), words
 
 
-def is_sweep(path: Path) -> bool:
-    """Whether a directory is a sweep's."""
-    return any((path / name).is_file() for name in ("multirun.yaml", "sweep.json"))
-
-
 def sweep_begun(path: Path) -> Begun:
     """How a sweep was begun, by the run.json of one of its jobs. Raises UsageError where none has one."""
     for file in sorted(path.rglob("run.json")):
@@ -81,7 +74,8 @@ def sweep_begun(path: Path) -> Begun:
 
 def resume_run(path: Path, overrides: Sequence[str]) -> int:
     """Go on with one run; the exit code. Says so, and does nothing, where the run is done."""
-    run, info = open_run(path)
+    run = open_run(path)
+    info = run.info
     began = saved_spec(run)
     spec = saved_spec(run, overrides) if overrides else began
     changes = list(_changes(began, spec))
@@ -125,15 +119,19 @@ def _accuracy(run: RunDir) -> str:
 
 def _require_ended(run: RunDir, info: Mapping[str, Any]) -> None:
     """Raise UsageError where the run's process is still there."""
-    if info.get("status") == "running" and info.get("host") == host_digest() and not is_gone(info):
+    if info.get("status") == "running" and info.get("host") == host_digest() and not process_has_exited(info):
         raise UsageError(f"{run.path}: process {info.get('pid')} is still running it; stop it first, or wait")
 
 
 def _require_state(run: RunDir, info: Mapping[str, Any]) -> None:
     """Raise UsageError where beginning again would lose what a run has: it is done, or of tlcli 0.3 or earlier."""
-    if run.state.is_file() or not (info.get("status") == "done" or run.state.with_name("last.state").exists()):
+    if run.state_file.is_file() or not (
+        info.get("status") == "done" or run.state_file.with_name("last.state").exists()
+    ):
         return
-    raise UsageError(f"{run.path}: has no {run.state.relative_to(run.path).as_posix()} to go on from; start a new run")
+    raise UsageError(
+        f"{run.path}: has no {run.state_file.relative_to(run.path).as_posix()} to go on from; start a new run"
+    )
 
 
 def _elsewhere(info: Mapping[str, Any]) -> str | None:

@@ -157,7 +157,7 @@ class _Saved:
     def _settle(self, run: RunDir) -> None:
         """Make relative places absolute."""
         try:
-            start = read_json(run.record_file).get("cwd")
+            start = read_json(run.info_file).get("cwd")
         except (OSError, ValueError):  # whoever needs run.json says what is wrong with it
             start = None
         for key in PLACES:

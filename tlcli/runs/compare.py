@@ -14,10 +14,8 @@ from scipy import stats
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, resolve_links
-from tlcli.runs.index import SWEEP_FILES
-from tlcli.runs.opening import open_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import SWEEP_FILES, RunDir, open_run, read_json
 
 LABELS = ("name", "out")
 """Keys of a config that say what a run is called and where it goes, not what it does."""
@@ -181,7 +179,8 @@ def _each_run(paths: Sequence[Path]) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """A finished run. Raises UsageError where it was not tested, or where its files are damaged."""
-    run, info = open_run(path)
+    run = open_run(path)
+    info = run.info
     if not run.test_file.is_file():
         raise UsageError(f"{run.path}: has no test.json; its status is {info.get('status', 'unknown')}")
     try:

@@ -6,7 +6,6 @@ test.json only the beginning is read, where its accuracy stands; a confusion mat
 
 import json
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tlcli.runs.run_dir import host_digest, read_json
-
-SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})
-"""What is in a sweep's folder: the one when its first job ended, the other, Hydra's, from its beginning."""
+from tlcli.runs.run_dir import SWEEP_FILES, process_has_exited, read_json
 
 NEVER_ENTERED = frozenset({"checkpoints", "plots"})
 
@@ -206,7 +202,7 @@ def read_run(path: Path, tested: bool = True) -> RunEntry:
     test = _test(path / "test.json") if tested else None
     status = str(record.get("status", "damaged"))
     started, ended = _time(record.get("started")), _time(record.get("ended"))
-    if status == "running" and is_gone(record):
+    if status == "running" and process_has_exited(record):
         status = "died"
     return RunEntry(
         path=path,
@@ -233,36 +229,6 @@ def _regular(path: Path) -> Path:
     if not path.is_file():
         raise OSError("not a regular file" if path.exists() else "no such file")
     return path
-
-
-def is_gone(record: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote this run.json is known not to run any more; False where nobody can tell from
-    here: it ran on another machine, or an older release wrote no pid."""
-    pid = _as(int, record.get("pid"))
-    if pid is None or pid <= 0 or record.get("host") != host_digest() or platform.system() == "Windows":
-        return False  # Windows: signal 0 is Ctrl-C there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False  # it is there, and somebody else's
-    state, born = _process(pid)
-    started = _begun(record)
-    ended = state in ("Z", "X")  # dead, and its parent did not ask yet
-    given_again = started is not None and born is not None and born > started.timestamp() + 2
-    return ended or given_again
-
-
-def _process(pid: int) -> tuple[str | None, float | None]:
-    """The state of a process by its letter, and when it began in seconds since 1970; None where the system does not
-    tell in Linux's way."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        boot = next(line for line in Path("/proc/stat").read_bytes().splitlines() if line.startswith(b"btime "))
-        return stat[0].decode(), int(boot.split()[1]) + int(stat[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None, None
 
 
 def _test(path: Path) -> tuple[float, float, float] | None:
@@ -315,13 +281,6 @@ def _data_name(given: Mapping[str, str]) -> str | None:
     """`photos` for dataset.root=/data/photos."""
     place = given.get("dataset.file") or given.get("dataset.root") or ""
     return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or None
-
-
-def _begun(record: Mapping[str, Any]) -> datetime | None:
-    """When the process began that runs a run, or ran it last."""
-    resumed = _as(list, record.get("resumed")) or []
-    last = _as(dict, resumed[-1]) if resumed else None
-    return _time((last or record).get("started"))
 
 
 def _time(value: object) -> datetime | None:

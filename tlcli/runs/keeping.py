@@ -86,7 +86,7 @@ class CheckpointManager:
         self._save_best()
         if self._last_facts and self._trainer.is_between_epochs(self._last_facts["epoch"]):
             self._save_last()
-        save_state(self._run.state, self._state())
+        save_state(self._run.state_file, self._state())
         self._is_new = False
         self._saved_at = time.perf_counter()
         self._took = self._saved_at - start
@@ -94,7 +94,7 @@ class CheckpointManager:
     def load_best(self) -> None:
         """The network as it was at the best epoch, from its checkpoint."""
         self.save()
-        load_weights_into(self._run.best, self._network)
+        load_weights_into(self._run.best_checkpoint, self._network)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -113,13 +113,15 @@ class CheckpointManager:
 
     def _save_best(self) -> None:
         if self._best is not None:
-            save_weights(self._run.best, self._network, self._best.facts, instead=self._best.tensors)
+            save_weights(self._run.best_checkpoint, self._network, self._best.facts, instead=self._best.tensors)
             self._written, self._best = self._best.facts, None
 
     def _save_last(self) -> None:
         """A second name for the best weights' file, where they are those of the last epoch."""
-        if self._last_facts != self._written or not replace_with_hardlink(self._run.best, self._run.last):
-            save_weights(self._run.last, self._network, self._last_facts)
+        if self._last_facts != self._written or not replace_with_hardlink(
+            self._run.best_checkpoint, self._run.last_checkpoint
+        ):
+            save_weights(self._run.last_checkpoint, self._network, self._last_facts)
 
     def _state(self) -> dict[str, Any]:
         self._made = self._made or self._origin()

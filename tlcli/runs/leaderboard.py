@@ -105,7 +105,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _record(run: RunDir) -> dict[str, Any]:
     """run.json, or what can be said where it is damaged."""
     try:
-        record = read_json(run.record_file)
+        record = read_json(run.info_file)
     except (OSError, ValueError) as exc:
         return {"status": "failed", "error": f"run.json is damaged: {exc}"}
     kinds = {"overrides": list, "best": dict, "keep_best": str}

@@ -21,8 +21,7 @@ from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import read_tensors
 from tlcli.models.weights import class_names
-from tlcli.runs.opening import open_run
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, open_run
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
 
 CHECKPOINTS = ("best", "last")
@@ -98,8 +97,9 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     """
     if checkpoint not in CHECKPOINTS:
         raise UsageError(f"checkpoint={checkpoint}: give one of {', '.join(CHECKPOINTS)}")
-    run, info = open_run(path)
-    file = run.best if checkpoint == "best" else run.last
+    run = open_run(path)
+    info = run.info
+    file = run.best_checkpoint if checkpoint == "best" else run.last_checkpoint
     if not file.is_file():
         raise UsageError(f"{run.path}: has no {file.relative_to(run.path).as_posix()}; {_status_words(info)}")
     try:
@@ -166,5 +166,5 @@ def _temperature(run: RunDir, info: Mapping[str, Any], facts: Mapping[str, Any])
         return 1.0
     value = calibration.get("temperature", 1.0)
     if not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise UsageError(f"{run.record_file}: damaged (calibration.temperature is {value!r:.40}, no number above 0)")
+        raise UsageError(f"{run.info_file}: damaged (calibration.temperature is {value!r:.40}, no number above 0)")
     return float(value)

@@ -19,12 +19,11 @@ from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.trainer import Fit, Running, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
-from tlcli.runs.environment import environment
 from tlcli.runs.keeping import CheckpointManager
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.predictions import SplitPredictions, write_predictions
 from tlcli.runs.restart import ResumeState
-from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.runs.run_dir import RunDir, environment, read_json, write_json
 from tlcli.specs import Crop, TrainSpec
 from tlcli.transfer.groups import freeze_table
 
@@ -37,7 +36,7 @@ class Recorder:
         self._watch = reporter
         self._spec = spec
         self._restart = restart
-        before = read_json(run.record_file) if restart is not None else {}
+        before = read_json(run.info_file) if restart is not None else {}
         self._seconds: dict[str, float] = dict(before.get("seconds") or {})
         self._began = time.perf_counter() - self._seconds.pop("total", 0.0)
         self._last = 0.0
@@ -184,7 +183,7 @@ class Recorder:
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
             report["calibration"] = self._calibrate(data, validation, predictions)
-        checkpoint = self._run.best.relative_to(self._run.path)
+        checkpoint = self._run.best_checkpoint.relative_to(self._run.path)
         write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
         with self.phase("plots"):
             self._plot(data, predictions, report, selection.epoch)
@@ -202,7 +201,7 @@ class Recorder:
                 epoch=selection.epoch,
                 val_accuracy=selection.scores.accuracy,
                 confused=most_confused(report),
-                checkpoint=self._run.best,
+                checkpoint=self._run.best_checkpoint,
                 seconds=spent["total"],
             )
         )

@@ -83,7 +83,7 @@ class ResumeState:
                 raise ValueError(f"the network has no {missing.unexpected_keys[0]}")
             trainer.load(self.state["trainer"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise damaged(self.run.state, str(error)) from error
+            raise damaged(self.run.state_file, str(error)) from error
 
     def require_frozen(self, contract: FreezeContract) -> None:
         """Raise TlcliError where the frozen part is not the one that the run began with: its weights are another's."""
@@ -105,7 +105,7 @@ class ResumeState:
 
     def rewind(self) -> None:
         """Leave out of metrics.jsonl what is going to be done again, and remove what a killed writer left."""
-        for folder in (self.run.path, self.run.best.parent):
+        for folder in (self.run.path, self.run.best_checkpoint.parent):
             remove_temp_files(folder)
         wanted = int(self.state["metrics_bytes"])
         if self.run.metrics_file.exists() and self.run.metrics_file.stat().st_size > wanted:
@@ -115,15 +115,15 @@ class ResumeState:
 
 def read_restart(run: RunDir) -> ResumeState | None:
     """Where a run stands; None where it ended before its first checkpoint. Raises TlcliError for damaged files."""
-    if not run.state.is_file():
+    if not run.state_file.is_file():
         return None
     try:
-        state = load_state(run.state)
+        state = load_state(run.state_file)
     except TlcliError as error:
         raise TlcliError(f"{error}; without that file the run begins again") from error
     if state.get("version") != STATE_VERSION:
-        raise TlcliError(f"{run.state}: is of version {state.get('version')}, this tlcli knows {STATE_VERSION}")
-    return ResumeState(run, state, _best(run.best) if run.best.is_file() else None)
+        raise TlcliError(f"{run.state_file}: is of version {state.get('version')}, this tlcli knows {STATE_VERSION}")
+    return ResumeState(run, state, _best(run.best_checkpoint) if run.best_checkpoint.is_file() else None)
 
 
 def _best(path: Path) -> tuple[int, Scores]:
@@ -137,7 +137,7 @@ def _best(path: Path) -> tuple[int, Scores]:
 
 def start_over(run: RunDir) -> None:
     """Remove what a run wrote before its first checkpoint: it begins again in its directory."""
-    for folder in (run.path, run.best.parent):
+    for folder in (run.path, run.best_checkpoint.parent):
         remove_temp_files(folder)
-    for file in (run.metrics_file, run.bad_files_file, run.best, run.last):
+    for file in (run.metrics_file, run.bad_files_file, run.best_checkpoint, run.last_checkpoint):
         file.unlink(missing_ok=True)

@@ -32,12 +32,12 @@ class RunFiles:
 
 def read_run(run: RunDir) -> RunFiles:
     """The files of a run. Raises TlcliError where run.json cannot be read."""
-    if not run.record_file.is_file():
-        raise TlcliError(f"{run.record_file}: cannot be read: not a regular file")
+    if not run.info_file.is_file():
+        raise TlcliError(f"{run.info_file}: cannot be read: not a regular file")
     try:
-        record = read_json(run.record_file)
+        record = read_json(run.info_file)
     except (OSError, ValueError, RecursionError) as exc:
-        raise TlcliError(f"{run.record_file}: cannot be read: {' '.join(str(exc).split())}") from exc
+        raise TlcliError(f"{run.info_file}: cannot be read: {' '.join(str(exc).split())}") from exc
     text = _text(run.config_file)
     return RunFiles(run, record, _json(run.test_file), _rows(run.metrics_file), _yaml(text), text)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tlcli.errors import UsageError
-from tlcli.runs.index import is_gone
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.report import words
 from tlcli.runs.report.calibration import Calibration, calibration_of
@@ -17,7 +16,7 @@ from tlcli.runs.report.figures import Chart, curves
 from tlcli.runs.report.gallery import Gallery, mistakes, uncertain
 from tlcli.runs.report.pictures import Pictures
 from tlcli.runs.report.reading import Facts, RunFiles, at, facts, number, pair, read_run, text, whole
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, process_has_exited
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class _Seen:
 def _status(record: Facts) -> str:
     """As run.json has it; `died` where it says running and that process is gone."""
     status = text(record.get("status")) or "damaged"
-    return "died" if status == "running" and is_gone(record) else status
+    return "died" if status == "running" and process_has_exited(record) else status
 
 
 def _result(test: Facts) -> Result | None:
