@@ -147,7 +147,7 @@ def test_a_run_of_another_schema_is_left_alone(version: Any, command: str, tlcli
     with untouched(tmp_path):
         ended = tlcli(*COMMANDS[command])
     assert ended.code == 2
-    assert f"run.json: schema_version {version!r} was written by another tlcli (9.9.9); this one reads up to 1" in ended.err
+    assert f"run.json: schema_version {version!r} was written by another tlcli (9.9.9); this one" in ended.err
     assert ended.err.count("\n") == 1
 
 
