@@ -1,21 +1,22 @@
-"""What tlcli is measured against: python -m benchmarks.baselines DATA [--small]
+"""The baselines of the benchmarks: python -m benchmarks.baselines DATA [--small]
 
-Each is written as its user would write it, with PyTorch, torchvision, timm or scikit-learn and nothing of tlcli:
+They use PyTorch, torchvision, timm or scikit-learn, and nothing of tlcli:
 
-- the classic tutorial script: batches of 4, float32, PIL transforms, a DataLoader, SGD 0.001 with momentum 0.9;
-- a bare loop that was tuned by hand: images in memory, batches of 32 resized as a batch, channels_last, bfloat16 or
-  float32, whichever is quicker for this network, fused AdamW, no metrics; with and without an allocator that keeps
-  what is freed;
+- the script of the classic tutorial, as it is: batches of 4, float32, PIL transforms, a DataLoader, SGD 0.001 with
+  momentum 0.9. It is what beginners run, not tuned code;
+- a tuned loop: images in memory, batches of 32 resized as a batch, channels_last, bfloat16 or float32, whichever is
+  faster for this network, fused AdamW, no metrics; with and without an allocator that keeps freed memory;
 - timm's train.py: its loader with the prefetcher, optimizer, scheduler and --amp --channels-last --no-aug;
-- timm's inference.py with its default flags: float32, batches of 256, two workers;
-- frozen features by hand, then scikit-learn's LogisticRegression.
+- timm's inference.py with --amp --channels-last, or without them if that is faster: batches of 256, two workers;
+- frozen features stored once, then scikit-learn's LogisticRegression.
 
-Where there is a choice that depends on the machine (workers or none, bfloat16 or float32), a short trial takes the
-quicker, outside the time that counts. Reading and decoding are inside that time, but for the bare loop, whose user
-has the images in memory. ResNet-18 starts from random weights, as its published ones need a network; Lite0 has its own.
+A choice that depends on the machine (number of workers, dtype) is made by a short trial outside the measured time.
+Reading and decoding are measured, except in the tuned loop, which has the images in memory, and in tlcli's training of
+a whole network, which decodes small images once before the first epoch. ResNet-18 starts from random weights, because
+its published ones need a network; EfficientNet-Lite0 has its own.
 
-All of them read folders of class folders. `folder` is such a folder, `root` has train/ and test/ of them. They are
-called with `benchmarks.run.alone`, so their arguments and results are plain values.
+All of them read folders of class folders: `folder` is such a folder, `root` has train/ and test/. They are called with
+`benchmarks.run.alone`, so their arguments and results are plain values.
 """
 
 import ctypes
@@ -124,19 +125,23 @@ def timm_training(model: str, folder: str, size: int, images: int, batch: int = 
     return {"images_per_second": speed, "workers": choice[0], "dtype": str(choice[1])}
 
 
-def features_by_hand(model: str, root: str, size: int, batch: int = 64) -> dict[str, Any]:
-    """A script that extracts features once and fits a logistic regression. Its accuracy."""
-    network = without_head(model).eval().to(memory_format=torch.channels_last)
-
-    def features(split: str) -> tuple[np.ndarray, np.ndarray]:
-        x, y = in_memory(f"{root}/{split}")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            rows = [network(network_input(part, size)).float() for part in x.split(batch)]
-        return torch.cat(rows).numpy(), y.numpy()
-
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*features("train"))
-    x, y = features("test")
-    return {"accuracy": float(classifier.score(x, y)), "n": len(y)}
+def features_by_hand(model: str, root: str, size: int, file: str, batch: int = 64) -> dict[str, Any]:
+    """Fit a logistic regression on frozen features, which the first call stores in `file`. Return its accuracy."""
+    store = Path(file)
+    if not store.exists():
+        network = without_head(model).eval().to(memory_format=torch.channels_last)
+        arrays: dict[str, np.ndarray] = {}
+        for split in ("train", "test"):
+            x, y = in_memory(f"{root}/{split}")
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                rows = [network(network_input(part, size)).float() for part in x.split(batch)]
+            arrays |= {f"{split}_x": torch.cat(rows).numpy(), f"{split}_y": y.numpy()}
+        np.savez(store, **arrays)
+    with np.load(store) as saved:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        classifier.fit(saved["train_x"], saved["train_y"])
+        accuracy = classifier.score(saved["test_x"], saved["test_y"])
+        return {"accuracy": float(accuracy), "n": len(saved["test_y"])}
 
 
 def decoding(folder: str) -> dict[str, Any]:
@@ -268,8 +273,11 @@ def timm_steps(network: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
 
 
 def timm_inference(model: str, folder: str, size: int, batch: int = 256, workers: int = 2) -> dict[str, Any]:
-    """Images a second of inference.py, from a made network to the best five of each; reading and decoding inside."""
-    network = new_timm_network(model).eval()
+    """Return images per second of inference.py: reading, decoding, forward pass and the best five classes.
+
+    Both --amp --amp-dtype bfloat16 --channels-last and float32 with --channels-last are tried; the faster counts.
+    """
+    network = new_timm_network(model).eval().to(memory_format=torch.channels_last)
     loader = timm.data.create_loader(
         timm.data.create_dataset("", root=folder),
         input_size=(3, size, size),
@@ -280,13 +288,17 @@ def timm_inference(model: str, folder: str, size: int, batch: int = 256, workers
         num_workers=workers,
         device=torch.device("cpu"),
     )
-    started, images, best = time.perf_counter(), 0, []
-    with torch.inference_mode():
-        for batch_of_images, _ in loader:
-            probabilities = network(batch_of_images).softmax(-1)
-            best.append(probabilities.topk(5)[1].cpu().numpy())
-            images += len(batch_of_images)
-    return {"images_per_second": images / (time.perf_counter() - started), "images": images}
+
+    def steps(dtype: torch.dtype) -> Steps:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for images, _ in loader:
+                images = images.contiguous(memory_format=torch.channels_last)
+                network(images).softmax(-1).topk(5)[1].cpu().numpy()
+                yield len(images)
+
+    dtype = quickest([torch.bfloat16, torch.float32], steps, 2)
+    started, images = time.perf_counter(), sum(steps(dtype))
+    return {"images_per_second": images / (time.perf_counter() - started), "images": images, "dtype": str(dtype)}
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------
@@ -358,7 +370,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> None:
             "bare loop, memory kept": alone(bare_training, model=model, keep_memory=True, batch=batch, **common),
             "timm's train.py": alone(timm_training, model=model, batch=batch, **common),
         }
-        by_hand = alone(features_by_hand, model=model, root=str(root), size=size)
+        by_hand = alone(features_by_hand, model=model, root=str(root), size=size, file=str(out / f"{model}.npz"))
         figures[model] = {**results, "features by hand": by_hand}
         for name, result in results.items():
             choice = ", ".join(f"{key} {value}" for key, value in result.items() if key in ("workers", "dtype"))

@@ -1,6 +1,7 @@
 """`tlcli predict` over a folder: python -m benchmarks.prediction DATA [--small]
 
-EfficientNet-Lite0 on images of CIFAR-10, against timm's inference.py and tlcli's own extraction. Of predict a whole
+EfficientNet-Lite0 on images of CIFAR-10, against timm's inference.py with --amp --channels-last, and tlcli's own
+extraction. Of predict a whole
 process over all images is timed, and one over a single image: the difference is what the others take. timm's script is
 timed from the moment that its network is made.
 """
@@ -23,12 +24,13 @@ class Settings:
     """How much is measured. `train`: images a class, of ten, which are predicted too."""
 
     size: int = 224
+    batch: int = 256  # of timm's script
     train: int = 500
     test: int = 10
     rounds: int = 1
 
 
-SMALL = Settings(size=32, train=6, test=2)
+SMALL = Settings(size=32, batch=8, train=6, test=2)
 
 
 def rates(root: Path, out: Path, settings: Settings) -> Rounds:
@@ -53,7 +55,7 @@ def rates(root: Path, out: Path, settings: Settings) -> Rounds:
 
 def timm(folder: Path, settings: Settings) -> float:
     """Of timm's script."""
-    found = alone(baselines.timm_inference, model=MODEL, folder=str(folder), size=settings.size)
+    found = alone(baselines.timm_inference, model=MODEL, folder=str(folder), size=settings.size, batch=settings.batch)
     return float(found["images_per_second"])
 
 
