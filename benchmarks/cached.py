@@ -1,4 +1,4 @@
-"""S1, S2 and S5, what the activation cache saves: python -m benchmarks.cached DATA [--small]
+"""S1, S2 and S5, the savings of the activation cache: python -m benchmarks.cached DATA [--small]
 
 S1: a sweep of 12 heads of 20 epochs each that starts with an empty cache, whole process, over one pass of the same
 images by tlcli's own extraction (the phase `extract` of another run that starts with an empty cache). Twelve uncached
@@ -35,7 +35,7 @@ from benchmarks.run import (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. Images a class, of ten: of the full set, of the uncached run, of S5's."""
+    """Sizes of the measurement. Images per class (of ten): full set, uncached run, S5."""
 
     model: str = "resnet18"
     size: int = 224
@@ -55,7 +55,7 @@ class Settings:
 
     @property
     def jobs(self) -> int:
-        """How many configurations the grid has."""
+        """Return the number of configurations of the grid."""
         return prod(axis.count(",") + 1 for axis in self.grid)
 
 
@@ -67,11 +67,11 @@ JOB, JOB_TRAIN, BY_HAND = (
     "its training, s",
     "stored features by hand, whole process, s",
 )
-CACHED, LIVE = "last stage, cached, whole process, s", "last stage, live, whole process, s"
+CACHED, LIVE = "last stage, cached, whole process, s", "last stage, uncached, whole process, s"
 
 
 class Bench:
-    """The runs of one benchmark, each under a name of its own. A round is a pass, a sweep, a job and so on."""
+    """The runs of one benchmark, each with its own name."""
 
     def __init__(self, data: Path, out: Path, settings: Settings, caches: Path) -> None:
         self.settings, self._out, self._caches = settings, out, caches
@@ -83,11 +83,11 @@ class Bench:
         self._sweeps = 0
 
     def one_pass(self) -> float:
-        """Seconds of the phase `extract` of a run that starts with an empty cache."""
+        """Return seconds of the phase `extract` of a run with an empty cache."""
         return self._train(self.full, "freeze=head", "epochs=1", "cache.mode=require").phases("extract")
 
     def sweep(self) -> float:
-        """Seconds of a whole sweep that starts with an empty cache; its jobs must all have used the cache."""
+        """Return seconds of a whole sweep that starts with an empty cache; all its jobs must use the cache."""
         self._sweeps += 1
         words = self._words(self.full, "freeze=head", f"epochs={self.settings.epochs}", "cache.mode=require")
         jobs, seconds = tlcli_sweep(self._name("sweep"), *words, *self.settings.grid, cache=self._cache())
@@ -96,12 +96,12 @@ class Bench:
         return seconds
 
     def further_job(self) -> Result:
-        """A run whose cache the last sweep has filled."""
+        """Return a run on the cache that the last sweep filled."""
         words = ("freeze=head", f"epochs={self.settings.epochs}", "optimizer.lr=2e-3", "cache.mode=require")
         return self._train(self.full, *words, cache=self._cache())
 
     def uncached_jobs(self) -> float:
-        """Seconds that the sweep's jobs would take without a cache, from the second epoch of one on fewer images."""
+        """Estimate the seconds of the sweep's jobs without a cache from the second epoch of a smaller run."""
         words = ("freeze=head", "freeze.head_init=random", "epochs=2", "augment=none", "cache.mode=off")
         result = self._train(self.few, *words)
         train, val = result.epochs("train")[-1]["images_per_second"], result.epochs("val")[-1]["images_per_second"]
@@ -109,7 +109,7 @@ class Bench:
         return self.settings.jobs * self.settings.epochs * epoch
 
     def last_stage(self, mode: str) -> float:
-        """Seconds of a whole process that trains the last stage."""
+        """Return seconds of a whole process that trains the last stage."""
         words = ("freeze=last_stages", "freeze.n=1", "freeze.bn_stats=frozen", "augment=none", f"cache.mode={mode}")
         return self._train(self.stage, *words, f"epochs={self.settings.stage_epochs}").seconds
 
@@ -137,7 +137,7 @@ class Bench:
 
 
 def measures_of(seen: Rounds, settings: Settings) -> list[Measure]:
-    """What the bars say of these rounds."""
+    """Return the bars of these rounds."""
     jobs, epochs = settings.jobs, settings.epochs
     share = [100 * ratio for ratio in ratios(seen[JOB_TRAIN], seen[PASS])]
     return [
@@ -145,12 +145,12 @@ def measures_of(seen: Rounds, settings: Settings) -> list[Measure]:
         at_least(f"S1 {jobs} uncached jobs (estimated) over the sweep", 100, ratios(seen[UNCACHED], seen[SWEEP])),
         at_most(f"S2 a further job of {epochs} epochs, whole process", 8, seen[JOB], " s"),
         at_most("S2 its training part, of extraction", 2, share, " %"),
-        at_least("S5 `freeze=last_stages freeze.n=1`, live over cached", 3, ratios(seen[LIVE], seen[CACHED])),
+        at_least("S5 `freeze=last_stages freeze.n=1`, uncached over cached", 3, ratios(seen[LIVE], seen[CACHED])),
     ]
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """Everything in rounds; the table of seconds, and what the bars say."""
+    """Measure everything in rounds, print the table of seconds, and return the bars."""
     settings = SMALL if small else Settings()
     with TemporaryDirectory(prefix="activations_") as caches:
         seen = rounds_of(Bench(data, out, settings, Path(caches)))
@@ -161,7 +161,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
 
 
 def rounds_of(bench: Bench) -> Rounds:
-    """Seconds of everything, round by round. A sweep is followed by the job that reads its cache."""
+    """Return seconds by round. A sweep is followed by the job that reads its cache."""
     jobs: list[Result] = []
 
     def sweep_then_job() -> float:

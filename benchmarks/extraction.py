@@ -1,12 +1,12 @@
 """S3, extraction: python -m benchmarks.extraction DATA [--small]
 
-Images a second that tlcli passes through a frozen network on a cold cache, decoding included, against the limit that
+Images per second that tlcli passes through a frozen network on a cold cache, decoding included, against the limit that
 the matrix product sets (ResNet-18; measured in every round) and against the tutorial script's evaluation loop.
 ResNet-18 starts from random weights; speed does not depend on them.
 
-The run records the speed of the pass itself. Small images are decoded before it, once a run, so the time that Pillow
-takes to decode as many in one process is added: that sum is what the bars see. Compilation, where the run compiles, is
-not in it; the phase's whole wall time, with compilation and writing the cache, is a row of its own.
+The run records the speed of the pass itself. Small images are decoded before it, once per run, so the time that Pillow
+takes to decode as many in one process is added before the bars are computed. Compilation is excluded if the run
+compiles; the wall time of the whole phase, with compilation and writing the cache, has its own row.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from benchmarks.run import BACKBONES, Result, alone, out_folder, parser, publish
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `train`, `val`, `test`: images a class, of ten."""
+    """Sizes of the measurement. `train`, `val`, `test`: images per class (of ten)."""
 
     size: int = 224
     train: int = 200
@@ -40,7 +40,7 @@ OURS = "tlcli, the pass and decoding"
 
 
 def rounds_of(model: str, root: Path, out: Path, settings: Settings) -> Rounds:
-    """Images a second of everything, round by round."""
+    """Return images per second of each, by round."""
     runs: list[Result] = []
     train = str(root / "train")
 
@@ -66,18 +66,18 @@ def rounds_of(model: str, root: Path, out: Path, settings: Settings) -> Rounds:
 
 
 def one_after_the_other(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """The rate at which images go through two stages, the second after the first, within each round."""
+    """Return the rate of two stages run one after the other, by round."""
     return [1 / (1 / a + 1 / b) for a, b in zip(first, second, strict=True)]
 
 
 def extraction(model: str, root: Path, out: Path, settings: Settings) -> Result:
-    """A run whose cache is cold."""
+    """Return a run with a cold cache."""
     overrides = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
     return tlcli_train(out, *BACKBONES[model], *overrides, "epochs=1", "cache.mode=require")
 
 
 def measures_of(model: str, seen: Rounds) -> list[Measure]:
-    """What the bars say of these rounds."""
+    """Return the bars of these rounds."""
     found = [at_least(f"S3 extraction, {model}, over the {TUTORIAL}", BARS[model], ratios(seen[OURS], seen[TUTORIAL]))]
     if LIMIT in seen:
         found.insert(0, at_least(f"S3 extraction, {model}, of the {LIMIT}", 0.85, ratios(seen[OURS], seen[LIMIT])))
@@ -85,12 +85,12 @@ def measures_of(model: str, seen: Rounds) -> list[Measure]:
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """Both networks; the table of speeds, and what the bars say."""
+    """Measure both networks, print the table of speeds, and return the bars."""
     settings = SMALL if small else Settings()
     root = subset(data / "cifar10", out / "images", train=settings.train, val=settings.val, test=settings.test)
     seen = {model: rounds_of(model, root, out, settings) for model in BACKBONES}
     rows = [[model, *row] for model, rounds in seen.items() for row in table(rounds)]
-    publish("extraction", ["network", "what", "images a second, median", "range"], rows, out, seen)
+    publish("extraction", ["network", "what", "images per second, median", "range"], rows, out, seen)
     measures = [measure for model, rounds in seen.items() for measure in measures_of(model, rounds)]
     publish_measures("extraction_measures", measures, out)
     return measures

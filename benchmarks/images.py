@@ -1,11 +1,11 @@
-"""Folders of images that tlcli and the baselines read alike."""
+"""Subsets of image folders for tlcli and the baselines."""
 
 import shutil
 from pathlib import Path
 
 
 def subset(source: Path, target: Path, **per_class: int) -> Path:
-    """Copy so many images a class: `subset(cifar10, out, train=64, val=2, test=2)`; the folder that has them.
+    """Copy n images per class, as in `subset(cifar10, out, train=64, val=2, test=2)`, and return their folder.
 
     The first ones by name. A val split that the source lacks is taken from its train images, behind those of train.
     """
@@ -28,5 +28,5 @@ def _copy(source: Path, target: Path, first: int, n: int) -> None:
 
 
 def count(folder: Path) -> int:
-    """The number of images in a folder of class folders."""
+    """Return the number of images in a folder of class folders."""
     return sum(1 for _ in folder.glob("*/*"))

@@ -1,6 +1,6 @@
-"""What the machine can do at most: python -m benchmarks.limits [--small]
+"""The limits of the machine: python -m benchmarks.limits [--small]
 
-GFLOP/s of a large square matrix product, and the images a second that this allows: the FLOPs of a network's forward
+GFLOP/s of a large square matrix product, and the images per second that this allows: the FLOPs of a network's forward
 pass, counted by PyTorch, at that rate. No convolution runs faster than the matrix product that it is made of.
 """
 
@@ -20,7 +20,7 @@ SIZE, SMALL_SIZE, REPEATS = 2048, 128, 9
 
 
 def matrix_gflops(size: int = SIZE, repeats: int = REPEATS) -> dict[str, float]:
-    """GFLOP/s of a product of two (size, size) matrices in float32 and in bfloat16: medians, after two of warm-up."""
+    """Return GFLOP/s of a (size, size) matrix product in float32 and bfloat16: medians after two warm-up products."""
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -39,7 +39,7 @@ def _median_seconds(a: Tensor, b: Tensor, repeats: int) -> float:
 
 
 def forward_gflop(size: int) -> float:
-    """GFLOP of ResNet-18's forward pass for one image of `size` pixels a side (a multiply and an add are two)."""
+    """Return GFLOP of ResNet-18's forward pass for one image of (size, size) pixels; a multiply-add is two."""
     with torch.device("meta"):
         network, image = torchvision.models.resnet18().eval(), torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -52,7 +52,7 @@ def main(out: Path, *, small: bool = False) -> None:
     rates = matrix_gflops(SMALL_SIZE if small else SIZE)
     work = forward_gflop(224)
     rows = [[name, f"{rate:.0f}", f"{rate / work:.1f}"] for name, rate in rates.items()]
-    header = ["number format", "matrix product, GFLOP/s", "limit for ResNet-18 at 224 px, images a second"]
+    header = ["number format", "matrix product, GFLOP/s", "limit for ResNet-18 at 224 px, images per second"]
     publish("limits", header, rows, out, {"gflops": rates, "gflop_a_forward_image": work})
 
 

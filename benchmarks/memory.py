@@ -1,7 +1,7 @@
 """S8, memory: python -m benchmarks.memory DATA [--small] [--backbone resnet18]
 
-The most memory that a frozen run has resident, on all of CIFAR-10's 50,000 training images at 224 px, with an empty
-cache. It is what the kernel recorded of the process (ru_maxrss), so pages of files that are mapped count too.
+Peak resident memory of a frozen run on all 50,000 training images of CIFAR-10 at 224 px with an empty cache, as the kernel
+records it (ru_maxrss): pages of mapped files count too.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BACKBONE = "efficientnet_lite0"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `train`: images a class, None for all; `test`: a class."""
+    """Sizes of the measurement. `train`, `test`: images per class; None: all."""
 
     size: int = 224
     train: int | None = None
@@ -28,7 +28,7 @@ SMALL = Settings(size=32, train=4, test=2)
 
 
 def frozen_run(data: Path, out: Path, settings: Settings, backbone: str) -> Result:
-    """One frozen run whose cache is cold."""
+    """Return a frozen run with a cold cache."""
     source = data / "cifar10"
     n = settings.train
     root = source if n is None else subset(source, out / "images", train=n, test=settings.test)
@@ -46,7 +46,7 @@ def frozen_run(data: Path, out: Path, settings: Settings, backbone: str) -> Resu
 
 
 def main(data: Path, out: Path, *, small: bool = False, backbone: str = BACKBONE) -> list[Measure]:
-    """One run; its memory and time, and what the bar says."""
+    """Measure one run, print its memory and time, and return the bar."""
     result = frozen_run(data, out, SMALL if small else Settings(), backbone)
     images = result.facts["n_train"] + result.facts["n_val"]
     row = [backbone, f"{images:,}", f"{result.peak_gb:.2f} GB", f"{result.seconds:.0f} s"]

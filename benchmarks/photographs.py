@@ -1,9 +1,9 @@
 """Photographs of 12 megapixels: python -m benchmarks.photographs DATA [--small]
 
-How quickly a JPEG as phones make it becomes what a network takes, on one core: by tlcli, by tlcli's rules from all of
-its pixels, and by the transforms that torchvision's references and timm use (Pillow, Resize, CenterCrop). The
-photographs are hymenoptera's, enlarged, with grain, for that is most of what a large JPEG has to say. Then how far
-tlcli's pixels are from those that the whole photograph gives, in grey levels of 0 to 255.
+The rate at which one core turns JPEG files of phones into network inputs: with tlcli, with tlcli's rules from all pixels,
+and with the transforms of torchvision's references and timm (Pillow, Resize, CenterCrop). The photographs are those of
+hymenoptera, enlarged, with added grain. Then the difference between tlcli's pixels and those of fully decoded
+photographs, in gray levels of 0 to 255.
 """
 
 import io
@@ -29,7 +29,7 @@ TLCLI, WHOLE, TRANSFORMS = "tlcli", "the same from all pixels", "Pillow, Resize,
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; `width` and `height` of the photographs in pixels."""
+    """Sizes of the measurement; `width` and `height` of the photographs in pixels."""
 
     photographs: int = 12
     width: int = 4000
@@ -42,7 +42,7 @@ SMALL = Settings(photographs=2, width=400, height=300, size=32, rounds=1)
 
 
 def photographs(folder: Path, settings: Settings) -> list[bytes]:
-    """JPEG files of quality 90."""
+    """Write JPEG files of quality 90."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
     return [_enlarged(file, settings, seed) for seed, file in enumerate(files[: settings.photographs])]
 
@@ -56,7 +56,7 @@ def _enlarged(file: Path, settings: Settings, seed: int) -> bytes:
 
 
 def ways(settings: Settings) -> dict[str, Callable[[bytes], Tensor]]:
-    """From the bytes of a file to uint8 (3, size, size)."""
+    """Return uint8 (3, size, size) from the bytes of a file."""
     own = Preprocessing(settings.size, Fit.crop, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
     transforms = v2.Compose([v2.Resize(settings.size * 8 // 7), v2.CenterCrop(settings.size), v2.PILToTensor()])
     return {
@@ -67,7 +67,7 @@ def ways(settings: Settings) -> dict[str, Callable[[bytes], Tensor]]:
 
 
 def rates(files: Sequence[bytes], settings: Settings) -> Rounds:
-    """Photographs a second, each way, on one core."""
+    """Return photographs per second of each method, on one core."""
 
     def timer(way: Callable[[bytes], Tensor]) -> Callable[[], float]:
         def rate() -> float:
@@ -83,17 +83,17 @@ def rates(files: Sequence[bytes], settings: Settings) -> Rounds:
 
 
 def distance(files: Sequence[bytes], settings: Settings) -> float:
-    """The mean difference of tlcli's pixels from those of the whole photographs."""
+    """Return the mean difference between tlcli's pixels and those of fully decoded photographs."""
     own, whole = (ways(settings)[name] for name in (TLCLI, WHOLE))
     return float(np.mean([(own(content).float() - whole(content).float()).abs().mean() for content in files]))
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """The table of rates, the distance, and the ratios."""
+    """Measure, print the table of rates and the difference, and return the ratios."""
     settings = SMALL if small else Settings()
     files = photographs(data / "hymenoptera" / "train", settings)
     seen, far = rates(files, settings), distance(files, settings)
-    header = [f"{settings.width} x {settings.height}, {len(files)} files", "photographs a second, median", "range"]
+    header = [f"{settings.width} x {settings.height}, {len(files)} files", "photographs per second, median", "range"]
     publish("photographs", header, table(seen), out, {"rates": seen, "grey_levels": far})
     print(f"mean difference of tlcli's pixels from those of the whole: {far:.2f} of 255 grey levels\n")
     measures = [

@@ -21,7 +21,7 @@ PREDICT, TIMM, EXTRACTION = "`tlcli predict`", "timm's inference.py", "tlcli's e
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `train`: images a class, of ten, which are predicted too."""
+    """Sizes of the measurement. `train`: images per class (of ten), which are predicted too."""
 
     size: int = 224
     batch: int = 256  # of timm's script
@@ -34,7 +34,7 @@ SMALL = Settings(size=32, batch=8, train=6, test=2)
 
 
 def rates(root: Path, out: Path, settings: Settings) -> Rounds:
-    """Images a second of each, round by round."""
+    """Return images per second of each, by round."""
     words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head", "epochs=1")
     run = tlcli_train(out / "run", *words)
     folder, images = root / "train", count(root / "train")
@@ -44,7 +44,7 @@ def rates(root: Path, out: Path, settings: Settings) -> Rounds:
         command = [sys.executable, "-m", "tlcli", "predict", str(run.run), str(path), "--format", "csv"]
         return whole_process(command, {"TLCLI_CACHE": str(out / "cache")}).seconds
 
-    seconds(one)  # formats are measured once, and remembered
+    seconds(one)  # dtypes are measured once and remembered
     timers = {
         PREDICT: lambda: (images - 1) / (seconds(folder) - seconds(one)),
         TIMM: lambda: timm(folder, settings),
@@ -54,20 +54,20 @@ def rates(root: Path, out: Path, settings: Settings) -> Rounds:
 
 
 def timm(folder: Path, settings: Settings) -> float:
-    """Of timm's script."""
+    """Return images per second of timm's script."""
     found = alone(baselines.timm_inference, model=MODEL, folder=str(folder), size=settings.size, batch=settings.batch)
     return float(found["images_per_second"])
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """The table of rates, and what the bars say."""
+    """Measure, print the table of rates, and return the bars."""
     settings = SMALL if small else Settings()
     root = subset(data / "cifar10", out / "images", train=settings.train, test=settings.test)
     seen = rates(root, out, settings)
-    header = [f"{10 * settings.train:,} images", "images a second, median", "range"]
+    header = [f"{10 * settings.train:,} images", "images per second, median", "range"]
     publish("prediction", header, table(seen), out, {"images_per_second": seen})
     measures = [
-        at_least("predict over timm's inference.py, images a second", 2, ratios(seen[PREDICT], seen[TIMM])),
+        at_least("predict over timm's inference.py, images per second", 2, ratios(seen[PREDICT], seen[TIMM])),
         at_least("predict, of tlcli's extraction", 0.8, ratios(seen[PREDICT], seen[EXTRACTION])),
     ]
     publish_measures("prediction_measures", measures, out)

@@ -1,4 +1,4 @@
-"""Runs tlcli as a user does, a process a run, and reads what it left; runs a baseline in a process of its own."""
+"""Run tlcli in one process per run and read the run directory; run each baseline in its own process."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.figures import HEADER, Measure
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Of the checkout: baselines are imported from here, whatever the working directory."""
+"""The checkout, from which baselines are imported."""
 
 TLCLI = [sys.executable, "-m", "tlcli", "train"]
 
@@ -27,13 +27,13 @@ BACKBONES = {
     "resnet18": ("backbone=resnet18", "backbone.weights=none"),
     "efficientnet_lite0": ("backbone=efficientnet_lite0",),
 }
-"""Speed does not depend on the values of weights, so ResNet-18 starts from nothing: its published weights need a
-network. Lite0's come with tlcli."""
+"""Speed does not depend on the values of weights, so ResNet-18 starts from random ones: its published weights need a
+network. EfficientNet-Lite0's come with tlcli."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended well: its wall time and the most memory that it had resident."""
+    """The wall time and peak resident memory of a process that succeeded."""
 
     seconds: float
     peak_gb: float
@@ -41,7 +41,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Result:
-    """One run: its directory, test.json, the wall time of the whole process and its peak resident memory."""
+    """One run: directory, test.json, wall time of the whole process and peak resident memory."""
 
     run: Path
     test: dict[str, Any]
@@ -50,29 +50,29 @@ class Result:
 
     @property
     def accuracy(self) -> str:
-        """`0.851 (0.844 to 0.858)`, with Wilson's 95 % interval."""
+        """Return `0.851 (0.844 to 0.858)`, with Wilson's 95 % interval."""
         low, high = self.test["accuracy_ci95"]
         return f"{self.test['accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """run.json."""
+        """Return the contents of run.json."""
         return read_json(self.run / "run.json")
 
     def phases(self, *names: str) -> float:
-        """Seconds spent in these phases together; a phase that the run did not have takes none."""
+        """Return the seconds of these phases together; a missing phase counts 0."""
         return sum(self.facts["seconds"].get(name, 0.0) for name in names)
 
     def epochs(self, split: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl about this split, an epoch each."""
+        """Return the lines of metrics.jsonl of this split, one per epoch."""
         lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
 def tlcli_train(out: Path, *overrides: str, cache: Path | None = None) -> Result:
-    """Run `tlcli train` with these overrides in a process of its own; its directory is under `out`.
+    """Run `tlcli train` with these overrides in its own process, with the run directory `out`.
 
-    Activations are kept under `cache`; without one the run starts with an empty cache, which goes when it ends.
+    Activations are stored under `cache`; without it the run has an empty cache that is removed afterwards.
     """
     with _cache(cache) as folder:
         ended = whole_process([*TLCLI, f"hydra.run.dir='{out}'", *overrides], {"TLCLI_CACHE": str(folder)})
@@ -80,7 +80,7 @@ def tlcli_train(out: Path, *overrides: str, cache: Path | None = None) -> Result
 
 
 def tlcli_sweep(out: Path, *overrides: str, cache: Path | None = None) -> tuple[list[Result], float]:
-    """Run `tlcli train -m`: a result for each job, in order, and the wall time of the whole process."""
+    """Run `tlcli train -m`. Return one result per job, in order, and the wall time of the whole process."""
     with _cache(cache) as folder:
         command = [*TLCLI, "-m", f"hydra.sweep.dir='{out}'", *overrides]
         ended = whole_process(command, {"TLCLI_CACHE": str(folder)})
@@ -90,7 +90,7 @@ def tlcli_sweep(out: Path, *overrides: str, cache: Path | None = None) -> tuple[
 
 @contextmanager
 def _cache(folder: Path | None) -> Iterator[Path]:
-    """This folder, or a new one that goes when the block ends."""
+    """Yield this folder, or a temporary one."""
     if folder is not None:
         yield folder
         return
@@ -99,13 +99,13 @@ def _cache(folder: Path | None) -> Iterator[Path]:
 
 
 def whole_process(command: Sequence[str], environment: Mapping[str, str]) -> Ended:
-    """Run a command to its end. Raises CalledProcessError where it fails.
+    """Run a command. Raise CalledProcessError if it fails.
 
-    The memory is that of the process itself, or of the largest of those that it started if that is more. Linux counts
-    from before the command is loaded: the figure is never less than what this process has had.
+    The memory is that of the largest of the process and its children. Linux counts from before the command is loaded,
+    so it is never less than the memory of the calling process.
     """
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=2, env={**os.environ, **environment})  # stdout is for the table
+    process = subprocess.Popen(command, stdout=2, env={**os.environ, **environment})  # stdout has the tables
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began
@@ -116,11 +116,11 @@ def whole_process(command: Sequence[str], environment: Mapping[str, str]) -> End
 
 
 def alone(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
-    """What a function of a benchmark module gives in a fresh process, and `process_seconds`, that process's wall time.
+    """Return the result of a benchmark module's function in a new process, with its wall time as `process_seconds`.
 
-    A process of its own, because allocator settings, threads and warm caches outlive the call that made them.
+    Allocator settings, threads and warm caches would outlive a call in this process.
     """
-    spec = sys.modules[function.__module__].__spec__  # __name__ is __main__ under `python -m`; its spec has the name
+    spec = sys.modules[function.__module__].__spec__  # __name__ is __main__ under `python -m`
     assert spec is not None
     code = (
         f"import json, sys; from {spec.name} import {function.__name__} as function; "
@@ -134,30 +134,28 @@ def alone(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds."""
+    """Return the contents of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
-    """The command line that the benchmarks have in common: DATA [--small] [--out FOLDER]."""
+    """Return the parser of DATA [--small] [--out FOLDER]."""
     command = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("data", type=Path, help="has cifar10/{train,test}/CLASS/* and hymenoptera/{train,val}/CLASS/*")
-    command.add_argument(
-        "--small", action="store_true", help="tiny settings, to see that it runs; no figure means much"
-    )
-    command.add_argument("--out", type=Path, help="where runs and JSON go (default: a new temporary folder)")
+    command.add_argument("--small", action="store_true", help="tiny settings, to test that it runs")
+    command.add_argument("--out", type=Path, help="folder for runs and JSON (default: a new temporary folder)")
     return command
 
 
 def out_folder(given: Path | None, name: str) -> Path:
-    """The folder asked for, or a new one; absolute, as tlcli's processes may be elsewhere."""
+    """Return the given folder, or a new one, as an absolute path."""
     folder = (given or Path(tempfile.mkdtemp(prefix=f"{name}_"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def machine() -> str:
-    """The processor and the versions, for the line under a table."""
+    """Return the processor and the versions, for the line under a table."""
     record = Path("/proc/cpuinfo")
     lines = record.read_text().splitlines() if record.exists() else []
     names = [line for line in lines if "model name" in line]
@@ -172,7 +170,7 @@ def machine() -> str:
 def publish(
     name: str, header: list[str], rows: list[list[str]], folder: Path, figures: Mapping[str, Any] | None = None
 ) -> None:
-    """Print a Markdown table and write it as JSON, with the figures that it was made from."""
+    """Print a Markdown table and write it as JSON, with the underlying figures."""
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(row) + " |")
@@ -185,5 +183,5 @@ def publish(
 
 
 def publish_measures(name: str, measures: Sequence[Measure], folder: Path) -> None:
-    """Print bars and what was seen of them, and write them as JSON."""
+    """Print bars with their measurements, and write them as JSON."""
     publish(name, HEADER, [m.row for m in measures], folder, {"measures": [m.to_json() for m in measures]})

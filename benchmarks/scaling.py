@@ -1,9 +1,9 @@
 """S7, time as the data grows: python -m benchmarks.scaling DATA [--small]
 
-A frozen run on 1,000, 2,000, 4,000 and 8,000 images (train and val together) with an empty cache: seconds of the phases
-extract, probe, train and validate, an image. What is the same for any number of images is left out: the start of the
-process, loading the model, and compilation where the run compiles. The test set, which is extracted too, is the same
-small one throughout, and its images count. ResNet-18 at 224 px from random weights, on which speed does not depend.
+A frozen run on 1,000, 2,000, 4,000 and 8,000 images (train and val) with an empty cache: seconds per image of the phases
+extract, probe, train and validate. Constant costs are excluded: process start, loading the model, and compilation if the
+run compiles. The same small test split is extracted in each run, and its images count. ResNet-18 at 224 px from random
+weights; speed does not depend on them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from benchmarks.run import BACKBONES, out_folder, parser, publish, publish_measu
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `images`: in all, of ten classes; `test`: a class."""
+    """Sizes of the measurement. `images`: in total, of ten classes; `test`: per class."""
 
     model: str = "resnet18"
     size: int = 224
@@ -29,7 +29,7 @@ SMALL = Settings(size=32, images=(40, 80), test=2, rounds=1)
 
 
 def cost(root: Path, out: Path, settings: Settings) -> float:
-    """Milliseconds an image."""
+    """Return milliseconds per image."""
     words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
     result = tlcli_train(out, *BACKBONES[settings.model], *words, "cache.mode=require")
     images = sum(result.facts[f"n_{split}"] for split in ("train", "val", "test"))
@@ -38,7 +38,7 @@ def cost(root: Path, out: Path, settings: Settings) -> float:
 
 
 def costs(data: Path, out: Path, settings: Settings) -> Rounds:
-    """Milliseconds an image for each number of images, round by round."""
+    """Return milliseconds per image for each number of images, by round."""
     runs = iter(range(settings.rounds * len(settings.images)))
 
     def timer(n: int) -> float:
@@ -49,17 +49,19 @@ def costs(data: Path, out: Path, settings: Settings) -> Rounds:
 
 
 def excess(seen: Rounds) -> list[float]:
-    """How much more the dearest image costs than the cheapest, in per cent, round by round."""
+    """Return the difference between the most and the least expensive image in percent, by round."""
     return [100 * (max(turn) / min(turn) - 1) for turn in zip(*seen.values(), strict=True)]
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """All sizes; the table of costs, and what the bar says."""
+    """Measure all sizes, print the table of costs, and return the bar."""
     settings = SMALL if small else Settings()
     seen = costs(data, out, settings)
-    publish("scaling", ["data", "milliseconds an image, median", "range"], table(seen), out, seen)
+    publish("scaling", ["data", "milliseconds per image, median", "range"], table(seen), out, seen)
     low, high = settings.images[0], settings.images[-1]
-    measures = [at_most(f"S7 cost an image, {low:,} to {high:,} images: dearest over cheapest", 10, excess(seen), " %")]
+    measures = [
+        at_most(f"S7 cost per image, {low:,} to {high:,} images: most over least expensive", 10, excess(seen), " %")
+    ]
     publish_measures("scaling_measures", measures, out)
     return measures
 

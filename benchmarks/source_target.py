@@ -1,8 +1,8 @@
 """Source, then target: python -m benchmarks.source_target DATA
 
-DATA has cifar10/train/CLASS/*.jpg and cifar10/test/CLASS/*.jpg. ResNet-18 is pretrained from nothing on five classes,
-then transferred to the other five with 50 images a class: frozen, last stage and whole network, against the same from
-nothing.
+DATA has cifar10/train/CLASS/*.jpg and cifar10/test/CLASS/*.jpg. ResNet-18 is pretrained from random weights on five
+classes, then transferred to the other five with 50 images per class: head, last stage and whole network, against random
+weights.
 """
 
 import sys
@@ -18,7 +18,7 @@ SCRATCH = ("backbone.weights=none", "optimizer.lr=1e-3", "optimizer.layer_decay=
 
 
 def main(data: Path) -> None:
-    """Pretrain once, transfer three times, train from nothing once; print the table."""
+    """Pretrain once, transfer three times, train once from random weights, and print the table."""
     out = Path(tempfile.mkdtemp(prefix="source_target_"))
     root = f"dataset.root='{data / 'cifar10'}'"
     source = tlcli_train(
@@ -33,10 +33,10 @@ def main(data: Path) -> None:
     few = (*COMMON, root, f"dataset.classes=[{TARGET}]", "dataset.train_per_class=50", "epochs=20")
     pretrained = (*few, f"backbone.weights='{source.run}'")
     runs = {
-        "frozen, `freeze=head`": (*pretrained, "freeze=head"),
+        "head, `freeze=head`": (*pretrained, "freeze=head"),
         "last stage, `freeze=last_stages`": (*pretrained, "freeze=last_stages"),
         "whole network, `freeze=none`": pretrained,
-        "from nothing, `backbone.weights=none`": (*few, *SCRATCH),
+        "random start, `backbone.weights=none`": (*few, *SCRATCH),
     }
     rows = []
     for name, overrides in runs.items():

@@ -1,4 +1,4 @@
-"""How long tlcli takes to answer, whole process, warm disk: python -m benchmarks.startup"""
+"""Start-up times, whole process, warm disk: python -m benchmarks.startup"""
 
 import statistics
 import subprocess
@@ -19,14 +19,14 @@ ROUNDS = 7
 
 
 def whole_process(words: list[str], folder: Path) -> float:
-    """Seconds from the start of a process to its end."""
+    """Return the wall time of a process."""
     began = time.perf_counter()
     subprocess.run([*TLCLI, *words], cwd=folder, capture_output=True)
     return time.perf_counter() - began
 
 
 def first_line(folder: Path) -> float:
-    """Seconds from the start of `tlcli train` to its first line; the run is stopped then."""
+    """Return seconds from the start of `tlcli train` to its first line, and stop the run."""
     began = time.perf_counter()
     with subprocess.Popen([*TLCLI, "train"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -38,7 +38,7 @@ def first_line(folder: Path) -> float:
 
 
 def main() -> None:
-    """Each command in turn, so many rounds after one that warms the disk; median and range."""
+    """Run each command once per round, after one round that warms the disk, and print median and range."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         timers = {what: (lambda words=words: whole_process(words, folder)) for what, words in COMMANDS.items()}

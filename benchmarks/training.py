@@ -1,8 +1,7 @@
 """S4, training the whole network: python -m benchmarks.training DATA [--small]
 
-Images a second in batches of 32 (the tutorial's are of 4), at 224 px, metrics included, over the epochs after the
-first. tlcli and the bare loop decode small images once, before the first epoch; the tutorial and timm decode them
-anew in each. The baselines train BatchNorm on each batch, so tlcli does too (`freeze.bn_stats=update`): the same
+Images per second with batches of 32 (4 in the tutorial) at 224 px, metrics included, over the epochs after the first. tlcli and the tuned loop decode small images once, before the first epoch; the tutorial and timm decode them
+in each epoch. The baselines train BatchNorm on each batch, so tlcli does too (`freeze.bn_stats=update`): the same
 arithmetic everywhere. ResNet-18 starts from random weights; speed does not depend on them.
 """
 
@@ -18,7 +17,7 @@ from benchmarks.run import BACKBONES, alone, out_folder, parser, publish, publis
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `train`, `val`, `test`: images a class, of ten; `images`: those that a baseline sees."""
+    """Sizes of the measurement. `train`, `val`, `test`: images per class (of ten); `images`: images of a baseline."""
 
     size: int = 224
     batch: int = 32
@@ -33,11 +32,11 @@ class Settings:
 
 SMALL = Settings(size=32, batch=8, train=4, val=2, test=2, epochs=2, images=16, tutorial_images=16, rounds=1)
 BARS = {"resnet18": 2.3, "efficientnet_lite0": 2.5}
-TUTORIAL, BARE, KEPT, TIMM, OURS = "tutorial", "bare loop", "bare loop, memory kept", "timm's train.py", "tlcli"
+TUTORIAL, BARE, KEPT, TIMM, OURS = "tutorial", "tuned loop", "tuned loop, memory kept", "timm's train.py", "tlcli"
 
 
 def timers_of(model: str, root: Path, out: Path, settings: Settings) -> dict[str, Callable[[], float]]:
-    """What is measured for one network; each gives images a second."""
+    """Return the timers of one network, in images per second."""
     common = {"model": model, "folder": str(root / "train"), "size": settings.size}
     batches = {**common, "images": settings.images, "batch": settings.batch}
     runs = iter(range(settings.rounds))
@@ -55,7 +54,7 @@ def timers_of(model: str, root: Path, out: Path, settings: Settings) -> dict[str
 
 
 def tlcli_speed(model: str, root: Path, out: Path, settings: Settings) -> float:
-    """Images a second in training, over all epochs but the first."""
+    """Return images per second in training, over all epochs except the first."""
     result = tlcli_train(
         out,
         *BACKBONES[model],
@@ -74,7 +73,7 @@ def tlcli_speed(model: str, root: Path, out: Path, settings: Settings) -> float:
 
 
 def measures_of(model: str, seen: Rounds) -> list[Measure]:
-    """What the bars say of these rounds. The bare loop is the quicker of its two."""
+    """Return the bars of these rounds. The faster of the two tuned loops counts."""
     bare = quickest(seen, [BARE, KEPT])
     return [
         at_least(f"S4 training, {model}, over the tutorial script", BARS[model], ratios(seen[OURS], seen[TUTORIAL])),
@@ -83,12 +82,12 @@ def measures_of(model: str, seen: Rounds) -> list[Measure]:
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """Both networks; the table of speeds, and what the bars say."""
+    """Measure both networks, print the table of speeds, and return the bars."""
     settings = SMALL if small else Settings()
     root = subset(data / "cifar10", out / "images", train=settings.train, val=settings.val, test=settings.test)
     seen = {m: interleaved(timers_of(m, root, out, settings), settings.rounds) for m in BACKBONES}
     rows = [[model, *row] for model, rounds in seen.items() for row in table(rounds)]
-    publish("training", ["network", "what", "images a second, median", "range"], rows, out, seen)
+    publish("training", ["network", "what", "images per second, median", "range"], rows, out, seen)
     measures = [measure for model, rounds in seen.items() for measure in measures_of(model, rounds)]
     publish_measures("training_measures", measures, out)
     return measures

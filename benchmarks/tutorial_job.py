@@ -24,9 +24,9 @@ SCRIPT, OURS = "the tutorial's script", "`tlcli train experiment=cifar10_fast`"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. `train`, `test`: images a class, of ten."""
+    """Sizes of the measurement. `train`, `test`: images per class (of ten)."""
 
-    size: int = 224  # of the script; the recipe has its own
+    size: int = 224  # of the script; the recipe has another
     train: int = 500
     test: int = 100
     trial_images: int = 80
@@ -38,7 +38,7 @@ SMALL = Settings(size=32, train=4, test=2, trial_images=16, recipe=("image.size=
 
 
 def jobs(root: Path, out: Path, settings: Settings) -> tuple[Rounds, Rounds]:
-    """Seconds and accuracy of both, round by round."""
+    """Return seconds and accuracy of both, by round."""
     accuracy: Rounds = {SCRIPT: [], OURS: []}
     common: dict[str, Any] = {"model": MODEL, "size": settings.size}
     trial = alone(baselines.tutorial_training, folder=str(root / "train"), images=settings.trial_images, **common)
@@ -58,13 +58,13 @@ def jobs(root: Path, out: Path, settings: Settings) -> tuple[Rounds, Rounds]:
 
 
 def recipe(root: Path) -> tuple[str, ...]:
-    """The recipe on all images of this folder."""
+    """Return the overrides of the recipe on all images of this folder."""
     everything = ("dataset.train_per_class=null", "dataset.test_per_class=null")
     return ("experiment=cifar10_fast", "dataset=imagefolder", f"dataset.root='{root}'", *everything)
 
 
 def measures_of(seconds: Rounds, accuracy: Rounds) -> list[Measure]:
-    """What the bars say of these rounds."""
+    """Return the bars of these rounds."""
     gain = [100 * (ours - theirs) for ours, theirs in zip(accuracy[OURS], accuracy[SCRIPT], strict=True)]
     return [
         at_least(
@@ -77,7 +77,7 @@ def measures_of(seconds: Rounds, accuracy: Rounds) -> list[Measure]:
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
-    """Both; the table of seconds and accuracies, and what the bars say."""
+    """Measure both, print the table of seconds and accuracies, and return the bars."""
     settings = SMALL if small else Settings()
     root = subset(data / "cifar10", out / "images", train=settings.train, test=settings.test)
     seconds, accuracy = jobs(root, out, settings)
