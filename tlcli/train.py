@@ -8,11 +8,10 @@ from tlcli.data.dataset import Dataset
 from tlcli.device import Device, prepare
 from tlcli.engine.evaluate import evaluate, features
 from tlcli.engine.inputs import BatchLoader, InputPlan, Inputs, image_size
-from tlcli.engine.metrics import Predictions, scores
+from tlcli.engine.metrics import BestEpochTracker, Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.resuming import ResumePlanner
-from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
@@ -71,7 +70,7 @@ def train(
     of_best: Predictions | None = None  # for validation
     with keeper.keeping():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
-            if selection.exhausted:
+            if selection.should_stop:
                 reporter.note(f"early stop: no better epoch since epoch {selection.epoch}")
                 break
             with record.phase("train"):
@@ -80,10 +79,10 @@ def train(
             with record.phase("validate"):
                 found = evaluate(model.network, inputs.val, device, reporter, "validation")
                 validation = scores(found)
-            trainer.require_finite(validation.loss, epoch, "validation loss")
+            trainer.check_finite(validation.loss, epoch, "validation loss")
             with defer_interrupts:
                 trainer.schedule.after_epoch(validation.loss)
-                best = selection.improves(epoch, validation)
+                best = selection.update(epoch, validation)
                 of_best = found if best else of_best
                 record.epoch(epoch, fit, validation, best=best, step=trainer.step)
                 keeper.epoch(epoch, validation, best=best)

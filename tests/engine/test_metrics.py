@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report, wilson
-from tlcli.engine.selection import BestEpochTracker
+from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores, most_confused, scores, test_report, wilson
 from tlcli.specs import KeepBest
 
 test_report.__test__ = False  # type: ignore[attr-defined]  # a report on the test set, not a test
@@ -54,22 +53,22 @@ def test_scores_leave_out_classes_without_images() -> None:
 def test_selection_by_each_figure(by: str, kept: int) -> None:
     selection = BestEpochTracker(KeepBest(by), None)
     for epoch, (accuracy, f1, loss) in enumerate([(0.5, 0.5, 0.9), (0.6, 0.6, 0.4), (0.8, 0.6, 0.5), (0.7, 0.7, 0.8)]):
-        selection.improves(epoch, Scores(accuracy, f1, loss))
+        selection.update(epoch, Scores(accuracy, f1, loss))
     assert selection.epoch == kept
-    assert not selection.exhausted
+    assert not selection.should_stop
 
 
 def test_equal_accuracy_is_decided_by_the_loss() -> None:
     selection = BestEpochTracker(KeepBest.accuracy, None)
-    assert selection.improves(1, Scores(0.9, 0.9, 0.5))
-    assert not selection.improves(2, Scores(0.9, 0.9, 0.6))
-    assert selection.improves(3, Scores(0.9, 0.9, 0.4))
+    assert selection.update(1, Scores(0.9, 0.9, 0.5))
+    assert not selection.update(2, Scores(0.9, 0.9, 0.6))
+    assert selection.update(3, Scores(0.9, 0.9, 0.4))
 
 
 def test_early_stop_counts_epochs_without_a_better_one() -> None:
     selection = BestEpochTracker(KeepBest.accuracy, early_stop=2)
-    exhausted = []
+    should_stop = []
     for epoch, accuracy in enumerate([0.5, 0.6, 0.6, 0.55]):
-        selection.improves(epoch, Scores(accuracy, 0.0, 1.0))
-        exhausted.append(selection.exhausted)
-    assert exhausted == [False, False, False, True]
+        selection.update(epoch, Scores(accuracy, 0.0, 1.0))
+        should_stop.append(selection.should_stop)
+    assert should_stop == [False, False, False, True]

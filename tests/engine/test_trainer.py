@@ -16,7 +16,7 @@ from tlcli.engine.evaluate import eval_mode, evaluate
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
-from tlcli.engine.trainer import Fit, Running, Trainer
+from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -24,6 +24,8 @@ from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
 from tlcli.store import Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
+
+CPU = torch.device("cpu")
 
 
 class Setting:
@@ -36,16 +38,15 @@ class Setting:
         self.model: Classifier = session.model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
         self.contract = apply_freeze(spec.freeze, self.model)
         self.contract.seal()
-        cpu = torch.device("cpu")
-        self.plan = plan_inputs(self.data, self.model, self.contract, spec, cpu, session, needs_probe=False)
+        self.plan = plan_inputs(self.data, self.model, self.contract, spec, CPU, session, needs_probe=False)
         self.device = self.plan.device
         self.device.place(self.model.network)
         self.inputs: Inputs = self.plan.open(Reporter())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
-        self.running: list[Running] = []
+        self.running: list[RunningLoss] = []
 
-    def fit(self, epoch: int = 1) -> Fit:
+    def fit(self, epoch: int = 1) -> EpochStats:
         return self.trainer.fit(self.inputs.train, epoch, Reporter(), self.running.append)
 
 
@@ -171,7 +172,7 @@ def test_one_image_left_over_does_not_crash_batchnorm(small, n: int) -> None:
 
 def test_batches_of_one_under_batchnorm_are_explained(small) -> None:
     setting = small("freeze.bn_stats=update", "batch_size=1", "backbone=resnet18", "backbone.weights=none")
-    with pytest.raises(TlcliError, match=r"batch_size=1.*give batch_size=2"):
+    with pytest.raises(TlcliError, match=r"batch_size=1.*set batch_size=2"):
         setting.fit()
 
 
@@ -182,15 +183,12 @@ def test_running_loss_every_so_many_batches(small) -> None:
     assert all(r.loss > 0 for r in setting.running)
 
 
-def test_running_loss_ends_at_its_batch_inside_a_group() -> None:
-    from tlcli.engine.trainer import _Tally
-
-    tally = _Tally(torch.device("cpu"))
-    for loss in (1.0, 2.0, 3.0, 4.0):
-        tally.add(torch.tensor(2 * loss), torch.zeros(2, 3), torch.tensor([0, 1]))
-    assert tally.running(3, 3) == 2.0
-    assert tally.running(4, 2) == 3.5
-    assert tally.loss() == 2.5
+def test_running_loss_is_of_the_last_batches_also_within_a_group(small) -> None:
+    """Without a step in between, the mean of the running losses of an epoch is its mean loss per batch."""
+    setting = small("log_every=3", "batch_size=9", "accumulate=4", "optimizer.lr=1e-12", "augment=none")
+    stats = setting.fit()
+    assert [r.batch for r in setting.running] == [3, 6]
+    assert sum(r.loss for r in setting.running) / 2 == pytest.approx(stats.loss, rel=1e-5)
 
 
 def test_clip_grad_bounds_the_step(small) -> None:
@@ -209,7 +207,7 @@ def test_clip_grad_bounds_the_step(small) -> None:
 
 def test_balanced_classes_weigh_alike(spec: Compose, tmp_path: Path) -> None:
     from tests.conftest import make_folder
-    from tlcli.engine.trainer import _class_weights
+    from tlcli.engine.trainer import class_weights
     from tlcli.specs import ClassWeights
 
     make_folder(tmp_path, {"few": 6, "many": 30})
@@ -217,7 +215,7 @@ def test_balanced_classes_weigh_alike(spec: Compose, tmp_path: Path) -> None:
         spec("dataset=imagefolder", f"dataset.root='{tmp_path}'", "image.size=32", "class_weights=balanced")
     )
     counts = setting.data.train.class_counts(2)
-    weights = _class_weights(ClassWeights.balanced, counts, setting.device)
+    weights = class_weights(ClassWeights.balanced, counts, CPU)
     assert weights is not None
     assert weights[0] * counts[0] == pytest.approx((weights[1] * counts[1]).item())
     assert (weights * torch.tensor(counts)).sum() / sum(counts) == pytest.approx(1.0)

@@ -1,13 +1,19 @@
-"""Out of memory: a hint with the largest batch that fits, where trying finds one, and nothing trained meanwhile."""
+"""Out of memory in a step: the error names the largest batch that fits, if one is found, and nothing was trained."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from tlcli.cli.endings import ending
-from tlcli.engine.memory import batch_size_that_fits, largest_that_fits
+from tests.conftest import Compose
+from tests.faults.test_counting import CLASSES, CPU, Exact, Small
+from tlcli.engine.trainer import Trainer, out_of_memory_advice
 from tlcli.errors import OutOfMemory, is_out_of_memory
+from tlcli.models.classifier import Architecture, Classifier, Stage
+from tlcli.reporter import Reporter
+from tlcli.transfer.contract import apply_freeze
 
 KINDS: dict[str, Callable[[], Exception]] = {
     "a GPU": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -18,77 +24,76 @@ KINDS: dict[str, Callable[[], Exception]] = {
 }
 
 
-def room_for(most: int, error: Callable[[], Exception], tried: list[int]) -> Callable[[int], None]:
-    """An attempt that runs out of memory above so many images, and draws a random number."""
+class Limited(Small):
+    """A network with memory for a number of images. A forward pass holds a large object, as activations are."""
 
-    def attempt(n: int) -> None:
-        tried.append(n)
-        torch.rand(1)
-        if n > most:
-            raise error()
+    class Activations:
+        alive = 0
 
-    return attempt
+        def __init__(self) -> None:
+            Limited.Activations.alive += 1
+
+        def __del__(self) -> None:
+            Limited.Activations.alive -= 1
+
+    def __init__(self, max_images: int, error: Callable[[], Exception]) -> None:
+        super().__init__()
+        self.max_images, self.error, self.tried = max_images, error, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert Limited.Activations.alive == 0, "the failed step must let go of its memory before the next try"
+        held = Limited.Activations()
+        self.tried.append(len(x))
+        if len(x) > self.max_images:
+            raise self.error()
+        assert held is not None
+        return super().forward(x)
+
+
+def fit(spec: Compose, network: nn.Module, *overrides: str) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    stages = (Stage("body", frozenset(names[:2])), Stage("head", frozenset(names[2:])))
+    classifier = Classifier("small", Architecture(network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3), CLASSES)
+    own = spec("batch_size=64", "device.precision=fp32", *overrides)
+    trainer = Trainer(classifier, apply_freeze(own.freeze, classifier), own, CPU, (22, 21, 21))
+    trainer.fit(Exact(network, 64, 64), 1, Reporter(), lambda running: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_hint_names_the_largest_batch_that_fits(kind: str) -> None:
-    error, tried = KINDS[kind], []
-    assert is_out_of_memory(error())
-    torch.manual_seed(3)
-    with pytest.raises(OutOfMemory) as caught, batch_size_that_fits(room_for(9, error, tried), 64, accumulate=2):
-        raise error()
-    assert tried == [32, 16, 8]
-    assert ending(caught.value) == (
-        1, "out of memory with batch_size=64: 8 fits here; batch_size=8 accumulate=16 keeps the size of a step"
-    )  # fmt: skip
-    drawn = torch.rand(1)
-    torch.manual_seed(3)
-    assert torch.equal(drawn, torch.rand(1))
+def test_the_error_names_the_largest_batch_that_fits(spec: Compose, kind: str) -> None:
+    gc.collect()
+    network = Limited(9, KINDS[kind])
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert is_out_of_memory(KINDS[kind]())
+    with pytest.raises(OutOfMemory) as caught:
+        fit(spec, network, "accumulate=2")
+    assert network.tried == [64, 32, 16, 8]
+    assert str(caught.value) == (
+        "out of memory with batch_size=64: 8 fits here; batch_size=8 accumulate=16 keeps the size of a step"
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(("most", "wanted"), [(0, None), (1, 1), (2, 1), (49, 25), (100, 25)])
-def test_a_batch_of_any_size_is_halved(most: int, wanted: int | None) -> None:
-    assert largest_that_fits(room_for(most, MemoryError, []), 50) == wanted
-
-
-def test_where_nothing_fits_it_is_the_images() -> None:
-    with pytest.raises(OutOfMemory, match=r"no smaller batch was found to fit: try a smaller image\.size"):  # noqa: SIM117
-        with batch_size_that_fits(room_for(0, MemoryError, []), 4, accumulate=1):
+@pytest.mark.parametrize(("room", "advice"), [(1, "1 fits"), (2, "1 fits"), (49, "25 fits"), (100, "25 fits")])
+def test_a_batch_of_any_size_is_halved(room: int, advice: str) -> None:
+    def try_images(n: int) -> None:
+        if n > room:
             raise MemoryError
 
-
-def test_other_errors_pass_and_end_the_attempts() -> None:
-    tried: list[int] = []
-    with pytest.raises(ValueError, match="a bug"), batch_size_that_fits(tried.append, 8, accumulate=1):
-        raise ValueError("a bug")
-    assert tried == []
-    with pytest.raises(OutOfMemory, match="no smaller batch"), batch_size_that_fits(_bug, 8, accumulate=1):
-        raise MemoryError
+    assert advice in out_of_memory_advice(try_images, 50, 1)
 
 
-def _bug(n: int) -> None:
-    raise ValueError("one value a channel")
+@pytest.mark.parametrize("error", [MemoryError, ValueError("one value per channel")])
+def test_if_nothing_fits_the_images_are_too_large(error: Exception) -> None:
+    def try_images(n: int) -> None:
+        raise error
+
+    assert "no smaller batch was found to fit: try a smaller image.size" in out_of_memory_advice(try_images, 4, 1)
 
 
-def test_what_failed_lets_go_of_its_memory_before_the_attempts() -> None:
-    """Else the attempts would find less room than a run with a smaller batch."""
-
-    class Large:
-        there = 0
-
-        def __init__(self) -> None:
-            Large.there += 1
-
-        def __del__(self) -> None:
-            Large.there -= 1
-
-    def step() -> None:
-        large = Large()
-        assert large is not None
-        raise MemoryError
-
-    def attempt(n: int) -> None:
-        assert Large.there == 0
-
-    with pytest.raises(OutOfMemory, match="8 fits here"), batch_size_that_fits(attempt, 16, accumulate=1):
-        step()
+def test_other_errors_are_raised_as_they_are(spec: Compose) -> None:
+    network = Limited(0, lambda: ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        fit(spec, network)
+    assert network.tried == [64]

@@ -46,14 +46,14 @@ class Stopped:
 
     def __call__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Have the next run stop there."""
-        update, made = Trainer._update, iter(range(1, 10**6))
+        update, made = Trainer._step, iter(range(1, 10**6))
 
         def stopping(trainer: Trainer, *args: object) -> None:
             update(trainer, *args)  # type: ignore[arg-type]
             if next(made) == self.step:
                 defer_interrupts.interrupt(self.exc())
 
-        monkeypatch.setattr(Trainer, "_update", stopping)
+        monkeypatch.setattr(Trainer, "_step", stopping)
 
 
 Run = Callable[..., Path]

@@ -1,15 +1,17 @@
-"""Figures from predictions. All are functions of logits (N, classes) and labels (N)."""
+"""Metrics of predictions, as functions of logits (N, classes) and labels (N), and the epoch that is best by them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
+
+from tlcli.specs import KeepBest
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures that can select an epoch."""
+    """The metrics that can select an epoch."""
 
     accuracy: float
     macro_f1: float
@@ -35,73 +37,105 @@ class Scores:
 
 
 def scores(predictions: Predictions) -> Scores:
-    """Top-1 accuracy, the mean of the classes' F1, and the mean cross-entropy without smoothing."""
-    right = (predictions.predicted == predictions.labels).double().mean().item()
-    f1 = _per_class(predictions)[2]
-    present = np.bincount(predictions.labels.numpy(), minlength=len(f1)) > 0
-    return Scores(right, float(f1[present].mean()), F.cross_entropy(predictions.logits, predictions.labels).item())
+    """Return top-1 accuracy, the mean F1 over classes that have images, and the mean cross-entropy."""
+    accuracy = (predictions.predicted == predictions.labels).double().mean().item()
+    _, _, f1, support = _per_class(predictions)
+    loss = F.cross_entropy(predictions.logits, predictions.labels).item()
+    return Scores(accuracy, float(f1[support > 0].mean()), loss)
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % score interval for a proportion (Wilson 1927)."""
-    share = right / n
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # at the ends the formula gives 0 and 1, and rounding does not
-    low = 0.0 if right == 0 else (middle - half) / scale
-    high = 1.0 if right == n else (middle + half) / scale
-    return low, high
+def wilson(n_correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927)."""
+    interval = binomtest(n_correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    # at the ends the exact bounds are 0 and 1; rounding may miss them
+    low = 0.0 if n_correct == 0 else float(interval.low)
+    return low, 1.0 if n_correct == n else float(interval.high)
 
 
 def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """The contents of test.json but for the checkpoint: accuracy with its interval, figures a class, confusion."""
-    labels, predicted = predictions.labels, predictions.predicted
-    n, right = len(labels), int((predicted == labels).sum())
-    precision, recall, f1, support = _per_class(predictions)
+    """Return what test.json has about predictions: accuracy with its interval, metrics per class, and confusion."""
+    labels, predicted, n = predictions.labels, predictions.predicted, len(predictions.labels)
+    n_correct = int((predicted == labels).sum())
     top5 = None
     if len(classes) > 5:
         top5 = (predictions.logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
+    per_class = {
+        name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
+        for name, precision, recall, f1, support in zip(classes, *_per_class(predictions), strict=True)
+    }
+    overall = scores(predictions)
     return {
-        "accuracy": right / n,
-        "accuracy_ci95": list(wilson(right, n)),
+        "accuracy": n_correct / n,
+        "accuracy_ci95": list(wilson(n_correct, n)),
         "top5": top5,
-        "loss": F.cross_entropy(predictions.logits, labels).item(),
-        "macro_f1": scores(predictions).macro_f1,
+        "loss": overall.loss,
+        "macro_f1": overall.macro_f1,
         "n": n,
-        "per_class": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(classes)
-        },
+        "per_class": per_class,
         "confusion": confusion_matrix(labels, predicted, labels=range(len(classes))).tolist(),
         "classes": list(classes),
     }
 
 
 def most_confused(report: dict[str, Any], limit: int = 3) -> tuple[tuple[str, str, int], ...]:
-    """(true class, predicted class, count) of the largest off-diagonal entries, largest first."""
-    confusion = np.array(report["confusion"])
+    """Return (true class, predicted class, count) of the largest off-diagonal entries, largest first."""
+    confusion, names = np.array(report["confusion"]), report["classes"]
     np.fill_diagonal(confusion, 0)
-    names = report["classes"]
-    order = np.argsort(-confusion, axis=None, kind="stable")[:limit]
-    pairs = [divmod(int(flat), len(names)) for flat in order]
+    largest = np.argsort(-confusion, axis=None, kind="stable")[:limit]
+    pairs = [divmod(int(index), len(names)) for index in largest]
     return tuple((names[t], names[p], int(confusion[t, p])) for t, p in pairs if confusion[t, p] > 0)
 
 
 def _per_class(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall, F1 and support of each class; 0 where a class was never predicted or has no image."""
-    n_classes = predictions.logits.shape[1]
-    found: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = precision_recall_fscore_support(
-        predictions.labels.numpy(), predictions.predicted.numpy(), labels=range(n_classes), zero_division=0.0
+    """Return precision, recall, F1 and support per class; 0 for a class never predicted or without images."""
+    table: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = precision_recall_fscore_support(
+        predictions.labels.numpy(),
+        predictions.predicted.numpy(),
+        labels=range(predictions.logits.shape[1]),
+        zero_division=0.0,
     )
-    return found
+    return table
 
 
 def predictions_of(logits: list[Tensor], labels: list[Tensor]) -> Predictions:
-    """Predictions from batches, moved to the CPU."""
+    """Return the predictions of all batches, on the CPU."""
     return Predictions(torch.cat(logits).float().cpu(), torch.cat(labels).cpu())
+
+
+@dataclass
+class BestEpochTracker:
+    """The best epoch so far by one validation metric.
+
+    The lower loss decides between equal accuracies or F1 scores: on a small validation set many epochs are equal.
+    `early_stop` is the number of epochs without a better one after which training should stop; None: never.
+    """
+
+    by: KeepBest
+    early_stop: int | None
+    epoch: int | None = None
+    scores: Scores | None = None
+    last_epoch: int = 0
+
+    def update(self, epoch: int, scores: Scores) -> bool:
+        """Record the validation scores of an epoch; return True if it is the best so far."""
+        self.last_epoch = epoch
+        is_best = self.scores is None or self._rank(scores) > self._rank(self.scores)
+        if is_best:
+            self.epoch, self.scores = epoch, scores
+        return is_best
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `early_stop` epochs in a row were not better."""
+        if self.early_stop is None or self.epoch is None:
+            return False
+        return self.last_epoch - self.epoch >= self.early_stop
+
+    @property
+    def value(self) -> float | None:
+        """The selecting metric of the best epoch."""
+        return None if self.scores is None else float(getattr(self.scores, self.by.value))
+
+    def _rank(self, scores: Scores) -> tuple[float, float]:
+        by_loss = self.by is KeepBest.loss
+        return (-scores.loss, 0.0) if by_loss else (getattr(scores, self.by.value), -scores.loss)

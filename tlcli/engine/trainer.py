@@ -1,9 +1,10 @@
-"""The loop. There is one: what it reads, what trains and at which rates are inputs to it."""
+"""The training loop. What it reads, what trains and at which learning rates are inputs to it."""
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil, isfinite
 from typing import Any
@@ -18,10 +19,9 @@ from tlcli.engine.depthwise import fp32_depthwise_backward
 from tlcli.engine.inputs import BatchLoader
 from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
-from tlcli.engine.memory import batch_size_that_fits
-from tlcli.engine.optimizers import build_optimizer, take_step
+from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
-from tlcli.errors import NonFiniteLossError, TlcliError
+from tlcli.errors import NonFiniteLossError, OutOfMemory, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
@@ -30,12 +30,12 @@ from tlcli.transfer.contract import FreezeContract
 from tlcli.transfer.groups import parameter_groups
 
 STEPS_BETWEEN_CHECKS = 20
-"""Looking at a loss waits for it on an accelerator, and costs a step of a small head a tenth of its time on a CPU."""
+"""Reading a loss waits for an accelerator, and takes a tenth of a small head's step on a CPU."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What one epoch of training gave: means over its images, as they were seen in training."""
+class EpochStats:
+    """Training metrics of one epoch: means over its images, as they were when each was trained on."""
 
     loss: float
     accuracy: float
@@ -46,7 +46,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningLoss:
     """The mean loss of the last `log_every` batches."""
 
     epoch: int
@@ -55,11 +55,11 @@ class Running:
 
 
 class Trainer:
-    """Trains what is trainable in a model, an epoch at a time."""
+    """Trains the trainable parameters of a classifier, one epoch at a time."""
 
     def __init__(
         self,
-        model: Classifier,
+        classifier: Classifier,
         contract: FreezeContract,
         spec: TrainSpec,
         device: Device,
@@ -68,318 +68,302 @@ class Trainer:
         self._spec = spec
         self._device = device
         self._contract = contract
-        self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, model))
+        self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        n_train = sum(class_counts)
-        self.steps_per_epoch = ceil(ceil(n_train / spec.batch_size) / spec.accumulate)
+        self.steps_per_epoch = ceil(ceil(sum(class_counts) / spec.batch_size) / spec.accumulate)
         self.schedule = Schedule(
             spec.scheduler, self.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=spec.epochs
         )
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
-        self._class_weights = _class_weights(spec.class_weights, class_counts, device)
-        self._linear: LinearLoss | None = None
-        self._pass: _Pass | None = None
-        self._loaded: _Pass | None = None
+        self._class_weights = class_weights(spec.class_weights, class_counts, device.accelerator)
+        self._linear_loss: LinearLoss | None = None
+        self._progress: _EpochProgress | None = None
+        self._loaded_progress: _EpochProgress | None = None
         self.step = 0
 
     def fit(
         self,
-        inputs: BatchLoader,
+        loader: BatchLoader,
         epoch: int,
         reporter: Reporter,
-        on_running: Callable[[Running], None],
+        on_running: Callable[[RunningLoss], None],
         after_step: Callable[[], None] = lambda: None,
-    ) -> Fit:
-        """Train on every image once, or on those that are left of an epoch that `load` brought.
+    ) -> EpochStats:
+        """Train on every image once, or on the images that are left of an epoch that `load` restored.
 
-        Interrupts wait for the end of a step, so that the state is always that of whole ones. Raises NotFinite where
-        the loss becomes NaN or infinite.
+        Interrupts wait for the end of a step, so that the state is always that of whole steps. Raises
+        NonFiniteLossError if the loss becomes NaN or infinite, and OutOfMemory with a batch size that fits.
         """
         self._contract.train_mode()
-        now = self._begin(epoch)
-        batches, mark = inputs.epoch(epoch, now.batches), time.perf_counter()
-        with threads(inputs.threads), reporter.track(f"epoch {epoch}", len(inputs)) as advance:
-            advance(now.tally.images)
+        progress, self._loaded_progress = self._loaded_progress, None
+        if progress is None or progress.epoch != epoch:
+            progress = _EpochProgress(epoch, self.step, self._device.accelerator)
+            torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
+        self._progress = progress
+        batches, start = loader.epoch(epoch, progress.batches), time.perf_counter()
+        with threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
+            advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
                 with defer_interrupts:
-                    self._step(inputs, group, now.tally)
+                    try:
+                        self._step(loader, group, progress, on_running)
+                    except Exception as error:
+                        if (advice := self._advice(error, loader, group[0])) is not None:
+                            raise advice from error
+                        raise
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
-                        self._check(now)
-                    self._tell(now, group, on_running, advance)
-                    now.seconds, mark = now.seconds + time.perf_counter() - mark, time.perf_counter()
+                        self._check_losses(progress)
+                    advance(sum(len(y) for _, y in group))
+                    progress.seconds, start = progress.seconds + time.perf_counter() - start, time.perf_counter()
                 after_step()
-        self._check(now)
-        lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return Fit(now.tally.loss(), now.tally.accuracy(), self.step, now.seconds, len(inputs) / now.seconds, lr)
+        self._check_losses(progress)
+        seconds, lr = progress.seconds, {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return EpochStats(progress.loss(), progress.accuracy(), self.step, seconds, len(loader) / seconds, lr)
 
-    def _begin(self, epoch: int) -> "_Pass":
-        """The epoch as far as it has come: dropout is a function of it and of the steps within it."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None and loaded.epoch == epoch:
-            return loaded
-        self._pass = _Pass(epoch, self.step, _Tally(self._device.accelerator))
-        torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))
-        return self._pass
-
-    def _tell(
+    def _step(
         self,
-        now: "_Pass",
+        loader: BatchLoader,
         group: list[Batch],
-        on_running: Callable[[Running], None],
-        advance: Callable[[int], None],
+        progress: "_EpochProgress",
+        on_running: Callable[[RunningLoss], None],
     ) -> None:
-        """Count the batches of a step, and tell how training goes."""
-        every = self._spec.log_every
-        for _, y in group:
-            now.batches += 1
-            if every and now.batches % every == 0:
-                on_running(Running(now.epoch, now.batches, now.tally.running(now.batches, every)))
-            advance(len(y))
+        """Make one optimizer step with the gradient of the mean loss over all images of `group`."""
+        self.schedule.before_step(self.step)
+        self.optimizer.zero_grad()
+        n_images = sum(len(y) for _, y in group)
+        for x, y in group:
+            if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
+                if self._linear_loss is None:
+                    self._linear_loss = LinearLoss(loader.head, self._spec.label_smoothing, self._class_weights)
+                loss, logits = self._linear_loss.backward(x[0], y, n_images)
+            else:
+                logits = self._forward(loader, x)
+                loss = F.cross_entropy(
+                    logits, y, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
+                )
+                torch.autograd.backward(self._scaler.scale(loss / n_images))
+            progress.add(loss.detach(), logits.detach(), y)
+            if self._spec.log_every and progress.batches % self._spec.log_every == 0:
+                running = progress.running_loss(self._spec.log_every)
+                on_running(RunningLoss(progress.epoch, progress.batches, running))
+        if self._spec.clip_grad is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
+        self._scaler.step(self.optimizer)  # a disabled scaler calls optimizer.step()
+        self._scaler.update()
+        self.step += 1
+
+    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...]) -> Tensor:
+        """Return the logits (B, classes), float32."""
+        device = self._device  # torch.compile generates its own kernels
+        fast = nullcontext() if device.compile else fp32_depthwise_backward(device.accelerator, loader.dtype)
+        is_single = len(x[0]) == 1 < self._spec.batch_size
+        if is_single:  # the last image of an epoch alone has no batch statistics
+            self._contract.train_mode(update_stats=False)
+        with device.autocast(loader.dtype), fast:
+            logits: Tensor = loader.network(*x)
+        if is_single:
+            self._contract.train_mode()
+        return logits.float()
+
+    def _advice(self, error: Exception, loader: BatchLoader, batch: Batch) -> TlcliError | None:
+        """Return an error that says what to change after `error` ended a step; None if nothing is known."""
+        if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            return TlcliError(
+                f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value per "
+                f"channel; set batch_size=2 or more, or freeze.bn_stats=frozen"
+            )
+        if not is_out_of_memory(error):
+            return None
+        traceback.clear_frames(error.__traceback__)  # the tensors of the failed step would leave no room for the tries
+        x, y = batch
+
+        def try_images(n: int) -> None:
+            self._contract.train_mode(update_stats=False)
+            torch.autograd.backward(self._forward(loader, tuple(part[:n] for part in x)).logsumexp(dim=1).sum())
+            self.optimizer.zero_grad()
+
+        self.optimizer.zero_grad()
+        return OutOfMemory(out_of_memory_advice(try_images, len(y), self._spec.accumulate))
+
+    def _check_losses(self, progress: "_EpochProgress") -> None:
+        """Raise NonFiniteLossError for the first unchecked batch whose loss is NaN or infinite."""
+        batch = progress.first_non_finite()
+        if batch is not None:
+            step = progress.first_step + batch // self._spec.accumulate
+            raise self._non_finite_error(f"the loss is not finite at epoch {progress.epoch}, batch {batch + 1}", step)
+
+    def check_finite(self, loss: float, epoch: int, name: str) -> None:
+        """Raise NonFiniteLossError if this loss is NaN or infinite after an epoch."""
+        if not isfinite(loss):
+            raise self._non_finite_error(f"the {name} is not finite after epoch {epoch}", self.step - 1)
+
+    def _non_finite_error(self, text: str, step: int) -> NonFiniteLossError:
+        self.schedule.before_step(max(0, step))
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return NonFiniteLossError(
+            f"{text} (step {step + 1}, lr {lr:.3g}): "
+            f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
+        )
 
     def is_between_epochs(self, last: int) -> bool:
-        """Whether no step was made since the end of this epoch."""
-        return self._pass is None or self._pass.epoch <= last
+        """Return True if no step was made since the end of this epoch."""
+        return self._progress is None or self._progress.epoch <= last
 
     def state(self) -> dict[str, Any]:
-        """The state of training beside the weights, between two steps."""
-        own = self.optimizer.state_dict()["state"]
+        """Return the state of training between two steps, without the weights."""
         return {
-            "optimizer": {str(place): values for place, values in own.items()},
+            "optimizer": {str(index): values for index, values in self.optimizer.state_dict()["state"].items()},
             "schedule": self.schedule.state(),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
             "random": _random_states(),
-            "pass": None if self._pass is None else self._pass.state(),
+            "pass": None if self._progress is None else self._progress.state(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: what follows is what would have followed it. The network has its weights by itself."""
-        laid_out = {
-            int(place): {name: _laid_out(value, self._trainable[int(place)]) for name, value in values.items()}
-            for place, values in state["optimizer"].items()
-        }
+        """Continue from a state, exactly as if training had not been interrupted. Weights are loaded separately."""
+        optimizer_state = {int(index): dict(values) for index, values in state["optimizer"].items()}
+        for index, values in optimizer_state.items():
+            like = self._trainable[index]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == like.shape:  # fused kernels read both in memory order
+                    values[name] = torch.empty_like(like).copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
         self.schedule.load(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
-        self.schedule.before_step(max(0, self.step - 1))  # the rates that an epoch of no more steps reports
-        self._pass = None if state["pass"] is None else _Pass.of(state["pass"], self._device.accelerator)
-        self._loaded = self._pass
+        self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
+        progress = state["pass"]
+        self._progress = None if progress is None else _EpochProgress.from_state(progress, self._device.accelerator)
+        self._loaded_progress = self._progress
         _set_random_states(state["random"])
-
-    def _step(self, inputs: BatchLoader, group: list[Batch], tally: "_Tally") -> None:
-        """One step; where it runs out of memory, the error names a batch that does not."""
-        batch = group[0]
-        attempt = lambda n: self._attempt(inputs, batch, n)  # noqa: E731
-        with batch_size_that_fits(attempt, len(batch[1]), self._spec.accumulate):
-            self._update(inputs, group, tally)
-
-    def _attempt(self, inputs: BatchLoader, batch: Batch, n: int) -> None:
-        """Forward and backward pass over n images of a batch, for the memory that they take: nothing is trained."""
-        x, y = batch
-        self._contract.train_mode(update_stats=False)
-        try:
-            losses, _ = self._forward(inputs, tuple(part[:n] for part in x), y[:n])
-            torch.autograd.backward(losses)
-        finally:
-            for parameter in self._trainable:
-                parameter.grad = None
-            self._contract.train_mode()
-
-    def _update(self, inputs: BatchLoader, group: list[Batch], tally: "_Tally") -> None:
-        """One step of the optimizer: the gradient of the mean loss over all images of the group."""
-        self.schedule.before_step(self.step)
-        for parameter in self._trainable:
-            parameter.grad = None  # what zero_grad(set_to_none=True) comes to, without its overhead
-        total = sum(len(y) for _, y in group)
-        formula = self._formula(inputs)
-        for x, y in group:
-            if formula is not None:
-                losses, logits = formula.backward(x[0], y, total)
-            else:
-                losses, logits = self._forward(inputs, x, y)
-                torch.autograd.backward(self._scaler.scale(losses / total))
-            tally.add(losses.detach(), logits.detach(), y)
-        if self._spec.clip_grad is not None:
-            self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
-        if self._scaler.is_enabled():
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-        else:
-            take_step(self.optimizer)
-        self.step += 1
-
-    def _formula(self, inputs: BatchLoader) -> LinearLoss | None:
-        """Loss and gradient without autograd, where the features of one linear layer are read in float32."""
-        if inputs.head is None or inputs.dtype != torch.float32:
-            return None
-        if self._linear is None:
-            self._linear = LinearLoss(inputs.head, self._spec.label_smoothing, self._class_weights)
-        return self._linear
-
-    def _forward(self, inputs: BatchLoader, x: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the images' losses, and the logits."""
-        alone = len(y) == 1 < self._spec.batch_size
-        if alone:  # one image left over has no batch statistics to speak of
-            self._contract.train_mode(update_stats=False)
-        try:
-            with self._device.autocast(inputs.dtype), self._quick_gradients(inputs.dtype):
-                logits = inputs.network(*x)
-        except ValueError as error:
-            if "more than 1 value per channel" in str(error):
-                raise TlcliError(
-                    f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value a "
-                    f"channel: give batch_size=2 or more, or freeze.bn_stats=frozen"
-                ) from error
-            raise
-        if alone:
-            self._contract.train_mode()
-        logits = logits.float()
-        losses = F.cross_entropy(
-            logits, y, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
-        )
-        return losses, logits
-
-    def _quick_gradients(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """torch.compile makes kernels of its own."""
-        return nullcontext() if self._device.compile else fp32_depthwise_backward(self._device.accelerator, dtype)
-
-    def require_finite(self, loss: float, epoch: int, what: str) -> None:
-        """Raise NotFinite, after an epoch, unless this loss is a number."""
-        if not isfinite(loss):
-            raise self._not_finite(f"the {what} is not finite after epoch {epoch}", self.step - 1)
-
-    def _check(self, now: "_Pass") -> None:
-        """Raise NotFinite where the loss of a batch that was not looked at yet is not a number."""
-        at = now.tally.first_not_finite()
-        if at is not None:
-            step = now.first_step + at // self._spec.accumulate
-            raise self._not_finite(f"the loss is not finite at epoch {now.epoch}, batch {at + 1}", step)
-
-    def _not_finite(self, what: str, step: int) -> NonFiniteLossError:
-        """The error for a step (0-based), with its rate and what to try."""
-        self.schedule.before_step(max(0, step))
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return NonFiniteLossError(
-            f"{what} (step {step + 1}, lr {rate:.3g}): "
-            f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
-        )
-
-
-class _Tally:
-    """Loss and accuracy of an epoch as it goes, kept on the device: reading them waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._losses: list[Tensor] = []
-        self._sizes: list[int] = []
-        self._checked = 0
-        self._right = torch.zeros((), dtype=torch.int64, device=device)
-        self._to_count: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: the sum of its losses, its logits and its labels."""
-        self._losses.append(losses)
-        self._sizes.append(len(labels))
-        self._to_count.append((logits, labels))
-        if len(self._to_count) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
-            self._count()
-
-    def _count(self) -> None:
-        if self._to_count:
-            logits, labels = (torch.cat(part) for part in zip(*self._to_count, strict=True))
-            self._right += (logits.argmax(dim=1) == labels).sum()
-            self._to_count.clear()
-
-    @property
-    def images(self) -> int:
-        """The number of images so far."""
-        return sum(self._sizes)
-
-    def state(self) -> dict[str, Any]:
-        """What has been counted."""
-        self._count()
-        losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
-        return {"losses": losses, "sizes": self._sizes, "right": self._right.item()}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any], device: torch.device) -> "_Tally":
-        """From a state."""
-        tally = cls(device)
-        tally._losses = list(state["losses"].to(device).unbind())
-        tally._sizes = [int(size) for size in state["sizes"]]
-        tally._right += int(state["right"])
-        return tally
-
-    def loss(self) -> float:
-        """The mean over all images so far."""
-        return torch.stack(self._losses).cpu().double().sum().item() / sum(self._sizes)
-
-    def running(self, end: int, batches: int) -> float:
-        """The mean, over so many batches up to number `end`, of each one's mean, as the classic tutorial prints it."""
-        last = slice(end - batches, end)
-        means = torch.stack(self._losses[last]) / torch.tensor(self._sizes[last], device=self._right.device)
-        return means.mean().item()
-
-    def accuracy(self) -> float:
-        """The share of images that were classified rightly as they were trained on."""
-        self._count()
-        return self._right.item() / sum(self._sizes)
-
-    def first_not_finite(self) -> int | None:
-        """The index of the first batch whose loss is NaN or infinite, among those not looked at yet."""
-        new = torch.stack(self._losses[self._checked :]) if self._checked < len(self._losses) else None
-        if new is None:
-            return None
-        if not bool(new.isfinite().all()):
-            return self._checked + int((~new.isfinite()).nonzero()[0])
-        self._checked = len(self._losses)
-        return None
 
 
 @dataclass
-class _Pass:
-    """An epoch as far as it has come: batches that were trained on, from which step on, and the seconds it took."""
+class _EpochProgress:
+    """The epoch in progress. Losses and counts stay on the device, because reading them waits for it."""
 
     epoch: int
     first_step: int
-    tally: _Tally
-    batches: int = 0
+    device: torch.device
     seconds: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    n_checked: int = 0
+
+    def __post_init__(self) -> None:
+        self._n_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._uncounted: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def batches(self) -> int:
+        """The number of batches trained on."""
+        return len(self.losses)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: the sum of its losses, its logits and its labels."""
+        self.losses.append(loss)
+        self.sizes.append(len(labels))
+        self._uncounted.append((logits, labels))
+        if len(self._uncounted) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
+            self._count()
+
+    def _count(self) -> None:
+        if self._uncounted:
+            logits, labels = (torch.cat(part) for part in zip(*self._uncounted, strict=True))
+            self._n_correct += (logits.argmax(dim=1) == labels).sum()
+            self._uncounted.clear()
+
+    def loss(self) -> float:
+        """Return the mean loss over all images so far."""
+        return torch.stack(self.losses).cpu().double().sum().item() / sum(self.sizes)
+
+    def running_loss(self, batches: int) -> float:
+        """Return the mean, over the last `batches`, of each batch's mean loss, as the PyTorch tutorial prints it."""
+        sizes = torch.tensor(self.sizes[-batches:], device=self.device)
+        return (torch.stack(self.losses[-batches:]) / sizes).mean().item()
+
+    def accuracy(self) -> float:
+        """Return the share of images classified correctly when they were trained on."""
+        self._count()
+        return self._n_correct.item() / sum(self.sizes)
+
+    def first_non_finite(self) -> int | None:
+        """Return the index of the first batch whose loss is NaN or infinite, among those not checked before."""
+        if self.n_checked == self.batches:
+            return None
+        is_bad = ~torch.stack(self.losses[self.n_checked :]).isfinite()
+        if bool(is_bad.any()):
+            return self.n_checked + int(is_bad.nonzero()[0])
+        self.n_checked = self.batches
+        return None
 
     def state(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("epoch", "first_step", "batches", "seconds")}
-        return {**own, "tally": self.tally.state()}
+        """Return all counts as numbers and CPU tensors."""
+        self._count()
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        counts = {"losses": losses, "sizes": self.sizes, "right": self._n_correct.item()}
+        numbers = {"epoch": self.epoch, "first_step": self.first_step, "batches": self.batches, "seconds": self.seconds}
+        return {**numbers, "tally": counts}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], device: torch.device) -> "_Pass":
-        tally = _Tally.of(state["tally"], device)
-        epoch, first_step, batches = (int(state[name]) for name in ("epoch", "first_step", "batches"))
-        return cls(epoch, first_step, tally, batches, float(state["seconds"]))
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_EpochProgress":
+        """Return the progress that `state` recorded."""
+        counts = state["tally"]
+        losses, sizes = list(counts["losses"].to(device).unbind()), [int(size) for size in counts["sizes"]]
+        progress = cls(int(state["epoch"]), int(state["first_step"]), device, float(state["seconds"]), losses, sizes)
+        progress._n_correct += int(counts["right"])
+        return progress
+
+
+def out_of_memory_advice(try_images: Callable[[int], None], size: int, accumulate: int) -> str:
+    """Return what to change after a step over batches of `size` images ran out of memory.
+
+    `try_images(n)` takes the memory of a step over n images; the largest of size/2, size/4, ... 1 that fits is named.
+    """
+    fits = 0
+    for n in (size >> halvings for halvings in range(1, size.bit_length())):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            try_images(n)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                break  # for example one image under BatchNorm
+            traceback.clear_frames(error.__traceback__)
+        else:
+            fits = n
+            break
+    if not fits:
+        return f"out of memory with batch_size={size}, and no smaller batch was found to fit: try a smaller image.size"
+    return (
+        f"out of memory with batch_size={size}: {fits} fits here; "
+        f"batch_size={fits} accumulate={ceil(size / fits) * accumulate} keeps the size of a step"
+    )
+
+
+def class_weights(kind: ClassWeights, counts: tuple[int, ...], accelerator: torch.device) -> Tensor | None:
+    """Return a weight per class; `balanced`: its inverse count, with a mean of 1 over the training images."""
+    if kind is ClassWeights.none:
+        return None
+    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=accelerator)
 
 
 def _random_states() -> list[Tensor]:
-    """Of the CPU's generator, then of each CUDA GPU's: dropout draws there."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    """Return the generators' states: the CPU's, then those of the CUDA GPUs or of MPS, where dropout draws."""
+    if torch.cuda.is_available():
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [torch.get_rng_state(), *([torch.mps.get_rng_state()] if torch.backends.mps.is_available() else ())]
 
 
 def _set_random_states(states: list[Tensor]) -> None:
-    """Back to these; without those of GPUs that are not here."""
+    """Restore the CPU's generator, and the accelerators' if they are the same in number and kind."""
     torch.set_rng_state(states[0])
-    if len(states) - 1 == (torch.cuda.device_count() if torch.cuda.is_available() else 0) > 0:
+    if [state.shape for state in states] != [state.shape for state in _random_states()]:
+        return
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states[1:])
-
-
-def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """A tensor of the optimizer's as its parameter lies in memory, which is how its kernels read both."""
-    if isinstance(value, Tensor) and value.shape == parameter.shape:
-        return torch.empty_like(parameter).copy_(value)
-    return value
-
-
-def _class_weights(kind: ClassWeights, counts: tuple[int, ...], device: Device) -> Tensor | None:
-    """`balanced`: the inverse of each class's count, with a mean of 1 over the training images."""
-    if kind is ClassWeights.none:
-        return None
-    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=device.accelerator)
+    elif len(states) > 1:
+        torch.mps.set_rng_state(states[1])

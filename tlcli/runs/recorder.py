@@ -14,9 +14,8 @@ from tlcli import __version__
 from tlcli.data.dataset import Dataset
 from tlcli.engine.calibration import Calibration, calibrate, calibration_report
 from tlcli.engine.inputs import InputPlan
-from tlcli.engine.metrics import Predictions, Scores, most_confused, scores, test_report
-from tlcli.engine.selection import BestEpochTracker
-from tlcli.engine.trainer import Fit, Running, Trainer
+from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores, most_confused, scores, test_report
+from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.keeping import CheckpointManager
@@ -101,7 +100,7 @@ class Recorder:
             )
         )
 
-    def running(self, running: Running) -> None:
+    def running(self, running: RunningLoss) -> None:
         """The running loss inside an epoch."""
         self._run.log_metrics({"split": "running", **asdict(running)})
         self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
@@ -117,7 +116,7 @@ class Recorder:
     def epoch(
         self,
         epoch: int,
-        fit: Fit | None,
+        fit: EpochStats | None,
         validation: Scores,
         *,
         best: bool,

@@ -12,9 +12,8 @@ from tlcli.data.dataset import Dataset
 from tlcli.engine.checkpoints import load_state
 from tlcli.engine.formats import Decisions
 from tlcli.engine.inputs import InputPlan
-from tlcli.engine.metrics import Scores
+from tlcli.engine.metrics import BestEpochTracker, Scores
 from tlcli.engine.origin import machine_changes, require_same_images, take_threads
-from tlcli.engine.selection import BestEpochTracker
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError
 from tlcli.files import remove_temp_files
