@@ -31,7 +31,7 @@ from tlcli.data.headers import read_header
 from tlcli.data.listing import list_manifest
 from tlcli.errors import TlcliError
 from tlcli.models.weights import read_metadata, read_weights
-from tlcli.runs.index import read_run
+from tlcli.runs.index import read_entry
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir, open_run
 
@@ -276,7 +276,7 @@ def record_is_read(content: bytes) -> None:
     file_of(content, "run/run.json")
     with ours():
         open_run(place() / "run")
-    assert isinstance(read_run(place() / "run").status, str)
+    assert isinstance(read_entry(place() / "run").status, str)
 
 
 def config_is_read(content: bytes) -> None:

@@ -2,248 +2,235 @@
 
 import json
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tlcli.cli.list_query import FIGURES, FORMATS, KEYS, OPTIONS, WORDS, Wanted, kept, ordered, parsed
-from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
+from rich.cells import cell_len, set_cell_size
+
+from tlcli.cli.parser import Parser
+from tlcli.cli.table import TableColumn, table_lines
+from tlcli.cli.terminal import terminal_columns
 from tlcli.errors import UsageError
-from tlcli.runs.index import Entry, Index, RunEntry, SweepEntry, read_index
-from tlcli.text import csv_line, strip_control_chars
+from tlcli.files import expand_user
+from tlcli.runs.index import Entry, RunEntry, SweepEntry, read_index
+from tlcli.text import csv_line, did_you_mean
 
-HELP = """\
-usage: tlcli list [FOLDER ...] [--jobs] [--sort KEY] [--filter KEY=VALUE ...]
-                  [--limit N] [--format table|csv|json]
+MAX_NAME_COLUMNS = 24
+"""Width at which a name is cut on a terminal, so that the numbers stay visible."""
 
-The runs and sweeps under a folder (outputs), newest first. A sweep is one line:
-its best job by validation, and how many of its jobs are done.
+VALUES: dict[str, Callable[[Entry], Any]] = {
+    "status": lambda entry: entry.status,
+    "when": lambda entry: _local_time(entry.started),
+    "dataset": lambda entry: _names(entry, "data"),
+    "backbone": lambda entry: _names(entry, "backbone"),
+    "freeze": lambda entry: _names(entry, "freeze"),
+    "seed": lambda entry: None if isinstance(entry, SweepEntry) else entry.seed,
+    "val": lambda entry: entry.validation,
+    "test": lambda entry: entry.test,
+    "minutes": lambda entry: entry.minutes,
+    "name": lambda entry: "" if isinstance(entry, SweepEntry) else entry.name or "",
+    "path": lambda entry: str(entry.path).removeprefix(f"{Path.cwd()}/"),
+}
+"""The value of each key; None or the empty string if the entry has none."""
 
-  --jobs     the jobs of a sweep too, each below it
-  --sort     by this key, the highest figure first; --sort -KEY the other way
-  --filter   only such runs, and such jobs of a sweep; several must all hold.
-             KEY=VALUE (* stands for anything), KEY!=VALUE; 'KEY>0.9' and
-             < >= <= for figures and for when: put quotes around these
-  --limit    the first N of what is left
-  --format   table, csv or json
+HIGHEST_FIRST = frozenset({"seed", "val", "test", "minutes", "when"})
 
-keys: status, when, dataset, backbone, freeze, seed, val, test, minutes, name,
-path. val and test are accuracies: of the best epoch, and of the test set.
-status is done, running, failed, interrupted, died (running, as it says, but its
-process is gone) or damaged (run.json cannot be read).
-
-examples:
-  tlcli list --filter backbone=resnet18 --sort test
-  tlcli list experiments --jobs --filter 'test>0.9' --format csv > runs.csv
-"""
-
-WIDEST_CELL = 24  # columns: a longer name is cut on a terminal, so that the figures stay in sight
+COLUMNS = (
+    TableColumn("status", left=True),
+    TableColumn("when", drop=6, left=True),
+    TableColumn("dataset", drop=4, left=True),
+    TableColumn("backbone", drop=3, left=True),
+    TableColumn("freeze", drop=5, left=True),
+    TableColumn("swept", drop=2, left=True),
+    TableColumn("val", drop=1),
+    TableColumn("test"),
+    TableColumn("minutes", drop=7),
+    TableColumn("path", left=True),
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line: a run, a sweep, or below it a job, with its values of what the sweep varies."""
-
-    entry: Entry
-    is_job: bool = False
-    swept: str = ""
+def parser() -> Parser:
+    """Return the parser of `tlcli list`."""
+    list_parser = Parser(
+        "list",
+        "List the runs and sweeps under a folder, newest first. A sweep is one line:\n"
+        "its best job by validation. val and test are accuracies. status is done,\n"
+        "running, failed, interrupted, died (the process of a running run has ended)\n"
+        "or damaged (run.json cannot be read).",
+        ["tlcli list --sort test", "tlcli list experiments --jobs --format csv > runs.csv"],
+    )
+    list_parser.add_argument("folders", nargs="*", metavar="FOLDER", default=["outputs"], help="default: outputs")
+    list_parser.add_argument("--jobs", action="store_true", help="also list the jobs of a sweep, below it")
+    list_parser.add_argument(
+        "--sort",
+        type=_sort_key,
+        metavar="KEY",
+        help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(VALUES)}",
+    )
+    list_parser.add_argument("--limit", type=_limit, metavar="N", help="list the first N entries")
+    list_parser.add_removed("--filter", "use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
+    list_parser.add_format(("table", "csv", "json"))
+    return list_parser
 
 
 def run(argv: list[str]) -> int:
-    """List what the arguments ask for; the exit code."""
-    if "-h" in argv or "--help" in argv:
-        print(HELP, end="")
-        return 0
-    wanted = parsed(argv)
-    found = [_index(folder) for folder in wanted.folders]
-    entries = list({entry.path: entry for index in found for entry in index.entries}.values())
-    entries = ordered(list(kept(entries, wanted.filters)), wanted.sort)[: wanted.limit]
-    for path in (path for index in found for path in index.unreadable):
-        print(f"tlcli list: {path}: cannot be looked into", file=sys.stderr)
-    show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[wanted.format]
-    show(entries, wanted)
+    """List the runs under the folders in argv; return the exit code."""
+    words = list(argv)
+    if "--sort" in words[:-1]:  # argparse would take -test for a flag
+        i = words.index("--sort")
+        words[i : i + 2] = [f"--sort={words[i + 1]}"]
+    arguments = parser().parse_args(words)
+    entries: dict[Path, Entry] = {}
+    for folder in map(expand_user, arguments.folders):
+        if not folder.is_dir():
+            problem = "not a folder" if folder.exists() else "no such folder"
+            raise UsageError(f"{folder}: {problem}; name the folder of the runs: tlcli list FOLDER")
+        index = read_index(folder)
+        entries |= {entry.path: entry for entry in index.entries}
+        for path in index.unreadable:
+            print(f"tlcli list: {path}: cannot be read", file=sys.stderr)
+    listed = sort_entries(list(entries.values()), arguments.sort)[: arguments.limit]
+    {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
     return 0
 
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
-    """What may follow these words on a command line, for completion."""
+    """Yield the words that may follow, for completion."""
     match before:
         case [*_, "--format"]:
-            yield from FORMATS
+            yield from ("table", "csv", "json")
         case [*_, "--sort"]:
-            yield from KEYS
-        case [*_, "--filter"]:
-            yield from (f"{key}=" for key in KEYS)
+            yield from VALUES
         case [*_, "--limit"]:
             pass
         case _:
-            yield from (*OPTIONS, "--help")
+            yield from ("--jobs", "--sort", "--limit", "--format", "--help")
             yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
 
 
-# -- what is there
+def _sort_key(value: str) -> str:
+    if value.removeprefix("-") not in VALUES:
+        near = did_you_mean(value, VALUES) or (" Did you mean 'val'?" if value.startswith("val") else "")
+        raise UsageError(f"--sort {value}: unknown key.{near} Keys: {', '.join(VALUES)}")
+    return value
 
 
-def _index(folder: Path) -> Index:
-    """What is under a folder. Raises UsageError where there is none."""
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "there is no such folder"
-        raise UsageError(f"{folder}: {what}; name the one that runs were written to: tlcli list FOLDER")
-    return read_index(folder)
+def _limit(value: str) -> int:
+    if not value.isdecimal() or int(value) == 0:
+        raise UsageError(f"--limit {value}: must be a whole number from 1")
+    return int(value)
 
 
-def state(row: Row) -> str:
-    """The status; of a sweep how many of its jobs are done."""
-    entry = row.entry
-    if isinstance(entry, RunEntry):
-        return f"  {entry.status}" if row.is_job else entry.status
-    done, n = entry.counts["done"], len(entry.jobs)
-    return f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
+def sort_entries(entries: list[Entry], sort: str | None) -> list[Entry]:
+    """Return the entries newest first, or by a key; those without a value come last in either direction."""
+    key = (sort or "when").removeprefix("-")
+    value = VALUES[key]
+    entries = sorted(entries, key=lambda entry: (_timestamp(entry.started), str(entry.path)), reverse=True)
+    if sort is None:
+        return entries
+    known = [entry for entry in entries if value(entry) not in (None, "")]
+    reverse = (key in HIGHEST_FIRST) != sort.startswith("-")
+    known.sort(key=value if key != "when" else lambda entry: _timestamp(entry.started), reverse=reverse)
+    return known + [entry for entry in entries if value(entry) in (None, "")]
 
 
-# -- the table
+def _timestamp(started: datetime | None) -> float:
+    return started.timestamp() if started else 0.0
 
 
-@dataclass(frozen=True)
-class Field:
-    """A column. Where the width is short, those with a higher `drop` are left out; a `whole` one is never cut."""
-
-    title: str
-    cell: Callable[[Row], str]
-    drop: int
-    figure: bool = False
-    whole: bool = False
+def _local_time(started: datetime | None) -> str:
+    return f"{started.astimezone():%Y-%m-%d %H:%M}" if started else ""
 
 
-def _word(name: str) -> Callable[[Row], str]:
-    return lambda row: strip_control_chars(WORDS[name](row.entry)) or "-"
+def _names(entry: Entry, field: str) -> str:
+    return ",".join(entry.values(field)) if isinstance(entry, SweepEntry) else getattr(entry, field) or ""
 
 
-def _figure(name: str, digits: int) -> Callable[[Row], str]:
-    return lambda row: "-" if (found := FIGURES[name](row.entry)) is None else f"{found:.{digits}f}"
-
-
-FIELDS = (
-    Field("status", lambda row: strip_control_chars(state(row)), 0),
-    Field("when", _word("when"), 6),
-    Field("dataset", _word("dataset"), 4),
-    Field("backbone", _word("backbone"), 3),
-    Field("freeze", _word("freeze"), 5),
-    Field("swept", lambda row: strip_control_chars(row.swept), 2, whole=True),
-    Field("val", _figure("val", 4), 1, figure=True),
-    Field("test", _figure("test", 4), 0, figure=True),
-    Field("minutes", _figure("minutes", 1), 7, figure=True),
-    Field("path", _word("path"), 0, whole=True),
-)
-
-
-def _print_table(entries: Sequence[Entry], wanted: Wanted) -> None:
-    """A line a run or sweep, and how many they are."""
-    where = ", ".join(str(folder) for folder in wanted.folders)
-    if not entries:
-        print(f"no such runs in {where}" if wanted.filters else f"no runs in {where}")
-        return
-    width = terminal_columns() or WHOLE_LINES
-    print("\n".join(table(list(rows(entries, wanted.jobs)), width)))
-    print(f"\n{_total(entries)} in {where}")
-
-
-def rows(entries: Sequence[Entry], jobs: bool) -> Iterator[Row]:
-    """The lines for these, with the jobs of sweeps or without."""
+def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entry, str]]:
+    """Yield (kind, entry, swept): runs, sweeps and, if asked for, jobs with the overrides that their sweep varies."""
     for entry in entries:
-        yield Row(entry)
+        yield ("sweep" if isinstance(entry, SweepEntry) else "run"), entry, ""
         if jobs and isinstance(entry, SweepEntry):
             varied = entry.varied()
             for job in entry.jobs:
-                yield Row(job, is_job=True, swept=" ".join(word for word in job.overrides if word in varied))
+                yield "job", job, " ".join(word for word in job.overrides if word in varied)
 
 
-def table(lines: Sequence[Row], width: int) -> list[str]:
-    """The lines of the table, with the fields that fit a width. (rich would take seconds for 2,000 of them.)"""
-    most = WIDEST_CELL if width < WHOLE_LINES else WHOLE_LINES
-    columns = {f: [f.title, *(f.cell(row) if f.whole else _cut(f.cell(row), most) for row in lines)] for f in FIELDS}
-    widths = {f: max(map(cells, column)) for f, column in columns.items()}
-    fields = fitting([f for f in FIELDS if any(columns[f][1:])], widths, width)
-    return [
-        "  ".join(_padded(columns[f][i], widths[f], f.figure) for f in fields).rstrip() for i in range(len(lines) + 1)
-    ]
-
-
-def fitting(fields: Sequence[Field], widths: Mapping[Field, int], width: int) -> list[Field]:
-    """Those that fit, in their order: what is never dropped, then each next that there is room for."""
-    left, kept = width + 2, set()
-    for one in sorted(fields, key=lambda f: f.drop):
-        if one.drop == 0 or widths[one] + 2 <= left:
-            left -= widths[one] + 2
-            kept.add(one)
-    return [one for one in fields if one in kept]
-
-
-def _cut(text: str, most: int) -> str:
-    """At most so many columns of a text."""
-    if cells(text) <= most:
-        return text
-    while cells(text) >= most:
-        text = text[:-1]
-    return text + "…"
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    blanks = " " * (width - cells(text))
-    return blanks + text if right else text + blanks
-
-
-def cells(text: str) -> int:
-    """The columns that a text takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
-def _total(entries: Sequence[Entry]) -> str:
-    """3 runs and 1 sweep of 4 jobs."""
+def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
+    """Print a line per run or sweep, and how many there are."""
+    folders = ", ".join(arguments.folders)
+    if not entries:
+        print(f"no runs in {folders}")
+        return
+    width = terminal_columns()
+    rows = []
+    for kind, entry, swept in _with_jobs(entries, arguments.jobs):
+        status = f"  {entry.status}" if kind == "job" else entry.status
+        if isinstance(entry, SweepEntry):
+            done, n = entry.counts["done"], len(entry.jobs)
+            status = f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
+        names = [VALUES[key](entry) or None for key in ("when", "dataset", "backbone", "freeze")]
+        if width is not None:
+            names = [name and _cut(name) for name in names]
+        numbers = [
+            None if value is None else f"{value:.{digits}f}"
+            for value, digits in ((entry.validation, 4), (entry.test, 4), (entry.minutes, 1))
+        ]
+        rows.append([status, *names, swept or None, *numbers, VALUES["path"](entry)])
+    used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]
+    print("\n".join(table_lines([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], width)))
     jobs = [len(entry.jobs) for entry in entries if isinstance(entry, SweepEntry)]
     runs = len(entries) - len(jobs)
-    words = [f"{runs:,} {'run' if runs == 1 else 'runs'}"] if runs or not jobs else []
+    counts = [_count(runs, "run")] if runs else []
     if jobs:
-        n = sum(jobs)
-        sweeps = f"{len(jobs):,} {'sweep' if len(jobs) == 1 else 'sweeps'}"
-        words.append(f"{sweeps} of {n:,} {'job' if n == 1 else 'jobs'}")
-    return " and ".join(words)
+        counts.append(f"{_count(len(jobs), 'sweep')} of {_count(sum(jobs), 'job')}")
+    print(f"\n{' and '.join(counts)} in {folders}")
 
 
-# -- for programs
+def _cut(name: str) -> str:
+    too_long = cell_len(name) > MAX_NAME_COLUMNS
+    return set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…" if too_long else name
 
 
-def _print_csv(entries: Sequence[Entry], wanted: Wanted) -> None:
-    """A line a run or sweep; with --jobs a line for each job after its sweep."""
-    sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
-    for row in rows(entries, wanted.jobs):
-        entry = row.entry
-        values = [FIGURES[key](entry) if key in FIGURES else WORDS[key](entry) for key in KEYS]
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun if n == 1 else noun + 's'}"
+
+
+def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:
+    """Print a line per run or sweep; with --jobs also per job."""
+    sys.stdout.write(csv_line(["kind", *VALUES, "jobs", "jobs_done", "swept", "error"]))
+    for kind, entry, swept in _with_jobs(entries, arguments.jobs):
         jobs = (len(entry.jobs), entry.counts["done"]) if isinstance(entry, SweepEntry) else (None, None)
-        kind = "sweep" if isinstance(entry, SweepEntry) else "job" if row.is_job else "run"
         error = entry.error if isinstance(entry, RunEntry) else None
-        sys.stdout.write(csv_line([kind, *values, *jobs, row.swept, error]))
+        sys.stdout.write(csv_line([kind, *(value(entry) for value in VALUES.values()), *jobs, swept, error]))
 
 
-def _print_json(entries: Sequence[Entry], wanted: Wanted) -> None:
-    print(json.dumps([_record(entry, wanted.jobs) for entry in entries], indent=2))
+def _print_json(entries: Sequence[Entry], arguments: Namespace) -> None:
+    print(json.dumps([_as_json(entry, arguments.jobs) for entry in entries], indent=2))
 
 
-def _record(entry: Entry, jobs: bool) -> dict[str, Any]:
-    """An entry as JSON. The jobs of a sweep are in it only where they are asked for."""
-    figures = {key: FIGURES[key](entry) for key in ("val", "test", "minutes")}
-    started = entry.started.isoformat(timespec="seconds") if entry.started else None
-    facts: dict[str, Any] = {"path": str(entry.path), "status": entry.status, "started": started}
-    if isinstance(entry, SweepEntry):
-        facts |= {name: list(entry.values(name)) for name in ("dataset", "data", "backbone", "freeze")}
-        best = str(entry.top.path) if entry.top else None
-        own = {"best_job": best, "jobs": len(entry.jobs), "jobs_by_status": dict(entry.counts)}
-        below = {"runs": [_record(job, jobs) for job in entry.jobs]} if jobs else {}
-        return {"kind": "sweep", **facts, **figures, **own, **below}
-    names = ("name", "dataset", "data", "backbone", "freeze", "seed", "keep_best", "best", "test_ci95", "error")
-    own = {name: getattr(entry, name) for name in names}
-    return {"kind": "run", **facts, **figures, **own, "overrides": list(entry.overrides)}
+def _as_json(entry: Entry, jobs: bool) -> dict[str, Any]:
+    common = {
+        "path": str(entry.path),
+        "status": entry.status,
+        "started": entry.started.isoformat(timespec="seconds") if entry.started else None,
+        "val": entry.validation,
+        "test": entry.test,
+        "minutes": entry.minutes,
+    }
+    if isinstance(entry, RunEntry):
+        names = ("name", "dataset", "data", "backbone", "freeze", "seed", "keep_best", "best", "test_ci95", "error")
+        values = {name: getattr(entry, name) for name in names}
+        return {"kind": "run", **common, **values, "overrides": list(entry.overrides)}
+    return {
+        "kind": "sweep",
+        **common,
+        **{name: list(entry.values(name)) for name in ("dataset", "data", "backbone", "freeze")},
+        "best_job": str(entry.best_job.path) if entry.best_job else None,
+        "jobs": len(entry.jobs),
+        "jobs_by_status": dict(entry.counts),
+        **({"runs": [_as_json(job, jobs) for job in entry.jobs]} if jobs else {}),
+    }

@@ -1,6 +1,7 @@
 """The argument parser of every command: argparse, with errors as one line and exit code 2."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -33,6 +34,10 @@ class Parser(argparse.ArgumentParser):
         """Add --format; the first format is the default."""
         self.add_argument("--format", choices=formats, default=formats[0], help="format of the output")
 
+    def add_removed(self, flag: str, instead: str) -> None:
+        """Answer a flag that earlier releases had with a UsageError that names its replacement."""
+        self.add_argument(flag, action=_Removed, nargs="?", metavar=instead, help=argparse.SUPPRESS)
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with argparse's message and the nearest flag."""
         words = message.removeprefix("argument ")
@@ -41,4 +46,12 @@ class Parser(argparse.ArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings]
             kind = "flag" if word.startswith("-") else "argument"
             words = f"unknown {kind} {word!r}.{did_you_mean(word, known) or f' `{self.prog} --help` lists the flags.'}"
+        elif choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", words):
+            known = choice[3].replace("'", "").split(", ")
+            words = f"{choice[1]} {choice[2]}: choose from {', '.join(known)}.{did_you_mean(choice[2], known)}"
         raise UsageError(words)
+
+
+class _Removed(argparse.Action):
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> NoReturn:
+        raise UsageError(f"{option_string} was removed; {self.metavar}")

@@ -1,10 +1,15 @@
 """The table of every command: aligned columns without lines, of which the less important ones go if space is short."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
+
+from tlcli.text import strip_control_chars
+
+if TYPE_CHECKING:
+    import rich.table
 
 GAP = 2
 """Blanks between two columns."""
@@ -25,22 +30,48 @@ class TableColumn:
     left: bool = False
 
 
-def make_table(columns: Sequence[TableColumn], rows: Iterable[Sequence[object]], width: int | None = None) -> Table:
+def make_table(
+    columns: Sequence[TableColumn], rows: Iterable[Sequence[object]], width: int | None = None
+) -> "rich.table.Table":
     """Return a rich table of the columns that fit `width` characters; all of them if the width is None.
 
     A cell is shown as `str` of it, None as a dash. Markup in cells is not interpreted.
     """
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    widths = [max([len(column.title), *(Text(row[i]).cell_len for row in cells)]) for i, column in enumerate(columns)]
-    kept = list(range(len(columns)))
-    while width is not None and sum(widths[i] + GAP for i in kept) - GAP > width:
-        least = max(reversed(kept), key=lambda i: columns[i].drop)
-        if columns[least].drop == 0:
-            break
-        kept.remove(least)
+    from rich.table import Table
+    from rich.text import Text
+
+    cells, _, shown = _layout(columns, rows, width)
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=True, header_style="dim")
-    for i in kept:
+    for i in shown:
         table.add_column(Text(columns[i].title), justify="left" if columns[i].left else "right", overflow="fold")
     for row in cells:
-        table.add_row(*(Text(row[i]) for i in kept))
+        table.add_row(*(Text(row[i]) for i in shown))
     return table
+
+
+def table_lines(
+    columns: Sequence[TableColumn], rows: Iterable[Sequence[object]], width: int | None = None
+) -> Iterator[str]:
+    """Yield the lines of the same table without wrapped cells: rich takes a second for 2,000 rows."""
+    cells, widths, shown = _layout(columns, rows, width)
+    for row in [[column.title for column in columns], *cells]:
+        padded = []
+        for i in shown:
+            blanks = " " * (widths[i] - cell_len(row[i]))
+            padded.append(row[i] + blanks if columns[i].left else blanks + row[i])
+        yield (" " * GAP).join(padded).rstrip()
+
+
+def _layout(
+    columns: Sequence[TableColumn], rows: Iterable[Sequence[object]], width: int | None
+) -> tuple[list[list[str]], list[int], list[int]]:
+    """Return the cells as text, the width of each column, and the indices of the columns that fit."""
+    cells = [["-" if cell is None else strip_control_chars(str(cell)) for cell in row] for row in rows]
+    widths = [max([len(column.title), *(cell_len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
+    shown = list(range(len(columns)))
+    while width is not None and sum(widths[i] + GAP for i in shown) - GAP > width:
+        least = max(reversed(shown), key=lambda i: columns[i].drop)
+        if columns[least].drop == 0:
+            break
+        shown.remove(least)
+    return cells, widths, shown

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -244,6 +244,8 @@ def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
 
 def environment() -> dict[str, Any]:
     """Return versions, machine and git commit for run.json, without host name, user name or environment variables."""
+    import subprocess
+
     from tlcli.device import processor_name
 
     versions = {}
@@ -295,6 +297,24 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def number(value: object) -> float | None:
+    """Return a finite number of a file, otherwise None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None  # also None for nan
+
+
+def pair(value: object) -> tuple[float, float] | None:
+    """Return two finite numbers of a file, otherwise None."""
+    low, high = map(number, value) if isinstance(value, list) and len(value) == 2 else (None, None)
+    return None if low is None or high is None else (low, high)
+
+
+def text(value: object) -> str | None:
+    """Return a string of a file that is not empty, otherwise None."""
+    return value if isinstance(value, str) and value else None
 
 
 def _regular(path: Path) -> Path:
