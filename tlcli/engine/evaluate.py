@@ -1,4 +1,4 @@
-"""A network over a whole split, without training: logits, or what enters the head."""
+"""Run a network over a whole split without training it: logits, or the input of the head."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from tlcli.device import Device, threads
 from tlcli.engine.inputs import BatchLoader
-from tlcli.engine.metrics import Predictions, predictions_of
+from tlcli.engine.metrics import Predictions
 from tlcli.reporter import Reporter
 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode throughout, and every module in the mode it had afterwards."""
+    """Set eval mode in the block, and restore the mode of every module after it."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -24,32 +24,32 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def evaluate(network: nn.Module, feed: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
-    """The logits for every image of a split, each once, in order; `network` is the whole one, whose modes are set."""
+def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
+    """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set."""
     logits, labels = [], []
     with (
         eval_mode(network),
         torch.inference_mode(),
-        threads(feed.threads),
-        reporter.track(label, len(feed)) as advance,
+        threads(loader.threads),
+        reporter.track(label, len(loader)) as advance,
     ):
-        for x, y in feed.in_order():
-            with device.autocast(feed.dtype):
-                logits.append(feed.network(*x))
+        for x, y in loader.in_order():
+            with device.autocast(loader.dtype):
+                logits.append(loader.network(*x))
             labels.append(y)
             advance(len(y))
-    return predictions_of(logits, labels)
+    return Predictions(torch.cat(logits).float().cpu(), torch.cat(labels).cpu())
 
 
 def features(
-    network: nn.Module, head: nn.Module, feed: BatchLoader, device: Device, reporter: Reporter, label: str
+    network: nn.Module, head: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str
 ) -> tuple[Tensor, Tensor]:
-    """What enters `head` for every image, float32 on the CPU, and the labels (N)."""
-    seen: list[Tensor] = []
-    hook: Callable[..., None] = lambda module, args: seen.append(args[0].float().cpu())  # noqa: E731
-    handle = head.register_forward_pre_hook(hook)
+    """Return the input of `head` for every image, (N, D) float32 on the CPU, and the labels (N)."""
+    batches: list[Tensor] = []
+    record: Callable[..., None] = lambda module, args: batches.append(args[0].float().cpu())  # noqa: E731
+    handle = head.register_forward_pre_hook(record)
     try:
-        labels = evaluate(network, feed, device, reporter, label).labels
+        labels = evaluate(network, loader, device, reporter, label).labels
     finally:
         handle.remove()
-    return torch.cat(seen), labels
+    return torch.cat(batches), labels

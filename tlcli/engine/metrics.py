@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
@@ -95,11 +94,6 @@ def _per_class(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.nda
         zero_division=0.0,
     )
     return table
-
-
-def predictions_of(logits: list[Tensor], labels: list[Tensor]) -> Predictions:
-    """Return the predictions of all batches, on the CPU."""
-    return Predictions(torch.cat(logits).float().cpu(), torch.cat(labels).cpu())
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
-from tlcli.engine.depthwise import fp32_depthwise_backward
+from tlcli.engine.gradients import fp32_depthwise_backward
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store

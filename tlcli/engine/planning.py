@@ -17,8 +17,8 @@ from tlcli.data.dataset import Dataset, Split
 from tlcli.device import Device, auto_workers, machine_name
 from tlcli.engine.activations import SplitActivations, View, activations_key, merge_splits
 from tlcli.engine.extraction import Extractor
+from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.inputs import CachedFeed, InputPlan, LiveFeeds, preprocessing_for
-from tlcli.engine.linear import is_plain_linear
 from tlcli.engine.numerics import SAMPLE, Autotuner, ComputeFormat, candidates, forward_step, training_step
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device, threads
-from tlcli.engine.depthwise import fp32_depthwise_backward
+from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.inputs import BatchLoader
-from tlcli.engine.linear import LinearLoss
 from tlcli.engine.live import Batch
 from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule

@@ -14,7 +14,7 @@ from timm.models._manipulate import group_with_matcher  # timm exports only its 
 from torch import nn
 
 from tlcli.errors import UsageError
-from tlcli.models.classifier import Architecture, Head, Stage, within
+from tlcli.models.classifier import Architecture, Float32Linear, Head, Stage, within
 from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
 from tlcli.text import did_you_mean
 
@@ -52,6 +52,10 @@ def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
     head = timm_head(network)
     if not head:
         raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
+    for name in head:
+        layer = network.get_submodule(name)
+        if type(layer) is nn.Linear:
+            network.set_submodule(name, Float32Linear.of(layer))
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     lite = isinstance(spec, LiteBackbone)
     if lite and spec.name not in LITE_SIZES:

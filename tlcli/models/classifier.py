@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,7 +59,26 @@ class Classifier:
         return self.stages[-1].tensors & {name for name, _ in self.network.named_parameters()}
 
 
-class Head(nn.Linear):
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 under autocast too: in bfloat16 the logits of many classes tie."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "Float32Linear":
+        """Return a layer with the parameters of this one."""
+        with torch.device("meta"):  # no random numbers are drawn
+            own = Float32Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        own.weight, own.bias = layer.weight, layer.bias
+        return own
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_features) to (B, out_features)."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return super().forward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
+class Head(Float32Linear):
     """Dropout, then a linear layer; its tensors are those of nn.Linear, whatever the dropout."""
 
     def __init__(self, in_features: int, out_features: int, dropout: float) -> None:

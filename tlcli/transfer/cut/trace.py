@@ -11,7 +11,7 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from tlcli.models.classifier import Head
+from tlcli.models.classifier import Float32Linear
 from tlcli.transfer.cut.graph import Refusal, Traced, mutated, one_line
 from tlcli.transfer.cut.state import device_of, eval_mode, random_state
 
@@ -24,7 +24,7 @@ class _Leaves:
     types: set[type] = field(default_factory=lambda: set(get_notrace_modules()))
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module in self.modules or type(module) in self.types or isinstance(module, Head)
+        return module in self.modules or type(module) in self.types or isinstance(module, Float32Linear)
 
     def grow(self, failed: Sequence[nn.Module]) -> bool:
         """Take in the innermost of the modules in which tracing failed; False where all of them are leaves already."""
