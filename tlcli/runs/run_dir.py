@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,23 +33,34 @@ SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
+class _PathInRun:
+    """A path below a run's directory, joined on access: `list` makes thousands of RunDir objects."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunDir", owner: type) -> Path:
+        return run.path / self._name
+
+
 class RunDir:
     """A run's directory. Its files are written while the run is trained; run.json always has the current status."""
 
+    info_file = _PathInRun("run.json")
+    config_file = _PathInRun("config.yaml")
+    metrics_file = _PathInRun("metrics.jsonl")
+    test_file = _PathInRun("test.json")
+    val_predictions = _PathInRun("val_predictions.safetensors")
+    test_predictions = _PathInRun("test_predictions.safetensors")
+    log_file = _PathInRun("run.log")
+    bad_files_file = _PathInRun("bad_files.csv")
+    best_checkpoint = _PathInRun("checkpoints/best.safetensors")
+    last_checkpoint = _PathInRun("checkpoints/last.safetensors")
+    state_file = _PathInRun("checkpoints/state.safetensors")
+    plots = _PathInRun("plots")
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.info_file = path / "run.json"
-        self.config_file = path / "config.yaml"
-        self.metrics_file = path / "metrics.jsonl"
-        self.test_file = path / "test.json"
-        self.val_predictions = path / "val_predictions.safetensors"
-        self.test_predictions = path / "test_predictions.safetensors"
-        self.log_file = path / "run.log"
-        self.bad_files_file = path / "bad_files.csv"
-        self.best_checkpoint = path / "checkpoints" / "best.safetensors"
-        self.last_checkpoint = path / "checkpoints" / "last.safetensors"
-        self.state_file = path / "checkpoints" / "state.safetensors"
-        self.plots = path / "plots"
 
     # -- reading
 
@@ -245,6 +256,7 @@ def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
 def environment() -> dict[str, Any]:
     """Return versions, machine and git commit for run.json, without host name, user name or environment variables."""
     import subprocess
+    from importlib.metadata import PackageNotFoundError, version
 
     from tlcli.device import processor_name
 
@@ -319,6 +331,6 @@ def text(value: object) -> str | None:
 
 def _regular(path: Path) -> Path:
     """Return the path. Raise OSError for a pipe, which would block, or a device, which may have no end."""
-    if path.exists() and not path.is_file():
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
     return path
