@@ -1,7 +1,7 @@
 """S8, memory: python -m benchmarks.memory DATA [--small] [--backbone resnet18]
 
-Peak resident memory of a frozen run on all 50,000 training images of CIFAR-10 at 224 px with an empty cache, as the kernel
-records it (ru_maxrss): pages of mapped files count too.
+Peak resident memory of a frozen run on all 50,000 training images of CIFAR-10 at 224 px with an empty cache, as the
+kernel records it (ru_maxrss): pages of mapped files count too.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Photographs of 12 megapixels: python -m benchmarks.photographs DATA [--small]
 
-The rate at which one core turns JPEG files of phones into network inputs: with tlcli, with tlcli's rules from all pixels,
-and with the transforms of torchvision's references and timm (Pillow, Resize, CenterCrop). The photographs are those of
-hymenoptera, enlarged, with added grain. Then the difference between tlcli's pixels and those of fully decoded
+The rate at which one core turns JPEG files of phones into network inputs: with tlcli, with tlcli's rules from all
+pixels, and with the transforms of torchvision's references and timm (Pillow, Resize, CenterCrop). The photographs are
+those of hymenoptera, enlarged, with added grain. Then the difference between tlcli's pixels and those of fully decoded
 photographs, in gray levels of 0 to 255.
 """
 

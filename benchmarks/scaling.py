@@ -1,9 +1,9 @@
 """S7, time as the data grows: python -m benchmarks.scaling DATA [--small]
 
-A frozen run on 1,000, 2,000, 4,000 and 8,000 images (train and val) with an empty cache: seconds per image of the phases
-extract, probe, train and validate. Constant costs are excluded: process start, loading the model, and compilation if the
-run compiles. The same small test split is extracted in each run, and its images count. ResNet-18 at 224 px from random
-weights; speed does not depend on them.
+A frozen run on 1,000, 2,000, 4,000 and 8,000 images (train and val) with an empty cache: seconds per image of the
+phases extract, probe, train and validate. Constant costs are excluded: process start, loading the model, and
+compilation if the run compiles. The same small test split is extracted in each run, and its images count. ResNet-18 at
+224 px from random weights; speed does not depend on them.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """S4, training the whole network: python -m benchmarks.training DATA [--small]
 
-Images per second with batches of 32 (4 in the tutorial) at 224 px, metrics included, over the epochs after the first. tlcli and the tuned loop decode small images once, before the first epoch; the tutorial and timm decode them
-in each epoch. The baselines train BatchNorm on each batch, so tlcli does too (`freeze.bn_stats=update`): the same
-arithmetic everywhere. ResNet-18 starts from random weights; speed does not depend on them.
+Images per second with batches of 32 (4 in the tutorial) at 224 px, metrics included, over the epochs after the first.
+tlcli and the tuned loop decode small images once, before the first epoch; the tutorial and timm decode them in each
+epoch. The baselines train BatchNorm on each batch, so tlcli does too (`freeze.bn_stats=update`): the same arithmetic
+everywhere. ResNet-18 starts from random weights; speed does not depend on them.
 """
 
 from collections.abc import Callable
