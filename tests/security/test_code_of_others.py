@@ -30,8 +30,7 @@ FORBIDDEN = {
 """What may not be called, nor imported, with the reason. A module stands for all that is in it."""
 
 EXCEPTIONS = {
-    ("exporting/graphs.py", "torch.jit.load"),
-    ("exporting/graphs.py", "torch.export.load"),
+    ("export.py", "torch.export.load"),
 }
 """An export is checked by loading the file that this very process has just written, and nobody's else."""
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "eval on other data": "eval {run} dataset=imagefolder dataset.root='{shapes}'",
     "report": "report {run} --output page.html",
     "compare": "compare {run} {other}",
-    "export": "export {run} --to safetensors --output model.safetensors",
+    "export": "export {run} --to pt2 --output model.pt2",
     "data check": "data check dataset=imagefolder dataset.root='{shapes}' --quick --output found",
     "inspect": "inspect {run}",
     "inspect a backbone": "inspect resnet18",

@@ -39,13 +39,12 @@ def left(request: pytest.FixtureRequest, shapes: Path, tmp_path_factory: pytest.
         ["eval", "run"],
         ["report", "run", "--output", "page.html"],
         ["predict", "run", str(image), "--format", "csv", "--output", "answers.csv"],
-        ["export", "run", "--to", "safetensors"],
+        ["export", "run", "--to", "timm"],
         ["list", ".", "--format", "json"],
     ]
     if request.param != 0o027:
         lines += [["train", "-m", "hydra.sweep.dir=sweep", "seed=0", *photos, *SMALL]]
-        lines += [["data", "check", *photos, "--quick", "--output", "found"], ["export", "run", "--to", "torchscript"]]
-        lines += [["export", "run", "--to", "timm"]]
+        lines += [["data", "check", *photos, "--quick", "--output", "found"], ["export", "run", "--to", "pt2"]]
     before = os.umask(request.param)
     shown = StringIO()
     try:
@@ -64,7 +63,7 @@ def left(request: pytest.FixtureRequest, shapes: Path, tmp_path_factory: pytest.
 
 EXPECTED = {
     *("run/run.json", "run/checkpoints/best.safetensors", "run/test_predictions.safetensors", "run/plots/curves.png"),
-    *("run/eval-1/predictions.safetensors", "run/export/model.safetensors"),
+    *("run/eval-1/predictions.safetensors", "run/export/timm/model.safetensors"),
     *("page.html", "answers.csv", "cache/activations"),
 }
 """Some of what is there, each written in a way of its own."""

@@ -22,10 +22,10 @@ COMMANDS = {
     "compare": ("tlcli.cli.compare", "what differs between runs, and whether it is more than chance"),
     "report": ("tlcli.cli.report", "one HTML file of a run or a sweep, with figures and pictures"),
     "list": ("tlcli.cli.list_runs", "the runs and sweeps under a folder, with what they reached"),
-    "export": ("tlcli.cli.export", "a run's model as ONNX, TorchScript, pt2, safetensors or for timm"),
+    "export": ("tlcli.cli.export", "a run's model as ONNX, pt2 or for timm"),
     "inspect": ("tlcli.cli.inspect", "a network's stages, and what each way to freeze it costs here"),
     "data": ("tlcli.cli.data_check", "what is wrong with a data set: duplicates, labels, files, balance"),
-    "doctor": ("tlcli.cli.doctor", "versions, devices, room and speed here, and what is wrong"),
+    "doctor": ("tlcli.cli.doctor", "versions, devices and free space here, and what does not work"),
     "cache": ("tlcli.cli.cache", "list or remove the activations that are kept on disk"),
     "completion": ("tlcli.cli.completion", "print a completion script for bash, zsh or fish"),
 }

@@ -1,11 +1,13 @@
 """A data set ready for use: classes, and train, val and test splits of images that are known to decode."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tlcli.data.decode import Pixels
 from tlcli.data.digits import load_digits
 from tlcli.data.duplicates import duplicate_notes
 from tlcli.data.listing import list_imagefolder, list_manifest
@@ -23,6 +25,7 @@ __all__ = [
     "Images",
     "SoundImages",
     "Split",
+    "images_by_key",
     "load_dataset",
     "load_unchecked",
     "load_whole",
@@ -103,6 +106,18 @@ def load_unchecked(spec: DatasetSpec, *, seed: int, reporter: Reporter) -> Datas
     return Dataset(
         spec.name, source.classes, **_kept(splits, Memory(int(spec.ram_gb * 1e9))), notes=tuple(notes), bad_files=()
     )
+
+
+def images_by_key(spec: DatasetSpec) -> dict[str, Callable[[], Pixels]]:
+    """Return one function per image of a data set, by the image's key, that decodes it; nothing is downloaded.
+
+    Raises:
+        UsageError, OSError: the data set cannot be read. The functions raise BadImage, a ValueError, and OSError.
+    """
+    if isinstance(spec, TorchvisionDataset):
+        spec = replace(spec, download=False)
+    splits = SOURCES[type(spec)](spec, Reporter()).splits.values()
+    return {s.images.key(i): partial(s.images.read, i) for s in splits for i in s.indices.tolist()}
 
 
 def load_whole(

@@ -1,0 +1,449 @@
+"""Export of a run's model: the formats, and the check that what was written computes what PyTorch does.
+
+A format is one function with the decorator `export_format`; checks, help and tests iterate over FORMATS. This module
+imports without torch.
+"""
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlcli import __version__
+from tlcli.errors import TlcliError, UsageError
+from tlcli.runs.run_dir import RunDir
+from tlcli.specs import DatasetSpec, Fit
+from tlcli.text import did_you_mean, evenly_spaced
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tlcli.runs.load import LoadedRun
+
+TOLERANCE = 1e-4
+"""Largest difference of a float32 logit: ten times what another order of summation causes."""
+
+SAMPLE_IMAGES = 16
+"""Images of the check: enough for every class of a small task, few enough for seconds with any network."""
+
+METADATA_FILE = "tlcli.json"
+"""File in a .pt2 archive with the classes, the preprocessing and the temperature."""
+
+ONNX_OPSET = 18
+"""Oldest version of ONNX's operators that PyTorch's exporter writes without conversion; most runtimes have it."""
+
+REMOVED = {
+    "torchscript": "TorchScript is deprecated in PyTorch; use --to pt2, which torch.export.load reads",
+    "safetensors": "use RUN/checkpoints/best.safetensors, which holds the weights, classes and preprocessing",
+}
+"""Formats of earlier releases, and what to use now."""
+
+Model = Callable[["Tensor"], "Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class ExportJob:
+    """What a format writes.
+
+    Args:
+        run: the model's run.
+        network: its network, with the normalization in front if that was asked for.
+        example: two inputs of zeros. No pixel of an image gets into a file, and with one input an exporter may take
+            the batch size for a constant.
+        metadata: classes, preprocessing and temperature as JSON values.
+    """
+
+    run: "LoadedRun"
+    network: "nn.Module"
+    example: "Tensor"
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One format.
+
+    Args:
+        file_name: name in the export/ directory of a run.
+        summary: text for the help.
+        write: writes a job to a path and returns the model as read back from there.
+        load: line of Python that loads {path!r}.
+        packages: packages of the extra [export] that are needed to write and to check.
+        has_graph: the format holds a graph, of which the normalization can be part.
+    """
+
+    name: str
+    file_name: str
+    summary: str
+    write: Callable[[ExportJob, Path], Model]
+    load: str
+    packages: tuple[str, ...]
+    has_graph: bool
+
+
+FORMATS: dict[str, ExportFormat] = {}
+
+
+def export_format(
+    name: str, file_name: str, summary: str, *, load: str, packages: tuple[str, ...] = (), has_graph: bool = True
+) -> Callable[[Callable[[ExportJob, Path], Model]], Callable[[ExportJob, Path], Model]]:
+    """Return a decorator that registers a function as the writer of a format. See `ExportFormat`."""
+
+    def register(write: Callable[[ExportJob, Path], Model]) -> Callable[[ExportJob, Path], Model]:
+        FORMATS[name] = ExportFormat(name, file_name, summary, write, load, packages, has_graph)
+        return write
+
+    return register
+
+
+# -- the formats
+
+
+@export_format(
+    "onnx",
+    "model.onnx",
+    "one file for ONNX runtimes, any batch size; needs the extra [export]",
+    load="import onnxruntime; session = onnxruntime.InferenceSession({path!r})",
+    packages=("onnx", "onnxscript", "onnxruntime"),
+)
+def write_onnx(job: ExportJob, path: Path) -> Model:
+    """Write an ONNX file; return what onnxruntime computes from it."""
+    import onnxruntime
+    import torch
+
+    program: Any = torch.onnx.export(
+        _export_program(job),
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=ONNX_OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.metadata.items()}
+    program.model.metadata_props.update(texts)
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@export_format(
+    "pt2",
+    "model.pt2",
+    "one file for torch.export.load, any batch size",
+    load="import torch; model = torch.export.load({path!r}).module()",
+)
+def write_pt2(job: ExportJob, path: Path) -> Model:
+    """Write an exported program of PyTorch; return it as loaded from the file."""
+    import torch
+
+    torch.export.save(_export_program(job), path, extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    return torch.export.load(path).module()
+
+
+def _export_program(job: ExportJob) -> Any:
+    import torch
+
+    program = torch.export.export(job.network, (job.example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, half of some files
+    return program
+
+
+@export_format(
+    "timm",
+    "timm",
+    'a folder for timm.create_model("local-dir:FOLDER", pretrained=True), with a model card',
+    load="import timm; model = timm.create_model('local-dir:' + {path!r}, pretrained=True).eval()",
+    has_graph=False,
+)
+def write_timm(job: ExportJob, path: Path) -> Model:
+    """Write config.json, model.safetensors and README.md; return the network that timm builds from them.
+
+    Raises:
+        UsageError: timm has no network of this name with the same tensors.
+    """
+    import timm
+    from safetensors.torch import save
+
+    run, preprocessing = job.run, job.run.preprocessing
+    name, kind = run.classifier.name.split(".")[0], run.info["backbone_kind"]
+    architecture = f"tf_{name}" if kind == "lite" else name
+    published: Mapping[str, Any] = getattr(run.model, "pretrained_cfg", {})
+    arguments = {"img_size": preprocessing.size} if published.get("fixed_input_size") else {}
+    try:
+        network: Any = timm.create_model(architecture, num_classes=len(run.classes), **arguments)
+        network.load_state_dict(run.model.state_dict())
+    except RuntimeError as exc:  # for an unknown name and for tensors that do not fit
+        graphs = ", ".join(f.name for f in FORMATS.values() if f.has_graph)
+        raise UsageError(
+            f"timm has no network with the tensors of {kind}'s {run.classifier.name}: use --to {graphs}"
+        ) from exc
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": len(run.classes),
+        "num_features": network.num_features,
+        "label_names": list(run.classes),
+        "pretrained_cfg": {
+            "tag": "tlcli",
+            "custom_load": False,
+            "input_size": [3, preprocessing.size, preprocessing.size],
+            "fixed_input_size": bool(arguments),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "num_classes": len(run.classes),
+            "pool_size": None,
+            "first_conv": network.pretrained_cfg.get("first_conv"),
+            "classifier": network.pretrained_cfg.get("classifier"),
+        },
+        **({"model_args": arguments} if arguments else {}),
+    }
+    path.mkdir()
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in run.model.state_dict().items()}
+    (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    (path / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (path / "README.md").write_text(_model_card(run, architecture), encoding="utf-8")
+    loaded: Model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    return loaded
+
+
+PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
+
+
+def _model_card(run: "LoadedRun", architecture: str) -> str:
+    """Return Markdown with the front matter that model hubs read."""
+    own = run.preprocessing
+    try:
+        test = RunDir(run.path).test()
+        low, high = test["accuracy_ci95"]
+        result = f"Test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, {test['n']:,} images)."
+    except (KeyError, TypeError, ValueError):
+        result = "Not tested."
+    if run.checkpoint != "best":
+        result = "Weights of the last epoch; the weights of the best epoch were tested."
+    note = f"{PAD_NOTE}.\n\n" if own.fit is Fit.pad else ""
+    return f"""\
+---
+library_name: timm
+pipeline_tag: image-classification
+tags: [image-classification, timm, tlcli]
+---
+
+# {architecture}, {len(run.classes)} classes
+
+Fine-tuned with tlcli {__version__} from {run.classifier.name}. {result}
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+```
+
+Input: RGB, {own.size} x {own.size} pixels ({own.fit.value}, bilinear), scaled to 0 to 1, mean {list(own.mean)}, std
+{list(own.std)}. Output: one logit per class, in this order:
+
+```json
+{json.dumps(list(run.classes), ensure_ascii=False, indent=2)}
+```
+
+{note}Divide the logits by the temperature {run.temperature:.6g} before the softmax to get calibrated probabilities.
+"""
+
+
+# -- export and check
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images before normalization, uint8 (N, 3, S, S), and a text that says where they come from."""
+
+    images: "Tensor"
+    source: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Args:
+        contents: input and output of the model.
+        images: the images of the check.
+        max_difference: largest difference of a logit from PyTorch's.
+        load: line of Python that loads the model.
+    """
+
+    path: Path
+    contents: str
+    images: str
+    max_difference: float
+    load: str
+    note: str | None
+
+
+def find_format(name: str) -> ExportFormat:
+    """Return the format of this name. Raise UsageError if there is none or its packages are not installed."""
+    if name in REMOVED:
+        raise UsageError(f"--to {name} was removed: {REMOVED[name]}")
+    if name not in FORMATS:
+        raise UsageError(f"--to {name}: unknown format.{did_you_mean(name, FORMATS)} Use one of {', '.join(FORMATS)}")
+    chosen = FORMATS[name]
+    if missing := [package for package in chosen.packages if find_spec(package) is None]:
+        raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'tlcli[export]'")
+    return chosen
+
+
+def output_path(run: Path, chosen: ExportFormat, output: Path | None) -> Path:
+    """Return where an export is written, `output` or a place in the run. Raise UsageError if that already exists."""
+    path = output or run / "export" / chosen.file_name
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{path} already exists: choose another --output")
+    return path
+
+
+def find_samples(run: "LoadedRun", dataset: DatasetSpec | None) -> Samples:
+    """Return test images of the run, evenly spaced; random images if the data set cannot be read."""
+    import torch
+
+    from tlcli.data.dataset import images_by_key
+    from tlcli.runs.predictions import read_predictions
+
+    size = run.preprocessing.size
+    try:
+        keys = read_predictions(RunDir(run.path).test_predictions).keys
+        images = images_by_key(dataset) if dataset is not None else {}
+        pixels = [images[key]() for key in evenly_spaced(keys, SAMPLE_IMAGES)]
+        return Samples(run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run")
+    except (TlcliError, OSError, ValueError, KeyError):  # an image that does not decode is a ValueError
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (SAMPLE_IMAGES, 3, size, size), dtype=torch.uint8, generator=generator)
+        return Samples(noise, f"{SAMPLE_IMAGES} random images (the run's test images were not found)")
+
+
+def export(
+    run: "LoadedRun",
+    chosen: ExportFormat,
+    samples: Samples,
+    *,
+    output: Path | None = None,
+    with_preprocessing: bool = False,
+) -> ExportResult:
+    """Write the model of a run and compare what was written with PyTorch on the samples.
+
+    Raises:
+        UsageError: the output exists, or timm has no such network.
+        TlcliError: the network cannot be written in this format, or computes something else there. Nothing is left
+            behind then.
+    """
+    import torch
+
+    size, normalized = run.preprocessing.size, run.preprocessing.normalise(samples.images)
+    network, inputs, contents = run.model, normalized.contiguous(), f"images float32 (N, 3, {size}, {size}) normalized"
+    if with_preprocessing:
+        network = _with_normalization(run.model, run.preprocessing.mean, run.preprocessing.std).eval()
+        inputs = samples.images.permute(0, 2, 3, 1).contiguous()
+        contents = f"images uint8 (N, {size}, {size}, 3) RGB"
+    metadata = {
+        "tlcli": __version__,
+        "backbone": run.classifier.name,
+        "backbone_kind": run.info["backbone_kind"],
+        "classes": list(run.classes),
+        "preprocessing": run.preprocessing.to_json(),
+        "temperature": run.temperature,
+        "input": contents,
+    }
+    job = ExportJob(run, network, torch.zeros_like(inputs[:1]).repeat(2, 1, 1, 1), metadata)
+    path = output_path(run.path, chosen, output)
+    with torch.inference_mode():
+        reference = run.model(normalized)
+    with _draft(path) as draft:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # exporters warn of their own code; the comparison finds errors
+                model = chosen.write(job, draft)
+        except (TlcliError, OSError):
+            raise
+        except Exception as exc:  # exporters raise anything
+            reason = (str(exc) or type(exc).__name__).strip().split("\n")[0]
+            raise TlcliError(
+                f"cannot write this network as {chosen.name} ({reason[:200]}); try another format"
+            ) from exc
+        difference = compare(model, inputs, reference, f"{chosen.name}, {samples.source}")
+    note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
+    contents = f"{contents} -> logits (N, {len(run.classes)})"
+    return ExportResult(path, contents, samples.source, difference, chosen.load.format(path=str(path)), note)
+
+
+def _with_normalization(network: "nn.Module", mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":
+    """Return the network with normalization in front: uint8 (N, S, S, 3) RGB to logits (N, classes)."""
+    import torch
+
+    class Normalized(torch.nn.Module):
+        mean: "Tensor"
+        std: "Tensor"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+        def forward(self, images: "Tensor") -> "Tensor":
+            values = images.permute(0, 3, 1, 2).to(torch.float32)  # the order of operations of Preprocessing
+            logits: Tensor = self.network((values / 255 - self.mean) / self.std)
+            return logits
+
+    return Normalized()
+
+
+def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: str) -> float:
+    """Return the largest difference of the model's logits from the reference (N, classes).
+
+    The model computes all inputs in one batch, then the first input alone.
+
+    Raises:
+        TlcliError: a logit differs by more than TOLERANCE, or a class is different.
+    """
+    import torch
+
+    with torch.inference_mode():
+        logits = [model(inputs), model(inputs[:1])]
+    shapes = [tuple(batch.shape) for batch in logits]
+    if shapes != [tuple(reference.shape), tuple(reference[:1].shape)]:
+        raise TlcliError(f"{description}: logits of shape {shapes}, not {tuple(reference.shape)}; nothing was written")
+    expected = torch.cat([reference, reference[:1]])
+    largest = float((torch.cat(logits) - expected).abs().max())  # NaN if there is one
+    wrong = int((torch.cat(logits).argmax(dim=1) != expected.argmax(dim=1)).sum())
+    if not largest <= TOLERANCE or wrong:
+        raise TlcliError(
+            f"{description}: results differ from PyTorch, logits by up to {largest:.2g} ({TOLERANCE:g} is allowed), "
+            f"classes of {wrong} images; nothing was written"
+        )
+    return largest
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Yield a path beside the output with the same name; it is moved to the output if the block succeeds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
+    except OSError as exc:
+        raise UsageError(f"--output {path}: cannot write ({exc.strerror or exc})") from exc
+    try:
+        yield folder / path.name
+        if path.exists() or path.is_symlink():
+            raise UsageError(f"{path} already exists: choose another --output")
+        (folder / path.name).rename(path)
+    except OSError as exc:
+        raise TlcliError(f"{path}: {exc.strerror or exc}") from exc
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
