@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tlcli.cli import main
-from tlcli.cli.compose import build, composed, parse_flags, register
+from tlcli.cli.compose import build, composed, parse_flags
 from tlcli.cli.libraries import quiet_libraries
 from tlcli.specs import TrainSpec
 
@@ -32,7 +32,6 @@ def spec() -> Compose:
     """spec("freeze=head", "epochs=1"): the TrainSpec that these overrides compose."""
 
     def make(*overrides: str) -> TrainSpec:
-        register()
         flags = parse_flags(list(overrides))
         return build(composed(flags), flags.files)
 

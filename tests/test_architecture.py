@@ -12,8 +12,8 @@ import tlcli
 
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
-    {"errors", "interrupts", "specs", "reporter", "text", "__init__"},
-    {"files"},
+    {"errors", "interrupts", "registry", "reporter", "text", "__init__"},
+    {"files", "specs"},
     {"store"},
     {"device"},
     {"models", "data"},

@@ -11,9 +11,9 @@ from tlcli.engine.session import session_for
 from tlcli.inspection import Inspection, Strategy, inspect
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentNone, TrainSpec
+from tlcli.specs import AugmentNoneSpec, TrainSpec
 
-NONE = AugmentNone(kind="none", erasing=0.0)
+NONE = AugmentNoneSpec(kind="none", erasing=0.0)
 
 
 def base(shapes: Path, *more: str) -> list[str]:

@@ -3,8 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
+from msgspec import structs
 from torch import nn
 
 from tlcli.data.source import Split
@@ -30,7 +30,8 @@ from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json
-from tlcli.specs import DatasetSpec, Manifest, Precision, TorchvisionDataset, TrainSpec
+from tlcli.specs import DatasetSpec, ManifestSpec, Precision, TorchvisionDatasetSpec, TrainSpec
+from tlcli.text import to_plain
 from tlcli.transfer.contract import apply_freeze
 
 SPLITS = ("test", "val", "train")
@@ -111,8 +112,8 @@ def evaluate_run(asked: Asked, reporter: Reporter) -> Evaluation:
 def _as_trained(spec: TrainSpec, loaded: LoadedRun) -> TrainSpec:
     """The spec with the images that the run's network takes, whatever the data set would suggest."""
     own = loaded.preprocessing
-    image = replace(spec.image, size=own.size, fit=own.fit, mean=list(own.mean), std=list(own.std))
-    return replace(spec, image=image)
+    image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
+    return structs.replace(spec, image=image)
 
 
 def _as_built(loaded: LoadedRun, spec: TrainSpec) -> Classifier:
@@ -195,8 +196,8 @@ def _moved(
     before, trained = _test_keys(loaded), asked.trained.dataset
     if before is None or type(wanted) is not type(trained):
         return None
-    place: dict[str, Any] = {"root": wanted.root} | ({"file": wanted.file} if isinstance(wanted, Manifest) else {})
-    spec = _own_spec(replace(trained, **place), wanted)
+    place: dict[str, Any] = {"root": wanted.root} | ({"file": wanted.file} if isinstance(wanted, ManifestSpec) else {})
+    spec = _own_spec(structs.replace(trained, **place), wanted)
     try:
         data = session.dataset(spec, asked.trained.seed, reporter)
     except (UsageError, BadImagesError):  # nothing that could be trained on
@@ -208,9 +209,9 @@ def _own_spec(trained: DatasetSpec, wanted: DatasetSpec) -> DatasetSpec:
     """The data set as it was for training, but for what a user may change about reading it."""
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in KEPT}
     offline: dict[str, Any] = (
-        {"download": False} if isinstance(trained, TorchvisionDataset) else {}
+        {"download": False} if isinstance(trained, TorchvisionDatasetSpec) else {}
     )  # that is for whoever asks for it
-    return replace(trained, **changed, **offline)
+    return structs.replace(trained, **changed, **offline)
 
 
 def _test_keys(loaded: LoadedRun) -> list[str] | None:
@@ -232,7 +233,7 @@ def _identity(spec: DatasetSpec) -> tuple[object, ...]:
 
 def _where(spec: DatasetSpec) -> str:
     """What a user calls this data set."""
-    place = spec.file if isinstance(spec, Manifest) else spec.root
+    place = spec.file if isinstance(spec, ManifestSpec) else spec.root
     return spec.name if place is None else f"{spec.name} {place}"
 
 
@@ -269,7 +270,7 @@ def _report(found: Predictions, loaded: LoadedRun, images: Images) -> dict[str, 
         "checkpoint": file.relative_to(loaded.path).as_posix(),
         "epoch": read_metadata(file).get("epoch"),
         "dataset": {"name": spec.name, "root": spec.root, "own": images.own}
-        | ({"file": spec.file} if isinstance(spec, Manifest) else {}),
+        | ({"file": spec.file} if isinstance(spec, ManifestSpec) else {}),
         "split": images.role,
         "n_bad_files": len(images.bad_files),
     }
@@ -302,7 +303,7 @@ def _write(run: RunDir, report: Mapping[str, Any], found: Predictions, loaded: L
         rows = SplitPredictions.of(images.split, found.logits, found.labels, loaded.classes)
         write_predictions(draft / "predictions.safetensors", rows)
         write_json(draft / "eval.json", report)
-        config = yaml.safe_dump({"dataset": _plain(asdict(images.spec))}, sort_keys=False, allow_unicode=True)
+        config = yaml.safe_dump({"dataset": to_plain(images.spec)}, sort_keys=False, allow_unicode=True)
         (draft / "config.yaml").write_text(config, encoding="utf-8")
         draft.chmod(run.path.stat().st_mode)  # mkdtemp makes it for its owner alone
         return _in_free_place(draft, run.path)
@@ -323,12 +324,3 @@ def _in_free_place(draft: Path, folder: Path) -> Path:
             if not wanted.exists():  # else somebody else's came in between: a directory with files in it stays
                 raise
     raise AssertionError("unreachable")
-
-
-def _plain(value: Any) -> Any:
-    """Enums by their value, tuples as lists: what YAML knows."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value

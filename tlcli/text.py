@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import Struct, to_builtins
+
 T = TypeVar("T")
 
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
@@ -68,9 +70,11 @@ def shown_path(path: Path) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return dataclasses as dicts, enums as their values and tuples as lists: what JSON and YAML can hold."""
+    """Return dataclasses and Structs as dicts, enums as their values, tuples as lists: what JSON and YAML can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
+    if isinstance(value, Struct):
+        value = to_builtins(value)
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,9 +2,9 @@
 
 import shutil
 import subprocess
-from dataclasses import fields
 
 import pytest
+from msgspec.structs import fields
 
 from tlcli.cli.completion import SCRIPTS, candidates
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in

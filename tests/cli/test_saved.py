@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+from msgspec import structs
 from omegaconf import OmegaConf
 
 from tests.conftest import Compose
-from tlcli.cli.compose import composed, parse_flags, register
+from tlcli.cli.compose import composed, parse_flags
 from tlcli.cli.saved import saved_spec
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import Digits, ImageFolder, TorchvisionDataset
+from tlcli.specs import DigitsSpec, ImageFolderSpec, TorchvisionDatasetSpec
 
 Saved = Callable[..., RunDir]
 
@@ -25,7 +25,6 @@ def saved(tmp_path: Path) -> Saved:
     """saved("freeze=head"): a run of these overrides, as far as its config.yaml and run.json."""
 
     def make(*overrides: str) -> RunDir:
-        register()
         config = composed(parse_flags(list(overrides)))
         OmegaConf.set_struct(config, False)
         config.pop("hydra")
@@ -70,14 +69,14 @@ def test_a_data_set_is_switched_as_in_train(saved: Saved, spec: Compose) -> None
     own = spec("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50", "freeze=head")
     found = saved_spec(run, ["dataset=imagefolder", "dataset.root=/photos"])
     assert found.dataset == spec("dataset=imagefolder", "dataset.root=/photos").dataset
-    assert isinstance(found.dataset, ImageFolder)
-    assert replace(found, dataset=own.dataset) == own
+    assert isinstance(found.dataset, ImageFolderSpec)
+    assert structs.replace(found, dataset=own.dataset) == own
 
 
 def test_a_key_of_the_same_data_set_leaves_the_others(saved: Saved) -> None:
     run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50")
     found = saved_spec(run, ["dataset.root=/other", "dataset.ram_gb=0.5", "device.precision=fp32"])
-    assert isinstance(found.dataset, TorchvisionDataset)
+    assert isinstance(found.dataset, TorchvisionDatasetSpec)
     assert (found.dataset.root, found.dataset.ram_gb, found.dataset.train_per_class) == ("/other", 0.5, 50)
     assert found.device.precision.value == "fp32"
 
@@ -171,4 +170,4 @@ def test_the_users_own_references_are_followed(saved: Saved, monkeypatch: pytest
     monkeypatch.setenv("PHOTOS", "/mine")
     found = saved_spec(saved(), ["dataset=imagefolder", "dataset.root=${oc.env:PHOTOS}"])
     assert found.dataset.root == "/mine"
-    assert not isinstance(found.dataset, Digits)
+    assert not isinstance(found.dataset, DigitsSpec)

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from tlcli.specs import Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
+from tlcli.specs import DigitsSpec, ImageFolderSpec, ManifestSpec, OnBad, TorchvisionDatasetSpec, Verify
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -16,25 +16,26 @@ COMMON: dict[str, Any] = yaml.safe_load((CONF / "common" / "dataset.yaml").read_
     "val_fraction": 0.25,
     "test_fraction": 0.25,
     "on_bad": OnBad.error,
+    "verify": Verify.changed,
 }
 """The values that the configuration gives; larger fractions, so that a few images are enough."""
 
 
-def folder_spec(root: Path, **changes: Any) -> ImageFolder:
-    return ImageFolder(**COMMON | {"root": str(root)} | changes)
+def folder_spec(root: Path, **changes: Any) -> ImageFolderSpec:
+    return ImageFolderSpec(**COMMON | {"root": str(root)} | changes)
 
 
-def manifest_spec(file: Path, **changes: Any) -> Manifest:
-    return Manifest(**COMMON | {"file": str(file)} | changes)
+def manifest_spec(file: Path, **changes: Any) -> ManifestSpec:
+    return ManifestSpec(**COMMON | {"file": str(file)} | changes)
 
 
-def digits_spec(**changes: Any) -> Digits:
-    return Digits(**COMMON | {"name": "digits"} | changes)
+def digits_spec(**changes: Any) -> DigitsSpec:
+    return DigitsSpec(**COMMON | {"name": "digits"} | changes)
 
 
-def torchvision_spec(class_name: str, root: Path, **changes: Any) -> TorchvisionDataset:
+def torchvision_spec(class_name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
     kind = {"class_name": class_name, "root": str(root), "train": {}, "val": None, "test": None, "download": False}
-    return TorchvisionDataset(**COMMON | kind | changes)
+    return TorchvisionDatasetSpec(**COMMON | kind | changes)
 
 
 def save_image(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10)) -> Path:

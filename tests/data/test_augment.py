@@ -10,14 +10,14 @@ from torchvision.transforms import v2
 
 from tlcli.data.augment import RandomCrop, make_augmentation
 from tlcli.data.preprocess import Preprocessing
-from tlcli.specs import AugmentNone, AugmentSpec, Crop, Fit, Rand, Trivial
+from tlcli.specs import AugmentNoneSpec, AugmentSpec, CropSpec, Fit, RandAugmentSpec, TrivialAugmentSpec
 
 SCALE, RATIO = (0.35, 1.0), (0.75, 4 / 3)
 SPECS: list[AugmentSpec] = [
-    AugmentNone(erasing=1.0),
-    Crop(erasing=0.0, scale=SCALE, ratio=RATIO, flip=0.5),
-    Trivial(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5),
-    Rand(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5, n=2, magnitude=9),
+    AugmentNoneSpec(erasing=1.0),
+    CropSpec(erasing=0.0, scale=SCALE, ratio=RATIO, flip=0.5),
+    TrivialAugmentSpec(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5),
+    RandAugmentSpec(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5, n=2, magnitude=9),
 ]
 
 
@@ -56,20 +56,20 @@ def test_any_shape(spec: AugmentSpec, shape: tuple[int, int], fit: Fit) -> None:
 
 
 def test_none_is_evaluation() -> None:
-    assert make_augmentation(AugmentNone(erasing=0.0), preprocessing()) is None
+    assert make_augmentation(AugmentNoneSpec(erasing=0.0), preprocessing()) is None
 
 
 def test_flip() -> None:
     image = noise(16, 16)
     whole, ratio = (1.0, 1.0), (1.0, 1.0)
     for flip, want in ((0.0, image), (1.0, image[:, ::-1])):
-        augment = make_augmentation(Crop(erasing=0.0, scale=whole, ratio=ratio, flip=flip), preprocessing())
+        augment = make_augmentation(CropSpec(erasing=0.0, scale=whole, ratio=ratio, flip=flip), preprocessing())
         assert augment is not None
         assert np.array_equal(augment.apply(image, 5).permute(1, 2, 0).numpy(), want)
 
 
 def test_erasing_fills_with_the_mean_colour() -> None:
-    augment = make_augmentation(AugmentNone(erasing=1.0), preprocessing())
+    augment = make_augmentation(AugmentNoneSpec(erasing=1.0), preprocessing())
     assert augment is not None
     image = np.full((16, 16, 3), 255, dtype=np.uint8)
     out = augment.apply(image, 0)
@@ -79,7 +79,7 @@ def test_erasing_fills_with_the_mean_colour() -> None:
 
 
 def test_pad_augments_the_padded_square() -> None:
-    whole = Crop(erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    whole = CropSpec(erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     augment = make_augmentation(whole, preprocessing(Fit.pad, size=30))
     assert augment is not None
     image = np.full((10, 30, 3), 255, dtype=np.uint8)

@@ -13,7 +13,7 @@ from tlcli.data.batches import Batch, ImageBatches, epoch_order, sample_seed
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Files, Split
 from tlcli.errors import BadImagesError
-from tlcli.specs import Crop, Fit, Trivial
+from tlcli.specs import CropSpec, Fit, TrivialAugmentSpec
 
 PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -27,7 +27,9 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def augmentation() -> Augmentation | None:
-    return make_augmentation(Trivial(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
+    return make_augmentation(
+        TrivialAugmentSpec(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING
+    )
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
@@ -146,7 +148,7 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
         def digest(self, index: int) -> bytes:
             return bytes(16)
 
-    crop = make_augmentation(Crop(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
+    crop = make_augmentation(CropSpec(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
     split = Split(Photos(), np.arange(8), np.arange(8))
     batches = ImageBatches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
     assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]

@@ -13,7 +13,7 @@ import pytest
 from tests.data.samples import COMMON, digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
 from tlcli.data.listing import Listing, check_dataset, list_imagefolder, list_manifest
 from tlcli.errors import UsageError
-from tlcli.specs import DatasetSpec, ImageFolder
+from tlcli.specs import DatasetSpec, ImageFolderSpec
 
 MakeFolder = Callable[..., Path]
 
@@ -97,7 +97,7 @@ def test_no_such_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
     refused(folder_spec(tmp_path / "fotos"), f"{tmp_path}/fotos: no such folder", "Did you mean 'photos'?")
     refused(folder_spec(tmp_path / "x" / "y"), f"{tmp_path}/x/y: no such folder")
     refused(folder_spec(root / "a" / "000.png"), "000.png: not a folder")
-    refused(ImageFolder(**COMMON), "dataset.root is not set")
+    refused(ImageFolderSpec(**COMMON), "dataset.root is not set")
 
 
 @pytest.mark.parametrize(

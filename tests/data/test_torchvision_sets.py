@@ -19,19 +19,19 @@ from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.torchvision_sets import dataset_class, load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import TorchvisionDataset
+from tlcli.specs import TorchvisionDatasetSpec
 
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "dataset").glob("*.yaml"))}
 OURS = {name: conf for name, conf in YAMLS.items() if "class_name" in conf}
 KEYS = ("name", "class_name", "train", "val", "test")
 
 
-def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDataset:
+def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
     """The spec that conf/dataset/NAME.yaml makes, without a download."""
     return torchvision_spec(**{k: OURS[name][k] for k in KEYS} | {"root": root} | changes)
 
 
-def load(spec: TorchvisionDataset) -> Dataset:
+def load(spec: TorchvisionDatasetSpec) -> Dataset:
     return load_dataset(spec, seed=0, reporter=Reporter())
 
 

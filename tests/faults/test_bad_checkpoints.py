@@ -29,7 +29,7 @@ from tlcli.models.weights import read_metadata, read_weights
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json
-from tlcli.specs import TimmBackbone
+from tlcli.specs import TimmBackboneSpec
 
 CLASSES = ("ant", "bee", "cat")
 PREPROCESSING = {"size": 32, "fit": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
@@ -37,8 +37,8 @@ FACTS = {"backbone": "test_resnet", "backbone_kind": "timm", "classes": list(CLA
          "preprocessing": PREPROCESSING}  # fmt: skip
 
 
-def backbone(weights: str = "none") -> TimmBackbone:
-    return TimmBackbone(name="test_resnet", weights=weights, reinit=[], dropout=0.0)
+def backbone(weights: str = "none") -> TimmBackboneSpec:
+    return TimmBackboneSpec(name="test_resnet", weights=weights, reinit=[], dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -85,8 +85,8 @@ def test_where_there_are_no_links_there_is_nothing_to_compare(cache: Path) -> No
 SCRIPT = f"""
 from tests.conftest import *
 from tlcli.models.weights import published_weights
-from tlcli.specs import TimmBackbone
-spec = TimmBackbone(name="{NAME}", weights="default", reinit=[], dropout=0.0)
+from tlcli.specs import TimmBackboneSpec
+spec = TimmBackboneSpec(name="{NAME}", weights="default", reinit=[], dropout=0.0)
 print(len(published_weights(spec, None, 3, 224).state))
 """
 

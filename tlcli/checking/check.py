@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from tlcli.checking.labels import LabelCheck, check_labels
@@ -26,7 +27,7 @@ from tlcli.engine.session import Session
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentNone, FreezeHead, HeadInit, ImageFolder, OnBad, TrainSpec
+from tlcli.specs import AugmentNoneSpec, HeadInit, HeadSpec, ImageFolderSpec, OnBad, TrainSpec
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.probe import linear_head
 
@@ -81,7 +82,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, *, quick: 
     """
     start = time.perf_counter()
     accelerator = prepare(spec.device)
-    layout = survey(spec.dataset) if isinstance(spec.dataset, ImageFolder) else None
+    layout = survey(spec.dataset) if isinstance(spec.dataset, ImageFolderSpec) else None
     spec = _as_checked(spec, layout)
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
@@ -104,13 +105,13 @@ def _as_checked(spec: TrainSpec, layout: Layout | None) -> TrainSpec:
     """The spec whose features are those that training a head alone would read, without bad files and classes that stop
     training."""
     dataset = spec.dataset
-    if isinstance(dataset, ImageFolder) and layout is not None:
+    if isinstance(dataset, ImageFolderSpec) and layout is not None:
         dataset = usable(dataset, layout)
-    return replace(
+    return structs.replace(
         spec,
-        dataset=replace(dataset, on_bad=OnBad.skip),
-        freeze=FreezeHead(bn_stats=spec.freeze.bn_stats, head_init=HeadInit.random),
-        augment=AugmentNone(erasing=0.0),
+        dataset=structs.replace(dataset, on_bad=OnBad.skip),
+        freeze=HeadSpec(bn_stats=spec.freeze.bn_stats, head_init=HeadInit.random),
+        augment=AugmentNoneSpec(erasing=0.0),
     )
 
 

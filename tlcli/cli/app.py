@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tlcli.cli import sweep
 from tlcli.cli.checks import check, first_line
-from tlcli.cli.compose import Flags, build, composed, composing, parse_flags, quoted, register
+from tlcli.cli.compose import Flags, build, composed, composing, parse_flags, quoted
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.endings import Abort
 from tlcli.cli.folders import Folder, named_folder, new_folder
@@ -30,7 +30,6 @@ def run(argv: list[str]) -> int:
         with terminable():
             return resume(path, words)
     flags = parse_flags(argv)
-    register()
     with terminable():
         if flags.runs:
             return _run_in_folder(flags, argv)
@@ -95,7 +94,6 @@ def _resume_sweep(path: Path, words: Sequence[str]) -> int:
         raise UsageError(f"{words[0]}: a sweep goes on as it was begun; resume its jobs one by one to change them")
     began = sweep_begun(path)
     flags = parse_flags(began.argv)
-    register()
     os.chdir(began.cwd)
     with _explained(flags.files):
         composed(flags)  # refuses what names code to run

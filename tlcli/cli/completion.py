@@ -4,16 +4,14 @@ The candidates are read from the YAML files and the dataclasses, without Hydra, 
 """
 
 import enum
-import types
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from importlib import import_module
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.run_folders import run_folders
 from tlcli.errors import UsageError
-from tlcli.specs import SCHEMAS, TrainSpec
+from tlcli.specs import classes_of, leaf_types
 from tlcli.text import did_you_mean
 
 SCRIPTS = {
@@ -120,7 +118,7 @@ def _keys(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
     """Keys: those of a group only once its name and dot are there, or the list would be long."""
     group, dot, _ = word.partition(".")
     if not dot:
-        yield from (f"{group}." for group in files.groups if group in SCHEMAS)
+        yield from (f"{group}." for group in files.groups if classes_of(group))
     elif option := _chosen(group, before, files):
         names = dict.fromkeys(key.name.split(".")[0] for key in files.keys_of(files.groups[group][option]))
         yield from (f"{group}.{name}=" for name in names)
@@ -151,23 +149,12 @@ def _values(key: str, before: list[str], files: ConfFiles) -> Iterator[str]:
 
 def _choices(key: str) -> Iterator[str]:
     """The values of an enum or of a yes-or-no key, by its type."""
-    owner, _, name = key.rpartition(".")
-    kinds: list[Any] = [*SCHEMAS[owner].values()] if owner in SCHEMAS else [TrainSpec]
-    if owner and owner not in SCHEMAS:
-        kinds = [hint for field, hint in get_type_hints(TrainSpec).items() if field == owner and is_dataclass(hint)]
-    for kind in kinds:
-        if any(f.name == name for f in fields(kind)):
-            yield from _choices_of(get_type_hints(kind)[name])
-            return
-
-
-def _choices_of(hint: Any) -> Iterator[str]:
-    if get_origin(hint) in (Union, types.UnionType):
-        for one in get_args(hint):
-            yield from _choices_of(one)
-    elif hint is type(None):
-        yield "null"
-    elif hint is bool:
-        yield from ("true", "false")
-    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
-        yield from (member.name for member in hint)
+    for hint, _ in leaf_types(key):
+        if hint is type(None):
+            yield "null"
+        elif hint is bool:
+            yield from ("true", "false")
+        elif get_origin(hint) is Literal:
+            yield from get_args(hint)
+        elif isinstance(hint, enum.EnumMeta):
+            yield from (str(member.value) for member in list[enum.Enum](hint))

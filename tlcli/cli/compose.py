@@ -1,30 +1,32 @@
-"""From argv to a TrainSpec: the flags, the composed config, and the sealed dataclasses that it becomes."""
+"""From argv to a TrainSpec: the flags, the composed config, and its conversion."""
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union
 
+import msgspec
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from msgspec import structs
 from omegaconf import DictConfig, OmegaConf, grammar_parser
-from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
-from tlcli.cli.explain import explain, unknown_key
+from tlcli.cli.explain import explain, explain_value, out_of_range, unknown_key
 from tlcli.cli.yaml_size import check_yaml
 from tlcli.errors import UsageError
-from tlcli.specs import SCHEMAS, Spec, TrainSpec, problems
-from tlcli.text import did_you_mean
+from tlcli.registry import HOMES
+from tlcli.specs import TrainSpec, classes_of
+from tlcli.text import did_you_mean, flat_keys
 
 RESOLVERS = frozenset(
     {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}
@@ -97,15 +99,6 @@ def _without(argv: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
             left.remove(word)
         else:
             yield word
-
-
-def register() -> None:
-    """Give Hydra the dataclasses, so that YAML is checked against them as it is composed."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="train", node=TrainSpec)
-    for group, options in SCHEMAS.items():
-        for name, schema in options.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
 
 
 def composed(flags: Flags) -> DictConfig:
@@ -185,6 +178,9 @@ def parse_override(text: str, files: ConfFiles) -> Override:
         raise UsageError(f"cannot read {text!r}: write KEY=VALUE or GROUP=OPTION")
     override: Override = OverridesParser.create().parse_overrides([text])[0]
     group = override.key_or_group
+    owner, _, name = group.rpartition(".")
+    if owner in HOMES and name == "kind":
+        raise UsageError(f"{text}: the kind follows from the option; choose one with {owner}=...")
     if group in files.groups and not override.is_sweep_override():
         value = override.value()
         optional = files.defaults.get(group, "null") == "null"
@@ -260,59 +256,49 @@ def named_code(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
-    """The sealed dataclasses for a composed config.
+    """Return the spec of a composed config.
 
-    Raises UsageError: a value that is missing, of a wrong type or out of its range; a key that does not exist.
+    Raises UsageError for a value that is missing, of a wrong type or out of its range, and for an unknown key.
     """
     files = files or ConfFiles([conf_dir()])
     task = config.copy()
     OmegaConf.set_struct(task, False)
     task.pop("hydra", None)
-    try:
-        wrong = [f"unknown key {key!r}.{unknown_key(key, files)}" for key in _unknown(task)]
-        wrong = wrong or [f"{key} has no value yet; give it one: {key}=..." for key in _missing(task)]
-        spec = None if wrong else OmegaConf.to_object(task)
-    except OmegaConfBaseException as exc:
-        raise UsageError(explain(exc, files) or str(exc)) from exc
-    if isinstance(spec, TrainSpec):
-        wrong = [*_wrong_shapes(spec)] or [*problems(spec)]
-        if not wrong:
-            return spec
-    raise UsageError("; ".join(wrong))
+    with composing(files):
+        values = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    known = {field.name: field.type for field in structs.fields(TrainSpec)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown key {key!r}.{unknown_key(str(key), files)}{origin(str(key), config, files)}")
+    built = {}
+    for key, hint in known.items():
+        if key not in values:
+            raise UsageError(f"{key} has no value yet; give it one: {key}=...")
+        hint = Union[tuple(classes_of(key).values())] if key in HOMES else hint  # noqa: UP007
+        try:
+            built[key] = msgspec.convert(values[key], hint, strict=False)
+        except msgspec.ValidationError as exc:
+            found, message = explain_value(exc, key, values[key], files)
+            raise UsageError(message + origin(found, config, files)) from exc
+    for key, value in flat_keys(msgspec.to_builtins(built)).items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):  # ranges of msgspec let NaN and infinity pass
+                raise UsageError(out_of_range(key, item))
+    return TrainSpec(**built)
 
 
-def _missing(task: DictConfig) -> list[str]:
-    """The keys without a value: those that were deleted, and those that wait for one."""
-    deleted = [f.name for f in fields(TrainSpec) if f.name not in task]
-    return [*deleted, *(key for key, node, name in _entries(task) if OmegaConf.is_missing(node, name))]
-
-
-def _unknown(task: DictConfig) -> Iterator[str]:
-    """The keys that were added with + and that no dataclass has."""
-    for key, node, name in _entries(task):
-        kind = OmegaConf.get_type(node)
-        if is_dataclass(kind) and name not in {f.name for f in fields(kind)}:
-            yield key
-
-
-def _entries(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig, str]]:
-    """Each key in full, the node that it is in and its name there; references are not followed."""
-    for name in map(str, node):
-        yield f"{prefix}{name}", node, name
-        stands = not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name)
-        if stands and isinstance(value := node[name], DictConfig):
-            yield from _entries(value, f"{prefix}{name}.")
-
-
-def _wrong_shapes(spec: Spec, prefix: str = "") -> Iterator[str]:
-    """A line for each tuple of a wrong length, which OmegaConf lets pass, and for each `kind` that was changed."""
-    hints = get_type_hints(type(spec))
-    for f in fields(spec):  # type: ignore[arg-type]
-        key, value, hint = prefix + f.name, getattr(spec, f.name), hints[f.name]
-        if isinstance(value, Spec):
-            yield from _wrong_shapes(value, key + ".")
-        elif get_origin(hint) is tuple and len(value) != len(get_args(hint)):
-            yield f"{key} takes {len(get_args(hint))} values, as [a,b]: it has {len(value)}"
-        elif f.name == "kind" and isinstance(f.default, str) and value != f.default:
-            group = prefix.rstrip(".")
-            yield f"{key}={value}: the kind follows from the option and stays {f.default}; choose with {group}=..."
+def origin(key: str, config: DictConfig, files: ConfFiles) -> str:
+    """Return " (in FILE)" if a chosen file of the user, and no word of the command line, sets this key, else ""."""
+    words = OmegaConf.select(config, "hydra.overrides.task") or []
+    if any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in words):
+        return ""
+    for group, name in (OmegaConf.select(config, "hydra.runtime.choices") or {}).items():
+        option = files.groups.get(group, {}).get(name)
+        if option is None or option.path.is_relative_to(conf_dir()):
+            continue
+        own = yaml.safe_load(option.text) or {}
+        for path in (key, key.removeprefix(f"{group}.")):
+            if path in flat_keys(own) or path in own:
+                return f" (in {group}/{name}.yaml)"
+    return ""

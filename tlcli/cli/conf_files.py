@@ -5,7 +5,7 @@ composes the config; nothing here decides what runs.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ _KEY = re.compile(r"(?P<indent> *)(?P<name>[A-Za-z_]\w*):(?=\s|$)(?P<rest>.*)")
 _VALUE = re.compile(r"""\s*(?P<value>(?:[^#'"]|'[^']*'|"[^"]*"|(?<=\S)\#)*)(?:\#\s*(?P<comment>.*))?""", re.VERBOSE)
 _MORE_COMMENT = re.compile(r"\s{8,}#\s*(?P<comment>.*)")
 _DEFAULT = re.compile(r"\s+- (?P<group>[\w/]+): (?P<option>\S+)")
-_INCLUDE = re.compile(r"\s+- /(?P<kind>schema|common)/(?P<path>[\w/]+)@_here_")
+_INCLUDE = re.compile(r"\s+- /common/(?P<path>[\w/]+)@_here_")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a group. `schema` is the name of its dataclass in specs.SCHEMAS, None where it names none."""
+    """One option of a group."""
 
     group: str
     name: str
@@ -51,11 +51,9 @@ class Option:
         return first.lstrip("# ").strip() if first.startswith("#") else ""
 
     @property
-    def schema(self) -> str | None:
-        for include in _INCLUDE.finditer(self.text):
-            if include["kind"] == "schema":
-                return include["path"].rpartition("/")[2]
-        return None
+    def kind(self) -> str | None:
+        """The value of the key `kind`, which names the class of the option; None if it has none."""
+        return next((key.default for key in keys_in(self.text) if key.name == "kind"), None)
 
 
 class ConfFiles:
@@ -94,14 +92,13 @@ class ConfFiles:
         """The keys of an option, its own first, then those that it takes from common/."""
         texts = [option.text]
         for include in _INCLUDE.finditer(option.text):
-            if include["kind"] == "common":
-                paths = (folder / "common" / f"{include['path']}.yaml" for folder in self.folders)
-                texts += [path.read_text(encoding="utf-8") for path in paths if path.is_file()][:1]
+            paths = (folder / "common" / f"{include['path']}.yaml" for folder in self.folders)
+            texts += [path.read_text(encoding="utf-8") for path in paths if path.is_file()][:1]
         return list({key.name: key for text in reversed(texts) for key in keys_in(text)}.values())
 
-    def options_with(self, group: str, schemas: set[str]) -> list[str]:
-        """The names of a group's options that use one of these dataclasses."""
-        return [name for name, option in self.groups.get(group, {}).items() if option.schema in schemas]
+    def options_with(self, group: str, kinds: Collection[str]) -> list[str]:
+        """Return the names of a group's options that are of one of these kinds."""
+        return [name for name, option in self.groups.get(group, {}).items() if option.kind in kinds]
 
 
 def conf_dir() -> Path:

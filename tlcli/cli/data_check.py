@@ -134,19 +134,18 @@ def _near_words(word: str) -> str:
 def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     """The spec that the words compose, whose data set and weights are there. Raises UsageError."""
     from tlcli.cli.checks import check_weights
-    from tlcli.cli.compose import build, composed, composing, parse_flags, register
+    from tlcli.cli.compose import build, composed, composing, parse_flags
     from tlcli.data.layout import survey, usable
     from tlcli.data.listing import check_dataset
-    from tlcli.specs import ImageFolder
+    from tlcli.specs import ImageFolderSpec
 
     flags = parse_flags(list(words))
     if flags.multirun or not flags.runs:
         raise UsageError("data check looks at one data set: give KEY=VALUE and GROUP=OPTION words alone")
-    register()
     with composing(flags.files):
         spec = build(composed(flags), flags.files)
     dataset = spec.dataset
-    check_dataset(usable(dataset, survey(dataset)) if isinstance(dataset, ImageFolder) else dataset)
+    check_dataset(usable(dataset, survey(dataset)) if isinstance(dataset, ImageFolderSpec) else dataset)
     if not quick:
         check_weights(spec.backbone.weights)
     return spec

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
 
     options = ConfFiles([conf_dir()]).groups["backbone"]
     with importing():
-        findings = examine(Path("outputs"), {name: option.schema or "" for name, option in options.items()})
+        findings = examine(Path("outputs"), {name: option.kind or "" for name, option in options.items()})
     facts = [finding for finding in findings if isinstance(finding, Fact)]
     problems = [finding for finding in findings if isinstance(finding, Problem)]
     can_train = not any(problem.fails for problem in problems)

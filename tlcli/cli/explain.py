@@ -2,23 +2,24 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from enum import Enum, EnumMeta
+from typing import Any, Literal, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
+from msgspec import ValidationError
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
-    ValidationError,
 )
 
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.specs import SCHEMAS, TrainSpec
+from tlcli.registry import HOMES
+from tlcli.specs import all_keys, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
 
@@ -50,13 +51,15 @@ def explain(exc: Exception, files: ConfFiles) -> str | None:
 def unknown_key(key: str, files: ConfFiles) -> str:
     """A hint, after a blank, for a key that does not exist: the near key, the options that have it, or the keys."""
     parent, _, name = key.rpartition(".")
-    owners = {schema for schema, kind in SCHEMAS.get(parent, {}).items() if name in _field_names(kind)}
-    if options := files.options_with(parent, owners):
+    owners = {kind for kind, cls in classes_of(parent).items() if name in cls.__struct_fields__}
+    if parent in HOMES and (options := files.options_with(parent, owners)):
         return f" It belongs to {' and '.join(f'{parent}={option}' for option in options)}."
-    everywhere = dict.fromkeys([*_dotted_keys(), *files.groups])
+    everywhere = all_keys() | dict.fromkeys(files.groups)
     siblings = {known.rpartition(".")[2]: known for known in everywhere if known.rpartition(".")[0] == parent}
     strangers = {known.rpartition(".")[2]: known for known in everywhere}
     same_name = [known for known in everywhere if known.rpartition(".")[2] == name]
+    if leaf_types(parent) and not siblings:
+        return f" {parent} holds a value, not keys of its own."
     near = same_name or _near(name, siblings, 0.6) or _near(name, strangers, 0.75)
     if near:
         return f" Did you mean {' or '.join(map(repr, near))}?"
@@ -67,20 +70,6 @@ def unknown_key(key: str, files: ConfFiles) -> str:
 def _near(name: str, known: Mapping[str, str], cutoff: float) -> list[str]:
     """The full key of the nearest name, in a list, or an empty list."""
     return [known[near] for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff)]
-
-
-def _dotted_keys() -> Iterator[str]:
-    """The full name of every key that some config can have."""
-    hints = get_type_hints(TrainSpec)
-    for f in fields(TrainSpec):
-        yield f.name
-        kinds = [*SCHEMAS.get(f.name, {}).values()] or [hints[f.name]]
-        for kind in kinds:
-            yield from (f"{f.name}.{name}" for name in _field_names(kind))
-
-
-def _field_names(kind: Any) -> list[str]:
-    return [f.name for f in fields(kind)] if is_dataclass(kind) else []
 
 
 def _unreadable(exc: OverrideParseException, files: ConfFiles) -> str:
@@ -100,6 +89,10 @@ def _unreadable(exc: OverrideParseException, files: ConfFiles) -> str:
 def _missing_config(exc: MissingConfigException, files: ConfFiles) -> str:
     """An option, or a whole file, that is not there."""
     missing = exc.missing_cfg_file or ""
+    if found := re.match(r"/?schema/(?:(\w+)/)?(\w+)", missing):
+        where = re.match(r"In '([^']+)'", str(exc))
+        kind = f", and add the key `kind: {found[2]}`" if found[1] not in (None, "device") else ""
+        return f"{where[1] if where else 'config'}.yaml: remove the line with {missing}@_here_ from its defaults{kind}"
     group = next((group for group in files.groups if missing.startswith(f"{group}/")), None)
     if group:
         option, options = missing.removeprefix(f"{group}/"), list(files.groups[group])
@@ -124,41 +117,73 @@ def _hydra(exc: Exception, files: ConfFiles) -> str:
 
 
 def _omegaconf(exc: OmegaConfBaseException, files: ConfFiles) -> str:
-    """A key or a value that does not fit its dataclass."""
+    """A key that does not exist, or whose value cannot be computed."""
     key = str(exc.full_key or "")
     match exc:
         case ConfigAttributeError() | ConfigKeyError():
             return f"unknown key {key!r}.{unknown_key(key, files)}"
         case MissingMandatoryValue():
             return f"{key} has no value yet; give it one: {key}=..."
-        case ValidationError() if key:
-            return _wrong_value(exc, key)
         case InterpolationResolutionError() if key:
             return f"{key} refers to something that is not there: {_first_line(exc)}"
     return f"{key}: {_first_line(exc)}" if key else _first_line(exc)
 
 
-def _wrong_value(exc: ValidationError, key: str) -> str:
-    """A value of a wrong type, or none of the choices."""
-    text = _first_line(exc)
-    if getattr(exc, "value", None) == {}:
-        return f"unknown key: {key} holds a value, not keys of its own"
-    shown = f"{key}={_as_written(getattr(exc, 'value', None))}"
-    if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
-        hint = did_you_mean(found[1], found[2].split(", "))
-        return f"{key} has no value {found[1]!r}.{hint} Choose from {found[2]}"
-    for pattern, message in {
-        "converted to Integer": "is not a whole number",
-        "converted to Float": "is not a number",
-        "is not a valid bool": "is neither true nor false",
-        "is not Optional": "is not possible: it needs a value",
-        "is not a ListConfig": f"is not a list: write {shown.replace('=', '=[', 1)}]",
-        "Cannot convert .* to string": "is not a text",
-        "is not a subclass of": f"does not fit: {key} has keys of its own",
-    }.items():
-        if re.search(pattern, text):
-            return f"{shown} {message}"
-    return f"{shown}: {text}"
+def explain_value(exc: ValidationError, key: str, value: Any, files: ConfFiles) -> tuple[str, str]:
+    """Return the key that msgspec refuses and a line about it; `value` is that of `key`, the error may be within it."""
+    text, _, path = str(exc).partition(" - at `")
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[name or int(index)]
+        key += f".{name}" if name else ""
+    if found := re.match(r"Object contains unknown field `(.+)`", text):
+        key = f"{key}.{found[1]}"
+        return key, f"unknown key {key!r}.{unknown_key(key, files)}"
+    if found := re.match(r"Object missing required field `(.+)`", text):
+        choice = f" Choose from {', '.join(classes_of(key))}" if found[1] == "kind" else ""
+        key = f"{key}.{found[1]}"
+        return key, f"{key} has no value yet; give it one: {key}=...{choice}"
+    return key, _wrong_value(text, key, value)
+
+
+def _wrong_value(text: str, key: str, value: Any) -> str:
+    shown = f"{key}={_as_written(value)}"
+    types = leaf_types(key)
+    choices = [str(member.value) for hint, _ in types if isinstance(hint, EnumMeta) for member in list[Enum](hint)]
+    choices += [choice for hint, _ in types if get_origin(hint) is Literal for choice in get_args(hint)]
+    if text.startswith("Invalid value"):  # of a tag
+        return f"{shown} is none of {', '.join(classes_of(key.rpartition('.')[0]))}"
+    if choices and not isinstance(value, list | dict):
+        hint = did_you_mean(str(value), choices)
+        return f"{key} has no value {_as_written(value)!r}.{hint} Choose from {', '.join(choices)}"
+    if found := re.match(r"Expected `array` of length (\d+)", text):
+        return f"{key} takes {found[1]} values, as [{','.join('abc'[: int(found[1])])}]: it has {len(value)}"
+    if re.match(r"Expected `\w+` [<>]", text):
+        return out_of_range(key, value)
+    if found := re.match(r"Expected `(\w+).*`, got `(\w+)`", text):
+        if found[2] == "object":
+            return f"unknown key: {key} holds a value, not keys of its own"
+        if found[2] == "null":
+            return f"{shown} is not possible: it needs a value"
+        return f"{shown} " + {
+            "int": "is not a whole number",
+            "float": "is not a number",
+            "bool": "is neither true nor false",
+            "array": f"is not a list: write {key}=[{_as_written(value)}]",
+            "object": f"does not fit: {key} has keys of its own",
+        }.get(found[1], "is not a text: write it in quotes")
+    return f"{key}.{text}" if isinstance(value, dict) else f"{shown}: {text}"
+
+
+def out_of_range(key: str, value: object) -> str:
+    """Return the line for a number that is out of its key's range, or not finite."""
+    limits = [
+        f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}"
+        for _, meta in leaf_types(key)
+        if meta
+        for word, limit in (("at least", meta.ge), ("above", meta.gt), ("at most", meta.le), ("below", meta.lt))
+        if limit is not None
+    ]
+    return f"{key}={value} is out of range: give {' and '.join(dict.fromkeys(limits)) or 'a finite number'}"
 
 
 def _as_written(value: object) -> str:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.run_folders import run_folders
@@ -131,12 +133,11 @@ def backbone_words(name: str, overrides: Sequence[str]) -> list[str]:
 def _composed(overrides: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a command line of `tlcli train`."""
     from tlcli.cli.checks import check
-    from tlcli.cli.compose import build, composed, composing, parse_flags, register
+    from tlcli.cli.compose import build, composed, composing, parse_flags
 
     flags = parse_flags(overrides)
     if flags.multirun or not flags.runs:
         raise UsageError("inspect looks at one configuration: give KEY=VALUE and GROUP=OPTION words alone")
-    register()
     with composing(flags.files):
         spec = build(composed(flags), flags.files)
         check(spec)
@@ -158,7 +159,7 @@ def _of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]"
         raise UsageError(f"{path}: not a run's directory: there is no config.yaml in it")
     spec = saved_spec(RunDir(path), overrides)
     if spec.backbone.weights not in ("default", "none"):  # what it started from may be gone, and is not needed
-        spec = replace(spec, backbone=replace(spec.backbone, weights="default"))
+        spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
     check(spec)
     own = any(word.startswith(("augment=", "augment.")) for word in overrides)
     return spec, spec.augment if own else saved_spec(RunDir(path), [*overrides, "augment=none"]).augment

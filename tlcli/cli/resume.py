@@ -3,10 +3,11 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
 from omegaconf import OmegaConf
 
 from tlcli.cli.checks import check, first_line
@@ -17,6 +18,7 @@ from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir, host_digest, open_run, process_has_exited, read_json
 from tlcli.specs import TrainSpec
+from tlcli.text import flat_keys
 
 FLAG, WORD = "--resume", "resume="
 
@@ -146,15 +148,8 @@ def _elsewhere(info: Mapping[str, Any]) -> str | None:
 
 def _changes(began: TrainSpec, now: TrainSpec) -> Iterator[str]:
     """The keys whose values differ."""
-    before, after = _flat(asdict(began)), _flat(asdict(now))
+    before, after = flat_keys(to_builtins(began)), flat_keys(to_builtins(now))
     yield from (key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _require_allowed(changes: Sequence[str], began: TrainSpec, now: TrainSpec) -> None:

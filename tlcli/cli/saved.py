@@ -5,22 +5,22 @@ command line; whatever would be more than a value in it is refused.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, references, register
+from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, references
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
-from tlcli.cli.explain import explain, unknown_key
+from tlcli.cli.explain import explain
 from tlcli.cli.yaml_size import check_yaml
 from tlcli.errors import UsageError
+from tlcli.registry import HOMES, options
 from tlcli.runs.run_dir import RunDir, read_json
-from tlcli.specs import SCHEMAS, TrainSpec
+from tlcli.specs import TrainSpec, classes_of
 
 PLACES = ("dataset.root", "dataset.file")
 """Keys that name a place relative to the directory in which the run was started."""
@@ -33,7 +33,6 @@ def saved_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     present default. A relative place in the file is below the directory in which the run was started, where run.json
     says so. Raises UsageError, with the name of the file where the mistake is in it.
     """
-    register()
     saved = _Saved(run)
     flags = _only_overrides(overrides)
     spec = saved.spec()
@@ -54,8 +53,7 @@ class _Saved:
         self.file = run.config_file
         self.files = ConfFiles([conf_dir()])
         self.values = self._read()
-        self.options = {group: self._option(group) for group in SCHEMAS if group in self.values}
-        self._check_keys()
+        self.options = {group: self._option(group) for group in (*HOMES, "device") if group in self.values}
         self._settle(run)
 
     def spec(self, flags: Flags | None = None) -> TrainSpec:
@@ -85,7 +83,7 @@ class _Saved:
         name = override.key_or_group
         if override.is_sweep_override() or override.is_delete():
             raise UsageError(f"{override.input_line}: give one value for each key: KEY=VALUE or GROUP=OPTION")
-        if name in SCHEMAS:
+        if name in HOMES or name == "device":
             return True
         if name in self.files.groups or name.split(".")[0].split("/")[0] == "hydra":
             raise UsageError(f"{override.input_line} belongs to `tlcli train`: it has no meaning for a finished run")
@@ -126,30 +124,15 @@ class _Saved:
         if group == "device":
             return self.files.defaults[group]
         kind = str(node.get("kind"))
-        if kind not in SCHEMAS[group]:
-            raise UsageError(f"{self.file}: {group}.kind={kind} is none of {', '.join(SCHEMAS[group])}")
-        options = self.files.options_with(group, {kind})
-        return str(node["name"]) if node.get("name") in options else options[0]
-
-    def _check_keys(self) -> None:
-        """Raise UsageError for keys that no dataclass has."""
-        for key in self._unknown():
-            raise UsageError(f"{self.file}: unknown key {key!r}.{unknown_key(key, self.files)}")
-
-    def _unknown(self) -> Iterator[str]:
-        known = get_type_hints(TrainSpec)
-        for name, value in self.values.items():
-            if name not in known:
-                yield name
-            elif is_dataclass(known[name]) and isinstance(value, dict):
-                schema = SCHEMAS[name]["device" if name == "device" else value["kind"]] if name in SCHEMAS else None
-                names = {f.name for f in fields(schema or known[name])}  # type: ignore[arg-type]
-                yield from (f"{name}.{key}" for key in value if key not in names)
+        if kind not in options(group):
+            raise UsageError(f"{self.file}: {group}.kind={kind} is none of {', '.join(options(group))}")
+        own = self.files.options_with(group, {kind})
+        return str(node["name"]) if node.get("name") in own else own[0]
 
     def _leaves(self) -> Iterator[tuple[str, Any]]:
         """The full key of each value; a value may be a list or have names that are the user's."""
         for name, value in self.values.items():
-            if is_dataclass(get_type_hints(TrainSpec)[name]) and isinstance(value, dict):
+            if classes_of(name) and isinstance(value, dict):
                 yield from ((f"{name}.{key}", inner) for key, inner in value.items())
             else:
                 yield name, value

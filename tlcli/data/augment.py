@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from tlcli.data.decode import Pixels
 from tlcli.data.preprocess import Preprocessing, fitted, pad_to_square, resized, stacked
-from tlcli.specs import AugmentSpec, Crop, Fit, Rand, Trivial
+from tlcli.specs import AugmentSpec, CropSpec, Fit, RandAugmentSpec, TrivialAugmentSpec
 
 OVERSIZE = 4
 """Before padding, an image is shrunk to so many times the network's size: 20,000 by 1 would become 400 megapixels."""
@@ -90,11 +90,11 @@ def make_augmentation(spec: AugmentSpec, preprocessing: Preprocessing) -> Augmen
     """What `spec` says for images of this size; None where training sees what evaluation sees."""
     crop = None
     changes: list[torch.nn.Module] = []
-    if isinstance(spec, Crop):
+    if isinstance(spec, CropSpec):
         crop = RandomCrop(spec.scale, spec.ratio, spec.flip)
-    if isinstance(spec, Trivial):
+    if isinstance(spec, TrivialAugmentSpec):
         changes.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
-    if isinstance(spec, Rand):
+    if isinstance(spec, RandAugmentSpec):
         changes.append(v2.RandAugment(spec.n, spec.magnitude, interpolation=v2.InterpolationMode.BILINEAR))
     if spec.erasing > 0:
         changes.append(v2.RandomErasing(spec.erasing, value=[round(255 * m) for m in preprocessing.mean]))

@@ -17,7 +17,7 @@ from tlcli.data.splits import per_class, stratified_split
 from tlcli.data.torchvision_sets import load_torchvision
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest, OnBad, TorchvisionDataset
+from tlcli.specs import DatasetSpec, DigitsSpec, ImageFolderSpec, ManifestSpec, OnBad, TorchvisionDatasetSpec
 
 __all__ = [
     "Dataset",
@@ -47,17 +47,17 @@ class Dataset:
 
 
 SOURCES: dict[type[DatasetSpec], Callable[[Any, Reporter], Source]] = {
-    Digits: lambda spec, reporter: load_digits(spec),
-    ImageFolder: lambda spec, reporter: from_listing(list_imagefolder(spec)),
-    Manifest: lambda spec, reporter: from_listing(list_manifest(spec)),
-    TorchvisionDataset: load_torchvision,
+    DigitsSpec: lambda spec, reporter: load_digits(spec),
+    ImageFolderSpec: lambda spec, reporter: from_listing(list_imagefolder(spec)),
+    ManifestSpec: lambda spec, reporter: from_listing(list_manifest(spec)),
+    TorchvisionDatasetSpec: load_torchvision,
 }
 """What makes a source of each kind of spec."""
 
 EVALUATED: dict[type[DatasetSpec], Callable[[Any, Reporter], Source]] = {
     **SOURCES,
-    ImageFolder: lambda spec, reporter: from_listing(list_imagefolder(spec, trains=False)),
-    Manifest: lambda spec, reporter: from_listing(list_manifest(spec, trains=False)),
+    ImageFolderSpec: lambda spec, reporter: from_listing(list_imagefolder(spec, trains=False)),
+    ManifestSpec: lambda spec, reporter: from_listing(list_manifest(spec, trains=False)),
 }
 """Likewise for what is not trained on: it needs no training images, and one class is enough."""
 

@@ -4,10 +4,10 @@ import numpy as np
 
 from tlcli.data.listing import DIGITS
 from tlcli.data.source import Arrays, Source, whole
-from tlcli.specs import Digits
+from tlcli.specs import DigitsSpec
 
 
-def load_digits(spec: Digits) -> Source:
+def load_digits(spec: DigitsSpec) -> Source:
     """1,797 images of 8 by 8 pixels, values 0..16 spread over 0..255, not split."""
     from sklearn import datasets  # here: it takes a second, and other data sets have no use for it
 

@@ -3,12 +3,14 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from tlcli.data.listing import EXTENSIONS, SPLITS, folded
 from tlcli.files import expand_user, is_dir
-from tlcli.specs import ImageFolder
+from tlcli.specs import ImageFolderSpec
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Layout:
     ignored: Mapping[str, int]
 
 
-def survey(spec: ImageFolder) -> Layout:
+def survey(spec: ImageFolderSpec) -> Layout:
     """Look at the names of all folders and files below root, and read none.
 
     What is no folder of class folders at all is left to `list_imagefolder`, which says so.
@@ -98,8 +100,8 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
 
 
-def usable(spec: ImageFolder, layout: Layout) -> ImageFolder:
+def usable(spec: ImageFolderSpec, layout: Layout) -> ImageFolderSpec:
     """The spec without the classes that stop training, as far as two are left."""
     if layout.classes is None or len(layout.classes) < 2:
         return spec
-    return replace(spec, classes=list(layout.classes))
+    return structs.replace(spec, classes=tuple(layout.classes))

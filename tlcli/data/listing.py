@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
-from tlcli.specs import DatasetSpec, Digits, ImageFolder, Manifest
+from tlcli.specs import DatasetSpec, DigitsSpec, ImageFolderSpec, ManifestSpec
 from tlcli.text import did_you_mean
 
 EXTENSIONS = (
@@ -54,11 +54,11 @@ class Listing:
 
 def check_dataset(spec: DatasetSpec, *, trains: bool = True) -> None:
     """Raise UsageError for what is wrong with the data set, as far as it shows without decoding or downloading."""
-    if isinstance(spec, ImageFolder):
+    if isinstance(spec, ImageFolderSpec):
         list_imagefolder(spec, trains=trains)
-    elif isinstance(spec, Manifest):
+    elif isinstance(spec, ManifestSpec):
         list_manifest(spec, trains=trains)
-    elif isinstance(spec, Digits):
+    elif isinstance(spec, DigitsSpec):
         kept_classes(DIGITS, spec.classes, spec.name)
     elif spec.classes is not None and len(set(spec.classes)) < 2:
         raise UsageError("dataset.classes keeps fewer than two classes: name at least two")
@@ -121,7 +121,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def list_imagefolder(spec: ImageFolder, *, trains: bool = True) -> Listing:
+def list_imagefolder(spec: ImageFolderSpec, *, trains: bool = True) -> Listing:
     """The images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
     Hidden and system files are no images, nor is what has another extension. A class folder may be a link; links to
@@ -246,7 +246,7 @@ class _Row:
     split: str
 
 
-def list_manifest(spec: Manifest, *, trains: bool = True) -> Listing:
+def list_manifest(spec: ManifestSpec, *, trains: bool = True) -> Listing:
     """The images that a CSV file names in its columns path, label and, optionally, split.
 
     Paths are relative to `root`, or to the file's folder, and may not leave it. UTF-8, with or without a byte order

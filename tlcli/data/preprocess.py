@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from tlcli.data.decode import Pixels
-from tlcli.specs import Fit, image_numbers
+from tlcli.specs import Fit, parse_image_stats
 
 TOGETHER = 2**20
 """Bytes of images that are resized in one call: of small ones the calls cost more than the pixels, of large ones a copy
@@ -59,7 +59,7 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """From what `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(fit=Fit(data["fit"]), **image_numbers(data))
+        return cls(fit=Fit(data["fit"]), **parse_image_stats(data))
 
 
 def stacked(images: Sequence[Pixels]) -> Tensor:

@@ -19,7 +19,7 @@ from tlcli.data.decode import BadImage, Pixels, to_rgb
 from tlcli.data.source import Files, Images, Ints, Source, digest_of_pixels, whole
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import TorchvisionDataset
+from tlcli.specs import TorchvisionDatasetSpec
 from tlcli.text import did_you_mean
 
 UNPICKLING = ("LSUN", "LSUNClass")
@@ -55,7 +55,7 @@ class Items:
         return digest_of_pixels(self.read(index))
 
 
-def load_torchvision(spec: TorchvisionDataset, reporter: Reporter) -> Source:
+def load_torchvision(spec: TorchvisionDatasetSpec, reporter: Reporter) -> Source:
     """The splits of a torchvision data set, downloaded where `download` says so and nothing is there yet.
 
     Labels are read without decoding images; classes without names are called by their numbers. Raises UsageError for a
@@ -91,7 +91,7 @@ def dataset_class(name: str) -> Any:
     return exported[name]
 
 
-def _open(spec: TorchvisionDataset, arguments: dict[str, Any], reporter: Reporter) -> Any:
+def _open(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter: Reporter) -> Any:
     """The data set of one split: from root if it is there, else downloaded."""
     make = dataset_class(spec.class_name)
     takes = inspect.signature(make).parameters
@@ -113,7 +113,7 @@ def _open(spec: TorchvisionDataset, arguments: dict[str, Any], reporter: Reporte
         raise UsageError(f"dataset {spec.name}: {' '.join(str(error).split())}") from error
 
 
-def _download(spec: TorchvisionDataset, make: Any, arguments: dict[str, Any], reporter: Reporter) -> Any:
+def _download(spec: TorchvisionDatasetSpec, make: Any, arguments: dict[str, Any], reporter: Reporter) -> Any:
     reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
     try:
         with _no_bars_off_a_terminal(), _archives_stay_in_their_folder():
@@ -125,7 +125,7 @@ def _download(spec: TorchvisionDataset, make: Any, arguments: dict[str, Any], re
         ) from error
 
 
-def _missing(spec: TorchvisionDataset, error: Exception, *, can_download: bool) -> UsageError:
+def _missing(spec: TorchvisionDatasetSpec, error: Exception, *, can_download: bool) -> UsageError:
     remedy = "set dataset.download=true" if can_download else "torchvision cannot download it"
     return UsageError(f"{spec.name}: not found under {spec.root} ({_short(error)}): {remedy}, or put it there")
 
@@ -156,7 +156,7 @@ def _no_bars_off_a_terminal() -> Iterator[None]:
             yield
 
 
-def _labels(spec: TorchvisionDataset, items: Any) -> Ints:
+def _labels(spec: TorchvisionDatasetSpec, items: Any) -> Ints:
     """The class of each image. torchvision's classes keep them under several names."""
     for name in ("targets", "labels", "_labels", "y"):
         if (values := getattr(items, name, None)) is not None:

@@ -30,6 +30,7 @@ from tlcli.engine.live import Batch
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec
 from tlcli.store import Column, Entry, Store
+from tlcli.text import to_plain
 
 Table = tuple[Tensor, ...]
 """A row for each image in every tensor that crosses the cut."""
@@ -65,22 +66,13 @@ def activations_key(
         "images": images,
         "decoder": decoder(),
         "rows": ROWS,
-        "view": None if view is None else _plain({"kind": view.augment.kind, **asdict(view)}),
+        "view": None if view is None else to_plain({"kind": view.augment.kind, **asdict(view)}),
         "dtype": SHORT[dtype],
         "columns": [asdict(column) for column in columns],
         "device": device_kind,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Enums by their value, tuples as lists: what JSON knows."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return getattr(value, "value", value)
 
 
 class SplitActivations:

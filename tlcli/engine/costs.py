@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch.nn.modules.batchnorm import _NormBase
 
 from tlcli.data.batches import ImageBatches, epoch_order
@@ -196,7 +197,7 @@ class CostMeter(Planner):
 
 def _still(spec: TrainSpec) -> TrainSpec:
     """The same, so that training leaves the weights as they are and its schedule does not end."""
-    return replace(spec, optimizer=replace(spec.optimizer, lr=STILL), epochs=EPOCHS)
+    return structs.replace(spec, optimizer=structs.replace(spec.optimizer, lr=STILL), epochs=EPOCHS)
 
 
 def sample_of(data: Dataset, n: int, seed: int) -> Dataset:

@@ -69,14 +69,9 @@ def preprocessing_for(spec: TrainSpec, model: Classifier) -> Preprocessing:
     return Preprocessing(
         size=image_size(spec) or own.size,
         fit=spec.image.fit,
-        mean=_three(spec.image.mean, own.mean),
-        std=_three(spec.image.std, own.std),
+        mean=spec.image.mean or own.mean,
+        std=spec.image.std or own.std,
     )
-
-
-def _three(given: list[float] | None, own: tuple[float, float, float]) -> tuple[float, float, float]:
-    red, green, blue = own if given is None else given
-    return red, green, blue
 
 
 @dataclass

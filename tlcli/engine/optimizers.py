@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.optim import Optimizer
 
-from tlcli.specs import Adam, AdamW, OptimizerSpec, Sgd
+from tlcli.specs import AdamSpec, AdamWSpec, OptimizerSpec, SgdSpec
 from tlcli.transfer.groups import Group
 
 
@@ -17,10 +17,10 @@ def build_optimizer(spec: OptimizerSpec, groups: Sequence[Group]) -> Optimizer:
     # fused: one call for all tensors. On a CPU a step of AdamW on a small head takes three quarters of the time of the
     # loop over tensors; fused SGD is no faster there than the loop.
     match spec:
-        case AdamW():
+        case AdamWSpec():
             return torch.optim.AdamW(parameters, betas=spec.betas, fused=True)
-        case Adam():
+        case AdamSpec():
             return torch.optim.Adam(parameters, betas=spec.betas, fused=True)
-        case Sgd():
+        case SgdSpec():
             return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
     raise AssertionError(f"no optimizer for {type(spec).__name__}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch.optim import Optimizer
 
-from tlcli.specs import Constant, Cosine, Linear, OneCycle, Plateau, SchedulerSpec, Step
+from tlcli.specs import ConstantSpec, CosineSpec, LinearSpec, OneCycleSpec, PlateauSpec, SchedulerSpec, StepSpec
 
 
 class Schedule:
@@ -30,7 +30,7 @@ class Schedule:
 
     def after_epoch(self, val_loss: float) -> None:
         """`plateau`: a smaller factor once the loss has not fallen for more than `patience` epochs."""
-        if not isinstance(self._spec, Plateau):
+        if not isinstance(self._spec, PlateauSpec):
             return
         if val_loss < self._best_loss:
             self._best_loss, self._epochs_without = val_loss, 0
@@ -61,7 +61,7 @@ def rate_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int
     """
     warmup = round(spec.warmup * steps)
     if step < warmup:
-        if isinstance(spec, OneCycle):
+        if isinstance(spec, OneCycleSpec):
             return _cosine(1 / spec.start_div, 1.0, step / warmup)
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
@@ -74,22 +74,22 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def _after_cosine(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, Cosine)
+    assert isinstance(spec, CosineSpec)
     return _cosine(1.0, spec.final, progress)
 
 
 def _after_linear(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, Linear)
+    assert isinstance(spec, LinearSpec)
     return 1.0 + (spec.final - 1.0) * progress
 
 
 def _after_step(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, Step)
+    assert isinstance(spec, StepSpec)
     return spec.gamma ** (epoch // spec.every)
 
 
 def _after_one_cycle(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, OneCycle)
+    assert isinstance(spec, OneCycleSpec)
     return _cosine(1.0, 1 / spec.final_div, progress)
 
 
@@ -98,10 +98,10 @@ def _flat(spec: SchedulerSpec, progress: float, epoch: int) -> float:
 
 
 _AFTER_WARMUP: dict[type[SchedulerSpec], Callable[[SchedulerSpec, float, int], float]] = {
-    Constant: _flat,
-    Plateau: _flat,
-    Cosine: _after_cosine,
-    Linear: _after_linear,
-    Step: _after_step,
-    OneCycle: _after_one_cycle,
+    ConstantSpec: _flat,
+    PlateauSpec: _flat,
+    CosineSpec: _after_cosine,
+    LinearSpec: _after_linear,
+    StepSpec: _after_step,
+    OneCycleSpec: _after_one_cycle,
 }

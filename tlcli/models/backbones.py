@@ -29,12 +29,14 @@ def build_architecture(spec: BackboneSpec, n_classes: int, size: int | None = No
     return _BUILDERS[type(spec)](spec, n_classes, size)
 
 
-def timm_name(spec: LiteBackbone | TimmBackbone) -> str:
+def timm_name(spec: LiteBackboneSpec | TimmBackboneSpec) -> str:
     """The name by which timm knows this backbone."""
-    return f"tf_{spec.name}" if isinstance(spec, LiteBackbone) else spec.name
+    return f"tf_{spec.name}" if isinstance(spec, LiteBackboneSpec) else spec.name
 
 
-def build_timm(spec: LiteBackbone | TimmBackbone, n_classes: int, size: int | None, *, pretrained: bool) -> nn.Module:
+def build_timm(
+    spec: LiteBackboneSpec | TimmBackboneSpec, n_classes: int, size: int | None, *, pretrained: bool
+) -> nn.Module:
     """timm's own network; `pretrained=True` looks for its weights in timm's cache, then on the network."""
     name = timm_name(spec)
     if not timm.is_model(name):
@@ -47,7 +49,7 @@ def build_timm(spec: LiteBackbone | TimmBackbone, n_classes: int, size: int | No
 
 
 def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
-    assert isinstance(spec, LiteBackbone | TimmBackbone)
+    assert isinstance(spec, LiteBackboneSpec | TimmBackboneSpec)
     network = build_timm(spec, n_classes, size, pretrained=False)
     head = timm_head(network)
     if not head:
@@ -57,7 +59,7 @@ def _timm(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
         if type(layer) is nn.Linear:
             network.set_submodule(name, Float32Linear.of(layer))
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-    lite = isinstance(spec, LiteBackbone)
+    lite = isinstance(spec, LiteBackboneSpec)
     if lite and spec.name not in LITE_SIZES:
         raise UsageError(f"backbone.name={spec.name} is no EfficientNet-Lite: give {', '.join(LITE_SIZES)}")
     return Architecture(
@@ -111,7 +113,7 @@ def _common_name(tensors: set[str], index: int) -> str:
 
 
 def _torchvision(spec: BackboneSpec, n_classes: int, size: int | None) -> Architecture:
-    assert isinstance(spec, TorchvisionBackbone)
+    assert isinstance(spec, TorchvisionBackboneSpec)
     known = torchvision.models.list_models(module=torchvision.models)
     if spec.name not in known:
         raise UsageError(f"backbone.name={spec.name}: torchvision has no such model.{did_you_mean(spec.name, known)}")
@@ -151,7 +153,7 @@ def replace_head(network: nn.Module, name: str, n_classes: int, dropout: float) 
                 module.p = 0.0
 
 
-def pattern_stages(network: nn.Module, spec: TorchvisionBackbone) -> tuple[Stage, ...]:
+def pattern_stages(network: nn.Module, spec: TorchvisionBackboneSpec) -> tuple[Stage, ...]:
     """The stages that the spec's regular expressions give. Raises UsageError unless each parameter is in one."""
     body = [name for name in network.state_dict() if not within(name, (spec.head,))]
     stages: list[Stage] = []
@@ -172,7 +174,7 @@ def pattern_stages(network: nn.Module, spec: TorchvisionBackbone) -> tuple[Stage
 
 
 _BUILDERS: dict[type[BackboneSpec], Callable[[BackboneSpec, int, int | None], Architecture]] = {
-    LiteBackbone: _timm,
-    TimmBackbone: _timm,
-    TorchvisionBackbone: _torchvision,
+    LiteBackboneSpec: _timm,
+    TimmBackboneSpec: _timm,
+    TorchvisionBackboneSpec: _torchvision,
 }

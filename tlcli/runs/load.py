@@ -21,14 +21,12 @@ from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import read_tensors
 from tlcli.models.weights import class_names
+from tlcli.registry import options
 from tlcli.runs.run_dir import RunDir, open_run
-from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
+from tlcli.specs import BackboneSpec, TorchvisionBackboneSpec
 
 CHECKPOINTS = ("best", "last")
-KINDS: dict[str, type[BackboneSpec]] = {
-    kind.__dataclass_fields__["kind"].default: kind  # type: ignore[misc]
-    for kind in (LiteBackbone, TimmBackbone, TorchvisionBackbone)
-}
+KINDS: dict[str, type[BackboneSpec]] = options("backbone")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +125,14 @@ def _backbone(run: RunDir, facts: Mapping[str, Any]) -> BackboneSpec:
     if kind not in KINDS:
         raise UsageError(f"{run.path}: backbone kind {kind!r} is unknown to this tlcli ({', '.join(KINDS)})")
     common: dict[str, Any] = {"name": name, "weights": "none", "dropout": 0.0, "reinit": []}
-    if KINDS[kind] is not TorchvisionBackbone:
+    if KINDS[kind] is not TorchvisionBackboneSpec:
         return KINDS[kind](**common)
     try:
         own = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["backbone"]
         head, stages = own["head"], dict(own["stages"])
         if not all(isinstance(text, str) for text in (head, *stages, *stages.values())):
             raise ValueError("head and stages are not all texts")
-        return TorchvisionBackbone(**common, head=head, stages=stages)
+        return TorchvisionBackboneSpec(**common, head=head, stages=stages)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"{run.config_file}: does not describe the backbone ({why})") from error

@@ -8,8 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +15,8 @@ from typing import Any, Protocol
 from tlcli import __version__
 from tlcli.errors import UsageError
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
-from tlcli.specs import LoggerSpec, MlflowLogger, Spec, TensorboardLogger, TrainSpec, WandbLogger, WandbMode
+from tlcli.specs import LoggerSpec, MlflowSpec, TensorboardSpec, TrainSpec, WandbMode, WandbSpec
+from tlcli.text import flat_keys, to_plain
 
 Values = Mapping[str, Any]
 
@@ -118,23 +117,7 @@ class LoggedWatch(Reporter):
 
 def flat_config(spec: TrainSpec) -> dict[str, Any]:
     """{"optimizer.lr": 5e-4, ...}: every key but the logger's own, whose address may have a password in it."""
-    return {key: value for key, value in _flat(spec, "") if not key.startswith("logger.")}
-
-
-def _flat(spec: Spec, prefix: str) -> Iterator[tuple[str, Any]]:
-    for f in fields(spec):  # type: ignore[arg-type]
-        value = getattr(spec, f.name)
-        if isinstance(value, Spec):
-            yield from _flat(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple) else value
+    return {key: value for key, value in flat_keys(to_plain(spec)).items() if not key.startswith("logger.")}
 
 
 def facts_of(plan: RunPlan) -> dict[str, Any]:
@@ -184,7 +167,7 @@ def result_figures(outcome: RunResult) -> dict[str, float]:
 class _Tensorboard:
     """Event files in RUN/tensorboard; `tensorboard --logdir outputs` shows all runs."""
 
-    def __init__(self, spec: TensorboardLogger, run: Path) -> None:
+    def __init__(self, spec: TensorboardSpec, run: Path) -> None:
         self._folder = run / "tensorboard"
 
     def start(self, config: Values, facts: Values) -> None:
@@ -215,7 +198,7 @@ class _Mlflow:
     STATUS: Mapping[str, str] = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
     BATCH = 100  # parameters that MLflow takes in one request
 
-    def __init__(self, spec: MlflowLogger, run: Path) -> None:
+    def __init__(self, spec: MlflowSpec, run: Path) -> None:
         self._spec = spec
 
     def start(self, config: Values, facts: Values) -> None:
@@ -252,7 +235,7 @@ class _Mlflow:
 class _Wandb:
     """A Weights & Biases run, kept in RUN/wandb until `wandb sync` where the mode is offline."""
 
-    def __init__(self, spec: WandbLogger, run: Path) -> None:
+    def __init__(self, spec: WandbSpec, run: Path) -> None:
         self._spec = spec
         self._folder = run
 
@@ -292,8 +275,8 @@ class _Wandb:
 
 
 LOGGERS: dict[type[LoggerSpec], Callable[[Any, Path], Logger]] = {
-    TensorboardLogger: _Tensorboard,
-    MlflowLogger: _Mlflow,
-    WandbLogger: _Wandb,
+    TensorboardSpec: _Tensorboard,
+    MlflowSpec: _Mlflow,
+    WandbSpec: _Wandb,
 }
 """What makes the logger of each kind of spec; `none` has no entry."""

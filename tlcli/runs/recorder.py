@@ -23,7 +23,7 @@ from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.predictions import SplitPredictions, write_predictions
 from tlcli.runs.restart import ResumeState
 from tlcli.runs.run_dir import RunDir, environment, read_json, write_json
-from tlcli.specs import Crop, TrainSpec
+from tlcli.specs import CropSpec, TrainSpec
 from tlcli.transfer.groups import freeze_table
 
 
@@ -243,7 +243,7 @@ def _formats(numerics: Mapping[str, str]) -> list[str]:
 def _augment_words(spec: TrainSpec) -> str:
     """What happens to training images, for the plan."""
     augment, words = spec.augment, []
-    if isinstance(augment, Crop):
+    if isinstance(augment, CropSpec):
         words.append(f"crops of {augment.scale[0]:.0%} or more")
         if augment.flip:
             words.append("flips")

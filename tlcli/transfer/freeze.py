@@ -8,13 +8,13 @@ from torch import nn
 from tlcli.errors import UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import (
-    FreezeBias,
-    FreezeHead,
-    FreezeLastStages,
-    FreezeNone,
-    FreezeNorm,
-    FreezePattern,
+    BiasSpec,
+    FreezeNoneSpec,
     FreezeSpec,
+    HeadSpec,
+    LastStagesSpec,
+    NormSpec,
+    PatternSpec,
 )
 from tlcli.text import did_you_mean
 
@@ -41,7 +41,7 @@ def _head(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
 
 
 def _last_stages(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    assert isinstance(spec, FreezeLastStages)
+    assert isinstance(spec, LastStagesSpec)
     before_head = len(model.stages) - 1
     if spec.n > before_head:
         names = ", ".join(stage.name for stage in model.stages[:-1])
@@ -51,7 +51,7 @@ def _last_stages(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
 
 
 def _pattern(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    assert isinstance(spec, FreezePattern)
+    assert isinstance(spec, PatternSpec)
     names = parameter_names(model)
     train = _matching("freeze.train", spec.train, model)
     keep = _matching("freeze.keep", spec.keep, model)
@@ -97,10 +97,10 @@ def _bias(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
 
 
 _STRATEGIES: dict[type[FreezeSpec], Callable[[FreezeSpec, Classifier], frozenset[str]]] = {
-    FreezeNone: _none,
-    FreezeHead: _head,
-    FreezeLastStages: _last_stages,
-    FreezePattern: _pattern,
-    FreezeNorm: _norm,
-    FreezeBias: _bias,
+    FreezeNoneSpec: _none,
+    HeadSpec: _head,
+    LastStagesSpec: _last_stages,
+    PatternSpec: _pattern,
+    NormSpec: _norm,
+    BiasSpec: _bias,
 }

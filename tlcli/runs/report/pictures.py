@@ -1,14 +1,16 @@
 """The images of a run's data set, found again by their keys."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from tlcli.data.dataset import SOURCES
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.data.source import Images
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, TorchvisionDataset
+from tlcli.specs import DatasetSpec, TorchvisionDatasetSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +23,8 @@ class Pictures:
     @staticmethod
     def of(spec: DatasetSpec) -> "Pictures":
         """The images of a data set as it is now; nothing is decoded before it is read, and nothing is downloaded."""
-        if isinstance(spec, TorchvisionDataset):
-            spec = replace(spec, download=False)
+        if isinstance(spec, TorchvisionDatasetSpec):
+            spec = structs.replace(spec, download=False)
         try:
             source = SOURCES[type(spec)](spec, Reporter())
         except (TlcliError, OSError) as exc:
