@@ -171,11 +171,11 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
 STUB = """
 import os, signal, sys, threading, types
 from pathlib import Path
-from tlcli.interrupts import steady
+from tlcli.interrupts import defer_interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def train(spec, run, watch, session, restart=None):
     if os.environ.get("STEADY"):
-        with steady:
+        with defer_interrupts:
             wait()
     wait()
 def wait():

@@ -297,8 +297,7 @@ def origin(key: str, config: DictConfig, files: ConfFiles) -> str:
         option = files.groups.get(group, {}).get(name)
         if option is None or option.path.is_relative_to(conf_dir()):
             continue
-        own = yaml.safe_load(option.text) or {}
-        for path in (key, key.removeprefix(f"{group}.")):
-            if path in flat_keys(own) or path in own:
-                return f" (in {group}/{name}.yaml)"
+        own = yaml.safe_load(option.text)
+        if isinstance(own, dict) and {key, key.removeprefix(f"{group}.")} & {*own, *flat_keys(own)}:
+            return f" (in {group}/{name}.yaml)"
     return ""
