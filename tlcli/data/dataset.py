@@ -1,11 +1,12 @@
 """A data set ready for use: classes, and train, val and test splits of images that are known to decode."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from tlcli.data.decode import Pixels
 from tlcli.data.digits import load_digits
@@ -114,8 +115,8 @@ def images_by_key(spec: DatasetSpec) -> dict[str, Callable[[], Pixels]]:
     Raises:
         UsageError, OSError: the data set cannot be read. The functions raise BadImage, a ValueError, and OSError.
     """
-    if isinstance(spec, TorchvisionDataset):
-        spec = replace(spec, download=False)
+    if isinstance(spec, TorchvisionDatasetSpec):
+        spec = structs.replace(spec, download=False)
     splits = SOURCES[type(spec)](spec, Reporter()).splits.values()
     return {s.images.key(i): partial(s.images.read, i) for s in splits for i in s.indices.tolist()}
 

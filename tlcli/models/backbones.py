@@ -15,7 +15,7 @@ from torch import nn
 
 from tlcli.errors import UsageError
 from tlcli.models.classifier import Architecture, Float32Linear, Head, Stage, within
-from tlcli.specs import BackboneSpec, LiteBackbone, TimmBackbone, TorchvisionBackbone
+from tlcli.specs import BackboneSpec, LiteBackboneSpec, TimmBackboneSpec, TorchvisionBackboneSpec
 from tlcli.text import did_you_mean
 
 LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
