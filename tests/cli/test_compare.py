@@ -26,22 +26,19 @@ def test_two_runs(tlcli: Tlcli, two: tuple[str, str]) -> None:
     done = tlcli("compare", *two)
     assert done.code == 0, done.err
     lines = [line.split() for line in done.out.splitlines()]
-    assert ["freeze.kind", "head", "none"] in lines
+    assert ["A", "0.7000", "0.0000", "to", "1.0000", "0.5000", "0.5000", "40", "first"] in lines
+    assert ["freeze.kind", "head", "(A),", "none", "(B)"] in lines
     assert ["ant", "0.4000", "1.0000", "-60.0", "20"] in lines
-    assert "B is better than A by 30.0 points, more than chance: p = 0.00049." in done.out
-    assert "B right, A wrong: 12" in done.out
-    assert "  test/0.png: ant, A says bee" in done.out
-    assert "and 2 more (--format json has all)" in done.out
-    assert "A right, B wrong" not in done.out
+    assert "0 right only in A, 12 right only in B" in done.out
+    assert "B is better than A by 30.0 points, which is significant: p = 0.00049" in done.out
 
 
-def test_a_difference_within_chance_says_what_could_be_settled(tlcli: Tlcli, tmp_path: Path) -> None:
+def test_a_difference_that_is_not_significant(tlcli: Tlcli, tmp_path: Path) -> None:
     true = [0] * 100
     make_run(tmp_path / "a", [1] + [0] * 99, true)
     make_run(tmp_path / "b", [0] * 97 + [1] * 3, true)
     done = tlcli("compare", "a", "b")
-    assert "The difference of 2.0 points is within chance: p = 0.62; 100 images" in done.out
-    assert "cannot settle a difference below about 6.0 points" in done.out
+    assert "The difference of 2.0 points is not significant: p = 0.62" in done.out
     assert "the configs are the same" in done.out
 
 
@@ -49,27 +46,29 @@ def test_test_sets_that_differ(tlcli: Tlcli, tmp_path: Path) -> None:
     make_run(tmp_path / "a", [0, 1], [0, 1], keys=["x", "y"])
     make_run(tmp_path / "b", [0, 1], [0, 1], keys=["x", "z"])
     done = tlcli("compare", "a", "b")
-    assert "no paired test: their test sets differ: 1 images are in both, 2 in one alone" in done.out
+    assert "no paired test: their test sets differ: 1 images are in both, 2 in only one" in done.out
+    [pair] = json.loads(tlcli("compare", "a", "b", "--format", "json").out)["pairs"]
+    assert pair["paired"] is False
 
 
-def test_many_runs(tlcli: Tlcli, tmp_path: Path) -> None:
+def test_many_runs_have_values_with_intervals_and_no_test(tlcli: Tlcli, tmp_path: Path) -> None:
     true = [0] * 20
     for place, n in enumerate((20, 14, 19, 18)):
         make_run(tmp_path / str(place), [0] * n + [1] * (20 - n), true, seed=place, lr=0.1 if place < 2 else 0.2)
     done = tlcli("compare", "0", "1", "2", "3")
-    assert "lr: 0.1 (A, B), 0.2 (C, D)" in done.out
-    assert "A against B: 30.0 points (images right: 6 in A alone, 0 in B alone), within chance: p = 0.09" in done.out
-    assert "C, D differ in their seed alone: accuracy 0.9250 in the mean" in done.out
+    assert "0.1 (A, B), 0.2 (C, D)" in done.out
+    assert done.out.count("  0.0000 to 1.0000  ") == 4
+    assert "significance is tested for two runs only, not for 4. Compare the intervals." in done.out
+    assert "C, D differ only in the seed: mean accuracy 0.9250" in done.out
+    assert json.loads(tlcli("compare", "0", "1", "2", "3", "--format", "json").out)["pairs"] == []
 
 
 def test_json_has_everything(tlcli: Tlcli, two: tuple[str, str]) -> None:
     found = json.loads(tlcli("compare", *two, "--format", "json").out)
     assert found["config"] == {"freeze.kind": {"first": "head", "second": "none"}}
-    assert found["best"] == "second"
     [pair] = found["pairs"]
     assert (pair["paired"], pair["more_than_chance"], pair["both_right"]) == (True, True, 28)
-    assert len(pair["only_second_right"]) == 12
-    assert pair["only_second_right"][0]["key"] == "test/0.png"
+    assert (pair["n_only_first_right"], pair["n_only_second_right"]) == (0, 12)
     assert [run["path"] for run in found["runs"]] == ["first", "second"]
 
 
