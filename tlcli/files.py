@@ -1,7 +1,9 @@
-"""Crash-safe file replacement, YAML from any source, and checks of paths that do not raise."""
+"""Crash-safe file replacement, locks, YAML from any source, and checks of paths that do not raise."""
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,6 +108,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not a config (keys and values)")
     return content
+
+
+@contextmanager
+def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock among all threads and processes. All locks of tlcli are taken here.
+
+    The system releases the locks of a process that ends.
+
+    Args:
+        shared: allow other shared locks at the same time. Does nothing on Windows, which deletes no mapped file.
+        timeout: seconds to wait for an exclusive lock; negative: no limit.
+
+    Raises:
+        OSError: the lock is held (TimeoutError), or the file system has no locks or cannot be written.
+    """
+    from filelock import FileLock  # here, because it imports asyncio
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()  # with the permissions of the umask, so that a group can share a cache; filelock 3 would use 0644
+    if shared and os.name == "nt":
+        yield
+    elif shared:
+        import fcntl
+
+        with file.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+    else:
+        exclusive = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
+        try:
+            exclusive.acquire(timeout=timeout)
+        except NotImplementedError as error:  # filelock 3, on a file system without locks
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
+        try:
+            yield
+        finally:
+            exclusive.release()
 
 
 # pathlib's checks raise for names that are too long and for links that form a circle; those below do not.

@@ -1,12 +1,14 @@
-"""Activations on disk: raw tensors in entries, each under a key, shared by all runs and processes of a machine.
+"""Cache of activations: raw tensors in entries, each under a key, shared by all runs and processes of a machine.
 
-    ROOT/activations/KEY/              one entry: meta.json, for people too, and 0.bin, 1.bin ...: a file a column
-    ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written, or what a killed writer left
-    ROOT/locks/KEY.lock                held by whoever fills that entry; the system frees it when that process ends
-    ROOT/NAME.json                     notes, such as measured choices
+    ROOT/activations/KEY/              an entry: meta.json, and one file per column: 0.bin, 1.bin ...
+    ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written; its files have their final sizes from the start
+    ROOT/locks/KEY.lock                held while the entry is written
+    ROOT/locks/KEY.use                 shared by the processes that use the entry; they hold it until they end
+    ROOT/locks/space.lock              held while room is made
+    ROOT/NAME.json                     notes, such as measured speeds
 
-What a key stands for and what the tensors mean is the caller's business. torch is not needed here, so that
-`tlcli cache list` answers at once.
+The caller decides what a key stands for and what the tensors mean. torch is not imported, so that `tlcli cache list`
+is fast.
 """
 
 import errno
@@ -16,78 +18,59 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import platformdirs
-from filelock import FileLock, Timeout
 
-from tlcli.errors import UsageError
-from tlcli.files import sync_folder
-from tlcli.text import did_you_mean, size_text
+from tlcli.files import atomic_write, expand_user, lock, sync_folder
+from tlcli.text import size_text
 
 FORMAT = 1
-"""The version of meta.json and of the files beside it."""
-
+"""Version of meta.json and of the files next to it."""
 META = "meta.json"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GB = 1_000_000_000
-BLOCK = 1 << 20
-"""Bytes read at a time to verify an entry. On one core zlib.crc32 alone ran at 5.4 GB/s, with reading from the page
-cache at 3.6, from the disk at 1.7; blocks from 256 kB to 4 MB made no difference."""
-
-SETTLED = 2.0
-"""Seconds since its last change from which a file's time tells a later change for certain (FAT's clock has 2 s)."""
-
-LEAST_PREFIX = 4
-"""The fewest characters of a key that name an entry on the command line."""
+READ_BLOCK_BYTES = 1 << 20
+"""Read size of the checksum, which runs at 3.6 GB/s from the page cache; 256 kB to 4 MB are equally fast."""
+MTIME_SECONDS = 2.0
+"""Resolution of the coarsest file time (FAT): a later change shows in the time of a file that is at least this old."""
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
-_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-_NOTES_DRAFT = re.compile(r"\.[a-z][a-z0-9_-]*\.json\.\d+\.[0-9a-f]+")
 _OWN_FILE = re.compile(r"meta\.json|\d+\.bin")
 _NOTES_MARK = "tlcli notes 1"
-_META_KEYS = {"format", "key", "created", "facts", "rows", "columns", "checksums"}
-_META_CHECKSUM = "meta_checksum"  # the key of the checksum over all else in meta.json; tlcli 0.3 wrote none
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged entry may raise
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)
+"""Errors that reading a damaged file may raise."""
 
-_verified: dict[Path, tuple[object, ...]] = {}  # entry -> its state when this process verified it; see _state
-
-Bytes = bytes | bytearray | memoryview
+_verified: dict[Path, tuple[object, ...]] = {}
+"""The file times of entries when this process verified them."""
+_held: dict[Path, AbstractContextManager[None]] = {}
+"""The shared locks of this process."""
 
 
 def cache_dir() -> Path:
-    """Where the cache is: $TLCLI_CACHE, else the user's cache directory of this system."""
-    own = os.environ.get("TLCLI_CACHE", "")
-    if not own:
-        return platformdirs.user_cache_path("tlcli", appauthor=False)
-    try:
-        return Path(own).expanduser().absolute()
-    except RuntimeError as exc:
-        raise UsageError(f"TLCLI_CACHE={own}: there is no such home directory. Give a path") from exc
+    """Return the cache folder: $TLCLI_CACHE, else the user's cache folder of this system."""
+    path = os.environ.get("TLCLI_CACHE", "")
+    return expand_user(path).absolute() if path else platformdirs.user_cache_path("tlcli", appauthor=False)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor of each row: its dtype (float32, bfloat16 or float16) and its shape in one row."""
+    """One tensor per row: its dtype (float32, bfloat16 or float16) and its shape in one row."""
 
     dtype: str
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"a column cannot hold {self.dtype}")
-        if not all(type(side) is int and side > 0 for side in self.shape):
-            raise ValueError(f"a column cannot have the shape {self.shape}")
+        if self.dtype not in ITEM_BYTES or not all(type(side) is int and side > 0 for side in self.shape):
+            raise ValueError(f"a column cannot hold {self.dtype} of shape {self.shape}")
 
     @property
     def nbytes(self) -> int:
@@ -96,20 +79,20 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A complete entry. `created` is UTC in ISO 8601, `used` the time of the last use in seconds since the epoch."""
 
     path: Path
     key: str
     rows: int
     columns: tuple[Column, ...]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     created: str
     used: float
     checksums: tuple[str, ...]
 
     def file(self, column: int) -> Path:
-        """The rows of one column one after the other, C-contiguous and little-endian: made for memory mapping."""
+        """Return the file of a column: its rows, C-contiguous and little-endian, ready for memory mapping."""
         return self.path / f"{column}.bin"
 
     @property
@@ -119,431 +102,331 @@ class Entry:
 
 
 class Store:
-    """The cache below one directory, which need not exist yet. A key is a lower-case hex string, else ValueError."""
+    """The cache in one folder, which need not exist yet. A key is a lower-case hex string, else ValueError.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        max_gb: size of all entries that is never exceeded. The least recently used entries that no process holds are
+            evicted for a new one.
+    """
+
+    def __init__(self, root: Path, max_gb: float = math.inf) -> None:
         self.root = root
+        self.max_gb = max_gb
         self.activations = root / "activations"
 
-    def find(self, key: str) -> Entry | None:
-        """The entry of a key, verified; None where there is none, or where it was damaged and is now removed.
+    def find(self, key: str) -> CacheEntry | None:
+        """Return a verified entry and hold it until this process ends; None if there is none or it is damaged.
 
-        Reads the whole entry, but once a process only, as long as nothing touches its files.
+        The whole entry is read, but once per process as long as its files do not change.
         """
-        folder = self._folder(key)
-        identity = _identity(folder)
-        if identity is None:
+        if not self.exists(key):
             return None
         try:
-            _verify_meta(folder / META)
-            entry = _read(folder)
+            entry = _read_entry(self._folder(key))
             _verify(entry)
         except _DAMAGE:
-            with suppress(OSError):
-                if _identity(folder) == identity:  # else somebody has filled it anew meanwhile
-                    _delete(folder)
             return None
-        with suppress(OSError):  # somebody else's cache, which we may only read
-            os.utime(folder / META)
+        with suppress(OSError):  # a cache of another user, which is read-only for this one
+            os.utime(entry.path / META)
         return entry
 
     def exists(self, key: str) -> bool:
-        """Whether a key's entry looks whole, by its meta.json and its files' sizes; `find` makes sure."""
+        """Return True if an entry looks complete by its meta.json and file sizes, and hold it. `find` verifies it."""
         folder = self._folder(key)
         try:
-            return bool(_read(folder))
+            _read_entry(folder)
         except _DAMAGE:
             return False
+        self._hold(key)
+        return True
 
     @contextmanager
-    def filling(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold a key for oneself, among all threads and processes, to fill its entry.
+    def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the right to fill a key, among all threads and processes.
 
-        Look for the entry again inside: whoever held the key before may have filled it. `waiting` is called once if
-        somebody holds it now. A holder that dies holds nothing. OSError where the directory cannot be written.
+        Call `find` again inside: another process may have filled the entry meanwhile. `on_wait` is called once if the
+        key is locked. Raises OSError if the cache cannot be written.
         """
-        with self._lock(f"{_checked(key)}.lock", waiting=waiting):
-            for draft in self._drafts():
-                if _key_of(draft) == key:  # nobody fills it but us, so its writer was killed
-                    with suppress(OSError):
-                        _delete(draft)
+        file = self._lock_file(self._folder(key))
+        with ExitStack() as held:
+            try:
+                held.enter_context(lock(file, timeout=0))
+            except TimeoutError:
+                on_wait()
+                held.enter_context(lock(file))
+            for draft in self._folders(_DRAFT):
+                if self._lock_file(draft) == file:  # this process has the lock, so the writer of the draft was killed
+                    _delete(draft)
             yield
 
-    def create(self, key: str, rows: int, columns: Sequence[Column], facts: Mapping[str, Any]) -> "Writer":
-        """A writer of an entry, to be used within `filling(key)`. The facts are JSON, for people to read."""
-        if rows < 1 or not columns:
-            raise ValueError("an entry has rows and columns")
-        return Writer(self, _checked(key), rows, tuple(columns), json.loads(json.dumps(dict(facts), allow_nan=False)))
+    @contextmanager
+    def create(self, key: str, rows: int, columns: Sequence[Column], metadata: Mapping[str, Any]) -> Iterator["Writer"]:
+        """Yield the writer of an entry, which exists after the block completely or not at all.
 
-    def room(self, nbytes: int, max_gb: float) -> str | None:
-        """Why an entry of this size does not fit; None where it does. What killed writers left is removed first."""
-        self._sweep()
-        used = sum(_bytes_in(folder) for folder in self._folders())
-        if nbytes + used > max_gb * GB:
-            beside = f" beside {size_text(used)} of other entries" if used else ""
-            return f"{size_text(nbytes)}{beside} is over cache.max_gb={max_gb:g}"
-        return self._no_space(nbytes) or self._not_writable()
+        To be used inside `lock_for_write(key)`. A damaged entry is replaced. The metadata is JSON for people.
+        Raises OSError if there is no room, or a write fails.
+        """
+        final = self._folder(key)
+        draft = final.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}")
+        writer = Writer(rows, columns)
+        meta = {
+            "format": FORMAT,
+            "key": key,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "facts": json.loads(json.dumps(dict(metadata), allow_nan=False)),
+            "rows": rows,
+            "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in columns],
+            "checksums": writer.checksums,
+        }
+        try:
+            with ExitStack() as files:
+                with self._lock_space():
+                    if final.exists() and not self.find(key):
+                        _delete(final)
+                    nbytes = rows * sum(column.nbytes for column in columns) + len(_with_checksum(meta))
+                    if (reason := self._make_room(nbytes, evict=True)) is not None:
+                        raise OSError(errno.ENOSPC, reason)
+                    draft.mkdir()
+                    for i, column in enumerate(columns):
+                        writer.files.append(files.enter_context((draft / f"{i}.bin").open("wb")))
+                        writer.files[i].truncate(rows * column.nbytes)  # sparse: it reserves the room
+                yield writer
+                if writer.written != rows:
+                    raise ValueError(f"{writer.written} rows were written of {rows}")
+                for file in writer.files:
+                    file.flush()
+                    os.fsync(file.fileno())
+            with atomic_write(draft / META, durable=True) as file:
+                file.write(_with_checksum({**meta, "checksums": writer.checksums}).encode())
+            self._hold(key)
+            try:
+                draft.rename(final)
+            except OSError:  # another writer has finished first
+                _delete(draft)
+            sync_folder(self.activations)
+            writer.entry = _read_entry(final)
+        except BaseException:
+            with suppress(OSError):  # it must not hide the error that is being raised
+                _delete(draft)
+            raise
 
-    def entries(self) -> list[Entry]:
-        """All complete entries, the one used last first; their checksums are not looked at."""
-        found = []
-        for folder in self._folders():
-            if _KEY.fullmatch(folder.name):
-                with suppress(*_DAMAGE):
-                    found.append(_read(folder))
-        return sorted(found, key=lambda entry: entry.used, reverse=True)
+    def no_room_reason(self, nbytes: int) -> str | None:
+        """Return why entries of this total size do not fit even if all that can be evicted is; None if they fit.
 
-    def match(self, key_or_prefix: str) -> Entry:
-        """The entry whose key starts with these characters; UsageError where it is none or more than one."""
-        word = key_or_prefix
-        if not _KEY.fullmatch(word):
-            raise UsageError(f"{word!r} is not a key: `tlcli cache list` shows the keys")
-        entries = self.entries()
-        found = [entry for entry in entries if entry.key.startswith(word)]
-        if exact := [entry for entry in found if entry.key == word]:
-            return exact[0]
-        if len(word) < LEAST_PREFIX:
-            raise UsageError(f"{word!r} is too short: give at least {LEAST_PREFIX} characters of a key")
-        if not found:
-            near = did_you_mean(word, (entry.key[: max(8, len(word))] for entry in entries))
-            raise UsageError(f"no entry {word!r}.{near or ' `tlcli cache list` shows the keys'}")
-        if len(found) > 1:
-            raise UsageError(f"{word!r} is the start of {len(found)} keys: give more characters")
-        return found[0]
+        Give the size of everything that a run is going to write, and call `exists` before for what it is going to read.
+        """
+        try:
+            with self._lock_space():
+                return self._make_room(nbytes, evict=False)
+        except OSError as error:
+            read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            return f"{self.root} {'is read-only' if read_only else 'cannot be written'} ({error.strerror})"
 
-    def remove(self, key_or_prefix: str) -> Entry:
-        """Remove the entry that `match` finds, and return what it was."""
-        entry = self.match(key_or_prefix)
-        _delete(entry.path)
-        return entry
+    def entries(self) -> list[CacheEntry]:
+        """Return all complete entries, the most recently used first, without reading their columns."""
+        entries = []
+        for folder in self._folders(_KEY):
+            with suppress(*_DAMAGE):
+                entries.append(_read_entry(folder))
+        return sorted(entries, key=lambda entry: entry.used, reverse=True)
+
+    def remove(self, key: str) -> None:
+        """Remove an entry, also if it is in use: a process that has mapped it keeps its rows."""
+        _delete(self._folder(key))
 
     def clear(self) -> tuple[int, int]:
-        """Remove all entries, what killed writers left, and all notes; how many entries, and how many bytes in all.
+        """Remove all entries, stale drafts and notes; return the number of entries and of all bytes.
 
-        An entry that is being written stays, as does every file that is not ours. The locks stay too: a lock file
-        that vanishes under one who waits for it lets two hold it.
+        Entries that are being written and third-party files stay. Lock files stay as well: if one vanishes while a
+        process waits for it, two processes can hold the lock.
         """
-        nbytes = self._sweep()
-        count = 0
-        for folder in self._folders():
-            if _KEY.fullmatch(folder.name):
-                with suppress(FileNotFoundError):  # somebody else removed it first
-                    nbytes += _delete(folder)
-                    count += 1
+        nbytes, count = self._remove_stale_drafts(), 0
+        for folder in self._folders(_KEY):
+            with suppress(FileNotFoundError):  # another process removed it
+                nbytes += _delete(folder)
+                count += 1
         for file in _children(self.root):
-            if _NOTES_DRAFT.fullmatch(file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
+            if file.suffix == ".json" and _notes_in(file) is not None:
                 file.unlink(missing_ok=True)
         return count, nbytes
 
-    def remembered(self, name: str) -> dict[str, Any]:
-        """The notes of a name; empty where there are none, or where they are damaged."""
-        return _notes_in(self._notes(name)) or {}
+    def read_notes(self, name: str) -> dict[str, Any]:
+        """Return the notes of a name; empty if there are none or they are damaged."""
+        return _notes_in(self.root / f"{name}.json") or {}
 
-    def remember(self, name: str, key: str, value: Any) -> None:
-        """Add a note, in one atomic step among all processes; nothing where the directory cannot be written."""
-        file = self._notes(name)
-        with suppress(OSError), self._lock(f"{file.name}.lock", timeout=10):
-            _write_json(file, {"format": _NOTES_MARK, "notes": {**self.remembered(name), key: value}})
+    def add_note(self, name: str, key: str, value: Any) -> None:
+        """Add a note in one atomic step among all processes. Does nothing if the cache cannot be written."""
+        file_lock = lock(self.root / "locks" / f"{name}.json.lock", timeout=10)
+        with suppress(OSError), file_lock, atomic_write(self.root / f"{name}.json") as file:
+            file.write(_json({"format": _NOTES_MARK, "notes": {**self.read_notes(name), key: value}}).encode())
 
     def _folder(self, key: str) -> Path:
-        return self.activations / _checked(key)
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not a key: a key is a lower-case hex string")
+        return self.activations / key
 
-    def _notes(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for notes")
-        return self.root / f"{name}.json"
+    def _lock_file(self, folder: Path, suffix: str = "lock") -> Path:
+        """Return a lock of the key that an entry or a draft has."""
+        return self.root / "locks" / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}"
 
-    def _folders(self) -> list[Path]:
-        """The folders of ours: entries, complete or damaged, and drafts."""
-        return [path for path in _children(self.activations) if _ours(path)]
+    def _folders(self, *patterns: re.Pattern[str]) -> list[Path]:
+        """Return the folders of tlcli with such names: entries, complete or damaged (_KEY), and drafts (_DRAFT)."""
+        children = _children(self.activations)
+        return [path for path in children if any(p.fullmatch(path.name) for p in patterns) and _is_cache_folder(path)]
 
-    def _drafts(self) -> list[Path]:
-        return [folder for folder in self._folders() if _DRAFT.fullmatch(folder.name)]
+    def _hold(self, key: str) -> None:
+        """Keep other processes from evicting an entry until this one ends."""
+        file = self._lock_file(self._folder(key), "use")
+        if file not in _held:
+            with suppress(OSError):  # a read-only cache: nothing is evicted either
+                held = lock(file, shared=True)
+                held.__enter__()
+                _held[file] = held
 
-    def _sweep(self) -> int:
-        """Remove the drafts of keys that nobody is filling; the bytes that this frees."""
+    @contextmanager
+    def _lock_space(self) -> Iterator[None]:
+        """Allow no other process to make room or to take it."""
+        with lock(self.root / "locks" / "space.lock"):
+            self.activations.mkdir(parents=True, exist_ok=True)
+            yield
+
+    def _make_room(self, nbytes: int, *, evict: bool) -> str | None:
+        """Evict what `nbytes` need; return a reason if that is not enough, and then evict nothing."""
+        self._remove_stale_drafts()
+        used = sum(map(_bytes_in, self._folders(_KEY, _DRAFT)))  # drafts have their final sizes
+        total, _, disk_free = shutil.disk_usage(self.activations)
+        reserve = max(GB, min(total // 20, 10 * GB))  # 5 % of a disk stay free
+        freed, excess = 0, max(used + nbytes - self.max_gb * GB, nbytes + reserve - disk_free)
+        last_use = {entry.path: entry.used for entry in self.entries()}  # damaged entries go first
+        evicted = []
+        with ExitStack() as locks:
+            for folder in sorted(self._folders(_KEY), key=lambda folder: last_use.get(folder, 0.0)):
+                if freed >= excess:
+                    break
+                with suppress(OSError):  # a process holds it
+                    locks.enter_context(lock(self._lock_file(folder, "use"), timeout=0))
+                    freed += _bytes_in(folder)
+                    evicted.append(folder)
+            if used - freed + nbytes > self.max_gb * GB:
+                beside = f" beside {size_text(used - freed)} of entries in use" if used > freed else ""
+                return f"{size_text(nbytes)}{beside} is over cache.max_gb={self.max_gb:g}"
+            if freed < excess:
+                free, least = size_text(disk_free + freed), size_text(reserve)
+                return f"{size_text(nbytes)} of the disk's free {free} would leave less than {least}"
+            for folder in evicted if evict else ():
+                with suppress(FileNotFoundError):
+                    _delete(folder)
+        return None
+
+    def _remove_stale_drafts(self) -> int:
+        """Remove the drafts of writers that were killed; return the bytes."""
         nbytes = 0
-        for draft in self._drafts():
-            with suppress(OSError), self._lock(f"{_key_of(draft)}.lock", timeout=0):  # Timeout is an OSError
+        for draft in self._folders(_DRAFT):
+            with suppress(OSError), lock(self._lock_file(draft), timeout=0):  # else it is being written
                 nbytes += _delete(draft)
         return nbytes
 
-    @contextmanager
-    def _lock(self, name: str, *, timeout: float = -1, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold a lock among processes and threads; Timeout, an OSError, where it cannot be had in time."""
-        file = self.root / "locks" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()  # by the umask, so that a group can share a cache; filelock 3 would make it 0644
-        lock = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
-        try:
-            lock.acquire(timeout=0 if waiting else timeout)
-        except NotImplementedError as exc:  # filelock 3, on a file system without locks
-            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from exc
-        except Timeout:
-            if waiting is None:
-                raise
-            waiting()
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _no_space(self, nbytes: int) -> str | None:
-        """Why the disk has too little space. 5 % of it stay free for others, which is 1 GB at least and 10 at most."""
-        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
-        total, _, free = shutil.disk_usage(there)
-        reserve = max(GB, min(total // 20, 10 * GB))
-        if free - nbytes >= reserve:
-            return None
-        return f"{size_text(nbytes)} of the disk's free {size_text(free)} would leave less than {size_text(reserve)}"
-
-    def _not_writable(self) -> str | None:
-        """Why nothing can be written; found out by writing, which permissions alone do not tell."""
-        try:
-            self.activations.mkdir(parents=True, exist_ok=True)
-            (self.activations / f".probe.{os.getpid()}.{secrets.token_hex(4)}").mkdir()
-            for probe in self.activations.glob(".probe.*"):  # that of a process which was killed just here, too
-                with suppress(OSError):
-                    probe.rmdir()
-        except OSError as exc:
-            read_only = exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-            return f"{self.root} {'is read-only' if read_only else 'cannot be written'} ({exc.strerror})"
-        return None
-
 
 class Writer:
-    """Writes one entry, batch by batch; a context manager, at whose end the entry is there as a whole or not at all.
+    """Takes the rows of one entry batch by batch; `entry` is the finished one, this writer's or that of another writer
+    that finished first."""
 
-    An OSError, of a full disk say, comes through; nothing is left then. So it is after any other exception.
-    """
+    entry: CacheEntry
 
-    def __init__(
-        self, store: Store, key: str, rows: int, columns: tuple[Column, ...], facts: Mapping[str, Any]
-    ) -> None:
-        self._store, self._key, self._rows, self._columns, self._facts = store, key, rows, columns, facts
-        self._draft = store.activations / _draft_name(key)
-        self._files: list[BinaryIO] = []
-        self._open = ExitStack()
-        self._checksums = [0] * len(columns)
-        self._written = 0
-        self._entry: Entry | None = None
+    def __init__(self, rows: int, columns: Sequence[Column]) -> None:
+        self.files: list[BinaryIO] = []
+        self.written = 0
+        self._rows, self._columns = rows, columns
+        self._crcs = [0] * len(columns)
 
     @property
-    def entry(self) -> Entry:
-        """The finished entry: this writer's, or that of another one who was first."""
-        if self._entry is None:
-            raise ValueError("the entry is not finished")
-        return self._entry
+    def checksums(self) -> list[str]:
+        """CRC-32 of each column, as far as it is written."""
+        return [f"{crc:08x}" for crc in self._crcs]
 
-    def __enter__(self) -> Self:
-        try:
-            self._store.activations.mkdir(parents=True, exist_ok=True)
-            self._draft.mkdir()
-            for column in range(len(self._columns)):
-                self._files.append(self._open.enter_context((self._draft / f"{column}.bin").open("wb")))
-        except BaseException:
-            self._abandon()
-            raise
-        return self
-
-    def append(self, batch: Sequence[Bytes]) -> None:
+    def append(self, batch: Sequence[bytes | bytearray | memoryview]) -> None:
         """Write the next rows: for each column the C-contiguous bytes of the same number of whole rows."""
-        views = [memoryview(part) for part in batch]
+        views = [memoryview(part).cast("B") for part in batch]  # TypeError if one is not contiguous
         rows = views[0].nbytes // self._columns[0].nbytes if views else 0
         if [view.nbytes for view in views] != [rows * column.nbytes for column in self._columns]:
             raise ValueError(f"not the same whole rows of each column: {[view.nbytes for view in views]} bytes")
-        if self._written + rows > self._rows:
+        if self.written + rows > self._rows:
             raise ValueError(f"more than the {self._rows} rows of the entry")
-        if rows == 0:
-            return
-        flat = [view.cast("B") for view in views]  # TypeError where one is not contiguous, before anything is written
-        for column, (file, view) in enumerate(zip(self._files, flat, strict=True)):
+        for i, (file, view) in enumerate(zip(self.files, views, strict=True)):
             file.write(view)
-            self._checksums[column] = zlib.crc32(view, self._checksums[column])
-        self._written += rows
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._abandon()
-            return
-        try:
-            self._finish()
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _finish(self) -> None:
-        """Bring everything to the disk, then show it under its final name."""
-        if self._written != self._rows:
-            raise ValueError(f"{self._written} rows came for an entry of {self._rows}")
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-        self._open.close()
-        with (self._draft / META).open("w", encoding="utf-8", newline="\n") as meta:
-            meta.write(_meta_text(self._meta()))
-            meta.flush()
-            os.fsync(meta.fileno())
-        sync_folder(self._draft)
-        self._publish()
-        sync_folder(self._store.activations)
-        self._entry = _read(self._store.activations / self._key)
-
-    def _publish(self) -> None:
-        """Rename the draft. A whole entry that is there already is kept, a damaged one replaced."""
-        final = self._store.activations / self._key
-        try:
-            self._draft.rename(final)
-        except OSError:
-            if self._store.exists(self._key):
-                _delete(self._draft)
-                return
-            _delete(final)
-            self._draft.rename(final)
-
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "key": self._key,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "facts": self._facts,
-            "rows": self._rows,
-            "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in self._columns],
-            "checksums": [_hex(checksum) for checksum in self._checksums],
-        }
-
-    def _abandon(self) -> None:
-        """Close and remove what was written; errors in that must not hide the one that is on its way."""
-        with suppress(OSError):
-            self._open.close()
-        with suppress(OSError):
-            _delete(self._draft)
+            self._crcs[i] = zlib.crc32(view, self._crcs[i])
+        self.written += rows
 
 
-def _checked(key: str) -> str:
-    """A key that can be a file's name and nothing else."""
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"{key!r} is not a key: a key is a lower-case hex string")
-    return key
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _draft_name(name: str) -> str:
-    return f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+def _with_checksum(meta: Mapping[str, Any]) -> str:
+    """Return the text of meta.json; its last line is the checksum of the rest."""
+    return _json({**meta, "meta_checksum": f"{zlib.crc32(_json(meta).encode()):08x}"})
 
 
-def _key_of(draft: Path) -> str:
-    return draft.name.split(".")[1]
-
-
-def _hex(checksum: int) -> str:
-    return f"{checksum:08x}"
-
-
-def _read(folder: Path) -> Entry:
-    """The entry in a folder, if meta.json and the files' sizes are right; one of _DAMAGE is raised if they are not."""
-    meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    columns = tuple(Column(column["dtype"], tuple(column["shape"])) for column in meta["columns"])
-    entry = Entry(
+def _read_entry(folder: Path) -> CacheEntry:
+    """Return the entry in a folder. Raise one of _DAMAGE unless meta.json is as written and the file sizes fit."""
+    text = (folder / META).read_bytes().decode()
+    meta = json.loads(text)
+    del meta["meta_checksum"]
+    if text != _with_checksum(meta) or (meta["format"], meta["key"]) != (FORMAT, folder.name):
+        raise ValueError(f"{folder / META} is damaged")
+    entry = CacheEntry(
         path=folder,
         key=folder.name,
         rows=meta["rows"],
-        columns=columns,
-        facts=meta["facts"],
+        columns=tuple(Column(column["dtype"], tuple(column["shape"])) for column in meta["columns"]),
+        metadata=meta["facts"],
         created=meta["created"],
         used=(folder / META).stat().st_mtime,
         checksums=tuple(meta["checksums"]),
     )
-    consistent = (
-        meta["format"] == FORMAT
-        and meta["key"] == folder.name
-        and type(entry.rows) is int
-        and entry.rows > 0
-        and isinstance(entry.facts, dict)
-        and isinstance(entry.created, str)
-        and len(entry.checksums) == len(columns) > 0
-    )
-    if not consistent:
-        raise ValueError(f"{folder / META} is not consistent")
-    for column, one in enumerate(columns):
-        if entry.file(column).stat().st_size != entry.rows * one.nbytes:
-            raise ValueError(f"{entry.file(column)} has a wrong size")
+    for i, column in enumerate(entry.columns):
+        if entry.file(i).stat().st_size != entry.rows * column.nbytes:
+            raise ValueError(f"{entry.file(i)} has a wrong size")
     return entry
 
 
-def _meta_text(meta: Mapping[str, Any]) -> str:
-    """What is written as meta.json: the checksum of the rest is its last line."""
-    return _json({**meta, _META_CHECKSUM: _hex(zlib.crc32(_json(meta).encode()))})
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def _verify_meta(file: Path) -> None:
-    """One of _DAMAGE is raised unless a meta.json is what some writer wrote, to the last byte."""
-    text = file.read_bytes().decode()
-    rest = dict(json.loads(text))
-    whole = _json(rest) if rest.pop(_META_CHECKSUM, None) is None else _meta_text(rest)
-    if text != whole or rest.keys() != _META_KEYS:
-        raise ValueError(f"{file} is not as it was written")
-
-
-def _verify(entry: Entry) -> None:
-    """Compare the checksums with the files, unless this process has done so; ValueError where one differs."""
-    state = _state(entry)
+def _verify(entry: CacheEntry) -> None:
+    """Compare the files with their checksums, unless this process has done so. Raise ValueError if one differs."""
+    files = [entry.file(i) for i in range(len(entry.columns))]
+    stats = [file.stat() for file in files]
+    state = (entry.checksums, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
     if _verified.get(entry.path) == state:
         return
-    started = time.time()
-    block = memoryview(bytearray(BLOCK))
-    for column, wanted in enumerate(entry.checksums):
-        checksum = 0
-        with entry.file(column).open("rb", buffering=0) as file:
+    start = time.time()
+    block = memoryview(bytearray(READ_BLOCK_BYTES))
+    for path, expected in zip(files, entry.checksums, strict=True):
+        crc = 0
+        with path.open("rb", buffering=0) as file:
             while size := file.readinto(block):
-                checksum = zlib.crc32(block[:size], checksum)
-        if _hex(checksum) != wanted:
-            raise ValueError(f"{entry.file(column)} has a wrong checksum")
-    if all(entry.file(c).stat().st_mtime < started - SETTLED for c in range(len(entry.columns))):
+                crc = zlib.crc32(block[:size], crc)
+        if f"{crc:08x}" != expected:
+            raise ValueError(f"{path}: checksum mismatch")
+    if all(s.st_mtime < start - MTIME_SECONDS for s in stats):
         _verified[entry.path] = state
 
 
-def _state(entry: Entry) -> tuple[object, ...]:
-    """What changes when somebody changes the files of an entry, or what they should be."""
-    files = [entry.file(column).stat() for column in range(len(entry.columns))]
-    return (entry.checksums, *((file.st_ino, file.st_size, file.st_mtime_ns) for file in files))
-
-
-def _identity(folder: Path) -> tuple[int, int, int] | None:
-    """What tells a folder from one that took its place; None where there is none. An inode alone is soon used again."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
 def _children(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where it is missing or cannot be read."""
+    """Return the contents of a folder; nothing if it is missing or cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
         return []
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a folder is an entry or a draft: by its name and by what is in it, so that no photograph is removed."""
-    if not (_KEY.fullmatch(folder.name) or _DRAFT.fullmatch(folder.name)) or folder.is_symlink() or not folder.is_dir():
-        return False
-    files = _children(folder)
-    own = [file for file in files if _OWN_FILE.fullmatch(file.name)]
-    hidden = [file for file in files if file.name.startswith(".")]  # .DS_Store and the like come by themselves
-    return bool(own or not files) and len(own) + len(hidden) == len(files) and not any(f.is_dir() for f in files)
+def _is_cache_folder(folder: Path) -> bool:
+    """Return True if a folder has only files of an entry or hidden ones, so that no other file of a user is removed."""
+    names = [file.name for file in _children(folder)]
+    own = all(_OWN_FILE.fullmatch(name) or name.startswith(".") for name in names)
+    return own and folder.is_dir() and not folder.is_symlink()
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of the files in a folder, which may vanish while we look."""
+    """Return the bytes of the files in a folder, which may vanish meanwhile."""
     nbytes = 0
     for file in _children(folder):
         with suppress(OSError):
@@ -552,14 +435,10 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _delete(folder: Path) -> int:
-    """Remove an entry or a draft; the bytes that were in it. Nobody sees half an entry: it loses its name first."""
-    if not folder.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    if not _ours(folder):
-        raise FileExistsError(errno.EEXIST, "not a cache entry", str(folder))
+    """Remove an entry or a draft and return its bytes. The entry loses its name first: no process sees half of it."""
     nbytes = _bytes_in(folder)
     if not _DRAFT.fullmatch(folder.name):
-        folder = folder.rename(folder.with_name(_draft_name(folder.name)))
+        folder = folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"))
     for file in _children(folder):
         file.unlink(missing_ok=True)
     with suppress(FileNotFoundError):
@@ -568,21 +447,10 @@ def _delete(folder: Path) -> int:
 
 
 def _notes_in(file: Path) -> dict[str, Any] | None:
-    """The notes in a file; None where it does not hold notes of ours."""
+    """Return the notes in a file; None if it does not hold notes of tlcli."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         notes = record["notes"] if record["format"] == _NOTES_MARK else None
     except _DAMAGE:
         return None
     return notes if isinstance(notes, dict) else None
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write an object so that a reader finds the old file or the new one, never a part."""
-    draft = file.with_name(_draft_name(file.name))
-    try:
-        draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(file)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise

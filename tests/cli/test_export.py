@@ -301,7 +301,10 @@ def test_export_into_the_run_says_what_it_did(resnet: Path, tlcli: Tlcli, tmp_pa
         ),
         (["RUN", "--to", "safetensors"], "--to safetensors was removed: use RUN/checkpoints/best.safetensors"),
         (["RUN", "--too", "onnx", "--to", "timm"], "Did you mean '--to'?"),
-        (["RUN", "--to", "timm", "--checkpoint", "bst"], "--checkpoint bst: choose from best, last. Did you mean 'best'?"),
+        (
+            ["RUN", "--to", "timm", "--checkpoint", "bst"],
+            "--checkpoint bst: choose from best, last. Did you mean 'best'?",
+        ),
         (["RUN", "--to", "timm", "--with-preprocessing"], "timm holds weights and no graph"),
         (["nowhere", "--to", "timm"], "no such run directory"),
     ],

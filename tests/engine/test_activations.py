@@ -25,7 +25,7 @@ from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit
-from tlcli.store import Column, Entry, Store, cache_dir
+from tlcli.store import CacheEntry, Column, Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
 
 CPU = torch.device("cpu")
@@ -401,17 +401,17 @@ def test_what_trains_may_be_added_into_the_input() -> None:
 
 
 @pytest.fixture
-def entry(tmp_path: Path) -> Entry:
+def entry(tmp_path: Path) -> CacheEntry:
     """Ten rows of a vector in bfloat16 and a map in float32."""
     store, columns = Store(tmp_path), (Column("bfloat16", (6,)), Column("float32", (2, 2, 3)))
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(10, 6, generator=generator).bfloat16(), torch.randn(10, 2, 2, 3, generator=generator)
-    with store.filling("ab", lambda: None), store.create("ab", 10, columns, {}) as writer:
+    with store.lock_for_write("ab", lambda: None), store.create("ab", 10, columns, {}) as writer:
         writer.append([memoryview(t.reshape(-1).view(torch.uint8).numpy()) for t in parts])
     return writer.entry
 
 
-def test_tables_in_memory_and_mapped_give_the_same_batches(entry: Entry) -> None:
+def test_tables_in_memory_and_mapped_give_the_same_batches(entry: CacheEntry) -> None:
     mapped, held = Tables(0).open(entry), Tables(entry.nbytes).open(entry)
     assert [t.dtype for t in mapped] == [torch.bfloat16, torch.float32]
     for epoch in (1, 2):
@@ -421,7 +421,7 @@ def test_tables_in_memory_and_mapped_give_the_same_batches(entry: Entry) -> None
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_memory_holds_tables_up_to_its_size_and_for_the_next_job(entry: Entry) -> None:
+def test_memory_holds_tables_up_to_its_size_and_for_the_next_job(entry: CacheEntry) -> None:
     tables = Tables(entry.nbytes + 10)
     first = tables.open(entry)
     assert tables.open(entry) is first

@@ -326,7 +326,7 @@ def test_what_does_not_compile_runs_as_it_is(
     plain.prepare(Reporter())
     assert extractor.why == why
     assert torch.equal(extractor(PIXELS)[0], plain(PIXELS)[0])
-    assert make.store.remembered(NOTES) == {}
+    assert make.store.read_notes(NOTES) == {}
 
 
 def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, compiler) -> None:
@@ -341,13 +341,13 @@ def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, comp
 def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut, compiler) -> None:
     stand_in = compiler(works)
     make(resnet18, expect=10**6).prepare(Reporter())
-    assert make.store.remembered(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
+    assert make.store.read_notes(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
     for seconds, speed, images, pays in (
         (500.0, 200.0, 6000, False),
         (1.0, 101.0, 6000, False),
         (1.0, 300.0, 300, True),
     ):
-        make.store.remember(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
+        make.store.add_note(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
         stand_in.calls = 0
         make(resnet18, speed=100, expect=images).prepare(Reporter())
         assert bool(stand_in.calls) == pays
@@ -366,7 +366,7 @@ def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0
     for n in (32, 7):
         wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
         assert (found - wanted).norm() <= 2 * (near - wanted).norm() + 1e-4 * wanted.norm()
-    assert make.store.remembered(NOTES)[KEY]["seconds"] > 0
+    assert make.store.read_notes(NOTES)[KEY]["seconds"] > 0
 
 
 def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, compiler) -> None:

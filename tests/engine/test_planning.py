@@ -103,7 +103,7 @@ def test_off_touches_no_activations(run, cold: Path) -> None:
 def test_off_reads_none_that_are_there(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("freeze=head")
     assert len(list(cold.iterdir())) == 2
-    for name in ("find", "exists", "room"):
+    for name in ("find", "exists", "no_room_reason"):
         monkeypatch.setattr(Store, name, lambda *args: pytest.fail("the cache was asked"))
     assert run("freeze=head", "cache.mode=off").code == 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.errors import UsageError
-from tlcli.store import Column, Entry, Store, Writer
+from tlcli.store import CacheEntry, Column, Store, Writer
 
 COLUMNS = (Column("float32", (64, 16)), Column("bfloat16", (5,)))
 ROWS, BATCH = 48, 4
@@ -27,7 +27,7 @@ def content(key: str, column: int) -> bytes:
     return hashlib.shake_256(f"{key}/{column}".encode()).digest(ROWS * COLUMNS[column].nbytes)
 
 
-def wrong_rows(entry: Entry) -> int:
+def wrong_rows(entry: CacheEntry) -> int:
     """How many rows, of all columns, are not what they should be. FileNotFoundError where a file is gone."""
     wrong = 0
     for number, column in enumerate(entry.columns):
@@ -36,7 +36,7 @@ def wrong_rows(entry: Entry) -> int:
     return wrong
 
 
-def fill(store: Store, key: str) -> Entry:
+def fill(store: Store, key: str) -> CacheEntry:
     """Write an entry in batches; to be called within `store.filling`."""
     with store.create(key, ROWS, COLUMNS, {"dataset": "shapes"}) as writer:
         for row in range(0, ROWS, BATCH):
@@ -45,11 +45,11 @@ def fill(store: Store, key: str) -> Entry:
     return writer.entry
 
 
-def entry_of(store: Store, key: str) -> tuple[Entry, bool]:
+def entry_of(store: Store, key: str) -> tuple[CacheEntry, bool]:
     """The entry, and whether it was filled here: the steps of `SplitActivations.entry`."""
     if (found := store.find(key)) is not None:
         return found, False
-    with store.filling(key, lambda: None):
+    with store.lock_for_write(key, lambda: None):
         found = store.find(key)
         return (found, False) if found is not None else (fill(store, key), True)
 
@@ -163,7 +163,7 @@ def after_death(root: Path, key: str, pid: int) -> dict[str, Any]:
     killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     store, waited = Store(root), []
     found = store.find(key)
-    with store.filling(key, lambda: waited.append(key)):
+    with store.lock_for_write(key, lambda: waited.append(key)):
         entry = store.find(key) or fill(store, key)
     left = [path.name for path in store.activations.iterdir() if path.name.startswith(".")]
     return {

@@ -1,64 +1,72 @@
-"""`tlcli cache`: what is in the cache of activations, and its removal."""
+"""`tlcli cache`: list and remove cached activations."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from tlcli.cli.arguments import FORMATS, only_format
-from tlcli.cli.terminal import WHOLE_LINES
+from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.table import TableColumn, make_table
+from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
 from tlcli.errors import TlcliError, UsageError
-from tlcli.store import LEAST_PREFIX, Entry, Store, cache_dir
+from tlcli.store import CacheEntry, Store, cache_dir
 from tlcli.text import did_you_mean, size_text
 
-HELP = f"""\
-usage: tlcli cache list [--format table|json]
-       tlcli cache remove KEY ...
-       tlcli cache clear
-
-The activations of frozen layers, kept on disk for later runs to start from.
-They can be removed at any time: a run that needs them computes them again.
-
-  list    the entries, the one used last first, and the size of all
-  remove  remove some; {LEAST_PREFIX} characters are enough where only one key starts so
-  clear   remove all, and with them what killed runs left and measured choices
-
-The directory is $TLCLI_CACHE, or tlcli in the user's cache directory.
-"""
-
 ACTIONS = ("list", "remove", "clear")
-SHOWN_KEY = 8  # characters
-WIDEST_CELL = 24  # columns: what is longer is cut on a terminal, so that the figures stay in sight
-WIDEST_WORD = 16  # columns: a longer word of what wraps is broken
+SHOWN_KEY_CHARS = 8
+MIN_KEY_CHARS = 4
+"""Characters that name an entry if only one key starts with them."""
+
+
+def parser() -> Parser:
+    """Return the parser of `tlcli cache`."""
+    parser = Parser(
+        "cache",
+        "List or remove the cached activations of frozen layers, which later runs read. They can be removed at any "
+        "time:\na run that needs them computes them again. The folder is $TLCLI_CACHE, or tlcli in the user's cache.",
+        ("tlcli cache list", "tlcli cache remove 3f2a 9c01", "tlcli cache clear"),
+    )
+    parser.add_argument(
+        "action", choices=ACTIONS, help="clear removes all entries, what killed runs left, and measured speeds"
+    )
+    parser.add_argument(
+        "keys", nargs="*", metavar="KEY", help=f"entries to remove; {MIN_KEY_CHARS} unambiguous characters are enough"
+    )
+    parser.add_format()
+    return parser
 
 
 def run(argv: list[str]) -> int:
-    """Do one action of `tlcli cache`; the exit code."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP, end="")
-        return 0
+    """Do one action of `tlcli cache`; return the exit status."""
+    arguments = parser().parse_args(argv or ["--help"])
     store = Store(cache_dir())
-    match argv:
-        case ["list", *rest]:
-            shown = {"table": _print_table, "json": _print_json}[only_format("list", rest)]
-            shown(store)
-        case ["remove", *keys]:
-            _remove(store, keys)
-        case ["clear"]:
-            _clear(store)
-        case ["clear", word, *_]:
-            raise UsageError(f"clear takes no argument {word!r}. Did you mean 'tlcli cache remove {word}'?")
-        case [word, *_]:
-            hint = did_you_mean(word, [*ACTIONS, "--help"]) or " `tlcli cache --help` lists them."
-            raise UsageError(f"there is no 'tlcli cache {word}'.{hint}")
+    keys = arguments.keys
+    if keys and arguments.action != "remove":
+        raise UsageError(f"{arguments.action} takes no KEY. Did you mean 'tlcli cache remove {keys[0]}'?")
+    try:
+        if arguments.action == "list" and arguments.format == "json":
+            print(json.dumps([_record(entry) for entry in store.entries()], indent=2))
+        elif arguments.action == "list":
+            _print_table(store)
+        elif arguments.action == "remove":
+            if not keys:
+                raise UsageError("name the entries: tlcli cache remove KEY ... (`tlcli cache list` shows the keys)")
+            entries = store.entries()
+            chosen = {entry.key: entry for entry in (_match(entries, key) for key in keys)}
+            for key in chosen:
+                store.remove(key)
+            print(f"removed {_total(len(chosen), sum(entry.nbytes for entry in chosen.values()))}")
+        else:
+            count, nbytes = store.clear()
+            print(f"removed {_total(count, nbytes)}, from {store.root}")
+    except OSError as error:
+        raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0
 
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
-    """What may follow these words on a command line, for completion."""
+    """Yield the words that may follow on a command line, for completion."""
     match before:
         case []:
             yield from (*ACTIONS, "--help")
@@ -70,42 +78,27 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
             yield from (entry.key for entry in Store(cache_dir()).entries() if entry.key not in keys)
 
 
-def _remove(store: Store, keys: Sequence[str]) -> None:
-    """Remove the entries that the keys name; all of them are found before the first is removed."""
-    if not keys:
-        raise UsageError("name the entries: tlcli cache remove KEY ... (`tlcli cache list` shows the keys)")
-    chosen = {entry.key: entry for entry in map(store.match, keys)}
-    with _writing(store):
-        for key in chosen:
-            store.remove(key)
-    print(f"removed {_count(len(chosen))}, {size_text(sum(entry.nbytes for entry in chosen.values()))}")
+def _match(entries: Sequence[CacheEntry], prefix: str) -> CacheEntry:
+    """Return the entry whose key is or starts with `prefix`. Raise UsageError unless there is exactly one."""
+    matches = [entry for entry in entries if entry.key.startswith(prefix)]
+    for entry in matches:
+        if entry.key == prefix:
+            return entry
+    if len(prefix) < MIN_KEY_CHARS:
+        raise UsageError(f"{prefix!r} is too short: give at least {MIN_KEY_CHARS} characters of a key")
+    if not matches:
+        near = did_you_mean(prefix, (entry.key[: max(8, len(prefix))] for entry in entries))
+        raise UsageError(f"no entry {prefix!r}.{near or ' `tlcli cache list` shows the keys'}")
+    if len(matches) > 1:
+        raise UsageError(f"{prefix!r} is the start of {len(matches)} keys: give more characters")
+    return matches[0]
 
 
-def _clear(store: Store) -> None:
-    with _writing(store):
-        count, nbytes = store.clear()
-    print(f"removed {_count(count)}, {size_text(nbytes)}, from {store.root}")
+def _total(count: int, nbytes: int) -> str:
+    return f"{count:,} {'entry' if count == 1 else 'entries'}, {size_text(nbytes)}"
 
 
-@contextmanager
-def _writing(store: Store) -> Iterator[None]:
-    """A file that does not let itself be removed is no bug of ours."""
-    try:
-        yield
-    except OSError as exc:
-        raise TlcliError(f"{exc.filename or store.root}: {exc.strerror or exc}") from exc
-
-
-def _count(entries: int) -> str:
-    return f"{entries:,} {'entry' if entries == 1 else 'entries'}"
-
-
-def _print_json(store: Store) -> None:
-    """The entries with whole keys, for programs."""
-    print(json.dumps([_record(entry) for entry in store.entries()], indent=2))
-
-
-def _record(entry: Entry) -> dict[str, Any]:
+def _record(entry: CacheEntry) -> dict[str, Any]:
     return {
         "key": entry.key,
         "path": str(entry.path),
@@ -114,87 +107,46 @@ def _record(entry: Entry) -> dict[str, Any]:
         "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
         "created": entry.created,
         "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
-        "facts": dict(entry.facts),
+        "facts": dict(entry.metadata),
     }
 
 
-@dataclass(frozen=True)
-class Field:
-    """A column of the list. Where the width is short, fields with a higher `drop` go first."""
-
-    title: str
-    cell: Callable[[Entry], str]
-    drop: int
-    figure: bool = False
-    wraps: bool = False
-
-    def least_width(self, entries: Sequence[Entry]) -> int:
-        """The columns that it needs: its longest cell, or its longest word where it wraps."""
-        cells = [self.title, *map(self.cell, entries)]
-        if self.wraps:
-            return min(max(len(word) for cell in cells for word in cell.split()), WIDEST_WORD)
-        return min(max(map(len, cells)), WIDEST_CELL)
-
-
-FIELDS = (
-    Field("key", lambda entry: entry.key[:SHOWN_KEY], 0),
-    Field("dataset", lambda entry: _facts(entry, "dataset", "split"), 1, wraps=True),
-    Field("backbone", lambda entry: _facts(entry, "backbone"), 2),
-    Field("at", lambda entry: _facts(entry, "at"), 4),
-    Field("images", lambda entry: f"{entry.rows:,}", 5, figure=True),
-    Field("size", lambda entry: size_text(entry.nbytes), 0, figure=True),
-    Field("used", lambda entry: ago(time.time() - entry.used), 3, figure=True),
-)
-
-
-def fields_for(entries: Sequence[Entry], width: int) -> list[Field]:
-    """The fields that fit a width, in columns; the key and the size always do."""
-    fields = list(FIELDS)
-    while sum(field.least_width(entries) + 2 for field in fields) - 2 > width:
-        first = max(fields, key=lambda field: field.drop)
-        if first.drop == 0:
-            break
-        fields.remove(first)
-    return fields
-
-
 def _print_table(store: Store) -> None:
-    """The entries as a table, and the size of all."""
-    from rich.table import Table
-
     from tlcli.cli.view import Screen
 
     entries = store.entries()
     if not entries:
         print(f"the cache is empty: {store.root}")
         return
-    screen = Screen()
-    if not screen.is_terminal:
-        screen = Screen(WHOLE_LINES)
-    fields = fields_for(entries, screen.width)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for field in fields:
-        table.add_column(
-            field.title,
-            justify="right" if field.figure else "left",
-            no_wrap=not field.wraps,
-            overflow="fold" if field.wraps else "ellipsis",
-            max_width=WIDEST_CELL if screen.is_terminal and not field.wraps else None,
+    columns = (
+        TableColumn("key"),
+        TableColumn("dataset", 1, left=True),
+        TableColumn("backbone", 2, left=True),
+        TableColumn("at", 4, left=True),
+        TableColumn("images", 5),
+        TableColumn("size"),
+        TableColumn("used", 3),
+    )
+    rows = [
+        (
+            entry.key[:SHOWN_KEY_CHARS],
+            " ".join(str(entry.metadata[name]) for name in ("dataset", "split") if name in entry.metadata) or None,
+            entry.metadata.get("backbone"),
+            entry.metadata.get("at"),
+            f"{entry.rows:,}",
+            size_text(entry.nbytes),
+            ago(time.time() - entry.used),
         )
-    for entry in entries:
-        table.add_row(*(field.cell(entry) for field in fields))
-    screen.print(table)
-    total = f"{_count(len(entries))}, {size_text(sum(entry.nbytes for entry in entries))}, in {store.root}"
-    screen.print(total, soft_wrap=True)
-
-
-def _facts(entry: Entry, *names: str) -> str:
-    """Some facts of an entry, as its writer gave them; a dash where it gave none."""
-    return " ".join(str(entry.facts[name]) for name in names if name in entry.facts) or "-"
+        for entry in entries
+    ]
+    screen = Screen(terminal_columns() or WHOLE_LINES)
+    screen.print(make_table(columns, rows, screen.width))
+    total = _total(len(entries), sum(entry.nbytes for entry in entries))
+    screen.print(f"{total}, in {store.root}", soft_wrap=True)
 
 
 def ago(seconds: float) -> str:
-    """How long ago something was: now, 5m ago, 3h ago, 12d ago."""
+    """Return how long ago something was: now, 5m ago, 3h ago, 12d ago."""
     for unit, length, least in (("d", 86_400, 2), ("h", 3600, 1), ("m", 60, 1)):
         if seconds >= least * length:
             return f"{seconds // length:.0f}{unit} ago"

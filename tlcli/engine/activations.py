@@ -29,7 +29,7 @@ from tlcli.engine.extraction import Extractor, Speed
 from tlcli.engine.live import Batch
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec
-from tlcli.store import Column, Entry, Store
+from tlcli.store import CacheEntry, Column, Store
 from tlcli.text import to_plain
 
 Table = tuple[Tensor, ...]
@@ -96,7 +96,7 @@ class SplitActivations:
         self._facts = facts
         self.key = key
         self.speed: Speed | None = None
-        self.found: Entry | None = None
+        self.found: CacheEntry | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -112,16 +112,16 @@ class SplitActivations:
         """Whether they are in the store, as far as a quick look tells."""
         return self._store.exists(self.key)
 
-    def entry(self, reporter: Reporter) -> Entry:
+    def entry(self, reporter: Reporter) -> CacheEntry:
         """The entry, extracted first where it is missing or damaged. Raises OSError where it cannot be written."""
         self.found = self._store.find(self.key)
         if self.found is None:
             waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
-            with self._store.filling(self.key, waiting):
+            with self._store.lock_for_write(self.key, waiting):
                 self.found = self._store.find(self.key) or self._extract(reporter)
         return self.found
 
-    def _extract(self, reporter: Reporter) -> Entry:
+    def _extract(self, reporter: Reporter) -> CacheEntry:
         start = time.perf_counter()
         self.extractor.prepare(reporter)
         compiling = time.perf_counter() - start
@@ -160,7 +160,7 @@ class Tables:
         self._left = ram_bytes
         self._held: dict[str, Table] = {}
 
-    def open(self, entry: Entry) -> Table:
+    def open(self, entry: CacheEntry) -> Table:
         """The tensors of an entry, each (rows, ...). Raises FileNotFoundError where somebody has just removed it."""
         if entry.key in self._held:
             return self._held[entry.key]
@@ -171,7 +171,7 @@ class Tables:
         return table
 
 
-def _mapped(entry: Entry, i: int) -> Tensor:
+def _mapped(entry: CacheEntry, i: int) -> Tensor:
     column = entry.columns[i]
     dtype: torch.dtype = getattr(torch, column.dtype)
     shape = (entry.rows, *column.shape)

@@ -187,7 +187,7 @@ class CostMeter(Planner):
     def _why_live(self, extractor: Extractor, images: int, row: int) -> str | None:
         """Why training would read images all the same, by the planner's rules."""
         spec = self.spec
-        why = self._why_train_cannot_be_cached() or self.store.room(images * row, spec.cache.max_gb)
+        why = self._why_train_cannot_be_cached() or self.store.no_room_reason(images * row)
         if why is not None or row <= SMALL or spec.cache.mode is CacheMode.require:
             return why
         reads = len(self.data.train) * (spec.epochs + self.needs_probe) + len(self.data.val) * (spec.epochs + 1)

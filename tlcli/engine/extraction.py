@@ -104,7 +104,7 @@ class Extractor:
 
     def about(self, images: int, speed: float) -> float:
         """Seconds that so many images take, about, at this speed (images/s) or compiled where that pays."""
-        cost, compiled_speed = _known(self._store.remembered(NOTES).get(self._key), speed)
+        cost, compiled_speed = _known(self._store.read_notes(NOTES).get(self._key), speed)
         return min(images / speed, cost + images / compiled_speed)
 
     def prepare(self, reporter: Reporter) -> None:
@@ -114,7 +114,7 @@ class Extractor:
             self.why = "BatchNorm folded" if folded else "as the network is"
         speed = self.numerics.images_per_second or 1.0
         eager = self._expected / speed
-        cost, compiled_speed = _known(self._store.remembered(NOTES).get(self._key), speed)
+        cost, compiled_speed = _known(self._store.read_notes(NOTES).get(self._key), speed)
         gain = eager - (cost + self._expected / compiled_speed)
         if gain > 0 and not self._tried:
             self._tried = True
@@ -150,7 +150,7 @@ class Extractor:
         for _ in range(2):
             self._forward(compiled, sample)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
-        self._store.remember(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
+        self._store.add_note(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
         self._run, self.why = compiled, f"compiled in {seconds:.0f} s"
 
     def _as_exact(self, found: tuple[Tensor, ...], sample: Tensor) -> bool:

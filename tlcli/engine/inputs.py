@@ -21,7 +21,7 @@ from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, TrainSpec
-from tlcli.store import Entry
+from tlcli.store import CacheEntry
 
 EVALUATION_BATCH = 64
 """Images a forward pass of evaluation at the most; at most four times the training batch, whose backward pass needs as
@@ -102,7 +102,7 @@ class InputPlan:
     @property
     def formats(self) -> Decisions:
         """How this run computes, as far as its splits have been opened."""
-        device, how = self.device, (entry.facts.get("computed") for entry in self._entries())
+        device, how = self.device, (entry.metadata.get("computed") for entry in self._entries())
         compiled = any(str(computed).startswith("compiled") for computed in how)
         return Decisions(device.train_dtype, device.eval_dtype, device.memory_format, frozenset(self.cached), compiled)
 
@@ -110,7 +110,7 @@ class InputPlan:
         """Of the activations that have been opened, by key."""
         return {entry.key: list(entry.checksums) for entry in self._entries()}
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[CacheEntry]:
         sources = (source for feed in self.cached.values() for source in feed.sources)
         return [source.found for source in sources if source.found is not None]
 

@@ -112,11 +112,11 @@ class Autotuner:
         listed = [option.words for option in options]
         facts = json.dumps({**self._subject, "what": what, "options": listed, "images": images}, sort_keys=True)
         key = hashlib.sha256(facts.encode()).hexdigest()[:32]
-        known = self._store.remembered(NAME).get(key)
+        known = self._store.read_notes(NAME).get(key)
         if isinstance(known, dict) and known.keys() == set(listed):
             return _choose(options, known, "measured before")
         speeds = self._measure(options, images, make)
-        self._store.remember(NAME, key, speeds)
+        self._store.add_note(NAME, key, speeds)
         return _choose(options, speeds, "measured")
 
     def _measure(

@@ -67,6 +67,7 @@ class Planner:
         self.data, self.model, self.contract, self.spec = data, model, contract, spec
         self.accelerator, self.session, self.store = accelerator, session, session.store
         self.needs_probe = needs_probe
+        self._pending = 0  # bytes of activations that this run is going to write
         self.preprocessing = preprocessing_for(spec, model)
         self.workers = spec.device.workers if spec.device.workers is not None else auto_workers(accelerator)
         self.options = candidates(spec.device, accelerator)
@@ -321,7 +322,8 @@ class Planner:
         spec = self.spec
         missing = {a.key: a for activations, _ in sources.values() for a in activations if not a.filled}
         nbytes = sum(source.nbytes for source in missing.values())
-        why = self.store.room(nbytes, spec.cache.max_gb) if missing else None
+        why = self.store.no_room_reason(nbytes) if missing else None
+        self._pending = nbytes if why is None else 0
         row = sum(column.nbytes for column in extractor.columns())
         if why is not None or not missing or row <= SMALL or spec.cache.mode is CacheMode.require:
             return why
@@ -330,6 +332,7 @@ class Planner:
         cached, live = self._seconds(extractor, images, reads, row)
         if cached < live:
             return None
+        self._pending = 0
         return (
             f"{size_text(row)} an image: the frozen part would take about {live:.0f} s in all, "
             f"and {cached:.0f} s with {size_text(nbytes)} of activations"
@@ -339,11 +342,13 @@ class Planner:
         """Whether a split that is only evaluated is better read from activations."""
         if source.filled:
             return True
-        if self.store.room(source.nbytes, self.spec.cache.max_gb) is not None:
+        if self.store.no_room_reason(self._pending + source.nbytes) is not None:
             return False
         row = sum(column.nbytes for column in extractor.columns())
         cached, live = self._seconds(extractor, len(source), passes * len(source), row)
-        return row <= SMALL or cached < live
+        worth = row <= SMALL or cached < live
+        self._pending += source.nbytes if worth else 0
+        return worth
 
     def _seconds(self, extractor: Extractor, images: int, reads: int, row: int) -> tuple[float, float]:
         """About how long the frozen part takes with activations of so many images, and live, for so many reads."""

@@ -61,7 +61,7 @@ class _Replayer(Planner):
             extractor = self._extractor(self.cut, self.measured[1])
             source = self._activations(self.cut, extractor, self.data.test, "test", None)
             extracts = not source.filled
-            room = None if source.filled else self.store.room(source.nbytes, self.spec.cache.max_gb)
+            room = None if source.filled else self.store.no_room_reason(source.nbytes)
             if room is None:
                 cached = self._feeds({"test": ((source,), self.data.test)}, formats.suffix_dtype)
                 extractor.expect(formats.expected)

@@ -70,10 +70,9 @@ class Session:
 
 def session_for(spec: CacheSpec, before: Session | None = None) -> Session:
     """The session of the run before, or a new one where the cache is another."""
-    store, ram_bytes = Store(cache_dir()), int(spec.ram_gb * 1e9)
-    if before is not None and (before.store.root, before.ram_bytes) == (store.root, ram_bytes):
-        return before
-    return Session(store, ram_bytes)
+    store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
+    fits = before is not None and (before.store.root, before.store.max_gb, before.ram_bytes)
+    return before if before and fits == (store.root, store.max_gb, ram_bytes) else Session(store, ram_bytes)
 
 
 @dataclass
@@ -92,8 +91,8 @@ class _Sound:
 
     def known(self, fingerprint: str) -> dict[str, str] | None:
         """{key: reason} of those that do not decode; None where these images were never looked at."""
-        found = self.store.remembered(SOUND).get(fingerprint)
+        found = self.store.read_notes(SOUND).get(fingerprint)
         return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else None
 
     def record(self, fingerprint: str, bad: dict[str, str]) -> None:
-        self.store.remember(SOUND, fingerprint, bad)
+        self.store.add_note(SOUND, fingerprint, bad)
