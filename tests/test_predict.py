@@ -14,7 +14,7 @@ from tlcli.data.named import MissingPath
 from tlcli.data.threads import map_in_threads
 from tlcli.device import cpu_has_bfloat16
 from tlcli.errors import UsageError
-from tlcli.predict import Answer, Predictor, numerics_for
+from tlcli.predict import Prediction, Predictor, choose_format
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir
@@ -46,7 +46,7 @@ def predictor(run: LoadedRun, **options: object) -> Predictor:
     return Predictor(run, CPU, Store(cache_dir()), **options)  # type: ignore[arg-type]
 
 
-def probabilities(answers: list[Answer], classes: tuple[str, ...]) -> Tensor:
+def probabilities(answers: list[Prediction], classes: tuple[str, ...]) -> Tensor:
     return torch.tensor([[dict(answer.top)[name] for name in classes] for answer in answers], dtype=torch.float64)
 
 
@@ -72,7 +72,7 @@ def test_it_is_the_runs_own_test(
     tested = read_predictions(RunDir(run.path).test_predictions)
     n = 6 if batch_size == 1 else len(tested.names)
     wanted = torch.softmax(tested.logits[:n].double() / 1.7, dim=1)
-    answers = list(predictor(run, batch_size=batch_size).answers(tested.names[:n]))
+    answers = list(predictor(run, batch_size=batch_size).predict(tested.names[:n]))
     found = probabilities(answers, run.classes)
     assert [answer.path for answer in answers] == list(tested.names[:n])
     assert [answer.top[0][0] for answer in answers] == [run.classes[i] for i in wanted.argmax(dim=1)]
@@ -82,7 +82,7 @@ def test_it_is_the_runs_own_test(
 def test_float32_is_at_hand_for_a_run_in_another_format(trained: Callable[..., LoadedRun]) -> None:
     run = trained("none", "bf16")
     names = read_predictions(RunDir(run.path).test_predictions).names
-    answers = list(predictor(run, precision=Precision.fp32).answers(names))
+    answers = list(predictor(run, precision=Precision.fp32).predict(names))
     again = load_run(run.path)
     for answer in answers:
         assert dict(answer.top) == pytest.approx(dict(again.predict(answer.path)), abs=1e-5)
@@ -93,7 +93,7 @@ def test_what_is_bad_is_answered_in_its_place(trained: Callable[..., LoadedRun],
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not one")
     images = [str(bad), good, "missing.png", MissingPath("x*", "no file matches"), "a\0b", good, str(tmp_path)]
-    answers = list(predictor(trained("head", "fp32"), batch_size=2).answers(images))
+    answers = list(predictor(trained("head", "fp32"), batch_size=2).predict(images))
     assert [answer.path for answer in answers] == [str(bad), good, "missing.png", "x*", "a\0b", good, str(tmp_path)]
     errors = [answer.error for answer in answers]
     assert errors[:4] == ["not an image", None, "no such file or directory", "no file matches"]
@@ -104,7 +104,7 @@ def test_what_is_bad_is_answered_in_its_place(trained: Callable[..., LoadedRun],
 
 
 def test_only_bad_images_are_no_batch(trained: Callable[..., LoadedRun]) -> None:
-    answers = list(predictor(trained("head", "fp32")).answers(["missing.png"] * 3))
+    answers = list(predictor(trained("head", "fp32")).predict(["missing.png"] * 3))
     assert [answer.error for answer in answers] == ["no such file or directory"] * 3
 
 
@@ -112,7 +112,7 @@ def test_only_bad_images_are_no_batch(trained: Callable[..., LoadedRun]) -> None
 def test_so_many_classes_as_asked_for_the_likeliest_first(
     trained: Callable[..., LoadedRun], shapes: Path, top: int, wanted: int
 ) -> None:
-    (answer,) = predictor(trained("head", "fp32")).answers([str(shapes / "test/down/000.png")], top=top)
+    (answer,) = predictor(trained("head", "fp32")).predict([str(shapes / "test/down/000.png")], top=top)
     values = [value for _, value in answer.top]
     assert len(values) == wanted
     assert values == sorted(values, reverse=True)
@@ -127,7 +127,7 @@ def test_a_stream_is_read_only_a_little_ahead(trained: Callable[..., LoadedRun],
             taken += 1
             yield str(shapes / "test/down/000.png")
 
-    answers = predictor(trained("head", "fp32"), batch_size=4).answers(endless())
+    answers = predictor(trained("head", "fp32"), batch_size=4).predict(endless())
     for _ in range(40):
         next(answers)
     assert 40 <= taken <= 40 + 4 * 4
@@ -147,7 +147,7 @@ def test_a_format_that_the_machine_lacks_is_float32_or_an_error(
 ) -> None:
     run = trained("none", "bf16")
     monkeypatch.setattr("tlcli.predict.cpu_has_bfloat16", lambda: False)
-    assert numerics_for(run, CPU, Precision.auto).dtype == torch.float32
-    assert numerics_for(run, CPU, Precision.bf16).dtype == torch.bfloat16
+    assert choose_format(run, CPU, Precision.auto).dtype == torch.float32
+    assert choose_format(run, CPU, Precision.bf16).dtype == torch.bfloat16
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        numerics_for(run, CPU, Precision.fp16)
+        choose_format(run, CPU, Precision.fp16)

@@ -1,10 +1,11 @@
-"""A finished run over image files: an answer for each, in order, however many there are."""
+"""Classify image files with a finished run: a prediction per image, in order, however many there are."""
 
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,19 +28,18 @@ from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.cut.state import exact_arithmetic
 
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Batches of images that are decoded while the network is busy."""
-TIMED = 2
-"""Batches after the first by which the network's speed is known."""
-NEVER = -1
-LEAST = 4
-"""Images of a forward pass in a short format, the last one repeated if need be. Alone an image goes through
-other kernels, which round differently."""
+TIMED_BATCHES = 2
+"""Batches after the first one that are timed before compiling is considered."""
+MIN_BATCH_SIZE = 4
+"""Images per forward pass in bfloat16; the last image is repeated if there are fewer. A single image runs through other
+kernels, which round differently."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a run says of an image: classes with calibrated probabilities, the likeliest first; or what is wrong."""
+class Prediction:
+    """The prediction for an image: classes with calibrated probabilities, the most likely first; or its error."""
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
@@ -47,16 +47,16 @@ class Answer:
 
 
 class Predictor:
-    """A run's classifier on an accelerator. It moves the run's network there.
+    """A run's classifier on an accelerator. The network of the run is moved there.
 
-    `precision` is float32, bfloat16, or `auto`: as the run was evaluated, where this machine has that format, else
-    float32. In float32 an image's probabilities do not depend on the batch, but for 1e-6 or so of rounding. In bfloat16
-    the order of operations matters as well, by a few percent where a network is unsure: so `auto` keeps to the order in
-    which the run was evaluated, and gives the classes that it gave.
+    `precision` is float32, bfloat16, or `auto`: the dtype in which the run was evaluated if this machine has it, else
+    float32. In float32 the probabilities of an image do not depend on the batch, except for rounding of about 1e-6. In
+    bfloat16 the order of operations changes them by a few percent if the network is unsure: `auto` computes in the
+    order in which the run was evaluated, and so predicts the same classes.
 
     Args:
-        batch_size: images a forward pass; None: what is quick on this accelerator, or fewer where fewer come.
-        store: where is noted how long compiling takes on this machine.
+        batch_size: images per forward pass; None: the fastest for this accelerator, or fewer if there are fewer images.
+        store: where the time that compiling takes on this machine is recorded.
     """
 
     def __init__(
@@ -71,102 +71,101 @@ class Predictor:
         self._run = run
         self._accelerator = accelerator
         self._batch_size = batch_size
-        self.numerics = numerics_for(run, accelerator, precision)
-        layout = self.numerics.memory_format
+        self.compute_format = choose_format(run, accelerator, precision)
+        layout = self.compute_format.memory_format
         run.model.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
-        self._way = _way(run, precision, self.numerics.dtype)
-        note = f"predict {run.classifier.name} {run.preprocessing} {self.numerics.words} {machine_name(accelerator)}"
+        self._pipeline = _pipeline(run, precision, self.compute_format.dtype)
+        machine = f"{self.compute_format.words} {machine_name(accelerator)} {torch.__version__}"
+        note = f"predict {run.classifier.name} {run.preprocessing} {machine}"
         self._extractor = Extractor(
-            self._way.prefix,
+            self._pipeline.prefix,
             run.preprocessing,
             accelerator,
-            self.numerics,
+            self.compute_format,
             CacheDtype.auto,
             store,
-            hashlib.sha256(f"{note} {torch.__version__}".encode()).hexdigest()[:32],
+            hashlib.sha256(note.encode()).hexdigest()[:32],
         )
 
     @property
-    def how(self) -> str:
-        """The number format, and what was done to be quick, in a few words."""
-        return f"{SHORT[self.numerics.dtype]}, {self._extractor.why or 'not run yet'}"
+    def description(self) -> str:
+        """The dtype and the optimizations in use."""
+        return f"{SHORT[self.compute_format.dtype]}, {self._extractor.why or 'not run yet'}"
 
-    def answers(
+    def predict(
         self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
-    ) -> Iterator[Answer]:
-        """An answer for each image, in order. At most a few batches are read ahead; `total` says how many come.
+    ) -> Iterator[Prediction]:
+        """Yield a prediction per image, in order, with the `top` most likely classes.
 
-        What does not decode, and what names no image, is answered with an error; the others are not held up by it.
+        `total` is the number of images if it is known. At most a few batches are read ahead. A file that does not
+        decode, or is missing, yields its error.
         """
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
-        exact = self.numerics.dtype == torch.float32
-        self._extractor.batch_size = batch_size if exact else max(LEAST, batch_size)
-        pace = self._pace(total, reporter or Reporter())
-        decode = _Decode(self._run.preprocessing)
-        decoded = map_in_threads(decode, images, 1, ahead=AHEAD * batch_size)
-        while some := list(islice(decoded, batch_size)):
-            yield from self._answer(some, min(top, len(self._run.classes)), pace)
+        is_exact = self.compute_format.dtype == torch.float32
+        self._extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
+        scheduler = _CompileScheduler(self._extractor, total, reporter or Reporter(), self._pipeline.compiled)
+        decode, classes = partial(decode_image, preprocessing=self._run.preprocessing), self._run.classes
+        decoded = map_in_threads(decode, images, 1, ahead=PREFETCH_BATCHES * batch_size)
+        while batch := list(islice(decoded, batch_size)):
+            pixels = [image for _, image in batch if isinstance(image, Tensor)]
+            rows: Iterator[tuple[list[float], list[int]]] = iter(())
+            if pixels:
+                probabilities = calibrated(self._logits(torch.stack(pixels), scheduler), self._run.temperature)
+                values, indices = probabilities.topk(min(top, len(classes)))
+                rows = zip(values.tolist(), indices.tolist(), strict=True)
+            for path, image in batch:
+                if isinstance(image, Tensor):
+                    yield Prediction(path, tuple((classes[i], p) for p, i in zip(*next(rows), strict=True)))
+                else:
+                    yield Prediction(path, error=image)
 
-    def _answer(self, some: list[tuple[str, Tensor | str]], top: int, pace: "_Pace") -> Iterator[Answer]:
-        pixels = [one for _, one in some if isinstance(one, Tensor)]
-        rows = iter(self._best(torch.stack(pixels), top, pace)) if pixels else iter(())
-        for path, one in some:
-            yield Answer(path, next(rows)) if isinstance(one, Tensor) else Answer(path, error=one)
-
-    def _best(self, images: Tensor, top: int, pace: "_Pace") -> list[tuple[tuple[str, float], ...]]:
-        """The likeliest classes of each image of a batch, uint8 (B, 3, S, S)."""
-        values, places = calibrated(self.logits(images, pace), self._run.temperature).topk(top)
-        names = self._run.classes
-        return [
-            tuple((names[place], value) for place, value in zip(where, what, strict=True))
-            for where, what in zip(places.tolist(), values.tolist(), strict=True)
-        ]
-
-    def logits(self, images: Tensor, pace: "_Pace | None" = None) -> Tensor:
-        """uint8 (B, 3, S, S), B at most the batch size, to raw logits (B, classes), float32, on the CPU."""
-        pace = pace or self._pace(len(images), Reporter())
+    def _logits(self, images: Tensor, scheduler: "_CompileScheduler") -> Tensor:
+        """uint8 (B, 3, S, S) to logits (B, classes), float32 on the CPU."""
+        dtype, layout = self._pipeline.dtype, self.compute_format.memory_format
         with exact_arithmetic(self._run.model), torch.inference_mode():
-            with pace.over(len(images)):
+            with scheduler.timed(len(images)):
                 rows = self._extractor(images)
-            with autocast(self._accelerator, self._way.dtype):
-                found: Tensor = self._way.suffix(*map(self._ready, rows))
-            return found.float().cpu()
-
-    def _ready(self, row: Tensor) -> Tensor:
-        """What the extractor gives, as the suffix takes it."""
-        x = row.to(self._accelerator)
-        x = x.float() if self._way.dtype == torch.float32 else x
-        return x if x.ndim != 4 else x.permute(0, 3, 1, 2).contiguous(memory_format=self.numerics.memory_format)
-
-    def _pace(self, total: int | None, reporter: Reporter) -> "_Pace":
-        return _Pace(self._extractor, total, reporter, self._way.compiles)
+            inputs = [row.to(self._accelerator) for row in rows]
+            inputs = [x.float() if dtype == torch.float32 else x for x in inputs]
+            inputs = [x.permute(0, 3, 1, 2).contiguous(memory_format=layout) if x.ndim == 4 else x for x in inputs]
+            with autocast(self._accelerator, dtype):
+                logits: Tensor = self._pipeline.suffix(*inputs)
+            return logits.float().cpu()
 
 
-def numerics_for(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:
-    """The number and memory format to predict in. Raises UsageError for one that this accelerator does not have."""
-    formats = recorded_decisions(run.info)
-    dtype = DTYPES[precision] if precision is not Precision.auto else formats.eval_dtype if formats else torch.float32
-    if precision is Precision.auto and not _is_native(dtype, accelerator):
-        dtype = torch.float32
+def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:
+    """Return the dtype and memory format to predict in. Raises UsageError if the accelerator does not have them."""
+    decisions = recorded_decisions(run.info)
+    if precision is Precision.auto:
+        dtype = decisions.eval_dtype if decisions else torch.float32
+        if dtype == torch.bfloat16 and accelerator.type == "cuda":
+            is_native = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        elif dtype == torch.bfloat16:
+            is_native = accelerator.type == "cpu" and cpu_has_bfloat16()
+        else:
+            is_native = dtype == torch.float32 or accelerator.type == "cuda"
+        dtype = dtype if is_native else torch.float32
+    else:
+        dtype = DTYPES[precision]
     if dtype == torch.float16 and accelerator.type == "cpu":
-        raise UsageError("precision fp16 needs a GPU: on a CPU give fp32, bf16 or auto")
-    layout = formats.memory_format if formats else torch.channels_last
+        raise UsageError("--precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
+    layout = decisions.memory_format if decisions else torch.channels_last
     return ComputeFormat(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
 
 
-def _is_native(dtype: torch.dtype, accelerator: torch.device) -> bool:
-    """Whether the accelerator has this format in hardware."""
-    if dtype == torch.bfloat16 and accelerator.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return {
-        torch.float32: True,
-        torch.bfloat16: accelerator.type == "cpu" and cpu_has_bfloat16(),
-        torch.float16: accelerator.type == "cuda",
-    }[dtype]
+@dataclass(frozen=True)
+class _Pipeline:
+    """A network in two parts: the extractor runs `prefix`, then `suffix` runs in `dtype`. The prefix is `compiled`, or
+    not; None: if that is faster."""
+
+    prefix: nn.Module
+    suffix: nn.Module
+    dtype: torch.dtype
+    compiled: bool | None
 
 
-class _Whole(nn.Module):
-    """A network that cannot be cut, as a prefix that leaves nothing to do."""
+class _UncutNetwork(nn.Module):
+    """A whole network as a prefix."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -176,43 +175,23 @@ class _Whole(nn.Module):
         return (self.network(images),)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How a network is run: `prefix` by the extractor, `suffix` after it in the format `dtype`. `compiles` says whether
-    that is compiled: None where it pays."""
-
-    prefix: nn.Module
-    suffix: nn.Module
-    dtype: torch.dtype
-    compiles: bool | None
-
-
-def _way(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Way:
-    """The quickest way where only rounding of float32 is at stake or bfloat16 was asked for; else the run's own."""
+def _pipeline(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Pipeline:
+    """Return the order of operations of the run's own test if that changes the classes; else the fastest."""
+    uncut = _Pipeline(_UncutNetwork(run.model), nn.Identity(), torch.float32, compiled=None)
     if precision is Precision.auto and dtype != torch.float32:
-        own = _as_evaluated(run)
-        if own is not None:
-            return own
-    cut = _cut(run, run.classifier.head_parameters())
-    if cut is None:
-        return _Way(_Whole(run.model), nn.Identity(), torch.float32, None)
-    return _Way(cut.prefix, cut.suffix, torch.float32, None)
+        decisions = recorded_decisions(run.info)
+        if decisions is None or "test" not in decisions.cached:
+            return replace(uncut, compiled=False)
+        trained = _trained_parameters(run)
+        cut = None if trained is None else split_frozen(run.model, run.preprocessing.size, trained)
+        if isinstance(cut, Cut) and cut.at == run.info["cache"].get("at"):
+            return _Pipeline(cut.prefix, cut.suffix, decisions.suffix_dtype, decisions.compiled)
+    cut = split_frozen(run.model, run.preprocessing.size, run.classifier.head_parameters())
+    return _Pipeline(cut.prefix, cut.suffix, torch.float32, compiled=None) if isinstance(cut, Cut) else uncut
 
 
-def _as_evaluated(run: LoadedRun) -> _Way | None:
-    """The order of operations in which the run was tested; None where that was on activations that cannot be had."""
-    formats = recorded_decisions(run.info)
-    if formats is None or "test" not in formats.cached:
-        return _Way(_Whole(run.model), nn.Identity(), torch.float32, False)
-    trained = _trained(run)
-    cut = None if trained is None else _cut(run, trained)
-    if cut is None or cut.at != run.info["cache"].get("at"):
-        return None
-    return _Way(cut.prefix, cut.suffix, formats.suffix_dtype, formats.compiled)
-
-
-def _trained(run: LoadedRun) -> frozenset[str] | None:
-    """The names of the parameters that trained; None where run.json tells only how many of a stage did."""
+def _trained_parameters(run: LoadedRun) -> frozenset[str] | None:
+    """Return the names of the trained parameters; None if run.json only counts how many of a stage trained."""
     rows = {row["name"]: row for row in run.info.get("stages", ())}
     names: set[str] = set()
     for stage in run.classifier.stages:
@@ -223,57 +202,43 @@ def _trained(run: LoadedRun) -> frozenset[str] | None:
     return frozenset(names)
 
 
-def _cut(run: LoadedRun, trains: frozenset[str]) -> Cut | None:
-    cut = split_frozen(run.model, run.preprocessing.size, trains)
-    return cut if isinstance(cut, Cut) else None
+def decode_image(image: Named, preprocessing: Preprocessing) -> tuple[str, Tensor | str]:
+    """Return a path with the pixels that the network takes, uint8 (3, S, S), or with the reason why there are none."""
+    if isinstance(image, MissingPath):
+        return image.path, image.why
+    try:
+        return image, preprocessing.apply(read_image(Path(image)))
+    except (BadImage, ValueError) as error:  # a ValueError: a NUL in the path
+        return image, str(error)
 
 
-class _Decode:
-    """A named image to the pixels that the network takes, uint8 (3, S, S), or what is wrong with it."""
+class _CompileScheduler:
+    """Prepares the extractor, and again when the network's speed is known, because compiling may then be worthwhile.
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self._preprocessing = preprocessing
-
-    def __call__(self, named: Named) -> tuple[str, Tensor | str]:
-        if isinstance(named, MissingPath):
-            return named.path, named.why
-        try:
-            return named, self._preprocessing.apply(read_image(Path(named)))
-        except (BadImage, ValueError) as error:  # a ValueError: no path has a NUL in it
-            return named, str(error)
-
-
-class _Pace:
-    """Gets the extractor ready, and tells it what is still to come once its speed is known: compiling may pay then.
-
-    Of a stream without an end in sight as much is expected as has come, time and again.
+    If the total is unknown, as many images are expected as have been read, each time that their number doubles.
     """
 
-    def __init__(self, extractor: Extractor, total: int | None, reporter: Reporter, compiles: bool | None) -> None:
-        self._extractor, self._total, self._watch = extractor, total, reporter
+    def __init__(self, extractor: Extractor, total: int | None, reporter: Reporter, compiled: bool | None) -> None:
+        self._extractor, self._total, self._reporter = extractor, total, reporter
         self._batches = self._images = 0
         self._shortest = float("inf")
-        self._next = TIMED + 1 if compiles is None else NEVER
-        if compiles:
+        self._next_batch = TIMED_BATCHES + 1 if compiled is None else None
+        if compiled:
             extractor.expect(SURELY)
         extractor.prepare(reporter)
 
     @contextmanager
-    def over(self, images: int) -> Iterator[None]:
-        """A forward pass over so many images."""
-        if self._batches == self._next:
-            self._look_ahead()
+    def timed(self, images: int) -> Iterator[None]:
+        """Time a forward pass over these images."""
+        if self._batches == self._next_batch:
+            speed = self._extractor.batch_size / self._shortest
+            self._extractor.numerics = replace(self._extractor.numerics, images_per_second=speed)
+            self._extractor.expect(self._images if self._total is None else max(0, self._total - self._images))
+            self._extractor.prepare(self._reporter)
+            self._next_batch = 2 * self._batches if self._total is None else None
         start = time.perf_counter()
         yield
         if self._batches > 0:  # the first one is slow
             self._shortest = min(self._shortest, time.perf_counter() - start)
         self._batches += 1
         self._images += images
-
-    def _look_ahead(self) -> None:
-        """What comes, so far as it is known."""
-        speed = self._extractor.batch_size / self._shortest
-        self._extractor.numerics = replace(self._extractor.numerics, images_per_second=speed)
-        self._extractor.expect(self._images if self._total is None else max(0, self._total - self._images))
-        self._extractor.prepare(self._watch)
-        self._next = 2 * self._batches if self._total is None else NEVER

@@ -24,7 +24,7 @@ from tlcli.data.dataset import Dataset, load_dataset, load_whole
 from tlcli.data.named import expand_image_paths
 from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
-from tlcli.predict import _Decode
+from tlcli.predict import decode_image
 from tlcli.reporter import Reporter
 from tlcli.runs.load import pixels_of
 from tlcli.runs.run_dir import RunDir
@@ -155,7 +155,7 @@ def test_a_bad_file_is_left_out_and_nothing_stands_in_for_it(fault: tuple[Path, 
 def test_a_bad_file_is_an_answer_of_predict(fault: tuple[Path, str], photos: Path) -> None:
     file, reason = fault
     with untouched(photos):
-        path, answer = _Decode(PREPROCESSING)(str(file))
+        path, answer = decode_image(str(file), PREPROCESSING)
     assert path == str(file)
     assert isinstance(answer, str)
     assert reason in answer
@@ -200,7 +200,7 @@ def test_a_folder_with_the_name_of_an_image(photos: Path) -> None:
     with untouched(photos):
         assert str(photos / "a/x.jpg/inside.png") in names(load(photos))
         assert list(expand_image_paths([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
-    assert _Decode(PREPROCESSING)(str(photos / "a/x.jpg"))[1] == "not a regular file"
+    assert decode_image(str(photos / "a/x.jpg"), PREPROCESSING)[1] == "not a regular file"
 
 
 def test_all_bad_images_are_one_class_without_any(photos: Path) -> None:
@@ -277,7 +277,7 @@ def test_train_and_predict_see_the_same_image(photos: Path, name: str) -> None:
             preprocessing = Preprocessing(24, fit, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
             batches = ImageBatches(split, preprocessing, batch_size=4, workers=0)
             trained = torch.cat([x for x, _ in batches.in_order()])[i]
-            answered = _Decode(preprocessing)(str(file))[1]
+            answered = decode_image(str(file), preprocessing)[1]
             assert isinstance(answered, torch.Tensor)
             assert trained.shape == (3, 24, 24)
             assert torch.equal(trained, answered)
@@ -315,7 +315,7 @@ def test_any_name_will_do(photos: Path, name: str, tmp_path: Path) -> None:
         found = list(expand_image_paths([str(photos / "a")]))
         assert str(photos / "a" / name) in found
         assert list(expand_image_paths([str(photos / "a" / name)])) == [str(photos / "a" / name)]
-        answer = _Decode(PREPROCESSING)(str(photos / "a" / name))[1]
+        answer = decode_image(str(photos / "a" / name), PREPROCESSING)[1]
         assert isinstance(answer, torch.Tensor)
         for split in (data.train, data.val, data.test):
             assert split.fingerprint()
