@@ -9,7 +9,7 @@ from PIL import Image
 
 from tlcli.cli import main
 from tlcli.cli.compose import build, composed, parse_flags
-from tlcli.cli.libraries import quiet_libraries
+from tlcli.cli.process import quiet_libraries
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores

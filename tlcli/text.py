@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -67,6 +68,19 @@ def shown_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
         return str(path)
+
+
+LABEL_WIDTH = 11
+
+
+def labelled(label: str, value: str, width: int | None) -> list[str]:
+    """Return the lines of a value behind its label, wrapped under itself; not wrapped if the width is None."""
+    first = label.ljust(LABEL_WIDTH)
+    if width is None:
+        return [first + value]
+    wrapper = textwrap.TextWrapper(max(width, LABEL_WIDTH + 8), break_on_hyphens=False, break_long_words=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = first, " " * LABEL_WIDTH
+    return wrapper.wrap(value) or [first.rstrip()]
 
 
 def to_plain(value: Any) -> Any:

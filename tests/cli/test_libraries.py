@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.cli.libraries import importing
+from tlcli.cli.process import fast_imports
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_what_is_imported_is_not_looked_through(module: str) -> None:
-    with importing():
+    with fast_imports():
         assert not gc.isenabled()
         made = import_module(module).made
     assert gc.isenabled()
@@ -39,20 +39,20 @@ def test_what_is_imported_is_not_looked_through(module: str) -> None:
 
 
 def test_without_an_import_garbage_stays_garbage() -> None:
-    with importing():
+    with fast_imports():
         made = [[] for _ in range(1000)]
     looked_at = {id(one) for one in gc.get_objects()}
     assert all(id(one) in looked_at for one in made)
 
 
 def test_the_collector_goes_on_after_an_error() -> None:
-    with pytest.raises(ValueError, match="oops"), importing():
+    with pytest.raises(ValueError, match="oops"), fast_imports():
         raise ValueError("oops")
     assert gc.isenabled()
 
 
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
-    with importing():
+    with fast_imports():
         pass
     assert not gc.isenabled()

@@ -76,7 +76,7 @@ def test_named_directory(tlcli, training, tmp_path: Path) -> None:
     before = (tmp_path / "mine" / "run.json").read_text()
     ended = tlcli("train", "hydra.run.dir=mine")
     assert ended.code == 2
-    assert "run.json is there already" in ended.err
+    assert "run.json already exists" in ended.err
     assert (tmp_path / "mine" / "run.json").read_text() == before
     assert not (tmp_path / "outputs").exists()
 

@@ -15,7 +15,7 @@ from typing import Any
 from tests.conftest import make_folder
 from tests.faults.ended import COMMON, JOBS, Forked, apart
 from tests.faults.runs_alike import differences, unreadable
-from tlcli.cli.libraries import quiet_libraries
+from tlcli.cli.process import quiet_libraries
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.run_dir import RunDir
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tlcli.cli.endings import ending
+from tlcli.cli import exit_status
 
 Tree = dict[str, tuple[Any, ...]]
 
@@ -48,7 +48,7 @@ def refused(do: Callable[[], object], code: int, *words: str, keeps: Path) -> st
     as it was."""
     with untouched(keeps), pytest.raises(Exception) as caught:
         do()
-    found, line = ending(caught.value)
+    found, line = exit_status(caught.value)
     assert found == code, line
     assert "internal error" not in line
     assert line == " ".join(line.split())

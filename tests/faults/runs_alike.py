@@ -16,7 +16,7 @@ TIMES = {"seconds", "images_per_second"}
 def differences(one: Path, other: Path) -> Iterator[str]:
     """A line for each thing in which two finished runs differ: weights, metrics, test result, predictions."""
     a, b = RunDir(one), RunDir(other)
-    for file in ("best", "last", "val_predictions", "test_predictions"):
+    for file in ("best_checkpoint", "last_checkpoint", "val_predictions", "test_predictions"):
         yield from (f"{file}: {what}" for what in _tensors(getattr(a, file), getattr(b, file)))
     if rows(a) != rows(b):
         yield f"metrics.jsonl: {len(rows(a))} and {len(rows(b))} rows"

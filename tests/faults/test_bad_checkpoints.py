@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.faults.refusals import refused, untouched, yaml_bomb
 from tests.models.test_build import Payload
 from tests.runs.test_predictions import SOME
-from tlcli.cli.checks import check_weights
+from tlcli.cli.job import check_weights
 from tlcli.engine.checkpoints import save_weights
 from tlcli.models.backbones import build_architecture
 from tlcli.models.build import build_model

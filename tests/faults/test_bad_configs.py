@@ -154,9 +154,9 @@ def test_a_folder_of_configs_named_elsewhere(tlcli: Tlcli, experiment: Callable[
 
 def test_a_config_folder_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path) -> None:
     with untouched(tmp_path):
-        one_line(tlcli("train", "--config-dir", "x" * 300), "file name too long; name another")
-        one_line(tlcli("train", f"out={'x' * 300}"), "File name too long; choose another place with out=...")
-        one_line(tlcli("train", f"backbone.weights={'x' * 300}.pth"), "file name too long; name another")
+        one_line(tlcli("train", "--config-dir", "x" * 300), "file name too long; choose another path")
+        one_line(tlcli("train", f"out={'x' * 300}"), "File name too long; choose another folder with out=...")
+        one_line(tlcli("train", f"backbone.weights={'x' * 300}.pth"), "file name too long; choose another path")
 
 
 def test_aliases_that_people_use_are_taken(tmp_path: Path) -> None:

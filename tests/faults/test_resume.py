@@ -356,7 +356,7 @@ def test_what_would_be_lost_is_kept(stopped: Path, how: str, capsys: pytest.Capt
         (stopped / "checkpoints/last.state").touch()
     best = (stopped / "checkpoints/best.safetensors").read_bytes()
     assert main(["train", "--resume", str(stopped), "epochs=9"]) == 2
-    assert "has no checkpoints/state.safetensors to go on from" in capsys.readouterr().err
+    assert "has no checkpoints/state.safetensors to resume from" in capsys.readouterr().err
     assert (stopped / "checkpoints/best.safetensors").read_bytes() == best
 
 

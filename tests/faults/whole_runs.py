@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.faults.filling import forked, noticing, together
 from tlcli.cli import main
-from tlcli.cli.libraries import quiet_libraries
+from tlcli.cli.process import quiet_libraries
 from tlcli.store import cache_dir
 
 quiet_libraries()

@@ -1,19 +1,20 @@
 """The command line: argv in, an exit code out.
 
-A command is a module with `run(argv) -> int` and a line in COMMANDS. This package alone knows argv, Hydra, OmegaConf
-and the terminal, and each module is imported only once it is needed: `tlcli --help` imports none of these.
+A command is a module with `run(argv) -> int` and a line in COMMANDS. Only this package knows argv, Hydra, OmegaConf
+and the terminal. A command's module is imported when it is needed: `tlcli --help` imports none of them.
 
 Exit codes: 0 done, 1 a run failed, 2 a usage error, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from tlcli import __version__
-from tlcli.errors import UsageError
-from tlcli.text import did_you_mean
+from tlcli.errors import TlcliError, UsageError, is_out_of_memory
+from tlcli.text import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
@@ -31,89 +32,99 @@ COMMANDS = {
 }
 """The module of each command, and what it does."""
 
+HELP = """\
+usage: tlcli COMMAND [ARGUMENT ...]
+
+Transfer learning for image classification from the shell.
+
+commands:
+{commands}
+flags:
+  --help     this, or `tlcli COMMAND --help`
+  --version  the version of tlcli
+  --debug    with any command: show the traceback of an error
+
+examples:
+  tlcli train
+  tlcli train dataset=imagefolder dataset.root=photos
+  tlcli train -m freeze=head,none optimizer.lr=1e-3,1e-2
+"""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received. It is a KeyboardInterrupt, so that `except Exception` does not catch it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. An error is one line on stderr; --debug adds the traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    _let_every_character_print()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a class name
     try:
-        code = _dispatch(words)
+        match words:
+            case [] | ["-h" | "--help" | "help", *_]:
+                width = max(map(len, COMMANDS))
+                commands = "".join(f"  {name:<{width}}  {summary}\n" for name, (_, summary) in COMMANDS.items())
+                print(HELP.format(commands=commands), end="")
+                code = 0
+            case ["-V" | "--version", *_] | ["train", "--version", *_]:
+                print(f"tlcli {__version__}")
+                code = 0
+            case ["train", *rest] if {"-h", "--help"} & {*rest}:  # without Hydra, which takes half a second
+                from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
+                from tlcli.cli.helptext import train_help
+
+                print(train_help(ConfFiles([conf_dir(), *extra_folders(rest)])), end="")
+                code = 0
+            case [name, *rest] if name in COMMANDS:
+                code = import_module(COMMANDS[name][0]).run(rest)
+            case [word, *_] if "=" in word:
+                raise UsageError(f"unknown command {word!r}. Did you mean 'tlcli train {word}'?")
+            case [word, *_]:
+                hint = did_you_mean(word, [*COMMANDS, "--help", "--version"])
+                kind = "flag" if word.startswith("-") else "command"
+                raise UsageError(f"unknown {kind} {word!r}.{hint or ' `tlcli --help` lists the commands.'}")
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        _abandon_stdout()
+        # the reader of stdout has gone: without this Python reports it again on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     except (Exception, KeyboardInterrupt) as exc:
-        return _show(exc, words, debug)
+        if debug and not isinstance(exc, KeyboardInterrupt):
+            import traceback
+
+            traceback.print_exception(exc)
+        code, line = exit_status(exc)
+        command = f"tlcli {words[0]}" if words and words[0] in COMMANDS else "tlcli"
+        print(f"{command}: {line}", file=sys.stderr)
+        return code
 
 
-def _dispatch(words: list[str]) -> int:
-    """Run the command that the first word names."""
-    match words:
-        case [] | ["-h" | "--help" | "help", *_]:
-            print(_help(), end="")
-            return 0
-        case ["-V" | "--version", *_]:
-            print(f"tlcli {__version__}")
-            return 0
-        case [name, *rest] if name in COMMANDS:
-            code: int = import_module(COMMANDS[name][0]).run(rest)
-            return code
-    kind = "flag" if words[0].startswith("-") else "command"
-    raise UsageError(f"unknown {kind} {words[0]!r}.{_near_command(words[0])}")
-
-
-def _near_command(word: str) -> str:
-    """What may have been meant, else where to look."""
-    if "=" in word:
-        return " Did you mean 'tlcli train " + word + "'?"
-    return did_you_mean(word, [*COMMANDS, "--help", "--version"]) or " `tlcli --help` lists the commands."
-
-
-def _help() -> str:
-    """The text of `tlcli --help`."""
-    width = max(map(len, COMMANDS))
-    commands = "".join(f"  {name:<{width}}  {what}\n" for name, (_, what) in COMMANDS.items())
-    return (
-        "usage: tlcli COMMAND [ARGUMENT ...]\n\n"
-        "Transfer learning for image classification from the shell.\n\n"
-        f"commands:\n{commands}\n"
-        "flags:\n"
-        "  --help     this, or `tlcli COMMAND --help`\n"
-        "  --version  the version of tlcli\n"
-        "  --debug    with any command: show the traceback of an error\n\n"
-        "examples:\n"
-        "  tlcli train\n"
-        "  tlcli train dataset=imagefolder dataset.root=photos\n"
-        "  tlcli train -m freeze=head,none optimizer.lr=1e-3,1e-2\n"
-    )
-
-
-def _show(exc: BaseException, words: list[str], debug: bool) -> int:
-    """Print the one line that an exception comes down to; the exit code."""
-    from tlcli.cli.endings import ending
-
-    if debug and not isinstance(exc, KeyboardInterrupt):
-        import traceback
-
-        traceback.print_exception(exc)
-    code, line = ending(exc)
-    command = f"tlcli {words[0]}" if words and words[0] in COMMANDS else "tlcli"
-    print(f"{command}: {line}", file=sys.stderr)
-    return code
-
-
-def _let_every_character_print() -> None:
-    """A class name or a path must not crash a run because the terminal's encoding lacks a character."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
-def _abandon_stdout() -> None:
-    """Point stdout at nothing: its reader has gone, and Python would report that again on its way out."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def exit_status(exc: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line on stderr for an exception that ended a command."""
+    match exc:
+        case Terminated():
+            return 143, ": ".join(["terminated", *map(str, exc.args)])
+        case KeyboardInterrupt():
+            return 130, ": ".join(["interrupted", *map(str, exc.args)])
+        case UsageError():
+            return 2, one_line(exc)
+        case TlcliError():
+            return 1, one_line(exc)
+        case OSError(errno=errno.ENAMETOOLONG | errno.ELOOP):
+            return 2, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}; choose another path")
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS) if exc.filename:
+            return 1, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}: tlcli cannot read or write there")
+        case OSError(errno=errno.ENOSPC):
+            where = f" for {exc.filename}" if exc.filename else ""
+            return 1, f"the disk is full: no space left{where}"
+    if is_out_of_memory(exc):
+        return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
+    text = f"{type(exc).__name__}: {one_line(exc)}".rstrip(": ")
+    return 1, f"internal error: {text} (rerun with --debug for the traceback)"

@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tlcli.cli.parser import FORMATS, Parser
-from tlcli.cli.table import TableColumn, make_table
-from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
+from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.store import CacheEntry, Store, cache_dir
 from tlcli.text import did_you_mean, size_text
@@ -139,7 +138,7 @@ def _print_table(store: Store) -> None:
         )
         for entry in entries
     ]
-    screen = Screen(terminal_columns() or WHOLE_LINES)
+    screen = Screen(terminal_columns() or UNLIMITED_WIDTH)
     screen.print(make_table(columns, rows, screen.width))
     total = _total(len(entries), sum(entry.nbytes for entry in entries))
     screen.print(f"{total}, in {store.root}", soft_wrap=True)

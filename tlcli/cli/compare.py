@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlcli.cli.folders import run_folders
 from tlcli.cli.parser import FORMATS, Parser
-from tlcli.cli.run_folders import run_folders
-from tlcli.cli.table import TableColumn, table_lines
-from tlcli.cli.terminal import terminal_columns
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ def parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Compare the runs in argv; return the exit code."""
     arguments = parser().parse_args(argv)
-    from tlcli.cli.libraries import importing
+    from tlcli.cli.process import fast_imports
 
-    with importing():
+    with fast_imports():
         from tlcli.runs.compare import compare
 
     comparison = compare([Path(word) for word in arguments.runs])

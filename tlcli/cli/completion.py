@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.run_folders import run_folders
+from tlcli.cli.folders import run_folders
 from tlcli.errors import UsageError
 from tlcli.specs import classes_of, leaf_types
 from tlcli.text import did_you_mean

@@ -11,11 +11,14 @@ from typing import Any, Union
 
 import msgspec
 import yaml  # type: ignore[import-untyped]
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from msgspec import structs
 from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
@@ -102,25 +105,29 @@ def _without(argv: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
 
 
 def composed(flags: Flags) -> DictConfig:
-    """The whole config, Hydra's own node included; of a sweep, what its jobs share.
+    """Return the whole config, Hydra's own node included; for a sweep, what its jobs share. Raises UsageError."""
+    return compose_for_launch(flags)[0]
 
-    Hydra composes again when it runs. This is done before, because Hydra would make an object of whatever class
-    the config names for it before anybody could look.
 
-    Raises UsageError.
+def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
+    """Return the whole config, and the loader with which Hydra composes the config of each job of a sweep.
+
+    It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
     """
     for folder in _folders_of_others(flags):
         _check_files(folder)
     parsed = [parse_override(override, flags.files) for override in flags.overrides]
-    if flags.multirun:
-        parsed = [override for override in parsed if not override.is_sweep_override()]
     overrides = _with_searchpath([str(override.input_line) for override in parsed], flags.config_dir)
+    mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
     with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
-        config = compose(flags.config_name, overrides, return_hydra_config=True)
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
+        loader = hydra.config_loader
     refuse_code(config)
     refuse_environment(config, flags.overrides)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
-    return config
+    return config, loader
 
 
 def _folders_of_others(flags: Flags) -> Iterator[Path]:
@@ -165,6 +172,24 @@ def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
     others = [o for o in overrides if o not in own]
     more = "," + own[0].split("[", 1)[1].rstrip("]") if own else ""
     return [*others, f"hydra.searchpath=[{quoted(f'file://{folder}')}{more}]"]
+
+
+PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")
+"""Keys whose values are paths, relative to the folder in which the run was started."""
+
+
+def resolve_paths(values: Any, folder: Path) -> None:
+    """Make the relative paths in the values of a config absolute, in place."""
+    for key in PATH_KEYS:
+        group, _, name = key.partition(".")
+        node = values.get(group)
+        text = node.get(name) if isinstance(node, dict | DictConfig) else None
+        if not isinstance(text, str) or not text or text.startswith(("~", "${")):
+            continue
+        scheme, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
+        no_path = {"backbone.weights": ("default", "none"), "logger.uri": ("databricks",)}.get(key, ())
+        if path not in no_path and (scheme or "://" not in text):
+            node[name] = f"{scheme}{folder / path}"
 
 
 def quoted(text: object) -> str:

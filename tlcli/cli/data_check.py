@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.arguments import FORMATS
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.terminal import WHOLE_LINES
+from tlcli.cli.table import UNLIMITED_WIDTH
 from tlcli.errors import TlcliError, UsageError
 from tlcli.text import did_you_mean
 
@@ -133,8 +133,8 @@ def _near_words(word: str) -> str:
 
 def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     """The spec that the words compose, whose data set and weights are there. Raises UsageError."""
-    from tlcli.cli.checks import check_weights
     from tlcli.cli.compose import build, composed, composing, parse_flags
+    from tlcli.cli.job import check_weights
     from tlcli.data.layout import survey, usable
     from tlcli.data.listing import check_dataset
     from tlcli.specs import ImageFolderSpec
@@ -171,11 +171,11 @@ def _folder(spec: "TrainSpec", output: Path | None) -> "Folder":
 
 def _check(spec: "TrainSpec", asked: Asked, folder: Path) -> dict[str, Any]:
     """Check, and write all files; the summary."""
-    from tlcli.cli.libraries import importing
+    from tlcli.cli.process import fast_imports
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 
-    with importing():
+    with fast_imports():
         from tlcli.checking.check import check_data
         from tlcli.checking.files import write_files
         from tlcli.checking.sheets import draw_duplicates, draw_suspects
@@ -205,8 +205,8 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
 
     screen = Screen()
     if not screen.is_terminal and screen.width >= 80:
-        screen = Screen(WHOLE_LINES)
-    width = screen.width if screen.width < WHOLE_LINES else None
+        screen = Screen(UNLIMITED_WIDTH)
+    width = screen.width if screen.width < UNLIMITED_WIDTH else None
     splits = ", ".join(f"{split} {sum(own.values()):,}" for split, own in summary["counts"].items())
     head = f"{summary['dataset']}: {summary['n_images']:,} images ({splits}), {len(summary['classes']):,} classes"
     rows = [("checked", head), *summary["verdicts"]]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.cli.parser import Parser
-from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
+from tlcli.cli.table import UNLIMITED_WIDTH, terminal_columns
 from tlcli.doctor import Fact, Problem, examine
 
 SUMMARY = """\
@@ -31,11 +31,11 @@ def run(argv: list[str]) -> int:
     from rich.text import Text
 
     from tlcli.cli.conf_files import ConfFiles, conf_dir
-    from tlcli.cli.libraries import importing
+    from tlcli.cli.process import fast_imports
     from tlcli.cli.table import TableColumn, make_table
 
     options = ConfFiles([conf_dir()]).groups["backbone"]
-    with importing():
+    with fast_imports():
         findings = examine(Path("outputs"), {name: option.kind or "" for name, option in options.items()})
     facts = [finding for finding in findings if isinstance(finding, Fact)]
     problems = [finding for finding in findings if isinstance(finding, Problem)]
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         wrong = [{"text": problem.text, "fails": problem.fails} for problem in problems]
         print(json.dumps({**values, "problems": wrong, "can_train": can_train}, indent=2))
         return 0 if can_train else 1
-    width = terminal_columns() or WHOLE_LINES
+    width = terminal_columns() or UNLIMITED_WIDTH
     columns = [TableColumn("topic", left=True), TableColumn("name", left=True), TableColumn("found here", left=True)]
     console = Console(width=width, highlight=False)
     console.print(make_table(columns, [(fact.topic, fact.name, fact.text) for fact in facts], width))

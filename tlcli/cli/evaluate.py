@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli.arguments import FORMATS, format_of
-from tlcli.cli.run_folders import run_folders
+from tlcli.cli.folders import run_folders
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, strip_control_chars
 
@@ -121,7 +121,7 @@ def _allowed(word: str, key: str) -> str:
 
 def _evaluated(words: Words) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
-    from tlcli.cli.libraries import importing
+    from tlcli.cli.process import fast_imports
     from tlcli.cli.saved import saved_spec
     from tlcli.data.listing import check_dataset
     from tlcli.runs.run_dir import open_run
@@ -130,7 +130,7 @@ def _evaluated(words: Words) -> "Evaluation":
     trained = saved_spec(run_dir)
     spec = saved_spec(run_dir, words.overrides) if words.overrides else trained
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
-    with importing():
+    with fast_imports():
         from tlcli.evaluation import Asked, evaluate_run
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tlcli.cli.libraries import importing
 from tlcli.cli.parser import Parser
+from tlcli.cli.process import fast_imports
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, find_format, output_path
 from tlcli.runs.run_dir import open_run
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     output = Path(arguments.output).expanduser() if arguments.output else None
     folder = open_run(arguments.run)
     output_path(folder.path, chosen, output)  # before torch is imported
-    with importing():
+    with fast_imports():
         from tlcli.cli.saved import saved_spec
         from tlcli.export import export, find_samples
         from tlcli.runs.load import load_run

@@ -11,8 +11,8 @@ from msgspec import structs
 
 from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.run_folders import run_folders
-from tlcli.cli.terminal import WHOLE_LINES, terminal_columns
+from tlcli.cli.folders import run_folders
+from tlcli.cli.table import UNLIMITED_WIDTH, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, size_text
 
@@ -55,10 +55,10 @@ def run(argv: list[str]) -> int:
         return 0
     form, words = format_of(argv)
     spec, linear = specs(words)
-    from tlcli.cli.libraries import importing
+    from tlcli.cli.process import fast_imports
     from tlcli.cli.view import TerminalReporter
 
-    with importing():
+    with fast_imports():
         from tlcli.inspection import inspect
     from tlcli.reporter import Reporter
 
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
     print(
         json.dumps(asdict(found), indent=2)
         if form == "json"
-        else "\n".join(page(found, terminal_columns() or WHOLE_LINES))
+        else "\n".join(page(found, terminal_columns() or UNLIMITED_WIDTH))
     )
     return 0
 
@@ -132,8 +132,8 @@ def backbone_words(name: str, overrides: Sequence[str]) -> list[str]:
 
 def _composed(overrides: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a command line of `tlcli train`."""
-    from tlcli.cli.checks import check
     from tlcli.cli.compose import build, composed, composing, parse_flags
+    from tlcli.cli.job import check
 
     flags = parse_flags(overrides)
     if flags.multirun or not flags.runs:
@@ -151,7 +151,7 @@ def _is_freeze(override: str) -> bool:
 
 def _of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a run, with overrides on its config."""
-    from tlcli.cli.checks import check
+    from tlcli.cli.job import check
     from tlcli.cli.saved import saved_spec
     from tlcli.runs.run_dir import RunDir
 
@@ -172,7 +172,7 @@ def page(found: "Inspection", width: int) -> list[str]:
     """The lines for people."""
     from tlcli.cli.tables import labelled
 
-    wrap = None if width >= WHOLE_LINES else width
+    wrap = None if width >= UNLIMITED_WIDTH else width
     images = ", ".join(f"{n:,} {split}" for split, n in found.images.items())
     parameters = sum(stage.parameters for stage in found.stages)
     facts = [

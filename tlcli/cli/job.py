@@ -1,193 +1,263 @@
-"""One run, from its composed config to its final status."""
+"""Jobs of `tlcli train`: Hydra starts each one, and run.json records how it ended."""
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.checks import check_weights, first_line
-from tlcli.cli.compose import build, refuse_environment
+from tlcli import __version__
+from tlcli.cli import exit_status
+from tlcli.cli.compose import build, quoted, refuse_environment, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.endings import Abort, ending
-from tlcli.cli.libraries import importing
-from tlcli.cli.logs import log, logging_to
+from tlcli.cli.process import fast_imports, log, log_to
 from tlcli.cli.view import TerminalReporter
 from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImagesError, TlcliError, UsageError
+from tlcli.files import expand_user
 from tlcli.runs import leaderboard
-from tlcli.runs.loggers import logged_run
+from tlcli.runs.loggers import check_logger, logged_run
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import DatasetSpec, TrainSpec
 
+WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+
 
 class Command:
-    """What the jobs of one command share: the line that was typed, the data set last looked at, and the session.
+    """Hydra's task function: runs one job, with what the jobs of a command share.
 
-    `goes_on`: the sweep was begun before; jobs that are done stay as they are, the others go on.
+    Args:
+        line: the command line as typed.
+        sweep: the folder of a sweep; None for a single run.
+        resume: the sweep was interrupted: jobs that are done stay as they are, the others are resumed.
     """
 
-    def __init__(self, line: str, *, goes_on: bool = False) -> None:
-        self.line = line
-        self.goes_on = goes_on
-        self.session: Any = None  # of tlcli.engine.session, which imports torch
-        self._sound: DatasetSpec | None = None
+    def __init__(self, line: str, files: ConfFiles, sweep: Path | None, *, resume: bool = False) -> None:
+        self.error: Exception | None = None
+        self._line, self._files, self._sweep, self._resume = line, files, sweep, resume
+        self._session: Any = None  # of tlcli.engine.session, which imports torch
+        self._checked: DatasetSpec | None = None
+        self._output_subdir: str | None = None
 
-    def check(self, spec: TrainSpec) -> None:
-        """Raise UsageError where what a spec names is not there; a data set is looked at once."""
-        check_weights(spec.backbone.weights)
-        if spec.dataset != self._sound:
-            check_dataset(spec.dataset)
-            self._sound = spec.dataset
+    def launch(self, config: DictConfig, loader: ConfigLoader, folder: Path) -> None:
+        """Run the one job of a composed config, or all jobs of a sweep, in a folder."""
+        OmegaConf.set_readonly(config.hydra, False)
+        callbacks, name = Callbacks(config), config.hydra.job.config_name
+        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        if self._sweep is None:
+            config.hydra.mode = RunMode.RUN
+            config.hydra.run.dir = str(folder)
+            callbacks.on_run_start(config=config, config_name=name)
+            job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+            callbacks.on_run_end(config=config, config_name=name, job_return=job)
+            if self.error is not None:
+                raise self.error
+            return
+        self._output_subdir = config.hydra.output_subdir
+        config.hydra.mode = RunMode.MULTIRUN
+        # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
+        for key, value in (("sweep.dir", quoted(folder)), ("output_subdir", "null")):
+            config.hydra.overrides.hydra.append(f"hydra.{key}={value}")
+        config.hydra.sweep.dir = str(folder)
+        callbacks.on_multirun_start(config=config, config_name=name)
+        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
+        sweeper.sweep(arguments=_as_typed(config.hydra))
+        callbacks.on_multirun_end(config=config, config_name=name)
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Train, and return the validation metric that selected the epoch; None if the job failed.
+
+        A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
+        """
+        job = HydraConfig.get()
+        run, overrides, owner = RunDir(Path(job.runtime.output_dir)), _as_typed(job), None
+        reporter = TerminalReporter(
+            " ".join([f"backbone={job.runtime.choices['backbone']}"]
+                     + [word for word in overrides if word.startswith("backbone.name=")])
+        )  # fmt: skip
+        try:
+            if self._sweep is not None:
+                run, owner = self._claim(run.path, overrides)
+                if (value := _finished_value(run)) is not None:
+                    reporter.heading(f"[{job.job.num}] {' '.join(overrides)}: done before, validation {value:.4f}")
+                    return value
+            resumed = self._resume and owner is None and run.info_file.exists()
+            with record_status(run):
+                if job.job.chdir:
+                    resolve_paths(config, Path(job.runtime.cwd))
+                if not resumed:
+                    text, refused = _saved_text(config, overrides)
+                    run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+                    if refused:
+                        raise refused
+                if owner is not None:
+                    raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
+                if self._sweep is not None:
+                    self._save_hydra_config(run, config)
+                    reporter.heading(f"[{job.job.num}] {' '.join(overrides)}")
+                spec = build(config, self._files)
+                if self._sweep is not None:  # a single run was checked before its directory was made
+                    check_weights(spec.backbone.weights)
+                    if spec.dataset != self._checked:
+                        check_dataset(spec.dataset)
+                        self._checked = spec.dataset
+                state = prepare_resume(run, self._line) if resumed else None
+                log.info(first_line(spec))
+                with fast_imports():
+                    from tlcli.engine.session import session_for
+                    from tlcli.train import train
+
+                self._session = session_for(spec.cache, self._session)
+                with logged_run(spec, run.path, reporter) as logged:
+                    value = train(spec, run, logged, self._session, state)
+            return value
+        except Exception as exc:
+            self.error = exc
+            return None
+        finally:
+            if self._sweep is not None:
+                with suppress(OSError):
+                    leaderboard.write(self._sweep)
+
+    def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
+        """Return a directory for a job and, if another job has `path`, an error that names it.
+
+        run.log marks a directory as taken. A job whose directory is taken is recorded in one of its own: -2, -3, ...
+        """
+        error = None
+        for n in count(1):
+            run = RunDir(path if n == 1 else path.with_name(f"{path.name}-{n}"))
+            run.path.mkdir(parents=True, exist_ok=True)
+            try:
+                run.log_file.touch(exist_ok=False)
+                break
+            except FileExistsError:
+                try:
+                    owner = read_json(run.info_file)["overrides"]
+                except (OSError, ValueError, KeyError):
+                    owner = None
+                if self._resume and owner in (None, overrides):
+                    break
+                error = error or f"{path.name} is the directory of the job {' '.join(owner or ['that started before'])}"
+        return run, error
+
+    def _save_hydra_config(self, run: RunDir, config: DictConfig) -> None:
+        """Write what Hydra writes for a single run, by default into .hydra."""
+        if self._output_subdir is not None:
+            folder, hydra = run.path / self._output_subdir, HydraConfig.instance().cfg
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in (
+                ("config", config),
+                ("hydra", hydra),
+                ("overrides", HydraConfig.get().overrides.task),
+            ):
+                OmegaConf.save(content, folder / f"{name}.yaml")
 
 
-def run_job(config: DictConfig, files: ConfFiles, command: Command) -> float | None:
-    """Hydra's task: train, and record the ending in run.json, whichever it is.
+def _as_typed(hydra: Any) -> list[str]:
+    """Return the overrides of a job, with references in them as they are."""
+    words = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return [str(word) for word in words] if isinstance(words, list) else []
 
-    In a sweep a failure is recorded and None returned, so that the other jobs go on; else it is raised as an Abort,
-    which Hydra does not catch.
-    """
-    job = HydraConfig.get()
-    run = RunDir(Path(job.runtime.output_dir))
-    sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    words = OmegaConf.to_container(job.overrides.task, resolve=False)  # as they were typed
-    overrides = [str(word) for word in words] if isinstance(words, list) else []
-    heading = f"[{job.job.num}] {' '.join(overrides)}" if sweep else ""
+
+def _finished_value(run: RunDir) -> float | None:
+    """Return the validation metric of a job that is done; None if it is not."""
     try:
-        if command.goes_on and (found := done_before(run, overrides)) is not None:
-            print(f"{heading}: done before, validation {found:.4f}", flush=True)
-            return found
-        begun = command.goes_on and run.info_file.exists()
-        with recorded_job(run):
-            if not begun:
-                text, refused = _saved_text(config, overrides)
-                run.start(command=command.line, overrides=overrides, config=text)
-                if refused:
-                    raise refused
-            reporter = TerminalReporter(_backbone_words(job.runtime.choices, overrides))
-            if sweep:
-                reporter.heading(heading)
-            spec = build(config, files)
-            if sweep:  # of a single run this was looked at before its directory was made
-                command.check(spec)
-            restart = go_on(run, command.line) if begun else None
-            return train_job(spec, run, reporter, restart, command)
-    except Exception as exc:
-        if sweep is None:
-            raise Abort(exc) from exc
-        print(f"[{job.job.num}] failed: {ending(exc)[1]}", file=sys.stderr, flush=True)
-        return None
-    finally:
-        if sweep:
-            with contextlib.suppress(OSError):
-                leaderboard.write(sweep)
-
-
-def done_before(run: RunDir, overrides: Sequence[str]) -> float | None:
-    """The validation figure of a job that is done; None where it is not. Raises TlcliError where the directory is that
-    of a job with other overrides."""
-    try:
-        record = read_json(run.info_file)
-        if record["overrides"] != list(overrides):
-            raise TlcliError(f"{run.path}: is of the job {' '.join(record['overrides'])}: it stays as it is")
-        return float(record["best"][record["keep_best"]]) if record["status"] == "done" else None
+        info = read_json(run.info_file)
+        return float(info["best"][info["keep_best"]]) if info["status"] == "done" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def go_on(run: RunDir, line: str) -> Any:
-    """Make a run's directory ready to go on, and say so in run.json; its Restart (of tlcli.runs.restart), or None where
-    it ended before its first checkpoint and begins again."""
-    with importing():  # torch, and not before
-        from tlcli.runs.restart import read_restart, start_over
-
-    restart = read_restart(run)
-    run.mark_resumed(line)
-    if restart is None:
-        start_over(run)
-    else:
-        restart.rewind()
-    return restart
-
-
-def train_job(
-    spec: TrainSpec, run: RunDir, reporter: TerminalReporter, restart: Any = None, command: Command | None = None
-) -> float | None:
-    """Train what a spec says in a run's directory, from where `restart` says."""
-    log.info(first_line(spec))
-    with importing():  # torch, and not before
-        from tlcli.engine.session import session_for
-        from tlcli.train import train
-
-    session = session_for(spec.cache, command.session if command else None)
-    if command:
-        command.session = session
-    with logged_run(spec, run.path, reporter) as told:
-        return train(spec, run, told, session, restart)
-
-
-@contextlib.contextmanager
-def recorded_job(run: RunDir) -> Iterator[None]:
-    """What happens within goes to run.log, and the ending to run.json."""
-    with recorded(run), logging_to(run.log_file), logged():
-        yield
-
-
-@contextlib.contextmanager
-def recorded(run: RunDir) -> Iterator[None]:
-    """Write run.json's final status when the block ends, in whichever way that is."""
+def _saved_text(config: DictConfig, overrides: list[str]) -> tuple[str, UsageError | None]:
+    """Return the config as YAML, and an error if a file that a sweep chose has a reference that could save a secret:
+    then no reference is followed."""
     try:
-        yield
-    except KeyboardInterrupt as exc:
-        _end(run, "interrupted", ending(exc)[1])
-        raise
+        refuse_environment(config, overrides)
+        return OmegaConf.to_yaml(config, resolve=True), None
+    except UsageError as error:
+        return OmegaConf.to_yaml(config), error
+    except OmegaConfBaseException:
+        return OmegaConf.to_yaml(config), None
+
+
+@contextmanager
+def record_status(run: RunDir) -> Iterator[None]:
+    """Write the logs of the block to run.log, and its final status to run.json."""
+    try:
+        with log_to(run.log_file):
+            try:
+                yield
+            except Exception as exc:
+                log.error(exit_status(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
+                raise
     except BaseException as exc:
         if isinstance(exc, BadImagesError):
             run.write_bad_files(exc.files)
-        _end(run, "failed", ending(exc)[1])
+        with suppress(OSError):  # a full disk must not hide the error that it caused
+            run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
         raise
     run.end("done")
 
 
-@contextlib.contextmanager
-def logged() -> Iterator[None]:
-    """Write the error that ends the block to run.log, with its traceback where it is none of ours."""
-    try:
-        yield
-    except Exception as exc:
-        log.error(ending(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
-        raise
+def prepare_resume(run: RunDir, line: str) -> Any:
+    """Make the directory of an interrupted run ready; return its ResumeState, None if it had no checkpoint yet."""
+    with fast_imports():
+        from tlcli.runs.restart import read_restart, start_over
+
+    state = read_restart(run)
+    run.mark_resumed(line)
+    if state is None:
+        start_over(run)
+    else:
+        state.rewind()
+    return state
 
 
-def _end(run: RunDir, status: str, error: str | None) -> None:
-    """A disk that is full must not hide the error that it caused."""
-    with contextlib.suppress(OSError):
-        run.end(status, error)
+def finish_sweep(folder: Path) -> int:
+    """Write and show the leaderboard of a sweep. Return 0, or 1 if a job failed."""
+    board = leaderboard.write(folder)
+    TerminalReporter().leaderboard(board)
+    failed = [job for job in board.jobs if job.status != "done"]
+    if failed:
+        print(f"tlcli train: {len(failed)} of {len(board.jobs)} jobs did not finish:", file=sys.stderr)
+    for job in failed:
+        print(f"  {job.name}  {job.status}: {job.error or 'no reason recorded'}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _backbone_words(choices: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """The words of the command line that choose the same backbone again."""
-    own = [word for word in overrides if word.startswith("backbone.name=")]
-    return " ".join([f"backbone={choices['backbone']}", *own])
+def check(spec: TrainSpec) -> None:
+    """Raise UsageError if the data set, the weights or the package that a spec names are missing."""
+    check_logger(spec.logger)
+    check_dataset(spec.dataset)
+    check_weights(spec.backbone.weights)
 
 
-def _saved_text(config: DictConfig, overrides: Sequence[str]) -> tuple[str, UsageError | None]:
-    """The config as it is saved; with an error its references stay as they are, for following one could save a secret.
-    That can be so with files that a sweep chooses, which Hydra alone has composed."""
-    try:
-        refuse_environment(config, overrides)
-    except UsageError as error:
-        return OmegaConf.to_yaml(config), error
-    return _resolved(config), None
+def check_weights(weights: str) -> None:
+    """Raise UsageError unless this is `default`, `none`, a file of weights or the directory of a finished run."""
+    path, key = expand_user(weights), f"backbone.weights={weights}"
+    if weights in ("default", "none"):
+        return
+    if path.is_dir():
+        if not RunDir(path).best_checkpoint.is_file():
+            raise UsageError(f"{key}: no checkpoints/best.safetensors in it; give the directory of a finished run")
+    elif not path.exists():
+        raise UsageError(f"{key}: no such file or run; give default, none, a weights file or a run directory")
+    elif path.suffix not in WEIGHT_FILES:
+        raise UsageError(f"{key}: not a file of weights; these end in {', '.join(WEIGHT_FILES)}")
 
 
-def _resolved(config: DictConfig) -> str:
-    """The config as YAML with its references resolved, where they can be."""
-    with contextlib.suppress(OmegaConfBaseException):
-        return OmegaConf.to_yaml(config, resolve=True)
-    return OmegaConf.to_yaml(config)
+def first_line(spec: TrainSpec) -> str:
+    """Return one line that says what a run is."""
+    arrow = "→" if (sys.stdout.encoding or "").lower().startswith("utf") else "->"
+    return f"tlcli {__version__}: {spec.dataset.name} {arrow} {spec.backbone.name}, freeze={spec.freeze.kind}"

@@ -11,8 +11,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, table_lines
-from tlcli.cli.terminal import terminal_columns
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
 from tlcli.runs.index import Entry, RunEntry, SweepEntry, read_index

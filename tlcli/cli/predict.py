@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tlcli.cli.libraries import importing
 from tlcli.cli.parser import Parser
+from tlcli.cli.process import fast_imports
 from tlcli.cli.table import TableColumn, make_table, table_lines
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
     if arguments.paths.count(STDIN) > 1:
         raise UsageError("stdin (-) is named twice")
     with _output(arguments.output) as file:
-        with importing():
+        with fast_imports():
             from tlcli.device import find_accelerator, keep_freed_memory
             from tlcli.predict import Predictor
             from tlcli.runs.load import load_run
@@ -227,14 +227,14 @@ def _progress(total: int | None, is_shown: bool) -> Iterator[tuple[Reporter, Cal
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tlcli.cli.view import Speed
+    from tlcli.cli.view import RateColumn
 
     class NotesReporter(Reporter):
         def note(self, text: str) -> None:
             console.print(f"note       {text}", soft_wrap=True)
 
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    columns = [TextColumn("predicting"), BarColumn(bar_width=16), MofNCompleteColumn(), Speed()]
+    columns = [TextColumn("predicting"), BarColumn(bar_width=16), MofNCompleteColumn(), RateColumn()]
     columns.append(TimeRemainingColumn(compact=True))
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=4, redirect_stdout=False
@@ -245,7 +245,7 @@ def _progress(total: int | None, is_shown: bool) -> Iterator[tuple[Reporter, Cal
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
     """Yield the words that may follow, for completion; paths are completed by the shell."""
-    from tlcli.cli.run_folders import run_folders
+    from tlcli.cli.folders import run_folders
 
     actions = {flag: action for action in parser()._actions for flag in action.option_strings}
     if before and before[-1] in actions:

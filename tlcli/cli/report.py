@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlcli.cli.libraries import importing
-from tlcli.cli.run_folders import run_folders
+from tlcli.cli.folders import run_folders
+from tlcli.cli.process import fast_imports
 from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.run_dir import SWEEP_FILES, RunDir
 from tlcli.text import did_you_mean
@@ -110,7 +110,7 @@ def _write(request: Request) -> None:
             f"{folder}: neither a run nor a sweep: no run.json and no sweep.json in it (`tlcli list {folder}` shows "
             "what is below)"
         )
-    with importing():  # torch and matplotlib
+    with fast_imports():  # torch and matplotlib
         from tlcli.runs import report
 
     report.check_is_ours(request.output)

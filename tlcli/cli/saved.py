@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, references
+from tlcli.cli.compose import Flags, build, composed, named_code, parse_flags, parse_override, references, resolve_paths
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
 from tlcli.cli.explain import explain
 from tlcli.cli.yaml_size import check_yaml
@@ -21,9 +21,6 @@ from tlcli.errors import UsageError
 from tlcli.registry import HOMES, options
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import TrainSpec, classes_of
-
-PLACES = ("dataset.root", "dataset.file")
-"""Keys that name a place relative to the directory in which the run was started."""
 
 
 def saved_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
@@ -143,11 +140,8 @@ class _Saved:
             start = read_json(run.info_file).get("cwd")
         except (OSError, ValueError):  # whoever needs run.json says what is wrong with it
             start = None
-        for key in PLACES:
-            group, _, name = key.partition(".")
-            place = self.values.get(group, {}).get(name)
-            if isinstance(place, str) and isinstance(start, str) and not place.startswith("~"):
-                self.values[group][name] = str(Path(start, place))
+        if isinstance(start, str):
+            resolve_paths(self.values, Path(start))
 
 
 def _values_given(overrides: Sequence[Override], chosen: Sequence[bool]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """The table of every command: aligned columns without lines, of which the less important ones go if space is short."""
 
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +12,9 @@ from tlcli.text import strip_control_chars
 
 if TYPE_CHECKING:
     import rich.table
+
+UNLIMITED_WIDTH = 10_000
+"""The width if stdout is not a terminal: a program that reads a pipe needs one line per row."""
 
 GAP = 2
 """Blanks between two columns."""
@@ -75,3 +80,8 @@ def _layout(
             break
         shown.remove(least)
     return cells, widths, shown
+
+
+def terminal_columns() -> int | None:
+    """Return the width of the terminal on stdout; None if stdout is not a terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -1,7 +1,8 @@
-"""What a run looks like: on a terminal with colours and bars, elsewhere as plain lines; in run.log always."""
+"""The reporter of a terminal: colors and progress bars there, plain lines elsewhere, and run.log always."""
 
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +13,34 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Column
 from rich.text import Text
 
-from tlcli.cli import tables
-from tlcli.cli.logs import log
+from tlcli.cli.process import log
+from tlcli.cli.table import TableColumn, make_table
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.leaderboard import Leaderboard
+from tlcli.text import duration_text, labelled, shown_path
 
-WORTH_A_LINE = 2.0  # seconds: what took less is not worth a line where there are no bars
+MIN_SHOWN_SECONDS = 2.0
+"""Where there are no bars, a span of work that took less than this is not worth a line."""
+
+MAX_CLASS_ROWS = 12
+"""With more classes than this, the plan shows the range of their counts instead of one row per class."""
+
 LOG_WIDTH = 100
+
+EpochColumn = tuple[str, int, int, Callable[[EpochRow], str]]
+EPOCH_COLUMNS: tuple[EpochColumn, ...] = (
+    ("epoch", 6, 0, lambda row: f"{row.epoch}/{row.epochs}"),
+    ("train loss", 10, 3, lambda row: _fixed(row.train_loss)),
+    ("train acc", 9, 4, lambda row: _fixed(row.train_accuracy)),
+    ("val loss", 8, 2, lambda row: _fixed(row.val_loss)),
+    ("val acc", 7, 0, lambda row: _fixed(row.val_accuracy)),
+    ("val f1", 6, 5, lambda row: _fixed(row.val_macro_f1)),
+    ("rate", 8, 7, lambda row: _rate(row.lr)),
+    ("img/s", 6, 6, lambda row: _speed(row.images_per_second)),
+    ("time", 6, 1, lambda row: duration_text(row.seconds)),
+    ("", 4, 0, lambda row: "best" if row.best else ""),
+)
+"""Title, width, and text of each column of the epochs. If the width is short, columns with a higher third item go."""
 
 
 class Screen(Console):
@@ -30,13 +52,13 @@ class Screen(Console):
         self.live_bars = terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
-        """The reader of stdout has gone. The run goes on: run.log has everything."""
+        """Stop writing to stdout, whose reader has gone. The run goes on: run.log has everything."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Speed(ProgressColumn):
-    """Units a second."""
+class RateColumn(ProgressColumn):
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else "", style="dim")
@@ -46,8 +68,8 @@ class TerminalReporter(Reporter):
     """Shows a run on stdout and in the log.
 
     Args:
-        backbone: the words of a command line that choose this run's backbone again.
-        width: columns; the terminal's where None.
+        backbone: the words of a command line that choose the backbone of this run again.
+        width: columns; the terminal's if None.
     """
 
     def __init__(self, backbone: str = "backbone=...", width: int | None = None) -> None:
@@ -58,23 +80,22 @@ class TerminalReporter(Reporter):
 
     @property
     def _wrap(self) -> int | None:
-        """Where lines are wrapped: nowhere when they go to a file, so that paths in it stay whole."""
+        """The width at which lines are wrapped; None if they go to a file, so that paths in it stay whole."""
         return self._screen.width if self._screen.is_terminal else None
 
     def heading(self, text: str) -> None:
-        """A line above a job of a sweep."""
+        """Show a line above a job of a sweep."""
         self._header_shown = False
         self._say("")
         self._say(Text(text, style="bold"))
 
     def note(self, text: str) -> None:
-        for line in tables.labelled("note", text, self._wrap):
-            self._say(line)
+        self._say_labelled(("note", text))
 
     @contextmanager
     def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; elsewhere a line at the end of what took long."""
-        started, done = time.perf_counter(), 0
+        """Show a bar on a terminal; elsewhere a line at the end of work that took long."""
+        start, done = time.perf_counter(), 0
         with self._bar(label, total, unit) as advance:
 
             def count(more: int) -> None:
@@ -83,62 +104,129 @@ class TerminalReporter(Reporter):
                 advance(more)
 
             yield count
-        seconds = time.perf_counter() - started
-        line = f"{label}: {done:,} {unit} in {tables.duration(seconds)}"
-        if seconds >= WORTH_A_LINE and not self._screen.live_bars:
+        seconds = time.perf_counter() - start
+        line = f"{label}: {done:,} {unit} in {duration_text(seconds)}"
+        if seconds >= MIN_SHOWN_SECONDS and not self._screen.live_bars:
             self._say(line)
         else:
             log.info(line)
 
     def plan(self, plan: RunPlan) -> None:
-        for line in tables.plan_lines(plan, self._wrap):
-            self._say(line)
+        sizes = ", ".join(f"{split} {sum(counts):,}" for split, counts in plan.counts.items())
+        self._say_labelled(
+            ("run", shown_path(plan.run)),
+            ("data", f"{plan.dataset}: {len(plan.classes):,} classes; images: {sizes}"),
+            ("model", plan.model),
+            ("image", plan.image),
+            ("training", plan.training),
+            ("device", plan.device),
+            *(("note", note) for note in plan.notes),
+            ("activations: ", plan.activations),
+        )
         self._say("")
-        counts = tables.counts_table(plan)
-        if counts is None:
-            for line in tables.labelled("a class", tables.counts_ranges(plan), self._wrap):
-                self._say(line)
+        if len(plan.classes) > MAX_CLASS_ROWS:
+            bounds = {split: (min(counts), max(counts)) for split, counts in plan.counts.items()}
+            ranges = [f"{split} {a:,}" if a == b else f"{split} {a:,} to {b:,}" for split, (a, b) in bounds.items()]
+            self._say_labelled(("per class", "; ".join(ranges)))
         else:
-            self._say(counts)
+            columns = [TableColumn("class", left=True), *map(TableColumn, plan.counts)]
+            rows = zip(plan.classes, *([f"{n:,}" for n in counts] for counts in plan.counts.values()), strict=True)
+            self._say(make_table(columns, rows))
         self._say("")
-        self._say(tables.stages_table(plan.stages))
+        stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _rate(s.lr)) for s in plan.stages]
+        total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
+        columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "rate"))]
+        self._say(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
         self._say("")
 
     def epoch(self, row: EpochRow) -> None:
-        columns = tables.epoch_columns(self._screen.width)
+        columns = epoch_columns(self._screen.width)
         if not self._header_shown:
-            self._say(Text(tables.epoch_header(columns), style="dim"))
+            header = "  ".join(title.rjust(width) for title, width, _, _ in columns)
+            self._say(Text(header.rstrip(), style="dim"))
             self._header_shown = True
-        self._say(Text(tables.epoch_line(row, columns), style="green" if row.best else ""))
+        line = "  ".join(text(row).rjust(width) for _, width, _, text in columns)
+        self._say(Text(line.rstrip(), style="green" if row.best else ""))
 
     def outcome(self, outcome: RunResult) -> None:
+        low, high = outcome.ci95
+        confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in outcome.confused)
+        rows = [
+            ("top-5", _fixed(outcome.top5) if outcome.top5 is not None else ""),
+            ("confused", confused),
+            ("chosen", f"epoch {outcome.epoch}, validation accuracy {outcome.val_accuracy:.4f}"),
+            ("took", duration_text(outcome.seconds)),
+            ("checkpoint", shown_path(outcome.checkpoint)),
+        ]
         self._say("")
-        for number, line in enumerate(tables.outcome_lines(outcome, self._backbone, self._wrap)):
-            self._say(Text(line, style="bold" if number == 0 else ""))
+        test = f"accuracy {outcome.accuracy:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {outcome.n:,}"
+        self._say_labelled(("test", test), style="bold")
+        self._say_labelled(*((label, text) for label, text in rows if text))
+        weights = f"backbone.weights={shlex.quote(shown_path(outcome.run))}"
+        words = ["tlcli train", *self._backbone.split(), weights, "dataset=..."]
+        command = " ".join(words)
+        if self._wrap is not None and len(command) + 2 > self._wrap:
+            command = " \\\n    ".join(words)  # a shell reads both alike
+        self._say(f"\nTo transfer from this run:\n  {command}")
 
     def leaderboard(self, board: Leaderboard) -> None:
-        """The end of a sweep."""
+        """Show the ranked jobs at the end of a sweep."""
+        titles = [*board.keys, f"val {board.figure.replace('_', ' ')}", "test accuracy", "95 % interval", "status"]
+        rows = [
+            (
+                job.rank,
+                job.name,
+                *(job.values.get(key, "") for key in board.keys),
+                _fixed(job.validation),
+                _fixed(job.test_accuracy),
+                f"{job.test_ci95[0]:.4f} to {job.test_ci95[1]:.4f}" if job.test_ci95 else None,
+                job.status,
+            )
+            for job in board.jobs
+        ]
         self._say("")
-        self._say(tables.leaderboard_table(board))
-        for line in tables.labelled("sweep", tables.shown_path(board.folder), self._wrap):
-            self._say(line)
+        self._say(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
+        self._say_labelled(("sweep", shown_path(board.folder)))
 
-    def _say(self, what: RenderableType) -> None:
-        """Print one thing, and write it to the log as plain text."""
-        # lines are wrapped already where they can be; what is longer, a path or a command, has to stay whole
-        self._screen.print(what, soft_wrap=isinstance(what, str | Text))
-        self._screen.file.flush()  # a reader of a pipe follows the run too
-        for line in _plain(what):
-            log.info(line)
+    def _say_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
+        for label, value in rows:
+            for line in labelled(label, value, self._wrap):
+                self._say(Text(line, style=style))
+
+    def _say(self, content: RenderableType) -> None:
+        """Print a line or a table, and log its lines without colors."""
+        self._screen.print(content, soft_wrap=isinstance(content, str | Text))
+        self._screen.file.flush()  # the reader of a pipe follows the run too
+        text = str(content)
+        if not isinstance(content, str | Text):
+            page = Console(file=io.StringIO(), width=LOG_WIDTH, color_system=None)
+            with page.capture() as capture:
+                page.print(content)
+            text = capture.get()
+        for line in text.splitlines():
+            if line.strip():
+                log.info(line.rstrip())
 
     @contextmanager
     def _bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar for as long as the block runs, below those that are there already; nothing without live bars."""
+        """Show a bar while the block runs, below those that are there already; nothing without live bars."""
         if not self._screen.live_bars:
             yield lambda more: None
             return
         outermost = self._bars is None
-        bars = self._bars = self._bars or self._new_bars()
+        if self._bars is None:
+            narrow = self._screen.width < 60
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+                BarColumn(bar_width=6 if narrow else 20),
+                TaskProgressColumn(),
+                *([] if narrow else [RateColumn()]),
+                TimeRemainingColumn(compact=True),
+                console=self._screen,
+                transient=True,
+                refresh_per_second=4,  # drawing must not take time from two busy cores
+            )
+        bars = self._bars
         task = bars.add_task(label, total=total, unit=unit)
         try:
             if outermost:
@@ -150,26 +238,22 @@ class TerminalReporter(Reporter):
                 bars.stop()
                 self._bars = None
 
-    def _new_bars(self) -> Progress:
-        """Bars that fit the width and vanish when they are done."""
-        narrow = self._screen.width < 60
-        return Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            BarColumn(bar_width=6 if narrow else 20),
-            TaskProgressColumn(),
-            *([] if narrow else [Speed()]),
-            TimeRemainingColumn(compact=True),
-            console=self._screen,
-            transient=True,
-            refresh_per_second=4,  # drawing must not take time from two busy cores
-        )
+
+def epoch_columns(width: int) -> list[EpochColumn]:
+    """Return the columns of the epochs that fit a width; the epoch, its validation accuracy and its mark always do."""
+    columns = list(EPOCH_COLUMNS)
+    while sum(column[1] + 2 for column in columns) - 2 > width and any(column[2] for column in columns):
+        columns.remove(max(columns, key=lambda column: column[2]))
+    return columns
 
 
-def _plain(what: RenderableType) -> list[str]:
-    """The lines of something without colours, for the log."""
-    if isinstance(what, str | Text):
-        return [str(what).rstrip()] if str(what).strip() else []
-    page = Console(file=io.StringIO(), width=LOG_WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
-    with page.capture() as capture:
-        page.print(what)
-    return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
+def _fixed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _rate(lr: float | None) -> str:
+    return "-" if lr is None else f"{lr:.2g}"
+
+
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

@@ -108,15 +108,18 @@ class RunDir:
 
     # -- writing
 
-    def start(self, *, command: str, overrides: Sequence[str], config: str) -> None:
-        """Make the directory if necessary; write config.yaml and a run.json with the status `running`."""
+    def start(self, *, command: str, overrides: Sequence[str], config: str, cwd: str | None = None) -> None:
+        """Make the directory if necessary; write config.yaml and a run.json with the status `running`.
+
+        `cwd` is the folder in which the command was typed, by default the current one.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config(config)
         self.update(
             schema_version=SCHEMA_VERSION,
             status="running",
             command=command,
-            cwd=str(Path.cwd()),
+            cwd=cwd or str(Path.cwd()),
             overrides=list(overrides),
             started=now(),
             pid=os.getpid(),
