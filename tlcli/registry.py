@@ -12,7 +12,7 @@ HOMES = {
     "scheduler": "tlcli.specs",
     "augment": "tlcli.specs",
     "freeze": "tlcli.specs",
-    "logger": "tlcli.specs",
+    "logger": "tlcli.runs.loggers",
 }
 """The module that defines the options of each group. It imports without torch, for help and completion read it."""
 

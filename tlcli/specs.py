@@ -103,13 +103,6 @@ class CacheDtype(Enum):
     bf16 = "bf16"
 
 
-class WandbMode(Enum):
-    """Whether a Weights & Biases run is sent while it goes."""
-
-    offline = "offline"
-    online = "online"
-
-
 class Verify(Enum):
     """Which image files are read to compute the fingerprint of a dataset."""
 
@@ -404,32 +397,6 @@ class LoggerSpec(OptionSpec, frozen=True):
     """An experiment tracker that the run is also written to."""
 
     group: ClassVar[str] = "logger"
-
-
-@option
-class NoLoggerSpec(LoggerSpec, frozen=True, tag="none"):
-    """The run directory alone."""
-
-
-@option
-class TensorboardSpec(LoggerSpec, frozen=True, tag="tensorboard"):
-    """TensorBoard's event files, in the run directory."""
-
-
-@option
-class MlflowSpec(LoggerSpec, frozen=True, tag="mlflow"):
-    """A run of an MLflow experiment: the address of its store, and the experiment's name."""
-
-    uri: str
-    experiment: str
-
-
-@option
-class WandbSpec(LoggerSpec, frozen=True, tag="wandb"):
-    """A Weights & Biases run."""
-
-    project: str
-    mode: WandbMode
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ from tlcli.errors import UsageError
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult, StageRow
 from tlcli.runs import loggers
 from tlcli.runs.loggers import (
-    LoggedWatch,
+    LoggedReporter,
+    Tracker,
+    WandbSpec,
     check_logger,
-    epoch_figures,
-    facts_of,
+    epoch_metrics,
     flat_config,
     logged_run,
-    result_figures,
+    plan_info,
+    result_metrics,
 )
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import TrainSpec
@@ -68,7 +70,7 @@ class Heard(Reporter):
 
 
 class Fake:
-    """A logger that keeps what it was told, and raises in the methods that are named."""
+    """A tracker that records its calls, and raises in the methods that are named."""
 
     def __init__(self, *raising: str, error: Exception | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -80,14 +82,12 @@ class Fake:
         if name in self._raising:
             raise self._error
 
-    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        self._called("start", config, facts)
-
-    def epoch(self, row: EpochRow) -> None:
-        self._called("epoch", row)
-
-    def end(self, result: RunResult | None, status: str) -> None:
-        self._called("end", result, status)
+    def start(self, run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Tracker:
+        self._called("start", config, info)
+        return Tracker(
+            lambda metrics, step: self._called("log", metrics, step),
+            lambda metrics, step, status: self._called("end", metrics, step, status),
+        )
 
 
 Compose = Callable[..., TrainSpec]
@@ -98,10 +98,9 @@ def chosen(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake], T
     """A spec with logger=wandb, and a fake in the place of the real one."""
 
     def choose(fake: Fake) -> TrainSpec:
-        own = spec("logger=wandb", "optimizer.lr=0.25")
-        monkeypatch.setitem(loggers.LOGGERS, type(own.logger), lambda spec, run: fake)
+        monkeypatch.setattr(WandbSpec, "start", lambda spec, *values: fake.start(*values))
         monkeypatch.setattr(loggers, "find_spec", lambda name: object())
-        return own
+        return spec("logger=wandb", "optimizer.lr=0.25")
 
     return choose
 
@@ -122,8 +121,8 @@ def test_a_logger_is_told_the_run(chosen) -> None:
     assert start == "start"
     assert config["optimizer.lr"] == 0.25
     assert (facts["name"], facts["n_train"], facts["n_test"], facts["parameters"]) == (PLAN.name, 30, 7, 110)
-    assert epochs == [("epoch", START), ("epoch", ROW)]
-    assert end == ("end", OUTCOME, "done")
+    assert epochs == [("log", epoch_metrics(START), 0), ("log", epoch_metrics(ROW), 1)]
+    assert end == ("end", result_metrics(OUTCOME), 1, "done")
     assert heard.told == [PLAN, START, ROW, OUTCOME]  # what shows the run hears the same
     assert heard.notes == []
 
@@ -134,7 +133,7 @@ def test_how_a_run_ended_is_logged(chosen, error: BaseException, status: str) ->
     with pytest.raises(type(error)), logged_run(chosen(fake), RUN, Heard()) as reporter:
         reporter.plan(PLAN)
         raise error
-    assert fake.calls[-1] == ("end", None, status)
+    assert fake.calls[-1] == ("end", {}, 0, status)
 
 
 def test_a_run_that_never_began_is_not_logged(chosen) -> None:
@@ -144,7 +143,7 @@ def test_a_run_that_never_began_is_not_logged(chosen) -> None:
     assert fake.calls == []
 
 
-@pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("epoch", 2), ("end", 4)])
+@pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("log", 2), ("end", 4)])
 def test_a_logger_that_fails_is_a_note_and_then_off(chosen, raising: str, calls: int) -> None:
     fake, heard = Fake(raising), Heard()
     with logged_run(chosen(fake), RUN, heard) as reporter:
@@ -174,7 +173,8 @@ def test_tracking_passes_through(chosen) -> None:
             return super().track(label, total, unit)
 
     counting = Counting()
-    with LoggedWatch(counting, Fake(), chosen(Fake())).track("reading", 3, "files") as advance:
+    own = chosen(Fake())
+    with LoggedReporter(counting, own.logger, own, RUN).track("reading", 3, "files") as advance:
         advance(3)
     assert counting.told == [("reading", 3, "files")]
 
@@ -204,14 +204,14 @@ def test_config_is_flat_and_without_what_may_be_secret(spec: Compose, monkeypatc
     config = flat_config(spec("logger=mlflow", "logger.uri='http://me:hunter2@host'", "image.mean=[0.1,0.2,0.3]"))
     assert (config["keep_best"], config["image.mean"], config["freeze.kind"]) == ("accuracy", [0.1, 0.2, 0.3], "none")
     assert not [key for key in config if key.startswith("logger")]
-    assert "hunter2" not in repr(config) + repr(facts_of(PLAN))
+    assert "hunter2" not in repr(config) + repr(plan_info(PLAN))
 
 
 def test_figures_that_are_missing_are_left_out() -> None:
-    assert epoch_figures(START).keys() == {"val/loss", "val/accuracy", "val/macro_f1", "seconds"}
-    assert epoch_figures(ROW)["train/loss"] == 0.6
-    assert "test/top5" not in result_figures(OUTCOME)
-    assert result_figures(OUTCOME)["test/accuracy_low"] == 0.8
+    assert epoch_metrics(START).keys() == {"val/loss", "val/accuracy", "val/macro_f1", "seconds"}
+    assert epoch_metrics(ROW)["train/loss"] == 0.6
+    assert "test/top5" not in result_metrics(OUTCOME)
+    assert result_metrics(OUTCOME)["test/accuracy_low"] == 0.8
 
 
 # -- the real packages
