@@ -101,6 +101,8 @@ LIGHT = [
     "tlcli.cli",
     "tlcli.specs",
     "tlcli.store",
+    "tlcli.engine.optimizers",
+    "tlcli.engine.schedule",
     "tlcli.data.listing",
     "tlcli.runs.index",
     "tlcli.runs.leaderboard",

@@ -8,8 +8,8 @@ T = TypeVar("T", bound=type[Any])
 HOMES = {
     "dataset": "tlcli.specs",
     "backbone": "tlcli.specs",
-    "optimizer": "tlcli.specs",
-    "scheduler": "tlcli.specs",
+    "optimizer": "tlcli.engine.optimizers",
+    "scheduler": "tlcli.engine.schedule",
     "augment": "tlcli.specs",
     "freeze": "tlcli.specs",
     "logger": "tlcli.runs.loggers",

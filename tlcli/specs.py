@@ -4,7 +4,7 @@ There are no defaults here: a default lives in its YAML file under conf/. The co
 a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -272,31 +272,9 @@ class OptimizerSpec(OptionSpec, frozen=True):
     layer_decay: FractionAboveZero
     decay_norm_and_bias: bool
 
-
-@option
-class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-
-    betas: tuple[FractionBelowOne, FractionBelowOne]
-
-
-@option
-class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
-    """Adam (Kingma and Ba 2015)."""
-
-    betas: tuple[FractionBelowOne, FractionBelowOne]
-
-
-@option
-class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
-    """Stochastic gradient descent with momentum."""
-
-    momentum: FractionBelowOne
-    nesterov: bool
-
-    def __post_init__(self) -> None:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=true needs optimizer.momentum above 0")
+    def build(self, groups: Sequence[Any]) -> Any:
+        """Return the torch optimizer over these parameter groups (transfer.groups.Group); each keeps its name."""
+        raise NotImplementedError
 
 
 class SchedulerSpec(OptionSpec, frozen=True):
@@ -305,48 +283,13 @@ class SchedulerSpec(OptionSpec, frozen=True):
     group: ClassVar[str] = "scheduler"
     warmup: FractionBelowOne
 
+    def during_warmup(self, step: int, steps: int) -> float:
+        """Return the factor on lr at a step (0-based) of the warmup's `steps`."""
+        return (step + 1) / (steps + 1)
 
-@option
-class ConstantSpec(SchedulerSpec, frozen=True, tag="constant"):
-    """Constant learning rate."""
-
-
-@option
-class CosineSpec(SchedulerSpec, frozen=True, tag="cosine"):
-    """Half a cosine from lr to `final` times lr."""
-
-    final: Fraction
-
-
-@option
-class LinearSpec(SchedulerSpec, frozen=True, tag="linear"):
-    """A straight line from lr to `final` times lr."""
-
-    final: Fraction
-
-
-@option
-class StepSpec(SchedulerSpec, frozen=True, tag="step"):
-    """lr times gamma, every `every` epochs."""
-
-    every: Count
-    gamma: FractionAboveZero
-
-
-@option
-class OneCycleSpec(SchedulerSpec, frozen=True, tag="one_cycle"):
-    """Up from lr/start_div to lr over `warmup`, down to lr/final_div by cosines (Smith and Topin 2018)."""
-
-    start_div: Annotated[float, Meta(ge=1)]
-    final_div: Annotated[float, Meta(ge=1)]
-
-
-@option
-class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
-    """lr times gamma after more than `patience` epochs without a better validation loss."""
-
-    patience: Annotated[int, Meta(ge=0)]
-    gamma: OpenFraction
+    def after_warmup(self, progress: float, epoch: int) -> float:
+        """Return the factor on lr after the warmup; progress in 0..1, epoch 0-based."""
+        return 1.0
 
 
 # -- augment ----------------------------------------------------------------------------------------------------------

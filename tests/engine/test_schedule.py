@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.conftest import Compose
-from tlcli.engine.schedule import Schedule, rate_factor
+from tlcli.engine.schedule import Schedule, lr_factor
 
 STEPS, PER_EPOCH = 100, 25
 
 
 def factors(spec: Compose, *overrides: str) -> list[float]:
     of = spec(*overrides).scheduler
-    return [rate_factor(of, step, STEPS, PER_EPOCH) for step in range(STEPS)]
+    return [lr_factor(of, step, STEPS, PER_EPOCH) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "step", "plateau"])

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from tests.conftest import Compose
 from tests.faults.scale import scale
 from tlcli.cli.conf_files import conf_dir
-from tlcli.engine.optimizers import build_optimizer
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head
 from tlcli.specs import BackboneSpec
@@ -95,7 +94,7 @@ def test_frozen_tensors_keep_their_sha256(spec: Compose, name: str) -> None:
         contract = apply_freeze(own.freeze, model)
         frozen = frozen_names(model.network)
         before = digests(model.network)
-        optimizing = build_optimizer(own.optimizer, parameter_groups(own.optimizer, model))
+        optimizing = own.optimizer.build(parameter_groups(own.optimizer, model))
         take_steps(model, contract, scale(3, 50), optimizing)
         after = digests(model.network)
         assert [n for n in frozen if after[n] != before[n]] == [], strategy

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.conftest import Compose
-from tlcli.engine.optimizers import build_optimizer
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.transfer.contract import apply_freeze
@@ -61,7 +60,7 @@ def test_table_counts_what_trains(spec: Compose, model: Classifier) -> None:
 def test_optimizers_get_what_the_spec_says(spec: Compose, model: Classifier, name: str, kind: type) -> None:
     apply_freeze(spec("freeze=head").freeze, model)
     of = spec(f"optimizer={name}", "optimizer.lr=0.25").optimizer
-    optimizer = build_optimizer(of, parameter_groups(of, model))
+    optimizer = of.build(parameter_groups(of, model))
     assert type(optimizer) is kind
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
         id(p) for p in model.network.parameters() if p.requires_grad

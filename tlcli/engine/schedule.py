@@ -1,35 +1,108 @@
-"""Learning rates over time: a factor on every group's rate, set before each step."""
+"""The options of `scheduler`: each is a schema with its factor on the learning rate; `Schedule` applies it.
+
+A new scheduler is a class here and a YAML file. The module imports without torch, for help and completion.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
-from torch.optim import Optimizer
+from msgspec import Meta
 
-from tlcli.specs import ConstantSpec, CosineSpec, LinearSpec, OneCycleSpec, PlateauSpec, SchedulerSpec, StepSpec
+from tlcli.registry import option
+from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+@option
+class ConstantSpec(SchedulerSpec, frozen=True, tag="constant"):
+    """Constant learning rate."""
+
+
+@option
+class CosineSpec(SchedulerSpec, frozen=True, tag="cosine"):
+    """Half a cosine from lr to `final` times lr."""
+
+    final: Fraction
+
+    def after_warmup(self, progress: float, epoch: int) -> float:
+        """Return the factor on lr."""
+        return _half_cosine(1.0, self.final, progress)
+
+
+@option
+class LinearSpec(SchedulerSpec, frozen=True, tag="linear"):
+    """A straight line from lr to `final` times lr."""
+
+    final: Fraction
+
+    def after_warmup(self, progress: float, epoch: int) -> float:
+        """Return the factor on lr."""
+        return 1.0 + (self.final - 1.0) * progress
+
+
+@option
+class StepSpec(SchedulerSpec, frozen=True, tag="step"):
+    """lr times gamma, every `every` epochs."""
+
+    every: Count
+    gamma: FractionAboveZero
+
+    def after_warmup(self, progress: float, epoch: int) -> float:
+        """Return the factor on lr."""
+        return float(self.gamma ** (epoch // self.every))
+
+
+@option
+class OneCycleSpec(SchedulerSpec, frozen=True, tag="one_cycle"):
+    """Up from lr/start_div to lr over `warmup`, down to lr/final_div by cosines (Smith and Topin 2018)."""
+
+    start_div: Annotated[float, Meta(ge=1)]
+    final_div: Annotated[float, Meta(ge=1)]
+
+    def during_warmup(self, step: int, steps: int) -> float:
+        """Return the factor on lr."""
+        return _half_cosine(1 / self.start_div, 1.0, step / steps)
+
+    def after_warmup(self, progress: float, epoch: int) -> float:
+        """Return the factor on lr."""
+        return _half_cosine(1.0, 1 / self.final_div, progress)
+
+
+@option
+class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
+    """lr times gamma after more than `patience` epochs without a better validation loss."""
+
+    patience: Annotated[int, Meta(ge=0)]
+    gamma: OpenFraction
 
 
 class Schedule:
-    """Sets each group's rate to its own times a factor that depends on the step alone, and for `plateau` on how the
-    validation loss went."""
+    """Sets the learning rate of each parameter group before each step: its own lr times a factor.
 
-    def __init__(self, spec: SchedulerSpec, optimizer: Optimizer, *, steps_per_epoch: int, epochs: int) -> None:
+    The factor depends on the step alone, and for `plateau` on the validation losses.
+    """
+
+    def __init__(self, spec: SchedulerSpec, optimizer: "Optimizer", *, steps_per_epoch: int, epochs: int) -> None:
         self._spec = spec
         self._optimizer = optimizer
         self._steps_per_epoch = steps_per_epoch
         self._steps = steps_per_epoch * epochs
-        self._base = [group["lr"] for group in optimizer.param_groups]
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._plateau_factor = 1.0
         self._best_loss = math.inf
         self._epochs_without = 0
 
     def before_step(self, step: int) -> None:
-        """Set the rates for step 0, 1, 2, ..."""
-        factor = rate_factor(self._spec, step, self._steps, self._steps_per_epoch) * self._plateau_factor
-        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * factor
+        """Set the learning rates for step 0, 1, 2, ..."""
+        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self._plateau_factor
+        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * factor
 
     def after_epoch(self, val_loss: float) -> None:
-        """`plateau`: a smaller factor once the loss has not fallen for more than `patience` epochs."""
+        """Reduce the factor of `plateau` if the loss has not decreased for more than `patience` epochs."""
         if not isinstance(self._spec, PlateauSpec):
             return
         if val_loss < self._best_loss:
@@ -41,67 +114,24 @@ class Schedule:
             self._epochs_without = 0
 
     def state(self) -> dict[str, float]:
-        """What cannot be derived from the step."""
-        return {
-            "plateau_factor": self._plateau_factor,
-            "best_loss": self._best_loss,
-            "epochs_without": self._epochs_without,
-        }
+        """Return the values that do not follow from the step."""
+        plateau = {"plateau_factor": self._plateau_factor, "best_loss": self._best_loss}
+        return {**plateau, "epochs_without": self._epochs_without}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self._plateau_factor, self._best_loss = state["plateau_factor"], state["best_loss"]
         self._epochs_without = int(state["epochs_without"])
 
 
-def rate_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The factor on the rate at a step (0-based) of so many: a linear warmup, then what the spec's type says.
-
-    Warmup takes `warmup` of all steps and reaches the full rate at its end; one_cycle has a cosine there instead.
-    """
+def lr_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Return the factor on lr at a step (0-based) of `steps`, of which the fraction `warmup` comes first."""
     warmup = round(spec.warmup * steps)
     if step < warmup:
-        if isinstance(spec, OneCycleSpec):
-            return _cosine(1 / spec.start_div, 1.0, step / warmup)
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    return _AFTER_WARMUP[type(spec)](spec, progress, step // steps_per_epoch)
+        return spec.during_warmup(step, warmup)
+    return spec.after_warmup((step - warmup) / max(1, steps - warmup), step // steps_per_epoch)
 
 
-def _cosine(start: float, end: float, progress: float) -> float:
-    """From start to end along half a cosine, progress in 0..1."""
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    """Return the value between start and end on half a cosine, progress in 0..1."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _after_cosine(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, CosineSpec)
-    return _cosine(1.0, spec.final, progress)
-
-
-def _after_linear(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, LinearSpec)
-    return 1.0 + (spec.final - 1.0) * progress
-
-
-def _after_step(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, StepSpec)
-    return spec.gamma ** (epoch // spec.every)
-
-
-def _after_one_cycle(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    assert isinstance(spec, OneCycleSpec)
-    return _cosine(1.0, 1 / spec.final_div, progress)
-
-
-def _flat(spec: SchedulerSpec, progress: float, epoch: int) -> float:
-    return 1.0
-
-
-_AFTER_WARMUP: dict[type[SchedulerSpec], Callable[[SchedulerSpec, float, int], float]] = {
-    ConstantSpec: _flat,
-    PlateauSpec: _flat,
-    CosineSpec: _after_cosine,
-    LinearSpec: _after_linear,
-    StepSpec: _after_step,
-    OneCycleSpec: _after_one_cycle,
-}

@@ -18,7 +18,6 @@ from tlcli.device import Device, threads
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.inputs import BatchLoader
 from tlcli.engine.live import Batch
-from tlcli.engine.optimizers import build_optimizer
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NonFiniteLossError, OutOfMemory, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
@@ -67,7 +66,7 @@ class Trainer:
         self._spec = spec
         self._device = device
         self._contract = contract
-        self.optimizer = build_optimizer(spec.optimizer, parameter_groups(spec.optimizer, classifier))
+        self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps_per_epoch = ceil(ceil(sum(class_counts) / spec.batch_size) / spec.accumulate)
         self.schedule = Schedule(
