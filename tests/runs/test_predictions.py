@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 def test_names_are_left_out_where_they_are_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "LARGEST", 10)
+    monkeypatch.setattr(predictions, "MAX_METADATA_CHARS", 10)
     write_predictions(tmp_path / "f", SOME)
     assert read_predictions(tmp_path / "f").names == SOME.keys
 
