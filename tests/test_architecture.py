@@ -103,6 +103,7 @@ LIGHT = [
     "tlcli.store",
     "tlcli.engine.optimizers",
     "tlcli.engine.schedule",
+    "tlcli.transfer.freeze",
     "tlcli.data.listing",
     "tlcli.runs.index",
     "tlcli.runs.leaderboard",

@@ -13,7 +13,7 @@ from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentNoneSpec, TrainSpec
 
-NONE = AugmentNoneSpec(kind="none", erasing=0.0)
+NONE = AugmentNoneSpec(erasing=0.0)
 
 
 def base(shapes: Path, *more: str) -> list[str]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from msgspec import structs
 
@@ -18,25 +17,12 @@ from tlcli.engine.inputs import image_size, preprocessing_for
 from tlcli.engine.session import session_for
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, count
+from tlcli.registry import options
 from tlcli.reporter import Reporter
-from tlcli.specs import (
-    AugmentSpec,
-    BiasSpec,
-    FreezeNoneSpec,
-    FreezeSpec,
-    HeadInit,
-    HeadSpec,
-    LastStagesSpec,
-    LiteBackboneSpec,
-    NormSpec,
-    PatternSpec,
-    TrainSpec,
-)
+from tlcli.specs import AugmentSpec, FreezeSpec, HeadInit, LiteBackboneSpec, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.freeze import trainable_names
+from tlcli.transfer.freeze import HeadSpec
 
-DEEPEST = 3
-"""Of last_stages: n up to this is shown, and the spec's own."""
 SAMPLE = 64
 """Images that are read and measured with, at the least as many as a batch has."""
 
@@ -162,24 +148,10 @@ def _stages(model: Classifier) -> Iterator[StageCost]:
 
 
 def freezes(own: FreezeSpec, model: Classifier) -> Iterator[FreezeSpec]:
-    """The strategies to look at: each there is, with the spec's own where it has a number or patterns of its own."""
-    shared: dict[str, Any] = {"bn_stats": own.bn_stats, "head_init": own.head_init}
-    deepest = len(model.stages) - 1
-    if isinstance(own, LastStagesSpec) and own.n > deepest:
-        trainable_names(own, model)  # raises: it has no such stage
-    ns = set(range(1, min(DEEPEST, deepest) + 1)) | ({own.n} if isinstance(own, LastStagesSpec) else set())
-    yield HeadSpec(**shared)
-    yield from (LastStagesSpec(**shared, n=n) for n in sorted(ns))
-    if isinstance(own, PatternSpec):
-        yield own
-    yield NormSpec(**shared)
-    yield BiasSpec(**shared)
-    yield FreezeNoneSpec(**shared)
-
-
-def words(freeze: FreezeSpec) -> str:
-    """`last_stages n=2`; the kind of the others."""
-    return f"{freeze.kind} n={freeze.n}" if isinstance(freeze, LastStagesSpec) else freeze.kind
+    """Yield the strategies to measure, `own` among them."""
+    own.trainable(model)  # raises UsageError if the network has no such stage
+    for strategy in options("freeze").values():
+        yield from strategy.variants(own, model)
 
 
 def _strategy(
@@ -190,7 +162,7 @@ def _strategy(
     decode = decoding * (n + n_val + n_test)
     looks = n_val + n_test + (n if probes else 0)
     in_all_live = decode + looks / live.evaluate + spec.epochs * _epoch(live, n, n_val)
-    facts = {"freeze": words(spec.freeze), "trainable": trainable, "live_epoch": _epoch(live, n, n_val)}
+    facts = {"freeze": spec.freeze.label, "trainable": trainable, "live_epoch": _epoch(live, n, n_val)}
     if isinstance(cached, str):
         empty = dict.fromkeys(("at", "row_bytes", "cache_bytes", "first_pass", "cached_epoch"))
         return Strategy(**facts, **empty, takes="live", why_live=cached, total=in_all_live)  # type: ignore[arg-type]

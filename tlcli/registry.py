@@ -11,7 +11,7 @@ HOMES = {
     "optimizer": "tlcli.engine.optimizers",
     "scheduler": "tlcli.engine.schedule",
     "augment": "tlcli.specs",
-    "freeze": "tlcli.specs",
+    "freeze": "tlcli.transfer.freeze",
     "logger": "tlcli.runs.loggers",
 }
 """The module that defines the options of each group. It imports without torch, for help and completion read it."""

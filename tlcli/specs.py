@@ -4,7 +4,7 @@ There are no defaults here: a default lives in its YAML file under conf/. The co
 a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -217,46 +217,43 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
 
 
 class FreezeSpec(OptionSpec, frozen=True):
-    """What all freeze strategies share."""
+    """Base class of the freeze strategies, which are in transfer/freeze.py."""
 
     group: ClassVar[str] = "freeze"
     bn_stats: BnStats
     head_init: HeadInit
 
+    part: ClassVar[str]
+    """The part of the network that trains, as a phrase for reports."""
 
-@option
-class FreezeNoneSpec(FreezeSpec, frozen=True, tag="none"):
-    """The whole network trains."""
+    def trainable(self, classifier: Any) -> frozenset[str]:
+        """Return the names of the parameters that train.
 
+        They include the head's. Raises UsageError if an option names a part that the network does not have.
+        """
+        raise NotImplementedError
 
-@option
-class HeadSpec(FreezeSpec, frozen=True, tag="head"):
-    """Only the head trains: a linear probe."""
+    @classmethod
+    def variants(cls, own: "FreezeSpec", classifier: Any) -> Iterator["FreezeSpec"]:
+        """Yield the variants of this strategy whose cost `tlcli inspect` shows; `own` is the strategy of the config.
 
+        A strategy with options of its own has no variant unless it is the config's.
+        """
+        if isinstance(own, cls):
+            yield own
+        elif len(fields(cls)) == len(fields(FreezeSpec)):
+            yield cls(bn_stats=own.bn_stats, head_init=own.head_init)
 
-@option
-class LastStagesSpec(FreezeSpec, frozen=True, tag="last_stages"):
-    """The head and the last n stages train."""
+    @property
+    def label(self) -> str:
+        """The kind with its number: `last_stages n=2`."""
+        numbers = [f"{f.name}={value}" for f in fields(self) if type(value := getattr(self, f.name)) is int]
+        return " ".join([self.kind, *numbers])
 
-    n: Count
-
-
-@option
-class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
-    """The head trains, and parameters whose names match one of `train` and none of `keep`."""
-
-    train: tuple[str, ...]
-    keep: tuple[str, ...]
-
-
-@option
-class NormSpec(FreezeSpec, frozen=True, tag="norm"):
-    """Normalization layers and the head train."""
-
-
-@option
-class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
-    """Biases and the head train."""
+    @classmethod
+    def describe(cls, values: Mapping[str, Any]) -> str:
+        """Return the part that trains, given the options as they are in the config of a run of any release."""
+        return cls.part
 
 
 # -- optimizer and scheduler ------------------------------------------------------------------------------------------

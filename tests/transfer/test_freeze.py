@@ -10,7 +10,6 @@ from tlcli.errors import FrozenTensorError, UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.freeze import trainable_names
 
 CLASSES = ("a", "b")
 
@@ -22,7 +21,7 @@ def model(spec: Compose) -> Classifier:
 
 
 def names(spec: Compose, model: Classifier, *overrides: str) -> frozenset[str]:
-    return trainable_names(spec(*overrides).freeze, model)
+    return spec(*overrides).freeze.trainable(model)
 
 
 def test_none_trains_everything(spec: Compose, model: Classifier) -> None:
@@ -53,7 +52,7 @@ def test_pattern_trains_what_matches_and_is_not_kept(spec: Compose, model: Class
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("blokcs.6", "matches no parameter.*Did you mean 'blocks.6'"), ("(", "no regular expression")],
+    [("blokcs.6", "matches no parameter.*Did you mean 'blocks.6'"), ("(", "not a regular expression")],
 )
 def test_pattern_that_is_wrong_says_so(spec: Compose, model: Classifier, pattern: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -27,8 +27,9 @@ from tlcli.engine.session import Session
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentNoneSpec, HeadInit, HeadSpec, ImageFolderSpec, OnBad, TrainSpec
+from tlcli.specs import AugmentNoneSpec, HeadInit, ImageFolderSpec, OnBad, TrainSpec
 from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.freeze import HeadSpec
 from tlcli.transfer.probe import linear_head
 
 

@@ -54,9 +54,13 @@ class Classifier:
         """From input to output; the last is the head."""
         return self.architecture.stages
 
+    def parameter_names(self) -> frozenset[str]:
+        """Return the names of all parameters."""
+        return frozenset(name for name, _ in self.network.named_parameters())
+
     def head_parameters(self) -> frozenset[str]:
-        """The names of the head's parameters."""
-        return self.stages[-1].tensors & {name for name, _ in self.network.named_parameters()}
+        """Return the names of the head's parameters."""
+        return self.stages[-1].tensors & self.parameter_names()
 
 
 class Float32Linear(nn.Linear):

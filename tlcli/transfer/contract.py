@@ -10,7 +10,6 @@ from tlcli.errors import FrozenTensorError, UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import BnStats, FreezeSpec
 from tlcli.transfer.cut.digest import digest_of_tensor
-from tlcli.transfer.freeze import trainable_names
 
 
 class FreezeContract:
@@ -91,7 +90,7 @@ class FreezeContract:
 
 def apply_freeze(spec: FreezeSpec, model: Classifier) -> FreezeContract:
     """Set requires_grad as the strategy says and nothing else; the contract to train under and to verify."""
-    names = trainable_names(spec, model)
+    names = spec.trainable(model)
     if not names:
         raise UsageError("nothing is left to train: freeze.keep keeps every parameter")
     for name, parameter in model.network.named_parameters():

@@ -1,106 +1,128 @@
-"""Freeze strategies: which parameters train. A strategy says nothing else; the contract holds it to that."""
+"""Freeze strategies: the options of `freeze`, each with its schema and the parameters that it trains.
+
+A new strategy is a decorated class here and a YAML file in conf/freeze. The order is that of `tlcli inspect`, which
+measures the whole network first and shows it last.
+"""
 
 import re
-from collections.abc import Callable, Sequence
-
-from torch import nn
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
-from tlcli.models.classifier import Classifier
-from tlcli.specs import (
-    BiasSpec,
-    FreezeNoneSpec,
-    FreezeSpec,
-    HeadSpec,
-    LastStagesSpec,
-    NormSpec,
-    PatternSpec,
-)
+from tlcli.registry import option
+from tlcli.specs import Count, FreezeSpec
 from tlcli.text import did_you_mean
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def trainable_names(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    """The names of the parameters that train under this strategy; the head's are among them.
+    from tlcli.models.classifier import Classifier
 
-    (`freeze.keep` alone can take a head parameter out.) Raises UsageError where the strategy names what is not there.
-    """
-    return _STRATEGIES[type(spec)](spec, model)
-
-
-def parameter_names(model: Classifier) -> frozenset[str]:
-    """The names of all parameters."""
-    return frozenset(name for name, _ in model.network.named_parameters())
+MAX_SHOWN_STAGES = 3
+"""`tlcli inspect` shows last_stages with n up to this, and with the n of the config."""
 
 
-def _none(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    return parameter_names(model)
+@option
+class HeadSpec(FreezeSpec, frozen=True, tag="head"):
+    """Only the head trains: a linear probe."""
+
+    part: ClassVar[str] = "only its head"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        return classifier.head_parameters()
 
 
-def _head(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    return model.head_parameters()
+@option
+class LastStagesSpec(FreezeSpec, frozen=True, tag="last_stages"):
+    """The head and the last n stages train."""
+
+    n: Count
+
+    @classmethod
+    def describe(cls, values: Mapping[str, Any]) -> str:
+        n = values.get("n")
+        return "its head and last stage" if n == 1 else f"its head and last {n} stages"
+
+    @classmethod
+    def variants(cls, own: FreezeSpec, classifier: "Classifier") -> Iterator[FreezeSpec]:
+        own_n = {own.n} if isinstance(own, LastStagesSpec) else set()
+        for n in sorted({*range(1, min(MAX_SHOWN_STAGES, len(classifier.stages) - 1) + 1), *own_n}):
+            yield cls(bn_stats=own.bn_stats, head_init=own.head_init, n=n)
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        *body, head = classifier.stages
+        if self.n > len(body):
+            names = ", ".join(stage.name for stage in body)
+            raise UsageError(f"freeze.n={self.n}: {classifier.name} has {len(body)} stages before its head ({names})")
+        last = (*body[len(body) - self.n :], head)
+        return classifier.parameter_names() & frozenset().union(*(stage.tensors for stage in last))
 
 
-def _last_stages(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    assert isinstance(spec, LastStagesSpec)
-    before_head = len(model.stages) - 1
-    if spec.n > before_head:
-        names = ", ".join(stage.name for stage in model.stages[:-1])
-        raise UsageError(f"freeze.n={spec.n}: {model.name} has {before_head} stages before its head ({names})")
-    last = model.stages[before_head - spec.n :]
-    return parameter_names(model) & frozenset().union(*(stage.tensors for stage in last))
+@option
+class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
+    """The head trains, and parameters whose names match one of `train` and none of `keep`."""
+
+    train: tuple[str, ...]
+    keep: tuple[str, ...]
+
+    part: ClassVar[str] = "its head and the parameters that a pattern names"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        names = classifier.parameter_names()
+        matched: dict[str, set[str]] = {"train": set(), "keep": set()}
+        for key, patterns in (("train", self.train), ("keep", self.keep)):
+            for pattern in patterns:
+                try:
+                    matches = {name for name in names if re.search(pattern, name)}
+                except re.error as error:
+                    raise UsageError(f"freeze.{key}: {pattern!r} is not a regular expression: {error}") from error
+                if not matches:
+                    hint = did_you_mean(pattern, [stage.name for stage in classifier.stages] + sorted(names))
+                    raise UsageError(f"freeze.{key}: {pattern!r} matches no parameter of {classifier.name}.{hint}")
+                matched[key] |= matches
+        return (classifier.head_parameters() | matched["train"]) - matched["keep"]
 
 
-def _pattern(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    assert isinstance(spec, PatternSpec)
-    names = parameter_names(model)
-    train = _matching("freeze.train", spec.train, model)
-    keep = _matching("freeze.keep", spec.keep, model)
-    return (names & train | model.head_parameters()) - keep
+@option
+class NormSpec(FreezeSpec, frozen=True, tag="norm"):
+    """Normalization layers and the head train."""
+
+    part: ClassVar[str] = "its head and normalization layers"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        inside = {
+            f"{module_name}.{name}"
+            for module_name, module in classifier.network.named_modules()
+            if _is_norm(module)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        return classifier.head_parameters() | (classifier.parameter_names() & inside)
 
 
-def _matching(key: str, patterns: Sequence[str], model: Classifier) -> frozenset[str]:
-    """The parameters in whose names one of the patterns is found; each pattern must be found in one at least."""
-    found: set[str] = set()
-    names = parameter_names(model)
-    for pattern in patterns:
-        try:
-            matched = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
-            raise UsageError(f"{key}: {pattern!r} is no regular expression: {error}") from error
-        if not matched:
-            hint = did_you_mean(pattern, [stage.name for stage in model.stages] + sorted(names))
-            raise UsageError(f"{key}: {pattern!r} matches no parameter of {model.name}.{hint}")
-        found |= matched
-    return frozenset(found)
+def _is_norm(module: "nn.Module") -> bool:
+    """Return True for torch's normalization layers, and for third-party ones by the name of their class (RMSNorm)."""
+    from torch import nn
+
+    norms = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
+    return "norm" in type(module).__name__.lower() or isinstance(module, norms)
 
 
-def _norm(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    inside = {
-        f"{module_name}.{name}"
-        for module_name, module in model.network.named_modules()
-        if is_norm(module)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    return model.head_parameters() | (parameter_names(model) & inside)
+@option
+class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
+    """Biases and the head train."""
+
+    part: ClassVar[str] = "its head and biases"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        biases = {name for name in classifier.parameter_names() if name.rpartition(".")[2] == "bias"}
+        return classifier.head_parameters() | biases
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: torch's own norm layers, and those of others by their class's name (RMSNorm)."""
-    return "norm" in type(module).__name__.lower() or isinstance(
-        module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
-    )
+@option
+class FreezeNoneSpec(FreezeSpec, frozen=True, tag="none"):
+    """The whole network trains."""
 
+    part: ClassVar[str] = "the whole network"
 
-def _bias(spec: FreezeSpec, model: Classifier) -> frozenset[str]:
-    biases = {name for name in parameter_names(model) if name.rpartition(".")[2] == "bias"}
-    return model.head_parameters() | biases
-
-
-_STRATEGIES: dict[type[FreezeSpec], Callable[[FreezeSpec, Classifier], frozenset[str]]] = {
-    FreezeNoneSpec: _none,
-    HeadSpec: _head,
-    LastStagesSpec: _last_stages,
-    PatternSpec: _pattern,
-    NormSpec: _norm,
-    BiasSpec: _bias,
-}
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        return classifier.parameter_names()

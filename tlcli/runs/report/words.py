@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
+from tlcli.registry import options
 from tlcli.runs.report.reading import Facts, RunFiles, at, facts, number, text, texts, whole
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -111,18 +112,9 @@ def purpose(classes: Sequence[str]) -> str:
 def trained_part(freeze: object, config: Facts, *, done: bool) -> str:
     """What of the network trained, or is to."""
     trained, stayed = ("trained", "stayed") if done else ("trains", "stays")
-    n = whole(at(config, "freeze", "n"))
-    stages = "last stage" if n == 1 else f"last {n} stages" if n else "last stages"
-    parts = {
-        "head": "only its head",
-        "last_stages": f"its head and {stages}",
-        "pattern": "its head and the parameters that a pattern names",
-        "norm": "its head and normalisation layers",
-        "bias": "its head and biases",
-    }
-    if freeze == "none":
-        return f"the whole network {trained}"
-    return f"{parts.get(str(freeze), f'what freeze={freeze} leaves')} {trained}, the rest {stayed} frozen"
+    strategy = options("freeze").get(str(freeze))
+    part = strategy.describe(config.get("freeze") or {}) if strategy else f"what freeze={freeze} leaves"
+    return f"{part} {trained}" if freeze == "none" else f"{part} {trained}, the rest {stayed} frozen"
 
 
 def origin(config: Facts) -> str:
