@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import finished, runs_in
 from tlcli.errors import TlcliError
-from tlcli.runs.run_dir import read_json
+from tlcli.runs.run_dir import RunDir, read_json
 
 
 def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
@@ -197,3 +197,57 @@ def test_a_sweep_of_which_no_job_began_is_one_line(tlcli, tmp_path: Path) -> Non
     ended = tlcli("train", "--resume", "swept")
     assert ended.code == 2
     assert "no job has a run.json" in ended.err
+
+
+def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
+    """The later job fails and names the earlier one, whose files stay; the others run. So it is when it is resumed."""
+    training(finished)
+    words = ("optimizer.lr=1e-4,1e-3", "seed=0,1", "hydra.sweep.subdir=lr${optimizer.lr}", "hydra.sweep.dir=swept")
+    ended = tlcli("train", "-m", *words)
+    assert ended.code == 1
+    assert "2 of 4 jobs did not finish" in ended.err
+    for lr in ("0.0001", "0.001"):
+        first, second = (read_json(tmp_path / f"swept/lr{lr}{suffix}/run.json") for suffix in ("", "-2"))
+        assert (first["status"], first["overrides"][1]) == ("done", "seed=0")
+        assert (second["status"], second["overrides"][1]) == ("failed", "seed=1")
+        assert "is the directory of the job optimizer.lr=" in second["error"] and " seed=0:" in second["error"]
+        assert "- seed=0" in (tmp_path / f"swept/lr{lr}/.hydra/overrides.yaml").read_text()
+    before = {path: path.read_bytes() for path in tmp_path.glob("swept/lr*/*.json")}
+    assert tlcli("train", "--resume", "swept").code == 1
+    assert {path.name for path in (tmp_path / "swept").glob("lr*")} == {path.parent.name for path in before}
+    assert all(path.read_bytes() == text for path, text in before.items() if not path.parent.name.endswith("-2"))
+
+
+@pytest.mark.parametrize("argv", [(), ("-m",)])
+def test_a_job_that_changes_its_directory_finds_its_images(argv, tlcli, training, tmp_path: Path, shapes: Path) -> None:
+    (tmp_path / "images").symlink_to(shapes)
+    roots = []
+
+    def train(spec, run, reporter):
+        roots.append(Path(spec.dataset.root).resolve())
+        assert Path.cwd() == run.path
+        return finished(spec, run, reporter)
+
+    training(train)
+    ended = tlcli("train", *argv, "dataset=imagefolder", "dataset.root=images", "hydra.job.chdir=true")
+    assert (ended.code, ended.err) == (0, "")
+    assert roots == [shapes]
+    (run,) = runs_in(tmp_path)
+    assert read_json(run.info_file)["cwd"] == str(tmp_path)
+
+
+def test_the_leaderboard_does_not_read_each_test_after_each_job(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    reads = []
+
+    def train(spec, run, reporter):
+        value = finished(spec, run, reporter)
+        run.update(test={"accuracy": value, "accuracy_ci95": [0.1, 0.9]})
+        return value
+
+    training(train)
+    test = RunDir.test
+    monkeypatch.setattr(RunDir, "test", lambda run: reads.append(run.path) or test(run))
+    assert tlcli("train", "-m", "seed=1,2,3").code == 0
+    assert reads == []
+    (board,) = tmp_path.rglob("sweep.json")
+    assert [job["test_accuracy"] for job in read_json(board)["jobs"]] == [0.89, 0.88, 0.87]

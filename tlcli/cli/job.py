@@ -120,6 +120,7 @@ class Command:
                 self._session = session_for(spec.cache, self._session)
                 with logged_run(spec, run.path, reporter) as logged:
                     value = train(spec, run, logged, self._session, state)
+            discard_state(run, spec)
             return value
         except Exception as exc:
             self.error = exc
@@ -234,6 +235,12 @@ def finish_sweep(folder: Path) -> int:
     for job in failed:
         print(f"  {job.name}  {job.status}: {job.error or 'no reason recorded'}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def discard_state(run: RunDir, spec: TrainSpec) -> None:
+    """Remove the state of a run whose status is `done` already, so that no other run is without both."""
+    if not spec.checkpoint.keep_state:
+        run.state_file.unlink(missing_ok=True)
 
 
 def check(spec: TrainSpec) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from tlcli.cli.compose import compose_for_launch, composing, parse_flags
-from tlcli.cli.job import Command, check, finish_sweep, first_line, prepare_resume, record_status
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, prepare_resume, record_status
 from tlcli.cli.process import fast_imports, log
 from tlcli.cli.saved import saved_spec
 from tlcli.cli.view import TerminalReporter
@@ -141,6 +141,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
 
             with logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state)
+        discard_state(run, spec)
     finally:
         sweep = leaderboard.sweep_of(run)
         if sweep is not None:

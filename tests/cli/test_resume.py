@@ -1,0 +1,78 @@
+"""tlcli train --resume: what is asked before training goes on, with a stand-in for training."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import finished, runs_in
+from tlcli.cli.compose import resolve_paths
+
+
+def stops(spec, run, reporter):
+    raise KeyboardInterrupt
+
+
+def test_relative_paths_are_those_of_the_folder_of_the_run(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "weights.pth").touch()
+    training(stops)
+    assert tlcli("train", "backbone.weights=weights.pth", "hydra.run.dir=run").code == 130
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    seen = []
+
+    def train(spec, run, reporter):
+        seen.append(spec.backbone.weights)
+        return finished(spec, run, reporter)
+
+    training(train)
+    ended = tlcli("train", "--resume", "../run")
+    assert (ended.code, ended.err) == (0, "")
+    assert seen == [str(tmp_path / "weights.pth")]
+
+
+@pytest.mark.parametrize(
+    ("uri", "resolved"),
+    [
+        ("mlruns", "/start/mlruns"),
+        ("sqlite:///out/mlflow.db", "sqlite:////start/out/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("https://host:5000", "https://host:5000"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_addresses_of_loggers_stay(uri: str, resolved: str) -> None:
+    values = {"logger": {"uri": uri}, "backbone": {"weights": "default"}, "dataset": {"root": "~/photos"}, "seed": 1}
+    resolve_paths(values, Path("/start"))
+    assert values["logger"] == {"uri": resolved}
+    assert values["backbone"] == {"weights": "default"} and values["dataset"] == {"root": "~/photos"}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_finished_run_keeps_its_state_if_it_is_told_to(keeps: bool, tlcli, training, tmp_path: Path) -> None:
+    def train(spec, run, reporter):
+        run.state_file.parent.mkdir(exist_ok=True)
+        run.state_file.touch()
+        return finished(spec, run, reporter)
+
+    training(train)
+    assert tlcli("train", f"checkpoint.keep_state={str(keeps).lower()}", "hydra.run.dir=run").code == 0
+    assert (tmp_path / "run/checkpoints/state.safetensors").exists() == keeps
+    ended = tlcli("train", "--resume", "run")
+    assert ended.code == 0 and "is done, test accuracy 0.8900: nothing to resume" in ended.out
+    if not keeps:
+        before = (tmp_path / "run/run.json").read_bytes()
+        ended = tlcli("train", "--resume", "run", "epochs=10")
+        assert ended.code == 2
+        assert "backbone.weights=run" in ended.err and "checkpoint.keep_state=true" in ended.err
+        assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_more_epochs_are_another_schedule_and_a_note_says_so(tlcli, training, tmp_path: Path) -> None:
+    training(stops)
+    assert tlcli("train", "epochs=3").code == 130
+    (run,) = runs_in(tmp_path)
+    training(finished)
+    ended = tlcli("train", "--resume", str(run.path), "epochs=5", "log_every=1")
+    assert ended.code == 0
+    assert "epochs=5, was 3: from here on the learning rate follows the cosine schedule of 5 epochs" in ended.out
+    assert "epochs: 5" in run.config_file.read_text()
