@@ -125,6 +125,14 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, limit)
 
 
+def synchronize(accelerator: torch.device) -> None:
+    """Wait until the accelerator has finished, before a time is taken."""
+    if accelerator.type == "cuda":
+        torch.cuda.synchronize(accelerator)
+    elif accelerator.type == "mps":
+        torch.mps.synchronize()
+
+
 def auto_workers(accelerator: torch.device) -> int:
     """One a core, at most 8, beside a CUDA GPU on Linux. None on a CPU, where decoding and arithmetic share the cores,
     and none where workers cannot be forked: each would be sent the images that are in memory."""

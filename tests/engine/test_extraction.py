@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from tests.conftest import Compose
 from tlcli.data.preprocess import Preprocessing
-from tlcli.engine.extraction import NOTES, Extractor, _folded, _FromPixels
+from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm, _PixelPrefix
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
@@ -68,12 +68,12 @@ def norms(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["lite0", "resnet18"])
-def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
+def test_fold_batchnorm_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """All of it: 20 of ResNet-18's, and those of timm that have their activation inside."""
-    network = _FromPixels(request.getfixturevalue(name).prefix, SMALL)
+    network = _PixelPrefix(request.getfixturevalue(name).prefix, SMALL)
     had = norms(network)
     before = [tensor.clone() for tensor in network.state_dict().values()]
-    folded, count = _folded(network)
+    folded, count = _fold_batchnorm(network)
     assert count == had >= 20
     assert norms(folded) == 0
     with torch.inference_mode():
@@ -146,14 +146,14 @@ class Shifted(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize("kind", [Before, ReadTwice, CalledTwice, OfTheBatch, Unlike])
-def test_what_cannot_be_folded_stays_as_it_is(kind: type[nn.Module]) -> None:
-    whole = _FromPixels(traced(kind().eval()), SMALL)
-    assert _folded(whole) == (whole, 0)
+def test_what_cannot_be_fold_batchnorm_stays_as_it_is(kind: type[nn.Module]) -> None:
+    whole = _PixelPrefix(traced(kind().eval()), SMALL)
+    assert _fold_batchnorm(whole) == (whole, 0)
 
 
-def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
-    whole = _FromPixels(traced(ByKeyword().eval()), SMALL)
-    folded, count = _folded(whole)
+def test_a_norm_that_is_called_by_keyword_is_fold_batchnorm_too() -> None:
+    whole = _PixelPrefix(traced(ByKeyword().eval()), SMALL)
+    folded, count = _fold_batchnorm(whole)
     assert (count, norms(folded)) == (1, 0)
     with torch.inference_mode():
         assert torch.allclose(folded(PIXELS)[0], whole(PIXELS)[0], rtol=1e-4, atol=1e-5)

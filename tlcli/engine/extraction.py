@@ -1,9 +1,10 @@
-"""The frozen part over many images, once, as fast as the machine gives it."""
+"""Run the frozen prefix over many images, once, as fast as the machine allows."""
 
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,26 +13,27 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import SHORT, autocast
+from tlcli.device import SHORT, autocast, synchronize
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype
 from tlcli.store import Column, Store
 
 BATCH = {"cpu": 32, "mps": 64, "cuda": 256}
-"""Images a forward pass of extraction. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for
-EfficientNet-Lite0, whose maps then stay in the cache of the processor."""
-COMPILE_SECONDS, COMPILE_GAIN = 12.0, 1.5
-"""What torch.compile is taken to cost and to bring until it was measured on this machine: 9 to 12 s at first, 2 to 5 s
-once inductor has it on disk, and twice the speed on a processor with AMX, 1.3 to 1.9 times on one without."""
+"""Images per forward pass. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for EfficientNet-Lite0:
+its maps then stay in the processor's cache."""
+COMPILE_SECONDS, COMPILE_SPEEDUP = 12.0, 1.5
+"""Cost and gain of torch.compile until measured on this machine: 9 to 12 s at first, 2 to 5 s once inductor has it on
+disk; twice the speed on a processor with AMX, 1.3 to 1.9 times the speed on one without."""
 NOTES = "compiled"
-SAME = 1e-4
-"""The relative difference that rounding makes in float32."""
+"""Name of the store's notes on compiling."""
+FP32_TOLERANCE = 1e-4
+"""Relative difference that rounding makes in float32."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How an extraction went: for run.json and the run's line."""
+    """Images and seconds of an extraction, and how it was computed, for run.json."""
 
     images: int
     seconds: float
@@ -42,11 +44,11 @@ class Speed:
 
     @property
     def images_per_second(self) -> float:
-        """Decoding included, compilation not."""
+        """With decoding, without compilation."""
         return self.images / max(self.seconds - self.compile_seconds, 1e-9)
 
     def plus(self, other: "Speed") -> "Speed":
-        """Both together."""
+        """Return the sum of two extractions."""
         return replace(
             self,
             images=self.images + other.images,
@@ -59,11 +61,11 @@ class Speed:
 class Extractor:
     """Runs the prefix of a cut: uint8 images (B, 3, S, S) to the tensors that cross the cut, as they are stored.
 
-    Maps (B, C, H, W) come as (B, H, W, C), which is channels_last without a copy when it is read back.
+    Maps (B, C, H, W) are returned as (B, H, W, C), which is channels_last without a copy when it is read back.
 
     Args:
-        stored: the format of the rows; `auto` keeps the one that the prefix computes in, so that nothing is lost.
-        key: of the notes on how long compiling this prefix took here, and how quick it was then.
+        stored: dtype of the rows; `auto` is the dtype that the prefix computes in, so that nothing is lost.
+        key: of the store's notes on how long compiling this prefix took, and how fast it was then.
     """
 
     def __init__(
@@ -76,104 +78,107 @@ class Extractor:
         store: Store,
         key: str,
     ) -> None:
-        self._plain = _FromPixels(prefix, preprocessing)
-        self._preprocessing = preprocessing
-        self._accelerator = accelerator
-        self._store = store
-        self._key = key
+        self._original = _PixelPrefix(prefix, preprocessing)
+        self._preprocessing, self._accelerator = preprocessing, accelerator
+        self._store, self._key = store, key
         self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
         self.numerics = numerics
         self.batch_size = BATCH[accelerator.type]
-        self._run: _FromPixels | None = None
-        self._tried = False
-        self._expected = 0
+        self._network: _PixelPrefix | None = None
+        self._tried_compiling = False
+        self._expected_images = 0
         self._columns: tuple[Column, ...] | None = None
         self.why = ""
 
     def columns(self) -> tuple[Column, ...]:
-        """What one row has."""
+        """Return the dtype and shape of each tensor of a row."""
         if self._columns is None:
             size = self._preprocessing.size
-            rows = self._forward(self._plain, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
             self._columns = tuple(Column(SHORT[t.dtype], tuple(t.shape[1:])) for t in rows)
         return self._columns
 
     def expect(self, images: int) -> None:
-        """So many more images are going to be run: that decides whether compiling pays."""
-        self._expected += images
+        """Add images that are going to be run: their number decides if compiling is worthwhile."""
+        self._expected_images += images
 
     def about(self, images: int, speed: float) -> float:
-        """Seconds that so many images take, about, at this speed (images/s) or compiled where that pays."""
-        cost, compiled_speed = _known(self._store.read_notes(NOTES).get(self._key), speed)
+        """Estimate the seconds for these images at this speed (images/s), or compiled if that is faster."""
+        cost, compiled_speed = self._compiling(speed)
         return min(images / speed, cost + images / compiled_speed)
 
+    def _compiling(self, speed: float) -> tuple[float, float]:
+        """Return the seconds that compiling takes, and the images per second then."""
+        note = self._store.read_notes(NOTES).get(self._key)
+        if isinstance(note, dict) and {"seconds", "images_per_second"} <= note.keys():
+            return float(note["seconds"]), float(note["images_per_second"])
+        return COMPILE_SECONDS, COMPILE_SPEEDUP * speed
+
     def prepare(self, reporter: Reporter) -> None:
-        """Get ready for the images that are expected: as the network is with its BatchNorm folded, or compiled."""
-        if self._run is None:
-            self._run, folded = _folded(self._plain)
-            self.why = "BatchNorm folded" if folded else "as the network is"
+        """Fold BatchNorm, and compile if that is worthwhile for the images that are expected."""
+        if self._network is None:
+            self._network, n_folded = _fold_batchnorm(self._original)
+            self.why = "BatchNorm folded" if n_folded else "as the network is"
         speed = self.numerics.images_per_second or 1.0
-        eager = self._expected / speed
-        cost, compiled_speed = _known(self._store.read_notes(NOTES).get(self._key), speed)
-        gain = eager - (cost + self._expected / compiled_speed)
-        if gain > 0 and not self._tried:
-            self._tried = True
-            reporter.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {eager:.0f} s")
-            self._compile(self._run)
+        seconds = self._expected_images / speed
+        cost, compiled_speed = self._compiling(speed)
+        gain = seconds - (cost + self._expected_images / compiled_speed)
+        if gain > 0 and not self._tried_compiling:
+            self._tried_compiling = True
+            reporter.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {seconds:.0f} s")
+            self._compile(self._network)
 
-    def _compile(self, network: "_FromPixels") -> None:
-        """Try torch.compile with its weights frozen; what it took and brought is noted for the next time.
+    def _compile(self, network: "_PixelPrefix") -> None:
+        """Try torch.compile with frozen weights, and record what it cost and gained.
 
-        The weights are given in half precision where that is computed with: inductor folds and packs them then. It
-        would make slow work of the pixels' bytes, so that normalising them stays outside.
+        The weights are cast to the computing dtype, because inductor then folds and packs them. Pixels are normalized
+        outside: inductor makes slow code of their bytes.
         """
-        start = time.perf_counter()
-        size = self._preprocessing.size
+        start, size = time.perf_counter(), self._preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
         prefix = copy.deepcopy(network.prefix).to(self.numerics.dtype)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # inductor's advice is for whoever wrote the network
-                from torch._inductor import config as inductor  # here: it takes most of a second
+                warnings.simplefilter("ignore")  # inductor's advice is for the network's author
+                from torch._inductor import config as inductor  # takes most of a second
 
-                compiled = _FromPixels(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
+                compiled = _PixelPrefix(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
                 with inductor.patch(freezing=True):
-                    found = self._forward(compiled, sample)
+                    rows = self._forward(compiled, sample)
+            synchronize(self._accelerator)
             seconds = time.perf_counter() - start
-        except Exception as error:  # no C++ compiler, or a network that inductor does not take: the run goes on
+        except Exception as error:  # no C++ compiler, or a network that inductor cannot compile
             self.why += f", not compiled ({type(error).__name__})"
             return
-        if not self._as_exact(found, sample):
+        # as near to float32 as the network itself in this dtype
+        x = sample.to(self._accelerator).contiguous(memory_format=self.numerics.memory_format)
+        with torch.inference_mode():
+            exact = tuple(self._as_stored(t) for t in self._original(x))
+        triples = zip(rows, self._forward(self._original, sample), exact, strict=True)
+        if not all(_distance(a, e) <= 2 * _distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
             self.why += ", not compiled: the compiled network is less exact"
             return
+        synchronize(self._accelerator)
         start = time.perf_counter()
         for _ in range(2):
             self._forward(compiled, sample)
+        synchronize(self._accelerator)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
         self._store.add_note(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
-        self._run, self.why = compiled, f"compiled in {seconds:.0f} s"
-
-    def _as_exact(self, found: tuple[Tensor, ...], sample: Tensor) -> bool:
-        """Whether these rows are about as near to those in float32 as the network's own in this format."""
-        x = sample.to(self._accelerator).contiguous(memory_format=self.numerics.memory_format)
-        with torch.inference_mode():
-            exact = tuple(self._as_stored(t) for t in self._plain(x))
-        own = self._forward(self._plain, sample)
-        return all(
-            bool(_distance(a, e) <= 2 * _distance(b, e) + SAME) for a, b, e in zip(found, own, exact, strict=True)
-        )
+        self._network, self.why = compiled, f"compiled in {seconds:.0f} s"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The rows of a batch, on the CPU. A short batch is filled up: a compiled network takes one size."""
-        assert self._run is not None
+        """Return the rows of a batch, on the CPU. A short batch is padded: a compiled network takes one size."""
+        assert self._network is not None
         n = len(images)
-        self._expected = max(0, self._expected - n)
+        self._expected_images = max(0, self._expected_images - n)
         if n < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - n, -1, -1, -1)])
-        return tuple(t[:n].cpu() for t in self._forward(self._run, images))
+        return tuple(t[:n].cpu() for t in self._forward(self._network, images))
 
     def _forward(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, ...]:
-        x = images.to(self._accelerator, non_blocking=True).contiguous(memory_format=self.numerics.memory_format)
+        x = images.to(self._accelerator, non_blocking=self._accelerator.type == "cuda")
+        x = x.contiguous(memory_format=self.numerics.memory_format)
         with torch.inference_mode(), autocast(self._accelerator, self.numerics.dtype):
             rows = network(x)
         return tuple(self._as_stored(t) for t in rows)
@@ -183,8 +188,8 @@ class Extractor:
         return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).contiguous()
 
 
-class _FromPixels(nn.Module):
-    """uint8 images to what crosses the cut."""
+class _PixelPrefix(nn.Module):
+    """uint8 images to the tensors that cross the cut."""
 
     def __init__(self, prefix: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -196,69 +201,40 @@ class _FromPixels(nn.Module):
         return out
 
 
-def _known(note: object, eager_speed: float) -> tuple[float, float]:
-    """Seconds to compile, and images a second then: as measured here before, else as they usually are."""
-    if isinstance(note, dict) and {"seconds", "images_per_second"} <= note.keys():
-        return float(note["seconds"]), float(note["images_per_second"])
-    return COMPILE_SECONDS, COMPILE_GAIN * eager_speed
+def _fold_batchnorm(network: _PixelPrefix) -> tuple[_PixelPrefix, int]:
+    """Return the network with each BatchNorm folded into the convolution that it alone reads, and their number.
 
-
-def _folded(network: _FromPixels) -> tuple[_FromPixels, int]:
-    """The network with each BatchNorm folded into the convolution before it, and how many; as it is where that would
-    change what it gives by more than rounding."""
+    The network is returned as it is if folding would change its output by more than rounding.
+    """
     if not isinstance(network.prefix, fx.GraphModule):
         return network, 0
-    prefix = copy.deepcopy(network.prefix)
-    count = sum(_fold(prefix, conv, norm) for conv, norm in list(_pairs(prefix)))
-    folded = _FromPixels(prefix, network.preprocessing)
-    size = network.preprocessing.size
+    prefix, count = copy.deepcopy(network.prefix), 0
+    calls = Counter(str(node.target) for node in prefix.graph.nodes if node.op == "call_module")
+    for node in prefix.graph.nodes:
+        previous = next(iter(node.all_input_nodes), None)
+        if previous is None or {node.op, previous.op} != {"call_module"} or len(previous.users) > 1:
+            continue
+        names = str(previous.target), str(node.target)
+        conv, norm = (prefix.get_submodule(name) for name in names)
+        if (
+            isinstance(norm, nn.BatchNorm2d)
+            and norm.track_running_stats
+            and type(conv).__name__ in ("Conv2d", "Conv2dSame")
+            and calls[names[0]] == calls[names[1]] == 1
+        ):
+            activations = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms
+            prefix.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+            prefix.set_submodule(names[1], nn.Sequential(*activations))
+            count += 1
+    folded, size = _PixelPrefix(prefix, network.preprocessing), network.preprocessing.size
     device = next((p.device for p in prefix.parameters()), torch.device("cpu"))
     sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         pairs = zip(folded(sample), network(sample), strict=True)
-        same = count > 0 and all(bool(_distance(a, b) <= SAME) for a, b in pairs)
-    return (folded, count) if same else (network, 0)
+        is_same = count > 0 and all(_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
+    return (folded, count) if is_same else (network, 0)
 
 
-def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Each convolution with the BatchNorm that alone reads it."""
-    users: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            users[str(node.target)] = users.get(str(node.target), 0) + 1
-    for node in graph.graph.nodes:
-        if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), nn.BatchNorm2d):
-            continue
-        before = next(iter(node.all_input_nodes), None)
-        if (
-            before is not None
-            and before.op == "call_module"
-            and type(graph.get_submodule(str(before.target))).__name__ in ("Conv2d", "Conv2dSame")
-            and len(before.users) == 1
-            and users[str(before.target)] == users[str(node.target)] == 1
-        ):
-            yield before, node
-
-
-def _fold(graph: fx.GraphModule, conv: fx.Node, norm: fx.Node) -> bool:
-    """Put the fused convolution in place of the two; what a norm does beside (timm's have an activation) stays."""
-    module: Any = graph.get_submodule(str(norm.target))
-    if not module.track_running_stats:
-        return False
-    convolution: Any = graph.get_submodule(str(conv.target))
-    fused = fuse_conv_bn_eval(convolution, module)
-    rest = [getattr(module, name) for name in ("drop", "act") if hasattr(module, name)]
-    _replace(graph, str(conv.target), fused)
-    _replace(graph, str(norm.target), nn.Sequential(*rest) if rest else nn.Identity())
-    return True
-
-
-def _replace(graph: fx.GraphModule, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(graph.get_submodule(parent), last, module)
-
-
-def _distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """The relative difference, in the mean."""
-    relative: Tensor = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6)
-    return relative
+def _distance(values: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors."""
+    return float((values.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6))

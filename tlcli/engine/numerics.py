@@ -1,7 +1,7 @@
-"""Which number format and memory format are quickest on this machine: a few steps of each, measured and remembered.
+"""The fastest dtype and memory format on this machine: a few steps of each are measured, and the choice is stored.
 
-Rules of thumb go wrong both ways. Depthwise convolutions train faster in float32 on one processor with bfloat16
-arithmetic, and in bfloat16 on the next; convolutions that gain most from bfloat16 in one memory format lose in another.
+Rules of thumb fail both ways. Depthwise convolutions train faster in float32 on one processor with bfloat16 arithmetic,
+and in bfloat16 on the next; convolutions that gain most from bfloat16 in one memory format lose in the other.
 """
 
 import copy
@@ -15,28 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
+from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name, synchronize
 from tlcli.engine.gradients import fp32_depthwise_backward
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
 
 SAMPLE = 8
-"""Images a measured step at the most: enough to tell the formats apart, few enough to take a second or two."""
-BETTER = 1.1
-"""How much faster a format has to be to be taken before one that stands earlier among the candidates: two that are
-alike must not change places from run to run."""
-HOPELESS = 1.5
-"""How much slower than the best a step may be, at the first look, for there to be a second one."""
-ENOUGH = 0.25
-"""Seconds of steps after which a format has been seen often enough."""
+"""Images per measured step: enough to tell the formats apart, few enough to take a second or two."""
+MIN_SPEEDUP = 1.1
+"""How much faster a format must be to be chosen before an earlier one: similar ones must not change between runs."""
+MAX_SLOWDOWN = 1.5
+"""A format whose first step is this much slower than the fastest format is not measured further."""
+MEASURE_SECONDS = 0.25
+"""Seconds of steps after which a format has been measured enough."""
 NAME = "numerics"
-"""Of the notes in which choices are remembered."""
+"""Name of the store's notes on choices."""
+LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
+
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """A number format for arithmetic and a memory format for images. Its speed is None where nothing was measured."""
+    """A dtype for arithmetic and a memory format for images. The speed is None if nothing was measured."""
 
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -45,48 +47,39 @@ class ComputeFormat:
 
     @property
     def words(self) -> str:
-        """`bfloat16, channels_last`."""
-        return f"{SHORT[self.dtype]}, {FORMATS[self.memory_format]}"
-
-
-FORMATS = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
+        """The format for people: `bfloat16, channels_last`."""
+        return f"{SHORT[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
 
 
 def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
-    """What may be used here, as far as the user has not named it; what is safer or simpler first.
+    """Return the formats that the spec allows on this accelerator, the safer and simpler ones first.
 
-    Raises UsageError where the user names a format that this accelerator does not have.
+    Raises UsageError if the accelerator does not have the dtype that the spec names.
     """
-    formats = [torch.channels_last, torch.contiguous_format]
-    if spec.channels_last is not None:
-        formats = [torch.channels_last if spec.channels_last else torch.contiguous_format]
-    elif accelerator.type == "mps":
-        formats = [torch.contiguous_format]
-    return [ComputeFormat(dtype, memory_format) for dtype in _dtypes(spec, accelerator) for memory_format in formats]
-
-
-def _dtypes(spec: DeviceSpec, accelerator: torch.device) -> list[torch.dtype]:
+    if spec.precision is Precision.fp16 and accelerator.type == "cpu":
+        raise UsageError("device.precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
+    dtypes = [torch.float32]
     if spec.precision is not Precision.auto:
-        if spec.precision is Precision.fp16 and accelerator.type == "cpu":
-            raise UsageError("device.precision=fp16 needs a GPU: on a CPU give fp32, bf16 or auto")
-        return [DTYPES[spec.precision]]
-    if accelerator.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return [torch.bfloat16 if native else torch.float16]
-    if accelerator.type == "cpu" and cpu_has_bfloat16():
-        return [torch.float32, torch.bfloat16]
-    return [torch.float32]
-
-
-Step = Callable[[], None]
+        dtypes = [DTYPES[spec.precision]]
+    elif accelerator.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtypes = [torch.bfloat16 if is_native else torch.float16]
+    elif accelerator.type == "cpu" and cpu_has_bfloat16():
+        dtypes = [torch.float32, torch.bfloat16]
+    layouts = [torch.channels_last, torch.contiguous_format]
+    if spec.channels_last is not None:
+        layouts = layouts[:1] if spec.channels_last else layouts[1:]
+    elif accelerator.type == "mps":
+        layouts = layouts[1:]
+    return [ComputeFormat(dtype, layout) for dtype in dtypes for layout in layouts]
 
 
 class Autotuner:
-    """Chooses among candidates by measurement, and remembers the choice for this machine.
+    """Chooses the fastest of several formats, and stores the measurement for this machine.
 
     Args:
-        store: where choices are remembered; a choice made once is made again, so that a result depends on no race.
-        subject: what is measured: the network, what of it trains, and everything else that its speed depends on.
+        store: holds the measurements. A stored one is used again, so that a result does not depend on a race.
+        subject: what is measured: the network, its trainable parameters, and all else that its speed depends on.
     """
 
     def __init__(self, store: Store, accelerator: torch.device, **subject: Any) -> None:
@@ -103,69 +96,50 @@ class Autotuner:
         *,
         even_one: bool = False,
     ) -> ComputeFormat:
-        """The quickest of these for `what` (`training`, `extraction`); each step is over so many images.
+        """Return the fastest option for `what` (`training`, `extraction`); each step is over this many images.
 
-        Where there is but one its speed is measured only if `even_one` says that something depends on it.
+        A single option is measured only if `even_one`, because its speed is needed.
         """
         if len(options) == 1 and not even_one:
             return replace(options[0], why="the only choice here")
-        listed = [option.words for option in options]
-        facts = json.dumps({**self._subject, "what": what, "options": listed, "images": images}, sort_keys=True)
-        key = hashlib.sha256(facts.encode()).hexdigest()[:32]
-        known = self._store.read_notes(NAME).get(key)
-        if isinstance(known, dict) and known.keys() == set(listed):
-            return _choose(options, known, "measured before")
-        speeds = self._measure(options, images, make)
-        self._store.add_note(NAME, key, speeds)
-        return _choose(options, speeds, "measured")
+        names = [option.words for option in options]
+        subject = {**self._subject, "what": what, "options": names, "images": images}
+        key = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:32]
+        speeds, origin = self._store.read_notes(NAME).get(key), "measured before"
+        if not isinstance(speeds, dict) or speeds.keys() != set(names):
+            speeds, origin = {}, "measured"
+            for option in options:
+                fastest = max(speeds.values(), default=0.0)
+                seconds = self._seconds(make(option), images / fastest if fastest else None)
+                speeds[option.words] = round(images / seconds, 2)
+            self._store.add_note(NAME, key, speeds)
+        fastest = max(speeds.values())
+        chosen = next(option for option in options if speeds[option.words] * MIN_SPEEDUP >= fastest)
+        why = f"{origin}: {', '.join(f'{name} {speeds[name]:.0f}' for name in names)} images/s"
+        why = why if len(options) > 1 else "the only choice here"
+        return replace(chosen, images_per_second=speeds[chosen.words], why=why)
 
-    def _measure(
-        self, options: Sequence[ComputeFormat], images: int, make: Callable[[ComputeFormat], Step]
-    ) -> dict[str, float]:
-        """Images a second of each option, by its words."""
-        speeds: dict[str, float] = {}
-        for option in options:
-            best = max(speeds.values(), default=0.0)
-            speeds[option.words] = round(images / self._seconds(make(option), images / best if best else None), 2)
-        return speeds
-
-    def _seconds(self, step: Step, best: float | None) -> float:
-        """The shortest of a few steps after a first one; the first of them where another option was much quicker."""
-        self._once(step)
-        shortest = spent = self._once(step)
-        if best is not None and shortest > HOPELESS * best:
-            return shortest
-        for _ in range(4):
-            if spent > ENOUGH:
+    def _seconds(self, step: Step, fastest: float | None) -> float:
+        """Return the shortest of a few steps after a first one; only one if another option was much faster."""
+        times: list[float] = []
+        for _ in range(6):
+            start = time.perf_counter()
+            step()
+            synchronize(self._accelerator)
+            times.append(time.perf_counter() - start)
+            is_slow = len(times) == 2 and fastest is not None and times[1] > MAX_SLOWDOWN * fastest
+            if is_slow or sum(times[1:]) > MEASURE_SECONDS:
                 break
-            seconds = self._once(step)
-            shortest, spent = min(shortest, seconds), spent + seconds
-        return shortest
-
-    def _once(self, step: Step) -> float:
-        start = time.perf_counter()
-        step()
-        if self._accelerator.type == "cuda":
-            torch.cuda.synchronize(self._accelerator)
-        return time.perf_counter() - start
-
-
-def _choose(options: Sequence[ComputeFormat], speeds: dict[str, float], how: str) -> ComputeFormat:
-    """The first option that no other beats by more than BETTER."""
-    quickest = max(speeds.values())
-    chosen = next(option for option in options if speeds[option.words] * BETTER >= quickest)
-    shown = ", ".join(f"{option.words} {speeds[option.words]:.0f}" for option in options)
-    why = f"{how}: {shown} images/s" if len(options) > 1 else "the only choice here"
-    return replace(chosen, images_per_second=speeds[chosen.words], why=why)
+        return min(times[1:])
 
 
 def training_step(
     run: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat
 ) -> Step:
-    """One forward and backward pass of `run`, the network or a suffix of it, on a copy in the modes that it is in."""
-    own, owner = copy.deepcopy((run, network))
-    owner.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
-    ready = tuple(_laid_out(x, accelerator, option) for x in inputs)
+    """Return a forward and backward pass of a copy of `run`, the network or its suffix, in its present modes."""
+    own_run, own_network = copy.deepcopy((run, network))
+    own_network.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
+    x = _inputs_in(option, inputs, accelerator)
 
     def step() -> None:
         with (
@@ -173,26 +147,26 @@ def training_step(
             autocast(accelerator, option.dtype),
             fp32_depthwise_backward(accelerator, option.dtype),
         ):
-            logits = own(*ready)
+            logits = own_run(*x)
         torch.autograd.backward(logits.float().logsumexp(dim=1).sum())
-        owner.zero_grad(set_to_none=True)
+        own_network.zero_grad(set_to_none=True)
 
     return step
 
 
 def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat) -> Step:
-    """One forward pass of a copy of the network, or of a part of it, in eval mode and without gradients."""
-    own = copy.deepcopy(run).eval()
-    own.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
-    ready = tuple(_laid_out(x, accelerator, option) for x in inputs)
+    """Return a forward pass of a copy of the network, or of a part of it, in eval mode and without gradients."""
+    own_run = copy.deepcopy(run).eval()
+    own_run.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
+    x = _inputs_in(option, inputs, accelerator)
 
     def step() -> None:
         with torch.inference_mode(), autocast(accelerator, option.dtype):
-            own(*ready)
+            own_run(*x)
 
     return step
 
 
-def _laid_out(x: Tensor, accelerator: torch.device, option: ComputeFormat) -> Tensor:
-    x = x.to(accelerator)
-    return x.contiguous(memory_format=option.memory_format) if x.ndim == 4 else x
+def _inputs_in(option: ComputeFormat, inputs: tuple[Tensor, ...], accelerator: torch.device) -> tuple[Tensor, ...]:
+    layout = option.memory_format
+    return tuple(x.to(accelerator, memory_format=layout) if x.ndim == 4 else x.to(accelerator) for x in inputs)
