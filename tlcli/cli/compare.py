@@ -2,7 +2,8 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,7 @@ from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
 
 if TYPE_CHECKING:
-    from tlcli.runs.compare import Comparison, PairedTest, SeedGroup
-
-MAX_CLASSES = 20
-"""Classes that are listed; JSON has all."""
+    from tlcli.runs.compare import Comparison, NoPairedTest, PairedTest
 
 
 def parser() -> Parser:
@@ -48,7 +46,7 @@ def run(argv: list[str]) -> int:
 
     comparison = compare([Path(word) for word in arguments.runs])
     if arguments.format == "json":
-        print(json.dumps(as_json(comparison), indent=2))
+        print(json.dumps(asdict(comparison), indent=2))
     else:
         print("\n\n".join("\n".join(part) for part in _parts(comparison, terminal_columns())))
     return 0
@@ -63,53 +61,6 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
     yield from ("--format", "--help")
 
 
-def as_json(comparison: "Comparison") -> dict[str, Any]:
-    """Return everything. Runs are named by their paths; a key that a run does not have is not in its config."""
-    from tlcli.runs.compare import MISSING
-
-    paths = [str(run.path) for run in comparison.runs]
-
-    def by_run(values: Sequence[Any]) -> dict[str, Any]:
-        return {path: value for path, value in zip(paths, values, strict=True) if value is not MISSING}
-
-    metrics = ("accuracy", "accuracy_ci95", "loss", "macro_f1", "n")
-    return {
-        "runs": [{"path": str(run.path), **{key: run.test.get(key) for key in metrics}} for run in comparison.runs],
-        "config": {key: by_run(values) for key, values in comparison.config.items()},
-        "setting": {key: by_run(values) for key, values in comparison.setting.items()},
-        "pairs": [_pair_json(comparison.paired, paths)] if len(paths) == 2 else [],
-        "seeds": [
-            {
-                "runs": [paths[i] for i in group.runs],
-                "mean": group.mean,
-                "standard_deviation": group.deviation,
-                "mean_ci95": list(group.ci95),
-                "same_images": group.same_images,
-            }
-            for group in comparison.seeds
-        ],
-    }
-
-
-def _pair_json(paired: "PairedTest | str", paths: Sequence[str]) -> dict[str, Any]:
-    names = {"first": paths[0], "second": paths[1]}
-    if isinstance(paired, str):
-        return {**names, "paired": False, "why": paired}
-    return {
-        **names,
-        "paired": True,
-        "n": paired.n,
-        "difference": paired.difference,
-        "both_right": paired.both_right,
-        "both_wrong": paired.both_wrong,
-        "n_only_first_right": paired.only_first,
-        "n_only_second_right": paired.only_second,
-        "mcnemar_p": paired.p,
-        "more_than_chance": paired.is_significant,
-        "classes": [vars(recall) for recall in paired.classes],
-    }
-
-
 def _letter(index: int) -> str:
     """Return the name of a run in tables: A, B, ... Z, R27, R28, ..."""
     return chr(ord("A") + index) if index < 26 else f"R{index + 1}"
@@ -117,69 +68,52 @@ def _letter(index: int) -> str:
 
 def _parts(comparison: "Comparison", width: int | None) -> Iterator[list[str]]:
     """Yield what is printed, part by part, in lines."""
-    numbers = ("accuracy", "95 % interval", "loss", "macro F1", "images")
-    columns = [TableColumn("run", left=True), *map(TableColumn, numbers), TableColumn("path", left=True)]
+    letters = {run["path"]: _letter(i) for i, run in enumerate(comparison.runs)}
+    titles = ("accuracy", "95 % interval", "loss", "macro F1", "images")
+    columns = [TableColumn("run", left=True), *map(TableColumn, titles), TableColumn("path", left=True)]
     rows = []
-    for i, run in enumerate(comparison.runs):
-        test = run.test
-        low, high = test["accuracy_ci95"]
-        f1 = test.get("macro_f1")
-        cells = f"{test['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{test['loss']:.4f}", f1 and f"{f1:.4f}"
-        rows.append([_letter(i), *cells, f"{test['n']:,}", shown_path(run.path)])
+    for run in comparison.runs:
+        low, high = run["accuracy_ci95"]
+        f1 = run["macro_f1"] and f"{run['macro_f1']:.4f}"
+        metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
+        rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
     yield list(table_lines(columns, rows, width))
-    if differences := {**comparison.config, **comparison.setting}:
-        names = [TableColumn(title, left=True) for title in ("differs", "values")]
-        yield list(table_lines(names, [(key, _values(row)) for key, row in differences.items()], width))
-    else:
-        yield ["the configs are the same"]
+    differences = {key: _by_value(row, letters) for key, row in {**comparison.config, **comparison.setting}.items()}
+    names = [TableColumn("differs", left=True), TableColumn("values", left=True)]
+    yield list(table_lines(names, differences.items(), width)) if differences else ["the configs are the same"]
     for group in comparison.seeds:
-        yield _wrapped(_seeds_text(group), width)
-    paired = comparison.paired
-    if isinstance(paired, str):
-        yield _wrapped(f"no paired test: {strip_control_chars(paired)}. Compare the intervals.", width)
-        return
-    yield _wrapped(_verdict(paired), width)
-    different = [recall for recall in paired.classes if recall.first != recall.second]
-    titles = ("A", "B", "difference", "images")
-    recalls = [
-        (c.name, f"{c.first:.4f}", f"{c.second:.4f}", f"{100 * (c.first - c.second):+.1f}", f"{c.n:,}")
-        for c in different[:MAX_CLASSES]
-    ]
-    if recalls:
-        yield list(table_lines([TableColumn("recall of", left=True), *map(TableColumn, titles)], recalls, width))
-    if len(different) > MAX_CLASSES:
-        yield [f"and {len(different) - MAX_CLASSES:,} more classes (--format json has all)"]
+        low, high = group.mean_ci95
+        text = (
+            f"{', '.join(letters[path] for path in group.runs)} differ only in the seed: mean accuracy "
+            f"{group.mean:.4f}, standard deviation {group.standard_deviation:.4f}, 95 % interval of the mean {low:.4f} "
+            f"to {high:.4f} (Student's t, {len(group.runs)} runs)"
+        )
+        yield _wrapped(text if group.same_images else f"{text}; their test images are not all the same", width)
+    many = f"Significance is tested for two runs only, not for {len(letters)}. Compare the intervals."
+    yield _wrapped(_verdict(comparison.pairs[0]) if comparison.pairs else many, width)
 
 
-def _values(values: Sequence[Any]) -> str:
-    """Return `head (A, C), none (B)`."""
+def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
+    """Return `head (A, C), none (B)`; runs without the key have a dash."""
     holders: dict[str, list[str]] = {}
-    for i, value in enumerate(values):
+    for path, letter in letters.items():
+        value = values.get(path, "-")
         as_yaml = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-        holders.setdefault(as_yaml, []).append(_letter(i))
-    return ", ".join(f"{value} ({', '.join(letters)})" for value, letters in holders.items())
+        holders.setdefault(as_yaml, []).append(letter)
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())
 
 
-def _seeds_text(group: "SeedGroup") -> str:
-    low, high = group.ci95
-    images = "" if group.same_images else "; their test images are not all the same"
-    return (
-        f"{', '.join(map(_letter, group.runs))} differ only in the seed: mean accuracy {group.mean:.4f}, standard "
-        f"deviation {group.deviation:.4f}, 95 % interval of the mean {low:.4f} to {high:.4f} "
-        f"(Student's t, {len(group.runs)} runs){images}"
-    )
-
-
-def _verdict(paired: "PairedTest") -> str:
-    better, worse = ("A", "B") if paired.difference >= 0 else ("B", "A")
-    points = f"{100 * abs(paired.difference):.1f}"
-    points += " point" if points == "1.0" else " points"
-    p = "p < 0.0001" if paired.p < 0.0001 else f"p = {paired.p:.2g}" if paired.p < 0.01 else f"p = {paired.p:.2f}"
+def _verdict(pair: "PairedTest | NoPairedTest") -> str:
+    if pair.paired is False:
+        return f"No paired test: {strip_control_chars(pair.why)}. Compare the intervals."
+    better, worse = ("A", "B") if pair.difference >= 0 else ("B", "A")
+    points = f"{100 * abs(pair.difference):.1f} points"
+    p = "p < 0.0001" if pair.mcnemar_p < 0.0001 else f"p = {pair.mcnemar_p:.2g}"
     counts = (
-        f"Both were tested on the same {paired.n:,} images: {paired.both_right:,} right in both, {paired.both_wrong:,} "
-        f"wrong in both, {paired.only_first:,} right only in A, {paired.only_second:,} right only in B. "
+        f"Both were tested on the same {pair.n:,} images: {pair.both_right:,} right in both, {pair.both_wrong:,} "
+        f"wrong in both, {pair.n_only_first_right:,} right only in A, {pair.n_only_second_right:,} right only in B. "
     )
-    if paired.is_significant:
+    if pair.more_than_chance:
         return f"{counts}{better} is better than {worse} by {points}, which is significant: {p} (exact McNemar test)."
     return f"{counts}The difference of {points} is not significant: {p} (exact McNemar test)."
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -15,6 +15,8 @@ from tlcli.files import expand_user, is_file, read_yaml, resolve_links
 from tlcli.runs.predictions import SplitPredictions, read_predictions
 from tlcli.runs.run_dir import is_sweep, open_run, read_json
 from tlcli.text import flat_keys, one_line
+
+METRICS = ("accuracy", "accuracy_ci95", "loss", "macro_f1", "n")
 
 LABELS = ("name", "out")
 """Config keys that name a run or its place; they do not change what it computes."""
@@ -26,7 +28,7 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True, eq=False)
-class ComparedRun:
+class TestedRun:
     """A tested run.
 
     Args:
@@ -44,83 +46,65 @@ class ComparedRun:
 
 
 @dataclass(frozen=True)
-class ClassRecall:
-    """The recall of a class with `n` test images in two runs."""
-
-    name: str
-    n: int
-    first: float
-    second: float
-
-
-@dataclass(frozen=True)
 class PairedTest:
     """McNemar's exact two-sided test of two runs on the same `n` images.
 
-    Args:
-        only_first: images that only the first run classifies correctly; `only_second` likewise.
-        classes: the recall per class, largest difference first.
+    `n_only_first_right` counts the images that only the first run classifies correctly; `difference` is the accuracy of
+    the first run minus that of the second.
     """
 
+    first: str
+    second: str
     n: int
+    difference: float
     both_right: int
     both_wrong: int
-    only_first: int
-    only_second: int
-    p: float
-    classes: tuple[ClassRecall, ...]
+    n_only_first_right: int
+    n_only_second_right: int
+    mcnemar_p: float
+    more_than_chance: bool
+    paired: Literal[True] = True
 
-    @property
-    def difference(self) -> float:
-        """The accuracy of the first run minus that of the second."""
-        return (self.only_first - self.only_second) / self.n
 
-    @property
-    def is_significant(self) -> bool:
-        return self.p < ALPHA
+@dataclass(frozen=True)
+class NoPairedTest:
+    """Two runs without a paired test, and the reason."""
+
+    first: str
+    second: str
+    why: str
+    paired: Literal[False] = False
 
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Runs whose configs differ only in the seed, by index.
+    """Runs whose configs differ only in the seed, and the mean of their test accuracies.
 
-    Args:
-        deviation: standard deviation of the test accuracies (n - 1).
-        ci95: Student's 95 % interval of the mean.
-        same_images: True if all runs were tested on the same images.
+    The standard deviation has n - 1 degrees of freedom, the 95 % interval of the mean is Student's. `same_images`: all
+    runs were tested on the same images.
     """
 
-    runs: tuple[int, ...]
+    runs: tuple[str, ...]
     mean: float
-    deviation: float
-    ci95: tuple[float, float]
+    standard_deviation: float
+    mean_ci95: tuple[float, float]
     same_images: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Comparison:
-    """The runs and their differences.
+    """The metrics of the runs and their differences. Runs are named by their paths.
 
     Args:
-        config: per key that differs the value of each run, or MISSING; `setting` likewise.
-        paired: the test of two runs; if there is none, the reason.
+        config: per key that differs the value of each run that has the key; `setting` likewise.
+        pairs: the test of two runs; empty for more than two.
     """
 
-    runs: tuple[ComparedRun, ...]
-    config: Mapping[str, tuple[Any, ...]]
-    setting: Mapping[str, tuple[Any, ...]]
-    paired: PairedTest | str
+    runs: tuple[Mapping[str, Any], ...]
+    config: Mapping[str, Mapping[str, Any]]
+    setting: Mapping[str, Mapping[str, Any]]
+    pairs: tuple[PairedTest | NoPairedTest, ...]
     seeds: tuple[SeedGroup, ...]
-
-
-class _Missing:
-    """The value of a key that a run does not have."""
-
-    def __repr__(self) -> str:
-        return "-"
-
-
-MISSING = _Missing()
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
@@ -138,16 +122,19 @@ def compare(paths: Sequence[Path]) -> Comparison:
         elif resolve_links(path) in folders:
             raise UsageError(f"{path}: is named twice")
         folders |= {resolve_links(folder): folder for folder in expanded}
-    runs = tuple(read_compared_run(folder) for folder in folders.values())
+    runs = [read_tested_run(folder) for folder in folders.values()]
     if len(runs) < 2:
         raise UsageError("compare takes two or more runs")
-    too_many = f"significance is tested for two runs only, not for {len(runs)}"
-    paired = paired_test(*runs) if len(runs) == 2 else too_many
-    config, setting = _differences([run.config for run in runs]), _differences([run.setting for run in runs])
-    return Comparison(runs, config, setting, paired, _seed_groups(runs))
+    return Comparison(
+        runs=tuple({"path": str(run.path), **{key: run.test.get(key) for key in METRICS}} for run in runs),
+        config=_differences({str(run.path): run.config for run in runs}),
+        setting=_differences({str(run.path): run.setting for run in runs}),
+        pairs=(paired_test(*runs),) if len(runs) == 2 else (),
+        seeds=_seed_groups(runs),
+    )
 
 
-def read_compared_run(path: Path) -> ComparedRun:
+def read_tested_run(path: Path) -> TestedRun:
     """Return a tested run. Raise UsageError if it was not tested, or if a file is damaged."""
     run = open_run(path)
     info = run.info
@@ -167,42 +154,43 @@ def read_compared_run(path: Path) -> ComparedRun:
     setting = {key.removeprefix("versions."): known[key] for key in SETTING if key in known}
     setting |= {"device": info.get("device"), "precision": known.get("precision.evaluate")}
     predictions = read_predictions(run.test_predictions) if is_file(run.test_predictions) else None
-    return ComparedRun(run.path, config, setting, test, predictions)
+    return TestedRun(run.path, config, setting, test, predictions)
 
 
-def _differences(values: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+def _differences(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the keys that differ between runs, with the value of each run."""
-    keys = dict.fromkeys(key for own in values for key in own)
-    rows = {key: tuple(own.get(key, MISSING) for own in values) for key in keys}
-    return {key: row for key, row in rows.items() if any(a != b for a, b in pairwise(row))}
+    keys = dict.fromkeys(key for own in values.values() for key in own)
+    rows = {key: {path: own[key] for path, own in values.items() if key in own} for key in keys}
+    return {
+        k: row for k, row in rows.items() if len(row) < len(values) or any(a != b for a, b in pairwise(row.values()))
+    }
 
 
-def paired_test(first: ComparedRun, second: ComparedRun) -> PairedTest | str:
-    """Return the paired test of two runs, or the reason why there is none. Images are matched by their keys."""
+def paired_test(first: TestedRun, second: TestedRun) -> PairedTest | NoPairedTest:
+    """Return the paired test of two runs. Images are matched by their keys."""
+    names = str(first.path), str(second.path)
     a, b = first.predictions, second.predictions
     if a is None or b is None:
         run = first if a is None else second
-        return f"{run.path} has no test_predictions.safetensors, which newer runs have"
+        return NoPairedTest(*names, f"{run.path} has no test_predictions.safetensors, which newer runs have")
     if reason := _other_images(a, b):
-        return reason
+        return NoPairedTest(*names, reason)
     rows = {key: i for i, key in enumerate(b.keys)}
-    order = [rows[key] for key in a.keys]
     true = np.array(a.classes, dtype=object)[a.labels.numpy()]
     right_a = _predicted(a) == true
-    right_b = _predicted(b)[order] == true
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    recalls = []
-    for name in dict.fromkeys(true):
-        of_class = true == name
-        recalls.append(ClassRecall(name, int(of_class.sum()), right_a[of_class].mean(), right_b[of_class].mean()))
+    right_b = _predicted(b)[[rows[key] for key in a.keys]] == true
+    n, only_a, only_b = len(true), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = mcnemar(only_a, only_b)
     return PairedTest(
-        n=len(true),
+        *names,
+        n=n,
+        difference=(only_a - only_b) / n,
         both_right=int((right_a & right_b).sum()),
         both_wrong=int((~right_a & ~right_b).sum()),
-        only_first=only_a,
-        only_second=only_b,
-        p=mcnemar(only_a, only_b),
-        classes=tuple(sorted(recalls, key=lambda c: (-abs(c.first - c.second), c.name))),
+        n_only_first_right=only_a,
+        n_only_second_right=only_b,
+        mcnemar_p=p,
+        more_than_chance=p < ALPHA,
     )
 
 
@@ -237,21 +225,20 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(stats.binomtest(only_first, n, 0.5).pvalue) if n else 1.0
 
 
-def _seed_groups(runs: Sequence[ComparedRun]) -> tuple[SeedGroup, ...]:
-    """Return the groups of runs whose configs differ only in the seed."""
-    indices: dict[str, list[int]] = {}
-    for i, run in enumerate(runs):
+def _seed_groups(runs: Sequence[TestedRun]) -> tuple[SeedGroup, ...]:
+    by_config: dict[str, list[TestedRun]] = {}
+    for run in runs:
         rest = sorted((key, value) for key, value in run.config.items() if key != "seed")
-        indices.setdefault(repr(rest), []).append(i)
+        by_config.setdefault(repr(rest), []).append(run)
     groups = []
-    for members in indices.values():
+    for members in by_config.values():
         if len(members) < 2:
             continue
-        values = [float(runs[i].test["accuracy"]) for i in members]
-        predictions = [runs[i].predictions for i in members]
+        values = [float(run.test["accuracy"]) for run in members]
+        predictions = [run.predictions for run in members]
         same = all(a is not None and b is not None and not _other_images(a, b) for a, b in pairwise(predictions))
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
         half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
         ci95 = max(0.0, mean - half), min(1.0, mean + half)
-        groups.append(SeedGroup(tuple(members), mean, deviation, ci95, same))
+        groups.append(SeedGroup(tuple(str(run.path) for run in members), mean, deviation, ci95, same))
     return tuple(groups)
