@@ -202,8 +202,8 @@ def test_an_augmentation_that_is_named_trains_live_and_says_why(
     run = train(*words, "epochs=1")
     cache = read_json(run / "run.json")["cache"]
     assert cache["used"] is False
-    assert cache["why"] == "augment=crop changes training images anew each epoch (cache.views=8 keeps 8 views of each)"
-    assert f"training is live: {cache['why']}" in capsys.readouterr().out.replace("\n             ", " ")
+    assert cache["why"] == "augment=crop is random in each epoch (cache.views=8 caches 8 views of each image)"
+    assert f"training reads images: {cache['why']}" in capsys.readouterr().out.replace("\n             ", " ")
 
 
 def test_measured_and_remembered_choices_give_the_same_run(
@@ -246,15 +246,15 @@ IN_STEP = """
 import sys
 from tlcli.cli import main
 from tlcli.engine import extraction
-from tlcli.engine.activations import Activations
+from tlcli.engine.activations import SplitActivations as Activations
 
 entry = Activations.entry
 
-def together(self, watch):
+def together(self, *args):
     Activations.entry = entry
     print("ready", flush=True)
     sys.stdin.readline()
-    return entry(self, watch)
+    return entry(self, *args)
 
 Activations.entry = together
 sys.exit(main(sys.argv[1:]))

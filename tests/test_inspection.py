@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import Compose
 from tlcli.engine import costs
+from tlcli.engine.activations import Workload, preprocessing_for
 from tlcli.engine.session import session_for
 from tlcli.inspection import Inspection, Strategy, inspect
 from tlcli.models.build import build_model
@@ -112,15 +113,14 @@ def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
 
     data = load_unchecked(spec.dataset, seed=0, reporter=Reporter())
     session = session_for(spec.cache)
-    session.use(model)
+    session.set_model(model)
     contract = apply_freeze(spec.freeze, model)
-    meter = costs.CostMeter(data, model, contract, spec, torch.device("cpu"), session, False)
+    meter = costs.CostMeter(Workload(data, model, contract, spec, torch.device("cpu"), session))
     meter.live(costs.sample_of(data, 8, 0), Reporter(), costs.Shared())
 
 
 def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, shapes: Path) -> None:
     from tlcli.data.dataset import load_unchecked
-    from tlcli.engine.inputs import preprocessing_for
 
     own = spec(*base(shapes, "backbone.weights=none", "backbone=mobilenet_v3_small"))
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)

@@ -14,6 +14,8 @@ from tlcli.errors import UsageError
 from tlcli.specs import Accelerator, DeviceSpec, Precision
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+PROCESS_THREADS = torch.get_num_threads()
+"""Threads of arithmetic of a job that names no number."""
 SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -75,14 +77,16 @@ def threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def prepare(spec: DeviceSpec) -> torch.device:
+def prepare(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     """Set threads, determinism and the allocator of this process, and return the accelerator.
 
-    Raises UsageError where the one that was asked for is not there.
+    `threads` is the number of threads of a resumed run. Every setting is set anew: an earlier job of the process may
+    have had another. Raises UsageError if the accelerator is not available.
     """
     accelerator = find_accelerator(spec.kind)
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
+    n_threads = threads or spec.threads or PROCESS_THREADS
+    if n_threads != torch.get_num_threads():
+        torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
     if spec.deterministic:

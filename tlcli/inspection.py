@@ -12,8 +12,8 @@ from msgspec import structs
 
 from tlcli.data.dataset import Dataset, load_unchecked
 from tlcli.device import prepare
+from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.costs import Cached, CostMeter, Shared, Speeds, decoding_seconds, sample_of, settle
-from tlcli.engine.inputs import image_size, preprocessing_for
 from tlcli.engine.session import session_for
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, count
@@ -87,7 +87,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
     data = load_unchecked(spec.dataset, seed=spec.seed, reporter=reporter)
     model = _model(spec, data.classes)
     model.network.to(accelerator)
-    session.use(model)
+    session.set_model(model)
     stages = tuple(_stages(model))
     sample = sample_of(data, max(SAMPLE, spec.batch_size), spec.seed)
     decoding = decoding_seconds(sample, reporter)
@@ -102,7 +102,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
             contract = apply_freeze(way, model)
             trainable = count(p for p in model.network.parameters() if p.requires_grad)
             probes = way.head_init is HeadInit.probe and bool(model.pretrained)
-            meter = CostMeter(data, model, contract, own, accelerator, session, probes)
+            meter = CostMeter(Workload(data, model, contract, own, accelerator, session, probes))
             cached = meter.cached(sample, quiet, shared)
             live = meter.live(sample, quiet, shared)
             found.insert(0, _strategy(own, data, trainable, decoding, probes, cached, live))
@@ -113,7 +113,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
         dataset=f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
         classes=len(data.classes),
         images={"train": len(data.train), "val": len(data.val), "test": len(data.test)},
-        size=meter.preprocessing.size,
+        size=meter.workload.preprocessing.size,
         epochs=spec.epochs,
         batch_size=spec.batch_size,
         device=shared.live[0].words,

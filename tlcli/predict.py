@@ -17,8 +17,8 @@ from tlcli.data.named import MissingPath, Named
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.threads import map_in_threads
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
+from tlcli.engine.decisions import FORCE_COMPILE_IMAGES, recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
-from tlcli.engine.formats import SURELY, recorded_decisions
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -185,7 +185,7 @@ def _pipeline(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Pipe
         trained = _trained_parameters(run)
         cut = None if trained is None else split_frozen(run.model, run.preprocessing.size, trained)
         if isinstance(cut, Cut) and cut.at == run.info["cache"].get("at"):
-            return _Pipeline(cut.prefix, cut.suffix, decisions.suffix_dtype, decisions.compiled)
+            return _Pipeline(cut.prefix, cut.suffix, decisions.suffix_dtype, "test" in decisions.compiled)
     cut = split_frozen(run.model, run.preprocessing.size, run.classifier.head_parameters())
     return _Pipeline(cut.prefix, cut.suffix, torch.float32, compiled=None) if isinstance(cut, Cut) else uncut
 
@@ -224,7 +224,7 @@ class _CompileScheduler:
         self._shortest = float("inf")
         self._next_batch = TIMED_BATCHES + 1 if compiled is None else None
         if compiled:
-            extractor.expect(SURELY)
+            extractor.expect(FORCE_COMPILE_IMAGES)
         extractor.prepare(reporter)
 
     @contextmanager

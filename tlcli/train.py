@@ -1,175 +1,126 @@
-"""The main path: fine-tune one backbone on one data set, and measure it on images that it has never seen."""
+"""The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
-from tlcli.data.dataset import Dataset
-from tlcli.device import Device, prepare
+from tlcli.device import prepare
+from tlcli.engine.activations import Workload, image_size
+from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import evaluate, features
-from tlcli.engine.inputs import BatchLoader, InputPlan, Inputs, image_size
+from tlcli.engine.inputs import Inputs, Loaders
 from tlcli.engine.metrics import BestEpochTracker, Predictions, scores
 from tlcli.engine.origin import images_of, machine_of
-from tlcli.engine.planning import plan_inputs
-from tlcli.engine.resuming import ResumePlanner
-from tlcli.engine.session import Session
+from tlcli.engine.session import Session, compute_key
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.restart import ResumeState
+from tlcli.runs.restart import ResumeState, TrainingStart
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
-from tlcli.transfer.contract import FreezeContract, apply_freeze
+from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.probe import linear_head, probe_weights
 
 
 def train(
-    spec: TrainSpec, run: RunDir, reporter: Reporter, session: Session, restart: ResumeState | None = None
+    spec: TrainSpec, run: RunDir, reporter: Reporter, session: Session, resume: ResumeState | None = None
 ) -> float | None:
-    """Fine-tune, keep the epoch best on validation, test that one once; the validation figure that selected it.
+    """Fine-tune, test the epoch best on validation once, and return the validation metric that selected it.
 
-    All that it gives is in the run's directory; the session has what the jobs of a sweep share. With `restart` a run
-    goes on where it was interrupted. Raises UsageError where the spec cannot be followed and TlcliError where the run
-    fails.
+    All results are in the run's directory; the session holds what the jobs of a sweep share. With `resume` an
+    interrupted run continues. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
-    record = Recorder(run, reporter, spec, restart)
+    record = Recorder(run, reporter, spec, resume)
     with record.phase("setup"):
-        accelerator = prepare(spec.device)
-        if restart is not None:
-            restart.prepare()
+        accelerator = prepare(spec.device, threads=resume.threads if resume else None)
         machine = machine_of(accelerator)
         data = session.dataset(spec.dataset, spec.seed, reporter)
-        if restart is not None:
-            restart.require_same(data)
-        model = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
-        model.network.to(accelerator)
-        contract = apply_freeze(spec.freeze, model)  # sets requires_grad, nothing else
-        planned, wanted = (data, model, contract, spec, accelerator, session), needs_probe(spec, model)
-        if restart is None:
-            plan = plan_inputs(*planned, needs_probe=wanted)
-        else:
-            plan = ResumePlanner(restart.formats, *planned, wanted).plan()
-        device = plan.device
-        device.place(model.network)
-        trainer = Trainer(model, contract, spec, device, data.train.class_counts(len(data.classes)))
-    record.plan(data, model, plan)
+        computing = compute_key(spec.device, accelerator)
+        classifier = session.model(
+            spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing
+        )
+        classifier.network.to(accelerator)
+        contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
+        needs_probe = head_needs_probe(spec, classifier)
+        workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
+        decisions = resume.decisions(workload, reporter) if resume else decide(workload)
+        inputs = Inputs(decisions, workload)
+        inputs.device.place(classifier.network)
+        trainer = Trainer(classifier, contract, spec, inputs.device, data.train.class_counts(len(data.classes)))
+    record.plan(data, classifier, inputs)
     with record.phase("extract"):
-        inputs = plan.open(reporter)  # live images, or activations of what is frozen: both yield (x, y)
+        loaders = inputs.open_all(reporter)  # images, or activations of the frozen layers: both yield (x, y)
     with record.phase("probe"):
-        if restart is None:
-            start = begin(spec, model, inputs, contract, device, session, reporter)
-        else:
-            start = go_on(restart, spec, model, trainer, contract, plan, reporter)
-    selection = start.selection
-    device.compile_where_asked(inputs.train.network)
+        start = resume.restore(inputs, trainer, reporter) if resume else begin(inputs, loaders, reporter)
+    record.inputs(inputs)
+    inputs.device.compile_where_asked(loaders.train.network)
 
-    told = {"head_is_ready": start.head_is_ready, "machine": machine}
-    keeper = record.keeper(model.network, trainer, lambda: {**told, **origin(data, plan, contract)})
-    of_best: Predictions | None = None  # for validation
+    best_epoch, state = start.best_epoch, {"head_is_ready": start.head_is_ready, "machine": machine}
+    keeper = record.keeper(classifier.network, trainer, lambda: {**state, **provenance(inputs)})
+    best_predictions: Predictions | None = None  # for validation
     with keeper.keeping():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
-            if selection.should_stop:
-                reporter.note(f"early stop: no better epoch since epoch {selection.epoch}")
+            if best_epoch.should_stop:
+                reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
             with record.phase("train"):
-                fit = trainer.fit(inputs.train, epoch, reporter, record.running, keeper.step) if epoch > 0 else None
+                fit = trainer.fit(loaders.train, epoch, reporter, record.running, keeper.step) if epoch > 0 else None
             contract.check()
             with record.phase("validate"):
-                found = evaluate(model.network, inputs.val, device, reporter, "validation")
-                validation = scores(found)
+                val_predictions = evaluate(classifier.network, loaders.val, inputs.device, reporter, "validation")
+                validation = scores(val_predictions)
             trainer.check_finite(validation.loss, epoch, "validation loss")
             with defer_interrupts:
                 trainer.schedule.after_epoch(validation.loss)
-                best = selection.update(epoch, validation)
-                of_best = found if best else of_best
-                record.epoch(epoch, fit, validation, best=best, step=trainer.step)
-                keeper.epoch(epoch, validation, best=best)
+                is_best = best_epoch.update(epoch, validation)
+                best_predictions = val_predictions if is_best else best_predictions
+                record.epoch(epoch, fit, validation, best=is_best, step=trainer.step)
+                keeper.epoch(epoch, validation, best=is_best)
 
     keeper.load_best()
-    frozen = contract.verify()
-    if of_best is None:  # that epoch was before an interruption
-        of_best = evaluate(model.network, inputs.val, device, reporter, "validation of the best epoch")
+    n_frozen = contract.verify()
+    if best_predictions is None:  # that epoch was before an interruption
+        best_predictions = evaluate(
+            classifier.network, loaders.val, inputs.device, reporter, "validation of the best epoch"
+        )
     with record.phase("extract"):
-        test = plan.open_test(reporter)
+        test = inputs.open("test", reporter)
     with record.phase("test"):
-        predictions = evaluate(model.network, test, device, reporter, "test")
-    record.inputs(plan)
-    record.result(data, of_best, predictions, selection, step=trainer.step, frozen=frozen)
-    return selection.value
+        predictions = evaluate(classifier.network, test, inputs.device, reporter, "test")
+    record.inputs(inputs)
+    record.result(data, best_predictions, predictions, best_epoch, step=trainer.step, frozen=n_frozen)
+    return best_epoch.value
 
 
-def origin(data: Dataset, plan: InputPlan, contract: FreezeContract) -> dict[str, Any]:
-    """What a run's result depends on that its config does not say, for the run to go on with after an interruption."""
-    return {
-        "images": images_of(data),
-        "frozen": contract.digest(),
-        "formats": plan.formats.to_json(),
-        "activations": plan.checksums(),
-    }
+def head_needs_probe(spec: TrainSpec, classifier: Classifier) -> bool:
+    """Return True if the head is to start from a linear probe; features of random weights are not worth one."""
+    is_new = bool(classifier.pretrained) and not classifier.head_loaded
+    return spec.freeze.head_init is HeadInit.probe and is_new
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where training begins: the epoch, what is known of the best one, and whether the network is of use before it."""
-
-    epoch: int
-    selection: BestEpochTracker
-    head_is_ready: bool
-
-
-def begin(
-    spec: TrainSpec,
-    model: Classifier,
-    inputs: Inputs,
-    contract: FreezeContract,
-    device: Device,
-    session: Session,
-    reporter: Reporter,
-) -> Start:
-    """Fill the head, and seal what is frozen."""
-    head_is_ready = model.head_loaded or init_head(spec, model, inputs.probe, device, session, reporter)
-    contract.seal()
-    return Start(0 if head_is_ready else 1, BestEpochTracker(spec.keep_best, spec.early_stop), head_is_ready)
-
-
-def go_on(
-    restart: ResumeState,
-    spec: TrainSpec,
-    model: Classifier,
-    trainer: Trainer,
-    contract: FreezeContract,
-    plan: InputPlan,
-    reporter: Reporter,
-) -> Start:
-    """Put the state of training back, seal what is frozen and compare it with what was; say where the run goes on, and
-    whether its result is going to be the one that it would have had."""
-    restart.load(model.network, trainer)
-    contract.seal()
-    restart.require_frozen(contract)
-    reporter.note(restart.words)
-    if differences := restart.differences(plan.device.accelerator, plan):
-        reporter.note(f"the result will not be exactly that of an undisturbed run: {'; '.join(differences)}")
-    return Start(restart.first_epoch, restart.selection(spec), restart.head_is_ready)
-
-
-def needs_probe(spec: TrainSpec, model: Classifier) -> bool:
-    """Whether the head is to start from a linear probe; random features are worth none."""
-    return spec.freeze.head_init is HeadInit.probe and bool(model.pretrained) and not model.head_loaded
-
-
-def init_head(
-    spec: TrainSpec, model: Classifier, feed: BatchLoader, device: Device, session: Session, reporter: Reporter
-) -> bool:
-    """Fill the head with a linear probe on the features, where the spec asks for one; whether that was done."""
-    if not needs_probe(spec, model):
-        return False
-    head = linear_head(model)
-    if head is None:
+def begin(inputs: Inputs, loaders: Loaders, reporter: Reporter) -> TrainingStart:
+    """Fill the head if the spec asks for a probe, and record the digests of the frozen tensors."""
+    workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
+    classifier, head = workload.classifier, linear_head(workload.classifier)
+    if loaders.train_eval is not None and head is None:
         reporter.note("head starts random: a probe needs a head of one linear layer")
-        return False
-    x, y = features(model.network, head, feed, device, reporter, "features for the probe")
-    seen = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-    head.load_state_dict(session.once(("probe", seen), lambda: probe_weights(head, x, y)))
-    return True
+    elif loaders.train_eval is not None and head is not None:
+        x, y = features(classifier.network, head, loaders.train_eval, inputs.device, reporter, "features for the probe")
+        digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+        weights = workload.session.get_or_create(("probe", digest), lambda: probe_weights(head, x, y))
+        head.load_state_dict(weights)
+        is_ready = True
+    workload.contract.seal()
+    best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
+    return TrainingStart(0 if is_ready else 1, is_ready, best_epoch)
+
+
+def provenance(inputs: Inputs) -> dict[str, Any]:
+    """Return what a run's result depends on besides its config and decisions: a resumed run compares it."""
+    contract = inputs.workload.contract
+    return {
+        "images": images_of(inputs.workload.data),
+        "frozen": contract.digest(),
+        "activations": inputs.checksums(),
+    }

@@ -39,16 +39,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "checkpoint": "checkpoints/best.safetensors", "epoch": 2,
         "dataset": {"name": "imagefolder", "root": "/photos", "own": True}, "split": "test", "n_bad_files": 0,
     }  # fmt: skip
-    module: Any = types.ModuleType("tlcli.evaluation")
-    module.Asked = lambda *args: args
+    module: Any = types.ModuleType("tlcli.evaluate")
+    module.EvaluationRequest = lambda *args: args
 
     def evaluate_run(asked: Any, reporter: Reporter) -> Any:
         seen.append(asked)
         words = "the run's own test split"
-        return types.SimpleNamespace(report=report, folder=asked[0] / "eval-1", words=words, same=True, bad_files=())
+        return types.SimpleNamespace(
+            report=report, folder=asked[0] / "eval-1", description=words, same=True, bad_files=()
+        )
 
     module.evaluate_run = evaluate_run
-    monkeypatch.setitem(sys.modules, "tlcli.evaluation", module)
+    monkeypatch.setitem(sys.modules, "tlcli.evaluate", module)
     return seen
 
 

@@ -17,12 +17,12 @@ from tlcli.data.batches import ImageBatches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
-from tlcli.engine import activations
-from tlcli.engine.activations import ActivationLoader, Tables, View, activations_key, merge_splits, row_indices
-from tlcli.engine.inputs import image_size
-from tlcli.engine.live import ImageLoader
-from tlcli.engine.planning import plan_inputs
-from tlcli.engine.session import Session
+from tlcli.engine import activations, loaders
+from tlcli.engine.activations import View, Workload, activations_key, image_size, merge_splits, row_indices
+from tlcli.engine.decisions import decide
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.loaders import ActivationLoader, ImageLoader
+from tlcli.engine.session import ActivationReader, Session
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit
 from tlcli.store import CacheEntry, Column, Store, cache_dir
@@ -59,8 +59,9 @@ class Planner:
             with torch.no_grad():
                 change(model.network)
         contract = apply_freeze(spec.freeze, model)
-        plan = plan_inputs(data, model, contract, spec, CPU, session, needs_probe=False)
-        return {role: tuple(source.key for source in feed.sources) for role, feed in plan.cached.items()}
+        workload = Workload(data, model, contract, spec, CPU, session)
+        inputs = Inputs(decide(workload), workload)
+        return {name: tuple(source.key for source in split.views) for name, split in inputs.cached.items()}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def augmented(planner: Planner) -> Keys:
 )
 def test_network_and_preprocessing_are_in_every_key(override: str, planner: Planner, plain: Keys) -> None:
     other = planner.keys(override, "augment=none")
-    assert other.keys() == plain.keys() == {"train", "probe", "val", "test"}
+    assert other.keys() == plain.keys() == {"train", "train_eval", "val", "test"}
     assert not {key for keys in other.values() for key in keys} & {key for keys in plain.values() for key in keys}
 
 
@@ -176,7 +177,7 @@ def test_every_image_is_in_the_key_of_its_split(
 
 
 def test_splits_have_keys_of_their_own(plain: Keys, augmented: Keys) -> None:
-    assert plain["train"] == plain["probe"] == plain["val"]  # read from one pool
+    assert plain["train"] == plain["train_eval"] == plain["val"]  # read from one pool
     assert plain["train"] != plain["test"]
     assert len({*augmented["train"], *augmented["val"], *augmented["test"]}) == 4
 
@@ -314,7 +315,7 @@ def test_rows_come_as_live_images_come(spec: Compose, views: int | None) -> None
 @pytest.mark.parametrize("rows_at_once", [1, 5, 11, 1000])
 def test_an_epoch_goes_on_from_any_batch(spec: Compose, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same batches, each where it lies in memory when the epoch begins with the first one."""
-    monkeypatch.setattr(activations, "READ_ROWS", rows_at_once)
+    monkeypatch.setattr(loaders, "READ_ROWS", rows_at_once)
     split = coded(23)
     _, cached = both(spec, split, split)
     whole = [(x, x.storage_offset(), y) for (x,), y in cached.epoch(1)]
@@ -412,7 +413,7 @@ def entry(tmp_path: Path) -> CacheEntry:
 
 
 def test_tables_in_memory_and_mapped_give_the_same_batches(entry: CacheEntry) -> None:
-    mapped, held = Tables(0).open(entry), Tables(entry.nbytes).open(entry)
+    mapped, held = ActivationReader(0).open(entry), ActivationReader(entry.nbytes).open(entry)
     assert [t.dtype for t in mapped] == [torch.bfloat16, torch.float32]
     for epoch in (1, 2):
         feeds = [table_feed(table, dtype=torch.float32).epoch(epoch) for table in (mapped, held)]
@@ -422,7 +423,7 @@ def test_tables_in_memory_and_mapped_give_the_same_batches(entry: CacheEntry) ->
 
 
 def test_memory_holds_tables_up_to_its_size_and_for_the_next_job(entry: CacheEntry) -> None:
-    tables = Tables(entry.nbytes + 10)
+    tables = ActivationReader(entry.nbytes + 10)
     first = tables.open(entry)
     assert tables.open(entry) is first
     other = replace(entry, key="cd")  # the same files: there is no room for them a second time

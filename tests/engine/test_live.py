@@ -1,5 +1,7 @@
 """Images that are read live: what is left of augmentation for the device is what the CPU would have done."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from tests.conftest import Compose
 from tests.engine.test_activations import CPU, EIGHT, coded, device
 from tlcli.data.dataset import Dataset
 from tlcli.engine import inputs
-from tlcli.engine.inputs import LiveFeeds, changes_on
+from tlcli.engine.activations import Workload
+from tlcli.engine.inputs import image_loader, transforms_on_device
 from tlcli.reporter import Reporter
 
 
@@ -21,12 +24,15 @@ def test_changes_on_the_device_are_those_of_the_cpu(
     wanted = spec(*words, *((f"cache.views={views}",) if views else ()))
     split = coded(11)
     data = Dataset("coded", ("a", "b", "c"), split, split, split, (), ())
-    feeds = LiveFeeds(data, torch.nn.Identity(), wanted, EIGHT, device())
-    before = [(x, y) for epoch in (1, 2, 3) for (x,), y in feeds.feed("train", Reporter()).epoch(epoch, start)]
+    classifier = SimpleNamespace(network=torch.nn.Identity())
+    workload = Workload(data, classifier, None, wanted, CPU, None)  # type: ignore[arg-type]
+    vars(workload)["preprocessing"] = EIGHT
+    load = lambda: image_loader(workload, device(), "train", Reporter())  # noqa: E731
+    before = [(x, y) for epoch in (1, 2, 3) for (x,), y in load().epoch(epoch, start)]
 
-    monkeypatch.setattr(inputs, "changes_on", lambda accelerator: True)
-    feed = feeds.feed("train", Reporter())
-    assert (feed._changes is None) == (augment == "none")
+    monkeypatch.setattr(inputs, "transforms_on_device", lambda accelerator: True)
+    feed = load()
+    assert (feed._transforms is None) == (augment == "none")
     after = [(x, y) for epoch in (1, 2, 3) for (x,), y in feed.epoch(epoch, start)]
     assert len(before) == len(after) == 3 * (3 - start)
     for (x, y), (found, labels) in zip(before, after, strict=True):
@@ -36,6 +42,6 @@ def test_changes_on_the_device_are_those_of_the_cpu(
 
 
 def test_where_images_are_changed() -> None:
-    assert changes_on(torch.device("cuda"))
-    assert not changes_on(CPU)
-    assert not changes_on(torch.device("mps"))
+    assert transforms_on_device(torch.device("cuda"))
+    assert not transforms_on_device(CPU)
+    assert not transforms_on_device(torch.device("mps"))

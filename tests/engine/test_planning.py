@@ -14,11 +14,11 @@ import torch
 
 from tests.conftest import Compose
 from tlcli.cli import main
-from tlcli.engine import planning
-from tlcli.engine.activations import SplitActivations
-from tlcli.engine.inputs import InputPlan, image_size
+from tlcli.engine import decisions
+from tlcli.engine.activations import SplitActivations, Workload, image_size
+from tlcli.engine.decisions import decide
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.numerics import Autotuner, ComputeFormat
-from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import UsageError
@@ -96,7 +96,7 @@ def test_off_touches_no_activations(run, cold: Path) -> None:
     ended = run("freeze=head", "cache.mode=off")
     assert ended.code == 0
     assert not cold.exists()
-    assert activations_line(ended) == "activations: training is live: cache.mode=off"
+    assert activations_line(ended) == "activations: training reads images: cache.mode=off"
     assert ended.record["cache"]["used"] is False
 
 
@@ -128,7 +128,7 @@ def test_no_room_means_live_and_is_said(run, cold: Path) -> None:
     assert ended.code == 0
     assert ended.record["cache"]["used"] is False
     assert "over cache.max_gb=0" in ended.record["cache"]["why"]
-    assert activations_line(ended) == f"activations: training is live: {ended.record['cache']['why']}"
+    assert activations_line(ended) == f"activations: training reads images: {ended.record['cache']['why']}"
     assert list(cold.parent.glob("activations/*")) == []
 
 
@@ -217,7 +217,7 @@ def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, mon
     def noted(name: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, *args: events.append(name(self)) or call(self, *args)
 
-    monkeypatch.setattr(SplitActivations, "_extract", noted(lambda one: one._facts["split"], extract))
+    monkeypatch.setattr(SplitActivations, "_extract", noted(lambda one: one._metadata["split"], extract))
     monkeypatch.setattr(Trainer, "fit", noted(lambda one: "fit", fit))
     run("freeze=head", "epochs=2")
     assert events == ["train+val", "fit", "fit", "test"]
@@ -232,9 +232,9 @@ def test_where_nothing_is_frozen_the_probe_still_reads_its_features(run, cold: P
     assert first.record["extraction"]["images"] == 54
     assert second.record["extraction"] is None
     assert first.record["cache"]["used"] is second.record["cache"]["used"] is False
-    assert activations_line(first).startswith("activations: computed once and cached (probe): 54 rows")
-    assert activations_line(second).startswith("activations: read from cache (probe): 54 rows")
-    assert "; training is live: " in activations_line(second)
+    assert activations_line(first).startswith("activations: computed once and cached (train_eval): 54 rows")
+    assert activations_line(second).startswith("activations: read from cache (train_eval): 54 rows")
+    assert "; training reads images: " in activations_line(second)
     assert first.weights == second.weights
 
 
@@ -242,9 +242,9 @@ def test_where_nothing_is_frozen_the_probe_still_reads_its_features(run, cold: P
 def test_where_training_is_live_evaluation_still_reads_activations(run, cold: Path) -> None:
     run("freeze=head")
     ended = run("freeze=head", "augment=basic")
-    assert activations_line(ended).startswith("activations: computed once and cached (probe, val, test)")
+    assert activations_line(ended).startswith("activations: computed once and cached (train_eval, val, test)")
     again = run("freeze=head", "augment=basic")
-    assert activations_line(again).startswith("activations: read from cache (probe, val, test)")
+    assert activations_line(again).startswith("activations: read from cache (train_eval, val, test)")
     assert again.weights == ended.weights
 
 
@@ -262,11 +262,11 @@ def test_views_are_entries_of_their_own_and_taken_in_turn(run, cold: Path) -> No
 
 
 @pytest.fixture
-def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., InputPlan]:
+def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inputs]:
     """The plan for a run on a machine that does so many images a second; nothing is measured."""
     store = Store(tmp_path / "planned")
 
-    def make(speed: float, *overrides: str, needs_probe: bool = False) -> InputPlan:
+    def make(speed: float, *overrides: str, needs_probe: bool = False) -> Inputs:
         def chosen(self: Autotuner, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
             return replace(options[0], images_per_second=speed, why="as the test says")
 
@@ -276,48 +276,53 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         data = session.dataset(own.dataset, own.seed, Reporter())
         model = session.model(own.backbone, data.classes, size=image_size(own), seed=own.seed)
         contract = apply_freeze(own.freeze, model)
-        return plan_inputs(data, model, contract, own, CPU, session, needs_probe=needs_probe)
+        workload = Workload(data, model, contract, own, CPU, session, needs_probe)
+        return Inputs(decide(workload), workload)
 
     return make
 
 
 def test_large_maps_are_cached_where_the_frozen_part_is_slow(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SMALL", 0)
+    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
     slow, quick = (plan(speed, "freeze=last_stages", "augment=none", "epochs=5") for speed in (10.0, 1e9))
-    assert slow.facts["used"] is True
-    assert {*slow.cached} == {"train", "probe", "val"}  # test is read once: writing it would bring this run nothing
-    assert slow.line.startswith("computed once and cached: ")
-    assert quick.facts["used"] is False
+    assert slow.cache_info["used"] is True
+    assert {*slow.cached} == {
+        "train",
+        "train_eval",
+        "val",
+    }  # test is read once: not worth writing
+    assert slow.summary.startswith("computed once and cached: ")
+    assert quick.cache_info["used"] is False
     assert quick.cached == {}
     figures = (
-        r"[\d.]+ [kM]?B an image: the frozen part would take about \d+ s in all, and \d+ s with [\d.]+ [kM]?B of activ"
+        r"[\d.]+ [kM]?B per image: the frozen layers would take about \d+ s in all, and \d+ s with [\d.]+ [kM]?B of a"
     )
-    assert re.match(figures, quick.facts["why"])
-    assert quick.line == f"training is live: {quick.facts['why']}"
+    assert re.match(figures, quick.cache_info["why"])
+    assert quick.summary == f"training reads images: {quick.cache_info['why']}"
 
 
 def test_small_rows_are_cached_however_quick_the_frozen_part_is(plan) -> None:
-    assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "probe", "val", "test"}
+    assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "train_eval", "val", "test"}
 
 
 def test_require_caches_what_auto_would_not(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SMALL", 0)
+    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
     words = ("freeze=last_stages", "augment=none")
-    assert plan(1e9, *words).facts["used"] is False
-    assert plan(1e9, *words, "cache.mode=require").facts["used"] is True
+    assert plan(1e9, *words).cache_info["used"] is False
+    assert plan(1e9, *words, "cache.mode=require").cache_info["used"] is True
 
 
 def test_large_maps_that_are_there_are_read(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("freeze=last_stages", "augment=none")
-    plan(1e9, *words, "cache.mode=require").open(Reporter())
-    monkeypatch.setattr(planning, "SMALL", 0)
-    assert plan(1e9, *words).line.startswith("read from cache")
+    plan(1e9, *words, "cache.mode=require").open_all(Reporter())
+    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
+    assert plan(1e9, *words).summary.startswith("read from cache")
 
 
 def test_more_epochs_make_caching_worth_it(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SMALL", 0)
-    monkeypatch.setattr(planning, "WRITE", 2e-6)
-    used = [plan(100.0, "freeze=last_stages", "augment=none", f"epochs={n}").facts["used"] for n in (1, 100)]
+    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
+    monkeypatch.setattr(decisions, "WRITE_SECONDS_PER_BYTE", 2e-6)
+    used = [plan(100.0, "freeze=last_stages", "augment=none", f"epochs={n}").cache_info["used"] for n in (1, 100)]
     assert used == [False, True]
 
 
@@ -330,7 +335,7 @@ def test_no_training_step_is_run_where_the_user_leaves_one_choice(
     run, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its speed decides nothing then."""
-    monkeypatch.setattr(planning, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
+    monkeypatch.setattr(decisions, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
     for words in (("freeze=none", "augment=none"), ("freeze=last_stages", "augment=none")):
         ended = run(*words, "freeze.head_init=random")
         assert ended.code == 0

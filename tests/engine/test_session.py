@@ -63,11 +63,15 @@ def test_what_was_made_for_a_model_goes_with_it(session: Session, on_shapes) -> 
     made: list[int] = []
     make = lambda: made.append(1) or len(made)  # noqa: E731
     model_of(session, on_shapes())
-    assert [session.once("key", make), session.once("key", make), session.once("other", make)] == [1, 1, 2]
+    assert [
+        session.get_or_create("key", make),
+        session.get_or_create("key", make),
+        session.get_or_create("other", make),
+    ] == [1, 1, 2]
     model_of(session, on_shapes())
-    assert session.once("key", make) == 1
+    assert session.get_or_create("key", make) == 1
     model_of(session, on_shapes("seed=1"))
-    assert session.once("key", make) == 3
+    assert session.get_or_create("key", make) == 3
 
 
 def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pytest.MonkeyPatch) -> None:

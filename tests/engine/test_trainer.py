@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 from tests.conftest import Compose
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
+from tlcli.engine.activations import Workload
+from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import eval_mode, evaluate
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.planning import plan_inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
@@ -39,10 +40,11 @@ class Setting:
         self.model: Classifier = session.model(spec.backbone, self.data.classes, size=spec.image.size, seed=spec.seed)
         self.contract = apply_freeze(spec.freeze, self.model)
         self.contract.seal()
-        self.plan = plan_inputs(self.data, self.model, self.contract, spec, CPU, session, needs_probe=False)
-        self.device = self.plan.device
+        workload = Workload(self.data, self.model, self.contract, spec, CPU, session)
+        inputs = Inputs(decide(workload), workload)
+        self.device = inputs.device
         self.device.place(self.model.network)
-        self.inputs: Inputs = self.plan.open(Reporter())
+        self.inputs = inputs.open_all(Reporter())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
         self.running: list[RunningLoss] = []

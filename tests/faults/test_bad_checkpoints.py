@@ -1,7 +1,7 @@
 """Checkpoints that are cut short, empty, of something else, or meant to do harm: to train from, to load, to compare.
 
 Weights of another backbone, tensors that are missing, unknown, of another shape or not finite, and a state dict with a
-payload are in tests/models/test_build.py; classes that were renamed are there and in tests/test_evaluation.py.
+payload are in tests/models/test_build.py; classes that were renamed are there and in tests/test_evaluate.py.
 """
 
 import json

@@ -18,7 +18,7 @@ from tlcli.data.dataset import load_dataset
 from tlcli.data.layout import survey
 from tlcli.data.listing import check_dataset, list_imagefolder
 from tlcli.data.source import Arrays, Split
-from tlcli.evaluation import remap_labels
+from tlcli.evaluate import remap_labels
 from tlcli.reporter import Reporter
 
 COMPOSED, IN_TWO = "caf\u00e9", "cafe\u0301"

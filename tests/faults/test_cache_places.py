@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.mounts import UNSHARE, can_mount
 from tlcli.cli import main
-from tlcli.engine.activations import Tables
+from tlcli.engine.session import ActivationReader
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
 from tlcli.store import Store, Writer
@@ -87,15 +87,15 @@ def test_where_no_cache_can_be_training_is_live_and_one_line_says_so(
 def test_an_entry_that_is_removed_when_it_has_just_been_found_is_filled_once_more(
     live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, removed = Tables.open, []
+    opened, removed = ActivationReader.open, []
 
-    def after_removal(self: Tables, entry: Any) -> Any:
+    def after_removal(self: ActivationReader, entry: Any) -> Any:
         if not removed:
             removed.append(entry.key)
             Store(tmp_path / "cache").remove(entry.key)
         return opened(self, entry)
 
-    monkeypatch.setattr(Tables, "open", after_removal)
+    monkeypatch.setattr(ActivationReader, "open", after_removal)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
     assert removed
@@ -108,13 +108,13 @@ def test_an_entry_that_is_removed_when_it_has_just_been_found_is_filled_once_mor
 def test_an_entry_that_is_removed_again_and_again_means_live(
     live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Tables.open
+    opened = ActivationReader.open
 
-    def after_removal(self: Tables, entry: Any) -> Any:
+    def after_removal(self: ActivationReader, entry: Any) -> Any:
         shutil.rmtree(entry.path)
         return opened(self, entry)
 
-    monkeypatch.setattr(Tables, "open", after_removal)
+    monkeypatch.setattr(ActivationReader, "open", after_removal)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
     assert len([line for line in ended.lines if line.startswith("note") and "live" in line]) == 1

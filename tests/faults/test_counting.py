@@ -20,11 +20,9 @@ from tlcli.data.batches import ImageBatches
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
-from tlcli.engine import activations
-from tlcli.engine.activations import ActivationLoader
+from tlcli.engine import loaders
 from tlcli.engine.evaluate import evaluate
-from tlcli.engine.inputs import BatchLoader
-from tlcli.engine.live import ImageLoader
+from tlcli.engine.loaders import ActivationLoader, BatchLoader, ImageLoader
 from tlcli.engine.metrics import test_report as report_of
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Architecture, Classifier, Stage
@@ -97,7 +95,7 @@ def test_every_image_counts_once_whatever_the_sizes(
     feed: Callable[[Split, int], BatchLoader], sizes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1 to 257 images, which most of the time the batches do not divide."""
-    monkeypatch.setattr(activations, "READ_ROWS", 1)  # else they are all read at once
+    monkeypatch.setattr(loaders, "READ_ROWS", 1)  # else they are all read at once
     for n in range(1, 258):
         for k in range(sizes):
             counts_each_once(feed(coded(n), BATCH_SIZES[(n + k) % len(BATCH_SIZES)]), n)

@@ -323,7 +323,7 @@ def test_other_threads_or_activations_are_said_not_to_be_exact(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert main(["train", "--resume", str(stopped)]) == 0
-    assert "not be exactly that of an undisturbed run: torch 9.9.9, it was" in capsys.readouterr().out
+    assert "differ from that of an uninterrupted run: torch 9.9.9, it was" in capsys.readouterr().out
 
 
 def test_the_number_of_threads_is_taken_over(stopped: Path) -> None:

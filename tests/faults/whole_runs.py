@@ -33,10 +33,10 @@ def at_once(folder: Path, n: int, words: list[str]) -> list[Any]:
     def member(number: int, wait: Callable[[], None]) -> int:
         entry = SplitActivations.entry
 
-        def when_all_are_here(self: SplitActivations, reporter: Any) -> Any:
+        def when_all_are_here(self: SplitActivations, *args: Any) -> Any:
             wait()
             SplitActivations.entry = entry  # type: ignore[method-assign]
-            return entry(self, reporter)
+            return entry(self, *args)
 
         SplitActivations.entry = when_all_are_here  # type: ignore[method-assign]
         return run(folder, str(number), words)

@@ -20,9 +20,10 @@ from tlcli.data.near import coefficients, joined, near_pairs, thumbnail
 from tlcli.data.threads import map_in_threads
 from tlcli.data.together import ConcatSplits
 from tlcli.device import prepare
+from tlcli.engine.activations import Workload, image_size
+from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import features
-from tlcli.engine.inputs import image_size
-from tlcli.engine.planning import plan_inputs
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.session import Session
 from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
@@ -180,8 +181,10 @@ def _features(
         return None
     model.network.to(accelerator)
     contract = apply_freeze(spec.freeze, model)
-    plan = plan_inputs(found.data, model, contract, spec, accelerator, session, needs_probe=True)
-    plan.device.place(model.network)
-    inputs = plan.open(reporter)
-    feeds = (inputs.probe, inputs.val, plan.open_test(reporter))
-    return torch.cat([features(model.network, head, feed, plan.device, reporter, "features")[0] for feed in feeds])
+    workload = Workload(found.data, model, contract, spec, accelerator, session, needs_probe=True)
+    inputs = Inputs(decide(workload), workload)
+    inputs.device.place(model.network)
+    loaders = [inputs.open(name, reporter) for name in ("train_eval", "val", "test")]
+    return torch.cat(
+        [features(model.network, head, loader, inputs.device, reporter, "features")[0] for loader in loaders]
+    )

@@ -12,7 +12,7 @@ from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, strip_control_chars
 
 if TYPE_CHECKING:
-    from tlcli.evaluation import Evaluation
+    from tlcli.evaluate import Evaluation
 
 HELP = """\
 usage: tlcli eval RUN [KEY=VALUE ...] [split=test|val|train]
@@ -131,11 +131,11 @@ def _evaluated(words: Words) -> "Evaluation":
     spec = saved_spec(run_dir, words.overrides) if words.overrides else trained
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
     with fast_imports():
-        from tlcli.evaluation import Asked, evaluate_run
+        from tlcli.evaluate import EvaluationRequest, evaluate_run
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 
-    asked = Asked(words.run, words.checkpoint, words.split, spec, trained)
+    asked = EvaluationRequest(words.run, words.checkpoint, words.split, spec, trained)
     return evaluate_run(asked, TerminalReporter() if words.format == "table" else Reporter())
 
 
@@ -168,7 +168,7 @@ def _lines(found: "Evaluation") -> Iterator[tuple[str, str]]:
     place = data.get("file") or data["root"]
     yield "weights", f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}"
     yield "data", strip_control_chars(data["name"] + (f", {place}" if place else ""))
-    yield "evaluated", f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {found.words}"
+    yield "evaluated", f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {found.description}"
     if found.bad_files:
         yield "left out", f"{len(found.bad_files):,} that do not decode"
     yield "accuracy", f"{report['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f} (Wilson)"

@@ -1,44 +1,47 @@
-"""Activations: what the frozen part gives for each image, computed once and read from then on.
+"""Activations: the output of the frozen prefix per image, computed once and read from then on.
 
-A key stands for everything that the values depend on, so that an entry is right or is not found:
+A key covers everything that the values depend on, so that an entry is right or is not found:
     the prefix: its operations, and the digest of every tensor that it uses (this says where the cut is, too)
     the images: names, sizes and content digests, in order; the preprocessing; the rules and library that decode
     the view: none, or its number with the augmentation and the seed
-    the number format of arithmetic and of storage, the kind of device, the versions of torch, torchvision and timm
+    the dtypes of arithmetic and of storage, the kind of device, the versions of torch, torchvision and timm
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches, epoch_order
+from tlcli.data.augment import make_augmentation
+from tlcli.data.batches import ImageBatches
+from tlcli.data.dataset import Dataset
 from tlcli.data.decode import decoder
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.source import Split
-from tlcli.device import SHORT, Device
+from tlcli.device import SHORT, auto_workers, machine_name
 from tlcli.engine.extraction import Extractor, Speed
-from tlcli.engine.live import Batch
+from tlcli.engine.gradients import is_plain_linear
+from tlcli.engine.numerics import ComputeFormat
+from tlcli.engine.session import Session
+from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentSpec
+from tlcli.specs import AugmentSpec, CacheMode, TrainSpec
 from tlcli.store import CacheEntry, Column, Store
 from tlcli.text import to_plain
+from tlcli.transfer.contract import FreezeContract
+from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
-Table = tuple[Tensor, ...]
-"""A row for each image in every tensor that crosses the cut."""
-
-ROWS = 1
-"""The version of the rules by which an image becomes a row: part of every key."""
-READ_BYTES, READ_ROWS = 4 * 1024 * 1024, 1024
-"""What is read at a time, at the most, where a batch is less: to gather a few rows costs as much as to gather many."""
+ROW_FORMAT_VERSION = 1
+"""Of the rules by which an image becomes a row: part of every key."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,13 @@ def activations_key(
     columns: Sequence[Column],
     device_kind: str,
 ) -> str:
-    """The digest of all that activations depend on; `images` is the fingerprint of the split."""
+    """Return the digest of all that activations depend on; `images` is the fingerprint of the split."""
     ingredients = {
         "prefix": prefix_digest,
         "preprocessing": preprocessing.to_json(),
         "images": images,
         "decoder": decoder(),
-        "rows": ROWS,
+        "rows": ROW_FORMAT_VERSION,
         "view": None if view is None else to_plain({"kind": view.augment.kind, **asdict(view)}),
         "dtype": SHORT[dtype],
         "columns": [asdict(column) for column in columns],
@@ -76,7 +79,7 @@ def activations_key(
 
 
 class SplitActivations:
-    """The rows of one split, in its order: in the store, or extracted into it when they are first wanted."""
+    """The rows of one split, in its order: in the store, or extracted into it on first use."""
 
     def __init__(
         self,
@@ -86,187 +89,245 @@ class SplitActivations:
         key: str,
         columns: tuple[Column, ...],
         view: View | None,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> None:
-        self._store = store
-        self._batches = batches
+        self._store, self._batches, self._columns, self._view = store, batches, columns, view
+        self._metadata = metadata
         self.extractor = extractor
-        self._columns = columns
-        self._view = view
-        self._facts = facts
         self.key = key
         self.speed: Speed | None = None
         self.found: CacheEntry | None = None
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self._batches.split)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per image."""
+        return sum(column.nbytes for column in self._columns)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return len(self) * sum(column.nbytes for column in self._columns)
+        return len(self) * self.row_bytes
 
     @property
     def filled(self) -> bool:
-        """Whether they are in the store, as far as a quick look tells."""
+        """True if the store has them, as far as a quick check tells."""
         return self._store.exists(self.key)
 
-    def entry(self, reporter: Reporter) -> CacheEntry:
-        """The entry, extracted first where it is missing or damaged. Raises OSError where it cannot be written."""
+    def entry(self, reporter: Reporter, extractor: Extractor | None = None) -> CacheEntry:
+        """Return the entry; it is extracted first (with `extractor`, if given) if it is missing or damaged.
+
+        Raises OSError if it cannot be written.
+        """
         self.found = self._store.find(self.key)
         if self.found is None:
             waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
             with self._store.lock_for_write(self.key, waiting):
-                self.found = self._store.find(self.key) or self._extract(reporter)
+                self.found = self._store.find(self.key) or self._extract(extractor or self.extractor, reporter)
         return self.found
 
-    def _extract(self, reporter: Reporter) -> CacheEntry:
+    def _extract(self, extractor: Extractor, reporter: Reporter) -> CacheEntry:
         start = time.perf_counter()
-        self.extractor.prepare(reporter)
-        compiling = time.perf_counter() - start
-        facts = {**self._facts, "computed": self.extractor.why}
-        label = f"activations of {self._facts['split']}" + (f", view {self._view.number}" if self._view else "")
+        extractor.prepare(reporter)
+        compile_seconds = time.perf_counter() - start
+        metadata = {**self._metadata, "computed": extractor.why}
+        label = f"activations of {self._metadata['split']}" + (f", view {self._view.number}" if self._view else "")
         with (
-            self._store.create(self.key, len(self), self._columns, facts) as writer,
+            self._store.create(self.key, len(self), self._columns, metadata) as writer,
             reporter.track(label, len(self)) as advance,
         ):
             for images, labels in self._batches.in_order(view=self._view.number if self._view else None):
-                writer.append([memoryview(_bytes(t)) for t in self.extractor(images)])
+                rows: list[Any] = [t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
+                writer.append([memoryview(row) for row in rows])
                 advance(len(labels))
-        numerics = self.extractor.numerics
         self.speed = Speed(
             images=len(self),
             seconds=time.perf_counter() - start,
-            compile_seconds=compiling,
-            dtype=SHORT[numerics.dtype],
-            memory_format=str(numerics.memory_format).removeprefix("torch."),
-            why=self.extractor.why,
+            compile_seconds=compile_seconds,
+            dtype=SHORT[extractor.numerics.dtype],
+            memory_format=str(extractor.numerics.memory_format).removeprefix("torch."),
+            why=extractor.why,
         )
-        assert writer.entry is not None
         return writer.entry
 
 
-def _bytes(t: Tensor) -> Any:
-    """The memory of a contiguous tensor on the CPU."""
-    return t.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-class Tables:
-    """Opens entries as tensors: in memory while they fit in `ram_bytes`, else mapped from their files, of which the
-    system keeps in memory what it has room for. What is in memory stays for the next job of the process."""
-
-    def __init__(self, ram_bytes: int) -> None:
-        self._left = ram_bytes
-        self._held: dict[str, Table] = {}
-
-    def open(self, entry: CacheEntry) -> Table:
-        """The tensors of an entry, each (rows, ...). Raises FileNotFoundError where somebody has just removed it."""
-        if entry.key in self._held:
-            return self._held[entry.key]
-        table = tuple(_mapped(entry, i) for i in range(len(entry.columns)))
-        if entry.nbytes <= self._left:
-            self._left -= entry.nbytes
-            table = self._held[entry.key] = tuple(t.clone() for t in table)
-        return table
-
-
-def _mapped(entry: CacheEntry, i: int) -> Tensor:
-    column = entry.columns[i]
-    dtype: torch.dtype = getattr(torch, column.dtype)
-    shape = (entry.rows, *column.shape)
-    try:
-        flat = torch.from_file(str(entry.file(i)), shared=False, size=torch.Size(shape).numel(), dtype=dtype)
-    except RuntimeError:
-        entry.file(i).stat()  # FileNotFoundError, where that is why
-        raise
-    return flat.view(shape)
-
-
-class ActivationLoader:
-    """Rows of activations as the loop reads them, in the order in which live images would come.
-
-    Args:
-        tables: one for each view, or one in all.
-        rows: where the images of this split stand in them.
-        network: what takes the activations: the suffix.
-        head: the layer that the suffix is, where it is one bare linear layer. Its steps are so short that a second
-            thread costs more than it brings, and a hundred times that on a busy machine.
-        dtype: the number format that it runs in.
-    """
-
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        rows: Tensor,
-        labels: Tensor,
-        *,
-        network: nn.Module,
-        head: nn.Linear | None,
-        dtype: torch.dtype,
-        device: Device,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.network = network
-        self.head = head
-        self.threads = None if head is None else 1
-        self.dtype = dtype
-        self._tables = tables
-        self._rows = rows
-        self._labels = device.put(labels)
-        self._device = device
-        self._batch_size = batch_size
-        self._seed = seed
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self._rows)
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch (1, 2, ...), in the view whose turn it is; without the first
-        `start` batches."""
-        order = torch.from_numpy(epoch_order(len(self), self._seed, number))
-        table = self._tables[(number - 1) % len(self._tables)]
-        return self._read(table, order, self._batch_size, start)
-
-    def in_order(self) -> Iterator[Batch]:
-        """Every image once, in order, in the first table."""
-        return self._read(self._tables[0], torch.arange(len(self)), max(self._rows_at_once(), self._batch_size))
-
-    def _rows_at_once(self) -> int:
-        row_bytes = sum(t[0].numel() * t.element_size() for t in self._tables[0])
-        return max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
-
-    def _read(self, table: Table, order: Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """The batches from number `start` on. What is read at a time begins at the same batches whatever `start` is, so
-        that each lies in memory as it would have without one: kernels may round by that."""
-        rows, labels = self._rows[order], self._labels[order.to(self._labels.device)]
-        many = max(1, self._rows_at_once() // batch_size)
-        for chunk in range(start - start % many, -(-len(order) // batch_size), many):
-            part = slice(chunk * batch_size, (chunk + many) * batch_size)
-            read = [torch.split(self._ready(t.index_select(0, rows[part])), batch_size) for t in table]
-            batches = zip(zip(*read, strict=True), torch.split(labels[part], batch_size), strict=True)
-            for x, y in islice(batches, max(0, start - chunk), None):
-                yield tuple(t.detach() for t in x), y  # else autograd would mind what is written into one of them
-
-    def _ready(self, t: Tensor) -> Tensor:
-        x = self._device.put(t)
-        if self.dtype == torch.float32:
-            x = x.float()
-        if x.ndim == 4:  # stored as (B, H, W, C)
-            x = x.permute(0, 3, 1, 2).contiguous(memory_format=self._device.memory_format)
-        return x
-
-
 def merge_splits(splits: Sequence[Split]) -> Split:
-    """The images of several splits of the same source together, by position and each once: a validation split that
-    is held out anew, with another seed, then needs no other activations."""
+    """Return the images of several splits of one source, by position and each once: the activations then serve a
+    validation split that is drawn with another seed, too."""
     first = splits[0]
-    indices, places = np.unique(np.concatenate([split.indices for split in splits]), return_index=True)
-    return Split(first.images, indices, np.concatenate([split.labels for split in splits])[places])
+    indices, positions = np.unique(np.concatenate([split.indices for split in splits]), return_index=True)
+    return Split(first.images, indices, np.concatenate([split.labels for split in splits])[positions])
 
 
 def row_indices(pool: Split, split: Split) -> Tensor:
-    """Where the images of a split stand in a pool that has them all."""
+    """Return the index in `pool` of each image of a split that is part of it."""
     return torch.from_numpy(np.searchsorted(pool.indices, split.indices))
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """How a split is read from activations: `views` of the images of `pool` at a cut (one if not augmented)."""
+
+    cut: Cut
+    views: tuple[SplitActivations, ...]
+    pool: Split
+
+
+def image_size(spec: TrainSpec) -> int | None:
+    """Return the size in pixels that the user or the dataset names; None: the backbone's own."""
+    return spec.image.size or spec.dataset.image_size
+
+
+def preprocessing_for(spec: TrainSpec, classifier: Classifier) -> Preprocessing:
+    """Return how images become the network's input: by the spec, else as its weights expect."""
+    own = classifier.architecture
+    return Preprocessing(
+        size=image_size(spec) or own.size,
+        fit=spec.image.fit,
+        mean=spec.image.mean or own.mean,
+        std=spec.image.std or own.std,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """The data, the network and the machine of a run: what decisions are made about.
+
+    Splits are named train, train_eval (train as evaluation sees it), val and test. `needs_probe`: the head starts from
+    a linear probe on train_eval.
+    """
+
+    data: Dataset
+    classifier: Classifier
+    contract: FreezeContract
+    spec: TrainSpec
+    accelerator: torch.device
+    session: Session
+    needs_probe: bool = False
+    _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the network's input."""
+        return preprocessing_for(self.spec, self.classifier)
+
+    @property
+    def workers(self) -> int:
+        """The number of processes that decode."""
+        workers = self.spec.device.workers
+        return workers if workers is not None else auto_workers(self.accelerator)
+
+    @property
+    def augments(self) -> bool:
+        """True if training images differ from what evaluation sees."""
+        return make_augmentation(self.spec.augment, self.preprocessing) is not None
+
+    def split(self, split_name: str) -> Split:
+        """Return the images of a split."""
+        split: Split = getattr(self.data, "train" if split_name == "train_eval" else split_name)
+        return split
+
+    @property
+    def cut(self) -> Cut | NoCut:
+        """Where the frozen prefix ends."""
+        self.contract.train_mode()  # the cut depends on the modes in which the network trains
+        return self._cut(("cut", self.preprocessing.size, repr(self.spec.freeze)), None)
+
+    @property
+    def features_cut(self) -> Cut | NoCut:
+        """The cut at the head, for the features of a probe before training."""
+        head = self.classifier.head_parameters()
+        return self._cut(("features", self.preprocessing.size, head), head)
+
+    def _cut(self, key: Hashable, trainable: frozenset[str] | None) -> Cut | NoCut:
+        if self.spec.cache.mode is CacheMode.off:
+            return NoCut("cache.mode=off")
+        network, size = self.classifier.network, self.preprocessing.size
+        return self.session.get_or_create(key, lambda: split_frozen(network, size, trainable))
+
+    def plain_head(self, cut: Cut) -> nn.Linear | None:
+        """Return the head if the suffix of the cut is one plain linear layer and nothing else."""
+        names = self.classifier.architecture.head
+        head = self.classifier.network.get_submodule(names[0])
+        if len(names) == 1 and cut.at == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
+            return head if cut.shapes == ((head.in_features,),) else None
+        return None
+
+    def extractor(self, cut: Cut, option: ComputeFormat, *, compiled: bool = False) -> Extractor:
+        """Return what runs the prefix of a cut over images; one per cut, format and way for all jobs of the process.
+
+        A compiled one has been told to expect images, else it is as eager as the other.
+        """
+        spec, preprocessing = self.spec, self.preprocessing
+        machine = machine_name(self.accelerator)
+        note = f"{spec.backbone.name} {cut.at} {preprocessing} {option.words} {machine} {torch.__version__}"
+        note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
+        store, stored = self.session.store, spec.cache.dtype
+        key = ("extractor", id(cut), option.words, preprocessing, stored, compiled)
+        return self.session.get_or_create(
+            key, lambda: Extractor(cut.prefix, preprocessing, self.accelerator, option, stored, store, note_key)
+        )
+
+    def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
+        """Return where the rows of a split are if the splits in `cached` are read from activations of this format.
+
+        train_eval and val are read from one pool if training reads activations, too. If it does not, train_eval is cut
+        at the head: it serves the probe alone.
+        """
+        spec, data = self.spec, self.data
+        cut = self.features_cut if split_name == "train_eval" and "train" not in cached else self.cut
+        assert isinstance(cut, Cut)
+        pool, label, numbers = self.split(split_name), split_name.removesuffix("_eval"), [None]
+        if split_name == "train" and self.augments:
+            views = range(min(spec.cache.views or 0, spec.epochs))  # later ones would never be read
+            numbers = list(views)  # type: ignore[arg-type]
+        elif split_name != "test" and {"train", "train_eval"} <= set(cached) and data.train.images is data.val.images:
+            pool, label = merge_splits([data.train, data.val]), "train+val"
+        found = [self._activations(cut, option, pool, label, number) for number in numbers]
+        return CachedSplit(cut, tuple(found), pool)
+
+    def _activations(
+        self, cut: Cut, option: ComputeFormat, pool: Split, label: str, number: int | None
+    ) -> SplitActivations:
+        memo = (id(cut), option.words, label, number)
+        if memo not in self._splits:
+            self._splits[memo] = self._new_activations(cut, self.extractor(cut, option), pool, label, number)
+        return self._splits[memo]
+
+    def _new_activations(
+        self, cut: Cut, extractor: Extractor, pool: Split, label: str, number: int | None
+    ) -> SplitActivations:
+        spec, preprocessing, columns = self.spec, self.preprocessing, extractor.columns()
+        view = None if number is None else View(number, spec.seed, spec.augment)
+        batches = ImageBatches(
+            pool,
+            preprocessing,
+            batch_size=extractor.batch_size,
+            workers=self.workers,
+            augmentation=make_augmentation(spec.augment, preprocessing) if view else None,
+            seed=spec.seed,
+            pin_memory=self.accelerator.type == "cuda",
+        )
+        key = activations_key(
+            prefix_digest=self.session.get_or_create(("digest", id(cut)), cut.digest),
+            preprocessing=preprocessing,
+            images=pool.fingerprint(),
+            view=view,
+            dtype=extractor.numerics.dtype,
+            columns=columns,
+            device_kind=self.accelerator.type,
+        )
+        root = spec.dataset.root
+        metadata = {
+            "dataset": f"{spec.dataset.name} {Path(root).name}" if root else spec.dataset.name,
+            "split": label,
+            "backbone": spec.backbone.name,
+            "at": cut.at,
+            "image": f"{preprocessing.size} px, {preprocessing.fit.value}",
+            "view": number,
+            "dtype": extractor.numerics.words,
+        }
+        return SplitActivations(self.session.store, batches, extractor, key, columns, view, metadata)

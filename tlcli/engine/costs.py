@@ -18,18 +18,26 @@ from tlcli.data.dataset import Dataset
 from tlcli.data.preprocess import Preprocessing
 from tlcli.data.reading import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import ActivationLoader, Table
+from tlcli.engine.activations import Workload
+from tlcli.engine.decisions import (
+    device_with,
+    measure_extraction,
+    measure_network,
+    measure_suffix,
+    not_worthwhile_reason,
+    uncacheable_reason,
+)
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.extraction import Extractor
-from tlcli.engine.inputs import EVALUATION_BATCH, BatchLoader, LiveFeeds
+from tlcli.engine.inputs import MAX_EVALUATION_BATCH, image_loader
+from tlcli.engine.loaders import ActivationLoader, BatchLoader
+from tlcli.engine.loaders import ActivationTensors as Table
 from tlcli.engine.numerics import ComputeFormat
-from tlcli.engine.planning import SMALL, Planner
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode, TrainSpec
-from tlcli.text import size_text
+from tlcli.specs import TrainSpec
 from tlcli.transfer.cut import Cut
 
 FIRST = 8
@@ -78,60 +86,64 @@ class Cached:
     why_live: str | None
 
 
-class CostMeter(Planner):
+class CostMeter:
     """Measures one spec on a sample of its data. `data` is the whole set, of which only the sample is read."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
 
     def live(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Speeds:
         """Training and evaluation on images, decoding not included."""
-        device, _ = shared.live = shared.live or self._measured_live()
-        device.place(self.model.network)
-        spec = _still(self.spec)
+        if shared.live is None:
+            formats = measure_network(self.workload)
+            shared.live = device_with(self.workload, *formats), formats[1]
+        device, spec = shared.live[0], _still(self.workload.spec)
+        device.place(self.workload.classifier.network)
 
-        def feed(role: str, n: int) -> BatchLoader:
-            return LiveFeeds(first(sample, n), self.model.network, spec, self.preprocessing, device).feed(
-                role, reporter
-            )
+        def feed(split_name: str, n: int) -> BatchLoader:
+            return image_loader(replace(self.workload, data=first(sample, n), spec=spec), device, split_name, reporter)
 
         fit = self._fitting(spec, device, reporter)
         most = min(len(sample.train), spec.batch_size)
         shared.images, train = speed(lambda n: fit(feed("train", n)), most, shared.images, TOO_LONG_LIVE)
         if shared.evaluate is None:
-            look = lambda n: evaluate(self.model.network, feed("probe", n), device, reporter, "")  # noqa: E731
-            most = min(len(sample.train), EVALUATION_BATCH, 4 * spec.batch_size)
+            look = lambda n: evaluate(self.workload.classifier.network, feed("train_eval", n), device, reporter, "")  # noqa: E731
+            most = min(len(sample.train), MAX_EVALUATION_BATCH, 4 * spec.batch_size)
             shared.evaluate = speed(look, most)[1]
         return Speeds(train, shared.evaluate)
 
     def cached(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Cached | str:
         """Training on activations of the sample, or why the network cannot be cut."""
-        if not isinstance(self.cut, Cut):
-            return self.cut.why
-        shared.prefix = shared.prefix or self._measured_extraction(self.cut)
-        extractor = self._extractor(self.cut, shared.prefix)
-        device = self._device(self._suffix_numerics(self.cut, extractor, shared), extractor.numerics)
-        device.place(self.model.network)
+        workload, cut = self.workload, self.workload.cut
+        if not isinstance(cut, Cut):
+            return cut.why
+        shared.prefix = shared.prefix or measure_extraction(workload, cut)
+        extractor = workload.extractor(cut, shared.prefix)
+        device = device_with(workload, self._suffix_numerics(cut, extractor, shared), extractor.numerics)
+        device.place(workload.classifier.network)
         table, images_per_second = self._extracted(extractor, sample, reporter)
         row, images = sum(column.nbytes for column in extractor.columns()), self._images_to_extract()
         return Cached(
-            at=self.cut.at,
+            at=cut.at,
             row_bytes=row,
             rows=images,
             first_pass=extractor.about(images, images_per_second),
-            speeds=self._suffix_speeds(self.cut, table, sample, device, reporter),
-            why_live=self._why_live(extractor, images, row),
+            speeds=self._suffix_speeds(cut, table, sample, device, reporter),
+            why_live=uncacheable_reason(workload) or not_worthwhile_reason(workload, shared.prefix, images, row),
         )
 
     def _suffix_numerics(self, cut: Cut, extractor: Extractor, shared: Shared) -> ComputeFormat:
         """The format of the suffix; that of a bare head is no measure for others."""
-        if self._bare_head(cut) is not None:
-            return self._measured_suffix(extractor)
-        shared.suffix = shared.suffix or self._measured_suffix(extractor)
+        if self.workload.plain_head(cut) is not None:
+            return measure_suffix(self.workload, cut, extractor.numerics)
+        shared.suffix = shared.suffix or measure_suffix(self.workload, cut, extractor.numerics)
         return shared.suffix
 
     def _extracted(self, extractor: Extractor, sample: Dataset, reporter: Reporter) -> tuple[Table, float]:
         """The rows of a batch of the sample, and how many a second."""
         extractor.prepare(reporter)
         batch = first(sample, extractor.batch_size).train
-        batches = ImageBatches(batch, self.preprocessing, batch_size=extractor.batch_size, workers=0)
+        batches = ImageBatches(batch, self.workload.preprocessing, batch_size=extractor.batch_size, workers=0)
         rows: list[Table] = []
 
         def extract(n: int) -> None:
@@ -143,7 +155,7 @@ class CostMeter(Planner):
 
     def _suffix_speeds(self, cut: Cut, table: Table, sample: Dataset, device: Device, reporter: Reporter) -> Speeds:
         """Over as many rows as there are training images, where that is quick: the same rows again and again."""
-        spec, labels = _still(self.spec), torch.from_numpy(sample.train.labels)
+        spec, labels = _still(self.workload.spec), torch.from_numpy(sample.train.labels)
 
         def feed(n: int) -> BatchLoader:
             rows = torch.arange(n) % len(table[0])
@@ -152,7 +164,7 @@ class CostMeter(Planner):
                 rows,
                 labels[rows],
                 network=cut.suffix,
-                head=self._bare_head(cut),
+                head=self.workload.plain_head(cut),
                 dtype=device.train_dtype,
                 device=device,
                 batch_size=spec.batch_size,
@@ -160,15 +172,17 @@ class CostMeter(Planner):
             )
 
         fit = self._fitting(spec, device, reporter)
-        look = lambda n: evaluate(self.model.network, feed(n), device, reporter, "")  # noqa: E731
-        most = len(self.data.train)
-        few = most if self._bare_head(cut) is not None else min(FIRST, most)  # evaluation is a small part of an epoch
+        look = lambda n: evaluate(self.workload.classifier.network, feed(n), device, reporter, "")  # noqa: E731
+        most = len(self.workload.data.train)
+        few = (
+            most if self.workload.plain_head(cut) is not None else min(FIRST, most)
+        )  # evaluation is a small part of an epoch
         return Speeds(speed(lambda n: fit(feed(n)), most)[1], speed(look, few)[1])
 
     def _fitting(self, spec: TrainSpec, device: Device, reporter: Reporter) -> Callable[[BatchLoader], None]:
         """An epoch of training over a feed."""
-        counts = self.data.train.class_counts(len(self.data.classes))
-        trainer = Trainer(self.model, self.contract, spec, device, counts)
+        counts = self.workload.data.train.class_counts(len(self.workload.data.classes))
+        trainer = Trainer(self.workload.classifier, self.workload.contract, spec, device, counts)
 
         def fit(feed: BatchLoader) -> None:
             with suppress(NonFiniteLossError):  # the weights may be random
@@ -178,21 +192,11 @@ class CostMeter(Planner):
 
     def _images_to_extract(self) -> int:
         """How many rows one run computes."""
-        data, views = self.data, self.spec.cache.views
+        data, views = self.workload.data, self.workload.spec.cache.views
         evaluated = len(data.val) + len(data.test)
-        if not self.augments or views is None:  # None: without augmentation, which is how they could be kept
+        if not self.workload.augments or views is None:  # None: without augmentation, which is how they could be kept
             return len(data.train) + evaluated
-        return len(data.train) * (views + self.needs_probe) + evaluated
-
-    def _why_live(self, extractor: Extractor, images: int, row: int) -> str | None:
-        """Why training would read images all the same, by the planner's rules."""
-        spec = self.spec
-        why = self._why_train_cannot_be_cached() or self.store.no_room_reason(images * row)
-        if why is not None or row <= SMALL or spec.cache.mode is CacheMode.require:
-            return why
-        reads = len(self.data.train) * (spec.epochs + self.needs_probe) + len(self.data.val) * (spec.epochs + 1)
-        cached, live = self._seconds(extractor, images, reads, row)
-        return None if cached < live else f"{size_text(row)} an image take longer to keep and read than to compute"
+        return len(data.train) * (views + self.workload.needs_probe) + evaluated
 
 
 def _still(spec: TrainSpec) -> TrainSpec:

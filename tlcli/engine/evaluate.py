@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.device import Device, threads
-from tlcli.engine.inputs import BatchLoader
+from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import Predictions
 from tlcli.reporter import Reporter
 

@@ -1,238 +1,220 @@
-"""What the loop reads: live images or cached activations, as `planning` decided."""
+"""The splits of a run as loaders, opened as its decisions say."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from tlcli.data.augment import Augmentation, make_augmentation
+from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import ImageBatches
-from tlcli.data.dataset import Dataset, Split
-from tlcli.data.preprocess import Preprocessing
 from tlcli.data.reading import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import ActivationLoader, SplitActivations, Table, Tables, row_indices
-from tlcli.engine.extraction import Speed
-from tlcli.engine.formats import Decisions
-from tlcli.engine.live import Batch, ImageLoader
+from tlcli.engine.activations import CachedSplit, SplitActivations, Workload, row_indices
+from tlcli.engine.decisions import Decisions
+from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader, ImageLoader
 from tlcli.errors import TlcliError
-from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode, TrainSpec
+from tlcli.specs import CacheMode
 from tlcli.store import CacheEntry
+from tlcli.text import size_text
+from tlcli.transfer.cut import Cut
 
-EVALUATION_BATCH = 64
-"""Images a forward pass of evaluation at the most; at most four times the training batch, whose backward pass needs as
-much memory."""
-
-
-class BatchLoader(Protocol):
-    """One split as the loop reads it: batches (x, y) on the device, x as `network` takes it in the format `dtype`.
-
-    `threads` of arithmetic are best for it on a CPU (None: all). Where the features of a head are read, `head` is it.
-    """
-
-    network: nn.Module
-    dtype: torch.dtype
-    threads: int | None
-    head: nn.Linear | None
-
-    def __len__(self) -> int:
-        """The number of images."""
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Every image once, in the order of this epoch (1, 2, ...), without the first `start` batches."""
-
-    def in_order(self) -> Iterator[Batch]:
-        """Every image once, in order, as evaluation sees it."""
+MAX_EVALUATION_BATCH = 64
+"""Images per forward pass of evaluation; also at most four times the training batch, whose backward pass needs as much
+memory."""
+SPLIT_NAMES = ("train", "train_eval", "val", "test")
+ENTRY_NAMES = {"train_eval": "probe"}
+"""Names of splits in run.json's `cache.entries` that differ from those in the code."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads before its test; `probe` is train as evaluation sees it."""
+class Loaders:
+    """What a run reads before its test; `train_eval` is train as evaluation sees it, if the head needs a probe."""
 
     train: BatchLoader
-    probe: BatchLoader
     val: BatchLoader
+    train_eval: BatchLoader | None
 
 
-def image_size(spec: TrainSpec) -> int | None:
-    """The size that the user or the data set names, in pixels a side; None: the backbone's own."""
-    return spec.image.size or spec.dataset.image_size
+class Inputs:
+    """Opens splits as `decisions` say. A split whose activations cannot be written is read from images: `decisions`
+    then say so, and a note does."""
+
+    def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
+        self.decisions, self.workload = decisions, workload
+        self.device = decisions.device(workload)
+        self.preprocessing = workload.preprocessing
+        names = [name for name in split_names if name in decisions.cached]
+        self.cached = {name: workload.cached_split(name, names, decisions.eval_format) for name in names}
+
+    def open_all(self, reporter: Reporter) -> Loaders:
+        """Open what a run reads before its test."""
+        train_eval = self.open("train_eval", reporter) if self.workload.needs_probe else None
+        return Loaders(self.open("train", reporter), self.open("val", reporter), train_eval)
+
+    def open(self, split_name: str, reporter: Reporter) -> BatchLoader:
+        """Return the loader of a split; nothing runs on its images before. Missing activations are computed."""
+        split = self.cached.get(split_name)
+        if split is None:
+            return image_loader(self.workload, self.device, split_name, reporter)
+        try:
+            views = [self._tensors(split, source, split_name, reporter) for source in split.views]
+        except OSError as error:  # the disk is full, or its folder was removed
+            self._fall_back(split_name, f"activations cannot be written ({error.strerror or error})", reporter)
+            return self.open(split_name, reporter)
+        images = self.workload.split(split_name)
+        return ActivationLoader(
+            views,
+            row_indices(split.pool, images),
+            torch.from_numpy(images.labels),
+            network=split.cut.suffix,
+            head=self.workload.plain_head(split.cut),
+            dtype=self.decisions.suffix_dtype,
+            device=self.device,
+            batch_size=self.workload.spec.batch_size,
+            seed=self.workload.spec.seed,
+        )
+
+    @property
+    def trained_network(self) -> nn.Module:
+        """What runs on the batches of train: the suffix, or the whole network."""
+        cut = self.workload.cut if "train" in self.decisions.cached else None
+        return cut.suffix if isinstance(cut, Cut) else self.workload.classifier.network
+
+    def _tensors(
+        self, split: CachedSplit, source: SplitActivations, split_name: str, reporter: Reporter
+    ) -> ActivationTensors:
+        compiled = split_name in self.decisions.compiled
+        extractor = self.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
+        for attempt in (1, 2):  # an entry may be removed between being found and being read
+            entry = source.entry(reporter, extractor)
+            try:
+                tensors = self.workload.session.reader.open(entry)
+            except FileNotFoundError:
+                if attempt == 2:
+                    raise
+                continue
+            break
+        # the entry may be an earlier run's, and compiling may have failed
+        names = {split_name} if str(entry.metadata.get("computed")).startswith("compiled") else set()
+        self.decisions = replace(self.decisions, compiled=self.decisions.compiled - {split_name} | names)
+        return tensors
+
+    def _fall_back(self, split_name: str, reason: str, reporter: Reporter) -> None:
+        """Read a split, and all others whose activations are missing, from images."""
+        if self.workload.spec.cache.mode is CacheMode.require:
+            raise TlcliError(f"cache.mode=require: {reason}")
+        reporter.note(f"{reason}: reading images instead")
+        lost = {name for name, split in self.cached.items() if not all(view.filled for view in split.views)}
+        lost.add(split_name)
+        self.decisions = self.decisions.without(lost, reason)
+        self.cached = {name: split for name, split in self.cached.items() if name not in lost}
+
+    # -- for run.json and the plan
+
+    @property
+    def cache_info(self) -> dict[str, Any]:
+        """The value of `cache` in run.json."""
+        train = self.cached.get("train")
+        return {
+            "used": train is not None,
+            "key": train.views[0].key if train else None,
+            "why": self.decisions.reasons.get("train", ""),
+            "at": self.decisions.cut,
+            "entries": {
+                ENTRY_NAMES.get(name, name): [source.key for source in split.views]
+                for name, split in self.cached.items()
+            },
+        }
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """How the formats of training and evaluation were chosen."""
+        return {use: self.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
+
+    @property
+    def summary(self) -> str:
+        """What is read from the cache, what is computed and what that costs, in one line."""
+        reasons = self.decisions.reasons
+        if "train" in self.cached:
+            uncached = [f"{name} reads images: {reasons[name]}" for name in ("val", "test") if name in reasons]
+        else:
+            uncached = [f"training reads images: {reasons['train']}"]
+        if not self.cached:
+            return "; ".join(uncached)
+        sources = self._sources()
+        missing = [source for source in sources if not source.filled]
+        names = f" ({', '.join(self.cached)})" if "train" not in self.cached else ""
+        shown = missing or sources
+        size = f"{sum(map(len, shown)):,} rows, {size_text(sum(source.nbytes for source in shown))}"
+        words = f"computed once and cached{names}: {size}" if missing else f"read from cache{names}: {size}"
+        speeds = [source.extractor.numerics.images_per_second for source in missing]
+        if missing and all(speeds):
+            seconds = sum(len(source) / (speed or 1) for source, speed in zip(missing, speeds, strict=True))
+            words += f", about {seconds:.0f} s"
+        return "; ".join([words, *uncached])
+
+    def checksums(self) -> dict[str, list[str]]:
+        """Return the checksums of the activations that have been opened, by key."""
+        return {entry.key: list(entry.checksums) for entry in self._entries()}
+
+    def extraction(self) -> dict[str, Any] | None:
+        """Return how the extractions of this run went, for run.json; None if there were none."""
+        speeds = [source.speed for source in self._sources() if source.speed is not None]
+        if not speeds:
+            return None
+        total = speeds[0]
+        for speed in speeds[1:]:
+            total = total.plus(speed)
+        return {
+            "images": total.images,
+            "seconds": round(total.seconds, 3),
+            "compile_seconds": round(total.compile_seconds, 3),
+            "images_per_second": round(total.images_per_second, 1),
+            "dtype": total.dtype,
+            "memory_format": total.memory_format,
+            "why": total.why,
+        }
+
+    def _sources(self) -> list[SplitActivations]:
+        """Each of the activations once; several splits may read the same."""
+        return list({source.key: source for split in self.cached.values() for source in split.views}.values())
+
+    def _entries(self) -> list[CacheEntry]:
+        return [source.found for source in self._sources() if source.found is not None]
 
 
-def preprocessing_for(spec: TrainSpec, model: Classifier) -> Preprocessing:
-    """How images become what this model takes: the spec's values, else those that its weights expect."""
-    own = model.architecture
-    return Preprocessing(
-        size=image_size(spec) or own.size,
-        fit=spec.image.fit,
-        mean=spec.image.mean or own.mean,
-        std=spec.image.std or own.std,
+def image_loader(workload: Workload, device: Device, split_name: str, reporter: Reporter) -> ImageLoader:
+    """Return the loader of a split that is read from images, of which as many as fit are decoded into memory."""
+    spec, is_train, split = workload.spec, split_name == "train", workload.split(split_name)
+    preload_images([split], reporter)
+    augmentation = make_augmentation(spec.augment, workload.preprocessing) if is_train else None
+    transforms = None
+    if augmentation is not None and transforms_on_device(device.accelerator):
+        augmentation, transforms = replace(augmentation, changes=None), augmentation.changes
+    batches = ImageBatches(
+        split,
+        workload.preprocessing,
+        batch_size=spec.batch_size if is_train else min(MAX_EVALUATION_BATCH, 4 * spec.batch_size),
+        workers=device.workers,
+        pin_memory=device.accelerator.type == "cuda",
+        augmentation=augmentation,
+        seed=spec.seed,
+    )
+    return ImageLoader(
+        batches,
+        workload.preprocessing,
+        device,
+        network=workload.classifier.network,
+        dtype=device.train_dtype if is_train else device.eval_dtype,
+        views=spec.cache.views if is_train else None,
+        transforms=transforms,
     )
 
 
-@dataclass
-class InputPlan:
-    """Where each split comes from: `cached` has those that are read from activations, by train, probe, val and test.
-
-    `line` says to people what was decided and why, `facts` to run.json; `numerics` says how the formats were chosen.
-    """
-
-    device: Device
-    preprocessing: Preprocessing
-    line: str
-    facts: dict[str, Any]
-    numerics: dict[str, str]
-    live: "LiveFeeds"
-    cached: "dict[str, CachedFeed]"
-
-    def open(self, reporter: Reporter) -> Inputs:
-        """Fill what is missing in the cache; where that fails, that split is live, and a note says so."""
-        return Inputs(
-            train=self._feed("train", reporter), probe=self._feed("probe", reporter), val=self._feed("val", reporter)
-        )
-
-    def open_test(self, reporter: Reporter) -> BatchLoader:
-        """The test set: nothing runs on it before this is called."""
-        return self._feed("test", reporter)
-
-    @property
-    def formats(self) -> Decisions:
-        """How this run computes, as far as its splits have been opened."""
-        device, how = self.device, (entry.metadata.get("computed") for entry in self._entries())
-        compiled = any(str(computed).startswith("compiled") for computed in how)
-        return Decisions(device.train_dtype, device.eval_dtype, device.memory_format, frozenset(self.cached), compiled)
-
-    def checksums(self) -> dict[str, list[str]]:
-        """Of the activations that have been opened, by key."""
-        return {entry.key: list(entry.checksums) for entry in self._entries()}
-
-    def _entries(self) -> list[CacheEntry]:
-        sources = (source for feed in self.cached.values() for source in feed.sources)
-        return [source.found for source in sources if source.found is not None]
-
-    def extraction(self) -> dict[str, Any] | None:
-        """How the extractions of this run went, for run.json; None where everything was there or is live."""
-        speeds: dict[str, Speed] = {}
-        for feed in self.cached.values():
-            speeds |= {a.key: a.speed for a in feed.sources if a.speed is not None}
-        if not speeds:
-            return None
-        first, *others = speeds.values()
-        for other in others:
-            first = first.plus(other)
-        return {
-            "images": first.images,
-            "seconds": round(first.seconds, 3),
-            "compile_seconds": round(first.compile_seconds, 3),
-            "images_per_second": round(first.images_per_second, 1),
-            "dtype": first.dtype,
-            "memory_format": first.memory_format,
-            "why": first.why,
-        }
-
-    def _feed(self, role: str, reporter: Reporter) -> BatchLoader:
-        if role not in self.cached:
-            return self.live.feed(role, reporter)
-        try:
-            return self.cached[role].open(self.device, reporter)
-        except OSError as error:  # a disk that is full now, a folder that was taken away
-            why = f"activations cannot be written ({error.strerror or error})"
-            if self.live.spec.cache.mode is CacheMode.require:
-                raise TlcliError(f"cache.mode=require: {why}") from error
-            reporter.note(f"{why}: what is not in the cache is live")
-            self.cached = {
-                name: feed
-                for name, feed in self.cached.items()
-                if name != role and all(source.filled for source in feed.sources)
-            }
-            if self.facts["used"] and "train" not in self.cached:
-                self.facts |= {"used": False, "key": None, "why": why}
-            return self._feed(role, reporter)
-
-
-@dataclass(frozen=True)
-class CachedFeed:
-    """How a split is read from activations: `sources` are its views, or the one that has its images as they are."""
-
-    sources: tuple[SplitActivations, ...]
-    pool: Split
-    split: Split
-    network: nn.Module
-    head: nn.Linear | None
-    dtype: torch.dtype
-    batch_size: int
-    seed: int
-    tables: Tables
-
-    def open(self, device: Device, reporter: Reporter) -> BatchLoader:
-        return ActivationLoader(
-            [self._table(source, reporter) for source in self.sources],
-            row_indices(self.pool, self.split),
-            torch.from_numpy(self.split.labels),
-            network=self.network,
-            head=self.head,
-            dtype=self.dtype,
-            device=device,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
-
-    def _table(self, source: SplitActivations, reporter: Reporter) -> Table:
-        """The rows of a source. Of what somebody removes between its being found and its being read there is one more
-        try."""
-        try:
-            return self.tables.open(source.entry(reporter))
-        except FileNotFoundError:
-            return self.tables.open(source.entry(reporter))
-
-
-@dataclass(frozen=True)
-class LiveFeeds:
-    """How a split is read live."""
-
-    data: Dataset
-    network: nn.Module
-    spec: TrainSpec
-    preprocessing: Preprocessing
-    device: Device
-
-    def feed(self, role: str, reporter: Reporter) -> BatchLoader:
-        spec, device, train = self.spec, self.device, role == "train"
-        split: Split = getattr(self.data, "train" if role == "probe" else role)
-        preload_images([split], reporter)
-        augmentation, changes = self._augmentation() if train else (None, None)
-        batches = ImageBatches(
-            split,
-            self.preprocessing,
-            batch_size=spec.batch_size if train else min(EVALUATION_BATCH, 4 * spec.batch_size),
-            workers=device.workers,
-            pin_memory=device.accelerator.type == "cuda",
-            augmentation=augmentation,
-            seed=spec.seed,
-        )
-        return ImageLoader(
-            batches,
-            self.preprocessing,
-            device,
-            network=self.network,
-            dtype=device.train_dtype if train else device.eval_dtype,
-            views=spec.cache.views if train else None,
-            changes=changes,
-        )
-
-    def _augmentation(self) -> tuple[Augmentation | None, nn.Module | None]:
-        """What happens to training images where they are decoded, and what of it is left for the device."""
-        whole = make_augmentation(self.spec.augment, self.preprocessing)
-        if whole is None or not changes_on(self.device.accelerator):
-            return whole, None
-        return replace(whole, changes=None), whole.changes
-
-
-def changes_on(accelerator: torch.device) -> bool:
-    """Whether colours are changed, images turned and parts erased on the device. Crops are taken where images are
-    decoded: what they leave is less to copy."""
+def transforms_on_device(accelerator: torch.device) -> bool:
+    """Return True if colors are changed, images rotated and parts erased on the device. Crops are taken where images
+    are decoded: what they leave is less to copy."""
     return accelerator.type == "cuda"

@@ -69,11 +69,6 @@ def machine_of(accelerator: torch.device) -> dict[str, Any]:
     }
 
 
-def take_threads(then: Mapping[str, Any]) -> None:
-    """As many threads of arithmetic as before: sums of another number of threads are rounded otherwise."""
-    torch.set_num_threads(max(1, int(then["threads"])))
-
-
 def machine_changes(then: Mapping[str, Any], accelerator: torch.device) -> list[str]:
     """`torch 2.13.0, then 2.12.1` for each thing that is not as it was."""
     now = machine_of(accelerator)

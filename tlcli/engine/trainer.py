@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device, threads
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
-from tlcli.engine.inputs import BatchLoader
-from tlcli.engine.live import Batch
+from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NonFiniteLossError, OutOfMemory, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts

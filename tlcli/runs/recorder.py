@@ -13,7 +13,7 @@ from torch import nn
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
 from tlcli.engine.calibration import Calibration, calibrate, calibration_report
-from tlcli.engine.inputs import InputPlan
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores, most_confused, scores, test_report
 from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.models.classifier import Classifier
@@ -51,7 +51,7 @@ class Recorder:
             self._last = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + self._last
 
-    def plan(self, data: Dataset, model: Classifier, inputs: InputPlan) -> None:
+    def plan(self, data: Dataset, model: Classifier, inputs: Inputs) -> None:
         """Everything is loaded: write what is known of data, model and machine, and show the plan."""
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
         stages, device = freeze_table(spec.optimizer, model), inputs.device
@@ -80,7 +80,8 @@ class Recorder:
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
-            cache=inputs.facts,
+            cache=inputs.cache_info,
+            decisions=inputs.decisions.to_json(),
         )
         own = inputs.preprocessing
         self._watch.plan(
@@ -95,7 +96,7 @@ class Recorder:
                 stages=stages,
                 training=_training_words(spec),
                 device=device.words,
-                activations=inputs.line,
+                activations=inputs.summary,
                 notes=(*model.notes, *data.notes, *_formats(inputs.numerics)),
             )
         )
@@ -145,9 +146,9 @@ class Recorder:
             )
         )
 
-    def inputs(self, inputs: InputPlan) -> None:
+    def inputs(self, inputs: Inputs) -> None:
         """Everything was read: what came from the cache, and how the frozen part ran over the images where it did."""
-        self._run.update(cache=inputs.facts, extraction=inputs.extraction())
+        self._run.update(cache=inputs.cache_info, decisions=inputs.decisions.to_json(), extraction=inputs.extraction())
 
     def _log_evaluation(
         self, split: str, epoch: int, step: int, found: Scores, rates: Mapping[str, float] | None

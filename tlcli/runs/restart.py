@@ -5,25 +5,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tlcli.data.dataset import Dataset
+from tlcli.engine.activations import Workload
 from tlcli.engine.checkpoints import load_state
-from tlcli.engine.formats import Decisions
-from tlcli.engine.inputs import InputPlan
+from tlcli.engine.decisions import Decisions, follow, recorded_decisions
+from tlcli.engine.inputs import SPLIT_NAMES, Inputs
 from tlcli.engine.metrics import BestEpochTracker, Scores
-from tlcli.engine.origin import machine_changes, require_same_images, take_threads
+from tlcli.engine.origin import machine_changes, require_same_images
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError
 from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 from tlcli.transfer.contract import FreezeContract
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Of the contents of state.safetensors."""
+
+
+@dataclass(frozen=True)
+class TrainingStart:
+    """Where training begins: the epoch, if the network before training was worth an evaluation (as epoch 0), and the
+    best epoch so far."""
+
+    epoch: int
+    head_is_ready: bool
+    best_epoch: BestEpochTracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +42,7 @@ class ResumeState:
 
     run: RunDir
     state: Mapping[str, Any]
+    recorded: Decisions
     best: tuple[int, Scores] | None
 
     @property
@@ -58,16 +69,28 @@ class ResumeState:
         return f"resumed at epoch {self.first_epoch}" + (f", batch {now['batches'] + 1:,}" if is_within else "")
 
     @property
-    def formats(self) -> Decisions:
-        return Decisions.from_json(self.state["formats"])
+    def threads(self) -> int:
+        """Threads of arithmetic as before: with another number sums are rounded differently."""
+        return max(1, int(self.state["machine"]["threads"]))
 
-    def prepare(self) -> None:
-        """Compute with as many threads as before."""
-        take_threads(self.state["machine"])
+    def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
+        """Return the run's decisions, as far as they can be followed here.
 
-    def require_same(self, data: Dataset) -> None:
-        """Raise UsageError unless these are the images that the run began with."""
-        require_same_images(self.state["images"], data, str(self.run.path))
+        Raises UsageError if the images are not those that the run started with.
+        """
+        require_same_images(self.state["images"], workload.data, str(self.run.path))
+        return follow(self.recorded, workload, reporter, SPLIT_NAMES)
+
+    def restore(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> TrainingStart:
+        """Load the state of training, check the frozen tensors, and note where the run resumes."""
+        workload = inputs.workload
+        self.load(workload.classifier.network, trainer)
+        workload.contract.seal()
+        self.require_frozen(workload.contract)
+        reporter.note(self.words)
+        if differences := self.differences(inputs):
+            reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
+        return TrainingStart(self.first_epoch, self.head_is_ready, self.selection(workload.spec))
 
     def selection(self, spec: TrainSpec) -> BestEpochTracker:
         """The best epoch so far. It may be later than the state, which training then comes to again."""
@@ -92,14 +115,14 @@ class ResumeState:
                 f"backbone.weights names has other weights now. Put it back, or start a new run"
             )
 
-    def differences(self, accelerator: torch.device, plan: InputPlan) -> list[str]:
-        """Why the result may not be to the last bit that of a run without an interruption; empty where it is."""
-        found = machine_changes(self.state["machine"], accelerator)
-        if lost := self.formats.cached - plan.formats.cached - {"probe"}:
+    def differences(self, inputs: Inputs) -> list[str]:
+        """Return why the result may not equal that of an uninterrupted run bit for bit; empty if it will."""
+        found = machine_changes(self.state["machine"], inputs.workload.accelerator)
+        if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
             found.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
-        then = self.state["activations"]
-        if any(then.get(key, sums) != sums for key, sums in plan.checksums().items()):
-            found.append("activations were computed anew, and are rounded otherwise")
+        previous = self.state["activations"]
+        if any(previous.get(key, sums) != sums for key, sums in inputs.checksums().items()):
+            found.append("activations were recomputed with different rounding")
         return found
 
     def rewind(self) -> None:
@@ -122,7 +145,10 @@ def read_restart(run: RunDir) -> ResumeState | None:
         raise TlcliError(f"{error}; without that file the run begins again") from error
     if state.get("version") != STATE_VERSION:
         raise TlcliError(f"{run.state_file}: is of version {state.get('version')}, this tlcli knows {STATE_VERSION}")
-    return ResumeState(run, state, _best(run.best_checkpoint) if run.best_checkpoint.is_file() else None)
+    recorded = recorded_decisions(run.info)
+    if recorded is None:
+        raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")
+    return ResumeState(run, state, recorded, _best(run.best_checkpoint) if run.best_checkpoint.is_file() else None)
 
 
 def _best(path: Path) -> tuple[int, Scores]:

@@ -14,7 +14,7 @@ from tests.conftest import Compose, finish, make_folder
 from tlcli.cli.saved import saved_spec
 from tlcli.data.dataset import load_whole
 from tlcli.errors import UsageError
-from tlcli.evaluation import Asked, Evaluation, evaluate_run
+from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
 from tlcli.reporter import Reporter
 from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir, read_json
@@ -60,7 +60,7 @@ def evaluated(
 ) -> Evaluation:
     own = saved_spec(RunDir(run))
     spec = saved_spec(RunDir(run), overrides) if overrides else own
-    return evaluate_run(Asked(run, checkpoint, split, spec, own), reporter or Reporter())
+    return evaluate_run(EvaluationRequest(run, checkpoint, split, spec, own), reporter or Reporter())
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -100,13 +100,14 @@ def test_it_reproduces_the_test_to_the_last_digit(
     assert {name: after[name] for name in before} == before
 
 
-def test_the_formats_are_those_of_the_run(run: Path) -> None:
-    record = read_json(run / "run.json")
-    other = "torch.bfloat16" if record["precision"]["evaluate"] == "torch.float32" else "torch.float32"
-    own = evaluated(run).report["loss"]
-    (run / "run.json").write_text(json.dumps({**record, "precision": {"train": other, "evaluate": other}}))
+def test_it_follows_the_decisions_of_the_run(run: Path) -> None:
+    info = read_json(run / "run.json")
+    other = "bfloat16" if info["decisions"]["eval_precision"] == "float32" else "float32"
+    loss = evaluated(run).report["loss"]
+    changed = {**info["decisions"], "train_precision": other, "eval_precision": other}
+    (run / "run.json").write_text(json.dumps({**info, "decisions": changed}))
     found = evaluated(run)
-    assert found.report["loss"] != own
+    assert found.report["loss"] != loss
     assert found.same is False
 
 
@@ -158,7 +159,7 @@ def test_a_subset_of_the_classes_is_matched_by_name(
     assert found.report["accuracy"] == sum(right) / len(right)
     assert found.report["classes"] == ["across", "checks", "down"]
     assert found.report["per_class"]["across"]["support"] == 0
-    assert found.words == "all of it"
+    assert found.description == "all of it"
     rows = read_predictions(found.folder / "predictions.safetensors")
     assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
 
@@ -178,7 +179,7 @@ def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
     import numpy as np
 
     from tlcli.data.source import Arrays, Split
-    from tlcli.evaluation import remap_labels
+    from tlcli.evaluate import remap_labels
 
     split = Split(Arrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
     found = remap_labels(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
@@ -198,7 +199,7 @@ def test_classes_that_are_not_evaluated_may_be_unknown(run: Path, tmp_path: Path
     make_folder(tmp_path / "other" / "train", {"across": 2, "wasps": 2})
     make_folder(tmp_path / "other" / "test", {"across": 3})
     found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert (found.report["n"], found.report["split"], found.words) == (3, "test", "its test split")
+    assert (found.report["n"], found.report["split"], found.description) == (3, "test", "its test split")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_a_val_split_in_place_of_a_test_split_is_said(run: Path, tmp_path: Path)
     for split in ("train", "val"):
         make_folder(tmp_path / "other" / split, {"across": 2, "down": 2})
     found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert found.words == "its val split, as it has no test split"
+    assert found.description == "its val split, as it has no test split"
 
 
 def test_a_split_that_is_not_there(run: Path, tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     found = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
     assert found.same is True
-    assert found.words == "the run's own test split: the same images in another place"
+    assert found.description == "the run's own test split: the same images in another folder"
     make_folder(tmp_path / "new", {"across": 3, "down": 4})
     assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
 
@@ -268,7 +269,7 @@ def test_a_data_set_that_has_grown_is_said(unsplit: Path, tmp_path: Path) -> Non
     reporter = Notes()
     found = evaluated(unsplit, reporter=reporter)
     assert found.same is False
-    assert any("the data set has changed since the run" in note for note in reporter.notes)
+    assert any("the dataset has changed since the run" in note for note in reporter.notes)
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(run: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(run: Path, monkeypatch: p
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tlcli.evaluation.write_json", full)
+    monkeypatch.setattr("tlcli.evaluate.write_json", full)
     with pytest.raises(OSError, match="No space"):
         evaluated(run)
     assert files_of(run) == before
