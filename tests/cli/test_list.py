@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.test_index import make_run
-from tlcli.cli.list_runs import VALUES, candidates
+from tlcli.cli.list_runs import KEYS, candidates
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_nothing_there_is_no_error(tlcli, tmp_path: Path) -> None:
 
 
 def test_every_key_can_be_sorted_by(outputs, tlcli) -> None:
-    for key in VALUES:
+    for key in KEYS:
         assert tlcli("list", "--sort", key).code == 0
 
 
@@ -175,7 +175,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "experiments").mkdir()
     monkeypatch.chdir(tmp_path)
     assert {"--sort", "experiments/"} <= set(candidates([]))
-    assert list(candidates(["--jobs", "--sort"])) == list(VALUES)
+    assert list(candidates(["--jobs", "--sort"])) == list(KEYS)
     assert list(candidates(["--format"])) == ["table", "csv", "json"]
 
 

@@ -39,7 +39,7 @@ def test_a_run_has_what_its_files_say(tmp_path: Path) -> None:
     assert (entry.status, entry.dataset, entry.backbone, entry.freeze, entry.seed) == (
         "done", "digits", "resnet18", "head", 3
     )  # fmt: skip
-    assert (entry.validation, entry.test, entry.minutes) == (0.9, 0.75, 1.5)
+    assert (entry.val, entry.test, entry.minutes) == (0.9, 0.75, 1.5)
     assert entry.test_ci95 == pytest.approx((0.65, 0.85))
 
 
@@ -55,11 +55,11 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
     (tmp_path / "s" / "multirun.yaml").touch()
     (sweep,) = read_index(tmp_path).entries
     assert isinstance(sweep, SweepEntry)
-    assert [job.path.name for job in sweep.jobs] == ["0", "2", "3", "10"]
+    assert [job.path.name for job in sweep.runs] == ["0", "2", "3", "10"]
     assert sweep.status == "failed"
     assert sweep.best_job is not None
-    assert sweep.best_job.path.name == "2", "they keep the epoch of the lowest loss"
-    assert sweep.values("freeze") == ("head", "none")
+    assert sweep.best_job.name == "2", "they keep the epoch of the lowest loss"
+    assert sweep.freeze == ("head", "none")
     assert sweep.minutes == 6.0
     assert sweep.varied() == {"a=1", "b=0", "b=2", "b=10"}
 

@@ -3,7 +3,8 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,8 @@ from tlcli.text import csv_line, did_you_mean
 MAX_NAME_COLUMNS = 24
 """Width at which a name is cut on a terminal, so that the numbers stay visible."""
 
-VALUES: dict[str, Callable[[Entry], Any]] = {
-    "status": lambda entry: entry.status,
-    "when": lambda entry: _local_time(entry.started),
-    "dataset": lambda entry: _names(entry, "data"),
-    "backbone": lambda entry: _names(entry, "backbone"),
-    "freeze": lambda entry: _names(entry, "freeze"),
-    "seed": lambda entry: None if isinstance(entry, SweepEntry) else entry.seed,
-    "val": lambda entry: entry.validation,
-    "test": lambda entry: entry.test,
-    "minutes": lambda entry: entry.minutes,
-    "name": lambda entry: "" if isinstance(entry, SweepEntry) else entry.name or "",
-    "path": lambda entry: str(entry.path).removeprefix(f"{Path.cwd()}/"),
-}
-"""The value of each key; None or the empty string if the entry has none."""
+KEYS = ("status", "when", "dataset", "backbone", "freeze", "seed", "val", "test", "minutes", "name", "path")
+"""Keys that a list can be sorted by, and the columns of CSV."""
 
 HIGHEST_FIRST = frozenset({"seed", "val", "test", "minutes", "when"})
 
@@ -67,7 +56,7 @@ def parser() -> Parser:
         "--sort",
         type=_sort_key,
         metavar="KEY",
-        help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(VALUES)}",
+        help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}",
     )
     list_parser.add_argument("--limit", type=_limit, metavar="N", help="list the first N entries")
     list_parser.add_removed("--filter", "use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
@@ -102,7 +91,7 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
         case [*_, "--format"]:
             yield from ("table", "csv", "json")
         case [*_, "--sort"]:
-            yield from VALUES
+            yield from KEYS
         case [*_, "--limit"]:
             pass
         case _:
@@ -111,9 +100,9 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
 
 
 def _sort_key(value: str) -> str:
-    if value.removeprefix("-") not in VALUES:
-        near = did_you_mean(value, VALUES) or (" Did you mean 'val'?" if value.startswith("val") else "")
-        raise UsageError(f"--sort {value}: unknown key.{near} Keys: {', '.join(VALUES)}")
+    if value.removeprefix("-") not in KEYS:
+        near = did_you_mean(value, KEYS) or (" Did you mean 'val'?" if value.startswith("val") else "")
+        raise UsageError(f"--sort {value}: unknown key.{near} Keys: {', '.join(KEYS)}")
     return value
 
 
@@ -126,26 +115,24 @@ def _limit(value: str) -> int:
 def sort_entries(entries: list[Entry], sort: str | None) -> list[Entry]:
     """Return the entries newest first, or by a key; those without a value come last in either direction."""
     key = (sort or "when").removeprefix("-")
-    value = VALUES[key]
-    entries = sorted(entries, key=lambda entry: (_timestamp(entry.started), str(entry.path)), reverse=True)
-    if sort is None:
-        return entries
+
+    def value(entry: Entry) -> Any:
+        return entry.started and entry.started.timestamp() if key == "when" else _value(entry, key)
+
     known = [entry for entry in entries if value(entry) not in (None, "")]
-    reverse = (key in HIGHEST_FIRST) != sort.startswith("-")
-    known.sort(key=value if key != "when" else lambda entry: _timestamp(entry.started), reverse=reverse)
+    known.sort(key=lambda entry: str(entry.path), reverse=True)
+    known.sort(key=value, reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
     return known + [entry for entry in entries if value(entry) in (None, "")]
 
 
-def _timestamp(started: datetime | None) -> float:
-    return started.timestamp() if started else 0.0
-
-
-def _local_time(started: datetime | None) -> str:
-    return f"{started.astimezone():%Y-%m-%d %H:%M}" if started else ""
-
-
-def _names(entry: Entry, field: str) -> str:
-    return ",".join(entry.values(field)) if isinstance(entry, SweepEntry) else getattr(entry, field) or ""
+def _value(entry: Entry, key: str) -> Any:
+    """Return the value of a key; None or the empty string if the entry has none."""
+    if key == "when":
+        return f"{entry.started.astimezone():%Y-%m-%d %H:%M}" if entry.started else ""
+    if key == "path":
+        return str(entry.path).removeprefix(f"{Path.cwd()}/")
+    value = getattr(entry, "data" if key == "dataset" else key, None)
+    return ",".join(value) if isinstance(value, tuple) else value
 
 
 def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entry, str]]:
@@ -154,7 +141,7 @@ def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entr
         yield ("sweep" if isinstance(entry, SweepEntry) else "run"), entry, ""
         if jobs and isinstance(entry, SweepEntry):
             varied = entry.varied()
-            for job in entry.jobs:
+            for job in entry.runs:
                 yield "job", job, " ".join(word for word in job.overrides if word in varied)
 
 
@@ -169,19 +156,19 @@ def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
     for kind, entry, swept in _with_jobs(entries, arguments.jobs):
         status = f"  {entry.status}" if kind == "job" else entry.status
         if isinstance(entry, SweepEntry):
-            done, n = entry.counts["done"], len(entry.jobs)
+            done, n = entry.jobs_by_status.get("done", 0), entry.jobs
             status = f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
-        names = [VALUES[key](entry) or None for key in ("when", "dataset", "backbone", "freeze")]
+        names = [_value(entry, key) or None for key in ("when", "dataset", "backbone", "freeze")]
         if width is not None:
             names = [name and _cut(name) for name in names]
         numbers = [
             None if value is None else f"{value:.{digits}f}"
-            for value, digits in ((entry.validation, 4), (entry.test, 4), (entry.minutes, 1))
+            for value, digits in ((entry.val, 4), (entry.test, 4), (entry.minutes, 1))
         ]
-        rows.append([status, *names, swept or None, *numbers, VALUES["path"](entry)])
+        rows.append([status, *names, swept or None, *numbers, _value(entry, "path")])
     used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]
     print("\n".join(table_lines([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], width)))
-    jobs = [len(entry.jobs) for entry in entries if isinstance(entry, SweepEntry)]
+    jobs = [entry.jobs for entry in entries if isinstance(entry, SweepEntry)]
     runs = len(entries) - len(jobs)
     counts = [_count(runs, "run")] if runs else []
     if jobs:
@@ -200,36 +187,25 @@ def _count(n: int, noun: str) -> str:
 
 def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:
     """Print a line per run or sweep; with --jobs also per job."""
-    sys.stdout.write(csv_line(["kind", *VALUES, "jobs", "jobs_done", "swept", "error"]))
+    sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
     for kind, entry, swept in _with_jobs(entries, arguments.jobs):
-        jobs = (len(entry.jobs), entry.counts["done"]) if isinstance(entry, SweepEntry) else (None, None)
+        jobs = (entry.jobs, entry.jobs_by_status.get("done", 0)) if isinstance(entry, SweepEntry) else (None, None)
         error = entry.error if isinstance(entry, RunEntry) else None
-        sys.stdout.write(csv_line([kind, *(value(entry) for value in VALUES.values()), *jobs, swept, error]))
+        sys.stdout.write(csv_line([kind, *(_value(entry, key) for key in KEYS), *jobs, swept, error]))
 
 
 def _print_json(entries: Sequence[Entry], arguments: Namespace) -> None:
-    print(json.dumps([_as_json(entry, arguments.jobs) for entry in entries], indent=2))
-
-
-def _as_json(entry: Entry, jobs: bool) -> dict[str, Any]:
-    common = {
-        "path": str(entry.path),
-        "status": entry.status,
-        "started": entry.started.isoformat(timespec="seconds") if entry.started else None,
-        "val": entry.validation,
-        "test": entry.test,
-        "minutes": entry.minutes,
-    }
-    if isinstance(entry, RunEntry):
-        names = ("name", "dataset", "data", "backbone", "freeze", "seed", "keep_best", "best", "test_ci95", "error")
-        values = {name: getattr(entry, name) for name in names}
-        return {"kind": "run", **common, **values, "overrides": list(entry.overrides)}
-    return {
-        "kind": "sweep",
-        **common,
-        **{name: list(entry.values(name)) for name in ("dataset", "data", "backbone", "freeze")},
-        "best_job": str(entry.best_job.path) if entry.best_job else None,
-        "jobs": len(entry.jobs),
-        "jobs_by_status": dict(entry.counts),
-        **({"runs": [_as_json(job, jobs) for job in entry.jobs]} if jobs else {}),
-    }
+    """Print what is known of each entry; the jobs of a sweep only with --jobs."""
+    rows = []
+    for entry in entries:
+        row = {"kind": "sweep" if isinstance(entry, SweepEntry) else "run", **asdict(entry)}
+        if isinstance(entry, SweepEntry):
+            del row["runs"]
+            if arguments.jobs:
+                row["runs"] = [{"kind": "run", **asdict(job)} for job in entry.runs]
+        rows.append(row)
+    print(
+        json.dumps(
+            rows, indent=2, default=lambda value: value.isoformat() if isinstance(value, datetime) else str(value)
+        )
+    )

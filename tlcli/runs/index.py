@@ -7,7 +7,7 @@ not searched further.
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +31,17 @@ class RunEntry:
     Args:
         status: done, failed, interrupted or running, as in run.json; `died` if it says running and the process has
             ended; `damaged` if run.json cannot be read, with the reason in `error`.
+        val: the validation accuracy of the best epoch; `best` has all its metrics.
+        test: the test accuracy.
         data: the name of the folder or file with the images, otherwise that of the dataset.
-        best: all metrics of the best epoch on validation.
     """
 
     path: Path
     status: str
     started: datetime | None = None
+    val: float | None = None
+    test: float | None = None
+    minutes: float | None = None
     name: str | None = None
     dataset: str | None = None
     data: str | None = None
@@ -46,68 +50,74 @@ class RunEntry:
     seed: int | None = None
     keep_best: str | None = None
     best: Mapping[str, float] | None = None
-    test: float | None = None
     test_ci95: tuple[float, float] | None = None
-    minutes: float | None = None
     error: str | None = None
     overrides: tuple[str, ...] = ()
-
-    @property
-    def validation(self) -> float | None:
-        """The validation accuracy of the best epoch."""
-        return self.best.get("accuracy") if self.best else None
 
 
 @dataclass(frozen=True)
 class SweepEntry:
-    """A sweep with its jobs in order. Its accuracies are those of its best job by validation."""
+    """A sweep. Its accuracies are those of its best job, its names the distinct ones of all jobs."""
 
     path: Path
-    jobs: tuple[RunEntry, ...]
+    status: str
+    started: datetime | None
+    val: float | None
+    test: float | None
+    minutes: float | None
+    dataset: tuple[str, ...]
+    data: tuple[str, ...]
+    backbone: tuple[str, ...]
+    freeze: tuple[str, ...]
+    best_job: Path | None
+    jobs: int
+    jobs_by_status: Mapping[str, int]
+    runs: tuple[RunEntry, ...]
 
-    @property
-    def counts(self) -> Counter[str]:
-        """The number of jobs per status."""
-        return Counter(job.status for job in self.jobs)
-
-    @property
-    def status(self) -> str:
-        return next((status for status in WORST_FIRST if status in self.counts), "failed")
-
-    @property
-    def started(self) -> datetime | None:
-        return min((job.started for job in self.jobs if job.started), default=None)
-
-    @property
-    def best_job(self) -> RunEntry | None:
-        """The finished job that is best on validation, by the metric that selects the best epoch of all jobs."""
-        metrics = {job.keep_best for job in self.jobs if job.keep_best}
-        metric = metrics.pop() if len(metrics) == 1 else "accuracy"
-        done = [job for job in self.jobs if job.status == "done" and job.best and metric in job.best]
-        sign = -1 if metric == "loss" else 1
-        return max(done, key=lambda job: sign * (job.best or {})[metric], default=None)
-
-    @property
-    def validation(self) -> float | None:
-        return self.best_job.validation if self.best_job else None
-
-    @property
-    def test(self) -> float | None:
-        return self.best_job.test if self.best_job else None
-
-    @property
-    def minutes(self) -> float | None:
-        known = [job.minutes for job in self.jobs if job.minutes is not None]
-        return sum(known) if known else None
-
-    def values(self, field: str) -> tuple[str, ...]:
-        """Return the distinct values of a field such as `backbone`, in the order of the jobs."""
-        return tuple(dict.fromkeys(value for job in self.jobs if (value := getattr(job, field)) is not None))
+    @classmethod
+    def of(cls, path: Path, jobs: Sequence[RunEntry]) -> "SweepEntry":
+        """Return the sweep of these jobs, at least one."""
+        runs = tuple(sorted(jobs, key=lambda job: (_number_of(job.path), str(job.path))))
+        counts = Counter(job.status for job in runs)
+        best = _best_job(runs)
+        minutes = [job.minutes for job in runs if job.minutes is not None]
+        return cls(
+            path=path,
+            status=next((status for status in WORST_FIRST if status in counts), "failed"),
+            started=min((job.started for job in runs if job.started), default=None),
+            val=best.val if best else None,
+            test=best.test if best else None,
+            minutes=sum(minutes) if minutes else None,
+            dataset=_distinct(job.dataset for job in runs),
+            data=_distinct(job.data for job in runs),
+            backbone=_distinct(job.backbone for job in runs),
+            freeze=_distinct(job.freeze for job in runs),
+            best_job=best.path if best else None,
+            jobs=len(runs),
+            jobs_by_status=dict(counts),
+            runs=runs,
+        )
 
     def varied(self) -> frozenset[str]:
         """Return the overrides that not all jobs have."""
-        jobs = Counter(word for job in self.jobs for word in set(job.overrides))
-        return frozenset(word for word, n in jobs.items() if n < len(self.jobs))
+        counts = Counter(word for job in self.runs for word in set(job.overrides))
+        return frozenset(word for word, n in counts.items() if n < self.jobs)
+
+
+def _number_of(path: Path) -> int:
+    return int(path.name) if path.name.isdecimal() else -1  # 2 before 10
+
+
+def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _best_job(jobs: Sequence[RunEntry]) -> RunEntry | None:
+    """Return the finished job that is best on validation, by the metric that selects the best epoch of all jobs."""
+    metrics = {job.keep_best for job in jobs if job.keep_best}
+    metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+    done = [(job.best[metric], job) for job in jobs if job.status == "done" and job.best and metric in job.best]
+    return (min if metric == "loss" else max)(done, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 Entry = RunEntry | SweepEntry
@@ -153,13 +163,8 @@ def read_index(folder: Path) -> Index:
                 waiting.append((entry.path, sweep))
             elif entry.is_symlink() and is_dir(entry.path):
                 waiting.appendleft((entry.path, sweep))  # last, so that a folder is found under its own path
-    sweeps = [SweepEntry(Path(path), tuple(sorted(found, key=_job_order))) for path, found in jobs.items() if found]
+    sweeps = [SweepEntry.of(Path(path), found) for path, found in jobs.items() if found]
     return Index((*runs, *sweeps), tuple(unreadable))
-
-
-def _job_order(job: RunEntry) -> tuple[int, str]:
-    """Sort 2 before 10."""
-    return int(job.path.name) if job.path.name.isdecimal() else -1, str(job.path)
 
 
 def read_entry(path: Path) -> RunEntry:
@@ -180,12 +185,16 @@ def read_entry(path: Path) -> RunEntry:
     if status == "running" or seconds is None:
         until = datetime.now(UTC) if status == "running" else ended
         seconds = (until - started).total_seconds() if started and until else None
+    best = {k: v for k, value in (_as(dict, info.get("best")) or {}).items() if (v := number(value)) is not None}
     test = run.test()
     test_ci95 = pair(test.get("accuracy_ci95"))
     return RunEntry(
         path=path,
         status=status,
         started=started,
+        val=best.get("accuracy"),
+        test=number(test.get("accuracy")) if test_ci95 else None,
+        minutes=None if seconds is None else seconds / 60,
         name=text(info.get("name")),
         dataset=dataset,
         data=re.split(r"[/\\]", place.rstrip("/\\"))[-1] or dataset,
@@ -193,11 +202,8 @@ def read_entry(path: Path) -> RunEntry:
         freeze=text(info.get("freeze")) or settings.get("freeze.kind"),
         seed=_as(int, info.get("seed")),
         keep_best=text(info.get("keep_best")),
-        best={k: v for k, value in (_as(dict, info.get("best")) or {}).items() if (v := number(value)) is not None}
-        or None,
-        test=number(test.get("accuracy")) if test_ci95 else None,
+        best=best or None,
         test_ci95=test_ci95,
-        minutes=None if seconds is None else seconds / 60,
         error=text(info.get("error")),
         overrides=overrides,
     )
