@@ -26,7 +26,7 @@ from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import CacheDtype, Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
-from tlcli.transfer.cut.state import exact_arithmetic
+from tlcli.transfer.cut.graph import full_precision
 
 PREFETCH_BATCHES = 2
 """Batches of images that are decoded while the network is busy."""
@@ -122,7 +122,7 @@ class Predictor:
     def _logits(self, images: Tensor, scheduler: "_CompileScheduler") -> Tensor:
         """uint8 (B, 3, S, S) to logits (B, classes), float32 on the CPU."""
         dtype, layout = self._pipeline.dtype, self.compute_format.memory_format
-        with exact_arithmetic(self._run.model), torch.inference_mode():
+        with full_precision(self._run.model), torch.inference_mode():
             with scheduler.timed(len(images)):
                 rows = self._extractor(images)
             inputs = [row.to(self._accelerator) for row in rows]

@@ -16,7 +16,17 @@ LAST = [
     for n in (1, 2, 3)
 ]
 LIVE = Strategy(
-    "none", 3_373_570, None, None, None, None, None, 13.4, "live", "nothing leads: conv_stem trains", 4000.0
+    "none",
+    3_373_570,
+    None,
+    None,
+    None,
+    None,
+    None,
+    13.4,
+    "live",
+    "no frozen layers at the input: conv_stem trains",
+    4000.0,
 )
 FOUND = Inspection(
     backbone="efficientnet_lite0",
@@ -47,7 +57,7 @@ def test_a_page_fits_its_width(width: int) -> None:
 def test_reasons_name_each_strategy_once() -> None:
     lines = page(FOUND, 10_000)
     assert "live       last_stages n=1,2,3: crops" in lines
-    assert "live       none: nothing leads: conv_stem trains" in lines
+    assert "live       none: no frozen layers: conv_stem trains" in lines
     assert not any(line.startswith("busy") for line in lines)
 
 

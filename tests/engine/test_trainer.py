@@ -15,13 +15,13 @@ from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import decide
-from tlcli.engine.evaluate import eval_mode, evaluate
+from tlcli.engine.evaluate import evaluate
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
-from tlcli.models.classifier import Classifier
+from tlcli.models.classifier import Classifier, eval_mode
 from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
 from tlcli.store import Store, cache_dir

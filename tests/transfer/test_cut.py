@@ -20,7 +20,7 @@ from tlcli.models.classifier import Classifier, Head, within
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
-from tlcli.transfer.cut.place import minimum_cut
+from tlcli.transfer.cut.boundary import minimum_cut
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")
@@ -126,14 +126,14 @@ def test_every_backbone(spec: Compose, name: str) -> None:
         cut = cut_of(model.network, size)
         assert_same(model.network, cut, size)
         if freeze == ["freeze=head"]:
-            assert within(model.architecture.head[0] + ".weight", [cut.at])
+            assert within(model.architecture.head[0] + ".weight", [cut.suffix_start])
 
 
 def test_two_heads_are_both_the_head(spec: Compose) -> None:
     model = model_of(spec, "timm", "backbone.name=deit_tiny_distilled_patch16_224", size=128)
     frozen(spec, model, "freeze=head")
     cut = cut_of(model.network, 128)
-    assert (cut.at, cut.shapes) == ("head, head_dist", ((192,), (192,)))
+    assert (cut.suffix_start, cut.shapes) == ("head, head_dist", ((192,), (192,)))
     assert_same(model.network, cut, 128)
 
 
@@ -165,7 +165,7 @@ def test_prefix_has_no_training_mode(spec: Compose) -> None:
     model = model_of(spec, "mobilenet_v3_small")
     frozen(spec, model, "freeze=none", "freeze.bn_stats=update")
     cut = cut_of(model.network, 64, trainable=model.head_parameters())
-    assert cut.at == "classifier.3"
+    assert cut.suffix_start == "classifier.3"
     assert not any(module.training for module in cut.prefix.modules())
     x = torch.randn(4, 3, 64, 64)
     before = copy.deepcopy(model.network.state_dict())
@@ -185,7 +185,7 @@ def test_channels_last_maps_cross(spec: Compose) -> None:
     model.network.to(memory_format=torch.channels_last)
     frozen(spec, model, "freeze=last_stages")
     cut = cut_of(model.network, 64)
-    assert (cut.at, cut.shapes) == ("layer4", ((256, 4, 4),))
+    assert (cut.suffix_start, cut.shapes) == ("layer4", ((256, 4, 4),))
     with torch.no_grad():
         assert cut.prefix(torch.randn(2, 3, 64, 64))[0].is_contiguous(memory_format=torch.channels_last)
     assert_same(model.network, cut, 64)
@@ -211,7 +211,7 @@ def test_a_residual_block_is_cut_before_it(spec: Compose) -> None:
     model = model_of(spec, "resnet18")
     frozen(spec, model, "freeze=pattern", "freeze.train=['layer4.1.conv2']")
     cut = cut_of(model.network, 64)
-    assert (cut.at, cut.shapes) == ("layer4.1", ((512, 2, 2),))
+    assert (cut.suffix_start, cut.shapes) == ("layer4.1", ((512, 2, 2),))
 
 
 def test_a_deep_map_is_not_given_up_for_the_images(spec: Compose) -> None:
@@ -234,22 +234,22 @@ def test_scaling_the_images_is_no_prefix() -> None:
 
     network = head_trains(Scaling())
     network.first.requires_grad_(True)
-    assert why_not(network) == "nothing leads: first trains"
+    assert why_not(network) == "no frozen layers at the input: first trains"
 
 
 def test_a_wide_map_near_the_images_is_not_worth_keeping(spec: Compose) -> None:
     model = model_of(spec, "resnet18")
     frozen(spec, model, "freeze=pattern", "freeze.train=['layer', 'bn1']")
     why = why_not(model.network, 64)
-    assert why == "too little leads: bn1 trains, and what is frozen before it costs less to run again than to keep"
+    assert why == "bn1 trains, and the frozen layers before it cost less to run again than to store"
 
 
 @pytest.mark.parametrize(
     ("freeze", "why"),
     [
-        ("none", "nothing leads: conv_stem trains"),
-        ("norm", "too little leads: bn1 trains, "),
-        ("bias", "too little leads: bn1 trains, "),
+        ("none", "no frozen layers at the input: conv_stem trains"),
+        ("norm", "bn1 trains, and the frozen layers before it cost "),
+        ("bias", "bn1 trains, and the frozen layers before it cost "),
     ],
 )
 def test_what_does_not_lead_is_named(spec: Compose, freeze: str, why: str) -> None:
@@ -293,7 +293,7 @@ def head_trains(network: nn.Module) -> nn.Module:
 def test_noise_moves_the_cut_before_it(noise: nn.Module) -> None:
     network = head_trains(Net(between=noise))
     cut = cut_of(network)
-    assert (cut.at, cut.shapes) == ("second", ((8, 4, 4),))
+    assert (cut.suffix_start, cut.shapes) == ("second", ((8, 4, 4),))
     assert_same(network, cut, 16)
 
 
@@ -303,15 +303,15 @@ def test_noise_on_the_images_leaves_nothing_to_lead() -> None:
             return super().forward(self.before_head(x))
 
     network = head_trains(Noisy(before_head=DropPath(0.5)))
-    assert why_not(network) == "nothing leads: before_head is random in training"
+    assert why_not(network) == "no frozen layers at the input: before_head is random in training"
 
 
 def test_dropout_that_is_off_moves_nothing() -> None:
     for network in (head_trains(Net(nn.Dropout(0.0))), head_trains(Net(nn.Sequential(nn.Dropout(0.5)).eval()))):
         network.between.eval()
-        assert cut_of(network).at == "head"
+        assert cut_of(network).suffix_start == "head"
     network = Net(between=nn.Dropout(0.5))
-    assert cut_of(network, trainable=frozenset({"head.weight", "head.bias"})).at == "head"
+    assert cut_of(network, trainable=frozenset({"head.weight", "head.bias"})).suffix_start == "head"
     assert network.training
 
 
@@ -328,7 +328,7 @@ class Off(Net):
 def test_forms_that_do_the_same_are_cut_at_the_same_place() -> None:
     network = head_trains(Off())
     cut = cut_of(network)
-    assert (cut.at, cut.shapes) == ("head", ((8,),))
+    assert (cut.suffix_start, cut.shapes) == ("head", ((8,),))
     assert_same(network, cut, 16)
 
 
@@ -357,7 +357,7 @@ def test_functional_dropout_has_two_forms() -> None:
 def test_statistics_of_the_batch_are_not_frozen(norm: nn.Module) -> None:
     network = head_trains(Net(between=norm))
     cut = cut_of(network)
-    assert cut.at == ("second" if norm.track_running_stats else "between")
+    assert cut.suffix_start == ("second" if norm.track_running_stats else "between")
     assert_same(network, cut, 16)
 
 
@@ -445,7 +445,7 @@ def test_a_part_that_cannot_be_traced_is_taken_whole() -> None:
     network = head_trains(Net(before_head=Branches()))
     network.second.requires_grad_(True)
     cut = cut_of(network)
-    assert cut.at == "second"
+    assert cut.suffix_start == "second"
     assert_same(network, cut, 16)
 
 
@@ -472,7 +472,7 @@ class Place(Net):
 
 
 def test_values_that_depend_on_the_rest_of_the_batch_are_refused() -> None:
-    assert why_not(head_trains(Place())) == "what is frozen gives an image other values in another batch"
+    assert why_not(head_trains(Place())) == "the frozen part gives an image other values in another batch"
 
 
 class Differs(nn.Module):
@@ -488,7 +488,7 @@ class FunctionalDiffers(Net):
 
 
 def test_values_that_differ_in_training_are_refused_or_not_cut_off() -> None:
-    why = "what is frozen gives other values in training than in evaluation"
+    why = "the frozen part gives other values in training than in evaluation"
     assert why_not(head_trains(Net(between=Differs()))) == why
     network = head_trains(FunctionalDiffers())
     assert_same(network, cut_of(network), 16)
@@ -596,7 +596,7 @@ def test_the_digest_knows_the_place_and_the_settings() -> None:
     network = head_trains(Net())
     early = {"second.weight", "second.bias", "head.weight", "head.bias"}
     places = [cut_of(network, trainable=frozenset(names)) for names in (early, {"head.weight"})]
-    assert places[0].at == "second" and places[1].at == "head"
+    assert places[0].suffix_start == "second" and places[1].suffix_start == "head"
     assert places[0].digest() != places[1].digest()
 
 

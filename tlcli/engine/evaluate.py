@@ -1,7 +1,6 @@
 """Run a network over a whole split without training it: logits, or the input of the head."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +8,8 @@ from torch import Tensor, nn
 from tlcli.device import Device, threads
 from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import Predictions
+from tlcli.models.classifier import eval_mode
 from tlcli.reporter import Reporter
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Set eval mode in the block, and restore the mode of every module after it."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:

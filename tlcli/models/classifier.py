@@ -1,6 +1,7 @@
 """A classifier: a network, the names of its parts from input to output, and what its weights expect of an image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -102,3 +103,15 @@ def within(name: str, modules: Iterable[str]) -> bool:
 def count(parameters: Iterable[Tensor]) -> int:
     """The number of values in all of them."""
     return sum(p.numel() for p in parameters)
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Set eval mode in the block, and restore the mode of every module after it."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

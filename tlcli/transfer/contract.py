@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from tlcli.errors import FrozenTensorError, UsageError
 from tlcli.models.classifier import Classifier
 from tlcli.specs import BnStats, FreezeSpec
-from tlcli.transfer.cut.digest import digest_of_tensor
+from tlcli.transfer.cut.graph import digest_of_tensor
 
 
 class FreezeContract:

@@ -1,95 +1,90 @@
-"""A network in two: a prefix that training cannot change, so that it runs once, and the suffix that trains.
+"""Split a network in two: a prefix that training cannot change, so that it runs once, and the suffix that trains.
 
-`trace` writes the network down as a graph of torch.fx, twice: as it trains and as it evaluates, for tracing fixes
-`self.training` in functional calls. `observe` runs both on a few random images to see what each operation is, and
-`pair` what is frozen in both. `place` finds the boundary, a minimum cut through the frozen part; `halves` makes prefix
-and suffix of it; `trial` compares them with the whole network before anybody gets them. `graph`, `state` and `digest`
-serve these. docs/cutting.md says what was tried.
+`graph` traces the network with torch.fx twice, as it trains and as it evaluates, because tracing fixes `self.training`
+in functional calls. `boundary` runs both on a few random images to find out what is frozen, and cuts where that costs
+least: a minimum cut. `partition` makes prefix and suffix and compares them with the network before they are used.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tlcli.transfer.cut.digest import digest_of
-from tlcli.transfer.cut.graph import Refusal, one_line
-from tlcli.transfer.cut.halves import Partition
-from tlcli.transfer.cut.pair import TRIED, Pair
-from tlcli.transfer.cut.place import boundary_of
-from tlcli.transfer.cut.state import as_found, eval_mode, exact_arithmetic
-from tlcli.transfer.cut.trace import both_forms
-from tlcli.transfer.cut.trial import tried
+from tlcli.models.classifier import eval_mode
+from tlcli.transfer.cut.boundary import FIRST_BATCH, MatchedGraphs, find_boundary
+from tlcli.transfer.cut.graph import (
+    CutError,
+    digest_of_graph,
+    full_precision,
+    one_line,
+    preserve_state,
+    trace_train_and_eval,
+)
+from tlcli.transfer.cut.partition import Partition
 
 
 @dataclass(frozen=True)
 class Cut:
     """A network in two for images of one size: suffix(*prefix(images)) are the network's logits.
 
-    `prefix` maps images (B, 3, S, S) to a tuple of tensors (B, ...), always in eval form; call it without gradients.
-    `suffix` maps these to logits, in training or eval form as the network itself is in at that time. Their tensors are
-    the network's, so move it before it is cut, and set its modes and optimise its parameters alone.
-    `at` names the first modules of the suffix, `shapes` are those of the boundary's tensors for one image.
+    `prefix` maps images (B, 3, S, S) to a tuple of tensors (B, ...), always in eval mode; call it without gradients.
+    `suffix` maps these to logits, in the mode that the network is in at that time. Their tensors are the network's, so
+    move the network before it is cut, and set its modes and optimize its parameters only.
+    `suffix_start` names the first modules of the suffix, `shapes` are those of the boundary's tensors for one image.
     """
 
     prefix: fx.GraphModule
     suffix: nn.Module
-    at: str
+    suffix_start: str
     shapes: tuple[tuple[int, ...], ...]
 
+    @property
+    def at(self) -> str:
+        """The former name of `suffix_start`."""
+        return self.suffix_start
+
     def digest(self) -> str:
-        """The sha256 of the prefix: its operations with all that configures them, and each tensor's name, dtype, shape
-        and values. The same in every process; nothing of the suffix is in it."""
-        return digest_of(self.prefix)
+        """Return the sha256 of the prefix: its operations with their settings, and its tensors.
+
+        It is the same in every process and does not depend on the suffix.
+        """
+        return digest_of_graph(self.prefix)
 
 
 @dataclass(frozen=True)
 class NoCut:
-    """`why`: one line for people: why nothing can be cut off."""
+    """There is no prefix; `why` is the reason, one line for people."""
 
     why: str
 
 
 def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None = None) -> Cut | NoCut:
-    """Cut off what training cannot change, for images of `size` pixels a side: by requires_grad and the modules' modes.
+    """Cut off what training cannot change, by requires_grad and the modules' modes, for images of `size` pixels.
 
-    The network is in the mode that it trains in (Contract.train_mode()) and on its device; it is left as it was found.
-    With `trainable`, names of parameters, these are what trains, and all modules count as in eval mode: for features.
+    The network is in the mode that it trains in (FreezeContract.train_mode()) and on its device; it is not changed.
+    `trainable`, names of parameters, replaces requires_grad; all modules count as in eval mode then: for features.
     """
-    try:
-        with (
-            as_found(network),
-            nullcontext() if trainable is None else eval_mode(network),
-            exact_arithmetic(network),
-            torch.no_grad(),
-        ):
-            return _split(network, size, trainable)
-    except Refusal as refusal:
-        return NoCut(str(refusal))
-
-
-def _split(network: nn.Module, size: int, trainable: frozenset[str] | None) -> Cut:
-    """The cut, tried out. Raises Refusal."""
-    trains = frozenset(
+    trained = frozenset(
         id(parameter)
         for name, parameter in network.named_parameters(remove_duplicate=False)
         if (parameter.requires_grad if trainable is None else name in trainable)
     )
-    training, evaluation = both_forms(network)
-    images = _images(network, size)
-    try:
-        pair = Pair(network, training, evaluation, trains, images)
-        halves = Partition(pair, boundary_of(pair))
-        return Cut(halves.prefix, tried(network, halves, images), halves.at, halves.shapes)
-    except Refusal:
-        raise
-    except Exception as error:  # what tracing wrote down does not run, or not at another batch size
-        raise Refusal(f"cannot be run apart: {one_line(error)}") from error
-
-
-def _images(network: nn.Module, size: int) -> Tensor:
-    """Noise (3, 3, S, S) for trials, always the same, where and of the type that the network's parameters are."""
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(TRIED), 3, size, size, generator=generator).to(like.device, like.dtype)
+    noise = torch.randn(len(FIRST_BATCH), 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = noise.to(like.device, like.dtype)
+    mode = nullcontext() if trainable is None else eval_mode(network)
+    try:
+        with preserve_state(network), mode, full_precision(network), torch.no_grad():
+            traced = trace_train_and_eval(network)
+            try:
+                graphs = MatchedGraphs(network, *traced, trained, images)
+                partition = Partition(graphs, find_boundary(graphs))
+                suffix = partition.verified_suffix(images)
+            except CutError:
+                raise
+            except Exception as error:  # the trace does not run, or not at another batch size
+                raise CutError(f"cannot be split: {one_line(error)}") from error
+    except CutError as error:
+        return NoCut(str(error))
+    return Cut(partition.prefix, suffix, partition.suffix_start, partition.shapes)

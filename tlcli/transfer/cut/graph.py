@@ -1,50 +1,202 @@
-"""A network written down as a graph, and what such a graph says of its operations."""
+"""A network as torch.fx graphs: tracing, properties of operations, and digests that are the same in every process."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import copy
+import hashlib
+import operator
+import random
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import fx, nn
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+
+from tlcli.models.classifier import Head, eval_mode
 
 
-class Refusal(Exception):
-    """Why there is no cut."""
+class CutError(Exception):
+    """There is no cut; the message is the reason."""
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error, in brief."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return (f"{type(error).__name__}: {line}" if line else type(error).__name__)[:160]
+class Traced(NamedTuple):
+    """A network as a graph. `root` is a shallow copy that shares all modules and tensors with the network and holds the
+    constants that tracing adds, so that the network is not changed."""
 
-
-@dataclass(frozen=True)
-class Traced:
-    """A network as a graph. `shell` is a shallow copy that shares all modules and tensors with it, and holds the
-    constants that tracing adds, so that the network itself stays clean."""
-
-    shell: nn.Module
+    root: nn.Module
     graph: fx.Graph
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """In the order in which they run."""
+        """The operations in the order in which they run."""
         return list(self.graph.nodes)
 
     @property
     def images(self) -> fx.Node:
-        """The network's input."""
-        return self._only("placeholder")
+        """The input of the network."""
+        return next(node for node in self.nodes if node.op == "placeholder")
 
     @property
     def output(self) -> fx.Node:
-        """What the network returns."""
-        return self._only("output")
+        """The node that returns the logits."""
+        return next(node for node in self.nodes if node.op == "output")
 
-    def _only(self, op: str) -> fx.Node:
-        return next(node for node in self.nodes if node.op == op)
+
+# --- Tracing
+
+
+class _Tracer(fx.Tracer):
+    """Traces into all modules except `leaves` and `leaf_types`; only the first argument of forward varies."""
+
+    def __init__(self, leaves: set[nn.Module], leaf_types: set[type]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
+        self.proxy_buffer_attributes = True  # the present value of a buffer must not become a constant
+        self.leaves, self.leaf_types = leaves, leaf_types
+        self.failed: list[nn.Module] = []
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return module in self.leaves or type(module) in self.leaf_types or isinstance(module, Head)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed.append(m)
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return (fn, args[:2]) if fn is root_fn else (fn, args)  # fx has replaced fn if it takes *args
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        self.param_shapes_constant = not isinstance(attr_val, Tensor) or isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)  # fx has constant shapes for parameters only
+
+
+def trace_train_and_eval(network: nn.Module) -> tuple[Traced, Traced]:
+    """Return the network as it trains, in its present modes, and as it evaluates, with the same leaves.
+
+    A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or would fix random
+    numbers.
+    """
+    classifier: Any = getattr(network, "get_classifier", tuple)()  # timm's; two modules in distilled networks
+    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
+    leaves = {m for m in heads if isinstance(m, nn.Module) and m is not network}
+    leaf_types = set(get_notrace_modules())
+    while True:
+        training = _trace(network, leaves, leaf_types)
+        n_leaves = len(leaves) + len(leaf_types)
+        with eval_mode(network):
+            evaluation = _trace(network, leaves, leaf_types)
+        if n_leaves == len(leaves) + len(leaf_types):
+            return training, evaluation
+
+
+def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) -> Traced:
+    device = device_of(network)
+    states = rng_state(device), random.getstate()
+    while True:
+        tracer, root = _Tracer(leaves, leaf_types), copy.copy(network)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # models warn about values that tracing fixes; verification finds them
+                graph = tracer.trace(root)
+            break
+        except Exception as error:  # forward runs on proxies, so anything can be raised
+            module = next((module for module in tracer.failed if not tracer.is_leaf(module)), None)
+            if module is None:
+                raise CutError(f"cannot be traced: {one_line(error)}") from error
+            if type(module).__module__.startswith("torch.nn"):  # a container fails because of its contents
+                leaves.add(module)
+            else:  # all modules of a class fail alike
+                leaf_types.add(type(module))
+    if not torch.equal(states[0], rng_state(device)) or states[1] != random.getstate():
+        raise CutError("cannot be traced: forward draws random numbers that a trace would fix")
+    for other in [node for node in graph.nodes if node.op == "placeholder"][1:]:
+        if not other.users:
+            graph.erase_node(other)
+    # A reader of a tensor after an operation changed it in place must read that operation's result, which is the same
+    # tensor: the edges of a graph are returned values only
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if (changed := inplace_input(node, root)) is not None:
+            for user in list(changed.users):
+                if index[user] > index[node]:
+                    user.replace_input_with(changed, node)
+    return Traced(root, graph)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the first line of an error, at most 160 characters."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return (f"{type(error).__name__}: {line}" if line else type(error).__name__)[:160]
+
+
+# --- State of a network and of the random number generators
+
+
+@contextmanager
+def preserve_state(network: nn.Module) -> Iterator[None]:
+    """Restore buffers (BatchNorm statistics) and random number generators at the end of the block."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    device = device_of(network)
+    python, mps = random.getstate(), torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        set_buffers(buffers)
+        random.setstate(python)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def full_precision(network: nn.Module) -> Iterator[None]:
+    """Compute in full float32: no autocast, no TF32, whose rounding depends on the batch size."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    previous = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device_of(network).type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = previous
+
+
+def set_buffers(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Restore the values of buffers that have changed."""
+    with torch.no_grad():
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device of the parameters."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def rng_state(device: torch.device) -> Tensor:
+    """Return the state of the random number generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
+
+
+# --- Properties of operations
 
 
 def module_of(node: fx.Node) -> str:
-    """The path of the module that an operation belongs to; "" is the network itself."""
+    """Return the path of the module that an operation belongs to; "" is the network itself."""
     if node.op == "call_module":
         return str(node.target)
     if node.op == "get_attr":
@@ -53,20 +205,20 @@ def module_of(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def weighs(node: fx.Node, shell: nn.Module) -> bool:
-    """Whether an operation uses a parameter."""
+def has_parameters(node: fx.Node, root: nn.Module) -> bool:
+    """Return True if an operation uses a parameter."""
     if node.op == "get_attr":
         return True
-    return node.op == "call_module" and any(True for _ in shell.get_submodule(str(node.target)).parameters())
+    return node.op == "call_module" and any(True for _ in root.get_submodule(str(node.target)).parameters())
 
 
-def mutated(node: fx.Node, shell: nn.Module) -> fx.Node | None:
-    """The input that an operation changes in place and returns, as far as its name or its `inplace` says so."""
+def inplace_input(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """Return the input that an operation changes in place and returns, as far as its name or its `inplace` tells."""
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return None
     if node.op == "call_module":
-        inplace = getattr(shell.get_submodule(str(node.target)), "inplace", False) is True
+        inplace = getattr(root.get_submodule(str(node.target)), "inplace", False) is True
     else:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
@@ -74,12 +226,77 @@ def mutated(node: fx.Node, shell: nn.Module) -> fx.Node | None:
     return first if inplace else None
 
 
-def closure(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
-    """These and all that they need, but for what is known."""
-    found: set[fx.Node] = set()
-    todo = [node for node in nodes if node not in known]
-    while todo:
-        if (node := todo.pop()) not in found:
-            found.add(node)
-            todo.extend(source for source in node.all_input_nodes if source not in known)
-    return found
+def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
+    """Return these nodes and all that they need, except `known`."""
+    needed: set[fx.Node] = set()
+    stack = [node for node in nodes if node not in known]
+    while stack:
+        if (node := stack.pop()) not in needed:
+            needed.add(node)
+            stack.extend(source for source in node.all_input_nodes if source not in known)
+    return needed
+
+
+# --- Digests
+
+
+def digest_of_graph(module: fx.GraphModule) -> str:
+    """Return the sha256 of a graph's operations, of the settings of its modules, and of its tensors."""
+    sha = hashlib.sha256()
+    numbers: dict[fx.Node, int] = {}
+    for node in module.graph.nodes:
+        numbers[node] = len(numbers)
+        sha.update((text_of_node(node, module, numbers) + "\n").encode())
+        if node.op == "call_module":
+            submodule = module.get_submodule(str(node.target))
+            for name, part in submodule.named_modules():
+                settings = {key: value for key, value in sorted(vars(part).items()) if key not in _MODULE_ATTRIBUTES}
+                sha.update(f"{name} {_name_of(type(part))} {_text(settings, {})}\n".encode())
+            tensors = [*submodule.named_parameters(), *submodule.named_buffers()]
+            for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
+                sha.update(f"{name} {digest_of_tensor(tensor)}\n".encode())
+        elif node.op == "get_attr":
+            sha.update(digest_of_tensor(operator.attrgetter(str(node.target))(module)).encode())
+    return sha.hexdigest()
+
+
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's dtype, shape and values."""
+    content = tensor.detach().cpu().contiguous()
+    sha = hashlib.sha256(f"{content.dtype} {tuple(content.shape)} ".encode())
+    sha.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def text_of_node(node: fx.Node, root: nn.Module, numbers: dict[fx.Node, int]) -> str:
+    """Return an operation as text; its inputs are numbers. Constants that tracing made are named by their values."""
+    target = node.target if isinstance(node.target, str) else _name_of(node.target)
+    if node.op == "get_attr" and target.startswith("_tensor_constant"):
+        target = digest_of_tensor(operator.attrgetter(target)(root))
+    if node.op == "placeholder":
+        target = "images"
+    return f"{node.op} {target} {_text(node.args, numbers)} {_text(node.kwargs, numbers)}"
+
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
+    """Return a value as text without memory addresses."""
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_text(item, numbers) for item in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_text(item, numbers)}' for key, item in value.items())}}}"
+    if isinstance(value, slice):
+        return f"slice{_text((value.start, value.stop, value.step), numbers)}"
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return repr(value)
+    return digest_of_tensor(value) if isinstance(value, Tensor) else _name_of(value)
+
+
+def _name_of(value: Any) -> str:
+    """Return the full name of a function or a class, or of the class of another object."""
+    value = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(value, '__module__', None)}.{value.__qualname__}"
