@@ -49,7 +49,7 @@ def test_curves_and_confusion(tmp_path: Path) -> None:
     plot_curves(rows, 3, tmp_path / "curves.png")
     curves = pixels(tmp_path / "curves.png")
     assert curves.shape == (round(3.6 * DPI), 9 * DPI, 3)
-    assert ((curves - [0x1F, 0x6F, 0xB4]) == 0).all(axis=2).any(), "no blue line"
+    assert ((curves - [0x1F, 0x5F, 0xA5]) == 0).all(axis=2).any(), "no blue line"
     report = {"confusion": [[9, 1], [0, 10]], "classes": ["a", "b"], "n": 20}
     plot_confusion(report, tmp_path / "confusion.png")
     matrix = pixels(tmp_path / "confusion.png")

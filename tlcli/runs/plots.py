@@ -1,6 +1,9 @@
-"""The pictures in a run directory: curves, confusion matrix, sample predictions."""
+"""Charts of a run or a sweep: PNG files in plots/, and SVG for the report."""
 
-from collections.abc import Mapping, Sequence
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,120 +11,250 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 from tlcli.data.dataset import Split
+from tlcli.runs.run_dir import confusion_matrix
+from tlcli.text import evenly_spaced
 
 matplotlib.rcParams["text.parse_math"] = False  # names are text, never formulas
-BLUE, ORANGE, GRAY = "#1f6fb4", "#d1661d", "#666666"
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+matplotlib.rcParams["svg.hashsalt"] = "tlcli"  # the same run gives the same bytes
+
+PAPER, INK, SOFT, GRID, BLUE, ORANGE = "#ffffff", "#1b1d20", "#5d6269", "#e3e4e6", "#1f5fa5", "#b4500b"
+DARK = {PAPER: "#14161a", INK: "#e9e9e7", SOFT: "#9ca1a8", GRID: "#2d3137", BLUE: "#7db4f2", ORANGE: "#f2a65e"}
+"""Colors of charts, the same as in the style sheet of the report, and what takes their place in dark mode."""
+
+STYLES = {"train": (ORANGE, "--"), "val": (BLUE, "-")}
+LABELS = {"train": "train", "val": "validation"}
 DPI = 120
 SAMPLES, COLUMNS = 16, 4
 THUMBNAIL, TITLE, GAP = 270, 52, 14  # pixels
-MOST_NAMES = 40
-"""With more classes than this the matrix has no names beside it: they would be too small to read."""
+MAX_NAMED_CLASSES = 40
+"""Classes above which a matrix has no names: they would be too small to read."""
+
+Points = Sequence[tuple[float, float]]
+
+
+# -- drawing, for PNG and SVG
+
+
+def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: int | None) -> None:
+    """Draw a metric of train and val by epoch, from (epoch, value) by split, and mark the epoch that was kept."""
+    for split, values in points.items():
+        color, line = STYLES[split]
+        face = PAPER if split == "train" else color
+        style = {"color": color, "linestyle": line, "markerfacecolor": face, "label": LABELS[split]}
+        axes.plot(
+            *zip(*values, strict=True), marker="o" if len(values) <= 30 else None, markersize=5, clip_on=False, **style
+        )
+    every = [value for values in points.values() for _, value in values]
+    _style_axes(axes, every, is_share=key == "accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch", color=SOFT)
+    if best_epoch is not None:
+        low, high = axes.get_xlim()
+        axes.axvline(best_epoch, color=SOFT, linestyle=":", linewidth=1)
+        side = "right" if best_epoch > (low + high) / 2 else "left"
+        place = {"xy": (best_epoch, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 3)}
+        text = f"kept: epoch {best_epoch}"
+        axes.annotate(text, **place, textcoords="offset points", ha=side, color=SOFT, fontsize="small")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.1), ncols=2, borderaxespad=0, frameon=False, labelcolor=SOFT)
+
+
+def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float, int]]]) -> None:
+    """Draw accuracy against confidence, from bins (confidence, accuracy, images); the last series is filled.
+
+    The area of a dot is proportional to its number of images.
+    """
+    largest = max(n for bins in series.values() for *_, n in bins)
+    axes.plot([0, 1], [0, 1], color=SOFT, linestyle=":", linewidth=1)
+    for i, (name, bins) in enumerate(series.items()):
+        color, face = (BLUE, BLUE) if i == len(series) - 1 else (ORANGE, "none")
+        x, y, n = zip(*bins, strict=True)
+        area = [max(20.0, 300 * count / largest) for count in n]
+        axes.scatter(x, y, s=area, facecolors=face, edgecolors=color, alpha=0.75, label=name, clip_on=False, zorder=3)
+    _style_axes(axes, [0.0, 1.0], is_share=True)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 5), yticks=np.linspace(0, 1, 5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set_xlabel("probability of the predicted class", color=SOFT)
+    if len(series) > 1:
+        legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1.03), ncols=2, frameon=False, labelcolor=SOFT)
+        for handle in legend.legend_handles:
+            handle.set_sizes([30])
+
+
+def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: bool) -> None:
+    """Draw the metric of jobs against their value of one key, from (value, metric, is best); the best is filled.
+
+    The axis is logarithmic if all values are numbers and span a factor of 10; values that are no numbers are strips.
+    """
+    try:
+        x = [float(value) for value, *_ in jobs]
+        is_numeric = all(number == 0 or 1e-100 < abs(number) < 1e100 for number in x)
+    except ValueError:
+        is_numeric = False
+    if is_numeric:
+        own = sorted(set(x))
+        if own[0] > 0 and own[-1] / own[0] >= 10:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        if len(own) <= 5:
+            axes.set_xticks(own)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.margins(x=0.07)
+    else:
+        names = sorted({value for value, *_ in jobs})
+        room = max(3, 60 // len(names))
+        groups = {name: [i for i, (value, *_) in enumerate(jobs) if value == name] for name in names}
+        offsets = {i: (k + 1) / (len(group) + 1) - 0.5 for group in groups.values() for k, i in enumerate(group)}
+        x = [names.index(value) + 0.6 * offsets[i] for i, (value, *_) in enumerate(jobs)]
+        axes.set(xlim=(-0.5, len(names) - 0.5))
+        axes.set_xticks(range(len(names)), [shorten(name, room) for name in names])
+    for place, (_, metric, is_best) in zip(x, jobs, strict=True):
+        color, face = (BLUE, BLUE) if is_best else (SOFT, PAPER)
+        style = {"facecolors": face, "edgecolors": color, "zorder": 4 if is_best else 3}
+        axes.scatter([place], [metric], s=60, clip_on=False, **style)
+    _style_axes(axes, [metric for _, metric, _ in jobs], is_share=is_share)
+
+
+def draw_interval(axes: Any, value: float, interval: tuple[float, float], baseline: float | None) -> None:
+    """Draw a share and its confidence interval on a line from 0 to 1, with a mark at the baseline."""
+    axes.set(xlim=(0, 1), ylim=(-1, 1))
+    axes.axis("off")
+    axes.axhline(0, color=SOFT, linewidth=1)
+    axes.axvspan(*interval, 0.3, 0.7, color=BLUE, alpha=0.3, linewidth=0)
+    axes.axvline(value, color=BLUE, linewidth=4)
+    if baseline is not None:
+        axes.axvline(baseline, color=SOFT, linewidth=1, linestyle=":")
+
+
+def _style_axes(axes: Any, values: Sequence[float], *, is_share: bool) -> None:
+    """Set the vertical axis from round tick to round tick, percent for shares, and the look of grid and labels."""
+    low, high = min(values), max(values)
+    if high - low < 1e-3 * max(abs(high), 1e-3):  # a flat line must not show noise at full scale
+        low, high = low - 0.05 * max(abs(low), 0.1), high + 0.05 * max(abs(high), 0.1)
+    ticks = MaxNLocator(4, min_n_ticks=2, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    floor, ceiling = (0.0 if min(values) >= 0 else -math.inf), (1.0 + 1e-9 if is_share else math.inf)
+    ticks = [tick for tick in ticks if floor <= tick <= ceiling]
+    axes.set(yticks=ticks, ylim=(min(ticks[0], *values), max(ticks[-1], *values)))
+    if is_share:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6, labelcolor=SOFT)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(SOFT)
+
+
+def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, int, int, int]) -> tuple[str, str]:
+    """Return a chart as SVG, in light and in dark colors.
+
+    Args:
+        draw: draws into the axes that it is given.
+        size: width and height.
+        margins: space around the axes for labels: left, right, top and bottom.
+    """
+    (width, height), (left, right, top, bottom) = size, margins
+    figure = Figure(figsize=(width / 72, height / 72))  # matplotlib writes 72 units per inch
+    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    draw(figure.add_axes(box))
+    for text in figure.findobj(Text):
+        text.set_fontsize(12)
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser chooses the fonts
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    light = file.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    light = light.replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
+    dark = light
+    for color, dark_color in DARK.items():
+        dark = dark.replace(color, dark_color)
+    return light, dark
+
+
+# -- files in plots/
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
-    """Loss and accuracy of train and val by epoch, from the rows of metrics.jsonl; the kept epoch is marked."""
+    """Draw loss and accuracy of train and val by epoch, from the rows of metrics.jsonl."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI)
-    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.91, wspace=0.22)
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.82, wspace=0.22)
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, colour in (("train", BLUE), ("val", ORANGE)):
-            points = [(r["epoch"], r[key]) for r in rows if r["split"] == split]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=split, markersize=4)
-        axes.axvline(best_epoch, color=GRAY, linestyle=":", label=f"kept: epoch {best_epoch}")
-        axes.set(title=key, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    _save(_drawn(figure), file)
+        points = {split: [(row["epoch"], row[key]) for row in rows if row["split"] == split] for split in LABELS}
+        draw_curve(axes, {split: values for split, values in points.items() if values}, key, best_epoch)
+        axes.set_title(key, loc="left")
+    _save(_render(figure), file)
 
 
 def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
-    """Rows are true classes, columns predicted ones; colour is the share of the row, numbers are images."""
-    counts = np.array(report["confusion"])
-    names, n = [_shorten(name, 18) for name in report["classes"]], len(report["classes"])
-    named = n <= MOST_NAMES
-    labels = 0.45 + (0.09 * max(map(len, names)) if named else 0.3)  # inches for the names and what stands before them
-    cells = min(12.0, max(2.6, 0.5 * n))
-    width, height = labels + cells + 0.2, labels + cells + 0.4
-    figure = Figure(figsize=(width, height), dpi=DPI)  # margins by hand: a layout engine would draw it all twice
-    axes = figure.add_axes((labels / width, labels / height, cells / width, cells / height))
+    """Draw the confusion matrix of a test.json: rows are true classes, columns predicted; color is the row's share."""
+    counts = confusion_matrix(report)
+    if counts is None:
+        raise ValueError("no confusion matrix")
+    names, n = [shorten(name, 18) for name in report["classes"]], len(report["classes"])
+    has_names = n <= MAX_NAMED_CLASSES
+    margin = 0.45 + (0.09 * max(map(len, names)) if has_names else 0.3)  # inches for names and axis label
+    side = min(12.0, max(2.6, 0.5 * n))
+    width, height = margin + side + 0.2, margin + side + 0.4
+    figure = Figure(figsize=(width, height), dpi=DPI)  # margins by hand: a layout engine would draw twice
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title=f"test, {report['n']} images")
-    if named:
-        fits = 0.09 * max(map(len, names)) < cells / n
+    if has_names:
+        fits = 0.09 * max(map(len, names)) < side / n
         axes.set_xticks(range(n), names, rotation=0 if fits else 90)
         axes.set_yticks(range(n), names)
     if n <= 20:
         for t, p in np.argwhere(counts > 0):
             axes.text(p, t, counts[t, p], ha="center", va="center", color="white" if shares[t, p] > 0.5 else "black")
-    _save(_drawn(figure), file)
+    _save(_render(figure), file)
 
 
 def plot_samples(
     split: Split, predicted: np.ndarray, probability: np.ndarray, classes: Sequence[str], file: Path
 ) -> None:
-    """Sixteen test images with true and predicted names: half of them wrong where there are so many, spread evenly."""
-    wrong = np.flatnonzero(predicted != split.labels)
-    right = np.flatnonzero(predicted == split.labels)
-    chosen_wrong = _spread(wrong, max(SAMPLES // 2, SAMPLES - len(right)))
-    chosen = [*chosen_wrong, *_spread(right, SAMPLES - len(chosen_wrong))]
-    rows = -(-len(chosen) // COLUMNS)
-    height, width = rows * (THUMBNAIL + TITLE), COLUMNS * (THUMBNAIL + GAP)
+    """Draw sixteen test images with true and predicted names; half of them are wrong if there are enough."""
+    is_right = predicted == split.labels
+    wrong, right = np.flatnonzero(~is_right).tolist(), np.flatnonzero(is_right).tolist()
+    chosen = evenly_spaced(wrong, max(SAMPLES // 2, SAMPLES - len(right)))
+    chosen += evenly_spaced(right, SAMPLES - len(chosen))
+    height, width = -(-len(chosen) // COLUMNS) * (THUMBNAIL + TITLE), COLUMNS * (THUMBNAIL + GAP)
+    # pixels, from the left and the top, of the middle of each thumbnail's upper edge; the title is above
+    places = [divmod(position, COLUMNS) for position in range(len(chosen))]
+    tops = [((column + 0.5) * (THUMBNAIL + GAP), (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL) for row, column in places]
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    for place, i in enumerate(chosen):
-        is_right = predicted[i] == split.labels[i]
-        guess = f"{_shorten(classes[predicted[i]], 22)} {probability[i]:.0%}"
-        text = guess if is_right else f"{guess}\nis {_shorten(classes[split.labels[i]], 24)}"
-        centre, top = _place(place)
-        x, y = centre / width, 1 - (top - 6) / height
-        figure.text(x, y, text, fontsize=9, color="black" if is_right else ORANGE, ha="center", va="bottom")
-    sheet = _drawn(figure)
-    for place, i in enumerate(chosen):  # matplotlib would take five times as long to put them there
-        centre, top = _place(place)
-        small = _thumbnail(split.read(i))
-        sheet.paste(small, (centre - small.width // 2, top))
+    for i, (x, y) in zip(chosen, tops, strict=True):
+        text = f"{shorten(classes[predicted[i]], 22)} {probability[i]:.0%}"
+        text = text if is_right[i] else f"{text}\nis {shorten(classes[split.labels[i]], 24)}"
+        color = "black" if is_right[i] else ORANGE
+        figure.text(x / width, 1 - (y - 6) / height, text, fontsize=9, color=color, ha="center", va="bottom")
+    sheet = _render(figure)
+    for i, (x, y) in zip(chosen, tops, strict=True):  # matplotlib would take five times as long
+        image = Image.fromarray(split.read(i))
+        scale = THUMBNAIL / max(image.size)
+        resample = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST  # small images: each pixel
+        image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
+        sheet.paste(image, (int(x) - image.width // 2, y))
     _save(sheet, file)
 
 
-def _place(number: int) -> tuple[int, int]:
-    """Pixels, from the left and the top, of the middle of a thumbnail's upper edge; its title is above."""
-    row, column = divmod(number, COLUMNS)
-    return column * (THUMBNAIL + GAP) + (THUMBNAIL + GAP) // 2, (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL
+def shorten(name: str, length: int) -> str:
+    """Return a name of at most `length` characters, with an ellipsis if it was cut."""
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _drawn(figure: Figure) -> Image.Image:
-    """A figure's pixels, RGB."""
+def _render(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _save(picture: Image.Image, file: Path) -> None:
-    """As PNG, of the least compression: more would take as long as drawing, and save little."""
-    picture.save(file, compress_level=1, dpi=(DPI, DPI))
-
-
-def _thumbnail(image: np.ndarray) -> Image.Image:
-    small = Image.fromarray(image)
-    scale = THUMBNAIL / max(small.size)
-    return small.resize([max(1, round(side * scale)) for side in small.size], Image.Resampling[_kernel(scale)])
-
-
-def _kernel(scale: float) -> str:
-    """Small images are shown pixel by pixel."""
-    return "BILINEAR" if scale < 1 else "NEAREST"
-
-
-def _spread(indices: np.ndarray, n: int) -> list[int]:
-    """At most n of the indices, evenly spaced."""
-    if len(indices) <= n:
-        return [int(i) for i in indices]
-    return [int(indices[k]) for k in np.linspace(0, len(indices) - 1, n).astype(int)]
-
-
-def _shorten(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    picture.save(file, compress_level=1, dpi=(DPI, DPI))  # a higher level takes as long as drawing and saves little
