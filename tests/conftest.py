@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tlcli.cli import main
-from tlcli.cli.compose import build, composed, parse_flags
+from tlcli.cli.compose import build_spec, compose_config, parse_flags
 from tlcli.cli.process import quiet_libraries
 from tlcli.specs import TrainSpec
 
@@ -33,7 +33,7 @@ def spec() -> Compose:
 
     def make(*overrides: str) -> TrainSpec:
         flags = parse_flags(list(overrides))
-        return build(composed(flags), flags.files)
+        return build_spec(compose_config(flags), flags.files)
 
     return make
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import fields
 
-from tlcli.cli.compose import build, composed, parse_flags
+from tlcli.cli.compose import build_spec, compose_config, parse_flags
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
 from tlcli.registry import HOMES, options
 from tlcli.specs import CacheSpec, CheckpointSpec, DeviceSpec, ImageSpec, TrainSpec, classes_of
@@ -20,14 +20,14 @@ COMMON = sorted((conf_dir() / "common").glob("*.yaml"))
 def test_option_composes_and_is_in_range(option) -> None:
     flags = parse_flags([f"{option.group}={option.name}"])
     waiting = [f"{option.group}.{key.name}=x" for key in keys_in(option.text) if key.default == "???"]
-    spec = build(composed(parse_flags([*flags.overrides, *waiting])), FILES)
+    spec = build_spec(compose_config(parse_flags([*flags.overrides, *waiting])), FILES)
     assert isinstance(spec, TrainSpec)
     if option.group in HOMES:
         assert type(getattr(spec, option.group)) is options(option.group)[option.kind]
 
 
 def test_defaults_need_no_value() -> None:
-    assert isinstance(build(composed(parse_flags([])), FILES), TrainSpec)
+    assert isinstance(build_spec(compose_config(parse_flags([])), FILES), TrainSpec)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.group}={option.name}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import Compose, finish, make_folder
-from tlcli.cli.saved import saved_spec
+from tlcli.cli.saved_config import load_spec
 from tlcli.data.dataset import load_whole
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
@@ -58,8 +58,8 @@ def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
 def evaluated(
     run: Path, *overrides: str, split: str | None = None, checkpoint: str = "best", reporter: Reporter | None = None
 ) -> Evaluation:
-    own = saved_spec(RunDir(run))
-    spec = saved_spec(RunDir(run), overrides) if overrides else own
+    own = load_spec(RunDir(run))
+    spec = load_spec(RunDir(run), overrides) if overrides else own
     return evaluate_run(EvaluationRequest(run, checkpoint, split, spec, own), reporter or Reporter())
 
 

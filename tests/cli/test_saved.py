@@ -11,8 +11,8 @@ from msgspec import structs
 from omegaconf import OmegaConf
 
 from tests.conftest import Compose
-from tlcli.cli.compose import composed, parse_flags
-from tlcli.cli.saved import saved_spec
+from tlcli.cli.compose import compose_config, parse_flags
+from tlcli.cli.saved_config import load_spec
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import DigitsSpec, ImageFolderSpec, TorchvisionDatasetSpec
@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Saved:
     """saved("freeze=head"): a run of these overrides, as far as its config.yaml and run.json."""
 
     def make(*overrides: str) -> RunDir:
-        config = composed(parse_flags(list(overrides)))
+        config = compose_config(parse_flags(list(overrides)))
         OmegaConf.set_struct(config, False)
         config.pop("hydra")
         run = RunDir(tmp_path / "run")
@@ -61,13 +61,13 @@ def change(run: RunDir, **values: Any) -> None:
     ],
 )  # fmt: skip
 def test_it_is_the_spec_of_the_run(saved: Saved, spec: Compose, overrides: tuple[str, ...]) -> None:
-    assert saved_spec(saved(*overrides)) == spec(*overrides)
+    assert load_spec(saved(*overrides)) == spec(*overrides)
 
 
 def test_a_data_set_is_switched_as_in_train(saved: Saved, spec: Compose) -> None:
     run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50", "freeze=head")
     own = spec("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50", "freeze=head")
-    found = saved_spec(run, ["dataset=imagefolder", "dataset.root=/photos"])
+    found = load_spec(run, ["dataset=imagefolder", "dataset.root=/photos"])
     assert found.dataset == spec("dataset=imagefolder", "dataset.root=/photos").dataset
     assert isinstance(found.dataset, ImageFolderSpec)
     assert structs.replace(found, dataset=own.dataset) == own
@@ -75,7 +75,7 @@ def test_a_data_set_is_switched_as_in_train(saved: Saved, spec: Compose) -> None
 
 def test_a_key_of_the_same_data_set_leaves_the_others(saved: Saved) -> None:
     run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50")
-    found = saved_spec(run, ["dataset.root=/other", "dataset.ram_gb=0.5", "device.precision=fp32"])
+    found = load_spec(run, ["dataset.root=/other", "dataset.ram_gb=0.5", "device.precision=fp32"])
     assert isinstance(found.dataset, TorchvisionDatasetSpec)
     assert (found.dataset.root, found.dataset.ram_gb, found.dataset.train_per_class) == ("/other", 0.5, 50)
     assert found.device.precision.value == "fp32"
@@ -89,19 +89,19 @@ def test_keys_that_an_older_run_lacks_have_their_defaults(saved: Saved, spec: Co
     del content["clip_grad"]
     del content["dataset"]["min_crop"]
     run.config_file.write_text(yaml.safe_dump(content))
-    assert saved_spec(run) == spec("freeze=head")
+    assert load_spec(run) == spec("freeze=head")
 
 
 def test_relative_places_are_below_where_the_run_was_started(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     start = Path.cwd()
     run = saved("dataset=imagefolder", "dataset.root=photos")
     monkeypatch.chdir(run.path)
-    assert saved_spec(run).dataset.root == str(start / "photos")
-    assert saved_spec(run, ["dataset.root=mine"]).dataset.root == "mine"
+    assert load_spec(run).dataset.root == str(start / "photos")
+    assert load_spec(run, ["dataset.root=mine"]).dataset.root == "mine"
     record = json.loads(run.info_file.read_text())
     del record["cwd"]
     run.info_file.write_text(json.dumps(record))
-    assert saved_spec(run).dataset.root == "photos"
+    assert load_spec(run).dataset.root == "photos"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_mistake_in_the_file_names_file_and_key(saved: Saved, values: dict[str
     run = saved("dataset=digits")
     change(run, **values)
     with pytest.raises(UsageError) as caught:
-        saved_spec(run)
+        load_spec(run)
     assert str(caught.value).startswith(f"{run.config_file}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -136,12 +136,12 @@ def test_a_file_that_is_no_config(saved: Saved, text: str) -> None:
     run = saved()
     run.config_file.write_text(text)
     with pytest.raises(UsageError, match=r"config\.yaml: "):
-        saved_spec(run)
+        load_spec(run)
 
 
 def test_a_directory_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no config\.yaml here"):
-        saved_spec(RunDir(tmp_path))
+        load_spec(RunDir(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
 def test_a_mistake_on_the_command_line_does_not_name_the_file(saved: Saved, override: str, message: str) -> None:
     run = saved()
     with pytest.raises(UsageError) as caught:
-        saved_spec(run, [override])
+        load_spec(run, [override])
     assert message in str(caught.value)
     assert str(run.config_file) not in str(caught.value)
 
 
 def test_the_users_own_references_are_followed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", "/mine")
-    found = saved_spec(saved(), ["dataset=imagefolder", "dataset.root=${oc.env:PHOTOS}"])
+    found = load_spec(saved(), ["dataset=imagefolder", "dataset.root=${oc.env:PHOTOS}"])
     assert found.dataset.root == "/mine"
     assert not isinstance(found.dataset, DigitsSpec)

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from tests.cli.conftest import Ended, finished, runs_in
 from tests.faults.refusals import refused, tree, untouched, yaml_bomb
-from tlcli.cli.saved import saved_spec
-from tlcli.cli.yaml_size import MOST_VALUES, check_yaml
+from tlcli.cli.compose import compose_config, parse_flags
+from tlcli.cli.saved_config import load_spec
+from tlcli.cli.trust import check_folder
+from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
 
@@ -73,8 +76,6 @@ SECRETS = {
     "within another call": "name: ${oc.select:nothing,${oc.env:API_TOKEN}}",
     "made on the way": "name: ${oc.create:'${oc.env:API_TOKEN}'}",
     "with blanks": "name: '${ oc.env: API_TOKEN }'",
-    "the name of a folder": "hydra: {run: {dir: 'runs/${oc.env:API_TOKEN}'}}",
-    "the name of the job": "hydra: {job: {name: '${oc.env:API_TOKEN}'}}",
     "a resolver of somebody's": "name: ${leak:API_TOKEN}",
     "an unknown resolver": "name: ${nobody:API_TOKEN}",
 }
@@ -109,14 +110,15 @@ def test_what_is_typed_is_followed_and_so_are_references_within(
 
 
 ENDLESS: dict[str, tuple[str | bytes, str]] = {
-    "a bomb": ("name: x\n" + yaml_bomb(), "x.yaml, line 9: stands for more than 200,000 values"),
-    "a bomb of keys": ("name: x\n" + yaml_bomb().replace("[x]", "{x: 1}"), "stands for more than 200,000 values"),
-    "a circle": ("name: &a [*a]\n", "x.yaml, line 2: *a is part of what it stands for; write the values out"),
-    "a circle of keys": ("name: &a {b: {c: *a}}\n", "*a is part of what it stands for"),
+    "a bomb": ("name: x\n" + yaml_bomb(), "x.yaml, line 4: the alias *a is refused; write the values out"),
+    "a bomb of keys": ("name: x\n" + yaml_bomb().replace("[x]", "{x: 1}"), "the alias *a is refused"),
+    "a circle": ("name: &a [*a]\n", "x.yaml, line 2: the alias *a is refused; write the values out"),
+    "a circle of keys": ("name: &a {b: {c: *a}}\n", "the alias *a is refused"),
+    "a harmless alias": ("image: &a {size: 64}\ncache: {<<: *a}\n", "the alias *a is refused"),
     "a hundred levels": ("name: " + "[" * 100 + "]" * 100 + "\n", "more than 50 levels deep"),
     "a hundred thousand levels": ("name: " + "[" * 100_000 + "\n", "more than 50 levels deep"),
     "a key a level": ("\n".join(" " * i + "k:" for i in range(100)) + "\n", "more than 50 levels deep"),
-    "no UTF-8": (b"name: \xff\xfe\n", "x.yaml: cannot be read as YAML: not utf-8 text"),
+    "no UTF-8": (b"name: \xff\xfe\n", "x.yaml: cannot be read as YAML: not UTF-8 text"),
     "a key twice": ("name: a\nname: b\n", "x.yaml:3: found duplicate key name"),
     "an object": ("name: !!python/object/apply:os.mkdir [made]\n", "could not determine a constructor for the tag"),
     "a module": ("name: !!python/name:os.system\n", "could not determine a constructor for the tag"),
@@ -149,7 +151,7 @@ def test_a_folder_of_configs_named_elsewhere(tlcli: Tlcli, experiment: Callable[
     experiment(yaml_bomb())
     with untouched(tmp_path):
         ended = tlcli("train", f"hydra.searchpath=[file://{tmp_path}/mine]", "experiment=x")
-    one_line(ended, "stands for more than 200,000 values")
+    one_line(ended, "the alias *a is refused")
 
 
 def test_a_config_folder_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path) -> None:
@@ -159,19 +161,92 @@ def test_a_config_folder_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path
         one_line(tlcli("train", f"backbone.weights={'x' * 300}.pth"), "file name too long; choose another path")
 
 
-def test_aliases_that_people_use_are_taken(tmp_path: Path) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text("a: &a [1, 2]\nb: *a\nc: {<<: &d {e: 1}, f: *d}\na2: &a [3]\ng: *a\n")
-    check_yaml(file)
-    file.write_text("classes: [" + ", ".join(f"class {i}" for i in range(MOST_VALUES - 3)) + "]\n")
-    check_yaml(file)
+# -- Hydra's own node
+
+HYDRA: dict[str, tuple[str, str]] = {
+    "a folder": ("experiment/x.yaml", "hydra: {run: {dir: elsewhere}}"),
+    "a folder of jobs": ("experiment/x.yaml", "hydra: {sweep: {subdir: '${oc.env:API_TOKEN}'}}"),
+    "the name of the job": ("experiment/x.yaml", "hydra: {job: {name: '${oc.env:API_TOKEN}'}}"),
+    "the environment of a job": ("experiment/x.yaml", "hydra: {job: {env_set: {PATH: /evil}}}"),
+    "another working directory": ("experiment/x.yaml", "hydra: {job: {chdir: true}}"),
+    "a callback": ("experiment/x.yaml", "hydra: {callbacks: {x: {_target_: os.mkdir, name: made}}}"),
+    "a formatter": ("experiment/x.yaml", "hydra: {job_logging: {formatters: {x: {(): os.mkdir}}}}"),
+    "where configs are": ("experiment/x.yaml", "hydra: {searchpath: ['file:///evil']}"),
+    "the mode": ("experiment/x.yaml", "hydra: {mode: MULTIRUN}"),
+    "no keys": ("experiment/x.yaml", "hydra: 3"),
+    "a class of a launcher": ("experiment/x.yaml", "hydra: {launcher: {_target_: os.system}}"),
+    "a path of a launcher": ("experiment/x.yaml", "hydra: {launcher: {folder: /evil/place}}"),
+    "a reference in a launcher": ("experiment/x.yaml", "hydra: {launcher: {name: '${oc.env:API_TOKEN}'}}"),
+    "commands of a launcher": ("experiment/x.yaml", "hydra: {launcher: {setup: [touch made]}}"),
+    "a sampler": ("experiment/x.yaml", "hydra: {sweeper: {sampler: {_target_: os.system}}}"),
+    "Hydra's keys as parameters": ("experiment/x.yaml", "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}"),
+    "the choice of a sweeper": ("experiment/x.yaml", "defaults: [override /hydra/sweeper: optuna]"),
+    "the choice of a logger": ("experiment/x.yaml", "defaults: [override /hydra/job_logging: default]"),
+    "another package": ("experiment/x.yaml", "defaults: [/experiment/y@hydra.callbacks]"),
+    "a package of a file": ("experiment/x.yaml", "# @package hydra.callbacks\nx: 3"),
+    "a file elsewhere": ("experiment/x.yaml", "defaults: [../../evil/x]"),
+    "a group of Hydra's": ("hydra/job_logging/x.yaml", "root: 3"),
+    "a launcher of its own": ("hydra/launcher/x.yaml", "_target_: os.system"),
+    "another file in a launcher": ("hydra/launcher/x.yaml", "defaults: [/experiment/y@_here_]"),
+}
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+@pytest.mark.parametrize("case", HYDRA)
+def test_a_file_cannot_change_how_hydra_runs(
+    case: str, sweep: bool, tlcli: Tlcli, training: Any, experiment: Callable[[str], None], tmp_path: Path
+) -> None:
+    training(lambda spec, run, reporter: pytest.fail("training began"))
+    experiment("epochs: 2\n")
+    name, text = HYDRA[case]
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"# @package _global_\n{text}\n" if name.startswith("experiment") else text)
+    words = ["-m", "experiment=x,x"] if sweep else ["experiment=x"]
+    with untouched(tmp_path):
+        ended = tlcli("train", "--config-dir", "mine", *words)
+    one_line(ended, f"{name}: ", " is refused: of Hydra's own settings a file may give the choice of hydra/launcher")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {launcher: {n_jobs: 2, backend: loky, verbose: null}}",
+        "hydra: {sweeper: {params: {seed: '1,2', optimizer.lr: 'choice(0.1,0.2)'}}}",
+        "defaults: [override /hydra/launcher: basic, _self_]",
+        "defaults: [override /hydra/job_logging: none]",
+    ],
+)
+def test_what_a_file_may_say_to_hydra(text: str, experiment: Callable[[str], None], tmp_path: Path) -> None:
+    experiment(text)
+    check_folder(tmp_path / "mine")
+
+
+def test_the_command_line_may_say_everything_to_hydra() -> None:
+    config = compose_config(parse_flags(["hydra.run.dir=x", "hydra.job.chdir=true", "+hydra.job.env_set.A=b"]))
+    assert (config.hydra.run.dir, config.hydra.job.chdir, config.hydra.job.env_set.A) == ("x", True, "b")
+
+
+def test_optunas_sweeper_is_accepted_with_its_samplers_and_no_other_class() -> None:
+    store, plugin = ConfigStore.instance(), "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    sampler = {"_target_": "optuna.samplers.TPESampler", "seed": None}
+    store.store(group="hydra/sweeper", name="optuna", node={"_target_": plugin, "sampler": sampler, "n_trials": 20})
+    try:
+        words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "epochs=1,2"]
+        assert compose_config(parse_flags(words)).hydra.sweeper.sampler["_target_"] == sampler["_target_"]
+        with pytest.raises(UsageError, match="a config cannot name code to run"):
+            compose_config(parse_flags([*words, "hydra.sweeper.sampler._target_=optuna.samplers.os"]))
+    finally:
+        del store.repo["hydra"]["sweeper"]["optuna.yaml"]
+    with pytest.raises(UsageError, match=r"hydra/sweeper has no option 'optuna'.*is its plugin installed"):
+        compose_config(parse_flags(words))
 
 
 # -- the config of a finished run
 
 SAVED: dict[str, tuple[str | bytes, str]] = {
-    "a bomb": (yaml_bomb(), "config.yaml, line 7: stands for more than 200,000 values"),
-    "a circle": ("a: &a [*a]\n", "config.yaml, line 1: *a is part of what it stands for"),
+    "a bomb": (yaml_bomb(), "config.yaml, line 2: the alias *a is refused"),
+    "a circle": ("a: &a [*a]\n", "config.yaml, line 1: the alias *a is refused"),
     "too deep": ("a: " + "[" * 100_000, "config.yaml: more than 50 levels deep"),
     "deep and closed": ("a: " + "[" * 60 + "]" * 60, "config.yaml, line 1: more than 50 levels deep"),
     "a number of 5,000 digits": ("seed: " + "9" * 5000, "config.yaml: cannot be read as YAML"),
@@ -181,7 +256,7 @@ SAVED: dict[str, tuple[str | bytes, str]] = {
     "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
     "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
     "a date": ("seed: 2026-01-01", "seed=2026-01-01 is not a whole number"),
-    "a reference": ("seed: ${nothing}", "seed=${nothing} is refused: a finished run's config holds values alone"),
+    "a reference": ("seed: ${nothing}", "seed=${nothing} is refused: the config of a run holds only values"),
     "an object": ("seed: !!python/object/apply:os.mkdir [made]", "config.yaml: cannot be read as YAML"),
 }
 
@@ -199,7 +274,7 @@ def run(tmp_path: Path) -> RunDir:
 def test_a_finished_runs_config_that_is_none(case: str, run: RunDir, tlcli: Tlcli, tmp_path: Path) -> None:
     text, words = SAVED[case]
     run.config_file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(lambda: saved_spec(run), 2, f"{run.config_file}", words, keeps=tmp_path)
+    refused(lambda: load_spec(run), 2, f"{run.config_file}", words, keeps=tmp_path)
     with untouched(tmp_path):
         ended = tlcli("eval", "run")
         assert tlcli("list", "run").code == 0
@@ -211,7 +286,7 @@ def test_a_finished_runs_config_that_is_none(case: str, run: RunDir, tlcli: Tlcl
 def test_a_config_that_is_a_pipe(run: RunDir, tmp_path: Path) -> None:
     run.config_file.unlink()
     os.mkfifo(run.config_file)
-    refused(lambda: saved_spec(run), 2, "config.yaml: not a regular file", keeps=tmp_path)
+    refused(lambda: load_spec(run), 2, "config.yaml: not a regular file", keeps=tmp_path)
 
 
 def test_a_report_of_a_run_with_a_bomb_for_a_config(run: RunDir, tlcli: Tlcli, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from tests.data.samples import manifest_spec
 from tests.faults.scale import scale
 from tests.runs.test_predictions import SOME
-from tlcli.cli.saved import saved_spec
+from tlcli.cli.saved_config import load_spec
 from tlcli.data.decode import BadImage, read_image
 from tlcli.data.headers import read_header
 from tlcli.data.listing import list_manifest
@@ -283,7 +283,7 @@ def config_is_read(content: bytes) -> None:
     (place() / "run").mkdir(exist_ok=True)
     file_of(content, "run/config.yaml")
     with ours():
-        saved_spec(RunDir(place() / "run"))
+        load_spec(RunDir(place() / "run"))
 
 
 TRIED: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {

@@ -16,7 +16,7 @@ from tests.conftest import Compose, make_folder
 from tests.faults.runs_alike import differences, rows
 from tests.faults.scale import scale
 from tlcli.cli import main
-from tlcli.cli.saved import saved_spec
+from tlcli.cli.saved_config import load_spec
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.runs import keeping
@@ -152,7 +152,7 @@ def test_a_run_that_ended_as_it_began_can_go_on(
     monkeypatch.setattr(RunDir, "start", killed)
     with pytest.raises(Killed):
         main(["train", f"hydra.run.dir='{tmp_path / 'run'}'", *words])
-    assert saved_spec(RunDir(tmp_path / "run")).epochs == 3
+    assert load_spec(RunDir(tmp_path / "run")).epochs == 3
 
 
 # -- the matrix

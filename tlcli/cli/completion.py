@@ -1,8 +1,9 @@
-"""Shell completion: `tlcli completion bash|zsh|fish` prints a script, which asks `tlcli completion query LINE`.
+"""Shell completion: `tlcli completion bash|zsh|fish` prints a script, which calls `tlcli completion query LINE`.
 
-The candidates are read from the YAML files and the dataclasses, without Hydra, so that Tab answers at once.
+The candidates come from the parser of each command, the YAML files and the schema, without Hydra, so that Tab is fast.
 """
 
+import argparse
 import enum
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,9 +11,9 @@ from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.folders import run_folders
-from tlcli.errors import UsageError
+from tlcli.cli.helptext import train_parser
+from tlcli.cli.parser import Parser
 from tlcli.specs import classes_of, leaf_types
-from tlcli.text import did_you_mean
 
 SCRIPTS = {
     "bash": r"""_tlcli() {
@@ -34,49 +35,32 @@ compdef _tlcli tlcli
     "fish": "complete -c tlcli -f -a '(tlcli completion query (commandline -cp))'\n",
 }
 
-HELP = """\
-usage: tlcli completion bash|zsh|fish
 
-Print a script that completes tlcli's commands, groups, options, keys and values on Tab.
-
-  bash  eval "$(tlcli completion bash)"            in ~/.bashrc
-  zsh   eval "$(tlcli completion zsh)"             in ~/.zshrc
-  fish  tlcli completion fish | source             in ~/.config/fish/config.fish
-"""
-
-FLAGS = (
-    "--cfg",
-    "--config-dir",
-    "--config-name",
-    "--debug",
-    "--help",
-    "--hydra-help",
-    "--info",
-    "--multirun",
-    "--resume",
-)
-FLAG_VALUES = {"--cfg": ("job", "hydra", "all"), "--info": ("all", "config", "defaults", "defaults-tree", "searchpath")}
+def parser() -> Parser:
+    """Return the parser of `tlcli completion`."""
+    made = Parser(
+        "completion",
+        "Print a script that completes tlcli's commands, groups, options, keys and values on Tab.\n\n"
+        '  bash  eval "$(tlcli completion bash)"            in ~/.bashrc\n'
+        '  zsh   eval "$(tlcli completion zsh)"             in ~/.zshrc\n'
+        "  fish  tlcli completion fish | source             in ~/.config/fish/config.fish",
+    )
+    made.add_argument("shell", choices=tuple(SCRIPTS))
+    return made
 
 
 def run(argv: list[str]) -> int:
-    """Print a script, or the candidates for the last word of a command line; the exit code."""
+    """Print a script, or the candidates for the last word of a command line; return the exit code."""
     match argv:
         case ["query", line]:
             print("\n".join(candidates(line)))
-        case [shell] if shell in SCRIPTS:
-            print(SCRIPTS[shell], end="")
-        case ["-h" | "--help", *_]:
-            print(HELP, end="")
-        case []:
-            raise UsageError("name a shell: tlcli completion bash|zsh|fish")
         case _:
-            hint = did_you_mean(argv[0], SCRIPTS)
-            raise UsageError(f"cannot complete for {' '.join(argv)!r}.{hint} Choose from {', '.join(SCRIPTS)}")
+            print(SCRIPTS[parser().parse_args(argv).shell], end="")
     return 0
 
 
 def candidates(line: str) -> list[str]:
-    """What the last word of a command line may become. What is finished ends with a blank."""
+    """Return what the last word of a command line may become. What is complete ends with a blank."""
     from tlcli.cli import COMMANDS
 
     words = line.split()
@@ -84,71 +68,67 @@ def candidates(line: str) -> list[str]:
     match words:
         case [] | [_]:
             found: Iterator[str] = iter([*COMMANDS, "--help", "--version"])
-        case [_, "train", *before]:
-            files = ConfFiles([conf_dir(), *extra_folders(before)])
-            found = _for_train(word, before, files)
-        case [_, "completion"]:
-            found = iter(SCRIPTS)
+        case [_, "train", *before]:  # its module imports Hydra
+            found = _from_parser(train_parser(), word, before)
         case [_, command, *before] if command in COMMANDS:
             module = import_module(COMMANDS[command][0])
-            found = module.candidates(before) if hasattr(module, "candidates") else iter(())
+            own = command != "completion" and hasattr(module, "candidates")
+            found = module.candidates(before) if own else _from_parser(module.parser(), word, before)
         case _:
             found = iter(())
     return [one if one[-1] in "=." else one + " " for one in dict.fromkeys(found) if one.startswith(word)]
 
 
-def _for_train(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
-    """Flags, groups, keys, and behind an equals sign their options and values."""
-    if before and before[-1] == "--resume":
-        yield from run_folders()
-    elif before and before[-1] in FLAG_VALUES:
-        yield from FLAG_VALUES[before[-1]]
-    elif word.startswith("-"):
-        yield from FLAGS
-    elif "=" in word:
-        key, _, value = word.partition("=")
-        done = value.rpartition(",")[0] + "," if "," in value else ""  # a sweep: the values so far stay
-        yield from (f"{key}={done}{one}" for one in _values(key, before, files))
-    else:
-        yield from (f"{group}=" for group in files.groups)
-        yield from _keys(word, before, files)
-
-
-def _keys(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
-    """Keys: those of a group only once its name and dot are there, or the list would be long."""
-    group, dot, _ = word.partition(".")
-    if not dot:
-        yield from (f"{group}." for group in files.groups if classes_of(group))
-    elif option := _chosen(group, before, files):
-        names = dict.fromkeys(key.name.split(".")[0] for key in files.keys_of(files.groups[group][option]))
-        yield from (f"{group}.{name}=" for name in names)
-    for key in files.top_level():
-        parent, inner, _ = key.name.rpartition(".")
-        yield f"{key.name}=" if dot or not inner else f"{parent}."
-
-
-def _chosen(group: str, before: list[str], files: ConfFiles) -> str | None:
-    """The option of a group that the words so far choose, else its default; None where there is no such option."""
-    own = [word.partition("=")[2].split(",")[0] for word in before if word.startswith(f"{group}=")]
-    option = own[-1] if own else files.defaults.get(group, "")
-    return option if option in files.groups.get(group, {}) else None
-
-
-def _values(key: str, before: list[str], files: ConfFiles) -> Iterator[str]:
-    """The options of a group; the choices of a key, and its default."""
-    if key in files.groups:
-        yield from files.groups[key]
+def _from_parser(command: argparse.ArgumentParser, word: str, before: list[str]) -> Iterator[str]:
+    """Yield positional arguments and flags; behind a flag with a value, its values."""
+    flags = {flag: action for action in command._actions for flag in action.option_strings}
+    last = flags.get(before[-1]) if before else None
+    if last is not None and last.nargs != 0:
+        yield from _values_of(last, word, before)
         return
-    yield from _choices(key)
-    group, _, name = key.partition(".")
-    option = _chosen(group, before, files)
-    known = files.keys_of(files.groups[group][option]) if option else files.top_level()
-    wanted = name if option else key
-    yield from (k.default for k in known if k.name == wanted and "${" not in k.default and " " not in k.default)
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction) and (used := [w for w in before if w in action.choices]):
+            yield from _from_parser(action.choices[used[0]], word, before[before.index(used[0]) + 1 :])
+            return
+        if not action.option_strings:
+            yield from _values_of(action, word, before)
+    yield from (flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS)
+
+
+def _values_of(action: argparse.Action, word: str, before: list[str]) -> Iterator[str]:
+    if action.choices:
+        yield from map(str, action.choices)
+    elif action.metavar in ("RUN", "SWEEP"):
+        yield from run_folders()
+    elif "=" in str(action.metavar):
+        yield from _config_words(word, before, ConfFiles([conf_dir(), *extra_folders(before)]))
+
+
+def _config_words(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
+    """Yield groups and keys, and behind an equals sign their options and values."""
+    key, equals, value = word.partition("=")
+    group, dot, name = key.rpartition(".")
+    chosen = [w.partition("=")[2].split(",")[0] for w in before if w.startswith(f"{group}=")]
+    option = files.groups.get(group, {}).get(chosen[-1] if chosen else files.defaults.get(group, ""))
+    if equals:
+        known = files.keys_of(option) if option else files.top_level()
+        defaults = [k.default for k in known if k.name == (name if option else key)]
+        values = [*files.groups.get(key, ()), *_choices(key), *(d for d in defaults if not {" ", "$"} & set(d))]
+        done = value.rpartition(",")[0] + "," if "," in value else ""  # a sweep: the values so far stay
+        yield from (f"{key}={done}{one}" for one in values)
+        return
+    yield from (f"{group}=" for group in files.groups)
+    if option:  # keys of a group only after its name and dot, or the list would be long
+        yield from (f"{group}.{own.name.split('.')[0]}=" for own in files.keys_of(option) if own.name != "kind")
+    elif not dot:
+        yield from (f"{group}." for group in files.groups if classes_of(group))
+    for top in files.top_level():
+        parent, inner, _ = top.name.rpartition(".")
+        yield f"{top.name}=" if dot or not inner else f"{parent}."
 
 
 def _choices(key: str) -> Iterator[str]:
-    """The values of an enum or of a yes-or-no key, by its type."""
+    """Yield the values of an enum or of a yes-or-no key, by its type."""
     for hint, _ in leaf_types(key):
         if hint is type(None):
             yield "null"

@@ -1,58 +1,47 @@
 """From argv to a TrainSpec: the flags, the composed config, and its conversion."""
 
-import argparse
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, Union
 
 import msgspec
 import yaml  # type: ignore[import-untyped]
 from hydra import initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from msgspec import structs
-from omegaconf import DictConfig, OmegaConf, grammar_parser
-from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf import DictConfig, OmegaConf
 
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
-from tlcli.cli.explain import explain, explain_value, out_of_range, unknown_key
-from tlcli.cli.yaml_size import check_yaml
+from tlcli.cli.explain import error_message, explain_value, out_of_range, unknown_key
+from tlcli.cli.helptext import train_parser
+from tlcli.cli.trust import check_folder, refuse_code, refuse_environment
 from tlcli.errors import UsageError
 from tlcli.registry import HOMES
-from tlcli.specs import TrainSpec, classes_of
-from tlcli.text import did_you_mean, flat_keys
-
-RESOLVERS = frozenset(
-    {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}
-)
-"""What a config file may call to compute a value: nothing that reads anything but the config and the clock."""
-
-TRUSTED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
-"""Where a class may come from that the config names for Hydra itself: its sweeper, launcher and callbacks."""
-
-REFUSED_FLAGS = ("--config-path", "--experimental-rerun")
-"""Flags of Hydra that tlcli lacks: the one would replace conf/, the other unpickles a file."""
+from tlcli.specs import TrainSpec, classes_of, leaf_types
+from tlcli.text import flat_keys
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What argv asks of Hydra. `flags`: its words that are no overrides; `runs`: whether something is to be run."""
+    """What argv asks of Hydra. `flags`: the words that are not overrides; `runs`: whether anything is to be run."""
 
     flags: tuple[str, ...]
     overrides: tuple[str, ...]
-    config_name: str
-    config_dir: Path | None
-    multirun: bool
-    runs: bool
+    config_name: str = MAIN.removesuffix(".yaml")
+    config_dir: Path | None = None
+    multirun: bool = False
+    runs: bool = False
 
     @property
     def files(self) -> ConfFiles:
@@ -61,117 +50,71 @@ class Flags:
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Read Hydra's flags. Flags and overrides may stand in any order. Raises UsageError."""
-    parser = get_args_parser()
-    parser.exit_on_error = False
-    try:
-        args, strange = parser.parse_known_intermixed_args([_at_home(word) for word in argv])
-    except argparse.ArgumentError as exc:
-        raise UsageError(str(exc).removeprefix("argument ")) from exc
-    strange += [flag for flag in REFUSED_FLAGS if getattr(args, flag[2:].replace("-", "_"))]
-    if strange:
-        known = {flag for action in parser._actions for flag in action.option_strings}.difference(REFUSED_FLAGS)
-        raise UsageError(f"unknown flag {strange[0]!r}.{did_you_mean(strange[0], known)}")
+    """Read the flags of `tlcli train`. Flags and overrides may stand in any order. Raises UsageError."""
+    words = []
+    for word in argv:  # KEY=~/PLACE with the home directory, which shells write out only at the start of a word
+        key, equals, value = word.partition("=")
+        words.append(f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word)
+    parser = train_parser()
+    args = parser.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
     folder = Path(args.config_dir).absolute() if args.config_dir else None
     if folder and not folder.is_dir():
-        raise UsageError(f"--config-dir={args.config_dir}: there is no such folder")
-    shows = args.cfg or args.info or args.hydra_help or args.shell_completion
+        raise UsageError(f"--config-dir={args.config_dir}: no such folder")
+    flags = list(words)
+    for override in args.overrides:
+        flags.remove(override)
     return Flags(
-        flags=tuple(_without(argv, args.overrides)),
-        overrides=tuple(args.overrides),
+        flags=tuple(flags),
+        overrides=tuple(_text_as_typed(override) for override in args.overrides),
         config_name=args.config_name or MAIN.removesuffix(".yaml"),
         config_dir=folder,
         multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides,
-        runs=not shows,
+        runs=not (args.cfg or args.info or args.hydra_help or args.shell_completion),
     )
 
 
-def _at_home(word: str) -> str:
-    """KEY=~/PLACE with the home directory written out, which shells do only at the start of a word."""
-    key, equals, value = word.partition("=")
-    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word
+def _text_as_typed(override: str) -> str:
+    """Quote the values of a key whose type is text where Hydra would read a number or a truth value: 2024_01, true."""
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~").partition("@")[0]
+    types = leaf_types(name) or leaf_types(name.rpartition(".")[0])  # backbone.stages.stem is an entry of a dict
+    return key + equals + _quote_words(value) if equals and str in [hint for hint, _ in types] else override
 
 
-def _without(argv: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
-    """The words that are no overrides."""
-    left = list(overrides)
-    for word in map(_at_home, argv):
-        if word in left:
-            left.remove(word)
-        else:
-            yield word
+def _quote_words(text: str) -> str:
+    """Quote the words of a value, of a list of values to sweep over, and of lists within it."""
+    words, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(f"{text},"):
+        if quote:
+            quote = "" if char == quote and text[i - 1] != "\\" else quote
+        elif char in "'\"" and not text[start:i].strip(" [{("):
+            quote = char
+        elif char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth -= 1
+        elif char == "," and depth <= 0:
+            words.append(text[start:i].strip())
+            start = i + 1
+    if start <= len(text):  # a quote or a bracket is open: for Hydra's parser to report, unless it is a part of a name
+        return text if text[:1] in "'\"[{" else quoted(text)
+    return ",".join(map(_quote_word, words))
 
 
-def composed(flags: Flags) -> DictConfig:
-    """Return the whole config, Hydra's own node included; for a sweep, what its jobs share. Raises UsageError."""
-    return compose_for_launch(flags)[0]
-
-
-def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
-    """Return the whole config, and the loader with which Hydra composes the config of each job of a sweep.
-
-    It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
-    """
-    for folder in _folders_of_others(flags):
-        _check_files(folder)
-    parsed = [parse_override(override, flags.files) for override in flags.overrides]
-    overrides = _with_searchpath([str(override.input_line) for override in parsed], flags.config_dir)
-    mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
-    with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
-        loader = hydra.config_loader
-    refuse_code(config)
-    refuse_environment(config, flags.overrides)
-    HydraConfig.instance().set_config(config)  # for references to it in the names of directories
-    return config, loader
-
-
-def _folders_of_others(flags: Flags) -> Iterator[Path]:
-    """The folders of config files that the command line names: none of these files is tlcli's own."""
-    if flags.config_dir:
-        yield flags.config_dir
-    for override in flags.overrides:
-        if override.startswith("hydra.searchpath="):
-            yield from (Path(found) for found in re.findall(r"file://([^'\",\]]+)", override))
-
-
-def _check_files(folder: Path) -> None:
-    """Raise UsageError for a file in a folder of configs that cannot be read, or stands for too much."""
-    for file in sorted(folder.rglob("*.yaml")):
-        try:
-            check_yaml(file)
-        except yaml.YAMLError:
-            continue  # of no concern unless it is composed, and then Hydra says so
-        except (OSError, UnicodeDecodeError) as exc:
-            why = getattr(exc, "strerror", None) or "not UTF-8 text"
-            raise UsageError(f"{file}: cannot be read as YAML: {why.lower()}") from exc
-
-
-@contextmanager
-def composing(files: ConfFiles) -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and PyYAML raise within into usage errors of one line."""
+def _quote_word(word: str) -> str:
+    if word[:1] == "[" and word[-1:] == "]":
+        return f"[{_quote_words(word[1:-1])}]" if word[1:-1].strip() else word
+    if found := re.fullmatch(r"choice\((.*)\)", word):  # in which Hydra would drop the quotes
+        return _quote_words(found[1])
     try:
-        yield
-    except Exception as exc:
-        # a plain ValueError is Hydra's about its flags
-        message = explain(exc, files) or (str(exc) if type(exc) is ValueError else None)
-        if message is None:
-            raise
-        raise UsageError(message) from exc
-
-
-def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
-    """The overrides with --config-dir among them, for `compose` has no such argument."""
-    if folder is None:
-        return overrides
-    own = [o for o in overrides if o.startswith("hydra.searchpath=[")]
-    others = [o for o in overrides if o not in own]
-    more = "," + own[0].split("[", 1)[1].rstrip("]") if own else ""
-    return [*others, f"hydra.searchpath=[{quoted(f'file://{folder}')}{more}]"]
+        value = OverridesParser.create().parse_overrides([f"key={word}"])[0].value()
+    except OverrideParseException:
+        return quoted(word)
+    if value is None or isinstance(value, str | QuotedString | dict) or re.match(r"\w+\(", word) or "${" in word:
+        return word  # nothing to mend, or a function of Hydra's grammar, such as glob(*)
+    return quoted(word)
 
 
 PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")
@@ -193,12 +136,80 @@ def resolve_paths(values: Any, folder: Path) -> None:
 
 
 def quoted(text: object) -> str:
-    """A text as a value of an override that is nothing but text."""
-    return "'" + str(text).replace("'", "\\'") + "'"
+    """Return a text as a value of an override that is nothing but text."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(text)) + "'"
+
+
+def compose_config(flags: Flags) -> DictConfig:
+    """Return the whole config, with Hydra's own node; for a sweep, what its jobs share. Raises UsageError."""
+    return compose_for_launch(flags)[0]
+
+
+def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
+    """Return the whole config, and the loader with which Hydra composes the config of each job of a sweep.
+
+    It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
+    """
+    with composing(flags.files):
+        for folder in _third_party_folders(flags):
+            check_folder(folder)
+        parsed = [parse_override(override, flags.files) for override in flags.overrides]
+        overrides = _with_searchpath([str(override.input_line) for override in parsed], flags.config_dir)
+        mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
+        with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
+            loader = hydra.config_loader
+        refuse_code(OmegaConf.to_container(config, resolve=False))
+        refuse_environment(config, flags.overrides)
+    HydraConfig.instance().set_config(config)  # for references to it in the names of directories
+    return config, loader
+
+
+def compose_spec(flags: Flags) -> tuple[DictConfig, TrainSpec]:
+    """Return the composed config and its spec: all that a command needs that runs one job. Raises UsageError."""
+    config = compose_config(flags)
+    return config, build_spec(config, flags.files)
+
+
+def _third_party_folders(flags: Flags) -> Iterator[Path]:
+    """The folders of config files that the command line names."""
+    if flags.config_dir:
+        yield flags.config_dir
+    for override in flags.overrides:
+        if override.lstrip("+").startswith("hydra.searchpath="):
+            value = parse_override(override, flags.files).value()
+            for place in map(str, value if isinstance(value, list) else [value]):
+                scheme, _, rest = place.rpartition("://")
+                yield Path(str(package_files(rest.replace("/", ".")))) if scheme == "pkg" else Path(rest)
+
+
+@contextmanager
+def composing(files: ConfFiles) -> Iterator[None]:
+    """Turn exceptions of Hydra, OmegaConf and PyYAML into usage errors of one line."""
+    try:
+        yield
+    except Exception as exc:
+        # a plain ValueError is Hydra's about its flags
+        message = error_message(exc, files) or (str(exc) if type(exc) is ValueError else None)
+        if message is None:
+            raise
+        raise UsageError(message) from exc
+
+
+def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
+    """The overrides with --config-dir among them, for `compose` has no such argument."""
+    if folder is None:
+        return overrides
+    own = [o for o in overrides if o.startswith("hydra.searchpath=[")]
+    others = [o for o in overrides if o not in own]
+    more = "," + own[0].split("[", 1)[1].rstrip("]") if own else ""
+    return [*others, f"hydra.searchpath=[{quoted(f'file://{folder}')}{more}]"]
 
 
 def parse_override(text: str, files: ConfFiles) -> Override:
-    """One override, parsed. UsageError where it cannot be read, or gives a group something that is not an option."""
+    """Return one parsed override. Raises UsageError if a group is given what is not an option."""
     if text.startswith("=") or not text.strip():
         raise UsageError(f"cannot read {text!r}: write KEY=VALUE or GROUP=OPTION")
     override: Override = OverridesParser.create().parse_overrides([text])[0]
@@ -218,69 +229,7 @@ def parse_override(text: str, files: ConfFiles) -> Override:
     return override
 
 
-def refuse_code(config: DictConfig) -> None:
-    """Raise UsageError where the config names a class or a function, but for Hydra's own parts."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    for key, target in named_code(plain):
-        if not key.startswith("hydra.") or not str(target).startswith(TRUSTED):
-            raise UsageError(f"{key}={target} is refused: a config cannot name code to run")
-
-
-def refuse_environment(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UsageError where a config file would have a value computed from what is outside of the config.
-
-    The value of ${oc.env:TOKEN} would be saved with the run. Whoever types it on the command line wants that; a file
-    may be from anybody.
-    """
-    for key, text in references(OmegaConf.to_container(config, resolve=False)):
-        for name, call in calls(text):
-            if name not in RESOLVERS and not any(_blankless(call) in _blankless(override) for override in overrides):
-                raise UsageError(
-                    f"{key}={text} is refused: a config file that calls {name} could have a secret saved with the run; "
-                    f"give the value on the command line"
-                )
-
-
-def _blankless(text: str) -> str:
-    return "".join(text.split())
-
-
-def references(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The keys whose values OmegaConf would replace by something else, and these values: ${oc.env:HOME}."""
-    if isinstance(node, str) and "${" in node:
-        yield prefix.rstrip("."), node
-    if isinstance(node, list):
-        node = dict(enumerate(node))
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from references(value, f"{prefix}{key}.")
-
-
-def calls(text: str) -> Iterator[tuple[str, str]]:
-    """The functions that a text of OmegaConf's grammar calls, and each call: oc.env and ${oc.env:HOME}. A name may have
-    references in it."""
-    waiting: list[Any] = [grammar_parser.parse(text)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
-            named: Any = node
-            yield named.resolverName().getText(), named.getText()
-        waiting += getattr(node, "children", None) or []
-
-
-def named_code(node: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The keys that name a class or a function to whoever makes objects from a config, and what they name."""
-    if isinstance(node, list):
-        node = dict(enumerate(node))
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("_target_", "()"):
-                yield f"{prefix}{key}", value
-            yield from named_code(value, f"{prefix}{key}.")
-
-
-def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
+def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
     """Return the spec of a composed config.
 
     Raises UsageError for a value that is missing, of a wrong type or out of its range, and for an unknown key.
@@ -290,12 +239,12 @@ def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
     OmegaConf.set_struct(task, False)
     task.pop("hydra", None)
     with composing(files):
-        values = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
+        values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
+    refuse_code(values)
     known = {field.name: field.type for field in structs.fields(TrainSpec)}
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown key {key!r}.{unknown_key(str(key), files)}{origin(str(key), config, files)}")
+            raise UsageError(f"unknown key {key!r}.{unknown_key(str(key), files)}{_origin(str(key), config, files)}")
     built = {}
     for key, hint in known.items():
         if key not in values:
@@ -305,7 +254,7 @@ def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
             built[key] = msgspec.convert(values[key], hint, strict=False)
         except msgspec.ValidationError as exc:
             found, message = explain_value(exc, key, values[key], files)
-            raise UsageError(message + origin(found, config, files)) from exc
+            raise UsageError(message + _origin(found, config, files)) from exc
     for key, value in flat_keys(msgspec.to_builtins(built)).items():
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, float) and not math.isfinite(item):  # ranges of msgspec let NaN and infinity pass
@@ -313,7 +262,7 @@ def build(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
     return TrainSpec(**built)
 
 
-def origin(key: str, config: DictConfig, files: ConfFiles) -> str:
+def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
     """Return " (in FILE)" if a chosen file of the user, and no word of the command line, sets this key, else ""."""
     words = OmegaConf.select(config, "hydra.overrides.task") or []
     if any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in words):

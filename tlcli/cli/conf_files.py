@@ -1,7 +1,7 @@
-"""What conf/ says about itself, read from the YAML files alone: groups, options, keys, defaults and comments.
+"""What the YAML files say about themselves: groups, options, keys, defaults and comments.
 
-Help, completion and error messages come from here, without Hydra or a YAML parser, so that they are quick. Hydra
-composes the config; nothing here decides what runs.
+Help, completion and error messages come from here, without Hydra. Hydra composes the config; nothing here decides what
+runs.
 """
 
 import re
@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-HIDDEN = frozenset({"hydra", "schema", "common"})
-"""Groups that hold parts of other options, and are not for users to choose from."""
+import yaml  # type: ignore[import-untyped]
+
+HIDDEN = frozenset({"hydra", "common"})
+"""Groups that are not for users to choose from."""
 
 MAIN = "train.yaml"
 
-_KEY = re.compile(r"(?P<indent> *)(?P<name>[A-Za-z_]\w*):(?=\s|$)(?P<rest>.*)")
-_VALUE = re.compile(r"""\s*(?P<value>(?:[^#'"]|'[^']*'|"[^"]*"|(?<=\S)\#)*)(?:\#\s*(?P<comment>.*))?""", re.VERBOSE)
-_MORE_COMMENT = re.compile(r"\s{8,}#\s*(?P<comment>.*)")
-_DEFAULT = re.compile(r"\s+- (?P<group>[\w/]+): (?P<option>\S+)")
-_INCLUDE = re.compile(r"\s+- /common/(?P<path>[\w/]+)@_here_")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,25 @@ class Option:
     def text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace")
 
-    @property
+    @cached_property
     def comment(self) -> str:
         """The first comment of the file; a line for Hydra is not one."""
         lines = (line for line in self.text.splitlines() if line.strip() and "@package" not in line)
         first = next(lines, "")
         return first.lstrip("# ").strip() if first.startswith("#") else ""
 
+    @cached_property
+    def keys(self) -> list[Key]:
+        return keys_in(self.text)
+
     @property
     def kind(self) -> str | None:
         """The value of the key `kind`, which names the class of the option; None if it has none."""
-        return next((key.default for key in keys_in(self.text) if key.name == "kind"), None)
+        return next((key.default for key in self.keys if key.name == "kind"), None)
 
 
 class ConfFiles:
-    """The YAML files of some folders; where two folders have the same option, the earlier one wins, as in Hydra."""
+    """The YAML files of some folders. If two folders have the same option, the earlier one wins, as in Hydra."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
@@ -76,25 +78,27 @@ class ConfFiles:
     @cached_property
     def defaults(self) -> dict[str, str]:
         """The option that each group of the main file's defaults list has."""
-        found = (_DEFAULT.fullmatch(line) for line in _without_comment(self.main))
-        return {default["group"]: default["option"] for default in found if default}
+        choices = defaults_in(self._main)
+        return {group: option for group, option in choices.items() if option and not group.startswith("override ")}
 
     @cached_property
-    def main(self) -> str:
+    def _main(self) -> str:
         """The text of the main file."""
         return next(path for folder in self.folders if (path := folder / MAIN).is_file()).read_text(encoding="utf-8")
 
     def top_level(self) -> list[Key]:
-        """The keys of the main file."""
-        return list(keys_in(self.main))
+        """Return the keys of the main file."""
+        return keys_in(self._main)
 
     def keys_of(self, option: Option) -> list[Key]:
-        """The keys of an option, its own first, then those that it takes from common/."""
-        texts = [option.text]
-        for include in _INCLUDE.finditer(option.text):
-            paths = (folder / "common" / f"{include['path']}.yaml" for folder in self.folders)
-            texts += [path.read_text(encoding="utf-8") for path in paths if path.is_file()][:1]
-        return list({key.name: key for text in reversed(texts) for key in keys_in(text)}.values())
+        """Return the keys of an option, its own first, then those that it takes from common/."""
+        found = {key.name: key for key in option.keys}
+        for include in defaults_in(option.text):
+            if shared := re.fullmatch(r"/common/(\w+)@_here_", include):
+                paths = (folder / "common" / f"{shared[1]}.yaml" for folder in self.folders)
+                for path in [path for path in paths if path.is_file()][:1]:
+                    found = {key.name: key for key in keys_in(path.read_text(encoding="utf-8"))} | found
+        return list(found.values())
 
     def options_with(self, group: str, kinds: Collection[str]) -> list[str]:
         """Return the names of a group's options that are of one of these kinds."""
@@ -102,7 +106,7 @@ class ConfFiles:
 
 
 def conf_dir() -> Path:
-    """The folder with tlcli's own config: inside an installed package, or beside it in a checkout."""
+    """Return the folder with tlcli's own config: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / MAIN).is_file():
@@ -111,7 +115,7 @@ def conf_dir() -> Path:
 
 
 def extra_folders(words: Sequence[str]) -> list[Path]:
-    """The folder that --config-dir names in a command line, in a list, or an empty list."""
+    """Return the folder that --config-dir names in a command line, in a list, or an empty list."""
     for word, value in zip(words, [*words[1:], ""], strict=False):
         flag, equals, attached = word.partition("=")
         if flag in ("--config-dir", "-cd") and (folder := Path(attached if equals else value)).is_dir():
@@ -119,38 +123,43 @@ def extra_folders(words: Sequence[str]) -> list[Path]:
     return []
 
 
-def keys_in(text: str) -> Iterator[Key]:
-    """The keys of a YAML text in block style; of a key that has keys of its own, these alone."""
+def _root(text: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return the nodes of a YAML text's keys and values; none if it is not a mapping. Aliases are not followed."""
+    try:
+        if not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
+            root = yaml.compose(text, Loader=LOADER)
+            return list(root.value) if isinstance(root, yaml.MappingNode) else []
+    except (yaml.YAMLError, RecursionError):
+        pass  # reported when Hydra reads the file
+    return []
+
+
+def defaults_in(text: str) -> dict[str, str]:
+    """Return the entries of the defaults list of a YAML text: the option of each group, "" for an entry without one."""
+    found: dict[str, str] = {}
+    for key, value in _root(text):
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            for entry in value.value:
+                pairs = [(k.value, v.value) for k, v in entry.value] if isinstance(entry, yaml.MappingNode) else []
+                found |= dict(pairs or [(str(entry.value), "")])
+    return found
+
+
+def keys_in(text: str) -> list[Key]:
+    """Return the keys of a YAML text; of a key with a block of keys of its own, these alone."""
     lines = text.splitlines()
-    parents: list[tuple[int, str]] = []
-    for number, line in enumerate(lines):
-        if not (found := _KEY.fullmatch(line)) or found["name"] == "defaults":
-            continue
-        indent = len(found["indent"])
-        parents = [(depth, name) for depth, name in parents if depth < indent]
-        parents.append((indent, found["name"]))
-        default, comment = _value_and_comment(found["rest"])
-        if default:
-            yield Key(".".join(name for _, name in parents), default, _with_more(comment, lines[number + 1 :]))
 
+    def walk(pairs: list[tuple[yaml.Node, yaml.Node]], prefix: str) -> Iterator[Key]:
+        for key, value in pairs:
+            name, start, end = f"{prefix}{key.value}", value.start_mark, value.end_mark
+            if isinstance(value, yaml.MappingNode) and not value.flow_style:
+                yield from walk(value.value, f"{name}.")
+            elif name != "defaults" and start.line == end.line and start.column < end.column:
+                comment = lines[end.line][end.column :].lstrip().removeprefix("#").strip()
+                for line in lines[end.line + 1 :]:
+                    if not (more := re.fullmatch(r"\s{8,}#\s*(.*)", line)):
+                        break
+                    comment += " " + more[1].strip()
+                yield Key(name, lines[start.line][start.column : end.column], comment)
 
-def _value_and_comment(rest: str) -> tuple[str, str]:
-    """What stands behind a key's colon, in its two parts."""
-    found = _VALUE.fullmatch(rest)
-    if not found:
-        return rest.strip(), ""
-    return found["value"].strip(), (found["comment"] or "").strip()
-
-
-def _with_more(comment: str, following: list[str]) -> str:
-    """A comment with the lines that go on with it."""
-    for line in following:
-        if not (more := _MORE_COMMENT.fullmatch(line)):
-            break
-        comment += " " + more["comment"].strip()
-    return comment
-
-
-def _without_comment(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        yield line.split(" #")[0].rstrip()
+    return list(walk(_root(text), ""))

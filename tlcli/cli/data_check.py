@@ -133,7 +133,7 @@ def _near_words(word: str) -> str:
 
 def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     """The spec that the words compose, whose data set and weights are there. Raises UsageError."""
-    from tlcli.cli.compose import build, composed, composing, parse_flags
+    from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags
     from tlcli.cli.job import check_weights
     from tlcli.data.layout import survey, usable
     from tlcli.data.listing import check_dataset
@@ -143,7 +143,7 @@ def _spec(words: Sequence[str], quick: bool) -> "TrainSpec":
     if flags.multirun or not flags.runs:
         raise UsageError("data check looks at one data set: give KEY=VALUE and GROUP=OPTION words alone")
     with composing(flags.files):
-        spec = build(composed(flags), flags.files)
+        spec = build_spec(compose_config(flags), flags.files)
     dataset = spec.dataset
     check_dataset(usable(dataset, survey(dataset)) if isinstance(dataset, ImageFolderSpec) else dataset)
     if not quick:

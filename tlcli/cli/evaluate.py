@@ -122,13 +122,13 @@ def _allowed(word: str, key: str) -> str:
 def _evaluated(words: Words) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
     from tlcli.cli.process import fast_imports
-    from tlcli.cli.saved import saved_spec
+    from tlcli.cli.saved_config import load_spec
     from tlcli.data.listing import check_dataset
     from tlcli.runs.run_dir import open_run
 
     run_dir = open_run(words.run)
-    trained = saved_spec(run_dir)
-    spec = saved_spec(run_dir, words.overrides) if words.overrides else trained
+    trained = load_spec(run_dir)
+    spec = load_spec(run_dir, words.overrides) if words.overrides else trained
     check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import EvaluationRequest, evaluate_run

@@ -23,7 +23,7 @@ from tlcli.specs import all_keys, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
 
-def explain(exc: Exception, files: ConfFiles) -> str | None:
+def error_message(exc: Exception, files: ConfFiles) -> str | None:
     """The line for an exception of Hydra, OmegaConf or PyYAML, or None for any other exception."""
     match exc:
         case OverrideParseException():
@@ -88,8 +88,8 @@ def _unreadable(exc: OverrideParseException, files: ConfFiles) -> str:
 
 def _missing_config(exc: MissingConfigException, files: ConfFiles) -> str:
     """An option, or a whole file, that is not there."""
-    missing = exc.missing_cfg_file or ""
-    if found := re.match(r"/?schema/(?:(\w+)/)?(\w+)", missing):
+    missing = (exc.missing_cfg_file or "").lstrip("/")
+    if found := re.match(r"schema/(?:(\w+)/)?(\w+)", missing):
         where = re.match(r"In '([^']+)'", str(exc))
         kind = f", and add the key `kind: {found[2]}`" if found[1] not in (None, "device") else ""
         return f"{where[1] if where else 'config'}.yaml: remove the line with {missing}@_here_ from its defaults{kind}"
@@ -98,6 +98,8 @@ def _missing_config(exc: MissingConfigException, files: ConfFiles) -> str:
         option, options = missing.removeprefix(f"{group}/"), list(files.groups[group])
         named = f"{group} has no option {option!r}" if option else f"{group}= names no option"
         return f"{named}.{did_you_mean(option, options)} Choose from {', '.join(options)}"
+    if plugin := re.match(r"(hydra/\w+)/(\w+)", missing):
+        return f"{plugin[1]} has no option {plugin[2]!r}: is its plugin installed?"
     return f"there is no config {missing!r}" if missing else _first_line(exc)
 
 

@@ -48,13 +48,13 @@ def run(argv: list[str]) -> int:
     folder = open_run(arguments.run)
     output_path(folder.path, chosen, output)  # before torch is imported
     with fast_imports():
-        from tlcli.cli.saved import saved_spec
+        from tlcli.cli.saved_config import load_spec
         from tlcli.export import export, find_samples
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)
     try:
-        dataset = saved_spec(folder).dataset
+        dataset = load_spec(folder).dataset
     except TlcliError:
         dataset = None
     samples = find_samples(loaded, dataset)

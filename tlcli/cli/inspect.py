@@ -132,17 +132,17 @@ def backbone_words(name: str, overrides: Sequence[str]) -> list[str]:
 
 def _composed(overrides: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a command line of `tlcli train`."""
-    from tlcli.cli.compose import build, composed, composing, parse_flags
+    from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags
     from tlcli.cli.job import check
 
     flags = parse_flags(overrides)
     if flags.multirun or not flags.runs:
         raise UsageError("inspect looks at one configuration: give KEY=VALUE and GROUP=OPTION words alone")
     with composing(flags.files):
-        spec = build(composed(flags), flags.files)
+        spec = build_spec(compose_config(flags), flags.files)
         check(spec)
         head = replace(flags, overrides=(*(o for o in flags.overrides if not _is_freeze(o)), "freeze=head"))
-        return spec, build(composed(head), flags.files).augment
+        return spec, build_spec(compose_config(head), flags.files).augment
 
 
 def _is_freeze(override: str) -> bool:
@@ -152,17 +152,17 @@ def _is_freeze(override: str) -> bool:
 def _of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]":
     """Of a run, with overrides on its config."""
     from tlcli.cli.job import check
-    from tlcli.cli.saved import saved_spec
+    from tlcli.cli.saved_config import load_spec
     from tlcli.runs.run_dir import RunDir
 
     if not (path / "config.yaml").is_file():
         raise UsageError(f"{path}: not a run's directory: there is no config.yaml in it")
-    spec = saved_spec(RunDir(path), overrides)
+    spec = load_spec(RunDir(path), overrides)
     if spec.backbone.weights not in ("default", "none"):  # what it started from may be gone, and is not needed
         spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
     check(spec)
     own = any(word.startswith(("augment=", "augment.")) for word in overrides)
-    return spec, spec.augment if own else saved_spec(RunDir(path), [*overrides, "augment=none"]).augment
+    return spec, spec.augment if own else load_spec(RunDir(path), [*overrides, "augment=none"]).augment
 
 
 # -- words

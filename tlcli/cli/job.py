@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tlcli import __version__
 from tlcli.cli import exit_status
-from tlcli.cli.compose import build, quoted, refuse_environment, resolve_paths
+from tlcli.cli.compose import build_spec, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.process import fast_imports, log, log_to
+from tlcli.cli.trust import refuse_environment
 from tlcli.cli.view import TerminalReporter
 from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImagesError, TlcliError, UsageError
@@ -105,7 +106,7 @@ class Command:
                 if self._sweep is not None:
                     self._save_hydra_config(run, config)
                     reporter.heading(f"[{job.job.num}] {' '.join(overrides)}")
-                spec = build(config, self._files)
+                spec = build_spec(config, self._files)
                 if self._sweep is not None:  # a single run was checked before its directory was made
                     check_weights(spec.backbone.weights)
                     if spec.dataset != self._checked:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tlcli.cli.compose import compose_for_launch, composing, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, prepare_resume, record_status
 from tlcli.cli.process import fast_imports, log
-from tlcli.cli.saved import saved_spec
+from tlcli.cli.saved_config import load_spec
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
@@ -94,8 +94,8 @@ def _resume_sweep(path: Path) -> int:
 
 def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
-    before = saved_spec(run)
-    spec = saved_spec(run, overrides) if overrides else before
+    before = load_spec(run)
+    spec = load_spec(run, overrides) if overrides else before
     changes = _allowed_changes(before, spec)
     info, has_state = run.info, run.state_file.is_file()
     is_running = info.get("status") == "running"

@@ -9,7 +9,7 @@ import hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tlcli.cli.compose import Flags, build, compose_for_launch, composing, parse_flags
+from tlcli.cli.compose import Flags, build_spec, compose_for_launch, composing, parse_flags
 from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.folders import Folder, named_folder, new_folder
 from tlcli.cli.job import Command, check, finish_sweep, first_line
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
             path = Path(str(OmegaConf.select(config, key))).absolute()
-        spec = None if is_sweep else build(config, flags.files)
+        spec = None if is_sweep else build_spec(config, flags.files)
         if spec:
             check(spec)
         is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
