@@ -184,7 +184,7 @@ def _pipeline(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Pipe
             return replace(uncut, compiled=False)
         trained = _trained_parameters(run)
         cut = None if trained is None else split_frozen(run.model, run.preprocessing.size, trained)
-        if isinstance(cut, Cut) and cut.at == run.info["cache"].get("at"):
+        if isinstance(cut, Cut) and cut.suffix_start == run.info["cache"].get("at"):
             return _Pipeline(cut.prefix, cut.suffix, decisions.suffix_dtype, "test" in decisions.compiled)
     cut = split_frozen(run.model, run.preprocessing.size, run.classifier.head_parameters())
     return _Pipeline(cut.prefix, cut.suffix, torch.float32, compiled=None) if isinstance(cut, Cut) else uncut

@@ -25,7 +25,7 @@ LIVE = Strategy(
     None,
     13.4,
     "live",
-    "no frozen layers at the input: conv_stem trains",
+    "no frozen layers: conv_stem trains",
     4000.0,
 )
 FOUND = Inspection(

@@ -252,7 +252,7 @@ class Workload:
         """Return the head if the suffix of the cut is one plain linear layer and nothing else."""
         names = self.classifier.architecture.head
         head = self.classifier.network.get_submodule(names[0])
-        if len(names) == 1 and cut.at == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
+        if len(names) == 1 and cut.suffix_start == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
             return head if cut.shapes == ((head.in_features,),) else None
         return None
 
@@ -263,7 +263,7 @@ class Workload:
         """
         spec, preprocessing = self.spec, self.preprocessing
         machine = machine_name(self.accelerator)
-        note = f"{spec.backbone.name} {cut.at} {preprocessing} {option.words} {machine} {torch.__version__}"
+        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {option.words} {machine} {torch.__version__}"
         note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
         store, stored = self.session.store, spec.cache.dtype
         key = ("extractor", id(cut), option.words, preprocessing, stored, compiled)
@@ -325,7 +325,7 @@ class Workload:
             "dataset": f"{spec.dataset.name} {Path(root).name}" if root else spec.dataset.name,
             "split": label,
             "backbone": spec.backbone.name,
-            "at": cut.at,
+            "at": cut.suffix_start,
             "image": f"{preprocessing.size} px, {preprocessing.fit.value}",
             "view": number,
             "dtype": extractor.numerics.words,

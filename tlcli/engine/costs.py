@@ -124,7 +124,7 @@ class CostMeter:
         table, images_per_second = self._extracted(extractor, sample, reporter)
         row, images = sum(column.nbytes for column in extractor.columns()), self._images_to_extract()
         return Cached(
-            at=cut.at,
+            at=cut.suffix_start,
             row_bytes=row,
             rows=images,
             first_pass=extractor.about(images, images_per_second),

@@ -177,12 +177,12 @@ def decide(workload: Workload) -> Decisions:
     if isinstance(cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
         _add_if_worthwhile(workload, evaluation, cached, "test", 1, reasons)
     reasons |= {"training": train.why, "evaluation": evaluation.why}
-    reasons["train"] = uncached_reason or f"what comes before {cut.at} is frozen"  # type: ignore[union-attr]
+    reasons["train"] = uncached_reason or f"what comes before {cut.suffix_start} is frozen"  # type: ignore[union-attr]
     return Decisions(
         train_dtype=train.dtype,
         eval_dtype=evaluation.dtype,
         memory_format=evaluation.memory_format,
-        cut=cut.at if isinstance(cut, Cut) else None,
+        cut=cut.suffix_start if isinstance(cut, Cut) else None,
         extraction_batch=_extraction_batch(workload, cached, evaluation),
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
@@ -263,7 +263,7 @@ def _worth_compiling(workload: Workload, cached: Iterable[str], option: ComputeF
     names = sorted(cached)
     for name in names:
         split = workload.cached_split(name, names, option)
-        _, splits, images = by_cut.setdefault(split.cut.at, (split.cut, set(), {}))
+        _, splits, images = by_cut.setdefault(split.cut.suffix_start, (split.cut, set(), {}))
         splits.add(name)
         images |= {s.key: len(s) for s in split.views if not s.filled}
     compiled: set[str] = set()
@@ -284,7 +284,7 @@ def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     return _autotuner(workload).of(
         candidates(workload.spec.device, workload.accelerator),
         len(sample[0]),
-        f"extraction up to {cut.at}",
+        f"extraction up to {cut.suffix_start}",
         lambda option: forward_step(cut.prefix, sample, workload.accelerator, option),
         even_one=True,
     )
@@ -300,7 +300,7 @@ def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> C
     return _autotuner(workload).of(
         [option for option in options if option.memory_format == extraction.memory_format],
         n,
-        f"training from {cut.at}",
+        f"training from {cut.suffix_start}",
         lambda option: training_step(cut.suffix, network, inputs, workload.accelerator, option),
     )
 

@@ -39,11 +39,6 @@ class Cut:
     suffix_start: str
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
-    def at(self) -> str:
-        """The former name of `suffix_start`."""
-        return self.suffix_start
-
     def digest(self) -> str:
         """Return the sha256 of the prefix: its operations with their settings, and its tensors.
 
