@@ -251,7 +251,7 @@ SAVED: dict[str, tuple[str | bytes, str]] = {
     "deep and closed": ("a: " + "[" * 60 + "]" * 60, "config.yaml, line 1: more than 50 levels deep"),
     "a number of 5,000 digits": ("seed: " + "9" * 5000, "config.yaml: cannot be read as YAML"),
     "a kind that is a list": ("dataset: {kind: [digits]}", "dataset.kind=['digits'] is none of digits"),
-    "a kind that is keys": ("freeze: {kind: {a: 1}}", "freeze.kind={'a': 1} is none of none, head"),
+    "a kind that is keys": ("freeze: {kind: {a: 1}}", "freeze.kind={'a': 1} is none of "),
     "a name that is a list": ("dataset: {kind: digits, name: [a]}", "is not a text"),
     "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
     "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
