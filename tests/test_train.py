@@ -61,7 +61,8 @@ def test_a_run_directory_is_complete(train) -> None:
     assert test["epoch"] == record["best"]["epoch"]
     assert (run / test["checkpoint"]).is_file()
     assert (run / "checkpoints/last.safetensors").is_file()
-    assert (run / "checkpoints/state.safetensors").is_file()
+    assert not (run / "checkpoints/state.safetensors").exists()
+    assert record["test"] == {key: test[key] for key in ("accuracy", "accuracy_ci95")}
     assert "test" in (run / "run.log").read_text()
     for plot in ("curves", "confusion", "samples"):
         with Image.open(run / f"plots/{plot}.png") as image:

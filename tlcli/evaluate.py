@@ -27,14 +27,14 @@ from tlcli.models.weights import read_metadata
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
-from tlcli.runs.run_dir import RunDir, write_json
+from tlcli.runs.run_dir import RunDir, confusion_matrix, stored_confusion, write_json
 from tlcli.specs import DatasetSpec, ManifestSpec, Precision, TorchvisionDatasetSpec, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 
 OVERRIDABLE_KEYS = ("on_bad", "ram_gb", "test_per_class", "classes")
 """What a user may change about the run's own dataset: the assignment of images to splits stays."""
-COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1", "confusion")
+COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,8 @@ def _report(predictions: Predictions, loaded: LoadedRun, images: EvaluationImage
     file = run.best_checkpoint if loaded.checkpoint == "best" else run.last_checkpoint
     dataset = {"name": spec.name, "root": spec.root, "own": images.is_own}
     return {
-        **test_report(predictions, loaded.classes),
+        **(report := test_report(predictions, loaded.classes)),
+        "confusion": stored_confusion(report["confusion"]),
         "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
         "checkpoint": file.relative_to(loaded.path).as_posix(),
         "epoch": read_metadata(file).get("epoch"),
@@ -289,4 +290,7 @@ def _has_same_metrics(
         or (images.spec.test_per_class, images.spec.classes) != (own.test_per_class, own.classes)
     ):
         return None
+    tested, found = confusion_matrix(test), confusion_matrix(report)
+    if tested is None or found is None or not np.array_equal(tested, found):
+        return False
     return all(test.get(name) == report[name] for name in COMPARED_METRICS)

@@ -1,7 +1,6 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
 import hashlib
-from typing import Any
 
 from tlcli.device import prepare
 from tlcli.engine.activations import Workload, image_size
@@ -9,14 +8,13 @@ from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import evaluate, features
 from tlcli.engine.inputs import Inputs, Loaders
 from tlcli.engine.metrics import BestEpochTracker, Predictions, scores
-from tlcli.engine.origin import images_of, machine_of
 from tlcli.engine.session import Session, compute_key
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.restart import ResumeState, TrainingStart
+from tlcli.runs.resume_state import ResumeState, TrainingStart, machine_info, provenance
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
@@ -34,7 +32,7 @@ def train(
     record = Recorder(run, reporter, spec, resume)
     with record.phase("setup"):
         accelerator = prepare(spec.device, threads=resume.threads if resume else None)
-        machine = machine_of(accelerator)
+        machine = machine_info(accelerator)
         data = session.dataset(spec.dataset, spec.seed, reporter)
         computing = compute_key(spec.device, accelerator)
         classifier = session.model(
@@ -57,15 +55,17 @@ def train(
     inputs.device.compile_where_asked(loaders.train.network)
 
     best_epoch, state = start.best_epoch, {"head_is_ready": start.head_is_ready, "machine": machine}
-    keeper = record.keeper(classifier.network, trainer, lambda: {**state, **provenance(inputs)})
+    checkpoints = record.checkpoints(classifier.network, trainer, lambda: {**state, **provenance(inputs)})
     best_predictions: Predictions | None = None  # for validation
-    with keeper.keeping():
+    with checkpoints.save_on_exit():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
                 reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
             with record.phase("train"):
-                fit = trainer.fit(loaders.train, epoch, reporter, record.running, keeper.step) if epoch > 0 else None
+                fit = None
+                if epoch > 0:
+                    fit = trainer.fit(loaders.train, epoch, reporter, record.log_running, checkpoints.after_step)
             contract.check()
             with record.phase("validate"):
                 val_predictions = evaluate(classifier.network, loaders.val, inputs.device, reporter, "validation")
@@ -75,10 +75,10 @@ def train(
                 trainer.schedule.after_epoch(validation.loss)
                 is_best = best_epoch.update(epoch, validation)
                 best_predictions = val_predictions if is_best else best_predictions
-                record.epoch(epoch, fit, validation, best=is_best, step=trainer.step)
-                keeper.epoch(epoch, validation, best=is_best)
+                record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
+                checkpoints.after_epoch(epoch, validation, is_best=is_best)
 
-    keeper.load_best()
+    checkpoints.load_best()
     n_frozen = contract.verify()
     if best_predictions is None:  # that epoch was before an interruption
         best_predictions = evaluate(
@@ -89,7 +89,7 @@ def train(
     with record.phase("test"):
         predictions = evaluate(classifier.network, test, inputs.device, reporter, "test")
     record.inputs(inputs)
-    record.result(data, best_predictions, predictions, best_epoch, step=trainer.step, frozen=n_frozen)
+    record.log_result(data, best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
     return best_epoch.value
 
 
@@ -114,13 +114,3 @@ def begin(inputs: Inputs, loaders: Loaders, reporter: Reporter) -> TrainingStart
     workload.contract.seal()
     best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
     return TrainingStart(0 if is_ready else 1, is_ready, best_epoch)
-
-
-def provenance(inputs: Inputs) -> dict[str, Any]:
-    """Return what a run's result depends on besides its config and decisions: a resumed run compares it."""
-    contract = inputs.workload.contract
-    return {
-        "images": images_of(inputs.workload.data),
-        "frozen": contract.digest(),
-        "activations": inputs.checksums(),
-    }

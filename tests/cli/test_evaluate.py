@@ -85,7 +85,12 @@ def test_many_classes_have_no_rows() -> None:
     report = {"per_class": dict.fromkeys(names, own), "classes": names, "confusion": [[1] * 21] * 21}
     assert evaluate.class_rows(report) == []
     assert (
-        len(evaluate.class_rows({**report, "per_class": dict.fromkeys(names[:20], own), "classes": names[:20]})) == 20
+        len(
+            evaluate.class_rows(
+                {"per_class": dict.fromkeys(names[:20], own), "classes": names[:20], "confusion": [[1] * 20] * 20}
+            )
+        )
+        == 20
     )
 
 

@@ -133,11 +133,11 @@ class Forked:
                     os.dup2(log.fileno(), stream)
             os.environ["TLCLI_CACHE"] = str(cache)
             from tlcli.cli import main as tlcli
-            from tlcli.runs import keeping
+            from tlcli.runs import checkpointing
             from tlcli.runs.recorder import Recorder
 
             Recorder._plot = lambda *args: None  # type: ignore[method-assign,assignment]
-            keeping.SHARE = 1e9
+            checkpointing.MAX_TIME_SHARE = 1e9
             code = tlcli(list(argv))
             sys.stdout.flush()
         finally:
@@ -210,7 +210,7 @@ if __name__ == "__main__":
     given = command.parse_args()
     quiet_libraries()
     import tlcli.engine.session
-    import tlcli.runs.restart
+    import tlcli.runs.resume_state
     import tlcli.train  # noqa: F401 - what a forked process then has
 
     sys.stdout.write(json.dumps(main(signal.Signals[f"SIG{given.signal}"], given.times, given.seed), indent=1))

@@ -76,7 +76,7 @@ def tried(whole: Path, disk: Path, words: list[str], room: int, cache: Path) -> 
 if __name__ == "__main__":
     quiet_libraries()
     import tlcli.engine.session
-    import tlcli.runs.restart
+    import tlcli.runs.resume_state
     import tlcli.train  # noqa: F401 - what a forked process then has
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

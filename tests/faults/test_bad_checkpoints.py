@@ -22,10 +22,10 @@ from tests.faults.refusals import refused, untouched, yaml_bomb
 from tests.models.test_build import Payload
 from tests.runs.test_predictions import SOME
 from tlcli.cli.job import check_weights
-from tlcli.engine.checkpoints import save_weights
 from tlcli.models.backbones import build_architecture
 from tlcli.models.build import build_model
 from tlcli.models.weights import read_metadata, read_weights
+from tlcli.runs.checkpointing import save_weights
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json

@@ -19,7 +19,7 @@ from tlcli.cli import main
 from tlcli.cli.saved_config import load_spec
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
-from tlcli.runs import keeping
+from tlcli.runs import checkpointing
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
 
@@ -34,7 +34,7 @@ class Killed(BaseException):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plots, and a checkpoint after every epoch."""
     monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
-    monkeypatch.setattr(keeping, "SHARE", 1e9)
+    monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_folder(folder / "images" / split, {"across": n, "checks": n}, seed=n)
     argv = ["train", f"hydra.run.dir='{folder / 'run'}'", "dataset=imagefolder", f"dataset.root='{folder / 'images'}'"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeping, "SHARE", 1e9)
+        patch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
         Stopped(7)(patch)
         assert main([*argv, "image.size=32", "batch_size=8", "epochs=3", "freeze=head", "log_every=1"]) == 130
     return folder
@@ -312,7 +312,7 @@ def test_a_damaged_state_is_one_line_that_says_what_to_do(stopped: Path, capsys:
     assert main(["train", "--resume", str(stopped)]) == 1
     error = capsys.readouterr().err
     assert "its checksum is another" in error
-    assert "without that file the run begins again" in error
+    assert "without that file the run starts again" in error
     state.unlink()
     assert main(["train", "--resume", str(stopped)]) == 0
     assert [row["epoch"] for row in rows(RunDir(stopped)) if row["split"] == "val"] == [0, 1, 2, 3]
@@ -328,7 +328,7 @@ def test_other_threads_or_activations_are_said_not_to_be_exact(
 
 def test_the_number_of_threads_is_taken_over(stopped: Path) -> None:
     before, state = torch.get_num_threads(), stopped / "checkpoints/state.safetensors"
-    from tlcli.engine.checkpoints import load_state
+    from tlcli.runs.checkpointing import load_state
 
     assert load_state(state)["machine"]["threads"] == before
     torch.set_num_threads(before + 1)
@@ -388,7 +388,9 @@ def test_json_of_a_state_is_plain(stopped: Path) -> None:
 
 def test_the_threads_of_a_state_are_the_runs_own(disturbed: Run, whole: Run) -> None:
     """A head trains on one thread: a state that is written meanwhile has the number of the whole run."""
-    from tlcli.engine.checkpoints import load_state
+    from tlcli.runs.checkpointing import load_state
 
-    found = disturbed("freeze=head", "checkpoint.every_minutes=1e-9", stops=[Stopped(5, Killed)])
+    found = disturbed(
+        "freeze=head", "checkpoint.every_minutes=1e-9", "checkpoint.keep_state=true", stops=[Stopped(5, Killed)]
+    )
     assert load_state(found / "checkpoints/state.safetensors")["machine"]["threads"] == torch.get_num_threads()

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import Compose
-from tlcli.engine.checkpoints import save_weights
 from tlcli.errors import UsageError
 from tlcli.models import backbones
 from tlcli.models.backbones import timm_stages
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.models.weights import read_weights
+from tlcli.runs.checkpointing import save_weights
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -189,7 +189,11 @@ def _lines(found: "Evaluation") -> Iterator[tuple[str, str]]:
 
 def class_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each class that has images or was predicted; none where there are too many classes."""
-    places = [any(row[i] for row in report["confusion"]) for i in range(len(report["classes"]))]
+    from tlcli.runs.run_dir import confusion_matrix
+
+    matrix = confusion_matrix(report)
+    assert matrix is not None
+    places = [bool(column.any()) for column in matrix.T]
     shown = [
         (name, own)
         for (name, own), hit in zip(report["per_class"].items(), places, strict=True)

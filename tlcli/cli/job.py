@@ -112,11 +112,13 @@ class Command:
                     if spec.dataset != self._checked:
                         check_dataset(spec.dataset)
                         self._checked = spec.dataset
-                state = prepare_resume(run, self._line) if resumed else None
                 log.info(first_line(spec))
                 with fast_imports():
                     from tlcli.engine.session import session_for
+                    from tlcli.runs.resume_state import prepare_resume
                     from tlcli.train import train
+
+                state = prepare_resume(run, self._line) if resumed else None
 
                 self._session = session_for(spec.cache, self._session)
                 with logged_run(spec, run.path, reporter) as logged:
@@ -210,20 +212,6 @@ def record_status(run: RunDir) -> Iterator[None]:
             run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
         raise
     run.end("done")
-
-
-def prepare_resume(run: RunDir, line: str) -> Any:
-    """Make the directory of an interrupted run ready; return its ResumeState, None if it had no checkpoint yet."""
-    with fast_imports():
-        from tlcli.runs.restart import read_restart, start_over
-
-    state = read_restart(run)
-    run.mark_resumed(line)
-    if state is None:
-        start_over(run)
-    else:
-        state.rewind()
-    return state
 
 
 def finish_sweep(folder: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from tlcli.cli.compose import compose_for_launch, composing, parse_flags
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, prepare_resume, record_status
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.process import fast_imports, log
 from tlcli.cli.saved_config import load_spec
 from tlcli.cli.view import TerminalReporter
@@ -122,6 +122,11 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     print(first_line(spec), flush=True)
     try:
         with record_status(run):
+            with fast_imports():
+                from tlcli.engine.session import session_for
+                from tlcli.runs.resume_state import prepare_resume
+                from tlcli.train import train
+
             state = prepare_resume(run, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
             if changes:
                 run.write_config(OmegaConf.to_yaml(to_plain(spec)))
@@ -135,10 +140,6 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                     f"started with epochs={spec.epochs}"
                 )
             log.info(first_line(spec))
-            with fast_imports():
-                from tlcli.engine.session import session_for
-                from tlcli.train import train
-
             with logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state)
         discard_state(run, spec)

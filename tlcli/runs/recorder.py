@@ -1,6 +1,5 @@
-"""What a run leaves behind, written as it goes: run.json, metrics.jsonl, test.json, checkpoints, plots."""
+"""What a run leaves behind, written while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,56 +11,55 @@ from torch import nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
-from tlcli.engine.calibration import Calibration, calibrate, calibration_report
+from tlcli.engine.calibration import calibrate, calibration_report
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores, most_confused, scores, test_report
 from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
-from tlcli.runs.keeping import CheckpointManager
+from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.predictions import SplitPredictions, write_predictions
-from tlcli.runs.restart import ResumeState
-from tlcli.runs.run_dir import RunDir, environment, read_json, write_json
-from tlcli.specs import CropSpec, TrainSpec
+from tlcli.runs.resume_state import ResumeState
+from tlcli.runs.run_dir import RunDir, environment, stored_confusion, write_json
+from tlcli.specs import TrainSpec
+from tlcli.text import to_plain
 from tlcli.transfer.groups import freeze_table
 
 
 class Recorder:
-    """Writes one run's directory and tells the watcher what it wrote."""
+    """Writes the directory of one run, and tells the reporter what it wrote."""
 
-    def __init__(self, run: RunDir, reporter: Reporter, spec: TrainSpec, restart: ResumeState | None = None) -> None:
-        self._run = run
-        self._watch = reporter
-        self._spec = spec
-        self._restart = restart
-        before = read_json(run.info_file) if restart is not None else {}
+    def __init__(self, run: RunDir, reporter: Reporter, spec: TrainSpec, resume: ResumeState | None = None) -> None:
+        self._run, self._reporter, self._spec = run, reporter, spec
+        self._resumed_epoch = resume.epoch if resume is not None else None
+        before = run.info if resume is not None else {}
         self._seconds: dict[str, float] = dict(before.get("seconds") or {})
-        self._began = time.perf_counter() - self._seconds.pop("total", 0.0)
-        self._last = 0.0
-        self._best_images_per_second: float = before.get("images_per_second") or 0.0
+        self._start = time.perf_counter() - self._seconds.pop("total", 0.0)
+        self._phase_seconds = 0.0
+        self._max_images_per_second: float = before.get("images_per_second") or 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent within to this phase's seconds in run.json."""
+        """Add the time of the block to the seconds of this phase in run.json."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._last = time.perf_counter() - start
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._last
+            self._phase_seconds = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._phase_seconds
 
-    def plan(self, data: Dataset, model: Classifier, inputs: Inputs) -> None:
-        """Everything is loaded: write what is known of data, model and machine, and show the plan."""
+    def plan(self, data: Dataset, classifier: Classifier, inputs: Inputs) -> None:
+        """Write what is known before training of data, model and machine, and show the plan."""
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
-        stages, device = freeze_table(spec.optimizer, model), inputs.device
+        stages, device, preprocessing = freeze_table(spec.optimizer, classifier), inputs.device, inputs.preprocessing
         self._sizes = {name: len(split) for name, split in splits.items()}
-        self._facts = {
+        self._metadata = {
             "tlcli": __version__,
-            "backbone": model.name,
+            "backbone": classifier.name,
             "backbone_kind": spec.backbone.kind,
-            "classes": list(model.classes),
-            "preprocessing": inputs.preprocessing.to_json(),
+            "classes": list(classifier.classes),
+            "preprocessing": preprocessing.to_json(),
         }
         self._run.write_bad_files(data.bad_files)
         self._run.update(
@@ -70,7 +68,7 @@ class Recorder:
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
             keep_best=spec.keep_best.value,
-            **self._facts,
+            **self._metadata,
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
@@ -80,57 +78,59 @@ class Recorder:
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
-            cache=inputs.cache_info,
-            decisions=inputs.decisions.to_json(),
         )
-        own = inputs.preprocessing
-        self._watch.plan(
+        self.inputs(inputs)
+        measured = [f"{name}: {reason}" for name, reason in inputs.numerics.items() if "measured" in reason]
+        options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
+        augment = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
+        epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
+        batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
+        self._reporter.plan(
             RunPlan(
                 run=self._run.path,
                 name=spec.name,
                 dataset=data.name,
                 classes=data.classes,
                 counts={name: split.class_counts(len(data.classes)) for name, split in splits.items()},
-                model=model.name,
-                image=f"{own.size} px, {own.fit.value}, {_augment_words(spec)}",
+                model=classifier.name,
+                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: "
+                + (f"{spec.augment.kind} ({augment})" if augment else "without augmentation"),
                 stages=stages,
-                training=_training_words(spec),
+                training=f"{epochs}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
+                f"head from {spec.freeze.head_init.value}, keeps the epoch best in validation {spec.keep_best.value}",
                 device=device.words,
                 activations=inputs.summary,
-                notes=(*model.notes, *data.notes, *_formats(inputs.numerics)),
+                notes=(*classifier.notes, *data.notes, *measured),
             )
         )
 
-    def running(self, running: RunningLoss) -> None:
-        """The running loss inside an epoch."""
-        self._run.log_metrics({"split": "running", **asdict(running)})
-        self._watch.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
+    def inputs(self, inputs: Inputs) -> None:
+        """Write how each split is read, and how the extractions so far went."""
+        self._run.update(cache=inputs.cache_info, decisions=inputs.decisions.to_json(), extraction=inputs.extraction())
 
-    def keeper(
-        self, network: nn.Module, trainer: Trainer, origin: Callable[[], Mapping[str, Any]]
+    def checkpoints(
+        self, network: nn.Module, trainer: Trainer, provenance: Callable[[], Mapping[str, Any]]
     ) -> CheckpointManager:
-        """What keeps this run's checkpoints; `origin` as it takes it."""
+        """Return the manager of the checkpoints of this run."""
         seconds = 60 * self._spec.checkpoint.every_minutes
-        epoch = None if self._restart is None else self._restart.epoch
-        return CheckpointManager(self._run, network, trainer, self._facts, origin, seconds=seconds, epoch=epoch)
+        return CheckpointManager(
+            self._run, network, trainer, self._metadata, provenance, seconds=seconds, epoch=self._resumed_epoch
+        )
 
-    def epoch(
-        self,
-        epoch: int,
-        fit: EpochStats | None,
-        validation: Scores,
-        *,
-        best: bool,
-        step: int,
-    ) -> None:
-        """An epoch was validated: a line for train and one for val."""
+    def log_running(self, running: RunningLoss) -> None:
+        """Write the running loss within an epoch."""
+        self._run.log_metrics({"split": "running", **asdict(running)})
+        self._reporter.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
+
+    def log_epoch(self, epoch: int, fit: EpochStats | None, validation: Scores, *, is_best: bool, step: int) -> None:
+        """Write the metrics of an epoch that was validated; `fit` is None for epoch 0, before training."""
         if fit is not None:
-            self._best_images_per_second = max(self._best_images_per_second, fit.images_per_second)
+            self._max_images_per_second = max(self._max_images_per_second, fit.images_per_second)
             self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
         self._log_evaluation("val", epoch, step, validation, fit.lr if fit else None)
-        found = {"best": {"epoch": epoch, **asdict(validation)}} if best else {}
-        self._run.update(**found, seconds=self._spent(), images_per_second=self._best_images_per_second or None)
-        self._watch.epoch(
+        best = {"best": {"epoch": epoch, **asdict(validation)}} if is_best else {}
+        self._run.update(**best, seconds=self._seconds_so_far(), images_per_second=self._max_images_per_second or None)
+        self._reporter.epoch(
             EpochRow(
                 epoch=epoch,
                 epochs=self._spec.epochs,
@@ -141,125 +141,88 @@ class Recorder:
                 val_macro_f1=validation.macro_f1,
                 lr=max(fit.lr.values()) if fit else None,
                 images_per_second=fit.images_per_second if fit else None,
-                seconds=time.perf_counter() - self._began,
-                best=best,
+                seconds=time.perf_counter() - self._start,
+                best=is_best,
             )
         )
 
-    def inputs(self, inputs: Inputs) -> None:
-        """Everything was read: what came from the cache, and how the frozen part ran over the images where it did."""
-        self._run.update(cache=inputs.cache_info, decisions=inputs.decisions.to_json(), extraction=inputs.extraction())
-
-    def _log_evaluation(
-        self, split: str, epoch: int, step: int, found: Scores, rates: Mapping[str, float] | None
-    ) -> None:
-        """A line for the evaluation that the last phase was."""
-        speed = {"images_per_second": self._sizes[split] / self._last, "seconds": self._last}
-        self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(found), "lr": rates, **speed})
-
-    def _spent(self) -> dict[str, float]:
-        """Seconds by phase, and in all."""
-        total = time.perf_counter() - self._began
-        return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
-
-    def result(
+    def log_result(
         self,
         data: Dataset,
         validation: Predictions,
         predictions: Predictions,
-        selection: BestEpochTracker,
+        best_epoch: BestEpochTracker,
         *,
         step: int,
-        frozen: int,
+        n_frozen: int,
     ) -> None:
-        """The test is done: test.json, plots, the last facts of run.json, and the outcome.
+        """Write test.json, the predictions and the plots, and show the result.
 
         Args:
-            validation: of the best epoch, which is tested.
+            validation: predictions of the best epoch, to which the temperature is fitted.
+            predictions: of the best epoch for the test split.
+            n_frozen: the number of frozen tensors that were verified.
         """
-        assert selection.epoch is not None
-        assert selection.scores is not None
-        self._log_evaluation("test", selection.epoch, step, scores(predictions), None)
+        run, epoch = self._run, best_epoch.epoch
+        assert epoch is not None
+        assert best_epoch.scores is not None
+        self._log_evaluation("test", epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
-            report["calibration"] = self._calibrate(data, validation, predictions)
-        checkpoint = self._run.best_checkpoint.relative_to(self._run.path)
-        write_json(self._run.test_file, {**report, "checkpoint": checkpoint.as_posix(), "epoch": selection.epoch})
+            calibration = calibrate(validation.logits, validation.labels)
+            run.update(calibration=calibration.to_json())
+            for split, file, p in (
+                (data.val, run.val_predictions, validation),
+                (data.test, run.test_predictions, predictions),
+            ):
+                write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
+            effect = calibration_report(predictions.logits, predictions.labels, calibration.temperature)
+            before, after = f"{effect['ece_before']:.4f}", f"{effect['ece_after']:.4f} with it"
+            self._reporter.note(
+                f"calibration: temperature {calibration.temperature:.2f}, fitted on {calibration.n:,} validation "
+                f"images; expected calibration error on test {before}, "
+                + (after if calibration.temperature != 1 else "no better otherwise")
+            )
+        stored = {**report, "confusion": stored_confusion(report["confusion"]), "calibration": effect}
+        checkpoint = run.best_checkpoint.relative_to(run.path).as_posix()
+        write_json(run.test_file, {**stored, "checkpoint": checkpoint, "epoch": epoch})
         with self.phase("plots"):
-            self._plot(data, predictions, report, selection.epoch)
-        spent = self._spent()
-        self._run.update(seconds=spent, frozen_tensors_verified=frozen)
-        low, high = report["accuracy_ci95"]
-        self._watch.outcome(
+            self._plot(data, predictions, report, epoch)
+        spent, (low, high) = self._seconds_so_far(), report["accuracy_ci95"]
+        # with the test metrics, so that the leaderboard of a sweep need not read test.json of each job
+        test = {key: report[key] for key in ("accuracy", "accuracy_ci95")}
+        run.update(seconds=spent, frozen_tensors_verified=n_frozen, test=test)
+        self._reporter.outcome(
             RunResult(
-                run=self._run.path,
+                run=run.path,
                 accuracy=report["accuracy"],
                 ci95=(low, high),
                 top5=report["top5"],
                 loss=report["loss"],
                 n=report["n"],
-                epoch=selection.epoch,
-                val_accuracy=selection.scores.accuracy,
+                epoch=epoch,
+                val_accuracy=best_epoch.scores.accuracy,
                 confused=most_confused(report),
-                checkpoint=self._run.best_checkpoint,
+                checkpoint=run.best_checkpoint,
                 seconds=spent["total"],
             )
         )
 
-    def _calibrate(self, data: Dataset, val: Predictions, test: Predictions) -> dict[str, Any]:
-        """Fit the temperature to the best epoch's validation and write all predictions; what it does for the test."""
-        found = calibrate(val.logits, val.labels)
-        self._run.update(calibration=found.to_json())
-        write_predictions(
-            self._run.val_predictions, SplitPredictions.of(data.val, val.logits, val.labels, data.classes)
-        )
-        write_predictions(
-            self._run.test_predictions, SplitPredictions.of(data.test, test.logits, test.labels, data.classes)
-        )
-        report = calibration_report(test.logits, test.labels, found.temperature)
-        self._watch.note(_calibration_words(found, report["ece_before"], report["ece_after"]))
-        return report
+    def _log_evaluation(
+        self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None
+    ) -> None:
+        """Write a line for the evaluation that the last phase was."""
+        speed = {"images_per_second": self._sizes[split] / self._phase_seconds, "seconds": self._phase_seconds}
+        self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(metrics), "lr": lr, **speed})
+
+    def _seconds_so_far(self) -> dict[str, float]:
+        total = time.perf_counter() - self._start
+        return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
 
     def _plot(self, data: Dataset, predictions: Predictions, report: Mapping[str, Any], best_epoch: int) -> None:
-        self._run.plots.mkdir(exist_ok=True)
-        rows = [json.loads(line) for line in self._run.metrics_file.read_text(encoding="utf-8").splitlines()]
-        plot_curves(rows, best_epoch, self._run.plots / "curves.png")
-        plot_confusion(report, self._run.plots / "confusion.png")
+        folder = self._run.plots
+        folder.mkdir(exist_ok=True)
+        plot_curves(self._run.metrics(), best_epoch, folder / "curves.png")
+        plot_confusion(report, folder / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
-        plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, self._run.plots / "samples.png")
-
-
-def _calibration_words(found: Calibration, before: float, after: float) -> str:
-    """What the temperature is and what it does, in one line."""
-    fitted = f"temperature {found.temperature:.2f}, fitted on {found.n:,} validation images"
-    change = f"{before:.4f}, {after:.4f} with it" if found.temperature != 1 else f"{before:.4f}, no better otherwise"
-    return f"calibration: {fitted}; expected calibration error on test {change}"
-
-
-def _formats(numerics: Mapping[str, str]) -> list[str]:
-    """How the number and memory formats were chosen, where it was by measurement."""
-    return [f"{what}: {why}" for what, why in numerics.items() if "measured" in why]
-
-
-def _augment_words(spec: TrainSpec) -> str:
-    """What happens to training images, for the plan."""
-    augment, words = spec.augment, []
-    if isinstance(augment, CropSpec):
-        words.append(f"crops of {augment.scale[0]:.0%} or more")
-        if augment.flip:
-            words.append("flips")
-    if augment.kind in ("trivial", "randaugment"):
-        words.append(augment.kind)
-    if augment.erasing:
-        words.append("erasing")
-    return "training on " + (", ".join(words) if words else "images as they are")
-
-
-def _training_words(spec: TrainSpec) -> str:
-    """The line of the plan that says how it trains."""
-    epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
-    batch = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
-    return (
-        f"{epochs}, {batch}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
-        f"head from {spec.freeze.head_init.value}, the epoch best in validation {spec.keep_best.value} is kept"
-    )
+        plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")

@@ -256,6 +256,13 @@ def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
     return counts if counts.shape == (n, n) and n and counts.min() >= 0 else None
 
 
+def stored_confusion(counts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return a confusion matrix as it is stored: rows of counts or, above 100 classes, cells that are not zero."""
+    if len(counts) <= MAX_FULL_CONFUSION:
+        return [list(row) for row in counts]
+    return [[true, predicted, n] for true, row in enumerate(counts) for predicted, n in enumerate(row) if n]
+
+
 def environment() -> dict[str, Any]:
     """Return versions, machine and git commit for run.json, without host name, user name or environment variables."""
     import subprocess

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,12 +15,12 @@ from torch import nn
 from tests.conftest import Compose
 from tests.engine.test_trainer import Setting
 from tlcli.cli import main
-from tlcli.engine.checkpoints import load_state, load_weights_into, save_weights, snapshot
 from tlcli.engine.evaluate import evaluate
 from tlcli.engine.metrics import scores
 from tlcli.reporter import Reporter
-from tlcli.runs import keeping, recorder
-from tlcli.runs.run_dir import read_json
+from tlcli.runs import checkpointing, recorder
+from tlcli.runs.checkpointing import load_state, save_weights, trainable_state
+from tlcli.runs.run_dir import confusion_matrix, read_json, stored_confusion
 
 
 @pytest.fixture
@@ -30,38 +31,23 @@ def network() -> nn.Sequential:
     return own
 
 
-def move_on(network: nn.Module) -> None:
-    """What training does, to parameters that train and to buffers."""
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not name.startswith("0."):
-                tensor.add_(1)
-
-
-def test_a_snapshot_has_what_training_can_change(network: nn.Sequential) -> None:
-    taken = snapshot(network)
-    buffers = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
-    assert taken.keys() == {"1.weight", "1.bias", "3.weight", "3.bias"} | buffers
-    before = {name: tensor.clone() for name, tensor in taken.items()}
-    move_on(network)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in taken.items())
-
-
 def test_weights_of_an_earlier_epoch_are_written_when_the_network_has_moved_on(
     network: nn.Sequential, tmp_path: Path
 ) -> None:
+    """What training changes is copied: parameters that train, and buffers."""
     wanted = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    taken = snapshot(network)
-    move_on(network)
+    taken = {name: tensor.clone() for name, tensor in trainable_state(network).items()}
+    assert wanted.keys() - taken.keys() == {"0.weight", "0.bias"}
+    with torch.no_grad():
+        for tensor in trainable_state(network).values():
+            tensor.add_(1)
     save_weights(tmp_path / "then.safetensors", network, {"epoch": 3}, instead=taken)
     save_weights(tmp_path / "now.safetensors", network, {"epoch": 4})
     then, now = (load_file(tmp_path / f"{name}.safetensors") for name in ("then", "now"))
     assert then.keys() == now.keys() == wanted.keys()
     assert all(torch.equal(then[name], wanted[name]) for name in wanted)
     assert all(torch.equal(now[name], tensor) for name, tensor in network.state_dict().items())
-    load_weights_into(tmp_path / "then.safetensors", network)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in network.state_dict().items())
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # no drafts
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # no temporary files
 
 
 def epoch_of(checkpoint: Path) -> int:
@@ -80,10 +66,10 @@ def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def run(share: float, *overrides: str) -> Path:
         written: list[Any] = []
         monkeypatch.setattr(recorder.Recorder, "_plot", lambda *args: None)
-        monkeypatch.setattr(keeping, "SHARE", share)
-        save = keeping.save_weights
+        monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", share)
+        save = checkpointing.save_weights
         with monkeypatch.context() as patch:
-            patch.setattr(keeping, "save_weights", lambda *a, **k: written.append(a) or save(*a, **k))
+            patch.setattr(checkpointing, "save_weights", lambda *a, **k: written.append(a) or save(*a, **k))
             out = tmp_path / f"share{share:g}"
             assert main(["train", f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]) == 0
         assert len(written) <= 3 if share < 1 else len(written) >= 9
@@ -108,7 +94,7 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(
     assert state["trainer"]["step"] == other_state["trainer"]["step"]
 
     setting = Setting(spec(*WORDS, f"dataset.root='{shapes}'"))
-    load_weights_into(seldom / "checkpoints/best.safetensors", setting.model.network)
+    setting.model.network.load_state_dict(load_file(seldom / "checkpoints/best.safetensors"))
     found = scores(evaluate(setting.model.network, setting.inputs.val, setting.device, Reporter(), "validation"))
     assert found.loss == pytest.approx(record["best"]["loss"], rel=1e-5)
 
@@ -128,10 +114,22 @@ def test_last_is_best_where_the_last_epoch_was(
 ) -> None:
     """One file of two names; two files with the same weights where the file system has no such names."""
     if not links:
-        monkeypatch.setattr(keeping, "replace_with_hardlink", lambda path, name: False)
+        monkeypatch.setattr(checkpointing, "replace_with_hardlink", lambda path, name: False)
     run = quick(1e-9)
     best, last = (run / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
     assert epoch_of(best) == epoch_of(last) == 9
     assert best.samefile(last) == links
     one, other = load_file(best), load_file(last)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_of_many_classes_only_cells_of_the_confusion_that_are_not_zero_are_stored() -> None:
+    few = [[1, 0], [2, 3]]
+    assert stored_confusion(few) == few
+    assert np.array_equal(confusion_matrix({"classes": ["a", "b"], "confusion": few}), few)
+    many = np.zeros((300, 300), dtype=np.int64)
+    many[7, 9], many[299, 0] = 4, 1
+    stored = stored_confusion(many.tolist())
+    assert stored == [[7, 9, 4], [299, 0, 1]]
+    assert np.array_equal(confusion_matrix({"classes": [str(i) for i in range(300)], "confusion": stored}), many)
+    assert confusion_matrix({"classes": [str(i) for i in range(300)], "confusion": many.tolist()}).sum() == 5

@@ -1,0 +1,177 @@
+"""Checkpoints: when those of a run are written, and what is in them."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tlcli.engine.metrics import Scores
+from tlcli.engine.trainer import Trainer
+from tlcli.files import replace_with_hardlink
+from tlcli.models.tensorfile import read_tensors, write_tensors
+from tlcli.runs.run_dir import RunDir
+
+STATE_VERSION = 2
+"""Version of the contents of state.safetensors."""
+
+MAX_TIME_SHARE = 0.1
+"""Share of the training time that writing checkpoints may take: an epoch of a small head takes less than its file."""
+
+FIRST_SAVE_SECONDS = 0.1
+"""What a save is assumed to take before the first one."""
+
+_TENSOR = "$tensor"
+"""The key of what stands for a tensor in the JSON of a state."""
+
+
+def save_weights(
+    path: Path, network: nn.Module, metadata: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write every tensor of a network, and the metadata as JSON, in one atomic step.
+
+    Args:
+        instead: tensors to write in place of those that the network has now.
+    """
+    write_tensors(path, {**network.state_dict(), **(instead or {})}, metadata)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write nested mappings and sequences of tensors and of what JSON can hold, in one atomic step."""
+    tensors: dict[str, Tensor] = {}
+
+    def without_tensors(value: Any, at: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[at] = value
+            return {_TENSOR: at}
+        if isinstance(value, Mapping):
+            return {str(key): without_tensors(item, f"{at}/{key}") for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [without_tensors(item, f"{at}/{i}") for i, item in enumerate(value)]
+        return value
+
+    metadata = without_tensors(state, "")
+    write_tensors(path, tensors, metadata)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Return what `save_state` wrote: keys are strings, sequences are lists. Raise TlcliError if it is damaged."""
+    tensors, metadata = read_tensors(path)
+
+    def with_tensors(value: Any) -> Any:
+        if isinstance(value, dict):
+            is_tensor = value.keys() == {_TENSOR}
+            return tensors[value[_TENSOR]] if is_tensor else {key: with_tensors(item) for key, item in value.items()}
+        return [with_tensors(item) for item in value] if isinstance(value, list) else value
+
+    state: dict[str, Any] = with_tensors(metadata)
+    return state
+
+
+def trainable_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that training can change: the parameters that train, and the buffers."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+class CheckpointManager:
+    """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
+
+    The state is in one file. It is written after the best weights, which have their own epoch and scores: a run that
+    is killed between the two resumes from either.
+
+    Args:
+        metadata: of the files of weights.
+        provenance: returns what the state has besides weights and training; called once, before the first save.
+        seconds: between two saves within an epoch.
+        epoch: the last epoch that was validated, in a resumed run.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        network: nn.Module,
+        trainer: Trainer,
+        metadata: Mapping[str, Any],
+        provenance: Callable[[], Mapping[str, Any]],
+        *,
+        seconds: float,
+        epoch: int | None,
+    ) -> None:
+        self._run, self._network, self._trainer = run, network, trainer
+        self._metadata, self._get_provenance, self._seconds = metadata, provenance, seconds
+        self._provenance: Mapping[str, Any] | None = None
+        self._epoch = epoch
+        self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # tensors and metadata to be written
+        self._written: Mapping[str, Any] = {}  # the metadata of the best weights on the disk
+        self._last: Mapping[str, Any] = {}  # the metadata of the last epoch's weights
+        self._has_changes = False
+        self._saved_at, self._save_seconds = time.perf_counter(), FIRST_SAVE_SECONDS
+
+    def after_epoch(self, epoch: int, validation: Scores, *, is_best: bool) -> None:
+        """Save after an epoch was validated, unless saving would take more than its share of the time."""
+        self._epoch, self._has_changes = epoch, True
+        self._last = {**self._metadata, "epoch": epoch, "validation": asdict(validation)}
+        if is_best:
+            copies = {name: tensor.detach().clone() for name, tensor in trainable_state(self._network).items()}
+            self._best = copies, self._last
+        if time.perf_counter() - self._saved_at >= self._save_seconds / MAX_TIME_SHARE:
+            self.save()
+
+    def after_step(self) -> None:
+        """Save after a step if the last save was long ago."""
+        self._has_changes = True
+        if time.perf_counter() - self._saved_at >= self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Write what has changed since the last save. Only between two steps."""
+        if not self._has_changes:
+            return
+        start = time.perf_counter()
+        self._save_best()
+        if self._last and self._trainer.is_between_epochs(self._last["epoch"]):
+            # a second name for the file of the best weights, if the last epoch is the best one
+            is_best = self._last == self._written
+            if not is_best or not replace_with_hardlink(self._run.best_checkpoint, self._run.last_checkpoint):
+                save_weights(self._run.last_checkpoint, self._network, self._last)
+        self._provenance = self._provenance or self._get_provenance()
+        state = {
+            "version": STATE_VERSION,
+            "epoch": self._epoch,
+            "weights": trainable_state(self._network),
+            "trainer": self._trainer.state(),
+            "metrics_bytes": self._run.metrics_bytes(),
+            **self._provenance,
+        }
+        save_state(self._run.state_file, state)
+        self._has_changes = False
+        self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - start
+
+    def load_best(self) -> None:
+        """Load the weights of the best epoch into the network."""
+        self.save()
+        self._network.load_state_dict(read_tensors(self._run.best_checkpoint)[0])
+
+    @contextmanager
+    def save_on_exit(self) -> Iterator[None]:
+        """Write the best weights so far when the block ends in an error; if it is interrupted, all that was done."""
+        try:
+            yield
+        except BaseException as exc:
+            with suppress(OSError):
+                if isinstance(exc, KeyboardInterrupt):
+                    self.save()
+                else:
+                    self._save_best()
+            raise
+
+    def _save_best(self) -> None:
+        if self._best is not None:
+            tensors, metadata = self._best
+            save_weights(self._run.best_checkpoint, self._network, metadata, instead=tensors)
+            self._written, self._best = metadata, None

@@ -1,0 +1,208 @@
+"""What a run is resumed from, read from its directory, and what must be the same for the result to be the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tlcli import __version__
+from tlcli.data.dataset import Dataset
+from tlcli.device import machine_name
+from tlcli.engine.activations import Workload
+from tlcli.engine.decisions import Decisions, follow, recorded_decisions
+from tlcli.engine.inputs import SPLIT_NAMES, Inputs
+from tlcli.engine.metrics import BestEpochTracker, Scores
+from tlcli.engine.trainer import Trainer
+from tlcli.errors import TlcliError, UsageError
+from tlcli.files import remove_temp_files
+from tlcli.models.tensorfile import damaged, read_tensors
+from tlcli.reporter import Reporter
+from tlcli.runs.checkpointing import STATE_VERSION, load_state
+from tlcli.runs.run_dir import RunDir
+from tlcli.text import join_limited
+
+DIGEST_CHARS = 16
+"""Of the fingerprint of a class: it detects changes and protects from nobody."""
+
+
+@dataclass(frozen=True)
+class TrainingStart:
+    """Where training begins: the epoch, if the network before training was worth an evaluation (as epoch 0), and the
+    best epoch so far."""
+
+    epoch: int
+    head_is_ready: bool
+    best_epoch: BestEpochTracker
+
+
+@dataclass(frozen=True, eq=False)
+class ResumeState:
+    """The state of training at the last checkpoint, and the best epoch with its validation scores, if there is one."""
+
+    run: RunDir
+    state: Mapping[str, Any]
+    recorded: Decisions
+    best: tuple[int, Scores] | None
+
+    @property
+    def epoch(self) -> int | None:
+        """The last epoch that was validated; None if not even the network before training was."""
+        epoch: int | None = self.state["epoch"]
+        return epoch
+
+    @property
+    def threads(self) -> int:
+        """The number of threads of the run: with another number sums are rounded differently."""
+        return max(1, int(self.state["machine"]["threads"]))
+
+    def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
+        """Return the run's decisions, as far as they can be followed here.
+
+        Raises:
+            UsageError: the images are not those that the run started with.
+        """
+        if changes := _image_changes(self.state["images"], image_fingerprints(workload.data)):
+            raise UsageError(
+                f"{self.run.path}: the dataset is not the one that the run started with: "
+                f"{join_limited(changes, 3)}. Restore it, or start a new run"
+            )
+        return follow(self.recorded, workload, reporter, SPLIT_NAMES)
+
+    def restore(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> TrainingStart:
+        """Load the state of training, check the frozen tensors, and note where the run resumes.
+
+        Raises:
+            TlcliError: the frozen tensors are not those that the run started with, or the state is damaged.
+        """
+        workload, state = inputs.workload, self.state
+        try:
+            keys = workload.classifier.network.load_state_dict(state["weights"], strict=False)
+            if keys.unexpected_keys:
+                raise ValueError(f"the network has no {keys.unexpected_keys[0]}")
+            trainer.load(state["trainer"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(self.run.state_file, str(error)) from error
+        workload.contract.seal()
+        if workload.contract.digest() != state["frozen"]:
+            raise TlcliError(
+                f"{self.run.path}: the frozen layers are not those that the run started with: the file or package that "
+                f"backbone.weights names has other weights now. Restore it, or start a new run"
+            )
+        is_ready = bool(state["head_is_ready"])
+        epoch = self.epoch + 1 if self.epoch is not None else int(not is_ready)
+        unfinished = state["trainer"]["pass"]
+        is_within = unfinished is not None and unfinished["epoch"] == epoch
+        reporter.note(f"resumed at epoch {epoch}" + (f", batch {unfinished['batches'] + 1:,}" if is_within else ""))
+        if differences := self._differences(inputs):
+            reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
+        # the best epoch may be later than the state: training then comes to it again
+        best, scores = self.best or (None, None)
+        spec = workload.spec
+        return TrainingStart(
+            epoch, is_ready, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, self.epoch or 0)
+        )
+
+    def _differences(self, inputs: Inputs) -> list[str]:
+        """Return why the result may not equal that of an uninterrupted run bit for bit; empty if it will."""
+        now, before = machine_info(inputs.workload.accelerator), self.state["machine"]
+        differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
+        if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
+            differences.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
+        previous = self.state["activations"]
+        if any(previous.get(key, sums) != sums for key, sums in inputs.checksums().items()):
+            differences.append("activations were recomputed with different rounding")
+        return differences
+
+
+def prepare_resume(run: RunDir, command: str) -> ResumeState | None:
+    """Make the directory of an interrupted run ready for `command`, and return its state.
+
+    What was written after the last checkpoint is removed. Return None if there was no checkpoint: the run starts again.
+
+    Raises:
+        TlcliError: a file is damaged, or of another version of tlcli.
+    """
+    state = _read_state(run)
+    run.mark_resumed(command)
+    for folder in (run.path, run.state_file.parent):
+        remove_temp_files(folder)
+    if state is None:
+        for file in (run.metrics_file, run.bad_files_file, run.best_checkpoint, run.last_checkpoint):
+            file.unlink(missing_ok=True)
+    elif run.metrics_bytes() > (size := int(state.state["metrics_bytes"])):
+        with run.metrics_file.open("r+b") as metrics:
+            metrics.truncate(size)
+    return state
+
+
+def _read_state(run: RunDir) -> ResumeState | None:
+    if not run.state_file.is_file():
+        return None
+    try:
+        state = load_state(run.state_file)
+    except TlcliError as error:
+        raise TlcliError(f"{error}; without that file the run starts again") from error
+    version = str(run.info.get("tlcli", "another version"))
+    if state.get("version") != STATE_VERSION or version.split(".")[:2] != __version__.split(".")[:2]:
+        raise TlcliError(
+            f"{run.path}: was started with tlcli {version}, this is {__version__}: resume it with that one"
+        )
+    recorded, best = recorded_decisions(run.info), None
+    if recorded is None:
+        raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")
+    if run.best_checkpoint.is_file():
+        _, metadata = read_tensors(run.best_checkpoint)
+        try:
+            best = int(metadata["epoch"]), Scores(**metadata["validation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(run.best_checkpoint, f"its metadata: {error}") from error
+    return ResumeState(run, state, recorded, best)
+
+
+def provenance(inputs: Inputs) -> dict[str, Any]:
+    """Return what a run's result depends on besides its config, decisions and machine; a resumed run compares it."""
+    return {
+        "images": image_fingerprints(inputs.workload.data),
+        "frozen": inputs.workload.contract.digest(),
+        "activations": inputs.checksums(),
+    }
+
+
+def machine_info(accelerator: torch.device) -> dict[str, Any]:
+    """Return what determines rounding: two machines that agree in it are assumed to give the same results."""
+    return {
+        "tlcli": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": accelerator.type,
+        "machine": machine_name(accelerator),
+    }
+
+
+def image_fingerprints(data: Dataset) -> dict[str, Any]:
+    """Return the classes, and for each split and class the number of images and their fingerprint."""
+    fingerprints: dict[str, Any] = {"classes": list(data.classes)}
+    for name in ("train", "val", "test"):
+        split = getattr(data, name)
+        by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
+        fingerprints[name] = [[len(indices), split.fingerprint(indices)[:DIGEST_CHARS]] for indices in by_class]
+    return fingerprints
+
+
+def _image_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each class of a split that differs."""
+    if before["classes"] != now["classes"]:
+        sides = (("gone", before, now), ("new", now, before))
+        names = {word: [name for name in a["classes"] if name not in b["classes"]] for word, a, b in sides}
+        changes = [f"classes {word}: {join_limited(found)}" for word, found in names.items() if found]
+        return changes or ["its classes are in another order"]
+    changes = []
+    for split in ("train", "val", "test"):
+        for name, old, new in zip(now["classes"], before[split], now[split], strict=True):
+            if old[0] != new[0]:
+                changes.append(f"{split} has {new[0]:,} images of {name}, it had {old[0]:,}")
+            elif old[1] != new[1]:
+                changes.append(f"images of {name} in {split} have other names or contents")
+    return changes
