@@ -164,7 +164,8 @@ def class_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a row per class that has images or was predicted; none if there are too many classes."""
     from tlcli.runs.run_dir import confusion_matrix
 
-    matrix, rows = confusion_matrix(report), []
+    matrix = confusion_matrix(report)
+    rows: list[tuple[str, ...]] = []
     n_predicted = [0] * len(report["classes"]) if matrix is None else matrix.sum(axis=0).tolist()
     for (name, metrics), predicted in zip(report["per_class"].items(), n_predicted, strict=True):
         if metrics["support"] or predicted:

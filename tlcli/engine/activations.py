@@ -61,8 +61,12 @@ def activations_key(
     dtype: torch.dtype,
     columns: Sequence[Column],
     device_kind: str,
+    threads: int | None = None,
 ) -> str:
-    """Return the digest of all that activations depend on; `images` is the fingerprint of the split."""
+    """Return the digest of all that activations depend on; `images` is the fingerprint of the split.
+
+    `threads` is the number that the user names for a CPU, whose kernels may round by it.
+    """
     ingredients = {
         "prefix": prefix_digest,
         "preprocessing": preprocessing.to_json(),
@@ -74,6 +78,7 @@ def activations_key(
         "columns": [asdict(column) for column in columns],
         "device": device_kind,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
+        **({} if threads is None else {"threads": threads}),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
@@ -319,6 +324,7 @@ class Workload:
             dtype=extractor.numerics.dtype,
             columns=columns,
             device_kind=self.accelerator.type,
+            threads=spec.device.threads if self.accelerator.type == "cpu" else None,
         )
         root = spec.dataset.root
         metadata = {
