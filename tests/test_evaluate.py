@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import Compose, finish, make_folder
 from tlcli.cli.saved_config import load_spec
-from tlcli.data.dataset import load_whole
+from tlcli.data.dataset import load_evaluation_split
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
 from tlcli.reporter import Reporter
@@ -178,10 +178,10 @@ def test_classes_in_another_order_are_matched_by_name(run: Path, shapes: Path, t
 def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
     import numpy as np
 
-    from tlcli.data.source import Arrays, Split
+    from tlcli.data.images import ImageArrays, Split
     from tlcli.evaluate import remap_labels
 
-    split = Split(Arrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
+    split = Split(ImageArrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
     found = remap_labels(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
     assert found.labels.tolist() == [2, 3, 3, 0]
 
@@ -216,8 +216,8 @@ def test_which_split_of_another_data_set(spec: Compose, tmp_path: Path, splits: 
     for place, split in enumerate(splits):
         make_folder(tmp_path / split, {"across": 2 + place})  # one class is enough
     own = spec("dataset=imagefolder", f"dataset.root='{tmp_path}'").dataset
-    found = load_whole(own, None, seed=0, reporter=Reporter())
-    assert (found.role, len(found.split)) == (role, 2 + splits.index(role if role in splits else ""))
+    found = load_evaluation_split(own, None, seed=0, reporter=Reporter())
+    assert (found.split_name, len(found.split)) == (role, 2 + splits.index(role if role in splits else ""))
 
 
 def test_a_val_split_in_place_of_a_test_split_is_said(run: Path, tmp_path: Path) -> None:

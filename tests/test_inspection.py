@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.conftest import Compose
+from tlcli.data.augment import AugmentNoneSpec
 from tlcli.engine import costs
 from tlcli.engine.activations import Workload, preprocessing_for
 from tlcli.engine.session import session_for
 from tlcli.inspection import Inspection, Strategy, inspect
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentNoneSpec, TrainSpec
+from tlcli.specs import TrainSpec
 
 NONE = AugmentNoneSpec(erasing=0.0)
 
@@ -108,10 +109,10 @@ def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
 
 
 def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
-    from tlcli.data.dataset import load_unchecked
+    from tlcli.data.dataset import load_without_decoding
     from tlcli.transfer.contract import apply_freeze
 
-    data = load_unchecked(spec.dataset, seed=0, reporter=Reporter())
+    data = load_without_decoding(spec.dataset, seed=0, reporter=Reporter())
     session = session_for(spec.cache)
     session.set_model(model)
     contract = apply_freeze(spec.freeze, model)
@@ -120,11 +121,11 @@ def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, shapes: Path) -> None:
-    from tlcli.data.dataset import load_unchecked
+    from tlcli.data.dataset import load_without_decoding
 
     own = spec(*base(shapes, "backbone.weights=none", "backbone=mobilenet_v3_small"))
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
-    data = load_unchecked(own.dataset, seed=0, reporter=Reporter())
+    data = load_without_decoding(own.dataset, seed=0, reporter=Reporter())
     costs.settle(model, data, preprocessing_for(own, model))
     norms = [m for m in model.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert all(not m.training and m.momentum is not None and m.num_batches_tracked == 1 for m in norms)

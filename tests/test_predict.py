@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import finish
-from tlcli.data.named import MissingPath
-from tlcli.data.threads import map_in_threads
+from tlcli.data.images import map_in_threads
+from tlcli.data.listing import MissingPath
 from tlcli.device import cpu_has_bfloat16
 from tlcli.errors import UsageError
 from tlcli.predict import Prediction, Predictor, choose_format

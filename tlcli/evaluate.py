@@ -11,7 +11,8 @@ import yaml  # type: ignore[import-untyped]
 from msgspec import structs
 
 from tlcli.data.dataset import Dataset
-from tlcli.data.source import Split
+from tlcli.data.images import Split
+from tlcli.data.sources import ManifestSpec
 from tlcli.device import DTYPES, prepare
 from tlcli.engine.activations import Workload
 from tlcli.engine.calibration import calibration_report
@@ -28,7 +29,7 @@ from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, confusion_matrix, stored_confusion, write_json
-from tlcli.specs import DatasetSpec, ManifestSpec, Precision, TorchvisionDatasetSpec, TrainSpec
+from tlcli.specs import DatasetSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 
@@ -162,11 +163,11 @@ def _find_images(
     if moved := _moved_spec(request, loaded, session, reporter):
         return _own_images(request, loaded, moved, session, reporter, ": the same images in another folder")
     found = session.load_evaluation_split(wanted, request.split_name, request.spec.seed, reporter)
-    description = "all of it" if found.role == "all" else f"its {found.role} split"
-    if request.split_name is None and found.role not in ("test", "all"):
-        description += f", as it has no {'test' if found.role == 'val' else 'test or val'} split"
+    description = "all of it" if found.split_name == "all" else f"its {found.split_name} split"
+    if request.split_name is None and found.split_name not in ("test", "all"):
+        description += f", as it has no {'test' if found.split_name == 'val' else 'test or val'} split"
     split = remap_labels(found.split, found.classes, loaded.classes, _name(wanted))
-    return EvaluationImages(wanted, split, found.role, False, description, found.bad_files)
+    return EvaluationImages(wanted, split, found.split_name, False, description, found.bad_files)
 
 
 def _own_images(
@@ -212,9 +213,7 @@ def _moved_spec(
 def _own_spec(trained: DatasetSpec, wanted: DatasetSpec) -> DatasetSpec:
     """Return the dataset as it was for training, except for what a user may change about reading it."""
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
-    if isinstance(trained, TorchvisionDatasetSpec):
-        changed["download"] = False  # evaluation does not download unless asked
-    return structs.replace(trained, **changed)
+    return structs.replace(trained.offline(), **changed)  # evaluation does not download unless asked
 
 
 def _tested_keys(loaded: LoadedRun) -> list[str] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from tlcli.data.dataset import Dataset, load_unchecked
+from tlcli.data.dataset import Dataset, load_without_decoding
 from tlcli.device import prepare
 from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.costs import Cached, CostMeter, Shared, Speeds, decoding_seconds, sample_of, settle
@@ -84,7 +84,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator = prepare(spec.device)
     session = session_for(spec.cache)
-    data = load_unchecked(spec.dataset, seed=spec.seed, reporter=reporter)
+    data = load_without_decoding(spec.dataset, seed=spec.seed, reporter=reporter)
     model = _model(spec, data.classes)
     model.network.to(accelerator)
     session.set_model(model)

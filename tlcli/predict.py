@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.data.decode import BadImage, read_image
-from tlcli.data.named import MissingPath, Named
+from tlcli.data.images import map_in_threads
+from tlcli.data.listing import MissingPath, Named
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.threads import map_in_threads
 from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.decisions import FORCE_COMPILE_IMAGES, recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
@@ -205,7 +205,7 @@ def _trained_parameters(run: LoadedRun) -> frozenset[str] | None:
 def decode_image(image: Named, preprocessing: Preprocessing) -> tuple[str, Tensor | str]:
     """Return a path with the pixels that the network takes, uint8 (3, S, S), or with the reason why there are none."""
     if isinstance(image, MissingPath):
-        return image.path, image.why
+        return image.path, image.reason
     try:
         return image, preprocessing.apply(read_image(Path(image)))
     except (BadImage, ValueError) as error:  # a ValueError: a NUL in the path

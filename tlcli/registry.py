@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type[Any])
 
 HOMES = {
-    "dataset": "tlcli.specs",
+    "dataset": "tlcli.data.sources",
     "backbone": "tlcli.specs",
     "optimizer": "tlcli.engine.optimizers",
     "scheduler": "tlcli.engine.schedule",
-    "augment": "tlcli.specs",
+    "augment": "tlcli.data.augment",
     "freeze": "tlcli.transfer.freeze",
     "logger": "tlcli.runs.loggers",
 }

@@ -152,33 +152,25 @@ class DatasetSpec(OptionSpec, frozen=True):
             if self.range[0] == self.range[1]:
                 raise ValueError(f"range=[{self.range[0]:g},{self.range[1]:g}] is empty")
 
+    def check(self, *, for_training: bool = True) -> None:
+        """Raise UsageError for what is wrong with the dataset, as far as it shows without decoding or downloading.
 
-@option
-class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
-    """scikit-learn's 1,797 digits of 8 by 8 pixels."""
+        Args:
+            for_training: False for data to evaluate on, which needs no training images and no second class.
+        """
+        raise NotImplementedError
 
+    def load(self, reporter: Any, *, for_training: bool = True) -> Any:
+        """Return the classes and splits, a `tlcli.data.images.Source`, before anything is decoded."""
+        raise NotImplementedError
 
-@option
-class ImageFolderSpec(DatasetSpec, frozen=True, tag="imagefolder"):
-    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
+    def offline(self) -> "DatasetSpec":
+        """Return the spec with which nothing is downloaded."""
+        return self
 
-
-@option
-class ManifestSpec(DatasetSpec, frozen=True, tag="manifest"):
-    """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
-
-    file: str
-
-
-@option
-class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
-    """A class of torchvision.datasets, and its arguments for each split (null: no such split)."""
-
-    class_name: str
-    train: dict[str, Any]
-    val: dict[str, Any] | None
-    test: dict[str, Any] | None
-    download: bool
+    def without_bad_classes(self) -> tuple["DatasetSpec", list[str]]:
+        """Return the spec without class folders that prevent training, and the problems that they have."""
+        return self, []
 
 
 # -- backbone ---------------------------------------------------------------------------------------------------------
@@ -298,36 +290,9 @@ class AugmentSpec(OptionSpec, frozen=True):
     group: ClassVar[str] = "augment"
     erasing: Fraction
 
-
-@option
-class AugmentNoneSpec(AugmentSpec, frozen=True, tag="none"):
-    """Images as in evaluation."""
-
-
-@option
-class CropSpec(AugmentSpec, frozen=True, tag="crop"):
-    """A random crop by area and aspect ratio, resized; a horizontal flip with a probability."""
-
-    scale: tuple[FractionAboveZero, FractionAboveZero]
-    ratio: tuple[Positive, Positive]
-    flip: Fraction
-
-    def __post_init__(self) -> None:
-        require_ascending("scale", self.scale)
-        require_ascending("ratio", self.ratio)
-
-
-@option
-class TrivialAugmentSpec(CropSpec, frozen=True, tag="trivial"):
-    """Crop, then TrivialAugmentWide: one random operation of random strength (Mueller and Hutter 2021)."""
-
-
-@option
-class RandAugmentSpec(CropSpec, frozen=True, tag="randaugment"):
-    """Crop, then RandAugment: `n` random operations of one strength (Cubuk et al. 2020)."""
-
-    n: Count
-    magnitude: Annotated[int, Meta(ge=0, le=30)]
+    def build(self, preprocessing: Any) -> Any:
+        """Return the `tlcli.data.augment.Augmentation`; None if images are as in evaluation."""
+        raise NotImplementedError
 
 
 # -- logger -----------------------------------------------------------------------------------------------------------

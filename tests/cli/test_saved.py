@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from tests.conftest import Compose
 from tlcli.cli.compose import compose_config, parse_flags
 from tlcli.cli.saved_config import load_spec
+from tlcli.data.sources import DigitsSpec, ImageFolderSpec, TorchvisionDatasetSpec
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import DigitsSpec, ImageFolderSpec, TorchvisionDatasetSpec
 
 Saved = Callable[..., RunDir]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from tlcli.data.augment import RandomCrop, make_augmentation
+from tlcli.data.augment import AugmentNoneSpec, CropSpec, RandAugmentSpec, RandomCrop, TrivialAugmentSpec
 from tlcli.data.preprocess import Preprocessing
-from tlcli.specs import AugmentNoneSpec, AugmentSpec, CropSpec, Fit, RandAugmentSpec, TrivialAugmentSpec
+from tlcli.specs import AugmentSpec, Fit
 
 SCALE, RATIO = (0.35, 1.0), (0.75, 4 / 3)
 SPECS: list[AugmentSpec] = [
@@ -32,7 +32,7 @@ def noise(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("fit", Fit)
 def test_a_function_of_image_and_seed(spec: AugmentSpec, fit: Fit) -> None:
-    augment = make_augmentation(spec, preprocessing(fit))
+    augment = spec.build(preprocessing(fit))
     assert augment is not None
     image = noise(40, 30)
     torch.manual_seed(3)
@@ -50,26 +50,26 @@ def test_a_function_of_image_and_seed(spec: AugmentSpec, fit: Fit) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1)])
 @pytest.mark.parametrize("fit", Fit)
 def test_any_shape(spec: AugmentSpec, shape: tuple[int, int], fit: Fit) -> None:
-    augment = make_augmentation(spec, preprocessing(fit))
+    augment = spec.build(preprocessing(fit))
     assert augment is not None
     assert augment.apply(noise(*shape), 0).shape == (3, 16, 16)
 
 
 def test_none_is_evaluation() -> None:
-    assert make_augmentation(AugmentNoneSpec(erasing=0.0), preprocessing()) is None
+    assert AugmentNoneSpec(erasing=0.0).build(preprocessing()) is None
 
 
 def test_flip() -> None:
     image = noise(16, 16)
     whole, ratio = (1.0, 1.0), (1.0, 1.0)
     for flip, want in ((0.0, image), (1.0, image[:, ::-1])):
-        augment = make_augmentation(CropSpec(erasing=0.0, scale=whole, ratio=ratio, flip=flip), preprocessing())
+        augment = CropSpec(erasing=0.0, scale=whole, ratio=ratio, flip=flip).build(preprocessing())
         assert augment is not None
         assert np.array_equal(augment.apply(image, 5).permute(1, 2, 0).numpy(), want)
 
 
 def test_erasing_fills_with_the_mean_colour() -> None:
-    augment = make_augmentation(AugmentNoneSpec(erasing=1.0), preprocessing())
+    augment = AugmentNoneSpec(erasing=1.0).build(preprocessing())
     assert augment is not None
     image = np.full((16, 16, 3), 255, dtype=np.uint8)
     out = augment.apply(image, 0)
@@ -80,7 +80,7 @@ def test_erasing_fills_with_the_mean_colour() -> None:
 
 def test_pad_augments_the_padded_square() -> None:
     whole = CropSpec(erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-    augment = make_augmentation(whole, preprocessing(Fit.pad, size=30))
+    augment = whole.build(preprocessing(Fit.pad, size=30))
     assert augment is not None
     image = np.full((10, 30, 3), 255, dtype=np.uint8)
     assert torch.equal(augment.apply(image, 0), preprocessing(Fit.pad, size=30).apply(image))
@@ -89,7 +89,7 @@ def test_pad_augments_the_padded_square() -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("fit", Fit)
 def test_a_batch_is_its_images(spec: AugmentSpec, fit: Fit) -> None:
-    augment = make_augmentation(spec, preprocessing(fit))
+    augment = spec.build(preprocessing(fit))
     assert augment is not None
     images = [noise(*shape) for shape in ((32, 32), (32, 32), (40, 30), (200, 3), (16, 16))]
     got = augment.apply_batch(iter(images), range(5))
@@ -152,6 +152,6 @@ def test_the_same_image_in_every_release() -> None:
 
 
 def test_it_travels_to_other_processes() -> None:
-    augment = make_augmentation(SPECS[2], preprocessing())
+    augment = SPECS[2].build(preprocessing())
     assert augment is not None
     assert torch.equal(pickle.loads(pickle.dumps(augment)).apply(noise(20, 20), 1), augment.apply(noise(20, 20), 1))

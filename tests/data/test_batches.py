@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.data.samples import save_image
-from tlcli.data.augment import Augmentation, make_augmentation
+from tlcli.data.augment import Augmentation, CropSpec, TrivialAugmentSpec
 from tlcli.data.batches import Batch, ImageBatches, epoch_order, sample_seed
+from tlcli.data.images import ImageArrays, ImageFiles, Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.source import Arrays, Files, Split
 from tlcli.errors import BadImagesError
-from tlcli.specs import CropSpec, Fit, TrivialAugmentSpec
+from tlcli.specs import Fit
 
 PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -22,14 +22,12 @@ PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def split() -> Split:
     """11 images whose class is their position."""
     images = np.random.default_rng(0).integers(0, 256, (11, 10, 12, 3), dtype=np.uint8)
-    return Split(Arrays(images, "noise"), np.arange(11), np.arange(11))
+    return Split(ImageArrays(images, "noise"), np.arange(11), np.arange(11))
 
 
 @pytest.fixture(scope="module")
 def augmentation() -> Augmentation | None:
-    return make_augmentation(
-        TrivialAugmentSpec(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING
-    )
+    return TrivialAugmentSpec(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5).build(PREPROCESSING)
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
@@ -148,7 +146,7 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
         def digest(self, index: int) -> bytes:
             return bytes(16)
 
-    crop = make_augmentation(CropSpec(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5), PREPROCESSING)
+    crop = CropSpec(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5).build(PREPROCESSING)
     split = Split(Photos(), np.arange(8), np.arange(8))
     batches = ImageBatches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
     assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]
@@ -158,7 +156,10 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
 def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
     paths = tuple(save_image(tmp_path / f"{i}.png", seed=i) for i in range(4))
     batches = ImageBatches(
-        Split(Files(paths, tmp_path), np.arange(4), np.arange(4)), PREPROCESSING, batch_size=2, workers=workers
+        Split(ImageFiles(tmp_path, [path.name for path in paths]), np.arange(4), np.arange(4)),
+        PREPROCESSING,
+        batch_size=2,
+        workers=workers,
     )
     assert len(list(batches.in_order())) == 2
     paths[3].unlink()

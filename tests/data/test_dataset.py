@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.data.samples import digits_spec, folder_spec, manifest_spec
-from tlcli.data import reading
-from tlcli.data.dataset import Dataset, Split, load_dataset
-from tlcli.data.decode import read_image
-from tlcli.data.splits import per_class, stratified_split
+from tlcli.data import dataset
+from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, stratified_split
+from tlcli.data.decode import read_image, read_raw
+from tlcli.data.images import CachedImages, MemoryBudget, Split
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
@@ -27,6 +27,12 @@ def load(spec: DatasetSpec, seed: int = 0, reporter: Reporter | None = None) -> 
 
 def names(split: Split) -> list[str]:
     return [split.name(i) for i in range(len(split))]
+
+
+def notes(data: Dataset) -> tuple[str, ...]:
+    """The notes but for the one on few validation images, which all of these small datasets have."""
+    assert any("validation images: the best epoch" in note for note in data.notes)
+    return tuple(note for note in data.notes if "validation images: the best epoch" not in note)
 
 
 def all_names(data: Dataset) -> list[str]:
@@ -71,12 +77,12 @@ def test_at_least_one_image_stays() -> None:
 
 def test_choices_depend_on_the_seed_and_the_purpose() -> None:
     labels = np.repeat(np.arange(3), 50)
-    a = per_class(labels, "abc", 10, seed=1, purpose="x")
-    assert np.array_equal(a, per_class(labels, "abc", 10, seed=1, purpose="x"))
-    assert not np.array_equal(a, per_class(labels, "abc", 10, seed=2, purpose="x"))
-    assert not np.array_equal(a, per_class(labels, "abc", 10, seed=1, purpose="y"))
-    assert set(a) < set(per_class(labels, "abc", 20, seed=1, purpose="x"))
-    assert np.array_equal(per_class(labels, "abc", 99, seed=1, purpose="x"), np.arange(150))
+    a = limit_per_class(labels, "abc", 10, seed=1, purpose="x")
+    assert np.array_equal(a, limit_per_class(labels, "abc", 10, seed=1, purpose="x"))
+    assert not np.array_equal(a, limit_per_class(labels, "abc", 10, seed=2, purpose="x"))
+    assert not np.array_equal(a, limit_per_class(labels, "abc", 10, seed=1, purpose="y"))
+    assert set(a) < set(limit_per_class(labels, "abc", 20, seed=1, purpose="x"))
+    assert np.array_equal(limit_per_class(labels, "abc", 99, seed=1, purpose="x"), np.arange(150))
 
 
 # -- load_dataset -----------------------------------------------------------------------------------------------------
@@ -88,7 +94,7 @@ def test_not_split(make_folder: MakeFolder) -> None:
     assert data.classes == ("a", "b")
     assert counts(data) == [(9, 4), (3, 2), (4, 2)]
     assert sorted(all_names(data)) == sorted(str(path) for path in root.rglob("*.png"))
-    assert data.notes == (
+    assert notes(data) == (
         "no test split: 25 % of the images are held out as the test set",
         "no val split: 25 % of the training images are held out as val",
     )
@@ -107,13 +113,13 @@ def test_pixels_and_labels_are_those_of_the_files(make_folder: MakeFolder) -> No
 def test_all_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None:
     data = load(folder_spec(make_folder({f"{s}/{c}": n for s, n in zip(PARTS, (5, 3, 4), strict=True) for c in "ab"})))
     assert counts(data) == [(5, 5), (3, 3), (4, 4)]
-    assert data.notes == ()
+    assert notes(data) == ()
 
 
 def test_train_and_test(make_folder: MakeFolder) -> None:
     data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "test/a": 3, "test/b": 2})))
     assert counts(data) == [(6, 3), (2, 1), (3, 2)]
-    assert len(data.notes) == 1
+    assert len(notes(data)) == 1
     assert not set(names(data.train)) & set(names(data.val))
 
 
@@ -252,7 +258,7 @@ def test_memory_has_a_budget(
     data = load(folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=images * 12 * 10 * 3 / 1e9))
     want = [read_image(Path(name)) for name in all_names(data)]
     opened: list[Any] = []
-    monkeypatch.setattr("tlcli.data.source.read_image", lambda path: opened.append(path) or read_image(path))
+    monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
     splits = [data.train, data.val, data.test]
     got = [split.read(i) for split in splits for i in range(len(split))]
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
@@ -286,14 +292,19 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             read.append(index)
             return np.full((1, 1, 3), index % 256, dtype=np.uint8)
 
-    def done(n: int) -> None:
-        nonlocal most, taken
-        taken += n
-        most = max(most, len(read) - taken)
+    class Counting(Reporter):
+        @contextmanager
+        def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+            def advance(n: int) -> None:
+                nonlocal most, taken
+                taken += n
+                most = max(most, len(read) - taken)
 
-    images = reading.kept(Counted(), reading.Memory(10**6))
-    assert reading.read_once(images, range(400), done) == {}
-    assert most <= reading.CHUNK * 6
+            yield advance
+
+    images = CachedImages(Counted(), MemoryBudget(10**6))
+    assert dataset.find_bad_images([(images, list(range(400)))], None, Counting(), None)[0] == {}
+    assert most <= dataset.DECODE_CHUNK * 6
     assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
     assert len(read) == 400
 

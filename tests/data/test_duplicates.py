@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.data.samples import digits_spec, folder_spec
-from tests.data.test_sound import Sound, load
-from tlcli.data.duplicates import conflicting, leaked, same_content
-from tlcli.data.source import Arrays, whole
-from tlcli.data.together import ConcatSplits
+from tests.data.test_dataset import load
+from tlcli.data.duplicates import ConcatSplits, cross_split_duplicates, exact_duplicates, label_conflicts
+from tlcli.data.images import ImageArrays, full_split
 from tlcli.reporter import Reporter
 
 MakeFolder = Callable[..., Path]
@@ -28,7 +27,7 @@ def copy(root: Path, source: str, target: str) -> None:
 
 
 def notes(root: Path) -> tuple[str, ...]:
-    return load(folder_spec(root), Sound()).notes
+    return tuple(note for note in load(folder_spec(root)).notes if "validation images:" not in note)
 
 
 def test_images_that_differ_are_not_noted(photos: Path) -> None:
@@ -39,7 +38,7 @@ def test_test_images_in_train_are_noted(photos: Path) -> None:
     copy(photos, "train/a/001.png", "test/a/copy.png")
     copy(photos, "train/b/002.png", "test/b/other.png")
     assert notes(photos) == (
-        "2 images of test are also in train (exact duplicates), e.g. test/a/copy.png = train/a/001.png: "
+        "2 images of test also in train (exact duplicates), e.g. test/a/copy.png = train/a/001.png: "
         "test accuracy is too high; `tlcli data check` lists them",
     )
 
@@ -47,7 +46,7 @@ def test_test_images_in_train_are_noted(photos: Path) -> None:
 def test_val_images_in_train_are_noted(photos: Path) -> None:
     copy(photos, "train/a/001.png", "val/a/copy.png")
     assert notes(photos) == (
-        "1 image of val is also in train (exact duplicates), e.g. val/a/copy.png = train/a/001.png: "
+        "1 image of val also in train (exact duplicates), e.g. val/a/copy.png = train/a/001.png: "
         "validation accuracy is too high; `tlcli data check` lists them",
     )
 
@@ -58,29 +57,29 @@ def test_copies_within_one_split_are_noted_only_where_their_labels_differ(photos
     assert notes(photos) == ()
     copy(photos, "train/a/001.png", "train/b/wrong.png")
     assert notes(photos) == (
-        "1 image of train is there under several labels (exact duplicates), "
-        "e.g. train/a/001.png (a) = train/b/wrong.png (b): at most one can be right; `tlcli data check` lists them",
+        "1 image of train with several labels (exact duplicates), "
+        "e.g. train/a/001.png (a) = train/b/wrong.png (b): at most one is right; `tlcli data check` lists them",
     )
 
 
 def test_files_are_read_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notes on which images decode need all digests anyway."""
-    from tlcli.data import source
+    from tlcli.data import images
 
     read: list[Path] = []
-    own = source.read_bytes
-    monkeypatch.setattr(source, "read_bytes", lambda path: read.append(path) or own(path))
-    load(folder_spec(photos), Sound())
+    own = images.read_bytes
+    monkeypatch.setattr(images, "read_bytes", lambda path: read.append(path) or own(path))
+    load(folder_spec(photos))
     assert len(read) == len(set(read)) == 36
 
 
 def test_arrays_are_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlcli.data import source
+    from tlcli.data import images
 
     seen: list[int] = []
-    own = source.digest_of_pixels
-    monkeypatch.setattr(source, "digest_of_pixels", lambda pixels: seen.append(1) or own(pixels))
-    data = load(digits_spec(train_per_class=4, test_per_class=2), Sound())
+    own = images.digest_of_pixels
+    monkeypatch.setattr(images, "digest_of_pixels", lambda pixels: seen.append(1) or own(pixels))
+    data = load(digits_spec(train_per_class=4, test_per_class=2))
     for split in (data.train, data.val, data.test):
         split.fingerprint()
     assert len(seen) == len(data.train) + len(data.val) + len(data.test)
@@ -91,27 +90,29 @@ def together(train: list[int], test: list[int], labels: dict[int, int] | None = 
     splits = {}
     for name, values in (("train", train), ("test", test)):
         pixels = np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in values])
-        splits[name] = whole(Arrays(pixels, name), [(labels or {}).get(value, 0) for value in values])
+        splits[name] = full_split(ImageArrays(pixels, name), [(labels or {}).get(value, 0) for value in values])
     return ConcatSplits(splits)
 
 
 def test_groups() -> None:
     images = together([1, 2, 1, 3], [2, 4, 1])
-    groups = same_content(images, Reporter())
+    groups = exact_duplicates(images, Reporter())
     assert groups == [[0, 2, 6], [1, 4]]
-    assert leaked(images, groups, "test", ("train",)) == [[6, 0, 2], [4, 1]]
-    assert leaked(images, groups, "train", ("test",)) == [[0, 6], [2, 6], [1, 4]]
-    assert conflicting(images, groups) == []
+    assert cross_split_duplicates(images, groups, "test", ("train",)) == [[6, 0, 2], [4, 1]]
+    assert cross_split_duplicates(images, groups, "train", ("test",)) == [[0, 6], [2, 6], [1, 4]]
+    assert label_conflicts(images, groups) == []
 
 
 def test_the_same_pixels_in_another_shape_are_another_image() -> None:
     wide, tall = np.zeros((1, 2, 4, 3), dtype=np.uint8), np.zeros((1, 4, 2, 3), dtype=np.uint8)
-    images = ConcatSplits({"train": whole(Arrays(wide, "a"), [0]), "test": whole(Arrays(tall, "b"), [0])})
-    assert same_content(images, Reporter()) == []
+    images = ConcatSplits(
+        {"train": full_split(ImageArrays(wide, "a"), [0]), "test": full_split(ImageArrays(tall, "b"), [0])}
+    )
+    assert exact_duplicates(images, Reporter()) == []
 
 
 def test_together_knows_where_each_image_comes_from() -> None:
     images = together([1, 2], [3])
-    assert (len(images), images.where) == (3, ("train", "train", "test"))
+    assert (len(images), images.split_names) == (3, ("train", "train", "test"))
     assert [images.key(i) for i in range(3)] == ["train/0", "train/1", "test/0"]
     assert [int(images.read(i)[0, 0, 0]) for i in range(3)] == [1, 2, 3]

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
-from tlcli.data import threads
-from tlcli.data.dataset import Split, load_dataset
+from tests.data.samples import digits_spec, folder_spec, list_spec, manifest_spec, save_image, torchvision_spec
+from tlcli.data import images
+from tlcli.data.dataset import load_dataset
 from tlcli.data.decode import decoder
-from tlcli.data.listing import list_imagefolder, list_manifest
-from tlcli.data.source import Arrays, Files, from_listing, whole
-from tlcli.data.torchvision_sets import Items
+from tlcli.data.images import ImageArrays, ImageFiles, Split, full_split, source_of_files
+from tlcli.data.sources import TorchvisionImages
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec
@@ -24,7 +23,7 @@ MakeFolder = Callable[..., Path]
 
 def everything(root: Path) -> Split:
     """All images of a folder that is not split."""
-    return from_listing(list_imagefolder(folder_spec(root))).splits["all"]
+    return source_of_files(list_spec(folder_spec(root))).splits["all"]
 
 
 def keys(split: Split) -> list[str]:
@@ -72,7 +71,9 @@ def test_times_do_not_matter(make_folder: MakeFolder) -> None:
 
 
 def test_positions_choose_and_order() -> None:
-    split = whole(Arrays(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), "x"), range(5))
+    split = full_split(
+        ImageArrays(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), "x"), range(5)
+    )
     prints = [split.fingerprint(np.array(p, dtype=np.int64)) for p in ([], [0], [1], [0, 1], [1, 0], range(5))]
     assert len(set(prints)) == 6
     assert prints[-1] == split.fingerprint()
@@ -84,7 +85,7 @@ def test_names_that_run_together_differ(tmp_path: Path) -> None:
         for name in ("ab", "c", "a", "bc"):
             save_image(tmp_path / folder / name / "x.png")
     both = [
-        whole(Files(tuple(tmp_path / "one" / n / "x.png" for n in names), tmp_path / "one"), range(2))
+        full_split(ImageFiles(tmp_path / "one", [f"{n}/x.png" for n in names]), range(2))
         for names in (("ab", "c"), ("a", "bc"))
     ]
     assert both[0].fingerprint() != both[1].fingerprint()
@@ -96,14 +97,14 @@ def test_names_need_not_be_utf8(tmp_path: Path) -> None:
         save_image(tmp_path / "x.png").rename(path)
     except OSError:
         pytest.skip("this file system takes no such name")
-    assert len(whole(Files((path,), tmp_path), [0]).fingerprint()) == 64
+    assert len(full_split(ImageFiles(tmp_path, [path.name]), [0]).fingerprint()) == 64
 
 
 def test_manifest_keys_are_below_its_root(make_folder: MakeFolder) -> None:
     root = make_folder({"x": 2})
     rows = [f"./x/../x/000.png,a\n{root}/x/001.png,b"]
     (root / "labels.csv").write_text("\n".join(["path,label", *rows]))
-    assert keys(from_listing(list_manifest(manifest_spec(root / "labels.csv"))).splits["all"]) == [
+    assert keys(source_of_files(list_spec(manifest_spec(root / "labels.csv"))).splits["all"]) == [
         "x/000.png",
         "x/001.png",
     ]
@@ -129,20 +130,20 @@ def test_keys_of_other_sources(name: str, tmp_path: Path) -> None:
 
 def test_a_digest_is_of_pixels_and_shape() -> None:
     pixels = np.arange(24, dtype=np.uint8)
-    images = [Arrays(pixels.reshape(1, *shape), "x") for shape in ((2, 4, 3), (4, 2, 3), (2, 4, 3))]
-    digests = [image.digest(0) for image in images]
+    sources = [ImageArrays(pixels.reshape(1, *shape), "x") for shape in ((2, 4, 3), (4, 2, 3), (2, 4, 3))]
+    digests = [source.digest(0) for source in sources]
     assert digests[0] == digests[2] != digests[1]
     assert {len(digest) for digest in digests} == {16}
     from PIL import Image
 
-    items = Items([(Image.fromarray(pixels.reshape(2, 4, 3)), 0)], "x")
+    items = TorchvisionImages([(Image.fromarray(pixels.reshape(2, 4, 3)), 0)], "x")
     assert (items.digest(0), items.key(0)) == (digests[0], "x/0")
 
 
 def test_a_file_is_read_once(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_dataset(folder_spec(make_folder({"a": 8, "b": 8})), seed=0, reporter=Reporter())
     before = data.train.fingerprint()
-    monkeypatch.setattr("tlcli.data.source.read_bytes", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("tlcli.data.images.read_bytes", lambda path: pytest.fail("read again"))
     assert data.train.fingerprint() == before
     assert data.train.fingerprint(np.array([0])) != before
 
@@ -166,16 +167,16 @@ def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.data.test_dataset import Recorder
 
     for patience, shown in ((60.0, {}), (-1.0, {"reading files": [40, 40]})):
-        monkeypatch.setattr(threads, "PATIENCE", patience)
+        monkeypatch.setattr(images, "PROGRESS_DELAY_SECONDS", patience)
         reporter = Recorder()
-        whole(Arrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(reporter=reporter)
+        full_split(ImageArrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(reporter=reporter)
         assert reporter.tracked == shown
 
 
 def test_threads_keep_the_order_and_raise() -> None:
-    assert list(threads.map_in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
+    assert list(images.map_in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
     with pytest.raises(ZeroDivisionError):
-        list(threads.map_in_threads(lambda i: 1 // (i - 50), range(100), 3))
+        list(images.map_in_threads(lambda i: 1 // (i - 50), range(100), 3))
 
 
 def test_the_decoder_has_a_name() -> None:

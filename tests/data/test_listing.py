@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.samples import COMMON, digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
-from tlcli.data.listing import Listing, check_dataset, list_imagefolder, list_manifest
+from tests.data.samples import COMMON, digits_spec, folder_spec, list_spec, manifest_spec, save_image, torchvision_spec
+from tlcli.data.listing import Listing
+from tlcli.data.sources import ImageFolderSpec
 from tlcli.errors import UsageError
-from tlcli.specs import DatasetSpec, ImageFolderSpec
+from tlcli.specs import DatasetSpec
 
 MakeFolder = Callable[..., Path]
 
@@ -21,7 +22,7 @@ MakeFolder = Callable[..., Path]
 def refused(spec: DatasetSpec, *words: str) -> None:
     """The spec gets a UsageError of one line with these words in it."""
     with pytest.raises(UsageError) as caught:
-        check_dataset(spec)
+        spec.check()
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -29,7 +30,7 @@ def refused(spec: DatasetSpec, *words: str) -> None:
 
 
 def files(listing: Listing, root: Path, split: str) -> list[tuple[str, str]]:
-    return [(path.relative_to(root).as_posix(), listing.classes[label]) for path, label in listing.splits[split]]
+    return [(key, listing.classes[label]) for key, label in listing.splits[split]]
 
 
 def test_imports_nothing_slow() -> None:
@@ -42,7 +43,7 @@ def test_imports_nothing_slow() -> None:
 
 def test_class_folders(make_folder: MakeFolder) -> None:
     root = make_folder({"dogs": 1, "cats": 2})
-    listing = list_imagefolder(folder_spec(root))
+    listing = list_spec(folder_spec(root))
     assert listing.classes == ("cats", "dogs")
     assert files(listing, root, "all") == [("cats/000.png", "cats"), ("cats/001.png", "cats"), ("dogs/000.png", "dogs")]
 
@@ -50,17 +51,17 @@ def test_class_folders(make_folder: MakeFolder) -> None:
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
 def test_split_folders(make_folder: MakeFolder, val: str) -> None:
     root = make_folder({f"{split}/{name}": 1 for split in ("train", val, "test") for name in ("a", "b")})
-    listing = list_imagefolder(folder_spec(root))
+    listing = list_spec(folder_spec(root))
     assert set(listing.splits) == {"train", "val", "test"}
     assert files(listing, root, "val") == [(f"{val}/a/000.png", "a"), (f"{val}/b/000.png", "b")]
 
 
 def test_a_class_may_be_called_train(make_folder: MakeFolder) -> None:
-    assert list_imagefolder(folder_spec(make_folder({"train": 1, "bus": 1}))).classes == ("bus", "train")
+    assert list_spec(folder_spec(make_folder({"train": 1, "bus": 1}))).classes == ("bus", "train")
 
 
 def test_a_split_may_lack_a_class(make_folder: MakeFolder) -> None:
-    listing = list_imagefolder(folder_spec(make_folder({"train/a": 1, "train/b": 1, "test/b": 1})))
+    listing = list_spec(folder_spec(make_folder({"train/a": 1, "train/b": 1, "test/b": 1})))
     assert [label for _, label in listing.splits["test"]] == [1]
 
 
@@ -71,7 +72,7 @@ def test_what_is_an_image(make_folder: MakeFolder) -> None:
     for name in ("a/UPPER.JPG", "a/deep/er/x.jpeg", "a/y.webp", "a/z.TiFF", "a/v.bmp", "a/w.pgm", "a/u.gif"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")  # listing opens nothing
-    names = {path for path, _ in files(list_imagefolder(folder_spec(root)), root, "all")}
+    names = {path for path, _ in files(list_spec(folder_spec(root)), root, "all")}
     want = {"UPPER.JPG", "deep/er/x.jpeg", "y.webp", "z.TiFF", "v.bmp", "w.pgm", "u.gif", "000.png"}
     assert names == {f"a/{name}" for name in want} | {"b/000.png"}
 
@@ -82,14 +83,14 @@ def test_links(make_folder: MakeFolder, tmp_path: Path) -> None:
     (root / "b").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "loop").symlink_to(root)
     (root / "a" / "replace_with_hardlink.png").symlink_to(tmp_path / "elsewhere" / "x.png")
-    listing = list_imagefolder(folder_spec(root))
+    listing = list_spec(folder_spec(root))
     assert [path for path, _ in files(listing, root, "all")] == ["a/000.png", "a/replace_with_hardlink.png", "b/x.png"]
 
 
 def test_home(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder({"a": 1, "b": 1})
     monkeypatch.setenv("HOME", str(root.parent))
-    assert list_imagefolder(folder_spec(Path("~/photos"))).classes == ("a", "b")
+    assert list_spec(folder_spec(Path("~/photos"))).classes == ("a", "b")
 
 
 def test_no_such_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -103,20 +104,20 @@ def test_no_such_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"": 0}, ["photos: no images here. A dataset folder holds one sub-folder a class."]),
-        ({"a": 0, "b": 0}, ["photos: no images here."]),
+        ({"": 0}, ["photos: no images found. Expected one subfolder per class."]),
+        ({"a": 0, "b": 0}, ["photos: no images found."]),
         ({"set/a": 1, "set/b": 1}, ["photos: only one class, 'set'", "Did you mean", "photos/set?"]),
-        ({"x": 0, ".y/train/a": 1}, ["photos: no images here."]),
-        ({"one/train/a": 1, "one/train/b": 1, "two": 1}, ["holds a data set", "photos/one?"]),
+        ({"x": 0, ".y/train/a": 1}, ["photos: no images found."]),
+        ({"one/train/a": 1, "one/train/b": 1, "two": 1}, ["holds a dataset", "photos/one?"]),
         ({"a/train": 1, "a/val": 1, "b/train": 1}, ["photos/a/train: a split inside a class", "photos/train/a"]),
         ({"a": 3}, ["photos: only one class, 'a'"]),
         ({"train/a": 3}, ["photos: only one class, 'a'"]),
-        ({"": 2}, ["photos: images lie in the folder itself", "one sub-folder a class"]),
+        ({"": 2}, ["photos: images lie in the folder itself", "one subfolder per class"]),
         ({"train/a": 1, "train/b": 1, "test": 2}, ["photos/test: images lie in the folder itself"]),
         ({"train": 2, "val": 2}, ["photos/train: images lie in the folder itself"]),
-        ({"train/a": 1, "train/b": 0}, ["photos/train/b: no images in this class; add some or remove the folder"]),
-        ({"a": 1, "b": 0, "c": 0}, ["photos/b (and 1 more): no images in this class"]),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, ["photos/val/b: no images in this class"]),
+        ({"train/a": 1, "train/b": 0}, ["photos: train/b: no images in this class; add some or remove the folder"]),
+        ({"a": 1, "b": 0, "c": 0}, ["photos: b: no images in this class"]),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, ["photos: val/b: no images in this class"]),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, ["val has classes that train lacks: c, d"]),
         ({"train/a": 1, "train/b": 1, "test/B": 1}, ["test has classes that train lacks: B"]),
         ({"Cat": 1, "cat": 1}, ["'Cat' and 'cat' differ only in case"]),
@@ -143,10 +144,10 @@ def test_unreadable_folder(make_folder: MakeFolder) -> None:
 
 def test_classes_to_keep(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 1, "train/b": 0, "train/c": 2, "val/a": 1, "val/c": 1})
-    listing = list_imagefolder(folder_spec(root, classes=["c", "a"]))
+    listing = list_spec(folder_spec(root, classes=["c", "a"]))
     assert listing.classes == ("a", "c")
     assert [label for _, label in listing.splits["train"]] == [0, 1, 1]
-    refused(folder_spec(root, classes=["c", "b"]), "photos/train/b: no images in this class")
+    refused(folder_spec(root, classes=["c", "b"]), "photos: train/b: no images in this class")
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_classes_that_cannot_be_kept(make_folder: MakeFolder, classes: list[str]
 def test_classes_of_other_kinds(tmp_path: Path) -> None:
     refused(digits_spec(classes=["1", "11"]), "digits has no class '11'")
     refused(torchvision_spec("CIFAR10", tmp_path, classes=["cat"]), "fewer than two")
-    check_dataset(digits_spec(classes=["1", "7"]))
-    check_dataset(torchvision_spec("CIFAR10", tmp_path))
+    digits_spec(classes=["1", "7"]).check()
+    torchvision_spec("CIFAR10", tmp_path).check()
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -198,9 +199,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     ids=["plain", "BOM and CRLF", "other columns and spaces", "empty split", "dots"],
 )
 def test_manifest(write: Callable[..., Path], text: str) -> None:
-    listing = list_manifest(manifest_spec(write(text)))
+    listing = list_spec(manifest_spec(write(text)))
     assert listing.classes == ("x", "y")
-    assert [(path.name, label) for path, label in listing.splits["all"]] == [
+    assert [(key, label) for key, label in listing.splits["all"]] == [
         ("a.png", 0),
         ("c, d.png", 0),
         ("b.png", 1),
@@ -209,16 +210,16 @@ def test_manifest(write: Callable[..., Path], text: str) -> None:
 
 def test_manifest_order_of_rows_does_not_matter(write: Callable[..., Path]) -> None:
     rows = ["a.png,x", "b.png,x", '"c, d.png",y']
-    one = list_manifest(manifest_spec(write("path,label\n" + "\n".join(rows))))
-    assert one == list_manifest(manifest_spec(write("path,label\n" + "\n".join(rows[::-1]))))
+    one = list_spec(manifest_spec(write("path,label\n" + "\n".join(rows))))
+    assert one == list_spec(manifest_spec(write("path,label\n" + "\n".join(rows[::-1]))))
 
 
 def test_manifest_with_splits_and_root(write: Callable[..., Path], tmp_path: Path) -> None:
     text = 'path,label,split\nm/a.png,x,train\nm/b.png,y,TRAIN\n"m/c, d.png",x,valid\noutside.png,y,test\n'
-    listing = list_manifest(manifest_spec(write(text), root=str(tmp_path)))
+    listing = list_spec(manifest_spec(write(text), root=str(tmp_path)))
     assert {split: len(rows) for split, rows in listing.splits.items()} == {"train": 2, "val": 1, "test": 1}
     absolute = f"path,label\n{tmp_path}/outside.png,x\nm/a.png,y\n"
-    assert len(list_manifest(manifest_spec(write(absolute), root=str(tmp_path))).splits["all"]) == 2
+    assert len(list_spec(manifest_spec(write(absolute), root=str(tmp_path))).splits["all"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -228,12 +229,12 @@ def test_manifest_with_splits_and_root(write: Callable[..., Path], tmp_path: Pat
         ("file,label\na.png,x\n", ["no column 'path'", "columns: file, label"]),
         ("path;label\na.png;x\n", ["no column 'path'", "columns: path;label"]),
         ("path,class\na.png,x\n", ["no column 'label'", "columns: path, class"]),
-        ("path,label\n", ["no rows"]),
+        ("path,label\n", ["no data rows"]),
         ("path,label\na.png,x\nb.png,\n", ["line 3: no label"]),
         ("path,label\na.png,x\nb.png\n", ["line 3: no label"]),
         ("path,label\n,x\n", ["line 2: no path"]),
         ("path,label\nc, d.png,x\n", ["line 2: more fields than columns", "quote"]),
-        ("path,label,split\na.png,x,dev\n", ["line 2: split 'dev' is none of train, val, test"]),
+        ("path,label,split\na.png,x,dev\n", ["line 2: split 'dev' is not one of train, val, test"]),
         ("path,label,split\na.png,x,train\nb.png,y,\n", ["line 3: no split", "1 such row"]),
         ("path,label,split\na.png,x,test\nb.png,y,test\n", ["has test but no train"]),
         ("path,label\na.png,x\nn.png,y\no.png,y\np.png,y\n", ["line 3:", "n.png: no such file", "2 more"]),
@@ -264,4 +265,4 @@ def test_manifest_missing(tmp_path: Path) -> None:
 def test_manifest_messages_name_the_file(write: Callable[..., Path]) -> None:
     file = write("path,label\na.png,x\nb.png,\n")
     with pytest.raises(UsageError, match=re.escape(f"{file}, line 3: ")):
-        check_dataset(manifest_spec(file))
+        manifest_spec(file).check()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.data.named import MissingPath, expand_image_paths
+from tlcli.data.listing import MissingPath, expand_image_paths
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_batch_is_its_images(fit: Fit, size: int, monkeypatch: pytest.MonkeyPa
     want = torch.stack([one.apply(image) for image in images])
     assert torch.equal(want, torch.stack([plainly(image, one) for image in images]))
     for together in (1, 4 * 32 * 32 * 3, 2**20):
-        monkeypatch.setattr("tlcli.data.preprocess.TOGETHER", together)
+        monkeypatch.setattr("tlcli.data.preprocess.RESIZE_BATCH_BYTES", together)
         got = one.apply_batch(iter(images))
         assert torch.equal(got, want)
         assert got.is_contiguous(memory_format=torch.channels_last)
@@ -75,7 +75,7 @@ def plainly(image: np.ndarray, one: Preprocessing) -> torch.Tensor:
 
 
 def test_images_of_an_iterator_are_taken_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcli.data.preprocess.TOGETHER", 4 * 32 * 32 * 3)
+    monkeypatch.setattr("tlcli.data.preprocess.RESIZE_BATCH_BYTES", 4 * 32 * 32 * 3)
     resizes: list[int] = []
     taken = 0
     resize = preprocess.resized

@@ -1,4 +1,4 @@
-"""What an earlier run found sound is not decoded again, and what is read stays in memory."""
+"""What an earlier run found store is not decoded again, and what is read stays in memory."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,52 +11,50 @@ from tests.data.samples import digits_spec, folder_spec
 from tests.data.test_dataset import Recorder, all_names, damage
 from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset, load_dataset, preload_images
-from tlcli.data.decode import read_image
+from tlcli.data.decode import read_raw
 from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Fit, OnBad
+from tlcli.store import Store
 
 MakeFolder = Callable[..., Path]
 IMAGE = 12 * 10 * 3
 """Bytes of an image of make_folder."""
 
 
-class Sound:
-    """Remembers in a dict."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, dict[str, str]] = {}
-
-    def known(self, fingerprint: str) -> dict[str, str] | None:
-        return self.records.get(fingerprint)
-
-    def record(self, fingerprint: str, bad: dict[str, str]) -> None:
-        self.records[fingerprint] = bad
+@pytest.fixture(name="store")
+def store_fixture(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are decoded, one after the other."""
     opened: list[Path] = []
-    monkeypatch.setattr("tlcli.data.source.read_image", lambda path: opened.append(path) or read_image(path))
+    monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
     return opened
 
 
-def load(spec: DatasetSpec, sound: Sound | None, seed: int = 0) -> Dataset:
-    return load_dataset(spec, seed=seed, reporter=Reporter(), sound=sound)
+def load(spec: DatasetSpec, store: Store | None, seed: int = 0) -> Dataset:
+    return load_dataset(spec, seed=seed, reporter=Reporter(), store=store)
+
+
+def bad_files(store: Store) -> list[list[str]]:
+    """The bad files of each set of images that the store knows."""
+    return [list(note["bad"]) for note in store.read_notes("images").values()]
 
 
 def read_all(data: Dataset) -> list[np.ndarray]:
     return [split.read(i) for split in (data.train, data.val, data.test) for i in range(len(split))]
 
 
-def test_known_images_are_not_decoded(make_folder: MakeFolder, decoded: list[Path]) -> None:
-    root, sound = make_folder({"a": 10, "b": 10}), Sound()
-    first = load(folder_spec(root), sound)
+def test_known_images_are_not_decoded(make_folder: MakeFolder, decoded: list[Path], store: Store) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    first = load(folder_spec(root), store)
     assert len(decoded) == 20
-    assert list(sound.records.values()) == [{}]
-    again = load(folder_spec(root), sound)
+    assert bad_files(store) == [[]]
+    again = load(folder_spec(root), store)
     assert len(decoded) == 20
     assert all_names(again) == all_names(first)
     assert (again.notes, again.classes, again.bad_files) == (first.notes, first.classes, ())
@@ -65,34 +63,38 @@ def test_known_images_are_not_decoded(make_folder: MakeFolder, decoded: list[Pat
     assert len(decoded) == 60
 
 
-def test_the_seed_does_not_matter_where_all_images_are_used(make_folder: MakeFolder, decoded: list[Path]) -> None:
-    root, sound = make_folder({"a": 10, "b": 10}), Sound()
-    assert all_names(load(folder_spec(root), sound)) != all_names(load(folder_spec(root), sound, seed=1))
+def test_the_seed_does_not_matter_where_all_images_are_used(
+    make_folder: MakeFolder, decoded: list[Path], store: Store
+) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    assert all_names(load(folder_spec(root), store)) != all_names(load(folder_spec(root), store, seed=1))
     assert len(decoded) == 20
 
 
-def test_a_change_is_seen(make_folder: MakeFolder, decoded: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    root, sound = make_folder({"a": 10, "b": 10}), Sound()
-    load(folder_spec(root), sound)
+def test_a_change_is_seen(
+    make_folder: MakeFolder, decoded: list[Path], monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    root = make_folder({"a": 10, "b": 10})
+    load(folder_spec(root), store)
     damage(root, "a/003.png")
     with pytest.raises(BadImagesError, match="1 file does not decode"):
-        load(folder_spec(root), sound)
-    monkeypatch.setattr("tlcli.data.reading.decoder", lambda: "another Pillow")
-    load(folder_spec(root, on_bad=OnBad.skip), sound)
+        load(folder_spec(root), store)
+    monkeypatch.setattr("tlcli.data.dataset.decoder", lambda: "another Pillow")
+    load(folder_spec(root, on_bad=OnBad.skip), store)
     assert len(decoded) == 60
-    assert [list(bad) for bad in sound.records.values()] == [[], ["a/003.png"], ["a/003.png"]]
+    assert bad_files(store) == [[], ["a/003.png"], ["a/003.png"]]
 
 
-def test_known_bad_images_are_treated_as_new_ones(make_folder: MakeFolder, decoded: list[Path]) -> None:
-    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+def test_known_bad_images_are_treated_as_new_ones(make_folder: MakeFolder, decoded: list[Path], store: Store) -> None:
+    root = make_folder({"a": 10, "b": 10})
     damage(root, "a/003.png", "b/000.png")
-    first = load(folder_spec(root, on_bad=OnBad.skip), sound)
-    again = load(folder_spec(root, on_bad=OnBad.skip), sound)
+    first = load(folder_spec(root, on_bad=OnBad.skip), store)
+    again = load(folder_spec(root, on_bad=OnBad.skip), store)
     assert (again.bad_files, again.notes) == (first.bad_files, first.notes)
     assert len(first.bad_files) == 2
     assert all_names(again) == all_names(first)
     messages = []
-    for memory in (sound, None):
+    for memory in (store, None):
         with pytest.raises(BadImagesError) as caught:
             load(folder_spec(root), memory)
         messages.append((str(caught.value), caught.value.files))
@@ -100,29 +102,30 @@ def test_known_bad_images_are_treated_as_new_ones(make_folder: MakeFolder, decod
     assert len(decoded) == 40
 
 
-def test_what_cannot_be_read_is_not_remembered(make_folder: MakeFolder) -> None:
-    root, sound = make_folder({"a": 10, "b": 10}), Sound()
+def test_what_cannot_be_read_is_not_remembered(make_folder: MakeFolder, store: Store) -> None:
+    root = make_folder({"a": 10, "b": 10})
     (root / "a" / "new.png").symlink_to(root / "nowhere.png")
     for _ in range(2):
-        data = load(folder_spec(root, on_bad=OnBad.skip), sound)
+        data = load(folder_spec(root, on_bad=OnBad.skip), store)
         assert data.bad_files == ((str(root / "a/new.png"), "no such file or directory"),)
-    assert sound.records == {}
+    assert bad_files(store) == []
 
 
-def test_arrays_are_sound() -> None:
-    sound = Sound()
-    load(digits_spec(train_per_class=4), sound)
-    assert sound.records == {}
+def test_arrays_are_sound(store: Store) -> None:
+    load(digits_spec(train_per_class=4), store)
+    assert bad_files(store) == []
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, 0), (5.5, 5), (100, 20)])
-def test_what_is_read_later_stays_too(make_folder: MakeFolder, decoded: list[Path], room: float, kept: int) -> None:
-    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9), Sound()
-    load(spec, sound)
-    data = load(spec, sound)
+def test_what_is_read_later_stays_too(
+    make_folder: MakeFolder, decoded: list[Path], room: float, kept: int, store: Store
+) -> None:
+    spec = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9)
+    load(spec, store)
+    data = load(spec, store)
     decoded.clear()
     first, second = read_all(data), read_all(data)
     assert len(decoded) == 20 + 20 - kept
@@ -130,10 +133,10 @@ def test_what_is_read_later_stays_too(make_folder: MakeFolder, decoded: list[Pat
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, 0), (5.5, 5), (14, 14), (100, 20)])
-def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: float, kept: int) -> None:
-    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9), Sound()
-    load(spec, sound)
-    data = load(spec, sound)
+def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: float, kept: int, store: Store) -> None:
+    spec = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=room * IMAGE / 1e9)
+    load(spec, store)
+    data = load(spec, store)
     reporter = Recorder()
     preload_images([data.train, data.val, data.test], reporter)
     assert sum(n for n, _ in reporter.tracked.values()) <= kept
@@ -147,29 +150,29 @@ def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: floa
     assert kept < 20 or not decoded
 
 
-def test_decoding_ahead_names_a_file_that_went_bad(make_folder: MakeFolder) -> None:
-    spec, sound = folder_spec(make_folder({"a": 10, "b": 10})), Sound()
-    load(spec, sound)
-    data = load(spec, sound)
+def test_decoding_ahead_names_a_file_that_went_bad(make_folder: MakeFolder, store: Store) -> None:
+    spec = folder_spec(make_folder({"a": 10, "b": 10}))
+    load(spec, store)
+    data = load(spec, store)
     Path(data.train.name(0)).unlink()
     with pytest.raises(BadImagesError, match=r"photos/a/\d+.png: no such file"):
         preload_images([data.train], Reporter())
 
 
-def test_several_threads_may_read(make_folder: MakeFolder) -> None:
-    spec, sound = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=7 * IMAGE / 1e9), Sound()
-    want = read_all(load(spec, sound))
-    data = load(spec, sound)
+def test_several_threads_may_read(make_folder: MakeFolder, store: Store) -> None:
+    spec = folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=7 * IMAGE / 1e9)
+    want = read_all(load(spec, store))
+    data = load(spec, store)
     with ThreadPoolExecutor(8) as pool:
         for got in pool.map(lambda _: read_all(data), range(16)):
             assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path, store: Store) -> None:
     """What a worker keeps is lost with it: it would only take memory, as much as the budget for each worker."""
-    spec, sound = folder_spec(make_folder({"a": 10, "b": 10})), Sound()
-    load(spec, sound)
-    split = load(spec, sound).train
+    spec = folder_spec(make_folder({"a": 10, "b": 10}))
+    load(spec, store)
+    split = load(spec, store).train
     preprocessing = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     log = tmp_path / "log"
     take = type(split.images.memory).take  # type: ignore[attr-defined]
@@ -180,6 +183,6 @@ def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path
         return bool(taken)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcli.data.reading.Memory.take", logged)
+        patch.setattr("tlcli.data.images.MemoryBudget.take", logged)
         list(ImageBatches(split, preprocessing, batch_size=4, workers=2).in_order())
     assert log.read_text().split() == ["False"] * len(split)

@@ -16,10 +16,9 @@ from torchvision import datasets
 
 from tests.data.samples import CONF, save_image, torchvision_spec
 from tlcli.data.dataset import Dataset, load_dataset
-from tlcli.data.torchvision_sets import dataset_class, load_torchvision
+from tlcli.data.sources import TorchvisionDatasetSpec, dataset_class, load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import TorchvisionDatasetSpec
 
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "dataset").glob("*.yaml"))}
 OURS = {name: conf for name, conf in YAMLS.items() if "class_name" in conf}
@@ -147,7 +146,10 @@ def test_dtd(tmp_path: Path) -> None:
     data = load(from_conf("dtd", tmp_path))
     assert data.classes == ("banded", "woven")
     assert counts(data) == [2, 2, 2]
-    assert data.notes == ()
+    assert data.notes == (
+        "only 2 validation images: the best epoch and the temperature, chosen on them, are mostly "
+        "chance; add images or raise dataset.val_fraction",
+    )
 
 
 def test_food101(tmp_path: Path) -> None:
@@ -222,7 +224,7 @@ class Named(datasets.VisionDataset):
 def test_names_of_labels_and_classes(
     attributes: dict[str, Any], classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcli.data.torchvision_sets.dataset_class", lambda name: Named)
+    monkeypatch.setattr("tlcli.data.sources.dataset_class", lambda name: Named)
     monkeypatch.setattr(Named, "__init__", lambda self, root: self.__dict__.update({"root": root, **attributes}))
     source = load_torchvision(torchvision_spec("Named", tmp_path), Reporter())
     assert source.classes == classes

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Compose, make_folder
-from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import ImageBatches
+from tlcli.data.images import ImageArrays, Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
 from tlcli.engine import activations, loaders
 from tlcli.engine.activations import View, Workload, activations_key, image_size, merge_splits, row_indices
@@ -258,7 +257,7 @@ def test_order_is_in_the_key_and_labels_are_not() -> None:
 def coded(n: int, side: int = 8) -> Split:
     """A split of n images, no two the same."""
     pixels = np.random.default_rng(n).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
-    return Split(Arrays(pixels, "coded"), np.arange(n), np.arange(n) % 3)
+    return Split(ImageArrays(pixels, "coded"), np.arange(n), np.arange(n) % 3)
 
 
 def device(memory_format: torch.memory_format = torch.channels_last) -> Device:
@@ -272,9 +271,7 @@ def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) 
     """The same images live and as rows of a table: the identity stands for the network."""
     augment = spec("augment=basic" if views else "augment=none").augment
     batches = {
-        name: ImageBatches(
-            images, EIGHT, batch_size=5, workers=0, augmentation=make_augmentation(augment, EIGHT), seed=3
-        )
+        name: ImageBatches(images, EIGHT, batch_size=5, workers=0, augmentation=augment.build(EIGHT), seed=3)
         for name, images in (("split", split), ("pool", pool))
     }
     tables = [

@@ -20,8 +20,8 @@ from tests.data.samples import folder_spec, manifest_spec, save_image
 from tests.data.test_decode import jpeg, png_header
 from tests.faults.refusals import refused, untouched
 from tlcli.data.batches import ImageBatches
-from tlcli.data.dataset import Dataset, load_dataset, load_whole
-from tlcli.data.named import expand_image_paths
+from tlcli.data.dataset import Dataset, load_dataset, load_evaluation_split
+from tlcli.data.listing import expand_image_paths
 from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
 from tlcli.predict import decode_image
@@ -186,11 +186,11 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
 
 def test_what_is_evaluated_leaves_bad_files_out_and_counts_them(photos: Path) -> None:
     (photos / "b" / "4.png").write_bytes(b"<html>")
-    found = load_whole(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, reporter=Reporter())
+    found = load_evaluation_split(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, reporter=Reporter())
     assert found.bad_files == ((str(photos / "b/4.png"), "a web page, not an image"),)
     assert len(found.split) == 15
     refused(
-        lambda: load_whole(folder_spec(photos), None, seed=0, reporter=Reporter()),
+        lambda: load_evaluation_split(folder_spec(photos), None, seed=0, reporter=Reporter()),
         1, "b/4.png (a web page, not an image)", keeps=photos,
     )  # fmt: skip
 

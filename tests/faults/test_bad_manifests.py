@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.samples import manifest_spec, save_image
+from tests.data.samples import list_spec, manifest_spec, save_image
 from tests.faults.refusals import refused, untouched
 from tlcli.data.dataset import Dataset, load_dataset
-from tlcli.data.listing import check_dataset, list_manifest
 from tlcli.reporter import Reporter
 from tlcli.specs import OnBad
 
@@ -46,10 +45,10 @@ def load(file: Path, on_bad: OnBad = OnBad.error) -> Dataset:
 
 REST = "".join(f"{i}.png,{'xy'[i % 2]}\n" for i in range(1, 8))
 MISTAKES = {
-    "a pipe": ("path,label\npipe.png,x\n", "line 2: ", "pipe.png: not a file, or a link that leads to none"),
+    "a pipe": ("path,label\npipe.png,x\n", "line 2: ", "pipe.png: not a file, or a broken link"),
     "a folder": ("path,label\nfolder.png,x\n", "folder.png: not a file"),
-    "a link to itself": ("path,label\ncircle,x\n", "circle: not a file, or a link that leads to none"),
-    "a link to nothing": ("path,label\ngone,x\n", "gone: not a file, or a link that leads to none"),
+    "a link to itself": ("path,label\ncircle,x\n", "circle: not a file, or a broken link"),
+    "a link to nothing": ("path,label\ngone,x\n", "gone: not a file, or a broken link"),
     "through a circle": ("path,label\ncircle/../0.png,x\n", "line 2: ", "circle/../0.png: no such file"),
     "a link, then ..": ("path,label\nup/../0.png,x\n", "line 2: up/../0.png lies outside"),
     "out by a link and dots": ("path,label\nup/m/../outside.png,x\n", "line 2: up/m/../outside.png lies outside"),
@@ -59,8 +58,8 @@ MISTAKES = {
     "a device": ("path,label\n/dev/zero,x\n", "line 2: /dev/zero lies outside"),
     "a long name": ("path,label\n" + "x" * 300 + ".png,x\n", "line 2", ".png: no such file"),
     "a long path": ("path,label\n" + "x/" * 3000 + "0.png,x\n", "line 2", "0.png: no such file"),
-    "a NUL in a path": ("path,label\n../0\0.png,x\n", "line 2: its path has a NUL character"),
-    "a NUL in a label": ("path,label\n0.png,x\0\n", "line 2: its label has a NUL character"),
+    "a NUL in a path": ("path,label\n../0\0.png,x\n", "line 2: the path contains a NUL character"),
+    "a NUL in a label": ("path,label\n0.png,x\0\n", "line 2: the label contains a NUL character"),
     "a line break in a path": ('path,label\n"0\n.png",x\n', "line 3: ", "no such file"),
     "two label columns": ("path,label,label\n0.png,x,y\n", "two columns are called 'label'; rename one"),
     "two path columns": ("path, path ,label\n0.png,1.png,y\n", "two columns are called 'path'; rename one"),
@@ -82,7 +81,7 @@ def test_a_mistake_is_one_line(case: str, write: Write, tmp_path: Path, monkeypa
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("it asked the network"))
     text, *words = MISTAKES[case]
     file = write(text)
-    refused(lambda: check_dataset(manifest_spec(file)), 2, f"{file}", *words, keeps=tmp_path)
+    refused(lambda: manifest_spec(file).check(), 2, f"{file}", *words, keeps=tmp_path)
 
 
 FILES: dict[str, tuple[str, str]] = {
@@ -90,7 +89,7 @@ FILES: dict[str, tuple[str, str]] = {
     "a folder": ("folder.png", "not a file."),
     "a circle": ("circle", "not a file."),
     "long": ("x" * 300, "no such file."),
-    "a home": ("~nobody-at-all/x.csv", "there is no such home directory; write the whole path"),
+    "a home": ("~nobody-at-all/x.csv", "no such home directory; write the whole path"),
 }
 
 
@@ -98,20 +97,20 @@ FILES: dict[str, tuple[str, str]] = {
 def test_a_file_that_is_none(case: str, write: Write, tmp_path: Path) -> None:
     name, words = FILES[case]
     place = Path(name) if name.startswith("~") else tmp_path / "m" / name
-    refused(lambda: check_dataset(manifest_spec(place)), 2, words, keeps=tmp_path)
+    refused(lambda: manifest_spec(place).check(), 2, words, keeps=tmp_path)
 
 
 def test_a_root_that_is_none(write: Write, tmp_path: Path) -> None:
     file = write("path,label\n")
     spec = manifest_spec(file, root=str(tmp_path / "m" / "circle"))
-    refused(lambda: check_dataset(spec), 2, "circle: no folder that can be read (too many levels", keeps=tmp_path)
+    refused(lambda: spec.check(), 2, "circle: cannot read this folder (too many levels", keeps=tmp_path)
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"], ids=["CR", "CRLF", "LF"])
 def test_any_line_ends_will_do(write: Write, tmp_path: Path, end: str) -> None:
     file = write("\ufeffpath,label\n".replace("\n", end) + f"0.png,x{end}" + REST.replace("\n", end))
     with untouched(tmp_path):
-        assert len(list_manifest(manifest_spec(file)).splits["all"]) == 8
+        assert len(list_spec(manifest_spec(file)).splits["all"]) == 8
 
 
 def test_a_link_inside_may_lead_outside_as_in_folders(write: Write, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from tests.conftest import Compose, finish
 from tests.faults.programs import program
 from tlcli.cli.folders import new_folder
 from tlcli.data.batches import ImageBatches
+from tlcli.data.images import ImageArrays, Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.source import Arrays, Split
 from tlcli.device import Device
 from tlcli.engine import loaders
 from tlcli.engine.evaluate import evaluate
@@ -40,7 +40,7 @@ def coded(n: int) -> Split:
     """n images of one pixel, whose first two colours are its number."""
     numbers = np.arange(n)
     pixels = np.stack([numbers % 256, numbers // 256, 0 * numbers], axis=-1).astype(np.uint8)
-    return Split(Arrays(pixels[:, None, None], "coded"), numbers, numbers % len(CLASSES))
+    return Split(ImageArrays(pixels[:, None, None], "coded"), numbers, numbers % len(CLASSES))
 
 
 class Numbers(nn.Module):

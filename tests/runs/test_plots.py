@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlcli.data.source import Arrays, Split
+from tlcli.data.images import ImageArrays, Split
 from tlcli.runs.plots import DPI, GAP, THUMBNAIL, TITLE, plot_confusion, plot_curves, plot_samples
 
 
@@ -21,7 +21,7 @@ def test_samples_are_in_their_places_with_a_title_above(tmp_path: Path, n: int, 
     """Each image is of one colour that says its position; every second one is classified wrongly."""
     colours = np.array([[5 * i, 100, 200] for i in range(n)], dtype=np.uint8)
     images = np.broadcast_to(colours[:, None, None], (n, 20, 30, 3)).copy()
-    split = Split(Arrays(images, "one colour"), np.arange(n), np.zeros(n, dtype=np.int64))
+    split = Split(ImageArrays(images, "one colour"), np.arange(n), np.zeros(n, dtype=np.int64))
     predicted = np.arange(n) % 2
     plot_samples(split, predicted, np.full(n, 0.9), ("this", "that"), tmp_path / "s.png")
     sheet = pixels(tmp_path / "s.png")

@@ -12,7 +12,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
 
 from tests.data.samples import torchvision_spec
-from tlcli.data.torchvision_sets import load_torchvision
+from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
 

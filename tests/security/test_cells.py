@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import tlcli
 from tests.conftest import make_folder
-from tlcli.checking.files import write_table
 from tlcli.cli import main
+from tlcli.cli.data_check import write_table
 from tlcli.models.tensorfile import CHECKSUM
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir
@@ -64,7 +64,7 @@ def leaderboard_of_a_sweep(folder: Path) -> str:
 
 WRITERS: dict[str, Callable[[Path], str]] = {
     "runs/run_dir.py": bad_files_of_a_run,
-    "checking/files.py": tables_of_a_check,
+    "cli/data_check.py": tables_of_a_check,
     "runs/leaderboard.py": leaderboard_of_a_sweep,
 }
 """Makes each module write such words to a file."""

@@ -12,7 +12,7 @@ import torch
 
 from tests.data.samples import torchvision_spec
 from tlcli.cli import main
-from tlcli.data.torchvision_sets import load_torchvision
+from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.weights import read_weights
 from tlcli.reporter import Reporter

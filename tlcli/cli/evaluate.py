@@ -101,13 +101,12 @@ def _evaluate(run_path: Path, chosen: Mapping[str, str], overrides: Sequence[str
     """Check all that can be checked without torch, and evaluate."""
     from tlcli.cli.process import fast_imports
     from tlcli.cli.saved_config import load_spec
-    from tlcli.data.listing import check_dataset
     from tlcli.runs.run_dir import open_run
 
     run_dir = open_run(run_path)
     trained = load_spec(run_dir)
     spec = load_spec(run_dir, overrides) if overrides else trained
-    check_dataset(spec.dataset, trains=spec.dataset == trained.dataset)
+    spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import EvaluationRequest, evaluate_run
     from tlcli.cli.view import TerminalReporter

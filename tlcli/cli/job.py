@@ -23,7 +23,6 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.process import fast_imports, log, log_to
 from tlcli.cli.trust import refuse_environment
 from tlcli.cli.view import TerminalReporter
-from tlcli.data.listing import check_dataset
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.runs import leaderboard
@@ -110,7 +109,7 @@ class Command:
                 if self._sweep is not None:  # a single run was checked before its directory was made
                     check_weights(spec.backbone.weights)
                     if spec.dataset != self._checked:
-                        check_dataset(spec.dataset)
+                        spec.dataset.check()
                         self._checked = spec.dataset
                 log.info(first_line(spec))
                 with fast_imports():
@@ -235,7 +234,7 @@ def discard_state(run: RunDir, spec: TrainSpec) -> None:
 def check(spec: TrainSpec) -> None:
     """Raise UsageError if the data set, the weights or the package that a spec names are missing."""
     check_logger(spec.logger)
-    check_dataset(spec.dataset)
+    spec.dataset.check()
     check_weights(spec.backbone.weights)
 
 

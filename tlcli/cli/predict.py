@@ -18,7 +18,7 @@ from tlcli.reporter import Reporter
 from tlcli.text import csv_line
 
 if TYPE_CHECKING:
-    from tlcli.data.named import Named
+    from tlcli.data.listing import Named
     from tlcli.predict import Prediction
 
 STDIN = "-"
@@ -129,7 +129,7 @@ def _format(arguments: Namespace) -> str:
 
 def _images(paths: Sequence[str]) -> Iterator["Named"]:
     """Yield the images that the arguments name; for -, the lines of stdin."""
-    from tlcli.data.named import expand_image_paths
+    from tlcli.data.listing import expand_image_paths
 
     for path in paths:
         if path == STDIN:

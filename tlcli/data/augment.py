@@ -1,50 +1,54 @@
-"""Random changes to training images. Each is a function of the image and a seed."""
+"""Random changes to training images. Each is a function of the image and a seed. Imports without torch."""
 
 import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import Tensor
-from torchvision.transforms import v2
+from msgspec import Meta
 
-from tlcli.data.decode import Pixels
-from tlcli.data.preprocess import Preprocessing, fitted, pad_to_square, resized, stacked
-from tlcli.specs import AugmentSpec, CropSpec, Fit, RandAugmentSpec, TrivialAugmentSpec
+from tlcli.registry import option
+from tlcli.specs import AugmentSpec, Fit, Fraction, FractionAboveZero, Positive, require_ascending
 
-OVERSIZE = 4
-"""Before padding, an image is shrunk to so many times the network's size: 20,000 by 1 would become 400 megapixels."""
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-Box = tuple[int, int, int, int]
+    from tlcli.data.decode import Pixels
+    from tlcli.data.preprocess import Preprocessing
+
+MAX_PADDED_SIZES = 4
+"""Before padding, an image is shrunk to this many times the input size: 20,000 by 1 would become 400 megapixels."""
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random box of the image, mirrored with probability `flip`."""
+    """A random box of the image, flipped with probability `flip`."""
 
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: float
 
-    def __call__(self, image: Pixels, seed: int) -> Tensor:
-        """uint8 (height, width, 3) -> a part of it, of any size: (1, h, w, 3)."""
+    def __call__(self, image: "Pixels", seed: int) -> "Tensor":
+        """Return a part of any size: uint8 (height, width, 3) -> (1, h, w, 3)."""
+        from tlcli.data.preprocess import stacked
+
         rng = random.Random(seed)
         height, width = image.shape[:2]
         top, left, h, w = self.box(height, width, rng)
         part = stacked([image[top : top + h, left : left + w]])
-        return part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to mirror
+        return part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to flip
 
-    def box(self, height: int, width: int, rng: random.Random) -> Box:
-        """Top, left, height and width, drawn as in torchvision's RandomResizedCrop (Szegedy et al. 2015).
+    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """Draw top, left, height and width as in torchvision's RandomResizedCrop (Szegedy et al. 2015).
 
-        Area uniform in `scale`, aspect ratio log-uniform in `ratio`, place uniform. Where ten tries give no box that
-        fits: the largest in the middle whose ratio is in the range.
+        Area uniform in `scale`, aspect ratio log-uniform in `ratio`, position uniform. If none of ten boxes fits,
+        return the largest central box whose ratio is in the range.
         """
         low, high = (math.log(ratio) for ratio in self.ratio)
         for _ in range(10):
-            area = height * width * _between(*self.scale, rng)
-            aspect = math.exp(_between(low, high, rng))
+            area = height * width * _uniform(*self.scale, rng)
+            aspect = math.exp(_uniform(low, high, rng))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
@@ -53,77 +57,128 @@ class RandomCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _between(low: float, high: float, rng: random.Random) -> float:
-    """Uniform; from random(), of which alone Python promises the same numbers in later versions."""
+def _uniform(low: float, high: float, rng: random.Random) -> float:
+    """Draw with random(), of which alone Python promises the same numbers in later versions."""
     return low + (high - low) * rng.random()
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop (None: what evaluation sees), then torchvision's `changes` of the square."""
+    """A random crop (None: the input of evaluation), then torchvision's `transforms` of the square."""
 
-    preprocessing: Preprocessing
+    preprocessing: "Preprocessing"
     crop: RandomCrop | None
-    changes: torch.nn.Module | None
+    transforms: "nn.Module | None"
 
-    def apply(self, image: Pixels, seed: int) -> Tensor:
-        """uint8 (height, width, 3) -> uint8 (3, size, size), contiguous: the image of `apply_batch`."""
+    def apply(self, image: "Pixels", seed: int) -> "Tensor":
+        """Return `apply_batch` of one image: uint8 (height, width, 3) -> uint8 (3, size, size), contiguous."""
         return self.apply_batch([image], [seed])[0].contiguous()
 
-    def apply_batch(self, images: Iterable[Pixels], seeds: Sequence[int]) -> Tensor:
-        """uint8 (height, width, 3), each with its seed -> uint8 (batch, 3, size, size), channels_last.
+    def apply_batch(self, images: "Iterable[Pixels]", seeds: Sequence[int]) -> "Tensor":
+        """Return uint8 (batch, 3, size, size), channels_last, of uint8 (height, width, 3), each with its seed.
 
-        What becomes of an image does not depend on the others. An iterator's images are in memory one at a time.
+        The result of an image does not depend on the others. An iterator's images are in memory one at a time.
         """
-        squares = self._squares(images, seeds)
-        return squares if self.changes is None else changed(self.changes, squares, seeds)
+        import torch
 
-    def _squares(self, images: Iterable[Pixels], seeds: Sequence[int]) -> Tensor:
+        from tlcli.data.preprocess import resized
+
         if self.crop is None:
-            return self.preprocessing.apply_batch(images)
-        size = self.preprocessing.size
-        parts = (self.crop(_whole(i, self.preprocessing), seed) for i, seed in zip(images, seeds, strict=True))
-        return torch.cat([resized(part, size, size) for part in parts]).permute(0, 3, 1, 2)
+            squares = self.preprocessing.apply_batch(images)
+        else:
+            size, crop = self.preprocessing.size, self.crop
+            parts = (crop(self._padded(image), seed) for image, seed in zip(images, seeds, strict=True))
+            squares = torch.cat([resized(part, size, size) for part in parts]).permute(0, 3, 1, 2)
+        return squares if self.transforms is None else apply_transforms(self.transforms, squares, seeds)
+
+    def _padded(self, image: "Pixels") -> "Pixels":
+        """Return the whole image, in a black square if evaluation pads."""
+        from tlcli.data.preprocess import fitted, pad_to_square, resized, stacked
+
+        if self.preprocessing.fit is not Fit.pad:
+            return image
+        pixels = stacked([image])
+        height, width = image.shape[:2]
+        if max(height, width) > (max_side := MAX_PADDED_SIZES * self.preprocessing.size):
+            pixels = resized(pixels, *fitted(height, width, max_side))
+        return pad_to_square(pixels)[0].numpy()
 
 
-def make_augmentation(spec: AugmentSpec, preprocessing: Preprocessing) -> Augmentation | None:
-    """What `spec` says for images of this size; None where training sees what evaluation sees."""
-    crop = None
-    changes: list[torch.nn.Module] = []
-    if isinstance(spec, CropSpec):
-        crop = RandomCrop(spec.scale, spec.ratio, spec.flip)
-    if isinstance(spec, TrivialAugmentSpec):
-        changes.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
-    if isinstance(spec, RandAugmentSpec):
-        changes.append(v2.RandAugment(spec.n, spec.magnitude, interpolation=v2.InterpolationMode.BILINEAR))
-    if spec.erasing > 0:
-        changes.append(v2.RandomErasing(spec.erasing, value=[round(255 * m) for m in preprocessing.mean]))
-    if crop is None and not changes:
+def apply_transforms(transforms: "nn.Module", squares: "Tensor", seeds: Sequence[int]) -> "Tensor":
+    """Return each square as `transforms` change it with its seed: uint8 (batch, 3, size, size), channels_last."""
+    import torch
+
+    changed = []
+    for square, seed in zip(squares, seeds, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed: that would seed the GPU's generator too, and with it every dropout mask
+            torch.default_generator.manual_seed(seed)
+            changed.append(transforms(square))
+    return torch.stack(changed).contiguous(memory_format=torch.channels_last)
+
+
+class _AugmentOption(AugmentSpec, frozen=True):
+    """The part of an augmentation that all options share."""
+
+    def crop(self) -> RandomCrop | None:
+        """Return the random crop."""
         return None
-    return Augmentation(preprocessing, crop, torch.nn.Sequential(*changes) if changes else None)
+
+    def transforms(self) -> "list[nn.Module]":
+        """Return torchvision's transforms of the square."""
+        return []
+
+    def build(self, preprocessing: "Preprocessing") -> Augmentation | None:
+        from torch import nn
+        from torchvision.transforms import v2
+
+        crop, transforms = self.crop(), self.transforms()
+        if self.erasing > 0:
+            transforms.append(v2.RandomErasing(self.erasing, value=[round(255 * m) for m in preprocessing.mean]))
+        if crop is None and not transforms:
+            return None
+        return Augmentation(preprocessing, crop, nn.Sequential(*transforms) if transforms else None)
 
 
-def changed(changes: torch.nn.Module, squares: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Each square with `changes` as its seed draws them: uint8 (batch, 3, size, size), channels_last, on any device."""
-    found = [_seeded(changes, square, seed) for square, seed in zip(squares, seeds, strict=True)]
-    return torch.stack(found).contiguous(memory_format=torch.channels_last)
+@option
+class AugmentNoneSpec(_AugmentOption, frozen=True, tag="none"):
+    """Images as in evaluation."""
 
 
-def _seeded(changes: torch.nn.Module, square: Tensor, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: that would seed the GPU's generator too, and with it every dropout mask
-        torch.default_generator.manual_seed(seed)
-        out: Tensor = changes(square)
-    return out
+@option
+class CropSpec(_AugmentOption, frozen=True, tag="crop"):
+    """A random crop by area and aspect ratio, resized; a horizontal flip with a probability."""
+
+    scale: tuple[FractionAboveZero, FractionAboveZero]
+    ratio: tuple[Positive, Positive]
+    flip: Fraction
+
+    def __post_init__(self) -> None:
+        require_ascending("scale", self.scale)
+        require_ascending("ratio", self.ratio)
+
+    def crop(self) -> RandomCrop:
+        return RandomCrop(self.scale, self.ratio, self.flip)
 
 
-def _whole(image: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """The whole image; in a black square where evaluation pads."""
-    if preprocessing.fit is not Fit.pad:
-        return image
-    pixels = stacked([image])
-    height, width = image.shape[:2]
-    if max(height, width) > (most := OVERSIZE * preprocessing.size):
-        pixels = resized(pixels, *fitted(height, width, most))
-    padded: Pixels = pad_to_square(pixels)[0].numpy()
-    return padded
+@option
+class TrivialAugmentSpec(CropSpec, frozen=True, tag="trivial"):
+    """Crop, then TrivialAugmentWide: one random operation of random strength (Mueller and Hutter 2021)."""
+
+    def transforms(self) -> "list[nn.Module]":
+        from torchvision.transforms import v2
+
+        return [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
+
+
+@option
+class RandAugmentSpec(CropSpec, frozen=True, tag="randaugment"):
+    """Crop, then RandAugment: `n` random operations of one strength (Cubuk et al. 2020)."""
+
+    n: Annotated[int, Meta(ge=1)]
+    magnitude: Annotated[int, Meta(ge=0, le=30)]
+
+    def transforms(self) -> "list[nn.Module]":
+        from torchvision.transforms import v2
+
+        return [v2.RandAugment(self.n, self.magnitude, interpolation=v2.InterpolationMode.BILINEAR)]

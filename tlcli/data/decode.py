@@ -1,4 +1,4 @@
-"""A file becomes RGB pixels here and nowhere else, so that training, evaluation and prediction see the same image."""
+"""Decodes image files to RGB pixels, here only, so that training, evaluation and prediction see the same image."""
 
 import hashlib
 import inspect
@@ -8,6 +8,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,29 +19,76 @@ import PIL
 from PIL import Image, UnidentifiedImageError, features
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+ValueRange = tuple[float, float]
+"""The values of a deep image that become 0 and 255."""
 
 # Pillow knows more formats than these. Some of them start other programs: EPS is handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-ENOUGH = 1024
-"""Pixels of the shorter side that are left, at the least, of a photograph that is reduced as it is decoded."""
+MIN_REDUCED_SIDE = 1024
+"""Pixels of the shorter side that are left, at least, of a photograph that is reduced while it is decoded."""
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_NOT_ALIKE = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
+_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of EXIF and TIFF
+_SIGNED = 2
+_STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
 
 
 class BadImage(ValueError):
     """A file is not an image, or is damaged; the message is the reason in a few words."""
 
 
-def read_image(file: Path | BinaryIO) -> Pixels:
-    """Pixels of an image file, or of a seekable binary stream: uint8, (height, width, 3), RGB.
+@dataclass(frozen=True, eq=False)
+class RawImage:
+    """A decoded image before its values are mapped to 8 bits.
 
-    The EXIF orientation is applied; of an animation this is the first frame. `to_rgb` says how modes are converted.
-    A JPEG whose shorter side has 2, 4 or 8 times ENOUGH pixels or more comes at a half, a quarter or an eighth of its
-    size.
-    Raises BadImage for whatever does not decode. Pipes, devices and folders are never opened.
+    `values` are uint8 (height, width, 3), or for a gray image deeper than 8 bits uint16, int16, int32 or float32
+    (height, width). `is_reduced` is True for color deeper than 8 bits, of which the decoder keeps the upper 8.
     """
+
+    values: np.ndarray[Any, Any]
+    is_reduced: bool = False
+
+    @property
+    def is_deep(self) -> bool:
+        """True if the values have to be mapped."""
+        return self.values.ndim == 2
+
+    def to_pixels(self, value_range: ValueRange | None) -> Pixels:
+        """Return uint8 (height, width, 3). Values outside the range are clipped, NaN becomes the low end.
+
+        Args:
+            value_range: None is `full_range` of the values' type.
+        """
+        if not self.is_deep:
+            return self.values
+        low, high = value_range or full_range(self.values.dtype)
+        values = self.values if self.values.dtype.kind == "f" else self.values.astype(np.float64)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        gray = ((values - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def full_range(dtype: np.dtype[Any]) -> ValueRange:
+    """Return the lowest and the highest value of an integer type; 0 and 1 for floats."""
+    return (0.0, 1.0) if dtype.kind == "f" else (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
+
+
+def read_image(file: Path | BinaryIO, value_range: ValueRange | None = None) -> Pixels:
+    """Return the pixels of an image file, or of a seekable binary stream: uint8, (height, width, 3), RGB.
+
+    The EXIF orientation is applied; of an animation this is the first frame. `raw_image` describes how modes are
+    converted, `RawImage.to_pixels` the range. A JPEG whose shorter side has 2, 4 or 8 times MIN_REDUCED_SIDE pixels or
+    more is decoded at a half, a quarter or an eighth of its size.
+
+    Raises:
+        BadImage: the file does not decode. Pipes, devices and folders are never opened.
+    """
+    return read_raw(file).to_pixels(value_range)
+
+
+def read_raw(file: Path | BinaryIO) -> RawImage:
+    """Return an image as `read_image` does, before its values are mapped to 8 bits. Raise BadImage."""
     if not isinstance(file, Path):
         return _decode(file)
     with _opened(file) as stream:
@@ -46,34 +96,62 @@ def read_image(file: Path | BinaryIO) -> Pixels:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What is in a file. Raises BadImage where `read_image` would not open it."""
+    """Return the contents of a file. Raise BadImage if `read_image` would not open it."""
     with _opened(path) as stream:
         return stream.read()
 
 
 def decoder() -> str:
-    """What decides, beside its bytes, whether an image decodes and to which pixels: versions, and this file's rules."""
+    """Return what decides, in addition to its bytes, to which pixels an image decodes: versions and rules."""
     codecs = [f"{name} {features.version(name)}" for name in ("jpg", "webp", "avif", "libtiff", "zlib")]
     rules = hashlib.blake2b(inspect.getsource(sys.modules[__name__]).encode(), digest_size=8).hexdigest()
-    return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"rules {rules}"])
+    return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"heif {_heif_version()}", f"rules {rules}"])
 
 
-def to_rgb(image: Image.Image) -> Pixels:
-    """Pixels of an image in memory: uint8, (height, width, 3), RGB, writable.
+@cache
+def _heif_version() -> str | None:
+    try:
+        return metadata.version("pi-heif")
+    except metadata.PackageNotFoundError:
+        return None
 
-    Alpha, in whatever form, goes over white. Palette, gray, 1-bit and CMYK images are converted as Pillow does.
-    16-bit gray is divided by 257, so that 65,535 becomes 255. Mode I, in which Pillow delivers deep PGM files, is taken
-    as 16-bit and clipped. Floats (mode F) are taken as 0..1 if none is above 1, else as 0..255, and clipped; NaN is 0.
+
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
+    """Return the pixels of an image in memory: uint8, (height, width, 3), RGB, writable."""
+    return raw_image(image).to_pixels(value_range)
+
+
+def raw_image(image: Image.Image, *, is_reduced: bool = False) -> RawImage:
+    """Return an image in memory as a RawImage.
+
+    Alpha, in whatever form, goes over white. Palette, gray, 1-bit and CMYK images are converted as Pillow does. Gray
+    images of 16 or 32 bits and of floats keep their values. (Pillow delivers deep PGM files, scaled to 16 bits, and
+    signed TIFF files in one mode, I.)
     """
-    rgb = _upright(_rgb(image), _orientation(image))
-    if 0 in rgb.shape:
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+    elif image.mode == "I" and tags.get(_BITS_PER_SAMPLE, (16,))[0] == 16:
+        signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+        limits = np.iinfo(np.int16 if signed else np.uint16)
+        values = np.asarray(image).clip(limits.min, limits.max).astype(limits.dtype)
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image)
+    else:
+        image = image.convert(_STRAIGHT_ALPHA[image.mode]) if image.mode in _STRAIGHT_ALPHA else image
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        values = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    values = _upright(values, _orientation(image))
+    if 0 in values.shape:
         raise BadImage("no pixels")
-    return rgb
+    return RawImage(values, is_reduced)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open. Whatever the system says against it becomes a BadImage."""
+    """Open a regular file. Errors of the system become BadImage."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise BadImage("not a regular file")
@@ -83,49 +161,47 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise BadImage((error.strerror or str(error)).lower()) from error
 
 
-def _decode(stream: BinaryIO) -> Pixels:
-    with _no_pillow_warnings():
-        try:
-            with Image.open(stream, formats=FORMATS) as image:
-                _reduce(image)
-                image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
-                return to_rgb(image)
-        except BadImage:
-            raise
-        # Pillow's decoders raise whatever they stumble on: OSError, SyntaxError, struct.error, IndexError ...
-        except Exception as error:
-            raise BadImage(_reason(error, stream)) from error
+def _decode(stream: BinaryIO) -> RawImage:
+    with _no_pillow_warnings(), _as_bad_image(stream), Image.open(stream, formats=_formats(stream)) as image:
+        # Networks look at a few hundred pixels per side, and random crops at a part of an image: JPEG decodes at a
+        # half, a quarter and an eighth of the size for less work than at the full size.
+        factor = next((k for k in (8, 4, 2) if min(image.size) >= k * MIN_REDUCED_SIDE), 1)
+        if factor > 1 and image.format in ("JPEG", "MPO"):
+            image.draft(None, (image.width // factor, image.height // factor))
+        raw_mode = str(image.tile[0].args) if image.tile else ""  # such as ('RGB;16B', 0, 1); empty once loaded
+        is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16") and ";16" in raw_mode
+        image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
+        return raw_image(image, is_reduced=is_reduced or image.info.get("bit_depth", 8) > 8)
 
 
-def _reduce(image: Image.Image) -> None:
-    """Have a large JPEG decoded to fewer pixels. The format has them at a half, a quarter and an eighth of the size for
-    less work than at the whole; networks look at a few hundred a side, and random crops at a part of an image."""
-    times = next((k for k in (8, 4, 2) if min(image.size) >= k * ENOUGH), 1)
-    if times > 1 and image.format in ("JPEG", "MPO"):
-        image.draft(None, (image.width // times, image.height // times))
+def _formats(stream: BinaryIO) -> tuple[str, ...]:
+    """Return Pillow's names of the formats to try."""
+    head = stream.read(64)
+    stream.seek(0)
+    if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS or b"avif" in head:
+        return FORMATS
+    try:
+        import pi_heif
+    except ImportError:
+        raise BadImage("HEIC files need the package pi-heif: pip install 'tlcli[heif]'") from None
+    pi_heif.register_heif_opener()
+    return ("HEIF",)
 
 
-def _rgb(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I;16"):
-        return _gray((np.asarray(image).astype(np.uint32) + 128) // 257)
-    if image.mode == "I":
-        return _gray((np.asarray(image).clip(0, 65535) + 128) // 257)
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image), nan=0, posinf=255, neginf=0)
-        return _gray((values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).round())
-    image = image.convert(_NOT_ALIKE[image.mode]) if image.mode in _NOT_ALIKE else image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _gray(values: np.ndarray[Any, Any]) -> Pixels:
-    return np.repeat(values.astype(np.uint8)[:, :, None], 3, axis=2)
+@contextmanager
+def _as_bad_image(stream: BinaryIO) -> Iterator[None]:
+    """Turn the errors of decoders into BadImage."""
+    try:
+        yield
+    except BadImage:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
+    except Exception as error:
+        raise BadImage(_reason(error, stream)) from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where it is missing, damaged or out of range."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing, damaged or out of range."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged tag block says nothing about the pixels
@@ -133,18 +209,18 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _upright(rgb: Pixels, orientation: int) -> Pixels:
+def _upright(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
     if orientation >= 5:
-        rgb = rgb.transpose(1, 0, 2)
+        values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
-        rgb = rgb[::-1]
+        values = values[::-1]
     if orientation in (2, 3, 6, 7):
-        rgb = rgb[:, ::-1]
-    return np.ascontiguousarray(rgb)
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
 
 
 def _reason(error: Exception, stream: BinaryIO) -> str:
-    """Why a file did not decode, in a few words."""
+    """Return the reason why a file did not decode, in a few words."""
     try:
         stream.seek(0)
         head = stream.read(256).lstrip().lower()

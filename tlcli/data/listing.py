@@ -1,74 +1,72 @@
-"""Which files a data set has. Every mistake of layout is found here, before anything is decoded or written.
+"""Lists the files of a dataset with their classes. Finds every mistake of layout before anything is decoded.
 
-Imports neither torch nor numpy: a wrong folder is to be told at once.
+Imports neither torch nor numpy, so that a wrong folder is reported at once.
 """
 
 import csv
+import glob
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
-from tlcli.specs import DatasetSpec, DigitsSpec, ImageFolderSpec, ManifestSpec
-from tlcli.text import did_you_mean
+from tlcli.text import did_you_mean, join_limited
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".heic", ".heif", ".hif"),
 )
 SPLITS = {
     "train": "train",
     "training": "train",
+    "test": "test",
+    "testing": "test",
     "val": "val",
     "valid": "val",
     "validation": "val",
-    "test": "test",
-    "testing": "test",
 }
-"""The names of folders, and of values in a manifest, that stand for a split; upper or lower case."""
+"""Names of folders, and values in a manifest, that stand for a split, in lower case."""
+_SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
+_ONE_PER_CLASS = "Expected one subfolder per class."
 
-DIGITS = tuple("0123456789")
-
-_SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}
-_ONE_A_CLASS = "A dataset folder holds one sub-folder a class."
-
-Found = dict[str, dict[str, list[Path]]]
-"""For each split, for each class, its files."""
+FilesByClass = dict[str, dict[str, list[str]]]
+"""Split -> class -> files, as paths relative to the root, with slashes."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files by split ("train", "val", "test", or "all" for a set that is not split) with positions in `classes`.
+    """Files by split ("train", "val", "test", or "all" for a dataset without splits).
 
-    Sorted: classes by name, files of a split by class, then by path. All lie below `root`.
+    A file is its path relative to `root`, with slashes, and its position in `classes`. Classes are sorted by name, the
+    files of a split by class, then by path. `ignored` counts files that are not images by their names, by ending.
     """
 
     root: Path
     classes: tuple[str, ...]
-    splits: dict[str, list[tuple[Path, int]]]
+    splits: Mapping[str, Sequence[tuple[str, int]]]
+    ignored: Mapping[str, int]
 
 
-def check_dataset(spec: DatasetSpec, *, trains: bool = True) -> None:
-    """Raise UsageError for what is wrong with the data set, as far as it shows without decoding or downloading."""
-    if isinstance(spec, ImageFolderSpec):
-        list_imagefolder(spec, trains=trains)
-    elif isinstance(spec, ManifestSpec):
-        list_manifest(spec, trains=trains)
-    elif isinstance(spec, DigitsSpec):
-        kept_classes(DIGITS, spec.classes, spec.name)
-    elif spec.classes is not None and len(set(spec.classes)) < 2:
-        raise UsageError("dataset.classes keeps fewer than two classes: name at least two")
+def is_visible(name: str) -> bool:
+    """Return True if a file or folder of this name is neither hidden nor a file of the system."""
+    return not name.startswith(".") and name.lower() not in _SYSTEM_FILES
 
 
-def kept_classes(known: Sequence[str], wanted: Iterable[str] | None, where: str) -> tuple[str, ...]:
-    """The known classes that are wanted (None: all), in the order in which they are known."""
-    if wanted is None:
+def is_image(name: str) -> bool:
+    """Return True if a file of this name is listed as an image."""
+    return name.lower().endswith(EXTENSIONS) and is_visible(name)
+
+
+def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where: str) -> tuple[str, ...]:
+    """Return the known classes that are selected (None: all), in the order in which they are known."""
+    if selected is None:
         return tuple(known)
-    chosen = set(wanted)
+    chosen = set(selected)
     for name in sorted(chosen - set(known)):
         raise UsageError(f"dataset.classes: {where} has no class {name!r}.{did_you_mean(name, known)}")
     if len(chosen) < 2:
@@ -76,90 +74,130 @@ def kept_classes(known: Sequence[str], wanted: Iterable[str] | None, where: str)
     return tuple(name for name in known if name in chosen)
 
 
-def _listing(root: Path, found: Found, wanted: Iterable[str] | None, where: str, trains: bool) -> Listing:
-    """The files found below root as a Listing, once classes are known to be sound, to train on where that is meant."""
-    main = "all" if "all" in found else "train"
-    if trains and main not in found:
-        raise UsageError(f"{where}: has {' and '.join(found)} but no train: nothing to train on")
-    known = sorted({name for classes in found.values() for name in classes})
-    classes = kept_classes(known, wanted, where)
-    for split in found if trains else ():
-        if strange := [name for name in classes if name in found[split] and name not in found[main]]:
-            raise UsageError(f"{where}: {split} has classes that {main} lacks: {_some(strange)}")
-    same: dict[str, str] = {}
+def _make_listing(
+    root: Path,
+    files: FilesByClass,
+    selected: Iterable[str] | None,
+    where: str,
+    *,
+    for_training: bool,
+    ignored: Mapping[str, int],
+) -> Listing:
+    if for_training and "all" not in files and "train" not in files:
+        raise UsageError(f"{where}: has {' and '.join(files)} but no train: nothing to train on")
+    classes = resolve_classes(sorted({name for by_class in files.values() for name in by_class}), selected, where)
+    for problem, _ in _problems(files, classes, for_training=for_training):
+        raise UsageError(f"{where}: {problem}")
+    if for_training and len(classes) < 2:
+        raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {_ONE_PER_CLASS}")
+    label = {name: i for i, name in enumerate(classes)}
+    splits = {
+        split: [(key, label[c]) for c in classes for key in sorted(by_class.get(c, ()), key=lambda k: k.split("/"))]
+        for split, by_class in files.items()
+    }
+    return Listing(root, classes, splits, ignored)
+
+
+def _problems(files: FilesByClass, classes: Sequence[str], *, for_training: bool) -> Iterator[tuple[str, set[str]]]:
+    """Yield each problem of the classes, and the classes without which it is gone."""
+    for split, by_class in files.items():
+        for name in classes:
+            if name in by_class and not by_class[name]:
+                folder = name if split == "all" else f"{split}/{name}"
+                yield f"{folder}: no images in this class; add some or remove the folder", {name}
+    main = "all" if "all" in files else "train"
+    for split, by_class in files.items() if for_training else ():
+        if strange := [name for name in classes if name in by_class and name not in files[main]]:
+            yield f"{split} has classes that {main} lacks: {join_limited(strange)}", set(strange)
+    spelled: dict[str, list[str]] = {}
     for name in classes:
-        if (other := same.setdefault(folded(name), name)) != name:
-            raise UsageError(f"{where}: classes {other!r} and {name!r} differ only in {_difference(other, name)}")
-    if trains and len(classes) < 2:
-        raise UsageError(f"{where}: only one class, {_some(classes)!r}: at least two are needed. {_ONE_A_CLASS}")
-    place = {name: i for i, name in enumerate(classes)}
-    return Listing(
-        root,
-        classes,
-        {s: [(p, place[c]) for c in classes for p in sorted(by_class.get(c, ()))] for s, by_class in found.items()},
-    )
-
-
-def folded(name: str) -> str:
-    """The same text for names that people take for one: upper or lower case, accents in one character or in two."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def _difference(one: str, other: str) -> str:
-    """What tells two names apart that are the same once folded, and what to do."""
-    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
-        return "how their accents are encoded, and look the same: rename one"
-    return "case: rename one"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        normalized = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        spelled.setdefault(normalized, []).append(name)
+    for names in spelled.values():
+        if len(names) > 1:
+            same_case = len({unicodedata.normalize("NFC", name) for name in names}) == 1
+            difference = "how their accents are encoded, and look the same" if same_case else "case"
+            images = {name: sum(len(by_class.get(name, ())) for by_class in files.values()) for name in names}
+            smaller = set(names) - {max(names, key=images.__getitem__)}
+            yield f"classes {' and '.join(map(repr, names))} differ only in {difference}: rename one", smaller
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def list_imagefolder(spec: ImageFolderSpec, *, trains: bool = True) -> Listing:
-    """The images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
+def list_folder(root_text: str | None, selected: Iterable[str] | None, *, for_training: bool = True) -> Listing:
+    """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
-    Hidden and system files are no images, nor is what has another extension. A class folder may be a link; links to
-    folders below it are not followed. What is not to train on needs neither a train folder nor a second class. Raises
-    UsageError, one line, for a layout that is neither.
+    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed.
+
+    Args:
+        for_training: require a train folder and a second class.
+
+    Raises:
+        UsageError: the layout is neither of the two.
     """
-    if spec.root is None:
+    root, files, ignored = _scan_root(root_text, selected)
+    by_class = files.get("all", {})
+    if len(by_class) == 1 and (inner := _dataset_below(root)):
+        raise UsageError(f"{root}: only one class, {next(iter(by_class))!r}. Did you mean {inner}? {_ONE_PER_CLASS}")
+    return _make_listing(root, files, selected, str(root), for_training=for_training, ignored=ignored)
+
+
+def find_bad_classes(root: str | None, selected: Iterable[str] | None) -> tuple[list[str], list[str] | None]:
+    """Return every problem of the class folders, and the classes without those that cause them.
+
+    The classes are None if there is no problem, or if fewer than two are left.
+    """
+    _, files, _ = _scan_root(root, selected)
+    known = sorted({name for by_class in files.values() for name in by_class if selected is None or name in selected})
+    if "all" not in files and "train" not in files:
+        return [], None
+    problems = list(_problems(files, known, for_training=True))
+    bad = {name for _, names in problems for name in names}
+    good = [name for name in known if name not in bad]
+    return [text for text, _ in problems], good if problems and len(good) >= 2 else None
+
+
+def _scan_root(root_text: str | None, selected: Iterable[str] | None) -> tuple[Path, FilesByClass, Counter[str]]:
+    if root_text is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
-    root = expand_user(spec.root)
+    root = expand_user(root_text)
     if not is_dir(root):
-        _no_folder(root)
+        _raise_no_folder(root)
+    files: FilesByClass = {}
+    ignored: Counter[str] = Counter()
     try:
-        folders = _split_folders(root)
-        found = {s: _class_files(folder, root, spec.classes) for s, folder in (folders or {"all": root}).items()}
+        for split, folder in (_split_folders(root) or {"all": root}).items():
+            files[split] = {}
+            for path in _class_folders(folder, root):
+                files[split][path.name] = []
+                if selected is None or path.name in selected:
+                    files[split][path.name] = list(_images_below(path, root, ignored))
+            if not any(files[split].values()) and (selected is None or set(files[split]) <= set(selected)):
+                hint = f" Did you mean {inner}?" if (inner := _dataset_below(folder)) else ""
+                raise UsageError(f"{folder}: no images found.{hint} {_ONE_PER_CLASS}")
     except PermissionError as error:
         raise UsageError(f"{error.filename}: not readable (permission denied)") from error
-    if len(only := found.get("all", {})) == 1 and (inner := _dataset_below(root)):
-        raise UsageError(f"{root}: only one class, {next(iter(only))!r}. Did you mean {inner}? {_ONE_A_CLASS}")
-    return _listing(root, found, spec.classes, str(root), trains)
+    return root, files, ignored
 
 
-def _no_folder(root: Path) -> NoReturn:
+def _raise_no_folder(root: Path) -> NoReturn:
     try:
         root.stat()
     except (FileNotFoundError, NotADirectoryError):
-        near = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if is_dir(root.parent) else ""
-        raise UsageError(f"{root}: no such folder.{near}") from None
+        hint = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if is_dir(root.parent) else ""
+        raise UsageError(f"{root}: no such folder.{hint}") from None
     except (OSError, ValueError) as error:
-        why = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UsageError(f"{root}: no folder that can be read ({why}). {_ONE_A_CLASS}") from error
-    raise UsageError(f"{root}: not a folder. {_ONE_A_CLASS}")
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UsageError(f"{root}: cannot read this folder ({reason}). {_ONE_PER_CLASS}") from error
+    raise UsageError(f"{root}: not a folder. {_ONE_PER_CLASS}")
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split; empty where root holds class folders. A class may be called 'train' (and 'bus')."""
-    inside = _subfolders(root)
-    named = [p for p in inside if p.name.lower() in SPLITS]
-    if not any(_subfolders(p) for p in named) and len(named) < len(inside):
+    """Return the folder of each split; empty if root holds class folders. A class may be called 'train' (and 'bus')."""
+    subfolders = _subfolders(root)
+    named = [p for p in subfolders if p.name.lower() in SPLITS]
+    if not any(_subfolders(p) for p in named) and len(named) < len(subfolders):
         return {}
     folders: dict[str, Path] = {}
     for path in named:
@@ -170,69 +208,49 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _class_files(folder: Path, root: Path, wanted: Iterable[str] | None) -> dict[str, list[Path]]:
-    """The images of each class folder, of the wanted classes alone. Raises UsageError where one has none."""
-    names = _subfolders(folder)
-    if not names and any(is_image(p.name) for p in folder.iterdir()):
-        near = f" Did you mean {folder.parent}?" if folder == root and len(_subfolders(folder.parent)) > 1 else ""
-        raise UsageError(f"{folder}: images lie in the folder itself, not in classes.{near} {_ONE_A_CLASS}")
-    for name in names:
-        if (train := _split_folders(name).get("train")) and _subfolders(train):
-            raise UsageError(f"{folder}: holds a data set, not classes. Did you mean {name}? {_ONE_A_CLASS}")
+def _class_folders(folder: Path, root: Path) -> list[Path]:
+    """Return the class folders of a split. Raise UsageError if they cannot be class folders."""
+    subfolders = _subfolders(folder)
+    if not subfolders and any(is_image(p.name) for p in folder.iterdir()):
+        hint = f" Did you mean {folder.parent}?" if folder == root and len(_subfolders(folder.parent)) > 1 else ""
+        raise UsageError(f"{folder}: images lie in the folder itself, not in classes.{hint} {_ONE_PER_CLASS}")
+    for path in subfolders:
+        if (train := _split_folders(path).get("train")) and _subfolders(train):
+            raise UsageError(f"{folder}: holds a dataset, not classes. Did you mean {path}? {_ONE_PER_CLASS}")
         if train:
-            right = Path(train.name, name.name)
-            raise UsageError(f"{train}: a split inside a class; turn it round, {root / right}. {_ONE_A_CLASS}")
-    unwanted = set() if wanted is None else {p.name for p in names} - set(wanted)
-    files = {p.name: [] if p.name in unwanted else list(_images_below(p)) for p in names}
-    if not any(files.values()) and not unwanted:
-        near = f" Did you mean {inner}?" if (inner := _dataset_below(folder)) else ""
-        raise UsageError(f"{folder}: no images here.{near} {_ONE_A_CLASS}")
-    if empty := [name for name, paths in files.items() if not paths and name not in unwanted]:
-        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise UsageError(f"{folder / empty[0]}{more}: no images in this class; add some or remove the folder")
-    return files
+            right = root / train.name / path.name
+            raise UsageError(f"{train}: a split inside a class; use {right} instead. {_ONE_PER_CLASS}")
+    return subfolders
 
 
 def _dataset_below(root: Path) -> Path | None:
-    """A folder in root that holds a data set, for "Did you mean": it has at least two folders with images in them."""
+    """Return a folder in root with at least two folders with images in them, for "Did you mean"."""
     for path in _subfolders(root):
-        inside = _subfolders(path)
-        if len([p for p in inside if next(_images_below(p), None)]) >= 2:
+        if len([p for p in _subfolders(path) if next(_images_below(p, root, Counter()), None)]) >= 2:
             return path
     return None
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Visible sub-folders, links to folders included, sorted by name."""
+    """Return visible subfolders, links to folders included, sorted by name. Links that form a circle are left out."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if is_visible(e.name) and _leads_to_folder(e))
+        return sorted(folder / e.name for e in entries if is_visible(e.name) and is_dir(e.path))
 
 
-def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether this is a folder or a link to one; links that lead in a circle are none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+def _images_below(folder: Path, root: Path, ignored: Counter[str]) -> Iterator[str]:
+    """Yield the images below a folder, as paths relative to root, and count the other files."""
 
-
-def _images_below(folder: Path) -> Iterator[Path]:
     def stop(error: OSError) -> NoReturn:
         raise error
 
-    for where, inside, names in os.walk(folder, onerror=stop):  # does not follow links, so no loops
-        inside[:] = [name for name in inside if is_visible(name)]
-        yield from (Path(where, name) for name in names if is_image(name))
-
-
-def is_visible(name: str) -> bool:
-    """Whether a file or folder of this name is neither hidden nor a system's own."""
-    return not name.startswith(".") and name.lower() not in _SYSTEM
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name is listed as an image."""
-    return is_visible(name) and name.lower().endswith(EXTENSIONS)
+    for where, subfolders, names in os.walk(folder, onerror=stop):  # does not follow links, so there are no loops
+        subfolders[:] = [name for name in subfolders if is_visible(name)]
+        prefix = Path(os.path.relpath(where, root)).as_posix()
+        for name in names:
+            if is_image(name):
+                yield f"{prefix}/{name}"
+            elif is_visible(name):
+                ignored[Path(name).suffix.lower() or "no ending"] += 1
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -246,28 +264,36 @@ class _Row:
     split: str
 
 
-def list_manifest(spec: ManifestSpec, *, trains: bool = True) -> Listing:
-    """The images that a CSV file names in its columns path, label and, optionally, split.
+def list_manifest(
+    file_text: str, root_text: str | None, selected: Iterable[str] | None, *, for_training: bool = True
+) -> Listing:
+    """List the images that a CSV file names in its columns path, label and, optionally, split.
 
-    Paths are relative to `root`, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
-    mark. Raises UsageError with the line number for a row that is incomplete, double or names a missing file.
+    Paths are relative to the root, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
+    mark.
+
+    Raises:
+        UsageError: names the line of a row that is incomplete, double or names a missing file.
     """
-    file = expand_user(spec.file)
+    file = expand_user(file_text)
     if not is_file(file):
-        what = "not a file" if os.path.lexists(file) else "no such file"
-        raise UsageError(f"{file}: {what}. dataset.file names a CSV file with the columns path, label[, split]")
-    root = file.parent if spec.root is None else expand_user(spec.root)
+        problem = "not a file" if os.path.lexists(file) else "no such file"
+        raise UsageError(f"{file}: {problem}. dataset.file names a CSV file with the columns path, label[, split]")
+    root = file.parent if root_text is None else expand_user(root_text)
     if not is_dir(root):
-        _no_folder(root)
-    rows = _rows(file)
-    _check_splits(file, rows)
-    found: Found = {}
-    for path, row in zip(_paths(file, root, rows), rows, strict=True):
-        found.setdefault(row.split or "all", {}).setdefault(row.label, []).append(path)
-    return _listing(root, found, spec.classes, str(file), trains)
+        _raise_no_folder(root)
+    rows = _read_rows(file)
+    unsplit = [row.line for row in rows if not row.split]
+    if unsplit and len(unsplit) < len(rows):
+        raise UsageError(f"{file}, line {unsplit[0]}: no split, but other rows have one ({len(unsplit)} such rows)")
+    _check_labels(file, rows)
+    files: FilesByClass = {}
+    for key, row in zip(_row_keys(file, root, rows), rows, strict=True):
+        files.setdefault(row.split or "all", {}).setdefault(row.label, []).append(key)
+    return _make_listing(root, files, selected, str(file), for_training=for_training, ignored={})
 
 
-def _rows(file: Path) -> list[_Row]:
+def _read_rows(file: Path) -> list[_Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -275,11 +301,11 @@ def _rows(file: Path) -> list[_Row]:
             reader.fieldnames = columns
             for name in ("path", "label"):
                 if name not in columns:
-                    seen = _some(columns, 8) or "none"
-                    raise UsageError(f"{file}: no column {name!r} in its first line (columns: {seen})")
+                    names = join_limited(columns, 8) or "none"
+                    raise UsageError(f"{file}: no column {name!r} in its first line (columns: {names})")
             if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
                 raise UsageError(f"{file}: two columns are called {twice[0]!r}; rename one")
-            rows = [_row(file, reader.line_num, fields) for fields in reader]
+            rows = [_parse_row(f"{file}, line {reader.line_num}", reader.line_num, cells) for cells in reader]
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8 text; save it as CSV in UTF-8") from error
     except csv.Error as error:
@@ -287,52 +313,134 @@ def _rows(file: Path) -> list[_Row]:
     except OSError as error:
         raise UsageError(f"{file}: not readable ({error.strerror})") from error
     if not rows:
-        raise UsageError(f"{file}: no rows below its first line; give one a image")
+        raise UsageError(f"{file}: no data rows; add one row per image")
     return rows
 
 
-def _row(file: Path, line: int, fields: dict[str, str | None]) -> _Row:
-    if None in fields:
-        raise UsageError(f"{file}, line {line}: more fields than columns; quote a value that has a comma in it")
-    path, label, split = ((fields.get(name) or "").strip() for name in ("path", "label", "split"))
+def _parse_row(where: str, line: int, cells: dict[str, str | None]) -> _Row:
+    if None in cells:
+        raise UsageError(f"{where}: more fields than columns; quote a value that contains a comma")
+    path, label, split = ((cells.get(name) or "").strip() for name in ("path", "label", "split"))
     for name, value in (("path", path), ("label", label)):
         if not value:
-            raise UsageError(f"{file}, line {line}: no {name}")
+            raise UsageError(f"{where}: no {name}")
         if "\0" in value:
-            raise UsageError(f"{file}, line {line}: its {name} has a NUL character in it; is this CSV in UTF-8?")
+            raise UsageError(f"{where}: the {name} contains a NUL character; is this CSV in UTF-8?")
     if split and split.lower() not in SPLITS:
-        raise UsageError(f"{file}, line {line}: split {split!r} is none of train, val, test")
+        raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
     return _Row(line, path, label, SPLITS.get(split.lower(), ""))
 
 
-def _check_splits(file: Path, rows: list[_Row]) -> None:
-    without = [row.line for row in rows if not row.split]
-    if without and len(without) < len(rows):
-        raise UsageError(f"{file}, line {without[0]}: no split, though other rows have one ({len(without)} such rows)")
+def _check_labels(file: Path, rows: list[_Row]) -> None:
+    """Raise UsageError for labels of a regression or of a multi-label dataset."""
+    single = "tlcli does single-label classification: give each image the name of one class"
+    labels = {row.label: row.line for row in rows}
+    parts = {label: [p.strip() for p in label.replace(";", "|").replace(",", "|").split("|")] for label in labels}
+    uses = Counter(part for names in parts.values() for part in set(names))
+    for label, line in labels.items():
+        is_list = label[0] + label[-1] in ("[]", "{}", "()")
+        if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
+            raise UsageError(f"{file}, line {line}: label {label!r} is a list. {single}")
+    if all(_is_number(label) for label in labels) and not all(label.lstrip("+-").isdecimal() for label in labels):
+        label = next(label for label in labels if not label.lstrip("+-").isdecimal())
+        raise UsageError(f"{file}, line {labels[label]}: labels are numbers ({label}). {single}, not a value")
 
 
-def _paths(file: Path, root: Path, rows: list[_Row]) -> list[Path]:
-    """The path of each row, once it is known that all exist, lie below root and are named once."""
-    seen: dict[str, _Row] = {}
-    paths, missing = [], []
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _row_keys(file: Path, root: Path, rows: list[_Row]) -> list[str]:
+    """Return the path of each row relative to root. Raise UsageError unless all exist, are below root and unique."""
+    first_rows: dict[str, _Row] = {}
+    keys, missing = [], []
+    real_root = resolve_links(root)
     for row in rows:
         path = root / row.path
-        if (Path(row.path).is_absolute() or ".." in path.parts) and not resolve_links(path).is_relative_to(
-            resolve_links(root)
-        ):
+        inside = not Path(row.path).is_absolute() and ".." not in path.parts
+        if not inside and not resolve_links(path).is_relative_to(real_root):
             raise UsageError(f"{file}, line {row.line}: {row.path} lies outside {root}; set dataset.root to its folder")
-        first = seen.setdefault(os.path.abspath(path), row)  # noqa: PTH100  resolve() would read the disk for each row
+        key = Path(os.path.relpath(path, root)).as_posix()
+        if ".." in Path(row.path).parts:  # behind a link, .. is another folder than it seems
+            key = Path(os.path.relpath(resolve_links(path.parent) / path.name, real_root)).as_posix()
+        first = first_rows.setdefault(key, row)
         if first.label != row.label:
             labels = f"{first.label!r} (line {first.line}) and {row.label!r} (line {row.line})"
-            raise UsageError(f"{file}: {row.path} has two labels: {labels}")
+            raise UsageError(f"{file}: {row.path} has two labels: {labels}. tlcli does single-label classification")
         if first is not row:
             raise UsageError(f"{file}: {row.path} is named twice (lines {first.line} and {row.line}); remove one")
         if not is_file(path):
             missing.append(row)
-        paths.append(path)
+        keys.append(key)
     if missing:
         more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
         path = root / missing[0].path
-        what = "not a file, or a link that leads to none" if os.path.lexists(path) else "no such file"
-        raise UsageError(f"{file}, line {missing[0].line}: {path}: {what}{more}")
-    return paths
+        problem = "not a file, or a broken link" if os.path.lexists(path) else "no such file"
+        raise UsageError(f"{file}, line {missing[0].line}: {path}: {problem}{more}")
+    return keys
+
+
+# -- images named on the command line ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MissingPath:
+    """An argument that names no image, and the reason."""
+
+    path: str
+    reason: str
+
+
+Named = str | MissingPath
+
+
+def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> Iterator[Named]:
+    """Yield the images that each argument names, in order, as paths; an argument that names none as a MissingPath.
+
+    A file is yielded whatever its name is. A folder expands to its images in sorted order, then to those of its
+    subfolders; hidden files are skipped. With `patterns`, what is not a file may be a pattern, ** included. At most the
+    names of one folder are in memory.
+    """
+    for argument in arguments:
+        if is_dir(argument):
+            yield from _expand_folder(argument)
+        elif patterns and glob.has_magic(argument) and not os.path.lexists(argument):
+            matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            if not matches:
+                yield MissingPath(argument, "no file matches")
+            for path in matches:
+                if not is_dir(path):
+                    yield path
+                elif "**" not in argument:  # ** already matches the contents of folders
+                    yield from _expand_folder(path)
+        else:
+            yield argument
+
+
+def _expand_folder(folder: str) -> Iterator[Named]:
+    empty = True
+    for path in _expand_below(folder):
+        empty = False
+        yield path
+    if empty:
+        yield MissingPath(folder, "no images in this folder")
+
+
+def _expand_below(folder: str) -> Iterator[Named]:
+    """Yield the images below a folder. Links to folders are not followed, so that there are no loops."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries if is_visible(e.name))
+    except OSError as error:
+        yield MissingPath(folder, (error.strerror or str(error)).lower())
+        return
+    for name, is_folder in names:
+        if not is_folder and is_image(name):
+            yield os.path.join(folder, name)  # noqa: PTH118 - as it was typed: Path would remove ./
+    for name, is_folder in names:
+        if is_folder:
+            yield from _expand_below(os.path.join(folder, name))  # noqa: PTH118

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import decoder
+from tlcli.data.images import Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.source import Split
 from tlcli.device import SHORT, auto_workers, machine_name
 from tlcli.engine.extraction import Extractor, Speed
 from tlcli.engine.gradients import is_plain_linear
@@ -228,7 +227,7 @@ class Workload:
     @property
     def augments(self) -> bool:
         """True if training images differ from what evaluation sees."""
-        return make_augmentation(self.spec.augment, self.preprocessing) is not None
+        return self.spec.augment.build(self.preprocessing) is not None
 
     def split(self, split_name: str) -> Split:
         """Return the images of a split."""
@@ -312,7 +311,7 @@ class Workload:
             preprocessing,
             batch_size=extractor.batch_size,
             workers=self.workers,
-            augmentation=make_augmentation(spec.augment, preprocessing) if view else None,
+            augmentation=spec.augment.build(preprocessing) if view else None,
             seed=spec.seed,
             pin_memory=self.accelerator.type == "cuda",
         )

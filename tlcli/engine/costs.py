@@ -14,9 +14,8 @@ from msgspec import structs
 from torch.nn.modules.batchnorm import _NormBase
 
 from tlcli.data.batches import ImageBatches, epoch_order
-from tlcli.data.dataset import Dataset
+from tlcli.data.dataset import Dataset, preload_images
 from tlcli.data.preprocess import Preprocessing
-from tlcli.data.reading import preload_images
 from tlcli.device import Device
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import (

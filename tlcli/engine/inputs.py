@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlcli.data.augment import make_augmentation
 from tlcli.data.batches import ImageBatches
-from tlcli.data.reading import preload_images
+from tlcli.data.dataset import preload_images
 from tlcli.device import Device
 from tlcli.engine.activations import CachedSplit, SplitActivations, Workload, row_indices
 from tlcli.engine.decisions import Decisions
@@ -190,10 +189,10 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
     """Return the loader of a split that is read from images, of which as many as fit are decoded into memory."""
     spec, is_train, split = workload.spec, split_name == "train", workload.split(split_name)
     preload_images([split], reporter)
-    augmentation = make_augmentation(spec.augment, workload.preprocessing) if is_train else None
+    augmentation = spec.augment.build(workload.preprocessing) if is_train else None
     transforms = None
     if augmentation is not None and transforms_on_device(device.accelerator):
-        augmentation, transforms = replace(augmentation, changes=None), augmentation.changes
+        augmentation, transforms = replace(augmentation, transforms=None), augmentation.transforms
     batches = ImageBatches(
         split,
         workload.preprocessing,

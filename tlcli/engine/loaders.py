@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.augment import changed
+from tlcli.data.augment import apply_transforms
 from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
@@ -82,7 +82,7 @@ class ImageLoader:
             yield from self._normalized(batches)
             return
         for (images, labels), seeds in zip(batches, self._batches.seeds(number, view, start), strict=True):
-            yield from self._normalized([(changed(self._transforms, images, seeds), labels)])
+            yield from self._normalized([(apply_transforms(self._transforms, images, seeds), labels)])
 
     def in_order(self) -> Iterator[Batch]:
         """Yield each image once, in order, as evaluation sees it."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tlcli.data.dataset import Dataset, Evaluated, load_dataset, load_whole
+from tlcli.data.dataset import Dataset, EvaluationSplit, load_dataset, load_evaluation_split
 from tlcli.device import machine_name
 from tlcli.engine.loaders import ActivationTensors
 from tlcli.models.build import build_model
@@ -18,8 +18,6 @@ from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec, DeviceSpec
 from tlcli.store import CacheEntry, Store, cache_dir
 
 T = TypeVar("T")
-DECODE_NOTES = "images"
-"""The name of the stored results of the decode check."""
 
 
 class ActivationReader:
@@ -80,14 +78,14 @@ class Session:
         key = (spec, seed)
         if self._dataset is None or self._dataset[0] != key:
             self._dataset = None  # frees the previous images before the next ones are read
-            self._dataset = key, load_dataset(spec, seed=seed, reporter=reporter, sound=_DecodeResults(self.store))
+            self._dataset = key, load_dataset(spec, seed=seed, reporter=reporter, store=self.store)
         return self._dataset[1]
 
     def load_evaluation_split(
         self, spec: DatasetSpec, split_name: str | None, seed: int, reporter: Reporter
-    ) -> Evaluated:
-        """Return a split of a dataset that is not trained on, as `load_whole` gives it."""
-        return load_whole(spec, split_name, seed=seed, reporter=reporter, sound=_DecodeResults(self.store))
+    ) -> EvaluationSplit:
+        """Return a split of a dataset that is not trained on, as `load_evaluation_split` gives it."""
+        return load_evaluation_split(spec, split_name, seed=seed, reporter=reporter, store=self.store)
 
     def model(
         self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int, computing: Hashable = None
@@ -132,19 +130,3 @@ def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
         if (before.root, before.max_gb, previous.ram_bytes) == (store.root, store.max_gb, ram_bytes):
             return previous
     return Session(store, ram_bytes)
-
-
-@dataclass(frozen=True)
-class _DecodeResults:
-    """Notes on which images decode and why the others do not, by the fingerprint of all of them."""
-
-    store: Store
-
-    def known(self, fingerprint: str) -> dict[str, str] | None:
-        """Return {key: reason} of the images that do not decode; None if these images were never checked."""
-        bad = self.store.read_notes(DECODE_NOTES).get(fingerprint)
-        return {str(k): str(v) for k, v in bad.items()} if isinstance(bad, dict) else None
-
-    def record(self, fingerprint: str, bad: dict[str, str]) -> None:
-        """Store the result of a check."""
-        self.store.add_note(DECODE_NOTES, fingerprint, bad)

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
-from tlcli.data.dataset import Split
+from tlcli.data.images import Split
 from tlcli.runs.run_dir import confusion_matrix
 from tlcli.text import evenly_spaced
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcli.data.source import Split
+from tlcli.data.images import Split
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.tensorfile import read_tensors, write_tensors
 

@@ -1,0 +1,381 @@
+"""Images by position, in files or in memory; splits of them; and their digests."""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, read_bytes, read_raw
+from tlcli.data.listing import Listing, resolve_classes
+from tlcli.errors import BadImagesError
+from tlcli.files import atomic_write
+from tlcli.reporter import Reporter
+from tlcli.text import join_limited
+
+S = TypeVar("S")
+T = TypeVar("T")
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+DIGEST_BYTES = 16
+"""Enough that no two images share a digest by chance."""
+SETTLED_NS = 2_000_000_000
+"""Age of a file from which its time reveals a later change: the clock of FAT has steps of 2 s."""
+PROGRESS_DELAY_SECONDS = 1.0
+
+
+class ImageSource(Protocol):
+    """Images by position. Reading may happen in several threads and processes at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pixels:
+        """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImage."""
+
+    def name(self, index: int) -> str:
+        """Return the path of the file, or a name such as digits/17."""
+
+    def key(self, index: int) -> str:
+        """Return a name that stays when the data moves: the path below the dataset's root, or such as digits/17."""
+
+    def digest(self, index: int) -> bytes:
+        """Return BLAKE2b of the file's bytes, or of shape and pixels. Raise BadImage."""
+
+
+class DigestRecord:
+    """Digests of the files below one folder, which are computed again only if a file changed.
+
+    A digest is reused if size, inode and modification time match, and the file was at least 2 s old when it was read.
+
+    Args:
+        folder: of the cache.
+        verify_all: read every file; the record is then written only.
+    """
+
+    def __init__(self, folder: Path, root: Path, *, verify_all: bool) -> None:
+        name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
+        self._file = folder / "digests" / f"{name}.json"
+        self._entries: dict[str, Any] = {}
+        self._verify_all = verify_all
+        self._changed = False
+        with suppress(OSError, ValueError):  # missing or damaged: everything is read again
+            entries = json.loads(self._file.read_bytes())
+            self._entries = entries if isinstance(entries, dict) else {}
+
+    def digest(self, path: Path, key: str) -> bytes:
+        """Return the digest of a file. Raise BadImage."""
+        try:
+            state = path.stat()
+        except (OSError, ValueError):
+            return digest_of_file(path)  # which says what is wrong
+        identity = [state.st_size, state.st_ino, state.st_mtime_ns]
+        with suppress(LookupError, TypeError, ValueError):  # no entry, or a damaged one
+            if not self._verify_all and self._entries[key][:3] == identity:
+                return bytes.fromhex(self._entries[key][3])
+        digest = digest_of_file(path)
+        if time.time_ns() - state.st_mtime_ns >= SETTLED_NS:
+            self._entries[key] = [*identity, digest.hex()]
+            self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write the record if it changed and the cache can be written."""
+        if self._changed:
+            self._changed = False
+            with suppress(OSError, UnicodeEncodeError), atomic_write(self._file) as file:
+                file.write(json.dumps(self._entries).encode())
+
+
+def digest_of_file(path: Path) -> bytes:
+    """Return BLAKE2b of the bytes of a file. Raise BadImage."""
+    return hashlib.blake2b(read_bytes(path), digest_size=DIGEST_BYTES).digest()
+
+
+def digest_of_pixels(pixels: Pixels) -> bytes:
+    """Return BLAKE2b of the shape and the values."""
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Images in files below a folder, read each time. `keys` are paths relative to it, with slashes."""
+
+    root: Path
+    keys: Sequence[str]
+    value_range: ValueRange | None = None
+    digests: DigestRecord | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def path(self, index: int) -> Path:
+        """Return the path of a file."""
+        return self.root / self.keys[index]
+
+    def read_raw(self, index: int) -> RawImage:
+        """Return an image before its values are mapped to 8 bits. Raise BadImage."""
+        return read_raw(self.path(index))
+
+    def read(self, index: int) -> Pixels:
+        return self.read_raw(index).to_pixels(self.value_range)
+
+    def name(self, index: int) -> str:
+        return str(self.path(index))
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def digest(self, index: int) -> bytes:
+        path = self.path(index)
+        return digest_of_file(path) if self.digests is None else self.digests.digest(path, self.keys[index])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArrays:
+    """Images of one size that are in memory: uint8 (n, height, width, 3)."""
+
+    arrays: Pixels
+    prefix: str
+    digests: dict[int, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def read(self, index: int) -> Pixels:
+        pixels: Pixels = self.arrays[index]
+        return pixels
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}/{index}"
+
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def digest(self, index: int) -> bytes:
+        if index not in self.digests:
+            self.digests[index] = digest_of_pixels(self.read(index))
+        return self.digests[index]
+
+
+class MemoryBudget:
+    """A number of bytes for decoded images, shared by several sources, in the process that made it only."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = nbytes
+        self.process = os.getpid()
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> bool:
+        """Take that many bytes. Return False if they are not left."""
+        if os.getpid() != self.process:  # each DataLoader worker would fill as much again
+            return False
+        with self._lock:
+            if nbytes > self.left:
+                return False
+            self.left -= nbytes
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class CachedImages:
+    """Images that stay in memory once they are read, up to the budget. Their digests always stay."""
+
+    images: ImageSource
+    memory: MemoryBudget
+    pixels: dict[int, Pixels] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Pixels:
+        pixels = self.pixels.get(index)
+        if pixels is None:
+            pixels = self.images.read(index)
+            self.store(index, pixels)
+        return pixels
+
+    def holds(self, indices: Iterable[int]) -> bool:
+        """Return True if all of these are in memory."""
+        return all(index in self.pixels for index in indices)
+
+    def store(self, index: int, pixels: Pixels) -> bool:
+        """Store an image if there is memory for it. Return True if it is in memory."""
+        if index not in self.pixels and self.memory.take(pixels.nbytes):
+            self.pixels[index] = pixels
+        return index in self.pixels
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def key(self, index: int) -> str:
+        return self.images.key(index)
+
+    def digest(self, index: int) -> bytes:
+        if index not in self.digests:
+            self.digests[index] = self.images.digest(index)
+        return self.digests[index]
+
+
+def unreadable(images: ImageSource, index: int, error: BadImage) -> BadImagesError:
+    """Return the error of an image that decoded when the dataset was loaded."""
+    return BadImagesError(f"{images.name(index)}: {error}")
+
+
+def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
+    """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
+
+    def digest(place: tuple[ImageSource, int]) -> bytes:
+        images, index = place
+        try:
+            return images.digest(index)
+        except BadImage as error:
+            raise unreadable(images, index, error) from error
+
+    return track_if_slow(map_in_threads(digest, places, 64), "reading files", len(places), reporter)
+
+
+def fingerprint(images: ImageSource, indices: Sequence[int], reporter: Reporter) -> str:
+    """Return SHA-256 over key and digest of each of these images, in order. Raise BadImagesError.
+
+    It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
+    """
+    total = hashlib.sha256()
+    digests = digests_of([(images, index) for index in indices], reporter)
+    for index, digest in zip(indices, digests, strict=True):
+        key = os.fsencode(images.key(index))  # a file's name need not be UTF-8
+        total.update(len(key).to_bytes(8, "little") + key + digest)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with their classes: `indices` are positions in `images`, `labels` positions in the classes."""
+
+    images: ImageSource
+    indices: Ints
+    labels: Ints
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> Pixels:
+        """Return the pixels of the i-th image, uint8 (height, width, 3) RGB. Do not change them in place."""
+        try:
+            return self.images.read(int(self.indices[i]))
+        except BadImage as error:
+            raise unreadable(self.images, int(self.indices[i]), error) from error
+
+    def name(self, i: int) -> str:
+        """Return the path or name of the i-th image."""
+        return self.images.name(int(self.indices[i]))
+
+    def key(self, i: int) -> str:
+        """Return the name of the i-th image that stays when the data moves."""
+        return self.images.key(int(self.indices[i]))
+
+    def fingerprint(self, positions: Ints | None = None, reporter: Reporter | None = None) -> str:
+        """Return `fingerprint` of the images at these positions (None: all). Labels do not count."""
+        indices = self.indices if positions is None else self.indices[positions]
+        return fingerprint(self.images, indices.tolist(), reporter or Reporter())
+
+    def class_counts(self, n_classes: int) -> tuple[int, ...]:
+        """Return the number of images per class."""
+        return tuple(np.bincount(self.labels, minlength=n_classes).tolist())
+
+    def take(self, positions: Ints) -> "Split":
+        """Return the images at these positions as a split."""
+        return Split(self.images, self.indices[positions], self.labels[positions])
+
+
+def full_split(images: ImageSource, labels: Iterable[int]) -> Split:
+    """Return a split of all images."""
+    values = np.fromiter(labels, dtype=np.int64)
+    return Split(images, np.arange(len(values), dtype=np.int64), values)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Classes, and the splits that the data itself has: some of train, val and test, or "all"; notes for the plan."""
+
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
+
+    def select_classes(self, selected: Iterable[str] | None, where: str) -> "Source":
+        """Return the source with the selected classes only. Raise UsageError for an unknown name."""
+        classes = resolve_classes(self.classes, selected, where)
+        position = {name: i for i, name in enumerate(classes)}
+        new_label = np.array([position.get(name, -1) for name in self.classes], dtype=np.int64)
+        relabeled = {k: Split(s.images, s.indices, new_label[s.labels]) for k, s in self.splits.items()}
+        return Source(classes, {k: s.take(np.flatnonzero(s.labels >= 0)) for k, s in relabeled.items()}, self.notes)
+
+
+def source_of_files(listing: Listing) -> Source:
+    """Return the files of a listing as images."""
+    splits = {
+        split: full_split(ImageFiles(listing.root, [key for key, _ in rows]), (label for _, label in rows))
+        for split, rows in listing.splits.items()
+    }
+    notes = []
+    if listing.ignored:
+        by_count = sorted(listing.ignored.items(), key=lambda item: -item[1])
+        endings = join_limited([f"{ending} ({n:,})" for ending, n in by_count])
+        notes.append(f"files that are not images by their names are left out: {endings}")
+    return Source(listing.classes, splits, tuple(notes))
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
+    """Yield the result of `work` for each item, in order, computed in threads. Errors are raised here.
+
+    Args:
+        chunk: items per task.
+        ahead: maximum number of tasks whose results are not taken yet; None: two per thread.
+    """
+    threads = min(16, os.cpu_count() or 1)
+    max_tasks = 2 * threads if ahead is None else ahead
+    tasks: deque[Future[list[T]]] = deque()
+    source = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while part := list(islice(source, chunk)):
+                tasks.append(pool.submit(lambda part: [work(item) for item in part], part))
+                if len(tasks) > max_tasks:
+                    yield from tasks.popleft().result()
+            while tasks:
+                yield from tasks.popleft().result()
+        finally:
+            for task in tasks:  # the caller stopped early
+                task.cancel()
+
+
+def track_if_slow(results: Iterator[T], label: str, total: int, reporter: Reporter) -> Iterator[T]:
+    """Yield the same results; the reporter tracks them once they take longer than PROGRESS_DELAY_SECONDS."""
+    start = time.monotonic()
+    count = 0
+    for result in results:
+        yield result
+        count += 1
+        if time.monotonic() - start > PROGRESS_DELAY_SECONDS:
+            break
+    if count < total:
+        with reporter.track(label, total) as advance:
+            advance(count)
+            for result in results:
+                yield result
+                advance(1)

@@ -1,0 +1,286 @@
+"""The kinds of datasets: folders, CSV files, torchvision's datasets and digits. Imports without torch and numpy."""
+
+import contextlib
+import inspect
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from tlcli.data.listing import find_bad_classes, list_folder, list_manifest, resolve_classes
+from tlcli.errors import TlcliError, UsageError
+from tlcli.registry import option
+from tlcli.reporter import Reporter
+from tlcli.specs import DatasetSpec
+from tlcli.text import did_you_mean
+
+if TYPE_CHECKING:
+    from tlcli.data.decode import Pixels
+    from tlcli.data.images import ImageSource, Ints, Source
+
+DIGITS = tuple("0123456789")
+UNPICKLING = ("LSUN", "LSUNClass")
+"""Classes that unpickle a file beside the images. CIFAR's files are pickles too, with digests that are checked."""
+
+
+@option
+class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
+    """scikit-learn's 1,797 digits of 8 by 8 pixels."""
+
+    def check(self, *, for_training: bool = True) -> None:
+        resolve_classes(DIGITS, self.classes, self.name)
+
+    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
+        import numpy as np
+        from sklearn import datasets
+
+        from tlcli.data.images import ImageArrays, Source, full_split
+
+        data = datasets.load_digits()
+        gray = np.rint(data.images * (255 / 16)).astype(np.uint8)  # values 0 to 16 spread over 0 to 255
+        images = ImageArrays(np.repeat(gray[..., None], 3, axis=3), self.name)
+        return Source(DIGITS, {"all": full_split(images, data.target)}).select_classes(self.classes, self.name)
+
+
+@option
+class ImageFolderSpec(DatasetSpec, frozen=True, tag="imagefolder"):
+    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
+
+    def check(self, *, for_training: bool = True) -> None:
+        list_folder(self.root, self.classes, for_training=for_training)
+
+    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
+        from tlcli.data.images import source_of_files
+
+        return source_of_files(list_folder(self.root, self.classes, for_training=for_training))
+
+    def without_bad_classes(self) -> tuple[DatasetSpec, list[str]]:
+        problems, classes = find_bad_classes(self.root, self.classes)
+        return (self if classes is None else structs.replace(self, classes=tuple(classes))), problems
+
+
+@option
+class ManifestSpec(DatasetSpec, frozen=True, tag="manifest"):
+    """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
+
+    file: str
+
+    def check(self, *, for_training: bool = True) -> None:
+        list_manifest(self.file, self.root, self.classes, for_training=for_training)
+
+    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
+        from tlcli.data.images import source_of_files
+
+        return source_of_files(list_manifest(self.file, self.root, self.classes, for_training=for_training))
+
+
+@option
+class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
+    """A class of torchvision.datasets, and its arguments for each split (null: no such split)."""
+
+    class_name: str
+    train: dict[str, Any]
+    val: dict[str, Any] | None
+    test: dict[str, Any] | None
+    download: bool
+
+    def check(self, *, for_training: bool = True) -> None:
+        if self.classes is not None and len(set(self.classes)) < 2:
+            raise UsageError("dataset.classes keeps fewer than two classes: name at least two")
+
+    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
+        return load_torchvision(self, reporter)
+
+    def offline(self) -> DatasetSpec:
+        return structs.replace(self, download=False)
+
+
+# -- torchvision ------------------------------------------------------------------------------------------------------
+
+
+class TorchvisionImages:
+    """Images as a torchvision dataset returns them."""
+
+    def __init__(self, items: Any, prefix: str) -> None:
+        self.items = items
+        self.prefix = prefix
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> "Pixels":
+        """Return the pixels of an image. Raise BadImage."""
+        from PIL import Image
+
+        from tlcli.data.decode import BadImage, to_rgb
+
+        try:
+            image = self.items[index][0]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadImage(" ".join(str(error).split())[:80]) from error
+        if not isinstance(image, Image.Image):
+            raise BadImage(f"a {type(image).__name__}, not an image")
+        return to_rgb(image)
+
+    def name(self, index: int) -> str:
+        """Return a name such as cifar10/train/17."""
+        return f"{self.prefix}/{index}"
+
+    key = name
+
+    def digest(self, index: int) -> bytes:
+        """Return the digest of the pixels."""
+        from tlcli.data.images import digest_of_pixels
+
+        return digest_of_pixels(self.read(index))
+
+
+def load_torchvision(spec: TorchvisionDatasetSpec, reporter: Reporter) -> "Source":
+    """Return the splits of a torchvision dataset, downloaded if `download` is true and nothing is there yet.
+
+    Labels are read without decoding images; classes without names are called by their numbers.
+
+    Raises:
+        UsageError: torchvision does not have the class or an argument, or the data is missing.
+        TlcliError: the download failed.
+    """
+    import numpy as np
+
+    from tlcli.data.images import Source, full_split
+
+    arguments = {"train": spec.train, "val": spec.val, "test": spec.test}
+    if spec.val is None and spec.test is None:
+        arguments = {"all": spec.train}
+    sets = {k: _open_set(spec, dict(value), reporter) for k, value in arguments.items() if value is not None}
+    labels = {k: _labels(spec, items) for k, items in sets.items()}
+    classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
+    root = Path(spec.root or "").expanduser()
+    splits = {k: full_split(_images(s, root, f"{spec.name}/{k}"), labels[k]) for k, s in sets.items()}
+    # some name classes that no image has, as EMNIST's letters do with "N/A"
+    in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
+    return Source(classes, splits).select_classes(in_use if spec.classes is None else spec.classes, spec.name)
+
+
+def dataset_class(name: str) -> Any:
+    """Return the class of torchvision.datasets of this name. Raise UsageError; no other code can be named."""
+    from torchvision import datasets
+
+    base = datasets.VisionDataset
+    exported = {n: getattr(datasets, n) for n in datasets.__all__}
+    known = [n for n, c in exported.items() if inspect.isclass(c) and issubclass(c, base) and c is not base]
+    if name in UNPICKLING:
+        raise UsageError(
+            f"dataset.class_name: torchvision's {name} unpickles a file beside the images, which could run any code: "
+            f"use dataset=imagefolder"
+        )
+    if name not in known:
+        raise UsageError(f"dataset.class_name: torchvision.datasets has no {name!r}.{did_you_mean(name, known)}")
+    return exported[name]
+
+
+def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter: Reporter) -> Any:
+    """Return the dataset of one split: from root if it is there, else downloaded."""
+    import tarfile
+    import zipfile
+
+    make = dataset_class(spec.class_name)
+    takes = inspect.signature(make).parameters
+    for name in arguments:
+        if name not in takes or name in ("root", "download") or name.endswith("transform"):
+            raise UsageError(f"dataset: torchvision's {spec.class_name} takes no {name!r}.{did_you_mean(name, takes)}")
+    if "root" in takes:
+        if spec.root is None:
+            raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
+        arguments["root"] = str(Path(spec.root).expanduser())
+    can_download = "download" in takes
+    try:
+        try:
+            return make(**arguments)
+        except (RuntimeError, OSError) as error:  # missing or incomplete
+            if not can_download or not spec.download:
+                remedy = "set dataset.download=true" if can_download else "torchvision cannot download it"
+                reason = f"not found under {spec.root} ({_first_sentence(error)})"
+                raise UsageError(f"{spec.name}: {reason}: {remedy}, or put it there") from error
+        reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
+        try:
+            with _no_bars_off_a_terminal(), _archives_stay_in_their_folder():
+                return make(download=True, **arguments)
+        except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+            raise TlcliError(
+                f"{spec.name}: the download failed ({_first_sentence(error)}). Offline, put the data under "
+                f"{arguments.get('root')} as torchvision keeps it, or use dataset=imagefolder"
+            ) from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"dataset {spec.name}: {' '.join(str(error).split())}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:100].rstrip(".")
+
+
+@contextlib.contextmanager
+def _archives_stay_in_their_folder() -> Iterator[None]:
+    """Extract tar files safely: torchvision uses Python's default, which before 3.14 lets them write anywhere."""
+    import tarfile
+
+    previous = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = previous
+
+
+def _no_bars_off_a_terminal() -> contextlib.AbstractContextManager[object]:
+    """Hide torchvision's progress bars unless stderr is a terminal."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
+    """Return the class of each image. torchvision's classes keep them under several names."""
+    import numpy as np
+
+    for name in ("targets", "labels", "_labels", "y"):
+        if (values := getattr(items, name, None)) is not None:
+            break
+    else:
+        values = [pair[1] for pair in getattr(items, "_samples", ())]
+    try:
+        labels: np.ndarray[Any, Any] = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        labels = np.empty(0)
+    if labels.shape != (len(items),) or labels.dtype.kind not in "iu" or (labels < 0).any():
+        raise UsageError(
+            f"dataset: torchvision's {spec.class_name} does not give each image one class; tlcli does single-label "
+            f"classification"
+        )
+    return labels.astype(np.int64)
+
+
+def _class_names(items: Any, count: int) -> tuple[str, ...]:
+    """Return the names of the classes: all synonyms of an ImageNet class; with its number if two have the same name."""
+    names = getattr(items, "classes", None) or getattr(items, "categories", None)
+    if not isinstance(names, Sequence) or len(names) < count:
+        return tuple(str(i) for i in range(count))
+    plain = [name if isinstance(name, str) else ", ".join(name) for name in names]
+    uses = Counter(plain)
+    return tuple(name if uses[name] == 1 else f"{name} ({i})" for i, name in enumerate(plain))
+
+
+def _images(items: Any, root: Path, prefix: str) -> "ImageSource":
+    """Return the files if the dataset has a list of them, so that they are decoded as all files are."""
+    import os
+
+    from tlcli.data.images import ImageFiles
+
+    for name in ("_image_files", "_images", "samples", "_samples"):
+        listed = getattr(items, name, None)
+        if isinstance(listed, list) and len(listed) == len(items):
+            paths = [x[0] if isinstance(x, tuple) else x for x in listed]
+            if all(isinstance(path, str | Path) for path in paths):
+                return ImageFiles(root, [Path(os.path.relpath(path, root)).as_posix() for path in paths])
+    return TorchvisionImages(items, prefix)
