@@ -21,7 +21,7 @@ from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, t
 from benchmarks.run import out_folder, parser, publish, publish_measures
 from tlcli.data.decode import read_image, to_rgb
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import threads
+from tlcli.device import limit_threads
 from tlcli.specs import Fit
 
 TLCLI, WHOLE, TRANSFORMS = "tlcli", "the same from all pixels", "Pillow, Resize, CenterCrop"
@@ -78,7 +78,7 @@ def rates(files: Sequence[bytes], settings: Settings) -> Rounds:
 
         return rate
 
-    with threads(1):
+    with limit_threads(1):
         return interleaved({name: timer(way) for name, way in ways(settings).items()}, settings.rounds)
 
 

@@ -24,7 +24,7 @@ from tlcli.data.duplicates import (
     near_duplicates,
 )
 from tlcli.data.images import Ints
-from tlcli.device import prepare
+from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import features
@@ -113,7 +113,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, *, quick: 
         quick: run no network, so find neither near duplicates nor wrong labels.
     """
     start = time.perf_counter()
-    accelerator = prepare(spec.device)
+    accelerator = setup_process(spec.device)
     dataset, problems = spec.dataset.without_bad_classes()
     spec = structs.replace(
         spec,

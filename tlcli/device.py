@@ -1,4 +1,4 @@
-"""Which accelerator, precision and memory format a run uses, and why; seeding and determinism."""
+"""The accelerator of a run with its number and memory formats, and settings of the process."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from tlcli.specs import Accelerator, DeviceSpec, Precision
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 PROCESS_THREADS = torch.get_num_threads()
 """Threads of arithmetic of a job that names no number."""
-SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
@@ -31,53 +31,53 @@ class Device:
     workers: int
 
     @property
-    def words(self) -> str:
-        """The accelerator, its formats and how images are decoded, in one line."""
-        words = [
+    def description(self) -> str:
+        """Return the accelerator, its formats and how images are decoded, in one line."""
+        parts = [
             accelerator_name(self.accelerator),
-            f"training in {SHORT[self.train_dtype]}, evaluation in {SHORT[self.eval_dtype]}",
+            f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}",
             "channels_last" if self.memory_format == torch.channels_last else "contiguous",
         ]
         if self.accelerator.type == "cpu":
-            words.append(f"{torch.get_num_threads()} threads")
-        words.append(f"{self.workers} decoding workers" if self.workers else "decoding in process")
-        return ", ".join(words)
+            parts.append(f"{torch.get_num_threads()} threads")
+        parts.append(f"{self.workers} decoding workers" if self.workers else "decoding in process")
+        return ", ".join(parts)
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
-        """Forward passes in `dtype`; weights and the loss stay float32."""
+        """Run forward passes in `dtype`; weights and the loss stay float32."""
         return autocast(self.accelerator, dtype)
 
     def place(self, network: nn.Module) -> None:
-        """Move a network's weights here, in this memory format."""
+        """Move the weights of a network to this device, in this memory format."""
         network.to(device=self.accelerator, memory_format=self.memory_format)  # type: ignore[call-overload]
 
-    def put(self, batch: Tensor) -> Tensor:
-        """A batch on this device; on CUDA, where host memory is pinned, the copy overlaps with arithmetic."""
+    def to_device(self, batch: Tensor) -> Tensor:
+        """Return a batch on this device; on CUDA the copy from pinned memory overlaps with arithmetic."""
         return batch.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
 
-    def compile_where_asked(self, network: nn.Module) -> None:
-        """torch.compile, in place: the names of tensors stay as they are."""
+    def compile_if_set(self, network: nn.Module) -> None:
+        """Compile a network in place if the spec asks for it; the names of its tensors stay."""
         if self.compile:
             network.compile()
 
 
 def autocast(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Arithmetic in `dtype` as far as PyTorch finds it safe; float32 is what there is without."""
+    """Return the context of arithmetic in `dtype`, as far as PyTorch finds it safe."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(accelerator.type, dtype=dtype)
 
 
 @contextmanager
-def threads(n: int | None) -> Iterator[None]:
-    """So many threads of arithmetic on the CPU within the block; None: as many as there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
+def limit_threads(n: int | None) -> Iterator[None]:
+    """Use n CPU threads for arithmetic in the block; None: as many as now."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(n or previous)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
-def prepare(spec: DeviceSpec, threads: int | None = None) -> torch.device:
+def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     """Set threads, determinism and the allocator of this process, and return the accelerator.
 
     `threads` is the number of threads of a resumed run. Every setting is set anew: an earlier job of the process may
@@ -89,26 +89,27 @@ def prepare(spec: DeviceSpec, threads: int | None = None) -> torch.device:
         torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
-    if spec.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+    if accelerator.type == "cuda":  # also if this job is not deterministic: cuBLAS reads it once per process
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if accelerator.type == "cpu":
         keep_freed_memory()
     return accelerator
 
 
 def find_accelerator(kind: Accelerator) -> torch.device:
-    """The accelerator asked for; `auto` takes CUDA, then MPS, then the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Return the accelerator of this kind; `auto` takes CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind is Accelerator.auto:
-        return torch.device(next(name for name, is_there in there.items() if is_there))
-    if not there[kind.value]:
-        usable = ", ".join(name for name, is_there in there.items() if is_there)
-        raise UsageError(f"device={kind.value}: PyTorch {torch.__version__} finds none here. Usable: {usable}, auto.")
+        return torch.device(next(name for name, usable in available.items() if usable))
+    if not available[kind.value]:
+        names = ", ".join(name for name, usable in available.items() if usable)
+        reason = f"PyTorch {torch.__version__} finds no such device. Available: {names}, auto"
+        raise UsageError(f"device={kind.value} is not available: {reason}.")
     return torch.device(kind.value)
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    """Return True if the CPU has bfloat16 instructions (AVX512-BF16 or AMX)."""
     if not hasattr(torch.cpu, "get_capabilities"):  # not in every release of our range
         return False
     capabilities = torch.cpu.get_capabilities()
@@ -116,10 +117,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step instead of returning it to the kernel.
+    """Make glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    Large activations are otherwise mapped anew each step, and the page faults cost up to a third of the time.
-    Does nothing where the C library is another.
+    Otherwise large activations are mapped again in each step, and the page faults cost up to a third of the time. Does
+    nothing with another C library.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return
@@ -138,21 +139,24 @@ def synchronize(accelerator: torch.device) -> None:
 
 
 def auto_workers(accelerator: torch.device) -> int:
-    """One a core, at most 8, beside a CUDA GPU on Linux. None on a CPU, where decoding and arithmetic share the cores,
-    and none where workers cannot be forked: each would be sent the images that are in memory."""
+    """Return one per core, at most 8, with CUDA on Linux.
+
+    None on a CPU, where decoding and arithmetic share the cores, and none if workers cannot be forked: the images in
+    memory would be sent to each.
+    """
     forks = platform.system() == "Linux"
     return min(8, os.cpu_count() or 1) if accelerator.type == "cuda" and forks else 0
 
 
 def accelerator_name(accelerator: torch.device) -> str:
-    """What a person calls this accelerator."""
+    """Return the name of an accelerator for people."""
     if accelerator.type == "cuda":
         return torch.cuda.get_device_name(accelerator)
     return {"cpu": "CPU", "mps": "Apple GPU"}[accelerator.type]
 
 
 def machine_name(accelerator: torch.device) -> str:
-    """What a measurement of speed holds for: the accelerator, and on a CPU its model, instructions and threads."""
+    """Return what a measured speed depends on: the accelerator, or the model, instructions and threads of a CPU."""
     if accelerator.type == "cuda":
         return accelerator_name(accelerator)
     instructions = torch.backends.cpu.get_cpu_capability()
@@ -161,7 +165,7 @@ def machine_name(accelerator: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """The processor's name as the system knows it."""
+    """Return the name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a stream of the kernel's
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -13,7 +13,7 @@ from msgspec import structs
 from tlcli.data.dataset import Dataset
 from tlcli.data.images import Split
 from tlcli.data.sources import ManifestSpec
-from tlcli.device import DTYPES, prepare
+from tlcli.device import DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.calibration import calibration_report
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
@@ -85,7 +85,7 @@ def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
     own = loaded.preprocessing  # whatever size another dataset suggests
     image = structs.replace(request.spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
     spec = structs.replace(request.spec, image=image)
-    accelerator = prepare(spec.device)
+    accelerator = setup_process(spec.device)
     session = session_for(spec.cache)
     images = _find_images(request, loaded, session, reporter)
     classifier = _as_trained(loaded, spec)
@@ -98,7 +98,7 @@ def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
     inputs = Inputs(decisions, workload, ["test"])
     inputs.device.place(classifier.network)
     loader = inputs.open("test", reporter)
-    inputs.device.compile_where_asked(inputs.trained_network)
+    inputs.device.compile_if_set(inputs.trained_network)
     predictions = evaluate(classifier.network, loader, inputs.device, reporter, images.split_name)
     report = _report(predictions, loaded, images)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec import structs
 
 from tlcli.data.dataset import Dataset, load_without_decoding
-from tlcli.device import prepare
+from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.costs import Cached, CostMeter, Shared, Speeds, decoding_seconds, sample_of, settle
 from tlcli.engine.session import session_for
@@ -82,7 +82,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
     that does not decode.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    accelerator = prepare(spec.device)
+    accelerator = setup_process(spec.device)
     session = session_for(spec.cache)
     data = load_without_decoding(spec.dataset, seed=spec.seed, reporter=reporter)
     model = _model(spec, data.classes)
@@ -116,7 +116,7 @@ def inspect(spec: TrainSpec, linear: AugmentSpec, reporter: Reporter) -> Inspect
         size=meter.workload.preprocessing.size,
         epochs=spec.epochs,
         batch_size=spec.batch_size,
-        device=shared.live[0].words,
+        device=shared.live[0].description,
         cores=os.cpu_count() or 1,
         load=load,
         stages=stages,

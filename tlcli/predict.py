@@ -16,7 +16,7 @@ from tlcli.data.decode import BadImage, read_image
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name
+from tlcli.device import DTYPE_NAMES, DTYPES, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.decisions import FORCE_COMPILE_IMAGES, recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.numerics import ComputeFormat
@@ -90,7 +90,7 @@ class Predictor:
     @property
     def description(self) -> str:
         """The dtype and the optimizations in use."""
-        return f"{SHORT[self.compute_format.dtype]}, {self._extractor.why or 'not run yet'}"
+        return f"{DTYPE_NAMES[self.compute_format.dtype]}, {self._extractor.why or 'not run yet'}"
 
     def predict(
         self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None

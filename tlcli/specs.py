@@ -262,7 +262,7 @@ class OptimizerSpec(OptionSpec, frozen=True):
     decay_norm_and_bias: bool
 
     def build(self, groups: Sequence[Any]) -> Any:
-        """Return the torch optimizer over these parameter groups (transfer.groups.Group); each keeps its name."""
+        """Return the torch optimizer over these groups (transfer.groups.ParameterGroup); each keeps its name."""
         raise NotImplementedError
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from tlcli.device import prepare
+from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
 from tlcli.engine.evaluate import evaluate, features
@@ -31,7 +31,7 @@ def train(
     """
     record = Recorder(run, reporter, spec, resume)
     with record.phase("setup"):
-        accelerator = prepare(spec.device, threads=resume.threads if resume else None)
+        accelerator = setup_process(spec.device, threads=resume.threads if resume else None)
         machine = machine_info(accelerator)
         data = session.dataset(spec.dataset, spec.seed, reporter)
         computing = compute_key(spec.device, accelerator)
@@ -52,7 +52,7 @@ def train(
     with record.phase("probe"):
         start = resume.restore(inputs, trainer, reporter) if resume else begin(inputs, loaders, reporter)
     record.inputs(inputs)
-    inputs.device.compile_where_asked(loaders.train.network)
+    inputs.device.compile_if_set(loaders.train.network)
 
     best_epoch, state = start.best_epoch, {"head_is_ready": start.head_is_ready, "machine": machine}
     checkpoints = record.checkpoints(classifier.network, trainer, lambda: {**state, **provenance(inputs)})

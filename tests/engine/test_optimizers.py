@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.conftest import Compose
 from tlcli.registry import options
-from tlcli.transfer.groups import Group
+from tlcli.transfer.groups import ParameterGroup as Group
 
 PLAIN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False),
@@ -17,12 +17,19 @@ PLAIN: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def trained(make: Callable[[list[Group]], torch.optim.Optimizer]) -> tuple[list[Tensor], torch.optim.Optimizer]:
+def trained(
+    make: Callable[[list[Group]], torch.optim.Optimizer],
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
     """Return the weights after five steps of two groups, and the optimizer."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     body, head = tuple(network[0].parameters()), tuple(network[2].parameters())
-    optimizer = make([Group("body", body, lr=1e-3, weight_decay=0.0), Group("head", head, lr=1e-2, weight_decay=0.1)])
+    optimizer = make(
+        [
+            Group("body", body, lr=1e-3, weight_decay=0.0),
+            Group("head", head, lr=1e-2, weight_decay=0.1),
+        ]
+    )
     for _ in range(5):
         optimizer.zero_grad()
         network(torch.randn(4, 7)).square().sum().backward()

@@ -1,7 +1,6 @@
 """Parameter groups: rates by stage, decay where it belongs, everything trainable once."""
 
 import pytest
-import torch
 
 from tests.conftest import Compose
 from tlcli.models.build import build_model
@@ -45,6 +44,24 @@ def test_biases_and_norms_do_not_decay_unless_asked(spec: Compose, model: Classi
                 assert group.weight_decay == (0.3 if parameter.ndim > 1 or asked else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["backbone=timm", "backbone.name=test_vit"], {"cls_token", "pos_embed", "reg_token"}),
+        (["backbone=vit_b_16"], {"class_token", "encoder.pos_embedding"}),
+    ],
+)
+def test_tokens_and_positions_do_not_decay(spec: Compose, words: list[str], expected: set[str]) -> None:
+    size = 160 if "backbone=timm" in words else 32
+    model = build_model(spec(*words, "backbone.weights=none").backbone, ("a", "b"), size=size, seed=0)
+    names = {id(p): name for name, p in model.network.named_parameters()}
+    free = {
+        names[id(p)] for g in parameter_groups(spec().optimizer, model) for p in g.parameters if g.weight_decay == 0
+    }
+    embeddings = {name for name in free if model.network.get_parameter(name).ndim > 1}
+    assert expected & set(names.values()) == embeddings
+
+
 def test_table_counts_what_trains(spec: Compose, model: Classifier) -> None:
     apply_freeze(spec("freeze=last_stages").freeze, model)
     rows = {row.name: row for row in freeze_table(spec().optimizer, model)}
@@ -52,17 +69,3 @@ def test_table_counts_what_trains(spec: Compose, model: Classifier) -> None:
     assert rows["layer4"].trainable == rows["layer4"].parameters
     assert rows["layer3"].trainable == 0
     assert rows["layer3"].lr is None
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
-)
-def test_optimizers_get_what_the_spec_says(spec: Compose, model: Classifier, name: str, kind: type) -> None:
-    apply_freeze(spec("freeze=head").freeze, model)
-    of = spec(f"optimizer={name}", "optimizer.lr=0.25").optimizer
-    optimizer = of.build(parameter_groups(of, model))
-    assert type(optimizer) is kind
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in model.network.parameters() if p.requires_grad
-    }
-    assert all(g["lr"] == 0.25 for g in optimizer.param_groups)

@@ -26,7 +26,7 @@ from tlcli.data.dataset import Dataset
 from tlcli.data.decode import decoder
 from tlcli.data.images import Split
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import SHORT, auto_workers, machine_name
+from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
 from tlcli.engine.extraction import Extractor, Speed
 from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.numerics import ComputeFormat
@@ -73,7 +73,7 @@ def activations_key(
         "decoder": decoder(),
         "rows": ROW_FORMAT_VERSION,
         "view": None if view is None else to_plain({"kind": view.augment.kind, **asdict(view)}),
-        "dtype": SHORT[dtype],
+        "dtype": DTYPE_NAMES[dtype],
         "columns": [asdict(column) for column in columns],
         "device": device_kind,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
@@ -151,7 +151,7 @@ class SplitActivations:
             images=len(self),
             seconds=time.perf_counter() - start,
             compile_seconds=compile_seconds,
-            dtype=SHORT[extractor.numerics.dtype],
+            dtype=DTYPE_NAMES[extractor.numerics.dtype],
             memory_format=str(extractor.numerics.memory_format).removeprefix("torch."),
             why=extractor.why,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tlcli.device import DTYPES, SHORT, Device
+from tlcli.device import DTYPE_NAMES, DTYPES, Device
 from tlcli.engine.activations import SplitActivations, Workload
 from tlcli.engine.numerics import SAMPLE, Autotuner, ComputeFormat, candidates, forward_step, training_step
 from tlcli.errors import UsageError
@@ -28,7 +28,7 @@ SMALL_ROW_BYTES = 64 * 1024
 READ_SECONDS_PER_BYTE, WRITE_SECONDS_PER_BYTE = 1e-9, 2e-9
 """What reading and writing activations is taken to cost: 1 and 0.5 GB/s, a slow SSD."""
 RECORDED = "as recorded"
-_DTYPES = {SHORT[dtype]: dtype for dtype in DTYPES.values()}
+_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Decisions:
     def to_json(self) -> dict[str, Any]:
         """Return the value that run.json stores."""
         return {
-            "train_precision": SHORT[self.train_dtype],
-            "eval_precision": SHORT[self.eval_dtype],
+            "train_precision": DTYPE_NAMES[self.train_dtype],
+            "eval_precision": DTYPE_NAMES[self.eval_dtype],
             "channels_last": self.memory_format == torch.channels_last,
             "cut": self.cut,
             "extraction_batch": self.extraction_batch,

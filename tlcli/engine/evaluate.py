@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tlcli.device import Device, threads
+from tlcli.device import Device, limit_threads
 from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import Predictions
 from tlcli.models.classifier import eval_mode
@@ -18,7 +18,7 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
     with (
         eval_mode(network),
         torch.inference_mode(),
-        threads(loader.threads),
+        limit_threads(loader.threads),
         reporter.track(label, len(loader)) as advance,
     ):
         for x, y in loader.in_order():

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import SHORT, autocast, synchronize
+from tlcli.device import DTYPE_NAMES, autocast, synchronize
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype
@@ -95,7 +95,7 @@ class Extractor:
         if self._columns is None:
             size = self._preprocessing.size
             rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            self._columns = tuple(Column(SHORT[t.dtype], tuple(t.shape[1:])) for t in rows)
+            self._columns = tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
         return self._columns
 
     def expect(self, images: int) -> None:

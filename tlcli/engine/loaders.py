@@ -121,7 +121,7 @@ class ActivationLoader:
     ) -> None:
         self.network, self.head, self.dtype = network, head, dtype
         self.threads = None if head is None else 1
-        self._views, self._rows, self._labels = views, rows, device.put(labels)
+        self._views, self._rows, self._labels = views, rows, device.to_device(labels)
         self._device, self._batch_size, self._seed = device, batch_size, seed
         row_bytes = sum(t[0].numel() * t.element_size() for t in views[0])
         self._rows_at_once = max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
@@ -152,7 +152,7 @@ class ActivationLoader:
                 yield tuple(t.detach() for t in x), y  # else autograd objects to a write into one of the views
 
     def _prepared(self, t: Tensor) -> Tensor:
-        x = self._device.put(t)
+        x = self._device.to_device(t)
         if self.dtype == torch.float32:
             x = x.float()
         if x.ndim == 4:  # stored as (B, H, W, C)
@@ -165,13 +165,13 @@ def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device)
     of its own while the current one is used."""
     if device.accelerator.type != "cuda":
         for x, y in batches:
-            yield device.put(x), device.put(y)
+            yield device.to_device(x), device.to_device(y)
         return
     copies = torch.cuda.Stream(device.accelerator)  # type: ignore[no-untyped-call]
     previous: tuple[Tensor, Tensor] | None = None
     for x, y in batches:
         with torch.cuda.stream(copies):
-            copied = device.put(x), device.put(y)
+            copied = device.to_device(x), device.to_device(y)
         if previous is not None:
             yield _wait_for_copy(previous, copies, device)
         previous = copied

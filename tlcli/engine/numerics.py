@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcli.device import DTYPES, SHORT, autocast, cpu_has_bfloat16, machine_name, synchronize
+from tlcli.device import DTYPE_NAMES, DTYPES, autocast, cpu_has_bfloat16, machine_name, synchronize
 from tlcli.engine.gradients import fp32_depthwise_backward
 from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
@@ -48,7 +48,7 @@ class ComputeFormat:
     @property
     def words(self) -> str:
         """The format for people: `bfloat16, channels_last`."""
-        return f"{SHORT[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
+        return f"{DTYPE_NAMES[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
 
 
 def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:

@@ -12,7 +12,7 @@ from tlcli.specs import FractionBelowOne, OptimizerSpec
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from tlcli.transfer.groups import Group
+    from tlcli.transfer.groups import ParameterGroup
 
 
 @option
@@ -21,7 +21,7 @@ class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
 
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
-    def build(self, groups: "Sequence[Group]") -> "Optimizer":
+    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
         """Return the optimizer over these groups."""
         from torch.optim import AdamW
 
@@ -35,7 +35,7 @@ class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
 
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
-    def build(self, groups: "Sequence[Group]") -> "Optimizer":
+    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
         """Return the optimizer over these groups."""
         from torch.optim import Adam
 
@@ -53,7 +53,7 @@ class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=true needs optimizer.momentum above 0")
 
-    def build(self, groups: "Sequence[Group]") -> "Optimizer":
+    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
         """Return the optimizer over these groups."""
         from torch.optim import SGD
 
@@ -61,5 +61,5 @@ class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
         return SGD(_torch_groups(groups), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
-def _torch_groups(groups: "Sequence[Group]") -> list[dict[str, Any]]:
+def _torch_groups(groups: "Sequence[ParameterGroup]") -> list[dict[str, Any]]:
     return [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups]

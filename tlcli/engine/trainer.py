@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
-from tlcli.device import Device, threads
+from tlcli.device import Device, limit_threads
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule
@@ -98,7 +98,7 @@ class Trainer:
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         self._progress = progress
         batches, start = loader.epoch(epoch, progress.batches), time.perf_counter()
-        with threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
+        with limit_threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
             advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
                 with defer_interrupts:

@@ -73,7 +73,7 @@ class Recorder:
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             memory_format=str(device.memory_format),
-            numerics={"device": device.words, **inputs.numerics},
+            numerics={"device": device.description, **inputs.numerics},
             **{f"n_{name}": n for name, n in self._sizes.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
@@ -98,7 +98,7 @@ class Recorder:
                 stages=stages,
                 training=f"{epochs}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
                 f"head from {spec.freeze.head_init.value}, keeps the epoch best in validation {spec.keep_best.value}",
-                device=device.words,
+                device=device.description,
                 activations=inputs.summary,
                 notes=(*classifier.notes, *data.notes, *measured),
             )

@@ -1,4 +1,4 @@
-"""Parameter groups: each stage at its own rate, weight decay where it belongs."""
+"""Parameter groups of the optimizer: a learning rate per stage, and weight decay where it belongs."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,13 @@ from tlcli.models.classifier import Classifier, count
 from tlcli.reporter import StageRow
 from tlcli.specs import OptimizerSpec
 
+EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding")
+"""Last names of tokens and of tables of positions, in timm and torchvision; timm's networks list further ones."""
+
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters of one stage with one rate and one weight decay."""
+class ParameterGroup:
+    """Parameters of one stage with one learning rate and one weight decay."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
@@ -19,43 +22,47 @@ class Group:
     weight_decay: float
 
 
-def stage_rates(spec: OptimizerSpec, model: Classifier) -> dict[str, float]:
-    """The rate of each stage: lr * head_lr_mult for the head, lr * layer_decay**d for the stage d before it.
+def stage_rates(spec: OptimizerSpec, classifier: Classifier) -> dict[str, float]:
+    """Return the learning rate per stage: lr * head_lr_mult for the head, else lr * layer_decay**d, d stages before it.
 
-    (Layer-wise decay as in BEiT, Bao et al. 2021: the last stage before the head has d = 1.)
+    This is layer-wise decay as in BEiT (Bao et al. 2021); the last stage before the head has d = 1.
     """
-    depth = len(model.stages) - 1
-    rates = {stage.name: spec.lr * spec.layer_decay ** (depth - i) for i, stage in enumerate(model.stages)}
+    depth = len(classifier.stages) - 1
+    rates = {stage.name: spec.lr * spec.layer_decay ** (depth - i) for i, stage in enumerate(classifier.stages)}
     rates["head"] = spec.lr * spec.head_lr_mult
     return rates
 
 
-def parameter_groups(spec: OptimizerSpec, model: Classifier) -> list[Group]:
-    """The trainable parameters, from input to output, a group for each stage and weight decay; none is empty.
+def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[ParameterGroup]:
+    """Return the trainable parameters from input to output, one group per stage and weight decay; none is empty.
 
-    Biases and the scales of normalisation (tensors of one dimension or none) have no weight decay, unless
-    `decay_norm_and_bias`.
+    Unless `decay_norm_and_bias` is set, there is no weight decay for biases and scales of normalization (tensors of one
+    dimension or none) and for tokens and positions of transformers.
     """
-    rates = stage_rates(spec, model)
-    trainable = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
-    groups: list[Group] = []
-    for stage in model.stages:
-        inside = [p for name, p in trainable.items() if name in stage.tensors]
-        decayed = [p for p in inside if p.ndim > 1 or spec.decay_norm_and_bias]
-        plain = [p for p in inside if not (p.ndim > 1 or spec.decay_norm_and_bias)]
+    network, rates = classifier.network, stage_rates(spec, classifier)
+    listed = getattr(network, "no_weight_decay", set)()  # timm's
+    trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    groups: list[ParameterGroup] = []
+    for stage in classifier.stages:
+        decayed, plain = [], []
+        for name, parameter in trainable:
+            if name in stage.tensors:
+                is_embedding = name in listed or name.rpartition(".")[2] in EMBEDDINGS
+                decays = spec.decay_norm_and_bias or (parameter.ndim > 1 and not is_embedding)
+                (decayed if decays else plain).append(parameter)
         for name, members, decay in ((stage.name, decayed, spec.weight_decay), (f"{stage.name}/no_decay", plain, 0.0)):
             if members:
-                groups.append(Group(name, tuple(members), rates[stage.name], decay))
+                groups.append(ParameterGroup(name, tuple(members), rates[stage.name], decay))
     return groups
 
 
-def freeze_table(spec: OptimizerSpec, model: Classifier) -> tuple[StageRow, ...]:
-    """A row for each stage: its parameters, how many of them train, and at which rate."""
-    rates = stage_rates(spec, model)
-    rows: list[StageRow] = []
-    parameters = dict(model.network.named_parameters())
-    for stage in model.stages:
-        inside = [p for name, p in parameters.items() if name in stage.tensors]
-        trainable = count(p for p in inside if p.requires_grad)
-        rows.append(StageRow(stage.name, count(inside), trainable, rates[stage.name] if trainable else None))
+def freeze_table(spec: OptimizerSpec, classifier: Classifier) -> tuple[StageRow, ...]:
+    """Return a row per stage: its parameters, how many of them train, and the learning rate."""
+    rates = stage_rates(spec, classifier)
+    parameters = dict(classifier.network.named_parameters())
+    rows = []
+    for stage in classifier.stages:
+        members = [p for name, p in parameters.items() if name in stage.tensors]
+        trainable = count(p for p in members if p.requires_grad)
+        rows.append(StageRow(stage.name, count(members), trainable, rates[stage.name] if trainable else None))
     return tuple(rows)
