@@ -1,5 +1,6 @@
 """Parameter groups of the optimizer: a learning rate per stage, and weight decay where it belongs."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,11 +41,12 @@ def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[Parame
     dimension or none) and for tokens and positions of transformers.
     """
     network, rates = classifier.network, stage_rates(spec, classifier)
-    listed = getattr(network, "no_weight_decay", set)()  # timm's
+    listed: Collection[str] = getattr(network, "no_weight_decay", set)()  # timm's
     trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     groups: list[ParameterGroup] = []
     for stage in classifier.stages:
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in trainable:
             if name in stage.tensors:
                 is_embedding = name in listed or name.rpartition(".")[2] in EMBEDDINGS
