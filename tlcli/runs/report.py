@@ -2,7 +2,7 @@
 
 Its Content-Security-Policy allows one style sheet, by its digest, and images that are in the file. Everything that
 comes from a run is escaped by jinja2. A run may have failed at any point, be of an older release, or come from another
-person: values that are missing or of another type are left out.
+person: the templates leave out values that are missing or of another type.
 """
 
 import base64
@@ -13,14 +13,13 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
@@ -38,6 +37,8 @@ from tlcli.text import duration_text
 
 T = TypeVar("T")
 View = dict[str, Any]
+Draw = Callable[[Any], None]
+Margins = tuple[int, int, int, int]
 ImageReaders = Mapping[str, Callable[[], Pixels]]
 
 GENERATOR = "tlcli report"
@@ -53,45 +54,18 @@ GALLERY_IMAGES, THUMBNAIL_SIDE, PIXELATED_SIDE = 24, 160, 96
 UNDECIDED_MARGIN = 0.5
 """Difference of the two highest probabilities below which an image is undecided."""
 
-CHART_SIZE, CHART_MARGINS = (420, 262), (48, 14, 40, 46)
-PHASES = {
-    "setup": "Load data and network",
-    "extract": "Run the frozen part",
-    "probe": "Fit the first head",
-    "train": "Train",
-    "validate": "Validate",
-    "test": "Test",
-    "plots": "Draw plots",
-    "calibrate": "Calibrate",
-}
-
-
-# -- values of a type
-
 
 def of_type(value: Any, kind: type[T]) -> T | None:
     """Return the value if it has this type, else None. A float is finite, and may be stored as an int."""
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, kind)
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
-        return None
-    return value
+    is_other = isinstance(value, bool) or not isinstance(value, kind)
+    return None if is_other or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
-def get(values: Any, path: str, kind: type[T]) -> T | None:
-    """Return the value at a path such as `best.epoch` if it has this type, else None."""
-    for key in path.split("."):
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return of_type(values, kind)
-
-
-def strings(values: Any) -> list[str]:
-    """Return the strings of a list."""
-    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 # -- a run
@@ -104,69 +78,55 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         images: functions that decode the images of the run's data set, by key.
         images_reason: why there are no images.
     """
-    info, test, rows = run.info, run.test(), run.metrics()
-    status = get(info, "status", str) or "damaged"
+    info, test, config = run.info, run.test(), run.config()
+    status = of_type(info.get("status"), str) or "damaged"
     if status == "running" and process_has_exited(info):
         status = "killed"
-    name, accuracy = get(info, "name", str) or run.path.resolve().name, get(test, "accuracy", float)
-    best_epoch = get(info, "best.epoch", int)
-    seconds = {key: of_type(value, float) for key, value in (get(info, "seconds", dict) or {}).items()}
-    total_seconds = seconds.pop("total", None)
-    is_cached = (get(info, "cache", dict) or {}).get("used") is True
-    stage_types = {"name": str, "parameters": int, "trainable": int, "lr": float}
-    stages = [
-        {key: get(stage, key, kind) for key, kind in stage_types.items()} for stage in get(info, "stages", list) or []
-    ]
+    name, accuracy = of_type(info.get("name"), str) or run.path.resolve().name, of_type(test.get("accuracy"), float)
+    epochs = _epochs(run.metrics())
+    seconds = {key: of_type(value, float) for key, value in mapping(info.get("seconds")).items() if key != "total"}
     return {
         "run_name": name,
         "title": f"{status.capitalize() if accuracy is None else percent(accuracy)} {name}",
-        "started": _date(info.get("started")),
         "status": status,
-        "error": get(info, "error", str),
+        "info": info,
+        "test": test,
+        "config": config,
+        "config_text": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
+        "trained": _trained(info, config),
         "result": None if accuracy is None else _result(accuracy, test),
-        "best_accuracy": get(info, "best.accuracy", float),
-        "best_epoch": best_epoch,
-        "subject": _subject(info, run.config()),
-        "n_train": get(info, "n_train", int),
-        "settings": _settings(info, run.config()),
-        "terms": _terms(info, test),
-        "charts": _curves(rows, best_epoch),
-        "epochs": _epochs(rows),
+        "epochs": list(epochs.values()),
+        "charts": _curves(epochs, of_type(mapping(info.get("best")).get("epoch"), int)),
         "matrix": _matrix(test),
         "class_rows": _class_rows(test),
         **_predictions(run, images, images_reason),
-        "stages": stages,
-        "parameters": [get(info, f"parameters.{key}", int) for key in ("trainable", "total")],
-        "verified": get(info, "frozen_tensors_verified", int),
-        "cached_at": get(info, "cache.at", str) if is_cached else None,
-        "uncached_reason": None if is_cached else get(info, "cache.why", str),
-        "total_seconds": total_seconds,
-        "phases": [(PHASES.get(key, key), value) for key, value in seconds.items() if value is not None],
-        "environment": _environment(info),
+        "phases": {key: value for key, value in seconds.items() if value is not None},
         "command": _rerun_command(info),
-        "config": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
     }
+
+
+def _trained(info: View, config: View) -> str:
+    """Return what the freeze strategy trains."""
+    freeze = of_type(info.get("freeze"), str)
+    strategy = options("freeze").get(freeze) if freeze else None
+    return strategy.describe(mapping(config.get("freeze"))) if strategy else f"freeze={freeze}"
 
 
 def _result(accuracy: float, test: View) -> View:
     """Return the accuracy, its interval, the accuracy of always naming the most frequent class, and a chart."""
-    low, high = [of_type(value, float) for value in (*(get(test, "accuracy_ci95", list) or ()), None, None)[:2]]
-    support = [get(row, "support", int) or 0 for row in (get(test, "per_class", dict) or {}).values()]
-    baseline = max(support) / sum(support) if len(support) > 1 and sum(support) > 0 else None
-    view: View = {"accuracy": accuracy, "n": get(test, "n", int), "baseline": baseline, "interval": None}
-    if low is not None and high is not None:
-        draw = partial(plots.draw_interval, value=accuracy, interval=(low, high), baseline=baseline)
+    support = [of_type(mapping(row).get("support"), int) or 0 for row in mapping(test.get("per_class")).values()]
+    baseline = max(support) / sum(support) if len(support) > 1 and min(support) >= 0 < sum(support) else None
+    view: View = {"accuracy": accuracy, "baseline": baseline, "interval": None}
+    interval = [value for value in of_type(test.get("accuracy_ci95"), list) or [] if of_type(value, float) is not None]
+    if len(interval) == 2:
+        draw = partial(plots.draw_interval, value=accuracy, interval=(interval[0], interval[1]), baseline=baseline)
         alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
-        view |= {"interval": (low, high), "chart": _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))}
+        view |= {"interval": interval, "chart": _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))}
     return view
 
 
 def _chart(
-    title: str,
-    alt: str,
-    draw: Callable[[Any], None],
-    size: tuple[int, int] = CHART_SIZE,
-    margins: tuple[int, int, int, int] = CHART_MARGINS,
+    title: str, alt: str, draw: Callable[[Any], None], size: Any = (420, 262), margins: Any = (48, 14, 40, 46)
 ) -> View:
     """Return a chart with its images for light and dark mode. `alt` says in words what it shows."""
     light, dark = (data_uri("image/svg+xml", text.encode()) for text in plots.svg(draw, size, margins))
@@ -178,88 +138,35 @@ def data_uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _date(value: Any) -> str | None:
-    """Return `24 November 2026, 16:14 UTC` for a time in ISO 8601; None for anything else."""
-    try:
-        when = datetime.fromisoformat(str(value))
-    except ValueError:
-        return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return f"{when.day} {when:%B %Y, %H:%M} {when.tzname()}"
+def _epochs(rows: Sequence[View]) -> dict[int, View]:
+    """Return loss and accuracy of train and val and the highest learning rate, by epoch."""
+    epochs: dict[int, View] = {}
+    for row in rows:
+        epoch, split = of_type(row.get("epoch"), int), row.get("split")
+        if epoch is None or abs(epoch) > 2**53 or split not in ("train", "val"):
+            continue
+        view = epochs.setdefault(epoch, {"epoch": epoch, "train": {}, "val": {}, "lr": None})
+        view[split] = {key: of_type(row.get(key), float) for key in ("loss", "accuracy")}
+        rates = [rate for value in mapping(row.get("lr")).values() if (rate := of_type(value, float)) is not None]
+        view["lr"] = max(rates, default=view["lr"])
+    return dict(sorted(epochs.items()))
 
 
-def _subject(info: View, config: View) -> View:
-    """Return what was trained on what. The name of the user's own images is the name of their folder or list."""
-    place = get(config, "dataset.root", str) or get(config, "dataset.file", str)
-    dataset = get(info, "dataset", str) or get(config, "dataset.name", str) or "a data set"
-    if place and get(config, "dataset.kind", str) != "torchvision":
-        dataset = PurePath(place).name or dataset
-    freeze = get(info, "freeze", str) or get(config, "freeze.kind", str) or ""
-    strategy = options("freeze").get(freeze)
-    trained = strategy.describe(get(config, "freeze", dict) or {}) if strategy else freeze and f"freeze={freeze}"
-    return {
-        "backbone": get(info, "backbone", str) or get(config, "backbone.name", str) or "a network",
-        "weights": get(config, "backbone.weights", str),
-        "dataset": dataset,
-        "classes": strings(info.get("classes")),
-        "trained": trained,
-    }
-
-
-def _settings(info: View, config: View) -> list[str]:
-    """Return how the run was trained, as `key=value`."""
-    keys = ("epochs", "batch_size", "optimizer.kind", "optimizer.lr", "scheduler.kind", "augment.kind")
-    values = {key.removesuffix(".kind"): get(config, key, object) for key in keys}
-    values |= {"image.size": get(info, "preprocessing.size", int), "seed": get(info, "seed", int)}
-    return [f"{key}={value}" for key, value in values.items() if isinstance(value, int | float | str)]
-
-
-def _terms(info: View, test: View) -> list[tuple[str, str, str]]:
-    """Return the numbers beside the result, those that there are: name, value, note."""
-    epoch, n_val, total = (get(info, key, int) for key in ("best.epoch", "n_val", "parameters.total"))
-    note = f"epoch {epoch}" + (f", {count(n_val)} images" if n_val else "")
-    terms = [
-        ("Validation accuracy", percent(get(info, "best.accuracy", float)), note),
-        ("Test top-5", percent(get(test, "top5", float)), "the class is among the five most probable"),
-        ("Macro F1", decimal(get(test, "macro_f1", float)), "mean over classes, on test"),
-        ("Calibration error", percent(get(test, "calibration.ece_after", float)), "expected, on test"),
-        ("Time", seconds_text(get(info, "seconds.total", float)), "from start to result"),
-        ("Trainable", count(get(info, "parameters.trainable", int)), f"of {count(total)} parameters"),
-    ]
-    return [term for term in terms if term[1] != MISSING]
-
-
-def _curves(rows: Sequence[View], best_epoch: int | None) -> list[View]:
+def _curves(epochs: Mapping[int, View], best_epoch: int | None) -> list[View]:
     """Return charts of loss and accuracy by epoch."""
     charts = []
-    for key in ("loss", "accuracy"):
-        points: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            epoch, value = get(row, "epoch", int), get(row, key, float)
-            if epoch is not None and value is not None and abs(epoch) < 2**53 and abs(value) < 1e100:
-                points.setdefault(str(row.get("split")), []).append((epoch, value))
-        points = {split: sorted(points[split]) for split in plots.LABELS if split in points}
+    for key, words in (("loss", FILTERS["decimal"]), ("accuracy", percent)):
+        points: dict[str, list[tuple[int, float]]] = {}
+        for split in plots.LABELS:
+            values = [(epoch, view[split].get(key)) for epoch, view in epochs.items()]
+            if values := [(epoch, value) for epoch, value in values if value is not None and abs(value) < 1e100]:
+                points[split] = values
         if points:
-            words = percent if key == "accuracy" else decimal
             parts = [f"{plots.LABELS[s]} from {words(v[0][1])} to {words(v[-1][1])}" for s, v in points.items()]
-            marked = best_epoch if any(best_epoch == epoch for v in points.values() for epoch, _ in v) else None
+            marked = best_epoch if best_epoch in epochs else None
             draw = partial(plots.draw_curve, points=points, key=key, best_epoch=marked)
             charts.append(_chart(key.capitalize(), f"{key.capitalize()} by epoch: {'; '.join(parts)}", draw))
     return charts
-
-
-def _epochs(rows: Sequence[View]) -> list[View]:
-    """Return loss and accuracy of train and val and the highest learning rate, one row per epoch."""
-    epochs: dict[int, View] = {}
-    for row in rows:
-        epoch, split = get(row, "epoch", int), row.get("split")
-        if epoch is None or split not in ("train", "val"):
-            continue
-        view = epochs.setdefault(epoch, {"epoch": epoch, "train": {}, "val": {}, "lr": None})
-        view[split] = {key: get(row, key, float) for key in ("loss", "accuracy")}
-        rates = [of_type(rate, float) for rate in (get(row, "lr", dict) or {}).values()]
-        view["lr"] = max((rate for rate in rates if rate is not None), default=view["lr"])
-    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def _matrix(test: View) -> View | None:
@@ -268,22 +175,20 @@ def _matrix(test: View) -> View | None:
     The shade of a cell is its share of the row. Mistakes are few, and what one looks for: their shade is twice as
     strong.
     """
-    counts, classes = confusion_matrix(test), strings(test.get("classes"))
-    if counts is None or len(classes) != len(counts):
+    counts, classes = confusion_matrix(test), test.get("classes")
+    if counts is None or not all(isinstance(name, str) for name in classes or ()):
         return None
-    n, diagonal = len(classes), np.eye(len(classes), dtype=bool)
-    shares = counts / np.maximum(counts.sum(axis=1), 1)[:, None]
+    n, diagonal, totals = len(counts), np.eye(len(counts), dtype=bool), counts.sum(axis=1)
+    shares = counts / np.maximum(totals, 1)[:, None]
     levels = np.where(counts > 0, np.clip(np.rint(np.where(diagonal, shares, 2 * shares) * 10), 1, 10), 0).astype(int)
     wrong = np.where(diagonal, 0, counts)
-    order = [
-        divmod(int(i), n) for i in np.argsort(-wrong, axis=None, kind="stable")[: 8 if n <= MAX_TABLE_CLASSES else 20]
-    ]
-    pairs = [(classes[t], classes[p], int(counts[t, p]), int(counts[t].sum())) for t, p in order if wrong[t, p]]
-    view: View = {"classes": classes, "rows": [], "image": None, "pairs": pairs if n > 6 else [], "has_room": n <= 6}
+    order = np.argsort(-wrong, axis=None, kind="stable")[: 8 if n <= MAX_TABLE_CLASSES else 20]
+    pairs = [(t, p, int(wrong[t, p]), int(totals[t])) for t, p in (divmod(int(i), n) for i in order) if wrong[t, p]]
+    view: View = {"classes": classes, "pairs": pairs, "rows": [], "image": None}
     if n <= MAX_TABLE_CLASSES:
         names = np.char.add(np.where(diagonal, "d", "e"), levels.astype(str))
         view["rows"] = [list(zip(counts[t].tolist(), names[t].tolist(), strict=True)) for t in range(n)]
-    else:  # one pixel per cell, on the color of the page
+    else:  # one pixel per cell, transparent, so that it suits light and dark mode
         rgb = np.where(diagonal[..., None], (52, 110, 182), (200, 100, 30))
         alpha = np.where(levels > 0, 55 + 20 * levels, 0)[..., None]
         file = io.BytesIO()
@@ -294,19 +199,19 @@ def _matrix(test: View) -> View | None:
 
 def _class_rows(test: View) -> list[View]:
     """Return the metrics of each class, the lowest F1 first; classes without test images come last."""
-    types = {"precision": float, "recall": float, "f1": float, "support": int}
-    per_class = get(test, "per_class", dict) or {}
-    rows: list[View] = [
-        {"name": str(name), **{key: get(row, key, kind) for key, kind in types.items()}}
-        for name, row in per_class.items()
-    ]
-    return sorted(rows, key=lambda row: (not row["support"], 2.0 if row["f1"] is None else row["f1"]))
+    rows = [{**mapping(row), "name": str(name)} for name, row in mapping(test.get("per_class")).items()]
+
+    def order(row: View) -> tuple[bool, float]:
+        f1 = of_type(row.get("f1"), float)
+        return not of_type(row.get("support"), int), 2.0 if f1 is None else f1
+
+    return sorted(rows, key=order)
 
 
 def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -> View:
     """Return the galleries and the calibration, or the reasons why there are none."""
     view: View = {"mistakes": None, "undecided": None, "images_reason": images_reason, "calibration": None}
-    temperature = get(run.info, "calibration.temperature", float)
+    temperature = of_type(mapping(run.info.get("calibration")).get("temperature"), float) or 0.0
     try:
         if not run.test_predictions.exists():
             tested = run.test_file.exists()
@@ -318,8 +223,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     except UsageError as exc:
         reason = f"No predictions of test images: {exc}."
         return {**view, "images_reason": reason, "calibration_reason": reason}
-    has_temperature = temperature is not None and temperature > 0
-    scale = temperature if temperature is not None and has_temperature else 1.0
+    scale = temperature if temperature > 0 else 1.0
     p, truth = calibrated(logits, scale).numpy(), labels.numpy()
     top = np.sort(p, axis=1)[:, -2:]
     predicted, margin = p.argmax(axis=1), top[:, -1] - top[:, 0]
@@ -337,8 +241,8 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         return {"n": len(order), "cards": cards}
 
     view |= {"mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
-    view["calibration_reason"] = None if has_temperature else "This run has no temperature; tlcli fits one since 0.4.0."
-    if has_temperature and len(saved.classes) > 1:
+    view["calibration_reason"] = None if temperature > 0 else "This run has no temperature; tlcli fits one since 0.4.0."
+    if temperature > 0 and len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
         bins = {name: [b for b in reliability(logits, labels, t) if b[2]] for name, t in scales.items()}
         draw, alt = partial(plots.draw_reliability, series=bins), "The share of right images by probability, in 15 bins"
@@ -362,29 +266,15 @@ def _thumbnail(read: Callable[[], Pixels] | None) -> View:
     return {"picture": data_uri("image/jpeg", file.getvalue()), "is_small": is_small}
 
 
-def _environment(info: View) -> list[tuple[str, str]]:
-    """Return rows of name and text: machine, device, versions, commit."""
-    cores = get(info, "machine.cores", int)
-    machine = [get(info, f"machine.{key}", str) for key in ("processor", "architecture", "system")]
-    versions = [f"{name}\N{NO-BREAK SPACE}{number}" for name, number in (get(info, "versions", dict) or {}).items()]
-    rows = [
-        ("Machine", ", ".join(part for part in (*machine, f"{cores} cores" if cores else None) if part)),
-        ("Device", get(info, "numerics.device", str) or get(info, "device", str)),
-        ("Versions", ", ".join(versions)),
-        ("Commit", get(info, "git_commit", str)),
-    ]
-    return [(name, text) for name, text in rows if text]
-
-
 def _rerun_command(info: View) -> str:
     """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
-    command, overrides = get(info, "command", str) or "tlcli train", strings(info.get("overrides"))
+    command, overrides = of_type(info.get("command"), str) or "tlcli train", of_type(info.get("overrides"), list) or []
     try:
         words = shlex.split(command)
     except ValueError:
         return command
     flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
-    return shlex.join([*flags, *overrides])
+    return shlex.join([*flags, *map(str, overrides)])
 
 
 # -- a sweep
@@ -400,6 +290,7 @@ def sweep_view(folder: Path, output: Path) -> View:
     if not board.jobs:
         raise UsageError(f"{folder}: no run in this sweep")
     metric, is_share = board.figure.replace("_", " "), board.figure != "loss"
+    form = FILTERS["percent" if is_share else "decimal"]
     best = next((job for job in board.jobs if job.rank == 1), None)
     done = [job for job in board.jobs if job.rank is not None]
     charts = []
@@ -418,9 +309,9 @@ def sweep_view(folder: Path, output: Path) -> View:
     seconds = [job.seconds for job in board.jobs if job.seconds is not None]
     return {
         "run_name": folder.resolve().name,
-        "title": f"{(percent if is_share else decimal)(best.validation)} {folder.name}" if best else folder.name,
-        "started": _date(info.get("started")),
-        "subject": _subject(info, run.config()),
+        "title": f"{form(best.validation)} {folder.name}" if best else folder.name,
+        "info": info,
+        "config": run.config(),
         "metric": metric,
         "is_share": is_share,
         "keys": board.keys,
@@ -448,31 +339,25 @@ def _link(run: Path, output: Path) -> str:
 
 # -- HTML
 
-MISSING = "\N{EN DASH}"
+
+def tolerant(form: Callable[..., str]) -> Callable[..., str]:
+    """Return a filter that shows a number in a form, and anything else as a dash."""
+
+    def show(value: Any, *args: Any) -> str:
+        number = of_type(value, float)
+        return "\N{EN DASH}" if number is None else form(number, *args)
+
+    return show
 
 
-def percent(value: Any, digits: int = 1) -> str:
-    """Return `93.5 %`; a dash for anything but a number."""
-    share = of_type(value, float)
-    return MISSING if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def count(value: Any) -> str:
-    """Return `3,373,570`; a dash for anything but a whole number."""
-    n = of_type(value, int)
-    return MISSING if n is None else f"{n:,}"
-
-
-def decimal(value: Any, form: str = ".3f") -> str:
-    """Return `0.137`; a dash for anything but a number."""
-    number = of_type(value, float)
-    return MISSING if number is None else f"{number:{form}}"
-
-
-def seconds_text(value: Any) -> str:
-    """Return a duration; a dash for anything but a number."""
-    seconds = of_type(value, float)
-    return MISSING if seconds is None else duration_text(seconds)
+percent = tolerant(lambda share, digits=1: f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%")
+FILTERS: dict[str, Callable[..., str]] = {
+    "percent": percent,
+    "count": tolerant(lambda n: f"{n:,.0f}"),
+    "decimal": tolerant(lambda number, form=".3f": f"{number:{form}}"),
+    "seconds": tolerant(duration_text),
+    "folder_name": lambda path: PurePath(str(path)).name,
+}
 
 
 def printable(value: Any) -> Any:
@@ -483,26 +368,23 @@ def printable(value: Any) -> Any:
     return re.sub(pattern, "\N{REPLACEMENT CHARACTER}", str(value))
 
 
-@cache
-def _environment_of_templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, count=count, decimal=decimal, seconds=seconds_text)
-    return environment
+PAGES = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=ChainableUndefined,
+    finalize=printable,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGES.filters.update(FILTERS)
 
 
 def render(template: str, view: View) -> str:
     """Return the HTML of a page; every value of the view is escaped."""
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     digest = "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()  # CSP Level 3, 2.3.1
-    page = _environment_of_templates().get_template(template)
-    return page.render(view, style=Markup(style), style_digest=digest, generator=f"{GENERATOR} {__version__}")
+    head = {"style": Markup(style), "style_digest": digest, "generator": f"{GENERATOR} {__version__}"}
+    return PAGES.get_template(template).render(view, **head)
 
 
 def check_output(file: Path) -> None:
