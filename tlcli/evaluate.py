@@ -84,7 +84,11 @@ def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
     loaded = load_run(request.run, request.checkpoint)
     own = loaded.preprocessing  # whatever size another dataset suggests
     image = structs.replace(request.spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
-    spec = structs.replace(request.spec, image=image)
+    spec, trained = (
+        structs.replace(s, dataset=structs.replace(s.dataset, range=own.range)) for s in (request.spec, request.trained)
+    )
+    spec = structs.replace(spec, image=image)
+    request = replace(request, spec=spec, trained=trained)
     accelerator = setup_process(spec.device)
     session = session_for(spec.cache)
     images = _find_images(request, loaded, session, reporter)
@@ -92,7 +96,9 @@ def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
     session.set_model(classifier)
     classifier.network.to(accelerator)
     contract = apply_freeze(spec.freeze, classifier)
-    data = Dataset(spec.dataset.name, classifier.classes, *(images.split,) * 3, notes=(), bad_files=())
+    data = Dataset(
+        spec.dataset.name, classifier.classes, *(images.split,) * 3, notes=(), bad_files=(), value_range=own.range
+    )
     workload = Workload(data, classifier, contract, spec, accelerator, session)
     decisions = follow(_tested_decisions(request, loaded.info, accelerator, reporter), workload, reporter, ["test"])
     inputs = Inputs(decisions, workload, ["test"])

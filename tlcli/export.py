@@ -230,6 +230,8 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
     if run.checkpoint != "best":
         result = "Weights of the last epoch; the weights of the best epoch were tested."
     note = f"{PAD_NOTE}.\n\n" if own.fit is Fit.pad else ""
+    if own.range is not None:
+        note += "Images deeper than 8 bits: map {:g} to 0 and {:g} to 255 first.\n\n".format(*own.range)
     return f"""\
 ---
 library_name: timm
@@ -319,7 +321,7 @@ def find_samples(run: "LoadedRun", dataset: DatasetSpec | None) -> Samples:
     size = run.preprocessing.size
     try:
         keys = read_predictions(RunDir(run.path).test_predictions).keys
-        images = images_by_key(dataset) if dataset is not None else {}
+        images = images_by_key(dataset, run.preprocessing.range) if dataset is not None else {}
         pixels = [images[key]() for key in evenly_spaced(keys, SAMPLE_IMAGES)]
         return Samples(run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run")
     except (TlcliError, OSError, ValueError, KeyError):  # an image that does not decode is a ValueError

@@ -207,7 +207,7 @@ def decode_image(image: Named, preprocessing: Preprocessing) -> tuple[str, Tenso
     if isinstance(image, MissingPath):
         return image.path, image.reason
     try:
-        return image, preprocessing.apply(read_image(Path(image)))
+        return image, preprocessing.apply(read_image(Path(image), preprocessing.range))
     except (BadImage, ValueError) as error:  # a ValueError: a NUL in the path
         return image, str(error)
 

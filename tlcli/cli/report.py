@@ -65,7 +65,9 @@ def _run_page(run: RunDir) -> str:
     images, reason = {}, None
     if run.test_predictions.exists():
         try:
-            images = images_by_key(load_spec(run).dataset)
+            preprocessing = run.info.get("preprocessing")
+            value_range = preprocessing.get("range") if isinstance(preprocessing, dict) else None
+            images = images_by_key(load_spec(run).dataset, value_range)
         except (TlcliError, OSError) as exc:
             reason = f"The images are not shown, because the data set cannot be read: {exc}."
     return render("run.html.j2", run_view(run, images, reason))

@@ -127,13 +127,18 @@ def load_without_decoding(spec: DatasetSpec, *, seed: int, reporter: Reporter) -
     return Dataset(spec.name, source.classes, **splits, notes=tuple(notes), bad_files=(), value_range=value_range)
 
 
-def images_by_key(spec: DatasetSpec, value_range: ValueRange | None = None) -> dict[str, Callable[[], Pixels]]:
+def images_by_key(spec: DatasetSpec, value_range: Any = None) -> dict[str, Callable[[], Pixels]]:
     """Return a function per image of a dataset, by its key, that decodes the image. Nothing is downloaded.
+
+    Args:
+        value_range: of a run's preprocessing, as run.json has it.
 
     Raises:
         UsageError, OSError: the dataset cannot be read. The functions raise BadImage, a ValueError, and OSError.
     """
     source: Source = spec.offline().load(Reporter())
+    numbers = [value for value in value_range or () if isinstance(value, int | float)]
+    value_range = (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] < numbers[1] else None
     splits = _with_memory_cache(dict(source.splits), structs.replace(spec, ram_gb=0.0), value_range).values()
     return {s.images.key(i): partial(s.images.read, i) for s in splits for i in s.indices.tolist()}
 

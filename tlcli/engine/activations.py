@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import Dataset
-from tlcli.data.decode import decoder
+from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
@@ -185,14 +185,15 @@ def image_size(spec: TrainSpec) -> int | None:
     return spec.image.size or spec.dataset.image_size
 
 
-def preprocessing_for(spec: TrainSpec, classifier: Classifier) -> Preprocessing:
-    """Return how images become the network's input: by the spec, else as its weights expect."""
+def preprocessing_for(spec: TrainSpec, classifier: Classifier, value_range: ValueRange | None = None) -> Preprocessing:
+    """Return how images become the network's input: by the spec and the data's range, else as its weights expect."""
     own = classifier.architecture
     return Preprocessing(
         size=image_size(spec) or own.size,
         fit=spec.image.fit,
         mean=spec.image.mean or own.mean,
         std=spec.image.std or own.std,
+        range=value_range,
     )
 
 
@@ -216,7 +217,7 @@ class Workload:
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """How images become the network's input."""
-        return preprocessing_for(self.spec, self.classifier)
+        return preprocessing_for(self.spec, self.classifier, self.data.value_range)
 
     @property
     def workers(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tlcli.data.decode import Pixels, read_image, to_rgb
+from tlcli.data.decode import Pixels, ValueRange, read_image, to_rgb
 from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
@@ -66,7 +66,7 @@ class LoadedRun:
             BadImage: a ValueError; the file does not decode.
             TypeError, ValueError: it is not an image.
         """
-        return self.preprocessing.normalise(self.preprocessing.apply(pixels_of(image))[None])
+        return self.preprocessing.normalise(self.preprocessing.apply(pixels_of(image, self.preprocessing.range))[None])
 
     def predict(self, image: str | Path | Image.Image | Pixels, top: int = 5) -> list[tuple[str, float]]:
         """Return the most likely classes of an image with their calibrated probabilities, in descending order."""
@@ -81,12 +81,12 @@ def calibrated(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits.double() / temperature, dim=1)
 
 
-def pixels_of(image: str | Path | Image.Image | Pixels) -> Pixels:
+def pixels_of(image: str | Path | Image.Image | Pixels, value_range: ValueRange | None = None) -> Pixels:
     """Return RGB pixels, uint8 (height, width, 3), of a file, a PIL image or pixels."""
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), value_range)
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(image, value_range)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image must be a path, a PIL image or a uint8 array, not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
