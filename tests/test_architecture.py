@@ -20,7 +20,7 @@ LAYERS = [
     {"transfer"},
     {"engine"},
     {"runs"},
-    {"train", "evaluate", "check", "predict", "inspection", "export", "doctor"},
+    {"train", "evaluate", "check", "predict", "export", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,21 +1,22 @@
 """`tlcli inspect`: what its words mean, and how the figures look. What is measured is in tests/test_inspection.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tlcli.cli.inspect import backbone_words, candidates, page, specs
-from tlcli.inspection import Inspection, StageCost, Strategy
+from tlcli.engine.costs import Inspection, StageCost, StrategyCost
 
-CUT = Strategy("head", 2562, "classifier", 2560, 1_018_880, 5.97, 0.008, 3.8, "cached", None, 6.1)
+CUT = StrategyCost("head", 2562, "classifier", 2560, 1_018_880, 5.97, 0.008, 3.8, "cached", None, 6.1)
 LAST = [
-    Strategy(
+    StrategyCost(
         f"last_stages n={n}", 1_020_162 * n, f"blocks.{7 - n}", 18_816, 7_488_768, 6.0, 0.5, 4.1, "live", "crops", 28.0
     )
     for n in (1, 2, 3)
 ]
-LIVE = Strategy(
+LIVE = StrategyCost(
     "none",
     3_373_570,
     None,
@@ -25,7 +26,7 @@ LIVE = Strategy(
     None,
     13.4,
     "live",
-    "no frozen layers: conv_stem trains",
+    "no frozen layers at the input: conv_stem trains",
     4000.0,
 )
 FOUND = Inspection(
@@ -55,16 +56,14 @@ def test_a_page_fits_its_width(width: int) -> None:
 
 
 def test_reasons_name_each_strategy_once() -> None:
-    lines = page(FOUND, 10_000)
-    assert "live       last_stages n=1,2,3: crops" in lines
-    assert "live       none: no frozen layers: conv_stem trains" in lines
+    lines = page(FOUND, None)
+    assert "live       last_stages n=1, last_stages n=2, last_stages n=3: crops" in lines
+    assert "live       none: no frozen layers at the input: conv_stem trains" in lines
     assert not any(line.startswith("busy") for line in lines)
 
 
-def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    assert any("load 9.0 on 2 cores" in line for line in page(replace(FOUND, load=9.0), 10_000))
+def test_a_busy_machine_is_told() -> None:
+    assert any("load 9.0 on 2 cores" in line for line in page(replace(FOUND, load=9.0), None))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +95,12 @@ def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pyt
         (["resnet19"], "Did you mean 'resnet18'"),
         (["torchvision/resnet101"], "timm/NAME"),
         (["resnet18", "freez=head"], "Did you mean 'freeze'"),
-        (["resnet18", "head"], "what is 'head'"),
+        (["resnet18", "head"], "'head': name one backbone or run"),
         (["resnet18", "--fromat=json"], "Did you mean '--format'"),
-        (["resnet18", "--format", "xml"], "--format takes one of"),
-        (["resnet18", "-m"], "does not take '-m'"),
+        (["resnet18", "--format", "xml"], "choose from table, json"),
+        (["resnet18", "-m"], "unknown flag '-m'"),
         (["resnet18", "dataset=imagefolder", "dataset.root=nowhere"], "nowhere"),
-        (["."], "not a run's directory"),
+        (["."], "not a run directory"),
     ],
 )
 def test_usage_errors(words: list[str], told: str, tlcli) -> None:
@@ -117,7 +116,7 @@ def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatc
     code = tlcli("train", "--cfg", "job", "--resolve", *config, "backbone.weights=none", "image.size=40", "epochs=7")
     run.mkdir()
     (run / "config.yaml").write_text(code.out)
-    monkeypatch.setattr("tlcli.inspection.inspect", lambda spec, linear, reporter: _echo(spec, linear))
+    monkeypatch.setattr("tlcli.engine.costs.inspect", lambda spec, head_augment, reporter: _echo(spec, head_augment))
     ended = tlcli("inspect", str(run), "epochs=9", "--format", "json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
@@ -127,8 +126,6 @@ def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatc
 
 
 def _echo(spec, linear) -> Inspection:  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
     assert linear.kind == "none"
     return replace(FOUND, backbone=spec.backbone.name, size=spec.image.size, epochs=spec.epochs)
 

@@ -1,278 +1,192 @@
-"""`tlcli inspect`: a network's stages, and what each way to freeze it costs here, before that is paid."""
+"""`tlcli inspect`: show a network's stages, and measure the cost of each freeze strategy before it is paid."""
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from tlcli.cli.arguments import FORMATS, format_of
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.folders import run_folders
-from tlcli.cli.table import UNLIMITED_WIDTH, terminal_columns
+from tlcli.cli.parser import Parser
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
-from tlcli.text import did_you_mean, size_text
+from tlcli.text import did_you_mean, duration_text, labelled, size_text
 
 if TYPE_CHECKING:
-    from tlcli.inspection import Inspection, Strategy
+    from tlcli.engine.costs import Inspection, StrategyCost
     from tlcli.specs import AugmentSpec, TrainSpec
 
-HELP = """\
-usage: tlcli inspect [BACKBONE|RUN] [KEY=VALUE ...] [--format table|json]
+COLUMNS: tuple[tuple[TableColumn, "Callable[[StrategyCost], Any]"], ...] = (
+    (TableColumn("freeze", left=True), lambda cost: cost.freeze),
+    (TableColumn("trainable", drop=4), lambda cost: f"{cost.trainable:,}"),
+    (TableColumn("cut at", drop=5, left=True), lambda cost: cost.at),
+    (TableColumn("each", drop=6), lambda cost: None if cost.row_bytes is None else size_text(cost.row_bytes)),
+    (TableColumn("cache", drop=2), lambda cost: None if cost.cache_bytes is None else size_text(cost.cache_bytes)),
+    (TableColumn("first"), lambda cost: _seconds(cost.first_pass)),
+    (TableColumn("then"), lambda cost: _seconds(cost.cached_epoch)),
+    (TableColumn("live"), lambda cost: _seconds(cost.live_epoch)),
+    (TableColumn("run"), lambda cost: _seconds(cost.total)),
+    (TableColumn("takes", drop=3, left=True), lambda cost: cost.takes),
+)
 
-A network's stages and parameters; and for each way to freeze it what trains,
-where the network is cut, how large the activations are that are kept, and how
-long training takes on this data and this machine: a few batches are measured.
-Nothing is fetched, and nothing is left but measured choices in the cache.
 
-BACKBONE is an option of backbone= in `tlcli train --help`, or timm/NAME for any
-model of timm. RUN is a run's directory: its network, data and settings. The
-KEY=VALUE words are those of `tlcli train`, with the same defaults.
-
-  each     activations of one image at the cut
-  cache    of all images, on disk
-  first    seconds of the first pass over all images, decoding included
-  then     seconds of each epoch after it, on activations
-  live     seconds of each epoch on images
-  run      seconds of one whole run on an empty cache, the way that is taken
-
-examples:
-  tlcli inspect resnet18
-  tlcli inspect timm/vit_small_patch16_224 dataset=imagefolder dataset.root=photos
-"""
-
-PLACES = ("--config-dir", "-cd")
-"""The flags of `tlcli train` that inspect has, too: for options of the user's own."""
+def parser() -> Parser:
+    """Return the parser of `tlcli inspect`."""
+    inspect_parser = Parser(
+        "inspect",
+        "Show a network's stages and parameters, and for each freeze strategy what\n"
+        "trains, where the network is cut, how large the cached activations are, and\n"
+        "how long training takes on this data and this machine: a few batches are\n"
+        "measured. Nothing is downloaded, and only measured choices are stored.\n\n"
+        "  each     activations of one image at the cut\n"
+        "  cache    of all images, on disk\n"
+        "  first    seconds of the first pass over all images, with decoding\n"
+        "  then     seconds of each later epoch, on activations\n"
+        "  live     seconds of each epoch on images\n"
+        "  run      seconds of one whole run with an empty cache, in the way it takes",
+        [
+            "tlcli inspect resnet18",
+            "tlcli inspect timm/vit_small_patch16_224 dataset=imagefolder dataset.root=photos",
+        ],
+    )
+    inspect_parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="BACKBONE|RUN|KEY=VALUE",
+        help="first an option of backbone= of `tlcli train`, or timm/NAME for any model of timm, or the directory of a "
+        "run for its network, data and settings; then KEY=VALUE words as for `tlcli train`, with the same defaults",
+    )
+    inspect_parser.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+    inspect_parser.add_format()
+    return inspect_parser
 
 
 def run(argv: list[str]) -> int:
-    """Inspect what the arguments name; the exit code."""
-    if "-h" in argv or "--help" in argv:
-        print(HELP, end="")
-        return 0
-    form, words = format_of(argv)
-    spec, linear = specs(words)
+    """Inspect the network and the data that argv names; return the exit code."""
+    arguments = parser().parse_intermixed_args(argv)
+    spec, head_augment = specs(arguments.words, arguments.config_dir)
     from tlcli.cli.process import fast_imports
     from tlcli.cli.view import TerminalReporter
 
     with fast_imports():
-        from tlcli.inspection import inspect
+        from tlcli.engine.costs import inspect
     from tlcli.reporter import Reporter
 
-    found = inspect(spec, linear, TerminalReporter() if form == "table" and sys.stdout.isatty() else Reporter())
-    print(
-        json.dumps(asdict(found), indent=2)
-        if form == "json"
-        else "\n".join(page(found, terminal_columns() or UNLIMITED_WIDTH))
-    )
+    is_json = arguments.format == "json"
+    reporter = Reporter() if is_json or not sys.stdout.isatty() else TerminalReporter()
+    inspection = inspect(spec, head_augment, reporter)
+    lines = [json.dumps(asdict(inspection), indent=2)] if is_json else page(inspection, terminal_columns())
+    print("\n".join(lines))
     return 0
 
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
-    """What may follow these words on a command line, for completion: the backbones first, then keys of `train`."""
-    match before:
-        case [*_, "--format"]:
-            yield from FORMATS
-        case _:
-            files = ConfFiles([conf_dir()])
-            if not before:
-                yield from (option for option in files.groups["backbone"] if option != "timm")
-                yield from run_folders()
-            yield from (f"{group}=" for group in files.groups)
-            yield from ("--format", "--help")
+    """Yield the words that may follow, for completion: the backbones first, then keys of `train`."""
+    if before and before[-1] == "--format":
+        yield from ("table", "json")
+        return
+    files = ConfFiles([conf_dir()])
+    if not before:
+        yield from (option for option in files.groups["backbone"] if option != "timm")
+        yield from run_folders()
+    yield from (f"{group}=" for group in files.groups)
+    yield from ("--format", "--help")
 
 
-# -- what is asked for
-
-
-def specs(words: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
-    """The spec that the words come to, and the augmentation that freeze=head would have with them."""
-    name, overrides = None, list(words)
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        name, *overrides = words
-    for before, word in zip(["", *overrides], overrides, strict=False):
-        flag = word.partition("=")[0]
-        if word.startswith("-") and flag not in PLACES:
-            raise UsageError(f"inspect does not take {word!r}.{did_you_mean(flag, ['--format', '--help', *PLACES])}")
-        if "=" not in word and not word.startswith("-") and before not in PLACES:
-            raise UsageError(f"inspect takes one backbone or run, then KEY=VALUE words: what is {word!r}?")
-    if name is not None and _is_place(name):
-        return _of_run(Path(name).expanduser(), overrides)
-    return _composed([*(backbone_words(name, overrides) if name is not None else ()), *overrides])
-
-
-def _is_place(name: str) -> bool:
-    """Whether a name is that of a run, not of a backbone."""
-    path = Path(name).expanduser()
-    known = ConfFiles([conf_dir()]).groups["backbone"]
-    return path.is_dir() and (name not in known or (path / "run.json").is_file())
-
-
-def backbone_words(name: str, overrides: Sequence[str]) -> list[str]:
-    """The words of `tlcli train` that choose this backbone. Raises UsageError."""
-    options = ConfFiles([conf_dir(), *extra_folders(overrides)]).groups["backbone"]
-    library, slash, model = name.partition("/")
-    if slash and library == "timm" and model:
-        return ["backbone=timm", f"backbone.name={model}"]
-    if slash and library == "torchvision" and model in options:
-        name = model
-    if name in options and name != "timm":
-        return [f"backbone={name}"]
-    if name == "timm" and any(word.startswith("backbone.name=") for word in overrides):
-        return ["backbone=timm"]
-    choice = [option for option in options if option != "timm"]
-    near = did_you_mean(model if slash else name, choice)
-    raise UsageError(
-        f"{name}: no backbone of that name, and no run's directory.{near} Choose from {', '.join(choice)}, or timm/NAME"
-    )
-
-
-def _composed(overrides: Sequence[str]) -> "tuple[TrainSpec, AugmentSpec]":
-    """Of a command line of `tlcli train`."""
+def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSpec, AugmentSpec]":
+    """Return the spec for these words, and the augmentation that freeze=head would have with them."""
+    name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
+    if others := [word for word in overrides if "=" not in word]:
+        raise UsageError(f"{others[0]!r}: name one backbone or run, then KEY=VALUE words")
+    path, known = Path(name or "").expanduser(), ConfFiles([conf_dir()]).groups["backbone"]
+    if name is not None and path.is_dir() and (name not in known or (path / "run.json").is_file()):
+        return _specs_of_run(path, overrides)
     from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags
     from tlcli.cli.job import check
 
-    flags = parse_flags(overrides)
-    if flags.multirun or not flags.runs:
-        raise UsageError("inspect looks at one configuration: give KEY=VALUE and GROUP=OPTION words alone")
+    flag_words = [f"--config-dir={config_dir}"] if config_dir else []
+    backbone = backbone_words(name, [*flag_words, *overrides]) if name is not None else []
+    flags = parse_flags([*flag_words, *backbone, *overrides])
     with composing(flags.files):
         spec = build_spec(compose_config(flags), flags.files)
         check(spec)
-        head = replace(flags, overrides=(*(o for o in flags.overrides if not _is_freeze(o)), "freeze=head"))
-        return spec, build_spec(compose_config(head), flags.files).augment
+        others = [o for o in flags.overrides if not o.lstrip("+~").startswith(("freeze=", "freeze."))]
+        head = build_spec(compose_config(replace(flags, overrides=(*others, "freeze=head"))), flags.files)
+    return spec, head.augment
 
 
-def _is_freeze(override: str) -> bool:
-    return override.lstrip("+~").startswith(("freeze=", "freeze."))
-
-
-def _of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]":
-    """Of a run, with overrides on its config."""
+def _specs_of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]":
+    """Return the specs of a run, with overrides of its config."""
     from tlcli.cli.job import check
     from tlcli.cli.saved_config import load_spec
     from tlcli.runs.run_dir import RunDir
 
     if not (path / "config.yaml").is_file():
-        raise UsageError(f"{path}: not a run's directory: there is no config.yaml in it")
+        raise UsageError(f"{path}: not a run directory: config.yaml not found")
     spec = load_spec(RunDir(path), overrides)
-    if spec.backbone.weights not in ("default", "none"):  # what it started from may be gone, and is not needed
+    if spec.backbone.weights not in ("default", "none"):  # the file is not needed, and may be gone
         spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
     check(spec)
-    own = any(word.startswith(("augment=", "augment.")) for word in overrides)
-    return spec, spec.augment if own else load_spec(RunDir(path), [*overrides, "augment=none"]).augment
+    if any(word.startswith(("augment=", "augment.")) for word in overrides):
+        return spec, spec.augment
+    return spec, load_spec(RunDir(path), [*overrides, "augment=none"]).augment
 
 
-# -- words
+def backbone_words(name: str, words: Sequence[str]) -> list[str]:
+    """Return the words of `tlcli train` that choose this backbone. Raises UsageError."""
+    options = ConfFiles([conf_dir(), *extra_folders(words)]).groups["backbone"]
+    library, slash, model = name.partition("/")
+    if slash and library == "timm" and model:
+        return ["backbone=timm", f"backbone.name={model}"]
+    if slash and library == "torchvision" and model in options:
+        name = model
+    if name in options and (name != "timm" or any(word.startswith("backbone.name=") for word in words)):
+        return [f"backbone={name}"]
+    choices = [option for option in options if option != "timm"]
+    near = did_you_mean(model if slash else name, choices)
+    raise UsageError(
+        f"{name}: neither a backbone nor a run directory.{near} Choose from {', '.join(choices)}, or timm/NAME"
+    )
 
 
-def page(found: "Inspection", width: int) -> list[str]:
-    """The lines for people."""
-    from tlcli.cli.tables import labelled
-
-    wrap = None if width >= UNLIMITED_WIDTH else width
-    images = ", ".join(f"{n:,} {split}" for split, n in found.images.items())
-    parameters = sum(stage.parameters for stage in found.stages)
+def page(inspection: "Inspection", width: int | None) -> list[str]:
+    """Return the lines of the table; `width` is that of a terminal, or None."""
+    images = ", ".join(f"{n:,} {split}" for split, n in inspection.images.items())
+    parameters = sum(stage.parameters for stage in inspection.stages)
     facts = [
-        ("backbone", f"{found.backbone}, {parameters:,} parameters, {found.size} px"),
-        ("dataset", f"{found.dataset}, {found.classes:,} classes; {images}"),
-        ("training", f"{found.epochs:,} epochs, batches of {found.batch_size:,}"),
-        ("device", found.device),
+        ("backbone", f"{inspection.backbone}, {parameters:,} parameters, {inspection.size} px"),
+        ("dataset", f"{inspection.dataset}, {inspection.classes:,} classes; {images}"),
+        ("training", f"{inspection.epochs:,} epochs, batches of {inspection.batch_size:,}"),
+        ("device", inspection.device),
     ]
-    lines = [line for label, value in facts for line in labelled(label, value, wrap)]
-    stages = [[s.name, f"{s.parameters:,}", f"{s.share:.1%}"] for s in found.stages]
-    lines += ["", *grid(["stage", "parameters", "share"], stages), ""]
-    fields = fields_for(found.strategies, width)
-    lines += grid([f.title for f in fields], [[f.cell(s) for f in fields] for s in found.strategies])
-    lines.append("")
-    for why, names in _reasons(found.strategies).items():
-        lines += labelled("live", f"{', '.join(names)}: {why}", wrap)
-    if found.load is not None and found.load > found.cores:
-        busy = f"this machine is busy (load {found.load:.1f} on {found.cores} cores): alone, a run is quicker"
-        lines += labelled("busy", busy, wrap)
-    lines += labelled(
-        "time", "measured on a few batches; a run takes a few seconds more to start and to write its plots", wrap
-    )
-    return lines
-
-
-def _reasons(strategies: "Sequence[Strategy]") -> dict[str, list[str]]:
-    """Why training would be live, and with which strategies."""
-    found: dict[str, list[str]] = {}
-    for strategy in strategies:
-        if strategy.why_live is not None:
-            names = found.setdefault(strategy.why_live, [])
-            kind, _, n = strategy.freeze.partition(" n=")
-            if n and names and names[-1].startswith(f"{kind} n="):
-                names[-1] += f",{n}"
-            else:
-                names.append(strategy.freeze)
-    return found
-
-
-@dataclass(frozen=True)
-class Field:
-    """A column. Where the width is short, those with a higher `drop` are left out."""
-
-    title: str
-    cell: "Callable[[Strategy], str]"
-    drop: int
-
-
-def _seconds(value: float | None) -> str:
-    """For people, who want two figures."""
-    from tlcli.cli.tables import duration
-
-    if value is None:
-        return "-"
-    return (
-        f"{value:.2f} s"
-        if value < 0.095
-        else f"{value:.1f} s"
-        if value < 9.95
-        else duration(round(value)).replace(".0 s", " s")
-    )
-
-
-def _bytes(value: int | None) -> str:
-    return "-" if value is None else size_text(value)
-
-
-FIELDS = (
-    Field("freeze", lambda s: s.freeze, 0),
-    Field("trainable", lambda s: f"{s.trainable:,}", 4),
-    Field("cut at", lambda s: s.at or "-", 5),
-    Field("each", lambda s: _bytes(s.row_bytes), 6),
-    Field("cache", lambda s: _bytes(s.cache_bytes), 2),
-    Field("first", lambda s: _seconds(s.first_pass), 0),
-    Field("then", lambda s: _seconds(s.cached_epoch), 0),
-    Field("live", lambda s: _seconds(s.live_epoch), 0),
-    Field("run", lambda s: _seconds(s.total), 0),
-    Field("takes", lambda s: s.takes, 3),
-)
-
-
-def fields_for(strategies: "Sequence[Strategy]", width: int) -> list[Field]:
-    """The fields that fit a width, in their order; the more important ones first."""
-    widths = {f: max(len(f.title), *(len(f.cell(s)) for s in strategies)) + 2 for f in FIELDS}
-    left, kept = width + 2, set()
-    for field in sorted(FIELDS, key=lambda f: f.drop):
-        if field.drop == 0 or widths[field] <= left:
-            left -= widths[field]
-            kept.add(field)
-    return [field for field in FIELDS if field in kept]
-
-
-def grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells under their titles; the first column and words to the left, figures to the right."""
-    columns = list(zip(titles, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [i > 0 and any(c.isdigit() for cell in column[1:] for c in cell[:1]) for i, column in enumerate(columns)]
+    stage_columns = [TableColumn("stage", left=True), TableColumn("parameters"), TableColumn("share")]
+    stages = [(stage.name, f"{stage.parameters:,}", f"{stage.share:.1%}") for stage in inspection.stages]
+    costs = [[cell(cost) for _, cell in COLUMNS] for cost in inspection.strategies]
+    names_by_reason: dict[str, list[str]] = {}
+    for cost in inspection.strategies:
+        if cost.why_live is not None:
+            names_by_reason.setdefault(cost.why_live, []).append(cost.freeze)
+    notes = [("live", f"{', '.join(names)}: {reason}") for reason, names in names_by_reason.items()]
+    if inspection.load is not None and inspection.load > inspection.cores:
+        load = f"load {inspection.load:.1f} on {inspection.cores} cores"
+        notes.append(("busy", f"this machine is busy ({load}): runs are faster when it is not"))
+    notes.append(("time", "measured on a few batches; a run takes a few more seconds to start and to write its plots"))
     return [
-        "  ".join(
-            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [titles, *rows]
+        *(line for label, value in facts for line in labelled(label, value, width)),
+        "",
+        *table_lines(stage_columns, stages, width),
+        "",
+        *table_lines([column for column, _ in COLUMNS], costs, width),
+        "",
+        *(line for label, value in notes for line in labelled(label, value, width)),
     ]
+
+
+def _seconds(value: float | None) -> str | None:
+    if value is None or value >= 60:
+        return None if value is None else duration_text(value)
+    return f"{value:.2f} s" if value < 0.095 else f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"

@@ -1,12 +1,14 @@
-"""What a way to train costs on this machine: a few batches through the loop, the cut and the cache's own code.
+"""The cost of training on this machine, measured on a few batches with the code that trains, before it is paid.
 
-The network's weights may be random, for time does not depend on them; nothing here changes them.
+Weights may be random, because time does not depend on them, and nothing is downloaded. No weight is changed.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +16,10 @@ from msgspec import structs
 from torch.nn.modules.batchnorm import _NormBase
 
 from tlcli.data.batches import ImageBatches, epoch_order
-from tlcli.data.dataset import Dataset, preload_images
+from tlcli.data.dataset import Dataset, load_without_decoding, preload_images
 from tlcli.data.preprocess import Preprocessing
-from tlcli.device import Device
-from tlcli.engine.activations import Workload
+from tlcli.device import Device, setup_process
+from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.decisions import (
     device_with,
     measure_extraction,
@@ -27,250 +29,385 @@ from tlcli.engine.decisions import (
     uncacheable_reason,
 )
 from tlcli.engine.evaluate import evaluate
-from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import MAX_EVALUATION_BATCH, image_loader
-from tlcli.engine.loaders import ActivationLoader, BatchLoader
-from tlcli.engine.loaders import ActivationTensors as Table
+from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader
 from tlcli.engine.numerics import ComputeFormat
+from tlcli.engine.session import session_for
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError
-from tlcli.models.classifier import Classifier
+from tlcli.models.build import build_model
+from tlcli.models.classifier import Classifier, count
+from tlcli.registry import options
 from tlcli.reporter import Reporter
-from tlcli.specs import TrainSpec
+from tlcli.specs import AugmentSpec, HeadInit, LiteBackboneSpec, TrainSpec
+from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut
+from tlcli.transfer.freeze import HeadSpec
 
-FIRST = 8
-"""Images of the first step, which is slower than the next ones and says how many images to measure."""
-LONG_ENOUGH = 0.2
-"""Seconds of measuring after which a step is not done again."""
-TOO_LONG, TOO_LONG_LIVE = 0.5, 1.5
-"""Seconds that a measured step should take at the most: fewer images where a whole batch would take longer. (Eight
-images in place of 32 gave 20 to 40 % fewer images a second.)"""
-STILL = 1e-12
-"""A learning rate that changes weights by less than their rounding, or from zero to nearly that."""
+SAMPLE_IMAGES = 64
+"""Training images that are decoded and measured with, at least as many as a batch has."""
+WARMUP_IMAGES = 8
+"""Images of the first steps: the first is slow, the second tells how many images to measure with."""
+MEASURE_SECONDS = 0.2
+"""Seconds of measuring after which a step is not repeated."""
+MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
+"""Longest measured step; it has fewer images if a whole batch takes longer. (8 images in place of 32 gave 20 to 40 %
+fewer images per second.)"""
+NEGLIGIBLE_LR = 1e-12
+"""Changes weights by less than their rounding, or from zero to nearly zero."""
 EPOCHS = 1000
-"""That the schedule is to last longer than any measurement."""
+"""Makes the schedule longer than any measurement."""
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """Images a second, in training and in evaluation."""
+class Throughput:
+    """Images per second in training and in evaluation."""
 
     train: float
     evaluate: float
 
 
-@dataclass
-class Shared:
-    """What was found for one strategy and holds for the others: the formats on images, of the prefix and of the suffix,
-    how many images a step is measured with, and the speed of evaluation."""
-
-    live: tuple[Device, ComputeFormat] | None = None
-    prefix: ComputeFormat | None = None
-    suffix: ComputeFormat | None = None
-    images: int | None = None
-    evaluate: float | None = None
-
-
 @dataclass(frozen=True)
-class Cached:
-    """Training on activations: where the cut is, bytes a row, how long the first pass over the images takes, decoding
-    not included, and the speeds from then on. `why_live` says why `tlcli train` would not do this."""
+class CachedCost:
+    """Training on activations: where the network is cut, how many rows are extracted and in how many seconds (without
+    decoding), and the throughput from then on. `uncached_reason` tells why `tlcli train` would read images."""
 
-    at: str
+    cut: str
     row_bytes: int
     rows: int
-    first_pass: float
-    speeds: Speeds
-    why_live: str | None
+    extraction_seconds: float
+    throughput: Throughput
+    uncached_reason: str | None
 
 
 class CostMeter:
-    """Measures one spec on a sample of its data. `data` is the whole set, of which only the sample is read."""
+    """Measures workloads with a sample of their training images, which is decoded into memory.
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
+    Formats, the size of a step and the speed of evaluation are measured with the first workload, and used for others.
+    """
 
-    def live(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Speeds:
-        """Training and evaluation on images, decoding not included."""
-        if shared.live is None:
-            formats = measure_network(self.workload)
-            shared.live = device_with(self.workload, *formats), formats[1]
-        device, spec = shared.live[0], _still(self.workload.spec)
-        device.place(self.workload.classifier.network)
+    def __init__(self, sample: Dataset) -> None:
+        self._sample = sample
+        self._network_formats: tuple[ComputeFormat, ComputeFormat] | None = None
+        self._prefix_format: ComputeFormat | None = None
+        self._suffix_format: ComputeFormat | None = None
+        self._train_images: int | None = None
+        self._evaluate: float | None = None
 
-        def feed(split_name: str, n: int) -> BatchLoader:
-            return image_loader(replace(self.workload, data=first(sample, n), spec=spec), device, split_name, reporter)
+    def device(self, workload: Workload) -> Device:
+        """Return the device with the formats of training on images."""
+        self._network_formats = self._network_formats or measure_network(workload)
+        return device_with(workload, *self._network_formats)
 
-        fit = self._fitting(spec, device, reporter)
-        most = min(len(sample.train), spec.batch_size)
-        shared.images, train = speed(lambda n: fit(feed("train", n)), most, shared.images, TOO_LONG_LIVE)
-        if shared.evaluate is None:
-            look = lambda n: evaluate(self.workload.classifier.network, feed("train_eval", n), device, reporter, "")  # noqa: E731
-            most = min(len(sample.train), MAX_EVALUATION_BATCH, 4 * spec.batch_size)
-            shared.evaluate = speed(look, most)[1]
-        return Speeds(train, shared.evaluate)
+    def uncached(self, workload: Workload) -> Throughput:
+        """Return the throughput on images, without decoding."""
+        device, network, spec = self.device(workload), workload.classifier.network, _with_negligible_lr(workload.spec)
+        device.place(network)
 
-    def cached(self, sample: Dataset, reporter: Reporter, shared: Shared) -> Cached | str:
-        """Training on activations of the sample, or why the network cannot be cut."""
-        workload, cut = self.workload, self.workload.cut
+        def loader(split_name: str, n: int) -> BatchLoader:
+            own = replace(workload, data=first_images(self._sample, n), spec=spec)
+            return image_loader(own, device, split_name, Reporter())
+
+        fit, n_sample = _fitting(workload, spec, device), len(self._sample.train)
+        self._train_images, train = measure_throughput(
+            lambda n: fit(loader("train", n)),
+            min(n_sample, spec.batch_size),
+            self._train_images,
+            MAX_UNCACHED_STEP_SECONDS,
+        )
+        if self._evaluate is None:
+            _, self._evaluate = measure_throughput(
+                lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), ""),
+                min(n_sample, MAX_EVALUATION_BATCH, 4 * spec.batch_size),
+            )
+        return Throughput(train, self._evaluate)
+
+    def cached(self, workload: Workload) -> CachedCost | str:
+        """Return the cost of training on activations, or the reason why the network cannot be cut."""
+        cut, spec, data = workload.cut, _with_negligible_lr(workload.spec), workload.data
         if not isinstance(cut, Cut):
             return cut.why
-        shared.prefix = shared.prefix or measure_extraction(workload, cut)
-        extractor = workload.extractor(cut, shared.prefix)
-        device = device_with(workload, self._suffix_numerics(cut, extractor, shared), extractor.numerics)
+        self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
+        extractor, head = workload.extractor(cut, self._prefix_format), workload.plain_head(cut)
+        suffix_format = self._suffix_format if head is None else None  # a linear layer's is not that of other suffixes
+        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.numerics)
+        self._suffix_format = suffix_format if head is None else self._suffix_format
+        device = device_with(workload, suffix_format, extractor.numerics)
         device.place(workload.classifier.network)
-        table, images_per_second = self._extracted(extractor, sample, reporter)
-        row, images = sum(column.nbytes for column in extractor.columns()), self._images_to_extract()
-        return Cached(
-            at=cut.suffix_start,
-            row_bytes=row,
-            rows=images,
-            first_pass=extractor.about(images, images_per_second),
-            speeds=self._suffix_speeds(cut, table, sample, device, reporter),
-            why_live=uncacheable_reason(workload) or not_worthwhile_reason(workload, shared.prefix, images, row),
-        )
 
-    def _suffix_numerics(self, cut: Cut, extractor: Extractor, shared: Shared) -> ComputeFormat:
-        """The format of the suffix; that of a bare head is no measure for others."""
-        if self.workload.plain_head(cut) is not None:
-            return measure_suffix(self.workload, cut, extractor.numerics)
-        shared.suffix = shared.suffix or measure_suffix(self.workload, cut, extractor.numerics)
-        return shared.suffix
-
-    def _extracted(self, extractor: Extractor, sample: Dataset, reporter: Reporter) -> tuple[Table, float]:
-        """The rows of a batch of the sample, and how many a second."""
-        extractor.prepare(reporter)
-        batch = first(sample, extractor.batch_size).train
-        batches = ImageBatches(batch, self.workload.preprocessing, batch_size=extractor.batch_size, workers=0)
-        rows: list[Table] = []
+        extractor.prepare(Reporter())
+        batch = first_images(self._sample, extractor.batch_size).train
+        batches = ImageBatches(batch, workload.preprocessing, batch_size=extractor.batch_size, workers=0)
+        tensors: ActivationTensors = ()
 
         def extract(n: int) -> None:
-            rows[:] = [extractor(images) for images, _ in batches.in_order()]
+            nonlocal tensors
+            (tensors,) = [extractor(images) for images, _ in batches.in_order()]
 
-        _seconds(extract, len(batch))
-        shortest = _shortest(extract, len(batch))
-        return rows[0], extractor.batch_size / shortest  # a short batch is filled up
+        extract(len(batch))
+        _, speed = measure_throughput(extract, len(batch), len(batch))
+        labels = torch.from_numpy(self._sample.train.labels)
 
-    def _suffix_speeds(self, cut: Cut, table: Table, sample: Dataset, device: Device, reporter: Reporter) -> Speeds:
-        """Over as many rows as there are training images, where that is quick: the same rows again and again."""
-        spec, labels = _still(self.workload.spec), torch.from_numpy(sample.train.labels)
-
-        def feed(n: int) -> BatchLoader:
-            rows = torch.arange(n) % len(table[0])
+        def loader(n: int) -> BatchLoader:
+            rows = torch.arange(n) % len(tensors[0])  # the same rows again and again, as many as there are images
             return ActivationLoader(
-                [table],
+                [tensors],
                 rows,
                 labels[rows],
                 network=cut.suffix,
-                head=self.workload.plain_head(cut),
+                head=head,
                 dtype=device.train_dtype,
                 device=device,
                 batch_size=spec.batch_size,
                 seed=spec.seed,
             )
 
-        fit = self._fitting(spec, device, reporter)
-        look = lambda n: evaluate(self.workload.classifier.network, feed(n), device, reporter, "")  # noqa: E731
-        most = len(self.workload.data.train)
-        few = (
-            most if self.workload.plain_head(cut) is not None else min(FIRST, most)
-        )  # evaluation is a small part of an epoch
-        return Speeds(speed(lambda n: fit(feed(n)), most)[1], speed(look, few)[1])
-
-    def _fitting(self, spec: TrainSpec, device: Device, reporter: Reporter) -> Callable[[BatchLoader], None]:
-        """An epoch of training over a feed."""
-        counts = self.workload.data.train.class_counts(len(self.workload.data.classes))
-        trainer = Trainer(self.workload.classifier, self.workload.contract, spec, device, counts)
-
-        def fit(feed: BatchLoader) -> None:
-            with suppress(NonFiniteLossError):  # the weights may be random
-                trainer.fit(feed, 1, reporter, lambda running: None)
-
-        return fit
-
-    def _images_to_extract(self) -> int:
-        """How many rows one run computes."""
-        data, views = self.workload.data, self.workload.spec.cache.views
-        evaluated = len(data.val) + len(data.test)
-        if not self.workload.augments or views is None:  # None: without augmentation, which is how they could be kept
-            return len(data.train) + evaluated
-        return len(data.train) * (views + self.workload.needs_probe) + evaluated
+        fit, n_train, network = _fitting(workload, spec, device), len(data.train), workload.classifier.network
+        _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
+        _, evaluation = measure_throughput(
+            lambda n: evaluate(network, loader(n), device, Reporter(), ""),
+            n_train if head is not None else min(WARMUP_IMAGES, n_train),  # a small part of an epoch
+        )
+        row_bytes, rows = sum(column.nbytes for column in extractor.columns()), n_train + len(data.val) + len(data.test)
+        if workload.augments and spec.cache.views is not None:
+            rows += n_train * (spec.cache.views + workload.needs_probe - 1)
+        return CachedCost(
+            cut=cut.suffix_start,
+            row_bytes=row_bytes,
+            rows=rows,
+            # a short batch is padded
+            extraction_seconds=extractor.about(rows, speed * extractor.batch_size / len(batch)),
+            throughput=Throughput(train, evaluation),
+            uncached_reason=uncacheable_reason(workload)
+            or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes),
+        )
 
 
-def _still(spec: TrainSpec) -> TrainSpec:
-    """The same, so that training leaves the weights as they are and its schedule does not end."""
-    return structs.replace(spec, optimizer=structs.replace(spec.optimizer, lr=STILL), epochs=EPOCHS)
+def _with_negligible_lr(spec: TrainSpec) -> TrainSpec:
+    return structs.replace(spec, optimizer=structs.replace(spec.optimizer, lr=NEGLIGIBLE_LR), epochs=EPOCHS)
 
 
-def sample_of(data: Dataset, n: int, seed: int) -> Dataset:
-    """The same with n training images, drawn."""
-    return replace(data, train=data.train.take(epoch_order(len(data.train), seed, 1)[:n]))
+def _fitting(workload: Workload, spec: TrainSpec, device: Device) -> Callable[[BatchLoader], None]:
+    """Return a function that trains for one epoch."""
+    counts = workload.data.train.class_counts(len(workload.data.classes))
+    trainer = Trainer(workload.classifier, workload.contract, spec, device, counts)
+
+    def fit(loader: BatchLoader) -> None:
+        with suppress(NonFiniteLossError):  # the weights may be random
+            trainer.fit(loader, 1, Reporter(), lambda running: None)
+
+    return fit
 
 
-def first(data: Dataset, n: int) -> Dataset:
-    """The same with the first n training images."""
+def measure_throughput(
+    step: Callable[[int], object],
+    max_images: int,
+    images: int | None = None,
+    max_step_seconds: float = MAX_STEP_SECONDS,
+) -> tuple[int, float]:
+    """Return the number of images of a measured step, and the images per second of the fastest of a few steps.
+
+    `images` sets that number; None finds how many of `max_images` there is time for.
+    """
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        step(n)
+        return max(time.perf_counter() - start, 1e-9)
+
+    shortest, spent = float("inf"), 0.0
+    if images is None:
+        images = min(WARMUP_IMAGES, max_images)
+        seconds(images)  # the first step is slow
+        shortest = spent = seconds(images)
+        while images < max_images and 2 * spent < max_step_seconds:
+            images = min(max_images, images * max(2, int(max_step_seconds / spent / 2)))
+            shortest = spent = seconds(images)
+    while spent < MEASURE_SECONDS:
+        last = seconds(images)
+        shortest, spent = min(shortest, last), spent + last
+    return images, images / shortest
+
+
+def first_images(data: Dataset, n: int) -> Dataset:
+    """Return the dataset with the first n training images."""
     return replace(data, train=data.train.take(np.arange(min(n, len(data.train)))))
 
 
-def settle(model: Classifier, sample: Dataset, preprocessing: Preprocessing) -> None:
-    """Give BatchNorm layers with random weights the statistics of a few images, as trained ones have them. Without,
-    what passes through a deep network vanishes, and numbers that small take a processor many times as long."""
-    layers = [m for m in model.network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    images = torch.stack([preprocessing.apply(sample.train.read(i)) for i in range(min(FIRST, len(sample.train)))])
+def update_bn(classifier: Classifier, sample: Dataset, preprocessing: Preprocessing) -> None:
+    """Give BatchNorm layers with random weights the statistics of a few images, as trained layers have them.
+
+    Without them signals vanish in a deep network, and a processor is many times slower with such small numbers.
+    """
+    layers = [m for m in classifier.network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    n = min(WARMUP_IMAGES, len(sample.train))
+    images = torch.stack([preprocessing.apply(sample.train.read(i)) for i in range(n)])
     momenta = [layer.momentum for layer in layers]
-    model.network.eval()
+    classifier.network.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # the mean over all that is seen
+        layer.momentum = None  # the mean over all images
         layer.train()
     with torch.no_grad():
-        device = next(model.network.parameters()).device
-        model.network(preprocessing.normalise(images.to(device)))
+        device = next(classifier.network.parameters()).device
+        classifier.network(preprocessing.normalise(images.to(device)))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()
 
 
-def decoding_seconds(sample: Dataset, reporter: Reporter) -> float:
-    """Seconds an image that decoding takes here; the sample stays in memory, where there is room."""
+# -- inspect
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A stage of the network and its share of the parameters."""
+
+    name: str
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class StrategyCost:
+    """The cost of a freeze strategy, in seconds.
+
+    `first_pass` is over all images, with decoding, once for all later runs. `cached_epoch` and `live_epoch` (on images)
+    include validation. `total` is of one run with an empty cache, as it `takes` its images: cached or live. If the
+    network cannot be cut the cached values are None, and `why_live` is the reason.
+    """
+
+    freeze: str
+    trainable: int
+    at: str | None
+    row_bytes: int | None
+    cache_bytes: int | None
+    first_pass: float | None
+    cached_epoch: float | None
+    live_epoch: float
+    takes: str
+    why_live: str | None
+    total: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `tlcli inspect` shows. `images` are per split; `load` is that of the machine before the measurements."""
+
+    backbone: str
+    dataset: str
+    classes: int
+    images: dict[str, int]
+    size: int
+    epochs: int
+    batch_size: int
+    device: str
+    cores: int
+    load: float | None
+    stages: tuple[StageCost, ...]
+    strategies: tuple[StrategyCost, ...]
+
+
+def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> Inspection:
+    """Return the stages of the spec's network and the cost of each freeze strategy on the spec's data.
+
+    `head_augment` is the augmentation of freeze=head. Measured formats are stored, as `tlcli train` stores them. Raises
+    UsageError if the spec cannot be followed, BadImagesError if an image of the sample does not decode.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    accelerator, session = setup_process(spec.device), session_for(spec.cache)
+    data = load_without_decoding(spec.dataset, seed=spec.seed, reporter=reporter)
+    backbone = spec.backbone
+    is_random = backbone.weights == "default" and not isinstance(backbone, LiteBackboneSpec)  # nothing is downloaded
+    if is_random:
+        backbone = structs.replace(backbone, weights="none", reinit=())
+    classifier = build_model(backbone, data.classes, size=image_size(spec), seed=spec.seed)
+    if is_random:  # counted as pretrained: BatchNorm layers keep pretrained statistics
+        classifier = replace(classifier, pretrained=frozenset(classifier.network.state_dict()))
+    classifier.network.to(accelerator)
+    session.set_model(classifier)
+
+    n_sample = max(SAMPLE_IMAGES, spec.batch_size)
+    sample = replace(data, train=data.train.take(epoch_order(len(data.train), spec.seed, 1)[:n_sample]))
     start = time.perf_counter()
     preload_images([sample.train], reporter)
-    return (time.perf_counter() - start) / len(sample.train)
+    decode_seconds = (time.perf_counter() - start) / len(sample.train)
+    preprocessing = preprocessing_for(spec, classifier)
+    if is_random:
+        update_bn(classifier, sample, preprocessing)
+
+    spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
+    variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]
+    costs, meter = list[StrategyCost](), CostMeter(sample)
+    with reporter.track("measuring", len(variants), "strategies") as advance:
+        for freeze in reversed(variants):  # the whole network first: its formats are used for the others
+            augment = head_augment if isinstance(freeze, HeadSpec) else spec.augment
+            needs_probe = freeze.head_init is HeadInit.probe and bool(classifier.pretrained)
+            contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
+            workload = Workload(data, classifier, contract, own, accelerator, session, needs_probe)
+            costs.insert(0, strategy_cost(workload, meter.cached(workload), meter.uncached(workload), decode_seconds))
+            advance(1)
+    return Inspection(
+        backbone=classifier.name,
+        dataset=f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
+        classes=len(data.classes),
+        images={"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        size=preprocessing.size,
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        device=meter.device(workload).description,
+        cores=os.cpu_count() or 1,
+        load=load,
+        stages=tuple(_stages(classifier)),
+        strategies=tuple(costs),
+    )
 
 
-def speed(
-    step: Callable[[int], object], most: int, n: int | None = None, too_long: float = TOO_LONG
-) -> tuple[int, float]:
-    """How many images a step was measured with, and how many a second are done in the quickest of a few steps.
-
-    Args:
-        most: images of a step.
-        n: so many, where it is known how many there is time for.
-        too_long: seconds that are too many for a step.
-    """
-    if n is not None:
-        return n, n / _shortest(step, n)
-    n = min(FIRST, most)
-    _seconds(step, n)  # the first step of all is slow
-    seconds = _seconds(step, n)
-    while n < most and 2 * seconds < too_long:
-        n = min(most, n * max(2, int(too_long / seconds / 2)))
-        seconds = _seconds(step, n)
-    return n, n / min(seconds, _shortest(step, n, seconds))
+def _stages(classifier: Classifier) -> Iterator[StageCost]:
+    parameters = dict(classifier.network.named_parameters())
+    total = count(parameters.values())
+    for stage in classifier.stages:
+        n = count(p for name, p in parameters.items() if name in stage.tensors)
+        yield StageCost(stage.name, n, n / total)
 
 
-def _shortest(step: Callable[[int], object], n: int, spent: float = 0.0) -> float:
-    """Seconds of the quickest of a few steps, infinite where so much was spent before that none is to follow."""
-    shortest = float("inf")
-    while spent < LONG_ENOUGH:
-        seconds = _seconds(step, n)
-        shortest, spent = min(shortest, seconds), spent + seconds
-    return shortest
+def strategy_cost(
+    workload: Workload, cached: CachedCost | str, uncached: Throughput, decode_seconds: float
+) -> StrategyCost:
+    """Return the seconds of a run from the measured throughput; `decode_seconds` are per image."""
+    data, epochs = workload.data, workload.spec.epochs
+    n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
+    decoding = decode_seconds * (n_train + n_val + n_test)
+    n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
 
+    def epoch_and_run(speed: Throughput) -> tuple[float, float]:
+        epoch = n_train / speed.train + n_val / speed.evaluate
+        return epoch, n_evaluated / speed.evaluate + epochs * epoch
 
-def _seconds(step: Callable[[int], object], n: int) -> float:
-    """How long a step over n images takes."""
-    start = time.perf_counter()
-    step(n)
-    return max(time.perf_counter() - start, 1e-9)
+    uncached_epoch, uncached_run = epoch_and_run(uncached)
+    cost = StrategyCost(
+        freeze=workload.spec.freeze.label,
+        trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
+        at=None,
+        row_bytes=None,
+        cache_bytes=None,
+        first_pass=None,
+        cached_epoch=None,
+        live_epoch=uncached_epoch,
+        takes="live",
+        why_live=cached if isinstance(cached, str) else cached.uncached_reason,
+        total=decoding + uncached_run,
+    )
+    if isinstance(cached, str):
+        return cost
+    cached_epoch, cached_run = epoch_and_run(cached.throughput)
+    first_pass = decoding + cached.extraction_seconds
+    cost = replace(
+        cost,
+        at=cached.cut,
+        row_bytes=cached.row_bytes,
+        cache_bytes=cached.row_bytes * cached.rows,
+        first_pass=first_pass,
+        cached_epoch=cached_epoch,
+    )
+    return cost if cached.uncached_reason else replace(cost, takes="cached", total=first_pass + cached_run)

@@ -13,7 +13,7 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from tlcli.models.classifier import Head, eval_mode
+from tlcli.models.classifier import Float32Linear, eval_mode
 
 
 class CutError(Exception):
@@ -56,7 +56,7 @@ class _Tracer(fx.Tracer):
         self.failed: list[nn.Module] = []
 
     def is_leaf(self, module: nn.Module) -> bool:
-        return module in self.leaves or type(module) in self.leaf_types or isinstance(module, Head)
+        return module in self.leaves or type(module) in self.leaf_types or isinstance(module, Float32Linear)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)

@@ -7,13 +7,15 @@ import torch
 
 from tests.conftest import Compose
 from tlcli.data.augment import AugmentNoneSpec
+from tlcli.data.dataset import load_without_decoding
 from tlcli.engine import costs
 from tlcli.engine.activations import Workload, preprocessing_for
+from tlcli.engine.costs import Inspection, StrategyCost, inspect
 from tlcli.engine.session import session_for
-from tlcli.inspection import Inspection, Strategy, inspect
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
+from tlcli.transfer.contract import apply_freeze
 
 NONE = AugmentNoneSpec(erasing=0.0)
 
@@ -30,7 +32,7 @@ def found(spec: Compose, shapes: Path) -> Inspection:
 
 
 @pytest.fixture(scope="module")
-def by_name(found: Inspection) -> dict[str, Strategy]:
+def by_name(found: Inspection) -> dict[str, StrategyCost]:
     return {strategy.freeze: strategy for strategy in found.strategies}
 
 
@@ -43,13 +45,13 @@ def test_stages_are_the_networks(found: Inspection) -> None:
 
 
 @pytest.mark.slow
-def test_every_strategy_is_there(by_name: dict[str, Strategy]) -> None:
+def test_every_strategy_is_there(by_name: dict[str, StrategyCost]) -> None:
     last = [f"last_stages n={n}" for n in (1, 2, 3)]
     assert list(by_name) == ["head", *last, "norm", "bias", "none"]
 
 
 @pytest.mark.slow
-def test_what_trains_is_counted(found: Inspection, by_name: dict[str, Strategy]) -> None:
+def test_what_trains_is_counted(found: Inspection, by_name: dict[str, StrategyCost]) -> None:
     sizes = {stage.name: stage.parameters for stage in found.stages}
     assert by_name["head"].trainable == sizes["head"]
     assert by_name["last_stages n=2"].trainable == sizes["head"] + sizes["layer4"] + sizes["layer3"]
@@ -57,7 +59,7 @@ def test_what_trains_is_counted(found: Inspection, by_name: dict[str, Strategy])
 
 
 @pytest.mark.slow
-def test_cuts_and_what_crosses_them(by_name: dict[str, Strategy]) -> None:
+def test_cuts_and_what_crosses_them(by_name: dict[str, StrategyCost]) -> None:
     head, last = by_name["head"], by_name["last_stages n=1"]
     assert (head.at, last.at) == ("fc", "layer4")
     assert head.row_bytes in (512 * 2, 512 * 4), "in bfloat16 or float32"
@@ -69,14 +71,14 @@ def test_cuts_and_what_crosses_them(by_name: dict[str, Strategy]) -> None:
 
 
 @pytest.mark.slow
-def test_what_train_would_do(by_name: dict[str, Strategy]) -> None:
+def test_what_train_would_do(by_name: dict[str, StrategyCost]) -> None:
     assert (by_name["head"].takes, by_name["head"].why_live) == ("cached", None)
     assert by_name["last_stages n=1"].takes == "live"
     assert "cache.views" in str(by_name["last_stages n=1"].why_live), "it trains on random crops"
 
 
 @pytest.mark.slow
-def test_times_are_of_that_order(by_name: dict[str, Strategy]) -> None:
+def test_times_are_of_that_order(by_name: dict[str, StrategyCost]) -> None:
     head, none = by_name["head"], by_name["none"]
     assert 0 < head.cached_epoch < head.live_epoch < 600  # type: ignore[operator]
     assert head.cached_epoch < none.live_epoch < 600  # by how much head.live_epoch is less, a busy machine hides
@@ -88,7 +90,7 @@ def test_times_are_of_that_order(by_name: dict[str, Strategy]) -> None:
 def test_the_specs_own_strategy_is_among_them_and_seconds_follow_from_speeds(
     spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "speed", lambda step, most, *more: (most, 10.0))
+    monkeypatch.setattr(costs, "measure_throughput", lambda step, most, *more: (most, 10.0))
     own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))
     found = inspect(own, NONE, Reporter())
     assert [strategy.freeze for strategy in found.strategies][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
@@ -109,24 +111,18 @@ def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
 
 
 def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
-    from tlcli.data.dataset import load_without_decoding
-    from tlcli.transfer.contract import apply_freeze
-
     data = load_without_decoding(spec.dataset, seed=0, reporter=Reporter())
     session = session_for(spec.cache)
     session.set_model(model)
-    contract = apply_freeze(spec.freeze, model)
-    meter = costs.CostMeter(Workload(data, model, contract, spec, torch.device("cpu"), session))
-    meter.live(costs.sample_of(data, 8, 0), Reporter(), costs.Shared())
+    workload = Workload(data, model, apply_freeze(spec.freeze, model), spec, torch.device("cpu"), session)
+    costs.CostMeter(costs.first_images(data, 8)).uncached(workload)
 
 
 def test_random_weights_get_statistics_that_keep_signals_alive(spec: Compose, shapes: Path) -> None:
-    from tlcli.data.dataset import load_without_decoding
-
     own = spec(*base(shapes, "backbone.weights=none", "backbone=mobilenet_v3_small"))
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
     data = load_without_decoding(own.dataset, seed=0, reporter=Reporter())
-    costs.settle(model, data, preprocessing_for(own, model))
+    costs.update_bn(model, data, preprocessing_for(own, model))
     norms = [m for m in model.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert all(not m.training and m.momentum is not None and m.num_batches_tracked == 1 for m in norms)
 
@@ -141,7 +137,7 @@ def test_speed_takes_as_many_images_as_there_is_time_for(seconds: float, monkeyp
         now += n * seconds
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
-    n, per_second = costs.speed(step, 32)
+    n, per_second = costs.measure_throughput(step, 32)
     assert per_second == pytest.approx(1 / seconds)
     assert n == (32 if seconds == 0.001 else 8)
-    assert now <= 3 * costs.TOO_LONG or n == costs.FIRST
+    assert now <= 3 * costs.MAX_STEP_SECONDS or n == costs.WARMUP_IMAGES
