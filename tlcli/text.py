@@ -11,8 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import Struct, to_builtins
-
 T = TypeVar("T")
 
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
@@ -87,7 +85,9 @@ def to_plain(value: Any) -> Any:
     """Return dataclasses and Structs as dicts, enums as their values, tuples as lists: what JSON and YAML can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
-    if isinstance(value, Struct):
+    if hasattr(value, "__struct_fields__"):
+        from msgspec import to_builtins  # here: importing it takes 30 ms, which help and completion have not
+
         value = to_builtins(value)
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}

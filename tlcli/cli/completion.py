@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.folders import run_folders
 from tlcli.cli.helptext import train_parser
 from tlcli.cli.parser import Parser
 from tlcli.specs import classes_of, leaf_types
@@ -99,6 +98,8 @@ def _values_of(action: argparse.Action, word: str, before: list[str]) -> Iterato
     if action.choices:
         yield from map(str, action.choices)
     elif action.metavar in ("RUN", "SWEEP"):
+        from tlcli.cli.folders import run_folders
+
         yield from run_folders()
     elif "=" in str(action.metavar):
         yield from _config_words(word, before, ConfFiles([conf_dir(), *extra_folders(before)]))

@@ -126,7 +126,7 @@ def extra_folders(words: Sequence[str]) -> list[Path]:
 def _root(text: str) -> list[tuple[yaml.Node, yaml.Node]]:
     """Return the nodes of a YAML text's keys and values; none if it is not a mapping. Aliases are not followed."""
     try:
-        if not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
+        if "*" not in text or not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
             root = yaml.compose(text, Loader=LOADER)
             return list(root.value) if isinstance(root, yaml.MappingNode) else []
     except (yaml.YAMLError, RecursionError):
