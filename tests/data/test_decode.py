@@ -1,8 +1,10 @@
 """Every kind of file gives the RGB values that it shows, or a BadImage that says why not."""
 
+import base64
 import io
 import os
 import struct
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,3 +322,48 @@ def test_a_large_jpeg_that_ends_early_is_still_bad(tmp_path: Path, enough: int) 
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(BadImage, match="truncated"):
         read_image(path)
+
+
+# -- HEIF and AVIF
+
+
+HEIC = zlib.decompress(
+    base64.b85decode(
+        r"c-muNV30{GsVvAy%}izhg51nBLl8SRGck>Uf$?~5YDppk1Sn>t<P<^K3<a6VB@Af5Br_);Y>0~k0}}%yh{gCCLIZ&}Pz(r|%-|v_"
+        r"Kx~njnU@CUfn-I2oK&zfpqh-bWJ3ldK}L`g*NRNAa=wDhl3WI;N=CNKf}#Q-`)OuDaz2nQ1?qKXWCjUM04tLF!0_kqj~@&S{LBeJ"
+        r"9TE<VJdFSUgA_1>R4{{(+%6`EM4+Um6C)#<%mRf*)@iTS&3g7galwHG1_qu6kZ?;9P&Jzi<H6#Coj^N;lk;<m@{)5ZfTFw%Y(OOp"
+        r"BALYnsZifKK(R)0P9n%*5)ijD2!QDS|Nq|rg#nPh01XR)g3O9ckVa+>4h|s2nOT%y0(1_8WM)AwEKV4Kes5%AW^HK$a-=egQq!Ok"
+        r"e90-r$>3N3*-@UGk_d_}cMZn%!ip;-GM<_S|D8O&i6NSQr2)51=4Q9<6!9&IH$v1JR$Y<u{-VE#`+4=ry;(gOUp)d<lP6AjJb(44"
+        r"?b90Azq1|PY4gGdXcQYHCVYJvw17Mg21Z69P+);V1mXe!Q4)LQ"
+    )
+)
+"""24 by 16 pixels, red and blue, with the EXIF orientation 6."""
+
+
+def test_heic(tmp_path: Path) -> None:
+    pytest.importorskip("pi_heif")
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    pixels = read_image(tmp_path / "a.heic")
+    assert pixels.shape == (24, 16, 3)
+    assert np.abs(pixels[3, 3].astype(int) - [200, 30, 30]).max() <= 6
+    assert np.abs(pixels[-3, 3].astype(int) - [30, 30, 200]).max() <= 6
+
+
+def test_heic_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    with pytest.raises(BadImage, match=r"pip install 'tlcli\[heif\]'"):
+        read_image(tmp_path / "a.heic")
+
+
+@pytest.mark.parametrize("n", [60, 300, 590])
+def test_damaged_heic(tmp_path: Path, n: int) -> None:
+    pytest.importorskip("pi_heif")
+    (tmp_path / "a.heic").write_bytes(HEIC[:n])
+    with pytest.raises(BadImage):
+        read_image(tmp_path / "a.heic")
+
+
+def test_avif(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 12), (200, 30, 30)).save(tmp_path / "a.avif", quality=95)
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - [200, 30, 30]).max() <= 6

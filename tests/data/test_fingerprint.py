@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from tests.data.samples import digits_spec, folder_spec, list_spec, manifest_spec, save_image, torchvision_spec
 from tlcli.data import images
 from tlcli.data.dataset import load_dataset
-from tlcli.data.decode import decoder
-from tlcli.data.images import ImageArrays, ImageFiles, Split, full_split, source_of_files
+from tlcli.data.decode import decoder, read_bytes
+from tlcli.data.images import DigestRecord, ImageArrays, ImageFiles, Split, full_split, source_of_files
 from tlcli.data.sources import TorchvisionImages
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
@@ -182,3 +183,92 @@ def test_threads_keep_the_order_and_raise() -> None:
 def test_the_decoder_has_a_name() -> None:
     assert decoder() == decoder()
     assert "Pillow" in decoder()
+
+
+# -- remembered digests
+
+
+def remembered(root: Path, cache: Path, *, verify_all: bool = False) -> str:
+    """The fingerprint of a folder, as a run takes it."""
+    split = everything(root)
+    assert isinstance(split.images, ImageFiles)
+    record = DigestRecord(cache, root, verify_all=verify_all)
+    files = ImageFiles(root, split.images.keys, digests=record)
+    fingerprint = Split(files, split.indices, split.labels).fingerprint()
+    record.save()
+    return fingerprint
+
+
+@pytest.fixture
+def old_files(make_folder: MakeFolder) -> Path:
+    """Files that were last changed an hour ago."""
+    root = make_folder({"a": 3, "b": 2})
+    for path in root.rglob("*.png"):
+        os.utime(path, (time.time() - 3600,) * 2)
+    return root
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are read."""
+    names: list[str] = []
+    monkeypatch.setattr(images, "read_bytes", lambda path: names.append(path.name) or read_bytes(path))
+    return names
+
+
+def test_unchanged_files_are_read_once(old_files: Path, tmp_path: Path, reads: list[str]) -> None:
+    first = remembered(old_files, tmp_path / "cache")
+    assert len(reads) == 5
+    assert remembered(old_files, tmp_path / "cache") == first == everything(old_files).fingerprint()
+    assert len(reads) == 5 + 5  # the last one has no record
+
+
+def test_all_files_are_read_with_verify_full(old_files: Path, tmp_path: Path, reads: list[str]) -> None:
+    path = old_files / "a" / "000.png"
+    first, state = remembered(old_files, tmp_path / "cache"), path.stat()
+    with path.open("r+b") as stream:
+        stream.write(b"\0")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert remembered(old_files, tmp_path / "cache") == first, "such a change is what verify=full is for"
+    reads.clear()
+    assert remembered(old_files, tmp_path / "cache", verify_all=True) != first
+    assert len(reads) == 5
+
+
+@pytest.mark.parametrize("change", ["size", "time", "inode"])
+def test_changed_files_are_read_again(old_files: Path, tmp_path: Path, reads: list[str], change: str) -> None:
+    path = old_files / "a" / "000.png"
+    remembered(old_files, tmp_path / "cache")
+    state, content = path.stat(), path.read_bytes()
+    if change == "inode":
+        path.rename(tmp_path / "old.png")
+    path.write_bytes(content + (b"\0" if change == "size" else b""))
+    later = 1_000_000_000 if change == "time" else 0
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + later))
+    reads.clear()
+    assert remembered(old_files, tmp_path / "cache") == everything(old_files).fingerprint()
+    assert reads[0] == "000.png"
+    assert len(reads) == 1 + 5
+
+
+def test_files_that_have_just_changed_are_not_remembered(
+    make_folder: MakeFolder, tmp_path: Path, reads: list[str]
+) -> None:
+    """A change within the same tick of the clock would have the same time."""
+    root = make_folder({"a": 2, "b": 2})
+    remembered(root, tmp_path / "cache")
+    remembered(root, tmp_path / "cache")
+    assert len(reads) == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a/000.png": 3}', b'{"a/000.png": [1, 2]}', b"\xff"])
+def test_a_damaged_record_is_ignored(old_files: Path, tmp_path: Path, content: bytes) -> None:
+    first = remembered(old_files, tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "digests").iterdir()
+    file.write_bytes(content)
+    assert remembered(old_files, tmp_path / "cache") == first
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(old_files: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    assert remembered(old_files, tmp_path / "cache") == everything(old_files).fingerprint()

@@ -266,3 +266,49 @@ def test_manifest_messages_name_the_file(write: Callable[..., Path]) -> None:
     file = write("path,label\na.png,x\nb.png,\n")
     with pytest.raises(UsageError, match=re.escape(f"{file}, line 3: ")):
         manifest_spec(file).check()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["12.5", "13", "nan"], ["line 2: labels are numbers (12.5)", "single-label classification"]),
+        (["cat;dog", "cat", "dog"], ["line 2: label 'cat;dog' is a list", "single-label classification"]),
+        (["x", "[0, 1]", "y"], ["line 3: label '[0, 1]' is a list"]),
+        (["a|b", "b|c", "c|a"], ["line 2: label 'a|b' is a list"]),
+    ],
+)
+def test_labels_that_are_numbers_or_lists(write: Callable[..., Path], labels: list[str], words: list[str]) -> None:
+    rows = [f'{name},"{label}"' for name, label in zip(("a.png", "b.png", '"c, d.png"'), labels, strict=True)]
+    refused(manifest_spec(write("path,label\n" + "\n".join(rows))), *words)
+
+
+@pytest.mark.parametrize("labels", [["3", "7", "3"], ["tench, Tinca tinca", "crane, bird", "crane"], ["-1", "+1", "0"]])
+def test_labels_that_only_look_like_it(write: Callable[..., Path], labels: list[str]) -> None:
+    rows = [f'{name},"{label}"' for name, label in zip(("a.png", "b.png", '"c, d.png"'), labels, strict=True)]
+    assert set(list_spec(manifest_spec(write("path,label\n" + "\n".join(rows)))).classes) == set(labels)
+
+
+def test_every_problem_of_a_folder_is_named_and_the_rest_is_usable(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 2, "train/b": 3, "train/Cat": 2, "train/cat": 1, "test/a": 1, "test/d": 1})
+    (root / "train" / "empty").mkdir()
+    spec, problems = folder_spec(root).without_bad_classes()
+    assert problems == [
+        "train/empty: no images in this class; add some or remove the folder",
+        "test has classes that train lacks: d",
+        "classes 'Cat' and 'cat' differ only in case: rename one",
+    ]
+    assert list_spec(spec).classes == ("Cat", "a", "b")
+    assert folder_spec(root, classes=("a", "b")).without_bad_classes() == (folder_spec(root, classes=("a", "b")), [])
+
+
+def test_one_class_left_is_not_enough(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 2})
+    (root / "b").mkdir()
+    assert folder_spec(root).without_bad_classes()[0] == folder_spec(root)
+
+
+def test_files_that_are_not_images_are_counted(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 2, "b": 2})
+    for name in ("x.mp4", "y.MP4", "notes.txt", "noext", ".hidden", "Thumbs.db"):
+        (root / "a" / name).touch()
+    assert list_spec(folder_spec(root)).ignored == {".mp4": 2, ".txt": 1, "no ending": 1}

@@ -1,0 +1,147 @@
+"""Images deeper than 8 bits: one scale for the whole dataset, and the plan names what is lost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.samples import folder_spec
+from tlcli.data.dataset import Dataset, images_by_key, load_dataset, load_evaluation_split
+from tlcli.data.decode import read_image, read_raw
+from tlcli.data.preprocess import Preprocessing
+from tlcli.reporter import Reporter
+from tlcli.runs.load import pixels_of
+from tlcli.specs import Fit
+from tlcli.store import Store
+
+HIGHEST = 4095
+
+
+def save_deep(path: Path, values: np.ndarray[Any, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def make_scans(root: Path, dtype: type = np.uint16, ending: str = "png", offset: int = 0, scale: float = 1) -> Path:
+    """Two classes of 12-bit images, each of another brightness."""
+    random = np.random.default_rng(0)
+    for i in range(16):
+        values = random.integers(0, HIGHEST * (i + 1) // 16, (12, 10)) * scale + offset
+        save_deep(root / "ab"[i % 2] / f"{i}.{ending}", values.astype(dtype))
+    return root
+
+
+def load(root: Path, **changes: Any) -> Dataset:
+    return load_dataset(folder_spec(root, **changes), seed=0, reporter=Reporter())
+
+
+def note(data: Dataset) -> str:
+    (line,) = (line for line in data.notes if "deeper than 8 bits" in line)
+    return line
+
+
+def test_the_plan_says_that_12_bits_in_16_leave_few_levels(tmp_path: Path) -> None:
+    line = note(load(make_scans(tmp_path / "photos")))
+    assert line.startswith("16 images are deeper than 8 bits: values 0 to 40")
+    assert "mapped from the full range of the type: only 17 gray levels are left; set dataset.range=auto" in line
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ending", "offset", "scale", "low", "high"),
+    [
+        (np.uint16, "png", 0, 1, 0, HIGHEST),
+        (np.uint16, "tif", 0, 1, 0, HIGHEST),
+        (np.int32, "tif", -1000, 1, -1000, HIGHEST - 1000),
+        (np.float32, "tif", -3, 1 / 512, -3, 5),
+    ],
+    ids=["PNG", "TIFF", "negative", "float"],
+)
+def test_an_explicit_range_keeps_all_levels(
+    tmp_path: Path, dtype: type, ending: str, offset: int, scale: float, low: float, high: float
+) -> None:
+    root = make_scans(tmp_path / "photos", dtype, ending, offset, scale)
+    data = load(root, range=(low, high))
+    assert f"mapped from {low:g} to {high:g}" in note(data)
+    assert "gray levels are left" not in note(data)
+    assert data.value_range == (low, high)
+    for i in range(len(data.train)):
+        raw = np.asarray(Image.open(data.train.name(i))).astype(np.float64)
+        want = np.clip((raw - low) / (high - low) * 255, 0, 255)
+        assert np.abs(data.train.read(i)[:, :, 0] - want).max() <= 0.51
+
+
+def test_auto_is_of_the_training_images_alone(tmp_path: Path) -> None:
+    root = make_scans(tmp_path / "photos")
+    data = load(root, range="auto")
+    train = np.concatenate([np.asarray(Image.open(data.train.name(i))).ravel() for i in range(len(data.train))])
+    assert data.value_range == pytest.approx(np.percentile(train, [0.1, 99.9]), rel=1e-6)
+    save_deep(Path(data.test.name(0)), np.full((12, 10), 60_000, dtype=np.uint16))
+    assert load(root, range="auto").value_range == data.value_range
+    assert load(root, range="auto").test.read(0).min() == 255
+
+
+def test_a_second_run_says_the_same_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, store = folder_spec(make_scans(tmp_path / "photos"), range="auto"), Store(tmp_path / "cache")
+    first = load_dataset(spec, seed=0, reporter=Reporter(), store=store)
+    monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: pytest.fail("decoded again"))
+    again = load_dataset(spec, seed=0, reporter=Reporter(), store=store)
+    assert (again.notes, again.value_range) == (first.notes, first.value_range)
+
+
+def test_signed_and_float_types_have_their_own_full_range(tmp_path: Path) -> None:
+    for name, values, want in (
+        ("unsigned.png", np.array([[0, 65535]], dtype=np.uint16), [0, 255]),
+        ("wide.tif", np.array([[-(2**31), 2**31 - 1]], dtype=np.int32), [0, 255]),
+        ("float.tif", np.array([[0, 0.5, 1, 7, np.nan]], dtype=np.float32), [0, 128, 255, 255, 0]),
+    ):
+        save_deep(tmp_path / name, values)
+        assert read_image(tmp_path / name)[0, :, 0].tolist() == want
+
+
+def test_color_of_16_bits_is_noted(tmp_path: Path) -> None:
+    """Pillow writes no such file: the chunks of one, put together."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + bytes(range(4 * 6)) for _ in range(4))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    root = make_scans(tmp_path / "photos")
+    (root / "a" / "color.png").write_bytes(png)
+    assert read_raw(root / "a" / "color.png").is_reduced
+    assert any(line.startswith("1 color images are deeper than 8 bits") for line in load(root).notes)
+
+
+def test_8_bit_images_are_not_noted_and_not_changed(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for i in range(16):
+        save_deep(root / "ab"[i % 2] / f"{i}.png", np.random.default_rng(i).integers(0, 99, (8, 8)).astype(np.uint8))
+    plain, ranged = load(root), load(root, range=(0.0, 99.0))
+    assert not any("deeper" in line for line in (*plain.notes, *ranged.notes))
+    assert np.array_equal(plain.train.read(0), ranged.train.read(0))
+
+
+def test_checkpoints_keep_the_range(tmp_path: Path) -> None:
+    own = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (-5.0, 4095.0))
+    assert Preprocessing.from_json(own.to_json()) == own
+    old = {key: value for key, value in own.to_json().items() if key != "range"}
+    assert Preprocessing.from_json(old).range is None
+    for bad in ([1.0], [2.0, 1.0], [0.0, float("nan")], "auto"):
+        with pytest.raises((TypeError, ValueError)):
+            Preprocessing.from_json(own.to_json() | {"range": bad})
+
+
+def test_all_readers_use_the_range(tmp_path: Path) -> None:
+    root, value_range = make_scans(tmp_path / "photos"), (0.0, 4095.0)
+    data = load(root, range=value_range)
+    path, want = Path(data.test.name(0)), data.test.read(0)
+    split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter()).split
+    assert np.array_equal(next(split.read(i) for i in range(len(split)) if split.name(i) == str(path)), want)
+    assert np.array_equal(images_by_key(folder_spec(root), [0, 4095])[data.test.key(0)](), want)
+    assert np.array_equal(pixels_of(path, value_range), want)
+    assert np.array_equal(pixels_of(Image.open(path), value_range), want)

@@ -1,0 +1,124 @@
+"""Labels that are likely wrong, and near duplicates: planted ones are found, others are not."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tlcli.check import check_labels
+from tlcli.data.duplicates import ConcatSplits, connected_components, near_duplicates
+from tlcli.data.images import ImageFiles, full_split
+from tlcli.reporter import Reporter
+
+
+def clouds(n: int, n_classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Features (n, 16) in one cloud per class, and the classes."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(n) % n_classes
+    centers = random.normal(0, 2, (n_classes, 16))
+    return torch.from_numpy((centers[labels] + random.normal(0, 1, (n, 16))).astype(np.float32)), labels
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_changed_labels_are_ranked_first(n_classes: int) -> None:
+    features, labels = clouds(200, n_classes)
+    changed = np.random.default_rng(1).choice(200, 10, replace=False)
+    given = labels.copy()
+    given[changed] = (given[changed] + 1) % n_classes
+    check = check_labels(features, given, n_classes, [], seed=0)
+    assert set(check.suspects[:10].tolist()) == set(changed.tolist())
+    assert (check.suggested[changed] == labels[changed]).all()
+    assert check.likely[changed].sum() >= 6
+    assert not np.delete(check.likely, changed).any()
+    assert np.allclose(check.probabilities.sum(axis=1), 1, atol=1e-5)
+    means = [check.probabilities[given == c, c].mean() for c in range(n_classes)]
+    assert check.thresholds == pytest.approx(means, abs=1e-5)
+
+
+def test_right_labels_are_not_suspects() -> None:
+    features, labels = clouds(200, 4)
+    assert len(check_labels(features, labels, 4, [], seed=0).suspects) == 0
+
+
+def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
+    features, labels = clouds(100, 2)
+    features = torch.cat([features, features[:1].expand(20, -1)])
+    given = np.concatenate([labels, np.full(20, 1 - labels[0])])
+    given[0] = 1 - labels[0]
+    copies = [0, *range(100, 120)]
+    assert set(copies) <= set(check_labels(features, given, 2, [copies], seed=0).suspects.tolist())
+    assert not set(copies) & set(check_labels(features, given, 2, [], seed=0).suspects.tolist())
+
+
+def test_a_class_of_one_image() -> None:
+    features, labels = clouds(60, 2)
+    given = labels.copy()
+    given[5] = 2
+    probabilities = check_labels(features, given, 3, [], seed=0).probabilities
+    assert probabilities[5, 2] == 0
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def scene(seed: int, size: int = 96) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return Image.open(stream).convert("RGB")
+
+
+def found(folder: Path, images: list[Image.Image], features: np.ndarray | None = None) -> set[tuple[int, int]]:
+    """The near duplicates; by default every image is a neighbor of all others."""
+    keys = [f"{i}.png" for i in range(len(images))]
+    for image, key in zip(images, keys, strict=True):
+        image.save(folder / key)
+    splits = ConcatSplits({"train": full_split(ImageFiles(folder, keys), [0] * len(keys))})
+    if features is None:
+        features = np.random.default_rng(0).normal(size=(len(images), 4)).astype(np.float32)
+    return {(i, j) for i, j, _ in near_duplicates(splits, range(len(images)), features, Reporter())}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.resize((48, 48)),
+        lambda image: image.resize((144, 144), Image.Resampling.LANCZOS),
+        lambda image: jpeg(image, 25),
+        lambda image: jpeg(image.resize((64, 64)), 60),
+        lambda image: image.convert("L").convert("RGB"),
+        lambda image: image.point(lambda v: round(40 + v * 0.7)),
+    ],
+    ids=["half", "larger", "quality", "smaller and quality", "gray", "contrast"],
+)
+def test_copies_are_found(tmp_path: Path, change) -> None:
+    images = [scene(0), scene(1), change(scene(0)), scene(2)]
+    assert found(tmp_path, images) == {(0, 2)}
+
+
+def test_images_that_differ_in_a_part_are_not_duplicates(tmp_path: Path) -> None:
+    """As neighboring slices of a scan do."""
+    other = scene(0)
+    other.paste(scene(7).resize((40, 40)), (28, 28))
+    assert found(tmp_path, [scene(0), other]) == set()
+
+
+def test_plain_images_are_not_duplicates(tmp_path: Path) -> None:
+    noise = [np.random.default_rng(i).integers(99, 102, (64, 64, 3), dtype=np.uint8) for i in range(3)]
+    assert found(tmp_path, [Image.fromarray(pixels) for pixels in noise]) == set()
+
+
+def test_more_copies_than_neighbors_are_one_group(tmp_path: Path) -> None:
+    images = [jpeg(scene(0), 30 + 4 * i) for i in range(14)] + [scene(1)]
+    pairs = found(tmp_path, images)
+    assert connected_components(pairs) == [list(range(14))]
+
+
+def test_components() -> None:
+    assert connected_components([(1, 5), (2, 3), (5, 9), (3, 4)]) == [[1, 5, 9], [2, 3, 4]]
+    assert connected_components([]) == []
