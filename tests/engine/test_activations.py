@@ -28,7 +28,7 @@ from tlcli.store import CacheEntry, Column, Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
 
 CPU = torch.device("cpu")
-AUGMENTED = ("augment=basic", "cache.views=2")
+AUGMENTED = ("augment=basic", "cache.views=2", "epochs=3")
 Keys = dict[str, tuple[str, ...]]
 
 
@@ -94,6 +94,7 @@ def augmented(planner: Planner) -> Keys:
         "freeze=last_stages",
         "device.precision=bf16",
         "cache.dtype=bf16",
+        "device.threads=2",
     ],
 )
 def test_network_and_preprocessing_are_in_every_key(override: str, planner: Planner, plain: Keys) -> None:
@@ -129,6 +130,11 @@ def test_each_field_of_an_augmentation_is_in_its_key(change: str, planner: Plann
 
 def test_more_views_keep_those_that_are_there(planner: Planner, augmented: Keys) -> None:
     assert planner.keys(*AUGMENTED, "cache.views=3")["train"][:2] == augmented["train"]
+
+
+def test_no_view_is_made_that_no_epoch_reads(planner: Planner, augmented: Keys) -> None:
+    keys = planner.keys(*AUGMENTED, "cache.views=8", "epochs=5")["train"]
+    assert (len(keys), keys[:2]) == (5, augmented["train"])
 
 
 def test_a_weight_of_the_prefix_is_in_the_key_and_one_of_the_head_is_not(planner: Planner, plain: Keys) -> None:

@@ -1,18 +1,21 @@
 """What the runs of a command share: the same things, as they were at first."""
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import tlcli.train
 from tests.conftest import Compose
+from tlcli.device import PROCESS_THREADS
 from tlcli.engine import session as module
 from tlcli.engine.session import Session, session_for
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 from tlcli.store import Store
 
@@ -100,28 +103,64 @@ def test_a_session_lasts_while_the_cache_is_the_same(
     assert session_for(on_shapes().cache, first) is not first
 
 
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunDir]:
+    """train(spec, session): a finished run."""
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    names = (f"run{i}" for i in count())
+
+    def run(spec: TrainSpec, session: Session) -> RunDir:
+        run = RunDir(tmp_path / next(names))
+        run.start(command="", overrides=[], config="")
+        tlcli.train.train(spec, run, Reporter(), session)
+        return run
+
+    return run
+
+
 @pytest.mark.slow
 def test_runs_of_a_session_give_what_they_give_alone(
-    session: Session, on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Session, on_shapes, tmp_path: Path, train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one reads what the first computed, and fits no second probe."""
-    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
     fitted: list[int] = []
     fit = tlcli.train.probe_weights
     monkeypatch.setattr(tlcli.train, "probe_weights", lambda *args: fitted.append(1) or fit(*args))
     specs = [on_shapes("freeze=head", f"optimizer.lr={lr}") for lr in (1e-1, 1e-3)]
     specs.append(on_shapes("freeze=last_stages", "augment=basic", "epochs=1"))
-
-    def weights(name: str, spec: TrainSpec, shared: Session) -> tuple[bytes, RunDir]:
-        run = RunDir(tmp_path / name)
-        run.start(command="", overrides=[], config="")
-        tlcli.train.train(spec, run, Reporter(), shared)
-        return run.last_checkpoint.read_bytes(), run
-
-    together = [weights(f"together{i}", spec, session) for i, spec in enumerate(specs)]
+    together = [train(spec, session) for spec in specs]
     assert len(fitted) == 1
-    assert [read_json(run.info_file)["extraction"] is None for _, run in together] == [False, True, False]
+    assert [run.info["extraction"] is None for run in together] == [False, True, False]
     for i, spec in enumerate(specs):
-        alone, run = weights(f"alone{i}", spec, Session(Store(tmp_path / f"cache{i}"), 10**9))
-        assert alone == together[i][0]
-        assert read_json(run.test_file) == read_json(together[i][1].test_file)
+        alone = train(spec, Session(Store(tmp_path / f"cache{i}"), 10**9))
+        assert alone.last_checkpoint.read_bytes() == together[i].last_checkpoint.read_bytes()
+        assert alone.test() == together[i].test()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("device.threads=3", "device.threads=null"),
+        ("device.compile=true", "device.compile=false"),
+        pytest.param("device.precision=bf16", "device.precision=fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_inherits_nothing_from_one_that_computes_differently(
+    first: str, second: str, session: Session, on_shapes, tmp_path: Path, train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_calls: list[nn.Module] = []
+
+    def compile_in_place(module: nn.Module) -> None:
+        module._compiled_call_impl = lambda *args: compiled_calls.append(module) or module._call_impl(*args)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    words = ("freeze=last_stages", "augment=none", "epochs=1")
+    train(on_shapes(*words, first), session)
+    assert bool(compiled_calls) == (first == "device.compile=true")
+    compiled_calls.clear()
+    job = train(on_shapes(*words, second), session)
+    assert compiled_calls == []
+    assert f"{PROCESS_THREADS} threads" in job.info["numerics"]["device"]
+    alone = train(on_shapes(*words, second), Session(Store(tmp_path / "another"), 10**9))
+    assert job.last_checkpoint.read_bytes() == alone.last_checkpoint.read_bytes()
+    assert job.test() == alone.test()

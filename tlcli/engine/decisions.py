@@ -113,7 +113,7 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
             return _decisions_of(info["decisions"])
         precision, cache, extraction = (info.get(key) or {} for key in ("precision", "cache", "extraction"))
         train, evaluation = (_DTYPES[precision[use].removeprefix("torch.")] for use in ("train", "evaluate"))
-        layout = "channels_last" in str(info.get("memory_format", info["numerics"]["device"]))
+        layout = "channels_last" in str(info.get("memory_format") or info["numerics"]["device"])
         names = {"train_eval" if name == "probe" else str(name) for name in cache.get("entries") or {}}
         cached = frozenset(names if cache.get("used") else names - {"train"})
         return Decisions(

@@ -16,8 +16,8 @@ from tests.conftest import Compose
 from tlcli.cli import main
 from tlcli.engine import decisions
 from tlcli.engine.activations import SplitActivations, Workload, image_size
-from tlcli.engine.decisions import decide
-from tlcli.engine.inputs import Inputs
+from tlcli.engine.decisions import decide, follow, recorded_decisions
+from tlcli.engine.inputs import SPLIT_NAMES, Inputs
 from tlcli.engine.numerics import Autotuner, ComputeFormat
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
@@ -340,3 +340,69 @@ def test_no_training_step_is_run_where_the_user_leaves_one_choice(
         ended = run(*words, "freeze.head_init=random")
         assert ended.code == 0
         assert ended.record["numerics"]["training"] == "the only choice here"
+
+
+# -- room
+
+
+def test_the_cache_never_exceeds_its_size(run, cold: Path) -> None:
+    """train and val fit, and so does test alone, but not all of them."""
+    ended = run("freeze=head", "cache.max_gb=0.00035")
+    assert ended.code == 0, ended.error
+    assert sum(file.stat().st_size for file in cold.rglob("*.bin")) <= 350_000
+    assert ended.record["cache"]["used"] is True
+    assert sorted(ended.record["decisions"]["cached"]) == ["train", "train_eval", "val"]
+    assert re.search(r"; test reads images: 430 kB is over cache.max_gb", activations_line(ended))
+
+
+def test_few_validation_images_are_a_warning(run, cold: Path) -> None:
+    assert "val has 6 images: the best epoch and the temperature" in run("freeze=head").shown
+
+
+# -- recorded decisions
+
+
+def test_decisions_are_read_back_as_they_were_recorded(plan) -> None:
+    decisions = plan(10.0, "freeze=head").decisions
+    info = json.loads(json.dumps({"decisions": decisions.to_json()}))
+    assert recorded_decisions(info) == decisions
+
+
+@pytest.mark.parametrize(
+    ("info", "cached", "compiled"),
+    [
+        ({"memory_format": "torch.channels_last", "cache": {"used": False}}, set(), set()),
+        ({"numerics": {"device": "CPU, channels_last"}, "cache": {"used": True, "entries": {"train": [], "probe": []}}},
+         {"train", "train_eval"}, set()),
+        ({"memory_format": "torch.channels_last", "cache": {"used": False, "entries": {"train": [], "test": []}},
+          "extraction": {"why": "compiled in 9 s"}}, {"test"}, {"test"}),
+    ],
+)  # fmt: skip
+def test_decisions_of_earlier_releases_are_read(info: dict[str, Any], cached: set[str], compiled: set[str]) -> None:
+    found = recorded_decisions({"precision": {"train": "torch.bfloat16", "evaluate": "float32"}, **info})
+    assert found is not None
+    assert (found.train_dtype, found.eval_dtype) == (torch.bfloat16, torch.float32)
+    assert found.memory_format == torch.channels_last
+    assert (found.cached, found.compiled) == (cached, compiled)
+
+
+@pytest.mark.parametrize("info", [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}])
+def test_other_contents_are_no_decisions(info: dict[str, Any]) -> None:
+    assert recorded_decisions(info) is None
+
+
+def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(10.0, "freeze=head")
+    recorded = replace(planned.decisions, train_dtype=torch.bfloat16)
+    notes: list[str] = []
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "note", notes.append)
+    assert follow(planned.decisions, planned.workload, reporter, SPLIT_NAMES) == planned.decisions
+    assert notes == []
+    monkeypatch.setattr(planned.workload.session.store, "max_gb", 0)
+    followed = follow(recorded, planned.workload, reporter, SPLIT_NAMES)  # device.precision=fp32 has no bfloat16
+    assert (followed.train_dtype, followed.cached) == (torch.float32, frozenset())
+    assert len(notes) == 2
+    assert "float32 in place of bfloat16" in notes[0]
+    assert "over cache.max_gb=0" in notes[1]
+    assert followed.reasons["train"] in notes[1]
