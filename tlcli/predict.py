@@ -75,7 +75,7 @@ class Predictor:
         layout = self.compute_format.memory_format
         run.model.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
         self._pipeline = _pipeline(run, precision, self.compute_format.dtype)
-        machine = f"{self.compute_format.words} {machine_name(accelerator)} {torch.__version__}"
+        machine = f"{self.compute_format.description} {machine_name(accelerator)} {torch.__version__}"
         note = f"predict {run.classifier.name} {run.preprocessing} {machine}"
         self._extractor = Extractor(
             self._pipeline.prefix,
@@ -90,7 +90,7 @@ class Predictor:
     @property
     def description(self) -> str:
         """The dtype and the optimizations in use."""
-        return f"{DTYPE_NAMES[self.compute_format.dtype]}, {self._extractor.why or 'not run yet'}"
+        return f"{DTYPE_NAMES[self.compute_format.dtype]}, {self._extractor.reason or 'not run yet'}"
 
     def predict(
         self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
@@ -224,7 +224,7 @@ class _CompileScheduler:
         self._shortest = float("inf")
         self._next_batch = TIMED_BATCHES + 1 if compiled is None else None
         if compiled:
-            extractor.expect(FORCE_COMPILE_IMAGES)
+            extractor.add_expected_images(FORCE_COMPILE_IMAGES)
         extractor.prepare(reporter)
 
     @contextmanager
@@ -232,8 +232,10 @@ class _CompileScheduler:
         """Time a forward pass over these images."""
         if self._batches == self._next_batch:
             speed = self._extractor.batch_size / self._shortest
-            self._extractor.numerics = replace(self._extractor.numerics, images_per_second=speed)
-            self._extractor.expect(self._images if self._total is None else max(0, self._total - self._images))
+            self._extractor.compute_format = replace(self._extractor.compute_format, images_per_second=speed)
+            self._extractor.add_expected_images(
+                self._images if self._total is None else max(0, self._total - self._images)
+            )
             self._extractor.prepare(self._reporter)
             self._next_batch = 2 * self._batches if self._total is None else None
         start = time.perf_counter()

@@ -189,7 +189,7 @@ class Make:
     ) -> Extractor:
         numerics = ComputeFormat(dtype, torch.channels_last, images_per_second=speed)
         extractor = Extractor(cut.prefix, SMALL, CPU, numerics, stored, self.store, KEY)
-        extractor.expect(expect)
+        extractor.add_expected_images(expect)
         return extractor
 
 
@@ -291,17 +291,17 @@ def test_little_work_is_not_compiled(make: Make, resnet18: Cut, compiler) -> Non
     extractor = make(resnet18, speed=100, expect=3000)  # 30 s, of which compiling would save 10 at a cost of 12
     assert prepared(extractor) == []
     assert stand_in.calls == 0
-    assert extractor.why == "BatchNorm folded"
+    assert extractor.reason == "BatchNorm folded"
 
 
 def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) -> None:
     stand_in = compiler(works)
     extractor = make(resnet18, speed=100, expect=2000)
-    extractor.expect(4000)  # 60 s with what was expected before, 20 of them saved at a cost of 12
+    extractor.add_expected_images(4000)  # 60 s with what was expected before, 20 of them saved at a cost of 12
     assert prepared(extractor) == ["extraction: compiling, about 12 s to save 20 s of 60 s"]
     assert prepared(extractor) == []
     assert stand_in.calls == 1
-    assert extractor.why.startswith("compiled in ")
+    assert extractor.reason.startswith("compiled in ")
     plain = make(resnet18)
     plain.prepare(Reporter())
     for n in (32, 5):
@@ -324,7 +324,7 @@ def test_what_does_not_compile_runs_as_it_is(
     extractor, plain = make(resnet18, dtype=dtype, expect=10**6), make(resnet18, dtype=dtype)
     extractor.prepare(Reporter())
     plain.prepare(Reporter())
-    assert extractor.why == why
+    assert extractor.reason == why
     assert torch.equal(extractor(PIXELS)[0], plain(PIXELS)[0])
     assert make.store.read_notes(NOTES) == {}
 
@@ -362,7 +362,7 @@ def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0
     exact, own, compiled = make(lite0), make(lite0, dtype=dtype), make(lite0, dtype=dtype, expect=10**7)
     for extractor in (exact, own, compiled):
         extractor.prepare(Reporter())
-    assert compiled.why.startswith("compiled in ")
+    assert compiled.reason.startswith("compiled in ")
     for n in (32, 7):
         wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
         assert (found - wanted).norm() <= 2 * (near - wanted).norm() + 1e-4 * wanted.norm()
@@ -375,6 +375,6 @@ def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, 
     extractor = make(resnet18, speed=1, expect=32)
     extractor.prepare(Reporter())
     extractor(PIXELS)
-    extractor.expect(32)  # two times 32 s would be worth the 12 s of compiling, 32 s are not
+    extractor.add_expected_images(32)  # two times 32 s would be worth the 12 s of compiling, 32 s are not
     extractor.prepare(Reporter())
     assert stand_in.calls == 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import Compose
 from tlcli.engine import numerics
-from tlcli.engine.numerics import Autotuner, ComputeFormat, candidates, forward_step, training_step
+from tlcli.engine.numerics import Autotuner, ComputeFormat, allowed_formats, forward_step, training_step
 from tlcli.errors import UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -27,34 +27,35 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return lambda bfloat16: monkeypatch.setattr(numerics, "cpu_has_bfloat16", lambda: bfloat16)
 
 
-def words(spec: Compose, *overrides: str, on: str = "cpu") -> list[str]:
-    return [option.words for option in candidates(spec(*overrides).device, torch.device(on))]
+def descriptions(spec: Compose, *overrides: str, on: str = "cpu") -> list[str]:
+    return [option.description for option in allowed_formats(spec(*overrides).device, torch.device(on))]
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_candidates_are_what_the_processor_has(spec: Compose, processor, bfloat16: bool) -> None:
     processor(bfloat16)
     dtypes = ["float32", "bfloat16"] if bfloat16 else ["float32"]
-    assert words(spec) == [f"{dtype}, {layout}" for dtype in dtypes for layout in ("channels_last", "contiguous")]
+    layouts = ("channels_last", "contiguous")
+    assert descriptions(spec) == [f"{dtype}, {layout}" for dtype in dtypes for layout in layouts]
 
 
 def test_candidates_respect_what_the_user_names(spec: Compose, processor) -> None:
     processor(True)
-    assert words(spec, "device.precision=bf16") == ["bfloat16, channels_last", "bfloat16, contiguous"]
-    assert words(spec, "device.channels_last=false") == ["float32, contiguous", "bfloat16, contiguous"]
-    assert words(spec, "device.precision=fp32", "device.channels_last=true") == ["float32, channels_last"]
+    assert descriptions(spec, "device.precision=bf16") == ["bfloat16, channels_last", "bfloat16, contiguous"]
+    assert descriptions(spec, "device.channels_last=false") == ["float32, contiguous", "bfloat16, contiguous"]
+    assert descriptions(spec, "device.precision=fp32", "device.channels_last=true") == ["float32, channels_last"]
     processor(False)
-    assert words(spec, "device.precision=bf16", "device.channels_last=true") == ["bfloat16, channels_last"]
+    assert descriptions(spec, "device.precision=bf16", "device.channels_last=true") == ["bfloat16, channels_last"]
 
 
 def test_apple_gpus_have_one_memory_format_unless_another_is_named(spec: Compose) -> None:
-    assert words(spec, on="mps") == ["float32, contiguous"]
-    assert words(spec, "device.channels_last=true", on="mps") == ["float32, channels_last"]
+    assert descriptions(spec, on="mps") == ["float32, contiguous"]
+    assert descriptions(spec, "device.channels_last=true", on="mps") == ["float32, channels_last"]
 
 
 def test_half_precision_on_a_cpu_is_refused(spec: Compose) -> None:
     with pytest.raises(UsageError, match=r"precision=fp16 needs a GPU.*bf16"):
-        candidates(spec("device.precision=fp16").device, CPU)
+        allowed_formats(spec("device.precision=fp16").device, CPU)
 
 
 class Steps:
@@ -69,45 +70,45 @@ class Steps:
     def __call__(self, option: ComputeFormat) -> Callable[[], None]:
         def step() -> None:
             self.run += 1
-            self.clock += self.seconds[option.words]
+            self.clock += self.seconds[option.description]
 
         return step
 
 
 def chosen(store: Store, steps: Steps, *options: ComputeFormat, **subject: object) -> ComputeFormat:
-    return Autotuner(store, CPU, **{"backbone": "one", **subject}).of(options, 8, "training", steps)
+    return Autotuner(store, CPU, **{"backbone": "one", **subject}).choose(options, 8, "training", steps)
 
 
 def test_the_quickest_is_chosen_with_its_speed_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    steps = Steps(monkeypatch, {SLOW.description: 0.2, FAST.description: 0.1})
     found = chosen(Store(tmp_path), steps, SLOW, FAST)
     assert found.dtype == torch.bfloat16
     assert found.images_per_second == pytest.approx(80)
-    assert found.why == "measured: float32, channels_last 40, bfloat16, channels_last 80 images/s"
+    assert found.reason == "measured: float32, channels_last 40, bfloat16, channels_last 80 images/s"
 
 
 def test_what_is_nearly_as_quick_and_comes_first_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch, {SLOW.words: 0.105, FAST.words: 0.1})
+    steps = Steps(monkeypatch, {SLOW.description: 0.105, FAST.description: 0.1})
     assert chosen(Store(tmp_path / "near"), steps, SLOW, FAST).dtype == torch.float32
     assert chosen(Store(tmp_path / "turned"), steps, FAST, SLOW).dtype == torch.bfloat16
-    steps.seconds[SLOW.words] = 0.12
+    steps.seconds[SLOW.description] = 0.12
     assert chosen(Store(tmp_path / "far"), steps, SLOW, FAST).dtype == torch.bfloat16
 
 
 def test_a_choice_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the steps would have told otherwise: no result depends on a race."""
-    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    steps = Steps(monkeypatch, {SLOW.description: 0.2, FAST.description: 0.1})
     first = chosen(Store(tmp_path), steps, SLOW, FAST)
-    steps.run, steps.seconds = 0, {SLOW.words: 0.1, FAST.words: 0.2}
+    steps.run, steps.seconds = 0, {SLOW.description: 0.1, FAST.description: 0.2}
     again = chosen(Store(tmp_path), steps, SLOW, FAST)
     assert steps.run == 0
-    assert (again.words, again.images_per_second) == (first.words, first.images_per_second)
-    assert again.why.startswith("measured before: ")
+    assert (again.description, again.images_per_second) == (first.description, first.images_per_second)
+    assert again.reason.startswith("measured before: ")
 
 
 @pytest.mark.parametrize("change", ["machine", "torch", "subject", "images", "what", "options"])
 def test_another_case_is_measured_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    steps = Steps(monkeypatch, {SLOW.description: 0.2, FAST.description: 0.1})
     chosen(Store(tmp_path), steps, SLOW, FAST)
     steps.run = 0
     if change == "machine":
@@ -116,12 +117,12 @@ def test_another_case_is_measured_anew(change: str, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(torch, "__version__", "2.99")
     quickest = Autotuner(Store(tmp_path), CPU, backbone="two" if change == "subject" else "one")
     options = [FAST, SLOW] if change == "options" else [SLOW, FAST]
-    quickest.of(options, 4 if change == "images" else 8, "evaluation" if change == "what" else "training", steps)
+    quickest.choose(options, 4 if change == "images" else 8, "evaluation" if change == "what" else "training", steps)
     assert steps.run > 0
 
 
 def test_damaged_notes_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch, {SLOW.words: 0.2, FAST.words: 0.1})
+    steps = Steps(monkeypatch, {SLOW.description: 0.2, FAST.description: 0.1})
     first = chosen(Store(tmp_path), steps, SLOW, FAST)
     (tmp_path / "numerics.json").write_text("{")
     steps.run = 0
@@ -130,7 +131,7 @@ def test_damaged_notes_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_much_slower_runs_twice_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch, {SLOW.words: 9.0, FAST.words: 0.01})
+    steps = Steps(monkeypatch, {SLOW.description: 9.0, FAST.description: 0.01})
     chosen(Store(tmp_path), steps, FAST, SLOW)
     assert steps.clock == pytest.approx(2 * 9.0 + 6 * 0.01)
 
@@ -145,7 +146,7 @@ def classifier(spec: Compose) -> Classifier:
 
 
 @pytest.mark.parametrize("make", [training_step, forward_step])
-@pytest.mark.parametrize("option", [FAST, SLOW], ids=lambda option: option.words)
+@pytest.mark.parametrize("option", [FAST, SLOW], ids=lambda option: option.description)
 def test_measuring_leaves_everything_as_it_was(make, option: ComputeFormat, classifier: Classifier) -> None:
     network = classifier.network
     images = torch.rand(4, 3, 32, 32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Preprocessing:
 
     def normalise(self, batch: Tensor) -> Tensor:
         """Return float32 of the same shape, device and memory format of uint8 (batch, 3, size, size)."""
-        mean, std = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_on_device(values, batch.device) for values in (self.mean, self.std))
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +73,13 @@ class Preprocessing:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
             value_range = low, high
         return cls(fit=Fit(data["fit"]), range=value_range, **parse_image_stats(data))
+
+
+@lru_cache(maxsize=8)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a value per channel, (1, 3, 1, 1). It is cached: a copy per batch would wait for the accelerator."""
+    with torch.inference_mode(False):  # the tensor is used within inference mode and outside
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def stacked(images: Sequence[Pixels]) -> Tensor:

@@ -27,7 +27,7 @@ from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
 from tlcli.data.preprocess import Preprocessing
 from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
-from tlcli.engine.extraction import Extractor, Speed
+from tlcli.engine.extraction import ExtractionStats, Extractor
 from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.session import Session
@@ -99,7 +99,7 @@ class SplitActivations:
         self._metadata = metadata
         self.extractor = extractor
         self.key = key
-        self.speed: Speed | None = None
+        self.speed: ExtractionStats | None = None
         self.found: CacheEntry | None = None
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class SplitActivations:
         start = time.perf_counter()
         extractor.prepare(reporter)
         compile_seconds = time.perf_counter() - start
-        metadata = {**self._metadata, "computed": extractor.why}
+        metadata = {**self._metadata, "computed": extractor.reason}
         label = f"activations of {self._metadata['split']}" + (f", view {self._view.number}" if self._view else "")
         with (
             self._store.create(self.key, len(self), self._columns, metadata) as writer,
@@ -147,13 +147,13 @@ class SplitActivations:
                 rows: list[Any] = [t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
                 writer.append([memoryview(row) for row in rows])
                 advance(len(labels))
-        self.speed = Speed(
+        self.speed = ExtractionStats(
             images=len(self),
             seconds=time.perf_counter() - start,
             compile_seconds=compile_seconds,
-            dtype=DTYPE_NAMES[extractor.numerics.dtype],
-            memory_format=str(extractor.numerics.memory_format).removeprefix("torch."),
-            why=extractor.why,
+            dtype=DTYPE_NAMES[extractor.compute_format.dtype],
+            memory_format=str(extractor.compute_format.memory_format).removeprefix("torch."),
+            reason=extractor.reason,
         )
         return writer.entry
 
@@ -268,10 +268,11 @@ class Workload:
         """
         spec, preprocessing = self.spec, self.preprocessing
         machine = machine_name(self.accelerator)
-        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {option.words} {machine} {torch.__version__}"
+        form = option.description
+        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {form} {machine} {torch.__version__}"
         note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
         store, stored = self.session.store, spec.cache.dtype
-        key = ("extractor", id(cut), option.words, preprocessing, stored, compiled)
+        key = ("extractor", id(cut), option.description, preprocessing, stored, compiled)
         return self.session.get_or_create(
             key, lambda: Extractor(cut.prefix, preprocessing, self.accelerator, option, stored, store, note_key)
         )
@@ -297,7 +298,7 @@ class Workload:
     def _activations(
         self, cut: Cut, option: ComputeFormat, pool: Split, label: str, number: int | None
     ) -> SplitActivations:
-        memo = (id(cut), option.words, label, number)
+        memo = (id(cut), option.description, label, number)
         if memo not in self._splits:
             self._splits[memo] = self._new_activations(cut, self.extractor(cut, option), pool, label, number)
         return self._splits[memo]
@@ -321,7 +322,7 @@ class Workload:
             preprocessing=preprocessing,
             images=pool.fingerprint(),
             view=view,
-            dtype=extractor.numerics.dtype,
+            dtype=extractor.compute_format.dtype,
             columns=columns,
             device_kind=self.accelerator.type,
             threads=spec.device.threads if self.accelerator.type == "cpu" else None,
@@ -334,6 +335,6 @@ class Workload:
             "at": cut.suffix_start,
             "image": f"{preprocessing.size} px, {preprocessing.fit.value}",
             "view": number,
-            "dtype": extractor.numerics.words,
+            "dtype": extractor.compute_format.description,
         }
         return SplitActivations(self.session.store, batches, extractor, key, columns, view, metadata)

@@ -130,9 +130,9 @@ class CostMeter:
         self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
         extractor, head = workload.extractor(cut, self._prefix_format), workload.plain_head(cut)
         suffix_format = self._suffix_format if head is None else None  # a linear layer's is not that of other suffixes
-        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.numerics)
+        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.compute_format)
         self._suffix_format = suffix_format if head is None else self._suffix_format
-        device = device_with(workload, suffix_format, extractor.numerics)
+        device = device_with(workload, suffix_format, extractor.compute_format)
         device.place(workload.classifier.network)
 
         extractor.prepare(Reporter())
@@ -176,7 +176,7 @@ class CostMeter:
             row_bytes=row_bytes,
             rows=rows,
             # a short batch is padded
-            extraction_seconds=extractor.about(rows, speed * extractor.batch_size / len(batch)),
+            extraction_seconds=extractor.estimate_seconds(rows, speed * extractor.batch_size / len(batch)),
             throughput=Throughput(train, evaluation),
             uncached_reason=uncacheable_reason(workload)
             or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes),

@@ -14,7 +14,14 @@ import torch
 
 from tlcli.device import DTYPE_NAMES, DTYPES, Device
 from tlcli.engine.activations import SplitActivations, Workload
-from tlcli.engine.numerics import SAMPLE, Autotuner, ComputeFormat, candidates, forward_step, training_step
+from tlcli.engine.numerics import (
+    MEASURE_BATCH_SIZE,
+    Autotuner,
+    ComputeFormat,
+    allowed_formats,
+    forward_step,
+    training_step,
+)
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode
@@ -64,7 +71,7 @@ class Decisions:
     @property
     def eval_format(self) -> ComputeFormat:
         """The format of evaluation and of the frozen prefix."""
-        return ComputeFormat(self.eval_dtype, self.memory_format, why=self.reasons.get("evaluation", ""))
+        return ComputeFormat(self.eval_dtype, self.memory_format, reason=self.reasons.get("evaluation", ""))
 
     def device(self, workload: Workload) -> Device:
         """Return the device of a workload with these formats."""
@@ -176,7 +183,7 @@ def decide(workload: Workload) -> Decisions:
             _add_if_worthwhile(workload, evaluation, cached, "val", spec.epochs + 1, reasons)
     if isinstance(cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
         _add_if_worthwhile(workload, evaluation, cached, "test", 1, reasons)
-    reasons |= {"training": train.why, "evaluation": evaluation.why}
+    reasons |= {"training": train.reason, "evaluation": evaluation.reason}
     reasons["train"] = uncached_reason or f"what comes before {cut.suffix_start} is frozen"  # type: ignore[union-attr]
     return Decisions(
         train_dtype=train.dtype,
@@ -269,8 +276,8 @@ def _worth_compiling(workload: Workload, cached: Iterable[str], option: ComputeF
     compiled: set[str] = set()
     for cut, splits, images in by_cut.values():
         count, speed = sum(images.values()), option.images_per_second or 1.0
-        if count and workload.extractor(cut, option).about(count, speed) < count / speed:
-            workload.extractor(cut, option, compiled=True).expect(count)
+        if count and workload.extractor(cut, option).estimate_seconds(count, speed) < count / speed:
+            workload.extractor(cut, option, compiled=True).add_expected_images(count)
             compiled |= splits
     return frozenset(compiled)
 
@@ -281,23 +288,23 @@ def _worth_compiling(workload: Workload, cached: Iterable[str], option: ComputeF
 def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     """Return the fastest format of the prefix, with its speed."""
     sample = (_sample(workload),)
-    return _autotuner(workload).of(
-        candidates(workload.spec.device, workload.accelerator),
+    return _autotuner(workload).choose(
+        allowed_formats(workload.spec.device, workload.accelerator),
         len(sample[0]),
         f"extraction up to {cut.suffix_start}",
         lambda option: forward_step(cut.prefix, sample, workload.accelerator, option),
-        even_one=True,
+        measure_single=True,
     )
 
 
 def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
     """Return the fastest format of training on activations, in the memory format of the extraction."""
-    options = candidates(workload.spec.device, workload.accelerator)
+    options = allowed_formats(workload.spec.device, workload.accelerator)
     if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
-        return replace(extraction, dtype=options[0].dtype, images_per_second=None, why="a linear layer")
+        return replace(extraction, dtype=options[0].dtype, images_per_second=None, reason="a linear layer")
     n, network = len(_sample(workload)), workload.classifier.network
     inputs = tuple(torch.rand(n, *shape) for shape in cut.shapes)
-    return _autotuner(workload).of(
+    return _autotuner(workload).choose(
         [option for option in options if option.memory_format == extraction.memory_format],
         n,
         f"training from {cut.suffix_start}",
@@ -309,25 +316,25 @@ def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
     network, sample, accelerator = workload.classifier.network, (_sample(workload),), workload.accelerator
-    options, tuner = candidates(workload.spec.device, accelerator), _autotuner(workload)
-    train = tuner.of(
+    options, tuner = allowed_formats(workload.spec.device, accelerator), _autotuner(workload)
+    train = tuner.choose(
         options,
         len(sample[0]),
         "training",
         lambda option: training_step(network, network, sample, accelerator, option),
     )
-    evaluation = tuner.of(
+    evaluation = tuner.choose(
         [option for option in options if option.memory_format == train.memory_format],
         len(sample[0]),
         "evaluation",
         lambda option: forward_step(network, sample, accelerator, option),
-        even_one=True,  # the speed of the prefix is taken to be this one
+        measure_single=True,  # the speed of the prefix is taken to be this one
     )
     return train, evaluation
 
 
 def _sample(workload: Workload) -> torch.Tensor:
-    return torch.rand(min(SAMPLE, max(2, workload.spec.batch_size)), 3, *[workload.preprocessing.size] * 2)
+    return torch.rand(min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), 3, *[workload.preprocessing.size] * 2)
 
 
 def _autotuner(workload: Workload) -> Autotuner:
@@ -366,13 +373,13 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
     for name in names & decisions.compiled:
         where = workload.cached_split(name, names, decisions.eval_format).cut
         extractor = workload.extractor(where, decisions.eval_format, compiled=True)
-        extractor.expect(FORCE_COMPILE_IMAGES)
+        extractor.add_expected_images(FORCE_COMPILE_IMAGES)
     return decisions
 
 
 def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: Reporter) -> Decisions:
     """Return the decisions with float32 and a memory format of this accelerator in place of what it does not have."""
-    options = candidates(workload.spec.device, workload.accelerator)
+    options = allowed_formats(workload.spec.device, workload.accelerator)
     dtypes, layouts = ({option.dtype for option in options}, [option.memory_format for option in options])
     changes: dict[str, Any] = {
         name: torch.float32 if torch.float32 in dtypes else options[0].dtype

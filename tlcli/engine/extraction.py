@@ -32,7 +32,7 @@ FP32_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Speed:
+class ExtractionStats:
     """Images and seconds of an extraction, and how it was computed, for run.json."""
 
     images: int
@@ -40,21 +40,21 @@ class Speed:
     compile_seconds: float
     dtype: str
     memory_format: str
-    why: str
+    reason: str
 
     @property
     def images_per_second(self) -> float:
         """With decoding, without compilation."""
         return self.images / max(self.seconds - self.compile_seconds, 1e-9)
 
-    def plus(self, other: "Speed") -> "Speed":
+    def plus(self, other: "ExtractionStats") -> "ExtractionStats":
         """Return the sum of two extractions."""
         return replace(
             self,
             images=self.images + other.images,
             seconds=self.seconds + other.seconds,
             compile_seconds=self.compile_seconds + other.compile_seconds,
-            why=self.why if self.why == other.why else f"{self.why}; {other.why}",
+            reason=self.reason if self.reason == other.reason else f"{self.reason}; {other.reason}",
         )
 
 
@@ -73,7 +73,7 @@ class Extractor:
         prefix: nn.Module,
         preprocessing: Preprocessing,
         accelerator: torch.device,
-        numerics: ComputeFormat,
+        compute_format: ComputeFormat,
         stored: CacheDtype,
         store: Store,
         key: str,
@@ -82,13 +82,13 @@ class Extractor:
         self._preprocessing, self._accelerator = preprocessing, accelerator
         self._store, self._key = store, key
         self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
-        self.numerics = numerics
+        self.compute_format = compute_format
         self.batch_size = BATCH[accelerator.type]
         self._network: _PixelPrefix | None = None
         self._tried_compiling = False
         self._expected_images = 0
         self._columns: tuple[Column, ...] | None = None
-        self.why = ""
+        self.reason = ""
 
     def columns(self) -> tuple[Column, ...]:
         """Return the dtype and shape of each tensor of a row."""
@@ -98,11 +98,11 @@ class Extractor:
             self._columns = tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
         return self._columns
 
-    def expect(self, images: int) -> None:
+    def add_expected_images(self, images: int) -> None:
         """Add images that are going to be run: their number decides if compiling is worthwhile."""
         self._expected_images += images
 
-    def about(self, images: int, speed: float) -> float:
+    def estimate_seconds(self, images: int, speed: float) -> float:
         """Estimate the seconds for these images at this speed (images/s), or compiled if that is faster."""
         cost, compiled_speed = self._compiling(speed)
         return min(images / speed, cost + images / compiled_speed)
@@ -118,8 +118,8 @@ class Extractor:
         """Fold BatchNorm, and compile if that is worthwhile for the images that are expected."""
         if self._network is None:
             self._network, n_folded = _fold_batchnorm(self._original)
-            self.why = "BatchNorm folded" if n_folded else "as the network is"
-        speed = self.numerics.images_per_second or 1.0
+            self.reason = "BatchNorm folded" if n_folded else "as the network is"
+        speed = self.compute_format.images_per_second or 1.0
         seconds = self._expected_images / speed
         cost, compiled_speed = self._compiling(speed)
         gain = seconds - (cost + self._expected_images / compiled_speed)
@@ -136,7 +136,7 @@ class Extractor:
         """
         start, size = time.perf_counter(), self._preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
-        prefix = copy.deepcopy(network.prefix).to(self.numerics.dtype)
+        prefix = copy.deepcopy(network.prefix).to(self.compute_format.dtype)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's advice is for the network's author
@@ -148,15 +148,15 @@ class Extractor:
             synchronize(self._accelerator)
             seconds = time.perf_counter() - start
         except Exception as error:  # no C++ compiler, or a network that inductor cannot compile
-            self.why += f", not compiled ({type(error).__name__})"
+            self.reason += f", not compiled ({type(error).__name__})"
             return
         # as near to float32 as the network itself in this dtype
-        x = sample.to(self._accelerator).contiguous(memory_format=self.numerics.memory_format)
+        x = sample.to(self._accelerator).contiguous(memory_format=self.compute_format.memory_format)
         with torch.inference_mode():
             exact = tuple(self._as_stored(t) for t in self._original(x))
         triples = zip(rows, self._forward(self._original, sample), exact, strict=True)
         if not all(_distance(a, e) <= 2 * _distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
-            self.why += ", not compiled: the compiled network is less exact"
+            self.reason += ", not compiled: the compiled network is less exact"
             return
         synchronize(self._accelerator)
         start = time.perf_counter()
@@ -165,7 +165,7 @@ class Extractor:
         synchronize(self._accelerator)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
         self._store.add_note(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
-        self._network, self.why = compiled, f"compiled in {seconds:.0f} s"
+        self._network, self.reason = compiled, f"compiled in {seconds:.0f} s"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of a batch, on the CPU. A short batch is padded: a compiled network takes one size."""
@@ -178,8 +178,8 @@ class Extractor:
 
     def _forward(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, ...]:
         x = images.to(self._accelerator, non_blocking=self._accelerator.type == "cuda")
-        x = x.contiguous(memory_format=self.numerics.memory_format)
-        with torch.inference_mode(), autocast(self._accelerator, self.numerics.dtype):
+        x = x.contiguous(memory_format=self.compute_format.memory_format)
+        with torch.inference_mode(), autocast(self._accelerator, self.compute_format.dtype):
             rows = network(x)
         return tuple(self._as_stored(t) for t in rows)
 

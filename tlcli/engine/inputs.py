@@ -149,7 +149,7 @@ class Inputs:
         shown = missing or sources
         size = f"{sum(map(len, shown)):,} rows, {size_text(sum(source.nbytes for source in shown))}"
         words = f"computed once and cached{names}: {size}" if missing else f"read from cache{names}: {size}"
-        speeds = [source.extractor.numerics.images_per_second for source in missing]
+        speeds = [source.extractor.compute_format.images_per_second for source in missing]
         if missing and all(speeds):
             seconds = sum(len(source) / (speed or 1) for source, speed in zip(missing, speeds, strict=True))
             words += f", about {seconds:.0f} s"
@@ -174,7 +174,7 @@ class Inputs:
             "images_per_second": round(total.images_per_second, 1),
             "dtype": total.dtype,
             "memory_format": total.memory_format,
-            "why": total.why,
+            "why": total.reason,
         }
 
     def _sources(self) -> list[SplitActivations]:

@@ -21,7 +21,7 @@ from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
 
-SAMPLE = 8
+MEASURE_BATCH_SIZE = 8
 """Images per measured step: enough to tell the formats apart, few enough to take a second or two."""
 MIN_SPEEDUP = 1.1
 """How much faster a format must be to be chosen before an earlier one: similar ones must not change between runs."""
@@ -43,15 +43,15 @@ class ComputeFormat:
     dtype: torch.dtype
     memory_format: torch.memory_format
     images_per_second: float | None = None
-    why: str = ""
+    reason: str = ""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The format for people: `bfloat16, channels_last`."""
         return f"{DTYPE_NAMES[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
 
 
-def candidates(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
+def allowed_formats(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
     """Return the formats that the spec allows on this accelerator, the safer and simpler ones first.
 
     Raises UsageError if the accelerator does not have the dtype that the spec names.
@@ -87,22 +87,22 @@ class Autotuner:
         self._accelerator = accelerator
         self._subject = {**subject, "machine": machine_name(accelerator), "torch": torch.__version__}
 
-    def of(
+    def choose(
         self,
         options: Sequence[ComputeFormat],
         images: int,
         what: str,
         make: Callable[[ComputeFormat], Step],
         *,
-        even_one: bool = False,
+        measure_single: bool = False,
     ) -> ComputeFormat:
         """Return the fastest option for `what` (`training`, `extraction`); each step is over this many images.
 
-        A single option is measured only if `even_one`, because its speed is needed.
+        A single option is measured only if `measure_single`, because its speed is needed.
         """
-        if len(options) == 1 and not even_one:
-            return replace(options[0], why="the only choice here")
-        names = [option.words for option in options]
+        if len(options) == 1 and not measure_single:
+            return replace(options[0], reason="the only choice here")
+        names = [option.description for option in options]
         subject = {**self._subject, "what": what, "options": names, "images": images}
         key = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:32]
         speeds, origin = self._store.read_notes(NAME).get(key), "measured before"
@@ -111,13 +111,13 @@ class Autotuner:
             for option in options:
                 fastest = max(speeds.values(), default=0.0)
                 seconds = self._seconds(make(option), images / fastest if fastest else None)
-                speeds[option.words] = round(images / seconds, 2)
+                speeds[option.description] = round(images / seconds, 2)
             self._store.add_note(NAME, key, speeds)
         fastest = max(speeds.values())
-        chosen = next(option for option in options if speeds[option.words] * MIN_SPEEDUP >= fastest)
-        why = f"{origin}: {', '.join(f'{name} {speeds[name]:.0f}' for name in names)} images/s"
-        why = why if len(options) > 1 else "the only choice here"
-        return replace(chosen, images_per_second=speeds[chosen.words], why=why)
+        chosen = next(option for option in options if speeds[option.description] * MIN_SPEEDUP >= fastest)
+        reason = f"{origin}: {', '.join(f'{name} {speeds[name]:.0f}' for name in names)} images/s"
+        reason = reason if len(options) > 1 else "the only choice here"
+        return replace(chosen, images_per_second=speeds[chosen.description], reason=reason)
 
     def _seconds(self, step: Step, fastest: float | None) -> float:
         """Return the shortest of a few steps after a first one; only one if another option was much faster."""
