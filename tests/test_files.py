@@ -160,12 +160,6 @@ def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
     assert resolve_links(tmp_path / "a").is_relative_to(resolve_links(tmp_path))
 
 
-def test_what_is_there_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert exists(tmp_path) and is_dir(tmp_path) and not is_file(tmp_path)
-    assert exists(tmp_path / "file") and is_file(tmp_path / "file") and not is_dir(tmp_path / "file")
-
-
 def test_the_home_of_nobody_is_one_line() -> None:
     with pytest.raises(UsageError, match="no such home directory"):
         expand_user("~nobody-at-all/x")

@@ -67,12 +67,14 @@ def test_a_finished_run_keeps_its_state_if_it_is_told_to(keeps: bool, tlcli, tra
         assert (tmp_path / "run/run.json").read_bytes() == before
 
 
-def test_more_epochs_are_another_schedule_and_a_note_says_so(tlcli, training, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["cosine", "constant"])
+def test_more_epochs_are_another_schedule_and_a_note_says_so(scheduler, tlcli, training, tmp_path: Path) -> None:
     training(stops)
-    assert tlcli("train", "epochs=3").code == 130
+    assert tlcli("train", "epochs=3", f"scheduler={scheduler}", "scheduler.warmup=0").code == 130
     (run,) = runs_in(tmp_path)
     training(finished)
     ended = tlcli("train", "--resume", str(run.path), "epochs=5", "log_every=1")
     assert ended.code == 0
-    assert "epochs=5, was 3: from here on the learning rate follows the cosine schedule of 5 epochs" in ended.out
+    note = "epochs=5, was 3: from here on the learning rate follows the cosine schedule of 5 epochs"
+    assert (note in ended.out) == (scheduler == "cosine")
     assert "epochs: 5" in run.config_file.read_text()

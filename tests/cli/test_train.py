@@ -248,24 +248,6 @@ def _wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
         pytest.fail(f"it ended: {process.communicate()[1].decode()}")
 
 
-def test_environment_of_libraries(tlcli, training, monkeypatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("TQDM_DISABLE", "0")
-    seen = {}
-    training(lambda spec, run, reporter: seen.update(os.environ))
-    assert tlcli("train").code == 0
-    assert seen["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert seen["TQDM_DISABLE"] == "0"  # the user's own setting stays
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-
-
-def test_home_directory_in_a_value(tlcli, training, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    training(finished)
-    assert tlcli("train", "out=~/runs").code == 0
-    assert len(runs_in(tmp_path / "runs")) == 1
-
-
 def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:
     file = tmp_path / "mine" / "optimizer" / "slow.yaml"
     file.parent.mkdir(parents=True)

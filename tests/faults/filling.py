@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -184,29 +183,6 @@ def each_step(root: Path) -> list[Any]:
     return found
 
 
-def kills(root: Path, n: int, seed: int) -> list[Any]:
-    """SIGKILL from outside while the writer goes on: shortly after a step that is drawn, each in a cache of its own."""
-    draw, steps = random.Random(seed), len(steps_of_a_fill(root / "whole"))
-    return [killed_after(root / str(number), draw.randrange(steps)) for number in range(n)]
-
-
-def killed_after(root: Path, step: int) -> dict[str, Any]:
-    """What comes of a writer that is killed once it says that it has come to this step."""
-    reader, writer = os.pipe()
-
-    def work() -> None:
-        noticing(root, lambda name: os.write(writer, b".") and None)
-        entry_of(Store(root), KEY)
-
-    pid = forked(work)
-    os.close(writer)
-    for _ in range(step + 1):
-        os.read(reader, 1)
-    os.kill(pid, signal.SIGKILL)
-    os.close(reader)
-    return {"step": step, **after_death(root, KEY, pid)}
-
-
 def removals(root: Path, reads: int) -> list[Any]:
     """Two processes read one entry again and again, filling it where it is gone, while a third removes it."""
 
@@ -255,9 +231,7 @@ def folders(root: Path, n: int) -> list[Any]:
     return together(member, n)
 
 
-ROLES: dict[str, Callable[..., list[Any]]] = {
-    role.__name__: role for role in (cold, each_step, kills, removals, folders)
-}
+ROLES: dict[str, Callable[..., list[Any]]] = {role.__name__: role for role in (cold, each_step, removals, folders)}
 
 if __name__ == "__main__":
     role, folder, *numbers = sys.argv[1:]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.faults.programs import program
 from tests.faults.scale import scale
@@ -33,12 +32,6 @@ def test_a_writer_that_dies_before_any_of_its_steps_leaves_nothing_that_the_next
     assert not [one for one in found if one["wrong"] or one["waited"] or one["left"]]
 
 
-def test_a_writer_that_is_killed_at_any_moment_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -> None:
-    found = program("filling", "kills", tmp_path, scale(20, 100), 0)
-    assert sum(one["killed"] and not one["whole"] for one in found) > len(found) / 2
-    assert not [one for one in found if one["wrong"] or one["waited"] or one["left"]]
-
-
 def test_who_reads_while_another_removes_reads_right_rows_or_none(tmp_path: Path) -> None:
     reads = scale(100, 5000)
     found = program("filling", "removals", tmp_path, reads)
@@ -60,20 +53,3 @@ def test_sixteen_runs_fill_a_cold_cache_once_and_are_one_and_the_same(shapes: Pa
     assert len(list((cache / "activations").iterdir())) == 2
     assert len({(run / "checkpoints/last.safetensors").read_bytes() for run in runs}) == 1
     assert len({(run / "test.json").read_bytes() for run in runs}) == 1
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_while_it_fills_costs_the_next_one_nothing(shapes: Path, tmp_path: Path) -> None:
-    found = program("whole_runs", "killed", tmp_path, scale(4, 20), *WORDS, f"dataset.root='{shapes}'")
-    assert [one["code"] for one in found] == [-9] * len(found)
-    assert any(name.startswith(".") for one in found for name in one["left"])  # half an entry
-    assert [one["next"] for one in found] == [0] * len(found)
-    whole = load_file(tmp_path / "whole/checkpoints/last.safetensors")
-    for number in range(len(found)):
-        run = tmp_path / f"{number}-next"
-        own = load_file(run / "checkpoints/last.safetensors")
-        assert all((tensor == own[name]).all() for name, tensor in whole.items())
-        assert read_json(run / "test.json") == read_json(tmp_path / "whole/test.json")
-        folders = [path.name for path in (tmp_path / f"{number}.cache/activations").iterdir()]
-        assert len(folders) == 2
-        assert not [name for name in folders if name.startswith(".")]

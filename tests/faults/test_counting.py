@@ -2,7 +2,6 @@
 And what must not matter does not: workers, progress bars, and runs that begin in the same second."""
 
 import io
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from tests.conftest import Compose, finish
 from tests.faults.programs import program
-from tlcli.cli.folders import new_folder
 from tlcli.data.batches import ImageBatches
 from tlcli.data.images import ImageArrays, Split
 from tlcli.data.preprocess import Preprocessing
@@ -188,22 +186,6 @@ def test_fifty_runs_that_begin_at_once_have_fifty_directories(tmp_path: Path) ->
     found = program("filling", "folders", tmp_path, 50)
     assert set(found) == {path.name for path in (tmp_path / "2026-11-24").iterdir()}
     assert set(found) == {"10-15-00", *(f"10-15-00-{number}" for number in range(2, 51))}
-
-
-def test_fifty_threads_have_fifty_directories(tmp_path: Path) -> None:
-    barrier, found = threading.Barrier(50), []
-
-    def member() -> None:
-        barrier.wait(60)
-        found.append(new_folder(tmp_path / "date" / "10-15-00").path)
-
-    threads = [threading.Thread(target=member) for _ in range(50)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(set(found)) == 50
-    assert {path.name for path in (tmp_path / "date").iterdir()} == {path.name for path in found}
 
 
 class Terminal(io.StringIO):

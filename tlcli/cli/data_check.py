@@ -279,8 +279,8 @@ def draw_contact_sheet(findings: "Findings") -> "Image.Image | None":
 
 def _show(summary: Mapping[str, Any], folder: Path) -> None:
     """Print what to do, the images per class, and the metrics."""
-    from tlcli.cli.tables import labelled
     from tlcli.cli.view import Screen
+    from tlcli.text import labelled
 
     screen = Screen()
     if not screen.is_terminal and screen.width >= 80:

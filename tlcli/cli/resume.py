@@ -13,6 +13,7 @@ from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_lin
 from tlcli.cli.process import fast_imports, log
 from tlcli.cli.saved_config import load_spec
 from tlcli.cli.view import TerminalReporter
+from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
@@ -96,7 +97,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
     before = load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
-    changes = _allowed_changes(before, spec)
+    specs, changes = (before, spec), _allowed_changes(before, spec)
     info, has_state = run.info, run.state_file.is_file()
     is_running = info.get("status") == "running"
     if info.get("status") == "done":
@@ -120,20 +121,22 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         )
     check(spec)
     print(first_line(spec), flush=True)
+    with fast_imports():
+        from tlcli.engine.session import session_for
+        from tlcli.runs.resume_state import prepare_resume
+        from tlcli.train import train
+
+    state = prepare_resume(run, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
     try:
         with record_status(run):
-            with fast_imports():
-                from tlcli.engine.session import session_for
-                from tlcli.runs.resume_state import prepare_resume
-                from tlcli.train import train
-
-            state = prepare_resume(run, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
             if changes:
                 run.write_config(OmegaConf.to_yaml(to_plain(spec)))
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             if is_running and info.get("host") != host_digest():
                 reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
-            if "epochs" in changes:
+            # of a run with ten steps per epoch
+            factors = [[lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in range(10 * before.epochs)] for s in specs]
+            if factors[0] != factors[1]:
                 reporter.note(
                     f"epochs={spec.epochs}, was {before.epochs}: from here on the learning rate follows the "
                     f"{spec.scheduler.kind} schedule of {spec.epochs} epochs, so the result is not that of a run "
