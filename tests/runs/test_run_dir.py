@@ -1,0 +1,78 @@
+"""The reader and writer of run directories: damaged files, both forms of a confusion matrix, new evaluations."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tlcli.errors import TlcliError
+from tlcli.files import read_yaml
+from tlcli.runs.run_dir import RunDir, confusion_matrix
+
+
+def test_damaged_files_are_empty(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert (run.config(), run.test(), run.metrics()) == ({}, {}, [])
+    run.config_file.write_text("a: [1")
+    run.test_file.write_text("[" * 100_000)
+    run.metrics_file.write_text('{"epoch": 1}\n7\n{"epoch": 2}\n{"epo')
+    assert (run.config(), run.test(), run.metrics()) == ({}, {}, [{"epoch": 1}, {"epoch": 2}])
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [1]\nb: *x", "a: &a [*a]", "- " * 5000, "a: !!python/name:os.system", "7", "\x00"]
+)
+def test_yaml_from_any_source_is_a_mapping_of_plain_values_or_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        read_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("pattern: a*b\nn: 1\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"pattern": "a*b", "n": 1}
+
+
+def test_a_confusion_matrix_of_many_classes_is_stored_as_cells() -> None:
+    classes = [str(i) for i in range(101)]
+    full = np.zeros((101, 101), dtype=int)
+    full[3, 5], full[100, 100] = 2, 7
+    cells = [[3, 5, 2], [100, 100, 7]]
+    for stored in (full.tolist(), cells):
+        matrix = confusion_matrix({"classes": classes, "confusion": stored})
+        assert matrix is not None
+        assert np.array_equal(matrix, full)
+    assert confusion_matrix({"classes": ["a", "b", "c"], "confusion": [[1, 0, 0], [0, 2, 0], [0, 0, 3]]}).trace() == 6  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [None, 3, [[1]], [[1, 2, 3]], [[1, 2], [3]], [[1, -2], [0, 1]], [["x", "y"], [1, 2]], [[1e400, 0], [0, 1]]],
+)
+def test_a_damaged_confusion_matrix_is_none(stored: Any) -> None:
+    assert confusion_matrix({"classes": ["a", "b"], "confusion": stored}) is None
+    many = [str(i) for i in range(101)]
+    assert confusion_matrix({"classes": many, "confusion": [[101, 0, 1]]}) is None
+    assert confusion_matrix({"classes": many, "confusion": [[0, -1, 1]]}) is None
+
+
+def test_evaluations_never_share_a_folder(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "eval.json").write_text("{}")
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: RunDir(tmp_path).add_evaluation(write), range(8)))
+    assert sorted(folder.name for folder in folders) == [f"eval-{n}" for n in range(1, 9)]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name for folder in folders}
+    assert folders[0].stat().st_mode == tmp_path.stat().st_mode
+
+
+def test_a_failed_evaluation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "part").touch()
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        RunDir(tmp_path).add_evaluation(fail)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TlcliError, match="not writable"):
+        RunDir(tmp_path / "missing").add_evaluation(fail)
