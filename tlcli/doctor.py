@@ -23,16 +23,17 @@ from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "Pillow", "scikit-learn", "safetensors")
-EXTRAS = {
-    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
-    **{name: name for name in ("tensorboard", "mlflow", "wandb")},
-    "pi-heif": "heif",
-}
-"""Optional packages, and the extra that brings each."""
-
+OPTIONAL_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif")
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TLCLI_CACHE", "TORCH_HOME")
+BUILD_FIELDS = (
+    *("os", "libc_version", "cuda_compiled_version", "hip_compiled_version", "is_debug_build"),
+    *("cuda_runtime_version", "nvidia_driver_version", "cudnn_version", "caching_allocator_config"),
+)
+"""Fields of torch.utils.collect_env that are shown."""
+
 DEFAULT_BACKBONE = "efficientnet_lite0"
-MIN_FREE_DISK_BYTES = MIN_FREE_MEMORY_BYTES = 2 * 10**9
+MIN_FREE_BYTES = 2 * 10**9
+"""Free disk space or memory below which there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Problem:
     fails: bool = False
 
 
-Finding = Fact | Problem
+Findings = Iterator[Fact | Problem]
 
 
 def redact(text: str | Path) -> str:
@@ -66,22 +67,21 @@ def redact(text: str | Path) -> str:
     return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\]|$)", "$USER", text)
 
 
-def examine(outputs: Path, backbones: Mapping[str, str]) -> list[Finding]:
+def examine(outputs: Path, backbones: Mapping[str, str]) -> list[Fact | Problem]:
     """Return what all checks find, in their order.
 
     Args:
         outputs: where runs are written.
         backbones: the kind of each option of backbone=.
     """
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+    checks: dict[str, Callable[[], Findings]] = {
         "versions": _versions,
         "machine": _machine,
         "places": lambda: _places(outputs),
         "devices": _devices,
-        "environment": _environment,
         "weights": lambda: _weights(backbones),
     }
-    findings: list[Finding] = []
+    findings: list[Fact | Problem] = []
     for name, check in checks.items():
         try:
             findings += check()
@@ -94,29 +94,22 @@ def examine(outputs: Path, backbones: Mapping[str, str]) -> list[Finding]:
     return findings
 
 
-def _versions() -> Iterator[Finding]:
-    versions = {"tlcli": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        if number := _version(package):
-            versions[package] = number
-        else:
-            yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
-    yield Fact("versions", "versions", ", ".join(f"{name} {number}" for name, number in versions.items()), versions)
-    extras = {package: _version(package) for package in EXTRAS}
-    absent = dict.fromkeys(EXTRAS[package] for package, number in extras.items() if number is None)
-    there = ", ".join(f"{name} {number}" for name, number in extras.items() if number) or "none"
-    missing = "; not installed: " + ", ".join(f"tlcli[{extra}]" for extra in absent) if absent else ""
-    yield Fact("versions", "extras", there + missing, extras)
+def _versions() -> Findings:
+    found: dict[str, str | None] = {"tlcli": __version__, "python": platform.python_version()}
+    for package in (*PACKAGES, *OPTIONAL_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+            if package in PACKAGES:
+                yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
+    optional = {package: found.pop(package) for package in OPTIONAL_PACKAGES}
+    for name, versions in (("versions", found), ("extras", optional)):
+        text = ", ".join(f"{package} {number or '(not installed)'}" for package, number in versions.items())
+        yield Fact("versions", name, text, versions)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _machine() -> Iterator[Finding]:
+def _machine() -> Findings:
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield Fact("machine", "system", system, {"system": platform.system(), "architecture": platform.machine()})
     cores = usable_cores()
@@ -125,11 +118,10 @@ def _machine() -> Iterator[Finding]:
     yield Fact("machine", "cores", text, {"usable": cores, "all": os.cpu_count(), "load": load})
     if load is not None and load > cores:
         yield Problem(f"this machine is busy (load {load:.1f} on {cores} cores): runs will be slow")
-    total, free = memory()
-    if total:
-        text = size_text(total) + (f", {size_text(free)} free" if free is not None else "")
-        yield Fact("machine", "memory", text, {"total": total, "free": free})
-        if (total if free is None else free) < MIN_FREE_MEMORY_BYTES:
+    if sizes := memory():
+        total, free = sizes
+        yield Fact("machine", "memory", f"{size_text(total)}, {size_text(free)} free", {"total": total, "free": free})
+        if free < MIN_FREE_BYTES:
             yield Problem("little memory is free: close other programs or use a smaller batch_size")
     settings = {name: redact(os.environ[name]) for name in SETTINGS if name in os.environ}
     if settings:
@@ -146,31 +138,29 @@ def usable_cores() -> int:
         return cores
 
 
-def memory() -> tuple[int | None, int | None]:
+def memory() -> tuple[int, int] | None:
     """Return the bytes of memory, total and free, within the control group's limit; None if the system hides them."""
-    total: int | None = None
-    free: int | None = None
     try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        if match := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE):
-            free = int(match[1]) * 1024
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        if limit < total:
-            total, free = limit, min(limit - used, limit if free is None else free)
-    except (OSError, ValueError, AttributeError):
-        pass
-    return total, free
+        total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
+    except (OSError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        return min(total, limit), min(free, limit - used)
+    except (OSError, ValueError):  # a group without a limit has "max"
+        return total, free
 
 
-def _places(outputs: Path) -> Iterator[Finding]:
+def _places(outputs: Path) -> Findings:
     root = cache_dir()
     entries = Store(root).entries() if root.is_dir() else []
-    used = {"used": sum(entry.nbytes for entry in entries), "entries": len(entries)}
-    for name, folder, contents, remedy in (
-        ("outputs", outputs, {}, "choose another folder with out=FOLDER"),
-        ("cache", root, used, "set TLCLI_CACHE=FOLDER"),
+    used = sum(entry.nbytes for entry in entries)
+    cached = f"{size_text(used)} in {len(entries):,} entries, "
+    for name, folder, text, contents, remedy in (
+        ("outputs", outputs, "", {}, "choose another folder with out=FOLDER"),
+        ("cache", root, cached, {"used": used, "entries": len(entries)}, "set TLCLI_CACHE=FOLDER"),
     ):
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free, shown, fault = shutil.disk_usage(existing).free, redact(folder.absolute()), None
@@ -179,17 +169,17 @@ def _places(outputs: Path) -> Iterator[Finding]:
                 pass
         except OSError as exc:
             fault = exc.strerror or str(exc)
-        text = f"{size_text(used['used'])} in {len(entries):,} entries, " if contents else ""
         value = {"path": shown, "free": free, **contents, "fault": fault}
         yield Fact("places", name, f"{shown}, {text}{size_text(free)} free", value)
         if fault:
             yield Problem(f"cannot write {name} to {shown} ({fault}): {remedy}")
-        elif free < MIN_FREE_DISK_BYTES:
+        elif free < MIN_FREE_BYTES:
             yield Problem(f"only {size_text(free)} of disk are free for {name}: {remedy}")
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Findings:
     import torch
+    from torch.utils import collect_env
 
     from tlcli.device import find_accelerator, processor_name
     from tlcli.specs import Accelerator
@@ -202,9 +192,9 @@ def _devices() -> Iterator[Finding]:
         yield Problem(f"PyTorch starts {threads} threads on {cores} usable cores, which is slow: {remedy}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        capability = f"capability {gpu.major}.{gpu.minor}"
         value = {"name": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
-        yield Fact("devices", f"CUDA {i}", f"{gpu.name}, {size_text(gpu.total_memory)}, {capability}", value)
+        text = f"{gpu.name}, {size_text(gpu.total_memory)}, capability {gpu.major}.{gpu.minor}"
+        yield Fact("devices", f"CUDA {i}", text, value)
     if torch.backends.mps.is_available():
         yield Fact("devices", "MPS", "Apple GPU", {"name": "Apple GPU"})
     if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
@@ -219,29 +209,13 @@ def _devices() -> Iterator[Finding]:
     layer(torch.ones(2, 3, 16, 16, device=device)).square().mean().backward()
     if layer.weight.grad is None or not bool(layer.weight.grad.isfinite().all()):
         yield Problem(f"a training step on {device.type} gives no finite gradient: reinstall PyTorch", True)
-
-
-def _environment() -> Iterator[Finding]:
-    from torch.utils import collect_env
-
     info: Any = collect_env.get_env_info()  # type: ignore[no-untyped-call]
-    names = {
-        "os": "system",
-        "libc_version": "libc",
-        "cuda_compiled_version": "PyTorch built for CUDA",
-        "hip_compiled_version": "PyTorch built for ROCm",
-        "is_debug_build": "debug build of PyTorch",
-        "cuda_runtime_version": "CUDA runtime",
-        "nvidia_driver_version": "NVIDIA driver",
-        "cudnn_version": "cuDNN",
-        "caching_allocator_config": "CUDA allocator",
-    }
-    values = {name: redact(one_line(getattr(info, field, None))) for field, name in names.items()}
+    values = {name: redact(one_line(getattr(info, name, None))) for name in BUILD_FIELDS}
     values = {name: value for name, value in values.items() if value not in ("None", "N/A", "False", "{}")}
-    yield Fact("environment", "environment", ", ".join(f"{name} {value}" for name, value in values.items()), values)
+    yield Fact("devices", "environment", ", ".join(f"{name} {value}" for name, value in values.items()), values)
 
 
-def _weights(backbones: Mapping[str, str]) -> Iterator[Finding]:
+def _weights(backbones: Mapping[str, str]) -> Findings:
     import torch
     import torchvision
 

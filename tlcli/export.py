@@ -49,14 +49,10 @@ Model = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """What a format writes.
+    """What a format writes: a run, its network (with the normalization in front if asked for), and metadata as JSON.
 
-    Args:
-        run: the model's run.
-        network: its network, with the normalization in front if that was asked for.
-        example: two inputs of zeros. No pixel of an image gets into a file, and with one input an exporter may take
-            the batch size for a constant.
-        metadata: classes, preprocessing and temperature as JSON values.
+    `example` has two inputs of zeros: no pixel of an image gets into a file, and with one input an exporter may take
+    the batch size for a constant.
     """
 
     run: "LoadedRun"
@@ -65,14 +61,16 @@ class ExportJob:
     metadata: Mapping[str, Any]
 
 
+Writer = Callable[[ExportJob, Path], Model]
+"""Writes a job to a path and returns the model as read back from there."""
+
+
 @dataclass(frozen=True)
 class ExportFormat:
-    """One format.
+    """A format and the function that writes it.
 
     Args:
         file_name: name in the export/ directory of a run.
-        summary: text for the help.
-        write: writes a job to a path and returns the model as read back from there.
         load: line of Python that loads {path!r}.
         packages: packages of the extra [export] that are needed to write and to check.
         has_graph: the format holds a graph, of which the normalization can be part.
@@ -81,10 +79,10 @@ class ExportFormat:
     name: str
     file_name: str
     summary: str
-    write: Callable[[ExportJob, Path], Model]
     load: str
     packages: tuple[str, ...]
     has_graph: bool
+    write: Writer
 
 
 FORMATS: dict[str, ExportFormat] = {}
@@ -92,11 +90,11 @@ FORMATS: dict[str, ExportFormat] = {}
 
 def export_format(
     name: str, file_name: str, summary: str, *, load: str, packages: tuple[str, ...] = (), has_graph: bool = True
-) -> Callable[[Callable[[ExportJob, Path], Model]], Callable[[ExportJob, Path], Model]]:
-    """Return a decorator that registers a function as the writer of a format. See `ExportFormat`."""
+) -> Callable[[Writer], Writer]:
+    """Return a decorator that registers the writer of a format. See `ExportFormat`."""
 
-    def register(write: Callable[[ExportJob, Path], Model]) -> Callable[[ExportJob, Path], Model]:
-        FORMATS[name] = ExportFormat(name, file_name, summary, write, load, packages, has_graph)
+    def register(write: Writer) -> Writer:
+        FORMATS[name] = ExportFormat(name, file_name, summary, load, packages, has_graph, write)
         return write
 
     return register
@@ -184,26 +182,26 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         raise UsageError(
             f"timm has no network with the tensors of {kind}'s {run.classifier.name}: use --to {graphs}"
         ) from exc
-    config: dict[str, Any] = {
+    pretrained_cfg = {
+        "tag": "tlcli",
+        "custom_load": False,
+        "input_size": [3, preprocessing.size, preprocessing.size],
+        "fixed_input_size": bool(arguments),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "num_classes": len(run.classes),
+        "pool_size": None,
+        **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
+    }
+    config = {
         "architecture": architecture,
         "num_classes": len(run.classes),
         "num_features": network.num_features,
         "label_names": list(run.classes),
-        "pretrained_cfg": {
-            "tag": "tlcli",
-            "custom_load": False,
-            "input_size": [3, preprocessing.size, preprocessing.size],
-            "fixed_input_size": bool(arguments),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "num_classes": len(run.classes),
-            "pool_size": None,
-            "first_conv": network.pretrained_cfg.get("first_conv"),
-            "classifier": network.pretrained_cfg.get("classifier"),
-        },
+        "pretrained_cfg": pretrained_cfg,
         **({"model_args": arguments} if arguments else {}),
     }
     path.mkdir()
@@ -264,14 +262,6 @@ Input: RGB, {own.size} x {own.size} pixels ({own.fit.value}, bilinear), scaled t
 # -- export and check
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Images before normalization, uint8 (N, 3, S, S), and a text that says where they come from."""
-
-    images: "Tensor"
-    source: str
-
-
 @dataclass(frozen=True)
 class ExportResult:
     """What was written.
@@ -311,8 +301,11 @@ def output_path(run: Path, chosen: ExportFormat, output: Path | None) -> Path:
     return path
 
 
-def find_samples(run: "LoadedRun", dataset: DatasetSpec | None) -> Samples:
-    """Return test images of the run, evenly spaced; random images if the data set cannot be read."""
+def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tensor", str]:
+    """Return images before normalization, uint8 (N, 3, S, S), and a text that says where they come from.
+
+    They are test images of the run, evenly spaced, or random images if the data set cannot be read.
+    """
     import torch
 
     from tlcli.data.dataset import images_by_key
@@ -323,22 +316,21 @@ def find_samples(run: "LoadedRun", dataset: DatasetSpec | None) -> Samples:
         keys = read_predictions(RunDir(run.path).test_predictions).keys
         images = images_by_key(dataset, run.preprocessing.range) if dataset is not None else {}
         pixels = [images[key]() for key in evenly_spaced(keys, SAMPLE_IMAGES)]
-        return Samples(run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run")
+        return run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run"
     except (TlcliError, OSError, ValueError, KeyError):  # an image that does not decode is a ValueError
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, (SAMPLE_IMAGES, 3, size, size), dtype=torch.uint8, generator=generator)
-        return Samples(noise, f"{SAMPLE_IMAGES} random images (the run's test images were not found)")
+        return noise, f"{SAMPLE_IMAGES} random images (the run's test images were not found)"
 
 
 def export(
-    run: "LoadedRun",
-    chosen: ExportFormat,
-    samples: Samples,
-    *,
-    output: Path | None = None,
-    with_preprocessing: bool = False,
+    run: "LoadedRun", chosen: ExportFormat, dataset: "DatasetSpec | None", output: Path | None, with_preprocessing: bool
 ) -> ExportResult:
-    """Write the model of a run and compare what was written with PyTorch on the samples.
+    """Write the model of a run and compare what was written with PyTorch on test images of the data set.
+
+    Args:
+        output: where to; None is the run's export/ directory.
+        with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.
 
     Raises:
         UsageError: the output exists, or timm has no such network.
@@ -347,11 +339,12 @@ def export(
     """
     import torch
 
-    size, normalized = run.preprocessing.size, run.preprocessing.normalise(samples.images)
+    images, source = find_samples(run, dataset)
+    size, normalized = run.preprocessing.size, run.preprocessing.normalise(images)
     network, inputs, contents = run.model, normalized.contiguous(), f"images float32 (N, 3, {size}, {size}) normalized"
     if with_preprocessing:
         network = _with_normalization(run.model, run.preprocessing.mean, run.preprocessing.std).eval()
-        inputs = samples.images.permute(0, 2, 3, 1).contiguous()
+        inputs = images.permute(0, 2, 3, 1).contiguous()
         contents = f"images uint8 (N, {size}, {size}, 3) RGB"
     metadata = {
         "tlcli": __version__,
@@ -378,10 +371,10 @@ def export(
             raise TlcliError(
                 f"cannot write this network as {chosen.name} ({reason[:200]}); try another format"
             ) from exc
-        difference = compare(model, inputs, reference, f"{chosen.name}, {samples.source}")
+        difference = compare(model, inputs, reference, f"{chosen.name}, {source}")
     note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
     contents = f"{contents} -> logits (N, {len(run.classes)})"
-    return ExportResult(path, contents, samples.source, difference, chosen.load.format(path=str(path)), note)
+    return ExportResult(path, contents, source, difference, chosen.load.format(path=str(path)), note)
 
 
 def _with_normalization(network: "nn.Module", mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":

@@ -64,8 +64,8 @@ def reference(loaded: LoadedRun, images: list[Path]) -> Tensor:
         return torch.cat([loaded.model(loaded.preprocess(image)) for image in images])
 
 
-def exported(loaded: LoadedRun, to: str, folder: Path, **options: Any) -> ExportResult:
-    return export(loaded, FORMATS[to], find_samples(loaded, None), output=folder / FORMATS[to].file_name, **options)
+def exported(loaded: LoadedRun, to: str, folder: Path, *, with_preprocessing: bool = False) -> ExportResult:
+    return export(loaded, FORMATS[to], None, folder / FORMATS[to].file_name, with_preprocessing)
 
 
 def runner(to: str, line: str) -> Callable[[Tensor], Tensor]:
@@ -258,15 +258,15 @@ def test_samples_are_test_images_as_the_network_sees_them(
     loaded: LoadedRun, resnet: Path, spec: Callable[..., Any]
 ) -> None:
     dataset = spec("dataset=imagefolder", f"dataset.root='{resnet.parent}/images'").dataset
-    samples = find_samples(loaded, dataset)
-    assert samples.source == f"{SAMPLE_IMAGES} test images of the run"
-    assert torch.equal(loaded.preprocessing.normalise(samples.images[:1]), loaded.preprocess(images_of_test(resnet)[0]))
-    assert find_samples(loaded, spec("dataset=digits").dataset).source.startswith(f"{SAMPLE_IMAGES} random images")
+    images, source = find_samples(loaded, dataset)
+    assert source == f"{SAMPLE_IMAGES} test images of the run"
+    assert torch.equal(loaded.preprocessing.normalise(images[:1]), loaded.preprocess(images_of_test(resnet)[0]))
+    assert find_samples(loaded, spec("dataset=digits").dataset)[1].startswith(f"{SAMPLE_IMAGES} random images")
 
 
 def test_samples_are_never_downloaded(loaded: LoadedRun, tmp_path: Path, spec: Callable[..., Any]) -> None:
     dataset = spec("dataset=cifar10", f"dataset.root='{tmp_path}/gone'", "dataset.download=true").dataset
-    assert "random" in find_samples(loaded, dataset).source
+    assert "random" in find_samples(loaded, dataset)[1]
     assert list(tmp_path.iterdir()) == []
 
 

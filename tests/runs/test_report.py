@@ -326,6 +326,7 @@ def test_runs_that_ended_early_have_a_report(tmp_path: Path, status: str, word: 
     words = drawn(run).words
     assert words.index(word) < words.index("No result")
     assert "no room on the disk" in words
+    assert "trained" not in words  # of what is not known nothing is said
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from tlcli.cli.parser import Parser
 from tlcli.cli.process import fast_imports
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, find_format, output_path
+from tlcli.export import FORMATS, export, find_format, output_path
 from tlcli.runs.run_dir import open_run
 from tlcli.text import size_text
 
@@ -49,7 +49,6 @@ def run(argv: list[str]) -> int:
     output_path(folder.path, chosen, output)  # before torch is imported
     with fast_imports():
         from tlcli.cli.saved_config import load_spec
-        from tlcli.export import export, find_samples
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)
@@ -57,8 +56,7 @@ def run(argv: list[str]) -> int:
         dataset = load_spec(folder).dataset
     except TlcliError:
         dataset = None
-    samples = find_samples(loaded, dataset)
-    done = export(loaded, chosen, samples, output=output, with_preprocessing=arguments.with_preprocessing)
+    done = export(loaded, chosen, dataset, output, arguments.with_preprocessing)
     files = [done.path] if done.path.is_file() else [path for path in done.path.rglob("*") if path.is_file()]
     print(f"wrote    {done.path} ({size_text(sum(file.stat().st_size for file in files))})")
     print(f"holds    {done.contents}")

@@ -107,8 +107,10 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
 
 def _trained(info: View, config: View) -> str:
     """Return what the freeze strategy trains."""
-    freeze = of_type(info.get("freeze"), str)
-    strategy = options("freeze").get(freeze) if freeze else None
+    freeze = of_type(info.get("freeze"), str) or of_type(mapping(config.get("freeze")).get("kind"), str)
+    if not freeze:
+        return ""
+    strategy = options("freeze").get(freeze)
     return strategy.describe(mapping(config.get("freeze"))) if strategy else f"freeze={freeze}"
 
 
