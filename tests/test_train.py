@@ -3,6 +3,7 @@
 import csv
 import json
 import socket
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from torch.nn import functional
 
+import tlcli
 from tests.conftest import make_folder
 from tlcli.cli import main
 from tlcli.runs.run_dir import read_json
 
+PACKAGE = str(Path(tlcli.__file__).parent)
 RUN_KEYS = {
     "schema_version", "status", "command", "overrides", "seed", "classes", "versions", "git_commit", "machine",
     "device", "precision", "seconds", "images_per_second", "n_train", "n_val", "n_test", "parameters", "cache",
@@ -43,8 +47,16 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_directory_is_complete(train) -> None:
+def test_a_run_directory_is_complete(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    depths, cross_entropy = set(), functional.cross_entropy
+
+    def counting(*args: Any, **options: Any) -> Any:
+        depths.add(sum(frame.filename.startswith(PACKAGE) for frame in traceback.extract_stack()))
+        return cross_entropy(*args, **options)
+
+    monkeypatch.setattr(functional, "cross_entropy", counting)
     run = train("optimizer.lr=1e-4")
+    assert max(depths) <= 8, "frames of tlcli between main and the loss"
     record, test = read_json(run / "run.json"), read_json(run / "test.json")
     assert record.keys() >= RUN_KEYS
     assert record["status"] == "done"

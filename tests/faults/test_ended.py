@@ -41,6 +41,5 @@ def test_interrupted_runs_say_so_and_go_on_exactly(name: str, code: str) -> None
     assert found["codes"].keys() <= {code, "0"}  # 0: it was done before the signal came
     assert found["codes"][code] > 0
     assert found["statuses"].keys() <= {"interrupted", "done", "none"}
-    assert found["slowest_end"] < 10
     assert found["unreadable"] == found["differences"] == found["leftovers"] == []
     assert found["exactly"] == found["times"]
