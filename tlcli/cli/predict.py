@@ -241,14 +241,3 @@ def _progress(total: int | None, is_shown: bool) -> Iterator[tuple[Reporter, Cal
     ) as bars:  # the rows go to another stream
         task = bars.add_task("", total=total, unit="images")
         yield NotesReporter(), lambda done: bars.advance(task, done)
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow, for completion; paths are completed by the shell."""
-    from tlcli.cli.folders import run_folders
-
-    actions = {flag: action for action in parser()._actions for flag in action.option_strings}
-    if before and before[-1] in actions:
-        yield from actions[before[-1]].choices or ()
-    else:
-        yield from run_folders() if not before else (flag for flag in actions if flag not in before)

@@ -5,7 +5,7 @@ Weights may be random, because time does not depend on them, and nothing is down
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from msgspec import structs
-from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import update_bn
 
 from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.dataset import Dataset, load_without_decoding, preload_images
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device, setup_process
 from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.decisions import (
@@ -36,7 +35,7 @@ from tlcli.engine.session import session_for
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError
 from tlcli.models.build import build_model
-from tlcli.models.classifier import Classifier, count
+from tlcli.models.classifier import count
 from tlcli.registry import options
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec, HeadInit, LiteBackboneSpec, TrainSpec
@@ -101,14 +100,13 @@ class CostMeter:
 
     def uncached(self, workload: Workload) -> Throughput:
         """Return the throughput on images, without decoding."""
-        device, network, spec = self.device(workload), workload.classifier.network, _with_negligible_lr(workload.spec)
+        device, network, spec = self.device(workload), workload.classifier.network, workload.spec
         device.place(network)
 
         def loader(split_name: str, n: int) -> BatchLoader:
-            own = replace(workload, data=first_images(self._sample, n), spec=spec)
-            return image_loader(own, device, split_name, Reporter())
+            return image_loader(replace(workload, data=first_images(self._sample, n)), device, split_name, Reporter())
 
-        fit, n_sample = _fitting(workload, spec, device), len(self._sample.train)
+        fit, n_sample = _fitting(workload, device), len(self._sample.train)
         self._train_images, train = measure_throughput(
             lambda n: fit(loader("train", n)),
             min(n_sample, spec.batch_size),
@@ -124,7 +122,7 @@ class CostMeter:
 
     def cached(self, workload: Workload) -> CachedCost | str:
         """Return the cost of training on activations, or the reason why the network cannot be cut."""
-        cut, spec, data = workload.cut, _with_negligible_lr(workload.spec), workload.data
+        cut, spec, data = workload.cut, workload.spec, workload.data
         if not isinstance(cut, Cut):
             return cut.why
         self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
@@ -162,7 +160,7 @@ class CostMeter:
                 seed=spec.seed,
             )
 
-        fit, n_train, network = _fitting(workload, spec, device), len(data.train), workload.classifier.network
+        fit, n_train, network = _fitting(workload, device), len(data.train), workload.classifier.network
         _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
         _, evaluation = measure_throughput(
             lambda n: evaluate(network, loader(n), device, Reporter(), ""),
@@ -183,12 +181,10 @@ class CostMeter:
         )
 
 
-def _with_negligible_lr(spec: TrainSpec) -> TrainSpec:
-    return structs.replace(spec, optimizer=structs.replace(spec.optimizer, lr=NEGLIGIBLE_LR), epochs=EPOCHS)
-
-
-def _fitting(workload: Workload, spec: TrainSpec, device: Device) -> Callable[[BatchLoader], None]:
-    """Return a function that trains for one epoch."""
+def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
+    """Return a function that trains for one epoch without changing the weights."""
+    optimizer = structs.replace(workload.spec.optimizer, lr=NEGLIGIBLE_LR)
+    spec = structs.replace(workload.spec, optimizer=optimizer, epochs=EPOCHS)
     counts = workload.data.train.class_counts(len(workload.data.classes))
     trainer = Trainer(workload.classifier, workload.contract, spec, device, counts)
 
@@ -232,28 +228,6 @@ def measure_throughput(
 def first_images(data: Dataset, n: int) -> Dataset:
     """Return the dataset with the first n training images."""
     return replace(data, train=data.train.take(np.arange(min(n, len(data.train)))))
-
-
-def update_bn(classifier: Classifier, sample: Dataset, preprocessing: Preprocessing) -> None:
-    """Give BatchNorm layers with random weights the statistics of a few images, as trained layers have them.
-
-    Without them signals vanish in a deep network, and a processor is many times slower with such small numbers.
-    """
-    layers = [m for m in classifier.network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    n = min(WARMUP_IMAGES, len(sample.train))
-    images = torch.stack([preprocessing.apply(sample.train.read(i)) for i in range(n)])
-    momenta = [layer.momentum for layer in layers]
-    classifier.network.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the mean over all images
-        layer.train()
-    with torch.no_grad():
-        device = next(classifier.network.parameters()).device
-        classifier.network(preprocessing.normalise(images.to(device)))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()
 
 
 # -- inspect
@@ -333,8 +307,9 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     preload_images([sample.train], reporter)
     decode_seconds = (time.perf_counter() - start) / len(sample.train)
     preprocessing = preprocessing_for(spec, classifier)
-    if is_random:
-        update_bn(classifier, sample, preprocessing)
+    if is_random:  # without statistics signals vanish, and processors are many times slower with such small numbers
+        images = [preprocessing.apply(sample.train.read(i)) for i in range(min(WARMUP_IMAGES, len(sample.train)))]
+        update_bn([preprocessing.normalise(torch.stack(images).to(accelerator))], classifier.network.eval())
 
     spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
     variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]
@@ -347,6 +322,8 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
             workload = Workload(data, classifier, contract, own, accelerator, session, needs_probe)
             costs.insert(0, strategy_cost(workload, meter.cached(workload), meter.uncached(workload), decode_seconds))
             advance(1)
+    parameters = dict(classifier.network.named_parameters())
+    sizes = {stage.name: count(parameters[n] for n in stage.tensors & parameters.keys()) for stage in classifier.stages}
     return Inspection(
         backbone=classifier.name,
         dataset=f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
@@ -358,17 +335,9 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
         device=meter.device(workload).description,
         cores=os.cpu_count() or 1,
         load=load,
-        stages=tuple(_stages(classifier)),
+        stages=tuple(StageCost(name, n, n / sum(sizes.values())) for name, n in sizes.items()),
         strategies=tuple(costs),
     )
-
-
-def _stages(classifier: Classifier) -> Iterator[StageCost]:
-    parameters = dict(classifier.network.named_parameters())
-    total = count(parameters.values())
-    for stage in classifier.stages:
-        n = count(p for name, p in parameters.items() if name in stage.tensors)
-        yield StageCost(stage.name, n, n / total)
 
 
 def strategy_cost(

@@ -300,18 +300,17 @@ class _EpochProgress:
     def state(self) -> dict[str, Any]:
         """Return all counts as numbers and CPU tensors."""
         self._count()
+        names = ("epoch", "first_step", "batches", "seconds", "sizes")
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        counts = {"losses": losses, "sizes": self.sizes, "right": self._n_correct.item()}
-        numbers = {"epoch": self.epoch, "first_step": self.first_step, "batches": self.batches, "seconds": self.seconds}
-        return {**numbers, "tally": counts}
+        counts = {"losses": losses, "n_correct": self._n_correct.item()}
+        return {**counts, **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_EpochProgress":
         """Return the progress that `state` recorded."""
-        counts = state["tally"]
-        losses, sizes = list(counts["losses"].to(device).unbind()), [int(size) for size in counts["sizes"]]
+        losses, sizes = list(state["losses"].to(device).unbind()), [int(size) for size in state["sizes"]]
         progress = cls(int(state["epoch"]), int(state["first_step"]), device, float(state["seconds"]), losses, sizes)
-        progress._n_correct += int(counts["right"])
+        progress._n_correct += int(state["n_correct"])
         return progress
 
 
