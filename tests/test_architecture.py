@@ -104,6 +104,7 @@ LIGHT = [
     "tlcli.engine.optimizers",
     "tlcli.engine.schedule",
     "tlcli.transfer.freeze",
+    "tlcli.models.backbones",
     "tlcli.data.listing",
     "tlcli.runs.index",
     "tlcli.runs.leaderboard",

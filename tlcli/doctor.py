@@ -219,7 +219,7 @@ def _weights(backbones: Mapping[str, str]) -> Findings:
     import torch
     import torchvision
 
-    from tlcli.models.hub import kept_models
+    from tlcli.models.weights import cached_models
 
     def is_here(option: str, kind: str) -> bool:
         if kind == "lite":
@@ -232,7 +232,7 @@ def _weights(backbones: Mapping[str, str]) -> Findings:
 
     local = [option for option, kind in backbones.items() if kind != "timm" and is_here(option, kind)]
     remote = [option for option, kind in backbones.items() if kind != "timm" and option not in local]
-    timm = kept_models("timm")
+    timm = cached_models("timm")
     yield Fact("weights", "here", ", ".join(local) or "none", local)
     yield Fact("weights", "downloaded when used", ", ".join(remote) or "none", remote)
     yield Fact("weights", "of timm, here", ", ".join(timm) or "none", timm)

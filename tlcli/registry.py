@@ -7,7 +7,7 @@ T = TypeVar("T", bound=type[Any])
 
 HOMES = {
     "dataset": "tlcli.data.sources",
-    "backbone": "tlcli.specs",
+    "backbone": "tlcli.models.backbones",
     "optimizer": "tlcli.engine.optimizers",
     "scheduler": "tlcli.engine.schedule",
     "augment": "tlcli.data.augment",

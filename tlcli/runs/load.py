@@ -18,7 +18,6 @@ from tlcli.data.decode import Pixels, ValueRange, read_image, to_rgb
 from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
-from tlcli.models.backbones import build_architecture
 from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import read_tensors
 from tlcli.models.weights import class_names
@@ -141,7 +140,7 @@ def _rebuild(
 ) -> Classifier:
     """Return the network of a spec with these weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):  # the random initial weights must not advance the caller's generator
-        architecture = build_architecture(spec, len(classes), preprocessing.size)
+        architecture = spec.build(len(classes), preprocessing.size)
     network = architecture.network
     try:
         network.load_state_dict(state)
