@@ -1,8 +1,8 @@
-"""Runs that are ended at random instants by a signal, and then go on: python -m tests.faults.ended KILL --times 200
+"""Runs that are ended at random instants by a signal and then resumed: python -m tests.faults.ended KILL --times 200
 
 Each run is a forked process, so that torch is imported once; the process that forks never computes, for what it forks
 would wait for its threads. Prints one JSON object: how many there were, in which stage each was, what could not be
-read, how many went on to exactly the end of the undisturbed run.
+read, how many were resumed to exactly the end of the undisturbed run.
 """
 
 import argparse
@@ -16,8 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,80 +34,68 @@ JOBS = {
 
 
 def main(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
-    """End so many runs, half of each job, and go on with each."""
-    draw, result = random.Random(seed), Result()
-    with scratch() as folder:
-        images = folder / "images"
-        for split, n in (("train", 20), ("test", 8)):
-            make_folder(images / split, {"across": n, "checks": n, "down": n}, seed=n)
-        for name, words in JOBS.items():
-            job = Job(name, (*COMMON, *words, f"dataset.root='{images}'"), folder)
+    """End so many runs, half of each job, and resume each."""
+    draw = random.Random(seed)
+    found: dict[str, Any] = {key: Counter() for key in ("stages", "codes", "statuses")}
+    found |= {key: [] for key in ("unreadable", "differences", "leftovers")}
+    found |= dict.fromkeys(("went_on", "not_begun", "exactly"), 0)
+    with tempfile.TemporaryDirectory() as name:
+        images = make_images(Path(name))
+        for job_name, words in JOBS.items():
+            job = Job(Path(name) / job_name, (*COMMON, *words, f"dataset.root='{images}'"))
             for i in range(times // 2):
-                result.add(job.ended(number, draw.uniform(-0.1, 1.0), i))
-    return {"signal": number.name, "times": 2 * (times // 2), **result.found}
+                for key, value in job.ended(number, draw.uniform(-0.1, 1.0), i).items():
+                    if isinstance(found[key], Counter):
+                        found[key][value] += 1
+                    else:
+                        found[key] += value
+    return {"signal": number.name, "times": 2 * (times // 2), **found}
 
 
-class Result:
-    """Counts of what came out."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Any] = {
-            "stages": Counter(), "codes": Counter(), "statuses": Counter(), "unreadable": [],
-            "went_on": 0, "not_begun": 0, "exactly": 0, "differences": [], "leftovers": [], "slowest_end": 0.0,
-        }  # fmt: skip
-
-    def add(self, one: dict[str, Any]) -> None:
-        for key in ("stages", "codes", "statuses"):
-            self.found[key][one[key]] += 1
-        for key in ("unreadable", "differences", "leftovers"):
-            self.found[key] += one[key]
-        for key in ("went_on", "not_begun", "exactly"):
-            self.found[key] += one[key]
-        self.found["slowest_end"] = round(max(self.found["slowest_end"], one["slowest_end"]), 2)
+def make_images(folder: Path) -> Path:
+    """Small images of three classes, with a test split."""
+    for split, n in (("train", 20), ("test", 8)):
+        make_folder(folder / "images" / split, {"across": n, "checks": n, "down": n}, seed=n)
+    return folder / "images"
 
 
 class Job:
     """A command line, its undisturbed run, and how long that takes from the moment that it has a run.json."""
 
-    def __init__(self, name: str, words: Sequence[str], folder: Path) -> None:
-        self.folder, self.words = folder / name, words
-        self.whole = self.folder / "whole"
+    def __init__(self, folder: Path, words: Sequence[str]) -> None:
+        self.folder, self.words, self.whole = folder, words, folder / "whole"
         process = Forked(self._argv(self.whole), self.folder / "cache-whole")
-        self.before = process.until_begun(self.whole)
+        self.seconds_before = process.until_begun(self.whole)
         start = time.perf_counter()
-        assert process.wait(None) == 0, (self.folder / "cache-whole.log").read_text()
+        assert process.wait() == 0, (self.folder / "cache-whole.log").read_text()
         self.seconds = time.perf_counter() - start
 
     def _argv(self, out: Path) -> list[str]:
         return ["train", f"hydra.run.dir='{out}'", *self.words]
 
     def ended(self, number: signal.Signals, instant: float, i: int) -> dict[str, Any]:
-        """End a run at an instant (0 to 1: of its duration, negative: before it has a run.json), and go on with it."""
+        """End a run at an instant (0 to 1: of its duration, negative: before it has a run.json), and resume it."""
         out, cache = self.folder / str(i), self.folder / f"cache{i}"
         process = Forked(self._argv(out), cache)
         if instant >= 0:
             process.until_begun(out)
-            process.wait(instant * self.seconds)
-        else:
-            process.wait(-10 * instant * self.before)
-        start = time.perf_counter()
+        process.has_ended(instant * self.seconds if instant >= 0 else -10 * instant * self.seconds_before)
         process.send(number)
-        code = process.wait(None)
-        found: dict[str, Any] = {"codes": str(code), "slowest_end": time.perf_counter() - start}
-        found["stages"] = stage(RunDir(out))
-        found["unreadable"] = [f"{found['stages']}: {what}" for what in apart(unreadable, out)]
-        begun = RunDir(out).info_file.exists()
-        found["statuses"] = read_json(RunDir(out).info_file)["status"] if begun else "none"
-        again = Forked(["train", "--resume", str(out)] if begun else self._argv(out.with_name(f"{i}-anew")), cache)
-        ended = again.wait(None)
+        code, stage, begun = str(process.wait()), stage_of(RunDir(out)), RunDir(out).info_file.exists()
+        damage = [f"{stage}: {what}" for what in apart(unreadable, out)]
+        status = read_json(RunDir(out).info_file)["status"] if begun else "none"
         run = out if begun else out.with_name(f"{i}-anew")
-        unlike = apart(differences, self.whole, run) if ended == 0 else [again.log.read_text()[-300:]]
-        found |= {"not_begun": not begun, "went_on": begun and ended == 0, "exactly": ended == 0 and not unlike}
-        found["differences"] = [f"{found['stages']}, {instant:.3f}: {what}" for what in unlike]
-        found["leftovers"] = [path.name for path in run.rglob(".*") if path.name != ".hydra"]
+        again = Forked(["train", "--resume", str(out)] if begun else self._argv(run), cache)
+        is_done = again.wait() == 0
+        unlike = apart(differences, self.whole, run) if is_done else [again.log.read_text()[-300:]]
+        left = [path.name for path in run.rglob(".*") if path.name != ".hydra"]
         for path in (out, run, cache):
             shutil.rmtree(path, ignore_errors=True)
-        return found
+        return {
+            "stages": stage, "codes": code, "statuses": status, "unreadable": damage, "leftovers": left,
+            "differences": [f"{stage}, {instant:.3f}: {what}" for what in unlike],
+            "not_begun": not begun, "went_on": begun and is_done, "exactly": is_done and not unlike,
+        }  # fmt: skip
 
 
 class Forked:
@@ -145,19 +132,17 @@ class Forked:
 
     def until_begun(self, out: Path) -> float:
         """Wait until the run has a run.json; seconds since the process began."""
-        while not RunDir(out).info_file.exists() and not self._has_ended(0.001):
+        while not RunDir(out).info_file.exists() and not self.has_ended(0.001):
             pass
         return time.perf_counter() - self._start
 
-    def _has_ended(self, seconds: float | None) -> bool:
+    def has_ended(self, seconds: float | None) -> bool:
+        """Wait for so many seconds, or until the process has ended."""
         return bool(select.select([self._handle], [], [], seconds)[0])
 
-    def wait(self, seconds: float | None) -> int | None:
-        """The exit code, or minus the signal, once the process has ended; None if it has not after so many seconds."""
-        if not self._has_ended(seconds):
-            return None
-        if seconds is not None:
-            return None
+    def wait(self) -> int:
+        """The exit code, or minus the signal, once the process has ended."""
+        self.has_ended(None)
         _, status = os.waitpid(self._pid, 0)
         os.close(self._handle)
         return os.waitstatus_to_exitcode(status)
@@ -183,23 +168,23 @@ def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
     return found
 
 
-def stage(run: RunDir) -> str:
+def stage_of(run: RunDir) -> str:
     """How far a run had come when it ended."""
     if not run.info_file.exists():
         return "before run.json"
     if run.test_file.exists():
         return "after the test"
-    if any(path.name.startswith(".") for path in run.best_checkpoint.parent.glob(".*")):
+    if any(run.best_checkpoint.parent.glob(".*")):
         return "within the writing of a checkpoint"
-    if run.state_file.exists():
-        return "training, validation or test"
-    return "loading, or filling the cache"
+    return "training, validation or test" if run.state_file.exists() else "loading, or filling the cache"
 
 
-@contextmanager
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def import_torch() -> None:
+    """Import what a forked process then has."""
+    quiet_libraries()
+    import tlcli.engine.session
+    import tlcli.runs.resume_state
+    import tlcli.train  # noqa: F401
 
 
 if __name__ == "__main__":
@@ -208,9 +193,5 @@ if __name__ == "__main__":
     command.add_argument("--times", type=int, default=20)
     command.add_argument("--seed", type=int, default=0)
     given = command.parse_args()
-    quiet_libraries()
-    import tlcli.engine.session
-    import tlcli.runs.resume_state
-    import tlcli.train  # noqa: F401 - what a forked process then has
-
+    import_torch()
     sys.stdout.write(json.dumps(main(signal.Signals[f"SIG{given.signal}"], given.times, given.seed), indent=1))

@@ -1,45 +1,47 @@
-"""Runs that a signal ends at a random instant: nothing is unreadable, and they go on to exactly the undisturbed end."""
+"""Runs that a signal or a full disk ends: all is readable, and they are resumed to exactly the undisturbed end."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.faults.mounts import UNSHARE, can_mount
+from tests.faults.programs import output, program
 from tests.faults.scale import scale
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness waits with Linux's pidfd"),
 ]
-ROOT = Path(__file__).parents[2]
 
 
-def ended(name: str, times: int) -> dict[str, Any]:
-    """What tests.faults.ended found, in a process that has not computed yet."""
-    command = [sys.executable, "-m", "tests.faults.ended", name, "--times", str(times)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    sys.stdout.write(done.stdout)  # with `pytest -s`: for docs/reliability.md
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def test_killed_runs_go_on_exactly() -> None:
-    found = ended("KILL", scale(6, 200))
-    assert found["unreadable"] == []
-    assert found["differences"] == []
-    assert found["leftovers"] == []
+def test_killed_runs_are_resumed_exactly() -> None:
+    found = program("ended", "KILL", "--times", scale(6, 200))
+    assert found["unreadable"] == found["differences"] == found["leftovers"] == []
     assert found["went_on"] + found["not_begun"] == found["exactly"] == found["times"]
 
 
 @pytest.mark.parametrize(("name", "code"), [("INT", "130"), ("TERM", "143")])
-def test_interrupted_runs_say_so_and_go_on_exactly(name: str, code: str) -> None:
-    found = ended(name, scale(4, 50))
+def test_interrupted_runs_say_so_and_are_resumed_exactly(name: str, code: str) -> None:
+    found = program("ended", name, "--times", scale(4, 50))
     assert found["codes"].keys() <= {code, "0"}  # 0: it was done before the signal came
     assert found["codes"][code] > 0
     assert found["statuses"].keys() <= {"interrupted", "done", "none"}
     assert found["unreadable"] == found["differences"] == found["leftovers"] == []
     assert found["exactly"] == found["times"]
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting is not allowed here")
+def test_a_full_disk_at_any_moment() -> None:
+    """One line, and what was good is left: with room again, the run is resumed exactly."""
+    levels = scale(5, 20)
+    found = [json.loads(line) for line in output("full", levels, before=UNSHARE).splitlines()]
+    assert len(found) == levels
+    assert {one["code"] for one in found} <= {0, 1}
+    assert found[0]["code"] == 1
+    for one in found:
+        assert one["differences"] == one["unreadable"] == one["drafts"] == []
+        assert not one["traceback"] and one["best"] is not False
+        if one["code"]:
+            assert len(one["said"]) == 1
+            assert one["said"][0].startswith("tlcli train: the disk is full: no space left")

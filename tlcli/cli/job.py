@@ -118,7 +118,6 @@ class Command:
                     from tlcli.train import train
 
                 state = prepare_resume(run, self._line) if resumed else None
-
                 self._session = session_for(spec.cache, self._session)
                 with logged_run(spec, run.path, reporter) as logged:
                     value = train(spec, run, logged, self._session, state)
@@ -126,6 +125,8 @@ class Command:
             return value
         except Exception as exc:
             self.error = exc
+            if self._sweep is not None and not run.info_file.exists():
+                raise  # nothing else will say that this job failed
             return None
         finally:
             if self._sweep is not None:
@@ -157,14 +158,11 @@ class Command:
     def _save_hydra_config(self, run: RunDir, config: DictConfig) -> None:
         """Write what Hydra writes for a single run, by default into .hydra."""
         if self._output_subdir is not None:
-            folder, hydra = run.path / self._output_subdir, HydraConfig.instance().cfg
+            folder = run.path / self._output_subdir
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (
-                ("config", config),
-                ("hydra", hydra),
-                ("overrides", HydraConfig.get().overrides.task),
-            ):
-                OmegaConf.save(content, folder / f"{name}.yaml")
+            OmegaConf.save(config, folder / "config.yaml")
+            OmegaConf.save(HydraConfig.instance().cfg, folder / "hydra.yaml")
+            OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
 
 
 def _as_typed(hydra: Any) -> list[str]:
