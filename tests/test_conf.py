@@ -5,10 +5,23 @@ from pathlib import Path
 import pytest
 from msgspec.structs import fields
 
-from tlcli.cli.compose import build_spec, compose_config, parse_flags
+from tests.conftest import Compose
+from tlcli.cli.compose import build_spec, compose_config, parse_flags, parse_override
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
-from tlcli.registry import HOMES, options
-from tlcli.specs import CacheSpec, CheckpointSpec, DeviceSpec, ImageSpec, TrainSpec, classes_of
+from tlcli.errors import UsageError
+from tlcli.registry import HOMES, option, options
+from tlcli.specs import (
+    CacheSpec,
+    CheckpointSpec,
+    DeviceSpec,
+    ImageSpec,
+    SchedulerSpec,
+    TrainSpec,
+    Verify,
+    all_keys,
+    classes_of,
+    leaf_types,
+)
 
 FILES = ConfFiles([conf_dir()])
 OPTIONS = [option for options in FILES.groups.values() for option in options.values()]
@@ -67,3 +80,101 @@ def test_option_repeats_no_shared_default(option) -> None:
     shared = {key.name: key.default for key in keys_in(common.read_text(encoding="utf-8"))} if common.exists() else {}
     own = [key for key in keys_in(option.text) if classes_of(option.group)]
     assert [key.name for key in own if shared.get(key.name) == key.default and not key.comment] == []
+
+
+TEXT = {
+    "dataset.root=2024_01": "2024_01",
+    "dataset.root=1e3": "1e3",
+    "dataset.root=true": "true",
+    "dataset.root=a(b": "a(b",
+    "dataset.root=it's": "it's",
+    "dataset.root=photos (1)": "photos (1)",
+    "dataset.root='2024_01'": "2024_01",
+    "dataset.root=null": None,
+    "dataset.classes=[true,false]": ("true", "false"),
+    "dataset.classes=[1, 2_0,'a,b']": ("1", "2_0", "a,b"),
+    "dataset.classes=[null]": "dataset.classes=null is not possible",
+    "backbone.weights=none": "none",
+}
+
+
+@pytest.mark.parametrize("word", TEXT)
+def test_a_key_whose_type_is_text_takes_it_as_typed(word: str, spec: Compose) -> None:
+    part, name = word.partition("=")[0].split(".")
+    if str(TEXT[word]).startswith("dataset.classes="):
+        with pytest.raises(UsageError, match=TEXT[word]):
+            spec(word)
+    else:
+        assert getattr(getattr(spec(word), part), name) == TEXT[word]
+
+
+@pytest.mark.parametrize(
+    ("word", "jobs"),
+    [
+        ("dataset.root=2024_01,1e3", ["dataset.root='2024_01'", "dataset.root='1e3'"]),
+        ("dataset.root=choice(1,2)", ["dataset.root='1'", "dataset.root='2'"]),
+        ("dataset.classes=[true,false],[1,2]", ["dataset.classes=['true','false']", "dataset.classes=['1','2']"]),
+        ("epochs=1,2", ["epochs=1", "epochs=2"]),
+    ],
+)
+def test_a_sweep_over_text_takes_it_as_typed(word: str, jobs: list[str], spec: Compose) -> None:
+    (override,) = parse_flags(["-m", word]).overrides
+    parsed = parse_override(override, FILES)
+    assert [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()] == jobs
+    for job in jobs:
+        assert isinstance(spec(job), TrainSpec)
+
+
+NUMBERS = [key for key in all_keys() if {int, float} & {hint for hint, _ in leaf_types(key)}]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_may_be_infinite(key: str, value: str, spec: Compose) -> None:
+    part, _, name = key.rpartition(".")
+    owners = {kind: cls for kind, cls in classes_of(part).items() if name in cls.__struct_fields__}
+    choice = [f"{part}={FILES.options_with(part, owners)[0]}"] if part in HOMES else []
+    kind = next(str(f.type) for f in fields(next(iter(owners.values()))) if f.name == name)
+    n = kind.count("float") if "tuple" in kind else 0
+    with pytest.raises(UsageError, match=f"^{key}"):
+        spec(*choice, f"{key}=[{','.join([value] * n)}]" if n else f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("optimizer.lr=1", 1.0),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("optimizer.lr='0.1'", 0.1),
+        ("clip_grad=null", None),
+        ("clip_grad=2", 2.0),
+        ("device.channels_last=true", True),
+        ("dataset.range=auto", "auto"),
+        ("dataset.range=[0,4095]", (0.0, 4095.0)),
+        ("dataset.verify=full", Verify.full),
+        ("checkpoint.keep_state=true", True),
+        ("optimizer.betas=[0.8,0.9]", (0.8, 0.9)),
+    ],
+)
+def test_a_value_is_converted_as_users_expect(word: str, value: object, spec: Compose) -> None:
+    *parts, name = word.partition("=")[0].split(".")
+    found = spec(word)
+    found = getattr(getattr(found, parts[0]) if parts else found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_option_is_one_decorated_class() -> None:
+    """Everything that lists options iterates over the registry: a class that is decorated is accepted at once."""
+
+    class ReverseSpec(SchedulerSpec, frozen=True, tag="reverse"):
+        pass
+
+    assert "reverse" not in options("scheduler")
+    option(ReverseSpec)
+    try:
+        config = compose_config(parse_flags(["scheduler=constant"]))
+        config.scheduler.kind = "reverse"
+        assert type(build_spec(config).scheduler) is ReverseSpec
+    finally:
+        del options("scheduler")["reverse"]

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from collections.abc import Mapping
 from enum import Enum, EnumMeta
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,71 +22,77 @@ from tlcli.specs import all_keys, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
 
-def error_message(exc: Exception, files: ConfFiles) -> str | None:
-    """The line for an exception of Hydra, OmegaConf or PyYAML, or None for any other exception."""
+def error_message(exc: BaseException, files: ConfFiles) -> str | None:
+    """Return the line for an exception of Hydra, OmegaConf or PyYAML, and None for any other exception."""
+    key = str(exc.full_key or "") if isinstance(exc, OmegaConfBaseException) else ""
     match exc:
+        case RecursionError():
+            return "a config file has too many levels of lists and keys"
         case OverrideParseException():
-            return _unreadable(exc, files)
+            return _unreadable(exc.override, files)
         case MissingConfigException():
             return _missing_config(exc, files)
         case yaml.MarkedYAMLError():
             mark = exc.problem_mark or exc.context_mark
             where = f"{mark.name}:{mark.line + 1}: " if mark else ""
             return f"{where}{exc.problem or exc.context}"
-        case yaml.YAMLError():
-            return one_line(str(exc))
+        case ConfigAttributeError() | ConfigKeyError():
+            return f"unknown key {key!r}.{unknown_key(key, files)}"
+        case MissingMandatoryValue():
+            return f"{key} has no value yet; give it one: {key}=..."
+        case InterpolationResolutionError() if key:
+            return f"{key} refers to a key that does not exist: {_first_line(exc)}"
         case OmegaConfBaseException():
-            return _omegaconf(exc, files)
+            return f"{key}: {_first_line(exc)}" if key else _first_line(exc)
         case CompactHydraException():
             for cause in (exc.__cause__, exc.__context__):
                 if isinstance(cause, OmegaConfBaseException):
-                    return _omegaconf(cause, files) + _in_file(exc)
-            return _hydra(exc, files)
+                    return error_message(cause, files)
+            return _hydra(str(exc), files)
+        case yaml.YAMLError():
+            return one_line(str(exc))
         case HydraException():
             return _first_line(exc)
     return None
 
 
 def unknown_key(key: str, files: ConfFiles) -> str:
-    """A hint, after a blank, for a key that does not exist: the near key, the options that have it, or the keys."""
+    """Return a hint, after a blank, for an unknown key: the options that have it, the nearest key, or the keys."""
     parent, _, name = key.rpartition(".")
     owners = {kind for kind, cls in classes_of(parent).items() if name in cls.__struct_fields__}
     if parent in HOMES and (options := files.options_with(parent, owners)):
         return f" It belongs to {' and '.join(f'{parent}={option}' for option in options)}."
-    everywhere = all_keys() | dict.fromkeys(files.groups)
-    siblings = {known.rpartition(".")[2]: known for known in everywhere if known.rpartition(".")[0] == parent}
-    strangers = {known.rpartition(".")[2]: known for known in everywhere}
-    same_name = [known for known in everywhere if known.rpartition(".")[2] == name]
+    everywhere = {known: known.rpartition(".")[2] for known in [*all_keys(), *files.groups]}
+    siblings = [own for known, own in everywhere.items() if known.rpartition(".")[0] == parent]
     if leaf_types(parent) and not siblings:
         return f" {parent} holds a value, not keys of its own."
-    near = same_name or _near(name, siblings, 0.6) or _near(name, strangers, 0.75)
+    near = [known for known, own in everywhere.items() if own == name]
+    if not near and (own_names := difflib.get_close_matches(name, siblings, n=1)):
+        near = [f"{parent}.{own_names[0]}".lstrip(".")]
+    if not near and (names := difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=0.75)):
+        near = [known for known, own in everywhere.items() if own == names[0]][:1]
     if near:
         return f" Did you mean {' or '.join(map(repr, near))}?"
     listed = f" The keys of {parent}: {', '.join(siblings)}." if siblings else ""
     return listed if parent else " `tlcli train --help` lists the keys."
 
 
-def _near(name: str, known: Mapping[str, str], cutoff: float) -> list[str]:
-    """The full key of the nearest name, in a list, or an empty list."""
-    return [known[near] for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff)]
-
-
-def _unreadable(exc: OverrideParseException, files: ConfFiles) -> str:
-    """An override that does not follow the grammar; a bare word may be an option."""
-    if "=" in exc.override:
-        key, _, value = exc.override.partition("=")
+def _unreadable(override: str, files: ConfFiles) -> str:
+    """Return the line for an override that does not follow the grammar; a bare word may be an option."""
+    key, equals, value = override.partition("=")
+    if equals:
         remedy = f"""write '{key}="{value}"'"""
         if value[:1] in ("[", "{"):
             closed = value[-1:] in ("]", "}")
             remedy = f"""quote its values: {key}="['...']\"""" if closed else "close its brackets"
-        return f"cannot read {exc.override!r}: {remedy}"
-    near = [f"{group}={exc.override}" for group, options in files.groups.items() if exc.override in options]
+        return f"cannot read {override!r}: {remedy}"
+    near = [f"{group}={override}" for group, options in files.groups.items() if override in options]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"cannot read {exc.override!r}: write KEY=VALUE or GROUP=OPTION.{hint}"
+    return f"cannot read {override!r}: write KEY=VALUE or GROUP=OPTION.{hint}"
 
 
 def _missing_config(exc: MissingConfigException, files: ConfFiles) -> str:
-    """An option, or a whole file, that is not there."""
+    """Return the line for an option, or a whole file, that does not exist."""
     missing = (exc.missing_cfg_file or "").lstrip("/")
     if found := re.match(r"schema/(?:(\w+)/)?(\w+)", missing):
         where = re.match(r"In '([^']+)'", str(exc))
@@ -103,9 +108,8 @@ def _missing_config(exc: MissingConfigException, files: ConfFiles) -> str:
     return f"there is no config {missing!r}" if missing else _first_line(exc)
 
 
-def _hydra(exc: Exception, files: ConfFiles) -> str:
-    """What Hydra itself has to say, in fewer words."""
-    text = str(exc)
+def _hydra(text: str, files: ConfFiles) -> str:
+    """Return Hydra's own message in fewer words."""
     if found := re.match(r"Ambiguous value for argument '(.+)'", text):
         key, _, values = found[1].partition("=")
         as_list = "" if key in files.groups else f", or write {key}=[{values}]"
@@ -115,20 +119,7 @@ def _hydra(exc: Exception, files: ConfFiles) -> str:
     if found := re.match(r"Could not override '([^']+)'", text):
         key = found[1].partition("@")[0]
         return f"unknown key {found[1]!r}.{unknown_key(key, files)}"
-    return _first_line(exc)
-
-
-def _omegaconf(exc: OmegaConfBaseException, files: ConfFiles) -> str:
-    """A key that does not exist, or whose value cannot be computed."""
-    key = str(exc.full_key or "")
-    match exc:
-        case ConfigAttributeError() | ConfigKeyError():
-            return f"unknown key {key!r}.{unknown_key(key, files)}"
-        case MissingMandatoryValue():
-            return f"{key} has no value yet; give it one: {key}=..."
-        case InterpolationResolutionError() if key:
-            return f"{key} refers to something that is not there: {_first_line(exc)}"
-    return f"{key}: {_first_line(exc)}" if key else _first_line(exc)
+    return text.strip().split("\n")[0]
 
 
 def explain_value(exc: ValidationError, key: str, value: Any, files: ConfFiles) -> tuple[str, str]:
@@ -193,12 +184,6 @@ def _as_written(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _in_file(exc: Exception) -> str:
-    """The file that an error came from, where it came from one."""
-    found = re.match(r"In '([^']+)': \w+ raised while", str(exc))
-    return f" (in {found[1]}.yaml)" if found else ""
 
 
 def _first_line(exc: BaseException) -> str:

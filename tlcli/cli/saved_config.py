@@ -24,8 +24,9 @@ from tlcli.cli.compose import (
 )
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.explain import error_message
-from tlcli.cli.trust import read_yaml, references, refuse_code
+from tlcli.cli.trust import references, refuse_code
 from tlcli.errors import UsageError
+from tlcli.files import read_yaml
 from tlcli.registry import HOMES, options
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import TrainSpec, classes_of
@@ -63,9 +64,7 @@ def _read_values(file: Path, files: ConfFiles) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except FileNotFoundError:
         raise UsageError(f"{file.parent}: no config.yaml here; give the directory of a run") from None
-    except UsageError:
-        raise
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as exc:
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as exc:
         reason = getattr(exc, "strerror", None) or error_message(exc, files) or str(exc)
         raise UsageError(f"{file}: cannot be read as YAML: {reason}") from exc
     if not isinstance(content, dict) or not content:

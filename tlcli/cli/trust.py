@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 
-from tlcli.cli.conf_files import LOADER
 from tlcli.errors import UsageError
+from tlcli.files import read_yaml
 
 RESOLVERS = frozenset(
     {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}
@@ -45,9 +44,6 @@ ALLOWED_CLASSES = frozenset(
 OWN_DEFAULTS = {"hydra/output": "tlcli", "hydra/job_logging": "none", "hydra/hydra_logging": "none"}
 """Choices of Hydra's groups in train.yaml, which a copy of it may repeat."""
 
-MAX_DEPTH = 50
-"""Levels of lists and keys; tlcli's configs have four. Python's own limit is reached at some hundreds."""
-
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -61,55 +57,27 @@ def check_folder(folder: Path) -> None:
         seen.add(real)
         for file in sorted(Path(place, name) for name in names if name.endswith(".yaml")):
             try:
-                text = read_yaml(file)
-                content = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError):
-                continue  # an error only if Hydra reads it, which reports it
+                content = read_yaml(file)
+            except UnicodeDecodeError as exc:
+                raise UsageError(f"{file}: cannot be read as YAML: not UTF-8 text") from exc
             except OSError as exc:
-                raise UsageError(f"{file}: cannot be read as YAML: {str(exc.strerror).lower()}") from exc
-            _check_content(file, file.relative_to(folder), text, content)
+                raise UsageError(f"{file}: cannot be read as YAML: {(exc.strerror or str(exc)).lower()}") from exc
+            except ValueError as exc:
+                if " alias *" in str(exc):
+                    raise UsageError(f"{file}: {exc}") from exc
+                continue  # an error only if Hydra reads it, which reports it
+            _check_content(file, file.relative_to(folder), content)
 
 
-def read_yaml(file: Path) -> str:
-    """Return the text of a YAML file that has no aliases and a sensible depth.
-
-    An alias can stand for a list of aliases, so that a few lines become billions of values.
-
-    Raises UsageError, OSError, or yaml.YAMLError if it is not YAML.
-    """
-    if file.exists() and not file.is_file():
-        raise UsageError(f"{file}: not a regular file")  # reading a pipe would wait forever
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"{file}: cannot be read as YAML: not UTF-8 text") from exc
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=LOADER):
-            where = f"{file}, line {event.start_mark.line + 1}"
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"{where}: the alias *{event.anchor} is refused; write the values out")
-            if depth > MAX_DEPTH:
-                raise UsageError(f"{where}: more than {MAX_DEPTH} levels deep")
-    except yaml.YAMLError as exc:
-        if "nesting depth" in str(exc):  # libyaml's own limit, met while it reads ahead
-            raise UsageError(f"{file}: more than {MAX_DEPTH} levels deep") from exc
-        raise
-    return text
-
-
-def _check_content(file: Path, path: Path, text: str, content: Any) -> None:
+def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
     """Raise UsageError if a file sets what is Hydra's own, wherever in the config its keys end up."""
     in_launcher = path.parts[:2] == ("hydra", "launcher")
-    packages = re.findall(r"^\s*#.*@package\s*:?\s*(.*)", text, re.MULTILINE)
+    packages = re.findall(r"^\s*#.*@package\s*:?\s*(.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
     if ("hydra" in path.parts[:-1] and not in_launcher) or (in_launcher and packages):
         _refuse(file, path.with_suffix("").as_posix())
     for package in packages:
         if "hydra" in package:
             _refuse(file, f"@package {package}")
-    if not isinstance(content, dict):
-        return
     entries = content.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
         for key, choice in entry.items() if isinstance(entry, dict) else [(entry, "")]:
