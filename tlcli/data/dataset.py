@@ -3,6 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ MIN_LEVELS = 64
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24
 """Pixels of all training images from which the percentiles are computed."""
+ImageSelections = Sequence[tuple[ImageSource, list[int]]]
 DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 
@@ -85,16 +87,13 @@ def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Sto
         UsageError: the data cannot be used as it is.
         BadImagesError: files do not decode, and on_bad=error.
     """
-    source, digests = _open(spec, reporter, store, for_training=True)
+    source = _load_source(spec, reporter, store, for_training=True)
     splits, notes = _divide(source, spec, seed)
     value_range = _resolve_range(spec, splits["train"], reporter, store)
     splits = _with_memory_cache(splits, spec, value_range)
     splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
     if bad:
-        verb = "file does" if len(bad) == 1 else "files do"
-        notes.append(
-            f"{len(bad):,} {verb} not decode and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv"
-        )
+        notes.append(f"{_count_bad(bad)} and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv")
     notes += deep.notes(value_range)
     for name, count in zip(source.classes, splits["train"].class_counts(len(source.classes)), strict=True):
         if count == 0:
@@ -111,8 +110,6 @@ def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Sto
             f"mostly chance; add images or raise dataset.val_fraction"
         )
     notes += duplicate_notes(splits, source.classes, reporter)
-    if digests is not None:
-        digests.save()
     return Dataset(
         spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
     )
@@ -120,7 +117,7 @@ def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Sto
 
 def load_without_decoding(spec: DatasetSpec, *, seed: int, reporter: Reporter) -> Dataset:
     """Return the splits of `load_dataset` before any image is read, for commands that read a few."""
-    source, _ = _open(spec, reporter, None, for_training=True)
+    source: Source = spec.load(reporter)
     splits, notes = _divide(source, spec, seed)
     value_range = _resolve_range(spec, splits["train"], reporter, None)
     splits = _with_memory_cache(splits, spec, value_range)
@@ -155,7 +152,7 @@ def load_evaluation_split(
         UsageError: the data has no such split.
         BadImagesError: files do not decode, and on_bad=error.
     """
-    source, digests = _open(spec, reporter, store, for_training=False)
+    source = _load_source(spec, reporter, store, for_training=False)
     chosen = split_name or next(name for name in ("test", "val", "all", "train") if name in source.splits)
     if chosen not in source.splits:
         present = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
@@ -166,24 +163,20 @@ def load_evaluation_split(
     splits, bad, _ = _without_bad(splits, spec, value_range, reporter, store)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
-    if digests is not None:
-        digests.save()
     return EvaluationSplit(spec.name, source.classes, chosen, splits[chosen], tuple(bad))
 
 
-def _open(
-    spec: DatasetSpec, reporter: Reporter, store: Store | None, *, for_training: bool
-) -> tuple[Source, DigestRecord | None]:
+def _load_source(spec: DatasetSpec, reporter: Reporter, store: Store | None, *, for_training: bool) -> Source:
+    """Return the source of a dataset, whose digests are remembered in the store."""
     source: Source = spec.load(reporter, for_training=for_training)
     files = [s.images for s in source.splits.values() if isinstance(s.images, ImageFiles)]
     if store is None or not files:
-        return source, None
-    digests = DigestRecord(store.root, files[0].root, verify_all=spec.verify is Verify.full)
-    splits = {
-        name: replace(s, images=replace(s.images, digests=digests)) if isinstance(s.images, ImageFiles) else s
-        for name, s in source.splits.items()
-    }
-    return replace(source, splits=splits), digests
+        return source
+    record = DigestRecord(store.root, files[0].root, verify_all=spec.verify is Verify.full)
+    new = {id(images): replace(images, digests=record) for images in files}
+    return replace(
+        source, splits={k: replace(s, images=new.get(id(s.images), s.images)) for k, s in source.splits.items()}
+    )
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -346,32 +339,27 @@ def _without_bad(
         by_source.setdefault(id(split.images), (split.images, []))[1].extend(split.indices.tolist())
     used = [(images, sorted(indices)) for images, indices in by_source.values()]
     faults, deep = find_bad_images(used, value_range, reporter, store)
-    bad = (
-        [(images, i, faults[key]) for images, indices in used for i in indices if (key := images.key(i)) in faults]
-        if faults
-        else []
-    )
-    files = [(images.name(i), reason) for images, i, reason in bad]
-    if bad and spec.on_bad is OnBad.error:
+    if not faults:
+        return splits, [], deep
+    bad = [(images, i) for images, indices in used for i in indices if images.key(i) in faults]
+    files = [(images.name(i), faults[images.key(i)]) for images, i in bad]
+    if files and spec.on_bad is OnBad.error:
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
         more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
-        verb = "file does" if len(bad) == 1 else "files do"
-        raise BadImagesError(
-            f"{len(bad):,} {verb} not decode: {first}{more}; dataset.on_bad=skip leaves them out", files
-        )
-    left_out = {(id(images), i) for images, i, _ in bad}
-    if left_out:
-        for name, split in splits.items():
-            good = [n for n, i in enumerate(split.indices.tolist()) if (id(split.images), i) not in left_out]
-            splits[name] = split.take(np.array(good, dtype=np.int64))
+        raise BadImagesError(f"{_count_bad(bad)}: {first}{more}; dataset.on_bad=skip leaves them out", files)
+    left_out = {(id(images), i) for images, i in bad}
+    for name, split in splits.items():
+        good = [n for n, i in enumerate(split.indices.tolist()) if (id(split.images), i) not in left_out]
+        splits[name] = split.take(np.array(good, dtype=np.int64))
     return splits, files, deep
 
 
+def _count_bad(bad: Sequence[object]) -> str:
+    return "1 file does not decode" if len(bad) == 1 else f"{len(bad):,} files do not decode"
+
+
 def find_bad_images(
-    used: Sequence[tuple[ImageSource, list[int]]],
-    value_range: ValueRange | None,
-    reporter: Reporter,
-    store: Store | None,
+    used: ImageSelections, value_range: ValueRange | None, reporter: Reporter, store: Store | None
 ) -> tuple[dict[str, str], DeepImages]:
     """Return the key and the fault of each image that does not decode, and statistics of deep images.
 
@@ -384,12 +372,10 @@ def find_bad_images(
         return {}, deep
     key = None if store is None else _fingerprint_or_none(used, value_range, reporter)
     if store is not None and key is not None:
-        known = store.read_notes(DECODE_NOTES).get(key)
-        if isinstance(known, dict) and isinstance(known.get("bad"), dict) and isinstance(known.get("deep"), dict):
-            stats = known["deep"]
-            return {str(k): str(v) for k, v in known["bad"].items()}, DeepImages(
-                **stats | {"levels": set(stats.get("levels", []))}
-            )
+        known: Any = store.read_notes(DECODE_NOTES).get(key)
+        with suppress(TypeError, KeyError):  # unknown, or damaged
+            deep = DeepImages(**known["deep"] | {"levels": set(known["deep"]["levels"])})
+            return {str(k): str(v) for k, v in known["bad"].items()}, deep
     bad: dict[str, str] = {}
     with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
         for images, indices in used:
@@ -447,14 +433,15 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
         yield index, pixels
 
 
-def _fingerprint_or_none(
-    used: Sequence[tuple[ImageSource, list[int]]], value_range: ValueRange | None, reporter: Reporter
-) -> str | None:
+def _fingerprint_or_none(used: ImageSelections, value_range: ValueRange | None, reporter: Reporter) -> str | None:
     """Return a digest of all images, the decoder and the range; None if a file cannot be read."""
     digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
     try:
         for images, indices in used:
             digest.update(fingerprint(images, indices, reporter).encode())
+            source = images.images if isinstance(images, CachedImages) else images
+            if isinstance(source, ImageFiles) and source.digests is not None:
+                source.digests.save()
     except BadImagesError:
         return None
     return digest.hexdigest()
