@@ -1,6 +1,6 @@
 """Export of a run's model: the formats, and the check that what was written computes what PyTorch does.
 
-A format is one function with the decorator `export_format`; checks, help and tests iterate over FORMATS. This module
+A format is one function with the decorator `ExportFormat`; checks, help and tests iterate over FORMATS. This module
 imports without torch.
 """
 
@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import DatasetSpec, Fit
-from tlcli.text import did_you_mean, evenly_spaced
+from tlcli.text import did_you_mean, evenly_spaced, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,9 +65,9 @@ Writer = Callable[[ExportJob, Path], Model]
 """Writes a job to a path and returns the model as read back from there."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExportFormat:
-    """A format and the function that writes it.
+    """A format; as a decorator, it registers the function that writes the format.
 
     Args:
         file_name: name in the export/ directory of a run.
@@ -80,30 +80,23 @@ class ExportFormat:
     file_name: str
     summary: str
     load: str
-    packages: tuple[str, ...]
-    has_graph: bool
-    write: Writer
+    packages: tuple[str, ...] = ()
+    has_graph: bool = True
+    write: Writer = field(init=False)
+
+    def __call__(self, write: Writer) -> Writer:
+        self.write = write
+        FORMATS[self.name] = self
+        return write
 
 
 FORMATS: dict[str, ExportFormat] = {}
 
 
-def export_format(
-    name: str, file_name: str, summary: str, *, load: str, packages: tuple[str, ...] = (), has_graph: bool = True
-) -> Callable[[Writer], Writer]:
-    """Return a decorator that registers the writer of a format. See `ExportFormat`."""
-
-    def register(write: Writer) -> Writer:
-        FORMATS[name] = ExportFormat(name, file_name, summary, load, packages, has_graph, write)
-        return write
-
-    return register
-
-
 # -- the formats
 
 
-@export_format(
+@ExportFormat(
     "onnx",
     "model.onnx",
     "one file for ONNX runtimes, any batch size; needs the extra [export]",
@@ -130,7 +123,7 @@ def write_onnx(job: ExportJob, path: Path) -> Model:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-@export_format(
+@ExportFormat(
     "pt2",
     "model.pt2",
     "one file for torch.export.load, any batch size",
@@ -153,7 +146,7 @@ def _export_program(job: ExportJob) -> Any:
     return program
 
 
-@export_format(
+@ExportFormat(
     "timm",
     "timm",
     'a folder for timm.create_model("local-dir:FOLDER", pretrained=True), with a model card',
@@ -264,13 +257,9 @@ Input: RGB, {own.size} x {own.size} pixels ({own.fit.value}, bilinear), scaled t
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """What was written, the images of the check, and the largest difference of a logit from PyTorch's.
 
-    Args:
-        contents: input and output of the model.
-        images: the images of the check.
-        max_difference: largest difference of a logit from PyTorch's.
-        load: line of Python that loads the model.
+    `contents` are input and output of the model, `load` is the line of Python that loads it.
     """
 
     path: Path
@@ -293,12 +282,10 @@ def find_format(name: str) -> ExportFormat:
     return chosen
 
 
-def output_path(run: Path, chosen: ExportFormat, output: Path | None) -> Path:
-    """Return where an export is written, `output` or a place in the run. Raise UsageError if that already exists."""
-    path = output or run / "export" / chosen.file_name
+def check_not_existing(path: Path) -> None:
+    """Raise UsageError if there is something at the path: nothing is overwritten."""
     if path.exists() or path.is_symlink():
         raise UsageError(f"{path} already exists: choose another --output")
-    return path
 
 
 def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tensor", str]:
@@ -324,12 +311,11 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
 
 
 def export(
-    run: "LoadedRun", chosen: ExportFormat, dataset: "DatasetSpec | None", output: Path | None, with_preprocessing: bool
+    run: "LoadedRun", chosen: ExportFormat, dataset: "DatasetSpec | None", path: Path, with_preprocessing: bool
 ) -> ExportResult:
     """Write the model of a run and compare what was written with PyTorch on test images of the data set.
 
     Args:
-        output: where to; None is the run's export/ directory.
         with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.
 
     Raises:
@@ -356,9 +342,9 @@ def export(
         "input": contents,
     }
     job = ExportJob(run, network, torch.zeros_like(inputs[:1]).repeat(2, 1, 1, 1), metadata)
-    path = output_path(run.path, chosen, output)
     with torch.inference_mode():
         reference = run.model(normalized)
+    check_not_existing(path)
     with _draft(path) as draft:
         try:
             with warnings.catch_warnings():
@@ -367,10 +353,8 @@ def export(
         except (TlcliError, OSError):
             raise
         except Exception as exc:  # exporters raise anything
-            reason = (str(exc) or type(exc).__name__).strip().split("\n")[0]
-            raise TlcliError(
-                f"cannot write this network as {chosen.name} ({reason[:200]}); try another format"
-            ) from exc
+            reason = one_line(str(exc).strip().split("\n")[0] or type(exc).__name__)[:200]
+            raise TlcliError(f"cannot write this network as {chosen.name} ({reason}); try another format") from exc
         difference = compare(model, inputs, reference, f"{chosen.name}, {source}")
     note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
     contents = f"{contents} -> logits (N, {len(run.classes)})"
@@ -410,13 +394,12 @@ def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: st
     import torch
 
     with torch.inference_mode():
-        logits = [model(inputs), model(inputs[:1])]
-    shapes = [tuple(batch.shape) for batch in logits]
-    if shapes != [tuple(reference.shape), tuple(reference[:1].shape)]:
-        raise TlcliError(f"{description}: logits of shape {shapes}, not {tuple(reference.shape)}; nothing was written")
+        logits = torch.cat([model(inputs), model(inputs[:1])])
     expected = torch.cat([reference, reference[:1]])
-    largest = float((torch.cat(logits) - expected).abs().max())  # NaN if there is one
-    wrong = int((torch.cat(logits).argmax(dim=1) != expected.argmax(dim=1)).sum())
+    if logits.shape != expected.shape:
+        raise TlcliError(f"{description}: logits have another shape than PyTorch's; nothing was written")
+    largest = float((logits - expected).abs().max())  # NaN if there is one
+    wrong = int((logits.argmax(dim=1) != expected.argmax(dim=1)).sum())
     if not largest <= TOLERANCE or wrong:
         raise TlcliError(
             f"{description}: results differ from PyTorch, logits by up to {largest:.2g} ({TOLERANCE:g} is allowed), "
@@ -435,8 +418,7 @@ def _draft(path: Path) -> Iterator[Path]:
         raise UsageError(f"--output {path}: cannot write ({exc.strerror or exc})") from exc
     try:
         yield folder / path.name
-        if path.exists() or path.is_symlink():
-            raise UsageError(f"{path} already exists: choose another --output")
+        check_not_existing(path)
         (folder / path.name).rename(path)
     except OSError as exc:
         raise TlcliError(f"{path}: {exc.strerror or exc}") from exc

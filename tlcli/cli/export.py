@@ -5,7 +5,7 @@ from pathlib import Path
 from tlcli.cli.parser import Parser
 from tlcli.cli.process import fast_imports
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, export, find_format, output_path
+from tlcli.export import FORMATS, check_not_existing, export, find_format
 from tlcli.runs.run_dir import open_run
 from tlcli.text import size_text
 
@@ -44,9 +44,9 @@ def run(argv: list[str]) -> int:
     chosen = FORMATS[arguments.to]
     if arguments.with_preprocessing and not chosen.has_graph:
         raise UsageError(f"--with-preprocessing: {chosen.name} holds weights and no graph; use --to {GRAPHS}")
-    output = Path(arguments.output).expanduser() if arguments.output else None
     folder = open_run(arguments.run)
-    output_path(folder.path, chosen, output)  # before torch is imported
+    output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / chosen.file_name
+    check_not_existing(output)  # before torch is imported
     with fast_imports():
         from tlcli.cli.saved_config import load_spec
         from tlcli.runs.load import load_run
