@@ -1,7 +1,6 @@
 """Charts of a run or a sweep: PNG files in plots/, and SVG for the report."""
 
 import io
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
 from tlcli.data.images import Split
@@ -45,11 +44,10 @@ def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: in
     """Draw a metric of train and val by epoch, from (epoch, value) by split, and mark the epoch that was kept."""
     for split, values in points.items():
         color, line = STYLES[split]
+        marker = "o" if len(values) <= 30 else None
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5, "clip_on": False}
         face = PAPER if split == "train" else color
-        style = {"color": color, "linestyle": line, "markerfacecolor": face, "label": LABELS[split]}
-        axes.plot(
-            *zip(*values, strict=True), marker="o" if len(values) <= 30 else None, markersize=5, clip_on=False, **style
-        )
+        axes.plot(*zip(*values, strict=True), markerfacecolor=face, label=LABELS[split], **style)
     every = [value for values in points.values() for _, value in values]
     _style_axes(axes, every, is_share=key == "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
@@ -78,7 +76,7 @@ def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float
         axes.scatter(x, y, s=area, facecolors=face, edgecolors=color, alpha=0.75, label=name, clip_on=False, zorder=3)
     _style_axes(axes, [0.0, 1.0], is_share=True)
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 5), yticks=np.linspace(0, 1, 5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("probability of the predicted class", color=SOFT)
     if len(series) > 1:
         legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1.03), ncols=2, frameon=False, labelcolor=SOFT)
@@ -89,7 +87,7 @@ def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float
 def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: bool) -> None:
     """Draw the metric of jobs against their value of one key, from (value, metric, is best); the best is filled.
 
-    The axis is logarithmic if all values are numbers and span a factor of 10; values that are no numbers are strips.
+    The axis is logarithmic if all values are numbers and span a factor of 10. Other values are categories.
     """
     try:
         x = [float(value) for value, *_ in jobs]
@@ -107,16 +105,12 @@ def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: b
         axes.margins(x=0.07)
     else:
         names = sorted({value for value, *_ in jobs})
-        room = max(3, 60 // len(names))
-        groups = {name: [i for i, (value, *_) in enumerate(jobs) if value == name] for name in names}
-        offsets = {i: (k + 1) / (len(group) + 1) - 0.5 for group in groups.values() for k, i in enumerate(group)}
-        x = [names.index(value) + 0.6 * offsets[i] for i, (value, *_) in enumerate(jobs)]
+        x = [names.index(value) for value, *_ in jobs]
         axes.set(xlim=(-0.5, len(names) - 0.5))
-        axes.set_xticks(range(len(names)), [shorten(name, room) for name in names])
+        axes.set_xticks(range(len(names)), [shorten(name, max(3, 60 // len(names))) for name in names])
     for place, (_, metric, is_best) in zip(x, jobs, strict=True):
-        color, face = (BLUE, BLUE) if is_best else (SOFT, PAPER)
-        style = {"facecolors": face, "edgecolors": color, "zorder": 4 if is_best else 3}
-        axes.scatter([place], [metric], s=60, clip_on=False, **style)
+        face, edge = (BLUE, BLUE) if is_best else ("none", SOFT)
+        axes.scatter([place], [metric], s=60, facecolors=face, edgecolors=edge, clip_on=False, zorder=3)
     _style_axes(axes, [metric for _, metric, _ in jobs], is_share=is_share)
 
 
@@ -132,14 +126,13 @@ def draw_interval(axes: Any, value: float, interval: tuple[float, float], baseli
 
 
 def _style_axes(axes: Any, values: Sequence[float], *, is_share: bool) -> None:
-    """Set the vertical axis from round tick to round tick, percent for shares, and the look of grid and labels."""
+    """Set the range of the vertical axis, percent for shares, and the look of grid and labels."""
     low, high = min(values), max(values)
-    if high - low < 1e-3 * max(abs(high), 1e-3):  # a flat line must not show noise at full scale
-        low, high = low - 0.05 * max(abs(low), 0.1), high + 0.05 * max(abs(high), 0.1)
-    ticks = MaxNLocator(4, min_n_ticks=2, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    floor, ceiling = (0.0 if min(values) >= 0 else -math.inf), (1.0 + 1e-9 if is_share else math.inf)
-    ticks = [tick for tick in ticks if floor <= tick <= ceiling]
-    axes.set(yticks=ticks, ylim=(min(ticks[0], *values), max(ticks[-1], *values)))
+    is_flat = high - low < 1e-3 * max(abs(high), 1e-3)  # a flat line must not show noise at full scale
+    margin = 0.05 * max(abs(high), 0.1) if is_flat else 0.08 * (high - low)
+    top = min(high + margin, 1.0) if is_share else high + margin
+    axes.set_ylim(max(low - margin, 0.0) if low >= 0 else low - margin, top)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     if is_share:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.grid(axis="y", color=GRID)
