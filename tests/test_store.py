@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -85,46 +84,10 @@ def test_round_trip(store: Store) -> None:
         assert np.array_equal(mapped, array)
 
 
-def test_meta_is_for_people_and_says_all(store: Store) -> None:
-    text = (fill(store).path / META).read_text(encoding="utf-8")
-    meta = json.loads(text)
-    assert text == json.dumps(meta, indent=2) + "\n"
-    assert {"format", "key", "rows", "columns", "checksums", "created", "facts", "meta_checksum"} == set(meta)
-    assert meta["checksums"][0] == f"{zlib.crc32(arrays()[0].tobytes()):08x}"
-
-
-def test_a_store_touches_nothing_until_it_is_written(store: Store) -> None:
-    assert store.find(KEY) is None
-    assert not store.exists(KEY)
-    assert store.entries() == []
-    assert store.clear() == (0, 0)
-    assert store.read_notes("choices") == {}
-    assert not store.root.exists()
-
-
-def test_a_half_written_entry_is_not_found(store: Store) -> None:
-    with store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
-        writer.append([memoryview(array[:4]) for array in arrays()])
-        assert store.find(KEY) is None
-        assert not store.exists(KEY)
-        assert store.entries() == []
-        writer.append([memoryview(array[4:]) for array in arrays()])
-        assert store.find(KEY) is None
-    assert store.find(KEY)
-
-
 def test_an_exception_leaves_nothing(store: Store) -> None:
     with pytest.raises(KeyboardInterrupt), store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
         writer.append([memoryview(array) for array in arrays()])
         raise KeyboardInterrupt
-    assert everything(store.root) == ["activations"]
-
-
-def test_too_few_rows_leave_nothing(store: Store) -> None:
-    with pytest.raises(ValueError, match="4 rows were written of 7"), store.create(
-        KEY, ROWS, COLUMNS, FACTS
-    ) as writer:  # fmt: skip
-        writer.append([memoryview(array[:4]) for array in arrays()])
     assert everything(store.root) == ["activations"]
 
 
@@ -163,17 +126,6 @@ def test_wrong_batches_are_refused(store: Store, batch: list[bytes]) -> None:
             writer.append(batch)
         writer.append([memoryview(array) for array in arrays()])
     assert store.find(KEY)  # nothing of the wrong batch was written
-
-
-def test_who_was_first_is_kept(store: Store) -> None:
-    column = [Column("float32", ())]
-    with store.create(KEY, 1, column, {}) as second:
-        with store.create(KEY, 1, column, {}) as first:
-            first.append([b"1111"])
-        second.append([b"2222"])
-    assert second.entry == first.entry
-    assert second.entry.file(0).read_bytes() == b"1111"
-    assert sorted(path.name for path in store.activations.rglob("*")) == ["0.bin", KEY, META]
 
 
 def rewrite(entry: CacheEntry, **changes: object) -> None:
@@ -364,48 +316,6 @@ def test_one_process_fills_and_the_other_waits_for_it(store: Store, child: Calla
     assert second.says() == digest  # and not "filling"
 
 
-def test_of_many_processes_at_once_exactly_one_fills(child: Callable[..., Child]) -> None:
-    children = [child() for _ in range(4)]
-    for one in children:
-        for _ in range(3):
-            one.go_on()
-    said = [one.process.communicate()[0].split() for one in children]
-    assert sum("filling" in words for words in said) == 1
-    assert len({words[-1] for words in said}) == 1
-    assert all(one.process.returncode == 0 for one in children)
-
-
-def test_a_killed_process_holds_nothing_and_its_leftover_goes(store: Store, child: Callable[..., Child]) -> None:
-    first, second = child(), child()
-    first.go_on()
-    assert first.says() == "filling"
-    second.go_on()
-    assert second.says() == "waiting"
-    (left,) = store.activations.iterdir()
-    first.kill()
-    assert second.says() == "filling"
-    assert not left.exists()
-    second.go_on()
-    assert len(second.says()) == 64
-    assert [path.name for path in store.activations.iterdir()] == [KEY]
-
-
-def test_threads_exclude_each_other(store: Store) -> None:
-    asked, order = threading.Event(), []
-
-    def wait() -> None:
-        with store.lock_for_write(KEY, asked.set):
-            order.append("second")
-
-    with store.lock_for_write(KEY, nobody), store.lock_for_write(OTHER, nobody):
-        thread = threading.Thread(target=wait)
-        thread.start()
-        assert asked.wait(60)
-        order.append("first")
-    thread.join(60)
-    assert order == ["first", "second"]
-
-
 def test_the_umask_says_who_may_use_a_cache(store: Store) -> None:
     before = os.umask(0o002)
     try:
@@ -531,14 +441,6 @@ def test_room_in_a_read_only_directory(store: Store, monkeypatch: pytest.MonkeyP
     assert store.no_room_reason(1) == f"{store.root} is read-only (Read-only file system)"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_room_without_permission(store: Store) -> None:
-    store.root.mkdir(mode=0o555)
-    assert "is read-only (Permission denied)" in str(store.no_room_reason(1))
-    store.add_note("choices", "a", 1)
-    assert list(store.root.iterdir()) == []
-
-
 def test_where_the_directory_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     store = Store(tmp_path / "file")
@@ -591,16 +493,6 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     assert set(FOREIGN) <= set(left)
     assert (store.activations / "abcd" / "0.bin").exists()
     assert not (set(before) - {"activations"}) & set(left)
-
-
-def test_clear_leaves_an_entry_that_is_being_written(store: Store, child: Callable[..., Child]) -> None:
-    other = child()
-    other.go_on()
-    assert other.says() == "filling"
-    assert store.clear() == (0, 0)
-    other.go_on()
-    assert len(other.says()) == 64
-    assert store.find(KEY)
 
 
 REMEMBER = """

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import tlcli as package
-from tlcli.cli import cache
 from tlcli.cli.completion import candidates
 from tlcli.store import META, CacheEntry, Column, Store
 
@@ -70,13 +69,6 @@ def test_a_pipe_gets_whole_lines(store, tlcli) -> None:
 def test_list_of_nothing_is_one_line(store, tlcli) -> None:
     assert tlcli("cache", "list").out == f"the cache is empty: {store.root}\n"
     assert not store.root.exists()
-
-
-def test_facts_that_are_missing_or_odd(store, tlcli) -> None:
-    add(store, KEYS[0], dataset="[red]:fire:", split=3)
-    assert "[red]:fire: 3" in tlcli("cache", "list").out
-    add(store, KEYS[1])
-    assert "ab02ab02  -  " in tlcli("cache", "list").out
 
 
 def test_list_as_json(two, store, tlcli) -> None:
@@ -176,19 +168,3 @@ def test_list_imports_no_torch(two) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert "ab01ab01" in done.stdout
     assert not {"torch", "hydra", "omegaconf", "numpy", "sklearn", "yaml"} & set(done.stderr.split())
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-5, "now"),
-        (59, "now"),
-        (60, "1m ago"),
-        (3599, "59m ago"),
-        (3600, "1h ago"),
-        (172_799, "47h ago"),
-        (1e6, "11d ago"),
-    ],
-)
-def test_ago(seconds: float, text: str) -> None:
-    assert cache.ago(seconds) == text

@@ -128,23 +128,6 @@ def test_weights_of_another_backbone_say_which(spec: Compose, run: Path) -> None
         build_model(spec("backbone=resnet34", f"backbone.weights='{run}'").backbone, CLASSES, size=None, seed=0)
 
 
-class Payload:
-    """Unpickled, it would write a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.canary), "w")
-
-
-def test_a_pickle_with_a_payload_does_not_run_it(tmp_path: Path) -> None:
-    torch.save({"w": Payload(tmp_path / "canary")}, tmp_path / "evil.pth")
-    with pytest.raises(UsageError, match="cannot be read as plain tensors"):
-        read_weights(tmp_path / "evil.pth")
-    assert not (tmp_path / "canary").exists()
-
-
 def test_damaged_files_are_usage_errors(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"not tensors")
     (tmp_path / "b.pth").write_bytes(b"")
