@@ -18,16 +18,16 @@ from tlcli.text import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
-    "eval": ("tlcli.cli.evaluate", "a finished run on its test set, or on another data set"),
-    "predict": ("tlcli.cli.predict", "what a finished run says of images that you name"),
-    "compare": ("tlcli.cli.compare", "what differs between runs, and whether it is more than chance"),
-    "report": ("tlcli.cli.report", "one HTML file of a run or a sweep, with figures and pictures"),
-    "list": ("tlcli.cli.list_runs", "the runs and sweeps under a folder, with what they reached"),
+    "eval": ("tlcli.cli.evaluate", "evaluate a finished run on its test set, or on another dataset"),
+    "predict": ("tlcli.cli.predict", "classify images with a finished run"),
+    "compare": ("tlcli.cli.compare", "show differences between runs, and whether they are significant"),
+    "report": ("tlcli.cli.report", "write an HTML report of a run or a sweep"),
+    "list": ("tlcli.cli.list_runs", "list the runs and sweeps under a folder, with their results"),
     "export": ("tlcli.cli.export", "a run's model as ONNX, pt2 or for timm"),
-    "inspect": ("tlcli.cli.inspect", "a network's stages, and what each way to freeze it costs here"),
-    "data": ("tlcli.cli.data_check", "what is wrong with a data set: duplicates, labels, files, balance"),
-    "doctor": ("tlcli.cli.doctor", "versions, devices and free space here, and what does not work"),
-    "cache": ("tlcli.cli.cache", "list or remove the activations that are kept on disk"),
+    "inspect": ("tlcli.cli.inspect", "show a network's stages, and what each freeze strategy costs"),
+    "data": ("tlcli.cli.data_check", "find problems of a dataset: duplicates, labels, files, balance"),
+    "doctor": ("tlcli.cli.doctor", "show versions, devices and free space, and what does not work"),
+    "cache": ("tlcli.cli.cache", "list or remove cached activations"),
     "completion": ("tlcli.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 """The module of each command, and what it does."""
