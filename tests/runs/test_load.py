@@ -130,23 +130,9 @@ def spoil(run: Path, fault: str) -> Path:
         case "no checkpoint":
             best.unlink()
             write_json(record, {**read_json(record), "status": "failed", "error": "the disk is full"})
-        case "truncated":
-            best.write_bytes(best.read_bytes()[:5000])
-        case "pickle":
-            torch.save({"a": 1}, best)
-        case "newer":
-            write_json(record, {**read_json(record), "schema_version": 99})
-        case "no json":
-            record.write_text("{")
-        case "config":
-            (run / "config.yaml").write_text("backbone: !!python/object/apply:os.getcwd []\n")
         case "classes":
             tensors, facts = read_tensors(best)
             write_tensors(best, tensors, {**facts, "classes": [c for c in facts["classes"] if c != "across"]})
-        case "not finite":
-            tensors, facts = read_tensors(best)
-            next(iter(tensors.values())).fill_(float("nan"))
-            write_tensors(best, tensors, facts)
         case "flipped":
             content = bytearray(best.read_bytes())
             content[-3] ^= 1
@@ -161,13 +147,7 @@ def spoil(run: Path, fault: str) -> Path:
         ("no run", "not a run directory (it has no run.json). Did you mean"),
         ("a file", "not a run directory (it has no run.json). Did you mean"),
         ("no checkpoint", "has no checkpoints/best.safetensors; its status is failed (the disk is full)"),
-        ("truncated", "best.safetensors: damaged"),
-        ("pickle", "best.safetensors: damaged"),
-        ("newer", "schema_version 99"),
-        ("no json", "run.json: damaged"),
-        ("config", "config.yaml: does not describe the backbone"),
         ("classes", "does not fit resnet18 with 2 classes"),
-        ("not finite", "not finite"),
         ("flipped", "its checksum is another"),
     ],
 )

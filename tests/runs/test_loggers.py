@@ -17,13 +17,12 @@ from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult, StageRow
 from tlcli.runs import loggers
 from tlcli.runs.loggers import (
     LoggedReporter,
+    MlflowSpec,
     Tracker,
     WandbSpec,
     check_logger,
     epoch_metrics,
-    flat_config,
     logged_run,
-    plan_info,
     result_metrics,
 )
 from tlcli.runs.run_dir import read_json
@@ -201,10 +200,16 @@ def test_a_missing_package_ends_a_command_before_it_leaves_anything(
 
 def test_config_is_flat_and_without_what_may_be_secret(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    config = flat_config(spec("logger=mlflow", "logger.uri='http://me:hunter2@host'", "image.mean=[0.1,0.2,0.3]"))
+    fake = Fake()
+    monkeypatch.setattr(MlflowSpec, "start", lambda spec, *values: fake.start(*values))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    own = spec("logger=mlflow", "logger.uri='http://me:hunter2@host'", "image.mean=[0.1,0.2,0.3]")
+    with logged_run(own, RUN, Heard()) as reporter:
+        reporter.plan(PLAN)
+    config = fake.calls[0][1]
     assert (config["keep_best"], config["image.mean"], config["freeze.kind"]) == ("accuracy", [0.1, 0.2, 0.3], "none")
     assert not [key for key in config if key.startswith("logger")]
-    assert "hunter2" not in repr(config) + repr(plan_info(PLAN))
+    assert "hunter2" not in repr(fake.calls)
 
 
 def test_figures_that_are_missing_are_left_out() -> None:

@@ -15,7 +15,6 @@ from tlcli.errors import UsageError
 from tlcli.models.tensorfile import CHECKSUM
 from tlcli.models.weights import read_weights
 from tlcli.runs.load import load_run
-from tlcli.runs.predictions import read_predictions
 from tlcli.runs.run_dir import RunDir
 
 DEEP = "[" * 100_000
@@ -99,6 +98,10 @@ WRONG: dict[str, Callable[[Facts], object]] = {
     "std zero": preprocessing(std=[0, 0, 0]),
     "std negative": preprocessing(std=[-1, 1, 1]),
     "std huge": preprocessing(std=[10**400, 1, 1]),
+    "a range of words": preprocessing(range=["a", "b"]),
+    "a descending range": preprocessing(range=[2, 1]),
+    "a huge range": preprocessing(range=[0, 10**400]),
+    "a range of three": preprocessing(range=[0, 1, 2]),
     "backbone unknown": lambda facts: facts.update(backbone="os.system"),
     "backbone from a hub": lambda facts: facts.update(backbone="hf-hub:somebody/something"),
     "backbone from a folder": lambda facts: facts.update(backbone="local-dir:/tmp"),
@@ -136,7 +139,7 @@ def test_classes_of_any_words_are_words(run: RunDir, shapes: Path, capsys: pytes
         assert form != "csv" or "'=cmd" in shown
 
 
-NOT_FOR_THE_LOADER = ("no ", "too many", "fit ", "backbone ")
+NOT_FOR_THE_LOADER = ("no ", "too many", "fit ", "backbone ", "a range", "a descending", "a huge")
 """What does not matter to whoever trains from the weights, or is compared with the backbone that was asked for."""
 
 
@@ -145,51 +148,6 @@ def test_weights_to_start_from_are_judged_alike(name: str, run: RunDir) -> None:
     change(run.best_checkpoint, WRONG[name])
     with pytest.raises(UsageError, match="metadata is damaged"):
         read_weights(run.best_checkpoint)
-
-
-@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "9" * 5000, "{"], ids=["deep", "objects", "digits", "short"])
-def test_text_that_is_no_json_is_refused_wherever_it_is_read(text: str, run: RunDir) -> None:
-    for file, read in ((run.best_checkpoint, read_weights), (run.test_predictions, read_predictions)):
-        say(file, text)
-        with pytest.raises(UsageError, match="damaged"):
-            read(file)
-
-
-PREDICTIONS: dict[str, Callable[[Facts], object]] = {
-    "no keys": lambda facts: facts.pop("keys"),
-    "keys are a number": lambda facts: facts.update(keys=3),
-    "fewer keys": lambda facts: facts["keys"].pop(),
-    "more classes": lambda facts: facts["classes"].append("d"),
-    "classes are null": lambda facts: facts.update(classes=None),
-}
-
-
-@pytest.mark.parametrize("wrong", PREDICTIONS.values(), ids=PREDICTIONS)
-def test_predictions_that_do_not_fit_are_refused(wrong: Callable[[Facts], object], run: RunDir) -> None:
-    change(run.test_predictions, wrong)
-    with pytest.raises(UsageError, match="damaged"):
-        read_predictions(run.test_predictions)
-
-
-@pytest.mark.parametrize("label", [-1, 3, 10**12])
-def test_labels_beyond_the_classes_are_refused(label: int, run: RunDir) -> None:
-    """A report would look them up."""
-    facts, tensors = json.dumps(facts_of(run.test_predictions)), load_file(run.test_predictions)
-    tensors["labels"][0] = label
-    save_file(tensors, run.test_predictions, metadata={"tlcli": facts})
-    with pytest.raises(UsageError, match="damaged"):
-        read_predictions(run.test_predictions)
-
-
-TYPES = {"labels as fractions": ("labels", torch.float32), "logits as numbers": ("logits", torch.int64)}
-
-
-@pytest.mark.parametrize(("name", "dtype"), TYPES.values(), ids=TYPES)
-def test_tensors_of_another_type_are_refused(name: str, dtype: torch.dtype, run: RunDir) -> None:
-    facts, tensors = json.dumps(facts_of(run.test_predictions)), load_file(run.test_predictions)
-    save_file({**tensors, name: tensors[name].to(dtype)}, run.test_predictions, metadata={"tlcli": facts})
-    with pytest.raises(UsageError, match="damaged"):
-        read_predictions(run.test_predictions)
 
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(tmp_path: Path) -> None:

@@ -66,13 +66,14 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """Return what `to_json` stored; up to 0.5.0 without a range. Raise KeyError, TypeError or ValueError."""
+        fit, stats = Fit(data["fit"]), parse_image_stats(data)
         value_range = data.get("range")
         if value_range is not None:
-            low, high = (float(value) for value in value_range)
+            low, high = value_range
             if not -1e300 < low < high < 1e300:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
-            value_range = low, high
-        return cls(fit=Fit(data["fit"]), range=value_range, **parse_image_stats(data))
+            value_range = float(low), float(high)
+        return cls(fit=fit, range=value_range, **stats)
 
 
 @lru_cache(maxsize=8)

@@ -222,8 +222,22 @@ class LoggedReporter(Reporter):
 
     def plan(self, plan: RunPlan) -> None:
         self._reporter.plan(plan)
-        with self._off_after_error():
-            self._tracker = self._logger.start(self._run, flat_config(self._spec), plan_info(plan))
+        config = flat_keys(to_plain(self._spec))
+        info = {
+            "run": str(plan.run),
+            "name": plan.name,
+            "tlcli": __version__,
+            "model": plan.model,
+            "n_classes": len(plan.classes),
+            **{f"n_{split}": sum(counts) for split, counts in plan.counts.items()},
+            "parameters": sum(stage.parameters for stage in plan.stages),
+            "parameters_trainable": sum(stage.trainable for stage in plan.stages),
+            "device": plan.device,
+            "activations": plan.activations,
+        }
+        with self._off_after_error():  # the logger's own keys are left out: its address may contain a password
+            config = {key: value for key, value in config.items() if not key.startswith("logger.")}
+            self._tracker = self._logger.start(self._run, config, info)
 
     def epoch(self, row: EpochRow) -> None:
         self._reporter.epoch(row)
@@ -237,10 +251,10 @@ class LoggedReporter(Reporter):
 
     def end(self, status: str) -> None:
         """End the tracker's run."""
+        metrics, epoch = (result_metrics(self._result), self._result.epoch) if self._result else ({}, 0)
         if self._tracker is not None:
             with self._off_after_error():
-                metrics = result_metrics(self._result) if self._result else {}
-                self._tracker.end(metrics, self._result.epoch if self._result else 0, status)
+                self._tracker.end(metrics, epoch, status)
 
     @contextmanager
     def _off_after_error(self) -> Iterator[None]:
@@ -250,27 +264,6 @@ class LoggedReporter(Reporter):
             self._tracker = None
             reason = (str(exc) or type(exc).__name__).strip().split("\n")[0]
             self._reporter.note(f"logger={self._logger.kind} failed and is off for the rest of this run: {reason}")
-
-
-def flat_config(spec: TrainSpec) -> dict[str, Any]:
-    """Return {"optimizer.lr": 5e-4, ...} without the logger's own keys: its address may contain a password."""
-    return {key: value for key, value in flat_keys(to_plain(spec)).items() if not key.startswith("logger.")}
-
-
-def plan_info(plan: RunPlan) -> dict[str, Any]:
-    """Return what a plan contains in addition to the config."""
-    return {
-        "run": str(plan.run),
-        "name": plan.name,
-        "tlcli": __version__,
-        "model": plan.model,
-        "n_classes": len(plan.classes),
-        **{f"n_{split}": sum(counts) for split, counts in plan.counts.items()},
-        "parameters": sum(stage.parameters for stage in plan.stages),
-        "parameters_trainable": sum(stage.trainable for stage in plan.stages),
-        "device": plan.device,
-        "activations": plan.activations,
-    }
 
 
 def epoch_metrics(row: EpochRow) -> dict[str, float]:
