@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tlcli.cli import main
-from tlcli.cli.compose import build_spec, compose_config, parse_flags
+from tlcli.cli.compose import compose_spec, parse_flags
 from tlcli.cli.process import quiet_libraries
 from tlcli.specs import TrainSpec
 
@@ -32,8 +32,7 @@ def spec() -> Compose:
     """spec("freeze=head", "epochs=1"): the TrainSpec that these overrides compose."""
 
     def make(*overrides: str) -> TrainSpec:
-        flags = parse_flags(list(overrides))
-        return build_spec(compose_config(flags), flags.files)
+        return compose_spec(parse_flags(list(overrides)))[1]
 
     return make
 

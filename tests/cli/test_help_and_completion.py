@@ -2,13 +2,15 @@
 
 import shutil
 import subprocess
+from argparse import SUPPRESS
+from pathlib import Path
 
 import pytest
 from msgspec.structs import fields
 
 from tlcli.cli.completion import SCRIPTS, candidates
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
-from tlcli.cli.helptext import train_help
+from tlcli.cli.helptext import train_help, train_parser
 from tlcli.specs import TrainSpec
 
 
@@ -70,6 +72,21 @@ def test_candidates(line: str, wanted: set[str]) -> None:
     assert wanted <= set(found)
     word = "" if line.endswith(" ") else line.split()[-1]
     assert all(one.startswith(word) for one in found)
+
+
+@pytest.mark.parametrize("line", ["tlcli train --resume ", "tlcli predict o", "tlcli export "])
+def test_run_directories_complete(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "outputs" / "2026-01-02" / "10-00-00" / "run.json"
+    run.parent.mkdir(parents=True)
+    run.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "outputs/2026-01-02/10-00-00 " in candidates(line)
+
+
+def test_flags_come_from_the_parser() -> None:
+    flags = {flag for action in train_parser()._actions for flag in action.option_strings if action.help != SUPPRESS}
+    assert {f"{flag} " for flag in flags if flag.startswith("--")} <= set(candidates("tlcli train --"))
+    assert all(flag in train_help(ConfFiles([conf_dir()]), 80) for flag in flags)
 
 
 @pytest.mark.parametrize("line", ["", "tlcli", "tlcli nope x", "tlcli train a.", "tlcli train freeze=a freeze."])

@@ -112,14 +112,13 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
 
 def _compose(arguments: Namespace) -> "TrainSpec":
     """Return the spec that the words compose, whose dataset and weights exist. Raise UsageError."""
-    from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags
+    from tlcli.cli.compose import compose_spec, parse_flags
     from tlcli.cli.job import check_weights
 
     flags = parse_flags(list(arguments.words))
     if flags.multirun or not flags.runs:
         raise UsageError("data check reads one dataset: give KEY=VALUE and GROUP=OPTION words only")
-    with composing(flags.files):
-        spec = build_spec(compose_config(flags), flags.files)
+    _, spec = compose_spec(flags)
     spec.dataset.without_bad_classes()[0].check()
     if not arguments.quick:
         check_weights(spec.backbone.weights)

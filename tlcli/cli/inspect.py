@@ -105,17 +105,16 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     path, known = Path(name or "").expanduser(), ConfFiles([conf_dir()]).groups["backbone"]
     if name is not None and path.is_dir() and (name not in known or (path / "run.json").is_file()):
         return _specs_of_run(path, overrides)
-    from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags
+    from tlcli.cli.compose import compose_spec, parse_flags
     from tlcli.cli.job import check
 
     flag_words = [f"--config-dir={config_dir}"] if config_dir else []
     backbone = backbone_words(name, [*flag_words, *overrides]) if name is not None else []
     flags = parse_flags([*flag_words, *backbone, *overrides])
-    with composing(flags.files):
-        spec = build_spec(compose_config(flags), flags.files)
-        check(spec)
-        others = [o for o in flags.overrides if not o.lstrip("+~").startswith(("freeze=", "freeze."))]
-        head = build_spec(compose_config(replace(flags, overrides=(*others, "freeze=head"))), flags.files)
+    _, spec = compose_spec(flags)
+    check(spec)
+    others = [o for o in flags.overrides if not o.lstrip("+~").startswith(("freeze=", "freeze."))]
+    _, head = compose_spec(replace(flags, overrides=(*others, "freeze=head")))
     return spec, head.augment
 
 
