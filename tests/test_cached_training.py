@@ -13,9 +13,6 @@ In bfloat16 the accuracy on the 24 test images was the same.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,12 +182,6 @@ def test_bfloat16_gives_the_same_accuracy_but_for_an_image(freeze: tuple[str, ..
 # -- what a run says, and what it does
 
 
-def test_freeze_head_trains_on_images_as_they_are(train: Train, spec: Compose) -> None:
-    run = train("freeze=head")
-    assert "augment:\n  kind: none" in (run / "config.yaml").read_text()
-    assert read_json(run / "run.json")["cache"]["used"] is True
-
-
 @pytest.mark.parametrize(
     "words",
     [("freeze=head", "augment=basic"), pytest.param(("augment=basic", "freeze=head"), marks=pytest.mark.slow)],
@@ -238,60 +229,3 @@ def test_the_leading_frozen_part_stores_nothing_for_backward(spec: Compose, shap
         stored[freeze] = at_boundary[0], sum(kept)
     assert stored["last_stages"][0] == 0 < stored["none"][0]
     assert 0 < stored["last_stages"][1] < stored["none"][1] / 4
-
-
-# -- two processes
-
-IN_STEP = """
-import sys
-from tlcli.cli import main
-from tlcli.engine import extraction
-from tlcli.engine.activations import SplitActivations as Activations
-
-entry = Activations.entry
-
-def together(self, *args):
-    Activations.entry = entry
-    print("ready", flush=True)
-    sys.stdin.readline()
-    return entry(self, *args)
-
-Activations.entry = together
-sys.exit(main(sys.argv[1:]))
-"""
-"""tlcli that says when it is about to look into the cache for the first time, and waits for a line then."""
-
-
-@pytest.mark.slow
-def test_two_processes_fill_a_cold_cache_once(shapes: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "TLCLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head",
-             "freeze.head_init=random", "device.precision=fp32", "device.channels_last=true"]  # fmt: skip
-    runs = [tmp_path / "one", tmp_path / "two"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", IN_STEP, "train", f"hydra.run.dir='{run}'", *words],
-            cwd=tmp_path,
-            env={**environment, "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for run in runs
-    ]
-    for process in started:
-        assert "ready\n" in iter(process.stdout.readline, "")  # type: ignore[union-attr]
-    for process in started:
-        process.stdin.write("\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-    outputs = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    computed = [read_json(run / "run.json")["extraction"] for run in runs]
-    assert sum(facts["images"] for facts in computed if facts) == 60 + 24  # train and val, test: each once
-    folders = [path.name for path in (tmp_path / "cache/activations").iterdir()]
-    assert len(folders) == 2
-    assert not [name for name in folders if name.startswith(".")]
-    one, two = ((run / "checkpoints/last.safetensors").read_bytes() for run in runs)
-    assert one == two
-    assert read_json(runs[0] / "test.json") == read_json(runs[1] / "test.json")

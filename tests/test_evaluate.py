@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Compose, finish, make_folder
+from tests.conftest import finish, make_folder
 from tlcli.cli.saved_config import load_spec
-from tlcli.data.dataset import load_evaluation_split
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
 from tlcli.reporter import Reporter
@@ -125,18 +124,14 @@ def test_each_evaluation_has_a_directory_of_its_own(run: Path) -> None:
     assert sorted(p.name for p in (run / "eval-3").iterdir()) == ["config.yaml", "eval.json", "predictions.safetensors"]
 
 
-def test_fewer_test_images_are_no_repetition(run: Path) -> None:
+def test_other_images_or_weights_are_no_repetition(run: Path) -> None:
     found = evaluated(run, "dataset.test_per_class=2")
     assert (found.report["n"], found.same) == (6, None)
-
-
-def test_the_last_checkpoint(run: Path) -> None:
     found = evaluated(run, checkpoint="last")
-    assert found.report["checkpoint"] == "checkpoints/last.safetensors"
-    assert found.same is None
+    assert (found.report["checkpoint"], found.same) == ("checkpoints/last.safetensors", None)
 
 
-# -- other data sets
+# -- other datasets
 
 
 def by_name(run: Path) -> dict[str, str]:
@@ -164,17 +159,6 @@ def test_a_subset_of_the_classes_is_matched_by_name(
     assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
 
 
-def test_classes_in_another_order_are_matched_by_name(run: Path, shapes: Path, tmp_path: Path) -> None:
-    """In a manifest classes are sorted by name, too; the other order is the run's: a head for classes turned round."""
-    said = by_name(run)
-    rows = ["path,label"] + [
-        f"{p.relative_to(shapes)},{p.parent.name}" for p in sorted((shapes / "test").rglob("*.png"), reverse=True)
-    ]
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    found = evaluated(run, "dataset=manifest", f"dataset.file={tmp_path / 'labels.csv'}", f"dataset.root={shapes}")
-    assert found.report["accuracy"] == sum(key.split("/")[1] == name for key, name in said.items()) / len(said)
-
-
 def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
     import numpy as np
 
@@ -200,24 +184,6 @@ def test_classes_that_are_not_evaluated_may_be_unknown(run: Path, tmp_path: Path
     make_folder(tmp_path / "other" / "test", {"across": 3})
     found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
     assert (found.report["n"], found.report["split"], found.description) == (3, "test", "its test split")
-
-
-@pytest.mark.parametrize(
-    ("splits", "role"),
-    [
-        (("train", "val", "test"), "test"),
-        (("train", "val"), "val"),
-        (("test",), "test"),
-        (("train",), "train"),
-        (("",), "all"),
-    ],
-)
-def test_which_split_of_another_data_set(spec: Compose, tmp_path: Path, splits: tuple[str, ...], role: str) -> None:
-    for place, split in enumerate(splits):
-        make_folder(tmp_path / split, {"across": 2 + place})  # one class is enough
-    own = spec("dataset=imagefolder", f"dataset.root='{tmp_path}'").dataset
-    found = load_evaluation_split(own, None, seed=0, reporter=Reporter())
-    assert (found.split_name, len(found.split)) == (role, 2 + splits.index(role if role in splits else ""))
 
 
 def test_a_val_split_in_place_of_a_test_split_is_said(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A finished run on images: on its own test split, as it was tested, or on those of another dataset."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,73 +164,37 @@ def _find_images(
     request: EvaluationRequest, loaded: LoadedRun, session: Session, reporter: Reporter
 ) -> EvaluationImages:
     """Return the run's own split, or that of another dataset."""
-    wanted, trained = request.spec.dataset, request.trained.dataset
+    wanted, trained, seed = request.spec.dataset, request.trained.dataset, request.trained.seed
+    file = RunDir(loaded.path).test_predictions
+    tested = list(read_predictions(file).keys) if file.is_file() else None
+    changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
+    spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
-        return _own_images(request, loaded, _own_spec(trained, wanted), session, reporter)
-    if moved := _moved_spec(request, loaded, session, reporter):
-        return _own_images(request, loaded, moved, session, reporter, ": the same images in another folder")
-    found = session.load_evaluation_split(wanted, request.split_name, request.spec.seed, reporter)
-    description = "all of it" if found.split_name == "all" else f"its {found.split_name} split"
-    if request.split_name is None and found.split_name not in ("test", "all"):
-        description += f", as it has no {'test' if found.split_name == 'val' else 'test or val'} split"
-    split = remap_labels(found.split, found.classes, loaded.classes, _name(wanted))
-    return EvaluationImages(wanted, split, found.split_name, False, description, found.bad_files)
-
-
-def _own_images(
-    request: EvaluationRequest,
-    loaded: LoadedRun,
-    spec: DatasetSpec,
-    session: Session,
-    reporter: Reporter,
-    addition: str = "",
-) -> EvaluationImages:
-    data = session.dataset(spec, request.trained.seed, reporter)
+        data = session.dataset(spec, seed, reporter)
+    elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
+        location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
+        spec, addition = structs.replace(spec, **location), ": the same images in another folder"
+        with suppress(UsageError, BadImagesError):  # nothing that could be trained on
+            moved = session.dataset(spec, seed, reporter)
+            data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
+    if data is None:
+        found = session.load_evaluation_split(wanted, request.split_name, request.spec.seed, reporter)
+        description = "all of it" if found.split_name == "all" else f"its {found.split_name} split"
+        if request.split_name is None and found.split_name not in ("test", "all"):
+            description += f", as it has no {'test' if found.split_name == 'val' else 'test or val'} split"
+        split = remap_labels(found.split, found.classes, loaded.classes, _name(wanted))
+        return EvaluationImages(wanted, split, found.split_name, False, description, found.bad_files)
     split_name = request.split_name or "test"
-    split: Split = getattr(data, split_name)
-    tested = _tested_keys(loaded)
-    if tested and split_name == "test" and spec.test_per_class == request.trained.dataset.test_per_class:
-        new = len(set(_keys(split)).difference(tested))
-        if new:
-            reporter.note(
-                f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
-                "was tested on, and it may have been trained on them"
-            )
+    split = getattr(data, split_name)
+    new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
+    if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
+        reporter.note(
+            f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
+            "was tested on, and it may have been trained on them"
+        )
     split = remap_labels(split, data.classes, loaded.classes, _name(spec))
     description = f"the run's own {split_name} split{addition}"
     return EvaluationImages(spec, split, split_name, True, description, data.bad_files)
-
-
-def _moved_spec(
-    request: EvaluationRequest, loaded: LoadedRun, session: Session, reporter: Reporter
-) -> DatasetSpec | None:
-    """Return the run's own dataset if it is in another folder now: its training images then stay out of the test."""
-    tested, trained, wanted = _tested_keys(loaded), request.trained.dataset, request.spec.dataset
-    if tested is None or type(wanted) is not type(trained):
-        return None
-    place: dict[str, Any] = {"root": wanted.root} | ({"file": wanted.file} if isinstance(wanted, ManifestSpec) else {})
-    spec = _own_spec(structs.replace(trained, **place), wanted)
-    try:
-        data = session.dataset(spec, request.trained.seed, reporter)
-    except (UsageError, BadImagesError):  # nothing that could be trained on
-        return None
-    return spec if _keys(data.test) == tested else None
-
-
-def _own_spec(trained: DatasetSpec, wanted: DatasetSpec) -> DatasetSpec:
-    """Return the dataset as it was for training, except for what a user may change about reading it."""
-    changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
-    return structs.replace(trained.offline(), **changed)  # evaluation does not download unless asked
-
-
-def _tested_keys(loaded: LoadedRun) -> list[str] | None:
-    """Return the keys of the images that the run was tested on, if it recorded them."""
-    file = RunDir(loaded.path).test_predictions
-    return list(read_predictions(file).keys) if file.is_file() else None
-
-
-def _keys(split: Split) -> list[str]:
-    return [split.key(i) for i in range(len(split))]
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:

@@ -34,7 +34,6 @@ SMALL_ROW_BYTES = 64 * 1024
 """Activations of at most this size per image are cached without an estimate: the next run reads them."""
 READ_SECONDS_PER_BYTE, WRITE_SECONDS_PER_BYTE = 1e-9, 2e-9
 """What reading and writing activations is taken to cost: 1 and 0.5 GB/s, a slow SSD."""
-RECORDED = "as recorded"
 _DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in DTYPES.values()}
 
 
@@ -168,8 +167,9 @@ def decide(workload: Workload) -> Decisions:
         evaluation = measure_extraction(workload, cut)
         names = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
         missing = _missing(workload, names, evaluation)
-        images, row_bytes = sum(map(len, missing)), _row_bytes(workload, cut, evaluation)
-        uncached_reason = not_worthwhile_reason(workload, evaluation, images, row_bytes)
+        extractor = workload.extractor(cut, evaluation)
+        row_bytes = sum(column.nbytes for column in extractor.columns())
+        uncached_reason = not_worthwhile_reason(workload, evaluation, sum(map(len, missing)), row_bytes)
     if uncached_reason is None:
         assert isinstance(cut, Cut)
         cached, train = names, measure_suffix(workload, cut, evaluation)
@@ -190,7 +190,7 @@ def decide(workload: Workload) -> Decisions:
         eval_dtype=evaluation.dtype,
         memory_format=evaluation.memory_format,
         cut=cut.suffix_start if isinstance(cut, Cut) else None,
-        extraction_batch=_extraction_batch(workload, cached, evaluation),
+        extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
         reasons=reasons,
@@ -248,10 +248,6 @@ def _missing(workload: Workload, cached: Iterable[str], option: ComputeFormat) -
     return [source for source in sources.values() if not source.filled]
 
 
-def _row_bytes(workload: Workload, cut: Cut, option: ComputeFormat) -> int:
-    return sum(column.nbytes for column in workload.extractor(cut, option).columns())
-
-
 def _prefix_seconds(option: ComputeFormat, images: int, reads: int, row_bytes: int) -> tuple[float, float]:
     """Return about how long the prefix takes for so many reads: with activations of so many images, and without."""
     seconds = 1 / (option.images_per_second or 1.0)
@@ -259,26 +255,17 @@ def _prefix_seconds(option: ComputeFormat, images: int, reads: int, row_bytes: i
     return writing + reads * row_bytes * READ_SECONDS_PER_BYTE, reads * seconds
 
 
-def _extraction_batch(workload: Workload, cached: Iterable[str], option: ComputeFormat) -> int | None:
-    names = sorted(cached)
-    return workload.cached_split(names[0], names, option).views[0].extractor.batch_size if names else None
-
-
 def _worth_compiling(workload: Workload, cached: Iterable[str], option: ComputeFormat) -> frozenset[str]:
     """Return the splits whose prefix is worth compiling for the images that are missing."""
-    by_cut: dict[str, tuple[Cut, set[str], dict[str, int]]] = {}
-    names = sorted(cached)
-    for name in names:
-        split = workload.cached_split(name, names, option)
-        _, splits, images = by_cut.setdefault(split.cut.suffix_start, (split.cut, set(), {}))
-        splits.add(name)
-        images |= {s.key: len(s) for s in split.views if not s.filled}
-    compiled: set[str] = set()
-    for cut, splits, images in by_cut.values():
-        count, speed = sum(images.values()), option.images_per_second or 1.0
+    names, compiled = sorted(cached), set()
+    splits = {name: workload.cached_split(name, names, option) for name in names}
+    for cut in {id(split.cut): split.cut for split in splits.values()}.values():
+        own = {name for name, split in splits.items() if split.cut is cut}
+        missing = {s.key: len(s) for name in own for s in splits[name].views if not s.filled}
+        count, speed = sum(missing.values()), option.images_per_second or 1.0
         if count and workload.extractor(cut, option).estimate_seconds(count, speed) < count / speed:
             workload.extractor(cut, option, compiled=True).add_expected_images(count)
-            compiled |= splits
+            compiled |= own
     return frozenset(compiled)
 
 
@@ -317,20 +304,12 @@ def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     workload.contract.train_mode()  # a training step is measured in the modes of training
     network, sample, accelerator = workload.classifier.network, (_sample(workload),), workload.accelerator
     options, tuner = allowed_formats(workload.spec.device, accelerator), _autotuner(workload)
-    train = tuner.choose(
-        options,
-        len(sample[0]),
-        "training",
-        lambda option: training_step(network, network, sample, accelerator, option),
-    )
-    evaluation = tuner.choose(
-        [option for option in options if option.memory_format == train.memory_format],
-        len(sample[0]),
-        "evaluation",
-        lambda option: forward_step(network, sample, accelerator, option),
-        measure_single=True,  # the speed of the prefix is taken to be this one
-    )
-    return train, evaluation
+    training = lambda option: training_step(network, network, sample, accelerator, option)  # noqa: E731
+    forward = lambda option: forward_step(network, sample, accelerator, option)  # noqa: E731
+    train = tuner.choose(options, len(sample[0]), "training", training)
+    same_layout = [option for option in options if option.memory_format == train.memory_format]
+    # even if it is one alone: the speed of the prefix is taken to be this one
+    return train, tuner.choose(same_layout, len(sample[0]), "evaluation", forward, measure_single=True)
 
 
 def _sample(workload: Workload) -> torch.Tensor:
