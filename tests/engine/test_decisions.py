@@ -230,9 +230,9 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def make(speed: float, *overrides: str, needs_probe: bool = False) -> Inputs:
         def chosen(self: Autotuner, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
-            return replace(options[0], images_per_second=speed, why="as the test says")
+            return replace(options[0], images_per_second=speed, reason="as the test says")
 
-        monkeypatch.setattr(Autotuner, "of", chosen)
+        monkeypatch.setattr(Autotuner, "choose", chosen)
         own = spec("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", *FP32, *overrides)
         session = Session(store, 10**9)
         data = session.dataset(own.dataset, own.seed, Reporter())
