@@ -25,7 +25,7 @@ OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
 
 
 class Fit(Enum):
-    """How an image becomes a square."""
+    """Conversion of an image to a square."""
 
     squash = "squash"
     crop = "crop"
@@ -33,14 +33,14 @@ class Fit(Enum):
 
 
 class OnBad(Enum):
-    """What to do with files that do not decode."""
+    """Treatment of files that do not decode."""
 
     error = "error"
     skip = "skip"
 
 
 class BnStats(Enum):
-    """Whether BatchNorm layers that train use and update the batch's statistics."""
+    """BatchNorm statistics in trainable layers."""
 
     auto = "auto"
     frozen = "frozen"
@@ -48,14 +48,14 @@ class BnStats(Enum):
 
 
 class HeadInit(Enum):
-    """What the new head starts from."""
+    """Initial weights of the head."""
 
     random = "random"
     probe = "probe"
 
 
 class Accelerator(Enum):
-    """Where arithmetic runs."""
+    """Device that computes."""
 
     auto = "auto"
     cpu = "cpu"
@@ -64,7 +64,7 @@ class Accelerator(Enum):
 
 
 class Precision(Enum):
-    """The number format of forward and backward passes; weights stay float32."""
+    """Dtype of forward and backward passes; weights stay float32."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -73,7 +73,7 @@ class Precision(Enum):
 
 
 class KeepBest(Enum):
-    """The validation figure that selects the epoch to keep."""
+    """Validation metric that selects the best epoch."""
 
     accuracy = "accuracy"
     macro_f1 = "macro_f1"
@@ -81,14 +81,14 @@ class KeepBest(Enum):
 
 
 class ClassWeights(Enum):
-    """The weight of each class in the training loss."""
+    """Weight of each class in the training loss."""
 
     none = "none"
     balanced = "balanced"
 
 
 class CacheMode(Enum):
-    """Whether the activations of the frozen part are kept on disk."""
+    """Use of the cache for the output of the frozen layers."""
 
     auto = "auto"
     off = "off"
@@ -96,7 +96,7 @@ class CacheMode(Enum):
 
 
 class CacheDtype(Enum):
-    """The number format in which activations are kept."""
+    """Dtype of cached output."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -104,7 +104,7 @@ class CacheDtype(Enum):
 
 
 class Verify(Enum):
-    """Which image files are read to compute the fingerprint of a dataset."""
+    """Image files that are read for the fingerprint of a dataset."""
 
     changed = "changed"
     full = "full"

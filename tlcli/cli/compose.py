@@ -174,7 +174,7 @@ def compose_spec(flags: Flags) -> tuple[DictConfig, TrainSpec]:
 
 
 def _third_party_folders(flags: Flags) -> Iterator[Path]:
-    """The folders of config files that the command line names."""
+    """Yield the folders of config files that the command line names."""
     if flags.config_dir:
         yield flags.config_dir
     for override in flags.overrides:
@@ -199,7 +199,7 @@ def composing(files: ConfFiles) -> Iterator[None]:
 
 
 def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
-    """The overrides with --config-dir among them, for `compose` has no such argument."""
+    """Return the overrides with --config-dir as one of them: composing has no argument for it."""
     if folder is None:
         return overrides
     own = [o for o in overrides if o.startswith("hydra.searchpath=[")]

@@ -66,7 +66,7 @@ class ConfFiles:
 
     @cached_property
     def groups(self) -> dict[str, dict[str, Option]]:
-        """The options of each group, the groups of the main file's defaults list first and in its order."""
+        """Options of each group, the groups of the main file's defaults list first and in its order."""
         found: dict[str, dict[str, Option]] = {group: {} for group in self.defaults}
         for folder in self.folders:
             for path in sorted(folder.rglob("*.yaml")):

@@ -180,7 +180,7 @@ def out_of_range(key: str, value: object) -> str:
 
 
 def _as_written(value: object) -> str:
-    """A value as YAML has it."""
+    """Return a value as it is written in YAML."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
