@@ -29,12 +29,6 @@ def names(split: Split) -> list[str]:
     return [split.name(i) for i in range(len(split))]
 
 
-def notes(data: Dataset) -> tuple[str, ...]:
-    """The notes but for the one on few validation images, which all of these small datasets have."""
-    assert any("validation images: the best epoch" in note for note in data.notes)
-    return tuple(note for note in data.notes if "validation images: the best epoch" not in note)
-
-
 def all_names(data: Dataset) -> list[str]:
     return [name for part in PARTS for name in names(getattr(data, part))]
 
@@ -94,7 +88,7 @@ def test_not_split(make_folder: MakeFolder) -> None:
     assert data.classes == ("a", "b")
     assert counts(data) == [(9, 4), (3, 2), (4, 2)]
     assert sorted(all_names(data)) == sorted(str(path) for path in root.rglob("*.png"))
-    assert notes(data) == (
+    assert data.notes == (
         "no test split: 25 % of the images are held out as the test set",
         "no val split: 25 % of the training images are held out as val",
     )
@@ -113,13 +107,13 @@ def test_pixels_and_labels_are_those_of_the_files(make_folder: MakeFolder) -> No
 def test_all_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None:
     data = load(folder_spec(make_folder({f"{s}/{c}": n for s, n in zip(PARTS, (5, 3, 4), strict=True) for c in "ab"})))
     assert counts(data) == [(5, 5), (3, 3), (4, 4)]
-    assert notes(data) == ()
+    assert data.notes == ()
 
 
 def test_train_and_test(make_folder: MakeFolder) -> None:
     data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "test/a": 3, "test/b": 2})))
     assert counts(data) == [(6, 3), (2, 1), (3, 2)]
-    assert len(notes(data)) == 1
+    assert len(data.notes) == 1
     assert not set(names(data.train)) & set(names(data.val))
 
 

@@ -146,10 +146,7 @@ def test_dtd(tmp_path: Path) -> None:
     data = load(from_conf("dtd", tmp_path))
     assert data.classes == ("banded", "woven")
     assert counts(data) == [2, 2, 2]
-    assert data.notes == (
-        "only 2 validation images: the best epoch and the temperature, chosen on them, are mostly "
-        "chance; add images or raise dataset.val_fraction",
-    )
+    assert data.notes == ()
 
 
 def test_food101(tmp_path: Path) -> None:

@@ -35,8 +35,6 @@ from tlcli.text import join_limited
 
 DECODE_CHUNK = 4
 """Images per task: enough that its cost is small, few enough that large photographs do not fill the memory."""
-MIN_VAL_IMAGES = 20
-"""Validation images below which the choice of the best epoch is mostly chance."""
 MIN_LEVELS = 64
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24
@@ -104,11 +102,6 @@ def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Sto
         counts = splits[name].class_counts(len(source.classes))
         if absent := [c for c, n in zip(source.classes, counts, strict=True) if n == 0]:
             notes.append(f"{name} has no images of {join_limited(absent)}")
-    if len(splits["val"]) < MIN_VAL_IMAGES:
-        notes.append(
-            f"only {len(splits['val'])} validation images: the best epoch and the temperature, chosen on them, are "
-            f"mostly chance; add images or raise dataset.val_fraction"
-        )
     notes += duplicate_notes(splits, source.classes, reporter)
     return Dataset(
         spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
