@@ -101,6 +101,8 @@ LIGHT = [
     "tlcli.cli",
     "tlcli.specs",
     "tlcli.store",
+    "tlcli.export",
+    "tlcli.doctor",
     "tlcli.engine.optimizers",
     "tlcli.engine.schedule",
     "tlcli.transfer.freeze",

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -338,9 +336,3 @@ def test_help_lists_the_formats(tlcli: Tlcli) -> None:
     text = tlcli("export", "--help").out
     assert text.count("  tlcli export outputs/DATE/TIME --to ") == 2
     assert all(chosen.summary in text for chosen in FORMATS.values())
-
-
-def test_the_formats_import_without_torch() -> None:
-    code = "import sys, tlcli.export, tlcli.cli.export; print([m for m in ('torch', 'timm') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -89,11 +89,6 @@ class Page:
         data = self.call("Page.captureScreenshot", clip=clip, **FULL)["data"]
         file.write_bytes(base64.b64decode(data))
 
-    def pdf(self, file: Path) -> None:
-        """The page in print, A4."""
-        data = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=False)["data"]
-        file.write_bytes(base64.b64decode(data))
-
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:

@@ -171,18 +171,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_hostile_names_are_text_and_nothing_else(hostile: RunDir) -> None:
-    page = drawn(hostile)
+    html = render("run.html.j2", run_view(hostile, {}))
+    html.encode("utf-8")
+    page = check(html)
     for name in HOSTILE[:-1]:
         assert " ".join(name.split()) in page.words
     assert "half \ufffd" in page.words
     assert "54439" not in page.words  # a template's marks within a name mean nothing
-
-
-def test_hostile_names_appear_escaped_only(hostile: RunDir) -> None:
-    html = render("run.html.j2", run_view(hostile, {}))
-    html.encode("utf-8")
     assert html.count("<img src=x") == 0 == html.count("<script") == html.count("onload='")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
 OTHER_TYPES: tuple[Any, ...] = (

@@ -201,13 +201,10 @@ def _matrix(test: View) -> View | None:
 
 def _class_rows(test: View) -> list[View]:
     """Return the metrics of each class, the lowest F1 first; classes without test images come last."""
-    rows = [{**mapping(row), "name": str(name)} for name, row in mapping(test.get("per_class")).items()]
-
-    def order(row: View) -> tuple[bool, float]:
-        f1 = of_type(row.get("f1"), float)
-        return not of_type(row.get("support"), int), 2.0 if f1 is None else f1
-
-    return sorted(rows, key=order)
+    rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
+    for row in rows:
+        row["f1"] = of_type(row.get("f1"), float)
+    return sorted(rows, key=lambda row: (not of_type(row.get("support"), int), row["f1"] is None, row["f1"]))
 
 
 def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -> View:
@@ -243,7 +240,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         return {"n": len(order), "cards": cards}
 
     view |= {"mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
-    view["calibration_reason"] = None if temperature > 0 else "This run has no temperature; tlcli fits one since 0.4.0."
+    view["calibration_reason"] = None if temperature > 0 else "This run has no temperature; tlcli fits one since 0.3.0."
     if temperature > 0 and len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
         bins = {name: [b for b in reliability(logits, labels, t) if b[2]] for name, t in scales.items()}
@@ -392,18 +389,12 @@ def render(template: str, view: View) -> str:
 def check_output(file: Path) -> None:
     """Raise UsageError unless a report may be written to this path: nothing is there, or an earlier report."""
     remedy = "choose another file with --output FILE"
-    if file.is_dir():
-        raise UsageError(f"--output {file}: this is a directory; {remedy}")
-    if not file.parent.is_dir():
-        raise UsageError(f"--output {file}: {file.parent} is not a directory; {remedy}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"--output {file}: not a file in an existing directory; {remedy}")
+    tag = f'<meta name="generator" content="{GENERATOR}'.encode()
     if os.path.lexists(file):
-        tag = f'<meta name="generator" content="{GENERATOR}'.encode()
-        try:
-            with file.open("rb") as stream:
-                is_report = not file.is_symlink() and file.is_file() and tag in stream.read(2048)
-        except OSError:
-            is_report = False
-        if not is_report:
+        is_regular = file.is_file() and not file.is_symlink() and os.access(file, os.R_OK)
+        if not is_regular or tag not in file.read_bytes()[:2048]:
             raise UsageError(f"{file} already exists and is not a report of tlcli; {remedy}")
 
 
