@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import Ended
 from tests.runs.test_compare import make_run
-from tlcli.cli import compare
+from tlcli.cli.completion import candidates
 
 Tlcli = Callable[..., Ended]
 
@@ -86,5 +86,5 @@ def test_errors_help_and_completion(tlcli: Tlcli, two: tuple[str, str], tmp_path
     assert "Did you mean 'first'?" in tlcli("compare", "frist", "second").err
     assert "Did you mean '--format'?" in tlcli("compare", *two, "--fromat=json").err
     make_run(tmp_path / "outputs/2026-01-02/10-00-00", [0, 1], [0, 1])
-    assert next(compare.candidates(["first"])) == "outputs/2026-01-02/10-00-00"
-    assert list(compare.candidates(["x", "--format"])) == ["table", "json"]
+    assert candidates("tlcli compare first ")[0] == "outputs/2026-01-02/10-00-00 "
+    assert candidates("tlcli compare x --format ") == ["table ", "json "]

@@ -2,13 +2,12 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.folders import run_folders
-from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
 
@@ -50,15 +49,6 @@ def run(argv: list[str]) -> int:
     else:
         print("\n\n".join("\n".join(part) for part in _parts(comparison, terminal_columns())))
     return 0
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow, for completion."""
-    if before and before[-1] == "--format":
-        yield from FORMATS
-        return
-    yield from (folder for folder in run_folders() if folder not in before)
-    yield from ("--format", "--help")
 
 
 def _letter(index: int) -> str:

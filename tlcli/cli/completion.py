@@ -7,6 +7,7 @@ import argparse
 import enum
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
@@ -101,6 +102,8 @@ def _values_of(action: argparse.Action, word: str, before: list[str]) -> Iterato
         from tlcli.cli.folders import run_folders
 
         yield from run_folders()
+    elif action.metavar == "FOLDER":
+        yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
     elif "=" in str(action.metavar):
         yield from _config_words(word, before, ConfFiles([conf_dir(), *extra_folders(before)]))
 

@@ -16,7 +16,7 @@ from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
 from tlcli.runs.index import Entry, RunEntry, SweepEntry, read_index
-from tlcli.text import csv_line, did_you_mean
+from tlcli.text import csv_line
 
 MAX_NAME_COLUMNS = 24
 """Width at which a name is cut on a terminal, so that the numbers stay visible."""
@@ -54,7 +54,7 @@ def parser() -> Parser:
     list_parser.add_argument("--jobs", action="store_true", help="also list the jobs of a sweep, below it")
     list_parser.add_argument(
         "--sort",
-        type=_sort_key,
+        choices=[*KEYS, *(f"-{key}" for key in KEYS)],
         metavar="KEY",
         help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}",
     )
@@ -83,27 +83,6 @@ def run(argv: list[str]) -> int:
     listed = sort_entries(list(entries.values()), arguments.sort)[: arguments.limit]
     {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
     return 0
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow, for completion."""
-    match before:
-        case [*_, "--format"]:
-            yield from ("table", "csv", "json")
-        case [*_, "--sort"]:
-            yield from KEYS
-        case [*_, "--limit"]:
-            pass
-        case _:
-            yield from ("--jobs", "--sort", "--limit", "--format", "--help")
-            yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
-
-
-def _sort_key(value: str) -> str:
-    if value.removeprefix("-") not in KEYS:
-        near = did_you_mean(value, KEYS) or (" Did you mean 'val'?" if value.startswith("val") else "")
-        raise UsageError(f"--sort {value}: unknown key.{near} Keys: {', '.join(KEYS)}")
-    return value
 
 
 def _limit(value: str) -> int:
