@@ -296,7 +296,7 @@ def test_a_damaged_state_is_one_line_that_says_what_to_do(stopped: Path, capsys:
     state.write_bytes(content)
     assert main(["train", "--resume", str(stopped)]) == 1
     error = capsys.readouterr().err
-    assert "its checksum is another" in error
+    assert "checksum mismatch" in error
     assert "without that file the run starts again" in error
     state.unlink()
     assert main(["train", "--resume", str(stopped)]) == 0

@@ -167,7 +167,7 @@ def test_names_that_do_not_suit_their_kind(spec: Compose) -> None:
         build_model(spec("backbone.name=efficientnet_b0").backbone, CLASSES, size=None, seed=0)
     with pytest.raises(UsageError, match=r"image\.size=100 does not suit vit_b_16"):
         build_model(spec("backbone=vit_b_16", "backbone.weights=none").backbone, CLASSES, size=100, seed=0)
-    with pytest.raises(UsageError, match="is no stage"):
+    with pytest.raises(UsageError, match="is not a stage"):
         build_model(spec("backbone.weights=none", "backbone.reinit=[nosuch]").backbone, CLASSES, size=None, seed=0)
 
 

@@ -148,7 +148,7 @@ def spoil(run: Path, fault: str) -> Path:
         ("a file", "not a run directory (it has no run.json). Did you mean"),
         ("no checkpoint", "has no checkpoints/best.safetensors; its status is failed (the disk is full)"),
         ("classes", "does not fit resnet18 with 2 classes"),
-        ("flipped", "its checksum is another"),
+        ("flipped", "checksum mismatch"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(run: Path, fault: str, words: str) -> None:

@@ -35,7 +35,7 @@ def test_probabilities_are_those_of_the_regression() -> None:
     fit_probe(head, features, labels)
     scale = features.var(0, correction=0).mean().sqrt()
     standard = ((features - features.mean(0)) / scale).numpy()
-    regression = LogisticRegression(C=1 / (probe.PENALTY * 80)).fit(standard, labels.numpy())
+    regression = LogisticRegression(C=1 / (probe.L2_PER_IMAGE * 80)).fit(standard, labels.numpy())
     expected = torch.from_numpy(regression.predict_proba(standard)).float()
     assert torch.allclose(torch.softmax(head(features), dim=1), expected, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""From a backbone spec to a classifier for these classes: build, load, replace the head, throw away what is told."""
+"""Build a classifier for the classes of a dataset: load weights, match or replace the head, reinitialize layers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ from tlcli.specs import BackboneSpec
 from tlcli.text import did_you_mean
 
 POSITIONS = ("encoder.pos_embedding", "pos_embed")
-"""What torchvision and timm call a ViT's table of positions."""
+"""Names of a ViT's table of positions in torchvision and timm."""
 
 
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
-    """A classifier with the weights that the spec names and a head for these classes.
+    """Return a classifier with the weights that the spec names and a head for these classes.
 
-    `size` is the image size in pixels (None: the backbone's own). The head keeps its weights where they are for the
-    same classes, by name and in any order; else it starts random. Random weights are a function of the seed.
-    Raises UsageError where weights do not fit, naming the tensor.
+    `size` is the image size in pixels (None: the backbone's own). The head keeps its weights if they are for the same
+    classes, by name and in any order; else it starts random. Random weights are a function of the seed.
+    Raises UsageError naming the tensor if weights do not fit.
     """
     torch.manual_seed(seed)
     given = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
@@ -44,13 +44,13 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
             f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone} "
             f"(a model of timm: backbone=timm backbone.name={loaded.backbone})"
         )
-    state, head_note = _head_by_name(loaded, architecture, tuple(classes))
+    state, head_note = _match_head_by_class(loaded, architecture, tuple(classes))
     if architecture.stages[-1].tensors & dropped:
-        head_note = f"head: thrown away (reinit), {len(classes)} classes"
-    state = _fit_positions(state, architecture)
+        head_note = f"head: reinitialized, {len(classes)} classes"
+    state = _resample_pos_embed(state, architecture)
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     optional = dropped | architecture.stages[-1].tensors
-    _check_fit(kept, architecture, optional, loaded.source)
+    _check_state_dict(kept, architecture, optional, loaded.source)
     architecture.network.load_state_dict(kept, strict=False)
     head_loaded = architecture.stages[-1].tensors <= frozenset(kept)
     notes = [f"weights: {loaded.source}", head_note]
@@ -69,27 +69,27 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
 
 
 def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> frozenset[str]:
-    """The tensors that backbone.reinit names: each item a stage, or a regular expression searched in tensor names."""
+    """Return the tensors that backbone.reinit names; an item is a stage, or a regular expression for tensor names."""
     stages = {stage.name: stage.tensors for stage in architecture.stages}
     found: set[str] = set()
     for item in items:
         try:
             matched = stages.get(item) or {n for n in architecture.network.state_dict() if re.search(item, n)}
         except re.error as error:
-            raise UsageError(f"backbone.reinit={item!r} is no regular expression: {error}") from error
+            raise UsageError(f"backbone.reinit={item!r} is not a regular expression: {error}") from error
         if not matched:
             raise UsageError(
-                f"backbone.reinit={item!r} is no stage and matches no tensor.{did_you_mean(item, stages)} "
+                f"backbone.reinit={item!r} is not a stage and matches no tensor.{did_you_mean(item, stages)} "
                 f"Stages: {', '.join(stages)}"
             )
         found |= matched
     return frozenset(found)
 
 
-def _head_by_name(
+def _match_head_by_class(
     loaded: PretrainedWeights, architecture: Architecture, classes: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str]:
-    """The state with the head's rows in the order of these classes, or without a head where the classes differ."""
+    """Return the state with the head's rows in the order of these classes, without a head if the classes differ."""
     head = architecture.stages[-1].tensors
     body = {name: tensor for name, tensor in loaded.state.items() if name not in head}
     present = {name: tensor for name, tensor in loaded.state.items() if name in head}
@@ -102,8 +102,8 @@ def _head_by_name(
     return {**body, **per_class}, f"head: kept, the same {len(classes)} classes"
 
 
-def _fit_positions(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """A ViT holds a table of positions for one image size: resample it for another, as its library does."""
+def _resample_pos_embed(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Resample a ViT's table of positions for the present image size, as its library does."""
     network: Any = architecture.network
     wanted = dict(network.named_parameters())
     changed = [n for n in POSITIONS if n in wanted and n in state and state[n].shape != wanted[n].shape]
@@ -118,7 +118,9 @@ def _fit_positions(state: Mapping[str, Tensor], architecture: Architecture) -> d
     return dict(state)
 
 
-def _check_fit(state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str) -> None:
+def _check_state_dict(
+    state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str
+) -> None:
     """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
     wanted = architecture.network.state_dict()
     remedy = "are they of another architecture?"

@@ -96,12 +96,12 @@ class Head(Float32Linear):
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor of this name belongs to one of these modules."""
+    """Return True if a tensor of this name belongs to one of these modules."""
     return any(name.startswith(module + ".") for module in modules)
 
 
 def count(parameters: Iterable[Tensor]) -> int:
-    """The number of values in all of them."""
+    """Return the number of values in all tensors."""
     return sum(p.numel() for p in parameters)
 
 

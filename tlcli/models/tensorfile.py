@@ -1,7 +1,4 @@
-"""Tensors and facts in one safetensors file, whole or not at all, with a checksum over both.
-
-Reading runs no code that the file brings: names, shapes and numbers are all that the format has.
-"""
+"""Tensors and JSON metadata in one safetensors file, with a checksum over both. Reading runs no code from the file."""
 
 import json
 import zlib
@@ -18,12 +15,12 @@ from tlcli.errors import TlcliError
 from tlcli.files import atomic_write
 
 FACTS, CHECKSUM = "tlcli", "crc32"
-"""The one key of the file's metadata (of two, safetensors would write either first), whose JSON has the facts and the
-checksum behind them. Files of tlcli 0.3 and earlier have none."""
+"""The only key of the file's metadata (safetensors does not keep the order of two), whose JSON ends with the checksum.
+Files of tlcli 0.3 and earlier have no checksum."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and facts (what JSON can hold), in one atomic step that survives a power failure."""
+    """Write tensors and metadata that JSON can hold, in one atomic step that survives a power failure."""
     state = _apart(tensors)
     whole = {**facts, CHECKSUM: _checksum(facts, state)}
     content = save(state, metadata={FACTS: json.dumps(whole)})
@@ -32,14 +29,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, on the CPU, and tlcli's facts about them: none in the files of others.
+    """Return the tensors of a file, on the CPU, and tlcli's metadata; empty for third-party files.
 
-    Raises TlcliError where the file is damaged, OSError where it cannot be read.
+    Raises TlcliError if the file is damaged, OSError if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as content:
             text = (content.metadata() or {}).get(FACTS)
-            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
+            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a mapping
         facts = json.loads(text) if text else {}
     except (SafetensorError, ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
@@ -47,17 +44,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state, {}
     wanted = facts.pop(CHECKSUM, None)
     if wanted is not None and wanted != _checksum(facts, state):
-        raise damaged(path, "its checksum is another")
+        raise damaged(path, "checksum mismatch")
     return state, facts
 
 
 def damaged(path: Path, why: str) -> TlcliError:
-    """The error of a file that is not as it was written."""
+    """Return the error of a file that is not as it was written."""
     return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(why.split())})")
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, contiguous, no two of them in one memory: safetensors would refuse them."""
+    """Return the tensors on the CPU, contiguous and without shared memory, which safetensors refuses."""
     state: dict[str, Tensor] = {}
     memories: set[int] = set()
     for name, tensor in tensors.items():
@@ -69,7 +66,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checksum(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Over the facts, and names, types, shapes and bytes of the tensors; a GB takes a fifth of a second."""
+    """Return the CRC-32 of the metadata and of names, dtypes, shapes and bytes of the tensors (0.2 s per GB)."""
     crc = zlib.crc32(json.dumps(facts).encode())
     for name in sorted(state):
         tensor = state[name]

@@ -75,9 +75,9 @@ def read_weights(path: Path) -> PretrainedWeights:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What tlcli wrote about a checkpoint: classes, preprocessing, backbone; empty for files of others.
+    """Return tlcli's metadata of a checkpoint: classes, preprocessing, backbone; empty for third-party files.
 
-    Raises UsageError for a file that cannot be read, or that is damaged.
+    Raises UsageError if the file cannot be read or is damaged.
     """
     try:
         with safe_open(file, framework="pt") as content:
@@ -99,17 +99,17 @@ def _safetensors(file: Path, source: str) -> PretrainedWeights:
 
 
 def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself, as far as it is what it should be; raises for anything else."""
-    found: dict[str, Any] = {}
+    """Return the metadata of a checkpoint with the right types. Raise KeyError, TypeError or ValueError otherwise."""
+    checked: dict[str, Any] = {}
     if "backbone" in facts:
         if not isinstance(facts["backbone"], str):
             raise ValueError("the backbone is not a name")
-        found["backbone"] = facts["backbone"]
+        checked["backbone"] = facts["backbone"]
     if "classes" in facts:
-        found["classes"] = class_names(facts["classes"])
+        checked["classes"] = class_names(facts["classes"])
     if "preprocessing" in facts:
-        found["preprocessing"] = parse_image_stats(facts["preprocessing"])
-    return found
+        checked["preprocessing"] = parse_image_stats(facts["preprocessing"])
+    return checked
 
 
 def class_names(value: object) -> tuple[str, ...]:

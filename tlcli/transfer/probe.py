@@ -11,31 +11,31 @@ from torch import Tensor, nn
 
 from tlcli.models.classifier import Classifier
 
-PENALTY = 0.1
-"""The L2 penalty an image. On held-out training images the loss was lowest there, of 1 down to 0.003, for hymenoptera
-(220 images) and CIFAR-10 (200), and near its lowest for CIFAR-10 (5,000: at 0.03) and digits (1,300: at 0.003).
-scikit-learn's own C is no such constant: its weight against the penalty grows with the number of images."""
+L2_PER_IMAGE = 0.1
+"""L2 penalty per image. Of 1 down to 0.003, the loss on held-out training images was lowest here for hymenoptera (220
+images) and CIFAR-10 (200), and near its lowest for CIFAR-10 (5,000: at 0.03) and digits (1,300: at 0.003).
+scikit-learn's C is not such a constant: its weight against the penalty grows with the number of images."""
 MAX_ITERATIONS = 200
 
 
-def linear_head(model: Classifier) -> nn.Linear | None:
-    """The head where it is one linear layer, which a probe can fill; else None (distilled models have two heads)."""
-    modules = [model.network.get_submodule(name) for name in model.architecture.head]
+def linear_head(classifier: Classifier) -> nn.Linear | None:
+    """Return the head if it is one linear layer, which a probe can fill; else None (distilled models: two heads)."""
+    modules = [classifier.network.get_submodule(name) for name in classifier.architecture.head]
     return modules[0] if len(modules) == 1 and isinstance(modules[0], nn.Linear) else None
 
 
 def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
     """Fill a linear layer with the multinomial logistic regression on features (N, D) and labels (N).
 
-    The regression sees features centred and divided by one number, so that one penalty suits every backbone; the layer
+    The regression sees features centered and divided by one number, so that one penalty suits every backbone; the layer
     gets the equivalent weights for the features as they are. (A number for each feature would give the nearly constant
     ones huge weights, and the head would explode with the first step that moves them.)
     """
     x = features.numpy().astype(np.float32)
     mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
-    regression = LogisticRegression(C=1 / (PENALTY * len(x)), max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings(), threadpool_limits(1):  # more gain little, and lose all beside other work
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, not a result
+    regression = LogisticRegression(C=1 / (L2_PER_IMAGE * len(x)), max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings(), threadpool_limits(1):  # more help little, and harm if other processes run
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a starting point
         regression.fit((x - mean) / scale, labels.numpy())
     coefficients, intercept = regression.coef_, regression.intercept_
     if len(regression.classes_) == 2:  # scikit-learn gives one row, the log-odds of the second class
@@ -48,6 +48,6 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
 
 
 def probe_weights(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The state of a head that `fit_probe` filled."""
+    """Return the state of a head after `fit_probe`."""
     fit_probe(head, features, labels)
     return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}

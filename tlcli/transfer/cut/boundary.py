@@ -231,7 +231,7 @@ def _fold(two: Any, three: Any) -> Any:
 
 
 def _value_numbers(traced: Traced, analyzer: GraphAnalyzer, texts: dict[str, int]) -> dict[fx.Node, int]:
-    """Number the operations: those that do the same with the same inputs have the same number."""
+    """Give each operation a number: those that do the same with the same inputs have the same number."""
     numbers: dict[fx.Node, int] = {}
     for node in traced.nodes:
         if node in analyzer.identity_of:  # such as dropout in eval mode
