@@ -9,7 +9,7 @@ from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 
-def job(folder: Path, name: str, overrides: list[str], *, keep_best: str = "accuracy", **best: float) -> RunDir:
+def job(folder: Path, name: str, overrides: list[str], *, keep_best: str = "accuracy", **best: object) -> RunDir:
     """A finished job with these validation figures."""
     run = RunDir(folder / name)
     run.start(command="tlcli train -m x", overrides=overrides, config="")
@@ -101,6 +101,12 @@ def test_a_record_of_wrong_types_is_a_failed_job(wrong: dict[str, object], tmp_p
     board = leaderboard.read(tmp_path)
     assert [one.status for one in board.jobs] == ["done", "failed"]
     assert f"its {next(iter(wrong))}" in str(board.jobs[1].error)
+
+
+def test_values_of_wrong_types_are_left_out(tmp_path: Path) -> None:
+    job(tmp_path, "0", ["seed=0"], accuracy="high").update(seconds={"a": "x", "b": 2}, test={"accuracy": [1]}, error=3)
+    (one,) = leaderboard.write(tmp_path).jobs
+    assert (one.validation, one.test_accuracy, one.seconds, one.error, one.rank) == (None, None, 2.0, None, None)
 
 
 def test_no_cell_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:

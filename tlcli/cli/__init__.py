@@ -23,7 +23,7 @@ COMMANDS = {
     "compare": ("tlcli.cli.compare", "show differences between runs, and whether they are significant"),
     "report": ("tlcli.cli.report", "write an HTML report of a run or a sweep"),
     "list": ("tlcli.cli.list_runs", "list the runs and sweeps under a folder, with their results"),
-    "export": ("tlcli.cli.export", "a run's model as ONNX, pt2 or for timm"),
+    "export": ("tlcli.cli.export", "export the model of a run as ONNX, pt2 or for timm"),
     "inspect": ("tlcli.cli.inspect", "show a network's stages, and what each freeze strategy costs"),
     "data": ("tlcli.cli.data_check", "find problems of a dataset: duplicates, labels, files, balance"),
     "doctor": ("tlcli.cli.doctor", "show versions, devices and free space, and what does not work"),

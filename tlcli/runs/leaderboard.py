@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.files import atomic_write
-from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.runs.run_dir import RunDir, number, pair, read_json, text, write_json
 from tlcli.text import csv_line
 
 SCHEMA_VERSION = 1
@@ -59,21 +59,21 @@ def read(folder: Path) -> Leaderboard:
         best = info.get("best") or {}
         # runs of tlcli 0.5 and earlier have the test metrics in test.json alone
         test = info["test"] if isinstance(info.get("test"), dict) else run.test()
-        ci95, seconds = test.get("accuracy_ci95"), info.get("seconds")
+        seconds = info.get("seconds")
         if isinstance(seconds, Mapping):
-            seconds = float(seconds["total"] if "total" in seconds else sum(seconds.values()))
+            seconds = seconds["total"] if "total" in seconds else sum(filter(None, map(number, seconds.values())))
         jobs.append(
             Job(
                 rank=None,
                 name=run.path.relative_to(folder).as_posix(),
                 status=str(info.get("status", "failed")),
                 values={key: own[key] for key in keys if key in own},
-                validation=best.get(metric),
+                validation=number(best.get(metric)),
                 epoch=best.get("epoch"),
-                test_accuracy=test.get("accuracy"),
-                test_ci95=(ci95[0], ci95[1]) if ci95 else None,
-                seconds=seconds if isinstance(seconds, int | float) else None,
-                error=info.get("error"),
+                test_accuracy=number(test.get("accuracy")),
+                test_ci95=pair(test.get("accuracy_ci95")),
+                seconds=number(seconds),
+                error=text(info.get("error")),
             )
         )
     done = [job for job in jobs if job.status == "done" and job.validation is not None]
