@@ -1,7 +1,6 @@
 """`predict` says of a file what the run's own test said of it, in order, however the images come."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -10,14 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.conftest import finish
-from tlcli.data.images import map_in_threads
-from tlcli.data.listing import MissingPath
-from tlcli.device import cpu_has_bfloat16
 from tlcli.errors import UsageError
 from tlcli.predict import Prediction, Predictor, choose_format
 from tlcli.runs.load import LoadedRun, load_run
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir
 from tlcli.specs import Precision
 from tlcli.store import Store, cache_dir
 
@@ -48,98 +42,6 @@ def predictor(run: LoadedRun, **options: object) -> Predictor:
 
 def probabilities(answers: list[Prediction], classes: tuple[str, ...]) -> Tensor:
     return torch.tensor([[dict(answer.top)[name] for name in classes] for answer in answers], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize(
-    "precision, freeze",
-    [
-        ("fp32", "head"),
-        pytest.param("bf16", "stage", marks=pytest.mark.slow),
-        pytest.param("bf16", "none", marks=pytest.mark.slow),
-        pytest.param("fp32", "stage", marks=pytest.mark.slow),
-        pytest.param("fp32", "none", marks=pytest.mark.slow),
-        pytest.param("bf16", "head", marks=pytest.mark.slow),
-    ],
-)
-def test_it_is_the_runs_own_test(
-    trained: Callable[..., LoadedRun], precision: str, freeze: str, batch_size: int
-) -> None:
-    if precision == "bf16" and not cpu_has_bfloat16():
-        pytest.skip("no bfloat16 here")
-    run = trained(freeze, precision)
-    run = replace(run, temperature=1.7)
-    tested = read_predictions(RunDir(run.path).test_predictions)
-    n = 6 if batch_size == 1 else len(tested.names)
-    wanted = torch.softmax(tested.logits[:n].double() / 1.7, dim=1)
-    answers = list(predictor(run, batch_size=batch_size).predict(tested.names[:n]))
-    found = probabilities(answers, run.classes)
-    assert [answer.path for answer in answers] == list(tested.names[:n])
-    assert [answer.top[0][0] for answer in answers] == [run.classes[i] for i in wanted.argmax(dim=1)]
-    assert (found - wanted).abs().max() < 1e-5
-
-
-def test_float32_is_at_hand_for_a_run_in_another_format(trained: Callable[..., LoadedRun]) -> None:
-    run = trained("none", "bf16")
-    names = read_predictions(RunDir(run.path).test_predictions).names
-    answers = list(predictor(run, precision=Precision.fp32).predict(names))
-    again = load_run(run.path)
-    for answer in answers:
-        assert dict(answer.top) == pytest.approx(dict(again.predict(answer.path)), abs=1e-5)
-
-
-def test_what_is_bad_is_answered_in_its_place(trained: Callable[..., LoadedRun], shapes: Path, tmp_path: Path) -> None:
-    good = str(shapes / "test/checks/000.png")
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"not one")
-    images = [str(bad), good, "missing.png", MissingPath("x*", "no file matches"), "a\0b", good, str(tmp_path)]
-    answers = list(predictor(trained("head", "fp32"), batch_size=2).predict(images))
-    assert [answer.path for answer in answers] == [str(bad), good, "missing.png", "x*", "a\0b", good, str(tmp_path)]
-    errors = [answer.error for answer in answers]
-    assert errors[:4] == ["not an image", None, "no such file or directory", "no file matches"]
-    assert errors[4] is not None
-    assert errors[5] is None
-    assert dict(answers[1].top) == pytest.approx(dict(answers[5].top))
-    assert errors[6] == "not a regular file"
-
-
-def test_only_bad_images_are_no_batch(trained: Callable[..., LoadedRun]) -> None:
-    answers = list(predictor(trained("head", "fp32")).predict(["missing.png"] * 3))
-    assert [answer.error for answer in answers] == ["no such file or directory"] * 3
-
-
-@pytest.mark.parametrize("top, wanted", [(1, 1), (2, 2), (50, 3)])
-def test_so_many_classes_as_asked_for_the_likeliest_first(
-    trained: Callable[..., LoadedRun], shapes: Path, top: int, wanted: int
-) -> None:
-    (answer,) = predictor(trained("head", "fp32")).predict([str(shapes / "test/down/000.png")], top=top)
-    values = [value for _, value in answer.top]
-    assert len(values) == wanted
-    assert values == sorted(values, reverse=True)
-
-
-def test_a_stream_is_read_only_a_little_ahead(trained: Callable[..., LoadedRun], shapes: Path) -> None:
-    taken = 0
-
-    def endless() -> Iterator[str]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield str(shapes / "test/down/000.png")
-
-    answers = predictor(trained("head", "fp32"), batch_size=4).predict(endless())
-    for _ in range(40):
-        next(answers)
-    assert 40 <= taken <= 40 + 4 * 4
-    answers.close()  # type: ignore[attr-defined]
-
-
-def test_threads_take_no_more_than_they_may() -> None:
-    taken = []
-    results = map_in_threads(lambda n: n * n, (taken.append(n) or n for n in range(1000)), 1, ahead=5)
-    assert [next(results) for _ in range(10)] == [n * n for n in range(10)]
-    assert len(taken) <= 10 + 6
-    assert list(results)[-1] == 999**2
 
 
 def test_a_format_that_the_machine_lacks_is_float32_or_an_error(

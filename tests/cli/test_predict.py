@@ -121,12 +121,6 @@ def test_a_list_on_stdin(tlcli: Callable[..., Ended], run: str, photos: Path, mo
     ]  # fmt: skip
 
 
-def test_patterns(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
-    assert [row["path"] for row in lines(tlcli("predict", run, "photos/**/*.png"))] == [
-        "photos/a.png", "photos/more/c.png"
-    ]  # fmt: skip
-
-
 def test_a_file_that_is_there_is_not_written_to(tlcli: Callable[..., Ended], run: str, photos: Path) -> None:
     (photos / "mine.csv").write_text("mine")
     ended = tlcli("predict", run, "photos", "--output", "photos/mine.csv")
