@@ -35,12 +35,13 @@ def measure(root: Path, cache: Path) -> dict[str, float]:
 
     from tlcli.data.images import DigestRecord, ImageFiles, source_of_files
     from tlcli.data.listing import list_folder
+    from tlcli.store import Store
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     split = source_of_files(list_folder(str(root), None)).splits["all"]
     assert isinstance(split.images, ImageFiles)
-    digests = DigestRecord(cache, root, verify_all=False)
+    digests = DigestRecord(Store(cache), root, verify_all=False)
     files = ImageFiles(split.images.root, split.images.keys, digests=digests)
     type(split)(files, split.indices, split.labels).fingerprint()
     digests.save()

@@ -257,8 +257,13 @@ class Store:
     def add_note(self, name: str, key: str, value: Any) -> None:
         """Add a note in one atomic step among all processes. Does nothing if the cache cannot be written."""
         file_lock = lock(self.root / "locks" / f"{name}.json.lock", timeout=10)
-        with suppress(OSError), file_lock, atomic_write(self.root / f"{name}.json") as file:
-            file.write(_json({"format": _NOTES_MARK, "notes": {**self.read_notes(name), key: value}}).encode())
+        with suppress(OSError), file_lock:
+            self.write_notes(name, {**self.read_notes(name), key: value})
+
+    def write_notes(self, name: str, notes: Mapping[str, Any]) -> None:
+        """Replace all notes of a name. Raise OSError if the cache cannot be written."""
+        with atomic_write(self.root / f"{name}.json") as file:
+            file.write(json.dumps({"format": _NOTES_MARK, "notes": notes}).encode())
 
     def _folder(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

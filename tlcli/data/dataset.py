@@ -165,7 +165,7 @@ def _load_source(spec: DatasetSpec, reporter: Reporter, store: Store | None, *, 
     files = [s.images for s in source.splits.values() if isinstance(s.images, ImageFiles)]
     if store is None or not files:
         return source
-    record = DigestRecord(store.root, files[0].root, verify_all=spec.verify is Verify.full)
+    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
     new = {id(images): replace(images, digests=record) for images in files}
     return replace(
         source, splits={k: replace(s, images=new.get(id(s.images), s.images)) for k, s in source.splits.items()}

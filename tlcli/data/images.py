@@ -1,7 +1,6 @@
 """Images by position, in files or in memory; splits of them; and their digests."""
 
 import hashlib
-import json
 import os
 import threading
 import time
@@ -19,8 +18,8 @@ import numpy as np
 from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, read_bytes, read_raw
 from tlcli.data.listing import Listing, resolve_classes
 from tlcli.errors import BadImagesError
-from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
+from tlcli.store import Store
 from tlcli.text import join_limited
 
 S = TypeVar("S")
@@ -58,19 +57,16 @@ class DigestRecord:
     A digest is reused if size, inode and modification time match, and the file was at least 2 s old when it was read.
 
     Args:
-        folder: of the cache.
+        store: keeps the record in its notes.
         verify_all: read every file; the record is then written only.
     """
 
-    def __init__(self, folder: Path, root: Path, *, verify_all: bool) -> None:
-        name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
-        self._file = folder / "digests" / f"{name}.json"
-        self._entries: dict[str, Any] = {}
+    def __init__(self, store: Store, root: Path, *, verify_all: bool) -> None:
+        self._store = store
+        self._name = "digests-" + hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
+        self._entries = store.read_notes(self._name)
         self._verify_all = verify_all
         self._changed = False
-        with suppress(OSError, ValueError):  # missing or damaged: everything is read again
-            entries = json.loads(self._file.read_bytes())
-            self._entries = entries if isinstance(entries, dict) else {}
 
     def digest(self, path: Path, key: str) -> bytes:
         """Return the digest of a file. Raise BadImage."""
@@ -92,8 +88,8 @@ class DigestRecord:
         """Write the record if it changed and the cache can be written."""
         if self._changed:
             self._changed = False
-            with suppress(OSError, UnicodeEncodeError), atomic_write(self._file) as file:
-                file.write(json.dumps(self._entries).encode())
+            with suppress(OSError):
+                self._store.write_notes(self._name, self._entries)
 
 
 def digest_of_file(path: Path) -> bytes:
