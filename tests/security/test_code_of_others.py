@@ -106,7 +106,7 @@ class Module(ast.NodeVisitor):
             self.tell(node, f"{name} without check_hash=True: published weights are compared with their digest")
         if words.get("shell", "False") != "False":
             self.tell(node, f"{name} with shell={words['shell']}")
-        if last in ("extractall", "extract") and words.get("filter") != "'data'":
+        if name.endswith((".extractall", ".extract")) and words.get("filter") != "'data'":
             self.tell(node, f"{name} without filter='data'")
         if name in BELOW and "dir" not in words:
             self.tell(node, f"{name} without dir=")
