@@ -108,6 +108,8 @@ LIGHT = [
     "tlcli.transfer.freeze",
     "tlcli.models.backbones",
     "tlcli.data.listing",
+    "tlcli.data.sources",
+    "tlcli.data.augment",
     "tlcli.runs.index",
     "tlcli.runs.leaderboard",
 ]
