@@ -299,13 +299,9 @@ class Workload:
         self, cut: Cut, option: ComputeFormat, pool: Split, label: str, number: int | None
     ) -> SplitActivations:
         memo = (id(cut), option.description, label, number)
-        if memo not in self._splits:
-            self._splits[memo] = self._new_activations(cut, self.extractor(cut, option), pool, label, number)
-        return self._splits[memo]
-
-    def _new_activations(
-        self, cut: Cut, extractor: Extractor, pool: Split, label: str, number: int | None
-    ) -> SplitActivations:
+        if memo in self._splits:
+            return self._splits[memo]
+        extractor = self.extractor(cut, option)
         spec, preprocessing, columns = self.spec, self.preprocessing, extractor.columns()
         view = None if number is None else View(number, spec.seed, spec.augment)
         batches = ImageBatches(
@@ -337,4 +333,5 @@ class Workload:
             "view": number,
             "dtype": extractor.compute_format.description,
         }
-        return SplitActivations(self.session.store, batches, extractor, key, columns, view, metadata)
+        self._splits[memo] = SplitActivations(self.session.store, batches, extractor, key, columns, view, metadata)
+        return self._splits[memo]
