@@ -46,13 +46,10 @@ _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
 _OWN_FILE = re.compile(r"meta\.json|\d+\.bin")
 _NOTES_MARK = "tlcli notes 1"
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)
-"""Errors that reading a damaged file may raise."""
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
-_verified: dict[Path, tuple[object, ...]] = {}
-"""The file times of entries when this process verified them."""
-_held: dict[Path, AbstractContextManager[None]] = {}
-"""The shared locks of this process."""
+_verified: dict[Path, tuple[object, ...]] = {}  # file times of entries when this process verified them
+_held: dict[Path, AbstractContextManager[None]] = {}  # shared locks of this process
 
 
 def cache_dir() -> Path:
@@ -121,24 +118,22 @@ class Store:
         """
         if not self.exists(key):
             return None
-        try:
+        with suppress(*_DAMAGE):
             entry = _read_entry(self._folder(key))
             _verify(entry)
-        except _DAMAGE:
-            return None
-        with suppress(OSError):  # a cache of another user, which is read-only for this one
-            os.utime(entry.path / META)
-        return entry
+            with suppress(OSError):  # a cache of another user, which is read-only for this one
+                os.utime(entry.path / META)
+            return entry
+        return None
 
     def exists(self, key: str) -> bool:
         """Return True if an entry looks complete by its meta.json and file sizes, and hold it. `find` verifies it."""
         folder = self._folder(key)
-        try:
+        with suppress(*_DAMAGE):
             _read_entry(folder)
-        except _DAMAGE:
-            return False
-        self._hold(key)
-        return True
+            self._hold(key)
+            return True
+        return False
 
     @contextmanager
     def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -453,9 +448,8 @@ def _delete(folder: Path) -> int:
 
 def _notes_in(file: Path) -> dict[str, Any] | None:
     """Return the notes in a file; None if it does not hold notes of tlcli."""
-    try:
+    with suppress(*_DAMAGE):
         record = json.loads(file.read_text(encoding="utf-8"))
-        notes = record["notes"] if record["format"] == _NOTES_MARK else None
-    except _DAMAGE:
-        return None
-    return notes if isinstance(notes, dict) else None
+        if record["format"] == _NOTES_MARK and isinstance(record["notes"], dict):
+            return dict(record["notes"])
+    return None
