@@ -121,8 +121,8 @@ def test_a_read_only_run_can_be_looked_at(read_only: Path, shapes: Path, tlcli: 
     assert "run: not writable (" in evaluated.err
     assert "eval writes its results there" in evaluated.err
     assert evaluated.err.count("\n") == 1
-    assert "run/report.html: cannot be written: " in reported.err
-    assert "name another file with --output" in reported.err
+    assert "run/report.html: cannot write (" in reported.err
+    assert "choose another file with --output" in reported.err
     assert reported.err.count("\n") == 1
     assert tlcli("report", "run", "--output", str(tmp_path / "r.html")).code == 0
 

@@ -200,8 +200,8 @@ def test_the_matrix_has_every_pair() -> None:
         assert len(seen) == len({a for a, _ in seen}) * len({b for _, b in seen})
 
 
-SAMPLE = (8, 17)
-"""Cases of the default set: cached and stopped at the end of an epoch; uncached and stopped within one."""
+SAMPLE = (17,)
+"""Cases of the default set: uncached with dropout, stopped within an epoch."""
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,7 @@ def test_other_images_are_refused_with_what_changed(stopped: Path, capsys: pytes
     assert "test has 3 images of across, it had 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_that_moved_are_the_same(stopped: Path) -> None:
     (stopped.parent / "images").rename(stopped.parent / "elsewhere")
     assert main(["train", "--resume", str(stopped)]) == 2
@@ -303,6 +304,7 @@ def test_a_damaged_state_is_one_line_that_says_what_to_do(stopped: Path, capsys:
     assert [row["epoch"] for row in rows(RunDir(stopped)) if row["split"] == "val"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_other_threads_or_activations_are_said_not_to_be_exact(
     stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
