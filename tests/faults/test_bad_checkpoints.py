@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tests.faults.refusals import refused, untouched, yaml_bomb
-from tests.models.test_build import Payload
 from tests.runs.test_predictions import SOME
+from tests.security.test_pickles import Payload
 from tlcli.cli.job import check_weights
 from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import build_model
