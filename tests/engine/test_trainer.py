@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from tests.conftest import Compose
+from tlcli.cli.conf_files import conf_dir
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
 from tlcli.engine.activations import Workload
@@ -22,7 +23,6 @@ from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer, class_weights
 from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, eval_mode
-from tlcli.registry import options
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, TrainSpec
 from tlcli.store import Store, cache_dir
@@ -126,8 +126,10 @@ def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     once, parts = small("batch_size=24", *same), small("batch_size=8", "accumulate=3", *same)
     for setting in (once, parts):
         setting.model.network.double()
-        ready = setting.inputs.train._ready
-        setting.inputs.train._ready = lambda batches, ready=ready: (((x.double(),), y) for (x,), y in ready(batches))
+        normalized = setting.inputs.train._normalized
+        setting.inputs.train._normalized = lambda batches, ready=ready: (
+            ((x.double(),), y) for (x,), y in ready(batches)
+        )
         setting.fit()
     assert once.trainer.step == parts.trainer.step == math.ceil(54 / 24)
     other = parts.model.network.state_dict()
@@ -215,7 +217,7 @@ def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment", options("augment"))
+@pytest.mark.parametrize("augment", [file.stem for file in sorted((conf_dir() / "augment").glob("*.yaml"))])
 def test_every_augmentation_changes_what_is_trained_on(small, augment: str) -> None:
     plain, augmented = small("augment=none"), small(f"augment={augment}", "augment.erasing=0.5")
     assert plain.fit().loss != augmented.fit().loss
