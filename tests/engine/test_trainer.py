@@ -126,7 +126,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     once, parts = small("batch_size=24", *same), small("batch_size=8", "accumulate=3", *same)
     for setting in (once, parts):
         setting.model.network.double()
-        normalized = setting.inputs.train._normalized
+        ready = setting.inputs.train._normalized
         setting.inputs.train._normalized = lambda batches, ready=ready: (
             ((x.double(),), y) for (x,), y in ready(batches)
         )
