@@ -179,7 +179,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) 
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         points = {split: [(row["epoch"], row[key]) for row in rows if row["split"] == split] for split in LABELS}
         draw_curve(axes, {split: values for split, values in points.items() if values}, key, best_epoch)
-        axes.set_title(key, loc="left")
+        axes.set_title(key, loc="left", pad=22)  # above the label of the epoch
     _save(_render(figure), file)
 
 
