@@ -78,7 +78,7 @@ def test_where_no_cache_can_be_training_is_live_and_one_line_says_so(
     ended = run(tmp_path / there, shapes, out=tmp_path / "run")
     assert ended.code == 0
     (line,) = ended.about_the_cache()
-    assert line.startswith("activations: training is live: ")
+    assert line.startswith("activations: training reads images: ")
     assert str(tmp_path / there) in line
     assert (tmp_path / "file").read_text() == "mine"
     assert ended.result == live.result
@@ -117,7 +117,7 @@ def test_an_entry_that_is_removed_again_and_again_means_live(
     monkeypatch.setattr(ActivationReader, "open", after_removal)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
-    assert len([line for line in ended.lines if line.startswith("note") and "live" in line]) == 1
+    assert len([line for line in ended.lines if line.startswith("note") and "reading images instead" in line]) == 1
     assert ended.is_as(live)
 
 
@@ -162,7 +162,7 @@ def test_a_read_only_cache_is_read_and_where_it_lacks_something_training_is_live
     empty = mounted(read_only, cache, tmp_path / "empty", shapes)
     assert empty.code == 0, empty.lines
     (line,) = empty.about_the_cache()
-    assert line == f"activations: training is live: {cache} is read-only (Read-only file system)"
+    assert line == f"activations: training reads images: {cache} is read-only (Read-only file system)"
     assert list(cache.iterdir()) == []
     filled = mounted("true", cache, tmp_path / "filled", shapes)
     again = mounted(read_only, cache, tmp_path / "again", shapes)
@@ -181,4 +181,6 @@ def test_a_cache_on_a_full_disk_means_live_and_one_line(shapes: Path, tmp_path: 
     ended = mounted(full, cache, tmp_path / "run", shapes)
     assert ended.code == 0, ended.lines
     (line,) = ended.about_the_cache()
-    assert re.fullmatch(r"activations: training is live: .* of the disk's free 0 B would leave less than 1\.0 GB", line)
+    assert re.fullmatch(
+        r"activations: training reads images: .* of the disk's free 0 B would leave less than 1\.0 GB", line
+    )

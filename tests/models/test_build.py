@@ -155,13 +155,6 @@ def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: P
         assert larger.network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("facts", [{"classes": 3}, {"preprocessing": {"size": 32}}, {"preprocessing": [1]}])
-def test_damaged_metadata_is_a_usage_error(spec: Compose, source: Classifier, tmp_path: Path, facts: dict) -> None:
-    save_weights(tmp_path / "m.safetensors", source.network, facts)
-    with pytest.raises(UsageError, match="metadata is damaged"):
-        read_weights(tmp_path / "m.safetensors")
-
-
 def test_names_that_do_not_suit_their_kind(spec: Compose) -> None:
     with pytest.raises(UsageError, match="efficientnet_lite0, efficientnet_lite1"):
         build_model(spec("backbone.name=efficientnet_b0").backbone, CLASSES, size=None, seed=0)
