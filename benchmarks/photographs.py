@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 
 from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
 from benchmarks.run import out_folder, parser, publish, publish_measures
+from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import read_image, to_rgb
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import limit_threads
 from tlcli.specs import Fit
 

@@ -326,7 +326,7 @@ def export(
     import torch
 
     images, source = find_samples(run, dataset)
-    size, normalized = run.preprocessing.size, run.preprocessing.normalise(images)
+    size, normalized = run.preprocessing.size, run.preprocessing.normalize(images)
     network, inputs, contents = run.model, normalized.contiguous(), f"images float32 (N, 3, {size}, {size}) normalized"
     if with_preprocessing:
         network = _with_normalization(run.model, run.preprocessing.mean, run.preprocessing.std).eval()

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import BadImage, read_image
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import DTYPE_NAMES, DTYPES, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.decisions import FORCE_COMPILE_IMAGES, recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor

@@ -286,7 +286,7 @@ class AugmentSpec(OptionSpec, frozen=True):
     erasing: Fraction
 
     def build(self, preprocessing: Any) -> Any:
-        """Return the `tlcli.data.augment.Augmentation`; None if images are as in evaluation."""
+        """Return the `tlcli.data.batches.Augmentation`; None if images are as in evaluation."""
         raise NotImplementedError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.cli.conftest import Ended
 from tests.conftest import make_folder
 from tlcli.cli import main
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data.batches import Preprocessing
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, ExportResult, compare, export, find_samples
 from tlcli.runs.load import LoadedRun, load_run
@@ -258,7 +258,7 @@ def test_samples_are_test_images_as_the_network_sees_them(
     dataset = spec("dataset=imagefolder", f"dataset.root='{resnet.parent}/images'").dataset
     images, source = find_samples(loaded, dataset)
     assert source == f"{SAMPLE_IMAGES} test images of the run"
-    assert torch.equal(loaded.preprocessing.normalise(images[:1]), loaded.preprocess(images_of_test(resnet)[0]))
+    assert torch.equal(loaded.preprocessing.normalize(images[:1]), loaded.preprocess(images_of_test(resnet)[0]))
     assert find_samples(loaded, spec("dataset=digits").dataset)[1].startswith(f"{SAMPLE_IMAGES} random images")
 
 

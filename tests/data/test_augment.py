@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from tlcli.data.augment import AugmentNoneSpec, CropSpec, RandAugmentSpec, RandomCrop, TrivialAugmentSpec
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data.augment import AugmentNoneSpec, CropSpec, RandAugmentSpec, TrivialAugmentSpec
+from tlcli.data.batches import Preprocessing, RandomCrop
 from tlcli.specs import AugmentSpec, Fit
 
 SCALE, RATIO = (0.35, 1.0), (0.75, 4 / 3)

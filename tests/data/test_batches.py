@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tests.data.samples import save_image
-from tlcli.data.augment import Augmentation, CropSpec, TrivialAugmentSpec
-from tlcli.data.batches import Batch, ImageBatches, epoch_order, sample_seed
+from tlcli.data.augment import CropSpec, TrivialAugmentSpec
+from tlcli.data.batches import Augmentation, Batch, ImageBatches, Preprocessing, epoch_order, sample_seed
 from tlcli.data.images import ImageArrays, ImageFiles, Split
-from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
 from tlcli.specs import Fit
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from tlcli.data import preprocess
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data import batches
+from tlcli.data.batches import Preprocessing
 from tlcli.specs import Fit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,7 +52,7 @@ def test_a_batch_is_its_images(fit: Fit, size: int, monkeypatch: pytest.MonkeyPa
     want = torch.stack([one.apply(image) for image in images])
     assert torch.equal(want, torch.stack([plainly(image, one) for image in images]))
     for together in (1, 4 * 32 * 32 * 3, 2**20):
-        monkeypatch.setattr("tlcli.data.preprocess.RESIZE_BATCH_BYTES", together)
+        monkeypatch.setattr("tlcli.data.batches.RESIZE_BATCH_BYTES", together)
         got = one.apply_batch(iter(images))
         assert torch.equal(got, want)
         assert got.is_contiguous(memory_format=torch.channels_last)
@@ -75,11 +75,11 @@ def plainly(image: np.ndarray, one: Preprocessing) -> torch.Tensor:
 
 
 def test_images_of_an_iterator_are_taken_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcli.data.preprocess.RESIZE_BATCH_BYTES", 4 * 32 * 32 * 3)
+    monkeypatch.setattr("tlcli.data.batches.RESIZE_BATCH_BYTES", 4 * 32 * 32 * 3)
     resizes: list[int] = []
     taken = 0
-    resize = preprocess.resized
-    monkeypatch.setattr(preprocess, "resized", lambda *a: resizes.append(taken - sum(resizes)) or resize(*a))
+    resize = batches.resize
+    monkeypatch.setattr(batches, "resize", lambda *a: resizes.append(taken - sum(resizes)) or resize(*a))
 
     def images() -> Iterator[np.ndarray]:
         nonlocal taken
@@ -129,7 +129,7 @@ def test_normalise_is_torchvisions() -> None:
     batch = torch.from_numpy(noise(4 * 16, 16)).reshape(4, 16, 16, 3).permute(0, 3, 1, 2)
     want = v2.functional.normalize(batch.float() / 255, MEAN, STD)
     before = batch.clone()
-    got = preprocessing(16).normalise(batch)
+    got = preprocessing(16).normalize(batch)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want)
     assert torch.equal(batch, before)
@@ -138,7 +138,7 @@ def test_normalise_is_torchvisions() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_normalise_keeps_the_memory_format(memory_format: torch.memory_format) -> None:
     batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=memory_format)
-    assert preprocessing(8).normalise(batch).is_contiguous(memory_format=memory_format)
+    assert preprocessing(8).normalize(batch).is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("fit", Fit)

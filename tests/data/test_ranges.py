@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from tests.data.samples import folder_spec
+from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, images_by_key, load_dataset, load_evaluation_split
 from tlcli.data.decode import read_image, read_raw
-from tlcli.data.preprocess import Preprocessing
 from tlcli.reporter import Reporter
 from tlcli.runs.load import pixels_of
 from tlcli.specs import Fit

@@ -9,10 +9,9 @@ import pytest
 
 from tests.data.samples import digits_spec, folder_spec
 from tests.data.test_dataset import Recorder, all_names, damage
-from tlcli.data.batches import ImageBatches
+from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset, preload_images
 from tlcli.data.decode import read_raw
-from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Fit, OnBad

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Compose, make_folder
-from tlcli.data.batches import ImageBatches
+from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.images import ImageArrays, Split
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
 from tlcli.engine import activations, loaders
 from tlcli.engine.activations import Workload, activations_key, image_size, merge_splits, row_indices
@@ -257,7 +256,7 @@ def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) 
         for name, images in (("split", split), ("pool", pool))
     }
     tables = [
-        (torch.cat([EIGHT.normalise(x).permute(0, 2, 3, 1) for x, _ in batches["pool"].in_order(view)]).contiguous(),)
+        (torch.cat([EIGHT.normalize(x).permute(0, 2, 3, 1) for x, _ in batches["pool"].in_order(view)]).contiguous(),)
         for view in (range(views) if views else [None])
     ]
     nothing = nn.Identity()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.conftest import Compose
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data.batches import Preprocessing
 from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm, _PixelPrefix
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.models.build import build_model
@@ -230,7 +230,7 @@ def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
     assert rows.is_contiguous()
     assert (rows.dtype, rows.shape) == (getattr(torch, expected), (3, 2, 2, 256))
     with torch.inference_mode():
-        (plain,) = cut.prefix(SMALL.normalise(PIXELS[:3]))
+        (plain,) = cut.prefix(SMALL.normalize(PIXELS[:3]))
     wanted = plain.permute(0, 2, 3, 1)
     far = (rows.float() - wanted).norm() / wanted.norm()
     assert far < (1e-5 if expected == "float32" == str(computed).removeprefix("torch.") else 2e-2)

@@ -19,10 +19,9 @@ from PIL import Image, PngImagePlugin
 from tests.data.samples import folder_spec, manifest_spec, save_image
 from tests.data.test_decode import jpeg, png_header
 from tests.faults.refusals import refused, untouched
-from tlcli.data.batches import ImageBatches
+from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset, load_evaluation_split
 from tlcli.data.listing import expand_image_paths
-from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import BadImagesError
 from tlcli.predict import decode_image
 from tlcli.reporter import Reporter

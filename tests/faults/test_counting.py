@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from tests.conftest import Compose, finish
 from tests.faults.programs import program
-from tlcli.data.batches import ImageBatches
+from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.images import ImageArrays, Split
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import Device
 from tlcli.engine import loaders
 from tlcli.engine.evaluate import evaluate

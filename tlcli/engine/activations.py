@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches
+from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
-from tlcli.data.preprocess import Preprocessing
 from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
 from tlcli.engine.extraction import ExtractionStats, Extractor
 from tlcli.engine.gradients import is_plain_linear

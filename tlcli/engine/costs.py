@@ -309,7 +309,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     preprocessing = preprocessing_for(spec, classifier)
     if is_random:  # without statistics signals vanish, and processors are many times slower with such small numbers
         images = [preprocessing.apply(sample.train.read(i)) for i in range(min(WARMUP_IMAGES, len(sample.train)))]
-        update_bn([preprocessing.normalise(torch.stack(images).to(accelerator))], classifier.network.eval())
+        update_bn([preprocessing.normalize(torch.stack(images).to(accelerator))], classifier.network.eval())
 
     spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
     variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]

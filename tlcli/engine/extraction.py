@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data.batches import Preprocessing
 from tlcli.device import DTYPE_NAMES, autocast, synchronize
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.reporter import Reporter
@@ -197,7 +197,7 @@ class _PixelPrefix(nn.Module):
         self.preprocessing = preprocessing
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = self.prefix(self.preprocessing.normalise(images))
+        out: tuple[Tensor, ...] = self.prefix(self.preprocessing.normalize(images))
         return out
 
 

@@ -7,9 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.augment import apply_transforms
-from tlcli.data.batches import ImageBatches, epoch_order
-from tlcli.data.preprocess import Preprocessing
+from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, epoch_order
 from tlcli.device import Device
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
@@ -91,7 +89,7 @@ class ImageLoader:
     def _normalized(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         for images, labels in batches:
             x = images.contiguous(memory_format=self._device.memory_format)
-            yield (self._preprocessing.normalise(x),), labels
+            yield (self._preprocessing.normalize(x),), labels
 
 
 class ActivationLoader:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import Pixels, ValueRange, read_image, to_rgb
-from tlcli.data.preprocess import Preprocessing
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier
@@ -65,7 +65,7 @@ class LoadedRun:
             BadImage: a ValueError; the file does not decode.
             TypeError, ValueError: it is not an image.
         """
-        return self.preprocessing.normalise(self.preprocessing.apply(pixels_of(image, self.preprocessing.range))[None])
+        return self.preprocessing.normalize(self.preprocessing.apply(pixels_of(image, self.preprocessing.range))[None])
 
     def predict(self, image: str | Path | Image.Image | Pixels, top: int = 5) -> list[tuple[str, float]]:
         """Return the most likely classes of an image with their calibrated probabilities, in descending order."""
