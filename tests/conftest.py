@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlcli.cli import main
+from tlcli.cli import main, quiet_libraries
 from tlcli.cli.compose import compose_spec, parse_flags
-from tlcli.cli.process import quiet_libraries
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores

@@ -60,7 +60,6 @@ def replace_with_hardlink(path: Path, name: Path) -> bool:
 
 
 def _temp_path(path: Path) -> Path:
-    """Return the name of a file while it is written."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -147,9 +146,6 @@ def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[N
             exclusive.release()
 
 
-# pathlib's checks raise for names that are too long and for links that form a circle; those below do not.
-
-
 def expand_user(path: str) -> Path:
     """Return the path with ~ replaced by the home directory. Raise UsageError for an unknown user."""
     try:
@@ -158,21 +154,10 @@ def expand_user(path: str) -> Path:
         raise UsageError(f"{path}: no such home directory; write the whole path") from None
 
 
-def exists(path: str | Path) -> bool:
-    """Return True if the path exists; False also for names that the system does not accept."""
-    return os.path.exists(path)  # noqa: PTH110
-
-
-def is_dir(path: str | Path) -> bool:
-    """Return True if the path is a folder; False also for names that the system does not accept."""
-    return os.path.isdir(path)  # noqa: PTH112
-
-
-def is_file(path: str | Path) -> bool:
-    """Return True if the path is a regular file; False also for names that the system does not accept."""
-    return os.path.isfile(path)  # noqa: PTH113
-
-
 def resolve_links(path: Path) -> Path:
-    """Return the path with links followed as far as possible."""
+    """Return the path with links followed as far as possible, also for links that form a circle."""
     return Path(os.path.realpath(path))
+
+
+# pathlib's checks raise for names that are too long and for links that form a circle; these do not
+exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile

@@ -1,6 +1,15 @@
 """Signals that end a run wait for the end of a step, so that what is saved afterwards is of whole steps."""
 
-from types import TracebackType
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received. It is a KeyboardInterrupt, so that `except Exception` does not catch it."""
 
 
 class _DeferInterrupts:
@@ -26,5 +35,36 @@ class _DeferInterrupts:
         self._pending = exc
 
 
-defer_interrupts = _DeferInterrupts()
-"""`with defer_interrupts: ...` in the main thread, where Python runs the handlers of signals."""
+defer_interrupts = _DeferInterrupts()  # for the main thread, where Python runs the handlers of signals
+
+
+@contextmanager
+def handle_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGINT, and Terminated for SIGTERM and SIGHUP, at the end of the present step.
+
+    SIGHUP is left alone if it is ignored (nohup). A second SIGINT ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    owner, received = os.getpid(), False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if os.getpid() != owner:  # a forked worker does not record the run; SIGINT reaches its parent too
+            if number != signal.SIGINT:
+                os._exit(128 + number)
+            return
+        if received and number == signal.SIGINT:
+            os._exit(130)
+        received = True
+        defer_interrupts.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    numbers = {signal.SIGINT, signal.SIGTERM, hangup}
+    previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,7 +1,4 @@
-"""What a run tells whoever is watching. Work never prints; it tells a Watch, and the command line shows it.
-
-Plain data alone, so that the command line can show it without importing torch.
-"""
+"""Progress and results of a run, passed to a Reporter as plain data: work never prints, and torch is not imported."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of the network in the freeze table; `lr` is its highest rate, None where nothing in it trains."""
+    """One stage in the freeze table; `lr` is its highest learning rate, None if nothing in it trains."""
 
     name: str
     parameters: int
@@ -21,7 +18,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is about to do. `counts` has, for each split in use, the number of images of each class."""
+    """The plan of a run. `counts` has the number of images per class of each split."""
 
     run: Path
     name: str
@@ -39,7 +36,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch's figures; epoch 0 is the network before training. `best`: the best on validation so far."""
+    """Metrics of an epoch; epoch 0 is before training. `best`: it is the best on validation so far."""
 
     epoch: int
     epochs: int
@@ -56,8 +53,7 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `ci95` is Wilson's interval of the accuracy; `confused` has (true, predicted, count), worst
-    first; `top5` is None with five classes or fewer."""
+    """The test result. `confused` has (true, predicted, count), worst first; `top5` is None for up to five classes."""
 
     run: Path
     accuracy: float
@@ -73,21 +69,21 @@ class RunResult:
 
 
 class Reporter:
-    """A silent watcher, and the base of those that show something."""
+    """Shows nothing; the base of those that do."""
 
     def note(self, text: str) -> None:
-        """One line worth reading: a choice that was made and why, or a warning."""
+        """Take a line worth reading: a choice and its reason, or a warning."""
 
     @contextmanager
     def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        """A span of work over `total` units; the function that it yields is called with each number of units done."""
+        """Yield a function that is called with each number of units done, of `total`."""
         yield lambda done: None
 
     def plan(self, plan: RunPlan) -> None:
-        """Everything is loaded and training is about to begin."""
+        """Take the plan, before training starts."""
 
     def epoch(self, row: EpochRow) -> None:
-        """An epoch ended."""
+        """Take the metrics of an epoch at its end."""
 
     def outcome(self, outcome: RunResult) -> None:
-        """The test accuracy is known and everything is written."""
+        """Take the test result, after everything is written."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
-"""First characters that make a spreadsheet read a cell as a formula."""
+LABEL_WIDTH = 11
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates a cell that starts like this
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
@@ -68,9 +68,6 @@ def shown_path(path: Path) -> str:
         return str(path)
 
 
-LABEL_WIDTH = 11
-
-
 def labelled(label: str, value: str, width: int | None) -> list[str]:
     """Return the lines of a value behind its label, wrapped under itself; not wrapped if the width is None."""
     first = label.ljust(LABEL_WIDTH)
@@ -117,7 +114,7 @@ def escape_formula(cell: object) -> object:
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """Return a line of CSV, with its newline, in which no cell is a formula."""
+    """Return a line of CSV, with its newline; text that starts like a formula gets an apostrophe."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow([escape_formula(cell) for cell in cells])
     return text.getvalue().removesuffix("\r\n") + "\n"

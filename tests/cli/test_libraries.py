@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.cli.process import fast_imports
+from tlcli.cli import fast_imports
 
 
 @pytest.fixture(autouse=True)

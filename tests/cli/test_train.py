@@ -123,8 +123,8 @@ def test_interrupted(tlcli, training, tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     (run,) = runs_in(tmp_path)
-    goes_on = f"tlcli train --resume {run.path.relative_to(tmp_path)} goes on"
-    assert (ended.code, ended.err) == (130, f"tlcli train: interrupted: {goes_on}\n")
+    hint = f"resume with: tlcli train --resume {run.path.relative_to(tmp_path)}"
+    assert (ended.code, ended.err) == (130, f"tlcli train: interrupted: {hint}\n")
     assert status(tmp_path) == ("interrupted", "interrupted")
 
 
@@ -189,7 +189,9 @@ def test_terminated(argv: tuple[str, ...], tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 143
-    assert re.fullmatch(r"tlcli train: terminated: tlcli train --resume \S+ goes on", err.decode().splitlines()[-1])
+    assert re.fullmatch(
+        r"tlcli train: terminated: resume with: tlcli train --resume \S+", err.decode().splitlines()[-1]
+    )
     assert status(tmp_path) == ("interrupted", "terminated")
     if "-m" in argv:
         (board,) = tmp_path.rglob("sweep.json")

@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.conftest import make_folder
 from tests.faults.runs_alike import differences, unreadable
-from tlcli.cli.process import quiet_libraries
+from tlcli.cli import quiet_libraries
 from tlcli.runs.run_dir import RunDir, read_json
 
 COMMON = ("image.size=32", "batch_size=8", "device.precision=fp32", "device.channels_last=true", "dataset=imagefolder")

@@ -222,11 +222,11 @@ def _removals(store: Store) -> Iterator[Callable[[], object]]:
 
 def folders(root: Path, n: int) -> list[Any]:
     """The directories that n runs get which ask for the same one at one moment; its parents are missing."""
-    from tlcli.cli.folders import new_folder
+    from tlcli.cli.train import make_folder
 
     def member(number: int, wait: Callable[[], None]) -> str:
         wait()
-        return new_folder(root / "2026-11-24" / "10-15-00").path.name
+        return make_folder(root / "2026-11-24" / "10-15-00")[0].name
 
     return together(member, n)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.filling import together
-from tlcli.cli import main
-from tlcli.cli.process import quiet_libraries
+from tlcli.cli import main, quiet_libraries
 
 quiet_libraries()
 

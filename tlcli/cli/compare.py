@@ -38,7 +38,7 @@ def parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Compare the runs in argv; return the exit code."""
     arguments = parser().parse_args(argv)
-    from tlcli.cli.process import fast_imports
+    from tlcli.cli import fast_imports
 
     with fast_imports():
         from tlcli.runs.compare import compare

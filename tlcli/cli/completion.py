@@ -99,9 +99,9 @@ def _values_of(action: argparse.Action, word: str, before: list[str]) -> Iterato
     if action.choices:
         yield from map(str, action.choices)
     elif action.metavar in ("RUN", "SWEEP"):
-        from tlcli.cli.folders import run_folders
+        from tlcli.runs.run_dir import recent_runs
 
-        yield from run_folders()
+        yield from recent_runs()
     elif action.metavar == "FOLDER":
         yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
     elif "=" in str(action.metavar):

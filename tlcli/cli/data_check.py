@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tlcli.check import Findings
-    from tlcli.cli.folders import Folder
     from tlcli.specs import TrainSpec
 
 FLAGS = ("--quick", "--output", "--format", "--help")
@@ -63,16 +62,18 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"tlcli data has no command {argv[0]!r}.{hint}")
     arguments = parse_arguments(argv[1:])
     spec = _compose(arguments)
-    folder = _make_folder(spec, arguments.output)
+    folder, made = _make_folder(spec, arguments.output)
     try:
-        summary = _check(spec, arguments, folder.path)
+        summary = _check(spec, arguments, folder)
     except BaseException:
-        folder.discard()
+        from tlcli.cli.train import discard_folders
+
+        discard_folders(folder, made)
         raise
     if arguments.format == "json":
         print(json.dumps(summary, indent=2))
     else:
-        _show(summary, folder.path)
+        _show(summary, folder)
     return 0
 
 
@@ -125,9 +126,9 @@ def _compose(arguments: Namespace) -> "TrainSpec":
     return spec
 
 
-def _make_folder(spec: "TrainSpec", output: Path | None) -> "Folder":
+def _make_folder(spec: "TrainSpec", output: Path | None) -> tuple[Path, list[Path]]:
     """Make the folder of the results. Raise UsageError."""
-    from tlcli.cli.folders import Folder, new_folder
+    from tlcli.cli.train import make_folder
 
     now = datetime.now()
     path = output.expanduser() if output else Path(spec.out) / "data-check" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
@@ -138,13 +139,13 @@ def _make_folder(spec: "TrainSpec", output: Path | None) -> "Folder":
     if output is not None and path.exists():
         if not path.is_dir() or any(path.iterdir()):
             raise UsageError(f"--output={output}: already exists and is not empty; name a new folder")
-        return Folder(path, ())
-    return new_folder(path)
+        return path, []
+    return make_folder(path)
 
 
 def _check(spec: "TrainSpec", arguments: Namespace, folder: Path) -> dict[str, Any]:
     """Check the dataset and write all files; return the summary."""
-    from tlcli.cli.process import fast_imports
+    from tlcli.cli import fast_imports
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 

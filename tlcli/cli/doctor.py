@@ -30,8 +30,8 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from tlcli.cli import fast_imports
     from tlcli.cli.conf_files import ConfFiles, conf_dir
-    from tlcli.cli.process import fast_imports
     from tlcli.cli.table import TableColumn, make_table
 
     options = ConfFiles([conf_dir()]).groups["backbone"]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.folders import run_folders
 from tlcli.cli.parser import FORMATS, Parser
 from tlcli.cli.table import TableColumn, make_table
 from tlcli.errors import UsageError
@@ -61,11 +60,13 @@ def run(argv: list[str]) -> int:
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
     """Yield what may follow these words on a command line, for completion."""
+    from tlcli.runs.run_dir import recent_runs
+
     if before and before[-1] == "--format":
         yield from FORMATS
         return
     if not any("=" not in word and not word.startswith("-") for word in before):
-        yield from run_folders()
+        yield from recent_runs()
     yield from (f"{key}={value}" for key, values in CHOICES.items() for value in values)
     yield from ("dataset=", "dataset.root=", "device=", "--format", "--help")
 
@@ -99,7 +100,7 @@ def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
 
 def _evaluate(run_path: Path, chosen: Mapping[str, str], overrides: Sequence[str], *, quiet: bool) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
-    from tlcli.cli.process import fast_imports
+    from tlcli.cli import fast_imports
     from tlcli.cli.saved_config import load_spec
     from tlcli.runs.run_dir import open_run
 

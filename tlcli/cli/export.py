@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.process import fast_imports
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, check_not_existing, export, find_format
 from tlcli.runs.run_dir import open_run

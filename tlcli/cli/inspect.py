@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.folders import run_folders
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
@@ -69,7 +68,7 @@ def run(argv: list[str]) -> int:
     """Inspect the network and the data that argv names; return the exit code."""
     arguments = parser().parse_intermixed_args(argv)
     spec, head_augment = specs(arguments.words, arguments.config_dir)
-    from tlcli.cli.process import fast_imports
+    from tlcli.cli import fast_imports
     from tlcli.cli.view import TerminalReporter
 
     with fast_imports():
@@ -86,13 +85,15 @@ def run(argv: list[str]) -> int:
 
 def candidates(before: Sequence[str]) -> Iterator[str]:
     """Yield the words that may follow, for completion: the backbones first, then keys of `train`."""
+    from tlcli.runs.run_dir import recent_runs
+
     if before and before[-1] == "--format":
         yield from ("table", "json")
         return
     files = ConfFiles([conf_dir()])
     if not before:
         yield from (option for option in files.groups["backbone"] if option != "timm")
-        yield from run_folders()
+        yield from recent_runs()
     yield from (f"{group}=" for group in files.groups)
     yield from ("--format", "--help")
 

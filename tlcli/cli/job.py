@@ -1,11 +1,12 @@
 """Jobs of `tlcli train`: Hydra starts each one, and run.json records how it ended."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
@@ -17,18 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tlcli import __version__
-from tlcli.cli import exit_status
+from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.process import fast_imports, log, log_to
 from tlcli.cli.trust import refuse_environment
-from tlcli.cli.view import TerminalReporter
+from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
+from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import DatasetSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from tlcli.engine.session import Session
+    from tlcli.runs.resume_state import ResumeState
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 
@@ -39,13 +44,16 @@ class Command:
     Args:
         line: the command line as typed.
         sweep: the folder of a sweep; None for a single run.
+        spec: of a single run.
         resume: the sweep was interrupted: jobs that are done stay as they are, the others are resumed.
     """
 
-    def __init__(self, line: str, files: ConfFiles, sweep: Path | None, *, resume: bool = False) -> None:
+    def __init__(
+        self, line: str, files: ConfFiles, sweep: Path | None, *, spec: TrainSpec | None = None, resume: bool = False
+    ) -> None:
         self.error: Exception | None = None
-        self._line, self._files, self._sweep, self._resume = line, files, sweep, resume
-        self._session: Any = None  # of tlcli.engine.session, which imports torch
+        self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
+        self._session: Session | None = None
         self._checked: DatasetSpec | None = None
         self._output_subdir: str | None = None
 
@@ -80,48 +88,18 @@ class Command:
         A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
         """
         job = HydraConfig.get()
-        run, overrides, owner = RunDir(Path(job.runtime.output_dir)), _as_typed(job), None
-        reporter = TerminalReporter(
-            " ".join([f"backbone={job.runtime.choices['backbone']}"]
-                     + [word for word in overrides if word.startswith("backbone.name=")])
-        )  # fmt: skip
+        overrides = _as_typed(job)
+        backbone = [word for word in overrides if word.startswith("backbone.name=")]
+        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
+        run = RunDir(Path(job.runtime.output_dir))
         try:
-            if self._sweep is not None:
-                run, owner = self._claim(run.path, overrides)
-                if (value := _finished_value(run)) is not None:
-                    reporter.heading(f"[{job.job.num}] {' '.join(overrides)}: done before, validation {value:.4f}")
-                    return value
-            resumed = self._resume and owner is None and run.info_file.exists()
+            if self._spec is None:
+                return self._sweep_job(run, config, overrides, reporter)
             with record_status(run):
-                if job.job.chdir:
-                    resolve_paths(config, Path(job.runtime.cwd))
-                if not resumed:
-                    text, refused = _saved_text(config, overrides)
-                    run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
-                    if refused:
-                        raise refused
-                if owner is not None:
-                    raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
-                if self._sweep is not None:
-                    self._save_hydra_config(run, config)
-                    reporter.heading(f"[{job.job.num}] {' '.join(overrides)}")
-                spec = build_spec(config, self._files)
-                if self._sweep is not None:  # a single run was checked before its directory was made
-                    check_weights(spec.backbone.weights)
-                    if spec.dataset != self._checked:
-                        spec.dataset.check()
-                        self._checked = spec.dataset
-                log.info(first_line(spec))
-                with fast_imports():
-                    from tlcli.engine.session import session_for
-                    from tlcli.runs.resume_state import prepare_resume
-                    from tlcli.train import train
-
-                state = prepare_resume(run, self._line) if resumed else None
-                self._session = session_for(spec.cache, self._session)
-                with logged_run(spec, run.path, reporter) as logged:
-                    value = train(spec, run, logged, self._session, state)
-            discard_state(run, spec)
+                text = OmegaConf.to_yaml(config, resolve=True)
+                run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+                value, _ = train_run(self._spec, run, reporter)
+            discard_state(run, self._spec)
             return value
         except Exception as exc:
             self.error = exc
@@ -132,6 +110,55 @@ class Command:
             if self._sweep is not None:
                 with suppress(OSError):
                     leaderboard.write(self._sweep)
+
+    def _sweep_job(
+        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: TerminalReporter
+    ) -> float | None:
+        job = HydraConfig.get()
+        run, owner = self._claim(run.path, overrides)
+        title = f"[{job.job.num}] {' '.join(overrides)}"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            info = read_json(run.info_file)
+            if info["status"] == "done":
+                earlier = float(info["best"][info["keep_best"]])
+                reporter.heading(f"{title}: done before, validation {earlier:.4f}")
+                return earlier
+        resumed = self._resume and owner is None and run.info_file.exists()
+        with record_status(run):
+            if job.job.chdir:
+                resolve_paths(config, Path(job.runtime.cwd))
+            if not resumed:
+                refused = None
+                try:
+                    refuse_environment(config, overrides)
+                    text = OmegaConf.to_yaml(config, resolve=True)
+                except (UsageError, OmegaConfBaseException) as error:  # then no reference is followed
+                    text, refused = OmegaConf.to_yaml(config), error
+                run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+                if isinstance(refused, UsageError):
+                    raise refused
+            if owner is not None:
+                raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
+            if self._output_subdir is not None:  # what Hydra writes for a single run
+                folder = run.path / self._output_subdir
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, content in (("config", config), ("hydra", HydraConfig.instance().cfg)):
+                    OmegaConf.save(content, folder / f"{name}.yaml")
+                OmegaConf.save(job.overrides.task, folder / "overrides.yaml")
+            reporter.heading(title)
+            spec = build_spec(config, self._files)
+            check_weights(spec.backbone.weights)
+            if spec.dataset != self._checked:
+                spec.dataset.check()
+                self._checked = spec.dataset
+            state = None
+            if resumed:
+                with fast_imports():
+                    from tlcli.runs.resume_state import prepare_resume
+                state = prepare_resume(run, self._line)
+            value, self._session = train_run(spec, run, reporter, self._session, state)
+        discard_state(run, spec)
+        return value
 
     def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
         """Return a directory for a job and, if another job has `path`, an error that names it.
@@ -155,15 +182,6 @@ class Command:
                 error = error or f"{path.name} is the directory of the job {' '.join(owner or ['that started before'])}"
         return run, error
 
-    def _save_hydra_config(self, run: RunDir, config: DictConfig) -> None:
-        """Write what Hydra writes for a single run, by default into .hydra."""
-        if self._output_subdir is not None:
-            folder = run.path / self._output_subdir
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, folder / "config.yaml")
-            OmegaConf.save(HydraConfig.instance().cfg, folder / "hydra.yaml")
-            OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
-
 
 def _as_typed(hydra: Any) -> list[str]:
     """Return the overrides of a job, with references in them as they are."""
@@ -171,43 +189,53 @@ def _as_typed(hydra: Any) -> list[str]:
     return [str(word) for word in words] if isinstance(words, list) else []
 
 
-def _finished_value(run: RunDir) -> float | None:
-    """Return the validation metric of a job that is done; None if it is not."""
-    try:
-        info = read_json(run.info_file)
-        return float(info["best"][info["keep_best"]]) if info["status"] == "done" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def train_run(
+    spec: TrainSpec,
+    run: RunDir,
+    reporter: Reporter,
+    session: "Session | None" = None,
+    state: "ResumeState | None" = None,
+) -> "tuple[float | None, Session]":
+    """Train in a run's directory. Return the validation metric that selected the epoch, and the session.
 
+    Args:
+        session: of the previous job of a sweep.
+        state: of an interrupted run.
+    """
+    log.info(first_line(spec))
+    with fast_imports():
+        from tlcli.engine.session import session_for
+        from tlcli.train import train
 
-def _saved_text(config: DictConfig, overrides: list[str]) -> tuple[str, UsageError | None]:
-    """Return the config as YAML, and an error if a file that a sweep chose has a reference that could save a secret:
-    then no reference is followed."""
-    try:
-        refuse_environment(config, overrides)
-        return OmegaConf.to_yaml(config, resolve=True), None
-    except UsageError as error:
-        return OmegaConf.to_yaml(config), error
-    except OmegaConfBaseException:
-        return OmegaConf.to_yaml(config), None
+    session = session_for(spec.cache, session)
+    with logged_run(spec, run.path, reporter) as logged:
+        return train(spec, run, logged, session, state), session
 
 
 @contextmanager
 def record_status(run: RunDir) -> Iterator[None]:
-    """Write the logs of the block to run.log, and its final status to run.json."""
+    """Write logs and warnings of the block to run.log, and its final status to run.json."""
+    handler = logging.FileHandler(run.log_file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root, level = logging.getLogger(), log.level
+    root.addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.captureWarnings(True)
     try:
-        with log_to(run.log_file):
-            try:
-                yield
-            except Exception as exc:
-                log.error(exit_status(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
-                raise
+        yield
     except BaseException as exc:
+        if isinstance(exc, Exception):
+            log.error(exit_status(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
         if isinstance(exc, BadImagesError):
             run.write_bad_files(exc.files)
         with suppress(OSError):  # a full disk must not hide the error that it caused
             run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
         raise
+    finally:
+        logging.captureWarnings(False)
+        log.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
     run.end("done")
 
 
@@ -238,16 +266,13 @@ def check(spec: TrainSpec) -> None:
 
 def check_weights(weights: str) -> None:
     """Raise UsageError unless this is `default`, `none`, a file of weights or the directory of a finished run."""
-    path, key = expand_user(weights), f"backbone.weights={weights}"
-    if weights in ("default", "none"):
-        return
-    if path.is_dir():
-        if not RunDir(path).best_checkpoint.is_file():
-            raise UsageError(f"{key}: no checkpoints/best.safetensors in it; give the directory of a finished run")
-    elif not path.exists():
-        raise UsageError(f"{key}: no such file or run; give default, none, a weights file or a run directory")
-    elif path.suffix not in WEIGHT_FILES:
-        raise UsageError(f"{key}: not a file of weights; these end in {', '.join(WEIGHT_FILES)}")
+    path = expand_user(weights)
+    is_file = path.suffix in WEIGHT_FILES and path.exists()
+    if not (weights in ("default", "none") or is_file or RunDir(path).best_checkpoint.is_file()):
+        raise UsageError(
+            f"backbone.weights={weights}: no finished run or file of weights ({', '.join(WEIGHT_FILES)}) there; "
+            f"give default, none, a run directory or a file"
+        )
 
 
 def first_line(spec: TrainSpec) -> str:

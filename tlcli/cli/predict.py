@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.process import fast_imports
 from tlcli.cli.table import TableColumn, make_table, table_lines
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter

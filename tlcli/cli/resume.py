@@ -8,19 +8,19 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_for_launch, composing, parse_flags
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
-from tlcli.cli.process import fast_imports, log
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status, train_run
 from tlcli.cli.saved_config import load_spec
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
-from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import host_digest, is_sweep, open_run, process_has_exited, read_json
 from tlcli.specs import TrainSpec
-from tlcli.text import flat_keys, to_plain
+from tlcli.text import flat_keys, shown_path, to_plain
 
+# keys, or groups of keys, that may be given new values, with a comment for the error message
 CHANGEABLE_ON_RESUME = {
     "epochs": "upward",
     "device.workers": "",
@@ -33,7 +33,6 @@ CHANGEABLE_ON_RESUME = {
     "cache.max_gb": "",
     "cache.ram_gb": "",
 }
-"""Keys, or groups of keys, that may be given new values when a run is resumed, with a comment for the error message."""
 
 
 def resume_argument(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -51,8 +50,7 @@ def resume_argument(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def resume_hint(path: Path) -> str:
     """Return what to type to resume a run or a sweep."""
-    near = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{shlex.join(['tlcli', 'train', '--resume', str(near)])} goes on"
+    return f"resume with: {shlex.join(['tlcli', 'train', '--resume', shown_path(path)])}"
 
 
 def resume(path: Path, overrides: Sequence[str]) -> int:
@@ -95,36 +93,27 @@ def _resume_sweep(path: Path) -> int:
 
 def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
-    before = load_spec(run)
+    info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
-    specs, changes = (before, spec), _allowed_changes(before, spec)
-    info, has_state = run.info, run.state_file.is_file()
-    is_running = info.get("status") == "running"
-    if info.get("status") == "done":
-        if spec.epochs == before.epochs:
-            accuracy = run.test().get("accuracy")
-            reached = f", test accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
-            print(f"{run.path} is done{reached}: nothing to resume")
-            return 0
-        if not has_state:
-            raise UsageError(
-                f"{run.path} is done and has no checkpoints/state.safetensors to resume from, which "
-                f"checkpoint.keep_state=true keeps; to train its weights further, start a run with "
-                f"backbone.weights={path}"
-            )
+    changes = _allowed_changes(before, spec)
+    is_done, is_running = (info.get("status") == status for status in ("done", "running"))
+    if is_done and spec.epochs == before.epochs:
+        accuracy = run.test().get("accuracy")
+        reached = f", test accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+        print(f"{run.path} is done{reached}: nothing to resume")
+        return 0
+    is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier
+    if not run.state_file.is_file() and (is_done or is_old):
+        raise UsageError(
+            f"{run.path}: has no checkpoints/state.safetensors to resume from, which checkpoint.keep_state=true keeps "
+            f"in a finished run; to train its weights further, start a run with backbone.weights={path}"
+        )
     if is_running and info.get("host") == host_digest() and not process_has_exited(info):
         raise UsageError(f"{run.path}: process {info.get('pid')} is still running it; stop it first, or wait")
-    if not has_state and run.state_file.with_name("last.state").exists():
-        raise UsageError(
-            f"{run.path}: has no checkpoints/state.safetensors to resume from: it is of tlcli 0.3 or earlier; start a "
-            f"new run"
-        )
     check(spec)
     print(first_line(spec), flush=True)
     with fast_imports():
-        from tlcli.engine.session import session_for
         from tlcli.runs.resume_state import prepare_resume
-        from tlcli.train import train
 
     state = prepare_resume(run, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
     try:
@@ -134,21 +123,20 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             if is_running and info.get("host") != host_digest():
                 reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
-            # of a run with ten steps per epoch
-            factors = [[lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in range(10 * before.epochs)] for s in specs]
+            factors = [  # of a run with ten steps per epoch
+                [lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in range(10 * before.epochs)]
+                for s in (before, spec)
+            ]
             if factors[0] != factors[1]:
                 reporter.note(
                     f"epochs={spec.epochs}, was {before.epochs}: from here on the learning rate follows the "
                     f"{spec.scheduler.kind} schedule of {spec.epochs} epochs, so the result is not that of a run "
                     f"started with epochs={spec.epochs}"
                 )
-            log.info(first_line(spec))
-            with logged_run(spec, run.path, reporter) as logged:
-                train(spec, run, logged, session_for(spec.cache), state)
+            train_run(spec, run, reporter, state=state)
         discard_state(run, spec)
     finally:
-        sweep = leaderboard.sweep_of(run)
-        if sweep is not None:
+        if (sweep := leaderboard.sweep_of(run)) is not None:
             with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here
                 leaderboard.write(sweep)
     return 0

@@ -2,20 +2,22 @@
 
 import os
 import shlex
+import shutil
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tlcli.cli.compose import Flags, build_spec, compose_for_launch, composing, parse_flags
+from tlcli.cli.compose import Flags, build_spec, compose_for_launch, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
-from tlcli.cli.folders import Folder, named_folder, new_folder
 from tlcli.cli.job import Command, check, finish_sweep, first_line
-from tlcli.cli.process import handle_signals
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
+from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import RunDir
 
 
@@ -37,48 +39,80 @@ def run(argv: list[str]) -> int:
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
             path = Path(str(OmegaConf.select(config, key))).absolute()
+            if config.hydra.job.chdir and not is_sweep:
+                resolve_paths(config, Path.cwd())
         spec = None if is_sweep else build_spec(config, flags.files)
         if spec:
             check(spec)
         is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
-        folder = named_folder(path, key) if is_named else new_folder(path)
-        command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, folder.path if is_sweep else None)
+        path, made = make_folder(path, key if is_named else None)
+        command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
             if spec:
                 print(first_line(spec), flush=True)
             with composing(flags.files):
-                command.launch(config, loader, folder.path)
+                command.launch(config, loader, path)
         except BaseException as exc:
-            _clean_up(folder, exc, is_sweep)
-            if isinstance(exc, KeyboardInterrupt) and folder.path.exists():
-                exc.args = (resume_hint(folder.path),)
+            started = any(path.rglob("run.json"))
+            if not is_sweep and isinstance(exc, UsageError):
+                started = RunDir(path).metrics_file.exists()
+            if not started:
+                discard_folders(path, made)
+            elif is_sweep:
+                finish_sweep(path)
+            if isinstance(exc, KeyboardInterrupt) and path.exists():
+                exc.args = (resume_hint(path),)
             raise
-    return finish_sweep(folder.path) if is_sweep else 0
+    return finish_sweep(path) if is_sweep else 0
 
 
 def _show(flags: Flags) -> int:
     """Let Hydra print the config or its help, as --cfg, --info and --hydra-help ask."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["tlcli train", *flags.flags, *flags.overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way and exits
-    try:
-        with composing(flags.files):
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(lambda _: None)()
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+    with composing(flags.files):
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(lambda _: None)()
     return 0
 
 
-def _clean_up(folder: Folder, exc: BaseException, is_sweep: bool) -> None:
-    """Remove the directory of a command that ended before training started; rank the jobs of a sweep."""
-    started = any(folder.path.rglob("run.json"))
-    if not is_sweep:
-        started = started and not (isinstance(exc, UsageError) and not RunDir(folder.path).metrics_file.exists())
-    if not started:
-        folder.discard()
-    elif is_sweep:
-        finish_sweep(folder.path)
+def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
+    """Create the directory of one run or sweep. Return it and the folders that were created, outermost first.
+
+    Args:
+        key: of the config, if the user named the directory: it may exist. Otherwise -2, -3, ... is appended to a name
+            that is taken.
+
+    Raises:
+        UsageError: the directory cannot be created, or has files that a run would overwrite.
+    """
+    run = RunDir(path)
+    files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
+    files += [run.best_checkpoint.parent, path / ".hydra", path / "sweep.json", path / "multirun.yaml"]
+    try:
+        if key and (existing := next((file for file in files if file.exists()), None)):
+            raise UsageError(f"{key}={path}: {existing.name} already exists there; choose an empty directory")
+        made = [parent for parent in reversed(path.parents) if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for n in count(1):
+            numbered = path if n == 1 else path.with_name(f"{path.name}-{n}")
+            try:
+                numbered.mkdir()  # atomic: of two runs that start in the same second only one creates it
+                return numbered, [*made, numbered]
+            except FileExistsError:
+                if key and path.is_dir():
+                    return path, made
+                if key:
+                    raise
+    except OSError as exc:
+        hint = f"choose another folder with {key or 'out'}=..."
+        raise UsageError(f"cannot create {path}: {exc.strerror}; {hint}") from exc
+    raise AssertionError("unreachable")
+
+
+def discard_folders(path: Path, made: list[Path]) -> None:
+    """Remove the folders that were created for a run, and nothing else."""
+    if path in made:
+        shutil.rmtree(path, ignore_errors=True)
+    for parent in reversed(made):
+        with suppress(OSError):  # another run is in it, or it is gone already
+            parent.rmdir()

@@ -1,6 +1,7 @@
 """The reporter of a terminal: colors and progress bars there, plain lines elsewhere, and run.log always."""
 
 import io
+import logging
 import os
 import shlex
 import sys
@@ -13,11 +14,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Column
 from rich.text import Text
 
-from tlcli.cli.process import log
 from tlcli.cli.table import TableColumn, make_table
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.leaderboard import Leaderboard
 from tlcli.text import duration_text, labelled, shown_path
+
+log = logging.getLogger("tlcli")
 
 MIN_SHOWN_SECONDS = 2.0
 """Where there are no bars, a span of work that took less than this is not worth a line."""

@@ -186,7 +186,8 @@ def read_entry(path: Path) -> RunEntry:
         until = datetime.now(UTC) if status == "running" else ended
         seconds = (until - started).total_seconds() if started and until else None
     best = {k: v for k, value in (_as(dict, info.get("best")) or {}).items() if (v := number(value)) is not None}
-    test = run.test()
+    # runs of tlcli 0.5 and earlier have the test metrics in test.json alone
+    test = info["test"] if isinstance(info.get("test"), dict) else run.test()
     test_ci95 = pair(test.get("accuracy_ci95"))
     return RunEntry(
         path=path,

@@ -5,12 +5,14 @@ Everything is read from the run directories of the jobs, so that it does not mat
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from tlcli.errors import UsageError
 from tlcli.files import atomic_write
-from tlcli.runs.run_dir import RunDir, number, pair, read_json, text, write_json
+from tlcli.runs.index import read_entry
+from tlcli.runs.run_dir import RunDir, read_json, write_json
 from tlcli.text import csv_line
 
 SCHEMA_VERSION = 1
@@ -45,41 +47,39 @@ class Leaderboard:
 
 def read(folder: Path) -> Leaderboard:
     """Return the leaderboard of the runs under a folder. A job that did not finish has no rank and comes last."""
-    runs = [RunDir(path.parent) for path in folder.rglob("run.json")]
-    runs.sort(key=lambda run: _natural_order(run.path.relative_to(folder).as_posix()))
-    infos = [_read_info(run) for run in runs]
+    names = [file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")]
+    # 2 before 10
+    names.sort(key=lambda name: [(int(s), "") if s.isdigit() else (-1, s) for s in re.split(r"(\d+)", name)])
+    runs = [read_entry(folder / name) for name in names]
     # a + or ++ in front is no part of the key
-    parts = [[str(word).lstrip("+").partition("=") for word in info.get("overrides", [])] for info in infos]
+    parts = [[word.lstrip("+").partition("=") for word in run.overrides] for run in runs]
     values = [{key: value for key, _, value in words} for words in parts]
     keys = [key for key in dict.fromkeys(key for own in values for key in own) if len({v.get(key) for v in values}) > 1]
-    metrics = {info["keep_best"] for info in infos if "keep_best" in info}
+    metrics = {run.keep_best for run in runs if run.keep_best}
     metric = metrics.pop() if len(metrics) == 1 else "accuracy"  # jobs that keep by different metrics
     jobs = []
-    for run, info, own in zip(runs, infos, values, strict=True):
-        best = info.get("best") or {}
-        # runs of tlcli 0.5 and earlier have the test metrics in test.json alone
-        test = info["test"] if isinstance(info.get("test"), dict) else run.test()
-        seconds = info.get("seconds")
-        if isinstance(seconds, Mapping):
-            seconds = seconds["total"] if "total" in seconds else sum(filter(None, map(number, seconds.values())))
+    for name, run, own in zip(names, runs, values, strict=True):
+        best = run.best or {}
         jobs.append(
             Job(
                 rank=None,
-                name=run.path.relative_to(folder).as_posix(),
-                status=str(info.get("status", "failed")),
+                name=name,
+                status=run.status,
                 values={key: own[key] for key in keys if key in own},
-                validation=number(best.get(metric)),
-                epoch=best.get("epoch"),
-                test_accuracy=number(test.get("accuracy")),
-                test_ci95=pair(test.get("accuracy_ci95")),
-                seconds=number(seconds),
-                error=text(info.get("error")),
+                validation=best.get(metric),
+                epoch=int(best["epoch"]) if "epoch" in best else None,
+                test_accuracy=run.test,
+                test_ci95=run.test_ci95,
+                seconds=None if run.minutes is None else round(60 * run.minutes, 3),
+                error=run.error,
             )
         )
     done = [job for job in jobs if job.status == "done" and job.validation is not None]
     done.sort(key=lambda job: job.validation or 0.0, reverse=metric != "loss")
     ranked = [replace(job, rank=rank) for rank, job in enumerate(done, start=1)]
-    command = next((str(info["command"]) for info in infos if info.get("command")), "")
+    command = ""
+    with suppress(UsageError, IndexError):
+        command = str(RunDir(runs[0].path).info.get("command", ""))
     return Leaderboard(folder, command, metric, tuple(keys), (*ranked, *(job for job in jobs if job not in done)))
 
 
@@ -101,31 +101,12 @@ def write(folder: Path) -> Leaderboard:
 
 
 def sweep_of(run: RunDir) -> Path | None:
-    """Return the folder of the sweep whose sweep.json names this run: its parent or, if the job's name has slashes, a
-    folder a few levels above."""
+    """Return the folder of the sweep whose sweep.json names this run: at most three levels above, as names of jobs may
+    have slashes."""
     path = run.path.absolute()
     for folder in path.parents[:3]:
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             jobs = read_json(folder / "sweep.json")["jobs"]
             if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
                 return folder
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return None
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that has 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _read_info(run: RunDir) -> dict[str, Any]:
-    """Return run.json, or a failed status with the reason if it is damaged."""
-    try:
-        info = read_json(run.info_file)
-    except (OSError, ValueError) as exc:
-        return {"status": "failed", "error": f"run.json is damaged: {exc}"}
-    types = {"overrides": list, "best": dict, "keep_best": str}
-    if wrong := [key for key, kind in types.items() if not isinstance(info.get(key, kind()), kind)]:
-        return {"status": "failed", "error": f"run.json is damaged: its {wrong[0]}"}
-    return info

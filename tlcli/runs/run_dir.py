@@ -231,6 +231,12 @@ def process_has_exited(info: Mapping[str, Any]) -> bool:
     return False
 
 
+def recent_runs(limit: int = 200) -> list[str]:
+    """Return the runs, and the jobs of sweeps, that are below outputs/ as `tlcli train` names them; newest first."""
+    files = [file for pattern in ("outputs/*/*/run.json", "outputs/*/*/*/run.json") for file in Path().glob(pattern)]
+    return sorted((file.parent.as_posix() for file in files), reverse=True)[:limit]
+
+
 def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
     """Return the confusion matrix of test.json or eval.json, int64 (classes, classes), rows are true classes.
 
