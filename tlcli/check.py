@@ -33,9 +33,8 @@ from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, HeadInit, OnBad, TrainSpec
 from tlcli.text import join_limited
-from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
 from tlcli.transfer.freeze import HeadSpec
-from tlcli.transfer.probe import fit_probe, linear_head
 
 SCHEMA_VERSION = 2
 FOLDS = 5

@@ -26,7 +26,7 @@ from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import CacheDtype, Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
-from tlcli.transfer.cut.graph import full_precision
+from tlcli.transfer.graph import full_precision
 
 PREFETCH_BATCHES = 2
 """Batches of images that are decoded while the network is busy."""

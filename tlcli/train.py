@@ -17,8 +17,7 @@ from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState, TrainingStart, machine_info, provenance
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
-from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.probe import linear_head, probe_weights
+from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
 
 
 def train(
@@ -108,7 +107,7 @@ def begin(inputs: Inputs, loaders: Loaders, reporter: Reporter) -> TrainingStart
     elif loaders.train_eval is not None and head is not None:
         x, y = features(classifier.network, head, loaders.train_eval, inputs.device, reporter, "features for the probe")
         digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-        weights = workload.session.get_or_create(("probe", digest), lambda: probe_weights(head, x, y))
+        weights = workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y))
         head.load_state_dict(weights)
         is_ready = True
     workload.contract.seal()

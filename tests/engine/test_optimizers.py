@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.conftest import Compose
 from tlcli.registry import options
-from tlcli.transfer.groups import ParameterGroup as Group
+from tlcli.transfer.contract import ParameterGroup as Group
 
 PLAIN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False),

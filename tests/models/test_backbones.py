@@ -15,8 +15,7 @@ from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head
 from tlcli.registry import options
 from tlcli.specs import BackboneSpec
-from tlcli.transfer.contract import FreezeContract, apply_freeze
-from tlcli.transfer.groups import parameter_groups
+from tlcli.transfer.contract import FreezeContract, apply_freeze, parameter_groups
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")

@@ -18,9 +18,9 @@ from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head, is_inside
 from tlcli.specs import BnStats
+from tlcli.transfer.boundary import minimum_cut
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
-from tlcli.transfer.cut.boundary import minimum_cut
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")

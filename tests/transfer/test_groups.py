@@ -6,8 +6,7 @@ from tests.conftest import Compose
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.registry import options
-from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.groups import freeze_table, parameter_groups
+from tlcli.transfer.contract import apply_freeze, freeze_table, parameter_groups
 
 
 @pytest.fixture

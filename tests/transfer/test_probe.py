@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import Compose
 from tlcli.models.build import build_model
-from tlcli.transfer.probe import fit_probe, linear_head
+from tlcli.transfer.contract import fit_probe, linear_head
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
@@ -26,7 +26,7 @@ def test_probe_separates_what_is_separable(n_classes: int) -> None:
 def test_probabilities_are_those_of_the_regression() -> None:
     from sklearn.linear_model import LogisticRegression
 
-    from tlcli.transfer import probe
+    from tlcli.transfer.contract import L2_PER_IMAGE
 
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(2).repeat(40)
@@ -35,7 +35,7 @@ def test_probabilities_are_those_of_the_regression() -> None:
     fit_probe(head, features, labels)
     scale = features.var(0, correction=0).mean().sqrt()
     standard = ((features - features.mean(0)) / scale).numpy()
-    regression = LogisticRegression(C=1 / (probe.L2_PER_IMAGE * 80)).fit(standard, labels.numpy())
+    regression = LogisticRegression(C=1 / (L2_PER_IMAGE * 80)).fit(standard, labels.numpy())
     expected = torch.from_numpy(regression.predict_proba(standard)).float()
     assert torch.allclose(torch.softmax(head(features), dim=1), expected, atol=1e-3)
 

@@ -12,7 +12,7 @@ from tlcli.specs import FractionBelowOne, OptimizerSpec
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from tlcli.transfer.groups import ParameterGroup
+    from tlcli.transfer.contract import ParameterGroup
 
 
 @option

@@ -23,8 +23,7 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, TrainSpec
-from tlcli.transfer.contract import FreezeContract
-from tlcli.transfer.groups import parameter_groups
+from tlcli.transfer.contract import FreezeContract, parameter_groups
 
 STEPS_BETWEEN_CHECKS = 20
 """Reading a loss waits for an accelerator, and takes a tenth of a small head's step on a CPU."""

@@ -171,8 +171,9 @@ def _timm_architecture(network: "nn.Module", spec: BackboneSpec, size: int | Non
 
 def timm_head(network: "nn.Module") -> tuple[str, ...]:
     """Return the names of the modules that are the classifier: two in distilled models, else one."""
-    classifier: Any = getattr(network, "get_classifier", tuple)()  # a few encoders have none
-    heads = {id(m) for m in (classifier if isinstance(classifier, tuple | list) else (classifier,))}
+    from tlcli.models.classifier import head_modules
+
+    heads = {id(m) for m in head_modules(network)}
     return tuple(name for name, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
 
 

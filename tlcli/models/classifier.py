@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Classifier:
     classes: tuple[str, ...]
     pretrained: frozenset[str] = frozenset()
     head_loaded: bool = False
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def network(self) -> nn.Module:
@@ -93,6 +94,12 @@ class Head(Float32Linear):
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features) to (B, out_features)."""
         return super().forward(F.dropout(features, self.dropout, self.training))
+
+
+def head_modules(network: nn.Module) -> tuple[Any, ...]:
+    """Return the modules that a timm network names as its classifier: two in distilled models; none in others."""
+    classifier: Any = getattr(network, "get_classifier", tuple)()  # a few encoders have none
+    return tuple(classifier) if isinstance(classifier, tuple | list) else (classifier,)
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:

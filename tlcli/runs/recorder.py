@@ -24,7 +24,7 @@ from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir, environment, stored_confusion, write_json
 from tlcli.specs import TrainSpec
 from tlcli.text import to_plain
-from tlcli.transfer.groups import freeze_table
+from tlcli.transfer.contract import freeze_table
 
 MIN_VALIDATION_IMAGES = 20
 """With fewer, the plan warns of what they select: the accuracy of 20 images has a standard error of up to 11 points."""

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tlcli.models.classifier import eval_mode
-from tlcli.transfer.cut.graph import (
+from tlcli.transfer.graph import (
     CutError,
     Traced,
     dependencies,
@@ -35,6 +35,9 @@ MIN_ROW_BYTES = 16384
 of a layer before it."""
 
 
+NOT_CONSTANT = object()  # a value that cannot be written into a graph
+
+
 class TensorShape(NamedTuple):
     """Stands for a tensor value of an operation."""
 
@@ -45,10 +48,6 @@ class PerImage(NamedTuple):
     """A number that is `n` per image of the batch."""
 
     n: int
-
-
-NOT_CONSTANT = object()
-"""A value that cannot be written into a graph."""
 
 
 class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -88,7 +87,6 @@ class GraphAnalyzer(fx.Interpreter):
     """
 
     def __init__(self, traced: Traced, trained: Collection[int], images: Tensor) -> None:
-        """Run on these images. `trained`: the ids of the parameters that train."""
         super().__init__(traced.root, graph=traced.graph)
         self.extra_traceback = False
         self._trained = trained
@@ -104,9 +102,14 @@ class GraphAnalyzer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operation unless it is dynamic."""
-        reason = self._trained_reason(n)
-        if reason is not None or any(source in self.dynamic for source in n.all_input_nodes):
-            self.dynamic[n] = reason
+        parameters: Any = ()
+        if n.op == "call_module":
+            parameters = self.fetch_attr(str(n.target)).parameters()
+        elif n.op == "get_attr":
+            parameters = (self.fetch_attr(str(n.target)),)
+        trains = any(id(parameter) in self._trained for parameter in parameters)
+        if trains or any(source in self.dynamic for source in n.all_input_nodes):
+            self.dynamic[n] = f"{n.target} trains" if trains else None
             return None
         if n.op == "output":
             return None
@@ -133,22 +136,13 @@ class GraphAnalyzer(fx.Interpreter):
             self.transposed.add(n)
         return value
 
-    def _trained_reason(self, node: fx.Node) -> str | None:
-        """Return which parameter of the operation trains, as text; None if none does."""
-        parameters: Any = ()
-        if node.op == "call_module":
-            parameters = self.fetch_attr(str(node.target)).parameters()
-        elif node.op == "get_attr":
-            parameters = (self.fetch_attr(str(node.target)),)
-        return f"{node.target} trains" if any(id(parameter) in self._trained for parameter in parameters) else None
-
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def _is_plain(value: Any) -> bool:
-    """Return True for a number, a shape or the like, which can be written into a graph."""
+    """Return True for a number, a tuple or the like, which can be written into a graph."""
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
@@ -191,22 +185,16 @@ class MatchedGraphs:
             if node not in self.dynamic and node not in self.constants and any(s in data for s in node.all_input_nodes):
                 data[node] = None
         self.data = list(data)
-        self.bytes_per_image = {
-            node: None if node in train.transposed else self._bytes(node)  # it would be stored in another order
-            for node in self.data
-        }
-
-    def _bytes(self, node: fx.Node) -> int | None:
-        """Return the bytes per image; None if this is not a tensor with one row per image in both graphs that stays."""
-        two, three = self._values.get(node, (None, None))
-        if not isinstance(two, TensorShape) or not isinstance(three, TensorShape) or two.shape[1:] != three.shape[1:]:
-            return None
-        if two.shape[:1] != (len(SECOND_BATCH),) or three.shape[:1] != (len(FIRST_BATCH),):
-            return None
-        overwritten = any(
-            user not in self.dynamic and inplace_input(user, self.training.root) is node for user in node.users
-        )
-        return None if overwritten else 4 * math.prod(two.shape[1:])
+        self.bytes_per_image: dict[fx.Node, int | None] = dict.fromkeys(self.data)
+        for node in self.data:
+            two, three = self._values.get(node, (None, None))
+            is_tensor = isinstance(two, TensorShape) and isinstance(three, TensorShape)
+            if not is_tensor or node in train.transposed:  # it would be stored in another order
+                continue
+            has_rows = (two.shape[:1], three.shape[:1]) == ((len(SECOND_BATCH),), (len(FIRST_BATCH),))
+            is_overwritten = any(n not in self.dynamic and inplace_input(n, training.root) is node for n in node.users)
+            if has_rows and two.shape[1:] == three.shape[1:] and not is_overwritten:
+                self.bytes_per_image[node] = 4 * math.prod(two.shape[1:])
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Return the shape of a tensor of the boundary for one image."""

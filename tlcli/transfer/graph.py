@@ -13,7 +13,8 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from tlcli.models.classifier import Float32Linear, eval_mode
+from tlcli.models.classifier import Float32Linear, eval_mode, head_modules
+from tlcli.text import one_line
 
 
 class CutError(Exception):
@@ -21,29 +22,22 @@ class CutError(Exception):
 
 
 class Traced(NamedTuple):
-    """A network as a graph. `root` is a shallow copy that shares all modules and tensors with the network and holds the
-    constants that tracing adds, so that the network is not changed."""
+    """A network as a graph; `root` is a shallow copy of it that holds the constants which tracing adds."""
 
     root: nn.Module
     graph: fx.Graph
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """The operations in the order in which they run."""
         return list(self.graph.nodes)
 
     @property
     def images(self) -> fx.Node:
-        """The input of the network."""
         return next(node for node in self.nodes if node.op == "placeholder")
 
     @property
     def output(self) -> fx.Node:
-        """The node that returns the logits."""
         return next(node for node in self.nodes if node.op == "output")
-
-
-# --- Tracing
 
 
 class _Tracer(fx.Tracer):
@@ -55,11 +49,10 @@ class _Tracer(fx.Tracer):
         self.leaves, self.leaf_types = leaves, leaf_types
         self.failed: list[nn.Module] = []
 
-    def is_leaf(self, module: nn.Module) -> bool:
-        return module in self.leaves or type(module) in self.leaf_types or isinstance(module, Float32Linear)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str = "") -> bool:
+        if m in self.leaves or type(m) in self.leaf_types or isinstance(m, Float32Linear):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -67,7 +60,8 @@ class _Tracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            self.failed.append(m)
+            if not self.is_leaf_module(m):
+                self.failed.append(m)
             raise
 
     def create_args_for_root(
@@ -87,9 +81,7 @@ def trace_train_and_eval(network: nn.Module) -> tuple[Traced, Traced]:
     A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or would fix random
     numbers.
     """
-    classifier: Any = getattr(network, "get_classifier", tuple)()  # timm's; two modules in distilled networks
-    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
-    leaves = {m for m in heads if isinstance(m, nn.Module) and m is not network}
+    leaves = {m for m in head_modules(network) if isinstance(m, nn.Module) and m is not network}
     leaf_types = set(get_notrace_modules())
     while True:
         training = _trace(network, leaves, leaf_types)
@@ -111,9 +103,9 @@ def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) ->
                 graph = tracer.trace(root)
             break
         except Exception as error:  # forward runs on proxies, so anything can be raised
-            module = next((module for module in tracer.failed if not tracer.is_leaf(module)), None)
-            if module is None:
-                raise CutError(f"cannot be traced: {one_line(error)}") from error
+            if not tracer.failed:
+                raise CutError(f"cannot be traced: {type(error).__name__}: {one_line(error)}"[:160]) from error
+            module = tracer.failed[0]
             if type(module).__module__.startswith("torch.nn"):  # a container fails because of its contents
                 leaves.add(module)
             else:  # all modules of a class fail alike
@@ -132,15 +124,6 @@ def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) ->
                 if index[user] > index[node]:
                     user.replace_input_with(changed, node)
     return Traced(root, graph)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the type and the first line of an error, at most 160 characters."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return (f"{type(error).__name__}: {line}" if line else type(error).__name__)[:160]
-
-
-# --- State of a network and of the random number generators
 
 
 @contextmanager
@@ -173,7 +156,6 @@ def full_precision(network: nn.Module) -> Iterator[None]:
 
 
 def set_buffers(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Restore the values of buffers that have changed."""
     with torch.no_grad():
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
@@ -181,18 +163,13 @@ def set_buffers(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return the device of the parameters."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
 def rng_state(device: torch.device) -> Tensor:
-    """Return the state of the random number generator of a device."""
     if device.type == "cuda":
         return torch.cuda.get_rng_state(device)
     return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-# --- Properties of operations
 
 
 def module_of(node: fx.Node) -> str:
@@ -235,9 +212,6 @@ def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx
             needed.add(node)
             stack.extend(source for source in node.all_input_nodes if source not in known)
     return needed
-
-
-# --- Digests
 
 
 def digest_of_graph(module: fx.GraphModule) -> str:
