@@ -257,7 +257,7 @@ class OptimizerSpec(OptionSpec, frozen=True):
     decay_norm_and_bias: bool
 
     def build(self, groups: Sequence[Any]) -> Any:
-        """Return the torch optimizer over these groups (transfer.groups.ParameterGroup); each keeps its name."""
+        """Return the torch optimizer over these groups (transfer.contract.ParameterGroup); each keeps its name."""
         raise NotImplementedError
 
 
