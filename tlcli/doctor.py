@@ -219,7 +219,7 @@ def _weights(backbones: Mapping[str, str]) -> Findings:
     import torch
     import torchvision
 
-    from tlcli.models.weights import cached_models
+    from tlcli.models.build import cached_models
 
     def is_here(option: str, kind: str) -> bool:
         if kind == "lite":

@@ -25,7 +25,7 @@ from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
 from tlcli.models.classifier import Classifier, Head
-from tlcli.models.weights import read_metadata
+from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
@@ -241,7 +241,7 @@ def _report(predictions: Predictions, loaded: LoadedRun, images: EvaluationImage
         "confusion": stored_confusion(report["confusion"]),
         "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
         "checkpoint": file.relative_to(loaded.path).as_posix(),
-        "epoch": read_metadata(file).get("epoch"),
+        "epoch": read_tensors(file)[1].get("epoch"),
         "dataset": {**dataset, "file": spec.file} if isinstance(spec, ManifestSpec) else dataset,
         "split": images.split_name,
         "n_bad_files": len(images.bad_files),

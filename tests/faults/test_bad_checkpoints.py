@@ -23,8 +23,7 @@ from tests.runs.test_predictions import SOME
 from tests.security.test_pickles import Payload
 from tlcli.cli.job import check_weights
 from tlcli.models.backbones import TimmBackboneSpec
-from tlcli.models.build import build_model
-from tlcli.models.weights import read_metadata, read_weights
+from tlcli.models.build import build_model, read_weights
 from tlcli.runs.checkpointing import save_weights
 from tlcli.runs.load import load_run
 from tlcli.runs.predictions import read_predictions
@@ -110,9 +109,6 @@ def test_a_damaged_checkpoint_is_said_to_be(case: str, run: Path, tmp_path: Path
     for checkpoint in ("best", "last"):
         refused(lambda which=checkpoint: load_run(run, which), 2, f"{checkpoint}.safetensors: damaged", keeps=tmp_path)
     refused(lambda: train_from(run), 2, "backbone.weights=", "best.safetensors: damaged", keeps=tmp_path)
-    cut_later = len(content) > 10_000 and case in ("half", "all but the last byte", "a byte more")
-    if not cut_later:  # the header alone is read for this
-        refused(lambda: read_metadata(best(run)), 2, "best.safetensors: ", "damaged", keeps=tmp_path)
 
 
 def test_no_flipped_byte_of_a_header_does_anything_but_say_so(run: Path, tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from tests.conftest import Compose
 from tlcli.errors import UsageError
 from tlcli.models import backbones
 from tlcli.models.backbones import timm_stages
-from tlcli.models.build import build_model
+from tlcli.models.build import build_model, read_weights
 from tlcli.models.classifier import Classifier
-from tlcli.models.weights import read_weights
 from tlcli.runs.checkpointing import save_weights
 
 CLASSES = ("ant", "bee", "cat")

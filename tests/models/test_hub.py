@@ -11,8 +11,8 @@ import timm
 from safetensors.torch import save
 
 from tlcli.errors import TlcliError
-from tlcli.models import weights
-from tlcli.models.weights import cached_models, verify_published
+from tlcli.models import build
+from tlcli.models.build import cached_models, verify_published
 
 NAME = "mobilenetv3_small_050.lamb_in1k"
 MODEL, REVISION = f"timm/{NAME}", "0" * 40
@@ -20,7 +20,7 @@ MODEL, REVISION = f"timm/{NAME}", "0" * 40
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(weights, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -84,7 +84,7 @@ def test_where_there_are_no_links_there_is_nothing_to_compare(cache: Path) -> No
 
 SCRIPT = f"""
 from tests.conftest import *
-from tlcli.models.weights import published_weights
+from tlcli.models.build import published_weights
 from tlcli.models.backbones import TimmBackboneSpec
 spec = TimmBackboneSpec(name="{NAME}", weights="default", reinit=[], dropout=0.0)
 print(len(published_weights(spec, None, 3, 224).state))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tlcli.cli import main
 from tlcli.errors import UsageError
+from tlcli.models.build import read_weights
 from tlcli.models.tensorfile import CHECKSUM
-from tlcli.models.weights import read_weights
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir
 

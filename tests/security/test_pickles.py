@@ -14,7 +14,7 @@ from tests.data.samples import torchvision_spec
 from tlcli.cli import main
 from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError, UsageError
-from tlcli.models.weights import read_weights
+from tlcli.models.build import read_weights
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir

@@ -122,8 +122,8 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
         """Return timm's weights, resampled by timm to this image size, without the head, which has other classes."""
         import timm
 
+        from tlcli.models.build import verify_published
         from tlcli.models.classifier import is_inside
-        from tlcli.models.weights import verify_published
 
         config = timm.get_pretrained_cfg(self.name)
         try:

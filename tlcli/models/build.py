@@ -1,24 +1,45 @@
-"""Build a classifier for the classes of a dataset: load weights, match or replace the head, reinitialize layers."""
+"""Build a classifier for the classes of a dataset: read or download weights, match or replace the head.
 
+No code in a file of weights is run.
+"""
+
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE  # timm depends on it
+from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
+from tlcli.files import is_dir, is_file
 from tlcli.models.classifier import Architecture, Classifier
-from tlcli.models.weights import PretrainedWeights, published_weights, read_weights
-from tlcli.specs import BackboneSpec
+from tlcli.models.tensorfile import class_names, read_tensors
+from tlcli.specs import BackboneSpec, parse_image_stats
 from tlcli.text import did_you_mean
 
 POSITIONS = ("encoder.pos_embedding", "pos_embed")
 """Names of a ViT's table of positions in torchvision and timm."""
+RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Tensors by name and where they are from. The rest is None except for tlcli's own checkpoints: `preprocessing` has
+    the size, mean and std of the images that they were trained on."""
+
+    source: str
+    state: Mapping[str, Tensor]
+    backbone: str | None = None
+    classes: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
 
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
@@ -29,12 +50,11 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     Raises UsageError naming the tensor if weights do not fit.
     """
     torch.manual_seed(seed)
-    given = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
-    if size is None and given is not None and given.preprocessing is not None:
-        size = given.preprocessing["size"]
+    loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
+    if size is None and loaded is not None and loaded.preprocessing is not None:
+        size = loaded.preprocessing["size"]
     architecture = spec.build(len(classes), size)
     dropped = tensors_to_reinit(spec.reinit, architecture)
-    loaded = given
     if spec.weights == "default":
         loaded = published_weights(spec, architecture, len(classes), size or architecture.size)
     if loaded is None:
@@ -52,18 +72,15 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     optional = dropped | architecture.stages[-1].tensors
     _check_state_dict(kept, architecture, optional, loaded.source)
     architecture.network.load_state_dict(kept, strict=False)
-    head_loaded = architecture.stages[-1].tensors <= frozenset(kept)
     notes = [f"weights: {loaded.source}", head_note]
     if dropped:
         notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
     return Classifier(
         name=spec.name,
-        architecture=replace(
-            architecture, **(loaded.preprocessing or {})
-        ),  # it expects what its weights were trained on
+        architecture=replace(architecture, **(loaded.preprocessing or {})),  # what the weights were trained on
         classes=tuple(classes),
         pretrained=frozenset(kept),
-        head_loaded=head_loaded,
+        head_loaded=architecture.stages[-1].tensors <= frozenset(kept),
         notes=tuple(notes),
     )
 
@@ -123,19 +140,112 @@ def _check_state_dict(
 ) -> None:
     """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
     wanted = architecture.network.state_dict()
-    remedy = "are they of another architecture?"
+    problem, remedy = f"backbone.weights={source}:", "are they of another architecture?"
     for name, tensor in wanted.items():
         if name not in state:
             if name in optional or name.endswith("num_batches_tracked"):
                 continue
-            raise UsageError(f"backbone.weights={source}: no tensor {name}; {remedy}")
+            raise UsageError(f"{problem} no tensor {name}; {remedy}")
         if state[name].shape != tensor.shape:
             have, need = "x".join(map(str, state[name].shape)), "x".join(map(str, tensor.shape))
-            raise UsageError(f"backbone.weights={source}: {name} is {have}, not {need}; {remedy}")
+            raise UsageError(f"{problem} {name} is {have}, not {need}; {remedy}")
         if state[name].is_complex():
-            raise UsageError(f"backbone.weights={source}: {name} has complex numbers; {remedy}")
+            raise UsageError(f"{problem} {name} has complex numbers; {remedy}")
         if not state[name].to(tensor.dtype).isfinite().all():  # as it is loaded: float64 holds more than float32
-            raise UsageError(f"backbone.weights={source}: {name} has values that are not finite; they are damaged")
+            raise UsageError(f"{problem} {name} has values that are not finite; they are damaged")
     unknown = [name for name in state if name not in wanted]
     if unknown:
-        raise UsageError(f"backbone.weights={source}: unknown tensor {unknown[0]} ({len(unknown)} in all); {remedy}")
+        raise UsageError(f"{problem} unknown tensor {unknown[0]} ({len(unknown)} in all); {remedy}")
+
+
+# --- Sources of weights
+
+
+def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes: int, size: int) -> PretrainedWeights:
+    """Return the weights that were published with this backbone.
+
+    Raises UsageError if their package is not installed, TlcliError if a download fails or has another checksum.
+    """
+    try:
+        source, state = spec.published(architecture, n_classes, size)
+    except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
+        reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
+        raise TlcliError(
+            f"cannot download the weights of {spec.name} ({reason}). Offline, set backbone.weights=FILE or "
+            "backbone=efficientnet_lite0, whose weights are installed."
+        ) from error
+    return PretrainedWeights(source, state)
+
+
+def read_weights(path: Path) -> PretrainedWeights:
+    """Return the tensors of a .safetensors file, of a state dict in a .pth or .pt file, or the best ones of a run."""
+    path = path.expanduser()
+    is_run = is_dir(path)
+    file = path / RUN_CHECKPOINT if is_run else path
+    if not is_file(file):
+        raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_run else ''}")
+    if file.suffix == ".safetensors":
+        try:
+            state, facts = read_tensors(file)
+            if not isinstance(facts.get("backbone", ""), str):
+                raise ValueError("the backbone is not a name")
+            return PretrainedWeights(
+                source=str(path),
+                state=state,
+                backbone=facts.get("backbone"),
+                classes=class_names(facts["classes"]) if "classes" in facts else None,
+                preprocessing=parse_image_stats(facts["preprocessing"]) if "preprocessing" in facts else None,
+            )
+        except TlcliError as error:
+            raise UsageError(f"backbone.weights={error}") from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            why = f"cannot be read, or its tlcli metadata is damaged ({type(error).__name__}: {error})"
+            raise UsageError(f"backbone.weights={file}: {why}") from error
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise UsageError(
+            f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
+            "give a state dict saved with torch.save, or .safetensors"
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):  # names that trainers use
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+        raise UsageError(f"backbone.weights={path}: does not hold a state dict (names and tensors)")
+    for name, tensor in loaded.items():
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UsageError(
+                f"backbone.weights={path}: {name} is not a plain tensor (nested, quantized, sparse or without data); "
+                "save the dense one"
+            )
+    return PretrainedWeights(str(path), {str(name).removeprefix("module."): t for name, t in loaded.items()})
+
+
+def cached_models(author: str) -> list[str]:
+    """Return the names of this author's models that have a file in the hub's cache."""
+    folders = Path(HF_HUB_CACHE).glob(f"models--{author}--*")
+    return sorted(path.name.removeprefix(f"models--{author}--") for path in folders if any(path.glob("snapshots/*/*")))
+
+
+def verify_published(model: str) -> None:
+    """Raise TlcliError unless the files of a model (`timm/NAME`) have the digests that the hub published for them.
+
+    The hub's client names each large file by its SHA-256 digest, compares only its size, and links the file of a
+    revision to that name. On systems without links there is nothing to compare with.
+    """
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    current = folder / "refs" / "main"
+    revision = current.read_text().strip() if current.is_file() else "*"
+    for file in sorted(folder.glob(f"snapshots/{revision}/*")):
+        # Follow one link only: the name in the model's own folder is the digest; if the client shares files between
+        # models, that is a link too, to a name that means something else
+        digest = file.readlink().name if file.is_symlink() else ""
+        if not file.is_file() or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            continue
+        with file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != digest:
+                raise TlcliError(
+                    f"{file}: checksum differs from the published file of {model}: remove this file and "
+                    f"{file.resolve()}, and the next run downloads it again"
+                )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tlcli.errors import TlcliError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 
 FACTS, CHECKSUM = "tlcli", "crc32"
@@ -21,9 +21,14 @@ Files of tlcli 0.3 and earlier have no checksum."""
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and metadata that JSON can hold, in one atomic step that survives a power failure."""
-    state = _apart(tensors)
-    whole = {**facts, CHECKSUM: _checksum(facts, state)}
-    content = save(state, metadata={FACTS: json.dumps(whole)})
+    state: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        state[name] = own.clone() if memory in memories else own
+        memories.add(memory)
+    content = save(state, metadata={FACTS: json.dumps({**facts, CHECKSUM: _checksum(facts, state)})})
     with atomic_write(path, durable=True) as file:
         file.write(content)
 
@@ -48,21 +53,34 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, facts
 
 
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return tlcli's metadata of a checkpoint: classes, preprocessing, backbone; empty for third-party files.
+
+    Raises UsageError if the file cannot be read or is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            text = (content.metadata() or {}).get(FACTS)
+        value = json.loads(text) if text else {}
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file}: not a safetensors file, or damaged ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: its tlcli metadata is damaged") from error
+    return value if isinstance(value, dict) else {}
+
+
+def class_names(value: object) -> tuple[str, ...]:
+    """Return the classes that a checkpoint names. Raise ValueError unless they are names without repetition."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("the classes are not a list of names")
+    if len(set(value)) < len(value):
+        raise ValueError("a class is named twice")
+    return tuple(value)
+
+
 def damaged(path: Path, why: str) -> TlcliError:
     """Return the error of a file that is not as it was written."""
     return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(why.split())})")
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous and without shared memory, which safetensors refuses."""
-    state: dict[str, Tensor] = {}
-    memories: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        memory = own.untyped_storage().data_ptr()
-        state[name] = own.clone() if memory in memories else own
-        memories.add(memory)
-    return state
 
 
 def _checksum(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

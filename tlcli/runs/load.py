@@ -19,8 +19,7 @@ from tlcli.data.decode import Pixels, ValueRange, read_image, to_rgb
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier
-from tlcli.models.tensorfile import read_tensors
-from tlcli.models.weights import class_names
+from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.registry import options
 from tlcli.runs.run_dir import RunDir, open_run
 from tlcli.specs import BackboneSpec
