@@ -9,6 +9,7 @@ from PIL import Image
 
 from tlcli.cli import main, quiet_libraries
 from tlcli.cli.compose import compose_spec, parse_flags
+from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores
@@ -43,6 +44,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, n in (("train", 20), ("test", 8)):
         make_folder(root / split, {"across": n, "checks": n, "down": n}, seed=n)
     return root
+
+
+def freeze_words(strategy: str, stage: str) -> list[str]:
+    """Return the overrides that choose a freeze strategy; a key that needs a value gets the name of a stage."""
+    option = ConfFiles([conf_dir()]).groups["freeze"][strategy]
+    return [f"freeze={strategy}", *(f"freeze.{key.name}=['{stage}']" for key in option.keys if key.default == "???")]
 
 
 def finish(out: Path, *words: str) -> Path:

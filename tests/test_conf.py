@@ -32,7 +32,9 @@ COMMON = sorted((conf_dir() / "common").glob("*.yaml"))
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.group}={option.name}")
 def test_option_composes_and_is_in_range(option) -> None:
     flags = parse_flags([f"{option.group}={option.name}"])
-    waiting = [f"{option.group}.{key.name}=x" for key in keys_in(option.text) if key.default == "???"]
+    required = [key.name for key in option.keys if key.default == "???"]
+    types = {f.name: str(f.type) for f in fields(options(option.group)[option.kind])} if required else {}
+    waiting = [f"{option.group}.{name}={'[x]' if 'tuple' in types[name] else 'x'}" for name in required]
     spec = build_spec(compose_config(parse_flags([*flags.overrides, *waiting])), FILES)
     assert isinstance(spec, TrainSpec)
     if option.group in HOMES:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.conftest import Compose
+from tests.conftest import Compose, freeze_words
 from tests.faults.scale import scale
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
@@ -75,8 +75,9 @@ def test_frozen_tensors_keep_their_sha256(spec: Compose, name: str) -> None:
     gradient, and the statistics of the modules that have nothing else to train."""
     pattern = ("freeze.train=['(weight|bias)$']", "freeze.keep=['^(stem|conv|features|blocks|layer|encoder).*weight']")
     for strategy in options("freeze"):
-        own = spec(f"freeze={strategy}", *(pattern if strategy == "pattern" else ()), "optimizer=adamw")
         model = model_of(spec, name)
+        words = freeze_words(strategy, model.stages[1].name)
+        own = spec(*words, *(pattern if strategy == "pattern" else ()), "optimizer=adamw")
         contract = apply_freeze(own.freeze, model)
         frozen = frozen_names(model.network)
         before = digests(model.network)
