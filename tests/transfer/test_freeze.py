@@ -43,6 +43,16 @@ def test_last_stages_counts_from_the_head(spec: Compose, model: Classifier) -> N
         names(spec, model, "freeze=last_stages", "freeze.n=9")
 
 
+def test_stages_trains_the_named_stages_and_the_head(spec: Compose, model: Classifier) -> None:
+    first, *_, last, _ = model.stages
+    found = names(spec, model, "freeze=stages", f"freeze.stages=['{first.name}','{last.name}']")
+    expected = (first.tensors | last.tensors | model.stages[-1].tensors) & model.parameter_names()
+    assert found == expected
+    assert names(spec, model, "freeze=stages", "freeze.stages=[]") == model.head_parameters()
+    with pytest.raises(UsageError, match=r"has no stage 'stm'\. Did you mean 'stem'"):
+        names(spec, model, "freeze=stages", "freeze.stages=[stm]")
+
+
 def test_pattern_trains_what_matches_and_is_not_kept(spec: Compose, model: Classifier) -> None:
     found = names(spec, model, "freeze=pattern", "freeze.train=['blocks\\.6']", "freeze.keep=['bn']")
     assert "blocks.6.0.conv_dw.weight" in found

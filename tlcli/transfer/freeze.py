@@ -59,6 +59,24 @@ class LastStagesSpec(FreezeSpec, frozen=True, tag="last_stages"):
 
 
 @option
+class StagesSpec(FreezeSpec, frozen=True, tag="stages"):
+    """The head and exactly the named stages train: surgical fine-tuning (Lee et al. 2023)."""
+
+    stages: tuple[str, ...]
+
+    part: ClassVar[str] = "its head and the stages that the config names"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        tensors = {stage.name: stage.tensors for stage in classifier.stages[:-1]}
+        for name in self.stages:
+            if name not in tensors:
+                hint = did_you_mean(name, tensors) or f" Its stages are {', '.join(tensors)}."
+                raise UsageError(f"freeze.stages: {classifier.name} has no stage {name!r}.{hint}")
+        named = frozenset[str]().union(*(tensors[name] for name in self.stages))
+        return classifier.head_parameters() | (classifier.parameter_names() & named)
+
+
+@option
 class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
     """The head trains, and parameters whose names match one of `train` and none of `keep`."""
 
