@@ -7,14 +7,14 @@ if TYPE_CHECKING:
 
     from tlcli.runs.load import LoadedRun
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 
 def load_run(path: "str | Path", checkpoint: str = "best") -> "LoadedRun":
-    """A finished run's model, preprocessing and classes: `tlcli.load_run(RUN).predict("image.jpg")`.
+    """Return the model, preprocessing and classes of a run: `tlcli.load_run(RUN).predict("image.jpg")`.
 
-    `checkpoint` is `best` or `last`. Raises UsageError, one line, where there is no run, or no such checkpoint.
+    `checkpoint` is `best` or `last`. Raises UsageError if there is no run or no such checkpoint.
     """
-    from tlcli.runs.load import load_run  # here: whoever wants the version alone need not wait for torch
+    from tlcli.runs.load import load_run  # imports torch
 
     return load_run(path, checkpoint)
