@@ -15,8 +15,7 @@ from tlcli.cli.saved_config import load_spec
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
 from tlcli.reporter import Reporter
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import RunDir, read_json, read_predictions
 
 SMALL = ("image.size=32", "epochs=1", "backbone=resnet18", "backbone.weights=none", "device.workers=0")
 FREEZES = {

@@ -28,8 +28,15 @@ from tlcli.models.classifier import Classifier, Head
 from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
-from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
-from tlcli.runs.run_dir import RunDir, confusion_matrix, stored_confusion, write_json
+from tlcli.runs.run_dir import (
+    RunDir,
+    SplitPredictions,
+    confusion_matrix,
+    read_predictions,
+    stored_confusion,
+    write_json,
+    write_predictions,
+)
 from tlcli.specs import DatasetSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze

@@ -296,7 +296,7 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
     import torch
 
     from tlcli.data.dataset import images_by_key
-    from tlcli.runs.predictions import read_predictions
+    from tlcli.runs.run_dir import read_predictions
 
     size = run.preprocessing.size
     try:

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,11 @@ def join_limited(items: Sequence[str], limit: int = 5) -> str:
     """Return `a, b, c and 7 more`."""
     more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that has 2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def evenly_spaced(items: Sequence[T], n: int) -> list[T]:

@@ -14,8 +14,7 @@ from PIL import Image
 from tests.cli.conftest import Ended
 from tests.cli.test_export import small_run
 from tlcli.data.decode import read_image
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, read_predictions
 
 Tlcli = Callable[..., Ended]
 

@@ -101,7 +101,7 @@ def test_relative_places_are_below_where_the_run_was_started(saved: Saved, monke
     record = json.loads(run.info_file.read_text())
     del record["cwd"]
     run.info_file.write_text(json.dumps(record))
-    assert load_spec(run).dataset.root == "photos"
+    assert load_spec(RunDir(run.path)).dataset.root == "photos"
 
 
 @pytest.mark.parametrize(

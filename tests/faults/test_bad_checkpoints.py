@@ -26,8 +26,7 @@ from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import build_model, read_weights
 from tlcli.runs.checkpointing import save_weights
 from tlcli.runs.load import load_run
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
 
 CLASSES = ("ant", "bee", "cat")
 PREPROCESSING = {"size": 32, "fit": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}

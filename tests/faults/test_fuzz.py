@@ -30,8 +30,7 @@ from tlcli.data.decode import BadImage, read_image
 from tlcli.errors import TlcliError
 from tlcli.models.build import read_weights
 from tlcli.runs.index import read_entry
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir, open_run
+from tlcli.runs.run_dir import RunDir, open_run, read_predictions
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=scale(500, 20_000), deadline=None, database=None, suppress_health_check=list(HealthCheck))

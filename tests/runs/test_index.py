@@ -28,7 +28,7 @@ def make_run(path: Path, *, accuracy: float | None = None, **facts: Any) -> Path
 
 
 def one(folder: Path) -> RunEntry:
-    (entry,) = read_index(folder).entries
+    (entry,) = read_index(folder)[0]
     assert isinstance(entry, RunEntry)
     return entry
 
@@ -53,7 +53,7 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
         make_run(tmp_path / "s" / str(job), accuracy=0.6, best=best, keep_best="loss", overrides=["a=1", f"b={job}"])
     make_run(tmp_path / "s" / "3", status="failed", best=None, freeze="none")
     (tmp_path / "s" / "multirun.yaml").touch()
-    (sweep,) = read_index(tmp_path).entries
+    (sweep,) = read_index(tmp_path)[0]
     assert isinstance(sweep, SweepEntry)
     assert [job.path.name for job in sweep.runs] == ["0", "2", "3", "10"]
     assert sweep.status == "failed"
@@ -70,7 +70,7 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
 def test_a_damaged_run_json_is_an_entry_that_says_so(text: str, tmp_path: Path) -> None:
     make_run(tmp_path / "good")
     (make_run(tmp_path / "bad") / "run.json").write_bytes(text.encode("latin-1"))
-    entries = {entry.path.name: entry for entry in read_index(tmp_path).entries}
+    entries = {entry.path.name: entry for entry in read_index(tmp_path)[0]}
     assert entries["good"].status == "done"
     assert entries["bad"].status == "damaged"
     assert "run.json" in str(entries["bad"].error)  # type: ignore[union-attr]

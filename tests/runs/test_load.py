@@ -20,8 +20,7 @@ from tlcli.data.decode import BadImage
 from tlcli.errors import UsageError
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.load import load_run
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
 
 BACKBONES = {
     "lite": ("backbone=efficientnet_lite0",),

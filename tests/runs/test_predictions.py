@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tlcli.errors import UsageError
-from tlcli.runs import predictions
-from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
+from tlcli.runs import run_dir
+from tlcli.runs.run_dir import SplitPredictions, read_predictions, write_predictions
 
 SOME = SplitPredictions(
     logits=torch.tensor([[0.5, -1.0], [2.0, 3.25], [0.0, 1e-8]]),
@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 def test_names_are_left_out_where_they_are_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "MAX_METADATA_CHARS", 10)
+    monkeypatch.setattr(run_dir, "MAX_METADATA_CHARS", 10)
     write_predictions(tmp_path / "f", SOME)
     assert read_predictions(tmp_path / "f").names == SOME.keys
 

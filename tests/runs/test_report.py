@@ -22,7 +22,6 @@ from tlcli.engine.metrics import Predictions
 from tlcli.engine.metrics import test_report as figures_of
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard, plots
-from tlcli.runs.predictions import SplitPredictions, read_predictions, write_predictions
 from tlcli.runs.report import (
     GALLERY_IMAGES,
     MAX_TABLE_CLASSES,
@@ -33,7 +32,7 @@ from tlcli.runs.report import (
     save,
     sweep_view,
 )
-from tlcli.runs.run_dir import RunDir, write_json
+from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_json, write_predictions
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(1)>'

@@ -3,16 +3,12 @@
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
-
-if TYPE_CHECKING:
-    from tlcli.runs.compare import Comparison, NoPairedTest, PairedTest
 
 
 def parser() -> Parser:
@@ -45,42 +41,40 @@ def run(argv: list[str]) -> int:
 
     comparison = compare([Path(word) for word in arguments.runs])
     if arguments.format == "json":
-        print(json.dumps(asdict(comparison), indent=2))
+        print(json.dumps(comparison, indent=2))
     else:
         print("\n\n".join("\n".join(part) for part in _parts(comparison, terminal_columns())))
     return 0
 
 
-def _letter(index: int) -> str:
-    """Return the name of a run in tables: A, B, ... Z, R27, R28, ..."""
-    return chr(ord("A") + index) if index < 26 else f"R{index + 1}"
-
-
-def _parts(comparison: "Comparison", width: int | None) -> Iterator[list[str]]:
+def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[list[str]]:
     """Yield what is printed, part by part, in lines."""
-    letters = {run["path"]: _letter(i) for i, run in enumerate(comparison.runs)}
+    # A, B, ... Z, R27, R28, ...
+    letters = {run["path"]: chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i, run in enumerate(comparison["runs"])}
     titles = ("accuracy", "95 % interval", "loss", "macro F1", "images")
     columns = [TableColumn("run", left=True), *map(TableColumn, titles), TableColumn("path", left=True)]
     rows = []
-    for run in comparison.runs:
+    for run in comparison["runs"]:
         low, high = run["accuracy_ci95"]
         f1 = run["macro_f1"] and f"{run['macro_f1']:.4f}"
         metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
         rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
     yield list(table_lines(columns, rows, width))
-    differences = {key: _by_value(row, letters) for key, row in {**comparison.config, **comparison.setting}.items()}
+    differences = {
+        key: _by_value(row, letters) for key, row in {**comparison["config"], **comparison["setting"]}.items()
+    }
     names = [TableColumn("differs", left=True), TableColumn("values", left=True)]
     yield list(table_lines(names, differences.items(), width)) if differences else ["the configs are the same"]
-    for group in comparison.seeds:
-        low, high = group.mean_ci95
+    for group in comparison["seeds"]:
+        low, high = group["mean_ci95"]
         text = (
-            f"{', '.join(letters[path] for path in group.runs)} differ only in the seed: mean accuracy "
-            f"{group.mean:.4f}, standard deviation {group.standard_deviation:.4f}, 95 % interval of the mean {low:.4f} "
-            f"to {high:.4f} (Student's t, {len(group.runs)} runs)"
+            f"{', '.join(letters[path] for path in group['runs'])} differ only in the seed: mean accuracy "
+            f"{group['mean']:.4f}, standard deviation {group['standard_deviation']:.4f}, 95 % interval of the mean "
+            f"{low:.4f} to {high:.4f} (Student's t, {len(group['runs'])} runs)"
         )
-        yield _wrapped(text if group.same_images else f"{text}; their test images are not all the same", width)
+        yield _wrapped(text if group["same_images"] else f"{text}; their test images are not all the same", width)
     many = f"Significance is tested for two runs only, not for {len(letters)}. Compare the intervals."
-    yield _wrapped(_verdict(comparison.pairs[0]) if comparison.pairs else many, width)
+    yield _wrapped(_verdict(comparison["pairs"][0]) if comparison["pairs"] else many, width)
 
 
 def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
@@ -93,17 +87,18 @@ def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())
 
 
-def _verdict(pair: "PairedTest | NoPairedTest") -> str:
-    if pair.paired is False:
-        return f"No paired test: {strip_control_chars(pair.why)}. Compare the intervals."
-    better, worse = ("A", "B") if pair.difference >= 0 else ("B", "A")
-    points = f"{100 * abs(pair.difference):.1f} points"
-    p = "p < 0.0001" if pair.mcnemar_p < 0.0001 else f"p = {pair.mcnemar_p:.2g}"
+def _verdict(pair: Mapping[str, Any]) -> str:
+    if not pair["paired"]:
+        return f"No paired test: {strip_control_chars(pair['why'])}. Compare the intervals."
+    better, worse = ("A", "B") if pair["difference"] >= 0 else ("B", "A")
+    points = f"{100 * abs(pair['difference']):.1f} points"
+    p = "p < 0.0001" if pair["mcnemar_p"] < 0.0001 else f"p = {pair['mcnemar_p']:.2g}"
     counts = (
-        f"Both were tested on the same {pair.n:,} images: {pair.both_right:,} right in both, {pair.both_wrong:,} "
-        f"wrong in both, {pair.n_only_first_right:,} right only in A, {pair.n_only_second_right:,} right only in B. "
+        f"Both were tested on the same {pair['n']:,} images: {pair['both_right']:,} right in both, "
+        f"{pair['both_wrong']:,} wrong in both, {pair['n_only_first_right']:,} right only in A, "
+        f"{pair['n_only_second_right']:,} right only in B. "
     )
-    if pair.more_than_chance:
+    if pair["more_than_chance"]:
         return f"{counts}{better} is better than {worse} by {points}, which is significant: {p} (exact McNemar test)."
     return f"{counts}The difference of {points} is not significant: {p} (exact McNemar test)."
 

@@ -28,7 +28,7 @@ from tlcli.files import expand_user
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import DatasetSpec, TrainSpec
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ class Command:
         job = HydraConfig.get()
         run, owner = self._claim(run.path, overrides)
         title = f"[{job.job.num}] {' '.join(overrides)}"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            info = read_json(run.info_file)
+        with suppress(UsageError, ValueError, KeyError, TypeError):
+            info = run.info
             if info["status"] == "done":
                 earlier = float(info["best"][info["keep_best"]])
                 reporter.heading(f"{title}: done before, validation {earlier:.4f}")
@@ -174,8 +174,8 @@ class Command:
                 break
             except FileExistsError:
                 try:
-                    owner = read_json(run.info_file)["overrides"]
-                except (OSError, ValueError, KeyError):
+                    owner = run.info["overrides"]
+                except (UsageError, KeyError):
                     owner = None
                 if self._resume and owner in (None, overrides):
                     break

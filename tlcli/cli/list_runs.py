@@ -18,12 +18,9 @@ from tlcli.files import expand_user
 from tlcli.runs.index import Entry, RunEntry, SweepEntry, read_index
 from tlcli.text import csv_line
 
-MAX_NAME_COLUMNS = 24
-"""Width at which a name is cut on a terminal, so that the numbers stay visible."""
-
+MAX_NAME_COLUMNS = 24  # at which a name is cut on a terminal, so that the numbers stay visible
+# keys that a list can be sorted by, and the columns of CSV
 KEYS = ("status", "when", "dataset", "backbone", "freeze", "seed", "val", "test", "minutes", "name", "path")
-"""Keys that a list can be sorted by, and the columns of CSV."""
-
 HIGHEST_FIRST = frozenset({"seed", "val", "test", "minutes", "when"})
 
 COLUMNS = (
@@ -76,9 +73,9 @@ def run(argv: list[str]) -> int:
         if not folder.is_dir():
             problem = "not a folder" if folder.exists() else "no such folder"
             raise UsageError(f"{folder}: {problem}; name the folder of the runs: tlcli list FOLDER")
-        index = read_index(folder)
-        entries |= {entry.path: entry for entry in index.entries}
-        for path in index.unreadable:
+        under_folder, unreadable = read_index(folder)
+        entries |= {entry.path: entry for entry in under_folder}
+        for path in unreadable:
             print(f"tlcli list: {path}: cannot be read", file=sys.stderr)
     listed = sort_entries(list(entries.values()), arguments.sort)[: arguments.limit]
     {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
@@ -125,7 +122,6 @@ def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entr
 
 
 def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
-    """Print a line per run or sweep, and how many there are."""
     folders = ", ".join(arguments.folders)
     if not entries:
         print(f"no runs in {folders}")
@@ -138,8 +134,9 @@ def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
             done, n = entry.jobs_by_status.get("done", 0), entry.jobs
             status = f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
         names = [_value(entry, key) or None for key in ("when", "dataset", "backbone", "freeze")]
-        if width is not None:
-            names = [name and _cut(name) for name in names]
+        for i, name in enumerate(names):
+            if width is not None and name and cell_len(name) > MAX_NAME_COLUMNS:
+                names[i] = set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…"
         numbers = [
             None if value is None else f"{value:.{digits}f}"
             for value, digits in ((entry.val, 4), (entry.test, 4), (entry.minutes, 1))
@@ -155,17 +152,11 @@ def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
     print(f"\n{' and '.join(counts)} in {folders}")
 
 
-def _cut(name: str) -> str:
-    too_long = cell_len(name) > MAX_NAME_COLUMNS
-    return set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…" if too_long else name
-
-
 def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun if n == 1 else noun + 's'}"
 
 
 def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:
-    """Print a line per run or sweep; with --jobs also per job."""
     sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
     for kind, entry, swept in _with_jobs(entries, arguments.jobs):
         jobs = (entry.jobs, entry.jobs_by_status.get("done", 0)) if isinstance(entry, SweepEntry) else (None, None)
@@ -174,7 +165,6 @@ def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:
 
 
 def _print_json(entries: Sequence[Entry], arguments: Namespace) -> None:
-    """Print what is known of each entry; the jobs of a sweep only with --jobs."""
     rows = []
     for entry in entries:
         row = {"kind": "sweep" if isinstance(entry, SweepEntry) else "run", **asdict(entry)}
@@ -183,8 +173,4 @@ def _print_json(entries: Sequence[Entry], arguments: Namespace) -> None:
             if arguments.jobs:
                 row["runs"] = [{"kind": "run", **asdict(job)} for job in entry.runs]
         rows.append(row)
-    print(
-        json.dumps(
-            rows, indent=2, default=lambda value: value.isoformat() if isinstance(value, datetime) else str(value)
-        )
-    )
+    print(json.dumps(rows, indent=2, default=lambda x: x.isoformat() if isinstance(x, datetime) else str(x)))

@@ -16,7 +16,7 @@ from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import host_digest, is_sweep, open_run, process_has_exited, read_json
+from tlcli.runs.run_dir import RunDir, host_digest, is_sweep, open_run, process_has_exited
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -73,8 +73,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 def _resume_sweep(path: Path) -> int:
     """Run the jobs of a sweep that are not done, with the command line and in the folder that some job recorded."""
     for file in sorted(path.rglob("run.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            info = read_json(file)
+        with suppress(UsageError, ValueError, KeyError, TypeError):
+            info = RunDir(file.parent).info
             words = shlex.split(info["command"])
             if words[:2] == ["tlcli", "train"] and Path(info["cwd"]).is_dir():
                 break

@@ -28,7 +28,7 @@ from tlcli.cli.trust import references, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.registry import HOMES, options
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec, classes_of
 
 
@@ -45,8 +45,8 @@ def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     file, files = run.config_file, ConfFiles([conf_dir()])
     values = _read_values(file, files)
     try:
-        start = read_json(run.info_file).get("cwd")
-    except (OSError, ValueError):  # a command that needs run.json reports it
+        start = run.info.get("cwd")
+    except UsageError:  # a command that needs run.json reports it
         start = None
     if isinstance(start, str):
         resolve_paths(values, Path(start))

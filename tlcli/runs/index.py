@@ -13,15 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.runs.run_dir import SWEEP_FILES, RunDir, number, pair, process_has_exited, read_json, text
-from tlcli.text import one_line
+from tlcli.runs.run_dir import SWEEP_FILES, RunDir, number, pair, process_has_exited, text
+from tlcli.text import natural_order
 
-SKIPPED = frozenset({"checkpoints", "plots"})
-"""Folders that have no runs."""
-
-WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")
-"""The status of a sweep is the first of these that a job has."""
+SKIPPED = frozenset({"checkpoints", "plots"})  # folders that have no runs
+WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  # a sweep has the first that a job has
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,12 @@ class SweepEntry:
     @classmethod
     def of(cls, path: Path, jobs: Sequence[RunEntry]) -> "SweepEntry":
         """Return the sweep of these jobs, at least one."""
-        runs = tuple(sorted(jobs, key=lambda job: (_number_of(job.path), str(job.path))))
+        runs = tuple(sorted(jobs, key=lambda job: natural_order(str(job.path))))
         counts = Counter(job.status for job in runs)
-        best = _best_job(runs)
+        metrics = {job.keep_best for job in runs if job.keep_best}
+        metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+        done = [job for job in runs if job.status == "done" and job.best and metric in job.best]
+        best = (min if metric == "loss" else max)(done, key=lambda job: (job.best or {})[metric], default=None)
         minutes = [job.minutes for job in runs if job.minutes is not None]
         return cls(
             path=path,
@@ -104,35 +105,18 @@ class SweepEntry:
         return frozenset(word for word, n in counts.items() if n < self.jobs)
 
 
-def _number_of(path: Path) -> int:
-    return int(path.name) if path.name.isdecimal() else -1  # 2 before 10
-
-
 def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
-
-
-def _best_job(jobs: Sequence[RunEntry]) -> RunEntry | None:
-    """Return the finished job that is best on validation, by the metric that selects the best epoch of all jobs."""
-    metrics = {job.keep_best for job in jobs if job.keep_best}
-    metric = metrics.pop() if len(metrics) == 1 else "accuracy"
-    done = [(job.best[metric], job) for job in jobs if job.status == "done" and job.best and metric in job.best]
-    return (min if metric == "loss" else max)(done, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 Entry = RunEntry | SweepEntry
 
 
-@dataclass(frozen=True)
-class Index:
-    """The runs and sweeps under a folder, in no particular order, and the folders that could not be read."""
+def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
+    """Return the runs and sweeps under a folder, in no particular order, and the folders that cannot be read.
 
-    entries: tuple[Entry, ...]
-    unreadable: tuple[str, ...]
-
-
-def read_index(folder: Path) -> Index:
-    """Return all runs under a folder, which may be a run or a sweep itself. Links are followed, each folder once."""
+    The folder may be a run or a sweep itself. Links are followed, each folder once.
+    """
     runs: list[RunEntry] = []
     jobs: dict[str, list[RunEntry]] = {}  # by the path of the sweep
     unreadable: list[str] = []
@@ -163,19 +147,25 @@ def read_index(folder: Path) -> Index:
                 waiting.append((entry.path, sweep))
             elif entry.is_symlink() and is_dir(entry.path):
                 waiting.appendleft((entry.path, sweep))  # last, so that a folder is found under its own path
-    sweeps = [SweepEntry.of(Path(path), found) for path, found in jobs.items() if found]
-    return Index((*runs, *sweeps), tuple(unreadable))
+    return [*runs, *(SweepEntry.of(Path(path), found) for path, found in jobs.items() if found)], unreadable
 
 
 def read_entry(path: Path) -> RunEntry:
     """Return the run in a directory. Damaged files do not raise."""
     run = RunDir(path)
     try:
-        info = read_json(run.info_file)
-    except (OSError, ValueError) as error:
-        return RunEntry(path, "damaged", error=f"run.json is damaged: {one_line(error)}")
+        info = run.info
+    except UsageError as error:
+        return RunEntry(path, "damaged", error=str(error))
     overrides = tuple(str(word) for word in _as(list, info.get("overrides")) or ())
-    settings = _settings(run, info, overrides)
+    # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
+    settings = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    is_folder = info.get("dataset") in ("imagefolder", "manifest")
+    if not info.get("backbone") or (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
+        groups = {name: _as(dict, group) or {} for name, group in run.config().items()}
+        keys = ("dataset.name", "dataset.root", "dataset.file", "backbone.name", "freeze.kind")
+        values = {key: text(groups.get(key.split(".")[0], {}).get(key.split(".")[1])) for key in keys}
+        settings = {key: value for key, value in values.items() if value}
     dataset = text(info.get("dataset")) or settings.get("dataset.name")
     place = settings.get("dataset.file") or settings.get("dataset.root") or ""
     status = str(info.get("status", "damaged"))
@@ -208,18 +198,6 @@ def read_entry(path: Path) -> RunEntry:
         error=text(info.get("error")),
         overrides=overrides,
     )
-
-
-def _settings(run: RunDir, info: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, str]:
-    """Return the settings that are not in run.json: those of the command line, otherwise of config.yaml."""
-    settings = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
-    is_folder = info.get("dataset") in ("imagefolder", "manifest")
-    if info.get("backbone") and not (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
-        return settings
-    config = run.config()
-    keys = (("dataset", "name"), ("dataset", "root"), ("dataset", "file"), ("backbone", "name"), ("freeze", "kind"))
-    values = {f"{group}.{key}": text((_as(dict, config.get(group)) or {}).get(key)) for group, key in keys}
-    return {key: value for key, value in values.items() if value}
 
 
 def _time(value: object) -> datetime | None:

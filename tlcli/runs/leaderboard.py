@@ -3,7 +3,6 @@
 Everything is read from the run directories of the jobs, so that it does not matter which process ran them.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from tlcli.errors import UsageError
 from tlcli.files import atomic_write
 from tlcli.runs.index import read_entry
 from tlcli.runs.run_dir import RunDir, read_json, write_json
-from tlcli.text import csv_line
+from tlcli.text import csv_line, natural_order
 
 SCHEMA_VERSION = 1
 
@@ -48,8 +47,7 @@ class Leaderboard:
 def read(folder: Path) -> Leaderboard:
     """Return the leaderboard of the runs under a folder. A job that did not finish has no rank and comes last."""
     names = [file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")]
-    # 2 before 10
-    names.sort(key=lambda name: [(int(s), "") if s.isdigit() else (-1, s) for s in re.split(r"(\d+)", name)])
+    names.sort(key=natural_order)
     runs = [read_entry(folder / name) for name in names]
     # a + or ++ in front is no part of the key
     parts = [[word.lstrip("+").partition("=") for word in run.overrides] for run in runs]

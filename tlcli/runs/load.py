@@ -114,12 +114,26 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
         raise UsageError(str(exc)) from exc
     except (OSError, KeyError, TypeError, ValueError) as exc:
         raise UsageError(f"{file}: damaged, or not a checkpoint of tlcli ({type(exc).__name__}: {exc})") from exc
-    classifier = _rebuild(_backbone(run, metadata), classes, preprocessing, state, file)
+    spec = _backbone(run, metadata)
+    with torch.random.fork_rng(devices=[]):  # the random initial weights must not advance the caller's generator
+        architecture = spec.build(len(classes), preprocessing.size)
+    network = architecture.network
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = one_line(error)[:300]
+        raise UsageError(f"{file}: does not fit {spec.name} with {len(classes)} classes: {reason}") from error
+    loaded = network.state_dict()  # in float32, whose range may be smaller than that of the file's dtype
+    if bad := next((n for n, t in state.items() if t.is_complex() or not loaded[n].isfinite().all()), None):
+        raise UsageError(f"{file}: {bad} has values that are not finite; the checkpoint is damaged")
+    network.eval().requires_grad_(False)
+    architecture = replace(architecture, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
+    classifier = Classifier(spec.name, architecture, classes, pretrained=frozenset(state), head_loaded=True)
     return LoadedRun(run.path, run.info, checkpoint, classifier, preprocessing, _temperature(run, metadata))
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:
-    """Return the spec of the network in a checkpoint. Keys other than its name are in the run's config."""
+    """Return the spec of a checkpoint's network. Keys other than its name are in the run's config."""
     kind = str(metadata.get("backbone_kind"))
     kinds: dict[str, type[BackboneSpec]] = options("backbone")
     if kind not in kinds:
@@ -134,32 +148,14 @@ def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:
         raise UsageError(f"{run.config_file}: does not describe the backbone ({reason})") from error
 
 
-def _rebuild(
-    spec: BackboneSpec, classes: tuple[str, ...], preprocessing: Preprocessing, state: dict[str, Tensor], file: Path
-) -> Classifier:
-    """Return the network of a spec with these weights, in eval mode."""
-    with torch.random.fork_rng(devices=[]):  # the random initial weights must not advance the caller's generator
-        architecture = spec.build(len(classes), preprocessing.size)
-    network = architecture.network
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = one_line(error)[:300]
-        raise UsageError(f"{file}: does not fit {spec.name} with {len(classes)} classes: {reason}") from error
-    loaded = network.state_dict()  # in float32, whose range may be smaller than that of the file's dtype
-    if bad := next((n for n, t in state.items() if t.is_complex() or not loaded[n].isfinite().all()), None):
-        raise UsageError(f"{file}: {bad} has values that are not finite; the checkpoint is damaged")
-    network.eval().requires_grad_(False)
-    architecture = replace(architecture, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
-    return Classifier(spec.name, architecture, classes, pretrained=frozenset(state), head_loaded=True)
-
-
 def _temperature(run: RunDir, metadata: Mapping[str, Any]) -> float:
     """Return the temperature that was fitted to these weights, or 1."""
     calibration, best = run.info.get("calibration"), run.info.get("best")
-    if not isinstance(calibration, Mapping) or not isinstance(best, Mapping):
-        return 1.0
-    if best.get("epoch") != metadata.get("epoch"):
+    if (
+        not isinstance(calibration, Mapping)
+        or not isinstance(best, Mapping)
+        or best.get("epoch") != metadata.get("epoch")
+    ):
         return 1.0
     value = calibration.get("temperature", 1.0)
     if not isinstance(value, int | float) or not 0 < value < 1e9:

@@ -1,14 +1,13 @@
 """Experiment trackers that a run can also be written to: TensorBoard, MLflow, Weights & Biases.
 
-Each is an extra that is imported only if it is chosen. A tracker cannot end a run or change its results, and uses the
-network only if its own keys say so: the run directory is complete without it.
+Each is an extra that is imported only if it is chosen. A tracker cannot end a run or change its results: the run
+directory is complete without it.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,34 +23,24 @@ from tlcli.text import flat_keys, to_plain
 Values = Mapping[str, Any]
 Metrics = Mapping[str, float]
 
-MLFLOW_BATCH = 100
-"""Parameters that MLflow takes per request."""
+# names under which trackers group the metrics of an epoch, by the names of EpochRow
+EPOCH_METRICS = {f"{split}_{name}": f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy")}
+EPOCH_METRICS |= {"val_macro_f1": "val/macro_f1", **{name: name for name in ("lr", "images_per_second", "seconds")}}
+MLFLOW_BATCH = 100  # parameters that MLflow takes per request
 
-
-@dataclass(frozen=True)
-class Tracker:
-    """A run of a tracker. Both functions may raise; training then continues without the tracker.
-
-    Args:
-        log: takes the metrics of an epoch and the epoch.
-        end: takes the test metrics (empty if the run was not tested), the best epoch, and the status: `done`, `failed`
-            or `interrupted`.
-    """
-
-    log: Callable[[Metrics, int], None]
-    end: Callable[[Metrics, int, str], None]
+# Two functions of a tracker's run. Both may raise; training then continues without the tracker. The first takes the
+# metrics of an epoch and the epoch; the second the test metrics (empty if the run was not tested), the best epoch and
+# the status: done, failed or interrupted.
+Tracker = tuple[Callable[[Metrics, int], None], Callable[[Metrics, int, str], None]]
 
 
 class TrackerSpec(LoggerSpec, frozen=True):
     """A logger of an extra that has the name of its kind and of the package that it needs."""
 
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
-        """Start a run of the tracker.
+        """Start a run of the tracker with the values of all keys and with sizes, model and device.
 
-        Args:
-            run: the run's directory, for trackers that write files.
-            config: the values of all keys by full key.
-            info: sizes, model and device.
+        Files go into `run`, the run's directory.
         """
         raise NotImplementedError
 
@@ -84,7 +73,7 @@ class TensorboardSpec(TrackerSpec, frozen=True, tag="tensorboard"):
             writer.add_text("status", status)
             writer.close()
 
-        return Tracker(log, end)
+        return log, end
 
 
 @option
@@ -104,8 +93,8 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
         from mlflow.entities import Metric, Param
 
         client: Any = MlflowClient(self.uri)
-        found = client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found else client.create_experiment(self.experiment)
+        known = client.get_experiment_by_name(self.experiment)
+        experiment = known.experiment_id if known else client.create_experiment(self.experiment)
         tags = {key: str(value) for key, value in info.items()}
         run_id = client.create_run(experiment, run_name=info["name"], tags=tags).info.run_id
         params = [Param(key, str(value)) for key, value in config.items()]
@@ -121,7 +110,7 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
             statuses = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
             client.set_terminated(run_id, status=statuses[status])
 
-        return Tracker(log, end)
+        return log, end
 
 
 class WandbMode(Enum):
@@ -169,7 +158,7 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
             tracked.summary.update({**metrics, "status": status})
             tracked.finish(exit_code=0 if status == "done" else 1)
 
-        return Tracker(lambda metrics, step: tracked.log(dict(metrics), step=step), end)
+        return lambda metrics, step: tracked.log(dict(metrics), step=step), end
 
 
 def check_logger(spec: LoggerSpec) -> None:
@@ -180,16 +169,15 @@ def check_logger(spec: LoggerSpec) -> None:
 
 @contextmanager
 def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Reporter]:
-    """Yield a reporter to train with: it passes everything to the given one, and the metrics to the chosen logger.
+    """Yield a reporter that passes everything to the given one, and the metrics to the chosen logger.
 
-    Args:
-        run: the run's directory.
+    `run` is the run's directory.
     """
     if not isinstance(spec.logger, TrackerSpec):
         yield reporter
         return
     check_logger(spec.logger)
-    logged = LoggedReporter(reporter, spec.logger, spec, run)
+    logged = _LoggedReporter(reporter, spec.logger, spec, run)
     status = "failed"
     try:
         yield logged
@@ -201,7 +189,7 @@ def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Repor
         logged.end(status)
 
 
-class LoggedReporter(Reporter):
+class _LoggedReporter(Reporter):
     """Passes everything to a reporter, and metrics to a tracker. After the tracker's first error, a note, it is off."""
 
     def __init__(self, reporter: Reporter, logger: TrackerSpec, spec: TrainSpec, run: Path) -> None:
@@ -222,7 +210,9 @@ class LoggedReporter(Reporter):
 
     def plan(self, plan: RunPlan) -> None:
         self._reporter.plan(plan)
-        config = flat_keys(to_plain(self._spec))
+        # the logger's own keys are left out: its address may contain a password
+        values = flat_keys(to_plain(self._spec)).items()
+        config = {key: value for key, value in values if not key.startswith("logger.")}
         info = {
             "run": str(plan.run),
             "name": plan.name,
@@ -235,15 +225,16 @@ class LoggedReporter(Reporter):
             "device": plan.device,
             "activations": plan.activations,
         }
-        with self._off_after_error():  # the logger's own keys are left out: its address may contain a password
-            config = {key: value for key, value in config.items() if not key.startswith("logger.")}
+        with self._off_after_error():
             self._tracker = self._logger.start(self._run, config, info)
 
     def epoch(self, row: EpochRow) -> None:
         self._reporter.epoch(row)
-        if self._tracker is not None:
-            with self._off_after_error():
-                self._tracker.log(epoch_metrics(row), row.epoch)
+        values = {name: value for name, value in vars(row).items() if value is not None}
+        metrics = {EPOCH_METRICS[name]: float(value) for name, value in values.items() if name in EPOCH_METRICS}
+        with self._off_after_error():
+            if self._tracker is not None:
+                self._tracker[0](metrics, row.epoch)
 
     def outcome(self, outcome: RunResult) -> None:
         self._reporter.outcome(outcome)
@@ -251,10 +242,16 @@ class LoggedReporter(Reporter):
 
     def end(self, status: str) -> None:
         """End the tracker's run."""
-        metrics, epoch = (result_metrics(self._result), self._result.epoch) if self._result else ({}, 0)
-        if self._tracker is not None:
-            with self._off_after_error():
-                self._tracker.end(metrics, epoch, status)
+        metrics: dict[str, float] = {}
+        epoch = 0
+        if self._result is not None:
+            (low, high), top5, epoch = self._result.ci95, self._result.top5, self._result.epoch
+            metrics = {"test/accuracy": self._result.accuracy, "test/accuracy_low": low, "test/accuracy_high": high}
+            metrics |= {"test/loss": self._result.loss, "best_epoch": float(epoch)}
+            metrics |= {} if top5 is None else {"test/top5": top5}
+        with self._off_after_error():
+            if self._tracker is not None:
+                self._tracker[1](metrics, epoch, status)
 
     @contextmanager
     def _off_after_error(self) -> Iterator[None]:
@@ -264,31 +261,3 @@ class LoggedReporter(Reporter):
             self._tracker = None
             reason = (str(exc) or type(exc).__name__).strip().split("\n")[0]
             self._reporter.note(f"logger={self._logger.kind} failed and is off for the rest of this run: {reason}")
-
-
-def epoch_metrics(row: EpochRow) -> dict[str, float]:
-    """Return the metrics of an epoch under the names by which trackers group them; without those that are None."""
-    metrics = {
-        "train/loss": row.train_loss,
-        "train/accuracy": row.train_accuracy,
-        "val/loss": row.val_loss,
-        "val/accuracy": row.val_accuracy,
-        "val/macro_f1": row.val_macro_f1,
-        "lr": row.lr,
-        "images_per_second": row.images_per_second,
-        "seconds": row.seconds,
-    }
-    return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-def result_metrics(result: RunResult) -> dict[str, float]:
-    """Return the metrics of the test, likewise."""
-    metrics = {
-        "test/accuracy": result.accuracy,
-        "test/accuracy_low": result.ci95[0],
-        "test/accuracy_high": result.ci95[1],
-        "test/top5": result.top5,
-        "test/loss": result.loss,
-        "best_epoch": result.epoch,
-    }
-    return {name: float(value) for name, value in metrics.items() if value is not None}

@@ -19,9 +19,8 @@ from tlcli.models.classifier import Classifier
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
-from tlcli.runs.predictions import SplitPredictions, write_predictions
 from tlcli.runs.resume_state import ResumeState
-from tlcli.runs.run_dir import RunDir, environment, stored_confusion, write_json
+from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_json, write_predictions
 from tlcli.specs import TrainSpec
 from tlcli.text import to_plain
 from tlcli.transfer.contract import freeze_table

@@ -31,8 +31,7 @@ from tlcli.files import atomic_write
 from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
-from tlcli.runs.predictions import read_predictions
-from tlcli.runs.run_dir import RunDir, confusion_matrix, process_has_exited
+from tlcli.runs.run_dir import RunDir, confusion_matrix, process_has_exited, read_predictions
 from tlcli.text import duration_text
 
 T = TypeVar("T")

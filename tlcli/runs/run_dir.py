@@ -9,9 +9,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,14 @@ from tlcli.text import csv_line, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
+
+    from tlcli.data.images import Split
 
 SCHEMA_VERSION = 1
-MAX_FULL_CONFUSION = 100
-"""Classes above which test.json has the cells of the confusion matrix that are not zero, not all of them."""
-
-SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})
-"""Files of a sweep's folder: the first is written when a job ends, the second by Hydra at the start."""
-
+MAX_FULL_CONFUSION = 100  # above so many classes, a stored confusion matrix has only the cells that are not zero
+MAX_METADATA_CHARS = 60_000_000  # of predictions; above it names are left out, since safetensors takes 100 MB
+SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job ends, and by Hydra at the start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
@@ -89,18 +91,11 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without lines that are damaged: the last one of a killed run may be."""
         rows = []
-        try:
-            lines = _regular(self.metrics_file).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-        return rows
+        with suppress(OSError):
+            for line in _regular(self.metrics_file).read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict)]
 
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl."""
@@ -109,10 +104,7 @@ class RunDir:
     # -- writing
 
     def start(self, *, command: str, overrides: Sequence[str], config: str, cwd: str | None = None) -> None:
-        """Make the directory if necessary; write config.yaml and a run.json with the status `running`.
-
-        `cwd` is the folder in which the command was typed, by default the current one.
-        """
+        """Write config.yaml and a run.json with the status `running`; `cwd` is where the command was typed."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config(config)
         self.update(
@@ -127,13 +119,13 @@ class RunDir:
         )
 
     def write_config(self, config: str) -> None:
-        """Write config.yaml, in one atomic step."""
+        """Write config.yaml in one atomic step."""
         with atomic_write(self.config_file) as file:
             file.write(config.encode())
 
     def mark_resumed(self, command: str) -> None:
         """Write a run.json with the status `running` for an interrupted run."""
-        resumed = [*read_json(self.info_file).get("resumed", []), {"command": command, "started": now()}]
+        resumed = [*self.info.get("resumed", []), {"command": command, "started": now()}]
         self.update(status="running", error=None, ended=None, pid=os.getpid(), host=host_digest(), resumed=resumed)
 
     def update(self, **values: Any) -> None:
@@ -158,8 +150,10 @@ class RunDir:
                 file.writelines(csv_line(row) for row in [("file", "reason"), *files])
 
     def add_evaluation(self, write: Callable[[Path], None]) -> Path:
-        """Return a new directory eval-1, eval-2, ... with the files that `write` puts into it; it is complete from the
-        moment that it exists, and two processes never get the same."""
+        """Return a new directory eval-1, eval-2, ... with the files that `write` puts into it.
+
+        It is complete from the moment that it exists. Two processes never get the same.
+        """
         try:
             draft = Path(tempfile.mkdtemp(prefix=".eval-", dir=self.path))
         except OSError as error:
@@ -193,7 +187,11 @@ def open_run(path: str | Path) -> RunDir:
         siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if is_dir(run.path.parent) else []
         raise UsageError(f"{run.path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
     if not exists(run.info_file):
-        raise UsageError(f"{run.path}: not a run directory (it has no run.json){_nearby_run(run.path)}")
+        above = (parent for parent in run.path.parents if run.path.is_file() and (parent / "run.json").is_file())
+        below = (file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern)))
+        near = next(chain(above, below), None)
+        hint = f". Did you mean {near}?" if near else ""
+        raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
     schema = run.info.get("schema_version")
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA_VERSION:
         raise UsageError(
@@ -203,31 +201,20 @@ def open_run(path: str | Path) -> RunDir:
     return run
 
 
-def _nearby_run(path: Path) -> str:
-    """Return a hint: the run that a file is in, or one below a directory."""
-    above = next((parent for parent in path.parents if (parent / "run.json").is_file()), None)
-    below = next((file for pattern in ("*/run.json", "*/*/run.json") for file in sorted(path.glob(pattern))), None)
-    near = above if path.is_file() else below and below.parent
-    return f". Did you mean {near}?" if near else ""
-
-
 def is_sweep(path: Path) -> bool:
     """Return True if the directory is a sweep's: it has one of a sweep's files, and no run.json."""
     return any((path / name).is_file() for name in SWEEP_FILES) and not (path / "run.json").exists()
 
 
 def process_has_exited(info: Mapping[str, Any]) -> bool:
-    """Return True if the process that wrote this run.json is known to have ended; False if it runs or if that is
-    unknown, because it ran on another machine or the pid is missing."""
+    """Return True if the process that wrote this run.json has ended, False if it runs or ran on another machine."""
     pid = info.get("pid")
     if not isinstance(pid, int) or pid <= 0 or info.get("host") != host_digest() or platform.system() == "Windows":
         return False  # on Windows signal 0 is Ctrl-C
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # another user's process
-        return False
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)  # otherwise it is another user's process
     return False
 
 
@@ -237,12 +224,66 @@ def recent_runs(limit: int = 200) -> list[str]:
     return sorted((file.parent.as_posix() for file in files), reverse=True)[:limit]
 
 
-def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
-    """Return the confusion matrix of test.json or eval.json, int64 (classes, classes), rows are true classes.
+@dataclass(frozen=True, eq=False)
+class SplitPredictions:
+    """Logits (N, C) float32 and labels (N) int64 of a split, in its order; keys and names have a string per row.
 
-    It is stored as rows of counts, or above 100 classes also as cells [true, predicted, count]. Return None if it is
-    missing or damaged.
+    A key does not change if the data moves: the path below the root of the dataset, or a name such as digits/17. A name
+    is the path that the image had when the run read it.
     """
+
+    logits: "Tensor"
+    labels: "Tensor"
+    classes: tuple[str, ...]
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, split: "Split", logits: "Tensor", labels: "Tensor", classes: Sequence[str]) -> "SplitPredictions":
+        """Return the predictions of a split."""
+        keys, names = (tuple(of(i) for i in range(len(split))) for of in (split.key, split.name))
+        return cls(logits, labels, tuple(classes), keys, names)
+
+
+def write_predictions(path: Path, predictions: SplitPredictions) -> None:
+    """Write predictions as safetensors, in one atomic step."""
+    from tlcli.models.tensorfile import write_tensors
+
+    metadata: dict[str, Any] = {"classes": predictions.classes, "keys": predictions.keys, "names": predictions.names}
+    if len(json.dumps(metadata)) > MAX_METADATA_CHARS:
+        metadata["names"] = None
+    write_tensors(path, {"logits": predictions.logits.float(), "labels": predictions.labels}, metadata)
+
+
+def read_predictions(path: Path) -> SplitPredictions:
+    """Return the predictions in a file. Raise UsageError if it is missing or damaged."""
+    from msgspec import convert
+    from torch import int64
+
+    from tlcli.models.tensorfile import read_tensors
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; runs of tlcli 0.3.0 and later write it when they are tested")
+    try:
+        tensors, metadata = read_tensors(path)
+        logits, labels = tensors["logits"], tensors["labels"]
+        classes, keys = (convert(metadata[name], tuple[str, ...]) for name in ("classes", "keys"))
+        names = keys if metadata["names"] is None else convert(metadata["names"], tuple[str, ...])
+        if not logits.is_floating_point() or labels.dtype != int64:
+            raise ValueError(f"logits are {logits.dtype}, labels {labels.dtype}")
+        if not (logits.shape == (len(keys), len(classes)) and labels.shape == (len(keys),) and len(names) == len(keys)):
+            raise ValueError(f"{tuple(logits.shape)} logits for {len(keys)} images and {len(classes)} classes")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            raise ValueError(f"labels beyond the {len(classes)} classes")
+    except TlcliError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: damaged, or not predictions of tlcli ({type(error).__name__}: {error})") from error
+    return SplitPredictions(logits, labels, classes, keys, names)
+
+
+def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
+    """Return the matrix of test.json or eval.json, int64 (true classes, predicted classes); None if it is damaged."""
     import numpy as np
 
     classes, stored = test.get("classes"), test.get("confusion")
@@ -263,7 +304,7 @@ def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
 
 
 def stored_confusion(counts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return a confusion matrix as it is stored: rows of counts or, above 100 classes, cells that are not zero."""
+    """Return a matrix as it is stored: rows of counts or, above 100 classes, cells [true, predicted, count]."""
     if len(counts) <= MAX_FULL_CONFUSION:
         return [list(row) for row in counts]
     return [[true, predicted, n] for true, row in enumerate(counts) for predicted, n in enumerate(row) if n]
@@ -278,10 +319,8 @@ def environment() -> dict[str, Any]:
 
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         commit = git.stdout.strip()
@@ -321,7 +360,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object in one atomic step: a reader finds the old file or the new one, never a part."""
+    """Write an object in one atomic step."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())
