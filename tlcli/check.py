@@ -27,8 +27,8 @@ from tlcli.data.images import Ints
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
-from tlcli.engine.evaluate import features
 from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import features
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, HeadInit, OnBad, TrainSpec

@@ -16,11 +16,9 @@ from tlcli.data.images import Split
 from tlcli.data.sources import ManifestSpec
 from tlcli.device import DTYPES, setup_process
 from tlcli.engine.activations import Workload
-from tlcli.engine.calibration import calibration_report
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
-from tlcli.engine.evaluate import evaluate
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, test_report
+from tlcli.engine.metrics import Predictions, calibration_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit

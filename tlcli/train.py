@@ -5,9 +5,8 @@ import hashlib
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
-from tlcli.engine.evaluate import evaluate, features
 from tlcli.engine.inputs import Inputs, Loaders
-from tlcli.engine.metrics import BestEpochTracker, Predictions, scores
+from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
 from tlcli.engine.session import Session, compute_key
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts

@@ -16,15 +16,15 @@ from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import decide
-from tlcli.engine.evaluate import evaluate
 from tlcli.engine.inputs import Inputs, image_loader
+from tlcli.engine.metrics import evaluate
 from tlcli.engine.session import Session
-from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer, class_weights
+from tlcli.engine.trainer import EpochStats, Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, eval_mode
 from tlcli.reporter import Reporter
-from tlcli.specs import ClassWeights, TrainSpec
+from tlcli.specs import TrainSpec
 from tlcli.store import Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
 
@@ -48,10 +48,11 @@ class Setting:
         self.inputs = self.opened.open_all(Reporter())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
-        self.running: list[RunningLoss] = []
+        self.running: list[tuple[int, float]] = []
 
     def fit(self, epoch: int = 1) -> EpochStats:
-        return self.trainer.fit(self.inputs.train, epoch, Reporter(), self.running.append)
+        on_running = lambda epoch, *values: self.running.append(values)  # noqa: E731
+        return self.trainer.fit(self.inputs.train, epoch, Reporter(), on_running)
 
 
 @pytest.fixture
@@ -179,8 +180,8 @@ def test_running_loss_is_of_the_last_batches_also_within_a_group(small) -> None:
     """Without a step in between, the mean of the running losses of an epoch is its mean loss per batch."""
     setting = small("log_every=3", "batch_size=9", "accumulate=4", "optimizer.lr=1e-12", "augment=none")
     stats = setting.fit()
-    assert [r.batch for r in setting.running] == [3, 6]
-    assert sum(r.loss for r in setting.running) / 2 == pytest.approx(stats.loss, rel=1e-5)
+    assert [batch for batch, _ in setting.running] == [3, 6]
+    assert sum(loss for _, loss in setting.running) / 2 == pytest.approx(stats.loss, rel=1e-5)
 
 
 def test_clip_grad_bounds_the_step(small) -> None:
@@ -195,12 +196,12 @@ def test_clip_grad_bounds_the_step(small) -> None:
     assert moved[1] <= 0.001 * 1.01 < moved[0]
 
 
-def test_balanced_classes_weigh_alike() -> None:
-    counts = (6, 30)
-    weights = class_weights(ClassWeights.balanced, counts, CPU)
-    assert weights is not None
-    assert weights[0] * counts[0] == pytest.approx((weights[1] * counts[1]).item())
-    assert (weights * torch.tensor(counts)).sum() / sum(counts) == pytest.approx(1.0)
+def test_balanced_classes_weigh_alike(small) -> None:
+    setting = small("class_weights=balanced", "dataset.classes=[across,down]")
+    setting.trainer = Trainer(setting.model, setting.contract, setting.spec, setting.device, (6, 30))
+    weights, counts = setting.trainer._class_weights, torch.tensor([6, 30])
+    assert weights[0] * 6 == pytest.approx((weights[1] * 30).item())
+    assert (weights * counts).sum() / 36 == pytest.approx(1.0)
 
 
 def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> None:

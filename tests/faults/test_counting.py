@@ -18,8 +18,8 @@ from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.images import ImageArrays, Split
 from tlcli.device import Device
 from tlcli.engine import loaders
-from tlcli.engine.evaluate import evaluate
 from tlcli.engine.loaders import ActivationLoader, BatchLoader, ImageLoader
+from tlcli.engine.metrics import evaluate
 from tlcli.engine.metrics import test_report as report_of
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Architecture, Classifier, Stage
@@ -152,7 +152,7 @@ def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides:
     own = spec(f"batch_size={batch_size}", f"accumulate={accumulate}", "epochs=2", "device.precision=fp32", *overrides)
     trainer = Trainer(model, apply_freeze(own.freeze, model), own, CPU, (n // 3, n // 3, n - 2 * (n // 3)))
     for epoch in (1, 2):
-        trainer.fit(Exact(network, n, batch_size), epoch, Reporter(), lambda running: None)  # type: ignore[arg-type]
+        trainer.fit(Exact(network, n, batch_size), epoch, Reporter(), lambda *running: None)  # type: ignore[arg-type]
     return dict(network.state_dict()), trainer.step
 
 

@@ -15,8 +15,7 @@ from torch import nn
 from tests.conftest import Compose
 from tests.engine.test_trainer import Setting
 from tlcli.cli import main
-from tlcli.engine.evaluate import evaluate
-from tlcli.engine.metrics import scores
+from tlcli.engine.metrics import evaluate, scores
 from tlcli.reporter import Reporter
 from tlcli.runs import checkpointing, recorder
 from tlcli.runs.checkpointing import load_state, save_weights, trainable_state

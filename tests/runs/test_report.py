@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.runs.chromium import CHROMIUM, Page, chromium
-from tlcli.engine.calibration import expected_calibration_error
-from tlcli.engine.metrics import Predictions
+from tlcli.engine.metrics import Predictions, expected_calibration_error
 from tlcli.engine.metrics import test_report as figures_of
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard, plots

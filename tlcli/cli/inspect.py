@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.parser import Parser
+from tlcli.cli.parser import FORMATS, Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, duration_text, labelled, size_text
 
 if TYPE_CHECKING:
-    from tlcli.engine.costs import Inspection, StrategyCost
+    from tlcli.engine.costs import Inspection
     from tlcli.specs import AugmentSpec, TrainSpec
 
-COLUMNS: tuple[tuple[TableColumn, "Callable[[StrategyCost], Any]"], ...] = (
-    (TableColumn("freeze", left=True), lambda cost: cost.freeze),
-    (TableColumn("trainable", drop=4), lambda cost: f"{cost.trainable:,}"),
-    (TableColumn("cut at", drop=5, left=True), lambda cost: cost.at),
-    (TableColumn("each", drop=6), lambda cost: None if cost.row_bytes is None else size_text(cost.row_bytes)),
-    (TableColumn("cache", drop=2), lambda cost: None if cost.cache_bytes is None else size_text(cost.cache_bytes)),
-    (TableColumn("first"), lambda cost: _seconds(cost.first_pass)),
-    (TableColumn("then"), lambda cost: _seconds(cost.cached_epoch)),
-    (TableColumn("live"), lambda cost: _seconds(cost.live_epoch)),
-    (TableColumn("run"), lambda cost: _seconds(cost.total)),
-    (TableColumn("takes", drop=3, left=True), lambda cost: cost.takes),
+COLUMNS: tuple[tuple[TableColumn, str, Callable[[Any], str]], ...] = (
+    (TableColumn("freeze", left=True), "freeze", str),
+    (TableColumn("trainable", drop=4), "trainable", "{:,}".format),
+    (TableColumn("cut at", drop=5, left=True), "at", str),
+    (TableColumn("each", drop=6), "row_bytes", size_text),
+    (TableColumn("cache", drop=2), "cache_bytes", size_text),
+    (TableColumn("first"), "first_pass", duration_text),
+    (TableColumn("then"), "cached_epoch", duration_text),
+    (TableColumn("live"), "live_epoch", duration_text),
+    (TableColumn("run"), "total", duration_text),
+    (TableColumn("takes", drop=3, left=True), "takes", str),
 )
 
 
@@ -70,10 +70,10 @@ def run(argv: list[str]) -> int:
     spec, head_augment = specs(arguments.words, arguments.config_dir)
     from tlcli.cli import fast_imports
     from tlcli.cli.view import TerminalReporter
+    from tlcli.reporter import Reporter
 
     with fast_imports():
         from tlcli.engine.costs import inspect
-    from tlcli.reporter import Reporter
 
     is_json = arguments.format == "json"
     reporter = Reporter() if is_json or not sys.stdout.isatty() else TerminalReporter()
@@ -88,7 +88,7 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
     from tlcli.runs.run_dir import recent_runs
 
     if before and before[-1] == "--format":
-        yield from ("table", "json")
+        yield from FORMATS
         return
     files = ConfFiles([conf_dir()])
     if not before:
@@ -103,15 +103,25 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
     if others := [word for word in overrides if "=" not in word]:
         raise UsageError(f"{others[0]!r}: name one backbone or run, then KEY=VALUE words")
-    path, known = Path(name or "").expanduser(), ConfFiles([conf_dir()]).groups["backbone"]
-    if name is not None and path.is_dir() and (name not in known or (path / "run.json").is_file()):
-        return _specs_of_run(path, overrides)
     from tlcli.cli.compose import compose_spec, parse_flags
     from tlcli.cli.job import check
+    from tlcli.cli.saved_config import load_spec
+    from tlcli.runs.run_dir import RunDir
 
-    flag_words = [f"--config-dir={config_dir}"] if config_dir else []
-    backbone = backbone_words(name, [*flag_words, *overrides]) if name is not None else []
-    flags = parse_flags([*flag_words, *backbone, *overrides])
+    folder = [f"--config-dir={config_dir}"] if config_dir else []
+    options = ConfFiles([conf_dir(), *extra_folders(folder)]).groups["backbone"]
+    run = RunDir(Path(name or "").expanduser())
+    if name is not None and run.path.is_dir() and (name not in options or run.info_file.is_file()):
+        if not run.config_file.is_file():
+            raise UsageError(f"{name}: not a run directory: config.yaml not found")
+        spec = load_spec(run, overrides)
+        if spec.backbone.weights not in ("default", "none"):  # the file is not needed, and may be gone
+            spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
+        check(spec)
+        chooses_augment = any(word.startswith(("augment=", "augment.")) for word in overrides)
+        return spec, spec.augment if chooses_augment else load_spec(run, [*overrides, "augment=none"]).augment
+    backbone = [] if name is None else backbone_words(name, overrides, options)
+    flags = parse_flags([*folder, *backbone, *overrides])
     _, spec = compose_spec(flags)
     check(spec)
     others = [o for o in flags.overrides if not o.lstrip("+~").startswith(("freeze=", "freeze."))]
@@ -119,26 +129,8 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     return spec, head.augment
 
 
-def _specs_of_run(path: Path, overrides: list[str]) -> "tuple[TrainSpec, AugmentSpec]":
-    """Return the specs of a run, with overrides of its config."""
-    from tlcli.cli.job import check
-    from tlcli.cli.saved_config import load_spec
-    from tlcli.runs.run_dir import RunDir
-
-    if not (path / "config.yaml").is_file():
-        raise UsageError(f"{path}: not a run directory: config.yaml not found")
-    spec = load_spec(RunDir(path), overrides)
-    if spec.backbone.weights not in ("default", "none"):  # the file is not needed, and may be gone
-        spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
-    check(spec)
-    if any(word.startswith(("augment=", "augment.")) for word in overrides):
-        return spec, spec.augment
-    return spec, load_spec(RunDir(path), [*overrides, "augment=none"]).augment
-
-
-def backbone_words(name: str, words: Sequence[str]) -> list[str]:
-    """Return the words of `tlcli train` that choose this backbone. Raises UsageError."""
-    options = ConfFiles([conf_dir(), *extra_folders(words)]).groups["backbone"]
+def backbone_words(name: str, words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Return the words of `tlcli train` that choose this backbone, of these options. Raises UsageError."""
     library, slash, model = name.partition("/")
     if slash and library == "timm" and model:
         return ["backbone=timm", f"backbone.name={model}"]
@@ -147,7 +139,7 @@ def backbone_words(name: str, words: Sequence[str]) -> list[str]:
     if name in options and (name != "timm" or any(word.startswith("backbone.name=") for word in words)):
         return [f"backbone={name}"]
     choices = [option for option in options if option != "timm"]
-    near = did_you_mean(model if slash else name, choices)
+    near = did_you_mean(model or name, choices)
     raise UsageError(
         f"{name}: neither a backbone nor a run directory.{near} Choose from {', '.join(choices)}, or timm/NAME"
     )
@@ -165,12 +157,17 @@ def page(inspection: "Inspection", width: int | None) -> list[str]:
     ]
     stage_columns = [TableColumn("stage", left=True), TableColumn("parameters"), TableColumn("share")]
     stages = [(stage.name, f"{stage.parameters:,}", f"{stage.share:.1%}") for stage in inspection.stages]
-    costs = [[cell(cost) for _, cell in COLUMNS] for cost in inspection.strategies]
-    names_by_reason: dict[str, list[str]] = {}
+    cells = [[(getattr(cost, name), form) for _, name, form in COLUMNS] for cost in inspection.strategies]
+    costs = [[None if value is None else form(value) for value, form in row] for row in cells]
+    names_by_reason: dict[str, dict[str, list[str]]] = {}
     for cost in inspection.strategies:
         if cost.why_live is not None:
-            names_by_reason.setdefault(cost.why_live, []).append(cost.freeze)
-    notes = [("live", f"{', '.join(names)}: {reason}") for reason, names in names_by_reason.items()]
+            kind, _, option = cost.freeze.partition(" ")
+            names_by_reason.setdefault(cost.why_live, {}).setdefault(kind, []).append(option)
+    notes = []
+    for reason, kinds in names_by_reason.items():
+        names = ", ".join(f"{kind} {', '.join(of)}".strip() for kind, of in kinds.items())
+        notes.append(("live", f"{names}: {reason}"))
     if inspection.load is not None and inspection.load > inspection.cores:
         load = f"load {inspection.load:.1f} on {inspection.cores} cores"
         notes.append(("busy", f"this machine is busy ({load}): runs are faster when it is not"))
@@ -180,13 +177,7 @@ def page(inspection: "Inspection", width: int | None) -> list[str]:
         "",
         *table_lines(stage_columns, stages, width),
         "",
-        *table_lines([column for column, _ in COLUMNS], costs, width),
+        *table_lines([column for column, *_ in COLUMNS], costs, width),
         "",
         *(line for label, value in notes for line in labelled(label, value, width)),
     ]
-
-
-def _seconds(value: float | None) -> str | None:
-    if value is None or value >= 60:
-        return None if value is None else duration_text(value)
-    return f"{value:.2f} s" if value < 0.095 else f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from msgspec import structs
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from tlcli.data.batches import ImageBatches, epoch_order
@@ -27,9 +28,9 @@ from tlcli.engine.decisions import (
     not_worthwhile_reason,
     uncacheable_reason,
 )
-from tlcli.engine.evaluate import evaluate
 from tlcli.engine.inputs import MAX_EVALUATION_BATCH, image_loader
-from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader
+from tlcli.engine.loaders import ActivationLoader, BatchLoader
+from tlcli.engine.metrics import evaluate
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.session import session_for
 from tlcli.engine.trainer import Trainer
@@ -43,194 +44,14 @@ from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec
 
-SAMPLE_IMAGES = 64
-"""Training images that are decoded and measured with, at least as many as a batch has."""
-WARMUP_IMAGES = 8
-"""Images of the first steps: the first is slow, the second tells how many images to measure with."""
-MEASURE_SECONDS = 0.2
-"""Seconds of measuring after which a step is not repeated."""
+SAMPLE_IMAGES = 64  # decoded and measured with, or as many as a batch has
+WARMUP_IMAGES = 8  # of the first steps: the first is slow, the second tells how many images to measure with
+MEASURE_SECONDS = 0.2  # after which a step is not repeated
+# Longest measured step; it has fewer images if a whole batch takes longer. (8 images in place of 32 gave 20 to 40 %
+# fewer images per second.)
 MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
-"""Longest measured step; it has fewer images if a whole batch takes longer. (8 images in place of 32 gave 20 to 40 %
-fewer images per second.)"""
-NEGLIGIBLE_LR = 1e-12
-"""Changes weights by less than their rounding, or from zero to nearly zero."""
-EPOCHS = 1000
-"""Makes the schedule longer than any measurement."""
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Images per second in training and in evaluation."""
-
-    train: float
-    evaluate: float
-
-
-@dataclass(frozen=True)
-class CachedCost:
-    """Training on activations: where the network is cut, how many rows are extracted and in how many seconds (without
-    decoding), and the throughput from then on. `uncached_reason` tells why `tlcli train` would read images."""
-
-    cut: str
-    row_bytes: int
-    rows: int
-    extraction_seconds: float
-    throughput: Throughput
-    uncached_reason: str | None
-
-
-class CostMeter:
-    """Measures workloads with a sample of their training images, which is decoded into memory.
-
-    Formats, the size of a step and the speed of evaluation are measured with the first workload, and used for others.
-    """
-
-    def __init__(self, sample: Dataset) -> None:
-        self._sample = sample
-        self._network_formats: tuple[ComputeFormat, ComputeFormat] | None = None
-        self._prefix_format: ComputeFormat | None = None
-        self._suffix_format: ComputeFormat | None = None
-        self._train_images: int | None = None
-        self._evaluate: float | None = None
-
-    def device(self, workload: Workload) -> Device:
-        """Return the device with the formats of training on images."""
-        self._network_formats = self._network_formats or measure_network(workload)
-        return device_with(workload, *self._network_formats)
-
-    def uncached(self, workload: Workload) -> Throughput:
-        """Return the throughput on images, without decoding."""
-        device, network, spec = self.device(workload), workload.classifier.network, workload.spec
-        device.place(network)
-
-        def loader(split_name: str, n: int) -> BatchLoader:
-            return image_loader(replace(workload, data=first_images(self._sample, n)), device, split_name, Reporter())
-
-        fit, n_sample = _fitting(workload, device), len(self._sample.train)
-        self._train_images, train = measure_throughput(
-            lambda n: fit(loader("train", n)),
-            min(n_sample, spec.batch_size),
-            self._train_images,
-            MAX_UNCACHED_STEP_SECONDS,
-        )
-        if self._evaluate is None:
-            _, self._evaluate = measure_throughput(
-                lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), ""),
-                min(n_sample, MAX_EVALUATION_BATCH, 4 * spec.batch_size),
-            )
-        return Throughput(train, self._evaluate)
-
-    def cached(self, workload: Workload) -> CachedCost | str:
-        """Return the cost of training on activations, or the reason why the network cannot be cut."""
-        cut, spec, data = workload.cut, workload.spec, workload.data
-        if not isinstance(cut, Cut):
-            return cut.why
-        self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
-        extractor, head = workload.extractor(cut, self._prefix_format), workload.plain_head(cut)
-        suffix_format = self._suffix_format if head is None else None  # a linear layer's is not that of other suffixes
-        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.compute_format)
-        self._suffix_format = suffix_format if head is None else self._suffix_format
-        device = device_with(workload, suffix_format, extractor.compute_format)
-        device.place(workload.classifier.network)
-
-        extractor.prepare(Reporter())
-        batch = first_images(self._sample, extractor.batch_size).train
-        batches = ImageBatches(batch, workload.preprocessing, batch_size=extractor.batch_size, workers=0)
-        tensors: ActivationTensors = ()
-
-        def extract(n: int) -> None:
-            nonlocal tensors
-            (tensors,) = [extractor(images) for images, _ in batches.in_order()]
-
-        extract(len(batch))
-        _, speed = measure_throughput(extract, len(batch), len(batch))
-        labels = torch.from_numpy(self._sample.train.labels)
-
-        def loader(n: int) -> BatchLoader:
-            rows = torch.arange(n) % len(tensors[0])  # the same rows again and again, as many as there are images
-            return ActivationLoader(
-                [tensors],
-                rows,
-                labels[rows],
-                network=cut.suffix,
-                head=head,
-                dtype=device.train_dtype,
-                device=device,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-            )
-
-        fit, n_train, network = _fitting(workload, device), len(data.train), workload.classifier.network
-        _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
-        _, evaluation = measure_throughput(
-            lambda n: evaluate(network, loader(n), device, Reporter(), ""),
-            n_train if head is not None else min(WARMUP_IMAGES, n_train),  # a small part of an epoch
-        )
-        row_bytes, rows = sum(column.nbytes for column in extractor.columns()), n_train + len(data.val) + len(data.test)
-        if workload.augments and spec.cache.views is not None:
-            rows += n_train * (spec.cache.views + workload.needs_probe - 1)
-        return CachedCost(
-            cut=cut.suffix_start,
-            row_bytes=row_bytes,
-            rows=rows,
-            # a short batch is padded
-            extraction_seconds=extractor.estimate_seconds(rows, speed * extractor.batch_size / len(batch)),
-            throughput=Throughput(train, evaluation),
-            uncached_reason=uncacheable_reason(workload)
-            or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes),
-        )
-
-
-def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
-    """Return a function that trains for one epoch without changing the weights."""
-    optimizer = structs.replace(workload.spec.optimizer, lr=NEGLIGIBLE_LR)
-    spec = structs.replace(workload.spec, optimizer=optimizer, epochs=EPOCHS)
-    counts = workload.data.train.class_counts(len(workload.data.classes))
-    trainer = Trainer(workload.classifier, workload.contract, spec, device, counts)
-
-    def fit(loader: BatchLoader) -> None:
-        with suppress(NonFiniteLossError):  # the weights may be random
-            trainer.fit(loader, 1, Reporter(), lambda running: None)
-
-    return fit
-
-
-def measure_throughput(
-    step: Callable[[int], object],
-    max_images: int,
-    images: int | None = None,
-    max_step_seconds: float = MAX_STEP_SECONDS,
-) -> tuple[int, float]:
-    """Return the number of images of a measured step, and the images per second of the fastest of a few steps.
-
-    `images` sets that number; None finds how many of `max_images` there is time for.
-    """
-
-    def seconds(n: int) -> float:
-        start = time.perf_counter()
-        step(n)
-        return max(time.perf_counter() - start, 1e-9)
-
-    shortest, spent = float("inf"), 0.0
-    if images is None:
-        images = min(WARMUP_IMAGES, max_images)
-        seconds(images)  # the first step is slow
-        shortest = spent = seconds(images)
-        while images < max_images and 2 * spent < max_step_seconds:
-            images = min(max_images, images * max(2, int(max_step_seconds / spent / 2)))
-            shortest = spent = seconds(images)
-    while spent < MEASURE_SECONDS:
-        last = seconds(images)
-        shortest, spent = min(shortest, last), spent + last
-    return images, images / shortest
-
-
-def first_images(data: Dataset, n: int) -> Dataset:
-    """Return the dataset with the first n training images."""
-    return replace(data, train=data.train.take(np.arange(min(n, len(data.train)))))
-
-
-# -- inspect
+NEGLIGIBLE_LR = 1e-12  # changes weights by less than their rounding, or from zero to nearly zero
+EPOCHS = 1000  # makes the schedule longer than any measurement
 
 
 @dataclass(frozen=True)
@@ -242,7 +63,7 @@ class StageCost:
     share: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StrategyCost:
     """The cost of a freeze strategy, in seconds.
 
@@ -253,13 +74,13 @@ class StrategyCost:
 
     freeze: str
     trainable: int
-    at: str | None
-    row_bytes: int | None
-    cache_bytes: int | None
-    first_pass: float | None
-    cached_epoch: float | None
+    at: str | None = None
+    row_bytes: int | None = None
+    cache_bytes: int | None = None
+    first_pass: float | None = None
+    cached_epoch: float | None = None
     live_epoch: float
-    takes: str
+    takes: str = "live"
     why_live: str | None
     total: float
 
@@ -305,7 +126,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     sample = replace(data, train=data.train.take(epoch_order(len(data.train), spec.seed, 1)[:n_sample]))
     start = time.perf_counter()
     preload_images([sample.train], reporter)
-    decode_seconds = (time.perf_counter() - start) / len(sample.train)
+    meter = CostMeter(sample, (time.perf_counter() - start) / len(sample.train))
     preprocessing = preprocessing_for(spec, classifier)
     if is_random:  # without statistics signals vanish, and processors are many times slower with such small numbers
         images = [preprocessing.apply(sample.train.read(i)) for i in range(min(WARMUP_IMAGES, len(sample.train)))]
@@ -313,14 +134,14 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
 
     spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
     variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]
-    costs, meter = list[StrategyCost](), CostMeter(sample)
+    costs: list[StrategyCost] = []
     with reporter.track("measuring", len(variants), "strategies") as advance:
         for freeze in reversed(variants):  # the whole network first: its formats are used for the others
             augment = head_augment if isinstance(freeze, HeadSpec) else spec.augment
             needs_probe = freeze.head_init is HeadInit.probe and bool(classifier.pretrained)
             contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
             workload = Workload(data, classifier, contract, own, accelerator, session, needs_probe)
-            costs.insert(0, strategy_cost(workload, meter.cached(workload), meter.uncached(workload), decode_seconds))
+            costs.insert(0, meter.cost(workload))
             advance(1)
     parameters = dict(classifier.network.named_parameters())
     sizes = {stage.name: count(parameters[n] for n in stage.tensors & parameters.keys()) for stage in classifier.stages}
@@ -340,43 +161,183 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     )
 
 
-def strategy_cost(
-    workload: Workload, cached: CachedCost | str, uncached: Throughput, decode_seconds: float
-) -> StrategyCost:
-    """Return the seconds of a run from the measured throughput; `decode_seconds` are per image."""
-    data, epochs = workload.data, workload.spec.epochs
-    n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
-    decoding = decode_seconds * (n_train + n_val + n_test)
-    n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
+class CostMeter:
+    """Measures workloads with a sample of their training images, which is decoded into memory.
 
-    def epoch_and_run(speed: Throughput) -> tuple[float, float]:
-        epoch = n_train / speed.train + n_val / speed.evaluate
-        return epoch, n_evaluated / speed.evaluate + epochs * epoch
+    Formats, the size of a step and the speed of evaluation are measured with the first workload, and used for others.
 
-    uncached_epoch, uncached_run = epoch_and_run(uncached)
-    cost = StrategyCost(
-        freeze=workload.spec.freeze.label,
-        trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
-        at=None,
-        row_bytes=None,
-        cache_bytes=None,
-        first_pass=None,
-        cached_epoch=None,
-        live_epoch=uncached_epoch,
-        takes="live",
-        why_live=cached if isinstance(cached, str) else cached.uncached_reason,
-        total=decoding + uncached_run,
-    )
-    if isinstance(cached, str):
-        return cost
-    cached_epoch, cached_run = epoch_and_run(cached.throughput)
-    first_pass = decoding + cached.extraction_seconds
-    cost = replace(
-        cost,
-        at=cached.cut,
-        row_bytes=cached.row_bytes,
-        cache_bytes=cached.row_bytes * cached.rows,
-        first_pass=first_pass,
-        cached_epoch=cached_epoch,
-    )
-    return cost if cached.uncached_reason else replace(cost, takes="cached", total=first_pass + cached_run)
+    Args:
+        decode_seconds: per image.
+    """
+
+    def __init__(self, sample: Dataset, decode_seconds: float) -> None:
+        self._sample = sample
+        self._decode_seconds = decode_seconds
+        self._network_formats: tuple[ComputeFormat, ComputeFormat] | None = None
+        self._prefix_format: ComputeFormat | None = None
+        self._suffix_format: ComputeFormat | None = None
+        self._train_images: int | None = None
+        self._evaluate: float | None = None
+
+    def device(self, workload: Workload) -> Device:
+        """Return the device with the formats of training on images."""
+        self._network_formats = self._network_formats or measure_network(workload)
+        return device_with(workload, *self._network_formats)
+
+    def cost(self, workload: Workload) -> StrategyCost:
+        """Return the cost of a workload's strategy."""
+        data, epochs = workload.data, workload.spec.epochs
+        n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
+        decoding = self._decode_seconds * (n_train + n_val + n_test)
+        n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
+
+        def epoch_and_run(train: float, evaluation: float) -> tuple[float, float]:
+            epoch = n_train / train + n_val / evaluation
+            return epoch, n_evaluated / evaluation + epochs * epoch
+
+        cached = self._cached(workload) if isinstance(workload.cut, Cut) else None
+        uncached_epoch, uncached_run = epoch_and_run(*self.uncached(workload))
+        cost = StrategyCost(
+            freeze=workload.spec.freeze.label,
+            trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
+            live_epoch=uncached_epoch,
+            why_live=uncacheable_reason(workload),
+            total=decoding + uncached_run,
+        )
+        if cached is None or not isinstance(workload.cut, Cut):
+            return cost
+        rows, row_bytes, extraction_seconds, speeds, uncached_reason = cached
+        cached_epoch, cached_run = epoch_and_run(*speeds)
+        first_pass = decoding + extraction_seconds
+        return replace(
+            cost,
+            at=workload.cut.suffix_start,
+            row_bytes=row_bytes,
+            cache_bytes=row_bytes * rows,
+            first_pass=first_pass,
+            cached_epoch=cached_epoch,
+            takes="live" if uncached_reason else "cached",
+            why_live=uncached_reason,
+            total=cost.total if uncached_reason else first_pass + cached_run,
+        )
+
+    def uncached(self, workload: Workload) -> tuple[float, float]:
+        """Return the images per second of training and of evaluation on images, without decoding."""
+        device, network, batch_size = self.device(workload), workload.classifier.network, workload.spec.batch_size
+        device.place(network)
+
+        def loader(split_name: str, n: int) -> BatchLoader:
+            return image_loader(replace(workload, data=self._first_images(n)), device, split_name, Reporter())
+
+        fit, n_sample = _fitting(workload, device), len(self._sample.train)
+        self._train_images, train = measure_throughput(
+            lambda n: fit(loader("train", n)),
+            min(n_sample, batch_size),
+            self._train_images,
+            MAX_UNCACHED_STEP_SECONDS,
+        )
+        if self._evaluate is None:
+            _, self._evaluate = measure_throughput(
+                lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), ""),
+                min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size),
+            )
+        return train, self._evaluate
+
+    def _cached(self, workload: Workload) -> tuple[int, int, float, tuple[float, float], str | None]:
+        """Return the cost of training on activations: the rows to extract, the bytes of each, the seconds of that
+        without decoding, the images per second of training and evaluation, and why `tlcli train` would read images."""
+        cut, spec, data = workload.cut, workload.spec, workload.data
+        assert isinstance(cut, Cut)
+        self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
+        extractor, head = workload.extractor(cut, self._prefix_format), workload.plain_head(cut)
+        suffix_format = self._suffix_format if head is None else None  # a linear layer's is not that of other suffixes
+        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.compute_format)
+        self._suffix_format = suffix_format if head is None else self._suffix_format
+        device = device_with(workload, suffix_format, extractor.compute_format)
+        device.place(workload.classifier.network)
+
+        extractor.prepare(Reporter())
+        batch = self._first_images(extractor.batch_size).train
+        batches = ImageBatches(batch, workload.preprocessing, batch_size=extractor.batch_size, workers=0)
+
+        def extract(n: int) -> list[tuple[Tensor, ...]]:
+            return [extractor(images) for images, _ in batches.in_order()]
+
+        (tensors,) = extract(len(batch))
+        _, speed = measure_throughput(extract, len(batch), len(batch))
+        labels = torch.from_numpy(self._sample.train.labels)
+
+        def loader(n: int) -> BatchLoader:
+            rows = torch.arange(n) % len(tensors[0])  # the same rows again and again, as many as there are images
+            return ActivationLoader(
+                [tensors],
+                rows,
+                labels[rows],
+                network=cut.suffix,
+                head=head,
+                dtype=device.train_dtype,
+                device=device,
+                batch_size=spec.batch_size,
+                seed=spec.seed,
+            )
+
+        fit, n_train, network = _fitting(workload, device), len(data.train), workload.classifier.network
+        _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
+        _, evaluation = measure_throughput(
+            lambda n: evaluate(network, loader(n), device, Reporter(), ""),
+            n_train if head is not None else min(WARMUP_IMAGES, n_train),  # a small part of an epoch
+        )
+        row_bytes, rows = sum(column.nbytes for column in extractor.columns()), n_train + len(data.val) + len(data.test)
+        if workload.augments and spec.cache.views is not None:
+            rows += n_train * (spec.cache.views + workload.needs_probe - 1)
+        seconds = extractor.estimate_seconds(rows, speed * extractor.batch_size / len(batch))  # a short batch is padded
+        reason = uncacheable_reason(workload) or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes)
+        return rows, row_bytes, seconds, (train, evaluation), reason
+
+    def _first_images(self, n: int) -> Dataset:
+        train = self._sample.train
+        return replace(self._sample, train=train.take(np.arange(min(n, len(train)))))
+
+
+def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
+    """Return a function that trains for one epoch without changing the weights."""
+    optimizer = structs.replace(workload.spec.optimizer, lr=NEGLIGIBLE_LR)
+    spec = structs.replace(workload.spec, optimizer=optimizer, epochs=EPOCHS)
+    counts = workload.data.train.class_counts(len(workload.data.classes))
+    trainer = Trainer(workload.classifier, workload.contract, spec, device, counts)
+
+    def fit(loader: BatchLoader) -> None:
+        with suppress(NonFiniteLossError):  # the weights may be random
+            trainer.fit(loader, 1, Reporter(), lambda *running: None)
+
+    return fit
+
+
+def measure_throughput(
+    step: Callable[[int], object],
+    max_images: int,
+    images: int | None = None,
+    max_step_seconds: float = MAX_STEP_SECONDS,
+) -> tuple[int, float]:
+    """Return the number of images of a measured step, and the images per second of the fastest of a few steps.
+
+    `images` sets that number; None finds how many of `max_images` there is time for.
+    """
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        step(n)
+        return max(time.perf_counter() - start, 1e-9)
+
+    shortest, spent = float("inf"), 0.0
+    if images is None:
+        images = min(WARMUP_IMAGES, max_images)
+        seconds(images)  # the first step is slow
+        shortest = spent = seconds(images)
+        while images < max_images and 2 * spent < max_step_seconds:
+            images = min(max_images, images * max(2, int(max_step_seconds / spent / 2)))
+            shortest = spent = seconds(images)
+    while spent < MEASURE_SECONDS:
+        last = seconds(images)
+        shortest, spent = min(shortest, last), spent + last
+    return images, images / shortest

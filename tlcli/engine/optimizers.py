@@ -22,7 +22,6 @@ class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
     def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
-        """Return the optimizer over these groups."""
         from torch.optim import AdamW
 
         # fused: on a CPU a step on a small head takes three quarters of the time of the loop over tensors
@@ -36,7 +35,6 @@ class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
     def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
-        """Return the optimizer over these groups."""
         from torch.optim import Adam
 
         return Adam(_torch_groups(groups), betas=self.betas, fused=True)
@@ -54,10 +52,8 @@ class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
             raise ValueError("nesterov=true needs optimizer.momentum above 0")
 
     def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
-        """Return the optimizer over these groups."""
         from torch.optim import SGD
 
-        # not fused: it is no faster there
         return SGD(_torch_groups(groups), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 

@@ -28,7 +28,6 @@ class CosineSpec(SchedulerSpec, frozen=True, tag="cosine"):
     final: Fraction
 
     def after_warmup(self, progress: float, epoch: int) -> float:
-        """Return the factor on lr."""
         return _half_cosine(1.0, self.final, progress)
 
 
@@ -39,7 +38,6 @@ class LinearSpec(SchedulerSpec, frozen=True, tag="linear"):
     final: Fraction
 
     def after_warmup(self, progress: float, epoch: int) -> float:
-        """Return the factor on lr."""
         return 1.0 + (self.final - 1.0) * progress
 
 
@@ -51,7 +49,6 @@ class StepSpec(SchedulerSpec, frozen=True, tag="step"):
     gamma: FractionAboveZero
 
     def after_warmup(self, progress: float, epoch: int) -> float:
-        """Return the factor on lr."""
         return float(self.gamma ** (epoch // self.every))
 
 
@@ -63,11 +60,9 @@ class OneCycleSpec(SchedulerSpec, frozen=True, tag="one_cycle"):
     final_div: Annotated[float, Meta(ge=1)]
 
     def during_warmup(self, step: int, steps: int) -> float:
-        """Return the factor on lr."""
         return _half_cosine(1 / self.start_div, 1.0, step / steps)
 
     def after_warmup(self, progress: float, epoch: int) -> float:
-        """Return the factor on lr."""
         return _half_cosine(1.0, 1 / self.final_div, progress)
 
 

@@ -25,8 +25,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, TrainSpec
 from tlcli.transfer.contract import FreezeContract, parameter_groups
 
-STEPS_BETWEEN_CHECKS = 20
-"""Reading a loss waits for an accelerator, and takes a tenth of a small head's step on a CPU."""
+STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for an accelerator, and is a tenth of a small step on a CPU
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,6 @@ class EpochStats:
     seconds: float
     images_per_second: float
     lr: dict[str, float]
-
-
-@dataclass(frozen=True)
-class RunningLoss:
-    """The mean loss of the last `log_every` batches."""
-
-    epoch: int
-    batch: int
-    loss: float
 
 
 class Trainer:
@@ -71,7 +61,10 @@ class Trainer:
             spec.scheduler, self.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=spec.epochs
         )
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
-        self._class_weights = class_weights(spec.class_weights, class_counts, device.accelerator)
+        self._class_weights: Tensor | None = None
+        if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
+            weights = [sum(class_counts) / (len(class_counts) * n) for n in class_counts]
+            self._class_weights = torch.tensor(weights, device=device.accelerator)
         self._linear_loss: LinearLoss | None = None
         self._progress: _EpochProgress | None = None
         self._loaded_progress: _EpochProgress | None = None
@@ -82,21 +75,23 @@ class Trainer:
         loader: BatchLoader,
         epoch: int,
         reporter: Reporter,
-        on_running: Callable[[RunningLoss], None],
+        on_running: Callable[[int, int, float], None],
         after_step: Callable[[], None] = lambda: None,
     ) -> EpochStats:
         """Train on every image once, or on the images that are left of an epoch that `load` restored.
 
-        Interrupts wait for the end of a step, so that the state is always that of whole steps. Raises
-        NonFiniteLossError if the loss becomes NaN or infinite, and OutOfMemory with a batch size that fits.
+        `on_running` receives the epoch, the batch, and the mean loss of the last `log_every` batches. Interrupts wait
+        for the end of a step, so that the state is always that of whole steps.
+
+        Raises NonFiniteLossError if the loss becomes NaN or infinite, and OutOfMemory with a batch size that fits.
         """
         self._contract.train_mode()
         progress, self._loaded_progress = self._loaded_progress, None
         if progress is None or progress.epoch != epoch:
-            progress = _EpochProgress(epoch, self.step, self._device.accelerator)
+            progress = _EpochProgress(epoch, self.step, torch.tensor(0, device=self._device.accelerator))
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         self._progress = progress
-        batches, start = loader.epoch(epoch, progress.batches), time.perf_counter()
+        batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         with limit_threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
             advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
@@ -113,20 +108,23 @@ class Trainer:
                     progress.seconds, start = progress.seconds + time.perf_counter() - start, time.perf_counter()
                 after_step()
         self._check_losses(progress)
-        seconds, lr = progress.seconds, {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return EpochStats(progress.loss(), progress.accuracy(), self.step, seconds, len(loader) / seconds, lr)
+        progress.count()
+        loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
+        lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        seconds = progress.seconds
+        return EpochStats(loss / n, progress.n_correct.item() / n, self.step, seconds, n / seconds, lr)
 
     def _step(
         self,
         loader: BatchLoader,
         group: list[Batch],
         progress: "_EpochProgress",
-        on_running: Callable[[RunningLoss], None],
+        on_running: Callable[[int, int, float], None],
     ) -> None:
         """Make one optimizer step with the gradient of the mean loss over all images of `group`."""
         self.schedule.before_step(self.step)
         self.optimizer.zero_grad()
-        n_images = sum(len(y) for _, y in group)
+        every, n_images = self._spec.log_every, sum(len(y) for _, y in group)
         for x, y in group:
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
                 if self._linear_loss is None:
@@ -139,9 +137,10 @@ class Trainer:
                 )
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
             progress.add(loss.detach(), logits.detach(), y)
-            if self._spec.log_every and progress.batches % self._spec.log_every == 0:
-                running = progress.running_loss(self._spec.log_every)
-                on_running(RunningLoss(progress.epoch, progress.batches, running))
+            if every and len(progress.sizes) % every == 0:  # the mean of each batch's mean, as PyTorch's tutorial has
+                sizes = torch.tensor(progress.sizes[-every:], device=self._device.accelerator)
+                running = (torch.stack(progress.losses[-every:]) / sizes).mean().item()
+                on_running(progress.epoch, len(progress.sizes), running)
         if self._spec.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
@@ -163,7 +162,10 @@ class Trainer:
         return logits.float()
 
     def _advice(self, error: Exception, loader: BatchLoader, batch: Batch) -> TlcliError | None:
-        """Return an error that says what to change after `error` ended a step; None if nothing is known."""
+        """Return an error that says what to change after `error` ended a step; None if nothing is known.
+
+        After out of memory, steps over size/2, size/4, ... 1 images are tried: the largest that fits is named.
+        """
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             return TlcliError(
                 f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value per "
@@ -172,22 +174,35 @@ class Trainer:
         if not is_out_of_memory(error):
             return None
         traceback.clear_frames(error.__traceback__)  # the tensors of the failed step would leave no room for the tries
-        x, y = batch
-
-        def try_images(n: int) -> None:
-            self._contract.train_mode(update_stats=False)
-            torch.autograd.backward(self._forward(loader, tuple(part[:n] for part in x)).logsumexp(dim=1).sum())
+        size, advice = len(batch[1]), "no smaller batch was found to fit: try a smaller image.size"
+        self._contract.train_mode(update_stats=False)
+        for n in (size >> halvings for halvings in range(1, size.bit_length())):
             self.optimizer.zero_grad()
-
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            try:
+                torch.autograd.backward(self._forward(loader, tuple(x[:n] for x in batch[0])).logsumexp(dim=1).sum())
+            except Exception as failure:
+                if not is_out_of_memory(failure):
+                    break  # for example one image under BatchNorm
+                traceback.clear_frames(failure.__traceback__)
+            else:
+                accumulate = ceil(size / n) * self._spec.accumulate
+                advice = f"{n} fits here; batch_size={n} accumulate={accumulate} keeps the size of a step"
+                break
         self.optimizer.zero_grad()
-        return OutOfMemory(out_of_memory_advice(try_images, len(y), self._spec.accumulate))
+        return OutOfMemory(f"out of memory with batch_size={size}: {advice}")
 
     def _check_losses(self, progress: "_EpochProgress") -> None:
         """Raise NonFiniteLossError for the first unchecked batch whose loss is NaN or infinite."""
-        batch = progress.first_non_finite()
-        if batch is not None:
+        if not (unchecked := progress.losses[progress.n_checked :]):
+            return
+        is_bad = ~torch.stack(unchecked).isfinite()
+        if bool(is_bad.any()):
+            batch = progress.n_checked + int(is_bad.nonzero()[0])
             step = progress.first_step + batch // self._spec.accumulate
             raise self._non_finite_error(f"the loss is not finite at epoch {progress.epoch}, batch {batch + 1}", step)
+        progress.n_checked = len(progress.losses)
 
     def check_finite(self, loss: float, epoch: int, name: str) -> None:
         """Raise NonFiniteLossError if this loss is NaN or infinite after an epoch."""
@@ -231,10 +246,21 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
-        progress = state["pass"]
-        self._progress = None if progress is None else _EpochProgress.from_state(progress, self._device.accelerator)
+        self._progress, saved, device = None, state["pass"], self._device.accelerator
+        if saved is not None:
+            losses, sizes = list(saved["losses"].to(device).unbind()), [int(size) for size in saved["sizes"]]
+            epoch, step, n_correct = (int(saved[name]) for name in ("epoch", "first_step", "n_correct"))
+            n_correct_here = torch.tensor(n_correct, device=device)
+            self._progress = _EpochProgress(epoch, step, n_correct_here, float(saved["seconds"]), losses, sizes)
         self._loaded_progress = self._progress
-        _set_random_states(state["random"])
+        states: list[Tensor] = state["random"]
+        torch.set_rng_state(states[0])
+        if [s.shape for s in states] != [s.shape for s in _random_states()]:
+            return  # the accelerators are others in number or kind
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(states[1:])
+        elif len(states) > 1:
+            torch.mps.set_rng_state(states[1])
 
 
 @dataclass
@@ -243,107 +269,32 @@ class _EpochProgress:
 
     epoch: int
     first_step: int
-    device: torch.device
+    n_correct: Tensor
     seconds: float = 0.0
-    losses: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # the sum over each batch
     sizes: list[int] = field(default_factory=list)
+    uncounted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # logits and labels
     n_checked: int = 0
 
-    def __post_init__(self) -> None:
-        self._n_correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._uncounted: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def batches(self) -> int:
-        """The number of batches trained on."""
-        return len(self.losses)
-
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: the sum of its losses, its logits and its labels."""
         self.losses.append(loss)
         self.sizes.append(len(labels))
-        self._uncounted.append((logits, labels))
-        if len(self._uncounted) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
-            self._count()
+        self.uncounted.append((logits, labels))
+        if len(self.uncounted) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
+            self.count()
 
-    def _count(self) -> None:
-        if self._uncounted:
-            logits, labels = (torch.cat(part) for part in zip(*self._uncounted, strict=True))
-            self._n_correct += (logits.argmax(dim=1) == labels).sum()
-            self._uncounted.clear()
-
-    def loss(self) -> float:
-        """Return the mean loss over all images so far."""
-        return torch.stack(self.losses).cpu().double().sum().item() / sum(self.sizes)
-
-    def running_loss(self, batches: int) -> float:
-        """Return the mean, over the last `batches`, of each batch's mean loss, as the PyTorch tutorial prints it."""
-        sizes = torch.tensor(self.sizes[-batches:], device=self.device)
-        return (torch.stack(self.losses[-batches:]) / sizes).mean().item()
-
-    def accuracy(self) -> float:
-        """Return the share of images classified correctly when they were trained on."""
-        self._count()
-        return self._n_correct.item() / sum(self.sizes)
-
-    def first_non_finite(self) -> int | None:
-        """Return the index of the first batch whose loss is NaN or infinite, among those not checked before."""
-        if self.n_checked == self.batches:
-            return None
-        is_bad = ~torch.stack(self.losses[self.n_checked :]).isfinite()
-        if bool(is_bad.any()):
-            return self.n_checked + int(is_bad.nonzero()[0])
-        self.n_checked = self.batches
-        return None
+    def count(self) -> None:
+        if self.uncounted:
+            logits, labels = (torch.cat(part) for part in zip(*self.uncounted, strict=True))
+            self.n_correct += (logits.argmax(dim=1) == labels).sum()
+            self.uncounted.clear()
 
     def state(self) -> dict[str, Any]:
         """Return all counts as numbers and CPU tensors."""
-        self._count()
-        names = ("epoch", "first_step", "batches", "seconds", "sizes")
+        self.count()
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        counts = {"losses": losses, "n_correct": self._n_correct.item()}
-        return {**counts, **{name: getattr(self, name) for name in names}}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_EpochProgress":
-        """Return the progress that `state` recorded."""
-        losses, sizes = list(state["losses"].to(device).unbind()), [int(size) for size in state["sizes"]]
-        progress = cls(int(state["epoch"]), int(state["first_step"]), device, float(state["seconds"]), losses, sizes)
-        progress._n_correct += int(state["n_correct"])
-        return progress
-
-
-def out_of_memory_advice(try_images: Callable[[int], None], size: int, accumulate: int) -> str:
-    """Return what to change after a step over batches of `size` images ran out of memory.
-
-    `try_images(n)` takes the memory of a step over n images; the largest of size/2, size/4, ... 1 that fits is named.
-    """
-    fits = 0
-    for n in (size >> halvings for halvings in range(1, size.bit_length())):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            try_images(n)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                break  # for example one image under BatchNorm
-            traceback.clear_frames(error.__traceback__)
-        else:
-            fits = n
-            break
-    if not fits:
-        return f"out of memory with batch_size={size}, and no smaller batch was found to fit: try a smaller image.size"
-    return (
-        f"out of memory with batch_size={size}: {fits} fits here; "
-        f"batch_size={fits} accumulate={ceil(size / fits) * accumulate} keeps the size of a step"
-    )
-
-
-def class_weights(kind: ClassWeights, counts: tuple[int, ...], accelerator: torch.device) -> Tensor | None:
-    """Return a weight per class; `balanced`: its inverse count, with a mean of 1 over the training images."""
-    if kind is ClassWeights.none:
-        return None
-    return torch.tensor([sum(counts) / (len(counts) * n) for n in counts], device=accelerator)
+        counts = {"losses": losses, "n_correct": self.n_correct.item(), "batches": len(self.sizes)}
+        return {**counts, **{name: getattr(self, name) for name in ("epoch", "first_step", "seconds", "sizes")}}
 
 
 def _random_states() -> list[Tensor]:
@@ -351,14 +302,3 @@ def _random_states() -> list[Tensor]:
     if torch.cuda.is_available():
         return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     return [torch.get_rng_state(), *([torch.mps.get_rng_state()] if torch.backends.mps.is_available() else ())]
-
-
-def _set_random_states(states: list[Tensor]) -> None:
-    """Restore the CPU's generator, and the accelerators' if they are the same in number and kind."""
-    torch.set_rng_state(states[0])
-    if [state.shape for state in states] != [state.shape for state in _random_states()]:
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1:])
-    elif len(states) > 1:
-        torch.mps.set_rng_state(states[1])

@@ -11,10 +11,18 @@ from torch import nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
-from tlcli.engine.calibration import calibrate, calibration_report
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores, most_confused, scores, test_report
-from tlcli.engine.trainer import EpochStats, RunningLoss, Trainer
+from tlcli.engine.metrics import (
+    BestEpochTracker,
+    Predictions,
+    Scores,
+    calibrate,
+    calibration_report,
+    most_confused,
+    scores,
+    test_report,
+)
+from tlcli.engine.trainer import EpochStats, Trainer
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
 from tlcli.runs.checkpointing import CheckpointManager
@@ -122,10 +130,10 @@ class Recorder:
             self._run, network, trainer, self._metadata, provenance, seconds=seconds, epoch=self._resumed_epoch
         )
 
-    def log_running(self, running: RunningLoss) -> None:
+    def log_running(self, epoch: int, batch: int, loss: float) -> None:
         """Write the running loss within an epoch."""
-        self._run.log_metrics({"split": "running", **asdict(running)})
-        self._reporter.note(f"epoch {running.epoch}, batch {running.batch}: loss {running.loss:.3f}")
+        self._run.log_metrics({"split": "running", "epoch": epoch, "batch": batch, "loss": loss})
+        self._reporter.note(f"epoch {epoch}, batch {batch}: loss {loss:.3f}")
 
     def log_epoch(self, epoch: int, fit: EpochStats | None, validation: Scores, *, is_best: bool, step: int) -> None:
         """Write the metrics of an epoch that was validated; `fit` is None for epoch 0, before training."""
@@ -175,7 +183,7 @@ class Recorder:
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
             calibration = calibrate(validation.logits, validation.labels)
-            run.update(calibration=calibration.to_json())
+            run.update(calibration=asdict(calibration))
             for split, file, p in (
                 (data.val, run.val_predictions, validation),
                 (data.test, run.test_predictions, predictions),

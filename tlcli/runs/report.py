@@ -25,7 +25,7 @@ from PIL import Image
 
 from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
-from tlcli.engine.calibration import expected_calibration_error, reliability
+from tlcli.engine.metrics import expected_calibration_error, reliability
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 from tlcli.registry import options
@@ -242,7 +242,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     view["calibration_reason"] = None if temperature > 0 else "This run has no temperature; tlcli fits one since 0.3.0."
     if temperature > 0 and len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
-        bins = {name: [b for b in reliability(logits, labels, t) if b[2]] for name, t in scales.items()}
+        bins = {name: reliability(logits, labels, t) for name, t in scales.items()}
         draw, alt = partial(plots.draw_reliability, series=bins), "The share of right images by probability, in 15 bins"
         errors = [expected_calibration_error(logits, labels, t) for t in (1.0, scale)]
         chart = _chart("Share that was right", alt, draw, (340, 350), (48, 20, 40, 48))
