@@ -114,7 +114,6 @@ def test_a_key_whose_type_is_text_takes_it_as_typed(word: str, spec: Compose) ->
     ("word", "jobs"),
     [
         ("dataset.root=2024_01,1e3", ["dataset.root='2024_01'", "dataset.root='1e3'"]),
-        ("dataset.root=choice(1,2)", ["dataset.root='1'", "dataset.root='2'"]),
         ("dataset.classes=[true,false],[1,2]", ["dataset.classes=['true','false']", "dataset.classes=['1','2']"]),
         ("epochs=1,2", ["epochs=1", "epochs=2"]),
     ],
@@ -138,7 +137,7 @@ def test_no_number_may_be_infinite(key: str, value: str, spec: Compose) -> None:
     choice = [f"{part}={FILES.options_with(part, owners)[0]}"] if part in HOMES else []
     kind = next(str(f.type) for f in fields(next(iter(owners.values()))) if f.name == name)
     n = kind.count("float") if "tuple" in kind else 0
-    with pytest.raises(UsageError, match=f"^{key}"):
+    with pytest.raises(UsageError, match=f"^{key}=.* is not a finite number|range|whole number"):
         spec(*choice, f"{key}=[{','.join([value] * n)}]" if n else f"{key}={value}")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import finish, make_folder
-from tlcli.cli.saved_config import load_spec
+from tlcli.cli.compose import load_spec
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
 from tlcli.reporter import Reporter

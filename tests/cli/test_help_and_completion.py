@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import fields
 
-from tlcli.cli.completion import SCRIPTS, candidates
+from tlcli.cli.completion import SCRIPTS, candidates, train_help, train_parser
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
-from tlcli.cli.helptext import train_help, train_parser
 from tlcli.specs import TrainSpec
 
 

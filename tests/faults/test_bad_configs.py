@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 
 from tests.cli.conftest import Ended, finished, runs_in
 from tests.faults.refusals import refused, tree, untouched, yaml_bomb
-from tlcli.cli.compose import compose_config, parse_flags
-from tlcli.cli.saved_config import load_spec
+from tlcli.cli.compose import compose_config, load_spec, parse_flags
 from tlcli.cli.trust import check_folder
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -89,7 +88,7 @@ def test_a_file_cannot_have_a_secret_saved(
     experiment(SECRETS[case])
     with untouched(tmp_path):
         ended = tlcli("train", "--config-dir", "mine", "experiment=x")
-    one_line(ended, " is refused: a config file that calls ", "give the value on the command line")
+    one_line(ended, " is refused: a function that a file calls ", "give the value on the command line")
     assert SECRET not in ended.err
     assert not leak
 
@@ -258,7 +257,7 @@ SAVED: dict[str, tuple[str | bytes, str]] = {
     "a name that is a list": ("dataset: {kind: digits, name: [a]}", "is not a text"),
     "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
     "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
-    "a date": ("seed: 2026-01-01", "seed=2026-01-01 is not a whole number"),
+    "a date": ("seed: 2026-01-01", "seed: Value 'date' is not a supported primitive type"),
     "a reference": ("seed: ${nothing}", "seed=${nothing} is refused: the config of a run holds only values"),
     "an object": ("seed: !!python/object/apply:os.mkdir [made]", "config.yaml: cannot be read as YAML"),
 }

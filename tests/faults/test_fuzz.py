@@ -25,7 +25,7 @@ from safetensors.torch import save
 from tests.data.samples import list_spec, manifest_spec
 from tests.faults.scale import scale
 from tests.runs.test_predictions import SOME
-from tlcli.cli.saved_config import load_spec
+from tlcli.cli.compose import load_spec
 from tlcli.data.decode import BadImage, read_image
 from tlcli.errors import TlcliError
 from tlcli.models.build import read_weights

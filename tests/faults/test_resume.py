@@ -14,7 +14,7 @@ import torch
 from tests.conftest import make_folder
 from tests.faults.runs_alike import differences, rows
 from tlcli.cli import main
-from tlcli.cli.saved_config import load_spec
+from tlcli.cli.compose import load_spec
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.runs import checkpointing

@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"tlcli {__version__}")
                 code = 0
             case ["train", *rest] if {"-h", "--help"} & {*rest}:  # without Hydra, which takes half a second
+                from tlcli.cli.completion import train_help
                 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-                from tlcli.cli.helptext import train_help
 
                 print(train_help(ConfFiles([conf_dir(), *extra_folders(rest)])), end="")
                 code = 0

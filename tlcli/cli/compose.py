@@ -1,8 +1,8 @@
-"""From argv to a TrainSpec: the flags, the composed config, and its conversion."""
+"""From argv, or from the config.yaml of a run, to a TrainSpec: the flags, the composed config, and its conversion."""
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -16,25 +16,32 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 
+from tlcli.cli.completion import train_parser
 from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
-from tlcli.cli.explain import error_message, explain_value, out_of_range, unknown_key
-from tlcli.cli.helptext import train_parser
-from tlcli.cli.trust import check_folder, refuse_code, refuse_environment
+from tlcli.cli.explain import error_message, explain_value, unknown_key
+from tlcli.cli.trust import check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
-from tlcli.registry import HOMES
+from tlcli.files import read_yaml
+from tlcli.registry import HOMES, options
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec, classes_of, leaf_types
 from tlcli.text import flat_keys
+
+PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")  # relative to where the run was started
+NOT_TEXT = re.compile(
+    r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false"
+)  # in Hydra's grammar
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What argv asks of Hydra. `flags`: the words that are not overrides; `runs`: whether anything is to be run."""
+    """What argv asks of Hydra. `flags`: the words that are not overrides; `runs`: False if it only asks to print."""
 
     flags: tuple[str, ...]
     overrides: tuple[str, ...]
@@ -80,45 +87,18 @@ def _text_as_typed(override: str) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~").partition("@")[0]
     types = leaf_types(name) or leaf_types(name.rpartition(".")[0])  # backbone.stages.stem is an entry of a dict
-    return key + equals + _quote_words(value) if equals and str in [hint for hint, _ in types] else override
-
-
-def _quote_words(text: str) -> str:
-    """Quote the words of a value, of a list of values to sweep over, and of lists within it."""
-    words, depth, quote, start = [], 0, "", 0
-    for i, char in enumerate(f"{text},"):
-        if quote:
-            quote = "" if char == quote and text[i - 1] != "\\" else quote
-        elif char in "'\"" and not text[start:i].strip(" [{("):
-            quote = char
-        elif char in "[{(":
-            depth += 1
-        elif char in "]})":
-            depth -= 1
-        elif char == "," and depth <= 0:
-            words.append(text[start:i].strip())
-            start = i + 1
-    if start <= len(text):  # a quote or a bracket is open: for Hydra's parser to report, unless it is a part of a name
-        return text if text[:1] in "'\"[{" else quoted(text)
-    return ",".join(map(_quote_word, words))
-
-
-def _quote_word(word: str) -> str:
-    if word[:1] == "[" and word[-1:] == "]":
-        return f"[{_quote_words(word[1:-1])}]" if word[1:-1].strip() else word
-    if found := re.fullmatch(r"choice\((.*)\)", word):  # in which Hydra would drop the quotes
-        return _quote_words(found[1])
+    if not equals or str not in [hint for hint, _ in types]:
+        return override
+    words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)
+    is_number = re.compile(
+        r"[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false", re.IGNORECASE
+    ).fullmatch
+    typed = f"{key}={''.join(quoted(word.strip()) if is_number(word.strip()) else word for word in words)}"
     try:
-        value = OverridesParser.create().parse_overrides([f"key={word}"])[0].value()
-    except OverrideParseException:
-        return quoted(word)
-    if value is None or isinstance(value, str | QuotedString | dict) or re.match(r"\w+\(", word) or "${" in word:
-        return word  # nothing to mend, or a function of Hydra's grammar, such as glob(*)
-    return quoted(word)
-
-
-PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")
-"""Keys whose values are paths, relative to the folder in which the run was started."""
+        OverridesParser.create().parse_overrides([typed])
+    except OverrideParseException:  # it's, a(b: words that Hydra's grammar does not have; not a list that is left open
+        return override if value[:1] in "'\"[{" else f"{key}={','.join(map(quoted, value.split(',')))}"
+    return typed
 
 
 def resolve_paths(values: Any, folder: Path) -> None:
@@ -127,11 +107,10 @@ def resolve_paths(values: Any, folder: Path) -> None:
         group, _, name = key.partition(".")
         node = values.get(group)
         text = node.get(name) if isinstance(node, dict | DictConfig) else None
-        if not isinstance(text, str) or not text or text.startswith(("~", "${")):
+        if not isinstance(text, str) or text.startswith(("~", "${")):
             continue
         scheme, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
-        no_path = {"backbone.weights": ("default", "none"), "logger.uri": ("databricks",)}.get(key, ())
-        if path not in no_path and (scheme or "://" not in text):
+        if path not in ("", "default", "none", "databricks") and (scheme or "://" not in text):
             node[name] = f"{scheme}{folder / path}"
 
 
@@ -151,10 +130,19 @@ def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
     It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
     """
     with composing(flags.files):
-        for folder in _third_party_folders(flags):
-            check_folder(folder)
-        parsed = [parse_override(override, flags.files) for override in flags.overrides]
-        overrides = _with_searchpath([str(override.input_line) for override in parsed], flags.config_dir)
+        overrides, folders = [], [f"file://{flags.config_dir}"] if flags.config_dir else []
+        for word in flags.overrides:
+            override = parse_override(word, flags.files)
+            if override.key_or_group == "hydra.searchpath":
+                value = override.value()
+                folders += map(str, value if isinstance(value, list) else [value])
+            else:
+                overrides.append(word)
+        for folder in folders:
+            scheme, _, place = folder.rpartition("://")
+            check_folder(Path(str(package_files(place.replace("/", "."))) if scheme == "pkg" else place))
+        if folders:  # composing has no other argument for --config-dir
+            overrides.append(f"hydra.searchpath=[{','.join(map(quoted, folders))}]")
         mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
         with initialize_config_dir(str(conf_dir()), job_name="tlcli", version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
@@ -162,7 +150,6 @@ def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
             config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
             loader = hydra.config_loader
         refuse_code(OmegaConf.to_container(config, resolve=False))
-        refuse_environment(config, flags.overrides)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config, loader
 
@@ -171,18 +158,6 @@ def compose_spec(flags: Flags) -> tuple[DictConfig, TrainSpec]:
     """Return the composed config and its spec: all that a command needs that runs one job. Raises UsageError."""
     config = compose_config(flags)
     return config, build_spec(config, flags.files)
-
-
-def _third_party_folders(flags: Flags) -> Iterator[Path]:
-    """Yield the folders of config files that the command line names."""
-    if flags.config_dir:
-        yield flags.config_dir
-    for override in flags.overrides:
-        if override.lstrip("+").startswith("hydra.searchpath="):
-            value = parse_override(override, flags.files).value()
-            for place in map(str, value if isinstance(value, list) else [value]):
-                scheme, _, rest = place.rpartition("://")
-                yield Path(str(package_files(rest.replace("/", ".")))) if scheme == "pkg" else Path(rest)
 
 
 @contextmanager
@@ -196,16 +171,6 @@ def composing(files: ConfFiles) -> Iterator[None]:
         if message is None:
             raise
         raise UsageError(message) from exc
-
-
-def _with_searchpath(overrides: list[str], folder: Path | None) -> list[str]:
-    """Return the overrides with --config-dir as one of them: composing has no argument for it."""
-    if folder is None:
-        return overrides
-    own = [o for o in overrides if o.startswith("hydra.searchpath=[")]
-    others = [o for o in overrides if o not in own]
-    more = "," + own[0].split("[", 1)[1].rstrip("]") if own else ""
-    return [*others, f"hydra.searchpath=[{quoted(f'file://{folder}')}{more}]"]
 
 
 def parse_override(text: str, files: ConfFiles) -> Override:
@@ -240,7 +205,6 @@ def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
     task.pop("hydra", None)
     with composing(files):
         values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
-    refuse_code(values)
     known = {field.name: field.type for field in structs.fields(TrainSpec)}
     for key in values:
         if key not in known:
@@ -255,10 +219,9 @@ def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
         except msgspec.ValidationError as exc:
             found, message = explain_value(exc, key, values[key], files)
             raise UsageError(message + _origin(found, config, files)) from exc
-    for key, value in flat_keys(msgspec.to_builtins(built)).items():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, float) and not math.isfinite(item):  # ranges of msgspec let NaN and infinity pass
-                raise UsageError(out_of_range(key, item))
+    for key, value in leaves(msgspec.to_builtins(built)):
+        if isinstance(value, float) and not math.isfinite(value):  # ranges of msgspec let NaN and infinity pass
+            raise UsageError(f"{re.sub(r'[.][0-9]+$', '', key)}={value} is not a finite number")
     return TrainSpec(**built)
 
 
@@ -275,3 +238,75 @@ def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
         if isinstance(own, dict) and {key, key.removeprefix(f"{group}.")} & {*own, *flat_keys(own)}:
             return f" (in {group}/{name}.yaml)"
     return ""
+
+
+def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
+    """Return the spec that a run was trained with, from its config.yaml, with overrides on it.
+
+    The file can come from anyone: it is read as plain values, and these are checked as those of a command line.
+    `dataset=imagefolder dataset.root=x` changes the group as in `tlcli train`; a key that is newer than the run has its
+    present default. A relative path in the file is below the directory in which the run was started, if run.json names
+    it. Raises UsageError, with the name of the file if the mistake is in it.
+    """
+    flags = parse_flags(list(overrides))
+    if flags.flags:
+        raise UsageError(f"{flags.flags[0]} belongs to `tlcli train`: give KEY=VALUE or GROUP=OPTION")
+    file, files = run.config_file, ConfFiles([conf_dir()])
+    try:
+        values = read_yaml(file)
+    except FileNotFoundError:
+        raise UsageError(f"{run.path}: no config.yaml here; give the directory of a run") from None
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"{file}: cannot be read as YAML: {getattr(exc, 'strerror', None) or exc}") from exc
+    values = {str(key): value for key, value in values.items() if key != "hydra"}
+    for key, value in leaves(values):
+        if isinstance(value, str) and "${" in value:
+            raise UsageError(f"{file}: {key}={value} is refused: the config of a run holds only values")
+    try:
+        start = run.info.get("cwd")
+    except UsageError:  # a command that needs run.json reports it
+        start = None
+    if isinstance(start, str):
+        resolve_paths(values, Path(start))
+    try:
+        spec = _merged_spec(values, (), files)
+    except UsageError as exc:
+        raise UsageError(f"{file}: {exc}") from exc
+    return _merged_spec(values, flags.overrides, files) if flags.overrides else spec
+
+
+def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFiles) -> TrainSpec:
+    """Return the spec: the defaults of the run's options, the file's values over them, the overrides over these."""
+    chosen, given = set(), []
+    for word in words:
+        with composing(files):
+            override = parse_override(word, files)
+        name = override.key_or_group
+        if override.is_sweep_override() or override.is_delete():
+            raise UsageError(f"{word}: give one value for each key: KEY=VALUE or GROUP=OPTION")
+        if classes_of(name) and name in files.groups:
+            chosen.add(name)
+        elif name in files.groups or name.split(".")[0].split("/")[0] == "hydra":
+            raise UsageError(f"{word} belongs to `tlcli train`: it has no meaning for a run that exists")
+        elif override.type in (OverrideType.CHANGE, OverrideType.ADD, OverrideType.FORCE_ADD):
+            given.append(name)
+    own = []  # of each group the option of the name in the file, otherwise any option of its kind
+    for group in [group for group in HOMES if group in values.keys() - chosen]:
+        node = values[group]
+        if not isinstance(node, dict):
+            raise UsageError(f"{group}={node}: {group} has keys of its own")
+        kind = str(node.get("kind"))
+        if kind not in options(group):
+            raise UsageError(f"{group}.kind={kind} is none of {', '.join(options(group))}")
+        names = files.options_with(group, {kind})
+        own.append(f"{group}={node['name'] if node.get('name') in names else names[0]}")
+    config = compose_config(Flags((), (*own, *words)))
+    with composing(files):
+        typed = {key: OmegaConf.select(config, key) for key in given}
+        for name, value in values.items():
+            items = value if classes_of(name) and isinstance(value, dict) else {"": value}
+            for key, item in items.items() if name not in chosen else ():
+                OmegaConf.update(config, f"{name}.{key}".rstrip("."), item, merge=False)
+        for key, value in typed.items():
+            OmegaConf.update(config, key, value, merge=False)
+    return build_spec(config, files)

@@ -101,7 +101,7 @@ def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
 def _evaluate(run_path: Path, chosen: Mapping[str, str], overrides: Sequence[str], *, quiet: bool) -> "Evaluation":
     """Check all that can be checked without torch, and evaluate."""
     from tlcli.cli import fast_imports
-    from tlcli.cli.saved_config import load_spec
+    from tlcli.cli.compose import load_spec
     from tlcli.runs.run_dir import open_run
 
     run_dir = open_run(run_path)

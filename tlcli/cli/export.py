@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / chosen.file_name
     check_not_existing(output)  # before torch is imported
     with fast_imports():
-        from tlcli.cli.saved_config import load_spec
+        from tlcli.cli.compose import load_spec
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)

@@ -103,9 +103,8 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
     if others := [word for word in overrides if "=" not in word]:
         raise UsageError(f"{others[0]!r}: name one backbone or run, then KEY=VALUE words")
-    from tlcli.cli.compose import compose_spec, parse_flags
+    from tlcli.cli.compose import compose_spec, load_spec, parse_flags
     from tlcli.cli.job import check
-    from tlcli.cli.saved_config import load_spec
     from tlcli.runs.run_dir import RunDir
 
     folder = [f"--config-dir={config_dir}"] if config_dir else []

@@ -21,7 +21,6 @@ from tlcli import __version__
 from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.trust import refuse_environment
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
@@ -128,15 +127,11 @@ class Command:
             if job.job.chdir:
                 resolve_paths(config, Path(job.runtime.cwd))
             if not resumed:
-                refused = None
                 try:
-                    refuse_environment(config, overrides)
                     text = OmegaConf.to_yaml(config, resolve=True)
-                except (UsageError, OmegaConfBaseException) as error:  # then no reference is followed
-                    text, refused = OmegaConf.to_yaml(config), error
+                except OmegaConfBaseException:  # build_spec reports it
+                    text = OmegaConf.to_yaml(config)
                 run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
-                if isinstance(refused, UsageError):
-                    raise refused
             if owner is not None:
                 raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
             if self._output_subdir is not None:  # what Hydra writes for a single run

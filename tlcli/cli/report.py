@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run_page(run: RunDir) -> str:
-    from tlcli.cli.saved_config import load_spec
+    from tlcli.cli.compose import load_spec
     from tlcli.data.dataset import images_by_key
     from tlcli.runs.report import render, run_view
 

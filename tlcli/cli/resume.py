@@ -9,9 +9,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
-from tlcli.cli.compose import compose_for_launch, composing, parse_flags
+from tlcli.cli.compose import compose_for_launch, composing, load_spec, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status, train_run
-from tlcli.cli.saved_config import load_spec
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError

@@ -1,24 +1,16 @@
-"""What config files that are not tlcli's may do: set values of tlcli's keys, and very little of Hydra's own node.
+"""Checks of config files that are not tlcli's: they may set values of tlcli's keys, and very little for Hydra.
 
 A config, like a checkpoint, can come from anyone. It cannot name code, read the environment, or change how Hydra runs.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, grammar_parser
-from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
-
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
-
-RESOLVERS = frozenset(
-    {"now", "hydra", "python_version", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated"}
-)
-"""Functions that a file may call to compute a value: they read only the config and the clock."""
 
 _PLUGINS = "hydra_plugins.hydra_"
 _SAMPLERS = "TPE Random Grid CmaEs NSGAII NSGAIII QMC GP BruteForce MOTPE PartialFixed"
@@ -38,13 +30,14 @@ ALLOWED_CLASSES = frozenset(
         f"{_PLUGINS}nevergrad_sweeper.nevergrad_sweeper.NevergradSweeper",
         *(f"optuna.samplers.{name}Sampler" for name in _SAMPLERS.split()),
     }
+)  # that the config may name for Hydra itself: launchers, sweepers, samplers and callbacks
+
+# All that a file may say to Hydra. The choices of output and logging are those of train.yaml, for copies of it.
+_ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output: *tlcli|(job|hydra)_logging: *none)")
+_ALLOWED_VALUE = re.compile(
+    r"hydra\.launcher\.[^_.=][^.=]*=[\w.-]*|hydra\.sweeper\.params\.((?!hydra).)+=.*", re.DOTALL
 )
-"""The classes that the config may name for Hydra itself: launchers, sweepers, samplers and callbacks."""
-
-OWN_DEFAULTS = {"hydra/output": "tlcli", "hydra/job_logging": "none", "hydra/hydra_logging": "none"}
-"""Choices of Hydra's groups in train.yaml, which a copy of it may repeat."""
-
-_NAME = re.compile(r"[\w.-]+")
+_HARMLESS_CALL = re.compile(r"\$\{(now|hydra|oc\.select|oc\.dict\.(keys|values)):[^${}]*\}")
 
 
 def check_folder(folder: Path) -> None:
@@ -55,7 +48,7 @@ def check_folder(folder: Path) -> None:
             folders.clear()
             continue
         seen.add(real)
-        for file in sorted(Path(place, name) for name in names if name.endswith(".yaml")):
+        for file in sorted(Path(place, name) for name in names if name.lower().endswith(".yaml")):
             try:
                 content = read_yaml(file)
             except UnicodeDecodeError as exc:
@@ -70,34 +63,23 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
-    """Raise UsageError if a file sets what is Hydra's own, wherever in the config its keys end up."""
-    in_launcher = path.parts[:2] == ("hydra", "launcher")
-    packages = re.findall(r"^\s*#.*@package\s*:?\s*(.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
-    if ("hydra" in path.parts[:-1] and not in_launcher) or (in_launcher and packages):
-        _refuse(file, path.with_suffix("").as_posix())
-    for package in packages:
-        if "hydra" in package:
-            _refuse(file, f"@package {package}")
-    entries = content.get("defaults")
-    for entry in entries if isinstance(entries, list) else []:
-        for key, choice in entry.items() if isinstance(entry, dict) else [(entry, "")]:
-            group = re.sub(r"^(override|optional) +|^/", "", str(key)).lstrip("/")
-            named = f"{key} {choice}"
-            own = group == "hydra/launcher" or OWN_DEFAULTS.get(group) == choice
-            if ".." in named or (in_launcher and re.search(r"[@/]", named)):
-                _refuse(file, f"{key} in its defaults")
-            if ("hydra" in str(key) or "${" in str(key)) and not (own and _NAME.fullmatch(str(choice))):
-                _refuse(file, f"{key} in its defaults")
-    node = {"launcher": {key: v for key, v in content.items() if key != "defaults"}} if in_launcher else {}
-    hydra = node or content.get("hydra") or {}
-    for key, value in hydra.items() if isinstance(hydra, dict) else [("", hydra)]:
-        for name, item in value.items() if isinstance(value, dict) else [("", value)]:
-            plain = item is None or isinstance(item, bool | int | float) or _NAME.fullmatch(str(item))
-            allowed = key == "launcher" and name and plain and not str(name).startswith("_")
-            if key == "sweeper" and name == "params" and isinstance(item, dict):
-                allowed = not any(str(param).lstrip("+~").startswith("hydra") for param in item)
-            if not allowed:
-                _refuse(file, f"hydra.{key}.{name}".rstrip("."))
+    """Raise UsageError if a file has to do with Hydra, wherever in the config its keys end up, or calls a function."""
+    entries = content.pop("defaults", None)
+    named = [str(path.parent), *re.findall(r"@package.*", file.read_text(encoding="utf-8"))]
+    for entry in entries if isinstance(entries, list) else [entries]:
+        pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
+        named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
+    for text in named:
+        if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]:
+            _refuse(file, text)
+    for key, value in leaves(content):
+        if key.startswith("hydra") and not _ALLOWED_VALUE.fullmatch(f"{key}={value}"):
+            _refuse(file, key)
+        if isinstance(value, str) and re.search(r"(?s)\$\{.*:", _HARMLESS_CALL.sub("", value)):
+            raise UsageError(
+                f"{file}: {key}={value} is refused: a function that a file calls could save a secret with the run; "
+                "give the value on the command line"
+            )
 
 
 def _refuse(file: Path, what: str) -> None:
@@ -109,44 +91,17 @@ def _refuse(file: Path, what: str) -> None:
 
 def refuse_code(values: Any) -> None:
     """Raise UsageError if plain values name a class or a function, except for the allowed ones of Hydra."""
-    for key, value in _leaves(values):
+    for key, value in leaves(values):
         name = key.rpartition(".")[2]
         if name in ("_target_", "()") and not (key.startswith("hydra.") and value in ALLOWED_CLASSES):
             raise UsageError(f"{key}={value} is refused: a config cannot name code to run")
 
 
-def refuse_environment(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UsageError if a file has a value computed from anything outside of the config.
-
-    The value of ${oc.env:TOKEN} would be saved with the run. A user who types it on the command line wants that.
-    """
-    typed = ["".join(override.split()) for override in overrides]
-    for key, text in references(OmegaConf.to_container(config, resolve=False)):
-        waiting: list[Any] = [grammar_parser.parse(text)]
-        while waiting:
-            node = waiting.pop()
-            waiting += getattr(node, "children", None) or []
-            if not isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
-                continue
-            call: Any = node
-            name, words = call.resolverName().getText(), "".join(call.getText().split())
-            if name not in RESOLVERS and not any(words in override for override in typed):
-                raise UsageError(
-                    f"{key}={text} is refused: a config file that calls {name} could have a secret saved with the run; "
-                    f"give the value on the command line"
-                )
-
-
-def references(values: Any) -> Iterator[tuple[str, str]]:
-    """Yield the keys whose values OmegaConf would compute, and these values: ${oc.env:HOME}."""
-    return ((key, value) for key, value in _leaves(values) if isinstance(value, str) and "${" in value)
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the full key of each value that is not a list or a mapping; an item of a list has its index as its key."""
-    items = node if isinstance(node, Mapping) else dict(enumerate(node)) if isinstance(node, list) else None
+    items = node if isinstance(node, Mapping) else dict(enumerate(node)) if isinstance(node, list | tuple) else None
     if items is None:
         yield prefix.rstrip("."), node
         return
     for key, value in items.items():
-        yield from _leaves(value, f"{prefix}{key}.")
+        yield from leaves(value, f"{prefix}{key}.")
