@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,7 @@ from tlcli.errors import UsageError
 from tlcli.specs import Accelerator, DeviceSpec, Precision
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-PROCESS_THREADS = torch.get_num_threads()
-"""Threads of arithmetic of a job that names no number."""
+PROCESS_THREADS = torch.get_num_threads()  # of a job that names no number
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -33,8 +33,9 @@ class Device:
     @property
     def description(self) -> str:
         """Return the accelerator, its formats and how images are decoded, in one line."""
+        is_cuda = self.accelerator.type == "cuda"
         parts = [
-            accelerator_name(self.accelerator),
+            machine_name(self.accelerator) if is_cuda else {"cpu": "CPU", "mps": "Apple GPU"}[self.accelerator.type],
             f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}",
             "channels_last" if self.memory_format == torch.channels_last else "contiguous",
         ]
@@ -80,8 +81,8 @@ def limit_threads(n: int | None) -> Iterator[None]:
 def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     """Set threads, determinism and the allocator of this process, and return the accelerator.
 
-    `threads` is the number of threads of a resumed run. Every setting is set anew: an earlier job of the process may
-    have had another. Raises UsageError if the accelerator is not available.
+    `threads` is that of a resumed run. Every setting is set again: an earlier job of the process may have had another.
+    Raises UsageError if the accelerator is not available.
     """
     accelerator = find_accelerator(spec.kind)
     n_threads = threads or spec.threads or PROCESS_THREADS
@@ -98,74 +99,51 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
 
 def find_accelerator(kind: Accelerator) -> torch.device:
     """Return the accelerator of this kind; `auto` takes CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if kind is Accelerator.auto:
-        return torch.device(next(name for name, usable in available.items() if usable))
-    if not available[kind.value]:
-        names = ", ".join(name for name, usable in available.items() if usable)
-        reason = f"PyTorch {torch.__version__} finds no such device. Available: {names}, auto"
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name, is_usable in usable.items() if is_usable]
+    if kind is not Accelerator.auto and kind.value not in names:
+        reason = f"PyTorch {torch.__version__} finds no such device. Available: {', '.join(names)}, auto"
         raise UsageError(f"device={kind.value} is not available: {reason}.")
-    return torch.device(kind.value)
+    return torch.device(names[0] if kind is Accelerator.auto else kind.value)
 
 
 def cpu_has_bfloat16() -> bool:
     """Return True if the CPU has bfloat16 instructions (AVX512-BF16 or AMX)."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # not in every release of our range
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of our range
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step instead of returning it to the kernel.
-
-    Otherwise large activations are mapped again in each step, and the page faults cost up to a third of the time. Does
-    nothing with another C library.
-    """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_mmap_threshold, limit = -1, -3, 2**31 - 1
-    libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, limit)
-    libc.mallopt(m_trim_threshold, limit)
+    """Make glibc keep freed memory for the next step: page faults would cost up to a third of the time."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold, limit = -1, -3, 2**31 - 1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, limit)
+        libc.mallopt(m_trim_threshold, limit)
 
 
 def synchronize(accelerator: torch.device) -> None:
     """Wait until the accelerator has finished, before a time is taken."""
-    if accelerator.type == "cuda":
-        torch.cuda.synchronize(accelerator)
-    elif accelerator.type == "mps":
-        torch.mps.synchronize()
+    if accelerator.type != "cpu":
+        torch.accelerator.synchronize(accelerator)
 
 
 def auto_workers(accelerator: torch.device) -> int:
-    """Return one per core, at most 8, with CUDA on Linux.
-
-    None on a CPU, where decoding and arithmetic share the cores, and none if workers cannot be forked: the images in
-    memory would be sent to each.
-    """
+    """Return one per core, at most 8, with CUDA on Linux; else 0: a CPU shares its cores, or workers do not fork."""
     forks = platform.system() == "Linux"
     return min(8, os.cpu_count() or 1) if accelerator.type == "cuda" and forks else 0
-
-
-def accelerator_name(accelerator: torch.device) -> str:
-    """Return the name of an accelerator for people."""
-    if accelerator.type == "cuda":
-        return torch.cuda.get_device_name(accelerator)
-    return {"cpu": "CPU", "mps": "Apple GPU"}[accelerator.type]
 
 
 def machine_name(accelerator: torch.device) -> str:
     """Return what a measured speed depends on: the accelerator, or the model, instructions and threads of a CPU."""
     if accelerator.type == "cuda":
-        return accelerator_name(accelerator)
+        return torch.cuda.get_device_name(accelerator)
     instructions = torch.backends.cpu.get_cpu_capability()
     cores = f"{torch.get_num_threads()} threads, {os.cpu_count()} cores"
     return f"{platform.machine()} {processor_name()}, {instructions}, {cores}"
 
 
 def processor_name() -> str:
-    """Return the name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a stream of the kernel's
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

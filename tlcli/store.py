@@ -32,19 +32,16 @@ import platformdirs
 from tlcli.files import atomic_write, expand_user, lock, sync_folder
 from tlcli.text import size_text
 
-FORMAT = 1
-"""Version of meta.json and of the files next to it."""
+FORMAT = 1  # of meta.json and of the files next to it
 META = "meta.json"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GB = 1_000_000_000
-READ_BLOCK_BYTES = 1 << 20
-"""Read size of the checksum, which runs at 3.6 GB/s from the page cache; 256 kB to 4 MB are equally fast."""
-MTIME_SECONDS = 2.0
-"""Resolution of the coarsest file time (FAT): a later change shows in the time of a file that is at least this old."""
+READ_BLOCK_BYTES = 1 << 20  # of the checksum; 256 kB to 4 MB are equally fast
+MTIME_SECONDS = 2.0  # resolution of the coarsest file time (FAT): a later change shows in the time of an older file
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
-_OWN_FILE = re.compile(r"meta\.json|\d+\.bin")
+_OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\..*")
 _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
@@ -71,7 +68,6 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one row."""
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
@@ -94,7 +90,6 @@ class CacheEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns."""
         return self.rows * sum(column.nbytes for column in self.columns)
 
 
@@ -119,8 +114,15 @@ class Store:
         if not self.exists(key):
             return None
         with suppress(*_DAMAGE):
-            entry = _read_entry(self._folder(key))
-            _verify(entry)
+            entry, start = _read_entry(self._folder(key)), time.time()
+            files = [entry.file(i) for i in range(len(entry.columns))]
+            stats = [file.stat() for file in files]
+            state = (entry.checksums, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+            if _verified.get(entry.path) != state:
+                if tuple(f"{_crc_of(file):08x}" for file in files) != entry.checksums:
+                    return None
+                if all(s.st_mtime < start - MTIME_SECONDS for s in stats):
+                    _verified[entry.path] = state
             with suppress(OSError):  # a cache of another user, which is read-only for this one
                 os.utime(entry.path / META)
             return entry
@@ -137,10 +139,9 @@ class Store:
 
     @contextmanager
     def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the right to fill a key, among all threads and processes.
+        """Hold the right to fill a key; call `on_wait` if another thread or process has it. May raise OSError.
 
-        Call `find` again inside: another process may have filled the entry meanwhile. `on_wait` is called once if the
-        key is locked. Raises OSError if the cache cannot be written.
+        Call `find` again inside: another process may have filled the entry meanwhile.
         """
         file = self._lock_file(self._folder(key))
         with ExitStack() as held:
@@ -208,7 +209,7 @@ class Store:
     def no_room_reason(self, nbytes: int) -> str | None:
         """Return why entries of this total size do not fit even if all that can be evicted is; None if they fit.
 
-        Give the size of everything that a run is going to write, and call `exists` before for what it is going to read.
+        Call `exists` before for the entries that are going to be read.
         """
         try:
             with self._lock_space():
@@ -232,8 +233,7 @@ class Store:
     def clear(self) -> tuple[int, int]:
         """Remove all entries, stale drafts and notes; return the number of entries and of all bytes.
 
-        Entries that are being written and third-party files stay. Lock files stay as well: if one vanishes while a
-        process waits for it, two processes can hold the lock.
+        Drafts of live writers and third-party files stay, and lock files: two processes could hold one that vanishes.
         """
         nbytes, count = self._remove_stale_drafts(), 0
         for folder in self._folders(_KEY):
@@ -266,13 +266,13 @@ class Store:
         return self.activations / key
 
     def _lock_file(self, folder: Path, suffix: str = "lock") -> Path:
-        """Return a lock of the key that an entry or a draft has."""
         return self.root / "locks" / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}"
 
     def _folders(self, *patterns: re.Pattern[str]) -> list[Path]:
-        """Return the folders of tlcli with such names: entries, complete or damaged (_KEY), and drafts (_DRAFT)."""
-        children = _children(self.activations)
-        return [path for path in children if any(p.fullmatch(path.name) for p in patterns) and _is_cache_folder(path)]
+        """Return the folders of entries, complete or damaged (_KEY), or drafts (_DRAFT), without third-party files."""
+        named = [path for path in _children(self.activations) if any(p.fullmatch(path.name) for p in patterns)]
+        folders = [path for path in named if path.is_dir() and not path.is_symlink()]
+        return [path for path in folders if all(_OWN_FILE.fullmatch(file.name) for file in _children(path))]
 
     def _hold(self, key: str) -> None:
         """Keep other processes from evicting an entry until this one ends."""
@@ -285,7 +285,6 @@ class Store:
 
     @contextmanager
     def _lock_space(self) -> Iterator[None]:
-        """Allow no other process to make room or to take it."""
         with lock(self.root / "locks" / "space.lock"):
             self.activations.mkdir(parents=True, exist_ok=True)
             yield
@@ -328,8 +327,7 @@ class Store:
 
 
 class Writer:
-    """Takes the rows of one entry batch by batch; `entry` is the finished one, this writer's or that of another writer
-    that finished first."""
+    """Takes the rows of one entry batch by batch; `entry` is the finished one (another writer's if that was first)."""
 
     entry: CacheEntry
 
@@ -341,7 +339,6 @@ class Writer:
 
     @property
     def checksums(self) -> list[str]:
-        """CRC-32 of each column, as far as it is written."""
         return [f"{crc:08x}" for crc in self._crcs]
 
     def append(self, batch: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -358,13 +355,10 @@ class Writer:
         self.written += rows
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
 def _with_checksum(meta: Mapping[str, Any]) -> str:
     """Return the text of meta.json; its last line is the checksum of the rest."""
-    return _json({**meta, "meta_checksum": f"{zlib.crc32(_json(meta).encode()):08x}"})
+    crc = zlib.crc32((json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+    return json.dumps({**meta, "meta_checksum": f"{crc:08x}"}, indent=2, allow_nan=False) + "\n"
 
 
 def _read_entry(folder: Path) -> CacheEntry:
@@ -390,43 +384,22 @@ def _read_entry(folder: Path) -> CacheEntry:
     return entry
 
 
-def _verify(entry: CacheEntry) -> None:
-    """Compare the files with their checksums, unless this process has done so. Raise ValueError if one differs."""
-    files = [entry.file(i) for i in range(len(entry.columns))]
-    stats = [file.stat() for file in files]
-    state = (entry.checksums, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
-    if _verified.get(entry.path) == state:
-        return
-    start = time.time()
-    block = memoryview(bytearray(READ_BLOCK_BYTES))
-    for path, expected in zip(files, entry.checksums, strict=True):
-        crc = 0
-        with path.open("rb", buffering=0) as file:
-            while size := file.readinto(block):
-                crc = zlib.crc32(block[:size], crc)
-        if f"{crc:08x}" != expected:
-            raise ValueError(f"{path}: checksum mismatch")
-    if all(s.st_mtime < start - MTIME_SECONDS for s in stats):
-        _verified[entry.path] = state
+def _crc_of(path: Path) -> int:
+    block, crc = memoryview(bytearray(READ_BLOCK_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            crc = zlib.crc32(block[:size], crc)
+    return crc
 
 
 def _children(folder: Path) -> list[Path]:
     """Return the contents of a folder; nothing if it is missing or cannot be read."""
-    try:
+    with suppress(OSError):
         return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _is_cache_folder(folder: Path) -> bool:
-    """Return True if a folder has only files of an entry or hidden ones, so that no other file of a user is removed."""
-    names = [file.name for file in _children(folder)]
-    own = all(_OWN_FILE.fullmatch(name) or name.startswith(".") for name in names)
-    return own and folder.is_dir() and not folder.is_symlink()
+    return []
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the bytes of the files in a folder, which may vanish meanwhile."""
     nbytes = 0
     for file in _children(folder):
         with suppress(OSError):

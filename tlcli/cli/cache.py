@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from tlcli.cli.parser import FORMATS, Parser
 from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
@@ -14,8 +13,7 @@ from tlcli.text import did_you_mean, size_text
 
 ACTIONS = ("list", "remove", "clear")
 SHOWN_KEY_CHARS = 8
-MIN_KEY_CHARS = 4
-"""Characters that name an entry if only one key starts with them."""
+MIN_KEY_CHARS = 4  # name an entry if only one key starts with them
 
 
 def parser() -> Parser:
@@ -45,7 +43,20 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{arguments.action} takes no KEY. Did you mean 'tlcli cache remove {keys[0]}'?")
     try:
         if arguments.action == "list" and arguments.format == "json":
-            print(json.dumps([_record(entry) for entry in store.entries()], indent=2))
+            records = [
+                {
+                    "key": entry.key,
+                    "path": str(entry.path),
+                    "bytes": entry.nbytes,
+                    "rows": entry.rows,
+                    "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
+                    "created": entry.created,
+                    "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
+                    "facts": dict(entry.metadata),
+                }
+                for entry in store.entries()
+            ]
+            print(json.dumps(records, indent=2))
         elif arguments.action == "list":
             _print_table(store)
         elif arguments.action == "remove":
@@ -80,9 +91,7 @@ def candidates(before: Sequence[str]) -> Iterator[str]:
 def _match(entries: Sequence[CacheEntry], prefix: str) -> CacheEntry:
     """Return the entry whose key is or starts with `prefix`. Raise UsageError unless there is exactly one."""
     matches = [entry for entry in entries if entry.key.startswith(prefix)]
-    for entry in matches:
-        if entry.key == prefix:
-            return entry
+    matches = [entry for entry in matches if entry.key == prefix] or matches
     if len(prefix) < MIN_KEY_CHARS:
         raise UsageError(f"{prefix!r} is too short: give at least {MIN_KEY_CHARS} characters of a key")
     if not matches:
@@ -97,19 +106,6 @@ def _total(count: int, nbytes: int) -> str:
     return f"{count:,} {'entry' if count == 1 else 'entries'}, {size_text(nbytes)}"
 
 
-def _record(entry: CacheEntry) -> dict[str, Any]:
-    return {
-        "key": entry.key,
-        "path": str(entry.path),
-        "bytes": entry.nbytes,
-        "rows": entry.rows,
-        "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
-        "created": entry.created,
-        "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
-        "facts": dict(entry.metadata),
-    }
-
-
 def _print_table(store: Store) -> None:
     from tlcli.cli.view import Screen
 
@@ -117,34 +113,22 @@ def _print_table(store: Store) -> None:
     if not entries:
         print(f"the cache is empty: {store.root}")
         return
-    columns = (
-        TableColumn("key"),
-        TableColumn("dataset", 1, left=True),
-        TableColumn("backbone", 2, left=True),
-        TableColumn("at", 4, left=True),
-        TableColumn("images", 5),
-        TableColumn("size"),
-        TableColumn("used", 3),
-    )
-    rows = [
-        (
-            entry.key[:SHOWN_KEY_CHARS],
-            " ".join(str(entry.metadata[name]) for name in ("dataset", "split") if name in entry.metadata) or None,
-            entry.metadata.get("backbone"),
-            entry.metadata.get("at"),
-            f"{entry.rows:,}",
-            size_text(entry.nbytes),
-            ago(time.time() - entry.used),
-        )
-        for entry in entries
-    ]
+    left = ("dataset", "backbone", "at")
+    ranks = {"key": 0, "dataset": 1, "backbone": 2, "at": 4, "images": 5, "size": 0, "used": 3}  # 5 is left out first
+    rows = []
+    for entry in entries:
+        facts, images, size = entry.metadata, f"{entry.rows:,}", size_text(entry.nbytes)
+        dataset = " ".join(str(facts[name]) for name in ("dataset", "split") if name in facts) or None
+        used = _ago(time.time() - entry.used)
+        rows.append((entry.key[:SHOWN_KEY_CHARS], dataset, facts.get("backbone"), facts.get("at"), images, size, used))
     screen = Screen(terminal_columns() or UNLIMITED_WIDTH)
+    columns = [TableColumn(name, rank, left=name in left) for name, rank in ranks.items()]
     screen.print(make_table(columns, rows, screen.width))
     total = _total(len(entries), sum(entry.nbytes for entry in entries))
     screen.print(f"{total}, in {store.root}", soft_wrap=True)
 
 
-def ago(seconds: float) -> str:
+def _ago(seconds: float) -> str:
     """Return how long ago something was: now, 5m ago, 3h ago, 12d ago."""
     for unit, length, least in (("d", 86_400, 2), ("h", 3600, 1), ("m", 60, 1)):
         if seconds >= least * length:
