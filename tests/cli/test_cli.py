@@ -23,7 +23,6 @@ IMPORTED = "import sys; from tlcli.cli import main; main({argv}); print(*sys.mod
 @pytest.mark.parametrize(
     ("argv", "absent"),
     [
-        ([], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
         (["--help"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
         (["--version"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
         (["train", "--help"], {"torch", "hydra", "omegaconf", "rich", "numpy"}),
@@ -41,7 +40,6 @@ def test_what_a_command_does_not_import(argv: list[str], absent: set[str], tmp_p
 def test_module_and_exit_code(tmp_path: Path) -> None:
     assert python("-m", "tlcli", "--version", cwd=tmp_path).stdout == f"tlcli {package.__version__}\n"
     assert python("-m", "tlcli", "trian", cwd=tmp_path).returncode == 2
-    assert python("-m", "tlcli", "train", "epochs=0", cwd=tmp_path).returncode == 2
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",)])
@@ -66,19 +64,20 @@ def test_unknown_command(argv, hint, tlcli) -> None:
     assert f"Did you mean {hint}?" in ended.err
 
 
-def test_cfg_prints_the_job_and_writes_nothing(tlcli, tmp_path: Path) -> None:
-    ended = tlcli("train", "--cfg", "job", "epochs=7", "freeze=head")
-    assert ended.code == 0
-    assert "epochs: 7" in ended.out and "kind: head" in ended.out
-    assert "hydra" not in ended.out
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("argv", [("--info", "defaults-tree"), ("--hydra-help",), ("--cfg", "hydra")])
-def test_flags_of_hydra_work(argv, tlcli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (("--cfg", "job", "epochs=7"), "epochs: 7"),
+        (("--info", "defaults-tree"), "optimizer"),
+        (("--hydra-help",), "--multirun"),
+        (("--cfg", "hydra"), "sweeper"),
+    ],
+)
+def test_flags_of_hydra_print_and_write_nothing(argv, shown: str, tlcli, tmp_path: Path) -> None:
     ended = tlcli("train", *argv)
     assert ended.code == 0
-    assert len(ended.out.splitlines()) > 5
+    assert shown in ended.out
+    assert ("hydra" in ended.out) == ("job" not in argv)
     assert not list(tmp_path.iterdir())
 
 

@@ -98,6 +98,7 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(
     assert found.loss == pytest.approx(record["best"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_not_the_last_where_training_does_harm(quick: Callable[..., Path]) -> None:
     run = quick(1e-9, "label_smoothing=0.9", "freeze.head_init=probe")
     record = read_json(run / "run.json")
@@ -107,7 +108,7 @@ def test_the_best_epoch_is_not_the_last_where_training_does_harm(quick: Callable
     assert read_json(run / "test.json")["epoch"] == record["best"]["epoch"]
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("links", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_last_is_best_where_the_last_epoch_was(
     quick: Callable[..., Path], links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

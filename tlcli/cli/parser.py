@@ -12,13 +12,7 @@ FORMATS = ("table", "json")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command. Help goes to stdout; an error is a UsageError that names the nearest flag.
-
-    Args:
-        command: such as `predict`.
-        summary: what the command does, one sentence.
-        examples: command lines, shown at the end of the help.
-    """
+    """A parser of one command. An error is a UsageError that names the nearest flag."""
 
     def __init__(self, command: str, summary: str, examples: Sequence[str] = ()) -> None:
         lines = "".join(f"  {line}\n" for line in examples)

@@ -13,11 +13,8 @@ from tlcli.text import strip_control_chars
 if TYPE_CHECKING:
     import rich.table
 
-UNLIMITED_WIDTH = 10_000
-"""The width if stdout is not a terminal: a program that reads a pipe needs one line per row."""
-
-GAP = 2
-"""Blanks between two columns."""
+UNLIMITED_WIDTH = 10_000  # if stdout is not a terminal: a program that reads a pipe needs one line per row
+GAP = 2  # blanks between two columns
 
 
 @dataclass(frozen=True)

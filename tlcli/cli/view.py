@@ -21,28 +21,29 @@ from tlcli.text import duration_text, labelled, shown_path
 
 log = logging.getLogger("tlcli")
 
-MIN_SHOWN_SECONDS = 2.0
-"""Where there are no bars, a span of work that took less than this is not worth a line."""
-
-MAX_CLASS_ROWS = 12
-"""With more classes than this, the plan shows the range of their counts instead of one row per class."""
-
+MIN_SHOWN_SECONDS = 2.0  # without bars, shorter work gets no line
+MAX_CLASS_ROWS = 12  # with more classes, the plan shows the range of their counts
 LOG_WIDTH = 100
 
+# title, width, priority (columns with a higher one go first if the terminal is narrow; 0 stays), text
 EpochColumn = tuple[str, int, int, Callable[[EpochRow], str]]
 EPOCH_COLUMNS: tuple[EpochColumn, ...] = (
     ("epoch", 6, 0, lambda row: f"{row.epoch}/{row.epochs}"),
-    ("train loss", 10, 3, lambda row: _fixed(row.train_loss)),
-    ("train acc", 9, 4, lambda row: _fixed(row.train_accuracy)),
-    ("val loss", 8, 2, lambda row: _fixed(row.val_loss)),
-    ("val acc", 7, 0, lambda row: _fixed(row.val_accuracy)),
-    ("val f1", 6, 5, lambda row: _fixed(row.val_macro_f1)),
-    ("rate", 8, 7, lambda row: _rate(row.lr)),
-    ("img/s", 6, 6, lambda row: _speed(row.images_per_second)),
+    ("train loss", 10, 3, lambda row: _number(row.train_loss)),
+    ("train acc", 9, 4, lambda row: _number(row.train_accuracy)),
+    ("val loss", 8, 2, lambda row: _number(row.val_loss)),
+    ("val acc", 7, 0, lambda row: _number(row.val_accuracy)),
+    ("val f1", 6, 5, lambda row: _number(row.val_macro_f1)),
+    ("rate", 8, 7, lambda row: _number(row.lr, ".2g")),
+    (
+        "img/s",
+        6,
+        6,
+        lambda row: _number(row.images_per_second, ",.0f" if (row.images_per_second or 0) >= 10 else ".1f"),
+    ),
     ("time", 6, 1, lambda row: duration_text(row.seconds)),
     ("", 4, 0, lambda row: "best" if row.best else ""),
 )
-"""Title, width, and text of each column of the epochs. If the width is short, columns with a higher third item go."""
 
 
 class Screen(Console):
@@ -77,13 +78,10 @@ class TerminalReporter(Reporter):
     def __init__(self, backbone: str = "backbone=...", width: int | None = None) -> None:
         self._backbone = backbone
         self._screen = Screen(width)
+        # lines in a file are not wrapped, so that paths stay whole
+        self._wrap = self._screen.width if self._screen.is_terminal else None
         self._bars: Progress | None = None
         self._header_shown = False
-
-    @property
-    def _wrap(self) -> int | None:
-        """The width at which lines are wrapped; None if they go to a file, so that paths in it stay whole."""
-        return self._screen.width if self._screen.is_terminal else None
 
     def heading(self, text: str) -> None:
         """Show a line above a job of a sweep."""
@@ -98,14 +96,37 @@ class TerminalReporter(Reporter):
     def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
         """Show a bar on a terminal; elsewhere a line at the end of work that took long."""
         start, done = time.perf_counter(), 0
-        with self._bar(label, total, unit) as advance:
+        bars, outermost = self._bars, self._bars is None
+        if bars is None and self._screen.live_bars:
+            narrow = self._screen.width < 60
+            self._bars = bars = Progress(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+                BarColumn(bar_width=6 if narrow else 20),
+                TaskProgressColumn(),
+                *([] if narrow else [RateColumn()]),
+                TimeRemainingColumn(compact=True),
+                console=self._screen,
+                transient=True,
+                refresh_per_second=4,  # drawing must not take time from two busy cores
+            )
+        task = bars.add_task(label, total=total, unit=unit) if bars else None
 
-            def count(more: int) -> None:
-                nonlocal done
-                done += more
-                advance(more)
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            if bars and task is not None:
+                bars.advance(task, more)
 
+        try:
+            if bars and outermost:
+                bars.start()
             yield count
+        finally:
+            if bars and task is not None:
+                bars.remove_task(task)
+            if bars and outermost:
+                bars.stop()
+                self._bars = None
         seconds = time.perf_counter() - start
         line = f"{label}: {done:,} {unit} in {duration_text(seconds)}"
         if seconds >= MIN_SHOWN_SECONDS and not self._screen.live_bars:
@@ -135,14 +156,16 @@ class TerminalReporter(Reporter):
             rows = zip(plan.classes, *([f"{n:,}" for n in counts] for counts in plan.counts.values()), strict=True)
             self._say(make_table(columns, rows))
         self._say("")
-        stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _rate(s.lr)) for s in plan.stages]
+        stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _number(s.lr, ".2g")) for s in plan.stages]
         total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
         columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "rate"))]
         self._say(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
         self._say("")
 
     def epoch(self, row: EpochRow) -> None:
-        columns = epoch_columns(self._screen.width)
+        columns = list(EPOCH_COLUMNS)
+        while sum(column[1] + 2 for column in columns) - 2 > self._screen.width and any(c[2] for c in columns):
+            columns.remove(max(columns, key=lambda column: column[2]))
         if not self._header_shown:
             header = "  ".join(title.rjust(width) for title, width, _, _ in columns)
             self._say(Text(header.rstrip(), style="dim"))
@@ -154,7 +177,7 @@ class TerminalReporter(Reporter):
         low, high = outcome.ci95
         confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in outcome.confused)
         rows = [
-            ("top-5", _fixed(outcome.top5) if outcome.top5 is not None else ""),
+            ("top-5", "" if outcome.top5 is None else f"{outcome.top5:.4f}"),
             ("confused", confused),
             ("chosen", f"epoch {outcome.epoch}, validation accuracy {outcome.val_accuracy:.4f}"),
             ("took", duration_text(outcome.seconds)),
@@ -179,8 +202,8 @@ class TerminalReporter(Reporter):
                 job.rank,
                 job.name,
                 *(job.values.get(key, "") for key in board.keys),
-                _fixed(job.validation),
-                _fixed(job.test_accuracy),
+                _number(job.validation),
+                _number(job.test_accuracy),
                 f"{job.test_ci95[0]:.4f} to {job.test_ci95[1]:.4f}" if job.test_ci95 else None,
                 job.status,
             )
@@ -209,53 +232,6 @@ class TerminalReporter(Reporter):
             if line.strip():
                 log.info(line.rstrip())
 
-    @contextmanager
-    def _bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Show a bar while the block runs, below those that are there already; nothing without live bars."""
-        if not self._screen.live_bars:
-            yield lambda more: None
-            return
-        outermost = self._bars is None
-        if self._bars is None:
-            narrow = self._screen.width < 60
-            self._bars = Progress(
-                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-                BarColumn(bar_width=6 if narrow else 20),
-                TaskProgressColumn(),
-                *([] if narrow else [RateColumn()]),
-                TimeRemainingColumn(compact=True),
-                console=self._screen,
-                transient=True,
-                refresh_per_second=4,  # drawing must not take time from two busy cores
-            )
-        bars = self._bars
-        task = bars.add_task(label, total=total, unit=unit)
-        try:
-            if outermost:
-                bars.start()
-            yield lambda more: bars.advance(task, more)
-        finally:
-            bars.remove_task(task)
-            if outermost:
-                bars.stop()
-                self._bars = None
 
-
-def epoch_columns(width: int) -> list[EpochColumn]:
-    """Return the columns of the epochs that fit a width; the epoch, its validation accuracy and its mark always do."""
-    columns = list(EPOCH_COLUMNS)
-    while sum(column[1] + 2 for column in columns) - 2 > width and any(column[2] for column in columns):
-        columns.remove(max(columns, key=lambda column: column[2]))
-    return columns
-
-
-def _fixed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _rate(lr: float | None) -> str:
-    return "-" if lr is None else f"{lr:.2g}"
-
-
-def _speed(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)

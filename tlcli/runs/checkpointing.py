@@ -15,27 +15,16 @@ from tlcli.files import replace_with_hardlink
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
 
-STATE_VERSION = 2
-"""Version of the contents of state.safetensors."""
-
-MAX_TIME_SHARE = 0.1
-"""Share of the training time that writing checkpoints may take: an epoch of a small head takes less than its file."""
-
-FIRST_SAVE_SECONDS = 0.1
-"""What a save is assumed to take before the first one."""
-
-_TENSOR = "$tensor"
-"""The key of what stands for a tensor in the JSON of a state."""
+STATE_VERSION = 2  # of the contents of state.safetensors
+MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
+FIRST_SAVE_SECONDS = 0.1  # what a save is assumed to take before the first one
+_TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
 
 
 def save_weights(
     path: Path, network: nn.Module, metadata: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write every tensor of a network, and the metadata as JSON, in one atomic step.
-
-    Args:
-        instead: tensors to write in place of those that the network has now.
-    """
+    """Write all tensors of a network (those in `instead` in place of its own), and the metadata, in one atomic step."""
     write_tensors(path, {**network.state_dict(), **(instead or {})}, metadata)
 
 
@@ -53,7 +42,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
             return [without_tensors(item, f"{at}/{i}") for i, item in enumerate(value)]
         return value
 
-    metadata = without_tensors(state, "")
+    metadata = without_tensors(state, "")  # fills tensors
     write_tensors(path, tensors, metadata)
 
 
@@ -80,8 +69,8 @@ def trainable_state(network: nn.Module) -> dict[str, Tensor]:
 class CheckpointManager:
     """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
 
-    The state is in one file. It is written after the best weights, which have their own epoch and scores: a run that
-    is killed between the two resumes from either.
+    The state is written after the best weights, which have their own epoch and scores: a run that is killed between the
+    two resumes from either.
 
     Args:
         metadata: of the files of weights.

@@ -33,8 +33,7 @@ from tlcli.specs import TrainSpec
 from tlcli.text import to_plain
 from tlcli.transfer.contract import freeze_table
 
-MIN_VALIDATION_IMAGES = 20
-"""With fewer, the plan warns of what they select: the accuracy of 20 images has a standard error of up to 11 points."""
+MIN_VALIDATION_IMAGES = 20  # the accuracy of 20 images has a standard error of up to 11 points
 
 
 class Recorder:
@@ -125,10 +124,8 @@ class Recorder:
         self, network: nn.Module, trainer: Trainer, provenance: Callable[[], Mapping[str, Any]]
     ) -> CheckpointManager:
         """Return the manager of the checkpoints of this run."""
-        seconds = 60 * self._spec.checkpoint.every_minutes
-        return CheckpointManager(
-            self._run, network, trainer, self._metadata, provenance, seconds=seconds, epoch=self._resumed_epoch
-        )
+        seconds, epoch = 60 * self._spec.checkpoint.every_minutes, self._resumed_epoch
+        return CheckpointManager(self._run, network, trainer, self._metadata, provenance, seconds=seconds, epoch=epoch)
 
     def log_running(self, epoch: int, batch: int, loss: float) -> None:
         """Write the running loss within an epoch."""
@@ -172,22 +169,18 @@ class Recorder:
         """Write test.json, the predictions and the plots, and show the result.
 
         Args:
-            validation: predictions of the best epoch, to which the temperature is fitted.
-            predictions: of the best epoch for the test split.
+            validation: predictions of the best epoch, to which the temperature is fitted; `predictions`: for test.
             n_frozen: the number of frozen tensors that were verified.
         """
-        run, epoch = self._run, best_epoch.epoch
-        assert epoch is not None
-        assert best_epoch.scores is not None
+        run, epoch, best_scores = self._run, best_epoch.epoch, best_epoch.scores
+        assert epoch is not None and best_scores is not None
         self._log_evaluation("test", epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
             calibration = calibrate(validation.logits, validation.labels)
             run.update(calibration=asdict(calibration))
-            for split, file, p in (
-                (data.val, run.val_predictions, validation),
-                (data.test, run.test_predictions, predictions),
-            ):
+            results = ((data.val, run.val_predictions, validation), (data.test, run.test_predictions, predictions))
+            for split, file, p in results:
                 write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
             effect = calibration_report(predictions.logits, predictions.labels, calibration.temperature)
             before, after = f"{effect['ece_before']:.4f}", f"{effect['ece_after']:.4f} with it"
@@ -201,7 +194,7 @@ class Recorder:
         write_json(run.test_file, {**stored, "checkpoint": checkpoint, "epoch": epoch})
         with self.phase("plots"):
             self._plot(data, predictions, report, epoch)
-        spent, (low, high) = self._seconds_so_far(), report["accuracy_ci95"]
+        spent = self._seconds_so_far()
         # with the test metrics, so that the leaderboard of a sweep need not read test.json of each job
         test = {key: report[key] for key in ("accuracy", "accuracy_ci95")}
         run.update(seconds=spent, frozen_tensors_verified=n_frozen, test=test)
@@ -209,12 +202,12 @@ class Recorder:
             RunResult(
                 run=run.path,
                 accuracy=report["accuracy"],
-                ci95=(low, high),
+                ci95=report["accuracy_ci95"],
                 top5=report["top5"],
                 loss=report["loss"],
                 n=report["n"],
                 epoch=epoch,
-                val_accuracy=best_epoch.scores.accuracy,
+                val_accuracy=best_scores.accuracy,
                 confused=most_confused(report),
                 checkpoint=run.best_checkpoint,
                 seconds=spent["total"],

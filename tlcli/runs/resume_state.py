@@ -23,14 +23,12 @@ from tlcli.runs.checkpointing import STATE_VERSION, load_state
 from tlcli.runs.run_dir import RunDir
 from tlcli.text import join_limited
 
-DIGEST_CHARS = 16
-"""Of the fingerprint of a class: it detects changes and protects from nobody."""
+DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """Where training begins: the epoch, if the network before training was worth an evaluation (as epoch 0), and the
-    best epoch so far."""
+    """Where training begins. `head_is_ready`: the network before training was worth an evaluation, as epoch 0."""
 
     epoch: int
     head_is_ready: bool
@@ -39,7 +37,7 @@ class TrainingStart:
 
 @dataclass(frozen=True, eq=False)
 class ResumeState:
-    """The state of training at the last checkpoint, and the best epoch with its validation scores, if there is one."""
+    """The state of training at the last checkpoint, and the best epoch with its validation scores."""
 
     run: RunDir
     state: Mapping[str, Any]
@@ -49,8 +47,7 @@ class ResumeState:
     @property
     def epoch(self) -> int | None:
         """The last epoch that was validated; None if not even the network before training was."""
-        epoch: int | None = self.state["epoch"]
-        return epoch
+        return None if self.state["epoch"] is None else int(self.state["epoch"])
 
     @property
     def threads(self) -> int:
@@ -194,10 +191,7 @@ def image_fingerprints(data: Dataset) -> dict[str, Any]:
 def _image_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each class of a split that differs."""
     if before["classes"] != now["classes"]:
-        sides = (("gone", before, now), ("new", now, before))
-        names = {word: [name for name in a["classes"] if name not in b["classes"]] for word, a, b in sides}
-        changes = [f"classes {word}: {join_limited(found)}" for word, found in names.items() if found]
-        return changes or ["its classes are in another order"]
+        return [f"its classes are {join_limited(now['classes'])}; they were {join_limited(before['classes'])}"]
     changes = []
     for split in ("train", "val", "test"):
         for name, old, new in zip(now["classes"], before[split], now[split], strict=True):
