@@ -20,7 +20,7 @@ LAYERS = [
     {"transfer"},
     {"engine"},
     {"runs"},
-    {"train", "evaluate", "check", "predict", "export", "doctor"},
+    {"train", "evaluate", "check", "predict", "export"},
     {"cli"},
     {"__main__"},
 ]
@@ -102,7 +102,7 @@ LIGHT = [
     "tlcli.specs",
     "tlcli.store",
     "tlcli.export",
-    "tlcli.doctor",
+    "tlcli.cli.doctor",
     "tlcli.engine.optimizers",
     "tlcli.engine.schedule",
     "tlcli.transfer.freeze",

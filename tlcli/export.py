@@ -5,11 +5,9 @@ imports without torch.
 """
 
 import json
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, number, pair
 from tlcli.specs import DatasetSpec, Fit
 from tlcli.text import did_you_mean, evenly_spaced, one_line
 
@@ -26,23 +24,15 @@ if TYPE_CHECKING:
 
     from tlcli.runs.load import LoadedRun
 
-TOLERANCE = 1e-4
-"""Largest difference of a float32 logit: ten times what another order of summation causes."""
-
-SAMPLE_IMAGES = 16
-"""Images of the check: enough for every class of a small task, few enough for seconds with any network."""
-
-METADATA_FILE = "tlcli.json"
-"""File in a .pt2 archive with the classes, the preprocessing and the temperature."""
-
-ONNX_OPSET = 18
-"""Oldest version of ONNX's operators that PyTorch's exporter writes without conversion; most runtimes have it."""
-
+TOLERANCE = 1e-4  # largest difference of a float32 logit: ten times what another order of summation causes
+SAMPLE_IMAGES = 16  # for the check: seconds with any network
+METADATA_FILE = "tlcli.json"  # in a .pt2 archive: classes, preprocessing and temperature
+ONNX_OPSET = 18  # the oldest that PyTorch's exporter writes without conversion; most runtimes have it
+PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
 REMOVED = {
     "torchscript": "TorchScript is deprecated in PyTorch; use --to pt2, which torch.export.load reads",
     "safetensors": "use RUN/checkpoints/best.safetensors, which holds the weights, classes and preprocessing",
 }
-"""Formats of earlier releases, and what to use now."""
 
 Model = Callable[["Tensor"], "Tensor"]
 
@@ -61,8 +51,7 @@ class ExportJob:
     metadata: Mapping[str, Any]
 
 
-Writer = Callable[[ExportJob, Path], Model]
-"""Writes a job to a path and returns the model as read back from there."""
+Writer = Callable[[ExportJob, Path], Model]  # writes a job to a path and returns the model as read back from there
 
 
 @dataclass
@@ -160,9 +149,10 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         UsageError: timm has no network of this name with the same tensors.
     """
     import timm
+    from jinja2 import StrictUndefined, Template
     from safetensors.torch import save
 
-    run, preprocessing = job.run, job.run.preprocessing
+    run, preprocessing, test = job.run, job.run.preprocessing, RunDir(job.run.path).test()
     name, kind = run.classifier.name.split(".")[0], run.info["backbone_kind"]
     architecture = f"tf_{name}" if kind == "lite" else name
     published: Mapping[str, Any] = getattr(run.model, "pretrained_cfg", {})
@@ -172,84 +162,47 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         network.load_state_dict(run.model.state_dict())
     except RuntimeError as exc:  # for an unknown name and for tensors that do not fit
         graphs = ", ".join(f.name for f in FORMATS.values() if f.has_graph)
-        raise UsageError(
-            f"timm has no network with the tensors of {kind}'s {run.classifier.name}: use --to {graphs}"
-        ) from exc
-    pretrained_cfg = {
-        "tag": "tlcli",
-        "custom_load": False,
-        "input_size": [3, preprocessing.size, preprocessing.size],
-        "fixed_input_size": bool(arguments),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-        "num_classes": len(run.classes),
-        "pool_size": None,
-        **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
-    }
+        network_name = f"{kind}'s {run.classifier.name}"
+        raise UsageError(f"timm has no network with the tensors of {network_name}: use --to {graphs}") from exc
     config = {
         "architecture": architecture,
         "num_classes": len(run.classes),
         "num_features": network.num_features,
         "label_names": list(run.classes),
-        "pretrained_cfg": pretrained_cfg,
-        **({"model_args": arguments} if arguments else {}),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "tlcli",
+            "custom_load": False,
+            "input_size": [3, preprocessing.size, preprocessing.size],
+            "fixed_input_size": bool(arguments),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "num_classes": len(run.classes),
+            "pool_size": None,
+            **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
+        },
     }
+    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    card = Template(template, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).render(
+        run=run,
+        architecture=architecture,
+        version=__version__,
+        accuracy=number(test.get("accuracy")),
+        interval=pair(test.get("accuracy_ci95")),
+        n=test.get("n"),
+        classes=json.dumps(list(run.classes), ensure_ascii=False, indent=2),
+        pad_note=PAD_NOTE,
+    )
     path.mkdir()
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in run.model.state_dict().items()}
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (path / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (path / "README.md").write_text(_model_card(run, architecture), encoding="utf-8")
+    (path / "README.md").write_text(card, encoding="utf-8")
     loaded: Model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     return loaded
-
-
-PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
-
-
-def _model_card(run: "LoadedRun", architecture: str) -> str:
-    """Return Markdown with the front matter that model hubs read."""
-    own = run.preprocessing
-    try:
-        test = RunDir(run.path).test()
-        low, high = test["accuracy_ci95"]
-        result = f"Test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, {test['n']:,} images)."
-    except (KeyError, TypeError, ValueError):
-        result = "Not tested."
-    if run.checkpoint != "best":
-        result = "Weights of the last epoch; the weights of the best epoch were tested."
-    note = f"{PAD_NOTE}.\n\n" if own.fit is Fit.pad else ""
-    if own.range is not None:
-        note += "Images deeper than 8 bits: map {:g} to 0 and {:g} to 255 first.\n\n".format(*own.range)
-    return f"""\
----
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, tlcli]
----
-
-# {architecture}, {len(run.classes)} classes
-
-Fine-tuned with tlcli {__version__} from {run.classifier.name}. {result}
-
-```python
-import timm
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-```
-
-Input: RGB, {own.size} x {own.size} pixels ({own.fit.value}, bilinear), scaled to 0 to 1, mean {list(own.mean)}, std
-{list(own.std)}. Output: one logit per class, in this order:
-
-```json
-{json.dumps(list(run.classes), ensure_ascii=False, indent=2)}
-```
-
-{note}Divide the logits by the temperature {run.temperature:.6g} before the softmax to get calibrated probabilities.
-"""
 
 
 # -- export and check
@@ -276,10 +229,9 @@ def find_format(name: str) -> ExportFormat:
         raise UsageError(f"--to {name} was removed: {REMOVED[name]}")
     if name not in FORMATS:
         raise UsageError(f"--to {name}: unknown format.{did_you_mean(name, FORMATS)} Use one of {', '.join(FORMATS)}")
-    chosen = FORMATS[name]
-    if missing := [package for package in chosen.packages if find_spec(package) is None]:
+    if missing := [package for package in FORMATS[name].packages if find_spec(package) is None]:
         raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'tlcli[export]'")
-    return chosen
+    return FORMATS[name]
 
 
 def check_not_existing(path: Path) -> None:
@@ -298,15 +250,14 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
     from tlcli.data.dataset import images_by_key
     from tlcli.runs.run_dir import read_predictions
 
-    size = run.preprocessing.size
     try:
         keys = read_predictions(RunDir(run.path).test_predictions).keys
         images = images_by_key(dataset, run.preprocessing.range) if dataset is not None else {}
         pixels = [images[key]() for key in evenly_spaced(keys, SAMPLE_IMAGES)]
         return run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run"
     except (TlcliError, OSError, ValueError, KeyError):  # an image that does not decode is a ValueError
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randint(0, 256, (SAMPLE_IMAGES, 3, size, size), dtype=torch.uint8, generator=generator)
+        shape, generator = (SAMPLE_IMAGES, 3, *[run.preprocessing.size] * 2), torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return noise, f"{SAMPLE_IMAGES} random images (the run's test images were not found)"
 
 
@@ -319,7 +270,7 @@ def export(
         with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.
 
     Raises:
-        UsageError: the output exists, or timm has no such network.
+        UsageError: the output exists or cannot be written, or timm has no such network.
         TlcliError: the network cannot be written in this format, or computes something else there. Nothing is left
             behind then.
     """
@@ -330,8 +281,7 @@ def export(
     network, inputs, contents = run.model, normalized.contiguous(), f"images float32 (N, 3, {size}, {size}) normalized"
     if with_preprocessing:
         network = _with_normalization(run.model, run.preprocessing.mean, run.preprocessing.std).eval()
-        inputs = images.permute(0, 2, 3, 1).contiguous()
-        contents = f"images uint8 (N, {size}, {size}, 3) RGB"
+        inputs, contents = images.permute(0, 2, 3, 1).contiguous(), f"images uint8 (N, {size}, {size}, 3) RGB"
     metadata = {
         "tlcli": __version__,
         "backbone": run.classifier.name,
@@ -345,20 +295,31 @@ def export(
     with torch.inference_mode():
         reference = run.model(normalized)
     check_not_existing(path)
-    with _draft(path) as draft:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # exporters warn of their own code; the comparison finds errors
-                model = chosen.write(job, draft)
-        except (TlcliError, OSError):
-            raise
-        except Exception as exc:  # exporters raise anything
-            reason = one_line(str(exc).strip().split("\n")[0] or type(exc).__name__)[:200]
-            raise TlcliError(f"cannot write this network as {chosen.name} ({reason}); try another format") from exc
-        difference = compare(model, inputs, reference, f"{chosen.name}, {source}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            draft = Path(folder, path.name)
+            model = _write(job, chosen, draft)
+            difference = compare(model, inputs, reference, f"{chosen.name}, {source}")
+            check_not_existing(path)
+            draft.rename(path)
+    except OSError as exc:
+        raise UsageError(f"--output {path}: cannot write ({exc.strerror or exc})") from exc
     note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
     contents = f"{contents} -> logits (N, {len(run.classes)})"
     return ExportResult(path, contents, source, difference, chosen.load.format(path=str(path)), note)
+
+
+def _write(job: ExportJob, chosen: ExportFormat, path: Path) -> Model:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters warn of their own code; the comparison finds errors
+            return chosen.write(job, path)
+    except (TlcliError, OSError):
+        raise
+    except Exception as exc:  # exporters raise anything
+        reason = one_line(str(exc).strip().split("\n")[0] or type(exc).__name__)[:200]
+        raise TlcliError(f"cannot write this network as {chosen.name} ({reason}); try another format") from exc
 
 
 def _with_normalization(network: "nn.Module", mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":
@@ -406,21 +367,3 @@ def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: st
             f"classes of {wrong} images; nothing was written"
         )
     return largest
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """Yield a path beside the output with the same name; it is moved to the output if the block succeeds."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
-    except OSError as exc:
-        raise UsageError(f"--output {path}: cannot write ({exc.strerror or exc})") from exc
-    try:
-        yield folder / path.name
-        check_not_existing(path)
-        (folder / path.name).rename(path)
-    except OSError as exc:
-        raise TlcliError(f"{path}: {exc.strerror or exc}") from exc
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

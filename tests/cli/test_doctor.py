@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Ended
-from tlcli import doctor
+from tlcli.cli import doctor
 
 Tlcli = Callable[..., Ended]
 
@@ -85,7 +85,7 @@ def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch, tlcl
     def broken() -> int:
         raise RuntimeError("odd")
 
-    monkeypatch.setattr(doctor, "usable_cores", broken)
+    monkeypatch.setattr(doctor, "memory", broken)
     ended = tlcli("doctor")
     assert ended.code == 0
     assert "warning: machine: the check failed (RuntimeError: odd)" in ended.out

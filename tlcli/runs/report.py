@@ -8,14 +8,13 @@ person: the templates leave out values that are missing or of another type.
 import base64
 import hashlib
 import io
-import math
 import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -31,35 +30,23 @@ from tlcli.files import atomic_write
 from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
-from tlcli.runs.run_dir import RunDir, confusion_matrix, process_has_exited, read_predictions
+from tlcli.runs.run_dir import RunDir, confusion_matrix, number, pair, process_has_exited, read_predictions, text
 from tlcli.text import duration_text
 
-T = TypeVar("T")
 View = dict[str, Any]
-Draw = Callable[[Any], None]
-Margins = tuple[int, int, int, int]
 ImageReaders = Mapping[str, Callable[[], Pixels]]
 
-GENERATOR = "tlcli report"
-"""Content of a report's generator tag, by which a later report recognizes that it may replace the file."""
-
+GENERATOR = "tlcli report"  # in a report's generator tag, by which a later report knows that it may replace the file
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_TABLE_CLASSES = 40
-"""Classes above which the confusion matrix is an image: the cells of a table would be too small to read."""
-
-GALLERY_IMAGES, THUMBNAIL_SIDE, PIXELATED_SIDE = 24, 160, 96
-"""Images of a gallery, pixels of the longer side, and the side below which an image is shown pixel by pixel."""
-
-UNDECIDED_MARGIN = 0.5
-"""Difference of the two highest probabilities below which an image is undecided."""
+MAX_TABLE_CLASSES = 40  # above, the confusion matrix is an image: the cells of a table would be too small to read
+GALLERY_IMAGES, THUMBNAIL_SIDE = 24, 160
+PIXELATED_SIDE = 96  # below, an image is shown pixel by pixel
+UNDECIDED_MARGIN = 0.5  # difference of the two highest probabilities below which an image is undecided
 
 
-def of_type(value: Any, kind: type[T]) -> T | None:
-    """Return the value if it has this type, else None. A float is finite, and may be stored as an int."""
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    is_other = isinstance(value, bool) or not isinstance(value, kind)
-    return None if is_other or (isinstance(value, float) and not math.isfinite(value)) else value
+def integer(value: object) -> int | None:
+    """Return an int that a float can hold, otherwise None."""
+    return value if type(value) is int and abs(value) < 2**53 else None
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -78,12 +65,17 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         images_reason: why there are no images.
     """
     info, test, config = run.info, run.test(), run.config()
-    status = of_type(info.get("status"), str) or "damaged"
+    status = text(info.get("status")) or "damaged"
     if status == "running" and process_has_exited(info):
         status = "killed"
-    name, accuracy = of_type(info.get("name"), str) or run.path.resolve().name, of_type(test.get("accuracy"), float)
+    name, accuracy = text(info.get("name")) or run.path.resolve().name, number(test.get("accuracy"))
+    freeze = text(info.get("freeze")) or text(mapping(config.get("freeze")).get("kind")) or ""
+    strategy = options("freeze").get(freeze)
     epochs = _epochs(run.metrics())
-    seconds = {key: of_type(value, float) for key, value in mapping(info.get("seconds")).items() if key != "total"}
+    seconds = {key: number(value) for key, value in mapping(info.get("seconds")).items() if key != "total"}
+    rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
+    for row in rows:
+        row["f1"], row["support"] = number(row.get("f1")), integer(row.get("support"))
     return {
         "run_name": name,
         "title": f"{status.capitalize() if accuracy is None else percent(accuracy)} {name}",
@@ -92,45 +84,35 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "test": test,
         "config": config,
         "config_text": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
-        "trained": _trained(info, config),
-        "result": None if accuracy is None else _result(accuracy, test),
+        "trained": strategy.describe(mapping(config.get("freeze"))) if strategy else freeze and f"freeze={freeze}",
+        "result": None if accuracy is None else _result(accuracy, test, [row["support"] or 0 for row in rows]),
         "epochs": list(epochs.values()),
-        "charts": _curves(epochs, of_type(mapping(info.get("best")).get("epoch"), int)),
+        "charts": _curves(epochs, integer(mapping(info.get("best")).get("epoch"))),
         "matrix": _matrix(test),
-        "class_rows": _class_rows(test),
+        # the lowest F1 first; classes without test images come last
+        "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
         **_predictions(run, images, images_reason),
         "phases": {key: value for key, value in seconds.items() if value is not None},
         "command": _rerun_command(info),
     }
 
 
-def _trained(info: View, config: View) -> str:
-    """Return what the freeze strategy trains."""
-    freeze = of_type(info.get("freeze"), str) or of_type(mapping(config.get("freeze")).get("kind"), str)
-    if not freeze:
-        return ""
-    strategy = options("freeze").get(freeze)
-    return strategy.describe(mapping(config.get("freeze"))) if strategy else f"freeze={freeze}"
-
-
-def _result(accuracy: float, test: View) -> View:
+def _result(accuracy: float, test: View, support: Sequence[int]) -> View:
     """Return the accuracy, its interval, the accuracy of always naming the most frequent class, and a chart."""
-    support = [of_type(mapping(row).get("support"), int) or 0 for row in mapping(test.get("per_class")).values()]
     baseline = max(support) / sum(support) if len(support) > 1 and min(support) >= 0 < sum(support) else None
-    view: View = {"accuracy": accuracy, "baseline": baseline, "interval": None}
-    interval = [value for value in of_type(test.get("accuracy_ci95"), list) or [] if of_type(value, float) is not None]
-    if len(interval) == 2:
-        draw = partial(plots.draw_interval, value=accuracy, interval=(interval[0], interval[1]), baseline=baseline)
+    interval = pair(test.get("accuracy_ci95"))
+    view: View = {"accuracy": accuracy, "baseline": baseline, "interval": interval}
+    if interval:
+        draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
         alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
-        view |= {"interval": interval, "chart": _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))}
+        view["chart"] = _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))
     return view
 
 
 def _chart(
     title: str, alt: str, draw: Callable[[Any], None], size: Any = (420, 262), margins: Any = (48, 14, 40, 46)
 ) -> View:
-    """Return a chart with its images for light and dark mode. `alt` says in words what it shows."""
-    light, dark = (data_uri("image/svg+xml", text.encode()) for text in plots.svg(draw, size, margins))
+    light, dark = (data_uri("image/svg+xml", image.encode()) for image in plots.svg(draw, size, margins))
     return {"title": title, "alt": alt, "light": light, "dark": dark}
 
 
@@ -143,12 +125,12 @@ def _epochs(rows: Sequence[View]) -> dict[int, View]:
     """Return loss and accuracy of train and val and the highest learning rate, by epoch."""
     epochs: dict[int, View] = {}
     for row in rows:
-        epoch, split = of_type(row.get("epoch"), int), row.get("split")
-        if epoch is None or abs(epoch) > 2**53 or split not in ("train", "val"):
+        epoch, split = integer(row.get("epoch")), row.get("split")
+        if epoch is None or split not in ("train", "val"):
             continue
         view = epochs.setdefault(epoch, {"epoch": epoch, "train": {}, "val": {}, "lr": None})
-        view[split] = {key: of_type(row.get(key), float) for key in ("loss", "accuracy")}
-        rates = [rate for value in mapping(row.get("lr")).values() if (rate := of_type(value, float)) is not None]
+        view[split] = {key: number(row.get(key)) for key in ("loss", "accuracy")}
+        rates = [rate for value in mapping(row.get("lr")).values() if (rate := number(value)) is not None]
         view["lr"] = max(rates, default=view["lr"])
     return dict(sorted(epochs.items()))
 
@@ -198,18 +180,10 @@ def _matrix(test: View) -> View | None:
     return view
 
 
-def _class_rows(test: View) -> list[View]:
-    """Return the metrics of each class, the lowest F1 first; classes without test images come last."""
-    rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
-    for row in rows:
-        row["f1"] = of_type(row.get("f1"), float)
-    return sorted(rows, key=lambda row: (not of_type(row.get("support"), int), row["f1"] is None, row["f1"]))
-
-
 def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -> View:
     """Return the galleries and the calibration, or the reasons why there are none."""
     view: View = {"mistakes": None, "undecided": None, "images_reason": images_reason, "calibration": None}
-    temperature = of_type(mapping(run.info.get("calibration")).get("temperature"), float) or 0.0
+    temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 0.0
     try:
         if not run.test_predictions.exists():
             tested = run.test_file.exists()
@@ -266,13 +240,14 @@ def _thumbnail(read: Callable[[], Pixels] | None) -> View:
 
 def _rerun_command(info: View) -> str:
     """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
-    command, overrides = of_type(info.get("command"), str) or "tlcli train", of_type(info.get("overrides"), list) or []
+    command, overrides = text(info.get("command")) or "tlcli train", info.get("overrides")
+    overrides = [str(word) for word in overrides] if isinstance(overrides, list) else []
     try:
         words = shlex.split(command)
     except ValueError:
         return command
     flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
-    return shlex.join([*flags, *map(str, overrides)])
+    return shlex.join([*flags, *overrides])
 
 
 # -- a sweep
@@ -293,7 +268,7 @@ def sweep_view(folder: Path, output: Path) -> View:
     done = [job for job in board.jobs if job.rank is not None]
     charts = []
     for key in board.keys:
-        values = [(job.values.get(key), of_type(job.validation, float), job.rank == 1) for job in done]
+        values = [(job.values.get(key), number(job.validation), job.rank == 1) for job in done]
         jobs = [(printable(value), v, is_best) for value, v, is_best in values if value is not None and v is not None]
         if jobs:
             draw = partial(plots.draw_jobs, jobs=jobs, is_share=is_share)
@@ -342,8 +317,7 @@ def tolerant(form: Callable[..., str]) -> Callable[..., str]:
     """Return a filter that shows a number in a form, and anything else as a dash."""
 
     def show(value: Any, *args: Any) -> str:
-        number = of_type(value, float)
-        return "\N{EN DASH}" if number is None else form(number, *args)
+        return "\N{EN DASH}" if number(value) is None else form(value, *args)
 
     return show
 
@@ -352,7 +326,7 @@ percent = tolerant(lambda share, digits=1: f"{100 * share:.{digits}f}\N{NO-BREAK
 FILTERS: dict[str, Callable[..., str]] = {
     "percent": percent,
     "count": tolerant(lambda n: f"{n:,.0f}"),
-    "decimal": tolerant(lambda number, form=".3f": f"{number:{form}}"),
+    "decimal": tolerant(lambda value, form=".3f": f"{value:{form}}"),
     "seconds": tolerant(duration_text),
     "folder_name": lambda path: PurePath(str(path)).name,
 }
