@@ -4,12 +4,13 @@ There are no defaults here: a default lives in its YAML file under conf/. The co
 a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
 
 from tlcli.registry import HOMES, options
@@ -18,94 +19,71 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-"""From 0 to 1, both included."""
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
 OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
 
 
-class Fit(Enum):
-    """Conversion of an image to a square."""
-
+class Fit(Enum):  # conversion of an image to a square
     squash = "squash"
     crop = "crop"
     pad = "pad"
 
 
-class OnBad(Enum):
-    """Treatment of files that do not decode."""
-
+class OnBad(Enum):  # treatment of files that do not decode
     error = "error"
     skip = "skip"
 
 
-class BnStats(Enum):
-    """BatchNorm statistics in trainable layers."""
-
+class BnStats(Enum):  # batchNorm statistics in trainable layers
     auto = "auto"
     frozen = "frozen"
     update = "update"
 
 
-class HeadInit(Enum):
-    """Initial weights of the head."""
-
+class HeadInit(Enum):  # initial weights of the head
     random = "random"
     probe = "probe"
 
 
-class Accelerator(Enum):
-    """Device that computes."""
-
+class Accelerator(Enum):  # device that computes
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
 
 
-class Precision(Enum):
-    """Dtype of forward and backward passes; weights stay float32."""
-
+class Precision(Enum):  # dtype of forward and backward passes; weights stay float32
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
-class KeepBest(Enum):
-    """Validation metric that selects the best epoch."""
-
+class KeepBest(Enum):  # validation metric that selects the best epoch
     accuracy = "accuracy"
     macro_f1 = "macro_f1"
     loss = "loss"
 
 
-class ClassWeights(Enum):
-    """Weight of each class in the training loss."""
-
+class ClassWeights(Enum):  # weight of each class in the training loss
     none = "none"
     balanced = "balanced"
 
 
-class CacheMode(Enum):
-    """Use of the cache for the output of the frozen layers."""
-
+class CacheMode(Enum):  # use of the cache for the output of the frozen layers
     auto = "auto"
     off = "off"
     require = "require"
 
 
-class CacheDtype(Enum):
-    """Dtype of cached output."""
-
+class CacheDtype(Enum):  # dtype of cached output
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-class Verify(Enum):
-    """Image files that are read for the fingerprint of a dataset."""
-
+class Verify(Enum):  # image files that are read for the fingerprint of a dataset
     changed = "changed"
     full = "full"
 
@@ -122,9 +100,6 @@ class OptionSpec(Spec, frozen=True, tag_field="kind"):
     @property
     def kind(self) -> str:
         return str(self.__struct_config__.tag)
-
-
-# -- dataset ----------------------------------------------------------------------------------------------------------
 
 
 class DatasetSpec(OptionSpec, frozen=True):
@@ -150,7 +125,7 @@ class DatasetSpec(OptionSpec, frozen=True):
         if isinstance(self.range, tuple):
             require_ascending("range", self.range)
             if self.range[0] == self.range[1]:
-                raise ValueError(f"range=[{self.range[0]:g},{self.range[1]:g}] is empty")
+                raise ValueError(f"range={list(self.range)} is empty")
 
     def check(self, *, for_training: bool = True) -> None:
         """Raise UsageError for what is wrong with the dataset, as far as it shows without decoding or downloading.
@@ -171,9 +146,6 @@ class DatasetSpec(OptionSpec, frozen=True):
     def without_bad_classes(self) -> tuple["DatasetSpec", list[str]]:
         """Return the spec without class folders that prevent training, and the problems that they have."""
         return self, []
-
-
-# -- backbone ---------------------------------------------------------------------------------------------------------
 
 
 class BackboneSpec(OptionSpec, frozen=True):
@@ -198,9 +170,6 @@ class BackboneSpec(OptionSpec, frozen=True):
     def published(self, architecture: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
         """Return the published weights: where they are from, and tensors by name."""
         raise NotImplementedError
-
-
-# -- freeze -----------------------------------------------------------------------------------------------------------
 
 
 class FreezeSpec(OptionSpec, frozen=True):
@@ -243,9 +212,6 @@ class FreezeSpec(OptionSpec, frozen=True):
         return cls.part
 
 
-# -- optimizer and scheduler ------------------------------------------------------------------------------------------
-
-
 class OptimizerSpec(OptionSpec, frozen=True):
     """What all optimizers share: the learning rates of the parameter groups."""
 
@@ -276,9 +242,6 @@ class SchedulerSpec(OptionSpec, frozen=True):
         return 1.0
 
 
-# -- augment ----------------------------------------------------------------------------------------------------------
-
-
 class AugmentSpec(OptionSpec, frozen=True):
     """What all augmentations share: the probability of erasing a random rectangle (Zhong et al. 2020)."""
 
@@ -290,16 +253,10 @@ class AugmentSpec(OptionSpec, frozen=True):
         raise NotImplementedError
 
 
-# -- logger -----------------------------------------------------------------------------------------------------------
-
-
 class LoggerSpec(OptionSpec, frozen=True):
     """An experiment tracker that the run is also written to."""
 
     group: ClassVar[str] = "logger"
-
-
-# -- the whole --------------------------------------------------------------------------------------------------------
 
 
 class ImageSpec(Spec, frozen=True):
@@ -374,28 +331,22 @@ def require_ascending(key: str, bounds: tuple[float, float]) -> None:
         raise ValueError(f"{key}=[{bounds[0]:g},{bounds[1]:g}] has a lower bound above the upper bound")
 
 
-LARGEST_IMAGE = 16_384
-"""Largest image side in pixels that is accepted from a file: such an image takes 3 GB as float32."""
+LARGEST_IMAGE = 16_384  # pixels of a side that are accepted from a file: such an image takes 3 GB as float32
 
 
 def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return size, mean and std of a network's input from a file of unknown origin.
 
-    Raises KeyError, TypeError or ValueError unless they are numbers that an image can be scaled by.
+    Raises KeyError or ValueError unless they are numbers that an image can be scaled by.
     """
-    size = data["size"]
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_IMAGE:
-        raise ValueError(f"size is {size!r:.40}, not a whole number from 1 to {LARGEST_IMAGE}")
-    (r, g, b), (sr, sg, sb) = ([_finite(v) for v in data[key]] for key in ("mean", "std"))
-    if min(sr, sg, sb) <= 0:
-        raise ValueError("std is not above 0")
-    return {"size": size, "mean": (r, g, b), "std": (sr, sg, sb)}
-
-
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise ValueError(f"{value!r:.40} is not a finite number")
-    return float(value)
+    try:
+        size = convert(data["size"], Annotated[int, Meta(ge=1, le=LARGEST_IMAGE)])
+        mean, std = (convert(data[key], tuple[float, float, float]) for key in ("mean", "std"))
+    except ValidationError as exc:
+        raise ValueError(str(exc)) from exc
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"mean={mean} and std={std} must be finite, and std above 0")
+    return {"size": size, "mean": mean, "std": std}
 
 
 def classes_of(part: str) -> dict[str, type[Spec]]:
@@ -418,13 +369,12 @@ def leaf_types(key: str) -> list[tuple[Any, Meta | None]]:
     """Return the types that a key's values and their items can have, each with its range; empty for an unknown key."""
     part, _, name = key.rpartition(".")
     waiting = [(f.type, None) for cls in classes_of(part).values() for f in fields(cls) if f.name == name]
-    found: list[tuple[Any, Meta | None]] = []
-    while waiting:
-        hint, meta = waiting.pop(0)
+    leaves: list[tuple[Any, Meta | None]] = []
+    for hint, meta in waiting:  # which grows
         if get_origin(hint) is Annotated:
             waiting.append((get_args(hint)[0], get_args(hint)[1]))
         elif get_origin(hint) in (Union, UnionType, tuple, dict):
-            waiting += [(one, meta) for one in get_args(hint) if one is not ...]
-        elif (hint, meta) not in found:
-            found.append((hint, meta))
-    return found
+            waiting += [(inner, meta) for inner in get_args(hint) if inner is not ...]
+        elif (hint, meta) not in leaves:
+            leaves.append((hint, meta))
+    return leaves

@@ -17,7 +17,6 @@ from importlib import import_module
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError, is_out_of_memory
 from tlcli.interrupts import Terminated
-from tlcli.text import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
@@ -82,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case [word, *_] if "=" in word:
                 raise UsageError(f"unknown command {word!r}. Did you mean 'tlcli train {word}'?")
             case [word, *_]:
+                from tlcli.text import did_you_mean
+
                 hint = did_you_mean(word, [*COMMANDS, "--help", "--version"])
                 kind = "flag" if word.startswith("-") else "command"
                 raise UsageError(f"unknown {kind} {word!r}.{hint or ' `tlcli --help` lists the commands.'}")
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_status(exc: BaseException) -> tuple[int, str]:
     """Return the exit code and the line on stderr for an exception that ended a command."""
+    from tlcli.text import one_line  # here: `tlcli --help` needs neither difflib nor csv
+
     match exc:
         case Terminated():
             return 143, ": ".join(["terminated", *map(str, exc.args)])

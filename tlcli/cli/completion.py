@@ -14,7 +14,6 @@ from typing import Literal, get_args, get_origin
 
 from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
 from tlcli.cli.parser import Parser
-from tlcli.specs import classes_of, leaf_types
 
 MAX_LEFT_COLUMNS = 26  # of text in help that has its comment beside it
 
@@ -197,6 +196,8 @@ def _config_words(word: str, before: list[str], files: ConfFiles) -> Iterator[st
     if equals:
         known = files.keys_of(option) if option else files.top_level()
         defaults = [k.default for k in known if k.name == (name if option else key)]
+        from tlcli.specs import leaf_types  # here: the schema takes longer than the rest
+
         values = [*files.groups.get(key, ()), *(d for d in defaults if not {" ", "$"} & set(d))]
         for hint, _ in leaf_types(key):
             if isinstance(hint, EnumMeta):
@@ -212,7 +213,7 @@ def _config_words(word: str, before: list[str], files: ConfFiles) -> Iterator[st
     if option:  # keys of a group only after its name and dot, or the list would be long
         yield from (f"{group}.{own.name.split('.')[0]}=" for own in files.keys_of(option) if own.name != "kind")
     elif not dot:
-        yield from (f"{group}." for group in files.groups if classes_of(group))
+        yield from (f"{group}." for group in files.groups if files.defaults.get(group, "null") != "null")
     for top in files.top_level():
         parent, inner, _ = top.name.rpartition(".")
         yield f"{top.name}=" if dot or not inner else f"{parent}."

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-HIDDEN = frozenset({"hydra", "common"})
-"""Groups that are not for users to choose from."""
-
+HIDDEN = frozenset({"hydra", "common"})  # groups that are not for users to choose from
 MAIN = "train.yaml"
-
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -54,7 +51,7 @@ class Option:
 
     @property
     def kind(self) -> str | None:
-        """The value of the key `kind`, which names the class of the option; None if it has none."""
+        """The value of the key `kind`, which names the class of the option."""
         return next((key.default for key in self.keys if key.name == "kind"), None)
 
 
@@ -83,7 +80,6 @@ class ConfFiles:
 
     @cached_property
     def _main(self) -> str:
-        """The text of the main file."""
         return next(path for folder in self.folders if (path := folder / MAIN).is_file()).read_text(encoding="utf-8")
 
     def top_level(self) -> list[Key]:
@@ -94,10 +90,9 @@ class ConfFiles:
         """Return the keys of an option, its own first, then those that it takes from common/."""
         found = {key.name: key for key in option.keys}
         for include in defaults_in(option.text):
-            if shared := re.fullmatch(r"/common/(\w+)@_here_", include):
-                paths = (folder / "common" / f"{shared[1]}.yaml" for folder in self.folders)
-                for path in [path for path in paths if path.is_file()][:1]:
-                    found = {key.name: key for key in keys_in(path.read_text(encoding="utf-8"))} | found
+            shared = re.fullmatch(r"/common/(\w+)@_here_", include)
+            if shared and (path := conf_dir() / "common" / f"{shared[1]}.yaml").is_file():
+                found = {key.name: key for key in keys_in(path.read_text(encoding="utf-8"))} | found
         return list(found.values())
 
     def options_with(self, group: str, kinds: Collection[str]) -> list[str]:
