@@ -1,19 +1,17 @@
-"""Cached and live training agree: same seed, same order, the same weights but for rounding.
+"""Cached and uncached training agree: same seed, same order, the same weights except for rounding.
 
-What was seen after two epochs in float32, with one thread and the same memory format, for each of the cases below:
+Observed after two epochs in float32, with one thread and the same memory format, for each of the cases below:
 
-    BatchNorm as it is       bit for bit the same; the head alone, whose gradient is then a formula: 6e-8
-    BatchNorm folded         activations differ by 1e-6 of their size, and weights by 9e-6 at most under SGD; where that
-                             turned a ReLU on, in a network with random weights whose BatchNorm updates: 9e-4
+    BatchNorm as it is       bitwise identical; the head alone, whose gradient is then a formula: 6e-8
+    BatchNorm folded         weights differ by at most 9e-6 under SGD; if that turns a ReLU on, in a network with random
+                             weights whose BatchNorm updates, by 9e-4
     from a probe             2.4e-4 in a bias: logistic regression stops at a tolerance of its own
-    under AdamW              5e-5 of a tensor's norm; a single weight whose gradient is almost zero moves by as much as
-                             the learning rate, for Adam divides a gradient by its own size
-
-In bfloat16 the accuracy on the 24 test images was the same.
+    under AdamW              5e-5 of a tensor's norm: Adam divides a gradient by its own size
 """
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Compose
+from tests.conftest import Compose, finish
 from tests.engine.test_trainer import Setting
-from tlcli.cli import main
 from tlcli.engine import extraction
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
 
 RTOL, ATOL = 1e-3, 5e-5
@@ -47,21 +43,12 @@ VIEWS = ("augment=basic", "cache.views=2")
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]) -> Train:
-    """train("freeze=head"): a run of two epochs on the shapes at 32 px, which has to succeed; its directory."""
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path) -> Train:
+    """train("freeze=head"): a run of two epochs on the shapes at 32 px; its directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
-    count = 0
-
-    def run(*overrides: str) -> Path:
-        nonlocal count
-        count += 1
-        out = tmp_path / f"run{count}"
-        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", *overrides]
-        assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0, capsys.readouterr().err
-        return out
-
-    return run
+    runs = (tmp_path / f"run{i}" for i in count())
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2")
+    return lambda *overrides: finish(next(runs), *words, *overrides)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -105,22 +92,17 @@ def assert_close(cached: Path, live: Path, *, rtol: float, atol: float) -> None:
 
 def cases() -> Iterator[Any]:
     """Every kind of boundary with every backbone, as images are and in views; a few of them in every run of tests."""
-    quick = {(LITE0, PATTERN[LITE0], VIEWS), (UPDATING, LAST, PLAIN)}
     for backbone in (LITE0, RESNET, UPDATING):
         for freeze in (HEAD, LAST, PATTERN[backbone]):
             for augment in (PLAIN, VIEWS):
                 case = backbone, freeze, augment
-                marks = () if case in quick else pytest.mark.slow
+                marks = () if case == (LITE0, PATTERN[LITE0], VIEWS) else pytest.mark.slow
                 yield pytest.param(*case, marks=marks, id=" ".join(word for words in case for word in words))
 
 
 @pytest.mark.parametrize(("backbone", "freeze", "augment"), list(cases()))
-def test_cached_and_live_training_are_one_computation(
-    backbone: tuple[str, ...],
-    freeze: tuple[str, ...],
-    augment: tuple[str, ...],
-    train: Train,
-    monkeypatch: pytest.MonkeyPatch,
+def test_cached_and_uncached_training_are_one_computation(
+    backbone, freeze, augment, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With BatchNorm as it is, the frozen part gives what it gives in the whole network."""
     monkeypatch.setattr(extraction, "_fold_batchnorm", lambda network: (network, 0))
@@ -129,30 +111,27 @@ def test_cached_and_live_training_are_one_computation(
     assert_close(cached, live, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "freeze", "augment"),
-    [(LITE0, HEAD, PLAIN), pytest.param(RESNET, LAST, VIEWS, marks=pytest.mark.slow)],
+    [(LITE0, HEAD, PLAIN), (RESNET, LAST, VIEWS)],
     ids=lambda words: words[-1],
 )
-def test_folded_batchnorm_changes_weights_by_rounding_alone(
-    backbone: tuple[str, ...],
-    freeze: tuple[str, ...],
-    augment: tuple[str, ...],
-    train: Train,
-) -> None:
+def test_folded_batchnorm_changes_weights_by_rounding_alone(backbone, freeze, augment, train: Train) -> None:
     cached, live = both(train, *backbone, *freeze, *augment, *SGD)
     assert "BatchNorm folded" in read_json(cached / "run.json")["extraction"]["why"]
     assert_same_course(cached, live)
     assert_close(cached, live, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "freeze"),
     [
         ("mobilenet_v3_small", "freeze=last_stages"),
-        pytest.param("convnext_tiny", "freeze=last_stages", marks=pytest.mark.slow),
-        pytest.param("vit_b_16", "freeze=head", marks=pytest.mark.slow),
-        pytest.param("vit_b_16", "freeze=last_stages", marks=pytest.mark.slow),
+        ("convnext_tiny", "freeze=last_stages"),
+        ("vit_b_16", "freeze=head"),
+        ("vit_b_16", "freeze=last_stages"),
     ],
 )
 def test_other_families_of_backbones(name: str, freeze: str, train: Train) -> None:
@@ -162,6 +141,7 @@ def test_other_families_of_backbones(name: str, freeze: str, train: Train) -> No
     assert_close(cached, live, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_the_defaults_give_the_same_but_for_rounding(train: Train) -> None:
     """A head from the probe, AdamW."""
     cached, live = both(train, *LAST, *PLAIN, "device.precision=fp32")
@@ -171,7 +151,8 @@ def test_the_defaults_give_the_same_but_for_rounding(train: Train) -> None:
         assert (one[name].float() - tensor.float()).norm() <= NORM * tensor.float().norm(), name
 
 
-@pytest.mark.parametrize("freeze", [HEAD, pytest.param(LAST, marks=pytest.mark.slow)], ids=lambda words: words[0])
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [HEAD, LAST], ids=lambda words: words[0])
 def test_bfloat16_gives_the_same_accuracy_but_for_an_image(freeze: tuple[str, ...], train: Train) -> None:
     runs = both(train, *freeze, *PLAIN, "device.precision=bf16")
     accuracy = [read_json(run / "test.json")["accuracy"] for run in runs]
@@ -179,29 +160,9 @@ def test_bfloat16_gives_the_same_accuracy_but_for_an_image(freeze: tuple[str, ..
     assert min(accuracy) > 0.9
 
 
-# -- what a run says, and what it does
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("freeze=head", "augment=basic"), pytest.param(("augment=basic", "freeze=head"), marks=pytest.mark.slow)],
-    ids=lambda words: words[0],
-)
-def test_an_augmentation_that_is_named_trains_live_and_says_why(
-    words: tuple[str, ...], train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train(*words, "epochs=1")
-    cache = read_json(run / "run.json")["cache"]
-    assert cache["used"] is False
-    assert cache["why"] == "augment=crop is random in each epoch (cache.views=8 caches 8 views of each image)"
-    assert f"training reads images: {cache['why']}" in capsys.readouterr().out.replace("\n             ", " ")
-
-
-def test_measured_and_remembered_choices_give_the_same_run(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Live, so that no cached activations stand between: measuring leaves no trace in a run."""
-    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
+@pytest.mark.slow
+def test_measured_and_remembered_choices_give_the_same_run(train: Train) -> None:
+    """Uncached: measuring leaves no trace in a run."""
     words = ("freeze=last_stages", "epochs=1", "cache.mode=off")
     cold, warm = train(*words), train(*words)
     chosen = [read_json(run / "run.json")["numerics"]["training"] for run in (cold, warm)]
@@ -211,21 +172,21 @@ def test_measured_and_remembered_choices_give_the_same_run(
 
 
 def test_the_leading_frozen_part_stores_nothing_for_backward(spec: Compose, shapes: Path) -> None:
-    """Live: nothing is kept before the first module that trains."""
+    """Uncached: nothing is stored before the first module that trains."""
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "cache.mode=off", "augment=none",
              "device.precision=fp32", "device.channels_last=true", "freeze.head_init=random")  # fmt: skip
-    stored = {}
+    before: dict[str, int] = {}
+    total: dict[str, int] = {}
     for freeze in ("last_stages", "none"):
         setting = Setting(spec(*words, f"freeze={freeze}"))
-        network = setting.model.network
+        network, sizes = setting.model.network, [0]
         setting.contract.train_mode()
-        kept: list[int] = []
-        at_boundary: list[int] = []
-        network.get_submodule("blocks.6").register_forward_pre_hook(lambda *_, k=kept, a=at_boundary: a.append(len(k)))
-        pack = lambda t, k=kept: k.append(t.numel() * t.element_size()) or t  # noqa: E731
-        (x, _) = next(setting.inputs.train.epoch(1))
+        note = lambda *_, freeze=freeze, sizes=sizes: before.update({freeze: sum(sizes)})  # noqa: E731
+        network.get_submodule("blocks.6").register_forward_pre_hook(note)
+        pack = lambda t, sizes=sizes: sizes.append(t.nbytes) or t  # noqa: E731
+        (x, _) = next(setting.train.epoch(1))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             network(*x)
-        stored[freeze] = at_boundary[0], sum(kept)
-    assert stored["last_stages"][0] == 0 < stored["none"][0]
-    assert 0 < stored["last_stages"][1] < stored["none"][1] / 4
+        total[freeze] = sum(sizes)
+    assert before["last_stages"] == 0 < before["none"]
+    assert 0 < total["last_stages"] < total["none"] / 4

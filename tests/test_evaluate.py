@@ -13,7 +13,7 @@ import torch
 from tests.conftest import finish, make_folder
 from tlcli.cli.compose import load_spec
 from tlcli.errors import UsageError
-from tlcli.evaluate import Evaluation, EvaluationRequest, evaluate_run
+from tlcli.evaluate import Evaluation, evaluate_run
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, read_json, read_predictions
 
@@ -23,16 +23,6 @@ FREEZES = {
     "head": ("freeze=head",),
     "stage": ("freeze=last_stages", "freeze.n=1", "augment=none"),
 }
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ def evaluated(
 ) -> Evaluation:
     own = load_spec(RunDir(run))
     spec = load_spec(RunDir(run), overrides) if overrides else own
-    return evaluate_run(EvaluationRequest(run, checkpoint, split, spec, own), reporter or Reporter())
+    return evaluate_run(run, checkpoint, split, spec, own, reporter or Reporter())
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -89,9 +79,8 @@ def test_it_reproduces_the_test_to_the_last_digit(
     assert {key: report[key] for key in test} == test
     assert found.same is True
     assert found.folder == run / "eval-1"
-    ours, theirs = (
-        read_predictions(p) for p in (found.folder / "predictions.safetensors", run / "test_predictions.safetensors")
-    )
+    files = (found.folder / "predictions.safetensors", run / "test_predictions.safetensors")
+    ours, theirs = map(read_predictions, files)
     assert torch.equal(ours.logits, theirs.logits)
     assert (ours.keys, ours.classes) == (theirs.keys, theirs.classes)
     after = files_of(run)
@@ -109,6 +98,7 @@ def test_it_follows_the_decisions_of_the_run(run: Path) -> None:
     assert found.same is False
 
 
+@pytest.mark.slow
 def test_each_evaluation_has_a_directory_of_its_own(run: Path) -> None:
     (run / "eval-1").mkdir()  # somebody's own, and empty
     (run / "eval-2").write_text("notes")
@@ -123,6 +113,7 @@ def test_each_evaluation_has_a_directory_of_its_own(run: Path) -> None:
     assert sorted(p.name for p in (run / "eval-3").iterdir()) == ["config.yaml", "eval.json", "predictions.safetensors"]
 
 
+@pytest.mark.slow
 def test_other_images_or_weights_are_no_repetition(run: Path) -> None:
     found = evaluated(run, "dataset.test_per_class=2")
     assert (found.report["n"], found.same) == (6, None)
@@ -133,40 +124,22 @@ def test_other_images_or_weights_are_no_repetition(run: Path) -> None:
 # -- other datasets
 
 
-def by_name(run: Path) -> dict[str, str]:
-    """What the run says of each of its test images, by key."""
-    rows = read_predictions(run / "test_predictions.safetensors")
-    said = rows.logits.argmax(dim=1).tolist()
-    return {key: rows.classes[place] for key, place in zip(rows.keys, said, strict=True)}
-
-
-@pytest.mark.parametrize("wanted", [("down", "checks"), ("down",)])
-def test_a_subset_of_the_classes_is_matched_by_name(
-    run: Path, shapes: Path, tmp_path: Path, wanted: tuple[str, ...]
-) -> None:
+def test_a_subset_of_the_classes_is_matched_by_name(run: Path, shapes: Path, tmp_path: Path) -> None:
+    wanted = ("down", "checks")
     for name in wanted:
         shutil.copytree(shapes / "test" / name, tmp_path / "few" / name)
-    said = by_name(run)
+    rows = read_predictions(run / "test_predictions.safetensors")
+    predicted = rows.logits.argmax(dim=1).tolist()
+    said = {key: rows.classes[label] for key, label in zip(rows.keys, predicted, strict=True)}
     right = [said[f"test/{name}/{p.name}"] == name for name in wanted for p in (shapes / "test" / name).iterdir()]
     found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'few'}")
     assert found.report["n"] == len(right)
     assert found.report["accuracy"] == sum(right) / len(right)
     assert found.report["classes"] == ["across", "checks", "down"]
     assert found.report["per_class"]["across"]["support"] == 0
-    assert found.description == "all of it"
+    assert found.images.description == "all of it"
     rows = read_predictions(found.folder / "predictions.safetensors")
     assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
-
-
-def test_labels_follow_the_runs_classes_whatever_their_order() -> None:
-    import numpy as np
-
-    from tlcli.data.images import ImageArrays, Split
-    from tlcli.evaluate import remap_labels
-
-    split = Split(ImageArrays(np.zeros((4, 2, 2, 3), np.uint8), "x"), np.arange(4), np.array([0, 1, 1, 2]))
-    found = remap_labels(split, ("a", "b", "c"), ("c", "z", "a", "b"), "here")
-    assert found.labels.tolist() == [2, 3, 3, 0]
 
 
 def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
@@ -178,33 +151,31 @@ def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
     assert not list(run.glob("*eval-*"))
 
 
-def test_classes_that_are_not_evaluated_may_be_unknown(run: Path, tmp_path: Path) -> None:
-    make_folder(tmp_path / "other" / "train", {"across": 2, "wasps": 2})
-    make_folder(tmp_path / "other" / "test", {"across": 3})
-    found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert (found.report["n"], found.report["split"], found.description) == (3, "test", "its test split")
-
-
-def test_a_val_split_in_place_of_a_test_split_is_said(run: Path, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        make_folder(tmp_path / "other" / split, {"across": 2, "down": 2})
-    found = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert found.description == "its val split, as it has no test split"
-
-
-def test_a_split_that_is_not_there(run: Path, tmp_path: Path) -> None:
-    make_folder(tmp_path / "other", {"across": 2, "down": 2})
-    with pytest.raises(UsageError, match=r"split=val: imagefolder has no such split \(it is not split\)"):
-        evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}", split="val")
+@pytest.mark.parametrize(
+    ("folders", "split", "description"),
+    [
+        ({"train": {"across": 2, "wasps": 2}, "test": {"across": 3}}, "test", "its test split"),
+        ({"train": {"across": 2}, "val": {"across": 3}}, "val", "its val split, as it has no test split"),
+    ],
+)
+def test_the_split_of_another_dataset(run: Path, tmp_path: Path, folders, split: str, description: str) -> None:
+    """Classes that are not evaluated may be unknown; a split that does not exist is an error."""
+    for name, counts in folders.items():
+        make_folder(tmp_path / "other" / name, counts)
+    words = ("dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    found = evaluated(run, *words)
+    assert (found.report["n"], found.report["split"], found.images.description) == (3, split, description)
+    absent = "val" if split == "test" else "test"
+    with pytest.raises(UsageError, match=f"split={absent}: imagefolder has no such split"):
+        evaluated(run, *words, split=absent)
 
 
 @pytest.mark.slow
 def test_the_preprocessing_is_the_runs(run: Path, tmp_path: Path) -> None:
-    """Other data sets suggest other sizes of images; the network was trained for one."""
+    """Other datasets suggest other sizes of images; the network was trained for one."""
     make_folder(tmp_path / "other", {"across": 4, "down": 4})
-    own = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    other = evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}", "dataset.image_size=64")
-    assert own.report["loss"] == other.report["loss"]
+    words = ("dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
+    assert evaluated(run, *words).report["loss"] == evaluated(run, *words, "dataset.image_size=64").report["loss"]
 
 
 # -- the run's own data set, later
@@ -218,11 +189,12 @@ def unsplit(tmp_path: Path) -> Path:
     return finish(tmp_path / "unsplit", *words)
 
 
+@pytest.mark.slow
 def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     found = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
     assert found.same is True
-    assert found.description == "the run's own test split: the same images in another folder"
+    assert found.images.description == "the run's own test split: the same images in another folder"
     make_folder(tmp_path / "new", {"across": 3, "down": 4})
     assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
 
@@ -231,22 +203,18 @@ def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path
 def test_a_data_set_that_has_grown_is_said(unsplit: Path, tmp_path: Path) -> None:
     for i in range(10):
         shutil.copy(tmp_path / "photos/across/000.png", tmp_path / f"photos/across/a{i}.png")
-    reporter = Notes()
-    found = evaluated(unsplit, reporter=reporter)
-    assert found.same is False
-    assert any("the dataset has changed since the run" in note for note in reporter.notes)
+    notes: list[str] = []
+    reporter = Reporter()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    assert evaluated(unsplit, reporter=reporter).same is False
+    assert any("the dataset has changed since the run" in note for note in notes)
 
 
-def test_a_damaged_checkpoint_leaves_nothing_behind(run: Path) -> None:
-    (run / "checkpoints" / "best.safetensors").write_bytes(b"no weights")
+def test_a_failure_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "checkpoints/last.safetensors").write_bytes(b"no weights")
     before = files_of(run)
     with pytest.raises(UsageError, match="damaged"):
-        evaluated(run)
-    assert files_of(run) == before
-
-
-def test_a_failure_in_the_middle_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = files_of(run)
+        evaluated(run, checkpoint="last")
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -11,10 +11,10 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from msgspec import structs
 
-from tlcli.data.dataset import Dataset
+from tlcli.data.dataset import Dataset, load_evaluation_split
 from tlcli.data.images import Split
 from tlcli.data.sources import ManifestSpec
-from tlcli.device import DTYPES, setup_process
+from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
@@ -22,7 +22,7 @@ from tlcli.engine.metrics import Predictions, calibration_report, evaluate, test
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
-from tlcli.models.classifier import Classifier, Head
+from tlcli.models.classifier import Head
 from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
@@ -35,27 +35,12 @@ from tlcli.runs.run_dir import (
     write_json,
     write_predictions,
 )
-from tlcli.specs import DatasetSpec, Precision, TrainSpec
+from tlcli.specs import DatasetSpec, DeviceSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 
-OVERRIDABLE_KEYS = ("on_bad", "ram_gb", "test_per_class", "classes")
-"""What a user may change about the run's own dataset: the assignment of images to splits stays."""
+OVERRIDABLE_KEYS = ("on_bad", "ram_gb", "test_per_class", "classes")  # of the run's own dataset: its splits stay
 COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1")
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """A run's checkpoint (`best` or `last`) and a split (None: test, or else what the dataset has).
-
-    `trained` is the run's own spec, `spec` the same with overrides.
-    """
-
-    run: Path
-    checkpoint: str
-    split_name: str | None
-    spec: TrainSpec
-    trained: TrainSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,46 +57,55 @@ class EvaluationImages:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result. `report` is the contents of eval.json in `folder`; `same` says if test.json has the same metrics, and
-    is None if that is about other images or weights."""
+    """The result: `report` is the contents of eval.json in `folder`; `same` says if test.json has the same metrics
+    (None: it is about other images or weights)."""
 
     report: Mapping[str, Any]
     folder: Path
-    description: str
+    images: EvaluationImages
     same: bool | None
-    bad_files: tuple[tuple[str, str], ...]
 
 
-def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
-    """Evaluate, and write a new directory eval-N in the run's; existing files are not changed.
+def evaluate_run(
+    path: Path, checkpoint: str, split_name: str | None, spec: TrainSpec, trained: TrainSpec, reporter: Reporter
+) -> Evaluation:
+    """Evaluate a run, and write a new directory eval-N in the run's; existing files are not changed.
 
-    Raises UsageError if there is no such checkpoint, split or class, and TlcliError if the evaluation fails.
+    Args:
+        checkpoint: best or last.
+        split_name: None is test, or else what the dataset has.
+        spec: the run's own, `trained`, with overrides.
+
+    Raises:
+        UsageError: there is no such checkpoint, split or class.
+        TlcliError: the evaluation fails.
     """
-    loaded = load_run(request.run, request.checkpoint)
+    loaded = load_run(path, checkpoint)
     own = loaded.preprocessing  # whatever size another dataset suggests
-    image = structs.replace(request.spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
-    spec, trained = (
-        structs.replace(s, dataset=structs.replace(s.dataset, range=own.range)) for s in (request.spec, request.trained)
-    )
+    spec, trained = (structs.replace(s, dataset=structs.replace(s.dataset, range=own.range)) for s in (spec, trained))
+    image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
     spec = structs.replace(spec, image=image)
-    request = replace(request, spec=spec, trained=trained)
-    accelerator = setup_process(spec.device)
-    session = session_for(spec.cache)
-    images = _find_images(request, loaded, session, reporter)
-    classifier = _as_trained(loaded, spec)
-    session.set_model(classifier)
-    classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)
-    data = Dataset(
-        spec.dataset.name, classifier.classes, *(images.split,) * 3, notes=(), bad_files=(), value_range=own.range
-    )
+    accelerator, session = setup_process(spec.device), session_for(spec.cache)
+    images = _find_images(loaded, split_name, spec, trained, session, reporter)
+    classifier = loaded.classifier
+    for module in classifier.network.modules():
+        if isinstance(module, Head):
+            module.dropout = spec.backbone.dropout
+    # as the network was cut in training: its pretrained tensors decide which BatchNorm is frozen
+    random = tensors_to_reinit(spec.backbone.reinit, classifier.architecture) | classifier.stages[-1].tensors
+    names = frozenset(classifier.network.state_dict()) - random
+    classifier = replace(classifier, pretrained=frozenset() if spec.backbone.weights == "none" else names)
+    network = classifier.network.to(accelerator)
+    contract, splits = apply_freeze(spec.freeze, classifier), (images.split,) * 3
+    data = Dataset(spec.dataset.name, classifier.classes, *splits, notes=(), bad_files=(), value_range=own.range)
     workload = Workload(data, classifier, contract, spec, accelerator, session)
-    decisions = follow(_tested_decisions(request, loaded.info, accelerator, reporter), workload, reporter, ["test"])
+    tested = _tested_decisions(loaded.info, spec.device, trained.device, accelerator, reporter)
+    decisions = follow(tested, workload, reporter, ["test"])
     inputs = Inputs(decisions, workload, ["test"])
-    inputs.device.place(classifier.network)
+    inputs.device.place(network)
     loader = inputs.open("test", reporter)
     inputs.device.compile_if_set(inputs.trained_network)
-    predictions = evaluate(classifier.network, loader, inputs.device, reporter, images.split_name)
+    predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
     report = _report(predictions, loaded, images)
 
     def write(folder: Path) -> None:
@@ -122,54 +116,47 @@ def evaluate_run(request: EvaluationRequest, reporter: Reporter) -> Evaluation:
         (folder / "config.yaml").write_text(config, encoding="utf-8")
 
     folder = RunDir(loaded.path).add_evaluation(write)
-    same = _has_same_metrics(report, loaded, request, images)
-    return Evaluation(report, folder, images.description, same, images.bad_files)
-
-
-def _as_trained(loaded: LoadedRun, spec: TrainSpec) -> Classifier:
-    """Return the classifier as it was cut in training: its pretrained tensors decide which BatchNorm is frozen."""
-    classifier = loaded.classifier
-    for module in classifier.network.modules():
-        if isinstance(module, Head):
-            module.dropout = spec.backbone.dropout
-    head = classifier.stages[-1].tensors
-    random = tensors_to_reinit(spec.backbone.reinit, classifier.architecture) | head
-    names = frozenset(classifier.network.state_dict()) - random
-    return replace(classifier, pretrained=frozenset() if spec.backbone.weights == "none" else names)
+    same = _has_same_metrics(report, loaded, trained.dataset, images)
+    return Evaluation(report, folder, images, same)
 
 
 def _tested_decisions(
-    request: EvaluationRequest, info: Mapping[str, Any], accelerator: torch.device, reporter: Reporter
+    info: Mapping[str, Any], device: DeviceSpec, own: DeviceSpec, accelerator: torch.device, reporter: Reporter
 ) -> Decisions:
     """Return the decisions that the run was tested with; others, and a note, if they are unknown or not wanted."""
-    recorded, device = recorded_decisions(info), request.spec.device
-    is_own = (device.precision, device.channels_last) == (
-        request.trained.device.precision,
-        request.trained.device.channels_last,
-    )
+    recorded = recorded_decisions(info)
+    is_own = (device.precision, device.channels_last) == (own.precision, own.channels_last)
     if recorded is None or info.get("device") is None:
         reason = "run.json does not record the precision of the test"
     elif info["device"] != accelerator.type:
         reason = f"tested on {info['device']}, evaluated here on {accelerator.type}"
     elif not is_own and device.precision is not Precision.auto:
-        reason = f"tested in {str(recorded.eval_dtype).removeprefix('torch.')}"
+        reason = f"tested in {recorded.eval_precision}"
     else:
         return recorded
     reporter.note(reason)
-    dtype = DTYPES.get(device.precision, torch.float32)
-    is_contiguous = device.channels_last is False or accelerator.type == "mps"
-    layout = torch.contiguous_format if is_contiguous else torch.channels_last
-    return Decisions(dtype, dtype, layout, None, None, frozenset(), frozenset(), {"evaluation": reason})
+    precision: Any = DTYPE_NAMES[DTYPES.get(device.precision, torch.float32)]
+    return Decisions(
+        train_precision=precision,
+        eval_precision=precision,
+        channels_last=device.channels_last is not False and accelerator.type != "mps",
+        reasons={"evaluation": reason},
+    )
 
 
 # -- the images
 
 
 def _find_images(
-    request: EvaluationRequest, loaded: LoadedRun, session: Session, reporter: Reporter
+    loaded: LoadedRun,
+    split_name: str | None,
+    evaluated: TrainSpec,
+    run_spec: TrainSpec,
+    session: Session,
+    reporter: Reporter,
 ) -> EvaluationImages:
     """Return the run's own split, or that of another dataset."""
-    wanted, trained, seed = request.spec.dataset, request.trained.dataset, request.trained.seed
+    wanted, trained, seed = evaluated.dataset, run_spec.dataset, run_spec.seed
     file = RunDir(loaded.path).test_predictions
     tested = list(read_predictions(file).keys) if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
@@ -183,13 +170,14 @@ def _find_images(
             moved = session.dataset(spec, seed, reporter)
             data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
     if data is None:
-        found = session.load_evaluation_split(wanted, request.split_name, request.spec.seed, reporter)
-        description = "all of it" if found.split_name == "all" else f"its {found.split_name} split"
-        if request.split_name is None and found.split_name not in ("test", "all"):
-            description += f", as it has no {'test' if found.split_name == 'val' else 'test or val'} split"
+        found = load_evaluation_split(wanted, split_name, seed=seed, reporter=reporter, store=session.store)
+        name = found.split_name
+        description = "all of it" if name == "all" else f"its {name} split"
+        if split_name is None and name not in ("test", "all"):
+            description += f", as it has no {'test' if name == 'val' else 'test or val'} split"
         split = remap_labels(found.split, found.classes, loaded.classes, _name(wanted))
-        return EvaluationImages(wanted, split, found.split_name, False, description, found.bad_files)
-    split_name = request.split_name or "test"
+        return EvaluationImages(wanted, split, name, False, description, found.bad_files)
+    split_name = split_name or "test"
     split = getattr(data, split_name)
     new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
     if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
@@ -204,14 +192,13 @@ def _find_images(
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
-    arguments = [getattr(spec, name, None) for name in ("class_name", "train", "val", "test")]
+    arguments = [getattr(spec, name, None) for name in ("name", "class_name", "train", "val", "test")]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
-    return (spec.kind, spec.name, *arguments, *(path and Path(path).expanduser().resolve() for path in locations))
+    return (spec.kind, *arguments, *(path and Path(path).expanduser().resolve() for path in locations))
 
 
 def _name(spec: DatasetSpec) -> str:
-    location = spec.file if isinstance(spec, ManifestSpec) else spec.root
-    return spec.name if location is None else f"{spec.name} {location}"
+    return " ".join(filter(None, (spec.name, getattr(spec, "file", None) or spec.root)))
 
 
 def remap_labels(split: Split, names: Sequence[str], run_classes: Sequence[str], where: str) -> Split:
@@ -221,16 +208,14 @@ def remap_labels(split: Split, names: Sequence[str], run_classes: Sequence[str],
     """
     unknown = [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]
     if unknown:
-        by_folded = {name.casefold(): name for name in run_classes}
-        similar = {name: by_folded.get(name.casefold()) for name in unknown}
-        shown = [repr(name) + (f" (did you mean {similar[name]!r}?)" if similar[name] else "") for name in unknown]
+        similar = {name.casefold(): f" (did you mean {name!r}?)" for name in run_classes}
+        shown = [repr(name) + similar.get(name.casefold(), "") for name in unknown]
         raise UsageError(
             f"{where}: has classes that the run does not have: {join_limited(shown, 10)}. The run's classes: "
             f"{join_limited(run_classes, 10)}; dataset.classes=[...] selects the classes to evaluate"
         )
-    index = {name: i for i, name in enumerate(run_classes)}
-    label_of = np.array([index.get(name, -1) for name in names], dtype=np.int64)
-    return Split(split.images, split.indices, label_of[split.labels])
+    label_of = [run_classes.index(name) if name in run_classes else -1 for name in names]
+    return Split(split.images, split.indices, np.array(label_of, dtype=np.int64)[split.labels])
 
 
 # -- the result
@@ -254,18 +239,13 @@ def _report(predictions: Predictions, loaded: LoadedRun, images: EvaluationImage
 
 
 def _has_same_metrics(
-    report: Mapping[str, Any], loaded: LoadedRun, request: EvaluationRequest, images: EvaluationImages
+    report: Mapping[str, Any], loaded: LoadedRun, own: DatasetSpec, images: EvaluationImages
 ) -> bool | None:
     """Return True if test.json has these metrics; None if it is about other images or weights."""
-    test, own = RunDir(loaded.path).test(), request.trained.dataset
+    test, spec = RunDir(loaded.path).test(), images.spec
     is_test = images.is_own and images.split_name == "test" and loaded.checkpoint == "best"
-    if (
-        not test
-        or not is_test
-        or (images.spec.test_per_class, images.spec.classes) != (own.test_per_class, own.classes)
-    ):
+    if not test or not is_test or (spec.test_per_class, spec.classes) != (own.test_per_class, own.classes):
         return None
     tested, found = confusion_matrix(test), confusion_matrix(report)
-    if tested is None or found is None or not np.array_equal(tested, found):
-        return False
-    return all(test.get(name) == report[name] for name in COMPARED_METRICS)
+    is_same = tested is not None and found is not None and np.array_equal(tested, found)
+    return is_same and all(test.get(name) == report[name] for name in COMPARED_METRICS)

@@ -17,7 +17,7 @@ from tlcli.data.decode import BadImage, read_image
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
 from tlcli.device import DTYPE_NAMES, DTYPES, autocast, cpu_has_bfloat16, machine_name
-from tlcli.engine.decisions import FORCE_COMPILE_IMAGES, recorded_decisions
+from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.errors import UsageError
@@ -137,7 +137,7 @@ def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precisio
     """Return the dtype and memory format to predict in. Raises UsageError if the accelerator does not have them."""
     decisions = recorded_decisions(run.info)
     if precision is Precision.auto:
-        dtype = decisions.eval_dtype if decisions else torch.float32
+        dtype = decisions.eval_format.dtype if decisions else torch.float32
         if dtype == torch.bfloat16 and accelerator.type == "cuda":
             is_native = bool(torch.cuda.is_bf16_supported(including_emulation=False))
         elif dtype == torch.bfloat16:
@@ -149,7 +149,7 @@ def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precisio
         dtype = DTYPES[precision]
     if dtype == torch.float16 and accelerator.type == "cpu":
         raise UsageError("--precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
-    layout = decisions.memory_format if decisions else torch.channels_last
+    layout = decisions.eval_format.memory_format if decisions else torch.channels_last
     return ComputeFormat(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
 
 
@@ -223,8 +223,7 @@ class _CompileScheduler:
         self._batches = self._images = 0
         self._shortest = float("inf")
         self._next_batch = TIMED_BATCHES + 1 if compiled is None else None
-        if compiled:
-            extractor.add_expected_images(FORCE_COMPILE_IMAGES)
+        extractor.always_compiles = bool(compiled)
         extractor.prepare(reporter)
 
     @contextmanager

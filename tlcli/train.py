@@ -2,15 +2,15 @@
 
 import hashlib
 
-from tlcli.device import setup_process
+from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
-from tlcli.engine.inputs import Inputs, Loaders
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
-from tlcli.engine.session import Session, compute_key
+from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
-from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState, TrainingStart, machine_info, provenance
@@ -32,28 +32,30 @@ def train(
         accelerator = setup_process(spec.device, threads=resume.threads if resume else None)
         machine = machine_info(accelerator)
         data = session.dataset(spec.dataset, spec.seed, reporter)
-        computing = compute_key(spec.device, accelerator)
+        computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
         classifier = session.model(
             spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing
         )
-        classifier.network.to(accelerator)
+        network = classifier.network.to(accelerator)
         contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
-        needs_probe = head_needs_probe(spec, classifier)
+        is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
+        needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
         workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
         decisions = resume.decisions(workload, reporter) if resume else decide(workload)
         inputs = Inputs(decisions, workload)
-        inputs.device.place(classifier.network)
+        inputs.device.place(network)
         trainer = Trainer(classifier, contract, spec, inputs.device, data.train.class_counts(len(data.classes)))
     record.plan(data, classifier, inputs)
     with record.phase("extract"):
-        loaders = inputs.open_all(reporter)  # images, or activations of the frozen layers: both yield (x, y)
+        train_eval = inputs.open("train_eval", reporter) if needs_probe else None
+        loader, val_loader = inputs.open("train", reporter), inputs.open("val", reporter)
     with record.phase("probe"):
-        start = resume.restore(inputs, trainer, reporter) if resume else begin(inputs, loaders, reporter)
+        start = resume.restore(inputs, trainer, reporter) if resume else begin(inputs, train_eval, reporter)
     record.inputs(inputs)
-    inputs.device.compile_if_set(loaders.train.network)
+    inputs.device.compile_if_set(loader.network)
 
     best_epoch, state = start.best_epoch, {"head_is_ready": start.head_is_ready, "machine": machine}
-    checkpoints = record.checkpoints(classifier.network, trainer, lambda: {**state, **provenance(inputs)})
+    checkpoints = record.checkpoints(network, trainer, lambda: {**state, **provenance(inputs)})
     best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
         for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
@@ -63,10 +65,10 @@ def train(
             with record.phase("train"):
                 fit = None
                 if epoch > 0:
-                    fit = trainer.fit(loaders.train, epoch, reporter, record.log_running, checkpoints.after_step)
+                    fit = trainer.fit(loader, epoch, reporter, record.log_running, checkpoints.after_step)
             contract.check()
             with record.phase("validate"):
-                val_predictions = evaluate(classifier.network, loaders.val, inputs.device, reporter, "validation")
+                val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")
                 validation = scores(val_predictions)
             trainer.check_finite(validation.loss, epoch, "validation loss")
             with defer_interrupts:
@@ -79,35 +81,26 @@ def train(
     checkpoints.load_best()
     n_frozen = contract.verify()
     if best_predictions is None:  # that epoch was before an interruption
-        best_predictions = evaluate(
-            classifier.network, loaders.val, inputs.device, reporter, "validation of the best epoch"
-        )
+        best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
     with record.phase("extract"):
         test = inputs.open("test", reporter)
     with record.phase("test"):
-        predictions = evaluate(classifier.network, test, inputs.device, reporter, "test")
+        predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs(inputs)
     record.log_result(data, best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
     return best_epoch.value
 
 
-def head_needs_probe(spec: TrainSpec, classifier: Classifier) -> bool:
-    """Return True if the head is to start from a linear probe; features of random weights are not worth one."""
-    is_new = bool(classifier.pretrained) and not classifier.head_loaded
-    return spec.freeze.head_init is HeadInit.probe and is_new
-
-
-def begin(inputs: Inputs, loaders: Loaders, reporter: Reporter) -> TrainingStart:
-    """Fill the head if the spec asks for a probe, and record the digests of the frozen tensors."""
+def begin(inputs: Inputs, train_eval: BatchLoader | None, reporter: Reporter) -> TrainingStart:
+    """Fill the head from a linear probe on `train_eval`, if given, and record the digests of the frozen tensors."""
     workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
-    classifier, head = workload.classifier, linear_head(workload.classifier)
-    if loaders.train_eval is not None and head is None:
+    network, head = workload.classifier.network, linear_head(workload.classifier)
+    if train_eval is not None and head is None:
         reporter.note("head starts random: a probe needs a head of one linear layer")
-    elif loaders.train_eval is not None and head is not None:
-        x, y = features(classifier.network, head, loaders.train_eval, inputs.device, reporter, "features for the probe")
+    elif train_eval is not None and head is not None:
+        x, y = features(network, head, train_eval, inputs.device, reporter, "features for the probe")
         digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-        weights = workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y))
-        head.load_state_dict(weights)
+        head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
         is_ready = True
     workload.contract.seal()
     best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)

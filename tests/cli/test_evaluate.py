@@ -12,7 +12,6 @@ import pytest
 from tests.cli.conftest import Ended
 from tests.runs.test_compare import make_run
 from tlcli.cli import evaluate
-from tlcli.reporter import Reporter
 
 Tlcli = Callable[..., Ended]
 
@@ -39,14 +38,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "dataset": {"name": "imagefolder", "root": "/photos", "own": True}, "split": "test", "n_bad_files": 0,
     }  # fmt: skip
     module: Any = types.ModuleType("tlcli.evaluate")
-    module.EvaluationRequest = lambda *args: args
 
-    def evaluate_run(asked: Any, reporter: Reporter) -> Any:
+    def evaluate_run(*asked: Any) -> Any:
         seen.append(asked)
-        words = "the run's own test split"
-        return types.SimpleNamespace(
-            report=report, folder=asked[0] / "eval-1", description=words, same=True, bad_files=()
-        )
+        images = types.SimpleNamespace(description="the run's own test split", bad_files=())
+        return types.SimpleNamespace(report=report, folder=asked[0] / "eval-1", images=images, same=True)
 
     module.evaluate_run = evaluate_run
     monkeypatch.setitem(sys.modules, "tlcli.evaluate", module)
@@ -56,7 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_figures_are_shown(tlcli: Tlcli, run: Path, asked: list[Any]) -> None:
     done = tlcli("eval", str(run), "dataset=digits", "split=val", "checkpoint=last")
     assert done.code == 0, done.err
-    path, checkpoint, split, spec, trained = asked[0]
+    path, checkpoint, split, spec, trained, _ = asked[0]
     assert (path, checkpoint, split) == (run, "last", "val")
     assert spec.dataset.name == "digits"
     assert (spec.seed, trained.seed) == (3, 3)
@@ -79,18 +75,11 @@ def test_json_is_the_report_and_nothing_else(tlcli: Tlcli, run: Path, asked: lis
 
 
 def test_many_classes_have_no_rows() -> None:
-    names = [str(i) for i in range(21)]
     own = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
-    report = {"per_class": dict.fromkeys(names, own), "classes": names, "confusion": [[1] * 21] * 21}
-    assert evaluate.class_rows(report) == []
-    assert (
-        len(
-            evaluate.class_rows(
-                {"per_class": dict.fromkeys(names[:20], own), "classes": names[:20], "confusion": [[1] * 20] * 20}
-            )
-        )
-        == 20
-    )
+    for n, rows in ((20, 20), (21, 0)):
+        names = [str(i) for i in range(n)]
+        report = {"per_class": dict.fromkeys(names, own), "classes": names, "confusion": [[1] * n] * n}
+        assert len(evaluate.class_rows(report)) == rows
 
 
 @pytest.mark.parametrize(

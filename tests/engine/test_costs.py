@@ -115,7 +115,6 @@ def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
 def _one_epoch(spec: TrainSpec, model) -> None:  # type: ignore[no-untyped-def]
     data = load_without_decoding(spec.dataset, seed=0, reporter=Reporter())
     session = session_for(spec.cache)
-    session.set_model(model)
     workload = Workload(data, model, apply_freeze(spec.freeze, model), spec, torch.device("cpu"), session)
     costs.CostMeter(replace(data, train=data.train.take(np.arange(8))), 0.0).uncached(workload)
 

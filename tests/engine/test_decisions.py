@@ -1,16 +1,19 @@
-"""What is read from where: the modes, the reasons, the ways back to live images. Results do not depend on it."""
+"""Which splits are cached, why, and what replaces a decision that cannot be followed. Results do not depend on it."""
 
 import errno
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from tests.conftest import Compose
 from tlcli.cli import main
@@ -31,31 +34,13 @@ CPU = torch.device("cpu")
 FP32 = ("device.precision=fp32", "device.channels_last=true")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: `shown` is stdout with its lines unwrapped."""
-
-    code: int
-    out: Path
-    shown: str
-    error: str
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return read_json(self.out / "run.json")
-
-    @property
-    def weights(self) -> bytes:
-        return (self.out / "checkpoints/last.safetensors").read_bytes()
-
-    @property
-    def test(self) -> dict[str, Any]:
-        return read_json(self.out / "test.json")
+class Ended(SimpleNamespace):
+    """How a run ended: `shown` is stdout with its lines unwrapped, `record` is run.json."""
 
 
 @pytest.fixture
 def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with nothing in it; its folder of activations, which is not there yet."""
+    """An empty cache; its folder of activations, which does not exist yet."""
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/activations"
 
@@ -67,18 +52,19 @@ def run(
     """run("freeze=head"): an epoch on the shapes at 32 px."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
-    count = 0
+    outs = (tmp_path / f"run{i}" for i in count())
 
-    def one(*overrides: str, flags: tuple[str, ...] = ()) -> Ended:
-        nonlocal count
-        count += 1
-        out = tmp_path / f"run{count}"
-        folder = f"hydra.{'sweep' if flags else 'run'}.dir='{out}'"
-        words = [folder, "dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *FP32]
+    def one(*overrides: str) -> Ended:
+        out = next(outs)
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", *FP32]
         capsys.readouterr()
-        code = main(["train", *flags, *words, *overrides])
+        code = main(["train", f"hydra.run.dir='{out}'", *words, *overrides])
         shown, error = capsys.readouterr()
-        return Ended(code, out, re.sub(r"\n +", " ", shown), error)
+        ended = Ended(code=code, shown=re.sub(r"\n +", " ", shown), error=error)
+        if code == 0:
+            ended.record, ended.test = read_json(out / "run.json"), read_json(out / "test.json")
+            ended.weights = (out / "checkpoints/last.safetensors").read_bytes()
+        return ended
 
     return one
 
@@ -91,37 +77,18 @@ def activations_line(ended: Ended) -> str:
 # -- modes
 
 
-def test_off_touches_no_activations(run, cold: Path) -> None:
-    ended = run("freeze=head", "cache.mode=off")
-    assert ended.code == 0
-    assert not cold.exists()
-    assert activations_line(ended) == "activations: training reads images: cache.mode=off"
-    assert ended.record["cache"]["used"] is False
-
-
-def test_off_reads_none_that_are_there(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("freeze=head")
-    assert len(list(cold.iterdir())) == 2
-    for name in ("find", "exists", "no_room_reason"):
-        monkeypatch.setattr(Store, name, lambda *args: pytest.fail("the cache was asked"))
-    assert run("freeze=head", "cache.mode=off").code == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
+def test_require_says_in_one_line_why_it_cannot(run, cold: Path) -> None:
+    for words, why in (
         (("freeze=none",), "cache.mode=require: "),
         (("freeze=head", "augment=basic"), "cache.mode=require: augment=crop .*cache.views=8"),
         (("freeze=head", "cache.max_gb=0"), "cache.mode=require: .*over cache.max_gb=0"),
-    ],
-)
-def test_require_says_in_one_line_why_it_cannot(words: tuple[str, ...], why: str, run, cold: Path) -> None:
-    ended = run(*words, "cache.mode=require")
-    assert ended.code == 2
-    assert ended.error.count("\n") == 1
-    assert re.search(why, ended.error)
+    ):
+        ended = run(*words, "cache.mode=require")
+        assert (ended.code, ended.error.count("\n")) == (2, 1)
+        assert re.search(why, ended.error)
 
 
+@pytest.mark.slow
 def test_no_room_means_live_and_is_said(run, cold: Path) -> None:
     ended = run("freeze=head", "cache.max_gb=0")
     assert ended.code == 0
@@ -131,9 +98,13 @@ def test_no_room_means_live_and_is_said(run, cold: Path) -> None:
     assert list(cold.parent.glob("activations/*")) == []
 
 
-def test_a_disk_that_is_full_after_all_means_live(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One note, whatever the number of splits; and what run.json says is what was done."""
+@pytest.mark.slow
+def test_a_full_disk_means_uncached(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one note, whatever the number of splits, and recorded in run.json. cache.mode=off writes nothing at all."""
     expected = run("freeze=head", "cache.mode=off")
+    assert not cold.exists()
+    assert activations_line(expected) == "activations: training reads images: cache.mode=off"
+    assert expected.record["cache"]["used"] is False
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -164,18 +135,14 @@ def test_the_second_run_reads_what_the_first_computed(run, cold: Path) -> None:
     }
 
 
-def flip(entry: Path) -> None:
-    content = bytearray((entry / "0.bin").read_bytes())
-    content[len(content) // 2] ^= 64
-    (entry / "0.bin").write_bytes(content)
-
-
 @pytest.mark.slow
 def test_a_damaged_entry_is_refilled(run, cold: Path) -> None:
     first = run("freeze=head")
     entry = cold / first.record["cache"]["key"]
     whole = (entry / "0.bin").read_bytes()
-    flip(entry)
+    content = bytearray(whole)
+    content[len(content) // 2] ^= 64
+    (entry / "0.bin").write_bytes(content)
     second = run("freeze=head")
     assert second.record["extraction"]["images"] == 60
     assert second.weights == first.weights
@@ -204,6 +171,7 @@ def test_what_else_is_cached(words: tuple[str, ...], cached: str, images: int, r
     assert first.weights == second.weights
 
 
+@pytest.mark.slow
 def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     extract, fit = SplitActivations._extract, Trainer.fit
@@ -211,7 +179,7 @@ def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, mon
     def noted(name: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, *args: events.append(name(self)) or call(self, *args)
 
-    monkeypatch.setattr(SplitActivations, "_extract", noted(lambda one: one._metadata["split"], extract))
+    monkeypatch.setattr(SplitActivations, "_extract", noted(lambda one: one.metadata["split"], extract))
     monkeypatch.setattr(Trainer, "fit", noted(lambda one: "fit", fit))
     run("freeze=head", "epochs=2")
     assert events == ["train+val", "fit", "fit", "test"]
@@ -244,36 +212,27 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return make
 
 
+@pytest.mark.slow
 def test_large_maps_are_cached_where_the_frozen_part_is_slow(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
     slow, quick = (plan(speed, "freeze=last_stages", "augment=none", "epochs=5") for speed in (10.0, 1e9))
     assert slow.cache_info["used"] is True
-    assert {*slow.cached} == {
-        "train",
-        "train_eval",
-        "val",
-    }  # test is read once: not worth writing
+    assert {*slow.cached} == {"train", "train_eval", "val"}  # test is read once: not worth writing
     assert slow.summary.startswith("computed once and cached: ")
     assert quick.cache_info["used"] is False
     assert quick.cached == {}
-    figures = (
-        r"[\d.]+ [kM]?B per image: the frozen layers would take about \d+ s in all, and \d+ s with [\d.]+ [kM]?B of a"
-    )
-    assert re.match(figures, quick.cache_info["why"])
+    assert re.match(r"[\d.]+ [kM]?B per image: the frozen layers would take about \d+ s", quick.cache_info["why"])
     assert quick.summary == f"training reads images: {quick.cache_info['why']}"
+    required = plan(1e9, "freeze=last_stages", "augment=none", "cache.mode=require")
+    assert required.cache_info["used"] is True
 
 
+@pytest.mark.slow
 def test_small_rows_are_cached_however_quick_the_frozen_part_is(plan) -> None:
     assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "train_eval", "val", "test"}
 
 
-def test_require_caches_what_auto_would_not(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
-    words = ("freeze=last_stages", "augment=none")
-    assert plan(1e9, *words).cache_info["used"] is False
-    assert plan(1e9, *words, "cache.mode=require").cache_info["used"] is True
-
-
+@pytest.mark.slow
 def test_more_epochs_make_caching_worth_it(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
     monkeypatch.setattr(decisions, "WRITE_SECONDS_PER_BYTE", 2e-6)
@@ -281,10 +240,10 @@ def test_more_epochs_make_caching_worth_it(plan, monkeypatch: pytest.MonkeyPatch
     assert used == [False, True]
 
 
+@pytest.mark.slow
 def test_no_training_step_is_run_where_the_user_leaves_one_choice(
     run, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its speed decides nothing then."""
     monkeypatch.setattr(decisions, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
     for words in (("freeze=none", "augment=none"), ("freeze=last_stages", "augment=none")):
         ended = run(*words, "freeze.head_init=random")
@@ -295,6 +254,7 @@ def test_no_training_step_is_run_where_the_user_leaves_one_choice(
 # -- room
 
 
+@pytest.mark.slow
 def test_the_cache_never_exceeds_its_size(run, cold: Path) -> None:
     """train and val fit, and so does test alone, but not all of them."""
     ended = run("freeze=head", "cache.max_gb=0.00035")
@@ -305,17 +265,24 @@ def test_the_cache_never_exceeds_its_size(run, cold: Path) -> None:
     assert re.search(r"; test reads images: 430 kB is over cache.max_gb", activations_line(ended))
 
 
-def test_few_validation_images_are_a_warning(run, cold: Path) -> None:
-    assert "val has 6 images: the best epoch and the temperature" in run("freeze=head").shown
-
-
 # -- recorded decisions
 
 
-def test_decisions_are_read_back_as_they_were_recorded(plan) -> None:
-    decisions = plan(10.0, "freeze=head").decisions
-    info = json.loads(json.dumps({"decisions": decisions.to_json()}))
-    assert recorded_decisions(info) == decisions
+def test_decisions_are_read_back_and_followed(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    planned = plan(10.0, "freeze=head")
+    recorded = json.loads(json.dumps({"decisions": planned.decisions.to_json()}))
+    assert recorded_decisions(recorded) == planned.decisions
+    recorded["decisions"] |= {"extraction_batch": 7, "compiled": ["test"]}
+    decisions = recorded_decisions(recorded)
+    notes: list[str] = []
+    reporter = Reporter()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    assert follow(decisions, planned.workload, reporter, SPLIT_NAMES) == decisions
+    inputs = Inputs(decisions, planned.workload)
+    assert {view.batches.batch_size for split in inputs.cached.values() for view in split.views} == {7}
+    inputs.open("test", reporter)
+    assert notes == ["extraction: compiling, about 12 s, as recorded"]
 
 
 @pytest.mark.parametrize(
@@ -331,19 +298,22 @@ def test_decisions_are_read_back_as_they_were_recorded(plan) -> None:
 def test_decisions_of_earlier_releases_are_read(info: dict[str, Any], cached: set[str], compiled: set[str]) -> None:
     found = recorded_decisions({"precision": {"train": "torch.bfloat16", "evaluate": "float32"}, **info})
     assert found is not None
-    assert (found.train_dtype, found.eval_dtype) == (torch.bfloat16, torch.float32)
-    assert found.memory_format == torch.channels_last
+    assert (found.train_precision, found.eval_precision) == ("bfloat16", "float32")
+    assert found.channels_last
     assert (found.cached, found.compiled) == (cached, compiled)
 
 
-@pytest.mark.parametrize("info", [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}])
+@pytest.mark.parametrize(
+    "info",
+    [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}, {"decisions": {"train_precision": "int4"}}],
+)
 def test_other_contents_are_no_decisions(info: dict[str, Any]) -> None:
     assert recorded_decisions(info) is None
 
 
 def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan(10.0, "freeze=head")
-    recorded = replace(planned.decisions, train_dtype=torch.bfloat16)
+    recorded = structs.replace(planned.decisions, train_precision="bfloat16")
     notes: list[str] = []
     reporter = Reporter()
     monkeypatch.setattr(reporter, "note", notes.append)
@@ -351,7 +321,7 @@ def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pyte
     assert notes == []
     monkeypatch.setattr(planned.workload.session.store, "max_gb", 0)
     followed = follow(recorded, planned.workload, reporter, SPLIT_NAMES)  # device.precision=fp32 has no bfloat16
-    assert (followed.train_dtype, followed.cached) == (torch.float32, frozenset())
+    assert (followed.train_precision, followed.cached) == ("float32", frozenset())
     assert len(notes) == 2
     assert "float32 in place of bfloat16" in notes[0]
     assert "over cache.max_gb=0" in notes[1]

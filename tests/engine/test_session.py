@@ -1,7 +1,7 @@
 """What the runs of a command share: the same things, as they were at first."""
 
 from collections.abc import Callable
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,6 @@ def model_of(session: Session, spec: TrainSpec, *, classes: tuple[str, ...] = ("
 
 
 def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
-    """After training changed them, statistics and all."""
     first = model_of(session, on_shapes())
     before = {name: tensor.clone() for name, tensor in first.network.state_dict().items()}
     with torch.no_grad():
@@ -47,49 +46,20 @@ def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shape
     assert again is first
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-@pytest.mark.parametrize("change", ["seed=1", "backbone.dropout=0.5", "backbone.weights=none"])
-def test_another_spec_gives_another_model(change: str, session: Session, on_shapes) -> None:
-    first = model_of(session, on_shapes())
-    assert model_of(session, on_shapes(change)) is not first
-
-
-def test_other_classes_or_another_size_give_another_model(session: Session, on_shapes) -> None:
-    first = model_of(session, on_shapes())
+    for change in ("seed=1", "backbone.dropout=0.5", "backbone.weights=none"):
+        assert model_of(session, on_shapes(change)) is not again
     other = model_of(session, on_shapes(), classes=("a", "b", "c"))
-    assert other is not first
+    assert other is not again
     assert model_of(session, on_shapes(), classes=("a", "b", "c"), size=48) is not other
 
 
-def test_what_was_made_for_a_model_goes_with_it(session: Session, on_shapes) -> None:
-    made: list[int] = []
-    make = lambda: made.append(1) or len(made)  # noqa: E731
-    model_of(session, on_shapes())
-    assert [
-        session.get_or_create("key", make),
-        session.get_or_create("key", make),
-        session.get_or_create("other", make),
-    ] == [1, 1, 2]
-    model_of(session, on_shapes())
-    assert session.get_or_create("key", make) == 1
-    model_of(session, on_shapes("seed=1"))
-    assert session.get_or_create("key", make) == 3
-
-
 def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[int] = []
-    load = module.load_dataset
-
-    def counted(*args, seed: int, **kwargs):
-        loaded.append(seed)
-        return load(*args, seed=seed, **kwargs)
-
-    monkeypatch.setattr(module, "load_dataset", counted)
-    for overrides in ((), ("optimizer.lr=0.1",), ("seed=1",), ("seed=1", "dataset.val_fraction=0.3")):
-        own = on_shapes(*overrides)
-        session.dataset(own.dataset, own.seed, Reporter())
-    assert loaded == [0, 1, 1]
+    monkeypatch.setattr(module, "load_dataset", lambda *args, **options: object())
+    specs = [
+        on_shapes(*words) for words in ([], ["optimizer.lr=0.1"], ["seed=1"], ["seed=1", "dataset.val_fraction=0.3"])
+    ]
+    loaded = [session.dataset(spec.dataset, spec.seed, Reporter()) for spec in specs]
+    assert [a is b for a, b in pairwise(loaded)] == [True, False, False]
 
 
 def test_a_session_lasts_while_the_cache_is_the_same(
@@ -124,8 +94,8 @@ def test_runs_of_a_session_give_what_they_give_alone(
 ) -> None:
     """The second one reads what the first computed, and fits no second probe."""
     fitted: list[int] = []
-    fit = tlcli.train.probe_weights
-    monkeypatch.setattr(tlcli.train, "probe_weights", lambda *args: fitted.append(1) or fit(*args))
+    fit = tlcli.train.fit_probe
+    monkeypatch.setattr(tlcli.train, "fit_probe", lambda *args: fitted.append(1) or fit(*args))
     specs = [on_shapes("freeze=head", f"optimizer.lr={lr}") for lr in (1e-1, 1e-3)]
     specs.append(on_shapes("freeze=last_stages", "augment=basic", "epochs=1"))
     together = [train(spec, session) for spec in specs]
@@ -137,12 +107,13 @@ def test_runs_of_a_session_give_what_they_give_alone(
         assert alone.test() == together[i].test()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         ("device.threads=3", "device.threads=null"),
         ("device.compile=true", "device.compile=false"),
-        pytest.param("device.precision=bf16", "device.precision=fp32", marks=pytest.mark.slow),
+        ("device.precision=bf16", "device.precision=fp32"),
     ],
 )
 def test_a_job_inherits_nothing_from_one_that_computes_differently(

@@ -45,14 +45,14 @@ class Setting:
         self.opened = Inputs(decide(self.workload), self.workload)
         self.device = self.opened.device
         self.device.place(self.model.network)
-        self.inputs = self.opened.open_all(Reporter())
+        self.train = self.opened.open("train", Reporter())
         counts = self.data.train.class_counts(len(self.data.classes))
         self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
         self.running: list[tuple[int, float]] = []
 
     def fit(self, epoch: int = 1) -> EpochStats:
         on_running = lambda epoch, *values: self.running.append(values)  # noqa: E731
-        return self.trainer.fit(self.inputs.train, epoch, Reporter(), on_running)
+        return self.trainer.fit(self.train, epoch, Reporter(), on_running)
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
         criterion(network(inputs), labels).backward()
         optimizer.step()
 
-    twenty = iter(list(setting.inputs.train.epoch(1))[:20])
-    setting.inputs.train.epoch = lambda number, start: twenty  # type: ignore[method-assign]
+    twenty = iter(list(setting.train.epoch(1))[:20])
+    setting.train.epoch = lambda number, start: twenty  # type: ignore[method-assign]
     setting.fit()
     assert setting.trainer.step == 20
     expected = network.state_dict()
@@ -127,10 +127,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
     once, parts = small("batch_size=24", *same), small("batch_size=8", "accumulate=3", *same)
     for setting in (once, parts):
         setting.model.network.double()
-        ready = setting.inputs.train._normalized
-        setting.inputs.train._normalized = lambda batches, ready=ready: (
-            ((x.double(),), y) for (x,), y in ready(batches)
-        )
+        ready = setting.train._normalized
+        setting.train._normalized = lambda batches, ready=ready: (((x.double(),), y) for (x,), y in ready(batches))
         setting.fit()
     assert once.trainer.step == parts.trainer.step == math.ceil(54 / 24)
     other = parts.model.network.state_dict()

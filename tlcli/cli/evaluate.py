@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
 GROUPS = ("dataset", "device", "cache")
 SPLITTING_KEYS = ("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class")
-MAX_CLASS_ROWS = 20
-"""With more classes there is no row per class on the screen; eval.json has them all."""
+MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
 
 
 def parser() -> Parser:
@@ -47,11 +46,26 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Evaluate the run in argv, and return the exit code."""
+    """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
+    from tlcli.cli import fast_imports
+    from tlcli.cli.compose import load_spec
+    from tlcli.runs.run_dir import open_run
+
     arguments = parser().parse_intermixed_args(argv)
-    run_dir, chosen, overrides = _sort_words([arguments.run, *arguments.words])
-    evaluation = _evaluate(run_dir, chosen, overrides, quiet=arguments.format == "json")
-    if arguments.format == "json":
+    path, chosen, overrides = _sort_words([arguments.run, *arguments.words])
+    run_dir = open_run(path)
+    trained = load_spec(run_dir)
+    spec = load_spec(run_dir, overrides) if overrides else trained
+    spec.dataset.check(for_training=spec.dataset == trained.dataset)
+    with fast_imports():
+        from tlcli.evaluate import evaluate_run
+    from tlcli.cli.view import TerminalReporter
+    from tlcli.reporter import Reporter
+
+    is_json = arguments.format == "json"
+    reporter = Reporter() if is_json else TerminalReporter()
+    evaluation = evaluate_run(path, chosen.get("checkpoint", "best"), chosen.get("split"), spec, trained, reporter)
+    if is_json:
         print(json.dumps({**evaluation.report, "folder": str(evaluation.folder)}, indent=2))
     else:
         _print_table(evaluation)
@@ -79,15 +93,13 @@ def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
         raise UsageError(f"name one run: tlcli eval RUN [KEY=VALUE ...]; {hint}")
     chosen: dict[str, str] = {}
     overrides = []
-    for word in words:
+    for word in (word for word in words if word not in folders):
         key, _, value = word.partition("=")
         name = key.lstrip("+~")
-        if word in folders:
-            continue
-        if key in CHOICES and value in CHOICES[key]:
+        if key in CHOICES:
             chosen[key] = value
-        elif key in CHOICES:
-            raise UsageError(f"{word}: choose from {', '.join(CHOICES[key])}.{did_you_mean(value, CHOICES[key])}")
+            if value not in CHOICES[key]:
+                raise UsageError(f"{word}: choose from {', '.join(CHOICES[key])}.{did_you_mean(value, CHOICES[key])}")
         elif name in SPLITTING_KEYS:
             raise UsageError(f"{word}: cannot be changed after training: the run's dataset is split already")
         elif name.split(".")[0] in GROUPS:
@@ -98,66 +110,43 @@ def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
     return Path(folders[0]), chosen, overrides
 
 
-def _evaluate(run_path: Path, chosen: Mapping[str, str], overrides: Sequence[str], *, quiet: bool) -> "Evaluation":
-    """Check all that can be checked without torch, and evaluate."""
-    from tlcli.cli import fast_imports
-    from tlcli.cli.compose import load_spec
-    from tlcli.runs.run_dir import open_run
-
-    run_dir = open_run(run_path)
-    trained = load_spec(run_dir)
-    spec = load_spec(run_dir, overrides) if overrides else trained
-    spec.dataset.check(for_training=spec.dataset == trained.dataset)
-    with fast_imports():
-        from tlcli.evaluate import EvaluationRequest, evaluate_run
-    from tlcli.cli.view import TerminalReporter
-    from tlcli.reporter import Reporter
-
-    request = EvaluationRequest(run_path, chosen.get("checkpoint", "best"), chosen.get("split"), spec, trained)
-    return evaluate_run(request, Reporter() if quiet else TerminalReporter())
-
-
 def _print_table(evaluation: "Evaluation") -> None:
     """Print the metrics, and a row per class if there are not too many."""
     from tlcli.cli.view import Screen
 
     screen = Screen()
-    width = screen.width if screen.is_terminal else None
-    for label, value in _lines(evaluation):
-        for line in labelled(label, value, width):
+    report, calibration, images = evaluation.report, evaluation.report["calibration"], evaluation.images
+    (low, high), data = report["accuracy_ci95"], report["dataset"]
+    location = data.get("file") or data["root"]
+    before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
+    lines = {
+        "weights": f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}",
+        "data": strip_control_chars(data["name"] + (f", {location}" if location else "")),
+        "evaluated": f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {images.description}",
+        "left out": f"{len(images.bad_files):,} that do not decode" if images.bad_files else "",
+        "accuracy": f"{report['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f} (Wilson)",
+        "top-5": "" if report["top5"] is None else f"{report['top5']:.4f}",
+        "macro F1": f"{report['macro_f1']:.4f}",
+        "loss": f"{report['loss']:.4f}",
+        "ECE": f"{after:.4f}" + (f" with the run's temperature {t:.3g} ({before:.4f} without)" if t != 1 else ""),
+    }
+    if evaluation.same is not None:
+        differs = "differs: images, dtypes, versions or machine changed"
+        lines["test.json"] = "has the same metrics" if evaluation.same else differs
+
+    def show(label: str, value: str) -> None:
+        for line in labelled(label, value, screen.width if screen.is_terminal else None):
             screen.print(line, soft_wrap=True)
-    if rows := class_rows(evaluation.report):
+
+    for label, value in lines.items():
+        if value:
+            show(label, value)
+    if rows := class_rows(report):
         columns = [TableColumn("class", left=True), *map(TableColumn, ("precision", "recall", "F1", "images"))]
         screen.print()
         screen.print(make_table(columns, rows))
         screen.print()
-    for line in labelled("written", shown_path(evaluation.folder), width):
-        screen.print(line, soft_wrap=True)
-
-
-def _lines(evaluation: "Evaluation") -> Iterator[tuple[str, str]]:
-    """Yield a label and a value for each line above the table of classes."""
-    report, calibration = evaluation.report, evaluation.report["calibration"]
-    low, high = report["accuracy_ci95"]
-    data = report["dataset"]
-    location = data.get("file") or data["root"]
-    yield "weights", f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}"
-    yield "data", strip_control_chars(data["name"] + (f", {location}" if location else ""))
-    yield "evaluated", f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {evaluation.description}"
-    if evaluation.bad_files:
-        yield "left out", f"{len(evaluation.bad_files):,} that do not decode"
-    yield "accuracy", f"{report['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f} (Wilson)"
-    if report["top5"] is not None:
-        yield "top-5", f"{report['top5']:.4f}"
-    yield "macro F1", f"{report['macro_f1']:.4f}"
-    yield "loss", f"{report['loss']:.4f}"
-    before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
-    yield "ECE", f"{after:.4f}" + (f" with the run's temperature {t:.3g} ({before:.4f} without)" if t != 1 else "")
-    if evaluation.same is not None:
-        yield (
-            "test.json",
-            "has the same metrics" if evaluation.same else "differs: images, dtypes, versions or machine changed",
-        )
+    show("written", shown_path(evaluation.folder))
 
 
 def class_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

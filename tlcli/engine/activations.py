@@ -26,89 +26,44 @@ from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
-from tlcli.engine.extraction import ExtractionStats, Extractor
+from tlcli.engine.extraction import BATCH, ExtractionStats, Extractor
 from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentSpec, CacheMode, TrainSpec
-from tlcli.store import CacheEntry, Column, Store
+from tlcli.specs import CacheMode, TrainSpec
+from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
-ROW_FORMAT_VERSION = 1
-"""Of the rules by which an image becomes a row: part of every key."""
+ROW_FORMAT_VERSION = 1  # of the rules by which an image becomes a row: part of every key
 
 
-@dataclass(frozen=True)
-class View:
-    """An augmented view of each image: its number, and what draws it."""
-
-    number: int
-    seed: int
-    augment: AugmentSpec
-
-
-def activations_key(
-    prefix_digest: str,
-    preprocessing: Preprocessing,
-    images: str,
-    view: View | None,
-    dtype: torch.dtype,
-    columns: Sequence[Column],
-    device_kind: str,
-    threads: int | None = None,
-) -> str:
-    """Return the digest of all that activations depend on; `images` is the fingerprint of the split.
-
-    `threads` is the number that the user names for a CPU, whose kernels may round by it.
-    """
-    ingredients = {
-        "prefix": prefix_digest,
-        "preprocessing": preprocessing.to_json(),
-        "images": images,
-        "decoder": decoder(),
-        "rows": ROW_FORMAT_VERSION,
-        "view": None if view is None else to_plain({"kind": view.augment.kind, **asdict(view)}),
-        "dtype": DTYPE_NAMES[dtype],
-        "columns": [asdict(column) for column in columns],
-        "device": device_kind,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
-        **({} if threads is None else {"threads": threads}),
-    }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
+@dataclass(eq=False)
 class SplitActivations:
-    """The rows of one split, in its order: in the store, or extracted into it on first use."""
+    """The rows of one split, in its order: in the store, or extracted into it on first use.
 
-    def __init__(
-        self,
-        store: Store,
-        batches: ImageBatches,
-        extractor: Extractor,
-        key: str,
-        columns: tuple[Column, ...],
-        view: View | None,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        self._store, self._batches, self._columns, self._view = store, batches, columns, view
-        self._metadata = metadata
-        self.extractor = extractor
-        self.key = key
-        self.speed: ExtractionStats | None = None
-        self.found: CacheEntry | None = None
+    `view` is the number of the augmented view of each image; None: the images as they are.
+    """
+
+    store: Store
+    batches: ImageBatches
+    extractor: Extractor
+    key: str
+    view: int | None
+    metadata: Mapping[str, Any]
+    speed: ExtractionStats | None = None
+    found: CacheEntry | None = None
 
     def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._batches.split)
+        return len(self.batches.split)
 
     @property
     def row_bytes(self) -> int:
         """Bytes per image."""
-        return sum(column.nbytes for column in self._columns)
+        return sum(column.nbytes for column in self.extractor.columns())
 
     @property
     def nbytes(self) -> int:
@@ -118,31 +73,31 @@ class SplitActivations:
     @property
     def filled(self) -> bool:
         """True if the store has them, as far as a quick check tells."""
-        return self._store.exists(self.key)
+        return self.store.exists(self.key)
 
     def entry(self, reporter: Reporter, extractor: Extractor | None = None) -> CacheEntry:
         """Return the entry; it is extracted first (with `extractor`, if given) if it is missing or damaged.
 
         Raises OSError if it cannot be written.
         """
-        self.found = self._store.find(self.key)
+        self.found = self.store.find(self.key)
         if self.found is None:
             waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
-            with self._store.lock_for_write(self.key, waiting):
-                self.found = self._store.find(self.key) or self._extract(extractor or self.extractor, reporter)
+            with self.store.lock_for_write(self.key, waiting):
+                self.found = self.store.find(self.key) or self._extract(extractor or self.extractor, reporter)
         return self.found
 
     def _extract(self, extractor: Extractor, reporter: Reporter) -> CacheEntry:
         start = time.perf_counter()
         extractor.prepare(reporter)
         compile_seconds = time.perf_counter() - start
-        metadata = {**self._metadata, "computed": extractor.reason}
-        label = f"activations of {self._metadata['split']}" + (f", view {self._view.number}" if self._view else "")
+        metadata = {**self.metadata, "computed": extractor.reason}
+        label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with (
-            self._store.create(self.key, len(self), self._columns, metadata) as writer,
+            self.store.create(self.key, len(self), extractor.columns(), metadata) as writer,
             reporter.track(label, len(self)) as advance,
         ):
-            for images, labels in self._batches.in_order(view=self._view.number if self._view else None):
+            for images, labels in self.batches.in_order(view=self.view):
                 rows: list[Any] = [t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
                 writer.append([memoryview(row) for row in rows])
                 advance(len(labels))
@@ -160,23 +115,18 @@ class SplitActivations:
 def merge_splits(splits: Sequence[Split]) -> Split:
     """Return the images of several splits of one source, by position and each once: the activations then serve a
     validation split that is drawn with another seed, too."""
-    first = splits[0]
     indices, positions = np.unique(np.concatenate([split.indices for split in splits]), return_index=True)
-    return Split(first.images, indices, np.concatenate([split.labels for split in splits])[positions])
-
-
-def row_indices(pool: Split, split: Split) -> Tensor:
-    """Return the index in `pool` of each image of a split that is part of it."""
-    return torch.from_numpy(np.searchsorted(pool.indices, split.indices))
+    return Split(splits[0].images, indices, np.concatenate([split.labels for split in splits])[positions])
 
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """How a split is read from activations: `views` of the images of `pool` at a cut (one if not augmented)."""
+    """How a split is read from activations: `views` of the images of `pool` at a cut (one if not augmented), of which
+    `rows` are those of the split."""
 
     cut: Cut
     views: tuple[SplitActivations, ...]
-    pool: Split
+    rows: Tensor
 
 
 def image_size(spec: TrainSpec) -> int | None:
@@ -265,15 +215,13 @@ class Workload:
 
         A compiled one has been told to expect images, else it is as eager as the other.
         """
-        spec, preprocessing = self.spec, self.preprocessing
-        machine = machine_name(self.accelerator)
-        form = option.description
-        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {form} {machine} {torch.__version__}"
-        note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
-        store, stored = self.session.store, spec.cache.dtype
-        key = ("extractor", id(cut), option.description, preprocessing, stored, compiled)
+        spec, preprocessing, accelerator, form = self.spec, self.preprocessing, self.accelerator, option.description
+        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {form} {machine_name(accelerator)}"
+        note_key = hashlib.sha256(f"{note} {torch.__version__}".encode()).hexdigest()[:32]
+        store, stored, batch_size = self.session.store, spec.cache.dtype, option.batch_size or BATCH[accelerator.type]
         return self.session.get_or_create(
-            key, lambda: Extractor(cut.prefix, preprocessing, self.accelerator, option, stored, store, note_key)
+            ("extractor", id(cut), form, batch_size, preprocessing, stored, compiled),
+            lambda: Extractor(cut.prefix, preprocessing, accelerator, option, stored, store, note_key),
         )
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
@@ -285,43 +233,47 @@ class Workload:
         spec, data = self.spec, self.data
         cut = self.features_cut if split_name == "train_eval" and "train" not in cached else self.cut
         assert isinstance(cut, Cut)
-        pool, label, numbers = self.split(split_name), split_name.removesuffix("_eval"), [None]
+        pool = split = self.split(split_name)
+        label, views = split_name.removesuffix("_eval"), [None]
         if split_name == "train" and self.augments:
-            views = range(min(spec.cache.views or 0, spec.epochs))  # later ones would never be read
-            numbers = list(views)  # type: ignore[arg-type]
+            views = list(range(min(spec.cache.views or 0, spec.epochs)))  # type: ignore[arg-type] # no epoch reads more
         elif split_name != "test" and {"train", "train_eval"} <= set(cached) and data.train.images is data.val.images:
             pool, label = merge_splits([data.train, data.val]), "train+val"
-        found = [self._activations(cut, option, pool, label, number) for number in numbers]
-        return CachedSplit(cut, tuple(found), pool)
+        found = [self._activations(cut, option, pool, label, view) for view in views]
+        return CachedSplit(cut, tuple(found), torch.from_numpy(np.searchsorted(pool.indices, split.indices)))
 
     def _activations(
-        self, cut: Cut, option: ComputeFormat, pool: Split, label: str, number: int | None
+        self, cut: Cut, option: ComputeFormat, pool: Split, label: str, view: int | None
     ) -> SplitActivations:
-        memo = (id(cut), option.description, label, number)
+        spec, preprocessing, extractor = self.spec, self.preprocessing, self.extractor(cut, option)
+        memo = (id(extractor), label, view)
         if memo in self._splits:
             return self._splits[memo]
-        extractor = self.extractor(cut, option)
-        spec, preprocessing, columns = self.spec, self.preprocessing, extractor.columns()
-        view = None if number is None else View(number, spec.seed, spec.augment)
         batches = ImageBatches(
             pool,
             preprocessing,
             batch_size=extractor.batch_size,
             workers=self.workers,
-            augmentation=spec.augment.build(preprocessing) if view else None,
+            augmentation=None if view is None else spec.augment.build(preprocessing),
             seed=spec.seed,
             pin_memory=self.accelerator.type == "cuda",
         )
-        key = activations_key(
-            prefix_digest=self.session.get_or_create(("digest", id(cut)), cut.digest),
-            preprocessing=preprocessing,
-            images=pool.fingerprint(),
-            view=view,
-            dtype=extractor.compute_format.dtype,
-            columns=columns,
-            device_kind=self.accelerator.type,
-            threads=spec.device.threads if self.accelerator.type == "cpu" else None,
-        )
+        augmented = {"kind": spec.augment.kind, "number": view, "seed": spec.seed, "augment": spec.augment}
+        ingredients = {
+            "prefix": self.session.get_or_create(("digest", id(cut)), cut.digest),
+            "preprocessing": preprocessing.to_json(),
+            "images": pool.fingerprint(),
+            "decoder": decoder(),
+            "rows": ROW_FORMAT_VERSION,
+            "view": None if view is None else to_plain(augmented),
+            "dtype": DTYPE_NAMES[extractor.compute_format.dtype],
+            "columns": [asdict(column) for column in extractor.columns()],
+            "device": self.accelerator.type,
+            "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
+        }
+        if self.accelerator.type == "cpu" and spec.device.threads is not None:
+            ingredients["threads"] = spec.device.threads  # kernels may round by it
+        key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
         root = spec.dataset.root
         metadata = {
             "dataset": f"{spec.dataset.name} {Path(root).name}" if root else spec.dataset.name,
@@ -329,8 +281,8 @@ class Workload:
             "backbone": spec.backbone.name,
             "at": cut.suffix_start,
             "image": f"{preprocessing.size} px, {preprocessing.fit.value}",
-            "view": number,
+            "view": view,
             "dtype": extractor.compute_format.description,
         }
-        self._splits[memo] = SplitActivations(self.session.store, batches, extractor, key, columns, view, metadata)
+        self._splits[memo] = SplitActivations(self.session.store, batches, extractor, key, view, metadata)
         return self._splits[memo]

@@ -120,7 +120,6 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     if is_random:  # counted as pretrained: BatchNorm layers keep pretrained statistics
         classifier = replace(classifier, pretrained=frozenset(classifier.network.state_dict()))
     classifier.network.to(accelerator)
-    session.set_model(classifier)
 
     n_sample = max(SAMPLE_IMAGES, spec.batch_size)
     sample = replace(data, train=data.train.take(epoch_order(len(data.train), spec.seed, 1)[:n_sample]))

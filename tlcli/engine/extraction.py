@@ -83,10 +83,11 @@ class Extractor:
         self._store, self._key = store, key
         self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
         self.compute_format = compute_format
-        self.batch_size = BATCH[accelerator.type]
+        self.batch_size = compute_format.batch_size or BATCH[accelerator.type]
         self._network: _PixelPrefix | None = None
         self._tried_compiling = False
         self._expected_images = 0
+        self.always_compiles = False  # as it was recorded, however few images are expected
         self._columns: tuple[Column, ...] | None = None
         self.reason = ""
 
@@ -123,9 +124,10 @@ class Extractor:
         seconds = self._expected_images / speed
         cost, compiled_speed = self._compiling(speed)
         gain = seconds - (cost + self._expected_images / compiled_speed)
-        if gain > 0 and not self._tried_compiling:
+        if (gain > 0 or self.always_compiles) and not self._tried_compiling:
             self._tried_compiling = True
-            reporter.note(f"extraction: compiling, about {cost:.0f} s to save {cost + gain:.0f} s of {seconds:.0f} s")
+            saving = f" to save {cost + gain:.0f} s of {seconds:.0f} s" if gain > 0 else ", as recorded"
+            reporter.note(f"extraction: compiling, about {cost:.0f} s{saving}")
             self._compile(self._network)
 
     def _compile(self, network: "_PixelPrefix") -> None:

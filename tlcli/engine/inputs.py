@@ -1,40 +1,29 @@
 """The splits of a run as loaders, opened as its decisions say."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import nn
 
 from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import CachedSplit, SplitActivations, Workload, row_indices
-from tlcli.engine.decisions import Decisions
+from tlcli.engine.activations import CachedSplit, SplitActivations, Workload
+from tlcli.engine.decisions import Decisions, device_with
+from tlcli.engine.extraction import ExtractionStats
 from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader, ImageLoader
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode
-from tlcli.store import CacheEntry
 from tlcli.text import size_text
 from tlcli.transfer.cut import Cut
 
-MAX_EVALUATION_BATCH = 64
-"""Images per forward pass of evaluation; also at most four times the training batch, whose backward pass needs as much
-memory."""
+MAX_EVALUATION_BATCH = 64  # also at most four times the training batch, whose backward pass needs as much memory
 SPLIT_NAMES = ("train", "train_eval", "val", "test")
-ENTRY_NAMES = {"train_eval": "probe"}
-"""Names of splits in run.json's `cache.entries` that differ from those in the code."""
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """What a run reads before its test; `train_eval` is train as evaluation sees it, if the head needs a probe."""
-
-    train: BatchLoader
-    val: BatchLoader
-    train_eval: BatchLoader | None
 
 
 class Inputs:
@@ -43,15 +32,10 @@ class Inputs:
 
     def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
         self.decisions, self.workload = decisions, workload
-        self.device = decisions.device(workload)
+        self.device = device_with(workload, decisions.train_format, decisions.eval_format)
         self.preprocessing = workload.preprocessing
         names = [name for name in split_names if name in decisions.cached]
         self.cached = {name: workload.cached_split(name, names, decisions.eval_format) for name in names}
-
-    def open_all(self, reporter: Reporter) -> Loaders:
-        """Open what a run reads before its test."""
-        train_eval = self.open("train_eval", reporter) if self.workload.needs_probe else None
-        return Loaders(self.open("train", reporter), self.open("val", reporter), train_eval)
 
     def open(self, split_name: str, reporter: Reporter) -> BatchLoader:
         """Return the loader of a split; nothing runs on its images before. Missing activations are computed."""
@@ -61,12 +45,18 @@ class Inputs:
         try:
             views = [self._tensors(split, source, split_name, reporter) for source in split.views]
         except OSError as error:  # the disk is full, or its folder was removed
-            self._fall_back(split_name, f"activations cannot be written ({error.strerror or error})", reporter)
+            reason = f"activations cannot be written ({error.strerror or error})"
+            if self.workload.spec.cache.mode is CacheMode.require:
+                raise TlcliError(f"cache.mode=require: {reason}") from error
+            reporter.note(f"{reason}: reading images instead")
+            lost = {name for name, split in self.cached.items() if not all(view.filled for view in split.views)}
+            self.decisions = self.decisions.without(lost | {split_name}, reason)
+            self.cached = {name: split for name, split in self.cached.items() if name in self.decisions.cached}
             return self.open(split_name, reporter)
         images = self.workload.split(split_name)
         return ActivationLoader(
             views,
-            row_indices(split.pool, images),
+            split.rows,
             torch.from_numpy(images.labels),
             network=split.cut.suffix,
             head=self.workload.plain_head(split.cut),
@@ -87,29 +77,15 @@ class Inputs:
     ) -> ActivationTensors:
         compiled = split_name in self.decisions.compiled
         extractor = self.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
-        for attempt in (1, 2):  # an entry may be removed between being found and being read
-            entry = source.entry(reporter, extractor)
-            try:
-                tensors = self.workload.session.reader.open(entry)
-            except FileNotFoundError:
-                if attempt == 2:
-                    raise
-                continue
-            break
+        try:
+            tensors = self.workload.session.reader.open(source.entry(reporter, extractor))
+        except FileNotFoundError:  # an entry may be removed between being found and being read
+            tensors = self.workload.session.reader.open(source.entry(reporter, extractor))
+        assert source.found is not None
         # the entry may be an earlier run's, and compiling may have failed
-        names = {split_name} if str(entry.metadata.get("computed")).startswith("compiled") else set()
-        self.decisions = replace(self.decisions, compiled=self.decisions.compiled - {split_name} | names)
+        names = {split_name} if str(source.found.metadata.get("computed")).startswith("compiled") else set()
+        self.decisions = structs.replace(self.decisions, compiled=self.decisions.compiled - {split_name} | names)
         return tensors
-
-    def _fall_back(self, split_name: str, reason: str, reporter: Reporter) -> None:
-        """Read a split, and all others whose activations are missing, from images."""
-        if self.workload.spec.cache.mode is CacheMode.require:
-            raise TlcliError(f"cache.mode=require: {reason}")
-        reporter.note(f"{reason}: reading images instead")
-        lost = {name for name, split in self.cached.items() if not all(view.filled for view in split.views)}
-        lost.add(split_name)
-        self.decisions = self.decisions.without(lost, reason)
-        self.cached = {name: split for name, split in self.cached.items() if name not in lost}
 
     # -- for run.json and the plan
 
@@ -123,7 +99,7 @@ class Inputs:
             "why": self.decisions.reasons.get("train", ""),
             "at": self.decisions.cut,
             "entries": {
-                ENTRY_NAMES.get(name, name): [source.key for source in split.views]
+                "probe" if name == "train_eval" else name: [source.key for source in split.views]
                 for name, split in self.cached.items()
             },
         }
@@ -157,16 +133,15 @@ class Inputs:
 
     def checksums(self) -> dict[str, list[str]]:
         """Return the checksums of the activations that have been opened, by key."""
-        return {entry.key: list(entry.checksums) for entry in self._entries()}
+        entries = [source.found for source in self._sources() if source.found is not None]
+        return {entry.key: list(entry.checksums) for entry in entries}
 
     def extraction(self) -> dict[str, Any] | None:
         """Return how the extractions of this run went, for run.json; None if there were none."""
         speeds = [source.speed for source in self._sources() if source.speed is not None]
         if not speeds:
             return None
-        total = speeds[0]
-        for speed in speeds[1:]:
-            total = total.plus(speed)
+        total = reduce(ExtractionStats.plus, speeds)
         return {
             "images": total.images,
             "seconds": round(total.seconds, 3),
@@ -180,9 +155,6 @@ class Inputs:
     def _sources(self) -> list[SplitActivations]:
         """Each of the activations once; several splits may read the same."""
         return list({source.key: source for split in self.cached.values() for source in split.views}.values())
-
-    def _entries(self) -> list[CacheEntry]:
-        return [source.found for source in self._sources() if source.found is not None]
 
 
 def image_loader(workload: Workload, device: Device, split_name: str, reporter: Reporter) -> ImageLoader:
@@ -214,6 +186,5 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
 
 
 def transforms_on_device(accelerator: torch.device) -> bool:
-    """Return True if colors are changed, images rotated and parts erased on the device. Crops are taken where images
-    are decoded: what they leave is less to copy."""
+    """Return True if all transforms but crops run on the device: crops are taken first, as less is copied then."""
     return accelerator.type == "cuda"

@@ -38,12 +38,14 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """A dtype for arithmetic and a memory format for images. The speed is None if nothing was measured."""
+    """A dtype for arithmetic and a memory format for images. The speed is None if nothing was measured, and so is the
+    batch size of extraction if it is the default."""
 
     dtype: torch.dtype
     memory_format: torch.memory_format
     images_per_second: float | None = None
     reason: str = ""
+    batch_size: int | None = None
 
     @property
     def description(self) -> str:

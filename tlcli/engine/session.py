@@ -1,20 +1,17 @@
 """What the jobs of one command share, so that a sweep pays for it once: images, weights, cuts and cached tensors."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from tlcli.data.dataset import Dataset, EvaluationSplit, load_dataset, load_evaluation_split
-from tlcli.device import machine_name
+from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.engine.loaders import ActivationTensors
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec, DeviceSpec
+from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec
 from tlcli.store import CacheEntry, Store, cache_dir
 
 T = TypeVar("T")
@@ -32,31 +29,19 @@ class ActivationReader:
         """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
         if entry.key in self._in_memory:
             return self._in_memory[entry.key]
-        tensors = tuple(_mapped(entry, i) for i in range(len(entry.columns)))
+        tensors: ActivationTensors = ()
+        for i, column in enumerate(entry.columns):
+            shape, dtype = torch.Size((entry.rows, *column.shape)), getattr(torch, column.dtype)
+            try:
+                flat = torch.from_file(str(entry.file(i)), shared=False, size=shape.numel(), dtype=dtype)
+            except RuntimeError:
+                entry.file(i).stat()  # raises FileNotFoundError if that is the reason
+                raise
+            tensors += (flat.view(shape),)
         if entry.nbytes <= self._free_bytes:
             self._free_bytes -= entry.nbytes
             tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
         return tensors
-
-
-def _mapped(entry: CacheEntry, i: int) -> Tensor:
-    column = entry.columns[i]
-    dtype: torch.dtype = getattr(torch, column.dtype)
-    shape = (entry.rows, *column.shape)
-    try:
-        flat = torch.from_file(str(entry.file(i)), shared=False, size=torch.Size(shape).numel(), dtype=dtype)
-    except RuntimeError:
-        entry.file(i).stat()  # raises FileNotFoundError if that is the reason
-        raise
-    return flat.view(shape)
-
-
-@dataclass
-class _Model:
-    key: object
-    classifier: Classifier
-    initial_weights: Mapping[str, Any]
-    made: dict[Hashable, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -67,11 +52,10 @@ class Session:
     """
 
     def __init__(self, store: Store, ram_bytes: int) -> None:
-        self.store = store
-        self.ram_bytes = ram_bytes
-        self.reader = ActivationReader(ram_bytes)
+        self.store, self.ram_bytes, self.reader = store, ram_bytes, ActivationReader(ram_bytes)
         self._dataset: tuple[object, Dataset] | None = None
-        self._model: _Model | None = None
+        self._model: tuple[object, Classifier, dict[str, Any]] | None = None  # key, classifier, initial weights
+        self._made: dict[Hashable, Any] = {}  # for this model
 
     def dataset(self, spec: DatasetSpec, seed: int, reporter: Reporter) -> Dataset:
         """Return the dataset of this spec and seed; that of the previous job if it had the same."""
@@ -80,12 +64,6 @@ class Session:
             self._dataset = None  # frees the previous images before the next ones are read
             self._dataset = key, load_dataset(spec, seed=seed, reporter=reporter, store=self.store)
         return self._dataset[1]
-
-    def load_evaluation_split(
-        self, spec: DatasetSpec, split_name: str | None, seed: int, reporter: Reporter
-    ) -> EvaluationSplit:
-        """Return a split of a dataset that is not trained on, as `load_evaluation_split` gives it."""
-        return load_evaluation_split(spec, split_name, seed=seed, reporter=reporter, store=self.store)
 
     def model(
         self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int, computing: Hashable = None
@@ -96,30 +74,20 @@ class Session:
         network nor an extractor from a job that computes differently.
         """
         key = (spec, classes, size, seed, computing)
-        if self._model is None or self._model.key != key:
-            self._model = None
+        if self._model is None or self._model[0] != key:
+            self._model, self._made = None, {}
             classifier = build_model(spec, classes, size=size, seed=seed)
-            self._model = _Model(key, classifier, copy.deepcopy(classifier.network.state_dict()))
+            self._model = key, classifier, copy.deepcopy(classifier.network.state_dict())
         else:
-            self._model.classifier.network.load_state_dict(self._model.initial_weights)
-        return self._model.classifier
-
-    def set_model(self, classifier: Classifier) -> None:
-        """Take a classifier that was made elsewhere as the current model."""
-        self._model = _Model(object(), classifier, {})
+            self._model[1].network.load_state_dict(self._model[2])
+        return self._model[1]
 
     def get_or_create(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of `make` for the current model, called once per key."""
-        assert self._model is not None
-        if key not in self._model.made:
-            self._model.made[key] = make()
-        made: T = self._model.made[key]
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
         return made
-
-
-def compute_key(spec: DeviceSpec, accelerator: torch.device) -> Hashable:
-    """Return where and how a job computes, for `Session.model`."""
-    return accelerator.type, machine_name(accelerator), spec.compile
 
 
 def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
