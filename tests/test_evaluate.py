@@ -142,6 +142,7 @@ def test_a_subset_of_the_classes_is_matched_by_name(run: Path, shapes: Path, tmp
     assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
 
 
+@pytest.mark.slow
 def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "other", {"Across": 2, "wasps": 2, "down": 2})
     with pytest.raises(UsageError) as caught:
@@ -151,6 +152,7 @@ def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
     assert not list(run.glob("*eval-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folders", "split", "description"),
     [

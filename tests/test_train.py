@@ -136,6 +136,7 @@ def test_early_stop(train) -> None:
     assert max(row["epoch"] for row in rows(train("epochs=30", "early_stop=1", "optimizer.lr=1e-9"))) < 10
 
 
+@pytest.mark.slow
 def test_bad_files_are_named_or_left_out(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "photos"
     make_folder(root, {"a": 15, "b": 15})

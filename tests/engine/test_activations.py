@@ -154,6 +154,7 @@ def test_every_image_is_in_the_key_of_its_split(change: str, planner: Planner, p
     assert other["test"] == plain["test"] != plain["train"] == plain["train_eval"] == plain["val"]  # one pool
 
 
+@pytest.mark.slow
 def test_versions_are_in_the_key(planner: Planner, plain: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     own, keys = activations.version, {plain["test"]}
     for library in ("torch", "torchvision", "timm", "Pillow"):
