@@ -42,7 +42,7 @@ def measure(root: Path, cache: Path) -> dict[str, float]:
     split = source_of_files(list_folder(str(root), None)).splits["all"]
     assert isinstance(split.images, ImageFiles)
     digests = DigestRecord(Store(cache), root, verify_all=False)
-    files = ImageFiles(split.images.root, split.images.keys, digests=digests)
+    files = ImageFiles(split.images.root, split.images.keys, record=digests)
     type(split)(files, split.indices, split.labels).fingerprint()
     digests.save()
     seconds = time.perf_counter() - start

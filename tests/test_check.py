@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tlcli.check import check_labels
-from tlcli.data.duplicates import ConcatSplits, connected_components, near_duplicates
-from tlcli.data.images import ImageFiles, full_split
+from tlcli.check import check_labels, connected_components, near_duplicates
+from tlcli.data.images import ConcatSplits, ImageFiles, full_split
 from tlcli.reporter import Reporter
 
 
@@ -28,7 +27,7 @@ def test_changed_labels_are_ranked_first(n_classes: int) -> None:
     changed = np.random.default_rng(1).choice(200, 10, replace=False)
     given = labels.copy()
     given[changed] = (given[changed] + 1) % n_classes
-    check = check_labels(features, given, n_classes, [], seed=0)
+    check = check_labels(features, given, n_classes, [], 0)
     assert set(check.suspects[:10].tolist()) == set(changed.tolist())
     assert (check.suggested[changed] == labels[changed]).all()
     assert check.likely[changed].sum() >= 6
@@ -40,7 +39,7 @@ def test_changed_labels_are_ranked_first(n_classes: int) -> None:
 
 def test_right_labels_are_not_suspects() -> None:
     features, labels = clouds(200, 4)
-    assert len(check_labels(features, labels, 4, [], seed=0).suspects) == 0
+    assert len(check_labels(features, labels, 4, [], 0).suspects) == 0
 
 
 def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
@@ -49,15 +48,15 @@ def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     given = np.concatenate([labels, np.full(20, 1 - labels[0])])
     given[0] = 1 - labels[0]
     copies = [0, *range(100, 120)]
-    assert set(copies) <= set(check_labels(features, given, 2, [copies], seed=0).suspects.tolist())
-    assert not set(copies) & set(check_labels(features, given, 2, [], seed=0).suspects.tolist())
+    assert set(copies) <= set(check_labels(features, given, 2, [copies], 0).suspects.tolist())
+    assert not set(copies) & set(check_labels(features, given, 2, [], 0).suspects.tolist())
 
 
 def test_a_class_of_one_image() -> None:
     features, labels = clouds(60, 2)
     given = labels.copy()
     given[5] = 2
-    probabilities = check_labels(features, given, 3, [], seed=0).probabilities
+    probabilities = check_labels(features, given, 3, [], 0).probabilities
     assert probabilities[5, 2] == 0
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
 

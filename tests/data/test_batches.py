@@ -10,7 +10,7 @@ import torch
 from tests.data.samples import save_image
 from tlcli.data.augment import CropSpec, TrivialAugmentSpec
 from tlcli.data.batches import Augmentation, Batch, ImageBatches, Preprocessing, epoch_order, sample_seed
-from tlcli.data.images import ImageArrays, ImageFiles, Split
+from tlcli.data.images import ImageArrays, ImageFiles, ImageSource, Split
 from tlcli.errors import BadImagesError
 from tlcli.specs import Fit
 
@@ -121,13 +121,10 @@ def test_views_without_augmentation_are_plain(split: Split) -> None:
 def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
     """A batch of photographs would fill memory."""
 
-    class Photos:
+    class Photos(ImageSource):
         alive = 0
 
-        def __len__(self) -> int:
-            return 8
-
-        def read(self, index: int) -> np.ndarray:
+        def decode(self, index: int) -> np.ndarray:
             image = np.zeros((700, 600, 3), dtype=np.uint8)
             Photos.alive += 1
             weakref.finalize(image, self.gone)
@@ -139,11 +136,6 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
 
         def name(self, index: int) -> str:
             return str(index)
-
-        key = name
-
-        def digest(self, index: int) -> bytes:
-            return bytes(16)
 
     crop = CropSpec(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5).build(PREPROCESSING)
     split = Split(Photos(), np.arange(8), np.arange(8))

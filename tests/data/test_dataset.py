@@ -12,7 +12,7 @@ from tests.data.samples import digits_spec, folder_spec, manifest_spec
 from tlcli.data import dataset
 from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, stratified_split
 from tlcli.data.decode import read_image, read_raw
-from tlcli.data.images import CachedImages, MemoryBudget, Split
+from tlcli.data.images import ImageArrays, ImageSource, MemoryBudget, Split, full_split
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
@@ -70,13 +70,15 @@ def test_at_least_one_image_stays() -> None:
 
 
 def test_choices_depend_on_the_seed_and_the_purpose() -> None:
-    labels = np.repeat(np.arange(3), 50)
-    a = limit_per_class(labels, "abc", 10, seed=1, purpose="x")
-    assert np.array_equal(a, limit_per_class(labels, "abc", 10, seed=1, purpose="x"))
-    assert not np.array_equal(a, limit_per_class(labels, "abc", 10, seed=2, purpose="x"))
-    assert not np.array_equal(a, limit_per_class(labels, "abc", 10, seed=1, purpose="y"))
-    assert set(a) < set(limit_per_class(labels, "abc", 20, seed=1, purpose="x"))
-    assert np.array_equal(limit_per_class(labels, "abc", 99, seed=1, purpose="x"), np.arange(150))
+    split = full_split(ImageArrays(np.zeros((150, 1, 1, 3), np.uint8), "x"), np.repeat(np.arange(3), 50))
+
+    def chosen(limit: int, seed: int = 1, purpose: str = "x") -> list[int]:
+        return limit_per_class(split, "abc", limit, seed, purpose).indices.tolist()
+
+    assert chosen(10) == chosen(10)
+    assert chosen(10) not in (chosen(10, seed=2), chosen(10, purpose="y"))
+    assert set(chosen(10)) < set(chosen(20))
+    assert chosen(99) == list(range(150))
 
 
 # -- load_dataset -----------------------------------------------------------------------------------------------------
@@ -270,19 +272,11 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     most, taken, read = 0, 0, []
 
-    class Counted:
-        def __len__(self) -> int:
-            return 400
-
+    class Counted(ImageSource):
         def name(self, index: int) -> str:
             return str(index)
 
-        key = name
-
-        def digest(self, index: int) -> bytes:
-            return bytes(16)
-
-        def read(self, index: int) -> Any:
+        def decode(self, index: int) -> Any:
             read.append(index)
             return np.full((1, 1, 3), index % 256, dtype=np.uint8)
 
@@ -296,7 +290,8 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
             yield advance
 
-    images = CachedImages(Counted(), MemoryBudget(10**6))
+    images = Counted()
+    images.memory = MemoryBudget(10**6)
     assert dataset.find_bad_images([(images, list(range(400)))], None, Counting(), None)[0] == {}
     assert most <= dataset.DECODE_CHUNK * 6
     assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]

@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec
+from tests.data.samples import folder_spec
 from tests.data.test_dataset import load
-from tlcli.data.duplicates import ConcatSplits, cross_split_duplicates, exact_duplicates, label_conflicts
-from tlcli.data.images import ImageArrays, full_split
+from tlcli.data.images import (
+    ConcatSplits,
+    ImageArrays,
+    cross_split_duplicates,
+    exact_duplicates,
+    full_split,
+    label_conflicts,
+)
 from tlcli.reporter import Reporter
 
 MakeFolder = Callable[..., Path]
@@ -62,29 +68,6 @@ def test_copies_within_one_split_are_noted_only_where_their_labels_differ(photos
     )
 
 
-def test_files_are_read_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The notes on which images decode need all digests anyway."""
-    from tlcli.data import images
-
-    read: list[Path] = []
-    own = images.read_bytes
-    monkeypatch.setattr(images, "read_bytes", lambda path: read.append(path) or own(path))
-    load(folder_spec(photos))
-    assert len(read) == len(set(read)) == 36
-
-
-def test_arrays_are_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlcli.data import images
-
-    seen: list[int] = []
-    own = images.digest_of_pixels
-    monkeypatch.setattr(images, "digest_of_pixels", lambda pixels: seen.append(1) or own(pixels))
-    data = load(digits_spec(train_per_class=4, test_per_class=2))
-    for split in (data.train, data.val, data.test):
-        split.fingerprint()
-    assert len(seen) == len(data.train) + len(data.val) + len(data.test)
-
-
 def together(train: list[int], test: list[int], labels: dict[int, int] | None = None) -> ConcatSplits:
     """Images of one value each; equal values are equal images."""
     splits = {}
@@ -109,10 +92,3 @@ def test_the_same_pixels_in_another_shape_are_another_image() -> None:
         {"train": full_split(ImageArrays(wide, "a"), [0]), "test": full_split(ImageArrays(tall, "b"), [0])}
     )
     assert exact_duplicates(images, Reporter()) == []
-
-
-def test_together_knows_where_each_image_comes_from() -> None:
-    images = together([1, 2], [3])
-    assert (len(images), images.split_names) == (3, ("train", "train", "test"))
-    assert [images.key(i) for i in range(3)] == ["train/0", "train/1", "test/0"]
-    assert [int(images.read(i)[0, 0, 0]) for i in range(3)] == [1, 2, 3]

@@ -13,8 +13,15 @@ from tests.data.samples import digits_spec, folder_spec, list_spec, manifest_spe
 from tlcli.data import images
 from tlcli.data.dataset import load_dataset
 from tlcli.data.decode import decoder, read_bytes
-from tlcli.data.images import DigestRecord, ImageArrays, ImageFiles, Split, full_split, source_of_files
-from tlcli.data.sources import TorchvisionImages
+from tlcli.data.images import (
+    DigestRecord,
+    ImageArrays,
+    ImageFiles,
+    Split,
+    TorchvisionImages,
+    full_split,
+    source_of_files,
+)
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec
@@ -194,7 +201,7 @@ def remembered(root: Path, cache: Path, *, verify_all: bool = False) -> str:
     split = everything(root)
     assert isinstance(split.images, ImageFiles)
     record = DigestRecord(Store(cache), root, verify_all=verify_all)
-    files = ImageFiles(root, split.images.keys, digests=record)
+    files = ImageFiles(root, split.images.keys, record=record)
     fingerprint = Split(files, split.indices, split.labels).fingerprint()
     record.save()
     return fingerprint

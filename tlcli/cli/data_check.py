@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tlcli.check import Findings
+    from tlcli.data.images import ConcatSplits
     from tlcli.specs import TrainSpec
 
 FLAGS = ("--quick", "--output", "--format", "--help")
@@ -24,9 +25,10 @@ MAX_TABLE_CLASSES = 12
 MAX_GROUPS, MAX_SUSPECTS = 12, 30
 CELLS_PER_ROW, CELL_SIDE, GAP, LINE_HEIGHT = 5, 190, 10, 17  # the sides in pixels
 BLACK, RED, GRAY = "#111111", "#b3261e", "#666666"
+DUPLICATES_HEADER = ("group", "kind", "similarity", "splits", "labels", "file", "split", "label")
+LABELS_HEADER = ("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")
 
-Cell = tuple[int, Sequence[tuple[str, str]]]
-"""The position of an image, and lines below it with their colors."""
+Cell = tuple[int, list[tuple[str, str]]]  # the position of an image, and lines below it with their colors
 
 
 def parser() -> Parser:
@@ -157,8 +159,8 @@ def _check(spec: "TrainSpec", arguments: Namespace, folder: Path) -> dict[str, A
     findings = check_data(spec, reporter, session_for(spec.cache), quick=arguments.quick)
     try:
         with findings.timed("contact sheet"):
-            if (sheet := draw_contact_sheet(findings)) is not None:
-                sheet.save(folder / "contact_sheet.png")
+            if rows := _sheet_rows(findings):
+                draw_sheet(rows, findings.images).save(folder / "contact_sheet.png")
         summary = {**summarize(findings), "output": str(folder)}
         write_table(folder / "duplicates.csv", DUPLICATES_HEADER, _duplicate_rows(findings))
         write_table(folder / "labels.csv", LABELS_HEADER, _label_rows(findings))
@@ -172,9 +174,6 @@ def _check(spec: "TrainSpec", arguments: Namespace, folder: Path) -> dict[str, A
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
-DUPLICATES_HEADER = ("group", "kind", "similarity", "splits", "labels", "file", "split", "label")
-LABELS_HEADER = ("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")
-
 
 def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file, UTF-8; names that are not UTF-8 keep their bytes."""
@@ -182,95 +181,81 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         stream.writelines(csv_line(row) for row in (header, *rows))
 
 
-def _groups(findings: "Findings") -> list[tuple[str, float, tuple[int, ...], int, int]]:
-    """Return kind, similarity, members, number of splits and number of labels of each group of duplicates."""
-    images = findings.images
-    groups = [("exact", 1.0, tuple(group)) for group in findings.exact]
-    groups += [("near", group.similarity, group.members) for group in findings.near]
-    return [
-        (*group, len({images.split_names[i] for i in group[2]}), len({int(images.labels[i]) for i in group[2]}))
-        for group in groups
-    ]
-
-
 def _duplicate_rows(findings: "Findings") -> Iterator[Sequence[object]]:
     images, classes = findings.images, findings.data.classes
-    for number, (kind, similarity, members, splits, labels) in enumerate(_groups(findings), start=1):
-        for i in members:
-            place = images.name(i), images.split_names[i], classes[images.labels[i]]
-            yield (number, kind, f"{similarity:.3f}", splits, labels, *place)
+    for number, (kind, similarity, group) in enumerate(findings.duplicates, start=1):
+        places = [(images.name(i), images.split_names[i], classes[images.labels[i]]) for i in group]
+        n_splits, n_labels = (len(set(values)) for values in list(zip(*places, strict=True))[1:])
+        yield from ((number, kind, f"{similarity:.3f}", n_splits, n_labels, *place) for place in places)
 
 
-def _label_rows(findings: "Findings") -> Iterator[Sequence[object]]:
+def _label_rows(findings: "Findings") -> Iterator[tuple[int, str, str, str, str, str, str, str]]:
     check, images, classes = findings.labels, findings.images, findings.data.classes
     for rank, i in enumerate(check.suspects.tolist() if check else (), start=1):
         assert check is not None
         given, suggested = int(images.labels[i]), int(check.suggested[i])
+        p_given, p_suggested = (f"{check.probabilities[i, label]:.4f}" for label in (given, suggested))
         names = images.name(i), images.split_names[i], classes[given], classes[suggested]
-        p_given, p_suggested = check.probabilities[i, given], check.probabilities[i, suggested]
-        yield rank, *names, f"{p_given:.4f}", f"{p_suggested:.4f}", "yes" if check.likely[i] else "no"
+        yield rank, *names, p_given, p_suggested, "yes" if check.likely[i] else "no"
 
 
-def draw_contact_sheet(findings: "Findings") -> "Image.Image | None":
-    """Return a page of duplicates, those across splits or with several labels first, then of labels that may be wrong.
-
-    Return None if there are neither.
-    """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
+def _sheet_rows(findings: "Findings") -> list[str | list[Cell]]:
+    """Return titles and rows of images: duplicates, those across splits or with several labels first, then labels."""
     images, classes, check = findings.images, findings.data.classes, findings.labels
-    rows: list[str | Sequence[Cell]] = []
-    groups = sorted(_groups(findings), key=lambda group: (group[3] == 1, group[4] == 1, group[0] == "exact"))
+    rows: list[str | list[Cell]] = []
+    groups = []
+    for kind, similarity, group in findings.duplicates:
+        kinds = {(images.split_names[i], int(images.labels[i])): i for i in reversed(group)}
+        one_split, one_label = (len(set(values)) == 1 for values in zip(*kinds, strict=True))
+        shown = [*kinds.values(), *(i for i in group if i not in kinds.values())][:CELLS_PER_ROW]  # one of each first
+        text = "exact copies" if kind == "exact" else f"alike {similarity:.3f}"
+        text += f", {len(group) - len(shown)} more" if len(group) > len(shown) else ""
+        color = BLACK if one_split and one_label else RED
+        names = [f"{images.split_names[i]}: {classes[images.labels[i]]}" for i in shown]
+        cells: list[Cell] = [(i, [(name, color), (text, GRAY)]) for i, name in zip(shown, names, strict=True)]
+        groups.append(((one_split, one_label, kind == "exact"), cells))
+    groups.sort(key=lambda group: group[0])
     if groups:
         rows.append(f"{findings.name}: duplicates, {min(MAX_GROUPS, len(groups))} of {len(groups):,} groups")
-    for kind, similarity, members, splits, labels in groups[:MAX_GROUPS]:
-        kinds = {(images.split_names[i], int(images.labels[i])): i for i in reversed(members)}  # one of each first
-        shown = [*kinds.values(), *(i for i in members if i not in kinds.values())][:CELLS_PER_ROW]
-        color = RED if splits > 1 or labels > 1 else BLACK
-        kind_text = "exact copies" if kind == "exact" else f"alike {similarity:.3f}"
-        kind_text += f", {len(members) - len(shown)} more" if len(members) > len(shown) else ""
-        rows.append(
-            [(i, [(f"{images.split_names[i]}: {classes[images.labels[i]]}", color), (kind_text, GRAY)]) for i in shown]
-        )
+        rows += [cells for _, cells in groups[:MAX_GROUPS]]
     suspects: list[Cell] = []
-    for rank, i in enumerate(check.suspects[:MAX_SUSPECTS].tolist() if check else (), start=1):
-        assert check is not None
-        given, suggested = int(images.labels[i]), int(check.suggested[i])
-        about_label = [(f"{rank}. given: {classes[given]} {check.probabilities[i, given]:.0%}", BLACK)]
-        about_label += [(f"looks like {classes[suggested]} {check.probabilities[i, suggested]:.0%}", RED)]
-        suspects.append((i, about_label))
+    for i, (rank, _, _, given, suggested, p_given, p_suggested, _) in zip(
+        check.suspects[:MAX_SUSPECTS].tolist() if check else (), _label_rows(findings), strict=False
+    ):
+        about_label = (f"{rank}. given: {given} {float(p_given):.0%}", BLACK)
+        suspects.append((i, [about_label, (f"looks like {suggested} {float(p_suggested):.0%}", RED)]))
     if check is not None and suspects:
         rows.append(f"{findings.name}: labels that may be wrong, {len(suspects)} of {len(check.suspects):,}")
         rows += [suspects[n : n + CELLS_PER_ROW] for n in range(0, len(suspects), CELLS_PER_ROW)]
-    if not rows:
-        return None
+    return rows
+
+
+def draw_sheet(rows: Sequence[str | list[Cell]], images: "ConcatSplits") -> "Image.Image":
+    """Return a page of titles and of rows of images with lines below."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # with more alphabets than Pillow's own
     font, bold = (ImageFont.truetype(fonts / name, 12) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
     heights = [2 * LINE_HEIGHT if isinstance(row, str) else CELL_SIDE + 3 * LINE_HEIGHT + 2 * GAP for row in rows]
     sheet = Image.new("RGB", (CELLS_PER_ROW * (CELL_SIDE + GAP) + GAP, GAP + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-
-    def write(x: int, y: int, text: str, color: str, *, width: int, bold_text: bool = False) -> None:
-        chosen, text = bold if bold_text else font, strip_control_chars(text)
-        while text and draw.textlength(text, font=chosen) > width:
-            text = text[:-2] + "…"
-        draw.text((x, y), text, fill=color, font=chosen)
-
     for row, y in zip(rows, (GAP + sum(heights[:n]) for n in range(len(rows))), strict=True):
         if isinstance(row, str):
-            write(GAP, y, row, BLACK, width=sheet.width - 2 * GAP, bold_text=True)
+            draw.text((GAP, y), strip_control_chars(row), fill=BLACK, font=bold)
             continue
         for column, (i, lines) in enumerate(row):
             x = GAP + column * (CELL_SIDE + GAP)
             image = Image.fromarray(images.read(i))
-            scale = CELL_SIDE / max(image.size)
-            kernel = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST  # small ones pixel by pixel
-            small = image.resize([max(1, round(side * scale)) for side in image.size], kernel, reducing_gap=3)
-            sheet.paste(small, (x + (CELL_SIDE - small.width) // 2, y + (CELL_SIDE - small.height) // 2))
-            name = (images.key(i).rpartition("/")[2], GRAY)
-            for n, (text, color) in enumerate([*lines, name]):
-                write(x, y + CELL_SIDE + 3 + n * LINE_HEIGHT, text, color, width=CELL_SIDE)
+            is_small = max(image.size) < CELL_SIDE  # then it is shown pixel by pixel
+            kernel = Image.Resampling.NEAREST if is_small else Image.Resampling.BILINEAR
+            image = ImageOps.pad(image, (CELL_SIDE, CELL_SIDE), kernel, color="white")
+            sheet.paste(image, (x, y))
+            for n, (text, color) in enumerate([*lines, (images.key(i).rpartition("/")[2], GRAY)]):
+                text = strip_control_chars(text)
+                while text and draw.textlength(text, font=font) > CELL_SIDE:
+                    text = text[:-2] + "…"
+                draw.text((x, y + CELL_SIDE + 3 + n * LINE_HEIGHT), text, fill=color, font=font)
     return sheet
 
 
@@ -286,28 +271,22 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
     if not screen.is_terminal and screen.width >= 80:
         screen = Screen(UNLIMITED_WIDTH)
     width = screen.width if screen.width < UNLIMITED_WIDTH else None
-    counts, labels = summary["counts"], summary["labels"]
+    counts, labels, classes = summary["counts"], summary["labels"], summary["classes"]
     splits = ", ".join(f"{split} {sum(by_class.values()):,}" for split, by_class in counts.items())
-    rows = [("checked", f"{summary['dataset']}: {summary['n_images']:,} images ({splits}), "
-             f"{len(summary['classes']):,} classes")]  # fmt: skip
+    text = f"{summary['dataset']}: {summary['n_images']:,} images ({splits}), {len(classes):,} classes"
+    rows = [("checked", text)]
     if not any(kind in ("fix", "look") for kind, _ in summary["verdicts"]):
         rows.append(("good", "nothing was found that has to be changed"))
-    rows += [(kind, text) for kind, text in summary["verdicts"]]
-    if len(summary["classes"]) > MAX_TABLE_CLASSES:
+    rows += summary["verdicts"]
+    if len(classes) > MAX_TABLE_CLASSES:
         rows += [(s, f"{min(own.values()):,} to {max(own.values()):,} images per class") for s, own in counts.items()]
     for kind in ("exact", "near"):
-        found = summary[kind]
-        text = (
-            f"{found['images']:,} images in {found['groups']:,} groups; of test in train or val "
-            f"{found['test_in_train_or_val']:,}, of val in train {found['val_in_train']:,}; with several labels "
-            f"{found['several_labels']:,}"
-        )
-        rows.append(
-            (kind, f"not checked: {found['why']}" if "why" in found else text if found["groups"] else "no duplicates")
-        )
+        metrics = summary[kind]
+        text = f"{metrics['images']:,} images in {metrics['groups']:,} groups" if metrics["groups"] else "no duplicates"
+        rows.append((kind, f"not checked: {metrics['why']}" if "why" in metrics else text))
     if labels["checked"]:
-        text = f"{labels['suspects']:,} that differ, {labels['likely_wrong']:,} of them clearly; "
-        rows.append(("labels", f"{text}a probe on {summary['backbone']} agrees with {labels['agreement']:.1%}"))
+        text = f"a probe on {summary['backbone']} agrees with {labels['agreement']:.1%} of the labels"
+        rows.append(("labels", text))
     else:
         rows.append(("labels", f"not checked: {labels['why']}"))
     rows += [("note", note) for note in summary["notes"]]
@@ -316,8 +295,8 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
     for label, text in rows:
         for line in labelled(label, text, width):
             screen.print(line, soft_wrap=True)
-    if len(summary["classes"]) <= MAX_TABLE_CLASSES:
+    if len(classes) <= MAX_TABLE_CLASSES:
         columns = [TableColumn("class", left=True), *(TableColumn(split) for split in counts)]
-        cells = [[name, *(f"{own[name]:,}" for own in counts.values())] for name in summary["classes"]]
+        cells = [[name, *(f"{own[name]:,}" for own in counts.values())] for name in classes]
         screen.print()
         screen.print(make_table(columns, cells, width))

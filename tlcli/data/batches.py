@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from tlcli.data.decode import Pixels, ValueRange
-from tlcli.data.images import CachedImages, Ints, Split, map_in_threads
+from tlcli.data.images import Ints, Split, map_in_threads
 from tlcli.errors import TlcliError
 from tlcli.specs import Fit, parse_image_stats
 
@@ -323,7 +323,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     def _batch(self, view: int | None, positions: Ints) -> Batch:
         images: Iterator[Pixels] = (self.split.read(i) for i in positions.tolist())  # photographs are large
         source, indices = self.split.images, self.split.indices[positions].tolist()
-        if not self.workers and isinstance(source, CachedImages) and not all(i in source.pixels for i in indices):
+        if not self.workers and source.memory is not None and not all(i in source.pixels for i in indices):
             images = map_in_threads(self.split.read, positions.tolist(), 1)  # decode on all cores
         y = torch.from_numpy(self.split.labels[positions])
         if self.augmentation is None or view is None:

@@ -2,19 +2,18 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from msgspec import structs
 
-from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, decoder
-from tlcli.data.duplicates import duplicate_notes
+from tlcli.data.decode import BadImage, DeepImages, Pixels, RawImage, ValueRange, decoder
 from tlcli.data.images import (
-    CachedImages,
+    ConcatSplits,
     DigestRecord,
     ImageArrays,
     ImageFiles,
@@ -23,9 +22,11 @@ from tlcli.data.images import (
     MemoryBudget,
     Source,
     Split,
+    cross_split_duplicates,
+    exact_duplicates,
     fingerprint,
+    label_conflicts,
     map_in_threads,
-    unreadable,
 )
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
@@ -33,12 +34,9 @@ from tlcli.specs import DatasetSpec, OnBad, Verify
 from tlcli.store import Store
 from tlcli.text import join_limited
 
-DECODE_CHUNK = 4
-"""Images per task: enough that its cost is small, few enough that large photographs do not fill the memory."""
-MIN_LEVELS = 64
+DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
-PERCENTILE_SAMPLE = 1 << 24
-"""Pixels of all training images from which the percentiles are computed."""
+PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
 ImageSelections = Sequence[tuple[ImageSource, list[int]]]
 DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
@@ -85,36 +83,28 @@ def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Sto
         UsageError: the data cannot be used as it is.
         BadImagesError: files do not decode, and on_bad=error.
     """
-    source = _load_source(spec, reporter, store, for_training=True)
-    splits, notes = _divide(source, spec, seed)
-    value_range = _resolve_range(spec, splits["train"], reporter, store)
-    splits = _with_memory_cache(splits, spec, value_range)
+    classes, splits, notes, value_range = _open(spec, seed, reporter, store)
     splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
     if bad:
         notes.append(f"{_count_bad(bad)} and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv")
     notes += deep.notes(value_range)
-    for name, count in zip(source.classes, splits["train"].class_counts(len(source.classes)), strict=True):
+    for name, count in zip(classes, splits["train"].class_counts(len(classes)), strict=True):
         if count == 0:
             raise UsageError(f"{spec.name}: class {name!r} has no training image left; add some, or leave it out")
     for name in ("val", "test"):
         if len(splits[name]) == 0:
             raise UsageError(f"{spec.name}: too few images, none is left for {name}; give each class at least three")
-        counts = splits[name].class_counts(len(source.classes))
-        if absent := [c for c, n in zip(source.classes, counts, strict=True) if n == 0]:
+        counts = splits[name].class_counts(len(classes))
+        if absent := [c for c, n in zip(classes, counts, strict=True) if n == 0]:
             notes.append(f"{name} has no images of {join_limited(absent)}")
-    notes += duplicate_notes(splits, source.classes, reporter)
-    return Dataset(
-        spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
-    )
+    notes += _duplicate_notes(splits, classes, reporter)
+    return Dataset(spec.name, classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range)
 
 
 def load_without_decoding(spec: DatasetSpec, *, seed: int, reporter: Reporter) -> Dataset:
     """Return the splits of `load_dataset` before any image is read, for commands that read a few."""
-    source: Source = spec.load(reporter)
-    splits, notes = _divide(source, spec, seed)
-    value_range = _resolve_range(spec, splits["train"], reporter, None)
-    splits = _with_memory_cache(splits, spec, value_range)
-    return Dataset(spec.name, source.classes, **splits, notes=tuple(notes), bad_files=(), value_range=value_range)
+    classes, splits, notes, value_range = _open(spec, seed, reporter, None)
+    return Dataset(spec.name, classes, **splits, notes=tuple(notes), bad_files=(), value_range=value_range)
 
 
 def images_by_key(spec: DatasetSpec, value_range: Any = None) -> dict[str, Callable[[], Pixels]]:
@@ -126,11 +116,11 @@ def images_by_key(spec: DatasetSpec, value_range: Any = None) -> dict[str, Calla
     Raises:
         UsageError, OSError: the dataset cannot be read. The functions raise BadImage, a ValueError, and OSError.
     """
-    source: Source = spec.offline().load(Reporter())
+    splits = spec.offline().load(Reporter()).splits
     numbers = [value for value in value_range or () if isinstance(value, int | float)]
     value_range = (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] < numbers[1] else None
-    splits = _with_memory_cache(dict(source.splits), structs.replace(spec, ram_gb=0.0), value_range).values()
-    return {s.images.key(i): partial(s.images.read, i) for s in splits for i in s.indices.tolist()}
+    _set_up_memory(splits, structs.replace(spec, ram_gb=0.0), value_range)
+    return {s.images.key(i): partial(s.images.read, i) for s in splits.values() for i in s.indices.tolist()}
 
 
 def load_evaluation_split(
@@ -150,26 +140,45 @@ def load_evaluation_split(
     if chosen not in source.splits:
         present = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
         raise UsageError(f"split={chosen}: {spec.name} has no such split ({present}); omit split= to evaluate it")
-    split = _limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
+    split = limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
     value_range = _resolve_range(spec, split, reporter, store)
-    splits = _with_memory_cache({chosen: split}, spec, value_range)
-    splits, bad, _ = _without_bad(splits, spec, value_range, reporter, store)
+    _set_up_memory({chosen: split}, spec, value_range)
+    splits, bad, _ = _without_bad({chosen: split}, spec, value_range, reporter, store)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
     return EvaluationSplit(spec.name, source.classes, chosen, splits[chosen], tuple(bad))
+
+
+def _open(
+    spec: DatasetSpec, seed: int, reporter: Reporter, store: Store | None
+) -> tuple[tuple[str, ...], dict[str, Split], list[str], ValueRange | None]:
+    """Return the classes, the splits, notes for the plan and the range. With range=auto, train images are read."""
+    source = _load_source(spec, reporter, store, for_training=True)
+    splits, notes = _divide(source, spec, seed)
+    value_range = _resolve_range(spec, splits["train"], reporter, store)
+    _set_up_memory(splits, spec, value_range)
+    return source.classes, splits, notes, value_range
 
 
 def _load_source(spec: DatasetSpec, reporter: Reporter, store: Store | None, *, for_training: bool) -> Source:
     """Return the source of a dataset, whose digests are remembered in the store."""
     source: Source = spec.load(reporter, for_training=for_training)
     files = [s.images for s in source.splits.values() if isinstance(s.images, ImageFiles)]
-    if store is None or not files:
-        return source
-    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
-    new = {id(images): replace(images, digests=record) for images in files}
-    return replace(
-        source, splits={k: replace(s, images=new.get(id(s.images), s.images)) for k, s in source.splits.items()}
-    )
+    if store is not None and files:
+        record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
+        for images in files:
+            images.record = record
+    return source
+
+
+def _set_up_memory(splits: Mapping[str, Split], spec: DatasetSpec, value_range: ValueRange | None) -> None:
+    """Let the images of the splits share `spec.ram_gb` of memory, and map them from a range."""
+    memory = MemoryBudget(int(spec.ram_gb * 1e9))
+    for split in splits.values():
+        if isinstance(split.images, ImageFiles):
+            split.images.value_range = value_range
+        if not isinstance(split.images, ImageArrays):
+            split.images.memory = memory
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -187,8 +196,8 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
         stay, held = stratified_split(train.labels, source.classes, spec.test_fraction, seed=seed, purpose="test")
         train, test = train.take(stay), train.take(held)
         notes.append(f"no test split: {100 * spec.test_fraction:g} % of the images are held out as the test set")
-    train = _limit_per_class(train, source.classes, spec.train_per_class, seed, "train_per_class")
-    test = _limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
+    train = limit_per_class(train, source.classes, spec.train_per_class, seed, "train_per_class")
+    test = limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
     if val is None:
         stay, held = stratified_split(train.labels, source.classes, spec.val_fraction, seed=seed, purpose="val")
         train, val = train.take(stay), train.take(held)
@@ -196,15 +205,12 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
     return {"train": train, "val": val, "test": test}, notes
 
 
-def _limit_per_class(split: Split, classes: Sequence[str], limit: int | None, seed: int, purpose: str) -> Split:
+def limit_per_class(split: Split, classes: Sequence[str], limit: int | None, seed: int, purpose: str) -> Split:
+    """Return at most `limit` images per class, in order; a smaller choice is part of a larger one."""
     if limit is None:
         return split
-    return split.take(limit_per_class(split.labels, classes, limit, seed=seed, purpose=purpose))
-
-
-def limit_per_class(labels: Ints, classes: Sequence[str], limit: int, *, seed: int, purpose: str) -> Ints:
-    """Return positions of at most `limit` images per class, ascending; a smaller choice is part of a larger one."""
-    return np.sort(np.concatenate([part[:limit] for part in _shuffled_by_class(labels, classes, seed, purpose)]))
+    parts = _shuffled_by_class(split.labels, classes, seed, purpose)
+    return split.take(np.sort(np.concatenate([part[:limit] for part in parts])))
 
 
 def stratified_split(
@@ -232,67 +238,13 @@ def _shuffled_by_class(labels: Ints, classes: Sequence[str], seed: int, purpose:
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _with_memory_cache(splits: dict[str, Split], spec: DatasetSpec, value_range: ValueRange | None) -> dict[str, Split]:
-    """Return the splits with images that stay in memory; splits of the same source share theirs."""
-    memory = MemoryBudget(int(spec.ram_gb * 1e9))
-    cached: dict[int, ImageSource] = {}
-    for split in splits.values():
-        images = split.images
-        if id(images) not in cached:
-            files = replace(images, value_range=value_range) if isinstance(images, ImageFiles) else images
-            cached[id(images)] = files if isinstance(files, ImageArrays) else CachedImages(files, memory)
-    return {name: replace(s, images=cached[id(s.images)]) for name, s in splits.items()}
-
-
-@dataclass
-class DeepImages:
-    """Statistics of images deeper than 8 bits: their number, extreme values, and the gray levels that are left of them.
-
-    `reduced` counts color images of which the decoder keeps the upper 8 bits.
-    """
-
-    images: int = 0
-    low: float = float("inf")
-    high: float = float("-inf")
-    levels: set[int] = field(default_factory=set)
-    reduced: int = 0
-
-    def add(self, raw: RawImage, gray: np.ndarray[Any, Any]) -> None:
-        """Add an image, given its pixels after mapping."""
-        self.reduced += raw.is_reduced
-        if raw.is_deep:
-            finite = raw.values[np.isfinite(raw.values)]
-            self.images += 1
-            if finite.size:
-                self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
-            self.levels.update(np.unique(gray).tolist())
-
-    def notes(self, value_range: ValueRange | None) -> Iterator[str]:
-        """Yield lines for the plan."""
-        if self.images:
-            mapped = "the full range of the type" if value_range is None else "{:g} to {:g}".format(*value_range)
-            values = f"values {self.low:g} to {self.high:g}, mapped from {mapped}"
-            text = f"{self.images:,} images are deeper than 8 bits: {values}"
-            if len(self.levels) < MIN_LEVELS:
-                text += f": only {len(self.levels)} gray levels are left; set dataset.range=auto or [low,high]"
-            yield text
-        if self.reduced:
-            yield (
-                f"{self.reduced:,} color images are deeper than 8 bits: the decoder keeps the upper 8 bits of each "
-                "channel, and dataset.range does not apply to them"
-            )
-
-
 def _resolve_range(spec: DatasetSpec, train: Split, reporter: Reporter, store: Store | None) -> ValueRange | None:
     """Return the values that become 0 and 255; with range=auto percentiles of the deep images in train."""
-    if spec.range != "auto":
-        return spec.range
     images = train.images
-    if not isinstance(images, ImageFiles):
-        return None
+    if spec.range != "auto" or not isinstance(images, ImageFiles):
+        return None if spec.range == "auto" else spec.range
     indices = train.indices.tolist()
-    key = None if store is None else _fingerprint_or_none([(images, indices)], None, reporter)
-    known = None if store is None or key is None else store.read_notes(RANGE_NOTES).get(key)
+    key, known = _recall(store, RANGE_NOTES, [(images, indices)], None, reporter)
     if isinstance(known, list) and len(known) == 2:
         return known[0], known[1]
     size = max(1, PERCENTILE_SAMPLE // max(1, len(indices)))
@@ -305,8 +257,8 @@ def _resolve_range(spec: DatasetSpec, train: Split, reporter: Reporter, store: S
         values = raw.values[np.isfinite(raw.values)] if raw.is_deep else np.empty(0)
         return values[:: -(-len(values) // size)] if len(values) else values
 
+    parts = []
     with reporter.track("values", len(indices)) as advance:
-        parts = []
         for part in map_in_threads(sample, indices, DECODE_CHUNK):
             parts.append(part.astype(np.float32))
             advance(1)
@@ -327,22 +279,21 @@ def _without_bad(
 
     Raise BadImagesError if bad images are errors.
     """
-    by_source: dict[int, tuple[ImageSource, list[int]]] = {}
+    by_source: dict[ImageSource, list[int]] = {}
     for split in splits.values():
-        by_source.setdefault(id(split.images), (split.images, []))[1].extend(split.indices.tolist())
-    used = [(images, sorted(indices)) for images, indices in by_source.values()]
+        if not isinstance(split.images, ImageArrays):
+            by_source.setdefault(split.images, []).extend(split.indices.tolist())
+    used = [(images, sorted(indices)) for images, indices in by_source.items()]
     faults, deep = find_bad_images(used, value_range, reporter, store)
-    if not faults:
-        return splits, [], deep
     bad = [(images, i) for images, indices in used for i in indices if images.key(i) in faults]
     files = [(images.name(i), faults[images.key(i)]) for images, i in bad]
     if files and spec.on_bad is OnBad.error:
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
         more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
         raise BadImagesError(f"{_count_bad(bad)}: {first}{more}; dataset.on_bad=skip leaves them out", files)
-    left_out = {(id(images), i) for images, i in bad}
-    for name, split in splits.items():
-        good = [n for n, i in enumerate(split.indices.tolist()) if (id(split.images), i) not in left_out]
+    left_out = set(bad)
+    for name, split in splits.items() if bad else ():
+        good = [n for n, i in enumerate(split.indices.tolist()) if (split.images, i) not in left_out]
         splits[name] = split.take(np.array(good, dtype=np.int64))
     return splits, files, deep
 
@@ -359,16 +310,13 @@ def find_bad_images(
     Decodes all images, and keeps what fits in memory, unless the store knows the result for these very bytes, names,
     decoder and range.
     """
-    used = [(images, indices) for images, indices in used if not isinstance(images, ImageArrays)]
     deep = DeepImages()
     if not used:
         return {}, deep
-    key = None if store is None else _fingerprint_or_none(used, value_range, reporter)
-    if store is not None and key is not None:
-        known: Any = store.read_notes(DECODE_NOTES).get(key)
-        with suppress(TypeError, KeyError):  # unknown, or damaged
-            deep = DeepImages(**known["deep"] | {"levels": set(known["deep"]["levels"])})
-            return {str(k): str(v) for k, v in known["bad"].items()}, deep
+    key, known = _recall(store, DECODE_NOTES, used, value_range, reporter)
+    with suppress(TypeError, KeyError):  # unknown, or damaged
+        deep = DeepImages(**known["deep"] | {"levels": set(known["deep"]["levels"])})
+        return {str(k): str(v) for k, v in known["bad"].items()}, deep
     bad: dict[str, str] = {}
     with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
         for images, indices in used:
@@ -391,14 +339,12 @@ def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
     """
     for split in splits:
         images = split.images
-        if not isinstance(images, CachedImages):
-            continue
         missing = [index for index in split.indices.tolist() if index not in images.pixels]
-        if missing and images.memory.left > 0:
+        if missing and images.memory is not None and images.memory.left > 0:
             with reporter.track("decoding", len(missing)) as advance:
                 for index, pixels in _decode(images, missing, DeepImages()):
                     if isinstance(pixels, BadImage):
-                        raise unreadable(images, index, pixels)
+                        raise BadImagesError(f"{images.name(index)}: {pixels}")
                     if index not in images.pixels:
                         break  # the memory is full
                     advance(1)
@@ -406,35 +352,65 @@ def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
 
 def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> Iterator[tuple[int, Pixels | BadImage]]:
     """Yield each image or its fault, in order. Images are kept in that order too, while there is memory."""
-    source = images.images if isinstance(images, CachedImages) else images
 
-    def read(index: int) -> tuple[RawImage | None, Pixels | BadImage]:
+    def decode(index: int) -> tuple[RawImage | None, Pixels | BadImage]:
         try:
-            if not isinstance(source, ImageFiles):
-                return None, source.read(index)
-            raw = source.read_raw(index)
-            return raw, raw.to_pixels(source.value_range)
+            if not isinstance(images, ImageFiles):
+                return None, images.decode(index)
+            raw = images.read_raw(index)
+            return raw, raw.to_pixels(images.value_range)
         except BadImage as error:
             return None, error
 
-    for index, (raw, pixels) in zip(indices, map_in_threads(read, indices, DECODE_CHUNK), strict=True):
+    for index, (raw, pixels) in zip(indices, map_in_threads(decode, indices, DECODE_CHUNK), strict=True):
         if not isinstance(pixels, BadImage):
             if raw is not None:
                 deep.add(raw, pixels)
-            if isinstance(images, CachedImages):
-                images.store(index, pixels)
+            images.store(index, pixels)
         yield index, pixels
 
 
-def _fingerprint_or_none(used: ImageSelections, value_range: ValueRange | None, reporter: Reporter) -> str | None:
-    """Return a digest of all images, the decoder and the range; None if a file cannot be read."""
+def _recall(
+    store: Store | None, notes: str, used: ImageSelections, value_range: ValueRange | None, reporter: Reporter
+) -> tuple[str | None, Any]:
+    """Return a digest of all images, the decoder and the range, and what the store knows of it.
+
+    The digest is None without a store or if a file cannot be read.
+    """
+    if store is None:
+        return None, None
     digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
     try:
         for images, indices in used:
             digest.update(fingerprint(images, indices, reporter).encode())
-            source = images.images if isinstance(images, CachedImages) else images
-            if isinstance(source, ImageFiles) and source.digests is not None:
-                source.digests.save()
+            if isinstance(images, ImageFiles) and images.record is not None:
+                images.record.save()
     except BadImagesError:
-        return None
-    return digest.hexdigest()
+        return None, None
+    return digest.hexdigest(), store.read_notes(notes).get(digest.hexdigest())
+
+
+# -- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], reporter: Reporter) -> Iterator[str]:
+    """Yield a line for each way in which exact duplicates make a metric of a run wrong."""
+    images = ConcatSplits(splits)
+    groups = exact_duplicates(images, reporter)
+    for split, others, metric in (("test", ("train", "val"), "test"), ("val", ("train",), "validation")):
+        if rows := cross_split_duplicates(images, groups, split, others):
+            sources = [o for o in others if any(images.split_names[i] == o for row in rows for i in row[1:])]
+            yield (
+                f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split} also in {' and '.join(sources)} (exact "
+                f"duplicates), e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}: {metric} accuracy is too "
+                "high; `tlcli data check` lists them"
+            )
+    in_train = [[i for i in group if images.split_names[i] == "train"] for group in groups]
+    if conflicts := label_conflicts(images, in_train):
+        first = conflicts[0][0]
+        other = next(i for i in conflicts[0] if images.labels[i] != images.labels[first])
+        example = " = ".join(f"{images.key(i)} ({classes[images.labels[i]]})" for i in (first, other))
+        yield (
+            f"{len(conflicts):,} image{'s' * (len(conflicts) > 1)} of train with several labels (exact duplicates), "
+            f"e.g. {example}: at most one is right; `tlcli data check` lists them"
+        )

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,15 +19,14 @@ import PIL
 from PIL import Image, UnidentifiedImageError, features
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-ValueRange = tuple[float, float]
-"""The values of a deep image that become 0 and 255."""
+ValueRange = tuple[float, float]  # the values of a deep image that become 0 and 255
 
 # Pillow knows more formats than these. Some of them start other programs: EPS is handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-MIN_REDUCED_SIDE = 1024
-"""Pixels of the shorter side that are left, at least, of a photograph that is reduced while it is decoded."""
+MIN_REDUCED_SIDE = 1024  # pixels of the shorter side that are left of a photograph that is reduced while it is decoded
+MIN_GRAY_LEVELS = 64
 
 _ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of EXIF and TIFF
 _SIGNED = 2
@@ -74,6 +73,45 @@ def full_range(dtype: np.dtype[Any]) -> ValueRange:
     return (0.0, 1.0) if dtype.kind == "f" else (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
 
 
+@dataclass
+class DeepImages:
+    """Statistics of images deeper than 8 bits: their number, extreme values, and the gray levels that are left of them.
+
+    `reduced` counts color images of which the decoder keeps the upper 8 bits.
+    """
+
+    images: int = 0
+    low: float = float("inf")
+    high: float = float("-inf")
+    levels: set[int] = field(default_factory=set)
+    reduced: int = 0
+
+    def add(self, raw: RawImage, gray: np.ndarray[Any, Any]) -> None:
+        """Add an image, given its pixels after mapping."""
+        self.reduced += raw.is_reduced
+        if raw.is_deep:
+            finite = raw.values[np.isfinite(raw.values)]
+            self.images += 1
+            if finite.size:
+                self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
+            self.levels.update(np.unique(gray).tolist())
+
+    def notes(self, value_range: ValueRange | None) -> Iterator[str]:
+        """Yield lines for the plan."""
+        if self.images:
+            mapped = "the full range of the type" if value_range is None else "{:g} to {:g}".format(*value_range)
+            values = f"values {self.low:g} to {self.high:g}, mapped from {mapped}"
+            text = f"{self.images:,} images are deeper than 8 bits: {values}"
+            if len(self.levels) < MIN_GRAY_LEVELS:
+                text += f": only {len(self.levels)} gray levels are left; set dataset.range=auto or [low,high]"
+            yield text
+        if self.reduced:
+            yield (
+                f"{self.reduced:,} color images are deeper than 8 bits: the decoder keeps the upper 8 bits of each "
+                "channel, and dataset.range does not apply to them"
+            )
+
+
 def read_image(file: Path | BinaryIO, value_range: ValueRange | None = None) -> Pixels:
     """Return the pixels of an image file, or of a seekable binary stream: uint8, (height, width, 3), RGB.
 
@@ -101,19 +139,13 @@ def read_bytes(path: Path) -> bytes:
         return stream.read()
 
 
+@cache
 def decoder() -> str:
     """Return what decides, in addition to its bytes, to which pixels an image decodes: versions and rules."""
     codecs = [f"{name} {features.version(name)}" for name in ("jpg", "webp", "avif", "libtiff", "zlib")]
+    heif = next((d.version for d in metadata.distributions(name="pi-heif")), None)
     rules = hashlib.blake2b(inspect.getsource(sys.modules[__name__]).encode(), digest_size=8).hexdigest()
-    return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"heif {_heif_version()}", f"rules {rules}"])
-
-
-@cache
-def _heif_version() -> str | None:
-    try:
-        return metadata.version("pi-heif")
-    except metadata.PackageNotFoundError:
-        return None
+    return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"heif {heif}", f"rules {rules}"])
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
@@ -143,7 +175,7 @@ def raw_image(image: Image.Image, *, is_reduced: bool = False) -> RawImage:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         values = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    values = _upright(values, _orientation(image))
+    values = _upright(values, image)
     if 0 in values.shape:
         raise BadImage("no pixels")
     return RawImage(values, is_reduced)
@@ -162,55 +194,40 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decode(stream: BinaryIO) -> RawImage:
-    with _no_pillow_warnings(), _as_bad_image(stream), Image.open(stream, formats=_formats(stream)) as image:
-        # Networks look at a few hundred pixels per side, and random crops at a part of an image: JPEG decodes at a
-        # half, a quarter and an eighth of the size for less work than at the full size.
-        factor = next((k for k in (8, 4, 2) if min(image.size) >= k * MIN_REDUCED_SIDE), 1)
-        if factor > 1 and image.format in ("JPEG", "MPO"):
-            image.draft(None, (image.width // factor, image.height // factor))
-        raw_mode = str(image.tile[0].args) if image.tile else ""  # such as ('RGB;16B', 0, 1); empty once loaded
-        is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16") and ";16" in raw_mode
-        image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
-        return raw_image(image, is_reduced=is_reduced or image.info.get("bit_depth", 8) > 8)
-
-
-def _formats(stream: BinaryIO) -> tuple[str, ...]:
-    """Return Pillow's names of the formats to try."""
     head = stream.read(64)
     stream.seek(0)
-    if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS or b"avif" in head:
-        return FORMATS
+    formats: tuple[str, ...] = FORMATS
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head:
+        try:
+            import pi_heif
+        except ImportError:
+            raise BadImage("HEIC files need the package pi-heif: pip install 'tlcli[heif]'") from None
+        pi_heif.register_heif_opener()
+        formats = ("HEIF",)
     try:
-        import pi_heif
-    except ImportError:
-        raise BadImage("HEIC files need the package pi-heif: pip install 'tlcli[heif]'") from None
-    pi_heif.register_heif_opener()
-    return ("HEIF",)
-
-
-@contextmanager
-def _as_bad_image(stream: BinaryIO) -> Iterator[None]:
-    """Turn the errors of decoders into BadImage."""
-    try:
-        yield
+        with _no_pillow_warnings(), Image.open(stream, formats=formats) as image:
+            # Networks look at a few hundred pixels per side, and random crops at a part of an image: JPEG decodes at a
+            # half, a quarter and an eighth of the size for less work than at the full size.
+            factor = next((k for k in (8, 4, 2) if min(image.size) >= k * MIN_REDUCED_SIDE), 1)
+            if factor > 1 and image.format in ("JPEG", "MPO"):
+                image.draft(None, (image.width // factor, image.height // factor))
+            raw_mode = str(image.tile[0].args) if image.tile else ""  # such as ('RGB;16B', 0, 1); empty once loaded
+            is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16") and ";16" in raw_mode
+            image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
+            return raw_image(image, is_reduced=is_reduced or image.info.get("bit_depth", 8) > 8)
     except BadImage:
         raise
-    # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
         raise BadImage(_reason(error, stream)) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing, damaged or out of range."""
+def _upright(values: np.ndarray[Any, Any], image: Image.Image) -> np.ndarray[Any, Any]:
+    """Apply the EXIF orientation, unless it is missing, damaged or out of range."""
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged tag block says nothing about the pixels
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
-    if orientation >= 5:
+        orientation = 1
+    if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         values = values[::-1]
@@ -241,8 +258,7 @@ def _reason(error: Exception, stream: BinaryIO) -> str:
 
 
 _lock = threading.Lock()
-_inside = 0
-_saved: list[Any] = []
+_inside: list["warnings.catch_warnings[Any]"] = []  # one per thread; the first entry has the filters from before
 
 
 @contextmanager
@@ -252,17 +268,15 @@ def _no_pillow_warnings() -> Iterator[None]:
     Filters belong to the process, and warnings.catch_warnings in several threads may restore the wrong ones. Here the
     first thread that enters adds a filter, and the last that leaves removes it.
     """
-    global _inside
     with _lock:
-        if _inside == 0:
-            _saved.append(catcher := warnings.catch_warnings())
-            catcher.__enter__()
+        _inside.append(warnings.catch_warnings())
+        if len(_inside) == 1:
+            _inside[0].__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.")
-        _inside += 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _saved.pop().__exit__(None, None, None)
+            if len(_inside) == 1:
+                _inside[0].__exit__(None, None, None)
+            _inside.pop()

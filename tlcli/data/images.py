@@ -4,18 +4,20 @@ import hashlib
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
-from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, read_bytes, read_raw
+from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, read_bytes, read_raw, to_rgb
 from tlcli.data.listing import Listing, resolve_classes
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
@@ -26,29 +28,82 @@ S = TypeVar("S")
 T = TypeVar("T")
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-DIGEST_BYTES = 16
-"""Enough that no two images share a digest by chance."""
-SETTLED_NS = 2_000_000_000
-"""Age of a file from which its time reveals a later change: the clock of FAT has steps of 2 s."""
+DIGEST_BYTES = 16  # enough that no two images share a digest by chance
+SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change: the clock of FAT has steps of 2 s
 PROGRESS_DELAY_SECONDS = 1.0
 
 
-class ImageSource(Protocol):
-    """Images by position. Reading may happen in several threads and processes at once."""
+class MemoryBudget:
+    """A number of bytes for decoded images, shared by several sources, in the process that made it only."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, nbytes: int) -> None:
+        self.left = nbytes
+        self._process = os.getpid()
+        self._lock = threading.Lock()
 
-    def read(self, index: int) -> Pixels:
-        """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImage."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MemoryBudget, (0,)  # a lock cannot be pickled, and a worker takes no memory
 
+    def take(self, nbytes: int) -> bool:
+        """Take that many bytes. Return False if they are not left."""
+        if os.getpid() != self._process:  # each DataLoader worker would fill as much again
+            return False
+        with self._lock:
+            if nbytes > self.left:
+                return False
+            self.left -= nbytes
+        return True
+
+
+class ImageSource(ABC):
+    """Images by position, which stay in memory once they are read, up to the budget `memory`. Digests always stay.
+
+    Reading may happen in several threads and processes at once.
+    """
+
+    memory: MemoryBudget | None = None
+
+    def __init__(self) -> None:
+        self.pixels: dict[int, Pixels] = {}
+        self._digests: dict[int, bytes] = {}
+
+    @abstractmethod
+    def decode(self, index: int) -> Pixels:
+        """Return the pixels, uint8 (height, width, 3) RGB, whatever is in memory. Raise BadImage."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return the path of the file, or a name such as digits/17."""
 
     def key(self, index: int) -> str:
         """Return a name that stays when the data moves: the path below the dataset's root, or such as digits/17."""
+        return self.name(index)
+
+    def read(self, index: int) -> Pixels:
+        """Return the pixels from memory, else decoded. Raise BadImage."""
+        pixels = self.pixels.get(index)
+        if pixels is None:
+            pixels = self.decode(index)
+            self.store(index, pixels)
+        return pixels
+
+    def store(self, index: int, pixels: Pixels) -> None:
+        """Store an image if there is memory for it."""
+        if self.memory is not None and index not in self.pixels and self.memory.take(pixels.nbytes):
+            self.pixels[index] = pixels
 
     def digest(self, index: int) -> bytes:
         """Return BLAKE2b of the file's bytes, or of shape and pixels. Raise BadImage."""
+        if index not in self._digests:
+            self._digests[index] = self.compute_digest(index)
+        return self._digests[index]
+
+    def compute_digest(self, index: int) -> bytes:
+        """Return `digest` of an image for the first time."""
+        pixels = self.decode(index)
+        digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
+        digest.update(np.ascontiguousarray(pixels).data)
+        return digest.digest()
 
 
 class DigestRecord:
@@ -97,150 +152,103 @@ def digest_of_file(path: Path) -> bytes:
     return hashlib.blake2b(read_bytes(path), digest_size=DIGEST_BYTES).digest()
 
 
-def digest_of_pixels(pixels: Pixels) -> bytes:
-    """Return BLAKE2b of the shape and the values."""
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()
+class ImageFiles(ImageSource):
+    """Images in files below a folder. `keys` are paths relative to it, with slashes."""
 
-
-@dataclass(frozen=True, eq=False)
-class ImageFiles:
-    """Images in files below a folder, read each time. `keys` are paths relative to it, with slashes."""
-
-    root: Path
-    keys: Sequence[str]
-    value_range: ValueRange | None = None
-    digests: DigestRecord | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def path(self, index: int) -> Path:
-        """Return the path of a file."""
-        return self.root / self.keys[index]
+    def __init__(
+        self, root: Path, keys: Sequence[str], value_range: ValueRange | None = None, record: DigestRecord | None = None
+    ) -> None:
+        super().__init__()
+        self.root, self.keys, self.value_range, self.record = root, keys, value_range, record
 
     def read_raw(self, index: int) -> RawImage:
         """Return an image before its values are mapped to 8 bits. Raise BadImage."""
-        return read_raw(self.path(index))
+        return read_raw(self.root / self.keys[index])
 
-    def read(self, index: int) -> Pixels:
+    def decode(self, index: int) -> Pixels:
         return self.read_raw(index).to_pixels(self.value_range)
 
     def name(self, index: int) -> str:
-        return str(self.path(index))
+        return str(self.root / self.keys[index])
 
     def key(self, index: int) -> str:
         return self.keys[index]
 
-    def digest(self, index: int) -> bytes:
-        path = self.path(index)
-        return digest_of_file(path) if self.digests is None else self.digests.digest(path, self.keys[index])
+    def compute_digest(self, index: int) -> bytes:
+        path = self.root / self.keys[index]
+        return digest_of_file(path) if self.record is None else self.record.digest(path, self.keys[index])
 
 
-@dataclass(frozen=True, eq=False)
-class ImageArrays:
+class TorchvisionImages(ImageSource):
+    """Images as a torchvision dataset returns them, with names such as cifar10/train/17."""
+
+    def __init__(self, items: Any, prefix: str) -> None:
+        super().__init__()
+        self.items, self.prefix = items, prefix
+
+    def decode(self, index: int) -> Pixels:
+        try:
+            image = self.items[index][0]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadImage(" ".join(str(error).split())[:80]) from error
+        if not isinstance(image, Image.Image):
+            raise BadImage(f"a {type(image).__name__}, not an image")
+        return to_rgb(image)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}/{index}"
+
+
+class ImageArrays(ImageSource):
     """Images of one size that are in memory: uint8 (n, height, width, 3)."""
 
-    arrays: Pixels
-    prefix: str
-    digests: dict[int, bytes] = field(default_factory=dict)
+    def __init__(self, arrays: Pixels, prefix: str) -> None:
+        super().__init__()
+        self.arrays, self.prefix = arrays, prefix
 
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-    def read(self, index: int) -> Pixels:
+    def decode(self, index: int) -> Pixels:
         pixels: Pixels = self.arrays[index]
         return pixels
 
     def name(self, index: int) -> str:
         return f"{self.prefix}/{index}"
 
-    def key(self, index: int) -> str:
-        return self.name(index)
 
-    def digest(self, index: int) -> bytes:
-        if index not in self.digests:
-            self.digests[index] = digest_of_pixels(self.read(index))
-        return self.digests[index]
-
-
-class MemoryBudget:
-    """A number of bytes for decoded images, shared by several sources, in the process that made it only."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.left = nbytes
-        self.process = os.getpid()
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> bool:
-        """Take that many bytes. Return False if they are not left."""
-        if os.getpid() != self.process:  # each DataLoader worker would fill as much again
-            return False
-        with self._lock:
-            if nbytes > self.left:
-                return False
-            self.left -= nbytes
-        return True
-
-
-@dataclass(frozen=True, eq=False)
-class CachedImages:
-    """Images that stay in memory once they are read, up to the budget. Their digests always stay."""
-
-    images: ImageSource
-    memory: MemoryBudget
-    pixels: dict[int, Pixels] = field(default_factory=dict)
-    digests: dict[int, bytes] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> Pixels:
-        pixels = self.pixels.get(index)
-        if pixels is None:
-            pixels = self.images.read(index)
-            self.store(index, pixels)
-        return pixels
-
-    def holds(self, indices: Iterable[int]) -> bool:
-        """Return True if all of these are in memory."""
-        return all(index in self.pixels for index in indices)
-
-    def store(self, index: int, pixels: Pixels) -> bool:
-        """Store an image if there is memory for it. Return True if it is in memory."""
-        if index not in self.pixels and self.memory.take(pixels.nbytes):
-            self.pixels[index] = pixels
-        return index in self.pixels
-
-    def name(self, index: int) -> str:
-        return self.images.name(index)
-
-    def key(self, index: int) -> str:
-        return self.images.key(index)
-
-    def digest(self, index: int) -> bytes:
-        if index not in self.digests:
-            self.digests[index] = self.images.digest(index)
-        return self.digests[index]
-
-
-def unreadable(images: ImageSource, index: int, error: BadImage) -> BadImagesError:
-    """Return the error of an image that decoded when the dataset was loaded."""
-    return BadImagesError(f"{images.name(index)}: {error}")
+def read_or_name(images: ImageSource, index: int) -> Pixels:
+    """Return the pixels of an image that decoded when the dataset was loaded. Raise BadImagesError, with its name."""
+    try:
+        return images.read(index)
+    except BadImage as error:
+        raise BadImagesError(f"{images.name(index)}: {error}") from error
 
 
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
-    """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
+    """Yield the digest of each image, given its source and index; progress is shown if it takes long.
+
+    Raise BadImagesError for an unreadable file.
+    """
 
     def digest(place: tuple[ImageSource, int]) -> bytes:
         images, index = place
         try:
             return images.digest(index)
         except BadImage as error:
-            raise unreadable(images, index, error) from error
+            raise BadImagesError(f"{images.name(index)}: {error}") from error
 
-    return track_if_slow(map_in_threads(digest, places, 64), "reading files", len(places), reporter)
+    results = map_in_threads(digest, places, 64)
+    start = time.monotonic()
+    count = 0
+    for result in results:
+        yield result
+        count += 1
+        if time.monotonic() - start > PROGRESS_DELAY_SECONDS:
+            break
+    if count < len(places):
+        with reporter.track("reading files", len(places)) as advance:
+            advance(count)
+            for result in results:
+                yield result
+                advance(1)
 
 
 def fingerprint(images: ImageSource, indices: Sequence[int], reporter: Reporter) -> str:
@@ -269,10 +277,7 @@ class Split:
 
     def read(self, i: int) -> Pixels:
         """Return the pixels of the i-th image, uint8 (height, width, 3) RGB. Do not change them in place."""
-        try:
-            return self.images.read(int(self.indices[i]))
-        except BadImage as error:
-            raise unreadable(self.images, int(self.indices[i]), error) from error
+        return read_or_name(self.images, int(self.indices[i]))
 
     def name(self, i: int) -> str:
         """Return the path or name of the i-th image."""
@@ -325,15 +330,61 @@ def source_of_files(listing: Listing) -> Source:
         split: full_split(ImageFiles(listing.root, [key for key, _ in rows]), (label for _, label in rows))
         for split, rows in listing.splits.items()
     }
-    notes = []
-    if listing.ignored:
-        by_count = sorted(listing.ignored.items(), key=lambda item: -item[1])
-        endings = join_limited([f"{ending} ({n:,})" for ending, n in by_count])
-        notes.append(f"files that are not images by their names are left out: {endings}")
+    by_count = sorted(listing.ignored.items(), key=lambda item: -item[1])
+    endings = join_limited([f"{ending} ({n:,})" for ending, n in by_count])
+    notes = [f"files that are not images by their names are left out: {endings}"] if endings else []
     return Source(listing.classes, splits, tuple(notes))
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+class ConcatSplits:
+    """Several splits as one sequence: position 0 is the first image of the first split."""
+
+    def __init__(self, splits: Mapping[str, Split]) -> None:
+        self.splits = splits
+        self.labels: Ints = np.concatenate([split.labels for split in splits.values()])
+        self.split_names = [name for name, split in splits.items() for _ in range(len(split))]
+        self.places = [(split.images, i) for split in splits.values() for i in split.indices.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, position: int) -> str:
+        """Return the path of the file, or a name such as digits/17."""
+        images, index = self.places[position]
+        return images.name(index)
+
+    def key(self, position: int) -> str:
+        """Return the path below the dataset's root, or a name such as digits/17."""
+        images, index = self.places[position]
+        return images.key(index)
+
+    def read(self, position: int) -> Pixels:
+        """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImagesError for an unreadable file."""
+        return read_or_name(*self.places[position])
+
+
+def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
+    """Return the positions of images with equal digests, two or more per group. Raise BadImagesError."""
+    groups: dict[bytes, list[int]] = {}
+    for position, digest in enumerate(digests_of(images.places, reporter)):
+        groups.setdefault(digest, []).append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def cross_split_duplicates(
+    images: ConcatSplits, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]
+) -> list[list[int]]:
+    """Return for each image of a split that is in another one too: its position, then those of its copies there."""
+    rows = []
+    for group in groups:
+        if copies := [i for i in group if images.split_names[i] in others]:
+            rows += [[i, *copies] for i in group if images.split_names[i] == split]
+    return rows
+
+
+def label_conflicts(images: ConcatSplits, groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Return the groups whose images have several labels."""
+    return [list(group) for group in groups if len({int(images.labels[i]) for i in group}) > 1]
 
 
 def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
@@ -358,20 +409,3 @@ def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead
         finally:
             for task in tasks:  # the caller stopped early
                 task.cancel()
-
-
-def track_if_slow(results: Iterator[T], label: str, total: int, reporter: Reporter) -> Iterator[T]:
-    """Yield the same results; the reporter tracks them once they take longer than PROGRESS_DELAY_SECONDS."""
-    start = time.monotonic()
-    count = 0
-    for result in results:
-        yield result
-        count += 1
-        if time.monotonic() - start > PROGRESS_DELAY_SECONDS:
-            break
-    if count < total:
-        with reporter.track(label, total) as advance:
-            advance(count)
-            for result in results:
-                yield result
-                advance(1)

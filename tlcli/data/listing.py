@@ -3,6 +3,7 @@
 Imports neither torch nor numpy, so that a wrong folder is reported at once.
 """
 
+import contextlib
 import csv
 import glob
 import os
@@ -21,21 +22,13 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".heic", ".heif", ".hif"),
 )
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
-"""Names of folders, and values in a manifest, that stand for a split, in lower case."""
+# names of folders, and values in a manifest, that stand for a split, in lower case
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
 _ONE_PER_CLASS = "Expected one subfolder per class."
 
-FilesByClass = dict[str, dict[str, list[str]]]
-"""Split -> class -> files, as paths relative to the root, with slashes."""
+FilesByClass = dict[str, dict[str, list[str]]]  # split -> class -> paths relative to the root, with slashes
 
 
 @dataclass(frozen=True)
@@ -256,12 +249,7 @@ def _images_below(folder: Path, root: Path, ignored: Counter[str]) -> Iterator[s
 # -- manifest ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Row:
-    line: int
-    path: str
-    label: str
-    split: str
+_Row = tuple[int, str, str, str]  # line, path, label, split ("" without)
 
 
 def list_manifest(
@@ -283,13 +271,13 @@ def list_manifest(
     if not is_dir(root):
         _raise_no_folder(root)
     rows = _read_rows(file)
-    unsplit = [row.line for row in rows if not row.split]
+    unsplit = [line for line, _, _, split in rows if not split]
     if unsplit and len(unsplit) < len(rows):
         raise UsageError(f"{file}, line {unsplit[0]}: no split, but other rows have one ({len(unsplit)} such rows)")
-    _check_labels(file, rows)
+    _check_labels(file, {label: line for line, _, label, _ in rows})
     files: FilesByClass = {}
-    for key, row in zip(_row_keys(file, root, rows), rows, strict=True):
-        files.setdefault(row.split or "all", {}).setdefault(row.label, []).append(key)
+    for key, (_, _, label, split) in zip(_row_keys(file, root, rows), rows, strict=True):
+        files.setdefault(split or "all", {}).setdefault(label, []).append(key)
     return _make_listing(root, files, selected, str(file), for_training=for_training, ignored={})
 
 
@@ -328,59 +316,54 @@ def _parse_row(where: str, line: int, cells: dict[str, str | None]) -> _Row:
             raise UsageError(f"{where}: the {name} contains a NUL character; is this CSV in UTF-8?")
     if split and split.lower() not in SPLITS:
         raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
-    return _Row(line, path, label, SPLITS.get(split.lower(), ""))
+    return line, path, label, SPLITS.get(split.lower(), "")
 
 
-def _check_labels(file: Path, rows: list[_Row]) -> None:
-    """Raise UsageError for labels of a regression or of a multi-label dataset."""
+def _check_labels(file: Path, labels: Mapping[str, int]) -> None:
+    """Raise UsageError for labels of a regression or of a multi-label dataset, given a line of each."""
     single = "tlcli does single-label classification: give each image the name of one class"
-    labels = {row.label: row.line for row in rows}
     parts = {label: [p.strip() for p in label.replace(";", "|").replace(",", "|").split("|")] for label in labels}
     uses = Counter(part for names in parts.values() for part in set(names))
     for label, line in labels.items():
         is_list = label[0] + label[-1] in ("[]", "{}", "()")
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
             raise UsageError(f"{file}, line {line}: label {label!r} is a list. {single}")
-    if all(_is_number(label) for label in labels) and not all(label.lstrip("+-").isdecimal() for label in labels):
-        label = next(label for label in labels if not label.lstrip("+-").isdecimal())
-        raise UsageError(f"{file}, line {labels[label]}: labels are numbers ({label}). {single}, not a value")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    fractions = [label for label in labels if not label.lstrip("+-").isdecimal()]
+    with contextlib.suppress(ValueError):  # one is not a number
+        numbers = list(map(float, labels))
+        if fractions and numbers:
+            line = labels[fractions[0]]
+            raise UsageError(f"{file}, line {line}: labels are numbers ({fractions[0]}). {single}, not a value")
 
 
 def _row_keys(file: Path, root: Path, rows: list[_Row]) -> list[str]:
     """Return the path of each row relative to root. Raise UsageError unless all exist, are below root and unique."""
-    first_rows: dict[str, _Row] = {}
-    keys, missing = [], []
+    first_rows: dict[str, tuple[int, str]] = {}
+    keys: list[str] = []
+    missing: list[tuple[int, Path]] = []
     real_root = resolve_links(root)
-    for row in rows:
-        path = root / row.path
-        inside = not Path(row.path).is_absolute() and ".." not in path.parts
+    for line, name, label, _ in rows:
+        path = root / name
+        inside = not Path(name).is_absolute() and ".." not in path.parts
         if not inside and not resolve_links(path).is_relative_to(real_root):
-            raise UsageError(f"{file}, line {row.line}: {row.path} lies outside {root}; set dataset.root to its folder")
+            raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
         key = Path(os.path.relpath(path, root)).as_posix()
-        if ".." in Path(row.path).parts:  # behind a link, .. is another folder than it seems
+        if ".." in Path(name).parts:  # behind a link, .. is another folder than it seems
             key = Path(os.path.relpath(resolve_links(path.parent) / path.name, real_root)).as_posix()
-        first = first_rows.setdefault(key, row)
-        if first.label != row.label:
-            labels = f"{first.label!r} (line {first.line}) and {row.label!r} (line {row.line})"
-            raise UsageError(f"{file}: {row.path} has two labels: {labels}. tlcli does single-label classification")
-        if first is not row:
-            raise UsageError(f"{file}: {row.path} is named twice (lines {first.line} and {row.line}); remove one")
+        first_line, first_label = first_rows.setdefault(key, (line, label))
+        if first_label != label:
+            labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
+            raise UsageError(f"{file}: {name} has two labels: {labels}. tlcli does single-label classification")
+        if first_line != line:
+            raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
         if not is_file(path):
-            missing.append(row)
+            missing.append((line, path))
         keys.append(key)
     if missing:
+        line, path = missing[0]
         more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
-        path = root / missing[0].path
         problem = "not a file, or a broken link" if os.path.lexists(path) else "no such file"
-        raise UsageError(f"{file}, line {missing[0].line}: {path}: {problem}{more}")
+        raise UsageError(f"{file}, line {line}: {path}: {problem}{more}")
     return keys
 
 
@@ -422,12 +405,9 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
 
 
 def _expand_folder(folder: str) -> Iterator[Named]:
-    empty = True
-    for path in _expand_below(folder):
-        empty = False
-        yield path
-    if empty:
-        yield MissingPath(folder, "no images in this folder")
+    paths = _expand_below(folder)
+    yield next(paths, MissingPath(folder, "no images in this folder"))
+    yield from paths
 
 
 def _expand_below(folder: str) -> Iterator[Named]:

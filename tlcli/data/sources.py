@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from tlcli.data.listing import find_bad_classes, list_folder, list_manifest, resolve_classes
+from tlcli.data.listing import Listing, find_bad_classes, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
 from tlcli.registry import option
 from tlcli.reporter import Reporter
@@ -19,7 +20,6 @@ from tlcli.specs import DatasetSpec
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
-    from tlcli.data.decode import Pixels
     from tlcli.data.images import ImageSource, Ints, Source
 
 DIGITS = tuple("0123456789")
@@ -46,17 +46,27 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
         return Source(DIGITS, {"all": full_split(images, data.target)}).select_classes(self.classes, self.name)
 
 
-@option
-class ImageFolderSpec(DatasetSpec, frozen=True, tag="imagefolder"):
-    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
+class _ListedSpec(DatasetSpec, frozen=True):
+    """A dataset of files that are listed before any is read."""
+
+    def list_files(self, *, for_training: bool = True) -> Listing:
+        raise NotImplementedError
 
     def check(self, *, for_training: bool = True) -> None:
-        list_folder(self.root, self.classes, for_training=for_training)
+        self.list_files(for_training=for_training)
 
     def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
         from tlcli.data.images import source_of_files
 
-        return source_of_files(list_folder(self.root, self.classes, for_training=for_training))
+        return source_of_files(self.list_files(for_training=for_training))
+
+
+@option
+class ImageFolderSpec(_ListedSpec, frozen=True, tag="imagefolder"):
+    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
+
+    def list_files(self, *, for_training: bool = True) -> Listing:
+        return list_folder(self.root, self.classes, for_training=for_training)
 
     def without_bad_classes(self) -> tuple[DatasetSpec, list[str]]:
         problems, classes = find_bad_classes(self.root, self.classes)
@@ -64,18 +74,13 @@ class ImageFolderSpec(DatasetSpec, frozen=True, tag="imagefolder"):
 
 
 @option
-class ManifestSpec(DatasetSpec, frozen=True, tag="manifest"):
+class ManifestSpec(_ListedSpec, frozen=True, tag="manifest"):
     """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
 
     file: str
 
-    def check(self, *, for_training: bool = True) -> None:
-        list_manifest(self.file, self.root, self.classes, for_training=for_training)
-
-    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
-        from tlcli.data.images import source_of_files
-
-        return source_of_files(list_manifest(self.file, self.root, self.classes, for_training=for_training))
+    def list_files(self, *, for_training: bool = True) -> Listing:
+        return list_manifest(self.file, self.root, self.classes, for_training=for_training)
 
 
 @option
@@ -100,43 +105,6 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
 
 
 # -- torchvision ------------------------------------------------------------------------------------------------------
-
-
-class TorchvisionImages:
-    """Images as a torchvision dataset returns them."""
-
-    def __init__(self, items: Any, prefix: str) -> None:
-        self.items = items
-        self.prefix = prefix
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def read(self, index: int) -> "Pixels":
-        """Return the pixels of an image. Raise BadImage."""
-        from PIL import Image
-
-        from tlcli.data.decode import BadImage, to_rgb
-
-        try:
-            image = self.items[index][0]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(" ".join(str(error).split())[:80]) from error
-        if not isinstance(image, Image.Image):
-            raise BadImage(f"a {type(image).__name__}, not an image")
-        return to_rgb(image)
-
-    def name(self, index: int) -> str:
-        """Return a name such as cifar10/train/17."""
-        return f"{self.prefix}/{index}"
-
-    key = name
-
-    def digest(self, index: int) -> bytes:
-        """Return the digest of the pixels."""
-        from tlcli.data.images import digest_of_pixels
-
-        return digest_of_pixels(self.read(index))
 
 
 def load_torchvision(spec: TorchvisionDatasetSpec, reporter: Reporter) -> "Source":
@@ -207,7 +175,7 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
                 raise UsageError(f"{spec.name}: {reason}: {remedy}, or put it there") from error
         reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
         try:
-            with _no_bars_off_a_terminal(), _archives_stay_in_their_folder():
+            with _safe_download():
                 return make(download=True, **arguments)
         except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise TlcliError(
@@ -223,21 +191,20 @@ def _first_sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _archives_stay_in_their_folder() -> Iterator[None]:
-    """Extract tar files safely: torchvision uses Python's default, which before 3.14 lets them write anywhere."""
+def _safe_download() -> Iterator[None]:
+    """Extract tar files safely, and hide torchvision's progress bars unless stderr is a terminal.
+
+    torchvision uses Python's default, which before 3.14 lets archives write anywhere.
+    """
     import tarfile
 
     previous = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
-        yield
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         tarfile.TarFile.extraction_filter = previous
-
-
-def _no_bars_off_a_terminal() -> contextlib.AbstractContextManager[object]:
-    """Hide torchvision's progress bars unless stderr is a terminal."""
-    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
@@ -273,9 +240,7 @@ def _class_names(items: Any, count: int) -> tuple[str, ...]:
 
 def _images(items: Any, root: Path, prefix: str) -> "ImageSource":
     """Return the files if the dataset has a list of them, so that they are decoded as all files are."""
-    import os
-
-    from tlcli.data.images import ImageFiles
+    from tlcli.data.images import ImageFiles, TorchvisionImages
 
     for name in ("_image_files", "_images", "samples", "_samples"):
         listed = getattr(items, name, None)
