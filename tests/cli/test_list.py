@@ -12,7 +12,6 @@ import pytest
 
 from tests.runs.test_index import make_run
 from tlcli.cli.completion import candidates
-from tlcli.cli.list_runs import KEYS
 
 
 @pytest.fixture
@@ -65,14 +64,13 @@ def test_jobs_stand_below_their_sweep_with_what_it_varies(outputs, tlcli) -> Non
         ("test", "1", "3"),
         ("-test", "sweep", "3"),
         ("minutes", "sweep", "1"),
-        ("when", "sweep", "1"),
         ("-when", "1", "sweep"),
         ("backbone", "sweep", "4"),
-        ("-backbone", "4", "1"),
     ],
 )
 def test_order(sort: str, first: str, last: str, outputs, tlcli) -> None:
     paths = shown(tlcli("list", "--sort", sort).out)
+    assert shown(tlcli("list", "--sort", sort, "--limit", "2").out) == paths[:2]
     assert (paths[0], paths[-1]) == (f"outputs/{first}", f"outputs/{last}")
 
 
@@ -82,10 +80,6 @@ def test_filter_is_answered_by_its_replacement(outputs, tlcli) -> None:
         assert (ended.code, ended.out) == (2, "")
         assert ended.err.startswith("tlcli list: --filter was removed; use jq: tlcli list --format json | jq ")
         assert ended.err.count("\n") == 1
-
-
-def test_limit(outputs, tlcli) -> None:
-    assert len(shown(tlcli("list", "--limit", "2").out)) == 2
 
 
 def test_json_has_everything(outputs, tlcli) -> None:
@@ -109,20 +103,15 @@ def test_csv_cannot_carry_a_formula(outputs, tlcli) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal(outputs, tlcli) -> None:
-    make_run(outputs / "evil", dataset="a\x1b[31mb\nc", backbone="d\u202ee")
+    make_run(outputs / "evil", dataset="a\x1b[31mb\nc", backbone="d\u202ee" + "x" * 80)
     out = tlcli("list").out
+    assert "x" * 80 in out  # nothing is cut in a pipe
     assert "\x1b" not in out
     assert "\u202e" not in out
     assert len(out.splitlines()) == 9
 
 
-def test_damaged_and_died_are_shown(outputs, tlcli) -> None:
-    (outputs / "1" / "run.json").write_text("{")
-    lines = tlcli("list").out.splitlines()
-    assert [re.split(" {2,}", line)[0] for line in lines[1:6]].count("damaged") == 1
-
-
-@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize("width", [60, 100])
 def test_a_table_fits_its_width(width: int, outputs, tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(outputs / "long", dataset="a data set with a name that is far too long", backbone="图像" * 20)
     monkeypatch.setattr("tlcli.cli.list_runs.terminal_columns", lambda: width)
@@ -133,12 +122,6 @@ def test_a_table_fits_its_width(width: int, outputs, tlcli, monkeypatch: pytest.
     titles = lines[0].split()
     assert {"status", "val", "test", "path"} <= set(titles)
     assert len(titles) > 4 or width == 60
-
-
-def test_a_pipe_gets_whole_cells(outputs, tlcli) -> None:
-    name = "x" * 80
-    make_run(outputs / "long", backbone=name)
-    assert name in tlcli("list").out
 
 
 @pytest.mark.parametrize(
@@ -166,23 +149,12 @@ def test_nothing_there_is_no_error(tlcli, tmp_path: Path) -> None:
     assert json.loads(tlcli("list", "--format", "json").out) == []
 
 
-def test_every_key_can_be_sorted_by(outputs, tlcli) -> None:
-    for key in KEYS:
-        assert tlcli("list", "--sort", key).code == 0
-
-
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "experiments").mkdir()
     monkeypatch.chdir(tmp_path)
     assert {"--sort ", "experiments/ "} <= set(candidates("tlcli list "))
     assert candidates("tlcli list --jobs --sort t") == ["test "]
     assert candidates("tlcli list --format ") == ["table ", "csv ", "json "]
-
-
-def test_help_has_two_examples(tlcli) -> None:
-    out = tlcli("list", "--help").out
-    assert out.count("  tlcli list ") == 2
-    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_many_runs_without_torch(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """Checkpoints that are cut short, empty, of something else, or meant to do harm: to train from, to load, to compare.
 
-Weights of another backbone, tensors that are missing, unknown, of another shape or not finite, and a state dict with a
-payload are in tests/models/test_build.py; classes that were renamed are there and in tests/test_evaluate.py.
+Payloads are in tests/security/test_pickles.py, weights of another backbone in tests/models/test_build.py.
 """
 
 import json
 import os
-import pickle
 import shutil
 import socket
 from collections.abc import Callable
@@ -20,13 +18,12 @@ from torch import Tensor
 
 from tests.faults.refusals import refused, untouched, yaml_bomb
 from tests.runs.test_predictions import SOME
-from tests.security.test_pickles import Payload
 from tlcli.cli.job import check_weights
 from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import build_model, read_weights
 from tlcli.runs.checkpointing import save_weights
 from tlcli.runs.load import load_run
-from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
+from tlcli.runs.run_dir import RunDir, read_predictions
 
 CLASSES = ("ant", "bee", "cat")
 PREPROCESSING = {"size": 32, "fit": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
@@ -73,26 +70,18 @@ def train_from(file: Path) -> Any:
     return build_model(backbone(str(file)), CLASSES, size=None, seed=0)
 
 
-def test_the_sound_run_is_taken(run: Path, tmp_path: Path) -> None:
-    with untouched(tmp_path):
-        assert load_run(run).temperature == 1.5
-        assert train_from(run).head_loaded
-
-
 # -- bytes
 
 
 DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {
     "empty": lambda content, header: b"",
     "the header's length": lambda content, header: content[:8],
-    "half a header": lambda content, header: content[: 8 + header // 2],
     "a header": lambda content, header: content[: 8 + header],
     "half": lambda content, header: content[: len(content) // 2],
     "all but the last byte": lambda content, header: content[:-1],
     "a byte more": lambda content, header: content + b"\0",
     "a header of 16 exabytes": lambda content, header: b"\xff" * 8 + content[8:],
-    "a header longer than the file": lambda content, header: len(content).to_bytes(8, "little") + content[8:],
-    "a header of nothing": lambda content, header: bytes(8) + content[8:],
+    "another bit": lambda content, header: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
     "a header that is no JSON": lambda content, header: content[:8] + b"[" + content[9:],
     "a web page": lambda content, header: b"<!DOCTYPE html><html></html>",
 }
@@ -124,36 +113,6 @@ def test_no_flipped_byte_of_a_header_does_anything_but_say_so(run: Path, tmp_pat
             assert found.keys() == read_weights(RunDir(run).last_checkpoint).state.keys()
 
 
-# -- payloads
-
-
-def payloads(canary: Path) -> dict[str, Callable[[Path], Any]]:
-    """Files that would write the canary if they were unpickled."""
-    evil = Payload(canary)
-    return {
-        "a pickle": lambda file: file.write_bytes(pickle.dumps(evil)),
-        "torch.save": lambda file: torch.save({"state_dict": {"w": evil}}, file),
-        "torch.save of old": lambda file: torch.save({"w": evil}, file, _use_new_zipfile_serialization=False),
-        "a key": lambda file: torch.save({evil: torch.zeros(1)}, file),
-        "a whole network": lambda file: torch.save(torch.nn.Linear(1, 1), file),
-    }
-
-
-@pytest.mark.parametrize("case", payloads(Path()))
-@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.safetensors", "run"])
-def test_nothing_in_a_file_is_run(case: str, name: str, run: Path, tmp_path: Path) -> None:
-    file = best(run) if name == "run" else tmp_path / name
-    payloads(tmp_path / "canary")[case](file)
-    refused(lambda: read_weights(run if name == "run" else file), 2, "backbone.weights=", keeps=tmp_path)
-    if name == "run":
-        RunDir(run).last_checkpoint.write_bytes(file.read_bytes())
-        RunDir(run).test_predictions.write_bytes(file.read_bytes())
-        refused(lambda: load_run(run), 2, "best.safetensors: damaged", keeps=tmp_path)
-        refused(lambda: load_run(run, "last"), 2, "last.safetensors: damaged", keeps=tmp_path)
-        refused(lambda: read_predictions(RunDir(run).test_predictions), 2, "predictions", keeps=tmp_path)
-    assert not (tmp_path / "canary").exists()
-
-
 # -- tensors
 
 
@@ -167,11 +126,8 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "complex": (swapped(lambda t: t.to(torch.complex64)), "has complex numbers"),
     "too large for float32": (swapped(lambda t: t.double() * 1e300), "has values that are not finite"),
     "no values": (swapped(lambda t: t[:0]), "is 0x"),
-    "no tensors": (lambda state: {}, "does not hold a state dict"),
     "a list": (lambda state: list(state.values()), "does not hold a state dict"),
-    "numbers": (lambda state: dict.fromkeys(state, 1.0), "does not hold a state dict"),
     "another architecture": (lambda state: {f"layer9.{n}": t for n, t in state.items()}, "another architecture?"),
-    "a head alone": (lambda state: {n: t for n, t in state.items() if n.startswith("fc.")}, "another architecture?"),
 }
 
 
@@ -212,8 +168,6 @@ def test_a_run_of_something_else(
 STAGES: dict[str, tuple[str, str]] = {
     "no expression": ("{a: '('}", "is not a regular expression"),
     "numbers": ("{a: 3}", "config.yaml: does not describe the backbone"),
-    "a list": ("[a, b]", "config.yaml: does not describe the backbone"),
-    "too deep": ("[" * 2000, "config.yaml: does not describe the backbone"),
     "a bomb": ("{b: *z}", "config.yaml: does not describe the backbone"),
     "code": ("!!python/object/apply:os.getcwd []", "config.yaml: does not describe the backbone"),
 }
@@ -231,10 +185,9 @@ def test_a_config_that_does_not_describe_the_network(
     refused(lambda: load_run(run), 2, words, keeps=tmp_path)
 
 
-@pytest.mark.parametrize("value", [0, -1, "2", None, [1], 1e12, "nan"])
+@pytest.mark.parametrize("value", [0, "2", None, 1e12])
 def test_a_temperature_that_is_none(value: Any, run: Path, tmp_path: Path) -> None:
-    record = read_json(run / "run.json")
-    write_json(run / "run.json", {**record, "calibration": {"temperature": value}})
+    RunDir(run).update(calibration={"temperature": value})
     refused(lambda: load_run(run), 2, "run.json: damaged (calibration.temperature is ", keeps=tmp_path)
 
 
@@ -242,11 +195,9 @@ def test_a_temperature_that_is_none(value: Any, run: Path, tmp_path: Path) -> No
 
 PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pipe": (lambda tmp_path: os.mkfifo(tmp_path / "w.pth"), "no such file"),
-    "a circle": (lambda tmp_path: (tmp_path / "w.pth").symlink_to("w.pth"), "no such file"),
     "an empty folder": (lambda tmp_path: (tmp_path / "w.pth").mkdir(), "no such file (not a run directory)"),
     "nothing": (lambda tmp_path: None, "no such file"),
     "an empty file": (lambda tmp_path: (tmp_path / "w.pth").touch(), "cannot be read as plain tensors"),
-    "a manifest": (lambda tmp_path: (tmp_path / "w.pth").write_text("a,b\n"), "cannot be read as plain tensors"),
 }
 
 
@@ -258,7 +209,6 @@ def test_weights_that_are_not_there(case: str, tmp_path: Path) -> None:
 
 
 def test_weights_of_a_name_that_is_too_long(tmp_path: Path) -> None:
-    refused(lambda: read_weights(tmp_path / ("x" * 300 + ".pth")), 2, ": no such file", keeps=tmp_path)
     refused(lambda: check_weights(str(tmp_path / ("x" * 300 + ".pth"))), 2, "file name too long", keeps=tmp_path)
 
 
@@ -266,13 +216,10 @@ def test_weights_of_a_name_that_is_too_long(tmp_path: Path) -> None:
 
 PREDICTIONS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "labels beyond the classes": ({}, {"labels": torch.tensor([0, 1, 2])}),
-    "labels below 0": ({}, {"labels": torch.tensor([0, -1, 1])}),
     "labels that are no numbers of classes": ({}, {"labels": torch.tensor([0.0, 1.0, 1.0])}),
-    "logits that are whole numbers": ({}, {"logits": torch.zeros(3, 2, dtype=torch.int64)}),
     "logits of another shape": ({}, {"logits": torch.zeros(3, 2, 1)}),
     "classes in a word": ({"classes": "ab"}, {}),
     "keys by number": ({"keys": [1, 2, 3]}, {}),
-    "too few names": ({"names": ["a"]}, {}),
     "no keys": ({"keys": None}, {}),
 }
 

@@ -177,7 +177,7 @@ def read_entry(path: Path) -> RunEntry:
         seconds = (until - started).total_seconds() if started and until else None
     best = {k: v for k, value in (_as(dict, info.get("best")) or {}).items() if (v := number(value)) is not None}
     # runs of tlcli 0.5 and earlier have the test metrics in test.json alone
-    test = info["test"] if isinstance(info.get("test"), dict) else run.test()
+    test = info["test"] if isinstance(info.get("test"), dict) else run.test(accuracy_only=True)
     test_ci95 = pair(test.get("accuracy_ci95"))
     return RunEntry(
         path=path,
