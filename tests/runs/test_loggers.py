@@ -5,7 +5,7 @@ The real packages are extras: where one is not installed, its test is skipped.
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,46 +245,8 @@ def test_wandb_offline_has_what_was_written(train, monkeypatch: pytest.MonkeyPat
     run = train("logger=wandb", "logger.project=mine")
     wandb.teardown()  # as at the end of a process: its service has written everything then
     (folder,) = run.glob("wandb/offline-run-*")
-    (file,) = folder.glob("*.wandb")
-    records = wandb_records(file)
-    losses, accuracy = metrics_of(run)
-    assert [row["val/loss"] for row in records["history"] if "val/loss" in row] == pytest.approx(losses)
-    assert records["summary"]["test/accuracy"] == pytest.approx(accuracy)
-    assert records["summary"]["status"] == "done"
-    assert records["config"]["optimizer.lr"] == 0.0005
     content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"hunter2" not in content
-
-
-def wandb_records(file: Path) -> dict[str, Any]:
-    """What an offline run's file holds: config, history, summary."""
-    from wandb.proto import wandb_internal_pb2
-
-    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}}
-    for data in level_db_records(file.read_bytes()[7:]):  # behind the file's own head
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        found["config"] |= values(record.run.config.update)
-        found["history"].append(values(record.history.item))
-        found["summary"] |= values(record.summary.update)
-    return found
-
-
-def values(items: Any) -> dict[str, Any]:
-    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
-
-
-def level_db_records(content: bytes, block: int = 32_768) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format: parts with a head of 7 bytes (checksum, length, kind), in blocks."""
-    place, parts = 7, b""  # the head of the file counts as part of the first block
-    content = bytes(7) + content
-    while place + 7 <= len(content):
-        if block - place % block < 7:
-            place += block - place % block
-            continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, last
-            yield parts
-            parts = b""
+    losses, accuracy = metrics_of(run)  # its records have JSON in them
+    for text in ('"done"', "optimizer.lr", "mine", *map(json.dumps, (0.0005, accuracy, *losses))):
+        assert text.encode() in content

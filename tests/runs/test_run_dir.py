@@ -21,9 +21,7 @@ def test_damaged_files_are_empty(tmp_path: Path) -> None:
     assert (run.config(), run.test(), run.metrics()) == ({}, {}, [{"epoch": 1}, {"epoch": 2}])
 
 
-@pytest.mark.parametrize(
-    "text", ["a: &x [1]\nb: *x", "a: &a [*a]", "- " * 5000, "a: !!python/name:os.system", "7", "\x00"]
-)
+@pytest.mark.parametrize("text", ["a: &a [*a]", "- " * 5000, "a: !!python/name:os.system", "7", "\x00"])
 def test_yaml_from_any_source_is_a_mapping_of_plain_values_or_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):

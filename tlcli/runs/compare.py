@@ -23,14 +23,7 @@ ALPHA = 0.05  # a difference is significant if p is below this
 
 @dataclass(frozen=True, eq=False)
 class TestedRun:
-    """A tested run.
-
-    Args:
-        config: the values of config.yaml by full key.
-        setting: versions, processor, device and precision.
-        test: the contents of test.json.
-        predictions: of the test images; None if the run did not store them.
-    """
+    """A tested run: config.yaml by full key, versions and machine, test.json, predictions if it stored them."""
 
     path: str
     config: Mapping[str, Any]

@@ -26,12 +26,8 @@ WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  #
 class RunEntry:
     """A run. What is not known is None.
 
-    Args:
-        status: done, failed, interrupted or running, as in run.json; `died` if it says running and the process has
-            ended; `damaged` if run.json cannot be read, with the reason in `error`.
-        val: the validation accuracy of the best epoch; `best` has all its metrics.
-        test: the test accuracy.
-        data: the name of the folder or file with the images, otherwise that of the dataset.
+    Its status is that of run.json, `died` if that says running and the process has ended, or `damaged` if run.json
+    cannot be read. `val` and `test` are accuracies; `data` names the folder or file with the images, or the dataset.
     """
 
     path: Path

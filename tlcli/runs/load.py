@@ -30,12 +30,10 @@ CHECKPOINTS = ("best", "last")
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A run's classifier on the CPU, in eval mode and float32.
+    """A run's classifier on the CPU, in eval mode and float32. `info` has the contents of run.json.
 
-    Args:
-        info: the contents of run.json.
-        temperature: logits are divided by it before the softmax (Guo et al. 2017). It was fitted to the best epoch, and
-            is 1 for another epoch and for runs without one.
+    Logits are divided by the temperature before the softmax (Guo et al. 2017). It was fitted to the best epoch, and is
+    1 for another epoch and for runs without one.
     """
 
     path: Path

@@ -38,10 +38,7 @@ class TrackerSpec(LoggerSpec, frozen=True):
     """A logger of an extra that has the name of its kind and of the package that it needs."""
 
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
-        """Start a run of the tracker with the values of all keys and with sizes, model and device.
-
-        Files go into `run`, the run's directory.
-        """
+        """Start a run of the tracker with all keys, and with sizes, model and device; files go into `run`."""
         raise NotImplementedError
 
 
@@ -133,16 +130,10 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
 
         if self.mode is WandbMode.online and not wandb.login(prompt=False):
             raise UsageError("not logged in; run `wandb login`, or set logger.mode=offline")
-        settings = wandb.Settings(  # metrics and config only: no code, no terminal output, no machine
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_code=True,
-            disable_git=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
+        # metrics and config only: no code, no terminal output, no machine
+        off = ("disable_code", "disable_git", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
+        settings = wandb.Settings(
+            silent=True, console="off", save_code=False, x_save_requirements=False, **dict.fromkeys(off, True)
         )
         tracked: Any = wandb.init(
             project=self.project,
@@ -169,10 +160,7 @@ def check_logger(spec: LoggerSpec) -> None:
 
 @contextmanager
 def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Reporter]:
-    """Yield a reporter that passes everything to the given one, and the metrics to the chosen logger.
-
-    `run` is the run's directory.
-    """
+    """Yield a reporter that passes everything to the given one, and metrics to the chosen logger; `run` is a folder."""
     if not isinstance(spec.logger, TrackerSpec):
         yield reporter
         return
@@ -193,12 +181,10 @@ class _LoggedReporter(Reporter):
     """Passes everything to a reporter, and metrics to a tracker. After the tracker's first error, a note, it is off."""
 
     def __init__(self, reporter: Reporter, logger: TrackerSpec, spec: TrainSpec, run: Path) -> None:
-        self._reporter = reporter
-        self._logger = logger
-        self._spec = spec
-        self._run = run
+        self._reporter, self._logger, self._spec, self._run = reporter, logger, spec, run
         self._tracker: Tracker | None = None
-        self._result: RunResult | None = None
+        self._metrics: dict[str, float] = {}
+        self._epoch = 0
 
     def note(self, text: str) -> None:
         self._reporter.note(text)
@@ -238,20 +224,16 @@ class _LoggedReporter(Reporter):
 
     def outcome(self, outcome: RunResult) -> None:
         self._reporter.outcome(outcome)
-        self._result = outcome
+        (low, high), self._epoch = outcome.ci95, outcome.epoch
+        self._metrics = {"test/accuracy": outcome.accuracy, "test/accuracy_low": low, "test/accuracy_high": high}
+        self._metrics |= {} if outcome.top5 is None else {"test/top5": outcome.top5}
+        self._metrics |= {"test/loss": outcome.loss, "best_epoch": float(outcome.epoch)}
 
     def end(self, status: str) -> None:
         """End the tracker's run."""
-        metrics: dict[str, float] = {}
-        epoch = 0
-        if self._result is not None:
-            (low, high), top5, epoch = self._result.ci95, self._result.top5, self._result.epoch
-            metrics = {"test/accuracy": self._result.accuracy, "test/accuracy_low": low, "test/accuracy_high": high}
-            metrics |= {"test/loss": self._result.loss, "best_epoch": float(epoch)}
-            metrics |= {} if top5 is None else {"test/top5": top5}
         with self._off_after_error():
             if self._tracker is not None:
-                self._tracker[1](metrics, epoch, status)
+                self._tracker[1](self._metrics, self._epoch, status)
 
     @contextmanager
     def _off_after_error(self) -> Iterator[None]:

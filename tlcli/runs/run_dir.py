@@ -81,12 +81,9 @@ class RunDir:
             return {}
 
     def test(self, *, accuracy_only: bool = False) -> dict[str, Any]:
-        """Return the contents of test.json; an empty dict if it is missing or damaged.
-
-        With `accuracy_only`, only its beginning is parsed if that has the accuracy and its interval.
-        """
+        """Return the contents of test.json, an empty dict if it is missing or damaged; or at least its accuracy."""
         with suppress(OSError, ValueError, RecursionError):
-            if accuracy_only:
+            if accuracy_only:  # it stands at the beginning; `list` reads thousands
                 with _regular(self.test_file).open(encoding="utf-8") as file:
                     start: dict[str, Any] = json.loads(file.read(1024).partition("]")[0] + "]}")
                 if "accuracy_ci95" in start:
@@ -187,11 +184,7 @@ class RunDir:
 
 
 def open_run(path: str | Path) -> RunDir:
-    """Return the run in a directory, with its `info` read.
-
-    Raises:
-        UsageError: the directory has no run, or a run that this version of tlcli cannot read.
-    """
+    """Return the run in a directory. Raise UsageError if there is none, or one that this tlcli cannot read."""
     run = RunDir(expand_user(str(path)))
     if not exists(run.path):
         siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if is_dir(run.path.parent) else []
@@ -236,10 +229,9 @@ def recent_runs(limit: int = 200) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """Logits (N, C) float32 and labels (N) int64 of a split, in its order; keys and names have a string per row.
+    """Logits (N, C) float32 and labels (N) int64 of a split, in its order, with a key and a name per row.
 
-    A key does not change if the data moves: the path below the root of the dataset, or a name such as digits/17. A name
-    is the path that the image had when the run read it.
+    A key stays if the data moves: the path below the root of the dataset, or digits/17. A name is its path then.
     """
 
     logits: "Tensor"
