@@ -37,11 +37,6 @@ def test_changed_labels_are_ranked_first(n_classes: int) -> None:
     assert check.thresholds == pytest.approx(means, abs=1e-5)
 
 
-def test_right_labels_are_not_suspects() -> None:
-    features, labels = clouds(200, 4)
-    assert len(check_labels(features, labels, 4, [], 0).suspects) == 0
-
-
 def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     features, labels = clouds(100, 2)
     features = torch.cat([features, features[:1].expand(20, -1)])
@@ -116,8 +111,3 @@ def test_more_copies_than_neighbors_are_one_group(tmp_path: Path) -> None:
     images = [jpeg(scene(0), 30 + 4 * i) for i in range(14)] + [scene(1)]
     pairs = found(tmp_path, images)
     assert connected_components(pairs) == [list(range(14))]
-
-
-def test_components() -> None:
-    assert connected_components([(1, 5), (2, 3), (5, 9), (3, 4)]) == [[1, 5, 9], [2, 3, 4]]
-    assert connected_components([]) == []

@@ -55,19 +55,6 @@ def test_any_shape(spec: AugmentSpec, shape: tuple[int, int], fit: Fit) -> None:
     assert augment.apply(noise(*shape), 0).shape == (3, 16, 16)
 
 
-def test_none_is_evaluation() -> None:
-    assert AugmentNoneSpec(erasing=0.0).build(preprocessing()) is None
-
-
-def test_flip() -> None:
-    image = noise(16, 16)
-    whole, ratio = (1.0, 1.0), (1.0, 1.0)
-    for flip, want in ((0.0, image), (1.0, image[:, ::-1])):
-        augment = CropSpec(erasing=0.0, scale=whole, ratio=ratio, flip=flip).build(preprocessing())
-        assert augment is not None
-        assert np.array_equal(augment.apply(image, 5).permute(1, 2, 0).numpy(), want)
-
-
 def test_erasing_fills_with_the_mean_colour() -> None:
     augment = AugmentNoneSpec(erasing=1.0).build(preprocessing())
     assert augment is not None

@@ -34,13 +34,6 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
-def test_epoch_order() -> None:
-    assert sorted(epoch_order(100, 1, 2)) == list(range(100))
-    assert np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 2))
-    orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}
-    assert len(orders) == 16
-
-
 def test_sample_seeds_differ() -> None:
     seeds = [sample_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)]
     assert len(set(seeds)) == len(seeds)
@@ -87,20 +80,6 @@ def test_an_epoch_is_shuffled_and_its_own(split: Split, augmentation: Augmentati
     assert not torch.equal(*by_label), "the same augmentation in two epochs"
 
 
-def test_augmentation_does_not_depend_on_batch_size(split: Split, augmentation: Augmentation) -> None:
-    xs = []
-    for size in (1, 4):
-        batches = ImageBatches(split, PREPROCESSING, batch_size=size, workers=0, augmentation=augmentation, seed=7)
-        xs.append(torch.cat([x for x, _ in batches.epoch(3)]))
-    assert torch.equal(*xs)
-
-
-def test_in_order_is_never_augmented(split: Split, augmentation: Augmentation) -> None:
-    plain = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0)
-    augmented = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0, augmentation=augmentation, seed=7)
-    assert same(list(plain.in_order()), list(augmented.in_order()))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentation, workers: int) -> None:
     batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
@@ -110,11 +89,6 @@ def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentatio
         x, y = (torch.cat(parts) for parts in zip(*batches.epoch(number, view), strict=True))
         assert y.tolist() == epoch_order(11, 7, number).tolist(), "the order is the epoch's"
         assert torch.equal(x, ordered[number if view is None else view][y]), "the augmentation is the view's"
-
-
-def test_views_without_augmentation_are_plain(split: Split) -> None:
-    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0)
-    assert same(list(batches.in_order(3)), list(batches.in_order()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,9 +131,3 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
     with pytest.raises(BadImagesError, match=r"3\.png: no such file or directory$") as caught:
         list(batches.in_order())
     assert "\n" not in str(caught.value)
-
-
-def test_an_epoch_may_be_left_early(split: Split) -> None:
-    batches = ImageBatches(split, PREPROCESSING, batch_size=2, workers=2)
-    next(batches.epoch(0))
-    assert len(list(batches.epoch(0))) == 6

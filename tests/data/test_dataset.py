@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec, manifest_spec
+from tests.data.samples import digits_spec, folder_spec
 from tlcli.data import dataset
 from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, stratified_split
-from tlcli.data.decode import read_image, read_raw
+from tlcli.data.decode import read_image
 from tlcli.data.images import ImageArrays, ImageSource, MemoryBudget, Split, full_split
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
@@ -112,39 +112,12 @@ def test_all_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None
     assert data.notes == ()
 
 
-def test_train_and_test(make_folder: MakeFolder) -> None:
-    data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "test/a": 3, "test/b": 2})))
-    assert counts(data) == [(6, 3), (2, 1), (3, 2)]
-    assert len(data.notes) == 1
-    assert not set(names(data.train)) & set(names(data.val))
-
-
 def test_train_and_val(make_folder: MakeFolder) -> None:
     data = load(folder_spec(make_folder({"train/a": 8, "train/b": 4, "val/a": 3, "val/b": 2})))
     assert counts(data) == [(6, 3), (2, 1), (3, 2)]
     assert all("/val/" in name for name in names(data.test))
     assert all("/train/" in name for name in names(data.val))
     assert data.notes[0] == "no test split: the val split is the test set"
-
-
-def test_train_alone(make_folder: MakeFolder) -> None:
-    assert counts(load(folder_spec(make_folder({"train/a": 16, "train/b": 8})))) == [(9, 4), (3, 2), (4, 2)]
-
-
-def test_a_class_that_test_lacks_is_noted(make_folder: MakeFolder) -> None:
-    data = load(folder_spec(make_folder({"train/a": 4, "train/b": 4, "test/a": 4})))
-    assert "test has no images of b" in data.notes
-
-
-def test_per_class(make_folder: MakeFolder) -> None:
-    root = make_folder({"train/a": 20, "train/b": 6, "test/a": 9, "test/b": 2})
-    data = load(folder_spec(root, train_per_class=8, test_per_class=3))
-    assert counts(data) == [(6, 4), (2, 2), (3, 2)]
-
-
-def test_a_given_val_split_is_whole(make_folder: MakeFolder) -> None:
-    root = make_folder({f"{split}/{c}": 6 for split in PARTS for c in "ab"})
-    assert counts(load(folder_spec(root, train_per_class=2, test_per_class=1))) == [(2, 2), (6, 6), (1, 1)]
 
 
 def test_a_subset_is_a_function_of_the_seed_and_the_files(make_folder: MakeFolder) -> None:
@@ -168,15 +141,6 @@ def test_a_class_of_one_image_trains(make_folder: MakeFolder) -> None:
     assert "val has no images of a" in data.notes
 
 
-def test_manifest(make_folder: MakeFolder) -> None:
-    root = make_folder({"x": 8})
-    rows = [f"x/{i:03}.png,{'even' if i % 2 == 0 else 'odd'},{'train' if i < 6 else 'test'}" for i in range(8)]
-    (root / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
-    data = load(manifest_spec(root / "labels.csv"))
-    assert data.classes == ("even", "odd")
-    assert counts(data) == [(2, 2), (1, 1), (1, 1)]
-
-
 def test_digits() -> None:
     data = load(digits_spec(train_per_class=20))
     assert data.classes == tuple("0123456789")
@@ -185,13 +149,6 @@ def test_digits() -> None:
     assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
     assert max(data.train.read(i).max() for i in range(len(data.train))) == 255
     assert data.train.name(0).startswith("digits/")
-
-
-def test_digits_by_name() -> None:
-    data = load(digits_spec(train_per_class=4, classes=["7", "3"]))
-    assert data.classes == ("3", "7")
-    whole = load(digits_spec(train_per_class=4))
-    assert names(data.train) == [n for i, n in enumerate(names(whole.train)) if whole.train.labels[i] in (3, 7)]
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -214,57 +171,11 @@ def test_bad_files_are_an_error(make_folder: MakeFolder) -> None:
     assert "\n" not in message
 
 
-def test_bad_files_are_left_out(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 10, "b": 10})
-    whole = load(folder_spec(root))
-    damage(root, "a/003.png", "b/000.png")
-    data = load(folder_spec(root, on_bad=OnBad.skip))
-    gone = [str(root / "a/003.png"), str(root / "b/000.png")]
-    assert sorted(data.bad_files) == [(path, "a web page, not an image") for path in gone]
-    assert all_names(data) == [name for name in all_names(whole) if name not in gone]
-    assert "2 files do not decode and are left out: see bad_files.csv" in data.notes
-    assert (root / "a/003.png").read_bytes() == b"<html>"
-
-
-def test_bad_files_out_of_use_do_not_matter(make_folder: MakeFolder) -> None:
-    root = make_folder({"train/a": 3, "train/b": 3, "train/c": 3, "test/a": 2, "test/b": 2, "test/c": 1})
-    damage(root, "train/c/000.png")
-    assert load(folder_spec(root, classes=["a", "b"])).bad_files == ()
-
-
 def test_a_class_that_loses_all_is_an_error(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 2, "train/b": 4, "test/a": 2, "test/b": 2})
     damage(root, "train/a/000.png", "train/a/001.png")
     with pytest.raises(UsageError, match="class 'a' has no training image left"):
         load(folder_spec(root, on_bad=OnBad.skip))
-
-
-def test_a_file_that_went_bad_later_is_named(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 10, "b": 10})
-    data = load(folder_spec(root, ram_gb=0.0))
-    Path(data.train.name(0)).unlink()
-    with pytest.raises(BadImagesError, match=r"photos/a/\d+.png: no such file"):
-        data.train.read(0)
-
-
-@pytest.mark.parametrize(("images", "kept"), [(0, 0), (5.5, 5), (100, 20)])
-def test_memory_has_a_budget(
-    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, images: float, kept: int
-) -> None:
-    data = load(folder_spec(make_folder({"a": 10, "b": 10}), ram_gb=images * 12 * 10 * 3 / 1e9))
-    want = [read_image(Path(name)) for name in all_names(data)]
-    opened: list[Any] = []
-    monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
-    splits = [data.train, data.val, data.test]
-    got = [split.read(i) for split in splits for i in range(len(split))]
-    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
-    assert len(opened) == 20 - kept
-
-
-def test_every_image_is_counted_once(make_folder: MakeFolder) -> None:
-    reporter = Recorder()
-    load(folder_spec(make_folder({"a": 10, "b": 11})), reporter=reporter)
-    assert reporter.tracked == {"decoding": [21, 21]}
 
 
 def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +207,3 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert most <= dataset.DECODE_CHUNK * 6
     assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
     assert len(read) == 400
-
-
-def test_user_files_stay_as_they_are(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 8, "b": 8})
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    load(folder_spec(root))
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before

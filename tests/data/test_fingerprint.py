@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec, list_spec, manifest_spec, save_image, torchvision_spec
+from tests.data.samples import folder_spec, list_spec, save_image
 from tlcli.data import images
-from tlcli.data.dataset import load_dataset
-from tlcli.data.decode import decoder, read_bytes
+from tlcli.data.decode import read_bytes
 from tlcli.data.images import (
     DigestRecord,
     ImageArrays,
@@ -22,9 +21,6 @@ from tlcli.data.images import (
     full_split,
     source_of_files,
 )
-from tlcli.errors import BadImagesError
-from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec
 from tlcli.store import Store
 
 MakeFolder = Callable[..., Path]
@@ -100,43 +96,6 @@ def test_names_that_run_together_differ(tmp_path: Path) -> None:
     assert both[0].fingerprint() != both[1].fingerprint()
 
 
-def test_names_need_not_be_utf8(tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"\xff.png")
-    try:
-        save_image(tmp_path / "x.png").rename(path)
-    except OSError:
-        pytest.skip("this file system takes no such name")
-    assert len(full_split(ImageFiles(tmp_path, [path.name]), [0]).fingerprint()) == 64
-
-
-def test_manifest_keys_are_below_its_root(make_folder: MakeFolder) -> None:
-    root = make_folder({"x": 2})
-    rows = [f"./x/../x/000.png,a\n{root}/x/001.png,b"]
-    (root / "labels.csv").write_text("\n".join(["path,label", *rows]))
-    assert keys(source_of_files(list_spec(manifest_spec(root / "labels.csv"))).splits["all"]) == [
-        "x/000.png",
-        "x/001.png",
-    ]
-
-
-def sources(tmp_path: Path) -> dict[str, tuple[DatasetSpec, str]]:
-    for name in ("Forest", "River"):
-        for i in range(8):
-            save_image(tmp_path / "eurosat" / "2750" / name / f"{i}.jpg", seed=i)
-    return {
-        "digits": (digits_spec(train_per_class=4), "digits/"),
-        "torchvision files": (torchvision_spec("EuroSAT", tmp_path), "eurosat/2750/Forest/"),
-    }
-
-
-@pytest.mark.parametrize("name", ["digits", "torchvision files"])
-def test_keys_of_other_sources(name: str, tmp_path: Path) -> None:
-    spec, start = sources(tmp_path)[name]
-    one, two = (load_dataset(spec, seed=0, reporter=Reporter()) for _ in range(2))
-    assert one.train.images.key(int(one.train.indices[0])).startswith(start)
-    assert one.train.fingerprint() == two.train.fingerprint() != one.val.fingerprint()
-
-
 def test_a_digest_is_of_pixels_and_shape() -> None:
     pixels = np.arange(24, dtype=np.uint8)
     sources = [ImageArrays(pixels.reshape(1, *shape), "x") for shape in ((2, 4, 3), (4, 2, 3), (2, 4, 3))]
@@ -149,29 +108,6 @@ def test_a_digest_is_of_pixels_and_shape() -> None:
     assert (items.digest(0), items.key(0)) == (digests[0], "x/0")
 
 
-def test_a_file_is_read_once(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load_dataset(folder_spec(make_folder({"a": 8, "b": 8})), seed=0, reporter=Reporter())
-    before = data.train.fingerprint()
-    monkeypatch.setattr("tlcli.data.images.read_bytes", lambda path: pytest.fail("read again"))
-    assert data.train.fingerprint() == before
-    assert data.train.fingerprint(np.array([0])) != before
-
-
-def test_a_file_that_is_gone_is_named(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 8, "b": 8})
-    split = everything(root)
-    (root / "a" / "003.png").unlink()
-    with pytest.raises(BadImagesError, match=r"photos/a/003\.png: no such file or directory$"):
-        split.fingerprint()
-
-
-def test_pipes_are_not_opened(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 1, "b": 1})
-    os.mkfifo(root / "a" / "pipe.png")
-    with pytest.raises(BadImagesError, match=r"pipe\.png: not a regular file"):
-        everything(root).fingerprint()
-
-
 def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.data.test_dataset import Recorder
 
@@ -180,17 +116,6 @@ def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         reporter = Recorder()
         full_split(ImageArrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(reporter=reporter)
         assert reporter.tracked == shown
-
-
-def test_threads_keep_the_order_and_raise() -> None:
-    assert list(images.map_in_threads(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
-    with pytest.raises(ZeroDivisionError):
-        list(images.map_in_threads(lambda i: 1 // (i - 50), range(100), 3))
-
-
-def test_the_decoder_has_a_name() -> None:
-    assert decoder() == decoder()
-    assert "Pillow" in decoder()
 
 
 # -- remembered digests

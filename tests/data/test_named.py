@@ -46,17 +46,6 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(folder: Path) -> No
     assert names("a[2].jpg", patterns=False) == ["a[2].jpg"]
 
 
-def test_a_folder_without_images_says_so(folder: Path) -> None:
-    assert names("empty") == [MissingPath("empty", "no images in this folder")]
-
-
 def test_links_to_folders_make_no_loop(folder: Path) -> None:
     (folder / "photos/sub/loop.jpg").symlink_to(folder / "photos")
     assert len(names("photos")) == 5  # the link is no image, and is said to be none when it is read
-
-
-def test_names_are_read_as_they_are_asked_for(folder: Path) -> None:
-    found = expand_image_paths(iter(["photos/b.jpg", "photos"]))
-    assert next(found) == "photos/b.jpg"
-    (folder / "photos/b.jpg").unlink()
-    assert "photos/b.jpg" not in list(found)

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.data.samples import folder_spec
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, images_by_key, load_dataset, load_evaluation_split
-from tlcli.data.decode import read_image, read_raw
+from tlcli.data.decode import read_raw
 from tlcli.reporter import Reporter
 from tlcli.runs.load import pixels_of
 from tlcli.specs import Fit
@@ -88,16 +88,6 @@ def test_a_second_run_says_the_same_without_decoding(tmp_path: Path, monkeypatch
     monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: pytest.fail("decoded again"))
     again = load_dataset(spec, seed=0, reporter=Reporter(), store=store)
     assert (again.notes, again.value_range) == (first.notes, first.value_range)
-
-
-def test_signed_and_float_types_have_their_own_full_range(tmp_path: Path) -> None:
-    for name, values, want in (
-        ("unsigned.png", np.array([[0, 65535]], dtype=np.uint16), [0, 255]),
-        ("wide.tif", np.array([[-(2**31), 2**31 - 1]], dtype=np.int32), [0, 255]),
-        ("float.tif", np.array([[0, 0.5, 1, 7, np.nan]], dtype=np.float32), [0, 128, 255, 255, 0]),
-    ):
-        save_deep(tmp_path / name, values)
-        assert read_image(tmp_path / name)[0, :, 0].tolist() == want
 
 
 def test_color_of_16_bits_is_noted(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec
+from tests.data.samples import folder_spec
 from tests.data.test_dataset import Recorder, all_names, damage
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset, preload_images
@@ -110,11 +110,6 @@ def test_what_cannot_be_read_is_not_remembered(make_folder: MakeFolder, store: S
     assert bad_files(store) == []
 
 
-def test_arrays_are_sound(store: Store) -> None:
-    load(digits_spec(train_per_class=4), store)
-    assert bad_files(store) == []
-
-
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,15 +142,6 @@ def test_decoding_ahead(make_folder: MakeFolder, decoded: list[Path], room: floa
     decoded.clear()
     preload_images([data.train, data.val, data.test], reporter)
     assert kept < 20 or not decoded
-
-
-def test_decoding_ahead_names_a_file_that_went_bad(make_folder: MakeFolder, store: Store) -> None:
-    spec = folder_spec(make_folder({"a": 10, "b": 10}))
-    load(spec, store)
-    data = load(spec, store)
-    Path(data.train.name(0)).unlink()
-    with pytest.raises(BadImagesError, match=r"photos/a/\d+.png: no such file"):
-        preload_images([data.train], Reporter())
 
 
 def test_several_threads_may_read(make_folder: MakeFolder, store: Store) -> None:

@@ -20,7 +20,7 @@ from tests.data.samples import folder_spec, manifest_spec, save_image
 from tests.data.test_decode import jpeg, png_header
 from tests.faults.refusals import refused, untouched
 from tlcli.data.batches import ImageBatches, Preprocessing
-from tlcli.data.dataset import Dataset, load_dataset, load_evaluation_split
+from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.listing import expand_image_paths
 from tlcli.errors import BadImagesError
 from tlcli.predict import decode_image
@@ -183,29 +183,12 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
     assert len(given) == len(wanted) == 13
 
 
-def test_what_is_evaluated_leaves_bad_files_out_and_counts_them(photos: Path) -> None:
-    (photos / "b" / "4.png").write_bytes(b"<html>")
-    found = load_evaluation_split(folder_spec(photos, on_bad=OnBad.skip), None, seed=0, reporter=Reporter())
-    assert found.bad_files == ((str(photos / "b/4.png"), "a web page, not an image"),)
-    assert len(found.split) == 15
-    refused(
-        lambda: load_evaluation_split(folder_spec(photos), None, seed=0, reporter=Reporter()),
-        1, "b/4.png (a web page, not an image)", keeps=photos,
-    )  # fmt: skip
-
-
 def test_a_folder_with_the_name_of_an_image(photos: Path) -> None:
     save_image(photos / "a" / "x.jpg" / "inside.png", seed=99)
     with untouched(photos):
         assert str(photos / "a/x.jpg/inside.png") in names(load(photos))
         assert list(expand_image_paths([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
     assert decode_image(str(photos / "a/x.jpg"), PREPROCESSING)[1] == "not a regular file"
-
-
-def test_all_bad_images_are_one_class_without_any(photos: Path) -> None:
-    for path in (photos / "a").iterdir():
-        path.write_bytes(b"")
-    refused(lambda: load(photos, OnBad.skip), 2, "class 'a' has no training image left; add some", keeps=photos)
 
 
 # -- images of every kind

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.samples import list_spec, manifest_spec, save_image
+from tests.data.samples import manifest_spec, save_image
 from tests.faults.refusals import refused, untouched
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.reporter import Reporter
@@ -106,13 +106,6 @@ def test_a_root_that_is_none(write: Write, tmp_path: Path) -> None:
     refused(lambda: spec.check(), 2, "circle: cannot read this folder (too many levels", keeps=tmp_path)
 
 
-@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"], ids=["CR", "CRLF", "LF"])
-def test_any_line_ends_will_do(write: Write, tmp_path: Path, end: str) -> None:
-    file = write("\ufeffpath,label\n".replace("\n", end) + f"0.png,x{end}" + REST.replace("\n", end))
-    with untouched(tmp_path):
-        assert len(list_spec(manifest_spec(file)).splits["all"]) == 8
-
-
 def test_a_link_inside_may_lead_outside_as_in_folders(write: Write, tmp_path: Path) -> None:
     file = write("path,label\nout.png,x\n" + REST)
     with untouched(tmp_path):
@@ -126,15 +119,6 @@ def test_any_label_will_do(write: Write, tmp_path: Path, label: str) -> None:
     with untouched(tmp_path):
         data = load(file)
     assert set(data.classes) == {label, "other"}
-
-
-def test_one_image_under_two_names_and_labels_is_noted(write: Write, tmp_path: Path) -> None:
-    os.link(tmp_path / "m/1.png", tmp_path / "m/same.png")
-    rows = "".join(f"{i}.png,{'xy'[i % 2]},train\n" for i in range(6))
-    file = write("path,label,split\n" + rows + "same.png,x,train\n6.png,x,test\n7.png,y,test\n")
-    with untouched(tmp_path):
-        notes = load(file).notes
-    assert any("(exact duplicates)" in note and "1.png" in note and "same.png" in note for note in notes)
 
 
 def test_what_a_manifest_names_need_not_be_an_image(write: Write, tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 MIN_REDUCED_SIDE = 1024  # pixels of the shorter side that are left of a photograph that is reduced while it is decoded
 MIN_GRAY_LEVELS = 64
 
-_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of EXIF and TIFF
-_SIGNED = 2
+_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 0x0112, 258, 339, 2  # tags of EXIF and TIFF, and a value
 _STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
 
 
@@ -56,21 +55,17 @@ class RawImage:
     def to_pixels(self, value_range: ValueRange | None) -> Pixels:
         """Return uint8 (height, width, 3). Values outside the range are clipped, NaN becomes the low end.
 
-        Args:
-            value_range: None is `full_range` of the values' type.
+        Without a range, the lowest and the highest value of an integer type are mapped, and 0 to 1 for floats.
         """
         if not self.is_deep:
             return self.values
-        low, high = value_range or full_range(self.values.dtype)
-        values = self.values if self.values.dtype.kind == "f" else self.values.astype(np.float64)
+        dtype, values, low, high = self.values.dtype, self.values, 0.0, 1.0
+        if dtype.kind != "f":
+            values, low, high = values.astype(np.float64), float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+        low, high = value_range or (low, high)
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
         gray = ((values - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def full_range(dtype: np.dtype[Any]) -> ValueRange:
-    """Return the lowest and the highest value of an integer type; 0 and 1 for floats."""
-    return (0.0, 1.0) if dtype.kind == "f" else (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
 
 
 @dataclass

@@ -121,13 +121,8 @@ def _problems(files: FilesByClass, classes: Sequence[str], *, for_training: bool
 def list_folder(root_text: str | None, selected: Iterable[str] | None, *, for_training: bool = True) -> Listing:
     """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
-    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed.
-
-    Args:
-        for_training: require a train folder and a second class.
-
-    Raises:
-        UsageError: the layout is neither of the two.
+    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed. Raise
+    UsageError if the layout is neither of the two, or `for_training` if there is no train folder or no second class.
     """
     root, files, ignored = _scan_root(root_text, selected)
     by_class = files.get("all", {})
@@ -257,11 +252,8 @@ def list_manifest(
 ) -> Listing:
     """List the images that a CSV file names in its columns path, label and, optionally, split.
 
-    Paths are relative to the root, or to the file's folder, and may not leave it. UTF-8, with or without a byte order
-    mark.
-
-    Raises:
-        UsageError: names the line of a row that is incomplete, double or names a missing file.
+    Paths are relative to the root, or to the file's folder, and may not leave it. Raise UsageError with the line of a
+    row that is incomplete, double or names a missing file.
     """
     file = expand_user(file_text)
     if not is_file(file):
@@ -282,18 +274,30 @@ def list_manifest(
 
 
 def _read_rows(file: Path) -> list[_Row]:
+    rows: list[_Row] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
+            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             for name in ("path", "label"):
                 if name not in columns:
                     names = join_limited(columns, 8) or "none"
                     raise UsageError(f"{file}: no column {name!r} in its first line (columns: {names})")
             if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
                 raise UsageError(f"{file}: two columns are called {twice[0]!r}; rename one")
-            rows = [_parse_row(f"{file}, line {reader.line_num}", reader.line_num, cells) for cells in reader]
+            for cells in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in cells:
+                    raise UsageError(f"{where}: more fields than columns; quote a value that contains a comma")
+                path, label, split = ((cells.get(name) or "").strip() for name in ("path", "label", "split"))
+                for name, value in (("path", path), ("label", label)):
+                    if not value:
+                        raise UsageError(f"{where}: no {name}")
+                    if "\0" in value:
+                        raise UsageError(f"{where}: the {name} contains a NUL character; is this CSV in UTF-8?")
+                if split and split.lower() not in SPLITS:
+                    raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
+                rows.append((reader.line_num, path, label, SPLITS.get(split.lower(), "")))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8 text; save it as CSV in UTF-8") from error
     except csv.Error as error:
@@ -303,20 +307,6 @@ def _read_rows(file: Path) -> list[_Row]:
     if not rows:
         raise UsageError(f"{file}: no data rows; add one row per image")
     return rows
-
-
-def _parse_row(where: str, line: int, cells: dict[str, str | None]) -> _Row:
-    if None in cells:
-        raise UsageError(f"{where}: more fields than columns; quote a value that contains a comma")
-    path, label, split = ((cells.get(name) or "").strip() for name in ("path", "label", "split"))
-    for name, value in (("path", path), ("label", label)):
-        if not value:
-            raise UsageError(f"{where}: no {name}")
-        if "\0" in value:
-            raise UsageError(f"{where}: the {name} contains a NUL character; is this CSV in UTF-8?")
-    if split and split.lower() not in SPLITS:
-        raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
-    return line, path, label, SPLITS.get(split.lower(), "")
 
 
 def _check_labels(file: Path, labels: Mapping[str, int]) -> None:

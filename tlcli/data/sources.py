@@ -110,11 +110,8 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
 def load_torchvision(spec: TorchvisionDatasetSpec, reporter: Reporter) -> "Source":
     """Return the splits of a torchvision dataset, downloaded if `download` is true and nothing is there yet.
 
-    Labels are read without decoding images; classes without names are called by their numbers.
-
-    Raises:
-        UsageError: torchvision does not have the class or an argument, or the data is missing.
-        TlcliError: the download failed.
+    Labels are read without decoding images; classes without names are called by their numbers. Raise UsageError if
+    torchvision does not have the class or an argument, or the data is missing; TlcliError if the download failed.
     """
     import numpy as np
 
