@@ -203,42 +203,28 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_large_maps_are_cached_where_the_frozen_part_is_slow(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caching_is_chosen_if_it_is_faster(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or if the rows are small, or required."""
+    assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "train_eval", "val", "test"}
     monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
-    slow, quick = (plan(speed, "freeze=last_stages", "augment=none", "epochs=5") for speed in (10.0, 1e9))
-    assert slow.cache_info["used"] is True
+    words = ("freeze=last_stages", "augment=none")
+    slow, fast = (plan(speed, *words, "epochs=5") for speed in (10.0, 1e9))
     assert {*slow.cached} == {"train", "train_eval", "val"}  # test is read once: not worth writing
     assert slow.summary.startswith("computed once and cached: ")
-    assert quick.cache_info["used"] is False
-    assert quick.cached == {}
-    assert re.match(r"[\d.]+ [kM]?B per image: the frozen layers would take about \d+ s", quick.cache_info["why"])
-    assert quick.summary == f"training reads images: {quick.cache_info['why']}"
-    required = plan(1e9, "freeze=last_stages", "augment=none", "cache.mode=require")
-    assert required.cache_info["used"] is True
-
-
-@pytest.mark.slow
-def test_small_rows_are_cached_however_quick_the_frozen_part_is(plan) -> None:
-    assert {*plan(1e9, "freeze=head", "epochs=1").cached} == {"train", "train_eval", "val", "test"}
-
-
-@pytest.mark.slow
-def test_more_epochs_make_caching_worth_it(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "SMALL_ROW_BYTES", 0)
+    assert fast.cached == {}
+    assert re.match(r"[\d.]+ [kM]?B per image: the frozen layers would take about \d+ s", fast.cache_info["why"])
+    assert fast.summary == f"training reads images: {fast.cache_info['why']}"
+    assert plan(1e9, *words, "cache.mode=require").cache_info["used"] is True
     monkeypatch.setattr(decisions, "WRITE_SECONDS_PER_BYTE", 2e-6)
-    used = [plan(100.0, "freeze=last_stages", "augment=none", f"epochs={n}").cache_info["used"] for n in (1, 100)]
-    assert used == [False, True]
+    assert [plan(100.0, *words, f"epochs={n}").cache_info["used"] for n in (1, 100)] == [False, True]
 
 
 @pytest.mark.slow
-def test_no_training_step_is_run_where_the_user_leaves_one_choice(
-    run, cold: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("freeze", ["none", "last_stages"])
+def test_a_single_choice_is_not_measured(freeze: str, run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decisions, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
-    for words in (("freeze=none", "augment=none"), ("freeze=last_stages", "augment=none")):
-        ended = run(*words, "freeze.head_init=random")
-        assert ended.code == 0
-        assert ended.record["numerics"]["training"] == "the only choice here"
+    ended = run(f"freeze={freeze}", "augment=none", "freeze.head_init=random")
+    assert ended.record["numerics"]["training"] == "the only choice here"
 
 
 # -- room

@@ -92,9 +92,7 @@ class Session:
 
 def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
     """Return the session of the previous job, or a new one if the cache is another."""
-    store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
-    if previous is not None:
-        before = previous.store
-        if (before.root, before.max_gb, previous.ram_bytes) == (store.root, store.max_gb, ram_bytes):
-            return previous
-    return Session(store, ram_bytes)
+    new = Session(Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9))
+    old, store = previous or new, new.store
+    is_same = (old.store.root, old.store.max_gb, old.ram_bytes) == (store.root, store.max_gb, new.ram_bytes)
+    return old if is_same else new
