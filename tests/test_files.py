@@ -126,14 +126,8 @@ def test_a_second_name_keeps_what_it_stands_for(file: Path) -> None:
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
 
 
-@pytest.mark.parametrize(
-    ("step", "error"),
-    [
-        ("hardlink_to", OSError(errno.EPERM, os.strerror(errno.EPERM))),
-        ("hardlink_to", NotImplementedError("os.link() not available on this system")),
-        ("replace", OSError(errno.EACCES, os.strerror(errno.EACCES))),
-    ],
-)
+@pytest.mark.parametrize("step", ["hardlink_to", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "not permitted"), NotImplementedError("os.link()")])
 def test_a_second_name_that_cannot_be_leaves_the_old_file(
     file: Path, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,7 @@
 """Runs that are ended at random instants by a signal and then resumed: python -m tests.faults.ended KILL --times 200
 
-Each run is a forked process, so that torch is imported once; the process that forks never computes, for what it forks
-would wait for its threads. Prints one JSON object: how many there were, in which stage each was, what could not be
-read, how many were resumed to exactly the end of the undisturbed run.
+Each run is a forked process, so that torch is imported once; the process that forks never computes, because a forked
+one would wait for its threads. Prints one JSON object.
 """
 
 import argparse
@@ -34,7 +33,6 @@ JOBS = {
 
 
 def main(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
-    """End so many runs, half of each job, and resume each."""
     draw = random.Random(seed)
     found: dict[str, Any] = {key: Counter() for key in ("stages", "codes", "statuses")}
     found |= {key: [] for key in ("unreadable", "differences", "leftovers")}
@@ -53,7 +51,6 @@ def main(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
 
 
 def make_images(folder: Path) -> Path:
-    """Small images of three classes, with a test split."""
     for split, n in (("train", 20), ("test", 8)):
         make_folder(folder / "images" / split, {"across": n, "checks": n, "down": n}, seed=n)
     return folder / "images"
@@ -137,7 +134,6 @@ class Forked:
         return time.perf_counter() - self._start
 
     def has_ended(self, seconds: float | None) -> bool:
-        """Wait for so many seconds, or until the process has ended."""
         return bool(select.select([self._handle], [], [], seconds)[0])
 
     def wait(self) -> int:
@@ -180,7 +176,6 @@ def stage_of(run: RunDir) -> str:
 
 
 def import_torch() -> None:
-    """Import what a forked process then has."""
     quiet_libraries()
     import tlcli.engine.session
     import tlcli.runs.resume_state

@@ -1,5 +1,7 @@
-"""Processes that fill, read, remove and die at one cache: `python -m tests.faults.filling ROLE ROOT NUMBER...` prints
-what they saw as JSON. No torch is imported here, so that a process forks at once and without threads."""
+"""Processes that fill, read and die at one cache: `python -m tests.faults.filling ROLE ROOT NUMBER...` prints JSON.
+
+No torch is imported, so that a process forks at once and without threads.
+"""
 
 import functools
 import hashlib
@@ -7,12 +9,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tlcli.errors import UsageError
 from tlcli.store import CacheEntry, Column, Store, Writer
 
 COLUMNS = (Column("float32", (64, 16)), Column("bfloat16", (5,)))
@@ -93,7 +93,7 @@ def together(work: Callable[[int, Callable[[], None]], Any], n: int) -> list[Any
 
 
 def cold(root: Path, processes: int, rounds: int) -> list[Any]:
-    """Many processes want the same new entry: for each round, who filled it and what each one read."""
+    """Per round, who filled an entry that many processes want, and how many wrong rows each one read."""
 
     def member(key: str, number: int, wait: Callable[[], None]) -> dict[str, Any]:
         wait()
@@ -103,121 +103,30 @@ def cold(root: Path, processes: int, rounds: int) -> list[Any]:
     return [together(functools.partial(member, f"{number:04x}"), processes) for number in range(rounds)]
 
 
-def noticing(root: Path, step: Callable[[str], None]) -> None:
-    """From now on in this process: call `step` before everything that it does to files below root."""
+def killed(root: Path) -> list[Any]:
+    """A writer is killed before each of its batches, each time in a cache of its own: what the next one finds."""
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"):
-            with suppress(TypeError):
-                if os.fspath(arguments[0]).startswith(str(root)):
-                    step(event)
+    def dies(store: Store, batches: int) -> None:
+        append, left = Writer.append, iter(range(batches))
 
-    sys.addaudithook(hook)
-    append, fsync = Writer.append, os.fsync
+        def appending(self: Writer, batch: Any) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, batch)
 
-    def appending(self: Writer, batch: Any) -> None:
-        step("append")
-        append(self, batch)
+        Writer.append = appending  # type: ignore[method-assign]
+        entry_of(store, KEY)
 
-    def syncing(file: int) -> None:
-        step("fsync")
-        fsync(file)
-
-    Writer.append = appending  # type: ignore[method-assign]
-    os.fsync = syncing
-
-
-def steps_of_a_fill(root: Path) -> list[str]:
-    """The names of all steps of a fill, in their order."""
-    reader, writer = os.pipe()
-
-    def work() -> None:
-        noticing(root, lambda name: os.write(writer, f"{name}\n".encode()) and None)
-        entry_of(Store(root), KEY)
-
-    pid = forked(work)
-    os.close(writer)
-    with os.fdopen(reader) as lines:
-        names = lines.read().split()
-    assert os.waitpid(pid, 0)[1] == 0
-    return names
-
-
-def dies_before(root: Path, number: int) -> None:
-    """Fill an entry, and die before the step of this number."""
-    left = number
-
-    def step(name: str) -> None:
-        nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-
-    noticing(root, step)
-    entry_of(Store(root), KEY)
-
-
-def after_death(root: Path, key: str, pid: int) -> dict[str, Any]:
-    """What the next run finds of an entry whose writer was killed, and what it makes of it."""
-    killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    store, waited = Store(root), []
-    found = store.find(key)
-    with store.lock_for_write(key, lambda: waited.append(key)):
-        entry = store.find(key) or fill(store, key)
-    left = [path.name for path in store.activations.iterdir() if path.name.startswith(".")]
-    return {
-        "killed": killed,
-        "whole": found is not None,
-        "wrong": (wrong_rows(found) if found else 0) + wrong_rows(entry),
-        "waited": bool(waited),
-        "left": left,
-    }
-
-
-def each_step(root: Path) -> list[Any]:
-    """A death before each step of a fill, each in a cache of its own."""
     found = []
-    for number, name in enumerate(steps_of_a_fill(root / "whole")):
-        own = root / str(number)
-        found.append({"step": name, **after_death(own, KEY, forked(functools.partial(dies_before, own, number)))})
+    for batches in range(ROWS // BATCH):
+        store, waited = Store(root / str(batches)), []
+        status = os.waitpid(forked(functools.partial(dies, store, batches)), 0)[1]
+        before = store.find(KEY)
+        with store.lock_for_write(KEY, lambda waited=waited: waited.append(KEY)):
+            wrong = wrong_rows(fill(store, KEY))
+        left = [path.name for path in store.activations.iterdir() if path.name.startswith(".")]
+        found.append([os.waitstatus_to_exitcode(status), before is None, wrong, waited, left])
     return found
-
-
-def removals(root: Path, reads: int) -> list[Any]:
-    """Two processes read one entry again and again, filling it where it is gone, while a third removes it."""
-
-    def reader(number: int, wait: Callable[[], None]) -> dict[str, int]:
-        wait()
-        seen = {"filled": 0, "gone": 0, "wrong": 0, "right": 0}
-        for _ in range(reads):
-            try:
-                entry, filled = entry_of(Store(root), KEY)
-                wrong = wrong_rows(entry)
-            except FileNotFoundError:  # removed between its being found and its being read
-                seen["gone"] += 1
-                continue
-            seen["filled"] += filled
-            seen["wrong"] += wrong
-            seen["right"] += wrong == 0
-        return seen
-
-    def remover() -> None:
-        for removal in _removals(Store(root)):
-            with suppress(UsageError, FileNotFoundError):  # it is gone already
-                removal()
-
-    pid = forked(remover)
-    try:
-        return together(reader, 2)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def _removals(store: Store) -> Iterator[Callable[[], object]]:
-    while True:
-        yield lambda: store.remove(KEY)
-        yield store.clear
 
 
 def folders(root: Path, n: int) -> list[Any]:
@@ -231,7 +140,7 @@ def folders(root: Path, n: int) -> list[Any]:
     return together(member, n)
 
 
-ROLES: dict[str, Callable[..., list[Any]]] = {role.__name__: role for role in (cold, each_step, removals, folders)}
+ROLES: dict[str, Callable[..., list[Any]]] = {role.__name__: role for role in (cold, killed, folders)}
 
 if __name__ == "__main__":
     role, folder, *numbers = sys.argv[1:]
