@@ -28,13 +28,11 @@ from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
 
-PREFETCH_BATCHES = 2
-"""Batches of images that are decoded while the network is busy."""
-TIMED_BATCHES = 2
-"""Batches after the first one that are timed before compiling is considered."""
+PREFETCH_BATCHES = 2  # decoded while the network is busy
+TIMED_BATCHES = 2  # after the first one; then compiling is considered
+# Images per forward pass in bfloat16; the last image is repeated if there are fewer. A single image runs through other
+# kernels, which round differently.
 MIN_BATCH_SIZE = 4
-"""Images per forward pass in bfloat16; the last image is repeated if there are fewer. A single image runs through other
-kernels, which round differently."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,11 @@ class Predictor:
         self.compute_format = choose_format(run, accelerator, precision)
         layout = self.compute_format.memory_format
         run.model.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
-        self._pipeline = _pipeline(run, precision, self.compute_format.dtype)
+        prefix, self._suffix, self._suffix_dtype, self._compiled = _pipeline(run, precision, self.compute_format.dtype)
         machine = f"{self.compute_format.description} {machine_name(accelerator)} {torch.__version__}"
         note = f"predict {run.classifier.name} {run.preprocessing} {machine}"
         self._extractor = Extractor(
-            self._pipeline.prefix,
+            prefix,
             run.preprocessing,
             accelerator,
             self.compute_format,
@@ -103,7 +101,7 @@ class Predictor:
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
         is_exact = self.compute_format.dtype == torch.float32
         self._extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
-        scheduler = _CompileScheduler(self._extractor, total, reporter or Reporter(), self._pipeline.compiled)
+        scheduler = _CompileScheduler(self._extractor, total, reporter or Reporter(), self._compiled)
         decode, classes = partial(decode_image, preprocessing=self._run.preprocessing), self._run.classes
         decoded = map_in_threads(decode, images, 1, ahead=PREFETCH_BATCHES * batch_size)
         while batch := list(islice(decoded, batch_size)):
@@ -121,7 +119,7 @@ class Predictor:
 
     def _logits(self, images: Tensor, scheduler: "_CompileScheduler") -> Tensor:
         """uint8 (B, 3, S, S) to logits (B, classes), float32 on the CPU."""
-        dtype, layout = self._pipeline.dtype, self.compute_format.memory_format
+        dtype, layout = self._suffix_dtype, self.compute_format.memory_format
         with full_precision(self._run.model), torch.inference_mode():
             with scheduler.timed(len(images)):
                 rows = self._extractor(images)
@@ -129,39 +127,27 @@ class Predictor:
             inputs = [x.float() if dtype == torch.float32 else x for x in inputs]
             inputs = [x.permute(0, 3, 1, 2).contiguous(memory_format=layout) if x.ndim == 4 else x for x in inputs]
             with autocast(self._accelerator, dtype):
-                logits: Tensor = self._pipeline.suffix(*inputs)
+                logits: Tensor = self._suffix(*inputs)
             return logits.float().cpu()
 
 
 def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:
     """Return the dtype and memory format to predict in. Raises UsageError if the accelerator does not have them."""
     decisions = recorded_decisions(run.info)
-    if precision is Precision.auto:
+    if precision is not Precision.auto:
+        dtype = DTYPES[precision]
+    else:
         dtype = decisions.eval_format.dtype if decisions else torch.float32
+        is_native = dtype == torch.float32 or accelerator.type == "cuda"
         if dtype == torch.bfloat16 and accelerator.type == "cuda":
             is_native = bool(torch.cuda.is_bf16_supported(including_emulation=False))
         elif dtype == torch.bfloat16:
             is_native = accelerator.type == "cpu" and cpu_has_bfloat16()
-        else:
-            is_native = dtype == torch.float32 or accelerator.type == "cuda"
         dtype = dtype if is_native else torch.float32
-    else:
-        dtype = DTYPES[precision]
     if dtype == torch.float16 and accelerator.type == "cpu":
         raise UsageError("--precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
     layout = decisions.eval_format.memory_format if decisions else torch.channels_last
     return ComputeFormat(dtype, torch.contiguous_format if accelerator.type == "mps" else layout)
-
-
-@dataclass(frozen=True)
-class _Pipeline:
-    """A network in two parts: the extractor runs `prefix`, then `suffix` runs in `dtype`. The prefix is `compiled`, or
-    not; None: if that is faster."""
-
-    prefix: nn.Module
-    suffix: nn.Module
-    dtype: torch.dtype
-    compiled: bool | None
 
 
 class _UncutNetwork(nn.Module):
@@ -175,31 +161,29 @@ class _UncutNetwork(nn.Module):
         return (self.network(images),)
 
 
-def _pipeline(run: LoadedRun, precision: Precision, dtype: torch.dtype) -> _Pipeline:
-    """Return the order of operations of the run's own test if that changes the classes; else the fastest."""
-    uncut = _Pipeline(_UncutNetwork(run.model), nn.Identity(), torch.float32, compiled=None)
+def _pipeline(
+    run: LoadedRun, precision: Precision, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module, torch.dtype, bool | None]:
+    """Return the prefix, the suffix and its dtype, and if the prefix is compiled (None: if that is faster).
+
+    It is the order of operations of the run's own test if another would change the classes; else the fastest.
+    """
     if precision is Precision.auto and dtype != torch.float32:
         decisions = recorded_decisions(run.info)
         if decisions is None or "test" not in decisions.cached:
-            return replace(uncut, compiled=False)
-        trained = _trained_parameters(run)
-        cut = None if trained is None else split_frozen(run.model, run.preprocessing.size, trained)
-        if isinstance(cut, Cut) and cut.suffix_start == run.info["cache"].get("at"):
-            return _Pipeline(cut.prefix, cut.suffix, decisions.suffix_dtype, "test" in decisions.compiled)
+            return _UncutNetwork(run.model), nn.Identity(), torch.float32, False
+        rows = {row["name"]: row for row in run.info.get("stages", ())}
+        trained = [stage for stage in run.classifier.stages if rows.get(stage.name, {}).get("trainable")]
+        # run.json only counts how many parameters of a stage trained: it must be none or all
+        if all(rows[stage.name]["trainable"] == rows[stage.name]["parameters"] for stage in trained):
+            names = frozenset().union(*(stage.tensors for stage in trained))
+            cut = split_frozen(run.model, run.preprocessing.size, names)
+            if isinstance(cut, Cut) and cut.suffix_start == run.info["cache"].get("at"):
+                return cut.prefix, cut.suffix, decisions.suffix_dtype, "test" in decisions.compiled
     cut = split_frozen(run.model, run.preprocessing.size, run.classifier.head_parameters())
-    return _Pipeline(cut.prefix, cut.suffix, torch.float32, compiled=None) if isinstance(cut, Cut) else uncut
-
-
-def _trained_parameters(run: LoadedRun) -> frozenset[str] | None:
-    """Return the names of the trained parameters; None if run.json only counts how many of a stage trained."""
-    rows = {row["name"]: row for row in run.info.get("stages", ())}
-    names: set[str] = set()
-    for stage in run.classifier.stages:
-        row = rows.get(stage.name, {"trainable": 0, "parameters": 0})
-        if row["trainable"] not in (0, row["parameters"]):
-            return None
-        names |= stage.tensors if row["trainable"] else set()
-    return frozenset(names)
+    if isinstance(cut, Cut):
+        return cut.prefix, cut.suffix, torch.float32, None
+    return _UncutNetwork(run.model), nn.Identity(), torch.float32, None
 
 
 def decode_image(image: Named, preprocessing: Preprocessing) -> tuple[str, Tensor | str]:

@@ -70,16 +70,6 @@ def test_only_depthwise_convolutions_in_bfloat16_that_need_gradients(monkeypatch
     assert seen == [5]
 
 
-def test_frozen_weights_get_no_gradient() -> None:
-    network = nn.Conv2d(4, 4, 5, groups=4)
-    network.weight.requires_grad_(False)
-    x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), fp32_depthwise_backward(CPU, torch.bfloat16):
-        network(x).sum().backward()
-    assert network.weight.grad is None
-    assert x.grad is not None and network.bias is not None and network.bias.grad is not None
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
@@ -105,9 +95,13 @@ def test_formula_and_autograd_agree(smoothing: float, weighted: bool, bias: bool
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_what_does_not_train_has_no_gradient() -> None:
-    layer = nn.Linear(3, 2)
-    layer.weight.requires_grad_(False)
+def test_frozen_weights_get_no_gradient() -> None:
+    layer, conv = nn.Linear(3, 2), nn.Conv2d(4, 4, 5, groups=4)
+    for module in (layer, conv):
+        module.weight.requires_grad_(False)
     LinearLoss(layer, 0.0, None).backward(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), 4)
-    assert layer.weight.grad is None
-    assert layer.bias.grad is not None
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), fp32_depthwise_backward(CPU, torch.bfloat16):
+        conv(x).sum().backward()
+    assert layer.weight.grad is None and conv.weight.grad is None
+    assert layer.bias.grad is not None and conv.bias is not None and conv.bias.grad is not None and x.grad is not None

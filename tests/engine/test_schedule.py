@@ -63,12 +63,3 @@ def test_plateau_falls_once_the_loss_does_not(spec: Compose) -> None:
         seen.append(of.param_groups[0]["lr"])
         schedule.after_epoch(loss)
     assert seen == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1, 0.1])
-
-
-def test_plateau_is_the_only_one_that_looks_at_the_loss(spec: Compose) -> None:
-    of = optimizer()
-    schedule = Schedule(spec("scheduler=constant").scheduler, of, steps_per_epoch=1, epochs=9)
-    for loss in (1.0, 2.0, 3.0, 4.0):
-        schedule.after_epoch(loss)
-    schedule.before_step(5)
-    assert of.param_groups[0]["lr"] == 1.0

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from tlcli.predict import Prediction
 
 STDIN = "-"
-MAX_COUNT_SECONDS = 5.0
-"""Images that are not counted by then are read as a stream of unknown length."""
+MAX_COUNT_SECONDS = 5.0  # images that are not counted by then are read as a stream of unknown length
 PROBABILITY_DIGITS = 8
 COLUMNS = (
     TableColumn("image", left=True),

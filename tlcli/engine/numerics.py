@@ -21,16 +21,11 @@ from tlcli.errors import UsageError
 from tlcli.specs import DeviceSpec, Precision
 from tlcli.store import Store
 
-MEASURE_BATCH_SIZE = 8
-"""Images per measured step: enough to tell the formats apart, few enough to take a second or two."""
-MIN_SPEEDUP = 1.1
-"""How much faster a format must be to be chosen before an earlier one: similar ones must not change between runs."""
-MAX_SLOWDOWN = 1.5
-"""A format whose first step is this much slower than the fastest format is not measured further."""
-MEASURE_SECONDS = 0.25
-"""Seconds of steps after which a format has been measured enough."""
-NAME = "numerics"
-"""Name of the store's notes on choices."""
+MEASURE_BATCH_SIZE = 8  # images per measured step: enough to tell the formats apart in a second or two
+MIN_SPEEDUP = 1.1  # of a format that is chosen before an earlier one: similar ones must not change between runs
+MAX_SLOWDOWN = 1.5  # a format whose first step is this much slower than the fastest format is not measured further
+MEASURE_SECONDS = 0.25  # of steps, after which a format has been measured enough
+NAME = "numerics"  # of the store's notes on choices
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 
 Step = Callable[[], None]
@@ -140,8 +135,7 @@ def training_step(
 ) -> Step:
     """Return a forward and backward pass of a copy of `run`, the network or its suffix, in its present modes."""
     own_run, own_network = copy.deepcopy((run, network))
-    own_network.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
-    x = _inputs_in(option, inputs, accelerator)
+    x = _place(own_network, inputs, accelerator, option)
 
     def step() -> None:
         with (
@@ -159,8 +153,7 @@ def training_step(
 def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat) -> Step:
     """Return a forward pass of a copy of the network, or of a part of it, in eval mode and without gradients."""
     own_run = copy.deepcopy(run).eval()
-    own_run.to(device=accelerator, memory_format=option.memory_format)  # type: ignore[call-overload]
-    x = _inputs_in(option, inputs, accelerator)
+    x = _place(own_run, inputs, accelerator, option)
 
     def step() -> None:
         with torch.inference_mode(), autocast(accelerator, option.dtype):
@@ -169,6 +162,9 @@ def forward_step(run: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.
     return step
 
 
-def _inputs_in(option: ComputeFormat, inputs: tuple[Tensor, ...], accelerator: torch.device) -> tuple[Tensor, ...]:
+def _place(
+    network: nn.Module, inputs: tuple[Tensor, ...], accelerator: torch.device, option: ComputeFormat
+) -> tuple[Tensor, ...]:
     layout = option.memory_format
+    network.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
     return tuple(x.to(accelerator, memory_format=layout) if x.ndim == 4 else x.to(accelerator) for x in inputs)
