@@ -68,7 +68,7 @@ def norms(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["lite0", "resnet18"])
-def test_fold_batchnorm_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
+def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """All of it: 20 of ResNet-18's, and those of timm that have their activation inside."""
     network = _PixelPrefix(request.getfixturevalue(name).prefix, SMALL)
     had = norms(network)
@@ -84,60 +84,15 @@ def test_fold_batchnorm_batchnorm_gives_the_same(name: str, request: pytest.Fixt
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
 
 
-class Before(nn.Module):
-    """A norm before its convolution, as in DenseNet: nothing to fold it into."""
+class Layers(nn.Module):
+    """A convolution and a norm, in an order that a function says."""
 
-    def __init__(self) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor], norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+        self.conv, self.norm, self.how = nn.Conv2d(3, 4, 3), norm or nn.BatchNorm2d(4), forward
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.conv(torch.relu(self.norm(x))),)
-
-
-class ReadTwice(Before):
-    """A convolution that others read beside the norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        y = self.conv(x)
-        return (self.norm(y) + y,)
-
-
-class CalledTwice(ReadTwice):
-    """A convolution that runs twice, once without the norm."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.norm(self.conv(x)) + self.conv(x.flip(2)),)
-
-
-class OfTheBatch(ReadTwice):
-    """A norm without statistics of its own: it normalises by those of each batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.norm(self.conv(x)),)
-
-
-class ByKeyword(ReadTwice):
-    """A norm that is called by keyword."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.norm(input=self.conv(x)),)
-
-
-class Unlike(OfTheBatch):
-    """A norm that is no more BatchNorm than its name: folding it would change the values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = Shifted(4)
+        return (self.how(self, x),)
 
 
 class Shifted(nn.BatchNorm2d):
@@ -145,14 +100,24 @@ class Shifted(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
-@pytest.mark.parametrize("kind", [Before, ReadTwice, CalledTwice, OfTheBatch, Unlike])
-def test_what_cannot_be_fold_batchnorm_stays_as_it_is(kind: type[nn.Module]) -> None:
-    whole = _PixelPrefix(traced(kind().eval()), SMALL)
+CANNOT_BE_FOLDED: dict[str, Callable[[], nn.Module]] = {
+    "a norm before its convolution": lambda: Layers(lambda n, x: n.conv(torch.relu(n.norm(x))), nn.BatchNorm2d(3)),
+    "a convolution that others read": lambda: Layers(lambda n, x: n.norm(n.conv(x)) + n.conv(x.flip(2))),
+    "statistics of the batch": lambda: Layers(
+        lambda n, x: n.norm(n.conv(x)), nn.BatchNorm2d(4, track_running_stats=False)
+    ),
+    "a norm that does more": lambda: Layers(lambda n, x: n.norm(n.conv(x)), Shifted(4)),
+}
+
+
+@pytest.mark.parametrize("kind", CANNOT_BE_FOLDED)
+def test_what_cannot_be_folded_stays_as_it_is(kind: str) -> None:
+    whole = _PixelPrefix(traced(CANNOT_BE_FOLDED[kind]().eval()), SMALL)
     assert _fold_batchnorm(whole) == (whole, 0)
 
 
-def test_a_norm_that_is_called_by_keyword_is_fold_batchnorm_too() -> None:
-    whole = _PixelPrefix(traced(ByKeyword().eval()), SMALL)
+def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
+    whole = _PixelPrefix(traced(Layers(lambda n, x: n.norm(input=n.conv(x))).eval()), SMALL)
     folded, count = _fold_batchnorm(whole)
     assert (count, norms(folded)) == (1, 0)
     with torch.inference_mode():
@@ -162,24 +127,26 @@ def test_a_norm_that_is_called_by_keyword_is_fold_batchnorm_too() -> None:
 def traced(network: nn.Module) -> fx.GraphModule:
     """With its layers as leaves, as the cut has them."""
 
-    class Layers(fx.Tracer):
+    class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, name: str) -> bool:
             return True
 
-    return fx.GraphModule(network, Layers().trace(network))
+    return fx.GraphModule(network, Tracer().trace(network))
 
 
 # -- rows
 
 
-class Make:
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def make(store: Store) -> Callable[..., Extractor]:
     """Extractors over a cut that share a store."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __call__(
-        self,
+    def made(
         cut: Cut,
         *,
         dtype: torch.dtype = torch.float32,
@@ -187,19 +154,16 @@ class Make:
         speed: float = 100.0,
         expect: int = 0,
     ) -> Extractor:
-        numerics = ComputeFormat(dtype, torch.channels_last, images_per_second=speed)
-        extractor = Extractor(cut.prefix, SMALL, CPU, numerics, stored, self.store, KEY)
+        compute_format = ComputeFormat(dtype, torch.channels_last, images_per_second=speed)
+        extractor = Extractor(cut.prefix, SMALL, CPU, compute_format, stored, store, KEY)
         extractor.add_expected_images(expect)
         return extractor
 
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    return Make(Store(tmp_path))
+    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make: Make, resnet18: Cut) -> None:
+def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make, resnet18: Cut) -> None:
     extractor = make(resnet18, dtype=dtype)
     extractor.prepare(Reporter())
     assert extractor.batch_size == len(PIXELS)
@@ -219,7 +183,7 @@ def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make: Ma
     ],
 )
 def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
-    stored: CacheDtype, computed: torch.dtype, expected: str, make: Make, spec: Compose
+    stored: CacheDtype, computed: torch.dtype, expected: str, make, spec: Compose
 ) -> None:
     cut = cut_of(spec, "backbone=resnet18", "backbone.weights=none", "freeze=last_stages")
     extractor = make(cut, dtype=computed, stored=stored)
@@ -239,43 +203,31 @@ def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
 # -- compiling
 
 
-class Compiler:
-    """In the place of torch.compile."""
-
-    def __init__(self, how: Callable[[nn.Module], Any]) -> None:
-        self.how = how
-        self.calls = 0
-
-    def __call__(self, network: nn.Module, **options: object) -> Any:
-        assert options == {"dynamic": False}
-        self.calls += 1
-        return self.how(network)
+def works(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t * (1 + 1e-7) for t in images)
 
 
-def works(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    return lambda images: tuple(t * (1 + 1e-7) for t in network(images))
+def is_wrong(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t * 1.1 for t in rows)
 
 
-def fails_when_run(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("no C++ compiler")
-
-    return run
-
-
-def fails_at_once(network: nn.Module) -> Any:
-    raise RuntimeError("torch.compile is not supported on this Python")
-
-
-def is_wrong(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    return lambda images: tuple(t * 1.1 for t in network(images))
+def fails(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    raise RuntimeError("no C++ compiler")
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
-    def put(how: Callable[[nn.Module], Any]) -> Compiler:
-        monkeypatch.setattr(torch, "compile", stand_in := Compiler(how))
-        return stand_in
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[nn.Module]]:
+    """compiler(change) replaces torch.compile: the compiled network changes the rows; returns what was compiled."""
+
+    def put(change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> list[nn.Module]:
+        compiled: list[nn.Module] = []
+
+        def stand_in(network: nn.Module, dynamic: bool) -> Any:
+            compiled.append(network)
+            return lambda images: change(network(images))
+
+        monkeypatch.setattr(torch, "compile", stand_in)
+        return compiled
 
     return put
 
@@ -286,21 +238,25 @@ def prepared(extractor: Extractor) -> list[str]:
     return reporter.notes
 
 
-def test_little_work_is_not_compiled(make: Make, resnet18: Cut, compiler) -> None:
-    stand_in = compiler(works)
-    extractor = make(resnet18, speed=100, expect=3000)  # 30 s, of which compiling would save 10 at a cost of 12
+def test_little_work_is_not_compiled(make, resnet18: Cut, compiler) -> None:
+    """Neither in the next run of a sweep, which counts its own images alone: 32 s are not worth 12 s of compiling."""
+    compiled = compiler(works)
+    extractor = make(resnet18, speed=1, expect=32)
     assert prepared(extractor) == []
-    assert stand_in.calls == 0
+    extractor(PIXELS)
+    extractor.add_expected_images(32)
+    assert prepared(extractor) == []
+    assert compiled == []
     assert extractor.reason == "BatchNorm folded"
 
 
-def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) -> None:
-    stand_in = compiler(works)
+def test_much_work_is_compiled_and_said_so(make, resnet18: Cut, compiler) -> None:
+    compiled = compiler(works)
     extractor = make(resnet18, speed=100, expect=2000)
     extractor.add_expected_images(4000)  # 60 s with what was expected before, 20 of them saved at a cost of 12
     assert prepared(extractor) == ["extraction: compiling, about 12 s to save 20 s of 60 s"]
     assert prepared(extractor) == []
-    assert stand_in.calls == 1
+    assert len(compiled) == 1
     assert extractor.reason.startswith("compiled in ")
     plain = make(resnet18)
     plain.prepare(Reporter())
@@ -309,53 +265,41 @@ def test_much_work_is_compiled_and_said_so(make: Make, resnet18: Cut, compiler) 
 
 
 @pytest.mark.parametrize(
-    ("how", "why"),
+    ("change", "reason"),
     [
-        (fails_when_run, "BatchNorm folded, not compiled (RuntimeError)"),
-        (fails_at_once, "BatchNorm folded, not compiled (RuntimeError)"),
+        (fails, "BatchNorm folded, not compiled (RuntimeError)"),
         (is_wrong, "BatchNorm folded, not compiled: the compiled network is less exact"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_compile_runs_as_it_is(
-    how, why: str, dtype: torch.dtype, make: Make, resnet18: Cut, compiler
+    change, reason: str, dtype: torch.dtype, make, store: Store, resnet18: Cut, compiler
 ) -> None:
-    compiler(how)
+    """It is not tried again for the next split: it would cost as long again."""
+    compiled = compiler(change)
     extractor, plain = make(resnet18, dtype=dtype, expect=10**6), make(resnet18, dtype=dtype)
-    extractor.prepare(Reporter())
-    plain.prepare(Reporter())
-    assert extractor.reason == why
+    for one in (extractor, extractor, plain):
+        one.prepare(Reporter())
+    assert len(compiled) == 1
+    assert extractor.reason == reason
     assert torch.equal(extractor(PIXELS)[0], plain(PIXELS)[0])
-    assert make.store.read_notes(NOTES) == {}
+    assert store.read_notes(NOTES) == {}
 
 
-def test_what_did_not_compile_is_not_tried_again(make: Make, resnet18: Cut, compiler) -> None:
-    """Neither for the next split of the run: it would cost as long again."""
-    stand_in = compiler(is_wrong)
-    extractor = make(resnet18, expect=10**6)
-    for _ in range(3):
-        extractor.prepare(Reporter())
-    assert stand_in.calls == 1
-
-
-def test_what_compiling_took_and_brought_is_remembered(make: Make, resnet18: Cut, compiler) -> None:
-    stand_in = compiler(works)
+def test_what_compiling_took_and_brought_is_remembered(make, store: Store, resnet18: Cut, compiler) -> None:
+    compiled = compiler(works)
     make(resnet18, expect=10**6).prepare(Reporter())
-    assert make.store.read_notes(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
-    for seconds, speed, images, pays in (
-        (500.0, 200.0, 6000, False),
-        (1.0, 101.0, 6000, False),
-        (1.0, 300.0, 300, True),
-    ):
-        make.store.add_note(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
-        stand_in.calls = 0
+    assert store.read_notes(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
+    for seconds, speed, images, pays in ((500.0, 200.0, 6000, 0), (1.0, 101.0, 6000, 0), (1.0, 300.0, 300, 1)):
+        store.add_note(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
+        compiled.clear()
         make(resnet18, speed=100, expect=images).prepare(Reporter())
-        assert bool(stand_in.calls) == pays
+        assert len(compiled) == pays
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0: Cut) -> None:
+def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make, store: Store, lite0: Cut) -> None:
     """As near to float32 as the network itself comes in this format."""
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("inductor needs a C++ compiler")
@@ -366,15 +310,4 @@ def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make: Make, lite0
     for n in (32, 7):
         wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
         assert (found - wanted).norm() <= 2 * (near - wanted).norm() + 1e-4 * wanted.norm()
-    assert make.store.read_notes(NOTES)[KEY]["seconds"] > 0
-
-
-def test_what_was_extracted_is_not_expected_any_more(make: Make, resnet18: Cut, compiler) -> None:
-    """The next run of a sweep counts its own images alone."""
-    stand_in = compiler(works)
-    extractor = make(resnet18, speed=1, expect=32)
-    extractor.prepare(Reporter())
-    extractor(PIXELS)
-    extractor.add_expected_images(32)  # two times 32 s would be worth the 12 s of compiling, 32 s are not
-    extractor.prepare(Reporter())
-    assert stand_in.calls == 0
+    assert store.read_notes(NOTES)[KEY]["seconds"] > 0
