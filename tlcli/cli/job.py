@@ -156,10 +156,8 @@ class Command:
         return value
 
     def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
-        """Return a directory for a job and, if another job has `path`, an error that names it.
-
-        run.log marks a directory as taken. A job whose directory is taken is recorded in one of its own: -2, -3, ...
-        """
+        """Return a directory for a job (-2, -3, ... if run.log marks `path` as taken), and then an error that names the
+        other job."""
         error = None
         for n in count(1):
             run = RunDir(path if n == 1 else path.with_name(f"{path.name}-{n}"))
@@ -179,7 +177,6 @@ class Command:
 
 
 def _as_typed(hydra: Any) -> list[str]:
-    """Return the overrides of a job, with references in them as they are."""
     words = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     return [str(word) for word in words] if isinstance(words, list) else []
 

@@ -217,7 +217,6 @@ class Recorder:
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None
     ) -> None:
-        """Write a line for the evaluation that the last phase was."""
         speed = {"images_per_second": self._sizes[split] / self._phase_seconds, "seconds": self._phase_seconds}
         self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(metrics), "lr": lr, **speed})
 
