@@ -6,7 +6,6 @@ Payloads are in tests/security/test_pickles.py, weights of another backbone in t
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tests.faults.refusals import refused, untouched, yaml_bomb
+from tests.faults.refusals import refused, untouched
 from tests.runs.test_predictions import SOME
 from tlcli.cli.job import check_weights
 from tlcli.models.backbones import TimmBackboneSpec
@@ -145,38 +144,27 @@ def test_other_precisions_are_taken(dtype: torch.dtype, state: dict[str, Tensor]
 
 # -- of another network
 
-FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown model": ({"backbone": "no_such_net"}, "backbone.name=no_such_net: timm has no such model"),
-    "another model": ({"backbone": "test_vit"}, "best.safetensors: does not fit test_vit with 3 classes"),
-    "fewer classes": ({"classes": ["ant", "bee"]}, "does not fit test_resnet with 2 classes"),
-}
 
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_run_of_something_else(
-    case: str, run: Path, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backbone": "test_vit"}, "best.safetensors: does not fit test_vit with 3 classes"),
+        ({"classes": ["ant", "bee"]}, "does not fit test_resnet with 2 classes"),
+    ],
+)
+def test_a_checkpoint_of_another_network(
+    change: dict[str, Any], words: str, run: Path, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("it asked the network"))
-    change, words = FOREIGN[case]
     best(run).write_bytes(save(state, metadata={"tlcli": json.dumps({**FACTS, **change})}))
     refused(lambda: load_run(run), 2, words, keeps=tmp_path)
 
 
-STAGES: dict[str, tuple[str, str]] = {
-    "no expression": ("{a: '('}", "is not a regular expression"),
-    "numbers": ("{a: 3}", "config.yaml: does not describe the backbone"),
-    "a bomb": ("{b: *z}", "config.yaml: does not describe the backbone"),
-    "code": ("!!python/object/apply:os.getcwd []", "config.yaml: does not describe the backbone"),
-}
-
-
-@pytest.mark.parametrize("case", STAGES)
+@pytest.mark.parametrize("text", ["{a: '('}", "{a: 3}", "&x {a: *x}", "!!python/object/apply:os.getcwd []"])
 def test_a_config_that_does_not_describe_the_network(
-    case: str, run: Path, state: dict[str, Tensor], tmp_path: Path
+    text: str, run: Path, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    text, words = STAGES[case]
-    head = yaml_bomb() if case == "a bomb" else ""
-    (run / "config.yaml").write_text(f"{head}backbone:\n  head: fc\n  stages: {text}\n")
+    (run / "config.yaml").write_text(f"backbone:\n  head: fc\n  stages: {text}\n")
+    words = "is not a regular expression" if "(" in text else "config.yaml: does not describe the backbone"
     claims = json.dumps({**FACTS, "backbone": "resnet18", "backbone_kind": "torchvision"})
     best(run).write_bytes(save(state, metadata={"tlcli": claims}))
     refused(lambda: load_run(run), 2, words, keeps=tmp_path)

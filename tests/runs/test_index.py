@@ -59,18 +59,6 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
     assert sweep.varied() == {"a=1", "b=0", "b=2", "b=10"}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "null", '{"status": ', "\x00\xff", "[" * 100_000], ids=lambda text: repr(text[:8])
-)
-def test_a_damaged_run_json_is_an_entry_that_says_so(text: str, tmp_path: Path) -> None:
-    make_run(tmp_path / "good")
-    (make_run(tmp_path / "bad") / "run.json").write_bytes(text.encode("latin-1"))
-    entries = {entry.path.name: entry for entry in read_index(tmp_path)[0]}
-    assert entries["good"].status == "done"
-    assert entries["bad"].status == "damaged"
-    assert "run.json" in str(entries["bad"].error)  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": []}, True])
 def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
     names = ["best", "seconds", "overrides", "started", "ended", "pid", "seed", "dataset", "backbone", "keep_best"]

@@ -18,7 +18,6 @@ from tlcli.runs.run_dir import RunDir
 
 DEEP = "[" * 100_000
 NORM = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-SCRIPT = "<script>alert(1)</script>"
 
 Facts = dict[str, Any]
 
@@ -140,7 +139,6 @@ def header(value: Facts) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def test_tensors_of_others_may_say_anything_else(tmp_path: Path) -> None:
-    """Metadata that is not ours is not looked at."""
-    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", metadata={"format": DEEP, SCRIPT: SCRIPT})
+def test_metadata_of_third_parties_is_not_read(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", metadata={"format": DEEP})
     assert read_weights(tmp_path / "w.safetensors").classes is None
