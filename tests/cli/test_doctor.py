@@ -62,7 +62,6 @@ def test_folders_that_cannot_be_written_are_warnings(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     ended = tlcli("doctor")
     assert ended.code == 0
-    assert "warning: cannot write cache to" in ended.out
     assert "warning: cannot write outputs to" in ended.out
     assert "(Permission denied): set TLCLI_CACHE=FOLDER" in ended.out
     assert ended.out.endswith("tlcli can train here\n")
@@ -74,10 +73,8 @@ def test_a_missing_package_means_no_training(monkeypatch: pytest.MonkeyPatch, tl
     ended = tlcli("doctor", "--format", "json")
     assert ended.code == 1
     report = json.loads(ended.out)
-    assert not report["can_train"]
-    assert {"text": "no-such-package is not installed: pip install --upgrade tlcli", "fails": True} in report[
-        "problems"
-    ]
+    problem = {"text": "no-such-package is not installed: pip install --upgrade tlcli", "fails": True}
+    assert not report["can_train"] and problem in report["problems"]
 
 
 @pytest.mark.usefixtures("light")
@@ -97,9 +94,3 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tlcli: Tlcli, t
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     tlcli("doctor")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_usage_errors_and_help(tlcli: Tlcli) -> None:
-    assert "Did you mean '--format'" in tlcli("doctor", "--fromat").err
-    assert tlcli("doctor", "--format", "yml").code == 2
-    assert tlcli("doctor", "--help").out.count("  tlcli doctor") == 2

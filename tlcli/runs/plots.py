@@ -1,6 +1,7 @@
 """Charts of a run or a sweep: PNG files in plots/, and SVG for the report."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +23,16 @@ matplotlib.rcParams["text.parse_math"] = False  # names are text, never formulas
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 matplotlib.rcParams["svg.hashsalt"] = "tlcli"  # the same run gives the same bytes
 
+# colors of charts, the same as in the style sheet of the report, and their replacements in dark mode
 PAPER, INK, SOFT, GRID, BLUE, ORANGE = "#ffffff", "#1b1d20", "#5d6269", "#e3e4e6", "#1f5fa5", "#b4500b"
 DARK = {PAPER: "#14161a", INK: "#e9e9e7", SOFT: "#9ca1a8", GRID: "#2d3137", BLUE: "#7db4f2", ORANGE: "#f2a65e"}
-"""Colors of charts, the same as in the style sheet of the report, and what takes their place in dark mode."""
 
 STYLES = {"train": (ORANGE, "--"), "val": (BLUE, "-")}
 LABELS = {"train": "train", "val": "validation"}
 DPI = 120
 SAMPLES, COLUMNS = 16, 4
 THUMBNAIL, TITLE, GAP = 270, 52, 14  # pixels
-MAX_NAMED_CLASSES = 40
-"""Classes above which a matrix has no names: they would be too small to read."""
+MAX_NAMED_CLASSES = 40  # above, a matrix has no names: they would be too small to read
 
 Points = Sequence[tuple[float, float]]
 
@@ -56,10 +56,10 @@ def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: in
         low, high = axes.get_xlim()
         axes.axvline(best_epoch, color=SOFT, linestyle=":", linewidth=1)
         side = "right" if best_epoch > (low + high) / 2 else "left"
-        place = {"xy": (best_epoch, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 3)}
+        place = {"xy": (best_epoch, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 6)}
         text = f"kept: epoch {best_epoch}"
         axes.annotate(text, **place, textcoords="offset points", ha=side, color=SOFT, fontsize="small")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.1), ncols=2, borderaxespad=0, frameon=False, labelcolor=SOFT)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.13), ncols=2, borderaxespad=0, frameon=False, labelcolor=SOFT)
 
 
 def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float, int]]]) -> None:
@@ -144,13 +144,7 @@ def _style_axes(axes: Any, values: Sequence[float], *, is_share: bool) -> None:
 
 
 def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, int, int, int]) -> tuple[str, str]:
-    """Return a chart as SVG, in light and in dark colors.
-
-    Args:
-        draw: draws into the axes that it is given.
-        size: width and height.
-        margins: space around the axes for labels: left, right, top and bottom.
-    """
+    """Return a chart as SVG, in light and in dark colors; margins are left, right, top and bottom, for labels."""
     (width, height), (left, right, top, bottom) = size, margins
     figure = Figure(figsize=(width / 72, height / 72))  # matplotlib writes 72 units per inch
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
@@ -163,10 +157,7 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = file.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     light = light.replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
-    dark = light
-    for color, dark_color in DARK.items():
-        dark = dark.replace(color, dark_color)
-    return light, dark
+    return light, re.sub("|".join(DARK), lambda color: DARK[color[0]], light)
 
 
 # -- files in plots/
