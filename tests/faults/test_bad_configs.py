@@ -29,7 +29,6 @@ SECRET = "s3cret-value"
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret in the environment."""
     monkeypatch.setenv("API_TOKEN", SECRET)
 
 
@@ -65,8 +64,6 @@ def one_line(ended: Ended, *words: str) -> None:
 
 SECRETS = {
     "a value": "name: ${oc.env:API_TOKEN}",
-    "a default": "name: ${oc.env:API_TOKEN,none}",
-    "among text": "name: run-${oc.env:API_TOKEN}-1",
     "in a list": "dataset: {classes: [a, '${oc.env:API_TOKEN}']}",
     "in keys of a data set": "dataset: {root: '${oc.env:API_TOKEN}/x'}",
     "a name put together": "out: env\nname: ${oc.${out}:API_TOKEN}",
@@ -74,9 +71,7 @@ SECRETS = {
     "as text to be read": "name: ${oc.decode:'${oc.env:API_TOKEN}'}",
     "within another call": "name: ${oc.select:nothing,${oc.env:API_TOKEN}}",
     "made on the way": "name: ${oc.create:'${oc.env:API_TOKEN}'}",
-    "with blanks": "name: '${ oc.env: API_TOKEN }'",
     "a resolver of somebody's": "name: ${leak:API_TOKEN}",
-    "an unknown resolver": "name: ${nobody:API_TOKEN}",
 }
 
 
@@ -110,21 +105,15 @@ def test_what_is_typed_is_followed_and_so_are_references_within(
 
 ENDLESS: dict[str, tuple[str | bytes, str]] = {
     "a bomb": ("name: x\n" + yaml_bomb(), "x.yaml: line 4: alias *a is not allowed; write the values out"),
-    "a bomb of keys": ("name: x\n" + yaml_bomb().replace("[x]", "{x: 1}"), "alias *a is not allowed"),
     "a circle": ("name: &a [*a]\n", "x.yaml: line 2: alias *a is not allowed"),
-    "a circle of keys": ("name: &a {b: {c: *a}}\n", "alias *a is not allowed"),
     "a harmless alias": ("image: &a {size: 64}\ncache: {<<: *a}\n", "alias *a is not allowed"),
-    "a hundred levels": ("name: " + "[" * 100 + "]" * 100 + "\n", "is not a text"),
     "a hundred thousand levels": ("name: " + "[" * 100_000 + "\n", "too many levels"),
-    "a key a level": ("\n".join(" " * i + "k:" for i in range(100)) + "\n", "too many levels"),
     "no UTF-8": (b"name: \xff\xfe\n", "x.yaml: cannot be read as YAML: not UTF-8 text"),
     "a key twice": ("name: a\nname: b\n", "x.yaml:3: found duplicate key name"),
     "an object": ("name: !!python/object/apply:os.mkdir [made]\n", "could not determine a constructor for the tag"),
-    "a module": ("name: !!python/name:os.system\n", "could not determine a constructor for the tag"),
     "two documents": ("name: a\n---\nname: b\n", "but found another document"),
     "a NUL": (b"name: a\0b\n", "x.yaml"),
     "a web page": ("<!DOCTYPE html>\n<html a:b>\n", ""),
-    "a list": ("- a\n- b\n", ""),
 }
 
 
@@ -140,20 +129,19 @@ def test_a_file_that_makes_no_config(
     one_line(ended, words)
 
 
-def test_a_pipe_is_not_waited_for(tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "mine" / "experiment" / "pipe.yaml")
-    with untouched(tmp_path):
-        one_line(
-            tlcli("train", "--config-dir", "mine", "experiment=pipe"),
-            "pipe.yaml: cannot be read as YAML: not a regular file",
-        )
-
-
-def test_a_folder_of_configs_named_elsewhere(tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for_and_a_folder_may_be_named_elsewhere(
+    tlcli: Tlcli, experiment: Callable[[str], None], tmp_path: Path
+) -> None:
     experiment(yaml_bomb())
     with untouched(tmp_path):
-        ended = tlcli("train", f"hydra.searchpath=[file://{tmp_path}/mine]", "experiment=x")
-    one_line(ended, "alias *a is not allowed")
+        one_line(
+            tlcli("train", f"hydra.searchpath=[file://{tmp_path}/mine]", "experiment=x"), "alias *a is not allowed"
+        )
+    (tmp_path / "mine" / "experiment" / "x.yaml").unlink()
+    os.mkfifo(tmp_path / "mine" / "experiment" / "pipe.yaml")
+    with untouched(tmp_path):
+        ended = tlcli("train", "--config-dir", "mine", "experiment=pipe")
+    one_line(ended, "pipe.yaml: cannot be read as YAML: not a regular file")
 
 
 def test_a_config_folder_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path) -> None:
@@ -248,24 +236,19 @@ def test_optunas_sweeper_is_accepted_with_its_samplers_and_no_other_class() -> N
 
 SAVED: dict[str, tuple[str | bytes, str]] = {
     "a bomb": (yaml_bomb(), "config.yaml: cannot be read as YAML: line 2: alias *a"),
-    "a circle": ("a: &a [*a]\n", "config.yaml: cannot be read as YAML: line 1: alias *a"),
-    "too deep": ("a: " + "[" * 100_000, "config.yaml: cannot be read as YAML"),
     "deep and closed": ("a: " + "[" * 60 + "]" * 60, "config.yaml: "),
     "a number of 5,000 digits": ("seed: " + "9" * 5000, "config.yaml: cannot be read as YAML"),
     "a kind that is a list": ("dataset: {kind: [digits]}", "dataset.kind=['digits'] is none of digits"),
-    "a kind that is keys": ("freeze: {kind: {a: 1}}", "freeze.kind={'a': 1} is none of "),
     "a name that is a list": ("dataset: {kind: digits, name: [a]}", "is not a text"),
     "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
     "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
     "a date": ("seed: 2026-01-01", "seed: Value 'date' is not a supported primitive type"),
-    "a reference": ("seed: ${nothing}", "seed=${nothing} is refused: the config of a run holds only values"),
     "an object": ("seed: !!python/object/apply:os.mkdir [made]", "config.yaml: cannot be read as YAML"),
 }
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run's directory with a sound config."""
     own = RunDir(tmp_path / "run")
     own.start(command="tlcli train", overrides=[], config="seed: 3\n")
     own.end("done")
@@ -283,12 +266,6 @@ def test_a_finished_runs_config_that_is_none(case: str, run: RunDir, tlcli: Tlcl
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert words in ended.err
     assert not (tmp_path / "made").exists()
-
-
-def test_a_config_that_is_a_pipe(run: RunDir, tmp_path: Path) -> None:
-    run.config_file.unlink()
-    os.mkfifo(run.config_file)
-    refused(lambda: load_spec(run), 2, "config.yaml: cannot be read as YAML: not a regular file", keeps=tmp_path)
 
 
 def test_a_report_of_a_run_with_a_bomb_for_a_config(run: RunDir, tlcli: Tlcli, tmp_path: Path) -> None:
