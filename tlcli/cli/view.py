@@ -55,7 +55,7 @@ class Screen(Console):
         self.live_bars = terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
-        """Stop writing to stdout, whose reader has gone. The run goes on: run.log has everything."""
+        """Stop writing to stdout, whose reader has gone. The run continues: run.log has everything."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
