@@ -56,9 +56,6 @@ def test_reasons_name_each_strategy_once() -> None:
     assert "live       last_stages n=1, n=2, n=3: crops" in lines
     assert "live       none: no frozen layers at the input: conv_stem trains" in lines
     assert not any(line.startswith("busy") for line in lines)
-
-
-def test_a_busy_machine_is_told() -> None:
     assert any("load 9.0 on 2 cores" in line for line in page(replace(FOUND, load=9.0), None))
 
 
@@ -129,9 +126,3 @@ def _echo(spec, linear) -> Inspection:  # type: ignore[no-untyped-def]
 def test_completion() -> None:
     assert {"resnet18", "--format"} <= set(candidates([]))
     assert list(candidates(["resnet18", "--format"])) == ["table", "json"]
-
-
-def test_help_has_two_examples(tlcli) -> None:
-    out = tlcli("inspect", "--help").out
-    assert out.count("  tlcli inspect ") == 2
-    assert max(map(len, out.splitlines())) <= 82
