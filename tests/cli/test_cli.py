@@ -26,6 +26,8 @@ IMPORTED = "import sys; from tlcli.cli import main; main({argv}); print(*sys.mod
         (["--help"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
         (["--version"], {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"}),
         (["train", "--help"], {"torch", "hydra", "omegaconf", "rich", "numpy"}),
+        (["predict", "--help"], {"torch", "hydra", "omegaconf"}),
+        (["inspect", "--help"], {"torch", "hydra", "omegaconf"}),
         (["completion", "query", "tlcli train "], {"torch", "hydra", "omegaconf", "rich", "numpy"}),
         (["train", "--cfg", "job"], {"torch", "torchvision", "timm", "sklearn", "matplotlib"}),
         (["train", "epochs=0"], {"torch", "torchvision", "timm", "sklearn", "matplotlib"}),
