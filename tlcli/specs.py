@@ -35,7 +35,7 @@ class OnBad(Enum):  # treatment of files that do not decode
     skip = "skip"
 
 
-class BnStats(Enum):  # batchNorm statistics in trainable layers
+class BnStats(Enum):  # BatchNorm statistics in trainable layers
     auto = "auto"
     frozen = "frozen"
     update = "update"

@@ -45,6 +45,7 @@ CASES = {
     "batch_size=-1": "batch_size=-1 is out of range",
     "dataset.val_fraction=1.5": "dataset.val_fraction=1.5 is out of range",
     "optimizer.lr=nan": "optimizer.lr=nan is not a finite number",
+    "optimizer.lr=inf": "optimizer.lr=inf is not a finite number",
     "image.mean=[1,2]": "Expected array of length 3, got 2",
     "dataset=imagefolder": "dataset.root",
     "dataset=imagefolder dataset.root=nowhere": "nowhere: no such folder",
