@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from tests.faults.filling import KEY, entry_of, fill, wrong_rows
 from tests.faults.scale import scale
 from tlcli import store as module
-from tlcli.store import META, CacheEntry, Store
+from tlcli.store import META, Store
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +42,20 @@ def flip(file: Path, place: int, change: int) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def flips(entry: CacheEntry, draw: random.Random) -> Iterator[tuple[Path, int, int]]:
-    """Every byte of meta.json, and many of each column: its first, its last, and others that are drawn."""
-    for file in (entry.path / META, entry.file(0), entry.file(1)):
-        size = file.stat().st_size
-        places = range(size) if file.name == META else [0, size - 1, *draw.choices(range(size), k=scale(50, 2000))]
-        yield from ((file, place, draw.randrange(1, 256)) for place in places)
-
-
 def test_a_flipped_byte_anywhere_is_noticed(store: Store) -> None:
+    """Every byte of meta.json, and of each column its first, its last, and others that are drawn."""
     entry = store.find(KEY)
     assert entry
     module._verified.clear()
-    tried = 0
-    for file, place, change in flips(entry, random.Random(0)):
-        flip(file, place, change)
-        assert store.find(KEY) is None, (file.name, place, change)
-        flip(file, place, change)
-        tried += 1
-    assert tried > 500
+    draw = random.Random(0)
+    for file in (entry.path / META, entry.file(0), entry.file(1)):
+        size = file.stat().st_size
+        places = range(size) if file.name == META else [0, size - 1, *draw.choices(range(size), k=scale(50, 2000))]
+        for place in places:
+            change = draw.randrange(1, 256)
+            flip(file, place, change)
+            assert store.find(KEY) is None, (file.name, place, change)
+            flip(file, place, change)
     assert store.find(KEY)
 
 
@@ -74,18 +68,3 @@ def test_a_flipped_byte_is_made_good_by_the_next_who_wants_the_entry(store: Stor
         assert filled
         assert wrong_rows(entry) == 0
         assert [path.name for path in store.activations.iterdir()] == [KEY]
-
-
-def test_a_flipped_word_for_people_is_noticed_although_the_columns_were_verified_before(store: Store) -> None:
-    assert store.find(KEY)
-    meta = store.activations / KEY / META
-    meta.write_text(meta.read_text().replace("shapes", "shades"))
-    assert store.find(KEY) is None
-
-
-def test_no_row_of_a_damaged_entry_is_handed_out_by_a_quick_look(store: Store) -> None:
-    """`exists` and `entries` do not read columns; `find`, which everyone who reads calls, does."""
-    flip(store.activations / KEY / "0.bin", 5, 1)
-    assert store.exists(KEY)
-    assert store.entries()
-    assert store.find(KEY) is None
