@@ -130,8 +130,7 @@ class DatasetSpec(OptionSpec, frozen=True):
     def check(self, *, for_training: bool = True) -> None:
         """Raise UsageError for what is wrong with the dataset, as far as it shows without decoding or downloading.
 
-        Args:
-            for_training: False for data to evaluate on, which needs no training images and no second class.
+        Data to evaluate on (`for_training=False`) needs no training images and no second class.
         """
         raise NotImplementedError
 
@@ -157,8 +156,7 @@ class BackboneSpec(OptionSpec, frozen=True):
     reinit: tuple[str, ...]
     dropout: FractionBelowOne
 
-    is_packaged: ClassVar[bool] = False
-    """True if the published weights are a package: nothing is downloaded."""
+    is_packaged: ClassVar[bool] = False  # True if the published weights are a package: nothing is downloaded
 
     def build(self, n_classes: int, size: int | None = None) -> Any:
         """Return the Architecture for images of `size` pixels (None: its own size), with random weights.
@@ -179,8 +177,7 @@ class FreezeSpec(OptionSpec, frozen=True):
     bn_stats: BnStats
     head_init: HeadInit
 
-    part: ClassVar[str]
-    """The part of the network that trains, as a phrase for reports."""
+    part: ClassVar[str]  # the part of the network that trains, as a phrase for reports
 
     def trainable(self, classifier: Any) -> frozenset[str]:
         """Return the names of the parameters that train.
