@@ -36,10 +36,6 @@ def notes(root: Path) -> tuple[str, ...]:
     return load(folder_spec(root)).notes
 
 
-def test_images_that_differ_are_not_noted(photos: Path) -> None:
-    assert notes(photos) == ()
-
-
 def test_test_images_in_train_are_noted(photos: Path) -> None:
     copy(photos, "train/a/001.png", "test/a/copy.png")
     copy(photos, "train/b/002.png", "test/b/other.png")
@@ -84,11 +80,3 @@ def test_groups() -> None:
     assert cross_split_duplicates(images, groups, "test", ("train",)) == [[6, 0, 2], [4, 1]]
     assert cross_split_duplicates(images, groups, "train", ("test",)) == [[0, 6], [2, 6], [1, 4]]
     assert label_conflicts(images, groups) == []
-
-
-def test_the_same_pixels_in_another_shape_are_another_image() -> None:
-    wide, tall = np.zeros((1, 2, 4, 3), dtype=np.uint8), np.zeros((1, 4, 2, 3), dtype=np.uint8)
-    images = ConcatSplits(
-        {"train": full_split(ImageArrays(wide, "a"), [0]), "test": full_split(ImageArrays(tall, "b"), [0])}
-    )
-    assert exact_duplicates(images, Reporter()) == []

@@ -68,13 +68,6 @@ def test_whatever_changes_changes_it(make_folder: MakeFolder, change: Callable[[
     assert everything(root).fingerprint() != before
 
 
-def test_times_do_not_matter(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 2, "b": 2})
-    before = everything(root).fingerprint()
-    os.utime(root / "a" / "000.png", (1, 1))
-    assert everything(root).fingerprint() == before
-
-
 def test_positions_choose_and_order() -> None:
     split = full_split(
         ImageArrays(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), "x"), range(5)

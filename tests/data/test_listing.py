@@ -189,12 +189,6 @@ def test_manifest(write: Callable[..., Path], text: str) -> None:
     ]
 
 
-def test_manifest_order_of_rows_does_not_matter(write: Callable[..., Path]) -> None:
-    rows = ["a.png,x", "b.png,x", '"c, d.png",y']
-    one = list_spec(manifest_spec(write("path,label\n" + "\n".join(rows))))
-    assert one == list_spec(manifest_spec(write("path,label\n" + "\n".join(rows[::-1]))))
-
-
 def test_manifest_with_splits_and_root(write: Callable[..., Path], tmp_path: Path) -> None:
     text = 'path,label,split\nm/a.png,x,train\nm/b.png,y,TRAIN\n"m/c, d.png",x,valid\noutside.png,y,test\n'
     listing = list_spec(manifest_spec(write(text), root=str(tmp_path)))

@@ -1,14 +1,12 @@
 """The square that the network sees, by geometry and by value."""
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from tlcli.data import batches
 from tlcli.data.batches import Preprocessing
 from tlcli.specs import Fit
 
@@ -72,23 +70,6 @@ def plainly(image: np.ndarray, one: Preprocessing) -> torch.Tensor:
     left, top = (one.size - w) // 2, (one.size - h) // 2
     pixels = v2.functional.resize(pixels, [h, w], antialias=True)
     return v2.functional.pad(pixels, [left, top, one.size - w - left, one.size - h - top])
-
-
-def test_images_of_an_iterator_are_taken_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcli.data.batches.RESIZE_BATCH_BYTES", 4 * 32 * 32 * 3)
-    resizes: list[int] = []
-    taken = 0
-    resize = batches.resize
-    monkeypatch.setattr(batches, "resize", lambda *a: resizes.append(taken - sum(resizes)) or resize(*a))
-
-    def images() -> Iterator[np.ndarray]:
-        nonlocal taken
-        for _ in range(40):
-            taken += 1
-            yield noise(32, 32)
-
-    assert len(preprocessing(8).apply_batch(images())) == 40
-    assert max(resizes) <= 5
 
 
 def test_normalise_is_torchvisions() -> None:

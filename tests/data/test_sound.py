@@ -1,5 +1,6 @@
 """What an earlier run found store is not decoded again, and what is read stays in memory."""
 
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,14 +61,6 @@ def test_known_images_are_not_decoded(make_folder: MakeFolder, decoded: list[Pat
     assert all(np.array_equal(a, b) for a, b in zip(read_all(first), read_all(again), strict=True))
     load(folder_spec(root), None)
     assert len(decoded) == 60
-
-
-def test_the_seed_does_not_matter_where_all_images_are_used(
-    make_folder: MakeFolder, decoded: list[Path], store: Store
-) -> None:
-    root = make_folder({"a": 10, "b": 10})
-    assert all_names(load(folder_spec(root), store)) != all_names(load(folder_spec(root), store, seed=1))
-    assert len(decoded) == 20
 
 
 def test_a_change_is_seen(
@@ -171,3 +164,10 @@ def test_workers_do_not_fill_memory_anew(make_folder: MakeFolder, tmp_path: Path
         patch.setattr("tlcli.data.images.MemoryBudget.take", logged)
         list(ImageBatches(split, preprocessing, batch_size=4, workers=2).in_order())
     assert log.read_text().split() == ["False"] * len(split)
+
+
+def test_a_split_travels_to_a_process_that_is_spawned(make_folder: MakeFolder) -> None:
+    split = load(folder_spec(make_folder({"a": 4, "b": 4})), None).train
+    copy = pickle.loads(pickle.dumps(split))
+    assert all(np.array_equal(copy.read(i), split.read(i)) for i in range(len(split)))
+    assert copy.images.memory.left == 0

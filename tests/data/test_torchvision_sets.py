@@ -137,20 +137,6 @@ def test_dtd(tmp_path: Path) -> None:
     assert data.notes == ()
 
 
-def test_oxford_pets(tmp_path: Path) -> None:
-    root = tmp_path / "oxford-iiit-pet"
-    (root / "annotations").mkdir(parents=True)
-    for split, numbers in (("trainval", range(4)), ("test", range(4, 6))):
-        rows = [(name, i, label) for label, name in enumerate(("Abyssinian", "great_pyrenees"), 1) for i in numbers]
-        lines = [f"{name}_{i} {label} 1 1" for name, i, label in rows]
-        (root / "annotations" / f"{split}.txt").write_text("\n".join(lines))
-        for name, i, _ in rows:
-            save_image(root / "images" / f"{name}_{i}.jpg")
-    data = load(from_conf("oxford_pets", tmp_path))
-    assert data.classes == ("Abyssinian", "Great Pyrenees")
-    assert counts(data) == [6, 2, 4]
-
-
 def test_what_has_no_labels(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="FakeData does not give each image one class"):
         load(torchvision_spec("FakeData", tmp_path, train={"size": 4}))

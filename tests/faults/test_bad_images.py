@@ -183,14 +183,6 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
     assert len(given) == len(wanted) == 13
 
 
-def test_a_folder_with_the_name_of_an_image(photos: Path) -> None:
-    save_image(photos / "a" / "x.jpg" / "inside.png", seed=99)
-    with untouched(photos):
-        assert str(photos / "a/x.jpg/inside.png") in names(load(photos))
-        assert list(expand_image_paths([str(photos / "a/x.jpg")])) == [str(photos / "a/x.jpg/inside.png")]
-    assert decode_image(str(photos / "a/x.jpg"), PREPROCESSING)[1] == "not a regular file"
-
-
 # -- images of every kind
 
 

@@ -4,7 +4,6 @@ The mistakes of layout that people make are in tests/data/test_listing.py.
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,14 +108,3 @@ def test_classes_that_people_take_for_one(photos: Path, one: str, other: str, wo
     (photos / "b").rename(photos / other)
     refused(lambda: folder_spec(photos).check(), 2, repr(one), repr(other), words, keeps=photos)
     assert len(find_bad_classes(str(photos), None)[0]) == 1
-
-
-@pytest.mark.parametrize("link", [os.link, os.symlink, shutil.copyfile], ids=["hard link", "link", "copy"])
-def test_an_image_in_two_splits_is_noted_however_it_came_there(tmp_path: Path, link: Callable[[Any, Any], Any]) -> None:
-    for i, place in enumerate(f"{s}/{c}/{n}.png" for s in ("train", "test") for c in "ab" for n in range(4)):
-        save_image(tmp_path / "photos" / place, seed=i)
-    link(tmp_path / "photos/train/a/0.png", tmp_path / "photos/test/a/same.png")
-    with untouched(tmp_path):
-        data = load_dataset(folder_spec(tmp_path / "photos"), seed=0, reporter=Reporter())
-    assert any("1 image of test also in " in n for n in data.notes)
-    assert any("test/a/same.png = train/a/0.png: test accuracy is too high" in note for note in data.notes)
