@@ -66,11 +66,6 @@ def test_a_pipe_gets_whole_lines(store, tlcli) -> None:
     assert tlcli("cache", "list").out.splitlines()[1].count(LONG) == 3
 
 
-def test_list_of_nothing_is_one_line(store, tlcli) -> None:
-    assert tlcli("cache", "list").out == f"the cache is empty: {store.root}\n"
-    assert not store.root.exists()
-
-
 def test_list_as_json(two, store, tlcli) -> None:
     for words in (("--format", "json"), ("--format=json",)):
         listed = json.loads(tlcli("cache", "list", *words).out)

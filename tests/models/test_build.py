@@ -1,6 +1,5 @@
 """Weights: where they come from, what is kept, what does not fit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tests.conftest import Compose
 from tlcli.errors import UsageError
 from tlcli.models import backbones
 from tlcli.models.backbones import timm_stages
-from tlcli.models.build import build_model, read_weights
+from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.runs.checkpointing import save_weights
 
@@ -86,17 +85,6 @@ def test_state_dicts_of_others(spec: Compose, source: Classifier, tmp_path: Path
     assert not model.head_loaded  # it names no classes, so what its rows stand for is not known
 
 
-def test_reinit_throws_away_a_stage_and_keeps_the_rest(spec: Compose, run: Path, source: Classifier) -> None:
-    model = build(spec, run, "backbone.reinit=[layer4]")
-    state, old = model.network.state_dict(), source.network.state_dict()
-    for name in state:
-        in_stage = name.startswith("layer4.")
-        assert (name in model.pretrained) != in_stage
-        if not in_stage:
-            assert torch.equal(state[name], old[name]), name
-    assert not torch.equal(state["layer4.0.conv1.weight"], old["layer4.0.conv1.weight"])
-
-
 def test_reinit_by_pattern_and_a_near_miss(spec: Compose, run: Path) -> None:
     model = build(spec, run, "backbone.reinit=['layer[34].*bn2']")
     dropped = set(model.network.state_dict()) - model.pretrained
@@ -125,16 +113,6 @@ def test_weights_that_do_not_fit_name_the_tensor(spec: Compose, source: Classifi
 def test_weights_of_another_backbone_say_which(spec: Compose, run: Path) -> None:
     with pytest.raises(UsageError, match="give backbone=resnet18"):
         build_model(spec("backbone=resnet34", f"backbone.weights='{run}'").backbone, CLASSES, size=None, seed=0)
-
-
-def test_damaged_files_are_usage_errors(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"not tensors")
-    (tmp_path / "b.pth").write_bytes(b"")
-    save_file({"w": torch.zeros(1)}, tmp_path / "c.safetensors", metadata={"tlcli": "{"})
-    torch.save([1, 2], tmp_path / "d.pt")
-    for name in ("a.safetensors", "b.pth", "c.safetensors", "d.pt", "nowhere.pth"):
-        with pytest.raises(UsageError, match=name.split(".")[0]):
-            read_weights(tmp_path / name)
 
 
 def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,16 +170,3 @@ def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch
             size=None,
             seed=0,
         )
-
-
-@pytest.mark.slow
-def test_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
-    backbone = spec("backbone=vit_b_16", "backbone.weights=none").backbone
-    small = build_model(backbone, CLASSES, size=32, seed=0)
-    facts = {"classes": list(CLASSES), "backbone": "vit_b_16"}
-    save_weights(tmp_path / "v.safetensors", small.network, facts)
-    assert json.dumps(facts)
-    again = spec("backbone=vit_b_16", f"backbone.weights='{tmp_path / 'v.safetensors'}'").backbone
-    larger = build_model(again, CLASSES, size=64, seed=0)
-    with torch.inference_mode():
-        assert larger.network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)

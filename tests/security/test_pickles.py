@@ -16,7 +16,6 @@ from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.build import read_weights
 from tlcli.reporter import Reporter
-from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir
 
 
@@ -182,13 +181,6 @@ def test_no_command_runs_what_a_runs_config_names(
     config.write_text(f"{config.read_text()}\nevil: {tag}\nmore: {target}\n")
     image = next((shapes / "test").rglob("*.png"))
     main([word.format(run=run.path, other=finished, image=image) for word in COMMANDS[command]])
-    assert not canary.exists()
-
-
-def test_what_load_run_is_given_does_not_run(run: RunDir, canary: Path) -> None:
-    torch.save({"fc.weight": Payload(canary)}, run.best_checkpoint)
-    with pytest.raises(UsageError):
-        load_run(run.path)
     assert not canary.exists()
 
 
