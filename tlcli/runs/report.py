@@ -136,7 +136,6 @@ def _epochs(rows: Sequence[View]) -> dict[int, View]:
 
 
 def _curves(epochs: Mapping[int, View], best_epoch: int | None) -> list[View]:
-    """Return charts of loss and accuracy by epoch."""
     charts = []
     for key, words in (("loss", FILTERS["decimal"]), ("accuracy", percent)):
         points: dict[str, list[tuple[int, float]]] = {}
@@ -153,11 +152,7 @@ def _curves(epochs: Mapping[int, View], best_epoch: int | None) -> list[View]:
 
 
 def _matrix(test: View) -> View | None:
-    """Return the confusion matrix and the pairs of classes with the most mistakes.
-
-    The shade of a cell is its share of the row. Mistakes are few, and what one looks for: their shade is twice as
-    strong.
-    """
+    """Return the confusion matrix, shaded by the share of the row, and the pairs of classes with the most mistakes."""
     counts, classes = confusion_matrix(test), test.get("classes")
     if counts is None or not all(isinstance(name, str) for name in classes or ()):
         return None
@@ -297,10 +292,7 @@ def sweep_view(folder: Path, output: Path) -> View:
 
 
 def _link(run: Path, output: Path) -> str:
-    """Return the link from a sweep's report to the report of a job, or to its directory if it has none.
-
-    It is percent-encoded, so that the name of a directory is a path and nothing else.
-    """
+    """Return the link, percent-encoded, from a sweep's report to that of a job, or to its directory without one."""
     report = run / "report.html"
     target = report if report.is_file() else run
     try:
