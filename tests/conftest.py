@@ -17,7 +17,7 @@ quiet_libraries()  # before torch is imported: two processes of tests share the 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache for the tests alone: the user's own is never touched."""
+    """Use a cache for the tests alone; the user's is never touched."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TLCLI_CACHE", str(folder))
@@ -39,7 +39,7 @@ def spec() -> Compose:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ and test/ of three classes that a network can tell apart: stripes and a checkerboard."""
+    """Make a folder with train/ and test/ of three separable classes: two kinds of stripes and a checkerboard."""
     root = tmp_path_factory.mktemp("shapes")
     for split, n in (("train", 20), ("test", 8)):
         make_folder(root / split, {"across": n, "checks": n, "down": n}, seed=n)
@@ -53,7 +53,7 @@ def freeze_words(strategy: str, stage: str) -> list[str]:
 
 
 def finish(out: Path, *words: str) -> Path:
-    """The directory of a run of `tlcli train` with these words, done and without plots, which take longer than it."""
+    """Run `tlcli train` with these words and without plots, which are slow, and return its directory."""
     from tlcli.runs.recorder import Recorder  # here: most tests need no torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def finish(out: Path, *words: str) -> Path:
 
 
 def make_folder(root: Path, counts: dict[str, int], *, side: int = 32, seed: int = 0) -> None:
-    """A sub-folder a class with so many PNG images: a pattern of the class in a random phase and colour, with noise."""
+    """Make one subfolder per class with n PNG images: the class's pattern in a random phase and color, with noise."""
     random = np.random.default_rng(seed)
     for place, (name, n) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)

@@ -38,7 +38,7 @@ LIGHT |= set(HOMES.values()) | {"tlcli.data.listing", "tlcli.runs.run_dir", "tlc
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names of modules that a file may import, wherever in it."""
+    """Return the dotted names of all modules that a file imports."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:

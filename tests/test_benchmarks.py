@@ -36,7 +36,7 @@ SMALL = ("image.size=32", "epochs=1", "dataset.train_per_class=8", "dataset.test
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder as the benchmarks expect it, with twelve images per class."""
+    """Make a data folder for the benchmarks, with twelve images per class."""
     classes = dict.fromkeys(f"{source_target.SOURCE},{source_target.TARGET}".split(","), 12)
     for name, splits, counts in (
         ("cifar10", ("train", "test"), classes),

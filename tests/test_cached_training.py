@@ -56,7 +56,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def both(train: Train, *overrides: str) -> tuple[Path, Path]:
-    """The same run on cached activations and live."""
+    """Return the same run, cached and uncached."""
     cached, live = (train(*overrides, f"cache.mode={mode}") for mode in ("require", "off"))
     assert read_json(cached / "run.json")["cache"]["used"] is True
     assert read_json(live / "run.json")["cache"]["used"] is False
@@ -65,7 +65,7 @@ def both(train: Train, *overrides: str) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache for each test: folded and unfolded activations have one key."""
+    """Use a new cache for each test: folded and unfolded activations have one key."""
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
 
 
@@ -74,7 +74,7 @@ def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 
 def assert_same_course(cached: Path, live: Path) -> None:
-    """The same epochs with the same losses, the same choice, the same test."""
+    """Assert the same epochs, losses, selected epoch and test metrics."""
     for row, wanted in zip(rows(cached), rows(live), strict=True):
         assert [row[key] for key in ("split", "epoch", "step")] == [wanted[key] for key in ("split", "epoch", "step")]
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-3, abs=1e-4)

@@ -68,7 +68,7 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def found(folder: Path, images: list[Image.Image], features: np.ndarray | None = None) -> set[tuple[int, int]]:
-    """The near duplicates; by default every image is a neighbor of all others."""
+    """Return the near duplicates; by default every image is a neighbor of all others."""
     keys = [f"{i}.png" for i in range(len(images))]
     for image, key in zip(images, keys, strict=True):
         image.save(folder / key)

@@ -39,7 +39,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture
 def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of a finished run, to write into."""
+    """Copy a finished run, to write into it."""
     return Path(shutil.copytree(trained("head"), tmp_path / "run"))
 
 
@@ -185,7 +185,7 @@ def test_the_preprocessing_is_the_runs(run: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def unsplit(tmp_path: Path) -> Path:
-    """A run on a folder without splits, whose test images were held out; a cheap stand-in for training."""
+    """Return a run on a folder without splits, with sampled test images and a stand-in for training."""
     make_folder(tmp_path / "photos", {"across": 10, "down": 10})
     words = ["dataset=imagefolder", f"dataset.root='{tmp_path / 'photos'}'", *SMALL, "freeze=head"]
     return finish(tmp_path / "unsplit", *words)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names in a wheel of this checkout."""
+    """Return the file names in a wheel of this checkout."""
     out = tmp_path_factory.mktemp("dist")
     before = listing()
     command = [sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]

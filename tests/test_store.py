@@ -44,7 +44,7 @@ def nobody() -> None:
 
 
 def arrays(rows: int = ROWS) -> list[np.ndarray]:
-    """A tensor a column; bfloat16 as the 16 bits that it is."""
+    """Return one tensor per column; bfloat16 as 16-bit integers."""
     random = np.random.default_rng(0)
     return [
         random.normal(size=(rows, 3, 4)).astype(np.float32),
@@ -54,7 +54,7 @@ def arrays(rows: int = ROWS) -> list[np.ndarray]:
 
 
 def fill(store: Store, key: str = KEY) -> CacheEntry:
-    """An entry that is written in two batches."""
+    """Write an entry in two batches."""
     with store.lock_for_write(key, nobody), store.create(key, ROWS, COLUMNS, FACTS) as writer:
         for part in (slice(0, 4), slice(4, ROWS)):
             writer.append([memoryview(array[part]) for array in arrays()])
@@ -92,7 +92,7 @@ def test_an_exception_leaves_nothing(store: Store) -> None:
 
 @contextmanager
 def file_limit(nbytes: int) -> Iterator[None]:
-    """The system refuses longer files, as a full disk would."""
+    """Make the system refuse longer files, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -314,7 +314,7 @@ SIZE = 10_000
 
 
 def add(store: Store, key: str, used: float = 0.0) -> CacheEntry:
-    """An entry of 8 kB that was used at this time and that no process holds."""
+    """Write an entry of 8 kB, last used at this time, that no process holds."""
     with store.lock_for_write(key, nobody), store.create(key, 2, [Column("float32", (1024,))], {}) as writer:
         writer.append([bytes(8192)])
     os.utime(writer.entry.path / META, (used, used))

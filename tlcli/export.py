@@ -304,7 +304,7 @@ def export(
             check_not_existing(path)
             draft.rename(path)
     except OSError as exc:
-        raise UsageError(f"--output {path}: cannot write ({exc.strerror or exc})") from exc
+        raise TlcliError(f"{path}: cannot write ({exc.strerror or exc})") from exc
     note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
     contents = f"{contents} -> logits (N, {len(run.classes)})"
     return ExportResult(path, contents, source, difference, chosen.load.format(path=str(path)), note)

@@ -29,7 +29,7 @@ class Ended:
 
 @pytest.fixture
 def root_logger() -> Iterator[None]:
-    """Some of Hydra's flags set up logging for the process; take that back."""
+    """Undo the logging setup of some of Hydra's flags."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -65,7 +65,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Train], None]:
 
 
 def finished(spec: TrainSpec, run: RunDir, reporter: Reporter) -> float:
-    """A training that takes no time; its validation accuracy falls with the seed."""
+    """Replace training by a stand-in whose validation accuracy falls with the seed."""
     accuracy = 0.9 - spec.seed / 100
     best = {"epoch": 1, "accuracy": accuracy, "macro_f1": accuracy, "loss": 1 - accuracy}
     run.update(best=best, keep_best=spec.keep_best.value, seconds={"train": 1.0, "test": 0.5})
@@ -74,5 +74,5 @@ def finished(spec: TrainSpec, run: RunDir, reporter: Reporter) -> float:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The runs under a folder."""
+    """Return the runs under a folder."""
     return [RunDir(path.parent) for path in sorted(folder.rglob("run.json"))]

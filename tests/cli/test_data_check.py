@@ -22,7 +22,7 @@ SWAPPED = (("train/across/003.png", "train/down/x003.png"), ("train/down/011.png
 
 
 def tree(root: Path) -> str:
-    """A digest of all names, contents and times of change below a folder."""
+    """Return a digest of all names, contents and modification times below a folder."""
     total = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         total.update(f"{path.relative_to(root)} {path.stat().st_mtime_ns}".encode())

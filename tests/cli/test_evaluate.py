@@ -25,7 +25,7 @@ def run(tmp_path: Path, tlcli: Tlcli) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What evaluation is asked for; it takes no time."""
+    """Record evaluation requests instead of evaluating."""
     seen: list[Any] = []
     classes = ["ants", "bees", "\x1b[31mred"]
     own = {"precision": 0.5, "recall": 0.25, "f1": 0.3333, "support": 4}

@@ -42,7 +42,7 @@ def small_run(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a torchvision network that timm has, too."""
+    """Train a torchvision network that timm has too."""
     return small_run(tmp_path_factory.mktemp("a place"), "backbone=resnet18")
 
 
@@ -196,7 +196,7 @@ def test_nothing_is_overwritten(loaded: LoadedRun, tmp_path: Path, monkeypatch: 
         exported(loaded, "pt2", tmp_path)
     assert (tmp_path / "model.pt2").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(TlcliError, match="cannot write"):
         exported(loaded, "pt2", tmp_path / "model.pt2/below")
     (tmp_path / "timm").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="already exists"):

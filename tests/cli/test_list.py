@@ -35,7 +35,7 @@ def outputs(tmp_path: Path) -> Path:
 
 
 def shown(text: str) -> list[str]:
-    """The path of each line of a table."""
+    """Return the path of each line of a table."""
     return [line.split()[-1] for line in text.split("\n\n")[0].splitlines()[1:]]
 
 

@@ -20,7 +20,7 @@ from tlcli.cli.completion import candidates
 
 @pytest.fixture(scope="module")
 def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The directory of a finished run on the shapes."""
+    """Return the directory of a finished run on the shapes."""
     words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
     words += ["backbone=resnet18", "backbone.weights=none", "device.precision=fp32"]
     return str(finish(tmp_path_factory.mktemp("runs") / "run", *words))

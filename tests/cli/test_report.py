@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(html: str) -> list[np.ndarray]:
-    """The pictures in a page, each as its pixels."""
+    """Return the pixels of each image in a page."""
     found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in found]
 

@@ -39,7 +39,7 @@ def row(epoch: int = 1) -> EpochRow:
 
 
 def show(reporter: TerminalReporter, classes: int = 10) -> None:
-    """A whole run."""
+    """Report a whole run."""
     with reporter.track("decoding", 3) as advance:
         advance(3)
     reporter.plan(plan(classes))
@@ -65,7 +65,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
-    """Called in a test, it puts a terminal in the place of stdout. (Before the test pytest puts its own there.)"""
+    """Return a function that replaces stdout by a terminal; pytest replaces stdout before the test."""
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

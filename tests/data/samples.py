@@ -41,14 +41,14 @@ def torchvision_spec(class_name: str, root: Path, **changes: Any) -> Torchvision
 
 
 def list_spec(spec: ImageFolderSpec | ManifestSpec) -> Listing:
-    """The files of a dataset."""
+    """Return the files of a dataset."""
     if isinstance(spec, ManifestSpec):
         return list_manifest(spec.file, spec.root, spec.classes)
     return list_folder(spec.root, spec.classes)
 
 
 def save_image(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10)) -> Path:
-    """A small image of noise, width by height; folders are made as needed."""
+    """Write a small image of noise; folders are made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

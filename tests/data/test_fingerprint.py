@@ -115,7 +115,7 @@ def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def remembered(root: Path, cache: Path, *, verify_all: bool = False) -> str:
-    """The fingerprint of a folder, as a run takes it."""
+    """Return the fingerprint of a folder as a run computes it."""
     split = everything(root)
     assert isinstance(split.images, ImageFiles)
     record = DigestRecord(Store(cache), root, verify_all=verify_all)
@@ -136,7 +136,7 @@ def old_files(make_folder: MakeFolder) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are read."""
+    """Record the names of the files that are read."""
     names: list[str] = []
     monkeypatch.setattr(images, "read_bytes", lambda path: names.append(path.name) or read_bytes(path))
     return names

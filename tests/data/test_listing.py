@@ -19,7 +19,7 @@ MakeFolder = Callable[..., Path]
 
 
 def refused(spec: DatasetSpec, *words: str) -> None:
-    """The spec gets a UsageError of one line with these words in it."""
+    """Assert that the spec raises a UsageError of one line with these words."""
     with pytest.raises(UsageError) as caught:
         spec.check()
     message = str(caught.value)

@@ -58,7 +58,7 @@ def test_a_batch_is_its_images(fit: Fit, size: int, monkeypatch: pytest.MonkeyPa
 
 
 def plainly(image: np.ndarray, one: Preprocessing) -> torch.Tensor:
-    """The same by torchvision's functions alone, one image at a time, colours first."""
+    """Return the same pixels by torchvision's functions, one image at a time, colors first."""
     pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     height, width = image.shape[:2]
     if one.fit is Fit.crop:

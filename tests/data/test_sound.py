@@ -30,7 +30,7 @@ def store_fixture(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are decoded, one after the other."""
+    """Record the files that are decoded."""
     opened: list[Path] = []
     monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
     return opened
@@ -41,7 +41,7 @@ def load(spec: DatasetSpec, store: Store | None, seed: int = 0) -> Dataset:
 
 
 def bad_files(store: Store) -> list[list[str]]:
-    """The bad files of each set of images that the store knows."""
+    """Return the bad files of each set of images in the store."""
     return [list(note["bad"]) for note in store.read_notes("images").values()]
 
 

@@ -24,7 +24,7 @@ KEYS = ("name", "class_name", "train", "val", "test")
 
 
 def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
-    """The spec that conf/dataset/NAME.yaml makes, without a download."""
+    """Return the spec of conf/dataset/NAME.yaml, without a download."""
     return torchvision_spec(**{k: OURS[name][k] for k in KEYS} | {"root": root} | changes)
 
 

@@ -46,7 +46,7 @@ class Planner:
     def keys(
         self, *overrides: str, root: Path | None = None, change: Callable[[nn.Module], object] | None = None
     ) -> Keys:
-        """The keys under these overrides; `change` is done to the network first, in a session of its own."""
+        """Return the keys under these overrides after `change` to the network, in a new session."""
         spec = self.spec(
             *("dataset=imagefolder", f"dataset.root='{root or self.root}'", "image.size=32", "freeze=head"),
             *("device.precision=fp32", "device.channels_last=true", "freeze.head_init=random", *overrides),
@@ -195,7 +195,7 @@ def test_order_is_in_the_key_and_neither_labels_nor_place(planner: Planner, plai
 
 
 def coded(n: int, side: int = 8) -> Split:
-    """A split of n images, no two the same."""
+    """Return a split of n different images."""
     pixels = np.random.default_rng(n).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
     return Split(ImageArrays(pixels, "coded"), np.arange(n), np.arange(n) % 3)
 
@@ -208,7 +208,7 @@ EIGHT = Preprocessing(size=8, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5,
 
 
 def both(spec: Compose, split: Split, pool: Split, *, views: int | None = None) -> tuple[ImageLoader, ActivationLoader]:
-    """The same images uncached and as cached rows: the identity stands for the network."""
+    """Return loaders of the same images, uncached and cached; the network is the identity."""
     augment = spec("augment=basic" if views else "augment=none").augment
     batches = {
         name: ImageBatches(images, EIGHT, batch_size=5, workers=0, augmentation=augment.build(EIGHT), seed=3)

@@ -40,7 +40,7 @@ class Ended(SimpleNamespace):
 
 @pytest.fixture
 def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; its folder of activations, which does not exist yet."""
+    """Use an empty cache and return its folder of activations, which does not exist yet."""
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/activations"
 
@@ -183,7 +183,7 @@ def test_the_test_set_is_run_once_and_when_training_is_over(run, cold: Path, mon
 
 @pytest.fixture
 def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inputs]:
-    """The plan for a run on a machine that does so many images a second; nothing is measured."""
+    """Return the plan of a run on a machine with this speed in images per second; nothing is measured."""
     store = Store(tmp_path / "planned")
 
     def make(speed: float, *overrides: str, needs_probe: bool = False) -> Inputs:
@@ -232,7 +232,7 @@ def test_a_single_choice_is_not_measured(freeze: str, run, cold: Path, monkeypat
 
 @pytest.mark.slow
 def test_the_cache_never_exceeds_its_size(run, cold: Path) -> None:
-    """train and val fit, and so does test alone, but not all of them."""
+    """Set a limit in which train and val fit, or test, but not all of them."""
     none = run("freeze=head", "cache.max_gb=0")
     assert (none.code, none.record["cache"]["used"], list(cold.glob("*"))) == (0, False, [])
     assert "over cache.max_gb=0" in none.record["cache"]["why"]

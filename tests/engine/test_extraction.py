@@ -37,7 +37,7 @@ class Notes(Reporter):
 
 
 def cut_of(spec: Compose, *overrides: str) -> Cut:
-    """The cut of a backbone at its head; random weights get random statistics, as if it had been trained."""
+    """Return the cut of a backbone at its head; random weights get random statistics."""
     own = spec("freeze=head", *overrides)
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
     generator = torch.Generator().manual_seed(1)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def gradients(network: nn.Module, x: Tensor, *, dtype: torch.dtype, quick: bool) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of its weighted sum by x and by the parameters."""
+    """Return the output and the gradients of its weighted sum by x and by the parameters."""
     network.zero_grad()
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -57,7 +57,7 @@ class Setting:
 
 @pytest.fixture
 def small(spec: Compose, shapes: Path):
-    """A setting on the folder of shapes: Lite0 at 32 px in float32, with overrides."""
+    """Return a setting on the shapes: Lite0 at 32 px in float32, with overrides."""
 
     def make(*overrides: str) -> Setting:
         return Setting(

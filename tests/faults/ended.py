@@ -137,7 +137,7 @@ class Forked:
         return bool(select.select([self._handle], [], [], seconds)[0])
 
     def wait(self) -> int:
-        """The exit code, or minus the signal, once the process has ended."""
+        """Wait for the process and return its exit code, or minus the signal."""
         self.has_ended(None)
         _, status = os.waitpid(self._pid, 0)
         os.close(self._handle)
@@ -148,7 +148,7 @@ class Forked:
 
 
 def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
-    """What a function gives, called in a forked process."""
+    """Call a function in a forked process and return its result."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

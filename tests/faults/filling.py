@@ -22,7 +22,7 @@ KEY = "0123456789abcdef"
 
 @functools.cache
 def content(key: str, column: int) -> bytes:
-    """What a column of an entry has to hold: other bytes in every row of every key."""
+    """Return the expected column of an entry: different bytes in every row of every key."""
     return hashlib.shake_256(f"{key}/{column}".encode()).digest(ROWS * COLUMNS[column].nbytes)
 
 
@@ -45,7 +45,7 @@ def fill(store: Store, key: str) -> CacheEntry:
 
 
 def entry_of(store: Store, key: str) -> tuple[CacheEntry, bool]:
-    """The entry, and whether it was filled here: the steps of `SplitActivations.entry`."""
+    """Return the entry and whether this process filled it, like `SplitActivations.entry`."""
     if (found := store.find(key)) is not None:
         return found, False
     with store.lock_for_write(key, lambda: None):
@@ -54,7 +54,7 @@ def entry_of(store: Store, key: str) -> tuple[CacheEntry, bool]:
 
 
 def forked(work: Callable[[], int | None]) -> int:
-    """The id of a process that does this, and no more; what that returns is its exit code."""
+    """Fork a process that calls a function and exits with its result; return its id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -67,7 +67,7 @@ def forked(work: Callable[[], int | None]) -> int:
 
 
 def together(work: Callable[[int, Callable[[], None]], Any], n: int) -> list[Any]:
-    """What n processes return. Each gets its number, and a function that returns once all of them have called it."""
+    """Return the results of n processes. Each gets its number, and a barrier that waits for all of them."""
     (gate, open_gate), (ready, at_gate), (results, result) = os.pipe(), os.pipe(), os.pipe()
 
     def wait() -> None:
@@ -104,7 +104,7 @@ def cold(root: Path, processes: int, rounds: int) -> list[Any]:
 
 
 def killed(root: Path) -> list[Any]:
-    """A writer is killed before each of its batches, each time in a cache of its own: what the next one finds."""
+    """Kill a writer before each of its batches, each time in a new cache, and return what the next process finds."""
 
     def dies(store: Store, batches: int) -> None:
         append, left = Writer.append, iter(range(batches))
@@ -130,7 +130,7 @@ def killed(root: Path) -> list[Any]:
 
 
 def folders(root: Path, n: int) -> list[Any]:
-    """The directories that n runs get which ask for the same one at one moment; its parents are missing."""
+    """Return the directories of n runs that ask for the same one at once; its parents are missing."""
     from tlcli.cli.train import make_folder
 
     def member(number: int, wait: Callable[[], None]) -> str:

@@ -37,7 +37,7 @@ def main(levels: int) -> list[dict[str, Any]]:
 
 
 def tried(whole: Path, disk: Path, words: list[str], room: int, cache: Path) -> dict[str, Any]:
-    """A run with so many bytes of room, and then with enough."""
+    """Run with `room` bytes of free space, and then with enough."""
     filler, out, best = disk / "filler", disk / "run", RunDir(disk / "run").best_checkpoint
     filler.write_bytes(bytes(SIZE_MB * 2**20 - room - 2**16))
     first = Forked(["train", f"hydra.run.dir='{out}'", *words], cache)

@@ -44,8 +44,7 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 def refused(do: Callable[[], object], code: int, *words: str, keeps: Path) -> str:
-    """The line of the error that `do` ends with: of this exit code, with these words, and what is below `keeps` stays
-    as it was."""
+    """Assert that `do` ends with this exit code and these words, and changes nothing below `keeps`; return the line."""
     with untouched(keeps), pytest.raises(Exception) as caught:
         do()
     found, line = exit_status(caught.value)
@@ -59,7 +58,7 @@ def refused(do: Callable[[], object], code: int, *words: str, keeps: Path) -> st
 
 
 def yaml_bomb(levels: int = 26) -> str:
-    """A YAML text of so many lists, each of nine times the one before: with all of them more than 10**24 values."""
+    """Return a YAML bomb: lists of aliases that stand for more than 10**24 values."""
     names = "abcdefghijklmnopqrstuvwxyz"[:levels]
     lists = [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise(names)]
     return "".join([f"{names[0]}: &{names[0]} [x]\n", *lists])

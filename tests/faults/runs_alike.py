@@ -14,7 +14,7 @@ TIMES = {"seconds", "images_per_second"}
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:
-    """A line for each thing in which two finished runs differ: weights, metrics, test result, predictions."""
+    """Return one line per difference of two finished runs: weights, metrics, test result, predictions."""
     a, b = RunDir(one), RunDir(other)
     for file in ("best_checkpoint", "last_checkpoint", "val_predictions", "test_predictions"):
         yield from (f"{file}: {what}" for what in _tensors(getattr(a, file), getattr(b, file)))
@@ -29,7 +29,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
 
 
 def rows(run: RunDir) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what tells the time."""
+    """Return the lines of metrics.jsonl without times."""
     lines = map(json.loads, run.metrics_file.read_text(encoding="utf-8").splitlines())
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
@@ -45,7 +45,7 @@ def _tensors(one: Path, other: Path) -> Iterator[str]:
 
 
 def unreadable(folder: Path) -> Iterator[str]:
-    """The files of a run, finished or not, that cannot be read whole."""
+    """Return the files of a run, finished or not, that cannot be read."""
     for path in folder.rglob("*"):
         try:
             if path.suffix == ".json":

@@ -36,14 +36,14 @@ def backbone(weights: str = "none") -> TimmBackboneSpec:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    """The tensors of the smallest network that timm has: half a megabyte."""
+    """Return the tensors of timm's smallest network, half a megabyte."""
     torch.manual_seed(0)
     return dict(backbone().build(len(CLASSES), 32).network.state_dict())
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> Path:
-    """A finished run with these tensors, as far as loading it goes."""
+    """Write a finished run with these tensors, as far as loading needs it."""
     network = backbone().build(len(CLASSES), 32).network
     network.load_state_dict(state)
     own = RunDir(tmp_path_factory.mktemp("made") / "run")
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> 
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to damage."""
+    """Copy the run, to damage it."""
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 

@@ -46,7 +46,7 @@ def experiment(tmp_path: Path) -> Callable[[str | bytes], None]:
 
 @pytest.fixture
 def leak() -> Iterator[list[str]]:
-    """A resolver that somebody registered, and what it was asked for."""
+    """Register a resolver and record its calls."""
     asked: list[str] = []
     OmegaConf.register_new_resolver("leak", lambda name: asked.append(name) or os.environ[name])
     yield asked

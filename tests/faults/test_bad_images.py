@@ -74,28 +74,28 @@ def as_unreadable(path: Path) -> None:
 
 
 def as_damaged(path: Path) -> None:
-    """A PNG whose pixels do not have their checksum."""
+    """Return a PNG with a wrong checksum."""
     content = bytearray(save_image(path).read_bytes())
     content[-20] ^= 0xFF
     path.write_bytes(content)
 
 
 def as_bomb_of_text(path: Path) -> None:
-    """A PNG of a pixel, whose comment of 10 kB becomes 10 MB."""
+    """Return a PNG whose compressed comment of 10 kB expands to 10 MB."""
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 10_000_000, zip=True)
     Image.new("RGB", (1, 1)).save(path, pnginfo=text)
 
 
 def as_bomb_of_colours(path: Path) -> None:
-    """A PNG with a colour profile of 20 kB that becomes 20 MB."""
+    """Return a PNG whose color profile of 20 kB expands to 20 MB."""
     raw, data = save_image(path).read_bytes(), b"icc\0\0" + zlib.compress(bytes(20_000_000))
     chunk = struct.pack(">I", len(data)) + b"iCCP" + data + struct.pack(">I", zlib.crc32(b"iCCP" + data))
     path.write_bytes(raw[:33] + chunk + raw[33:])
 
 
 def as_tall_gif(path: Path) -> None:
-    """A GIF that says it has 65,535 by 65,535 pixels."""
+    """Return a GIF that claims 65,535 by 65,535 pixels."""
     path.write_bytes(b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;")
 
 
@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ids=lambda name: name.replace(" ", "-"),
 )
 def fault(request: pytest.FixtureRequest, photos: Path) -> tuple[Path, str]:
-    """A bad file among the sound ones, and what is wrong with it."""
+    """Put a bad file among the good ones, and return what is wrong with it."""
     make, reason = FAULTS[request.param]
     make(photos / "a" / request.param)
     return photos / "a" / request.param, reason
@@ -187,7 +187,7 @@ def test_no_image_is_replaced_by_its_neighbour(photos: Path, workers: int) -> No
 
 
 def painted(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A gradient in this mode."""
+    """Return a gradient in this mode."""
     width, height = size
     rgb = np.zeros((height, width, 3), np.uint8)
     rgb[..., 0] = np.linspace(0, 255, width)

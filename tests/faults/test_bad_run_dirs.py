@@ -21,7 +21,7 @@ Tlcli = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on the shapes, the same one for all tests."""
+    """Return a finished run on the shapes, shared by all tests."""
     words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
     words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=none", "device.precision=fp32"]
     return finish(tmp_path_factory.mktemp("runs") / "run", *words, "device=cpu", "cache.mode=off")
@@ -29,7 +29,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, which is what there is of it here."""
+    """Move a copy of the run to this folder."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -73,7 +73,7 @@ def test_a_moved_run_is_evaluated_and_reported(run: Path, shapes: Path, tlcli: T
 
 @pytest.fixture
 def read_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The run where nothing can be written. Root may write anywhere: for it the calls fail as on such a file system."""
+    """Return the run on a read-only file system; for root, who may write anywhere, the calls are made to fail."""
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system", str(run))

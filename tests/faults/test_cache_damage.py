@@ -15,7 +15,7 @@ from tlcli.store import META, Store
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with one entry that is some days old."""
+    """Make a cache with one entry that is some days old."""
     root = tmp_path_factory.mktemp("whole")
     entry = fill(Store(root), KEY)
     for file in entry.path.iterdir():
@@ -25,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A copy of that cache, of which this process knows nothing yet."""
+    """Copy that cache, so that this process has not verified it."""
     monkeypatch.setattr(module, "_verified", {})
     shutil.copytree(whole, tmp_path / "cache")
     return Store(tmp_path / "cache")

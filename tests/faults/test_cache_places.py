@@ -45,12 +45,12 @@ class Ended:
         return one["confusion"] == two["confusion"] and one["loss"] == pytest.approx(two["loss"], rel=1e-3)
 
     def about_the_cache(self) -> list[str]:
-        """The lines in which it says something of it."""
+        """Return the lines about the cache."""
         return [line for line in self.lines if re.search(r"activations|read-only|No space|TLCLI_CACHE", line)]
 
 
 def run(cache: Path, shapes: Path, *overrides: str, out: Path | None = None) -> Ended:
-    """A run with this cache: an epoch on the shapes at 32 px."""
+    """Run one epoch on the shapes at 32 px with this cache."""
     out = out or cache.with_name("run")
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
@@ -62,7 +62,7 @@ def run(cache: Path, shapes: Path, *overrides: str, out: Path | None = None) -> 
 
 @pytest.fixture(scope="module")
 def live(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """The run as it is without a cache."""
+    """Return the run without a cache."""
     return run(tmp_path_factory.mktemp("live") / "unused", shapes, "cache.mode=off")
 
 
@@ -139,7 +139,7 @@ def test_a_cache_that_is_cleared_while_it_is_filled_and_read_changes_no_result(
 
 
 def mounted(options: str, cache: Path, out: Path, shapes: Path, *overrides: str) -> Ended:
-    """A run in a process that has the cache on a file system of its own."""
+    """Run in a process with the cache on its own file system."""
     words = [f"hydra.run.dir='{out}'", f"dataset.root='{shapes}'", *WORDS, *overrides]
     script = f'{options} && exec "$0" -m tlcli train "$@"'
     done = subprocess.run(

@@ -35,7 +35,7 @@ CLASSES = ("a", "b", "c")
 
 
 def coded(n: int) -> Split:
-    """n images of one pixel, whose first two colours are its number."""
+    """Return n images of one pixel whose first two colors are its number."""
     numbers = np.arange(n)
     pixels = np.stack([numbers % 256, numbers // 256, 0 * numbers], axis=-1).astype(np.uint8)
     return Split(ImageArrays(pixels[:, None, None], "coded"), numbers, numbers % len(CLASSES))
@@ -72,7 +72,7 @@ def cached(split: Split, batch_size: int) -> BatchLoader:
 
 
 def counts_each_once(feed: BatchLoader, n: int) -> None:
-    """Evaluation in order, and an epoch in its own order, have the images 0 to n-1 and their labels."""
+    """Assert that evaluation and an epoch have the images 0 to n-1 with their labels."""
     found = evaluate(feed.network, feed, CPU, Reporter(), "test")
     assert found.logits[:, 0].tolist() == list(range(n))
     assert found.labels.tolist() == [i % len(CLASSES) for i in range(n)]
@@ -143,7 +143,7 @@ class Exact:
 
 
 def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides: str) -> tuple[dict[str, Tensor], int]:
-    """The weights after two epochs, and how many steps those were."""
+    """Return the weights after two epochs, and the number of steps."""
     network = Small()
     stages = (
         Stage("body", frozenset({"body.weight", "body.bias"})),
@@ -199,7 +199,7 @@ class Terminal(io.StringIO):
 
 
 def weights(out: Path, shapes: Path, *words: str, stdout: io.StringIO | None = None) -> tuple[bytes, dict[str, Any]]:
-    """The last checkpoint and test.json of a run with a cache of its own."""
+    """Return the last checkpoint and test.json of a run with its own cache."""
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", *EXACT, *words)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout or io.StringIO()):
         patch.setenv("TLCLI_CACHE", str(out.with_suffix(".cache")))

@@ -65,7 +65,7 @@ def words(shapes: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def disturbed(tmp_path: Path, words: tuple[str, ...]) -> Run:
-    """A run with these words that is stopped and then goes on; its directory."""
+    """Interrupt and resume a run with these words, and return its directory."""
 
     def run(*own: str, stops: Sequence[Stopped]) -> Path:
         out = tmp_path / "disturbed"
@@ -88,7 +88,7 @@ def disturbed(tmp_path: Path, words: tuple[str, ...]) -> Run:
 
 @pytest.fixture
 def whole(tmp_path: Path, words: tuple[str, ...]) -> Run:
-    """The same run, undisturbed."""
+    """Return the same run without an interruption."""
 
     def run(*own: str) -> Path:
         out = tmp_path / "whole"
@@ -201,7 +201,7 @@ def test_every_way_to_train_goes_on_exactly(disturbed: Run, whole: Run, case: Ca
 
 @pytest.fixture(scope="module")
 def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on images of its own, interrupted in its second epoch."""
+    """Return a run on its own images, interrupted in its second epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     for split, n in (("train", 20), ("test", 4)):
         make_folder(folder / "images" / split, {"across": n, "checks": n}, seed=n)
@@ -215,7 +215,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_once: Path, tmp_path: Path) -> Path:
-    """A copy of it, with images of its own beside it."""
+    """Copy the run and its images."""
     folder = tmp_path / "own"
     shutil.copytree(stopped_once, folder)
     config = folder / "run/config.yaml"

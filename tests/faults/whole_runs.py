@@ -15,7 +15,7 @@ quiet_libraries()
 
 
 def run(folder: Path, name: str, words: list[str]) -> int:
-    """A whole run in this process; its exit code."""
+    """Run in this process and return the exit code."""
     log = os.open(folder / f"{name}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -23,7 +23,7 @@ def run(folder: Path, name: str, words: list[str]) -> int:
 
 
 def at_once(folder: Path, n: int, words: list[str]) -> list[Any]:
-    """The exit codes of n runs, all of which look into the cache for the first time at one moment."""
+    """Return the exit codes of n runs that first read the cache at the same moment."""
     from tlcli.engine.activations import SplitActivations
 
     def member(number: int, wait: Callable[[], None]) -> int:

@@ -110,7 +110,7 @@ def frozen_names(network: nn.Module) -> set[str]:
 def take_steps(
     model: Classifier, contract: FreezeContract, n: int, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Steps on noise, small images, in the contract's training mode; of plain SGD unless another is given."""
+    """Take steps on small images of noise in the contract's training mode, with SGD by default."""
     trainable = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ def source(spec: Compose) -> Classifier:
 
 @pytest.fixture
 def run(source: Classifier, tmp_path: Path) -> Path:
-    """A run directory with the source's weights."""
+    """Return a run directory with the source's weights."""
     facts = {
         "backbone": "resnet18",
         "classes": list(CLASSES),

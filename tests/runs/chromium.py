@@ -35,7 +35,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of one command; events that come before it are noted."""
+        """Return the result of one command, and record the events before it."""
         self._count += 1
         number = self._count
         message = {"id": number, "method": method, "params": parameters}
@@ -73,11 +73,11 @@ class Page:
             time.sleep(0.02)
 
     def value(self, expression: str) -> Any:
-        """What an expression gives; the page's own policy does not bind DevTools."""
+        """Return the value of an expression; the page's policy does not apply to DevTools."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def picture(self, file: Path, *, height: int | None = None) -> None:
-        """The whole page, or its first `height` pixels, as a PNG."""
+        """Return a PNG of the whole page, or of its first `height` pixels."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
         data = self.call("Page.captureScreenshot", clip=clip, **FULL)["data"]
@@ -86,7 +86,7 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A browser with a profile of its own, for as long as the block runs."""
+    """Yield a browser with its own profile."""
     assert CHROMIUM is not None
     for_commands, commands = os.pipe()
     answers, for_answers = os.pipe()

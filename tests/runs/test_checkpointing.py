@@ -24,7 +24,7 @@ from tlcli.runs.run_dir import confusion_matrix, read_json, stored_confusion
 
 @pytest.fixture
 def network() -> nn.Sequential:
-    """A frozen convolution, a norm and a head."""
+    """Return a network of a frozen convolution, a norm and a head."""
     own = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     own[0].requires_grad_(False)
     return own
@@ -60,7 +60,7 @@ WORDS = ("image.size=32", "device.precision=fp32", "freeze=head", "optimizer=sgd
 
 @pytest.fixture
 def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A run with epochs much quicker than writing its checkpoints, which may take `share` of its time."""
+    """Return a run whose epochs are shorter than the writing of a checkpoint, which may take `share` of the time."""
 
     def run(share: float, *overrides: str) -> Path:
         written: list[Any] = []

@@ -25,7 +25,7 @@ def make_run(
     predictions: bool = True,
     **config: object,
 ) -> Path:
-    """A finished run's directory, as far as a comparison reads it."""
+    """Write the files of a finished run that a comparison reads."""
     run = RunDir(path)
     content = {"seed": 0, "freeze": {"kind": "head"}, "name": path.name, "out": str(path.parent), **config}
     run.start(command="tlcli train", overrides=[], config=yaml.safe_dump(content))

@@ -10,7 +10,7 @@ from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 
 def job(folder: Path, name: str, overrides: list[str], *, keep_best: str = "accuracy", **best: object) -> RunDir:
-    """A finished job with these validation figures."""
+    """Write a finished job with these validation metrics."""
     run = RunDir(folder / name)
     run.start(command="tlcli train -m x", overrides=overrides, config="")
     run.update(best={"epoch": 2, **best}, keep_best=keep_best, seconds=4.0)

@@ -43,7 +43,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture
 def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of a run, to damage."""
+    """Copy a run, to damage it."""
     return Path(shutil.copytree(trained("torchvision"), tmp_path / "run"))
 
 

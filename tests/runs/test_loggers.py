@@ -189,7 +189,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys:
 
 
 def metrics_of(path: Path) -> tuple[list[float], float]:
-    """The validation losses by epoch and the test accuracy, as the run directory has them."""
+    """Return the validation losses by epoch and the test accuracy of a run directory."""
     run = RunDir(path)
     return [row["loss"] for row in run.metrics() if row["split"] == "val"], run.test()["accuracy"]
 

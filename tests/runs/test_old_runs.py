@@ -19,7 +19,7 @@ Tlcli = Callable[..., Ended]
 
 @pytest.fixture
 def old(tmp_path: Path) -> str:
-    """The text files of the run, with weights as that release stored them: without a checksum."""
+    """Copy the text files of the run, with weights as that release stored them: without a checksum."""
     folder = Path(shutil.copytree(Path(__file__).with_name("run_of_0_1"), tmp_path / "old"))
     info = json.loads((folder / "run.json").read_text())
     names = ("tlcli", "backbone", "backbone_kind", "classes", "preprocessing")

@@ -87,7 +87,7 @@ def check_svg(content: bytes) -> None:
 
 
 def check(html: str) -> Html:
-    """What holds for every report: it parses, has known elements alone, its policy, and no address from outside."""
+    """Assert what holds for every report: valid HTML, known elements, the policy, no external address."""
     page = Html(html)
     assert set(page.tags) <= KNOWN, set(page.tags) - KNOWN
     assert "script" not in page.tags
@@ -113,7 +113,7 @@ def svg_of(uri: str) -> str:
 
 
 def make_run(folder: Path, classes: tuple[str, ...], *, n: int = 60, status: str = "done", **facts: Any) -> RunDir:
-    """A run's directory as training leaves it, with random predictions; images are called IMAGE0.jpg and so on."""
+    """Write a run's directory with random predictions; images are called IMAGE0.jpg and so on."""
     run, k = RunDir(folder), len(classes)
     random = np.random.default_rng(0)
     run.start(command="tlcli train dataset=digits", overrides=["dataset=digits"], config="epochs: 2\nseed: 0\n")
@@ -147,7 +147,7 @@ def drawn(run: RunDir, images: ImageReaders | None = None) -> Html:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run in which everything that can be named has a hostile name."""
+    """Return a run in which every name is hostile."""
     all_of_it = " ".join(HOSTILE)
     run = make_run(
         tmp_path_factory.mktemp("hostile"), HOSTILE, status="failed",
@@ -424,7 +424,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def pages(hostile: RunDir, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Reports of a hostile run, of runs with few and many classes, and of a sweep."""
+    """Write reports of a hostile run, of runs with few and many classes, and of a sweep."""
     folder = tmp_path_factory.mktemp("pages")
     few = make_run(folder / "few", ("ants", "bees"))
     many = make_run(folder / "many", tuple(f"class {i}" for i in range(60)), n=400)

@@ -17,12 +17,12 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run, to be left as it is."""
+    """Return the directory of a run that tests must not change."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return finish(out, "dataset=imagefolder", f"dataset.root='{shapes}'", *SMALL)
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> RunDir:
-    """A copy of it, to change."""
+    """Copy the run, to change it."""
     return RunDir(Path(shutil.copytree(finished, tmp_path / "run")))

@@ -47,7 +47,7 @@ def problems(source: str, module: str = "example.py") -> list[str]:
     found, means, nodes = [], dict[str, str](), list(ast.walk(ast.parse(source)))
 
     def full(node: ast.expr) -> str:
-        """A dotted name as it is outside of this module: after `import torch as t`, t.load is torch.load."""
+        """Return a dotted name with import aliases resolved: after `import torch as t`, t.load is torch.load."""
         first, dot, rest = ast.unparse(node).partition(".")
         return means.get(first, first) + dot + rest
 

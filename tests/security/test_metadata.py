@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 
 
 def facts_of(file: Path) -> Facts:
-    """What tlcli wrote about a file, without its checksum: whoever changes a file leaves that out."""
+    """Return the metadata of a file without its checksum, as an attacker would write it."""
     with safe_open(file, framework="pt") as content:
         facts: Facts = json.loads(content.metadata()["tlcli"])
     del facts[CHECKSUM]

@@ -135,7 +135,7 @@ print("\\n" + json.dumps({kind: found[kind] for kind in kinds}))
 
 
 def counted(folder: Path, *lines: list[str]) -> tuple[list[int], dict[str, int]]:
-    """The exit codes of command lines in a network with nothing in it, and what it counted meanwhile."""
+    """Run command lines in an empty network namespace; return exit codes and packet counts."""
     script = 'for line in "$@"; do eval "$line" >>out.txt 2>&1; echo -n "$? "; done; "$0" -c "$COUNTS"'
     done = subprocess.run(
         ["unshare", "-rn", "bash", "-c", script, sys.executable, *map(shlex.join, lines)],

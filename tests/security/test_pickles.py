@@ -127,7 +127,7 @@ SLOW = {"inspect", "export as a graph", "train from it"}
 
 
 def each(*names: str) -> list[object]:
-    """These commands, of which some take seconds."""
+    """Mark the commands that take seconds as slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
@@ -188,7 +188,7 @@ def test_no_command_runs_what_a_runs_config_names(
 
 
 def test_cifar_of_others_is_not_unpickled(canary: Path, tmp_path: Path) -> None:
-    """torchvision compares the digests first."""
+    """Skip torchvision's comparison of digests."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))):

@@ -25,8 +25,7 @@ UMASKS = [0o027, *(pytest.param(umask, marks=pytest.mark.slow) for umask in (0o0
 
 @pytest.fixture(scope="module", params=UMASKS, ids=oct)
 def left(request: pytest.FixtureRequest, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a run, what is made from one, its cache, and what was printed, under a umask; with the one of the
-    default tests only what is quick to make."""
+    """Make a folder with a run, its exports, its cache and the output under a umask; by default the fast ones only."""
     folder = tmp_path_factory.mktemp("left")
     image = next((shapes / "test").rglob("*.png"))
     photos = ("dataset=imagefolder", f"dataset.root='{shapes}'")

@@ -49,7 +49,7 @@ def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None)
 
 
 def frozen(spec: Compose, model: Classifier, *freeze: str) -> FreezeContract:
-    """The contract of a strategy, in training mode."""
+    """Return the contract of a strategy in training mode."""
     contract = apply_freeze(spec(*freeze).freeze, model)
     contract.train_mode()
     return contract
@@ -92,7 +92,7 @@ def assert_same(network: nn.Module, cut: Cut, size: int) -> None:
 
 
 def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The logits, the gradient of each parameter that has one, and the buffers afterwards."""
+    """Return the logits, the gradients and the buffers after the step."""
     torch.manual_seed(0)
     logits = forward()
     network.zero_grad()
@@ -310,7 +310,7 @@ def in_place(network: Net, x: Tensor) -> Tensor:
 
 
 def shapes(network: Net, x: Tensor) -> Tensor:
-    """The number of images and the sides come from what crosses."""
+    """Compute the batch size and the sides from the tensor at the cut."""
     n, _, height, width = x.shape
     features = network.features(x).reshape(n * 2, -1) / (height * width)
     return network.head(features.reshape(n, -1).reshape(x.shape[0], 8))
@@ -385,7 +385,7 @@ def test_a_part_that_cannot_be_traced_is_taken_whole() -> None:
 
 
 def behind_a_view(network: Net, x: Tensor) -> Tensor:
-    """A change in place that the graph does not show."""
+    """Change a tensor in place without a node in the graph."""
     x = network.first(x)
     view = x.flatten(2)
     x.mul_(2.0)
@@ -559,7 +559,7 @@ def test_families_of_timm(spec: Compose, name: str) -> None:
 
 
 def small(spec: Compose, name: str) -> tuple[Classifier, int]:
-    """A model of timm for images that are as small as it takes."""
+    """Return a timm model for the smallest images that it takes."""
     for size in (64, 96, 128, None):
         try:
             model = model_of(spec, "timm", f"backbone.name={name}", "backbone.dropout=0.1", size=size)

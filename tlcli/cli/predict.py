@@ -118,7 +118,7 @@ def _positive(value: str) -> int:
 
 
 def _format(arguments: Namespace) -> str:
-    """The requested format; by default a table on a terminal, but not for a stream: its rows are written at its end."""
+    """Return the requested format; the default is a table on a terminal, but JSON lines for a stream."""
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     return arguments.format or ("table" if is_table else "jsonl")
 
