@@ -71,7 +71,7 @@ class LabelCheck:
 
 @dataclass(eq=False)
 class Findings:
-    """What a check found.
+    """The findings of a check.
 
     `duplicates` are (exact or near, similarity, positions): exact ones have the same content, near ones include exact
     copies, and their similarity is the lowest correlation of the pairs that connect them. `network_reason` says why

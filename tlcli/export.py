@@ -39,7 +39,7 @@ Model = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """What a format writes: a run, its network (with the normalization in front if asked for), and metadata as JSON.
+    """The input of a format: a run, its network (with the normalization in front if asked for), and metadata as JSON.
 
     `example` has two inputs of zeros: no pixel of an image gets into a file, and with one input an exporter may take
     the batch size for a constant.
@@ -210,7 +210,7 @@ def write_timm(job: ExportJob, path: Path) -> Model:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written, the images of the check, and the largest difference of a logit from PyTorch's.
+    """The exported path, the images of the check, and the largest difference of a logit from PyTorch's.
 
     `contents` are input and output of the model, `load` is the line of Python that loads it.
     """

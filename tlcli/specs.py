@@ -1,4 +1,4 @@
-"""The schema of a config: a class per option of each group, with the type and range of each key.
+"""The schema of a config: one class per option of each group, with the type and range of each key.
 
 There are no defaults here: a default lives in its YAML file under conf/. The command line converts the composed YAML to
 a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
@@ -103,7 +103,7 @@ class OptionSpec(Spec, frozen=True, tag_field="kind"):
 
 
 class DatasetSpec(OptionSpec, frozen=True):
-    """What all datasets share: how they are split, reduced and checked."""
+    """Keys of all datasets: splitting, reducing and checking."""
 
     group: ClassVar[str] = "dataset"
     name: str
@@ -210,7 +210,7 @@ class FreezeSpec(OptionSpec, frozen=True):
 
 
 class OptimizerSpec(OptionSpec, frozen=True):
-    """What all optimizers share: the learning rates of the parameter groups."""
+    """Keys of all optimizers: the learning rates of the parameter groups."""
 
     group: ClassVar[str] = "optimizer"
     lr: Positive
@@ -225,7 +225,7 @@ class OptimizerSpec(OptionSpec, frozen=True):
 
 
 class SchedulerSpec(OptionSpec, frozen=True):
-    """What all schedulers share: a linear warmup over a fraction of all steps."""
+    """Keys of all schedulers: a linear warmup over a fraction of all steps."""
 
     group: ClassVar[str] = "scheduler"
     warmup: FractionBelowOne
@@ -240,7 +240,7 @@ class SchedulerSpec(OptionSpec, frozen=True):
 
 
 class AugmentSpec(OptionSpec, frozen=True):
-    """What all augmentations share: the probability of erasing a random rectangle (Zhong et al. 2020)."""
+    """Keys of all augmentations: the probability of erasing a random rectangle (Zhong et al. 2020)."""
 
     group: ClassVar[str] = "augment"
     erasing: Fraction
@@ -266,7 +266,7 @@ class ImageSpec(Spec, frozen=True):
 
 
 class CacheSpec(Spec, frozen=True):
-    """Whether and how the output of the frozen layers is cached; `max_gb` of disk, `ram_gb` of memory."""
+    """Caching of the frozen layers' output; `max_gb` of disk, `ram_gb` of memory."""
 
     mode: CacheMode
     views: Count | None

@@ -1,4 +1,4 @@
-"""From argv, or from the config.yaml of a run, to a TrainSpec: the flags, the composed config, and its conversion."""
+"""Compose a config from argv or from the config.yaml of a run, and convert it to a TrainSpec."""
 
 import math
 import re
@@ -41,7 +41,7 @@ NOT_TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Flags:
-    """What argv asks of Hydra. `flags`: the words that are not overrides; `runs`: False if it only asks to print."""
+    """The command line for Hydra. `flags`: the words that are not overrides; `runs`: False if it only prints."""
 
     flags: tuple[str, ...]
     overrides: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the YAML files say about themselves: groups, options, keys, defaults and comments.
+"""Groups, options, keys, defaults and comments of the YAML files.
 
 Help, completion and error messages come from here, without Hydra. Hydra composes the config; nothing here decides what
 runs.

@@ -47,7 +47,7 @@ EPOCH_COLUMNS: tuple[EpochColumn, ...] = (
 
 
 class Screen(Console):
-    """stdout. Strings are shown as they are: a class may be called `[red]` or `:fire:`."""
+    """The console on stdout. Strings are shown as they are: a class may be called `[red]` or `:fire:`."""
 
     def __init__(self, width: int | None = None) -> None:
         terminal = sys.stdout.isatty()

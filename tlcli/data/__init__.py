@@ -1,1 +1,1 @@
-"""Where images come from: listing, decoding, splits, preprocessing, augmentation, batches."""
+"""Images: listing, decoding, splits, preprocessing, augmentation, batches."""

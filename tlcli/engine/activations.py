@@ -121,8 +121,8 @@ def merge_splits(splits: Sequence[Split]) -> Split:
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """How a split is read from activations: `views` of the images of `pool` at a cut (one if not augmented), of which
-    `rows` are those of the split."""
+    """A split that is read from activations: `views` of the images of `pool` at a cut (one if not augmented), of which
+    `rows` belong to the split."""
 
     cut: Cut
     views: tuple[SplitActivations, ...]
@@ -165,7 +165,7 @@ class Workload:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """How images become the network's input."""
+        """Return the preprocessing of images into network inputs."""
         return preprocessing_for(self.spec, self.classifier, self.data.value_range)
 
     @property
@@ -186,7 +186,7 @@ class Workload:
 
     @property
     def cut(self) -> Cut | NoCut:
-        """Where the frozen prefix ends."""
+        """Return the cut after the frozen prefix."""
         self.contract.train_mode()  # the cut depends on the modes in which the network trains
         return self._cut(("cut", self.preprocessing.size, repr(self.spec.freeze)), None)
 

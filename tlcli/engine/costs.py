@@ -87,7 +87,7 @@ class StrategyCost:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `tlcli inspect` shows. `images` are per split; `load` is that of the machine before the measurements."""
+    """The result of `tlcli inspect`. `images` are per split; `load` is that of the machine before the measurements."""
 
     backbone: str
     dataset: str

@@ -1,4 +1,4 @@
-"""How a run computes: decided once by measuring and estimating, recorded in run.json, and followed from then on.
+"""Decisions of a run on precision, layout, caching and the cut: made once, recorded in run.json, then followed.
 
 Rounding differs between dtypes, memory formats, batch sizes, and cached and uncached splits, so that only the same
 decisions give the same metrics to the last digit. Deciding runs one small batch through the network to time it.
@@ -182,7 +182,7 @@ def uncacheable_reason(workload: Workload) -> str | None:
 
 
 def not_worthwhile_reason(workload: Workload, option: ComputeFormat, images: int, row_bytes: int) -> str | None:
-    """Return why training should not read activations, of which so many images' are missing: no room, or no gain."""
+    """Return the reason why training should not read activations, of which n images are missing: no room, or no gain."""
     spec, data, nbytes = workload.spec, workload.data, images * row_bytes
     reason = workload.session.store.no_room_reason(nbytes) if images else None
     if reason or not images or row_bytes <= SMALL_ROW_BYTES or spec.cache.mode is CacheMode.require:

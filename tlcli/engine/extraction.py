@@ -42,7 +42,7 @@ class ExtractionStats:
 
     @property
     def images_per_second(self) -> float:
-        """With decoding, without compilation."""
+        """Return images per second with decoding and without compilation."""
         return self.images / max(self.seconds - self.compile_seconds, 1e-9)
 
     def plus(self, other: "ExtractionStats") -> "ExtractionStats":

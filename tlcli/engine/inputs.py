@@ -68,7 +68,7 @@ class Inputs:
 
     @property
     def trained_network(self) -> nn.Module:
-        """What runs on the batches of train: the suffix, or the whole network."""
+        """Return the module that trains on the batches: the suffix, or the whole network."""
         cut = self.workload.cut if "train" in self.decisions.cached else None
         return cut.suffix if isinstance(cut, Cut) else self.workload.classifier.network
 
@@ -106,12 +106,12 @@ class Inputs:
 
     @property
     def numerics(self) -> dict[str, str]:
-        """How the formats of training and evaluation were chosen."""
+        """Return the reasons for the formats of training and evaluation."""
         return {use: self.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
 
     @property
     def summary(self) -> str:
-        """What is read from the cache, what is computed and what that costs, in one line."""
+        """Return one line on what is read from the cache, what is computed, and the cost."""
         reasons = self.decisions.reasons
         if "train" in self.cached:
             uncached = [f"{name} reads images: {reasons[name]}" for name in ("val", "test") if name in reasons]

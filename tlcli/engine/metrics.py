@@ -167,7 +167,7 @@ class BestEpochTracker:
 
     @property
     def should_stop(self) -> bool:
-        """Whether `early_stop` epochs in a row were not better."""
+        """Return True if `early_stop` epochs in a row were not better."""
         if self.early_stop is None or self.epoch is None:
             return False
         return self.last_epoch - self.epoch >= self.early_stop

@@ -1,4 +1,4 @@
-"""What the jobs of one command share, so that a sweep pays for it once: images, weights, cuts and cached tensors."""
+"""State shared by the jobs of one command, loaded once per sweep: images, weights, cuts and cached tensors."""
 
 import copy
 from collections.abc import Callable, Hashable

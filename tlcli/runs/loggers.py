@@ -111,7 +111,7 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
 
 
 class WandbMode(Enum):
-    """Whether a Weights & Biases run is sent during training."""
+    """Mode of a Weights & Biases run: sent during training or not."""
 
     offline = "offline"
     online = "online"

@@ -1,4 +1,4 @@
-"""What a run leaves behind, written while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
+"""Write the results of a run while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a run is resumed from, read from its directory, and what must be the same for the result to be the same."""
+"""The state that a run resumes from, read from its directory, and the inputs that must not have changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and prote
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """Where training begins. `head_is_ready`: the network before training was worth an evaluation, as epoch 0."""
+    """The start of training. `head_is_ready`: the network before training was worth an evaluation, as epoch 0."""
 
     epoch: int
     head_is_ready: bool

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tlcli.data.images import Split
 
 SCHEMA_VERSION = 1
-MAX_FULL_CONFUSION = 100  # above so many classes, a stored confusion matrix has only the cells that are not zero
+MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
 MAX_METADATA_CHARS = 60_000_000  # of predictions; above it names are left out, since safetensors takes 100 MB
 SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job ends, and by Hydra at the start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")

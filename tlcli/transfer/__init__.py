@@ -1,1 +1,1 @@
-"""What transfer is: which weights train, at which rates, and the proof that the others did not."""
+"""Transfer: which weights train, at which learning rates, and the check that the others did not change."""

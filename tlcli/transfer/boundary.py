@@ -1,4 +1,4 @@
-"""Where to cut: what is frozen both in training and in evaluation, and the boundary that costs least."""
+"""The boundary of a cut: operations that are frozen in training and in evaluation, and the minimum cut among them."""
 
 import math
 from collections.abc import Collection, Sequence

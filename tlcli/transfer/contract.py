@@ -1,4 +1,4 @@
-"""What trains: the freeze contract, the optimizer's parameter groups, and the linear probe of the head."""
+"""Trainable parameters: the freeze contract, the optimizer's parameter groups, and the linear probe of the head."""
 
 import hashlib
 import warnings

@@ -32,7 +32,7 @@ from tlcli.transfer.graph import (
 )
 
 RTOL, ATOL = 1e-4, 1e-5
-"""How close prefix and suffix must come to the network; ATOL is for values of order one and grows with larger ones."""
+"""Tolerances of prefix and suffix against the network; ATOL is for values of order one and grows with larger ones."""
 MAX_NAMED_MODULES = 3
 
 
@@ -58,7 +58,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class NoCut:
-    """There is no prefix; `why` is the reason, one line for people."""
+    """The absence of a cut; `why` is the reason, in one line."""
 
     why: str
 

@@ -18,7 +18,7 @@ from tlcli.text import one_line
 
 
 class CutError(Exception):
-    """There is no cut; the message is the reason."""
+    """Raised if there is no cut; the message is the reason."""
 
 
 class Traced(NamedTuple):
