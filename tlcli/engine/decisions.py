@@ -182,7 +182,7 @@ def uncacheable_reason(workload: Workload) -> str | None:
 
 
 def not_worthwhile_reason(workload: Workload, option: ComputeFormat, images: int, row_bytes: int) -> str | None:
-    """Return the reason why training should not read activations, of which n images are missing: no room, or no gain."""
+    """Return the reason why activations should not be read, with `images` of them missing: no room, or no gain."""
     spec, data, nbytes = workload.spec, workload.data, images * row_bytes
     reason = workload.session.store.no_room_reason(nbytes) if images else None
     if reason or not images or row_bytes <= SMALL_ROW_BYTES or spec.cache.mode is CacheMode.require:
