@@ -1,1 +1,1 @@
-"""What the figures in the README rest on. Each module is a command that prints its table and writes it as JSON."""
+"""Benchmarks behind the tables of README and docs/performance.md: each module prints a table and writes it as JSON."""

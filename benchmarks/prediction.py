@@ -1,9 +1,8 @@
 """`tlcli predict` over a folder: python -m benchmarks.prediction DATA [--small]
 
 EfficientNet-Lite0 on images of CIFAR-10, against timm's inference.py with --amp --channels-last, and tlcli's own
-extraction. Of predict a whole
-process over all images is timed, and one over a single image: the difference is what the others take. timm's script is
-timed from the moment that its network is made.
+extraction. predict is timed as a whole process over all images, less one over a single image. timm's script is timed
+from the moment that its network is made.
 """
 
 import sys

@@ -169,3 +169,8 @@ def test_an_option_is_one_decorated_class() -> None:
         assert type(build_spec(config).scheduler) is ReverseSpec
     finally:
         del options("scheduler")["reverse"]
+
+
+def test_arguments_of_a_torchvision_split_keep_their_type() -> None:
+    spec = build_spec(compose_config(parse_flags(["dataset=cifar10", "dataset.test.train=false"])), FILES)
+    assert spec.dataset.test == {"train": False}  # type: ignore[attr-defined]

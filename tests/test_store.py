@@ -361,7 +361,7 @@ def test_an_entry_that_another_process_uses_is_not_evicted(store: Store, child: 
     assert [len(other.says()) for _ in range(2)] == [7, 64]  # filling, then the digest: it holds the entry now
     store.max_gb = SIZE / GB
     os.utime(store.activations / KEY / META, (1, 1))
-    assert store.no_room_reason(8192) == "8.2 kB beside 8.5 kB of entries in use is over cache.max_gb=1e-05"
+    assert store.no_room_reason(8192) == "8.2 kB in addition to 8.5 kB of entries in use is over cache.max_gb=1e-05"
     with pytest.raises(OSError, match="entries in use"), store.create(OTHER, 2, [Column("float32", (1024,))], {}):
         pass
     assert [entry.key for entry in store.entries()] == [KEY]

@@ -39,7 +39,13 @@ from tlcli.specs import DatasetSpec, DeviceSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 
-OVERRIDABLE_KEYS = ("on_bad", "ram_gb", "test_per_class", "classes")  # of the run's own dataset: its splits stay
+OVERRIDABLE_KEYS = (
+    "on_bad",
+    "verify",
+    "ram_gb",
+    "test_per_class",
+    "classes",
+)  # of the run's own dataset: its splits stay
 COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1")
 
 

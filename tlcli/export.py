@@ -243,7 +243,7 @@ def check_not_existing(path: Path) -> None:
 def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tensor", str]:
     """Return images before normalization, uint8 (N, 3, S, S), and a text that says where they come from.
 
-    They are test images of the run, evenly spaced, or random images if the data set cannot be read.
+    They are test images of the run, evenly spaced, or random images if the dataset cannot be read.
     """
     import torch
 
@@ -264,7 +264,7 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
 def export(
     run: "LoadedRun", chosen: ExportFormat, dataset: "DatasetSpec | None", path: Path, with_preprocessing: bool
 ) -> ExportResult:
-    """Write the model of a run and compare what was written with PyTorch on test images of the data set.
+    """Write the model of a run and compare what was written with PyTorch on test images of the dataset.
 
     Args:
         with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.

@@ -371,7 +371,10 @@ def leaf_types(key: str) -> list[tuple[Any, Meta | None]]:
         if get_origin(hint) is Annotated:
             waiting.append((get_args(hint)[0], get_args(hint)[1]))
         elif get_origin(hint) in (Union, UnionType, tuple, dict):
-            waiting += [(inner, meta) for inner in get_args(hint) if inner is not ...]
+            inners = (
+                get_args(hint)[1:] if get_origin(hint) is dict else get_args(hint)
+            )  # the keys of a dict are no values
+            waiting += [(inner, meta) for inner in inners if inner is not ...]
         elif (hint, meta) not in leaves:
             leaves.append((hint, meta))
     return leaves

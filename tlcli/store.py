@@ -41,7 +41,7 @@ MTIME_SECONDS = 2.0  # resolution of the coarsest file time (FAT): a later chang
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
-_OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\..*")
+_OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\.meta\.json\.\d+|\.DS_Store|\.nfs\w+")  # the last two are the system's
 _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
@@ -134,6 +134,7 @@ class Store:
         with suppress(*_DAMAGE):
             _read_entry(folder)
             self._hold(key)
+            _read_entry(folder)  # another process may have evicted it before it was held
             return True
         return False
 
@@ -152,7 +153,8 @@ class Store:
                 held.enter_context(lock(file))
             for draft in self._folders(_DRAFT):
                 if self._lock_file(draft) == file:  # this process has the lock, so the writer of the draft was killed
-                    _delete(draft)
+                    with suppress(OSError):
+                        _delete(draft)
             yield
 
     @contextmanager
@@ -175,23 +177,23 @@ class Store:
             "checksums": writer.checksums,
         }
         try:
-            with ExitStack() as files:
-                with self._lock_space():
-                    if final.exists() and not self.find(key):
-                        _delete(final)
-                    nbytes = rows * sum(column.nbytes for column in columns) + len(_with_checksum(meta))
-                    if (reason := self._make_room(nbytes, evict=True)) is not None:
-                        raise OSError(errno.ENOSPC, reason)
-                    draft.mkdir()
-                    for i, column in enumerate(columns):
-                        writer.files.append(files.enter_context((draft / f"{i}.bin").open("wb")))
-                        writer.files[i].truncate(rows * column.nbytes)  # sparse: it reserves the room
-                yield writer
-                if writer.written != rows:
-                    raise ValueError(f"{writer.written} rows were written of {rows}")
-                for file in writer.files:
-                    file.flush()
-                    os.fsync(file.fileno())
+            with self._lock_space():
+                if final.exists() and not self.find(key):
+                    _delete(final)
+                nbytes = rows * sum(column.nbytes for column in columns) + len(_with_checksum(meta))
+                if (reason := self._make_room(nbytes, evict=True)) is not None:
+                    raise OSError(errno.ENOSPC, reason)
+                draft.mkdir()
+                for i, column in enumerate(columns):
+                    writer.files.append((draft / f"{i}.bin").open("wb"))
+                    writer.files[i].truncate(rows * column.nbytes)  # sparse: it reserves the room
+            yield writer
+            if writer.written != rows:
+                raise ValueError(f"{writer.written} rows were written of {rows}")
+            for file in writer.files:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
             with atomic_write(draft / META, durable=True) as file:
                 file.write(_with_checksum({**meta, "checksums": writer.checksums}).encode())
             self._hold(key)
@@ -202,7 +204,10 @@ class Store:
             sync_folder(self.activations)
             writer.entry = _read_entry(final)
         except BaseException:
-            with suppress(OSError):  # it must not hide the error that is being raised
+            for file in writer.files:
+                with suppress(OSError):  # closing must not hide the error that is being raised
+                    file.close()
+            with suppress(OSError):
                 _delete(draft)
             raise
 
@@ -307,13 +312,13 @@ class Store:
                     freed += _bytes_in(folder)
                     evicted.append(folder)
             if used - freed + nbytes > self.max_gb * GB:
-                beside = f" beside {size_text(used - freed)} of entries in use" if used > freed else ""
+                beside = f" in addition to {size_text(used - freed)} of entries in use" if used > freed else ""
                 return f"{size_text(nbytes)}{beside} is over cache.max_gb={self.max_gb:g}"
             if freed < excess:
                 free, least = size_text(disk_free + freed), size_text(reserve)
                 return f"{size_text(nbytes)} of the disk's free {free} would leave less than {least}"
             for folder in evicted if evict else ():
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # it is gone, or on Windows in use
                     _delete(folder)
         return None
 
@@ -409,6 +414,8 @@ def _bytes_in(folder: Path) -> int:
 
 def _delete(folder: Path) -> int:
     """Remove an entry or a draft and return its bytes. The entry loses its name first: no process sees half of it."""
+    if not all(_OWN_FILE.fullmatch(file.name) for file in _children(folder)):
+        raise FileExistsError(errno.EEXIST, "not a cache entry", str(folder))
     nbytes = _bytes_in(folder)
     if not _DRAFT.fullmatch(folder.name):
         folder = folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"))

@@ -61,7 +61,7 @@ def test_images_that_are_gone_leave_their_names(tlcli: Tlcli, trained: Path, tmp
         config.write_text(text, encoding="utf-8")
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert pictures(html) == []
-    assert "The images are not shown, because the data set cannot be read: /no/such/place" in html
+    assert "The images are not shown, because the dataset cannot be read: /no/such/place" in html
     assert "not found" in html
 
 

@@ -213,3 +213,13 @@ def test_the_leaderboard_is_there_after_each_job(tlcli, training, tmp_path: Path
     assert jobs_seen == [[], ["0"], ["0", "1"]]
     (board,) = tmp_path.rglob("sweep.json")
     assert [job["test_accuracy"] for job in read_json(board)["jobs"]] == [0.89, 0.88, 0.87]
+
+
+def test_a_failed_job_is_reported_at_once(tlcli, training) -> None:
+    def train(spec, run, reporter):
+        if spec.seed == 1:
+            raise TlcliError("seed 1 is unlucky")
+        return finished(spec, run, reporter)
+
+    training(train)
+    assert "[0] failed: seed 1 is unlucky" in tlcli("train", "-m", "seed=1,2").err

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 
 from tlcli.data import decode
-from tlcli.data.decode import BadImage, read_image, to_rgb
+from tlcli.data.decode import BadImage, read_image, read_raw, to_rgb
 
 GRADIENT = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
 
@@ -273,3 +274,16 @@ def test_heic_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: p
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
     with pytest.raises(BadImage, match=r"pip install 'tlcli\[heif\]'"):
         read_image(tmp_path / "a.heic")
+
+
+def test_text_of_a_png_is_not_its_depth(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("bit_depth", "sixteen")
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "a.png", pnginfo=info)
+    assert read_image(tmp_path / "a.png").tolist() == [[[1, 2, 3]] * 4] * 4
+
+
+def test_deep_color_ppm_is_marked_as_reduced(tmp_path: Path) -> None:
+    (tmp_path / "deep.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
+    (tmp_path / "plain.ppm").write_bytes(b"P6 2 1 255\n" + bytes(6))
+    assert [read_raw(tmp_path / name).is_reduced for name in ("deep.ppm", "plain.ppm")] == [True, False]

@@ -273,3 +273,10 @@ def test_a_report_of_a_run_with_a_bomb_for_a_config(run: RunDir, tlcli: Tlcli, t
     before = tree(tmp_path)
     assert tlcli("report", "run").code == 0
     assert tree(tmp_path).keys() - before.keys() == {str(tmp_path / "run" / "report.html")}
+
+
+def test_records_of_earlier_runs_in_a_config_folder_are_not_configs(tmp_path: Path) -> None:
+    """A run below --config-dir does not keep the next one from starting."""
+    (tmp_path / "outputs/1/.hydra").mkdir(parents=True)
+    (tmp_path / "outputs/1/.hydra/hydra.yaml").write_text("hydra: {run: {dir: elsewhere}}")
+    check_folder(tmp_path)

@@ -33,7 +33,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Compare the runs in argv; return the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     from tlcli.cli import fast_imports
 
     with fast_imports():
@@ -56,7 +56,7 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[list[st
     rows = []
     for run in comparison["runs"]:
         low, high = run["accuracy_ci95"]
-        f1 = run["macro_f1"] and f"{run['macro_f1']:.4f}"
+        f1 = None if run["macro_f1"] is None else f"{run['macro_f1']:.4f}"
         metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
         rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
     yield list(table_lines(columns, rows, width))

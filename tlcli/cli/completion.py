@@ -166,9 +166,6 @@ def _from_parser(command: argparse.ArgumentParser, word: str, before: list[str])
         yield from _values_of(last, word, before)
         return
     for action in command._actions:
-        if isinstance(action, argparse._SubParsersAction) and (used := [w for w in before if w in action.choices]):
-            yield from _from_parser(action.choices[used[0]], word, before[before.index(used[0]) + 1 :])
-            return
         if not action.option_strings:
             yield from _values_of(action, word, before)
     yield from (flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS)

@@ -90,10 +90,7 @@ def _text_as_typed(override: str) -> str:
     if not equals or str not in [hint for hint, _ in types]:
         return override
     words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)
-    is_number = re.compile(
-        r"[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false", re.IGNORECASE
-    ).fullmatch
-    typed = f"{key}={''.join(quoted(word.strip()) if is_number(word.strip()) else word for word in words)}"
+    typed = f"{key}={''.join(quoted(word.strip()) if NOT_TEXT.fullmatch(word.strip()) else word for word in words)}"
     try:
         OverridesParser.create().parse_overrides([typed])
     except OverrideParseException:  # it's, a(b: words that Hydra's grammar does not have; not a list that is left open
@@ -110,7 +107,8 @@ def resolve_paths(values: Any, folder: Path) -> None:
         if not isinstance(text, str) or text.startswith(("~", "${")):
             continue
         scheme, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
-        if path not in ("", "default", "none", "databricks") and (scheme or "://" not in text):
+        is_path = scheme or key != "logger.uri" or not re.match(r"[A-Za-z][\w+.-]+:|databricks", text)
+        if path not in ("", "default", "none") and "://" not in path and is_path:
             node[name] = f"{scheme}{folder / path}"
 
 

@@ -102,6 +102,8 @@ def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
                 raise UsageError(f"{word}: choose from {', '.join(CHOICES[key])}.{did_you_mean(value, CHOICES[key])}")
         elif name in SPLITTING_KEYS:
             raise UsageError(f"{word}: cannot be changed after training: the run's dataset is split already")
+        elif name == "dataset.range":
+            raise UsageError(f"{word}: cannot be changed after training: it is part of the run's preprocessing")
         elif name.split(".")[0] in GROUPS:
             overrides.append(word)
         else:

@@ -102,8 +102,10 @@ class Command:
             return value
         except Exception as exc:
             self.error = exc
-            if self._sweep is not None and not run.info_file.exists():
-                raise  # nothing else will say that this job failed
+            if self._sweep is not None:
+                print(f"[{job.job.num}] failed: {exit_status(exc)[1]}", file=sys.stderr, flush=True)
+                if not run.info_file.exists():
+                    raise  # the leaderboard will not list this job
             return None
         finally:
             if self._sweep is not None:
@@ -250,7 +252,7 @@ def discard_state(run: RunDir, spec: TrainSpec) -> None:
 
 
 def check(spec: TrainSpec) -> None:
-    """Raise UsageError if the data set, the weights or the package that a spec names are missing."""
+    """Raise UsageError if the dataset, the weights or the package that a spec names are missing."""
     check_logger(spec.logger)
     spec.dataset.check()
     check_weights(spec.backbone.weights)

@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
     if "--sort" in words[:-1]:  # argparse would take -test for a flag
         i = words.index("--sort")
         words[i : i + 2] = [f"--sort={words[i + 1]}"]
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_intermixed_args(words)
     entries: dict[Path, Entry] = {}
     for folder in map(expand_user, arguments.folders):
         if not folder.is_dir():
@@ -96,9 +96,10 @@ def sort_entries(entries: list[Entry], sort: str | None) -> list[Entry]:
     def value(entry: Entry) -> Any:
         return entry.started and entry.started.timestamp() if key == "when" else _value(entry, key)
 
-    valued = [(value(entry), entry) for entry in entries]
+    newest_first = sorted(entries, key=lambda entry: str(entry.path), reverse=True)
+    newest_first.sort(key=lambda entry: entry.started.timestamp() if entry.started else 0.0, reverse=True)
+    valued = [(value(entry), entry) for entry in newest_first]
     known = [pair for pair in valued if pair[0] not in (None, "")]
-    known.sort(key=lambda pair: str(pair[1].path), reverse=True)
     known.sort(key=lambda pair: pair[0], reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
     return [entry for _, entry in known] + [entry for entry_value, entry in valued if entry_value in (None, "")]
 

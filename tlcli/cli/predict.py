@@ -76,7 +76,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     if arguments.paths.count(STDIN) > 1:
         raise UsageError("stdin (-) is named twice")
     with _output(arguments.output) as file:

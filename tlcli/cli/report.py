@@ -69,5 +69,5 @@ def _run_page(run: RunDir) -> str:
             value_range = preprocessing.get("range") if isinstance(preprocessing, dict) else None
             images = images_by_key(load_spec(run).dataset, value_range)
         except (TlcliError, OSError) as exc:
-            reason = f"The images are not shown, because the data set cannot be read: {exc}."
+            reason = f"The images are not shown, because the dataset cannot be read: {exc}."
     return render("run.html.j2", run_view(run, images, reason))

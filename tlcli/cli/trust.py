@@ -48,7 +48,10 @@ def check_folder(folder: Path) -> None:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if name != ".hydra"]  # records of runs: no file may name them
         for file in sorted(Path(place, name) for name in names if name.lower().endswith(".yaml")):
+            if file.name == "multirun.yaml" and (file.parent / "sweep.json").exists():
+                continue
             try:
                 content = read_yaml(file)
             except UnicodeDecodeError as exc:

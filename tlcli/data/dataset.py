@@ -266,7 +266,7 @@ def _resolve_range(spec: DatasetSpec, train: Split, reporter: Reporter, store: S
     if not len(values):
         return None
     low, high = (float(v) for v in np.percentile(values, PERCENTILES))
-    high = high if high > low else low + 1
+    high = high if high > low else low + max(1.0, abs(low) * 1e-6)
     if store is not None and key is not None:
         store.add_note(RANGE_NOTES, key, [low, high])
     return low, high

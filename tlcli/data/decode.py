@@ -136,7 +136,7 @@ def read_bytes(path: Path) -> bytes:
 
 @cache
 def decoder() -> str:
-    """Return what decides, in addition to its bytes, to which pixels an image decodes: versions and rules."""
+    """Return the versions and rules on which the pixels of an image depend, in addition to its bytes."""
     codecs = [f"{name} {features.version(name)}" for name in ("jpg", "webp", "avif", "libtiff", "zlib")]
     heif = next((d.version for d in metadata.distributions(name="pi-heif")), None)
     rules = hashlib.blake2b(inspect.getsource(sys.modules[__name__]).encode(), digest_size=8).hexdigest()
@@ -208,8 +208,12 @@ def _decode(stream: BinaryIO) -> RawImage:
                 image.draft(None, (image.width // factor, image.height // factor))
             raw_mode = str(image.tile[0].args) if image.tile else ""  # such as ('RGB;16B', 0, 1); empty once loaded
             is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16") and ";16" in raw_mode
+            if image.format == "PPM" and image.mode == "RGB":  # its tile has the maximum, if that is not 255
+                is_reduced = any(isinstance(arg, int) and arg > 255 for arg in image.tile[0].args or ())
+            if formats == ("HEIF",):  # in other formats `info` may have texts of the file under this name
+                is_reduced = image.info.get("bit_depth", 8) > 8
             image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
-            return raw_image(image, is_reduced=is_reduced or image.info.get("bit_depth", 8) > 8)
+            return raw_image(image, is_reduced=is_reduced)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more

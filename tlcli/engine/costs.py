@@ -288,7 +288,7 @@ class CostMeter:
         )
         row_bytes, rows = sum(column.nbytes for column in extractor.columns()), n_train + len(data.val) + len(data.test)
         if workload.augments and spec.cache.views is not None:
-            rows += n_train * (spec.cache.views + workload.needs_probe - 1)
+            rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
         seconds = extractor.estimate_seconds(rows, speed * extractor.batch_size / len(batch))  # a short batch is padded
         reason = uncacheable_reason(workload) or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes)
         return rows, row_bytes, seconds, (train, evaluation), reason

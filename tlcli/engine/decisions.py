@@ -321,8 +321,15 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
     if names and reason is not None:
         if workload.spec.cache.mode is CacheMode.require:
             raise UsageError(f"cache.mode=require: {reason}")
-        reporter.note(f"{' and '.join(sorted(names))}: reading images instead of activations ({reason})")
-        decisions, names = decisions.without(names, reason), frozenset()
+        lost = names
+        if isinstance(
+            cut, Cut
+        ):  # splits that are complete in the cache stay; without train the others have new entries
+            views = {name: workload.cached_split(name, names, decisions.eval_format).views for name in names}
+            lost = frozenset(name for name in names if not all(view.filled for view in views[name]))
+            lost = names - {"test"} | lost if "train" in lost else lost
+        reporter.note(f"{' and '.join(sorted(lost))}: reading images instead of activations ({reason})")
+        decisions, names = decisions.without(lost, reason), names - lost
     for name in names & decisions.compiled:
         split = workload.cached_split(name, names, decisions.eval_format)
         workload.extractor(split.cut, decisions.eval_format, compiled=True).always_compiles = True
@@ -335,9 +342,9 @@ def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: R
     dtypes = [DTYPE_NAMES[option.dtype] for option in options]
     layouts = [option.memory_format for option in options]
     changes: dict[str, Any] = {
-        name: "float32" if "float32" in dtypes else dtypes[0]
+        name: "float32"
         for name in ("train_precision", "eval_precision")
-        if getattr(recorded, name) not in dtypes
+        if getattr(recorded, name) not in (*dtypes, "float32")  # every device has float32
     }
     was, new = {getattr(recorded, name) for name in changes}, set(changes.values())
     if (layout := recorded.eval_format.memory_format) not in layouts:
@@ -345,6 +352,8 @@ def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: R
         was, new = was | {LAYOUT_NAMES[layout]}, new | {LAYOUT_NAMES[layouts[0]]}
     if not changes:
         return recorded
-    reason = f"{', '.join(sorted(new))} in place of {', '.join(sorted(was))}, which is not available here"
+    reason = (
+        f"{', '.join(sorted(new))} in place of {', '.join(sorted(was))}, which this device or the config does not allow"
+    )
     reporter.note(f"precision: {reason}")
     return structs.replace(recorded, **changes, reasons={**recorded.reasons, "training": reason, "evaluation": reason})

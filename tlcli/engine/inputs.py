@@ -113,10 +113,10 @@ class Inputs:
     def summary(self) -> str:
         """Return one line on what is read from the cache, what is computed, and the cost."""
         reasons = self.decisions.reasons
-        if "train" in self.cached:
-            uncached = [f"{name} reads images: {reasons[name]}" for name in ("val", "test") if name in reasons]
-        else:
-            uncached = [f"training reads images: {reasons['train']}"]
+        uncached = [] if "train" in self.cached else [f"training reads images: {reasons['train']}"]
+        uncached += [
+            f"{name} reads images: {reasons[name]}" for name in ("train_eval", "val", "test") if name in reasons
+        ]
         if not self.cached:
             return "; ".join(uncached)
         sources = self._sources()

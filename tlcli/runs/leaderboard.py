@@ -76,8 +76,9 @@ def read(folder: Path) -> Leaderboard:
     done.sort(key=lambda job: job.validation or 0.0, reverse=metric != "loss")
     ranked = [replace(job, rank=rank) for rank, job in enumerate(done, start=1)]
     command = ""
-    with suppress(UsageError, IndexError):
-        command = str(RunDir(runs[0].path).info.get("command", ""))
+    for run in runs:
+        with suppress(UsageError):
+            command = command or str(RunDir(run.path).info.get("command", ""))
     return Leaderboard(folder, command, metric, tuple(keys), (*ranked, *(job for job in jobs if job not in done)))
 
 

@@ -61,7 +61,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
     """Return what the page of a run shows.
 
     Args:
-        images: functions that decode the images of the run's data set, by key.
+        images: functions that decode the images of the run's dataset, by key.
         images_reason: why there are no images.
     """
     info, test, config = run.info, run.test(), run.config()
