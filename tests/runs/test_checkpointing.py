@@ -94,7 +94,11 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(
 
     setting = Setting(spec(*WORDS, f"dataset.root='{shapes}'"))
     setting.model.network.load_state_dict(load_file(seldom / "checkpoints/best.safetensors"))
-    found = scores(evaluate(setting.model.network, setting.inputs.val, setting.device, Reporter(), "validation"))
+    found = scores(
+        evaluate(
+            setting.model.network, setting.opened.open("val", Reporter()), setting.device, Reporter(), "validation"
+        )
+    )
     assert found.loss == pytest.approx(record["best"]["loss"], rel=1e-5)
 
 
