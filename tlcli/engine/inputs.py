@@ -113,18 +113,18 @@ class Inputs:
     def summary(self) -> str:
         """Return one line on what is read from the cache, what is computed, and the cost."""
         reasons = self.decisions.reasons
-        uncached = [] if "train" in self.cached else [f"training reads images: {reasons['train']}"]
-        uncached += [
-            f"{name} reads images: {reasons[name]}" for name in ("train_eval", "val", "test") if name in reasons
-        ]
+        names = [name for name in ("train_eval", "val", "test") if name in reasons]
+        uncached = [f"{name} reads images: {reasons[name]}" for name in names]
+        if "train" not in self.cached:
+            uncached = [f"training reads images: {reasons['train']}"]
         if not self.cached:
             return "; ".join(uncached)
         sources = self._sources()
         missing = [source for source in sources if not source.filled]
-        names = f" ({', '.join(self.cached)})" if "train" not in self.cached else ""
+        splits = f" ({', '.join(self.cached)})" if "train" not in self.cached else ""
         shown = missing or sources
         size = f"{sum(map(len, shown)):,} rows, {size_text(sum(source.nbytes for source in shown))}"
-        words = f"computed once and cached{names}: {size}" if missing else f"read from cache{names}: {size}"
+        words = f"computed once and cached{splits}: {size}" if missing else f"read from cache{splits}: {size}"
         speeds = [source.extractor.compute_format.images_per_second for source in missing]
         if missing and all(speeds):
             seconds = sum(len(source) / (speed or 1) for source, speed in zip(missing, speeds, strict=True))
