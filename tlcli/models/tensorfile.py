@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tlcli.errors import TlcliError, UsageError
+from tlcli.errors import TlcliError
 from tlcli.files import atomic_write
 
 FACTS, CHECKSUM = "tlcli", "crc32"
@@ -51,22 +51,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if wanted is not None and wanted != _checksum(facts, state):
         raise damaged(path, "checksum mismatch")
     return state, facts
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """Return tlcli's metadata of a checkpoint: classes, preprocessing, backbone; empty for third-party files.
-
-    Raises UsageError if the file cannot be read or is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as content:
-            text = (content.metadata() or {}).get(FACTS)
-        value = json.loads(text) if text else {}
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file}: not a safetensors file, or damaged ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: its tlcli metadata is damaged") from error
-    return value if isinstance(value, dict) else {}
 
 
 def class_names(value: object) -> tuple[str, ...]:
