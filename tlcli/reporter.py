@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,6 @@ class EpochRow:
     best: bool
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The test result. `confused` has (true, predicted, count), worst first; `top5` is None for up to five classes."""
-
-    run: Path
-    accuracy: float
-    ci95: tuple[float, float]
-    top5: float | None
-    loss: float
-    n: int
-    epoch: int
-    val_accuracy: float
-    confused: tuple[tuple[str, str, int], ...]
-    checkpoint: Path
-    seconds: float
-
-
 class Reporter:
     """Shows nothing; the base of those that do."""
 
@@ -85,5 +69,6 @@ class Reporter:
     def epoch(self, row: EpochRow) -> None:
         """Take the metrics of an epoch at its end."""
 
-    def outcome(self, outcome: RunResult) -> None:
-        """Take the test result, after everything is written."""
+    def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
+        """Take the contents of test.json after everything is written, with three keys more: val_accuracy, seconds, and
+        confused, (true class, predicted class, count) of the most frequent mistakes."""

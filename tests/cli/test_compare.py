@@ -18,7 +18,7 @@ def two(tmp_path: Path) -> tuple[str, str]:
     """B is right on twelve images more."""
     true = [0] * 20 + [1] * 20
     make_run(tmp_path / "first", [1] * 12 + [0] * 8 + [1] * 20, true)
-    make_run(tmp_path / "second", [0] * 20 + [1] * 20, true, freeze={"kind": "none"})
+    make_run(tmp_path / "second", [0] * 20 + [1] * 20, true, freeze={"kind": "none"}, epochs=3)
     return "first", "second"
 
 
@@ -31,7 +31,7 @@ def test_two_runs(tlcli: Tlcli, two: tuple[str, str]) -> None:
     assert "0 right only in A, 12 right only in B" in done.out
     assert "B is better than A by 30.0 points, which is significant: p = 0.00049" in done.out
     compared = json.loads(tlcli("compare", *two, "--format", "json").out)
-    assert compared["config"] == {"freeze.kind": {"first": "head", "second": "none"}}
+    assert compared["config"] == {"freeze.kind": {"first": "head", "second": "none"}, "epochs": {"second": 3}}
     [pair] = compared["pairs"]
     assert (pair["paired"], pair["more_than_chance"], pair["n_only_second_right"]) == (True, True, 12)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tlcli.cli import view
 from tlcli.cli.view import TerminalReporter
-from tlcli.reporter import EpochRow, RunPlan, RunResult, StageRow
+from tlcli.reporter import EpochRow, RunPlan, StageRow
 
 ESCAPE = "\x1b"
 RUN = Path("outputs/2026-11-24/05-23-11")
@@ -49,9 +49,16 @@ def show(reporter: TerminalReporter, classes: int = 10) -> None:
     reporter.epoch(EpochRow(0, 100, None, None, 0.4, 0.91, 0.9, None, None, 1.5, False))
     reporter.epoch(row())
     reporter.note("early stop: no better epoch since epoch 1")
-    confused = (("[red]8", "1", 3), ("5", "9", 2))
-    best = RUN / "checkpoints/best.safetensors"
-    reporter.outcome(RunResult(RUN, 0.98333, (0.9641, 0.9924), 0.999, 0.05, 359, 3, 0.9861, confused, best, 63.2))
+    result = {
+        "accuracy": 0.98333,
+        "accuracy_ci95": [0.9641, 0.9924],
+        "top5": 0.999,
+        "n": 359,
+        "epoch": 3,
+        "seconds": 63.2,
+    }
+    result |= {"val_accuracy": 0.9861, "confused": [("[red]8", "1", 3), ("5", "9", 2)]}
+    reporter.outcome(RUN, {**result, "checkpoint": "checkpoints/best.safetensors"})
 
 
 class Terminal(io.StringIO):

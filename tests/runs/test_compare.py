@@ -9,7 +9,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from tlcli.errors import UsageError
-from tlcli.runs.compare import compare, mcnemar
+from tlcli.runs.compare import compare
 from tlcli.runs.run_dir import RunDir, SplitPredictions, write_json, write_predictions
 
 CLASSES = ("ant", "bee", "fly")
@@ -46,23 +46,17 @@ def make_run(
     ("only_first", "only_second", "p"),
     [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (1, 9, 22 / 1024), (4, 4, 1.0), (8, 3, 2 * (1 + 11 + 55 + 165) / 2**11)],
 )
-def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, p: float) -> None:
-    assert mcnemar(only_first, only_second) == pytest.approx(p, rel=1e-12)
-    assert mcnemar(only_second, only_first) == pytest.approx(p, rel=1e-12)
-
-
-def test_two_runs_image_by_image(tmp_path: Path) -> None:
-    true = [0] * 6 + [1] * 4
-    first = make_run(tmp_path / "a", [0] * 6 + [1, 1, 1, 2], true)
-    second = make_run(tmp_path / "b", [1] * 6 + [1, 1, 1, 1], true, freeze={"kind": "none"}, epochs=3)
-    compared = compare([first, second])
-    [pair] = compared["pairs"]
-    assert (pair["n"], pair["both_right"], pair["both_wrong"]) == (10, 3, 0)
-    assert (pair["n_only_first_right"], pair["n_only_second_right"]) == (6, 1)
-    assert pair["mcnemar_p"] == pytest.approx(2 * (1 + 7) / 2**7)
-    assert pair["difference"] == pytest.approx(0.5)
-    a, b = str(first), str(second)
-    assert compared["config"] == {"freeze.kind": {a: "head", b: "none"}, "epochs": {b: 3}}
+def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, p: float, tmp_path: Path) -> None:
+    """Three images are classified correctly by both runs, and two by neither."""
+    n = only_first + only_second + 5
+    first = make_run(tmp_path / "a", [0] * only_first + [1] * only_second + [0, 0, 0, 1, 2], [0] * n)
+    second = make_run(tmp_path / "b", [1] * only_first + [0] * only_second + [0, 0, 0, 1, 1], [0] * n)
+    [pair], [swapped] = compare([first, second])["pairs"], compare([second, first])["pairs"]
+    assert (pair["n"], pair["both_right"], pair["both_wrong"]) == (n, 3, 2)
+    assert (pair["n_only_first_right"], pair["n_only_second_right"]) == (only_first, only_second)
+    assert pair["difference"] == pytest.approx((only_first - only_second) / n)
+    assert pair["mcnemar_p"] == swapped["mcnemar_p"] == pytest.approx(p, rel=1e-12)
+    assert pair["more_than_chance"] == (p < 0.05)
 
 
 def test_rows_and_classes_may_be_in_another_order(tmp_path: Path) -> None:
@@ -108,30 +102,49 @@ def test_seeds_of_one_configuration(tmp_path: Path) -> None:
 
 
 def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:
-    for number in (0, 1, 2, 10):
-        make_run(tmp_path / "sweep" / str(number), [0, 1], [0, 1], lr=number)
+    for name in ("0", "1", "2", "10", "seeds/3"):
+        make_run(tmp_path / "sweep" / name, [0, 1], [0, 1], lr=name)
     (tmp_path / "sweep" / "2" / "test.json").unlink()  # this one failed
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    assert [Path(run["path"]).name for run in compare([tmp_path / "sweep"])["runs"]] == ["0", "1", "10"]
+    assert [Path(run["path"]).name for run in compare([tmp_path / "sweep"])["runs"]] == ["0", "1", "10", "3"]
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
-    good = make_run(tmp_path / "good", [0, 1], [0, 1])
-    with pytest.raises(UsageError, match="two or more runs"):
-        compare([good])
-    with pytest.raises(UsageError, match="named twice"):
-        compare([good, good])
-    with pytest.raises(UsageError, match="no such run directory"):
-        compare([good, tmp_path / "bad"])
-    failed = make_run(tmp_path / "failed", [0, 1], [0, 1])
-    (failed / "test.json").unlink()
-    RunDir(failed).end("failed", "out of memory")
-    with pytest.raises(UsageError, match=r"has no test\.json; its status is failed"):
-        compare([good, failed])
-    (failed / "test.json").write_text(json.dumps({"accuracy": "high"}))
-    with pytest.raises(UsageError, match=r"test\.json: damaged"):
-        compare([good, failed])
-    broken = make_run(tmp_path / "broken", [0, 1], [0, 1])
-    (broken / "config.yaml").write_text("a: [1")
-    with pytest.raises(UsageError, match=r"config\.yaml: cannot be read as YAML \(not YAML"):
-        compare([good, broken])
+@pytest.mark.parametrize("other", [[], ["good"], ["bad"], ["failed"]])
+def test_too_few_runs_and_runs_without_a_result(other: list[str], tmp_path: Path) -> None:
+    make_run(tmp_path / "good", [0, 1], [0, 1])
+    failed = RunDir(make_run(tmp_path / "failed", [0, 1], [0, 1]))
+    failed.test_file.unlink()
+    failed.end("failed", "out of memory")
+    messages = {"good": "named twice", "bad": "no such run directory", "failed": r"no test\.json; its status is failed"}
+    with pytest.raises(UsageError, match=messages[other[0]] if other else "two or more runs"):
+        compare([tmp_path / name for name in ["good", *other]])
+
+
+TEST = {"accuracy": 0.5, "accuracy_ci95": [0, 1], "loss": 0.5, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("test.json", "[1", "test.json: damaged"),
+        *(
+            ("test.json", json.dumps(TEST | {name: value}), rf"test.json: damaged \({name} ")
+            for name, values in {"accuracy": ["0.5", None], "accuracy_ci95": [[1], ["0", "1"]], "n": ["2", 2.5]}.items()
+            for value in values
+        ),
+        ("config.yaml", "a: [1", r"config.yaml: cannot be read as YAML \(not YAML"),
+    ],
+)
+def test_damaged_files_are_named(file: str, content: str, message: str, tmp_path: Path) -> None:
+    good, bad = (make_run(tmp_path / name, [0, 1], [0, 1]) for name in ("good", "bad"))
+    (bad / file).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        compare([good, bad])
+
+
+def test_optional_values_of_other_types_are_null(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, [0, 1], [0, 1]) for name in ("a", "b")]
+    for run in runs:
+        (run / "test.json").write_text(json.dumps(TEST | {"macro_f1": "0.5"}))
+        RunDir(run).update(versions=[1], machine="x", precision=None)
+    assert [run["macro_f1"] for run in compare(runs)["runs"]] == [None, None]

@@ -1,22 +1,23 @@
 """Experiment trackers: what reaches them, and that none of them can end a run or change it.
 
-The real packages are extras: where one is not installed, its test is skipped.
+The real packages are extras: if one is not installed, its test is skipped.
 """
 
 import json
 import socket
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
+from tests.conftest import Compose, finish
 from tlcli.cli import main
 from tlcli.errors import UsageError
-from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult, StageRow
+from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs import loggers
-from tlcli.runs.loggers import MlflowSpec, Tracker, logged_run
+from tlcli.runs.loggers import MlflowSpec, logged_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 
@@ -37,59 +38,25 @@ PLAN = RunPlan(
 )
 START = EpochRow(0, 2, None, None, 0.7, 0.5, 0.4, None, None, 1.5, True)
 ROW = EpochRow(1, 2, 0.6, 0.7, 0.5, 0.8, 0.75, 1e-3, 120.0, 3.0, True)
-OUTCOME = RunResult(RUN, 0.9, (0.8, 0.95), None, 0.3, 7, 1, 0.8, (), RUN / "checkpoints/best.safetensors", 4.0)
-
-
-class Recorder(Reporter):
-    """Keeps what is reported."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.events: list[object] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def plan(self, plan: RunPlan) -> None:
-        self.events.append(plan)
-
-    def epoch(self, row: EpochRow) -> None:
-        self.events.append(row)
-
-    def outcome(self, outcome: RunResult) -> None:
-        self.events.append(outcome)
-
-
-class Fake:
-    """A tracker that records its calls, and raises in the methods that are named."""
-
-    def __init__(self, *raising: str, error: Exception | None = None) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self._raising, self._error = raising, error or ValueError()
-
-    def _called(self, name: str, *values: Any) -> None:
-        self.calls.append((name, *values))
-        if name in self._raising:
-            raise self._error
-
-    def start(self, run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Tracker:
-        self._called("start", config, info)
-        return partial(self._called, "log"), partial(self._called, "end")
-
-
-Compose = Callable[..., TrainSpec]
+RESULT = {"accuracy": 0.9, "accuracy_ci95": [0.8, 0.95], "top5": None, "loss": 0.3, "epoch": 1}
+REPORTED = [call.plan(PLAN), call.epoch(START), call.epoch(ROW), call.outcome(RUN, RESULT)]
 
 
 @pytest.fixture
-def choose(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainSpec]:
-    """choose(fake): a spec with a logger, and a fake in the place of the real one."""
+def tracker() -> Mock:
+    """Return a tracker that records its calls: `start`, and `log` of the run that it starts."""
+    fake = Mock()
+    fake.start.return_value = fake.log
+    return fake
 
-    def choose(fake: Fake, *overrides: str) -> TrainSpec:
-        monkeypatch.setattr(MlflowSpec, "start", lambda spec, *values: fake.start(*values))
-        monkeypatch.setattr(loggers, "find_spec", lambda name: object())
-        return spec("logger=mlflow", "logger.uri='http://me:hunter2@host'", "optimizer.lr=0.25", *overrides)
 
-    return choose
+@pytest.fixture
+def chosen(spec: Compose, tracker: Mock, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
+    """Return a spec with a logger, whose tracker is the recording one."""
+    monkeypatch.setattr(MlflowSpec, "start", lambda spec, *values: tracker.start(*values))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    address = "logger.uri='http://me:hunter2@host'"
+    return spec("logger=mlflow", address, "optimizer.lr=0.25", "image.mean=[0.1,0.2,0.3]")
 
 
 def report_run(reporter: Reporter) -> None:
@@ -97,52 +64,56 @@ def report_run(reporter: Reporter) -> None:
     reporter.plan(PLAN)
     reporter.epoch(START)
     reporter.epoch(ROW)
-    reporter.outcome(OUTCOME)
+    reporter.outcome(RUN, RESULT)
 
 
-def test_a_logger_gets_plan_metrics_and_result(choose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_gets_plan_metrics_and_result(
+    chosen: TrainSpec, tracker: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    fake, recorder = Fake(), Recorder()
-    with logged_run(choose(fake, "image.mean=[0.1,0.2,0.3]"), RUN, recorder) as reporter:
+    shown = Mock(spec=Reporter)
+    with logged_run(chosen, RUN, shown) as reporter:
         report_run(reporter)
-    assert (recorder.events, recorder.notes) == ([PLAN, START, ROW, OUTCOME], [])
-    (start, config, info), *calls = fake.calls
-    assert (start, config["optimizer.lr"], config["image.mean"]) == ("start", 0.25, [0.1, 0.2, 0.3])
+    assert shown.mock_calls == REPORTED
+    run, config, info = tracker.start.call_args.args
+    assert (run, config["optimizer.lr"], config["image.mean"]) == (RUN, 0.25, [0.1, 0.2, 0.3])
     assert (info["name"], info["n_train"], info["n_test"], info["parameters"]) == (PLAN.name, 30, 7, 110)
     first = {"val/loss": 0.7, "val/accuracy": 0.5, "val/macro_f1": 0.4, "seconds": 1.5}
     second = {"train/loss": 0.6, "train/accuracy": 0.7, "val/loss": 0.5, "val/accuracy": 0.8, "val/macro_f1": 0.75}
     second |= {"lr": 1e-3, "images_per_second": 120.0, "seconds": 3.0}
     test = {"test/accuracy": 0.9, "test/accuracy_low": 0.8, "test/accuracy_high": 0.95, "test/loss": 0.3}
-    assert calls == [("log", first, 0), ("log", second, 1), ("end", {**test, "best_epoch": 1.0}, 1, "done")]
-    assert "hunter2" not in repr(fake.calls)  # neither the environment nor the logger's own keys
+    ended = call({**test, "best_epoch": 1.0}, 1, "done")
+    assert tracker.log.mock_calls == [call(first, 0, None), call(second, 1, None), ended]
+    assert "hunter2" not in repr(tracker.mock_calls)  # neither the environment nor the logger's own keys
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")])
-def test_the_end_of_a_run_is_logged(choose, error: BaseException, status: str) -> None:
-    fake = Fake()
-    with pytest.raises(type(error)), logged_run(choose(fake), RUN, Recorder()) as reporter:
+def test_the_end_of_a_run_is_logged(chosen: TrainSpec, tracker: Mock, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), logged_run(chosen, RUN, Reporter()) as reporter:
         reporter.plan(PLAN)
         raise error
-    assert fake.calls[-1] == ("end", {}, 0, status)
+    assert tracker.log.mock_calls == [call({}, 0, status)]
 
 
-def test_a_run_that_never_began_is_not_logged(choose) -> None:
-    fake = Fake()
-    with pytest.raises(UsageError), logged_run(choose(fake), RUN, Recorder()):
+def test_a_run_that_never_began_is_not_logged(chosen: TrainSpec, tracker: Mock) -> None:
+    with pytest.raises(UsageError), logged_run(chosen, RUN, Reporter()):
         raise UsageError("no such folder")
-    assert fake.calls == []
+    assert tracker.mock_calls == []
 
 
-@pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("log", 2), ("end", 4)])
+@pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("log", 2)])
 @pytest.mark.parametrize("error", [ConnectionError("the server is down\nand more lines"), RuntimeError()])
-def test_a_logger_that_fails_is_a_note_and_then_off(choose, raising: str, calls: int, error: Exception) -> None:
-    fake, recorder = Fake(raising, error=error), Recorder()
-    with logged_run(choose(fake), RUN, recorder) as reporter:
+def test_a_logger_that_fails_is_a_note_and_then_off(
+    chosen: TrainSpec, tracker: Mock, raising: str, calls: int, error: Exception
+) -> None:
+    getattr(tracker, raising).side_effect = error
+    shown = Mock(spec=Reporter)
+    with logged_run(chosen, RUN, shown) as reporter:
         report_run(reporter)
-    assert recorder.events == [PLAN, START, ROW, OUTCOME]
     reason = "the server is down" if str(error) else "RuntimeError"
-    assert recorder.notes == [f"logger=mlflow failed and is off for the rest of this run: {reason}"]
-    assert len(fake.calls) == calls
+    note = call.note(f"logger=mlflow failed and is off for the rest of this run: {reason}")
+    assert [each for each in shown.mock_calls if each != note] == REPORTED
+    assert (shown.note.call_count, len(tracker.mock_calls)) == (1, calls)
 
 
 def test_a_missing_package_ends_a_command_before_it_leaves_anything(
@@ -162,9 +133,10 @@ def test_a_missing_package_ends_a_command_before_it_leaves_anything(
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture[str]):
-    """train("logger=wandb"): a small run without a network; its directory. A note that a logger failed is an error."""
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path) -> Callable[..., Path]:
+    """train("logger=wandb"): the directory of a small run without a network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: Any) -> None:
@@ -173,16 +145,11 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys:
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
     small = ["backbone=resnet18", "backbone.weights=none", "image.size=32", "epochs=2", "device.precision=fp32"]
-    small += ["device.channels_last=false", "cache.mode=off"]
-    count = 0
+    small += ["device.channels_last=false", "cache.mode=off", "dataset=imagefolder", f"dataset.root='{shapes}'"]
 
-    def run(*overrides: str) -> Path:
-        nonlocal count
-        count += 1
-        out = tmp_path / f"run{count}"
-        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", *small, f"hydra.run.dir='{out}'", *overrides]
-        assert main(["train", *words]) == 0, capsys.readouterr().err
-        assert "failed and is off" not in capsys.readouterr().out
+    def run(logger: str, *words: str) -> Path:
+        out = finish(tmp_path / logger, f"logger={logger}", *words, *small)
+        assert "failed and is off" not in (out / "run.log").read_text()
         return out
 
     return run
@@ -200,7 +167,7 @@ def test_tensorboard_reads_what_was_written(train) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train("logger=tensorboard")
+    run = train("tensorboard")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     losses, accuracy = metrics_of(run)
@@ -214,11 +181,9 @@ def test_tensorboard_reads_what_was_written(train) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_mlflow_reads_what_was_written(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_reads_what_was_written(train, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    plain = train()
-    run = train("logger=mlflow", "logger.experiment=mine")
+    plain, run = train("none"), train("mlflow", "logger.experiment=mine")
     assert metrics_of(run) == metrics_of(plain)  # a logger changes nothing
     from mlflow import MlflowClient
 
@@ -239,10 +204,9 @@ def test_mlflow_reads_what_was_written(train, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_wandb_offline_has_what_was_written(train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_has_what_was_written(train) -> None:
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    run = train("logger=wandb", "logger.project=mine")
+    run = train("wandb", "logger.project=mine")
     wandb.teardown()  # as at the end of a process: its service has written everything then
     (folder,) = run.glob("wandb/offline-run-*")
     content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())

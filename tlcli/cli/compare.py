@@ -3,11 +3,12 @@
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
 
 
@@ -41,14 +42,15 @@ def run(argv: list[str]) -> int:
 
     comparison = compare([Path(word) for word in arguments.runs])
     if arguments.format == "json":
-        print(json.dumps(comparison, indent=2))
+        print(json.dumps(comparison, indent=2, default=str))  # YAML has dates
     else:
-        print("\n\n".join("\n".join(part) for part in _parts(comparison, terminal_columns())))
+        print("\n\n".join(_parts(comparison, terminal_columns())))
     return 0
 
 
-def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[list[str]]:
-    """Yield what is printed, part by part, in lines."""
+def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
+    """Yield the tables and paragraphs that are printed."""
+    fill = partial(textwrap.fill, width=width or UNLIMITED_WIDTH, break_long_words=False)
     # A, B, ... Z, R27, R28, ...
     letters = {run["path"]: chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i, run in enumerate(comparison["runs"])}
     titles = ("accuracy", "95 % interval", "loss", "macro F1", "images")
@@ -59,12 +61,11 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[list[st
         f1 = None if run["macro_f1"] is None else f"{run['macro_f1']:.4f}"
         metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
         rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
-    yield list(table_lines(columns, rows, width))
-    differences = {
-        key: _by_value(row, letters) for key, row in {**comparison["config"], **comparison["setting"]}.items()
-    }
+    yield "\n".join(table_lines(columns, rows, width))
+    differences = comparison["config"] | comparison["setting"]
     names = [TableColumn("differs", left=True), TableColumn("values", left=True)]
-    yield list(table_lines(names, differences.items(), width)) if differences else ["the configs are the same"]
+    rows = [[key, _by_value(values, letters)] for key, values in differences.items()]
+    yield "\n".join(table_lines(names, rows, width)) if rows else "the configs are the same"
     for group in comparison["seeds"]:
         low, high = group["mean_ci95"]
         text = (
@@ -72,9 +73,9 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[list[st
             f"{group['mean']:.4f}, standard deviation {group['standard_deviation']:.4f}, 95 % interval of the mean "
             f"{low:.4f} to {high:.4f} (Student's t, {len(group['runs'])} runs)"
         )
-        yield _wrapped(text if group["same_images"] else f"{text}; their test images are not all the same", width)
+        yield fill(text if group["same_images"] else f"{text}; their test images are not all the same")
     many = f"Significance is tested for two runs only, not for {len(letters)}. Compare the intervals."
-    yield _wrapped(_verdict(comparison["pairs"][0]) if comparison["pairs"] else many, width)
+    yield fill(_verdict(comparison["pairs"][0]) if comparison["pairs"] else many)
 
 
 def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
@@ -101,7 +102,3 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     if pair["more_than_chance"]:
         return f"{counts}{better} is better than {worse} by {points}, which is significant: {p} (exact McNemar test)."
     return f"{counts}The difference of {points} is not significant: {p} (exact McNemar test)."
-
-
-def _wrapped(text: str, width: int | None) -> list[str]:
-    return [text] if width is None else textwrap.wrap(text, width, break_long_words=False)

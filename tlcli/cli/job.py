@@ -236,12 +236,12 @@ def record_status(run: RunDir) -> Iterator[None]:
 def finish_sweep(folder: Path) -> int:
     """Write and show the leaderboard of a sweep. Return 0, or 1 if a job failed."""
     board = leaderboard.write(folder)
-    TerminalReporter().leaderboard(board)
-    failed = [job for job in board.jobs if job.status != "done"]
+    TerminalReporter().leaderboard(folder, board)
+    failed = [job for job in board["jobs"] if job["status"] != "done"]
     if failed:
-        print(f"tlcli train: {len(failed)} of {len(board.jobs)} jobs did not finish:", file=sys.stderr)
+        print(f"tlcli train: {len(failed)} of {len(board['jobs'])} jobs did not finish:", file=sys.stderr)
     for job in failed:
-        print(f"  {job.name}  {job.status}: {job.error or 'no reason recorded'}", file=sys.stderr)
+        print(f"  {job['name']}  {job['status']}: {job['error'] or 'no reason recorded'}", file=sys.stderr)
     return 1 if failed else 0
 
 

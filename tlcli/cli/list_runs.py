@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -72,13 +73,12 @@ def run(argv: list[str]) -> int:
     entries: dict[Path, Entry] = {}
     for folder in map(expand_user, arguments.folders):
         if not folder.is_dir():
-            problem = "not a folder" if folder.exists() else "no such folder"
-            raise UsageError(f"{folder}: {problem}; name the folder of the runs: tlcli list FOLDER")
+            raise UsageError(f"{folder}: no such folder; name the folder of the runs: tlcli list FOLDER")
         under_folder, unreadable = read_index(folder)
         entries |= {entry.path: entry for entry in under_folder}
         for path in unreadable:
             print(f"tlcli list: {path}: cannot be read", file=sys.stderr)
-    listed = sort_entries(list(entries.values()), arguments.sort)[: arguments.limit]
+    listed = sort_entries(entries.values(), arguments.sort)[: arguments.limit]
     {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
     return 0
 
@@ -89,25 +89,24 @@ def _limit(value: str) -> int:
     return int(value)
 
 
-def sort_entries(entries: list[Entry], sort: str | None) -> list[Entry]:
+def sort_entries(entries: Iterable[Entry], sort: str | None) -> list[Entry]:
     """Return the entries newest first, or by a key; those without a value come last in either direction."""
     key = (sort or "when").removeprefix("-")
 
     def value(entry: Entry) -> Any:
-        return entry.started and entry.started.timestamp() if key == "when" else _value(entry, key)
+        return entry.started if key == "when" else _value(entry, key)
 
-    newest_first = sorted(entries, key=lambda entry: str(entry.path), reverse=True)
-    newest_first.sort(key=lambda entry: entry.started.timestamp() if entry.started else 0.0, reverse=True)
-    valued = [(value(entry), entry) for entry in newest_first]
-    known = [pair for pair in valued if pair[0] not in (None, "")]
-    known.sort(key=lambda pair: pair[0], reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
-    return [entry for _, entry in known] + [entry for entry_value, entry in valued if entry_value in (None, "")]
+    order = sorted(entries, key=lambda entry: str(entry.path), reverse=True)
+    order.sort(key=lambda entry: entry.started.timestamp() if entry.started else 0.0, reverse=True)
+    known = [entry for entry in order if value(entry) not in (None, "")]
+    known.sort(key=value, reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
+    return known + [entry for entry in order if value(entry) in (None, "")]
 
 
 def _value(entry: Entry, key: str) -> Any:
     """Return the value of a key; None or the empty string if the entry has none."""
     if key == "when":
-        return f"{entry.started.astimezone():%Y-%m-%d %H:%M}" if entry.started else ""
+        return entry.started and f"{entry.started.astimezone():%Y-%m-%d %H:%M}"
     if key == "path":
         return str(entry.path).removeprefix(f"{os.getcwd()}/")  # noqa: PTH109 - Path.cwd takes 10 us per run
     value = getattr(entry, "data" if key == "dataset" else key, None)
@@ -119,9 +118,9 @@ def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entr
     for entry in entries:
         yield ("sweep" if isinstance(entry, SweepEntry) else "run"), entry, ""
         if jobs and isinstance(entry, SweepEntry):
-            varied = entry.varied()
+            counts = Counter(word for job in entry.runs for word in set(job.overrides))
             for job in entry.runs:
-                yield "job", job, " ".join(word for word in job.overrides if word in varied)
+                yield "job", job, " ".join(word for word in job.overrides if counts[word] < entry.jobs)
 
 
 def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
@@ -140,23 +139,15 @@ def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
         for i, name in enumerate(names):
             if width is not None and name and cell_len(name) > MAX_NAME_COLUMNS:
                 names[i] = set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…"
-        numbers = [
-            None if value is None else f"{value:.{digits}f}"
-            for value, digits in ((entry.val, 4), (entry.test, 4), (entry.minutes, 1))
-        ]
-        rows.append([status, *names, swept or None, *numbers, _value(entry, "path")])
+        shares = [None if value is None else f"{value:.4f}" for value in (entry.val, entry.test)]
+        minutes = None if entry.minutes is None else f"{entry.minutes:.1f}"
+        rows.append([status, *names, swept or None, *shares, minutes, _value(entry, "path")])
     used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]
     print("\n".join(table_lines([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], width)))
-    jobs = [entry.jobs for entry in entries if isinstance(entry, SweepEntry)]
-    runs = len(entries) - len(jobs)
-    counts = [_count(runs, "run")] if runs else []
-    if jobs:
-        counts.append(f"{_count(len(jobs), 'sweep')} of {_count(sum(jobs), 'job')}")
-    print(f"\n{' and '.join(counts)} in {folders}")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun if n == 1 else noun + 's'}"
+    sweeps = [entry.jobs for entry in entries if isinstance(entry, SweepEntry)]
+    numbers = {"run": len(entries) - len(sweeps), "sweep": len(sweeps), "job": sum(sweeps)}
+    counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items() if n]
+    print(f"\n{', '.join(counts)} in {folders}")
 
 
 def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:

@@ -6,8 +6,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,8 +17,7 @@ from rich.table import Column
 from rich.text import Text
 
 from tlcli.cli.table import TableColumn, make_table
-from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
-from tlcli.runs.leaderboard import Leaderboard
+from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.text import duration_text, labelled, shown_path
 
 log = logging.getLogger("tlcli")
@@ -173,45 +174,46 @@ class TerminalReporter(Reporter):
         line = "  ".join(text(row).rjust(width) for _, width, _, text in columns)
         self._say(Text(line.rstrip(), style="green" if row.best else ""))
 
-    def outcome(self, outcome: RunResult) -> None:
-        low, high = outcome.ci95
-        confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in outcome.confused)
+    def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
+        low, high = result["accuracy_ci95"]
+        confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in result["confused"])
         rows = [
-            ("top-5", "" if outcome.top5 is None else f"{outcome.top5:.4f}"),
+            ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
             ("confused", confused),
-            ("chosen", f"epoch {outcome.epoch}, validation accuracy {outcome.val_accuracy:.4f}"),
-            ("took", duration_text(outcome.seconds)),
-            ("checkpoint", shown_path(outcome.checkpoint)),
+            ("chosen", f"epoch {result['epoch']}, validation accuracy {result['val_accuracy']:.4f}"),
+            ("took", duration_text(result["seconds"])),
+            ("checkpoint", shown_path(run / result["checkpoint"])),
         ]
         self._say("")
-        test = f"accuracy {outcome.accuracy:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {outcome.n:,}"
+        test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
         self._say_labelled(("test", test), style="bold")
         self._say_labelled(*((label, text) for label, text in rows if text))
-        weights = f"backbone.weights={shlex.quote(shown_path(outcome.run))}"
+        weights = f"backbone.weights={shlex.quote(shown_path(run))}"
         words = ["tlcli train", *self._backbone.split(), weights, "dataset=..."]
         command = " ".join(words)
         if self._wrap is not None and len(command) + 2 > self._wrap:
             command = " \\\n    ".join(words)  # a shell reads both alike
         self._say(f"\nTo transfer from this run:\n  {command}")
 
-    def leaderboard(self, board: Leaderboard) -> None:
-        """Show the ranked jobs at the end of a sweep."""
-        titles = [*board.keys, f"val {board.figure.replace('_', ' ')}", "test accuracy", "95 % interval", "status"]
+    def leaderboard(self, folder: Path, board: Mapping[str, Any]) -> None:
+        """Show the ranked jobs of sweep.json at the end of a sweep."""
+        metric = board["figure"].replace("_", " ")
+        titles = [*board["keys"], f"val {metric}", "test accuracy", "95 % interval", "status"]
         rows = [
             (
-                job.rank,
-                job.name,
-                *(job.values.get(key, "") for key in board.keys),
-                _number(job.validation),
-                _number(job.test_accuracy),
-                f"{job.test_ci95[0]:.4f} to {job.test_ci95[1]:.4f}" if job.test_ci95 else None,
-                job.status,
+                job["rank"],
+                job["name"],
+                *(job["values"].get(key, "") for key in board["keys"]),
+                _number(job["validation"]),
+                _number(job["test_accuracy"]),
+                "{:.4f} to {:.4f}".format(*job["test_ci95"]) if job["test_ci95"] else None,
+                job["status"],
             )
-            for job in board.jobs
+            for job in board["jobs"]
         ]
         self._say("")
         self._say(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
-        self._say_labelled(("sweep", shown_path(board.folder)))
+        self._say_labelled(("sweep", shown_path(folder)))
 
     def _say_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
         for label, value in rows:

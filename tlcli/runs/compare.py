@@ -12,10 +12,9 @@ from scipy import stats
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_file, read_yaml, resolve_links
-from tlcli.runs.run_dir import SplitPredictions, is_sweep, open_run, read_json, read_predictions
+from tlcli.runs.run_dir import SplitPredictions, integer, is_sweep, mapping, number, open_run, pair, read_predictions
 from tlcli.text import flat_keys, natural_order, one_line
 
-METRICS = ("accuracy", "accuracy_ci95", "loss", "macro_f1", "n")
 LABELS = ("name", "out")  # config keys that name a run or its place; they do not change what it computes
 SETTING = ("versions.tlcli", "versions.torch", "versions.torchvision", "versions.timm", "machine.processor")
 ALPHA = 0.05  # a difference is significant if p is below this
@@ -23,7 +22,7 @@ ALPHA = 0.05  # a difference is significant if p is below this
 
 @dataclass(frozen=True, eq=False)
 class TestedRun:
-    """A tested run: config.yaml by full key, versions and machine, test.json, predictions if it stored them."""
+    """A tested run: config.yaml by full key, versions and machine, metrics, predictions if it stored them."""
 
     path: str
     config: Mapping[str, Any]
@@ -45,18 +44,18 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     """
     folders: dict[Path, Path] = {}
     for path in map(expand_user, map(str, paths)):
-        expanded = [path]
         if is_sweep(path):
-            tested = [file.parent for file in path.glob("*/test.json")]
-            expanded = sorted(tested, key=lambda job: natural_order(job.name))
+            jobs = sorted((file.parent for file in path.rglob("test.json")), key=lambda job: natural_order(str(job)))
+            folders |= {resolve_links(job): job for job in jobs}
         elif resolve_links(path) in folders:
             raise UsageError(f"{path}: is named twice")
-        folders |= {resolve_links(folder): folder for folder in expanded}
+        else:
+            folders[resolve_links(path)] = path
     runs = [_read_tested_run(folder) for folder in folders.values()]
     if len(runs) < 2:
         raise UsageError("compare takes two or more runs")
     return {
-        "runs": [{"path": run.path, **{key: run.test.get(key) for key in METRICS}} for run in runs],
+        "runs": [{"path": run.path, **run.test} for run in runs],
         "config": _differences({run.path: run.config for run in runs}),
         "setting": _differences({run.path: run.setting for run in runs}),
         "pairs": [paired_test(*runs)] if len(runs) == 2 else [],
@@ -68,21 +67,21 @@ def _read_tested_run(path: Path) -> TestedRun:
     run = open_run(path)
     if not is_file(run.test_file):
         raise UsageError(f"{run.path}: has no test.json; its status is {run.info.get('status', 'unknown')}")
-    try:
-        test = read_json(run.test_file)
-        _ = float(test["accuracy"]), float(test["loss"]), int(test["n"]), [float(v) for v in test["accuracy_ci95"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{run.test_file}: damaged ({type(error).__name__}: {error})") from error
+    test = run.test()
+    metrics = {"accuracy": number, "accuracy_ci95": pair, "loss": number, "macro_f1": number, "n": integer}
+    values: dict[str, Any] = {name: read(test.get(name)) for name, read in metrics.items()}
+    if missing := [name for name, value in values.items() if value is None and name != "macro_f1"]:
+        raise UsageError(f"{run.test_file}: damaged ({missing[0]} is missing or not a number)")
     try:
         config = flat_keys(read_yaml(run.config_file))
     except (OSError, ValueError) as error:
         raise UsageError(f"{run.config_file}: cannot be read as YAML ({one_line(error)})") from error
     config = {key: v for key, v in config.items() if key not in LABELS and not key.startswith("hydra.")}
-    known = flat_keys({key: run.info.get(key) or {} for key in ("versions", "machine", "precision")})
+    known = flat_keys({key: mapping(run.info.get(key)) for key in ("versions", "machine", "precision")})
     setting = {key.removeprefix("versions."): known[key] for key in SETTING if key in known}
     setting |= {"device": run.info.get("device"), "precision": known.get("precision.evaluate")}
     predictions = read_predictions(run.test_predictions) if is_file(run.test_predictions) else None
-    return TestedRun(str(run.path), config, setting, test, predictions)
+    return TestedRun(str(run.path), config, setting, values, predictions)
 
 
 def _differences(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -95,8 +94,9 @@ def _differences(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def paired_test(first: TestedRun, second: TestedRun) -> dict[str, Any]:
-    """Return McNemar's exact two-sided test of two runs on the same images, which are matched by their keys.
+    """Return McNemar's exact two-sided test (McNemar 1947) of two runs on the same images, matched by their keys.
 
+    Under the null hypothesis an image that only one run classifies correctly belongs to either with probability 1/2.
     `n_only_first_right` counts the images that only the first run classifies correctly; `difference` is the accuracy of
     the first run minus that of the second. Without a test, `paired` is False and `why` is the reason.
     """
@@ -111,7 +111,7 @@ def paired_test(first: TestedRun, second: TestedRun) -> dict[str, Any]:
     predicted_a, predicted_b = (np.array(p.classes, dtype=object)[p.logits.argmax(dim=1).numpy()] for p in (a, b))
     right_a, right_b = predicted_a == true, predicted_b[[rows[key] for key in a.keys]] == true
     n, only_a, only_b = len(true), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    p = mcnemar(only_a, only_b)
+    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return {
         **names,
         "n": n,
@@ -124,15 +124,6 @@ def paired_test(first: TestedRun, second: TestedRun) -> dict[str, Any]:
         "more_than_chance": p < ALPHA,
         "paired": True,
     }
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p of McNemar's test (McNemar 1947).
-
-    Under the null hypothesis an image that only one run classifies correctly belongs to either with probability 1/2.
-    """
-    n = only_first + only_second
-    return float(stats.binomtest(only_first, n, 0.5).pvalue) if n else 1.0
 
 
 def _other_images(first: TestedRun, second: TestedRun) -> str | None:
@@ -159,13 +150,11 @@ def _seed_groups(runs: Sequence[TestedRun]) -> list[dict[str, Any]]:
     """Return the mean accuracy, with Student's interval, of each two or more runs that differ only in the seed."""
     by_config: dict[str, list[TestedRun]] = {}
     for run in runs:
-        rest = sorted((key, value) for key, value in run.config.items() if key != "seed")
+        rest = {key: value for key, value in sorted(run.config.items()) if key != "seed"}
         by_config.setdefault(repr(rest), []).append(run)
     groups = []
-    for members in by_config.values():
-        if len(members) < 2:
-            continue
-        values = [float(run.test["accuracy"]) for run in members]
+    for members in (members for members in by_config.values() if len(members) > 1):
+        values = [run.test["accuracy"] for run in members]
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
         half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
         groups.append(

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.runs.run_dir import SWEEP_FILES, RunDir, number, pair, process_has_exited, text
+from tlcli.runs.run_dir import SWEEP_FILES, RunDir, integer, mapping, number, pair, process_has_exited, strings, text
 from tlcli.text import natural_order
 
-SKIPPED = frozenset({"checkpoints", "plots"})  # folders that have no runs
 WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  # a sweep has the first that a job has
 
 
@@ -73,10 +71,7 @@ class SweepEntry:
         """Return the sweep of these jobs, at least one."""
         runs = tuple(sorted(jobs, key=lambda job: natural_order(str(job.path))))
         counts = Counter(job.status for job in runs)
-        metrics = {job.keep_best for job in runs if job.keep_best}
-        metric = metrics.pop() if len(metrics) == 1 else "accuracy"
-        done = [job for job in runs if job.status == "done" and job.best and metric in job.best]
-        best = (min if metric == "loss" else max)(done, key=lambda job: (job.best or {})[metric], default=None)
+        best = next(iter(rank(runs)[1]), None)
         minutes = [job.minutes for job in runs if job.minutes is not None]
         return cls(
             path=path,
@@ -95,14 +90,20 @@ class SweepEntry:
             runs=runs,
         )
 
-    def varied(self) -> frozenset[str]:
-        """Return the overrides that not all jobs have."""
-        counts = Counter(word for job in self.runs for word in set(job.overrides))
-        return frozenset(word for word, n in counts.items() if n < self.jobs)
-
 
 def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def rank(runs: Sequence[RunEntry]) -> tuple[str, list[RunEntry]]:
+    """Return the validation metric that selected the epochs, and the finished runs by it, the best one first.
+
+    If they were selected by different metrics, it is the accuracy.
+    """
+    metrics = {run.keep_best for run in runs if run.keep_best}
+    metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+    done = [(run.best[metric], run) for run in runs if run.status == "done" and run.best and metric in run.best]
+    return metric, [run for _, run in sorted(done, key=lambda pair: pair[0], reverse=metric != "loss")]
 
 
 Entry = RunEntry | SweepEntry
@@ -137,7 +138,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():
-            if name.startswith(".") or name in SKIPPED:
+            if name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, sweep))
@@ -153,27 +154,24 @@ def read_entry(path: Path) -> RunEntry:
         info = run.info
     except UsageError as error:
         return RunEntry(path, "damaged", error=str(error))
-    overrides = tuple(str(word) for word in _as(list, info.get("overrides")) or ())
+    overrides = strings(info.get("overrides"))
     # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
-    settings = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     is_folder = info.get("dataset") in ("imagefolder", "manifest")
     if not info.get("backbone") or (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
-        groups = {name: _as(dict, group) or {} for name, group in run.config().items()}
-        keys = ("dataset.name", "dataset.root", "dataset.file", "backbone.name", "freeze.kind")
-        values = {key: text(groups.get(key.split(".")[0], {}).get(key.split(".")[1])) for key in keys}
-        settings = {key: value for key, value in values.items() if value}
+        groups = {name: mapping(group) for name, group in run.config().items()}
+        settings = {f"{name}.{key}": text(v) for name, group in groups.items() for key, v in group.items()}
     dataset = text(info.get("dataset")) or settings.get("dataset.name")
     place = settings.get("dataset.file") or settings.get("dataset.root") or ""
     status = str(info.get("status", "damaged"))
     status = "died" if status == "running" and process_has_exited(info) else status
     started, ended = _time(info.get("started")), _time(info.get("ended"))
-    seconds = number((_as(dict, info.get("seconds")) or {}).get("total"))
+    seconds = number(mapping(info.get("seconds")).get("total"))
     if status == "running" or seconds is None:
         until = datetime.now(UTC) if status == "running" else ended
         seconds = (until - started).total_seconds() if started and until else None
-    best = {k: v for k, value in (_as(dict, info.get("best")) or {}).items() if (v := number(value)) is not None}
-    # runs of tlcli 0.5 and earlier have the test metrics in test.json alone
-    test = info["test"] if isinstance(info.get("test"), dict) else run.test(accuracy_only=True)
+    best = {key: share for key, value in mapping(info.get("best")).items() if (share := number(value)) is not None}
+    test = mapping(info.get("test")) or run.test()  # tlcli 0.5 and earlier have the test metrics in test.json alone
     test_ci95 = pair(test.get("accuracy_ci95"))
     return RunEntry(
         path=path,
@@ -187,7 +185,7 @@ def read_entry(path: Path) -> RunEntry:
         data=re.split(r"[/\\]", place.rstrip("/\\"))[-1] or dataset,
         backbone=text(info.get("backbone")) or settings.get("backbone.name"),
         freeze=text(info.get("freeze")) or settings.get("freeze.kind"),
-        seed=_as(int, info.get("seed")),
+        seed=integer(info.get("seed")),
         keep_best=text(info.get("keep_best")),
         best=best or None,
         test_ci95=test_ci95,
@@ -202,7 +200,3 @@ def _time(value: object) -> datetime | None:
     except ValueError:
         return None
     return time.replace(tzinfo=UTC) if time and time.tzinfo is None else time
-
-
-def _as(kind: type, value: object) -> Any:
-    return value if isinstance(value, kind) and not isinstance(value, bool) else None

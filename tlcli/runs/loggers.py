@@ -5,33 +5,27 @@ directory is complete without it.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tlcli import __version__
 from tlcli.errors import UsageError
 from tlcli.registry import option
-from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
+from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.specs import LoggerSpec, TrainSpec
 from tlcli.text import flat_keys, to_plain
 
 Values = Mapping[str, Any]
 Metrics = Mapping[str, float]
 
-# names under which trackers group the metrics of an epoch, by the names of EpochRow
-EPOCH_METRICS = {f"{split}_{name}": f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy")}
-EPOCH_METRICS |= {"val_macro_f1": "val/macro_f1", **{name: name for name in ("lr", "images_per_second", "seconds")}}
-MLFLOW_BATCH = 100  # parameters that MLflow takes per request
-
-# Two functions of a tracker's run. Both may raise; training then continues without the tracker. The first takes the
-# metrics of an epoch and the epoch; the second the test metrics (empty if the run was not tested), the best epoch and
-# the status: done, failed or interrupted.
-Tracker = tuple[Callable[[Metrics, int], None], Callable[[Metrics, int, str], None]]
+# Takes the metrics of an epoch, the epoch and None; at the end the test metrics (empty if the run was not tested), the
+# best epoch and the status: done, failed or interrupted. If it raises, training continues without it.
+Tracker = Callable[[Metrics, int, str | None], None]
 
 
 class TrackerSpec(LoggerSpec, frozen=True):
@@ -60,17 +54,15 @@ class TensorboardSpec(TrackerSpec, frozen=True, tag="tensorboard"):
             writer.add_text(title, "\n".join(lines))
         writer.flush()
 
-        def log(metrics: Metrics, step: int) -> None:
+        def log(metrics: Metrics, step: int, status: str | None) -> None:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
             writer.flush()
+            if status:
+                writer.add_text("status", status)
+                writer.close()
 
-        def end(metrics: Metrics, step: int, status: str) -> None:
-            log(metrics, step)
-            writer.add_text("status", status)
-            writer.close()
-
-        return log, end
+        return log
 
 
 @option
@@ -95,26 +87,17 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
         tags = {key: str(value) for key, value in info.items()}
         run_id = client.create_run(experiment, run_name=info["name"], tags=tags).info.run_id
         params = [Param(key, str(value)) for key, value in config.items()]
-        for first in range(0, len(params), MLFLOW_BATCH):
-            client.log_batch(run_id, params=params[first : first + MLFLOW_BATCH])
+        for first in range(0, len(params), 100):  # MLflow takes no more per request
+            client.log_batch(run_id, params=params[first : first + 100])
 
-        def log(metrics: Metrics, step: int) -> None:
+        def log(metrics: Metrics, step: int, status: str | None) -> None:
             now = int(time.time() * 1000)
             client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+            if status:
+                statuses = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+                client.set_terminated(run_id, status=statuses[status])
 
-        def end(metrics: Metrics, step: int, status: str) -> None:
-            log(metrics, step)
-            statuses = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-            client.set_terminated(run_id, status=statuses[status])
-
-        return log, end
-
-
-class WandbMode(Enum):
-    """Mode of a Weights & Biases run: sent during training or not."""
-
-    offline = "offline"
-    online = "online"
+        return log
 
 
 @option
@@ -122,13 +105,13 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
     """A Weights & Biases run, stored in the run directory until `wandb sync` if the mode is offline."""
 
     project: str
-    mode: WandbMode
+    mode: Literal["offline", "online"]
 
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        if self.mode is WandbMode.online and not wandb.login(prompt=False):
+        if self.mode == "online" and not wandb.login(prompt=False):
             raise UsageError("not logged in; run `wandb login`, or set logger.mode=offline")
         # metrics and config only: no code, no terminal output, no machine
         off = ("disable_code", "disable_git", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
@@ -138,18 +121,21 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
         tracked: Any = wandb.init(
             project=self.project,
             name=info["name"],
-            mode=self.mode.value,
+            mode=self.mode,
             dir=str(run),
             config={**config, **{f"run.{key}": value for key, value in info.items()}},
             reinit="create_new",  # an earlier job whose logger failed may have left its run open
             settings=settings,
         )
 
-        def end(metrics: Metrics, step: int, status: str) -> None:
-            tracked.summary.update({**metrics, "status": status})
-            tracked.finish(exit_code=0 if status == "done" else 1)
+        def log(metrics: Metrics, step: int, status: str | None) -> None:
+            if status:
+                tracked.summary.update({**metrics, "status": status})
+                tracked.finish(exit_code=0 if status == "done" else 1)
+            else:
+                tracked.log(dict(metrics), step=step)
 
-        return lambda metrics, step: tracked.log(dict(metrics), step=step), end
+        return log
 
 
 def check_logger(spec: LoggerSpec) -> None:
@@ -183,16 +169,8 @@ class _LoggedReporter(Reporter):
     def __init__(self, reporter: Reporter, logger: TrackerSpec, spec: TrainSpec, run: Path) -> None:
         self._reporter, self._logger, self._spec, self._run = reporter, logger, spec, run
         self._tracker: Tracker | None = None
-        self._metrics: dict[str, float] = {}
-        self._epoch = 0
-
-    def note(self, text: str) -> None:
-        self._reporter.note(text)
-
-    @contextmanager
-    def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        with self._reporter.track(label, total, unit) as advance:
-            yield advance
+        self._result: tuple[dict[str, float], int] = {}, 0  # test metrics and best epoch
+        self.note, self.track = reporter.note, reporter.track  # type: ignore[method-assign]
 
     def plan(self, plan: RunPlan) -> None:
         self._reporter.plan(plan)
@@ -217,23 +195,25 @@ class _LoggedReporter(Reporter):
     def epoch(self, row: EpochRow) -> None:
         self._reporter.epoch(row)
         values = {name: value for name, value in vars(row).items() if value is not None}
-        metrics = {EPOCH_METRICS[name]: float(value) for name, value in values.items() if name in EPOCH_METRICS}
-        with self._off_after_error():
-            if self._tracker is not None:
-                self._tracker[0](metrics, row.epoch)
+        names = values.keys() - {"epoch", "epochs", "best"}
+        metrics = {re.sub("^(train|val)_", r"\1/", name): float(values[name]) for name in sorted(names)}
+        self._log(metrics, row.epoch)
 
-    def outcome(self, outcome: RunResult) -> None:
-        self._reporter.outcome(outcome)
-        (low, high), self._epoch = outcome.ci95, outcome.epoch
-        self._metrics = {"test/accuracy": outcome.accuracy, "test/accuracy_low": low, "test/accuracy_high": high}
-        self._metrics |= {} if outcome.top5 is None else {"test/top5": outcome.top5}
-        self._metrics |= {"test/loss": outcome.loss, "best_epoch": float(outcome.epoch)}
+    def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
+        self._reporter.outcome(run, result)
+        (low, high), epoch = result["accuracy_ci95"], result["epoch"]
+        metrics = {f"test/{name}": result[name] for name in ("accuracy", "top5", "loss") if result[name] is not None}
+        metrics |= {"test/accuracy_low": low, "test/accuracy_high": high, "best_epoch": float(epoch)}
+        self._result = metrics, epoch
 
     def end(self, status: str) -> None:
         """End the tracker's run."""
+        self._log(*self._result, status)
+
+    def _log(self, metrics: Metrics, step: int, status: str | None = None) -> None:
         with self._off_after_error():
             if self._tracker is not None:
-                self._tracker[1](self._metrics, self._epoch, status)
+                self._tracker(metrics, step, status)
 
     @contextmanager
     def _off_after_error(self) -> Iterator[None]:

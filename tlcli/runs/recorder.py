@@ -24,7 +24,7 @@ from tlcli.engine.metrics import (
 )
 from tlcli.engine.trainer import EpochStats, Trainer
 from tlcli.models.classifier import Classifier
-from tlcli.reporter import EpochRow, Reporter, RunPlan, RunResult
+from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.resume_state import ResumeState
@@ -189,30 +189,17 @@ class Recorder:
                 f"images; expected calibration error on test {before}, "
                 + (after if calibration.temperature != 1 else "no better otherwise")
             )
-        stored = {**report, "confusion": stored_confusion(report["confusion"]), "calibration": effect}
         checkpoint = run.best_checkpoint.relative_to(run.path).as_posix()
-        write_json(run.test_file, {**stored, "checkpoint": checkpoint, "epoch": epoch})
+        stored = {**report, "calibration": effect, "checkpoint": checkpoint, "epoch": epoch}
+        write_json(run.test_file, {**stored, "confusion": stored_confusion(report["confusion"])})
         with self.phase("plots"):
             self._plot(data, predictions, report, epoch)
         spent = self._seconds_so_far()
         # with the test metrics, so that the leaderboard of a sweep need not read test.json of each job
         test = {key: report[key] for key in ("accuracy", "accuracy_ci95")}
         run.update(seconds=spent, frozen_tensors_verified=n_frozen, test=test)
-        self._reporter.outcome(
-            RunResult(
-                run=run.path,
-                accuracy=report["accuracy"],
-                ci95=report["accuracy_ci95"],
-                top5=report["top5"],
-                loss=report["loss"],
-                n=report["n"],
-                epoch=epoch,
-                val_accuracy=best_scores.accuracy,
-                confused=most_confused(report),
-                checkpoint=run.best_checkpoint,
-                seconds=spent["total"],
-            )
-        )
+        extra = {"val_accuracy": best_scores.accuracy, "confused": most_confused(report), "seconds": spent["total"]}
+        self._reporter.outcome(run.path, {**stored, **extra})
 
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None

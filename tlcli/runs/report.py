@@ -30,7 +30,18 @@ from tlcli.files import atomic_write
 from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
-from tlcli.runs.run_dir import RunDir, confusion_matrix, number, pair, process_has_exited, read_predictions, text
+from tlcli.runs.run_dir import (
+    RunDir,
+    confusion_matrix,
+    integer,
+    mapping,
+    number,
+    pair,
+    process_has_exited,
+    read_predictions,
+    strings,
+    text,
+)
 from tlcli.text import duration_text
 
 View = dict[str, Any]
@@ -42,16 +53,6 @@ MAX_TABLE_CLASSES = 40  # above, the confusion matrix is an image: the cells of 
 GALLERY_IMAGES, THUMBNAIL_SIDE = 24, 160
 PIXELATED_SIDE = 96  # below, an image is shown pixel by pixel
 UNDECIDED_MARGIN = 0.5  # difference of the two highest probabilities below which an image is undecided
-
-
-def integer(value: object) -> int | None:
-    """Return an int that a float can hold, otherwise None."""
-    return value if type(value) is int and abs(value) < 2**53 else None
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """Return the value if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
 
 
 # -- a run
@@ -235,8 +236,7 @@ def _thumbnail(read: Callable[[], Pixels] | None) -> View:
 
 def _rerun_command(info: View) -> str:
     """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
-    command, overrides = text(info.get("command")) or "tlcli train", info.get("overrides")
-    overrides = [str(word) for word in overrides] if isinstance(overrides, list) else []
+    command, overrides = text(info.get("command")) or "tlcli train", strings(info.get("overrides"))
     try:
         words = shlex.split(command)
     except ValueError:
@@ -255,39 +255,39 @@ def sweep_view(folder: Path, output: Path) -> View:
         UsageError: the sweep has no run.
     """
     board = leaderboard.read(folder)
-    if not board.jobs:
+    if not board["jobs"]:
         raise UsageError(f"{folder}: no run in this sweep")
-    metric, is_share = board.figure.replace("_", " "), board.figure != "loss"
+    metric, is_share = board["figure"].replace("_", " "), board["figure"] != "loss"
     form = FILTERS["percent" if is_share else "decimal"]
-    best = next((job for job in board.jobs if job.rank == 1), None)
-    done = [job for job in board.jobs if job.rank is not None]
+    best = next((job for job in board["jobs"] if job["rank"] == 1), None)
+    done = [job for job in board["jobs"] if job["rank"] is not None]
     charts = []
-    for key in board.keys:
-        values = [(job.values.get(key), number(job.validation), job.rank == 1) for job in done]
+    for key in board["keys"]:
+        values = [(job["values"].get(key), number(job["validation"]), job["rank"] == 1) for job in done]
         jobs = [(printable(value), v, is_best) for value, v, is_best in values if value is not None and v is not None]
         if jobs:
             draw = partial(plots.draw_jobs, jobs=jobs, is_share=is_share)
             alt = f"Validation {metric} of {len(jobs)} jobs against {key}"
             charts.append(_chart(key, alt, draw, (420, 244), (48, 14, 34, 30)))
-    run = RunDir(folder / (best or board.jobs[0]).name)
+    run = RunDir(folder / (best or board["jobs"][0])["name"])
     try:
         info = run.info
     except TlcliError:
         info = {}
-    seconds = [job.seconds for job in board.jobs if job.seconds is not None]
+    seconds = [job["seconds"] for job in board["jobs"] if job["seconds"] is not None]
     return {
         "run_name": folder.resolve().name,
-        "title": f"{form(best.validation)} {folder.name}" if best else folder.name,
+        "title": f"{form(best['validation'])} {folder.name}" if best else folder.name,
         "info": info,
         "config": run.config(),
         "metric": metric,
         "is_share": is_share,
-        "keys": board.keys,
-        "jobs": [{**vars(job), "link": _link(folder / job.name, output)} for job in board.jobs],
+        "keys": board["keys"],
+        "jobs": [{**job, "link": _link(folder / job["name"], output)} for job in board["jobs"]],
         "n_done": len(done),
         "seconds": sum(seconds) if seconds else None,
         "charts": charts,
-        "command": board.command,
+        "command": board["command"],
     }
 
 

@@ -80,17 +80,12 @@ class RunDir:
         except (OSError, ValueError):
             return {}
 
-    def test(self, *, accuracy_only: bool = False) -> dict[str, Any]:
-        """Return the contents of test.json, an empty dict if it is missing or damaged; or at least its accuracy."""
-        with suppress(OSError, ValueError, RecursionError):
-            if accuracy_only:  # it stands at the beginning; `list` reads thousands
-                with _regular(self.test_file).open(encoding="utf-8") as file:
-                    start: dict[str, Any] = json.loads(file.read(1024).partition("]")[0] + "]}")
-                if "accuracy_ci95" in start:
-                    return start
-        with suppress(OSError, ValueError):
+    def test(self) -> dict[str, Any]:
+        """Return the contents of test.json; an empty dict if it is missing or damaged."""
+        try:
             return read_json(self.test_file)
-        return {}
+        except (OSError, ValueError):
+            return {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without lines that are damaged: the last one of a killed run may be."""
@@ -383,9 +378,24 @@ def pair(value: object) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
+def integer(value: object) -> int | None:
+    """Return an int of a file that a float can hold, otherwise None."""
+    return value if type(value) is int and abs(value) < 2**53 else None
+
+
 def text(value: object) -> str | None:
     """Return a string of a file that is not empty, otherwise None."""
     return value if isinstance(value, str) and value else None
+
+
+def strings(value: object) -> tuple[str, ...]:
+    """Return the items of a list in a file as strings; none if it is not a list."""
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return a mapping of a file, otherwise an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _regular(path: Path) -> Path:
