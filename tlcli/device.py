@@ -1,4 +1,4 @@
-"""The accelerator of a run with its number and memory formats, and settings of the process."""
+"""The accelerator of a run with its dtypes and memory format, and settings of the process."""
 
 import ctypes
 import os
@@ -17,11 +17,29 @@ from tlcli.specs import Accelerator, DeviceSpec, Precision
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 PROCESS_THREADS = torch.get_num_threads()  # of a job that names no number
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
+
+
+@dataclass(frozen=True)
+class ComputeFormat:
+    """A dtype for arithmetic and a memory format for images. The speed is None if nothing was measured, and so is the
+    batch size of extraction if it is the default."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    images_per_second: float | None = None
+    reason: str = ""
+    batch_size: int | None = None
+
+    @property
+    def description(self) -> str:
+        """The format for people: `bfloat16, channels_last`."""
+        return f"{DTYPE_NAMES[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
 
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator with the number formats for training and for evaluation."""
+    """An accelerator with the dtypes of training and of evaluation."""
 
     accelerator: torch.device
     train_dtype: torch.dtype
@@ -37,7 +55,7 @@ class Device:
         parts = [
             machine_name(self.accelerator) if is_cuda else {"cpu": "CPU", "mps": "Apple GPU"}[self.accelerator.type],
             f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}",
-            "channels_last" if self.memory_format == torch.channels_last else "contiguous",
+            LAYOUT_NAMES[self.memory_format],
         ]
         if self.accelerator.type == "cpu":
             parts.append(f"{torch.get_num_threads()} threads")
@@ -85,9 +103,7 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     Raises UsageError if the accelerator is not available.
     """
     accelerator = find_accelerator(spec.kind)
-    n_threads = threads or spec.threads or PROCESS_THREADS
-    if n_threads != torch.get_num_threads():
-        torch.set_num_threads(n_threads)
+    torch.set_num_threads(threads or spec.threads or PROCESS_THREADS)
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
     if accelerator.type == "cuda":  # also if this job is not deterministic: cuBLAS reads it once per process
@@ -105,6 +121,29 @@ def find_accelerator(kind: Accelerator) -> torch.device:
         reason = f"PyTorch {torch.__version__} finds no such device. Available: {', '.join(names)}, auto"
         raise UsageError(f"device={kind.value} is not available: {reason}.")
     return torch.device(names[0] if kind is Accelerator.auto else kind.value)
+
+
+def allowed_formats(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
+    """Return the formats that the spec allows on this accelerator, the safer and simpler ones first.
+
+    Raises UsageError if the accelerator does not have the dtype that the spec names.
+    """
+    if spec.precision is Precision.fp16 and accelerator.type == "cpu":
+        raise UsageError("device.precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
+    dtypes = [torch.float32]
+    if spec.precision is not Precision.auto:
+        dtypes = [DTYPES[spec.precision]]
+    elif accelerator.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtypes = [torch.bfloat16 if is_native else torch.float16]
+    elif accelerator.type == "cpu" and cpu_has_bfloat16():
+        dtypes = [torch.float32, torch.bfloat16]
+    layouts = [torch.channels_last, torch.contiguous_format]
+    if spec.channels_last is not None:
+        layouts = layouts[:1] if spec.channels_last else layouts[1:]
+    elif accelerator.type == "mps":
+        layouts = layouts[1:]
+    return [ComputeFormat(dtype, layout) for dtype in dtypes for layout in layouts]
 
 
 def cpu_has_bfloat16() -> bool:

@@ -16,10 +16,9 @@ from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import BadImage, read_image
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
-from tlcli.device import DTYPE_NAMES, DTYPES, autocast, cpu_has_bfloat16, machine_name
+from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_bfloat16, machine_name
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
-from tlcli.engine.numerics import ComputeFormat
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated

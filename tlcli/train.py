@@ -4,19 +4,46 @@ import hashlib
 
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
-from tlcli.engine.decisions import decide
+from tlcli.engine.decisions import Decisions, decide
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.resume_state import ResumeState, TrainingStart, machine_info, provenance
+from tlcli.runs.resume_state import ResumeState, machine_info, provenance
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
+
+
+class NewRun:
+    """The start of a new run; `ResumeState` is that of an interrupted one."""
+
+    threads: int | None = None
+
+    def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
+        """Return decisions for this workload."""
+        return decide(workload)
+
+    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, bool, BestEpochTracker]:
+        """Return the first epoch, True if the head is worth an evaluation before training, and the tracker of epochs.
+
+        A linear probe is fitted to the head, if it should start from one.
+        """
+        workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
+        network, head = workload.classifier.network, linear_head(workload.classifier)
+        if workload.needs_probe and head is None:
+            reporter.note("head starts random: a probe needs a head of one linear layer")
+        elif workload.needs_probe and head is not None:
+            loader = inputs.open("train_eval", reporter)
+            x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
+            digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+            head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
+            is_ready = True
+        workload.contract.seal()
+        return 0 if is_ready else 1, is_ready, BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
 
 
 def train(
@@ -27,38 +54,27 @@ def train(
     All results are in the run's directory; the session holds what the jobs of a sweep share. With `resume` an
     interrupted run continues. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
-    record = Recorder(run, reporter, spec, resume)
+    record, start = Recorder(run, reporter, spec, resume), resume or NewRun()
     with record.phase("setup"):
-        accelerator = setup_process(spec.device, threads=resume.threads if resume else None)
-        machine = machine_info(accelerator)
-        data = session.dataset(spec.dataset, spec.seed, reporter)
-        computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
-        classifier = session.model(
-            spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing
-        )
-        network = classifier.network.to(accelerator)
-        contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
-        is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
-        needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
-        workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
-        decisions = resume.decisions(workload, reporter) if resume else decide(workload)
-        inputs = Inputs(decisions, workload)
+        workload = _load(spec, session, reporter, start.threads)
+        data, contract, network = workload.data, workload.contract, workload.classifier.network
+        machine = machine_info(workload.accelerator)
+        inputs = Inputs(start.decisions(workload, reporter), workload)
         inputs.device.place(network)
-        trainer = Trainer(classifier, contract, spec, inputs.device, data.train.class_counts(len(data.classes)))
-    record.plan(data, classifier, inputs)
+        trainer = Trainer(workload, inputs.device)
+    record.plan(data, workload.classifier, inputs)
     with record.phase("extract"):
-        train_eval = inputs.open("train_eval", reporter) if needs_probe else None
         loader, val_loader = inputs.open("train", reporter), inputs.open("val", reporter)
     with record.phase("probe"):
-        start = resume.restore(inputs, trainer, reporter) if resume else begin(inputs, train_eval, reporter)
+        first_epoch, head_is_ready, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs(inputs)
     inputs.device.compile_if_set(loader.network)
 
-    best_epoch, state = start.best_epoch, {"head_is_ready": start.head_is_ready, "machine": machine}
+    state = {"head_is_ready": head_is_ready, "machine": machine}
     checkpoints = record.checkpoints(network, trainer, lambda: {**state, **provenance(inputs)})
     best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
-        for epoch in range(start.epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
+        for epoch in range(first_epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
                 reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
@@ -91,17 +107,14 @@ def train(
     return best_epoch.value
 
 
-def begin(inputs: Inputs, train_eval: BatchLoader | None, reporter: Reporter) -> TrainingStart:
-    """Fill the head from a linear probe on `train_eval`, if given, and record the digests of the frozen tensors."""
-    workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
-    network, head = workload.classifier.network, linear_head(workload.classifier)
-    if train_eval is not None and head is None:
-        reporter.note("head starts random: a probe needs a head of one linear layer")
-    elif train_eval is not None and head is not None:
-        x, y = features(network, head, train_eval, inputs.device, reporter, "features for the probe")
-        digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-        head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
-        is_ready = True
-    workload.contract.seal()
-    best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
-    return TrainingStart(0 if is_ready else 1, is_ready, best_epoch)
+def _load(spec: TrainSpec, session: Session, reporter: Reporter, threads: int | None) -> Workload:
+    """Return the data and the network on its accelerator, with the parameters to train marked."""
+    accelerator = setup_process(spec.device, threads)
+    data = session.dataset(spec.dataset, spec.seed, reporter)
+    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
+    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
+    classifier.network.to(accelerator)
+    contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
+    is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
+    needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
+    return Workload(data, classifier, contract, spec, accelerator, session, needs_probe)

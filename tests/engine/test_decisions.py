@@ -17,11 +17,11 @@ from msgspec import structs
 
 from tests.conftest import Compose
 from tlcli.cli import main
-from tlcli.engine import decisions
+from tlcli.device import ComputeFormat
+from tlcli.engine import decisions, numerics
 from tlcli.engine.activations import SplitActivations, Workload, image_size
 from tlcli.engine.decisions import decide, follow, recorded_decisions
 from tlcli.engine.inputs import SPLIT_NAMES, Inputs
-from tlcli.engine.numerics import Autotuner, ComputeFormat
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.reporter import Reporter
@@ -187,10 +187,10 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     store = Store(tmp_path / "planned")
 
     def make(speed: float, *overrides: str, needs_probe: bool = False) -> Inputs:
-        def chosen(self: Autotuner, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
+        def chosen(workload: Workload, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
             return replace(options[0], images_per_second=speed, reason="as the test says")
 
-        monkeypatch.setattr(Autotuner, "choose", chosen)
+        monkeypatch.setattr(numerics, "_fastest", chosen)
         own = spec("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", *FP32, *overrides)
         session = Session(store, 10**9)
         data = session.dataset(own.dataset, own.seed, Reporter())
@@ -222,7 +222,7 @@ def test_caching_is_chosen_if_it_is_faster(plan, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["none", "last_stages"])
 def test_a_single_choice_is_not_measured(freeze: str, run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "training_step", lambda *args: lambda: pytest.fail("a step was measured"))
+    monkeypatch.setattr(numerics, "_measure", lambda *args, trains: 1.0 if not trains else pytest.fail("measured"))
     ended = run(f"freeze={freeze}", "augment=none", "freeze.head_init=random")
     assert ended.record["numerics"]["training"] == "the only choice here"
 
@@ -301,6 +301,6 @@ def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pyte
     followed = follow(recorded, planned.workload, reporter, SPLIT_NAMES)  # device.precision=fp32 has no bfloat16
     assert (followed.train_precision, followed.cached) == ("float32", frozenset())
     assert len(notes) == 2
-    assert "float32 in place of bfloat16" in notes[0]
+    assert "training in float32" in notes[0] and "does not allow bfloat16" in notes[0]
     assert "over cache.max_gb=0" in notes[1]
     assert followed.reasons["train"] in notes[1]

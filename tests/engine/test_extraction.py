@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from tests.conftest import Compose
 from tlcli.data.batches import Preprocessing
+from tlcli.device import ComputeFormat
 from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm, _PixelPrefix
-from tlcli.engine.numerics import ComputeFormat
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype, Fit

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from tests.conftest import Compose
+from tests.faults.test_counting import trainer_for
 from tlcli.cli.conf_files import conf_dir
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
@@ -24,7 +25,7 @@ from tlcli.errors import NonFiniteLossError, TlcliError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, eval_mode
 from tlcli.reporter import Reporter
-from tlcli.specs import ClassWeights, TrainSpec
+from tlcli.specs import TrainSpec
 from tlcli.store import Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
 
@@ -46,8 +47,7 @@ class Setting:
         self.device = self.opened.device
         self.device.place(self.model.network)
         self.train = self.opened.open("train", Reporter())
-        counts = self.data.train.class_counts(len(self.data.classes))
-        self.trainer = Trainer(self.model, self.contract, spec, self.device, counts)
+        self.trainer = Trainer(self.workload, self.device)
         self.running: list[tuple[int, float]] = []
 
     def fit(self, epoch: int = 1) -> EpochStats:
@@ -111,10 +111,9 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
         assert torch.allclose(tensor.float(), expected[name].float(), atol=1e-5), name
 
 
-def test_training_learns_and_an_epoch_can_be_trained_again(small) -> None:
-    """Only an epoch that was loaded from a state continues where that ended; `tlcli inspect` trains one repeatedly."""
+def test_training_learns(small) -> None:
     setting = small("optimizer.lr=1e-4", "augment=none")
-    first, again = setting.fit(1), setting.fit(1)
+    first, again = setting.fit(1), setting.fit(2)
     assert again.step == 2 * first.step == 2 * setting.trainer.steps_per_epoch
     assert again.loss < first.loss
     assert setting.contract.verify() > 0
@@ -182,14 +181,10 @@ def test_clip_grad_bounds_the_step(small) -> None:
     assert moved[1] <= 0.001 * 1.01 < moved[0]
 
 
-def test_balanced_classes_weigh_alike(small) -> None:
-    setting = small()
-    trainer = Trainer(
-        setting.model, setting.contract, structs.replace(setting.spec, class_weights=ClassWeights.balanced),
-        setting.device, (6, 30, 12),
-    )  # fmt: skip
-    weighted = trainer._class_weights * torch.tensor([6, 30, 12])
-    assert weighted.tolist() == pytest.approx([48 / 3] * 3)
+def test_balanced_classes_weigh_alike(spec: Compose, small) -> None:
+    counts = (6, 30, 12)
+    trainer = trainer_for(spec("class_weights=balanced"), small().model, counts)
+    assert (trainer._class_weights * torch.tensor(counts)).tolist() == pytest.approx([48 / 3] * 3)
 
 
 def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> None:

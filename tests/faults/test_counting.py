@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Architecture, Classifier, Stage
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import read_json
-from tlcli.specs import Fit
+from tlcli.specs import Fit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
 
 CPU = Device(torch.device("cpu"), torch.float32, torch.float32, torch.channels_last, compile=False, workers=0)
@@ -120,6 +121,13 @@ class Small(nn.Module):
         return self.head(torch.tanh(self.body(x)))
 
 
+def trainer_for(spec: TrainSpec, model: Classifier, counts: tuple[int, ...]) -> Trainer:
+    train = SimpleNamespace(class_counts=lambda n: counts)
+    data, contract = SimpleNamespace(train=train, classes=CLASSES), apply_freeze(spec.freeze, model)
+    workload = SimpleNamespace(spec=spec, data=data, classifier=model, contract=contract)
+    return Trainer(workload, CPU)  # type: ignore[arg-type]
+
+
 class Exact:
     """Random rows in float64, in order: a feed."""
 
@@ -151,7 +159,7 @@ def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides:
     )
     model = Classifier("small", Architecture(network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3), CLASSES)
     own = spec(f"batch_size={batch_size}", f"accumulate={accumulate}", "epochs=2", "device.precision=fp32", *overrides)
-    trainer = Trainer(model, apply_freeze(own.freeze, model), own, CPU, (n // 3, n // 3, n - 2 * (n // 3)))
+    trainer = trainer_for(own, model, (n // 3, n // 3, n - 2 * (n // 3)))
     for epoch in (1, 2):
         trainer.fit(Exact(network, n, batch_size), epoch, Reporter(), lambda *running: None)  # type: ignore[arg-type]
     return dict(network.state_dict()), trainer.step

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Compose
-from tests.faults.test_counting import CLASSES, CPU, Exact, Small
-from tlcli.engine.trainer import Trainer
+from tests.faults.test_counting import CLASSES, Exact, Small, trainer_for
 from tlcli.errors import OutOfMemory, is_out_of_memory
 from tlcli.models.classifier import Architecture, Classifier, Stage
 from tlcli.reporter import Reporter
-from tlcli.transfer.contract import apply_freeze
 
 KINDS: dict[str, Callable[[], Exception]] = {
     "a GPU": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -55,7 +53,7 @@ def fit(spec: Compose, network: nn.Module, *overrides: str) -> None:
     stages = (Stage("body", frozenset(names[:2])), Stage("head", frozenset(names[2:])))
     classifier = Classifier("small", Architecture(network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3), CLASSES)
     own = spec("batch_size=64", "device.precision=fp32", *overrides)
-    trainer = Trainer(classifier, apply_freeze(own.freeze, classifier), own, CPU, (22, 21, 21))
+    trainer = trainer_for(own, classifier, (22, 21, 21))
     trainer.fit(Exact(network, 64, 64), 1, Reporter(), lambda *running: None)  # type: ignore[arg-type]
 
 

@@ -25,10 +25,9 @@ from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
-from tlcli.device import DTYPE_NAMES, auto_workers, machine_name
+from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers, machine_name
 from tlcli.engine.extraction import BATCH, ExtractionStats, Extractor
 from tlcli.engine.gradients import is_plain_linear
-from tlcli.engine.numerics import ComputeFormat
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter

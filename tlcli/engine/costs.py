@@ -3,35 +3,30 @@
 Weights may be random, because time does not depend on them, and nothing is downloaded. No weight is changed.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from msgspec import structs
-from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.dataset import Dataset, load_without_decoding, preload_images
 from tlcli.device import Device, setup_process
 from tlcli.engine.activations import Workload, image_size, preprocessing_for
-from tlcli.engine.decisions import (
-    device_with,
-    measure_extraction,
-    measure_network,
-    measure_suffix,
-    not_worthwhile_reason,
-    uncacheable_reason,
-)
+from tlcli.engine.decisions import device_with, not_worthwhile_reason, uncacheable_reason
+from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import MAX_EVALUATION_BATCH, image_loader
 from tlcli.engine.loaders import ActivationLoader, BatchLoader
 from tlcli.engine.metrics import evaluate
-from tlcli.engine.numerics import ComputeFormat
+from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix
 from tlcli.engine.session import session_for
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError
@@ -41,7 +36,7 @@ from tlcli.registry import options
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec, HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.cut import Cut
+from tlcli.transfer.cut import Cut, NoCut
 from tlcli.transfer.freeze import HeadSpec
 
 SAMPLE_IMAGES = 64  # decoded and measured with, or as many as a batch has
@@ -52,6 +47,7 @@ MEASURE_SECONDS = 0.2  # after which a step is not repeated
 MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
 NEGLIGIBLE_LR = 1e-12  # changes weights by less than their rounding, or from zero to nearly zero
 EPOCHS = 1000  # makes the schedule longer than any measurement
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -170,55 +166,55 @@ class CostMeter:
     """
 
     def __init__(self, sample: Dataset, decode_seconds: float) -> None:
-        self._sample = sample
-        self._decode_seconds = decode_seconds
-        self._network_formats: tuple[ComputeFormat, ComputeFormat] | None = None
-        self._prefix_format: ComputeFormat | None = None
-        self._suffix_format: ComputeFormat | None = None
-        self._train_images: int | None = None
-        self._evaluate: float | None = None
-
-    def device(self, workload: Workload) -> Device:
-        """Return the device with the formats of training on images."""
-        self._network_formats = self._network_formats or measure_network(workload)
-        return device_with(workload, *self._network_formats)
+        self._sample, self._decode_seconds = sample, decode_seconds
+        self._measured: dict[str, Any] = {}
 
     def cost(self, workload: Workload) -> StrategyCost:
         """Return the cost of a workload's strategy."""
-        data, epochs = workload.data, workload.spec.epochs
+        data, spec, cut = workload.data, workload.spec, workload.cut
         n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
-        decoding = self._decode_seconds * (n_train + n_val + n_test)
         n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
 
         def epoch_and_run(train: float, evaluation: float) -> tuple[float, float]:
             epoch = n_train / train + n_val / evaluation
-            return epoch, n_evaluated / evaluation + epochs * epoch
+            return epoch, n_evaluated / evaluation + spec.epochs * epoch
 
-        cached = self._cached(workload) if isinstance(workload.cut, Cut) else None
-        uncached_epoch, uncached_run = epoch_and_run(*self.uncached(workload))
+        decoding = self._decode_seconds * (n_train + n_val + n_test)
+        uncached_epoch, run = epoch_and_run(*self.uncached(workload))
         cost = StrategyCost(
-            freeze=workload.spec.freeze.label,
+            freeze=spec.freeze.label,
             trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
             live_epoch=uncached_epoch,
             why_live=uncacheable_reason(workload),
-            total=decoding + uncached_run,
+            total=decoding + run,
         )
-        if cached is None or not isinstance(workload.cut, Cut):
+        if isinstance(cut, NoCut):
             return cost
-        rows, row_bytes, extraction_seconds, speeds, uncached_reason = cached
-        cached_epoch, cached_run = epoch_and_run(*speeds)
-        first_pass = decoding + extraction_seconds
+        prefix_format = self._once("prefix", lambda: measure_extraction(workload, cut))
+        extractor = workload.extractor(cut, prefix_format)
+        n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns())
+        if workload.augments and spec.cache.views is not None:
+            n_rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
+        extraction, train, evaluation = self._cached(workload, cut, extractor)
+        first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)
+        cached_epoch, cached_run = epoch_and_run(train, evaluation)
+        reason = cost.why_live or not_worthwhile_reason(workload, prefix_format, n_rows, row_bytes)
         return replace(
             cost,
-            at=workload.cut.suffix_start,
+            at=cut.suffix_start,
             row_bytes=row_bytes,
-            cache_bytes=row_bytes * rows,
+            cache_bytes=row_bytes * n_rows,
             first_pass=first_pass,
             cached_epoch=cached_epoch,
-            takes="live" if uncached_reason else "cached",
-            why_live=uncached_reason,
-            total=cost.total if uncached_reason else first_pass + cached_run,
+            takes="live" if reason else "cached",
+            why_live=reason,
+            total=cost.total if reason else first_pass + cached_run,
         )
+
+    def device(self, workload: Workload) -> Device:
+        """Return the device with the formats of training on images."""
+        train, evaluation = self._once("network", lambda: measure_network(workload))
+        return device_with(workload, train.dtype, evaluation)
 
     def uncached(self, workload: Workload) -> tuple[float, float]:
         """Return the images per second of training and of evaluation on images, without decoding."""
@@ -229,45 +225,42 @@ class CostMeter:
             return image_loader(replace(workload, data=self._first_images(n)), device, split_name, Reporter())
 
         fit, n_sample = _fitting(workload, device), len(self._sample.train)
-        self._train_images, train = measure_throughput(
+        self._measured["images"], train = measure_throughput(
             lambda n: fit(loader("train", n)),
             min(n_sample, batch_size),
-            self._train_images,
+            self._measured.get("images"),
             MAX_UNCACHED_STEP_SECONDS,
         )
-        if self._evaluate is None:
-            _, self._evaluate = measure_throughput(
+        _, evaluation = self._once(
+            "evaluation",
+            lambda: measure_throughput(
                 lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), ""),
                 min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size),
-            )
-        return train, self._evaluate
+            ),
+        )
+        return train, evaluation
 
-    def _cached(self, workload: Workload) -> tuple[int, int, float, tuple[float, float], str | None]:
-        """Return the cost of training on activations: the rows to extract, the bytes of each, the seconds of that
-        without decoding, the images per second of training and evaluation, and why `tlcli train` would read images."""
-        cut, spec, data = workload.cut, workload.spec, workload.data
-        assert isinstance(cut, Cut)
-        self._prefix_format = self._prefix_format or measure_extraction(workload, cut)
-        extractor, head = workload.extractor(cut, self._prefix_format), workload.plain_head(cut)
-        suffix_format = self._suffix_format if head is None else None  # a linear layer's is not that of other suffixes
-        suffix_format = suffix_format or measure_suffix(workload, cut, extractor.compute_format)
-        self._suffix_format = suffix_format if head is None else self._suffix_format
-        device = device_with(workload, suffix_format, extractor.compute_format)
-        device.place(workload.classifier.network)
-
+    def _cached(self, workload: Workload, cut: Cut, extractor: Extractor) -> tuple[float, float, float]:
+        """Return the images per second of the prefix without decoding, and of training and evaluation on its output."""
+        spec, head, n_train = workload.spec, workload.plain_head(cut), len(workload.data.train)
+        name = "suffix" if head is None else "head"  # the format of a linear layer is not that of other suffixes
+        suffix_format = self._once(name, lambda: measure_suffix(workload, cut, extractor.compute_format))
+        device, network = (
+            device_with(workload, suffix_format.dtype, extractor.compute_format),
+            workload.classifier.network,
+        )
+        device.place(network)
         extractor.prepare(Reporter())
-        batch = self._first_images(extractor.batch_size).train
-        batches = ImageBatches(batch, workload.preprocessing, batch_size=extractor.batch_size, workers=0)
-
-        def extract(n: int) -> list[tuple[Tensor, ...]]:
-            return [extractor(images) for images, _ in batches.in_order()]
-
-        (tensors,) = extract(len(batch))
-        _, speed = measure_throughput(extract, len(batch), len(batch))
-        labels = torch.from_numpy(self._sample.train.labels)
+        sample, batch_size = self._first_images(extractor.batch_size).train, extractor.batch_size
+        batches = ImageBatches(sample, workload.preprocessing, batch_size=batch_size, workers=0)
+        tensors = extractor(next(batches.in_order())[0])
+        _, extraction = measure_throughput(
+            lambda n: [extractor(x) for x, _ in batches.in_order()], len(sample), len(sample)
+        )
+        labels = torch.from_numpy(sample.labels)
 
         def loader(n: int) -> BatchLoader:
-            rows = torch.arange(n) % len(tensors[0])  # the same rows again and again, as many as there are images
+            rows = torch.arange(n) % len(sample)  # the same rows again and again, as many as there are images
             return ActivationLoader(
                 [tensors],
                 rows,
@@ -280,34 +273,34 @@ class CostMeter:
                 seed=spec.seed,
             )
 
-        fit, n_train, network = _fitting(workload, device), len(data.train), workload.classifier.network
+        fit = _fitting(workload, device)
         _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
         _, evaluation = measure_throughput(
             lambda n: evaluate(network, loader(n), device, Reporter(), ""),
             n_train if head is not None else min(WARMUP_IMAGES, n_train),  # a small part of an epoch
         )
-        row_bytes, rows = sum(column.nbytes for column in extractor.columns()), n_train + len(data.val) + len(data.test)
-        if workload.augments and spec.cache.views is not None:
-            rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
-        seconds = extractor.estimate_seconds(rows, speed * extractor.batch_size / len(batch))  # a short batch is padded
-        reason = uncacheable_reason(workload) or not_worthwhile_reason(workload, self._prefix_format, rows, row_bytes)
-        return rows, row_bytes, seconds, (train, evaluation), reason
+        return extraction * batch_size / len(sample), train, evaluation  # a short batch is padded
 
     def _first_images(self, n: int) -> Dataset:
         train = self._sample.train
         return replace(self._sample, train=train.take(np.arange(min(n, len(train)))))
+
+    def _once(self, name: str, measure: Callable[[], T]) -> T:
+        if name not in self._measured:
+            self._measured[name] = measure()
+        measured: T = self._measured[name]
+        return measured
 
 
 def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
     """Return a function that trains for one epoch without changing the weights."""
     optimizer = structs.replace(workload.spec.optimizer, lr=NEGLIGIBLE_LR)
     spec = structs.replace(workload.spec, optimizer=optimizer, epochs=EPOCHS)
-    counts = workload.data.train.class_counts(len(workload.data.classes))
-    trainer = Trainer(workload.classifier, workload.contract, spec, device, counts)
+    trainer, epochs = Trainer(replace(workload, spec=spec), device), itertools.count(1)
 
     def fit(loader: BatchLoader) -> None:
         with suppress(NonFiniteLossError):  # the weights may be random
-            trainer.fit(loader, 1, Reporter(), lambda *running: None)
+            trainer.fit(loader, next(epochs), Reporter(), lambda *running: None)
 
     return fit
 
@@ -318,10 +311,7 @@ def measure_throughput(
     images: int | None = None,
     max_step_seconds: float = MAX_STEP_SECONDS,
 ) -> tuple[int, float]:
-    """Return the number of images of a measured step, and the images per second of the fastest of a few steps.
-
-    `images` sets that number; None finds how many of `max_images` there is time for.
-    """
+    """Return the number of images per measured step (None: as many as there is time for), and the images per second."""
 
     def seconds(n: int) -> float:
         start = time.perf_counter()

@@ -4,25 +4,15 @@ Rounding differs between dtypes, memory formats, batch sizes, and cached and unc
 decisions give the same metrics to the last digit. Deciding runs one small batch through the network to time it.
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import torch
 from msgspec import Meta, Struct, ValidationError, convert, structs, to_builtins
 
-from tlcli.device import DTYPE_NAMES, DTYPES, Device
+from tlcli.device import DTYPE_NAMES, DTYPES, LAYOUT_NAMES, ComputeFormat, Device, allowed_formats
 from tlcli.engine.activations import SplitActivations, Workload
-from tlcli.engine.numerics import (
-    LAYOUT_NAMES,
-    MEASURE_BATCH_SIZE,
-    Autotuner,
-    ComputeFormat,
-    allowed_formats,
-    forward_step,
-    training_step,
-)
+from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode
@@ -60,12 +50,12 @@ class Decisions(Struct, frozen=True, kw_only=True):
     @property
     def suffix_dtype(self) -> torch.dtype:
         """The dtype in which activations are evaluated: that of training if it reads them, too."""
-        return _DTYPES[self.train_precision if "train" in self.cached else self.eval_precision]
+        return self.train_dtype if "train" in self.cached else _DTYPES[self.eval_precision]
 
     @property
-    def train_format(self) -> ComputeFormat:
-        """The format of training."""
-        return ComputeFormat(_DTYPES[self.train_precision], self.eval_format.memory_format)
+    def train_dtype(self) -> torch.dtype:
+        """The dtype of training."""
+        return _DTYPES[self.train_precision]
 
     @property
     def eval_format(self) -> ComputeFormat:
@@ -92,11 +82,11 @@ class Decisions(Struct, frozen=True, kw_only=True):
         return to_builtins(self, order="deterministic")
 
 
-def device_with(workload: Workload, train: ComputeFormat, evaluation: ComputeFormat) -> Device:
-    """Return the device of a workload with these formats."""
+def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: ComputeFormat) -> Device:
+    """Return the device of a workload with this dtype of training and format of evaluation."""
     return Device(
         accelerator=workload.accelerator,
-        train_dtype=train.dtype,
+        train_dtype=train_dtype,
         eval_dtype=evaluation.dtype,
         memory_format=evaluation.memory_format,
         compile=workload.spec.device.compile,
@@ -134,31 +124,24 @@ def decide(workload: Workload) -> Decisions:
 
     Raises UsageError if cache.mode=require cannot be followed.
     """
-    cut, spec, dtype_names = workload.cut, workload.spec, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
-    cached: set[str] = set()
-    reasons: dict[str, str] = {}
-    uncached_reason = uncacheable_reason(workload)
-    if uncached_reason is None:
+    cut, dtype_names = workload.cut, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
+    reason = uncacheable_reason(workload)
+    if reason is None:
         assert isinstance(cut, Cut)
         evaluation = measure_extraction(workload, cut)
         cached = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
-        missing = _missing(workload, cached, evaluation)
-        row_bytes = sum(column.nbytes for column in workload.extractor(cut, evaluation).columns())
-        uncached_reason = not_worthwhile_reason(workload, evaluation, sum(map(len, missing)), row_bytes)
-    if uncached_reason is None:
+        missing = sum(map(len, _missing(workload, cached, evaluation)))
+        row_bytes = workload.cached_split("train", cached, evaluation).views[0].row_bytes
+        reason = not_worthwhile_reason(workload, evaluation, missing, row_bytes)
+    if reason is None:
         assert isinstance(cut, Cut)
         train = measure_suffix(workload, cut, evaluation)
-    elif spec.cache.mode is CacheMode.require:
-        raise UsageError(f"cache.mode=require: {uncached_reason}")
+        reason = f"what comes before {cut.suffix_start} is frozen"
+    elif workload.spec.cache.mode is CacheMode.require:
+        raise UsageError(f"cache.mode=require: {reason}")
     else:
         cached, (train, evaluation) = set(), measure_network(workload)
-        if workload.needs_probe and isinstance(workload.features_cut, Cut):
-            _add_if_worthwhile(workload, evaluation, cached, "train_eval", 1, reasons)
-        if isinstance(cut, Cut):
-            _add_if_worthwhile(workload, evaluation, cached, "val", spec.epochs + 1, reasons)
-    if isinstance(cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
-        _add_if_worthwhile(workload, evaluation, cached, "test", 1, reasons)
-        uncached_reason = uncached_reason or f"what comes before {cut.suffix_start} is frozen"
+    reasons = _add_evaluated_splits(workload, evaluation, cached)
     return Decisions(
         train_precision=dtype_names[train.dtype],
         eval_precision=dtype_names[evaluation.dtype],
@@ -167,7 +150,7 @@ def decide(workload: Workload) -> Decisions:
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
-        reasons={**reasons, "training": train.reason, "evaluation": evaluation.reason, "train": str(uncached_reason)},
+        reasons={**reasons, "training": train.reason, "evaluation": evaluation.reason, "train": reason},
     )
 
 
@@ -197,28 +180,31 @@ def not_worthwhile_reason(workload: Workload, option: ComputeFormat, images: int
     )
 
 
-def _add_if_worthwhile(
-    workload: Workload, option: ComputeFormat, cached: set[str], split_name: str, reads: int, reasons: dict[str, str]
-) -> None:
-    """Add a split that is only evaluated to the cached ones if that is faster for this number of reads, and if there is
-    space for it in addition to those that are missing."""
-    (source,) = workload.cached_split(split_name, cached | {split_name}, option).views
-    if not source.filled:
-        cached_seconds, seconds = _prefix_seconds(option, len(source), reads * len(source), source.row_bytes)
-        if source.row_bytes > SMALL_ROW_BYTES and cached_seconds >= seconds:
-            return
-        pending = sum(other.nbytes for other in _missing(workload, cached, option))
-        reason = workload.session.store.no_room_reason(pending + source.nbytes)
-        if reason is not None:
-            reasons[split_name] = reason
-            return
-    cached.add(split_name)
+def _add_evaluated_splits(workload: Workload, option: ComputeFormat, cached: set[str]) -> dict[str, str]:
+    """Add evaluated splits to the cached ones, if that is faster. Return the reason for each split without space."""
+    reads: dict[str, int] = {}
+    if not cached and workload.needs_probe and isinstance(workload.features_cut, Cut):
+        reads["train_eval"] = 1
+    if isinstance(workload.cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
+        reads |= {"test": 1} if cached else {"val": workload.spec.epochs + 1, "test": 1}
+    reasons = {}
+    for name, n_reads in reads.items():
+        (source,) = workload.cached_split(name, cached | {name}, option).views
+        if not source.filled:
+            cached_seconds, seconds = _prefix_seconds(option, len(source), n_reads * len(source), source.row_bytes)
+            if source.row_bytes > SMALL_ROW_BYTES and cached_seconds >= seconds:
+                continue
+            pending = sum(other.nbytes for other in _missing(workload, cached, option))
+            if reason := workload.session.store.no_room_reason(pending + source.nbytes):
+                reasons[name] = reason
+                continue
+        cached.add(name)
+    return reasons
 
 
-def _missing(workload: Workload, cached: Iterable[str], option: ComputeFormat) -> list[SplitActivations]:
+def _missing(workload: Workload, cached: Collection[str], option: ComputeFormat) -> list[SplitActivations]:
     """Return the activations that are not in the store, each once."""
-    names = sorted(cached)
-    sources = {s.key: s for name in names for s in workload.cached_split(name, names, option).views}
+    sources = {s.key: s for name in sorted(cached) for s in workload.cached_split(name, cached, option).views}
     return [source for source in sources.values() if not source.filled]
 
 
@@ -229,77 +215,17 @@ def _prefix_seconds(option: ComputeFormat, images: int, reads: int, row_bytes: i
     return writing + reads * row_bytes * READ_SECONDS_PER_BYTE, reads * seconds
 
 
-def _worth_compiling(workload: Workload, cached: Iterable[str], option: ComputeFormat) -> frozenset[str]:
+def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat) -> frozenset[str]:
     """Return the splits whose prefix is worth compiling for the images that are missing."""
-    names, compiled = sorted(cached), set()
-    splits = {name: workload.cached_split(name, names, option) for name in names}
-    for cut in {id(split.cut): split.cut for split in splits.values()}.values():
-        own = {name for name, split in splits.items() if split.cut is cut}
-        missing = {s.key: len(s) for name in own for s in splits[name].views if not s.filled}
-        count, speed = sum(missing.values()), option.images_per_second or 1.0
-        if count and workload.extractor(cut, option).estimate_seconds(count, speed) < count / speed:
-            workload.extractor(cut, option, compiled=True).add_expected_images(count)
-            compiled |= own
+    speed, compiled = option.images_per_second or 1.0, set()
+    by_cut = [cached] if "train" in cached else [cached & {"train_eval"}, cached - {"train_eval"}]
+    for names in filter(None, by_cut):
+        images = sum(map(len, _missing(workload, names, option)))
+        cut = workload.cached_split(min(names), names, option).cut
+        if images and workload.extractor(cut, option).estimate_seconds(images, speed) < images / speed:
+            workload.extractor(cut, option, compiled=True).add_expected_images(images)
+            compiled |= names
     return frozenset(compiled)
-
-
-# -- measuring
-
-
-def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
-    """Return the fastest format of the prefix, with its speed."""
-    sample = (_sample(workload),)
-    return _autotuner(workload).choose(
-        allowed_formats(workload.spec.device, workload.accelerator),
-        len(sample[0]),
-        f"extraction up to {cut.suffix_start}",
-        lambda option: forward_step(cut.prefix, sample, workload.accelerator, option),
-        measure_single=True,
-    )
-
-
-def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
-    """Return the fastest format of training on activations, in the memory format of the extraction."""
-    options = allowed_formats(workload.spec.device, workload.accelerator)
-    if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
-        return dataclasses.replace(extraction, dtype=options[0].dtype, images_per_second=None, reason="a linear layer")
-    n, network = len(_sample(workload)), workload.classifier.network
-    inputs = tuple(torch.rand(n, *shape) for shape in cut.shapes)
-    return _autotuner(workload).choose(
-        [option for option in options if option.memory_format == extraction.memory_format],
-        n,
-        f"training from {cut.suffix_start}",
-        lambda option: training_step(cut.suffix, network, inputs, workload.accelerator, option),
-    )
-
-
-def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
-    """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
-    workload.contract.train_mode()  # a training step is measured in the modes of training
-    network, sample, accelerator = workload.classifier.network, (_sample(workload),), workload.accelerator
-    options, tuner, n = allowed_formats(workload.spec.device, accelerator), _autotuner(workload), len(sample[0])
-    training = lambda option: training_step(network, network, sample, accelerator, option)  # noqa: E731
-    train = tuner.choose(options, n, "training", training)
-    same_layout = [option for option in options if option.memory_format == train.memory_format]
-    forward = lambda option: forward_step(network, sample, accelerator, option)  # noqa: E731
-    # even if it is the only one: the speed of the prefix is taken to be this one
-    return train, tuner.choose(same_layout, n, "evaluation", forward, measure_single=True)
-
-
-def _sample(workload: Workload) -> torch.Tensor:
-    return torch.rand(min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), 3, *[workload.preprocessing.size] * 2)
-
-
-def _autotuner(workload: Workload) -> Autotuner:
-    backbone = workload.spec.backbone
-    trainable = sorted(name for name, p in workload.classifier.network.named_parameters() if p.requires_grad)
-    return Autotuner(
-        workload.session.store,
-        workload.accelerator,
-        backbone=f"{backbone.kind}/{backbone.name}",
-        size=workload.preprocessing.size,
-        trains=hashlib.sha256(" ".join(trainable).encode()).hexdigest(),
-    )
 
 
 # -- following
@@ -313,47 +239,43 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
     decisions = _with_supported_formats(recorded, workload, reporter)
     if "train" not in decisions.cached:  # then train_eval serves the probe alone, which was fitted before
         decisions = structs.replace(decisions, cached=decisions.cached - {"train_eval"})
-    cut, names = workload.cut, decisions.cached.intersection(split_names)
-    reason = cut.why if isinstance(cut, NoCut) else None
-    if names and reason is None:
-        missing = sum(source.nbytes for source in _missing(workload, names, decisions.eval_format))
-        reason = workload.session.store.no_room_reason(missing) if missing else None
-    if names and reason is not None:
-        if workload.spec.cache.mode is CacheMode.require:
-            raise UsageError(f"cache.mode=require: {reason}")
-        lost = names
-        if isinstance(
-            cut, Cut
-        ):  # splits that are complete in the cache stay; without train the others have new entries
-            views = {name: workload.cached_split(name, names, decisions.eval_format).views for name in names}
-            lost = frozenset(name for name in names if not all(view.filled for view in views[name]))
-            lost = names - {"test"} | lost if "train" in lost else lost
+    cut, option, names = workload.cut, decisions.eval_format, decisions.cached.intersection(split_names)
+    reason: str | None
+    if isinstance(cut, NoCut):
+        lost, reason = names, cut.why
+    else:
+        missing = _missing(workload, names, option)
+        reason = workload.session.store.no_room_reason(sum(s.nbytes for s in missing)) if missing else None
+        views = {name: workload.cached_split(name, names, option).views for name in names if reason}
+        lost = frozenset(name for name in views if not all(view.filled for view in views[name]))
+        lost |= names - {"test"} if "train" in lost else set()  # without train the others have new entries
+    if lost and workload.spec.cache.mode is CacheMode.require:
+        raise UsageError(f"cache.mode=require: {reason}")
+    if lost:
         reporter.note(f"{' and '.join(sorted(lost))}: reading images instead of activations ({reason})")
-        decisions, names = decisions.without(lost, reason), names - lost
+        decisions, names = decisions.without(lost, str(reason)), names - lost
     for name in names & decisions.compiled:
-        split = workload.cached_split(name, names, decisions.eval_format)
-        workload.extractor(split.cut, decisions.eval_format, compiled=True).always_compiles = True
+        split = workload.cached_split(name, names, option)
+        workload.extractor(split.cut, option, compiled=True).always_compiles = True
     return decisions
 
 
 def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: Reporter) -> Decisions:
     """Return the decisions with float32 and a memory format of this accelerator in place of what it does not have."""
     options = allowed_formats(workload.spec.device, workload.accelerator)
-    dtypes = [DTYPE_NAMES[option.dtype] for option in options]
-    layouts = [option.memory_format for option in options]
+    layouts, layout = [option.memory_format for option in options], recorded.eval_format.memory_format
+    allowed = {"float32", *(DTYPE_NAMES[option.dtype] for option in options)}  # every device has float32
+    refused = {str(name) for name in (recorded.train_precision, recorded.eval_precision) if name not in allowed}
     changes: dict[str, Any] = {
-        name: "float32"
-        for name in ("train_precision", "eval_precision")
-        if getattr(recorded, name) not in (*dtypes, "float32")  # every device has float32
+        name: "float32" for name in ("train_precision", "eval_precision") if getattr(recorded, name) in refused
     }
-    was, new = {getattr(recorded, name) for name in changes}, set(changes.values())
-    if (layout := recorded.eval_format.memory_format) not in layouts:
+    if layout not in layouts:
         changes["channels_last"] = layouts[0] == torch.channels_last
-        was, new = was | {LAYOUT_NAMES[layout]}, new | {LAYOUT_NAMES[layouts[0]]}
+        refused.add(LAYOUT_NAMES[layout])
     if not changes:
         return recorded
-    reason = (
-        f"{', '.join(sorted(new))} in place of {', '.join(sorted(was))}, which this device or the config does not allow"
-    )
+    followed = structs.replace(recorded, **changes)
+    new = f"training in {followed.train_precision}, evaluation in {followed.eval_format.description}"
+    reason = f"{new}: this device or the config does not allow {' and '.join(sorted(refused))}"
     reporter.note(f"precision: {reason}")
-    return structs.replace(recorded, **changes, reasons={**recorded.reasons, "training": reason, "evaluation": reason})
+    return structs.replace(followed, reasons={**recorded.reasons, "training": reason, "evaluation": reason})

@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.batches import Preprocessing
-from tlcli.device import DTYPE_NAMES, autocast, synchronize
-from tlcli.engine.numerics import ComputeFormat
+from tlcli.device import DTYPE_NAMES, ComputeFormat, autocast, synchronize
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype
 from tlcli.store import Column, Store

@@ -32,7 +32,7 @@ class Inputs:
 
     def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
         self.decisions, self.workload = decisions, workload
-        self.device = device_with(workload, decisions.train_format, decisions.eval_format)
+        self.device = device_with(workload, decisions.train_dtype, decisions.eval_format)
         self.preprocessing = workload.preprocessing
         names = [name for name in split_names if name in decisions.cached]
         self.cached = {name: workload.cached_split(name, names, decisions.eval_format) for name in names}

@@ -80,19 +80,15 @@ class Schedule:
     The factor depends on the step alone, and for `plateau` on the validation losses.
     """
 
-    def __init__(self, spec: SchedulerSpec, optimizer: "Optimizer", *, steps_per_epoch: int, epochs: int) -> None:
-        self._spec = spec
-        self._optimizer = optimizer
-        self._steps_per_epoch = steps_per_epoch
-        self._steps = steps_per_epoch * epochs
+    def __init__(self, spec: SchedulerSpec, optimizer: "Optimizer", steps_per_epoch: int, epochs: int) -> None:
+        self._spec, self._optimizer = spec, optimizer
+        self._steps_per_epoch, self._steps = steps_per_epoch, steps_per_epoch * epochs
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._plateau_factor = 1.0
-        self._best_loss = math.inf
-        self._epochs_without = 0
+        self._plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
 
     def before_step(self, step: int) -> None:
         """Set the learning rates for step 0, 1, 2, ..."""
-        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self._plateau_factor
+        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self._plateau["plateau_factor"]
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * factor
 
@@ -100,23 +96,21 @@ class Schedule:
         """Reduce the factor of `plateau` if the loss has not decreased for more than `patience` epochs."""
         if not isinstance(self._spec, PlateauSpec):
             return
-        if val_loss < self._best_loss:
-            self._best_loss, self._epochs_without = val_loss, 0
+        if val_loss < self._plateau["best_loss"]:
+            self._plateau |= {"best_loss": val_loss, "epochs_without": 0}
             return
-        self._epochs_without += 1
-        if self._epochs_without > self._spec.patience:
-            self._plateau_factor *= self._spec.gamma
-            self._epochs_without = 0
+        self._plateau["epochs_without"] += 1
+        if self._plateau["epochs_without"] > self._spec.patience:
+            self._plateau["plateau_factor"] *= self._spec.gamma
+            self._plateau["epochs_without"] = 0
 
     def state(self) -> dict[str, float]:
         """Return the values that do not follow from the step."""
-        plateau = {"plateau_factor": self._plateau_factor, "best_loss": self._best_loss}
-        return {**plateau, "epochs_without": self._epochs_without}
+        return dict(self._plateau)
 
     def load(self, state: Mapping[str, float]) -> None:
         """Restore what `state` returned."""
-        self._plateau_factor, self._best_loss = state["plateau_factor"], state["best_loss"]
-        self._epochs_without = int(state["epochs_without"])
+        self._plateau = {name: state[name] for name in self._plateau}
 
 
 def lr_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlcli.data.batches import sample_seed
-from tlcli.device import Device, limit_threads
+from tlcli.device import Device, autocast, limit_threads
+from tlcli.engine.activations import Workload
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule
 from tlcli.errors import NonFiniteLossError, OutOfMemory, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
-from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.specs import ClassWeights, TrainSpec
-from tlcli.transfer.contract import FreezeContract, parameter_groups
+from tlcli.specs import ClassWeights
+from tlcli.transfer.contract import parameter_groups
 
 STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for an accelerator, and is a tenth of a small step on a CPU
 
@@ -43,31 +43,21 @@ class EpochStats:
 class Trainer:
     """Trains the trainable parameters of a classifier, one epoch at a time."""
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        contract: FreezeContract,
-        spec: TrainSpec,
-        device: Device,
-        class_counts: tuple[int, ...],
-    ) -> None:
-        self._spec = spec
-        self._device = device
-        self._contract = contract
-        self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, classifier))
+    def __init__(self, workload: Workload, device: Device) -> None:
+        self._spec, self._device, self._contract = workload.spec, device, workload.contract
+        spec, classes = workload.spec, workload.data.classes
+        self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        class_counts = workload.data.train.class_counts(len(classes))
         self.steps_per_epoch = ceil(ceil(sum(class_counts) / spec.batch_size) / spec.accumulate)
-        self.schedule = Schedule(
-            spec.scheduler, self.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=spec.epochs
-        )
+        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, spec.epochs)
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
-            weights = [sum(class_counts) / (len(class_counts) * n) for n in class_counts]
+            weights = [sum(class_counts) / (len(classes) * n) for n in class_counts]
             self._class_weights = torch.tensor(weights, device=device.accelerator)
         self._linear_loss: LinearLoss | None = None
         self._progress: _EpochProgress | None = None
-        self._loaded_progress: _EpochProgress | None = None
         self.step = 0
 
     def fit(
@@ -86,11 +76,12 @@ class Trainer:
         Raises NonFiniteLossError if the loss becomes NaN or infinite, and OutOfMemory with a batch size that fits.
         """
         self._contract.train_mode()
-        progress, self._loaded_progress = self._loaded_progress, None
+        progress = self._progress
         if progress is None or progress.epoch != epoch:
-            progress = _EpochProgress(epoch, self.step, torch.tensor(0, device=self._device.accelerator))
+            progress = self._progress = _EpochProgress(
+                epoch, self.step, torch.tensor(0, device=self._device.accelerator)
+            )
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
-        self._progress = progress
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         with limit_threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
             advance(sum(progress.sizes))
@@ -155,7 +146,7 @@ class Trainer:
         is_single = len(x[0]) == 1 < self._spec.batch_size
         if is_single:  # the last image of an epoch alone has no batch statistics
             self._contract.train_mode(update_stats=False)
-        with device.autocast(loader.dtype), fast:
+        with autocast(device.accelerator, loader.dtype), fast:
             logits: Tensor = loader.network(*x)
         if is_single:
             self._contract.train_mode()
@@ -229,7 +220,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "step": self.step,
             "random": _random_states(),
-            "pass": None if self._progress is None else self._progress.state(),
+            "pass": self._progress and self._progress.state(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -246,13 +237,15 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
-        self._progress, saved, device = None, state["pass"], self._device.accelerator
-        if saved is not None:
-            losses, sizes = list(saved["losses"].to(device).unbind()), [int(size) for size in saved["sizes"]]
-            epoch, step, n_correct = (int(saved[name]) for name in ("epoch", "first_step", "n_correct"))
-            n_correct_here = torch.tensor(n_correct, device=device)
-            self._progress = _EpochProgress(epoch, step, n_correct_here, float(saved["seconds"]), losses, sizes)
-        self._loaded_progress = self._progress
+        saved, device = state["pass"], self._device.accelerator
+        self._progress = saved and _EpochProgress(
+            epoch=int(saved["epoch"]),
+            first_step=int(saved["first_step"]),
+            n_correct=torch.tensor(int(saved["n_correct"]), device=device),
+            seconds=float(saved["seconds"]),
+            losses=list(saved["losses"].to(device).unbind()),
+            sizes=[int(size) for size in saved["sizes"]],
+        )
         states: list[Tensor] = state["random"]
         torch.set_rng_state(states[0])
         if [s.shape for s in states] != [s.shape for s in _random_states()]:

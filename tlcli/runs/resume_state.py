@@ -26,15 +26,6 @@ from tlcli.text import join_limited
 DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 
 
-@dataclass(frozen=True)
-class TrainingStart:
-    """The start of training. `head_is_ready`: the network before training was worth an evaluation, as epoch 0."""
-
-    epoch: int
-    head_is_ready: bool
-    best_epoch: BestEpochTracker
-
-
 @dataclass(frozen=True, eq=False)
 class ResumeState:
     """The state of training at the last checkpoint, and the best epoch with its validation scores."""
@@ -67,8 +58,10 @@ class ResumeState:
             )
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
 
-    def restore(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> TrainingStart:
+    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, bool, BestEpochTracker]:
         """Load the state of training, check the frozen tensors, and note where the run resumes.
+
+        Return the next epoch, True if the network was evaluated before training, and the best epoch so far.
 
         Raises:
             TlcliError: the frozen tensors are not those that the run started with, or the state is damaged.
@@ -97,9 +90,7 @@ class ResumeState:
         # the best epoch may be later than the state: training then comes to it again
         best, scores = self.best or (None, None)
         spec = workload.spec
-        return TrainingStart(
-            epoch, is_ready, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, self.epoch or 0)
-        )
+        return epoch, is_ready, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, self.epoch or 0)
 
     def _differences(self, inputs: Inputs) -> list[str]:
         """Return why the result may not equal that of an uninterrupted run bit for bit; empty if it will."""
