@@ -212,15 +212,18 @@ def test_bfloat16_trains_as_float32_but_for_rounding(small) -> None:
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
-@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18", "timm"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["efficientnet_lite0", "resnet18", *(f"timm {n}" for n in ("levit_128s", "resnetv2_18", "mobilenetv3_small_050"))],
+)
 def test_a_thousand_classes_do_not_tie_in_bfloat16(spec: Compose, backbone: str) -> None:
     """The head computes in float32 under autocast; logits in bfloat16 tie at the top in a few percent of rows."""
-    more = ["backbone.name=deit_tiny_distilled_patch16_224"] if backbone == "timm" else []
-    backbone_spec = spec(f"backbone={backbone}", *more).backbone
-    size = 224 if backbone == "timm" else 32
+    option, *name = backbone.split()
+    backbone_spec = spec(f"backbone={option}", *(f"backbone.name={n}" for n in name)).backbone
+    size = 224 if "levit" in backbone else 32
     classes = [f"c{i:03}" for i in range(1000)]
     network = build_model(structs.replace(backbone_spec, weights="none"), classes, size=size, seed=0).network
-    images = torch.randn(8 if backbone == "timm" else 128, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(8 if size == 224 else 128, 3, size, size, generator=torch.Generator().manual_seed(0))
     with eval_mode(network), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = network(images)
     first, second = logits.topk(2, dim=1).values.unbind(dim=1)

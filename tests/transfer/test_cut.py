@@ -19,9 +19,8 @@ from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head, is_inside
 from tlcli.specs import BnStats
-from tlcli.transfer.boundary import minimum_cut
 from tlcli.transfer.contract import FreezeContract, apply_freeze
-from tlcli.transfer.cut import Cut, NoCut, split_frozen
+from tlcli.transfer.cut import Cut, NoCut, minimum_cut, split_frozen
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")
@@ -64,8 +63,8 @@ def cut_of(network: nn.Module, size: int = 16, trainable: frozenset[str] | None 
 def why_not(network: nn.Module, size: int = 16, trainable: frozenset[str] | None = None) -> str:
     cut = split_frozen(network, size, trainable)
     assert isinstance(cut, NoCut), cut
-    assert cut.why and "\n" not in cut.why
-    return cut.why
+    assert cut.reason and "\n" not in cut.reason
+    return cut.reason
 
 
 def assert_same(network: nn.Module, cut: Cut, size: int) -> None:
@@ -400,7 +399,7 @@ REFUSED: dict[str, tuple[Callable[[Changed, Tensor], Tensor], str]] = {
     "one batch size": (lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4)), "cannot be split"),
     "place in the batch": (
         lambda n, x: n.head(n.features(x).cumsum(0)),
-        "the frozen part gives an image other values in another batch",
+        "the frozen part's values for an image depend on the other images of the batch",
     ),
     "a change behind a view": (behind_a_view, "prefix and suffix do not give the network's logits"),
     "numbers of another generator": (
@@ -527,7 +526,7 @@ def test_the_cut_is_the_latest_of_the_least(seed: int) -> None:
         if all(width[n] is not None for n in crossing):
             cost = sum(width[n] for n in crossing) + sum(price[n] for n in again)
             costs[tuple(crossing)] = min((cost, len(again)), costs.get(tuple(crossing), (math.inf, 0)))
-    found = minimum_cut(nodes, users, needed, width, price)  # type: ignore[arg-type]
+    found = minimum_cut(users, needed, width, price)  # type: ignore[arg-type]
     assert costs[tuple(found)] == min(costs.values())
 
 

@@ -158,7 +158,7 @@ def uncacheable_reason(workload: Workload) -> str | None:
     """Return why training reads images at any cost; None if it could read activations."""
     cut, spec = workload.cut, workload.spec
     if isinstance(cut, NoCut):
-        return cut.why
+        return cut.reason
     if workload.augments and spec.cache.views is None:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
     return None
@@ -242,7 +242,7 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
     cut, option, names = workload.cut, decisions.eval_format, decisions.cached.intersection(split_names)
     reason: str | None
     if isinstance(cut, NoCut):
-        lost, reason = names, cut.why
+        lost, reason = names, cut.reason
     else:
         missing = _missing(workload, names, option)
         reason = workload.session.store.no_room_reason(sum(s.nbytes for s in missing)) if missing else None

@@ -153,17 +153,13 @@ def _timm_network(
 
 
 def _timm_architecture(network: "nn.Module", spec: BackboneSpec, size: int | None) -> "Architecture":
-    from torch import nn
-
-    from tlcli.models.classifier import Architecture, Float32Linear
+    from tlcli.models.classifier import Architecture, compute_in_float32
 
     head = timm_head(network)
     if not head:
         raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
     for name in head:
-        layer = network.get_submodule(name)
-        if type(layer) is nn.Linear:
-            network.set_submodule(name, Float32Linear.of(layer))
+        compute_in_float32(network.get_submodule(name))
     config: Any = network.pretrained_cfg
     size = size or config["input_size"][-1]
     return Architecture(network, head, timm_stages(network, head), size, config["mean"], config["std"])

@@ -65,23 +65,28 @@ class Classifier:
         return self.stages[-1].tensors & self.parameter_names()
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 under autocast too: in bfloat16 the logits of many classes tie."""
-
-    @classmethod
-    def of(cls, layer: nn.Linear) -> "Float32Linear":
-        """Return a layer with the parameters of this one."""
-        with torch.device("meta"):  # no random numbers are drawn
-            own = Float32Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        own.weight, own.bias = layer.weight, layer.bias
-        return own
+class InFloat32(nn.Module):
+    """Base class of layers that compute in float32 under autocast too: in bfloat16 the logits of many classes tie."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features) to (B, out_features)."""
+        """(B, in_features, ...) to (B, out_features, ...)."""
         if not torch.is_autocast_enabled(features.device.type):
-            return super().forward(features)
+            return super().forward(features)  # type: ignore[no-any-return]
         with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.float())
+            return super().forward(features.float())  # type: ignore[no-any-return]
+
+
+class Float32Linear(InFloat32, nn.Linear):
+    """A linear layer in float32."""
+
+
+def compute_in_float32(classifier: nn.Module) -> None:
+    """Make each linear layer and convolution of a classifier an InFloat32; it keeps all else that its class does."""
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            own = type(layer)
+            in_float32 = type(f"Float32{own.__name__}", (InFloat32, own), {})
+            layer.__class__ = Float32Linear if own is nn.Linear else in_float32
 
 
 class Head(Float32Linear):

@@ -1,36 +1,54 @@
 """Split a network in two: a prefix that training cannot change, so that it runs once, and the suffix that trains.
 
-`graph` traces the network with torch.fx twice, as it trains and as it evaluates, because tracing fixes `self.training`
-in functional calls. `boundary` runs both on a few random images to find out what is frozen, and cuts where that costs
-least: a minimum cut. This module makes prefix and suffix and compares them with the network before they are used.
+1. `graph` traces the network with torch.fx twice, as it trains and as it evaluates, because tracing fixes
+   `self.training` in functional calls, and runs both on a few images of noise.
+2. `MatchedGraphs` has the operations that are frozen and the same in both.
+3. `find_boundary` chooses the tensors that cross from prefix to suffix, where that costs least: a minimum cut.
+4. `_partition` makes prefix and suffix and compares them with the network before they are used.
 """
 
 import copy
 import functools
+import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from tlcli.models.classifier import eval_mode
 from tlcli.text import one_line
-from tlcli.transfer.boundary import FIRST_BATCH, SECOND_BATCH, MatchedGraphs, PerImage, find_boundary
 from tlcli.transfer.graph import (
     CutError,
+    GraphAnalyzer,
     Traced,
     dependencies,
     digest_of_graph,
     full_precision,
+    inplace_input,
     module_of,
+    parameters_of,
     preserve_state,
-    set_buffers,
     trace_train_and_eval,
+    value_numbers,
 )
 
+FIRST_BATCH = (0, 1, 2)
+SECOND_BATCH = (2, 0)
+"""The images of the two batches of every analysis: of different sizes, and no image at the same index in both."""
+
+FLOPS_PER_BYTE = 4000
+"""Operations that cost as much to run again as one more byte costs to store: 200 GFLOP/s, two CPU cores, against
+50 MB/s, a slow disk. The input of a residual block then beats two maps inside it, and a deep map beats the images."""
+DECODE_FLOPS_PER_PIXEL = 20_000
+"""Operations that cost as much as decoding a pixel of a JPEG file again: about 5 ms for 224 x 224."""
+MIN_ROW_BYTES = 16384
+"""Smaller rows are read as slowly as rows of this size. So the input of a head crosses, not the somewhat smaller input
+of a layer before it."""
 RTOL, ATOL = 1e-4, 1e-5
 """Tolerances of prefix and suffix against the network; ATOL is for values of order one and grows with larger ones."""
 MAX_NAMED_MODULES = 3
@@ -58,9 +76,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class NoCut:
-    """The absence of a cut; `why` is the reason, in one line."""
+    """The absence of a cut; `reason` is one line."""
 
-    why: str
+    reason: str
 
 
 def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None = None) -> Cut | NoCut:
@@ -80,12 +98,143 @@ def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None
     mode = nullcontext() if trainable is None else eval_mode(network)
     try:
         with preserve_state(network), mode, full_precision(network), torch.no_grad():
-            graphs = MatchedGraphs(network, *trace_train_and_eval(network), trained, images)
-            return _partition(graphs, find_boundary(graphs), images)
+            graphs = MatchedGraphs(network, trained, images)
+            return _partition(graphs, find_boundary(graphs, size * size), images)
     except CutError as error:
         return NoCut(str(error))
     except Exception as error:  # the trace does not run, or not at another batch size
         return NoCut(f"cannot be split: {type(error).__name__}: {one_line(error)}"[:160])
+
+
+# --- The operations that are frozen in training and in evaluation
+
+
+class PerImage(NamedTuple):
+    """A number that is `n` per image of the batch."""
+
+    n: int
+
+
+NOT_CONSTANT = object()  # a value that cannot be written into a graph
+
+
+class MatchedGraphs:
+    """The training and the evaluation graph of a network, and the operations that are frozen in both.
+
+    Attributes:
+        dynamic: operations of the training graph that training can change, each with the reason or None.
+        eval_nodes: for each frozen operation of the training graph those of the evaluation graph that do the same.
+        flops: of the operations of the training graph, for one image.
+        constants: values that do not depend on the images, at any batch size.
+        data: what is frozen and depends on the images, in order; the first is the images.
+        shapes: of those of `data` that can cross the boundary, for one image.
+    """
+
+    def __init__(self, network: nn.Module, trained: Collection[int], images: Tensor) -> None:
+        self.network = network
+        self.training, self.evaluation = training, evaluation = trace_train_and_eval(network)
+        train = GraphAnalyzer(training, trained, images[list(SECOND_BATCH)])
+        with eval_mode(network):
+            evaluated = GraphAnalyzer(evaluation, trained, images)
+        self.dynamic = train.dynamic
+        if training.output not in self.dynamic:
+            raise CutError("nothing that trains reaches the output")
+        texts: dict[str, int] = {}
+        by_number: dict[int, list[fx.Node]] = {}
+        for node, number in value_numbers(evaluation, evaluated, texts).items():
+            if node in evaluated.flops and node not in evaluated.dynamic:
+                by_number.setdefault(number, []).append(node)
+        numbers = value_numbers(training, train, texts)
+        self.eval_nodes = {n: by_number[i] for n, i in numbers.items() if i in by_number and n not in self.dynamic}
+        self.flops = {node: flops // len(SECOND_BATCH) for node, flops in train.flops.items()}
+        self.constants: dict[fx.Node, Any] = {}
+        for node, (same, *_) in self.eval_nodes.items():
+            if node in train.values and same in evaluated.values:
+                value = _fold(train.values[node], evaluated.values[same])
+                if value is not NOT_CONSTANT:
+                    self.constants[node] = value
+        self.data: dict[fx.Node, None] = {training.images: None}
+        for node in training.graph.nodes:
+            is_frozen = node not in self.dynamic and node not in self.constants
+            if is_frozen and any(source in self.data for source in node.all_input_nodes):
+                self.data[node] = None
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        for node, (same, *_) in self.eval_nodes.items():
+            two, three = train.shapes.get(node, ()), evaluated.shapes.get(same, ())
+            has_rows = (two[:1], three[:1]) == ((len(SECOND_BATCH),), (len(FIRST_BATCH),)) and two[1:] == three[1:]
+            is_overwritten = any(n not in self.dynamic and inplace_input(n, training.root) is node for n in node.users)
+            is_movable = not is_overwritten and node not in train.transposed  # which would be stored in another order
+            if node in self.data and has_rows and is_movable:
+                self.shapes[node] = two[1:]
+
+
+def _fold(two: Any, three: Any) -> Any:
+    """Return a value at any batch size, given those of two batches: a constant or a multiple of the size."""
+    if isinstance(two, tuple | list) and type(two) is type(three) and len(two) == len(three):
+        items = tuple(map(_fold, two, three))
+        return NOT_CONSTANT if NOT_CONSTANT in items else items
+    if two is three or (type(two) is type(three) and two == three):
+        return two
+    if type(two) is type(three) is int and two * len(FIRST_BATCH) == three * len(SECOND_BATCH):
+        return PerImage(two // len(SECOND_BATCH))
+    return NOT_CONSTANT
+
+
+# --- The boundary
+
+
+def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
+    """Return the frozen tensors that cross, in order: fewest bytes, at a price for frozen work that the suffix repeats.
+
+    Raises CutError if the images, of `n_pixels`, would cross themselves.
+    """
+    images, root = graphs.training.images, graphs.training.root
+    store_cost: dict[fx.Node, int | None] = dict.fromkeys(graphs.data)
+    for node, shape in graphs.shapes.items():
+        store_cost[node] = max(4 * math.prod(shape), MIN_ROW_BYTES) * FLOPS_PER_BYTE  # float32
+    store_cost[images] = (store_cost[images] or 0) + n_pixels * DECODE_FLOPS_PER_PIXEL
+    users = {node: [user for user in node.users if user in graphs.data] for node in graphs.data}
+    needed = {node for node in graphs.data if any(user in graphs.dynamic for user in node.users)}
+    crossing = minimum_cut(users, needed, store_cost, graphs.flops)
+    prefix = dependencies((graphs.eval_nodes[node][0] for node in crossing), ())
+    if images not in crossing and any(parameters_of(node, graphs.evaluation.root) for node in prefix):
+        return crossing
+    reason = next(reason for reason in graphs.dynamic.values() if reason is not None)
+    if any(parameters_of(node, root) for node in dependencies(needed, ())):
+        raise CutError(f"{reason}, and the frozen layers before it cost less to run again than to store")
+    raise CutError(f"no frozen layers at the input: {reason}")
+
+
+def minimum_cut(
+    users: dict[fx.Node, list[fx.Node]],
+    needed: Collection[fx.Node],
+    store_cost: dict[fx.Node, int | None],
+    recompute_cost: dict[fx.Node, int],
+) -> list[fx.Node]:
+    """Return the nodes whose results cross. Of several minimum cuts it is the latest.
+
+    A node is an edge with the cost of storing its result (None: it cannot cross); if that edge is cut, the result
+    crosses. An edge from the source to its start has the cost of running it again; if that is cut, the suffix runs it.
+    The first node is the input.
+    """
+    import networkx  # here, because it takes 50 ms
+
+    flow, first = networkx.DiGraph(), next(iter(users))
+    for node in users:
+        size = store_cost[node]
+        flow.add_edge((node, "in"), (node, "out"), capacity=math.inf if size is None else size)
+        flow.add_edge("source", (node, "in"), capacity=math.inf if node is first else recompute_cost[node])
+        if node in needed:
+            flow.add_edge((node, "out"), "sink")  # without a capacity: never cut
+        for user in users[node]:
+            flow.add_edge((node, "out"), (user, "in"))
+    # The sink's side is all that leads to it in the residual network: the smallest of all minimum cuts
+    algorithm = networkx.algorithms.flow.boykov_kolmogorov
+    _, (early, late) = networkx.minimum_cut(flow, "source", "sink", flow_func=algorithm)
+    return [node for node in users if (node, "in") in early and (node, "out") in late]
+
+
+# --- The two halves
 
 
 class _Prefix(fx.GraphModule):
@@ -113,38 +262,33 @@ class _Suffix(nn.Module):
         return function(*(a.clone() if i in self._copied else a for i, a in enumerate(activations)))
 
 
-def _function(traced: Traced, graph: fx.Graph) -> _Function:
-    """Return a part of a traced network as a function that looks up modules and tensors in it at each call."""
-    return functools.partial(type(fx.GraphModule(traced.root, graph)).forward, traced.root)  # not GraphModule's copies
-
-
 def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tensor) -> Cut:
-    """Return the network in two. Raise CutError if the parts differ from it in evaluation, training or another batch.
-
-    `suffix_start` names the largest modules with parameters that are wholly in the suffix, of those that take what
-    crosses or else of those that come next.
-    """
+    """Return the network in two. Raise CutError if the parts differ from it in evaluation or in training."""
     network, training, evaluation = graphs.network, graphs.training, graphs.evaluation
-    same = [graphs.eval_nodes[node] for node in boundary]
-    prefix = _Prefix(_share(evaluation.root, {}), _prefix_graph(evaluation, [nodes[0] for nodes in same]))
+    eval_boundary = [graphs.eval_nodes[node] for node in boundary]
+    prefix_graph = _subgraph(evaluation, [[evaluation.images]], [nodes[0] for nodes in eval_boundary])
+    prefix = _Prefix(_share(evaluation.root, {}), prefix_graph)
     nn.Module.train(prefix, False)
-    train_prefix = _function(training, _prefix_graph(training, boundary))
-    each = [[node] for node in boundary]
-    train_suffix = _function(training, _suffix_graph(training, each, graphs.dynamic, graphs.constants))
+    train_prefix = _function(training, _subgraph(training, [[training.images]], boundary))
+    suffix_nodes = [*graphs.dynamic, training.output]  # one that returns nothing may draw random numbers
+    train_suffix = _function(
+        training, _subgraph(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
+    )
     constants = {same: value for node, value in graphs.constants.items() for same in graphs.eval_nodes[node]}
-    eval_suffix = _function(evaluation, _suffix_graph(evaluation, same, (), constants))
+    eval_suffix = _function(evaluation, _subgraph(evaluation, eval_boundary, [evaluation.output], constants))
+    few = images[list(SECOND_BATCH)]
     results = []
     with eval_mode(network):
-        for batch in (images, images[list(SECOND_BATCH)]):
+        for batch in (images, few):
             results.append(prefix(batch.clone()))
             if any(a.shape[:1] != batch.shape[:1] for a in results[-1]):
                 raise CutError("the frozen part does not give one row per image")
             if not _close(eval_suffix(*(a.clone() for a in results[-1])), network(batch.clone())):
                 raise CutError("prefix and suffix do not give the network's logits")
-    activations, fewer = results
-    if not _close([a[list(SECOND_BATCH)] for a in activations], fewer):
-        raise CutError("the frozen part gives an image other values in another batch")
-    if not _close(train_prefix(images[list(SECOND_BATCH)]), fewer):
+    activations, few_activations = results
+    if not _close([a[list(SECOND_BATCH)] for a in activations], few_activations):
+        raise CutError("the frozen part's values for an image depend on the other images of the batch")
+    if not _close(train_prefix(few), few_activations):
         raise CutError("the frozen part gives other values in training than in evaluation")
     copied = set()
     for function in (train_suffix, eval_suffix):
@@ -154,14 +298,18 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
         copied |= {i for i, a in enumerate(clones) if a._version != versions[i]}  # changed in place
     suffix = _Suffix(network, train_suffix, eval_suffix, copied)
     if network.training:
-        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        torch.manual_seed(0)
-        expected = network(images.clone())
-        set_buffers(buffers)
+        with preserve_state(network):
+            torch.manual_seed(0)
+            expected = network(images.clone())
         torch.manual_seed(0)
         if not _close(suffix(*activations), expected):
             raise CutError("prefix and suffix do not train as the network does")
-    return Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shape(node) for node in boundary))
+    return Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shapes[node] for node in boundary))
+
+
+def _function(traced: Traced, graph: fx.Graph) -> _Function:
+    """Return a part of a traced network as a function that looks up modules and tensors in it at each call."""
+    return functools.partial(type(fx.GraphModule(traced.root, graph)).forward, traced.root)  # not GraphModule's copies
 
 
 def _share(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -174,55 +322,25 @@ def _share(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     return known[module]
 
 
-def _suffix_start(graphs: MatchedGraphs, boundary: Sequence[fx.Node]) -> str:
-    inside = dependencies(graphs.dynamic, {*boundary, *graphs.constants})
-    before = {module for node in graphs.data if node not in inside for module in _parents(module_of(node))}
-    ahead = [node for node in inside if set(boundary).intersection(node.all_input_nodes)]
-    names: dict[fx.Node, str] = {}
-    while ahead and not names:
-        for node in ahead:
-            name = next((module for module in _parents(module_of(node)) if module not in before), "")
-            if name and any(True for _ in graphs.network.get_submodule(name).parameters()):
-                names[node] = name
-        ahead = [user for node in ahead for user in dict.fromkeys(node.users) if user in inside]
-    ordered = dict.fromkeys(names[node] for node in graphs.training.nodes if node in names)
-    return ", ".join(list(ordered)[:MAX_NAMED_MODULES]) or "the output"
-
-
-def _parents(module: str) -> list[str]:
-    """Return [a, a.b, a.b.c] for `a.b.c`."""
-    parts = module.split(".") if module else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _prefix_graph(traced: Traced, boundary: Sequence[fx.Node]) -> fx.Graph:
-    needed = dependencies(boundary, ())
-    graph, copies = fx.Graph(), {}
-    copies[traced.images] = graph.placeholder("images")
-    for node in traced.nodes:
-        if node in needed and node is not traced.images:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(tuple(copies[node] for node in boundary))
-    return graph
-
-
-def _suffix_graph(
-    traced: Traced, boundary: Sequence[Sequence[fx.Node]], dynamic: Collection[fx.Node], constants: dict[fx.Node, Any]
+def _subgraph(
+    traced: Traced,
+    inputs: Sequence[Sequence[fx.Node]],
+    targets: Iterable[fx.Node],
+    constants: dict[fx.Node, Any] | None = None,
 ) -> fx.Graph:
-    """Return the graph from the boundary (for each tensor the operations that give it) to the output.
+    """Return the graph from the inputs (for each tensor the operations that give it) to the targets.
 
-    It has all dynamic operations: one that returns nothing may draw random numbers.
+    It returns what the network does if the network's output is a target, else a tuple of the targets.
     """
-    needed = dependencies([*dynamic, traced.output], {*constants, *(node for nodes in boundary for node in nodes)})
+    constants = constants or {}
+    needed = dependencies(targets, {*constants, *(node for nodes in inputs for node in nodes)})
     if traced.images in needed:
         raise CutError("training and evaluation are different computations before the place to cut")
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
-    for i, nodes in enumerate(boundary):
-        activation = graph.placeholder(f"activation_{i}")
-        for node in nodes:
-            copies.setdefault(node, activation)
-    size = graph.call_method("size", (copies[boundary[0][0]], 0))
+    for i, nodes in enumerate(inputs):
+        copies |= dict.fromkeys(nodes, graph.placeholder(f"input_{i}"))
+    size = graph.call_method("size", (copies[inputs[0][0]], 0))
 
     def written(value: Any) -> Any:
         if isinstance(value, PerImage):  # computed from the number of images
@@ -232,12 +350,35 @@ def _suffix_graph(
     for node, value in constants.items():
         if any(user in needed for user in node.users):
             copies.setdefault(node, written(value))
-    for node in traced.nodes:
+    for node in traced.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+    if traced.output not in needed:
+        graph.output(tuple(copies[node] for node in targets))
     if not size.users:
         graph.erase_node(size)
     return graph
+
+
+def _suffix_start(graphs: MatchedGraphs, boundary: Sequence[fx.Node]) -> str:
+    """Name the largest modules with parameters that are wholly in the suffix, of those that take what crosses or else
+    of those that come next."""
+
+    def parents(node: fx.Node) -> list[str]:  # a, a.b and a.b.c of a.b.c
+        return list(accumulate(module_of(node).split("."), "{}.{}".format))
+
+    inside = dependencies(graphs.dynamic, {*boundary, *graphs.constants})
+    before = {module for node in graphs.data if node not in inside for module in parents(node)}
+    ahead = [node for node in inside if set(boundary).intersection(node.all_input_nodes)]
+    names: dict[fx.Node, str] = {}
+    while ahead and not names:
+        for node in ahead:
+            name = next((module for module in parents(node) if module not in before), "")
+            if name and any(True for _ in graphs.network.get_submodule(name).parameters()):
+                names[node] = name
+        ahead = [user for node in ahead for user in dict.fromkeys(node.users) if user in inside]
+    ordered = dict.fromkeys(names[node] for node in graphs.training.graph.nodes if node in names)
+    return ", ".join(list(ordered)[:MAX_NAMED_MODULES]) or "the output"
 
 
 def _close(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A network as torch.fx graphs: tracing, properties of operations, and digests that are the same in every process."""
+"""A network as torch.fx graphs: traced, run on a few images to learn what each operation does, and digested."""
 
 import copy
 import hashlib
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from tlcli.models.classifier import Float32Linear, eval_mode, head_modules
+from tlcli.models.classifier import InFloat32, eval_mode, head_modules
 from tlcli.text import one_line
 
 
@@ -21,38 +23,29 @@ class CutError(Exception):
     """Raised if there is no cut; the message is the reason."""
 
 
+# --- Tracing
+
+
 class Traced(NamedTuple):
     """A network as a graph; `root` is a shallow copy of it that holds the constants which tracing adds."""
 
     root: nn.Module
     graph: fx.Graph
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return list(self.graph.nodes)
-
-    @property
-    def images(self) -> fx.Node:
-        return next(node for node in self.nodes if node.op == "placeholder")
-
-    @property
-    def output(self) -> fx.Node:
-        return next(node for node in self.nodes if node.op == "output")
+    images: fx.Node
+    output: fx.Node
 
 
 class _Tracer(fx.Tracer):
-    """Traces into all modules except `leaves` and `leaf_types`; only the first argument of forward varies."""
+    """Traces into all modules except `leaves`; only the first argument of forward varies."""
 
-    def __init__(self, leaves: set[nn.Module], leaf_types: set[type]) -> None:
+    def __init__(self, leaves: set[nn.Module]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
         self.proxy_buffer_attributes = True  # the present value of a buffer must not become a constant
-        self.leaves, self.leaf_types = leaves, leaf_types
+        self.leaves = leaves
         self.failed: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str = "") -> bool:
-        if m in self.leaves or type(m) in self.leaf_types or isinstance(m, Float32Linear):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return m in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,22 +74,22 @@ def trace_train_and_eval(network: nn.Module) -> tuple[Traced, Traced]:
     A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or would fix random
     numbers.
     """
-    leaves = {m for m in head_modules(network) if isinstance(m, nn.Module) and m is not network}
-    leaf_types = set(get_notrace_modules())
+    leaves = {m for m in network.modules() if type(m) in get_notrace_modules() or isinstance(m, InFloat32)}
+    leaves |= {m for m in head_modules(network) if isinstance(m, nn.Module)}
     while True:
-        training = _trace(network, leaves, leaf_types)
-        n_leaves = len(leaves) + len(leaf_types)
+        training = _trace(network, leaves)
+        n_leaves = len(leaves)
         with eval_mode(network):
-            evaluation = _trace(network, leaves, leaf_types)
-        if n_leaves == len(leaves) + len(leaf_types):
+            evaluation = _trace(network, leaves)
+        if n_leaves == len(leaves):
             return training, evaluation
 
 
-def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) -> Traced:
+def _trace(network: nn.Module, leaves: set[nn.Module]) -> Traced:
     device = device_of(network)
     states = rng_state(device), random.getstate()
     while True:
-        tracer, root = _Tracer(leaves, leaf_types), copy.copy(network)
+        tracer, root = _Tracer(leaves), copy.copy(network)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # models warn about values that tracing fixes; verification finds them
@@ -106,13 +99,13 @@ def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) ->
             if not tracer.failed:
                 raise CutError(f"cannot be traced: {type(error).__name__}: {one_line(error)}"[:160]) from error
             module = tracer.failed[0]
-            if type(module).__module__.startswith("torch.nn"):  # a container fails because of its contents
-                leaves.add(module)
-            else:  # all modules of a class fail alike
-                leaf_types.add(type(module))
+            leaves.add(module)
+            if not type(module).__module__.startswith("torch.nn"):  # a container fails because of its contents
+                leaves |= {other for other in network.modules() if type(other) is type(module)}
     if not torch.equal(states[0], rng_state(device)) or states[1] != random.getstate():
         raise CutError("cannot be traced: forward draws random numbers that a trace would fix")
-    for other in [node for node in graph.nodes if node.op == "placeholder"][1:]:
+    images, *others = graph.find_nodes(op="placeholder")
+    for other in others:
         if not other.users:
             graph.erase_node(other)
     # A reader of a tensor after an operation changed it in place must read that operation's result, which is the same
@@ -123,7 +116,155 @@ def _trace(network: nn.Module, leaves: set[nn.Module], leaf_types: set[type]) ->
             for user in list(changed.users):
                 if index[user] > index[node]:
                     user.replace_input_with(changed, node)
-    return Traced(root, graph)
+    return Traced(root, graph, images, graph.output_node())
+
+
+def inplace_input(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """Return the input that an operation changes in place and returns, as far as its name or its `inplace` tells."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.op == "call_module":
+        inplace = getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+    else:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+        inplace = inplace or name in ("iadd", "isub", "imul", "itruediv")
+    return first if inplace else None
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the path of the module that an operation belongs to; "" is the network itself."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[0]
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def parameters_of(node: fx.Node, root: nn.Module) -> list[Tensor]:
+    """Return the parameters that an operation uses."""
+    if node.op == "get_attr":
+        return [operator.attrgetter(str(node.target))(root)]
+    return list(root.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else []
+
+
+def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
+    """Return these nodes and all that they need, except `known`."""
+    needed: set[fx.Node] = set()
+    stack = [node for node in nodes if node not in known]
+    while stack:
+        if (node := stack.pop()) not in needed:
+            needed.add(node)
+            stack.extend(source for source in node.all_input_nodes if source not in known)
+    return needed
+
+
+# --- Running
+
+
+class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating point operations, and notices training behavior and writes into tensors of the network."""
+
+    def __init__(self, owned: Collection[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owned = owned
+        self.flops = 0
+        self.trains = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        value = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += int(count(*args, **kwargs, out_val=value))
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.name in ("training", "train") and given is True and not self._owns(args[0]):
+                self.trains = True  # BatchNorm on the statistics of the batch; standardized weights are not a batch
+            if argument.alias_info is not None and argument.alias_info.is_write and self._owns(given):
+                self.trains = True
+        return value
+
+    def _owns(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and _storage(value) in self._owned
+
+
+class GraphAnalyzer(fx.Interpreter):
+    """Runs the frozen operations of a traced network on a few images.
+
+    Attributes:
+        dynamic: operations that training can change, each with the reason; None if they only depend on such.
+        flops: operations that were run, with the floating point operations of each.
+        shapes: of those that give a tensor.
+        values: of those that give a number, a tuple or the like, which can be written into a graph.
+        identity_of: operations that return their input as it is, with that input.
+        transposed: operations that only view their input in another order.
+    """
+
+    def __init__(self, traced: Traced, trained: Collection[int], images: Tensor) -> None:
+        super().__init__(traced.root, graph=traced.graph)
+        self.extra_traceback = False
+        self._root, self._trained, self._device = traced.root, trained, images.device
+        self._recorder = _DispatchRecorder({_storage(t) for t in (*traced.root.parameters(), *traced.root.buffers())})
+        self.dynamic: dict[fx.Node, str | None] = {}
+        self.flops: dict[fx.Node, int] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.identity_of: dict[fx.Node, fx.Node] = {}
+        self.transposed: set[fx.Node] = set()
+        with self._recorder:
+            self.run(images.clone(), enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation unless it is dynamic."""
+        trains = any(id(parameter) in self._trained for parameter in parameters_of(n, self._root))
+        if trains or any(source in self.dynamic for source in n.all_input_nodes):
+            self.dynamic[n] = f"{n.target} trains" if trains else None
+        if n in self.dynamic or n.op == "output":
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        version, state = first._version if first is not None else None, rng_state(self._device)
+        self._recorder.flops, self._recorder.trains = 0, False
+        value = getattr(self, n.op)(n.target, args, kwargs)
+        if not torch.equal(state, rng_state(self._device)):
+            self.dynamic[n] = f"{module_of(n) or n.name} is random in training"
+        elif self._recorder.trains:
+            self.dynamic[n] = f"{module_of(n) or n.name} depends on the batch or keeps statistics"
+        self.flops[n] = self._recorder.flops
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+            is_view = first is not None and _storage(first) == _storage(value)
+            if not is_view or (value is first and value._version != version):  # a new tensor, or one changed in place
+                self.flops[n] += value.numel()
+            elif value is first and isinstance(n.args[0], fx.Node):
+                self.identity_of[n] = n.args[0]
+            elif first is not None and value.numel() == first.numel() and not value.is_contiguous():
+                self.transposed.add(n)
+        elif _is_plain(value):
+            self.values[n] = value
+        return value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def value_numbers(traced: Traced, analyzer: GraphAnalyzer, texts: dict[str, int]) -> dict[fx.Node, int]:
+    """Give each operation a number: those that do the same with the same inputs have the same number."""
+    numbers: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        if node in analyzer.identity_of:  # such as dropout in eval mode
+            numbers[node] = numbers[analyzer.identity_of[node]]
+        else:
+            numbers[node] = texts.setdefault(_text_of_node(node, traced.root, numbers), len(texts))
+    return numbers
 
 
 @contextmanager
@@ -136,7 +277,10 @@ def preserve_state(network: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        set_buffers(buffers)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
         random.setstate(python)
         if mps is not None:
             torch.mps.set_rng_state(mps)
@@ -155,13 +299,6 @@ def full_precision(network: nn.Module) -> Iterator[None]:
         cudnn.allow_tf32, matmul.allow_tf32 = previous
 
 
-def set_buffers(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
 def device_of(network: nn.Module) -> torch.device:
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
@@ -172,46 +309,7 @@ def rng_state(device: torch.device) -> Tensor:
     return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
 
 
-def module_of(node: fx.Node) -> str:
-    """Return the path of the module that an operation belongs to; "" is the network itself."""
-    if node.op == "call_module":
-        return str(node.target)
-    if node.op == "get_attr":
-        return str(node.target).rpartition(".")[0]
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""
-
-
-def has_parameters(node: fx.Node, root: nn.Module) -> bool:
-    """Return True if an operation uses a parameter."""
-    if node.op == "get_attr":
-        return True
-    return node.op == "call_module" and any(True for _ in root.get_submodule(str(node.target)).parameters())
-
-
-def inplace_input(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """Return the input that an operation changes in place and returns, as far as its name or its `inplace` tells."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    if node.op == "call_module":
-        inplace = getattr(root.get_submodule(str(node.target)), "inplace", False) is True
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-        inplace = inplace or name in ("iadd", "isub", "imul", "itruediv")
-    return first if inplace else None
-
-
-def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
-    """Return these nodes and all that they need, except `known`."""
-    needed: set[fx.Node] = set()
-    stack = [node for node in nodes if node not in known]
-    while stack:
-        if (node := stack.pop()) not in needed:
-            needed.add(node)
-            stack.extend(source for source in node.all_input_nodes if source not in known)
-    return needed
+# --- Digests that are the same in every process
 
 
 def digest_of_graph(module: fx.GraphModule) -> str:
@@ -220,7 +318,7 @@ def digest_of_graph(module: fx.GraphModule) -> str:
     numbers: dict[fx.Node, int] = {}
     for node in module.graph.nodes:
         numbers[node] = len(numbers)
-        sha.update((text_of_node(node, module, numbers) + "\n").encode())
+        sha.update((_text_of_node(node, module, numbers) + "\n").encode())
         if node.op == "call_module":
             submodule = module.get_submodule(str(node.target))
             for name, part in submodule.named_modules():
@@ -242,7 +340,7 @@ def digest_of_tensor(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
-def text_of_node(node: fx.Node, root: nn.Module, numbers: dict[fx.Node, int]) -> str:
+def _text_of_node(node: fx.Node, root: nn.Module, numbers: dict[fx.Node, int]) -> str:
     """Return an operation as text; its inputs are numbers. Constants that tracing made are named by their values."""
     target = node.target if isinstance(node.target, str) else _name_of(node.target)
     if node.op == "get_attr" and target.startswith("_tensor_constant"):
