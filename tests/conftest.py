@@ -9,7 +9,7 @@ from PIL import Image
 
 from tlcli.cli import main, quiet_libraries
 from tlcli.cli.compose import compose_spec, parse_flags
-from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.conf_files import ConfFiles
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores
@@ -48,7 +48,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def freeze_words(strategy: str, stage: str) -> list[str]:
     """Return the overrides that choose a freeze strategy; a key that needs a value gets the name of a stage."""
-    option = ConfFiles([conf_dir()]).groups["freeze"][strategy]
+    option = ConfFiles().groups["freeze"][strategy]
     return [f"freeze={strategy}", *(f"freeze.{key.name}=['{stage}']" for key in option.keys if key.default == "???")]
 
 

@@ -6,7 +6,7 @@ a TrainSpec once; nothing below it sees anything else. This module imports neith
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
+from enum import EnumMeta, StrEnum
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -24,68 +24,17 @@ FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
 OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
 
 
-class Fit(Enum):  # conversion of an image to a square
-    squash = "squash"
-    crop = "crop"
-    pad = "pad"
-
-
-class OnBad(Enum):  # treatment of files that do not decode
-    error = "error"
-    skip = "skip"
-
-
-class BnStats(Enum):  # BatchNorm statistics in trainable layers
-    auto = "auto"
-    frozen = "frozen"
-    update = "update"
-
-
-class HeadInit(Enum):  # initial weights of the head
-    random = "random"
-    probe = "probe"
-
-
-class Accelerator(Enum):  # device that computes
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Precision(Enum):  # dtype of forward and backward passes; weights stay float32
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class KeepBest(Enum):  # validation metric that selects the best epoch
-    accuracy = "accuracy"
-    macro_f1 = "macro_f1"
-    loss = "loss"
-
-
-class ClassWeights(Enum):  # weight of each class in the training loss
-    none = "none"
-    balanced = "balanced"
-
-
-class CacheMode(Enum):  # use of the cache for the output of the frozen layers
-    auto = "auto"
-    off = "off"
-    require = "require"
-
-
-class CacheDtype(Enum):  # dtype of cached output
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Verify(Enum):  # image files that are read for the fingerprint of a dataset
-    changed = "changed"
-    full = "full"
+Fit = StrEnum("Fit", ["squash", "crop", "pad"])  # conversion of an image to a square
+OnBad = StrEnum("OnBad", ["error", "skip"])  # treatment of files that do not decode
+BnStats = StrEnum("BnStats", ["auto", "frozen", "update"])  # BatchNorm statistics in trainable layers
+HeadInit = StrEnum("HeadInit", ["random", "probe"])  # initial weights of the head
+Accelerator = StrEnum("Accelerator", ["auto", "cpu", "cuda", "mps"])  # device that computes
+Precision = StrEnum("Precision", ["auto", "fp32", "bf16", "fp16"])  # dtype of the passes; weights stay float32
+KeepBest = StrEnum("KeepBest", ["accuracy", "macro_f1", "loss"])  # validation metric that selects the best epoch
+ClassWeights = StrEnum("ClassWeights", ["none", "balanced"])  # weight of each class in the training loss
+CacheMode = StrEnum("CacheMode", ["auto", "off", "require"])  # use of the cache for the frozen layers' output
+CacheDtype = StrEnum("CacheDtype", ["auto", "fp32", "bf16"])  # dtype of cached output
+Verify = StrEnum("Verify", ["changed", "full"])  # image files that are read for the fingerprint of a dataset
 
 
 class Spec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -362,19 +311,25 @@ def all_keys() -> dict[str, None]:
     )
 
 
-def leaf_types(key: str) -> list[tuple[Any, Meta | None]]:
-    """Return the types that a key's values and their items can have, each with its range; empty for an unknown key."""
+def leaf_types(key: str) -> list[Any]:
+    """Return the types that a key's values and their items can have; empty for an unknown key."""
     part, _, name = key.rpartition(".")
-    waiting = [(f.type, None) for cls in classes_of(part).values() for f in fields(cls) if f.name == name]
-    leaves: list[tuple[Any, Meta | None]] = []
-    for hint, meta in waiting:  # which grows
+    waiting = [f.type for cls in classes_of(part).values() for f in fields(cls) if f.name == name]
+    leaves: list[Any] = []
+    for hint in waiting:  # which grows
         if get_origin(hint) is Annotated:
-            waiting.append((get_args(hint)[0], get_args(hint)[1]))
+            waiting.append(get_args(hint)[0])
         elif get_origin(hint) in (Union, UnionType, tuple, dict):
-            inners = (
-                get_args(hint)[1:] if get_origin(hint) is dict else get_args(hint)
-            )  # the keys of a dict are no values
-            waiting += [(inner, meta) for inner in inners if inner is not ...]
-        elif (hint, meta) not in leaves:
-            leaves.append((hint, meta))
+            inner = get_args(hint)[get_origin(hint) is dict :]  # the keys of a dict are no values
+            waiting += [item for item in inner if item is not ...]
+        elif hint not in leaves:
+            leaves.append(hint)
     return leaves
+
+
+def choices(key: str) -> list[str]:
+    """Return the words that a key's values are chosen from, if they are."""
+    words: list[str] = []
+    for hint in leaf_types(key):
+        words += map(str, hint) if isinstance(hint, EnumMeta) else get_args(hint) if get_origin(hint) is Literal else ()
+    return words

@@ -7,7 +7,6 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,10 +85,12 @@ def labelled(label: str, value: str, width: int | None) -> list[str]:
 
 def to_plain(value: Any) -> Any:
     """Return dataclasses and Structs as dicts, enums as their values, tuples as lists: what JSON and YAML can hold."""
-    if is_dataclass(value) and not isinstance(value, type):
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        from dataclasses import asdict  # here: help and completion have no time for its imports
+
         value = asdict(value)
     if hasattr(value, "__struct_fields__"):
-        from msgspec import to_builtins  # here: importing it takes 30 ms, which help and completion have not
+        from msgspec import to_builtins  # here, too
 
         value = to_builtins(value)
     if isinstance(value, Mapping):

@@ -194,7 +194,7 @@ def test_nothing_is_left_where_the_check_fails(photos: Path, tlcli, tmp_path: Pa
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["chek"], "tlcli data has no command 'chek'. Did you mean 'check'?"),
+        (["chek"], "action chek: choose from check. Did you mean 'check'?"),
         (["check", "--formt=json"], "unknown flag '--formt=json'. Did you mean '--format'?"),
         (["check", "--format", "xml"], "--format xml: choose from table, json"),
         (["check", "--output"], "--output: expected one argument"),
@@ -219,7 +219,7 @@ def test_help_has_two_examples(tlcli) -> None:
 
 
 def test_completion() -> None:
-    assert candidates("tlcli data ") == ["check ", "--help "]
+    assert candidates("tlcli data ") == ["check ", "--help ", "--quick ", "--output ", "--format "]
     assert "--quick " in candidates("tlcli data check --q")
     assert candidates("tlcli data check --format ") == ["table ", "json "]
     assert "dataset=imagefolder " in candidates("tlcli data check dataset=im")

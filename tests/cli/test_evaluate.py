@@ -12,6 +12,7 @@ import pytest
 from tests.cli.conftest import Ended
 from tests.runs.test_compare import make_run
 from tlcli.cli import evaluate
+from tlcli.cli.completion import candidates
 
 Tlcli = Callable[..., Ended]
 
@@ -116,7 +117,7 @@ def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
     assert (done.code, done.out.count("  tlcli eval ")) == (0, 2)
     make_run(tmp_path / "outputs/2026-01-02/10-00-00", [0, 1], [0, 1])
     make_run(tmp_path / "outputs/2026-01-03/10-00-00", [0, 1], [0, 1])
-    found = list(evaluate.candidates([]))
-    assert found[:2] == ["outputs/2026-01-03/10-00-00", "outputs/2026-01-02/10-00-00"]
-    assert "outputs/2026-01-02/10-00-00" not in list(evaluate.candidates(["outputs/2026-01-02/10-00-00"]))
-    assert list(evaluate.candidates(["x", "--format"])) == ["table", "json"]
+    assert candidates("tlcli eval o") == ["outputs/2026-01-03/10-00-00 ", "outputs/2026-01-02/10-00-00 "]
+    assert candidates("tlcli eval x sp") == ["split=test ", "split=val ", "split=train "]
+    assert "dataset=imagefolder " in candidates("tlcli eval x dataset=")
+    assert candidates("tlcli eval x ep") == [], "a key of train that eval does not take"

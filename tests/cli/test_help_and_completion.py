@@ -9,24 +9,24 @@ import pytest
 from msgspec.structs import fields
 
 from tlcli.cli.completion import SCRIPTS, candidates, train_help, train_parser
-from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
+from tlcli.cli.conf_files import ConfFiles, keys_in
 from tlcli.specs import TrainSpec
 
 
 @pytest.mark.parametrize("width", [40, 80, 100])
 def test_help_fits_its_width(width: int) -> None:
-    lines = train_help(ConfFiles([conf_dir()]), width).splitlines()
+    lines = train_help(ConfFiles(), width).splitlines()
     assert [line for line in lines[: lines.index("keys, with their defaults:")] if len(line) > max(width, 60)] == []
     assert width < 80 or max(map(len, lines)) <= width
 
 
 def test_help_has_every_option_and_key_with_its_comment() -> None:
-    files = ConfFiles([conf_dir()])
+    files = ConfFiles()
     words = " ".join(train_help(files, 80).split())
     for options in files.groups.values():
         for option in options.values():
             assert f"{option.name} {' '.join(option.comment.split())}" in words
-    for key in files.top_level():
+    for key in files.top_level:
         assert f"{key.name}={key.default} {key.comment}" in words
     for default in ("digits", "efficientnet_lite0", "adamw", "cosine"):
         assert f"* {default} " in words
@@ -60,6 +60,9 @@ def test_keys_of_yaml() -> None:
         ("tlcli train freeze=last_stages freeze.n=", {"freeze.n=1 "}),
         ("tlcli train --c", {"--cfg ", "--config-dir ", "--config-name "}),
         ("tlcli train --cfg ", {"job ", "hydra ", "all "}),
+        ("tlcli inspect ", {"resnet18 ", "dataset=", "--format "}),
+        ("tlcli inspect resnet18 --format ", {"table ", "json "}),
+        ("tlcli predict RUN --format j", {"jsonl "}),
     ],
 )
 def test_candidates(line: str, wanted: set[str]) -> None:
@@ -69,19 +72,22 @@ def test_candidates(line: str, wanted: set[str]) -> None:
     assert all(one.startswith(word) for one in found)
 
 
-@pytest.mark.parametrize("line", ["tlcli train --resume ", "tlcli predict o", "tlcli export "])
+@pytest.mark.parametrize("line", ["tlcli train --resume ", "tlcli predict o", "tlcli report ", "tlcli compare x o"])
 def test_run_directories_complete(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "outputs" / "2026-01-02" / "10-00-00" / "run.json"
-    run.parent.mkdir(parents=True)
-    run.write_text("{}")
+    for name in ("10-00-00", "11-00-00/0"):
+        run = tmp_path / "outputs" / "2026-01-02" / name / "run.json"
+        run.parent.mkdir(parents=True)
+        run.write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert "outputs/2026-01-02/10-00-00 " in candidates(line)
+    found = candidates(line)
+    assert {"outputs/2026-01-02/10-00-00 ", "outputs/2026-01-02/11-00-00/0 "} <= set(found)
+    assert ("outputs/2026-01-02/11-00-00 " in found) == ("predict" not in line), "the folder of a sweep"
 
 
 def test_flags_come_from_the_parser() -> None:
     flags = {flag for action in train_parser()._actions for flag in action.option_strings if action.help != SUPPRESS}
     assert {f"{flag} " for flag in flags if flag.startswith("--")} <= set(candidates("tlcli train --"))
-    assert all(flag in train_help(ConfFiles([conf_dir()]), 80) for flag in flags)
+    assert all(flag in train_help(ConfFiles(), 80) for flag in flags)
 
 
 @pytest.mark.parametrize("line", ["", "tlcli", "tlcli nope x", "tlcli train a.", "tlcli train freeze=a freeze."])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.cli.inspect import backbone_words, candidates, page, specs
+from tlcli.cli.inspect import backbone_words, page, specs
 from tlcli.engine.costs import Inspection, StageCost, StrategyCost
 
 CUT = StrategyCost(
@@ -121,8 +121,3 @@ def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatc
 def _echo(spec, linear) -> Inspection:  # type: ignore[no-untyped-def]
     assert linear.kind == "none"
     return replace(FOUND, backbone=spec.backbone.name, size=spec.image.size, epochs=spec.epochs)
-
-
-def test_completion() -> None:
-    assert {"resnet18", "--format"} <= set(candidates([]))
-    assert list(candidates(["resnet18", "--format"])) == ["table", "json"]

@@ -120,7 +120,7 @@ def test_a_table_fits_its_width(width: int, outputs, tlcli, monkeypatch: pytest.
     [
         (["nowhere"], "no such folder"),
         (["--sort", "tst"], "Did you mean 'test'"),
-        (["--limit", "0"], "--limit 0"),
+        (["--limit", "0"], "--limit: must be a whole number from 1"),
         (["--format", "jsn"], "Did you mean 'json'"),
         (["--job"], "Did you mean '--jobs'"),
     ],

@@ -48,7 +48,7 @@ def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) ->
     assert "1  failed: seed 1 is unlucky" in ended.err
     records = {run.path.name: read_json(run.info_file) for run in runs_in(tmp_path)}
     assert [records[str(job)]["status"] for job in range(4)] == ["failed", "failed", "failed", "done"]
-    assert records["0"]["error"] == "epochs=0 is out of range: give at least 1"
+    assert records["0"]["error"] == "epochs=0: expected a whole number >= 1"
     (file,) = tmp_path.rglob("sweep.json")
     assert [job["name"] for job in json.loads(file.read_text())["jobs"]] == ["3", "0", "1", "2"]
 

@@ -239,7 +239,7 @@ SAVED: dict[str, tuple[str | bytes, str]] = {
     "deep and closed": ("a: " + "[" * 60 + "]" * 60, "config.yaml: "),
     "a number of 5,000 digits": ("seed: " + "9" * 5000, "config.yaml: cannot be read as YAML"),
     "a kind that is a list": ("dataset: {kind: [digits]}", "dataset.kind=['digits'] is none of digits"),
-    "a name that is a list": ("dataset: {kind: digits, name: [a]}", "is not a text"),
+    "a name that is a list": ("dataset: {kind: digits, name: [a]}", "expected a text"),
     "no UTF-8": (b"seed: \xff", "config.yaml: cannot be read as YAML"),
     "a key that is a list": ("? [1, 2]\n: 3\n", "config.yaml: cannot be read as YAML"),
     "a date": ("seed: 2026-01-01", "seed: Value 'date' is not a supported primitive type"),

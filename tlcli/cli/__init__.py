@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = 0
             case ["train", *rest] if {"-h", "--help"} & {*rest}:  # without Hydra, which takes half a second
                 from tlcli.cli.completion import train_help
-                from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
+                from tlcli.cli.conf_files import files_for
 
-                print(train_help(ConfFiles([conf_dir(), *extra_folders(rest)])), end="")
+                print(train_help(files_for(rest)), end="")
                 code = 0
             case [name, *rest] if name in COMMANDS:
                 code = import_module(COMMANDS[name][0]).run(rest)

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.parser import Parser
 from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.store import CacheEntry, Store, cache_dir
@@ -73,19 +73,6 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow on a command line, for completion."""
-    match before:
-        case []:
-            yield from (*ACTIONS, "--help")
-        case ["list"]:
-            yield "--format"
-        case ["list", "--format"]:
-            yield from FORMATS
-        case ["remove", *keys]:
-            yield from (entry.key for entry in Store(cache_dir()).entries() if entry.key not in keys)
 
 
 def _match(entries: Sequence[CacheEntry], prefix: str) -> CacheEntry:

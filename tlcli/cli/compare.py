@@ -27,7 +27,7 @@ def parser() -> Parser:
         ],
     )
     help_text = "directory of a run, or of a sweep, which stands for its tested jobs"
-    compare_parser.add_argument("runs", nargs="+", metavar="RUN", help=help_text)
+    compare_parser.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help=help_text)
     compare_parser.add_format()
     return compare_parser
 

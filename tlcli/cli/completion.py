@@ -4,15 +4,14 @@
 """
 
 import argparse
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator
-from enum import Enum, EnumMeta
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
-from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
+from tlcli.cli.conf_files import ConfFiles, files_for
 from tlcli.cli.parser import Parser
 
 MAX_LEFT_COLUMNS = 26  # of text in help that has its comment beside it
@@ -59,7 +58,7 @@ def train_parser() -> Parser:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="GROUP=OPTION")
     add("--multirun", "-m", action="store_true", help="sweep: a run for each combination of the values given")
-    add("--resume", metavar="RUN", help="resume an interrupted run or sweep")
+    add("--resume", metavar="RUN|SWEEP", help="resume an interrupted run or sweep")
     add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop")
     add("--config-dir", "-cd", metavar="DIR", help="a folder with groups and options of your own")
     add("--config-name", "-cn", metavar="NAME", help="the main file in that folder; default: train")
@@ -86,12 +85,12 @@ def train_help(files: ConfFiles, width: int | None = None) -> str:
         default = files.defaults.get(group)
         rows = [(("* " if o.name == default else "  ") + o.name, o.comment) for o in options.values()]
         parts += [f"\n  {group}", *_rows(rows, width, indent=4)]
-        names = dict.fromkeys(key.name.split(".")[0] for option in options.values() for key in files.keys_of(option))
+        names = dict.fromkeys(key.name.split(".")[0] for option in options.values() for key in option.all_keys)
         if default not in (None, "null"):
             keys = ", ".join(f"{group}.{name}" for name in names if name != "kind" or group == "device")
             parts += textwrap.wrap(f"keys: {keys}", width, initial_indent=" " * 6, subsequent_indent=" " * 12)
     parts.append("\nkeys, with their defaults:")
-    parts += _rows([(f"{key.name}={key.default}", key.comment) for key in files.top_level()], width)
+    parts += _rows([(f"{key.name}={key.default}", key.comment) for key in files.top_level], width)
     parts.append("\nflags:")
     rows = []
     for action in parser._actions:
@@ -130,11 +129,10 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Print a script, or the candidates for the last word of a command line; return the exit code."""
-    match argv:
-        case ["query", line]:
-            print("\n".join(candidates(line)))
-        case _:
-            print(SCRIPTS[parser().parse_args(argv).shell], end="")
+    if len(argv) == 2 and argv[0] == "query":
+        print("\n".join(candidates(argv[1])))
+    else:
+        print(SCRIPTS[parser().parse_args(argv).shell], end="")
     return 0
 
 
@@ -147,70 +145,82 @@ def candidates(line: str) -> list[str]:
     match words:
         case [] | [_]:
             found: Iterator[str] = iter([*COMMANDS, "--help", "--version"])
-        case [_, "train", *before]:  # its module imports Hydra
-            found = _from_parser(train_parser(), word, before)
-        case [_, command, *before] if command in COMMANDS:
-            module = import_module(COMMANDS[command][0])
-            own = command != "completion" and hasattr(module, "candidates")
-            found = module.candidates(before) if own else _from_parser(module.parser(), word, before)
+        case [_, command, *before] if command in COMMANDS:  # the module of train imports Hydra
+            made = train_parser() if command == "train" else import_module(COMMANDS[command][0]).parser()
+            found = _from_parser(made, word, before)
         case _:
             found = iter(())
-    return [one if one[-1] in "=." else one + " " for one in dict.fromkeys(found) if one.startswith(word)]
+    fitting = [one for one in dict.fromkeys(found) if one.startswith(word) and one not in words]
+    return [one if one[-1] in "=." else one + " " for one in fitting]
 
 
-def _from_parser(command: argparse.ArgumentParser, word: str, before: list[str]) -> Iterator[str]:
-    """Yield positional arguments and flags; behind a flag with a value, its values."""
+def _from_parser(command: Parser, word: str, before: list[str]) -> Iterator[str]:
+    """Yield values of the next positional argument and flags; behind a flag with a value, its values."""
+    positional = [action for action in command._actions if not action.option_strings]
     flags = {flag: action for action in command._actions for flag in action.option_strings}
-    last = flags.get(before[-1]) if before else None
-    if last is not None and last.nargs != 0:
-        yield from _values_of(last, word, before)
+    action = None
+    for previous in before:
+        if previous in flags and action is None:
+            action = flags[previous] if flags[previous].nargs != 0 else None
+        else:
+            if action is None and not previous.startswith("-") and positional and positional[0].nargs is None:
+                positional.pop(0)
+            action = None
+    if action is not None:
+        yield from _values_of(action, command, word, before)
         return
-    for action in command._actions:
-        if not action.option_strings:
-            yield from _values_of(action, word, before)
+    if positional:
+        yield from _values_of(positional[0], command, word, before)
     yield from (flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS)
 
 
-def _values_of(action: argparse.Action, word: str, before: list[str]) -> Iterator[str]:
+def _values_of(action: argparse.Action, command: Parser, word: str, before: list[str]) -> Iterator[str]:
     if action.choices:
         yield from map(str, action.choices)
-    elif action.metavar in ("RUN", "SWEEP"):
-        from tlcli.runs.run_dir import recent_runs
+        return
+    from tlcli.runs.run_dir import recent_runs
 
-        yield from recent_runs()
-    elif action.metavar == "FOLDER":
-        yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
-    elif "=" in str(action.metavar):
-        yield from _config_words(word, before, ConfFiles([conf_dir(), *extra_folders(before)]))
+    for kind in str(action.metavar).split("|"):
+        if kind == "RUN":
+            yield from recent_runs()
+        elif kind == "SWEEP":
+            yield from (run.rpartition("/")[0] for run in recent_runs() if run.count("/") > 2)
+        elif kind == "FOLDER":
+            yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
+        elif kind == "BACKBONE":
+            yield from (option for option in ConfFiles().groups["backbone"] if option != "timm")
+        elif kind == "KEY":
+            from tlcli.store import Store, cache_dir
+
+            yield from (entry.key for entry in Store(cache_dir()).entries())
+        elif "=" in kind:
+            names = {known.partition("=")[0] for known in command.known_words}
+            words = _config_words(word, files_for(before), before)
+            yield from command.known_words
+            yield from (found for found in words if not names or re.split("[=.]", found)[0] in names)
 
 
-def _config_words(word: str, before: list[str], files: ConfFiles) -> Iterator[str]:
+def _config_words(word: str, files: ConfFiles, before: list[str]) -> Iterator[str]:
     """Yield groups and keys, and behind an equals sign their options and values."""
     key, equals, value = word.partition("=")
     group, dot, name = key.rpartition(".")
     chosen = [w.partition("=")[2].split(",")[0] for w in before if w.startswith(f"{group}=")]
     option = files.groups.get(group, {}).get(chosen[-1] if chosen else files.defaults.get(group, ""))
     if equals:
-        known = files.keys_of(option) if option else files.top_level()
-        defaults = [k.default for k in known if k.name == (name if option else key)]
-        from tlcli.specs import leaf_types  # here: the schema takes longer than the rest
+        from tlcli.specs import choices, leaf_types  # here: the schema takes longer than the rest
 
-        values = [*files.groups.get(key, ()), *(d for d in defaults if not {" ", "$"} & set(d))]
-        for hint, _ in leaf_types(key):
-            if isinstance(hint, EnumMeta):
-                values += [str(member.value) for member in list[Enum](hint)]
-            elif get_origin(hint) is Literal:
-                values += get_args(hint)
-            else:
-                values += {type(None): ["null"], bool: ["true", "false"]}.get(hint, [])
+        known = option.all_keys if option else files.top_level
+        values = [*files.groups.get(key, ()), *(k.default for k in known if k.name == (name if option else key))]
+        for hint in leaf_types(key):
+            values += {type(None): ["null"], bool: ["true", "false"]}.get(hint, [])
         done = value.rpartition(",")[0] + "," if "," in value else ""  # a sweep: the values so far stay
-        yield from (f"{key}={done}{one}" for one in values)
+        yield from (f"{key}={done}{one}" for one in [*values, *choices(key)] if not {" ", "$"} & set(one))
         return
     yield from (f"{group}=" for group in files.groups)
     if option:  # keys of a group only after its name and dot, or the list would be long
-        yield from (f"{group}.{own.name.split('.')[0]}=" for own in files.keys_of(option) if own.name != "kind")
+        yield from (f"{group}.{own.name.split('.')[0]}=" for own in option.all_keys if own.name != "kind")
     elif not dot:
         yield from (f"{group}." for group in files.groups if files.defaults.get(group, "null") != "null")
-    for top in files.top_level():
+    for top in files.top_level:
         parent, inner, _ = top.name.rpartition(".")
         yield f"{top.name}=" if dot or not inner else f"{parent}."

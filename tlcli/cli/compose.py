@@ -53,7 +53,7 @@ class Flags:
     @property
     def files(self) -> ConfFiles:
         """The YAML files that these flags make available."""
-        return ConfFiles([conf_dir(), *([self.config_dir] if self.config_dir else [])])
+        return ConfFiles(*([self.config_dir] if self.config_dir else []))
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -87,7 +87,7 @@ def _text_as_typed(override: str) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~").partition("@")[0]
     types = leaf_types(name) or leaf_types(name.rpartition(".")[0])  # backbone.stages.stem is an entry of a dict
-    if not equals or str not in [hint for hint, _ in types]:
+    if not equals or str not in types:
         return override
     words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)
     typed = f"{key}={''.join(quoted(word.strip()) if NOT_TEXT.fullmatch(word.strip()) else word for word in words)}"
@@ -138,7 +138,10 @@ def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
                 overrides.append(word)
         for folder in folders:
             scheme, _, place = folder.rpartition("://")
-            check_folder(Path(str(package_files(place.replace("/", "."))) if scheme == "pkg" else place))
+            try:
+                check_folder(Path(str(package_files(place.replace("/", "."))) if scheme == "pkg" else place))
+            except ImportError as exc:
+                raise UsageError(f"hydra.searchpath: there is no package {place!r}") from exc
         if folders:  # composing has no other argument for --config-dir
             overrides.append(f"hydra.searchpath=[{','.join(map(quoted, folders))}]")
         mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
@@ -197,7 +200,7 @@ def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
 
     Raises UsageError for a value that is missing, of a wrong type or out of its range, and for an unknown key.
     """
-    files = files or ConfFiles([conf_dir()])
+    files = files or ConfFiles()
     task = config.copy()
     OmegaConf.set_struct(task, False)
     task.pop("hydra", None)
@@ -249,7 +252,7 @@ def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     flags = parse_flags(list(overrides))
     if flags.flags:
         raise UsageError(f"{flags.flags[0]} belongs to `tlcli train`: give KEY=VALUE or GROUP=OPTION")
-    file, files = run.config_file, ConfFiles([conf_dir()])
+    file, files = run.config_file, ConfFiles()
     try:
         values = read_yaml(file)
     except FileNotFoundError:

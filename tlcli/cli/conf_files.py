@@ -1,24 +1,25 @@
-"""Groups, options, keys, defaults and comments of the YAML files.
+"""Groups, options, keys, defaults and comments of the YAML files, for help, completion and error messages.
 
-Help, completion and error messages come from here, without Hydra. Hydra composes the config; nothing here decides what
-runs.
+The files are read line by line, because PyYAML takes as long to import as the rest of `tlcli train --help`. Hydra
+composes the config: nothing here decides what runs.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from functools import cache, cached_property
 from pathlib import Path
-
-import yaml  # type: ignore[import-untyped]
+from typing import NamedTuple
 
 HIDDEN = frozenset({"hydra", "common"})  # groups that are not for users to choose from
 MAIN = "train.yaml"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE = re.compile(
+    r"""( *)([\w.-]+):"""
+    r"""(?: +("[^"]*"|'[^']*'|\[.*?\]|\{.*?\}|[^\s#\[{"'|>]\S*(?: +[^\s#]\S*)*))?"""  # a value on the same line
+    r""" *(?:#\s*(.*))?"""
+)
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One key of a file: its dotted name, its default as the file has it, and its comment."""
 
     name: str
@@ -26,19 +27,17 @@ class Key:
     comment: str
 
 
-@dataclass(frozen=True)
 class Option:
     """One option of a group."""
 
-    group: str
-    name: str
-    path: Path
+    def __init__(self, group: str, path: Path) -> None:
+        self.group, self.name, self.path = group, path.stem, path
 
     @cached_property
     def text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace")
 
-    @cached_property
+    @property
     def comment(self) -> str:
         """The first comment of the file; a line for Hydra is not one."""
         lines = (line for line in self.text.splitlines() if line.strip() and "@package" not in line)
@@ -54,52 +53,39 @@ class Option:
         """The value of the key `kind`, which names the class of the option."""
         return next((key.default for key in self.keys if key.name == "kind"), None)
 
+    @property
+    def all_keys(self) -> list[Key]:
+        """The keys of the option and those that it takes from common/."""
+        names = re.findall(r"/common/(\w+)@_here_", self.text)
+        return list({key.name: key for keys in (*map(_common_keys, names), self.keys) for key in keys}.values())
+
 
 class ConfFiles:
-    """The YAML files of some folders. If two folders have the same option, the earlier one wins, as in Hydra."""
+    """The YAML files of tlcli and of some folders. If two have the same option, the earlier one wins, as in Hydra."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.folders = folders
+    def __init__(self, *folders: Path) -> None:
+        self.folders = (conf_dir(), *folders)
+        main = (conf_dir() / MAIN).read_text(encoding="utf-8")
+        self.top_level = keys_in(main)
+        self.defaults: dict[str, str] = dict(re.findall(r"^ *- (\w+): (\w+)", main, re.MULTILINE))
 
     @cached_property
     def groups(self) -> dict[str, dict[str, Option]]:
         """Options of each group, the groups of the main file's defaults list first and in its order."""
-        found: dict[str, dict[str, Option]] = {group: {} for group in self.defaults}
+        groups: dict[str, dict[str, Option]] = {group: {} for group in self.defaults}
         for folder in self.folders:
             for path in sorted(folder.rglob("*.yaml")):
                 group = path.relative_to(folder).parent.as_posix()
                 if group != "." and group.split("/")[0] not in HIDDEN:
-                    found.setdefault(group, {}).setdefault(path.stem, Option(group, path.stem, path))
-        return {group: dict(sorted(options.items())) for group, options in found.items() if options}
-
-    @cached_property
-    def defaults(self) -> dict[str, str]:
-        """The option that each group of the main file's defaults list has."""
-        choices = defaults_in(self._main)
-        return {group: option for group, option in choices.items() if option and not group.startswith("override ")}
-
-    @cached_property
-    def _main(self) -> str:
-        return next(path for folder in self.folders if (path := folder / MAIN).is_file()).read_text(encoding="utf-8")
-
-    def top_level(self) -> list[Key]:
-        """Return the keys of the main file."""
-        return keys_in(self._main)
-
-    def keys_of(self, option: Option) -> list[Key]:
-        """Return the keys of an option, its own first, then those that it takes from common/."""
-        found = {key.name: key for key in option.keys}
-        for include in defaults_in(option.text):
-            shared = re.fullmatch(r"/common/(\w+)@_here_", include)
-            if shared and (path := conf_dir() / "common" / f"{shared[1]}.yaml").is_file():
-                found = {key.name: key for key in keys_in(path.read_text(encoding="utf-8"))} | found
-        return list(found.values())
+                    groups.setdefault(group, {}).setdefault(path.stem, Option(group, path))
+        return {group: dict(sorted(options.items())) for group, options in groups.items() if options}
 
     def options_with(self, group: str, kinds: Collection[str]) -> list[str]:
         """Return the names of a group's options that are of one of these kinds."""
         return [name for name, option in self.groups.get(group, {}).items() if option.kind in kinds]
 
 
+@cache
 def conf_dir() -> Path:
     """Return the folder with tlcli's own config: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -109,52 +95,34 @@ def conf_dir() -> Path:
     raise FileNotFoundError("tlcli's conf/ folder is missing: reinstall tlcli")
 
 
-def extra_folders(words: Sequence[str]) -> list[Path]:
-    """Return the folder that --config-dir names in a command line, in a list, or an empty list."""
+@cache
+def _common_keys(name: str) -> list[Key]:
+    path = conf_dir() / "common" / f"{name}.yaml"
+    return keys_in(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def files_for(words: Sequence[str]) -> ConfFiles:
+    """Return the YAML files that a command line makes available, with the folder that --config-dir names."""
     for word, value in zip(words, [*words[1:], ""], strict=False):
         flag, equals, attached = word.partition("=")
         if flag in ("--config-dir", "-cd") and (folder := Path(attached if equals else value)).is_dir():
-            return [folder]
-    return []
-
-
-def _root(text: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Return the nodes of a YAML text's keys and values; none if it is not a mapping. Aliases are not followed."""
-    try:
-        if "*" not in text or not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
-            root = yaml.compose(text, Loader=LOADER)
-            return list(root.value) if isinstance(root, yaml.MappingNode) else []
-    except (yaml.YAMLError, RecursionError):
-        pass  # reported when Hydra reads the file
-    return []
-
-
-def defaults_in(text: str) -> dict[str, str]:
-    """Return the entries of the defaults list of a YAML text: the option of each group, "" for an entry without one."""
-    found: dict[str, str] = {}
-    for key, value in _root(text):
-        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-            for entry in value.value:
-                pairs = [(k.value, v.value) for k, v in entry.value] if isinstance(entry, yaml.MappingNode) else []
-                found |= dict(pairs or [(str(entry.value), "")])
-    return found
+            return ConfFiles(folder)
+    return ConfFiles()
 
 
 def keys_in(text: str) -> list[Key]:
     """Return the keys of a YAML text; of a key with a block of keys of its own, these alone."""
-    lines = text.splitlines()
-
-    def walk(pairs: list[tuple[yaml.Node, yaml.Node]], prefix: str) -> Iterator[Key]:
-        for key, value in pairs:
-            name, start, end = f"{prefix}{key.value}", value.start_mark, value.end_mark
-            if isinstance(value, yaml.MappingNode) and not value.flow_style:
-                yield from walk(value.value, f"{name}.")
-            elif name != "defaults" and start.line == end.line and start.column < end.column:
-                comment = lines[end.line][end.column :].lstrip().removeprefix("#").strip()
-                for line in lines[end.line + 1 :]:
-                    if not (more := re.fullmatch(r"\s{8,}#\s*(.*)", line)):
-                        break
-                    comment += " " + more[1].strip()
-                yield Key(name, lines[start.line][start.column : end.column], comment)
-
-    return list(walk(_root(text), ""))
+    keys: list[Key] = []
+    parents: list[tuple[int, str]] = []  # indent and name
+    for line in text.splitlines():
+        if keys and (more := re.fullmatch(r"\s{8,}#\s*(.*)", line)):
+            keys[-1] = keys[-1]._replace(comment=f"{keys[-1].comment} {more[1].strip()}".strip())
+        elif found := _LINE.fullmatch(line.rstrip()):
+            indent = len(found[1])
+            parents = [parent for parent in parents if parent[0] < indent]
+            if found[3] is None:
+                parents.append((indent, found[2]))
+            else:
+                name = ".".join([*(parent for _, parent in parents), found[2]])
+                keys.append(Key(name, found[3], (found[4] or "").strip()))
+    return keys

@@ -7,8 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.parser import Parser
 from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table
 from tlcli.errors import TlcliError, UsageError
 from tlcli.text import csv_line, did_you_mean, duration_text, shown_path, strip_control_chars
@@ -34,7 +33,7 @@ Cell = tuple[int, list[tuple[str, str]]]  # the position of an image, and lines 
 def parser() -> Parser:
     """Return the parser of `tlcli data check`."""
     check_parser = Parser(
-        "data check",
+        "data",
         "Check every image of a dataset, with the keys and defaults of `tlcli train`,\n"
         "and print what to do: files that do not decode, exact and near duplicates within\n"
         "and across splits, labels that a probe on the backbone's features finds likely\n"
@@ -46,6 +45,7 @@ def parser() -> Parser:
             "tlcli data check dataset=manifest dataset.file=labels.csv --quick --output found",
         ],
     )
+    check_parser.add_argument("action", choices=("check",))
     check_parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="keys of `tlcli train`")
     check_parser.add_argument(
         "--quick", action="store_true", help="run no network: no near duplicates, no check of labels"
@@ -57,12 +57,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Run `tlcli data`; return the exit code."""
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        argv = ["check", "--help"]
-    if argv[0] != "check":
-        hint = did_you_mean(argv[0], ["check", "--help"]) or " `tlcli data --help` lists its commands."
-        raise UsageError(f"tlcli data has no command {argv[0]!r}.{hint}")
-    arguments = parse_arguments(argv[1:])
+    arguments = parse_arguments(argv or ["--help"])
     spec = _compose(arguments)
     folder, made = _make_folder(spec, arguments.output)
     try:
@@ -77,24 +72,6 @@ def run(argv: list[str]) -> int:
     else:
         _show(summary, folder)
     return 0
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow these on a command line, for completion."""
-    match before:
-        case []:
-            yield from ("check", "--help")
-        case ["check", *_, "--format"]:
-            yield from FORMATS
-        case ["check", *_, "--output"]:
-            return
-        case ["check", *words]:
-            yield from FLAGS
-            groups = ConfFiles([conf_dir(), *extra_folders(words)]).groups
-            for group in ("dataset", "backbone"):
-                yield from (f"{group}={option}" for option in groups[group])
-            yield from ("dataset.root=", "dataset.file=")
-            yield from (f"{group}=" for group in groups)
 
 
 def parse_arguments(argv: Sequence[str]) -> Namespace:

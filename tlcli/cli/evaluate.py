@@ -1,11 +1,11 @@
 """`tlcli eval`: evaluate a finished run on its own test split, or on another dataset."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, make_table
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, labelled, shown_path, strip_control_chars
@@ -41,6 +41,10 @@ def parser() -> Parser:
         "and its keys as in `tlcli train`: another dataset, of which the test split, else the val split, else all of "
         "it is evaluated; device=..., device.KEY=..., cache.KEY=...: where and how to compute",
     )
+    eval_parser.known_words = (
+        *(f"{key}={value}" for key, values in CHOICES.items() for value in values),
+        *(f"{group}=" for group in GROUPS),
+    )
     eval_parser.add_format()
     return eval_parser
 
@@ -70,19 +74,6 @@ def run(argv: list[str]) -> int:
     else:
         _print_table(evaluation)
     return 0
-
-
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield what may follow these words on a command line, for completion."""
-    from tlcli.runs.run_dir import recent_runs
-
-    if before and before[-1] == "--format":
-        yield from FORMATS
-        return
-    if not any("=" not in word and not word.startswith("-") for word in before):
-        yield from recent_runs()
-    yield from (f"{key}={value}" for key, values in CHOICES.items() for value in values)
-    yield from ("dataset=", "dataset.root=", "device=", "--format", "--help")
 
 
 def _sort_words(words: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:

@@ -1,10 +1,8 @@
 """One line for each exception of Hydra, OmegaConf and msgspec: what is wrong, where, and what to write instead."""
 
 import difflib
-import math
 import re
-from enum import Enum, EnumMeta
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
@@ -13,17 +11,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.registry import HOMES
-from tlcli.specs import all_keys, classes_of, leaf_types
+from tlcli.specs import all_keys, choices, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
-EXPECTED = {
-    "int": "is not a whole number",
-    "float": "is not a number",
-    "bool": "is neither true nor false",
-    "str": "is not a text: write it in quotes",
-    "array": "is not a list: write {key}=[{value}]",
-    "object": "does not fit: {key} has keys of its own",
-}  # what is wrong with a value, by the type that msgspec expected
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "array": "a list",
+    "object": "keys of its own",
+}  # msgspec's names of types
 
 
 def error_message(exc: BaseException, files: ConfFiles) -> str | None:
@@ -74,18 +72,19 @@ def unknown_key(key: str, files: ConfFiles) -> str:
     owners = {kind for kind, cls in classes_of(parent).items() if name in cls.__struct_fields__}
     if parent in HOMES and (options := files.options_with(parent, owners)):
         return f" It belongs to {' and '.join(f'{parent}={option}' for option in options)}."
-    everywhere = {known: known.rpartition(".")[2] for known in [*all_keys(), *files.groups]}
-    siblings = [own for known, own in everywhere.items() if known.rpartition(".")[0] == parent]
+    everywhere = list(dict.fromkeys([*all_keys(), *files.groups]))
+    siblings = [known for known in everywhere if known.rpartition(".")[0] == parent]
     if leaf_types(parent) and not siblings:
         return f" {parent} holds a value, not keys of its own."
-    near = [known for known, own in everywhere.items() if own == name]
-    if not near and (names := difflib.get_close_matches(name, siblings, n=1)):
-        near = [f"{parent}.{names[0]}".lstrip(".")]
-    if not near and (names := difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=0.75)):
-        near = [known for known, own in everywhere.items() if own == names[0]][:1]
+    names = [known.removeprefix(f"{parent}.") for known in siblings]
+    near = [known for known in everywhere if known.rpartition(".")[2] == name]
+    if not near and (close := difflib.get_close_matches(name, names, n=1)):
+        near = [siblings[names.index(close[0])]]
+    if not near and (close := difflib.get_close_matches(name, {k.rpartition(".")[2] for k in everywhere}, 1, 0.75)):
+        near = [known for known in everywhere if known.rpartition(".")[2] == close[0]][:1]
     if near:
         return f" Did you mean {' or '.join(map(repr, near))}?"
-    listed = f" The keys of {parent}: {', '.join(siblings)}." if siblings else ""
+    listed = f" The keys of {parent}: {', '.join(names)}." if names else ""
     return listed if parent else " `tlcli train --help` lists the keys."
 
 
@@ -115,32 +114,15 @@ def explain_value(exc: ValidationError, key: str, value: Any, files: ConfFiles) 
         key = f"{key}.{found[1]}"
         return key, f"unknown key {key!r}.{unknown_key(key, files)}"
     if found := re.match(r"Object missing required field `(.+)`", text):
-        choices = f" Choose from {', '.join(classes_of(key))}" if found[1] == "kind" else ""
+        hint = f" Choose from {', '.join(classes_of(key))}" if found[1] == "kind" else ""
         key = f"{key}.{found[1]}"
-        return key, f"{key} has no value yet; give it one: {key}=...{choices}"
+        return key, f"{key} has no value yet; give it one: {key}=...{hint}"
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    shown, types = f"{key}={written}", leaf_types(key)
-    allowed = [str(member.value) for hint, _ in types if isinstance(hint, EnumMeta) for member in list[Enum](hint)]
-    allowed += [choice for hint, _ in types if get_origin(hint) is Literal for choice in get_args(hint)]
-    if text.startswith("Invalid value"):  # of a tag
-        allowed = list(classes_of(key.rpartition(".")[0]))
+    is_tag = text.startswith("Invalid value")
+    allowed = list(classes_of(key.rpartition(".")[0])) if is_tag else choices(key)
     if allowed and not isinstance(value, list | dict):
-        return key, f"{shown} is none of {', '.join(allowed)}.{did_you_mean(written, allowed)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return key, f"{shown} is not a finite number"
-    if re.match(r"Expected `\w+` [<>]", text):
-        limits = [
-            f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}"
-            for _, meta in types
-            if meta
-            for word, limit in (("at least", meta.ge), ("above", meta.gt), ("at most", meta.le), ("below", meta.lt))
-            if limit is not None
-        ]
-        return key, f"{shown} is out of range: give {' and '.join(dict.fromkeys(limits))}"
-    if not (found := re.match(r"Expected `(\w+).*`, got `(\w+)`", text)):  # of a class that checks itself: "range=..."
-        return key, f"{key}.{text}" if isinstance(value, dict) else f"{shown}: {text}".replace("`", "")
-    if found[2] == "object":
-        return key, f"unknown key: {key} holds a value, not keys of its own"
-    if found[2] == "null":
-        return key, f"{shown} is not possible: it needs a value"
-    return key, f"{shown} {EXPECTED.get(found[1], EXPECTED['str']).format(key=key, value=written)}"
+        return key, f"{key}={written} is none of {', '.join(allowed)}.{did_you_mean(written, allowed)}"
+    if not text.startswith("Expected"):  # of a class that checks itself: "range=..."
+        return key, f"{key}.{text}" if isinstance(value, dict) else f"{key}={written}: {text}"
+    expected = re.sub(r"\w+", lambda word: TYPES.get(word[0], word[0]), text.partition(", got `")[0])
+    return key, f"{key}={written}: {expected[0].lower()}{expected[1:]}".replace("`", "").replace(" | ", " or ")

@@ -2,15 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from tlcli.cli.conf_files import ConfFiles, conf_dir, extra_folders
-from tlcli.cli.parser import FORMATS, Parser
+from tlcli.cli.conf_files import files_for
+from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, duration_text, labelled, size_text
@@ -83,21 +83,6 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def candidates(before: Sequence[str]) -> Iterator[str]:
-    """Yield the words that may follow, for completion: the backbones first, then keys of `train`."""
-    from tlcli.runs.run_dir import recent_runs
-
-    if before and before[-1] == "--format":
-        yield from FORMATS
-        return
-    files = ConfFiles([conf_dir()])
-    if not before:
-        yield from (option for option in files.groups["backbone"] if option != "timm")
-        yield from recent_runs()
-    yield from (f"{group}=" for group in files.groups)
-    yield from ("--format", "--help")
-
-
 def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSpec, AugmentSpec]":
     """Return the spec for these words, and the augmentation that freeze=head would have with them."""
     name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
@@ -108,7 +93,7 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     from tlcli.runs.run_dir import RunDir
 
     folder = [f"--config-dir={config_dir}"] if config_dir else []
-    options = ConfFiles([conf_dir(), *extra_folders(folder)]).groups["backbone"]
+    options = files_for(folder).groups["backbone"]
     run = RunDir(Path(name or "").expanduser())
     if name is not None and run.path.is_dir() and (name not in options or run.info_file.is_file()):
         if not run.config_file.is_file():

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from tlcli.cli.parser import Parser
+from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
@@ -57,7 +57,7 @@ def parser() -> Parser:
         metavar="KEY",
         help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}",
     )
-    list_parser.add_argument("--limit", type=_limit, metavar="N", help="list the first N entries")
+    list_parser.add_argument("--limit", type=whole_number, metavar="N", help="list the first N entries")
     list_parser.add_removed("--filter", "use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
     list_parser.add_format(("table", "csv", "json"))
     return list_parser
@@ -81,12 +81,6 @@ def run(argv: list[str]) -> int:
     listed = sort_entries(entries.values(), arguments.sort)[: arguments.limit]
     {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
     return 0
-
-
-def _limit(value: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
-        raise UsageError(f"--limit {value}: must be a whole number from 1")
-    return int(value)
 
 
 def sort_entries(entries: Iterable[Entry], sort: str | None) -> list[Entry]:

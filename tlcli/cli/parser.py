@@ -12,7 +12,14 @@ FORMATS = ("table", "json")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command. An error is a UsageError that names the nearest flag."""
+    """A parser of one command. An error is a UsageError that names the nearest flag.
+
+    Shell completion offers the choices of an argument. If it has none, its metavar names what it offers, or several
+    things with | between them: RUN, SWEEP, FOLDER, BACKBONE, KEY (of the cache), or the words of `tlcli train` for a
+    metavar with an equals sign; of these only `known_words` and their groups, if the command takes no others.
+    """
+
+    known_words: Sequence[str] = ()
 
     def __init__(self, command: str, summary: str, examples: Sequence[str] = ()) -> None:
         lines = "".join(f"  {line}\n" for line in examples)
@@ -44,6 +51,13 @@ class Parser(argparse.ArgumentParser):
             known = choice[3].replace("'", "").split(", ")
             words = f"{choice[1]} {choice[2]}: choose from {', '.join(known)}.{did_you_mean(choice[2], known)}"
         raise UsageError(words)
+
+
+def whole_number(value: str) -> int:
+    """Return the value of an argument that must be a whole number from 1."""
+    if not re.fullmatch(r"0*[1-9][0-9]{,8}", value):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {value!r}")
+    return int(value)
 
 
 class _Removed(argparse.Action):

@@ -4,14 +4,14 @@ import json
 import os
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tlcli.cli import fast_imports
-from tlcli.cli.parser import Parser
+from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import TableColumn, make_table, table_lines
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -54,7 +54,7 @@ def parser() -> Parser:
         help="an image, a folder (all images below it), a pattern in quotes, or - for a list of paths on stdin, "
         "one per line",
     )
-    add("--top", type=_positive, default=5, metavar="K", help="number of most likely classes per image (default: 5)")
+    add("--top", type=whole_number, default=5, metavar="K", help="number of most likely classes per image (default: 5)")
     add(
         "--format",
         choices=("table", "csv", "jsonl"),
@@ -69,7 +69,7 @@ def parser() -> Parser:
         default="auto",
         help="auto (as the run was evaluated), fp32 (exact), or bf16 (fast on hardware that has it)",
     )
-    add("--batch-size", type=_positive, metavar="N", help="images per forward pass")
+    add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     return predict_parser
 
@@ -109,12 +109,6 @@ def run(argv: list[str]) -> int:
         speed = count / (time.perf_counter() - start)
         print(f"{count:,} images, {speed:,.0f} per second ({predictor.description})", file=sys.stderr)
     return 1 if n_errors else 0
-
-
-def _positive(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 0 < int(value) <= 65_536):
-        raise ArgumentTypeError(f"must be a whole number from 1, not {value!r}")
-    return int(value)
 
 
 def _format(arguments: Namespace) -> str:

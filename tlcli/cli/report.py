@@ -23,7 +23,7 @@ def parser() -> Parser:
         "tlcli report outputs/2026-11-24/10-20-00 --output s.html --open",
     ]
     made = Parser("report", SUMMARY, examples)
-    made.add_argument("run", metavar="RUN", help="directory of a run or a sweep")
+    made.add_argument("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
     made.add_argument(
         "-o", "--output", metavar="FILE", help="default: report.html in RUN; only an earlier report is replaced"
     )
