@@ -137,7 +137,7 @@ def test_a_subset_of_the_classes_is_matched_by_name(run: Path, shapes: Path, tmp
     assert found.report["accuracy"] == sum(right) / len(right)
     assert found.report["classes"] == ["across", "checks", "down"]
     assert found.report["per_class"]["across"]["support"] == 0
-    assert found.images.description == "all of it"
+    assert found.description == "all of it"
     rows = read_predictions(found.folder / "predictions.safetensors")
     assert {rows.classes[label] for label in rows.labels.tolist()} == set(wanted)
 
@@ -166,7 +166,7 @@ def test_the_split_of_another_dataset(run: Path, tmp_path: Path, folders, split:
         make_folder(tmp_path / "other" / name, counts)
     words = ("dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
     found = evaluated(run, *words)
-    assert (found.report["n"], found.report["split"], found.images.description) == (3, split, description)
+    assert (found.report["n"], found.report["split"], found.description) == (3, split, description)
     absent = "val" if split == "test" else "test"
     with pytest.raises(UsageError, match=f"split={absent}: imagefolder has no such split"):
         evaluated(run, *words, split=absent)
@@ -196,7 +196,7 @@ def test_a_data_set_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     found = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
     assert found.same is True
-    assert found.images.description == "the run's own test split: the same images in another folder"
+    assert found.description == "the run's own test split: the same images in another folder"
     make_folder(tmp_path / "new", {"across": 3, "down": 4})
     assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
 

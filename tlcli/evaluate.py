@@ -11,19 +11,18 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from msgspec import structs
 
-from tlcli.data.dataset import Dataset, load_evaluation_split
+from tlcli.data.dataset import Dataset, EvaluationSplit, load_evaluation_split
 from tlcli.data.images import Split
 from tlcli.data.sources import ManifestSpec
 from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, calibration_report, evaluate, test_report
+from tlcli.engine.metrics import calibration_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
 from tlcli.models.classifier import Head
-from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
@@ -39,36 +38,20 @@ from tlcli.specs import DatasetSpec, DeviceSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 
-OVERRIDABLE_KEYS = (
-    "on_bad",
-    "verify",
-    "ram_gb",
-    "test_per_class",
-    "classes",
-)  # of the run's own dataset: its splits stay
+OVERRIDABLE_KEYS = ("on_bad", "verify", "ram_gb", "test_per_class", "classes")  # the splits of the run's dataset stay
 COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1")
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationImages:
-    """The images to evaluate, labeled by the run's classes. `is_own`: they are a split of the run's own dataset."""
-
-    spec: DatasetSpec
-    split: Split
-    split_name: str
-    is_own: bool
-    description: str
-    bad_files: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result: `report` is the contents of eval.json in `folder`; `same` says if test.json has the same metrics
-    (None: it is about other images or weights)."""
+    """The result: `report` is the contents of eval.json in `folder`, `description` says which images were evaluated.
+
+    `same` says if test.json has the same metrics; it is None if that is about other images or weights.
+    """
 
     report: Mapping[str, Any]
     folder: Path
-    images: EvaluationImages
+    description: str
     same: bool | None
 
 
@@ -92,7 +75,7 @@ def evaluate_run(
     image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
     spec = structs.replace(spec, image=image)
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
-    images = _find_images(loaded, split_name, spec, trained, session, reporter)
+    dataset, images, description, is_own = _find_images(loaded, split_name, spec, trained, session, reporter)
     classifier = loaded.classifier
     for module in classifier.network.modules():
         if isinstance(module, Head):
@@ -103,27 +86,43 @@ def evaluate_run(
     classifier = replace(classifier, pretrained=frozenset() if spec.backbone.weights == "none" else names)
     network = classifier.network.to(accelerator)
     contract, splits = apply_freeze(spec.freeze, classifier), (images.split,) * 3
-    data = Dataset(spec.dataset.name, classifier.classes, *splits, notes=(), bad_files=(), value_range=own.range)
+    data = Dataset(spec.dataset.name, loaded.classes, *splits, notes=(), bad_files=(), value_range=own.range)
     workload = Workload(data, classifier, contract, spec, accelerator, session)
     tested = _tested_decisions(loaded.info, spec.device, trained.device, accelerator, reporter)
-    decisions = follow(tested, workload, reporter, ["test"])
-    inputs = Inputs(decisions, workload, ["test"])
+    inputs = Inputs(follow(tested, workload, reporter, ["test"]), workload, ["test"])
     inputs.device.place(network)
     loader = inputs.open("test", reporter)
     inputs.device.compile_if_set(inputs.trained_network)
     predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
-    report = _report(predictions, loaded, images)
+
+    run = RunDir(loaded.path)
+    file = run.best_checkpoint if checkpoint == "best" else run.last_checkpoint
+    report = test_report(predictions, loaded.classes)
+    report |= {
+        "confusion": stored_confusion(report["confusion"]),
+        "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
+        "checkpoint": file.relative_to(run.path).as_posix(),
+        "epoch": loaded.epoch,
+        "dataset": {"name": dataset.name, "root": dataset.root, "own": is_own},
+        "split": images.split_name,
+        "n_bad_files": len(images.bad_files),
+    }
+    if isinstance(dataset, ManifestSpec):
+        report["dataset"]["file"] = dataset.file
 
     def write(folder: Path) -> None:
         rows = SplitPredictions.of(images.split, predictions.logits, predictions.labels, loaded.classes)
         write_predictions(folder / "predictions.safetensors", rows)
         write_json(folder / "eval.json", report)
-        config = yaml.safe_dump({"dataset": to_plain(images.spec)}, sort_keys=False, allow_unicode=True)
+        config = yaml.safe_dump({"dataset": to_plain(dataset)}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
 
-    folder = RunDir(loaded.path).add_evaluation(write)
-    same = _has_same_metrics(report, loaded, trained.dataset, images)
-    return Evaluation(report, folder, images, same)
+    is_test = is_own and images.split_name == "test" and checkpoint == "best"
+    same, test, limits = None, run.test(), [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
+    if test and is_test and limits[0] == limits[1]:
+        matrices: list[Any] = [confusion_matrix(test), confusion_matrix(report)]
+        same = np.array_equal(*matrices) and all(test.get(name) == report[name] for name in COMPARED_METRICS)
+    return Evaluation(report, run.add_evaluation(write), description, same)
 
 
 def _tested_decisions(
@@ -150,9 +149,6 @@ def _tested_decisions(
     )
 
 
-# -- the images
-
-
 def _find_images(
     loaded: LoadedRun,
     split_name: str | None,
@@ -160,40 +156,39 @@ def _find_images(
     run_spec: TrainSpec,
     session: Session,
     reporter: Reporter,
-) -> EvaluationImages:
-    """Return the run's own split, or that of another dataset."""
-    wanted, trained, seed = evaluated.dataset, run_spec.dataset, run_spec.seed
+) -> tuple[DatasetSpec, EvaluationSplit, str, bool]:
+    """Return the images, labeled by the run's classes, with a description; and if they are of the run's own dataset."""
+    wanted, trained = evaluated.dataset, run_spec.dataset
     file = RunDir(loaded.path).test_predictions
     tested = list(read_predictions(file).keys) if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
     spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
-        data = session.dataset(spec, seed, reporter)
+        data = session.dataset(spec, run_spec.seed, reporter)
     elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
         location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
         spec, addition = structs.replace(spec, **location), ": the same images in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            moved = session.dataset(spec, seed, reporter)
+            moved = session.dataset(spec, run_spec.seed, reporter)
             data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
-    if data is None:
-        found = load_evaluation_split(wanted, split_name, seed=seed, reporter=reporter, store=session.store)
-        name = found.split_name
-        description = "all of it" if name == "all" else f"its {name} split"
-        if split_name is None and name not in ("test", "all"):
-            description += f", as it has no {'test' if name == 'val' else 'test or val'} split"
-        split = remap_labels(found.split, found.classes, loaded.classes, _name(wanted))
-        return EvaluationImages(wanted, split, name, False, description, found.bad_files)
-    split_name = split_name or "test"
-    split = getattr(data, split_name)
-    new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
-    if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
-        reporter.note(
-            f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
-            "was tested on, and it may have been trained on them"
-        )
-    split = remap_labels(split, data.classes, loaded.classes, _name(spec))
-    description = f"the run's own {split_name} split{addition}"
-    return EvaluationImages(spec, split, split_name, True, description, data.bad_files)
+    if data is not None:
+        split_name = split_name or "test"
+        split: Split = getattr(data, split_name)
+        new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
+        if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
+            reporter.note(
+                f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
+                "was tested on, and it may have been trained on them"
+            )
+        images = EvaluationSplit(spec.name, data.classes, split_name, split, data.bad_files)
+        description = f"the run's own {split_name} split{addition}"
+    else:
+        spec = wanted
+        images = load_evaluation_split(spec, split_name, seed=run_spec.seed, reporter=reporter, store=session.store)
+        description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
+        if split_name is None and images.split_name not in ("test", "all"):
+            description += f", as it has no {'test' if images.split_name == 'val' else 'test or val'} split"
+    return spec, _with_labels_of(loaded.classes, images, spec), description, data is not None
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
@@ -203,55 +198,20 @@ def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     return (spec.kind, *arguments, *(path and Path(path).expanduser().resolve() for path in locations))
 
 
-def _name(spec: DatasetSpec) -> str:
-    return " ".join(filter(None, (spec.name, getattr(spec, "file", None) or spec.root)))
-
-
-def remap_labels(split: Split, names: Sequence[str], run_classes: Sequence[str], where: str) -> Split:
-    """Return the split with labels that index the run's classes, matched by name.
+def _with_labels_of(run_classes: Sequence[str], images: EvaluationSplit, spec: DatasetSpec) -> EvaluationSplit:
+    """Return the images with labels that index the run's classes, matched by name.
 
     Raises UsageError for classes that the run does not have.
     """
-    unknown = [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]
-    if unknown:
+    split, names = images.split, images.classes
+    if unknown := [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]:
         similar = {name.casefold(): f" (did you mean {name!r}?)" for name in run_classes}
         shown = [repr(name) + similar.get(name.casefold(), "") for name in unknown]
         raise UsageError(
-            f"{where}: has classes that the run does not have: {join_limited(shown, 10)}. The run's classes: "
-            f"{join_limited(run_classes, 10)}; dataset.classes=[...] selects the classes to evaluate"
+            f"{spec.name} {getattr(spec, 'file', None) or spec.root or ''}: has classes that the run does not have: "
+            f"{join_limited(shown, 10)}. The run's classes: {join_limited(run_classes, 10)}; dataset.classes=[...] "
+            "selects the classes to evaluate"
         )
     label_of = [run_classes.index(name) if name in run_classes else -1 for name in names]
-    return Split(split.images, split.indices, np.array(label_of, dtype=np.int64)[split.labels])
-
-
-# -- the result
-
-
-def _report(predictions: Predictions, loaded: LoadedRun, images: EvaluationImages) -> dict[str, Any]:
-    """Return the contents of eval.json: those of test.json, and what was evaluated."""
-    run, spec = RunDir(loaded.path), images.spec
-    file = run.best_checkpoint if loaded.checkpoint == "best" else run.last_checkpoint
-    dataset = {"name": spec.name, "root": spec.root, "own": images.is_own}
-    return {
-        **(report := test_report(predictions, loaded.classes)),
-        "confusion": stored_confusion(report["confusion"]),
-        "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
-        "checkpoint": file.relative_to(loaded.path).as_posix(),
-        "epoch": read_tensors(file)[1].get("epoch"),
-        "dataset": {**dataset, "file": spec.file} if isinstance(spec, ManifestSpec) else dataset,
-        "split": images.split_name,
-        "n_bad_files": len(images.bad_files),
-    }
-
-
-def _has_same_metrics(
-    report: Mapping[str, Any], loaded: LoadedRun, own: DatasetSpec, images: EvaluationImages
-) -> bool | None:
-    """Return True if test.json has these metrics; None if it is about other images or weights."""
-    test, spec = RunDir(loaded.path).test(), images.spec
-    is_test = images.is_own and images.split_name == "test" and loaded.checkpoint == "best"
-    if not test or not is_test or (spec.test_per_class, spec.classes) != (own.test_per_class, own.classes):
-        return None
-    tested, found = confusion_matrix(test), confusion_matrix(report)
-    is_same = tested is not None and found is not None and np.array_equal(tested, found)
-    return is_same and all(test.get(name) == report[name] for name in COMPARED_METRICS)
+    labels = np.array(label_of, dtype=np.int64)[split.labels]
+    return replace(images, classes=tuple(run_classes), split=Split(split.images, split.indices, labels))

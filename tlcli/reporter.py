@@ -59,8 +59,8 @@ class Reporter:
         """Take a line worth reading: a choice and its reason, or a warning."""
 
     @contextmanager
-    def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        """Yield a function that is called with each number of units done, of `total`."""
+    def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
+        """Yield a function that is called with each number of units done, of `total` if it is known."""
         yield lambda done: None
 
     def plan(self, plan: RunPlan) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from tests.cli.conftest import Ended
 from tests.runs.test_compare import make_run
-from tlcli.cli import evaluate
 from tlcli.cli.completion import candidates
+from tlcli.evaluate import Evaluation
 
 Tlcli = Callable[..., Ended]
 
@@ -42,8 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def evaluate_run(*asked: Any) -> Any:
         seen.append(asked)
-        images = types.SimpleNamespace(description="the run's own test split", bad_files=())
-        return types.SimpleNamespace(report=report, folder=asked[0] / "eval-1", images=images, same=True)
+        return Evaluation(report, asked[0] / "eval-1", "the run's own test split", True)
 
     module.evaluate_run = evaluate_run
     monkeypatch.setitem(sys.modules, "tlcli.evaluate", module)
@@ -75,14 +74,6 @@ def test_json_is_the_report_and_nothing_else(tlcli: Tlcli, run: Path, asked: lis
     assert (found["accuracy"], found["folder"]) == (0.5, str(run / "eval-1"))
 
 
-def test_many_classes_have_no_rows() -> None:
-    own = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
-    for n, rows in ((20, 20), (21, 0)):
-        names = [str(i) for i in range(n)]
-        report = {"per_class": dict.fromkeys(names, own), "classes": names, "confusion": [[1] * n] * n}
-        assert len(evaluate.class_rows(report)) == rows
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,8 +85,8 @@ def test_many_classes_have_no_rows() -> None:
         (("a", "--formt", "json"), "Did you mean '--format'?"),
         (("a", "freeze=head"), "cannot be changed after training"),
         (("a", "datset=digits"), "Did you mean 'dataset'?"),
-        (("a", "dataset.val_fraction=0.5"), "is split already"),
-        (("a", "seed=1"), "cannot be changed after training"),
+        (("a", "dataset.val_fraction=0.5"), "dataset.val_fraction=0.5: cannot be changed after training"),
+        (("a", "dataset.range=auto"), "cannot be changed after training"),
     ],
 )
 def test_words_that_make_no_sense(words: tuple[str, ...], message: str, tlcli: Tlcli) -> None:

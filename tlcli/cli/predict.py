@@ -4,9 +4,9 @@ import json
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,7 +14,6 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import TableColumn, make_table, table_lines
 from tlcli.errors import UsageError
-from tlcli.reporter import Reporter
 from tlcli.text import csv_line
 
 if TYPE_CHECKING:
@@ -79,11 +78,15 @@ def run(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
     if arguments.paths.count(STDIN) > 1:
         raise UsageError("stdin (-) is named twice")
+    # a table on a terminal, but JSON lines for a stream
+    is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
+    form = arguments.format or ("table" if is_table else "jsonl")
     with _output(arguments.output) as file:
         with fast_imports():
             from tlcli.device import find_accelerator, keep_freed_memory
             from tlcli.predict import Predictor
             from tlcli.runs.load import load_run
+        from tlcli.reporter import Reporter
         from tlcli.specs import Accelerator, Precision
         from tlcli.store import Store, cache_dir
 
@@ -95,10 +98,14 @@ def run(argv: list[str]) -> int:
         store = Store(cache_dir())
         predictor = Predictor(loaded, accelerator, store, precision=precision, batch_size=arguments.batch_size)
         total, top = _count(arguments.paths), min(arguments.top, len(loaded.classes))
-        is_shown = sys.stderr.isatty() and (_format(arguments) == "table" or not file.isatty())
+        reporter = Reporter()
+        if sys.stderr.isatty() and (form == "table" or not file.isatty()):
+            from tlcli.cli.view import TerminalReporter
+
+            reporter = TerminalReporter(on_stderr=True)
         count = n_errors = 0
         start = time.perf_counter()
-        with _progress(total, is_shown) as (reporter, advance), _writer(_format(arguments), file, top) as write:
+        with _writer(form, file, top) as write, reporter.track("predicting", total) as advance:
             for prediction in predictor.predict(_images(arguments.paths), top=top, total=total, reporter=reporter):
                 write(prediction)
                 count, n_errors = count + 1, n_errors + (prediction.error is not None)
@@ -109,15 +116,6 @@ def run(argv: list[str]) -> int:
         speed = count / (time.perf_counter() - start)
         print(f"{count:,} images, {speed:,.0f} per second ({predictor.description})", file=sys.stderr)
     return 1 if n_errors else 0
-
-
-def _format(arguments: Namespace) -> str:
-    """Return the requested format; the default is a table on a terminal, but JSON lines for a stream."""
-    is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
-    return arguments.format or ("table" if is_table else "jsonl")
-
-
-# -- input
 
 
 def _images(paths: Sequence[str]) -> Iterator["Named"]:
@@ -136,15 +134,9 @@ def _count(paths: Sequence[str]) -> int | None:
     """Return the number of images; None for stdin, and if counting takes long."""
     if STDIN in paths:
         return None
-    start, count = time.monotonic(), 0
-    for _ in _images(paths):
-        count += 1
-        if time.monotonic() - start > MAX_COUNT_SECONDS:
-            return None
-    return count
-
-
-# -- output
+    deadline = time.monotonic() + MAX_COUNT_SECONDS
+    count = sum(1 for _ in takewhile(lambda _: time.monotonic() < deadline, _images(paths)))
+    return count if time.monotonic() < deadline else None
 
 
 @contextmanager
@@ -155,10 +147,9 @@ def _output(path: str | None) -> Iterator[TextIO]:
         return
     try:
         file = Path(path).open("x", encoding="utf-8", newline="", errors="surrogateescape")  # noqa: SIM115
-    except FileExistsError:
-        raise UsageError(f"--output={path}: already exists; choose another file") from None
     except OSError as error:
-        raise UsageError(f"--output={path}: cannot be written ({error.strerror})") from error
+        reason = "already exists" if isinstance(error, FileExistsError) else f"cannot be written ({error.strerror})"
+        raise UsageError(f"--output={path}: {reason}; choose another file") from error
     try:
         with file:
             yield file
@@ -169,7 +160,10 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 @contextmanager
 def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction"], None]]:
-    """Yield a function that writes the row of a prediction, at once for CSV and JSON lines."""
+    """Yield a function that writes the row of a prediction: at once, but for a table, whose columns need all rows.
+
+    After an error or Ctrl-C the table has the rows so far.
+    """
     rows: list[list[object]] = []
 
     def json_row(prediction: "Prediction") -> None:  # in ASCII: bytes of a path that are not UTF-8 are escaped
@@ -199,38 +193,13 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
             file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
         file.write(csv_line(["path", "prediction", "probability", *more, "error"]))
-    yield {"jsonl": json_row, "csv": csv_row, "table": table_row}[form]
-    if form != "table":
-        return
-    if file.isatty():
-        from rich.console import Console
+    try:
+        yield {"jsonl": json_row, "csv": csv_row, "table": table_row}[form]
+    finally:
+        if rows and file.isatty():
+            from rich.console import Console
 
-        console = Console(file=file, color_system=None)
-        console.print(make_table(COLUMNS, rows, console.width))
-    else:
-        file.writelines(f"{line}\n" for line in table_lines(COLUMNS, rows))
-
-
-@contextmanager
-def _progress(total: int | None, is_shown: bool) -> Iterator[tuple[Reporter, Callable[[int], None]]]:
-    """Yield a reporter, and a function that counts images; both write to stderr if `is_shown`."""
-    if not is_shown:
-        yield Reporter(), lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from tlcli.cli.view import RateColumn
-
-    class NotesReporter(Reporter):
-        def note(self, text: str) -> None:
-            console.print(f"note       {text}", soft_wrap=True)
-
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    columns = [TextColumn("predicting"), BarColumn(bar_width=16), MofNCompleteColumn(), RateColumn()]
-    columns.append(TimeRemainingColumn(compact=True))
-    with Progress(
-        *columns, console=console, transient=True, refresh_per_second=4, redirect_stdout=False
-    ) as bars:  # the rows go to another stream
-        task = bars.add_task("", total=total, unit="images")
-        yield NotesReporter(), lambda done: bars.advance(task, done)
+            console = Console(file=file, color_system=None)
+            console.print(make_table(COLUMNS, rows, console.width))
+        elif rows:
+            file.writelines(f"{line}\n" for line in table_lines(COLUMNS, rows))

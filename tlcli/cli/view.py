@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -27,38 +27,41 @@ MAX_CLASS_ROWS = 12  # with more classes, the plan shows the range of their coun
 LOG_WIDTH = 100
 
 # title, width, priority (columns with a higher one go first if the terminal is narrow; 0 stays), text
-EpochColumn = tuple[str, int, int, Callable[[EpochRow], str]]
-EPOCH_COLUMNS: tuple[EpochColumn, ...] = (
+EPOCH_COLUMNS: tuple[tuple[str, int, int, Callable[[EpochRow], str]], ...] = (
     ("epoch", 6, 0, lambda row: f"{row.epoch}/{row.epochs}"),
     ("train loss", 10, 3, lambda row: _number(row.train_loss)),
     ("train acc", 9, 4, lambda row: _number(row.train_accuracy)),
     ("val loss", 8, 2, lambda row: _number(row.val_loss)),
     ("val acc", 7, 0, lambda row: _number(row.val_accuracy)),
     ("val f1", 6, 5, lambda row: _number(row.val_macro_f1)),
-    ("rate", 8, 7, lambda row: _number(row.lr, ".2g")),
-    (
-        "img/s",
-        6,
-        6,
-        lambda row: _number(row.images_per_second, ",.0f" if (row.images_per_second or 0) >= 10 else ".1f"),
-    ),
+    ("lr", 8, 7, lambda row: _number(row.lr, ".2g")),
+    ("img/s", 6, 6, lambda row: _number(row.images_per_second, ".1f" if (row.images_per_second or 0) < 10 else ",.0f")),
     ("time", 6, 1, lambda row: duration_text(row.seconds)),
     ("", 4, 0, lambda row: "best" if row.best else ""),
 )
 
 
 class Screen(Console):
-    """The console on stdout. Strings are shown as they are: a class may be called `[red]` or `:fire:`."""
+    """The console on stdout, or on stderr. Strings are shown as they are: a class may be called `[red]` or `:fire:`."""
 
-    def __init__(self, width: int | None = None) -> None:
-        terminal = sys.stdout.isatty()
-        super().__init__(width=width, force_terminal=terminal, markup=False, emoji=False, highlight=False)
+    def __init__(self, width: int | None = None, *, on_stderr: bool = False) -> None:
+        terminal = (sys.stderr if on_stderr else sys.stdout).isatty()
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(width=width, stderr=on_stderr, force_terminal=terminal, **plain)
         self.live_bars = terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
         """Stop writing to stdout, whose reader has gone. The run continues: run.log has everything."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class DoneColumn(ProgressColumn):
+    """Percent, or the number of units if the total is unknown."""
+
+    def render(self, task: Task) -> Text:
+        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:3.0f}%"
+        return Text(done, style="progress.percentage")
 
 
 class RateColumn(ProgressColumn):
@@ -74,14 +77,26 @@ class TerminalReporter(Reporter):
     Args:
         backbone: the words of a command line that choose the backbone of this run again.
         width: columns; the terminal's if None.
+        on_stderr: show it on stderr instead.
     """
 
-    def __init__(self, backbone: str = "backbone=...", width: int | None = None) -> None:
+    def __init__(self, backbone: str = "backbone=...", width: int | None = None, *, on_stderr: bool = False) -> None:
         self._backbone = backbone
-        self._screen = Screen(width)
+        self._screen = Screen(width, on_stderr=on_stderr)
         # lines in a file are not wrapped, so that paths stay whole
         self._wrap = self._screen.width if self._screen.is_terminal else None
-        self._bars: Progress | None = None
+        is_narrow = self._screen.width < 60
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=6 if is_narrow else 20),
+            DoneColumn(),
+            *([] if is_narrow else [RateColumn()]),
+            TimeRemainingColumn(compact=True),
+            console=self._screen,
+            transient=True,
+            refresh_per_second=4,  # drawing must not take time from two busy cores
+            disable=not self._screen.live_bars,
+        )
         self._header_shown = False
 
     def heading(self, text: str) -> None:
@@ -94,40 +109,24 @@ class TerminalReporter(Reporter):
         self._say_labelled(("note", text))
 
     @contextmanager
-    def track(self, label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
         """Show a bar on a terminal; elsewhere a line at the end of work that took long."""
         start, done = time.perf_counter(), 0
-        bars, outermost = self._bars, self._bars is None
-        if bars is None and self._screen.live_bars:
-            narrow = self._screen.width < 60
-            self._bars = bars = Progress(
-                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-                BarColumn(bar_width=6 if narrow else 20),
-                TaskProgressColumn(),
-                *([] if narrow else [RateColumn()]),
-                TimeRemainingColumn(compact=True),
-                console=self._screen,
-                transient=True,
-                refresh_per_second=4,  # drawing must not take time from two busy cores
-            )
-        task = bars.add_task(label, total=total, unit=unit) if bars else None
+        if not self._bars.task_ids:
+            self._bars.start()
+        task = self._bars.add_task(label, total=total, unit=unit)
 
         def count(more: int) -> None:
             nonlocal done
             done += more
-            if bars and task is not None:
-                bars.advance(task, more)
+            self._bars.advance(task, more)
 
         try:
-            if bars and outermost:
-                bars.start()
             yield count
         finally:
-            if bars and task is not None:
-                bars.remove_task(task)
-            if bars and outermost:
-                bars.stop()
-                self._bars = None
+            self._bars.remove_task(task)
+            if not self._bars.task_ids:
+                self._bars.stop()
         seconds = time.perf_counter() - start
         line = f"{label}: {done:,} {unit} in {duration_text(seconds)}"
         if seconds >= MIN_SHOWN_SECONDS and not self._screen.live_bars:
@@ -153,13 +152,13 @@ class TerminalReporter(Reporter):
             ranges = [f"{split} {a:,}" if a == b else f"{split} {a:,} to {b:,}" for split, (a, b) in bounds.items()]
             self._say_labelled(("per class", "; ".join(ranges)))
         else:
+            numbers = [[f"{n:,}" for n in counts] for counts in plan.counts.values()]
             columns = [TableColumn("class", left=True), *map(TableColumn, plan.counts)]
-            rows = zip(plan.classes, *([f"{n:,}" for n in counts] for counts in plan.counts.values()), strict=True)
-            self._say(make_table(columns, rows))
+            self._say(make_table(columns, zip(plan.classes, *numbers, strict=True)))
         self._say("")
         stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _number(s.lr, ".2g")) for s in plan.stages]
         total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
-        columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "rate"))]
+        columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "lr"))]
         self._say(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
         self._say("")
 
@@ -176,23 +175,20 @@ class TerminalReporter(Reporter):
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         low, high = result["accuracy_ci95"]
-        confused = ", ".join(f"{true} taken for {predicted} ({n})" for true, predicted, n in result["confused"])
-        rows = [
-            ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
-            ("confused", confused),
-            ("chosen", f"epoch {result['epoch']}, validation accuracy {result['val_accuracy']:.4f}"),
-            ("took", duration_text(result["seconds"])),
-            ("checkpoint", shown_path(run / result["checkpoint"])),
-        ]
         self._say("")
         test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
         self._say_labelled(("test", test), style="bold")
-        self._say_labelled(*((label, text) for label, text in rows if text))
+        self._say_labelled(
+            ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
+            ("confused", ", ".join(f"{true} taken for {wrong} ({n})" for true, wrong, n in result["confused"])),
+            ("chosen", f"epoch {result['epoch']}, validation accuracy {result['val_accuracy']:.4f}"),
+            ("took", duration_text(result["seconds"])),
+            ("checkpoint", shown_path(run / result["checkpoint"])),
+        )
         weights = f"backbone.weights={shlex.quote(shown_path(run))}"
         words = ["tlcli train", *self._backbone.split(), weights, "dataset=..."]
-        command = " ".join(words)
-        if self._wrap is not None and len(command) + 2 > self._wrap:
-            command = " \\\n    ".join(words)  # a shell reads both alike
+        is_long = self._wrap is not None and len(" ".join(words)) + 2 > self._wrap
+        command = (" \\\n    " if is_long else " ").join(words)  # a shell reads both alike
         self._say(f"\nTo transfer from this run:\n  {command}")
 
     def leaderboard(self, folder: Path, board: Mapping[str, Any]) -> None:
@@ -216,9 +212,8 @@ class TerminalReporter(Reporter):
         self._say_labelled(("sweep", shown_path(folder)))
 
     def _say_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
-        for label, value in rows:
-            for line in labelled(label, value, self._wrap):
-                self._say(Text(line, style=style))
+        for line in (line for label, value in rows if value for line in labelled(label, value, self._wrap)):
+            self._say(Text(line, style=style))
 
     def _say(self, content: RenderableType) -> None:
         """Print a line or a table, and log its lines without colors."""

@@ -39,6 +39,7 @@ class LoadedRun:
     path: Path
     info: Mapping[str, Any]
     checkpoint: str
+    epoch: int | None
     classifier: Classifier
     preprocessing: Preprocessing
     temperature: float
@@ -127,7 +128,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     network.eval().requires_grad_(False)
     architecture = replace(architecture, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
     classifier = Classifier(spec.name, architecture, classes, pretrained=frozenset(state), head_loaded=True)
-    return LoadedRun(run.path, run.info, checkpoint, classifier, preprocessing, _temperature(run, metadata))
+    temperature, epoch = _temperature(run, metadata), metadata.get("epoch")
+    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature)
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:
