@@ -21,26 +21,25 @@ from typing import Any
 
 from tests.conftest import make_folder
 from tests.faults.runs_alike import differences, unreadable
-from tlcli.cli import quiet_libraries
+from tlcli.cli import main, quiet_libraries
 from tlcli.runs.run_dir import RunDir, read_json
 
 COMMON = ("image.size=32", "batch_size=8", "device.precision=fp32", "device.channels_last=true", "dataset=imagefolder")
-JOBS = {
+JOBS = {  # many short epochs on a cold cache; a state after each step
     "cached": ("freeze=head", "epochs=30", "optimizer=sgd", "optimizer.lr=0.1", "cache.mode=require"),
     "live": ("freeze=last_stages", "epochs=2", "cache.mode=off", "checkpoint.every_minutes=1e-9", "log_every=1"),
 }
-"""A run whose frozen part fills a cold cache, with many short epochs; and one that writes its state after each step."""
 
 
-def main(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
+def end_runs(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     found: dict[str, Any] = {key: Counter() for key in ("stages", "codes", "statuses")}
     found |= {key: [] for key in ("unreadable", "differences", "leftovers")}
     found |= dict.fromkeys(("went_on", "not_begun", "exactly"), 0)
     with tempfile.TemporaryDirectory() as name:
-        images = make_images(Path(name))
+        root = make_images(Path(name))
         for job_name, words in JOBS.items():
-            job = Job(Path(name) / job_name, (*COMMON, *words, f"dataset.root='{images}'"))
+            job = Job(Path(name) / job_name, (*COMMON, *words, root))
             for i in range(times // 2):
                 for key, value in job.ended(number, draw.uniform(-0.1, 1.0), i).items():
                     if isinstance(found[key], Counter):
@@ -50,21 +49,22 @@ def main(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
     return {"signal": number.name, "times": 2 * (times // 2), **found}
 
 
-def make_images(folder: Path) -> Path:
+def make_images(folder: Path) -> str:
+    """Make a folder of images and return the override that names it."""
     for split, n in (("train", 20), ("test", 8)):
         make_folder(folder / "images" / split, {"across": n, "checks": n, "down": n}, seed=n)
-    return folder / "images"
+    return f"dataset.root='{folder / 'images'}'"
 
 
 class Job:
-    """A command line, its undisturbed run, and how long that takes from the moment that it has a run.json."""
+    """A command line, its undisturbed run, and the seconds that this takes before and after its run.json is there."""
 
     def __init__(self, folder: Path, words: Sequence[str]) -> None:
         self.folder, self.words, self.whole = folder, words, folder / "whole"
         process = Forked(self._argv(self.whole), self.folder / "cache-whole")
         self.seconds_before = process.until_begun(self.whole)
         start = time.perf_counter()
-        assert process.wait() == 0, (self.folder / "cache-whole.log").read_text()
+        assert process.wait() == 0, process.log.read_text()
         self.seconds = time.perf_counter() - start
 
     def _argv(self, out: Path) -> list[str]:
@@ -77,7 +77,7 @@ class Job:
         if instant >= 0:
             process.until_begun(out)
         process.has_ended(instant * self.seconds if instant >= 0 else -10 * instant * self.seconds_before)
-        process.send(number)
+        signal.pidfd_send_signal(process.handle, number)
         code, stage, begun = str(process.wait()), stage_of(RunDir(out)), RunDir(out).info_file.exists()
         damage = [f"{stage}: {what}" for what in apart(unreadable, out)]
         status = read_json(RunDir(out).info_file)["status"] if begun else "none"
@@ -96,7 +96,7 @@ class Job:
 
 
 class Forked:
-    """tlcli in a forked process, with a cache of its own; what it prints goes to a file beside that."""
+    """tlcli in a forked process with its own cache; its output goes to a file beside that."""
 
     def __init__(self, argv: Sequence[str], cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -104,47 +104,42 @@ class Forked:
         self._start = time.perf_counter()
         self._pid = os.fork()
         if self._pid == 0:
-            self._run(argv, cache)
-        self._handle = os.pidfd_open(self._pid)
+            try:
+                self._run(argv, cache)
+            finally:
+                os._exit(1)
+        self.handle = os.pidfd_open(self._pid)
 
     def _run(self, argv: Sequence[str], cache: Path) -> None:
-        code = 1
-        try:
-            os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-            with self.log.open("wb") as log:
-                for stream in (1, 2):
-                    os.dup2(log.fileno(), stream)
-            os.environ["TLCLI_CACHE"] = str(cache)
-            from tlcli.cli import main as tlcli
-            from tlcli.runs import checkpointing
-            from tlcli.runs.recorder import Recorder
+        from tlcli.runs import checkpointing
+        from tlcli.runs.recorder import Recorder
 
-            Recorder._plot = lambda *args: None  # type: ignore[method-assign,assignment]
-            checkpointing.MAX_TIME_SHARE = 1e9
-            code = tlcli(list(argv))
-            sys.stdout.flush()
-        finally:
-            os._exit(code)
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        with self.log.open("wb") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        os.environ["TLCLI_CACHE"] = str(cache)
+        Recorder._plot = lambda *args: None  # type: ignore[method-assign,assignment]
+        checkpointing.MAX_TIME_SHARE = 1e9
+        code = main(argv)
+        sys.stdout.flush()
+        os._exit(code)
 
     def until_begun(self, out: Path) -> float:
-        """Wait until the run has a run.json; seconds since the process began."""
+        """Wait until the run has a run.json; return the seconds since the process began."""
         while not RunDir(out).info_file.exists() and not self.has_ended(0.001):
             pass
         return time.perf_counter() - self._start
 
     def has_ended(self, seconds: float | None) -> bool:
-        return bool(select.select([self._handle], [], [], seconds)[0])
+        return bool(select.select([self.handle], [], [], seconds)[0])
 
     def wait(self) -> int:
         """Wait for the process and return its exit code, or minus the signal."""
-        self.has_ended(None)
         _, status = os.waitpid(self._pid, 0)
-        os.close(self._handle)
+        os.close(self.handle)
         return os.waitstatus_to_exitcode(status)
-
-    def send(self, number: signal.Signals) -> None:
-        signal.pidfd_send_signal(self._handle, number)
 
 
 def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
@@ -165,7 +160,6 @@ def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
 
 
 def stage_of(run: RunDir) -> str:
-    """How far a run had come when it ended."""
     if not run.info_file.exists():
         return "before run.json"
     if run.test_file.exists():
@@ -189,4 +183,4 @@ if __name__ == "__main__":
     command.add_argument("--seed", type=int, default=0)
     given = command.parse_args()
     import_torch()
-    sys.stdout.write(json.dumps(main(signal.Signals[f"SIG{given.signal}"], given.times, given.seed), indent=1))
+    sys.stdout.write(json.dumps(end_runs(signal.Signals[f"SIG{given.signal}"], given.times, given.seed), indent=1))

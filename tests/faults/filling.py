@@ -1,11 +1,12 @@
-"""Processes that fill, read and die at one cache: `python -m tests.faults.filling ROLE ROOT NUMBER...` prints JSON.
+"""Processes that fill, read and die at one cache: `python -m tests.faults.filling ROLE FOLDER ...` prints JSON.
 
-No torch is imported, so that a process forks at once and without threads.
+Only `runs` imports torch, so that a process forks at once and without threads.
 """
 
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tlcli.cli import main, quiet_libraries
 from tlcli.store import CacheEntry, Column, Store, Writer
 
 COLUMNS = (Column("float32", (64, 16)), Column("bfloat16", (5,)))
 ROWS, BATCH = 48, 4
 KEY = "0123456789abcdef"
+TIMEOUT = 300  # seconds for a member that fails, so that nobody waits for it forever
+fork = multiprocessing.get_context("fork")
 
 
 @functools.cache
@@ -27,7 +31,7 @@ def content(key: str, column: int) -> bytes:
 
 
 def wrong_rows(entry: CacheEntry) -> int:
-    """How many rows, of all columns, are not what they should be. FileNotFoundError where a file is gone."""
+    """Count the rows, over all columns, that differ from what was filled in."""
     wrong = 0
     for number, column in enumerate(entry.columns):
         found, wanted, size = entry.file(number).read_bytes(), content(entry.key, number), column.nbytes
@@ -36,7 +40,7 @@ def wrong_rows(entry: CacheEntry) -> int:
 
 
 def fill(store: Store, key: str) -> CacheEntry:
-    """Write an entry in batches; to be called within `store.filling`."""
+    """Write an entry in batches; to be called with the entry locked."""
     with store.create(key, ROWS, COLUMNS, {"dataset": "shapes"}) as writer:
         for row in range(0, ROWS, BATCH):
             parts = [(row * column.nbytes, (row + BATCH) * column.nbytes) for column in COLUMNS]
@@ -53,54 +57,27 @@ def entry_of(store: Store, key: str) -> tuple[CacheEntry, bool]:
         return (found, False) if found is not None else (fill(store, key), True)
 
 
-def forked(work: Callable[[], int | None]) -> int:
-    """Fork a process that calls a function and exits with its result; return its id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(work() or 0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-            sys.stderr.flush()
-            os._exit(1)
-    return pid
-
-
-def together(work: Callable[[int, Callable[[], None]], Any], n: int) -> list[Any]:
-    """Return the results of n processes. Each gets its number, and a barrier that waits for all of them."""
-    (gate, open_gate), (ready, at_gate), (results, result) = os.pipe(), os.pipe(), os.pipe()
-
-    def wait() -> None:
-        os.write(at_gate, b".")
-        os.read(gate, 1)  # the end of the stream: the last who could write has closed it
-
-    def member(number: int) -> None:
-        os.close(open_gate)
-        os.write(result, json.dumps(work(number, wait)).encode() + b"\n")  # in one piece: it is short
-
-    pids = [forked(functools.partial(member, number)) for number in range(n)]
-    for _ in range(n):
-        os.read(ready, 1)
-    for end in (open_gate, result):
-        os.close(end)
-    with os.fdopen(results) as lines:
-        found = [json.loads(line) for line in lines]
-    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert ended == [0] * n, ended
-    for end in (gate, ready, at_gate):
-        os.close(end)
+def together(work: Callable[[int, Callable[[], Any]], Any], n: int) -> list[Any]:
+    """Return the results of n processes. Each gets its number, and a function that waits for all of them."""
+    gate, results = fork.Barrier(n, timeout=TIMEOUT), fork.Queue()
+    members = [fork.Process(target=lambda number=number: results.put(work(number, gate.wait))) for number in range(n)]
+    for member in members:
+        member.start()
+    found = [results.get(timeout=TIMEOUT) for _ in members]
+    for member in members:
+        member.join()
     return found
 
 
-def cold(root: Path, processes: int, rounds: int) -> list[Any]:
-    """Per round, who filled an entry that many processes want, and how many wrong rows each one read."""
+def cold(root: Path, processes: str, rounds: str) -> list[Any]:
+    """Return per round who filled an entry that many processes want, and how many wrong rows each one read."""
 
-    def member(key: str, number: int, wait: Callable[[], None]) -> dict[str, Any]:
+    def member(key: str, number: int, wait: Callable[[], Any]) -> dict[str, Any]:
         wait()
         entry, filled = entry_of(Store(root), key)
         return {"filled": filled, "wrong": wrong_rows(entry)}
 
-    return [together(functools.partial(member, f"{number:04x}"), processes) for number in range(rounds)]
+    return [together(functools.partial(member, f"{number:04x}"), int(processes)) for number in range(int(rounds))]
 
 
 def killed(root: Path) -> list[Any]:
@@ -120,28 +97,51 @@ def killed(root: Path) -> list[Any]:
     found = []
     for batches in range(ROWS // BATCH):
         store, waited = Store(root / str(batches)), []
-        status = os.waitpid(forked(functools.partial(dies, store, batches)), 0)[1]
+        writer = fork.Process(target=dies, args=(store, batches))
+        writer.start()
+        writer.join()
         before = store.find(KEY)
         with store.lock_for_write(KEY, lambda waited=waited: waited.append(KEY)):
             wrong = wrong_rows(fill(store, KEY))
         left = [path.name for path in store.activations.iterdir() if path.name.startswith(".")]
-        found.append([os.waitstatus_to_exitcode(status), before is None, wrong, waited, left])
+        found.append([writer.exitcode, before is None, wrong, waited, left])
     return found
 
 
-def folders(root: Path, n: int) -> list[Any]:
+def folders(root: Path, n: str) -> list[Any]:
     """Return the directories of n runs that ask for the same one at once; its parents are missing."""
     from tlcli.cli.train import make_folder
 
-    def member(number: int, wait: Callable[[], None]) -> str:
+    def member(number: int, wait: Callable[[], Any]) -> str:
         wait()
         return make_folder(root / "2026-11-24" / "10-15-00")[0].name
 
-    return together(member, n)
+    return together(member, int(n))
 
 
-ROLES: dict[str, Callable[..., list[Any]]] = {role.__name__: role for role in (cold, killed, folders)}
+def runs(folder: Path, n: str, *words: str) -> list[Any]:
+    """Return the exit codes of n runs that first read the cache at the same moment; they print to FOLDER/N.log."""
+    import tlcli.train  # noqa: F401 - once, for all processes
+    from tlcli.engine.activations import SplitActivations
+
+    entry = SplitActivations.entry
+
+    def member(number: int, wait: Callable[[], Any]) -> int:
+        def when_all_are_here(self: SplitActivations, *args: Any) -> Any:
+            wait()
+            SplitActivations.entry = entry  # type: ignore[method-assign]
+            return entry(self, *args)
+
+        SplitActivations.entry = when_all_are_here  # type: ignore[method-assign]
+        with (folder / f"{number}.log").open("wb") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        return main(["train", f"hydra.run.dir='{folder / str(number)}'", *words])
+
+    return together(member, int(n))
+
 
 if __name__ == "__main__":
-    role, folder, *numbers = sys.argv[1:]
-    sys.stdout.write(json.dumps(ROLES[role](Path(folder), *map(int, numbers))))
+    quiet_libraries()
+    role, place, *rest = sys.argv[1:]
+    sys.stdout.write(json.dumps({one.__name__: one for one in (cold, killed, folders, runs)}[role](Path(place), *rest)))

@@ -16,22 +16,22 @@ from tests.faults.runs_alike import differences, unreadable
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.run_dir import RunDir
 
-SIZE_MB = 64
-"""Of the file system: a run of Lite0 leaves 28 MB of weights."""
+SIZE_MB = 64  # of the file system: a run of Lite0 leaves 28 MB of weights
 
 
-def main(levels: int) -> list[dict[str, Any]]:
+def main(levels: int) -> None:
     """Leave so many different amounts of room, from none to almost what a run takes."""
     with tempfile.TemporaryDirectory() as name:
         folder, disk, whole = Path(name), Path(name, "disk"), Path(name, "whole")
         disk.mkdir()
-        words = [*COMMON, *JOBS["live"], f"dataset.root='{make_images(folder)}'"]
+        words = [*COMMON, *JOBS["live"], make_images(folder)]
         assert Forked(["train", f"hydra.run.dir='{whole}'", *words], folder / "cache").wait() == 0
         needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m", "tmpfs", disk], check=True)
         try:
-            rooms = [int(needed * 1.6 * level / levels) for level in range(levels)]
-            return [tried(whole, disk, words, room, folder / "cache") for room in rooms]
+            for level in range(levels):
+                found = tried(whole, disk, words, int(needed * 1.6 * level / levels), folder / "cache")
+                sys.stdout.write(json.dumps(found) + "\n")
         finally:
             subprocess.run(["umount", disk], check=True)
 
@@ -59,5 +59,4 @@ def tried(whole: Path, disk: Path, words: list[str], room: int, cache: Path) -> 
 
 if __name__ == "__main__":
     import_torch()
-    for one in main(int(sys.argv[1])):
-        sys.stdout.write(json.dumps(one) + "\n")
+    main(int(sys.argv[1]))

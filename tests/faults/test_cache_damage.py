@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.filling import KEY, entry_of, fill, wrong_rows
-from tests.faults.scale import scale
+from tests.faults.programs import scale
 from tlcli import store as module
 from tlcli.store import META, Store
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.mounts import UNSHARE, can_mount
+from tests.faults.programs import UNSHARE, can_mount
 from tlcli.cli import main
 from tlcli.engine.session import ActivationReader
 from tlcli.runs.recorder import Recorder

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.programs import program
-from tests.faults.scale import scale
+from tests.faults.programs import program, scale
 from tlcli.runs.run_dir import read_json
 
 WORDS = (
@@ -32,7 +31,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(tmp_p
 def test_sixteen_runs_fill_a_cold_cache_once_and_are_one_and_the_same(shapes: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     codes = program(
-        "whole_runs", "at_once", tmp_path, 16, *WORDS, f"dataset.root='{shapes}'", TLCLI_CACHE=str(cache)
+        "filling", "runs", tmp_path, 16, *WORDS, f"dataset.root='{shapes}'", TLCLI_CACHE=str(cache)
     )  # fmt: skip
     runs = [tmp_path / str(number) for number in range(16)]
     assert codes == [0] * 16, [run.with_suffix(".log").read_text() for run in runs]

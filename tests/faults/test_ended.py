@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-from tests.faults.mounts import UNSHARE, can_mount
-from tests.faults.programs import output, program
-from tests.faults.scale import scale
+from tests.faults.programs import UNSHARE, can_mount, output, program, scale
 
 pytestmark = [
     pytest.mark.slow,

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from tests.data.samples import list_spec, manifest_spec
-from tests.faults.scale import scale
+from tests.faults.programs import scale
 from tests.runs.test_predictions import SOME
 from tlcli.cli.compose import load_spec
 from tlcli.data.decode import BadImage, read_image

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import Compose, freeze_words
-from tests.faults.scale import scale
+from tests.faults.programs import scale
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, Head
