@@ -1,4 +1,4 @@
-"""The baselines of the benchmarks: python -m benchmarks.baselines DATA [--small]
+"""The baselines of the benchmarks, called by the parts that compare with them.
 
 They use PyTorch, torchvision, timm or scikit-learn, and nothing of tlcli:
 
@@ -45,9 +45,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as pixels
-
-from benchmarks.images import subset
-from benchmarks.run import BACKBONES, alone, out_folder, parser, publish
 
 Steps = Iterator[int]
 """A loop that yields the number of images of each step."""
@@ -350,34 +347,3 @@ def rate(steps: Steps, timed: int) -> float:
 def quickest(candidates: list[Any], steps: Callable[[Any], Steps], timed: int) -> Any:
     """Return the candidate with the most images per second in a trial of `timed` steps."""
     return max(candidates, key=lambda candidate: rate(steps(candidate), timed))
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def main(data: Path, out: Path, *, small: bool = False) -> None:
-    """Run every baseline once for both networks."""
-    size, most, batch = (32, 16, 4) if small else (224, 320, 32)
-    root = subset(data / "cifar10", out / "images", train=max(3 * batch, 200) // 10 if not small else 4, test=4)
-    common = {"folder": str(root / "train"), "size": size, "images": most}
-    rows, figures = [], {}
-    for model in BACKBONES:
-        results = {
-            "tutorial, training": alone(tutorial_training, model=model, **common),
-            "tutorial, evaluation": alone(tutorial_evaluation, model=model, **common),
-            "tuned loop": alone(bare_training, model=model, keep_memory=False, batch=batch, **common),
-            "tuned loop, memory kept": alone(bare_training, model=model, keep_memory=True, batch=batch, **common),
-            "timm's train.py": alone(timm_training, model=model, batch=batch, **common),
-        }
-        by_hand = alone(features_by_hand, model=model, root=str(root), size=size, file=str(out / f"{model}.npz"))
-        figures[model] = {**results, "features by hand": by_hand}
-        for name, result in results.items():
-            choice = ", ".join(f"{key} {value}" for key, value in result.items() if key in ("workers", "dtype"))
-            rows.append([model, name, f"{result['images_per_second']:.1f} images per second", choice])
-        rows.append([model, "features by hand", f"{by_hand['process_seconds']:.1f} s, whole process", ""])
-    publish("baselines", ["network", "baseline", "speed", "choice made in a trial"], rows, out, figures)
-
-
-if __name__ == "__main__":
-    given = parser(__doc__).parse_args()
-    main(given.data, out_folder(given.out, "baselines"), small=given.small)
