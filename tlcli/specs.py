@@ -5,7 +5,7 @@ a TrainSpec once; nothing below it sees anything else. This module imports neith
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from enum import EnumMeta, StrEnum
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -168,8 +168,8 @@ class OptimizerSpec(OptionSpec, frozen=True):
     layer_decay: FractionAboveZero
     decay_norm_and_bias: bool
 
-    def build(self, groups: Sequence[Any]) -> Any:
-        """Return the torch optimizer over these groups (transfer.contract.ParameterGroup); each keeps its name."""
+    def build(self, groups: list[dict[str, Any]]) -> Any:
+        """Return the torch optimizer over these groups (transfer.contract.parameter_groups)."""
         raise NotImplementedError
 
 

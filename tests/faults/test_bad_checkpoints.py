@@ -123,7 +123,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "too large for float32": (swapped(lambda t: t.double() * 1e300), "has values that are not finite"),
     "no values": (swapped(lambda t: t[:0]), "is 0x"),
     "a list": (lambda state: list(state.values()), "does not hold a state dict"),
-    "another architecture": (lambda state: {f"layer9.{n}": t for n, t in state.items()}, "another architecture?"),
+    "another architecture": (lambda state: {f"layer9.{n}": t for n, t in state.items()}, "of another architecture?"),
 }
 
 

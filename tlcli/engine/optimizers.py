@@ -3,7 +3,6 @@
 A new optimizer is a class here and a YAML file. The module imports without torch, for help and completion.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlcli.registry import option
@@ -12,8 +11,6 @@ from tlcli.specs import FractionBelowOne, OptimizerSpec
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from tlcli.transfer.contract import ParameterGroup
-
 
 @option
 class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
@@ -21,11 +18,11 @@ class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
 
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
-    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from torch.optim import AdamW
 
         # fused: on a CPU a step on a small head takes three quarters of the time of the loop over tensors
-        return AdamW(_torch_groups(groups), betas=self.betas, fused=True)
+        return AdamW(groups, betas=self.betas, fused=True)
 
 
 @option
@@ -34,10 +31,10 @@ class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
 
     betas: tuple[FractionBelowOne, FractionBelowOne]
 
-    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from torch.optim import Adam
 
-        return Adam(_torch_groups(groups), betas=self.betas, fused=True)
+        return Adam(groups, betas=self.betas, fused=True)
 
 
 @option
@@ -51,11 +48,7 @@ class SgdSpec(OptimizerSpec, frozen=True, tag="sgd"):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=true needs optimizer.momentum above 0")
 
-    def build(self, groups: "Sequence[ParameterGroup]") -> "Optimizer":
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from torch.optim import SGD
 
-        return SGD(_torch_groups(groups), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
-
-
-def _torch_groups(groups: "Sequence[ParameterGroup]") -> list[dict[str, Any]]:
-    return [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups]
+        return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)

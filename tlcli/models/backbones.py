@@ -59,8 +59,9 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
 
     def build(self, n_classes: int, size: int | None = None) -> "Architecture":
         import torchvision
+        from torch import nn
 
-        from tlcli.models.classifier import Architecture
+        from tlcli.models.classifier import Architecture, Head
 
         known = torchvision.models.list_models(module=torchvision.models)
         if self.name not in known:
@@ -73,7 +74,17 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
             network = torchvision.models.get_model(self.name, weights=None, **options)
         except AssertionError as error:  # torchvision's ViTs assert that their patches tile the image
             raise UsageError(f"image.size={size} does not suit {self.name}: {error}") from error
-        _replace_head(network, self.head, n_classes, self.dropout)
+        try:
+            layer = network.get_submodule(self.head)
+        except AttributeError:
+            raise UsageError(f"backbone.head={self.head}: this model has no module of that name") from None
+        if not isinstance(layer, nn.Linear):
+            raise UsageError(f"backbone.head={self.head} is not a linear layer, but {type(layer).__name__}")
+        network.set_submodule(self.head, Head(layer.in_features, n_classes, self.dropout))
+        classifier = network.get_submodule(self.head.rpartition(".")[0])
+        for module in classifier if isinstance(classifier, nn.Sequential) else ():
+            if isinstance(module, nn.Dropout):  # backbone.dropout is to be the only one there
+                module.p = 0.0
         return Architecture(
             network=network,
             head=(self.head,),
@@ -207,25 +218,3 @@ def _common_name(tensors: Iterable[str], index: int) -> str:
         if match := re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name):
             counts[match[0]] += 1
     return max(sorted(counts), key=lambda name: counts[name]) if counts else f"stage{index}"
-
-
-def _replace_head(network: "nn.Module", name: str, n_classes: int, dropout: float) -> None:
-    """Put a new Head in place of the last linear layer. The other dropouts of the same classifier are switched off, so
-    that backbone.dropout is the only one there."""
-    from torch import nn
-
-    from tlcli.models.classifier import Head
-
-    parent_name, _, last = name.rpartition(".")
-    try:
-        parent = network.get_submodule(parent_name)
-        old = parent.get_submodule(last)
-    except AttributeError:
-        raise UsageError(f"backbone.head={name}: this model has no module of that name") from None
-    if not isinstance(old, nn.Linear):
-        raise UsageError(f"backbone.head={name} is not a linear layer, but {type(old).__name__}")
-    setattr(parent, last, Head(old.in_features, n_classes, dropout))
-    if isinstance(parent, nn.Sequential):
-        for module in parent:
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0

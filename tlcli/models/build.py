@@ -25,15 +25,12 @@ from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
 from tlcli.text import did_you_mean
 
-POSITIONS = ("encoder.pos_embedding", "pos_embed")
-"""Names of a ViT's table of positions in torchvision and timm."""
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Tensors by name and where they are from. The rest is None except for tlcli's own checkpoints: `preprocessing` has
-    the size, mean and std of the images that they were trained on."""
+    """Tensors by name and their source. Only tlcli's checkpoints have the rest; `preprocessing`: size, mean and std."""
 
     source: str
     state: Mapping[str, Tensor]
@@ -68,10 +65,10 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if architecture.stages[-1].tensors & dropped:
         head_note = f"head: reinitialized, {len(classes)} classes"
     state = _resample_pos_embed(state, architecture)
-    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
-    optional = dropped | architecture.stages[-1].tensors
-    _check_state_dict(kept, architecture, optional, loaded.source)
-    architecture.network.load_state_dict(kept, strict=False)
+    state = {name: tensor for name, tensor in state.items() if name not in dropped}
+    head = architecture.stages[-1].tensors
+    _check_state_dict(state, architecture, dropped | head, f"backbone.weights={loaded.source}")
+    architecture.network.load_state_dict(state, strict=False)
     notes = [f"weights: {loaded.source}", head_note]
     if dropped:
         notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
@@ -79,8 +76,8 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
         name=spec.name,
         architecture=replace(architecture, **(loaded.preprocessing or {})),  # what the weights were trained on
         classes=tuple(classes),
-        pretrained=frozenset(kept),
-        head_loaded=architecture.stages[-1].tensors <= frozenset(kept),
+        pretrained=frozenset(state),
+        head_loaded=head <= frozenset(state),
         notes=tuple(notes),
     )
 
@@ -88,7 +85,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
 def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> frozenset[str]:
     """Return the tensors that backbone.reinit names; an item is a stage, or a regular expression for tensor names."""
     stages = {stage.name: stage.tensors for stage in architecture.stages}
-    found: set[str] = set()
+    tensors: set[str] = set()
     for item in items:
         try:
             matched = stages.get(item) or {n for n in architecture.network.state_dict() if re.search(item, n)}
@@ -99,8 +96,8 @@ def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> froze
                 f"backbone.reinit={item!r} is not a stage and matches no tensor.{did_you_mean(item, stages)} "
                 f"Stages: {', '.join(stages)}"
             )
-        found |= matched
-    return frozenset(found)
+        tensors |= matched
+    return frozenset(tensors)
 
 
 def _match_head_by_class(
@@ -109,53 +106,54 @@ def _match_head_by_class(
     """Return the state with the head's rows in the order of these classes, without a head if the classes differ."""
     head = architecture.stages[-1].tensors
     body = {name: tensor for name, tensor in loaded.state.items() if name not in head}
-    present = {name: tensor for name, tensor in loaded.state.items() if name in head}
-    if loaded.classes is None or not present:
+    if loaded.classes is None or len(body) == len(loaded.state):
         return body, f"head: new, {len(classes)} classes"
     if set(loaded.classes) != set(classes):
-        return body, f"head: replaced, {len(loaded.classes)} classes there, {len(classes)} others here"
+        return (
+            body,
+            f"head: replaced, the weights are for {len(loaded.classes)} classes, the dataset has {len(classes)}",
+        )
     rows = torch.tensor([loaded.classes.index(name) for name in classes])
-    per_class = {n: t[rows] if t.ndim and t.shape[0] == len(rows) else t for n, t in present.items()}
-    return {**body, **per_class}, f"head: kept, the same {len(classes)} classes"
+    state = {n: t[rows] if n in head and t.ndim and len(t) == len(rows) else t for n, t in loaded.state.items()}
+    return state, f"head: kept, the same {len(classes)} classes"
 
 
 def _resample_pos_embed(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Resample a ViT's table of positions for the present image size, as its library does."""
     network: Any = architecture.network
-    wanted = dict(network.named_parameters())
-    changed = [n for n in POSITIONS if n in wanted and n in state and state[n].shape != wanted[n].shape]
-    if "encoder.pos_embedding" in changed:
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, dict(state)))
-    if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):
+    state = dict(state)
+    parameters = dict(network.named_parameters())
+    changed = {n for n in state.keys() & parameters.keys() if state[n].shape != parameters[n].shape}
+    if "encoder.pos_embedding" in changed:  # torchvision's
+        return dict(interpolate_embeddings(network.image_size, network.patch_size, state))
+    if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):  # timm's
         tokens = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-        table = resample_abs_pos_embed(
-            state["pos_embed"], list(network.patch_embed.grid_size), num_prefix_tokens=tokens
-        )
-        return {**state, "pos_embed": table}
-    return dict(state)
+        grid = list(network.patch_embed.grid_size)
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)
+    return state
 
 
 def _check_state_dict(
     state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str
 ) -> None:
     """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
-    wanted = architecture.network.state_dict()
-    problem, remedy = f"backbone.weights={source}:", "are they of another architecture?"
-    for name, tensor in wanted.items():
-        if name not in state:
-            if name in optional or name.endswith("num_batches_tracked"):
-                continue
-            raise UsageError(f"{problem} no tensor {name}; {remedy}")
-        if state[name].shape != tensor.shape:
-            have, need = "x".join(map(str, state[name].shape)), "x".join(map(str, tensor.shape))
-            raise UsageError(f"{problem} {name} is {have}, not {need}; {remedy}")
-        if state[name].is_complex():
-            raise UsageError(f"{problem} {name} has complex numbers; {remedy}")
-        if not state[name].to(tensor.dtype).isfinite().all():  # as it is loaded: float64 holds more than float32
-            raise UsageError(f"{problem} {name} has values that are not finite; they are damaged")
-    unknown = [name for name in state if name not in wanted]
-    if unknown:
-        raise UsageError(f"{problem} unknown tensor {unknown[0]} ({len(unknown)} in all); {remedy}")
+    expected = architecture.network.state_dict()
+    for name in {**expected, **state}:
+        problem = ""
+        if name not in expected:
+            problem = f"unknown tensor {name}"
+        elif name not in state:
+            is_optional = name in optional or name.endswith("num_batches_tracked")
+            problem = "" if is_optional else f"no tensor {name}"
+        elif state[name].shape != expected[name].shape:
+            shape, expected_shape = ("x".join(map(str, tensors[name].shape)) for tensors in (state, expected))
+            problem = f"{name} is {shape}, not {expected_shape}"
+        elif state[name].is_complex():
+            problem = f"{name} has complex numbers"
+        elif not state[name].to(expected[name].dtype).isfinite().all():  # float64 holds more than float32
+            problem = f"{name} has values that are not finite"
+        if problem:
+            raise UsageError(f"{source}: {problem}; are the weights damaged, or of another architecture?")
 
 
 # --- Sources of weights
@@ -186,40 +184,38 @@ def read_weights(path: Path) -> PretrainedWeights:
         raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_run else ''}")
     if file.suffix == ".safetensors":
         try:
-            state, facts = read_tensors(file)
-            if not isinstance(facts.get("backbone", ""), str):
+            state, metadata = read_tensors(file)
+            if not isinstance(metadata.get("backbone", ""), str):
                 raise ValueError("the backbone is not a name")
             return PretrainedWeights(
                 source=str(path),
                 state=state,
-                backbone=facts.get("backbone"),
-                classes=class_names(facts["classes"]) if "classes" in facts else None,
-                preprocessing=parse_image_stats(facts["preprocessing"]) if "preprocessing" in facts else None,
+                backbone=metadata.get("backbone"),
+                classes=class_names(metadata["classes"]) if "classes" in metadata else None,
+                preprocessing=parse_image_stats(metadata["preprocessing"]) if "preprocessing" in metadata else None,
             )
         except TlcliError as error:
             raise UsageError(f"backbone.weights={error}") from error
         except (OSError, KeyError, TypeError, ValueError) as error:
-            why = f"cannot be read, or its tlcli metadata is damaged ({type(error).__name__}: {error})"
-            raise UsageError(f"backbone.weights={file}: {why}") from error
+            reason = f"cannot be read, or its tlcli metadata is damaged ({type(error).__name__}: {error})"
+            raise UsageError(f"backbone.weights={file}: {reason}") from error
     try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
         raise UsageError(
             f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
             "give a state dict saved with torch.save, or .safetensors"
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):  # names that trainers use
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise UsageError(f"backbone.weights={path}: does not hold a state dict (names and tensors)")
-    for name, tensor in loaded.items():
+    for name, tensor in content.items():
         if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UsageError(
-                f"backbone.weights={path}: {name} is not a plain tensor (nested, quantized, sparse or without data); "
-                "save the dense one"
-            )
-    return PretrainedWeights(str(path), {str(name).removeprefix("module."): t for name, t in loaded.items()})
+            reason = f"{name} is not a plain tensor (nested, quantized, sparse or without data); save the dense one"
+            raise UsageError(f"backbone.weights={path}: {reason}")
+    return PretrainedWeights(str(path), {str(name).removeprefix("module."): t for name, t in content.items()})
 
 
 def cached_models(author: str) -> list[str]:

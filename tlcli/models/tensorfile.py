@@ -14,23 +14,23 @@ from torch import Tensor
 from tlcli.errors import TlcliError
 from tlcli.files import atomic_write
 
-FACTS, CHECKSUM = "tlcli", "crc32"
+KEY, CHECKSUM = "tlcli", "crc32"
 """The only key of the file's metadata (safetensors does not keep the order of two), whose JSON ends with the checksum.
 Files of tlcli 0.3 and earlier have no checksum."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and metadata that JSON can hold, in one atomic step that survives a power failure."""
     state: dict[str, Tensor] = {}
-    memories: set[int] = set()
+    storages: set[int] = set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        own = tensor.detach().cpu().contiguous()
-        memory = own.untyped_storage().data_ptr()
-        state[name] = own.clone() if memory in memories else own
-        memories.add(memory)
-    content = save(state, metadata={FACTS: json.dumps({**facts, CHECKSUM: _checksum(facts, state)})})
+        content = tensor.detach().cpu().contiguous()
+        storage = content.untyped_storage().data_ptr()
+        state[name] = content.clone() if storage in storages else content
+        storages.add(storage)
+    file_content = save(state, metadata={KEY: json.dumps({**metadata, CHECKSUM: _checksum(metadata, state)})})
     with atomic_write(path, durable=True) as file:
-        file.write(content)
+        file.write(file_content)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,17 +40,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as content:
-            text = (content.metadata() or {}).get(FACTS)
+            text = (content.metadata() or {}).get(KEY)
             state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a mapping
-        facts = json.loads(text) if text else {}
+        metadata = json.loads(text) if text else {}
     except (SafetensorError, ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         return state, {}
-    wanted = facts.pop(CHECKSUM, None)
-    if wanted is not None and wanted != _checksum(facts, state):
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(metadata, state):
         raise damaged(path, "checksum mismatch")
-    return state, facts
+    return state, metadata
 
 
 def class_names(value: object) -> tuple[str, ...]:
@@ -62,14 +62,14 @@ def class_names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def damaged(path: Path, why: str) -> TlcliError:
+def damaged(path: Path, reason: str) -> TlcliError:
     """Return the error of a file that is not as it was written."""
-    return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(why.split())})")
+    return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(reason.split())})")
 
 
-def _checksum(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+def _checksum(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     """Return the CRC-32 of the metadata and of names, dtypes, shapes and bytes of the tensors (0.2 s per GB)."""
-    crc = zlib.crc32(json.dumps(facts).encode())
+    crc = zlib.crc32(json.dumps(metadata).encode())
     for name in sorted(state):
         tensor = state[name]
         crc = zlib.crc32(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +44,9 @@ class FreezeContract:
             has_nothing_to_train = bool(parameters) and not any(p.requires_grad for p in parameters)
             if has_nothing_to_train or (keeps_stats and isinstance(module, _NormBase)):
                 self._frozen_modules[name] = module
-        self._digests: dict[str, str] = {}
-        self._versions: dict[str, int] = {}
 
     def seal(self) -> None:
-        """Record the digests of the frozen tensors."""
+        """Record the digests of the frozen tensors, and the counters that PyTorch increments with each write."""
         self._digests = {name: digest_of_tensor(tensor) for name, tensor in self._frozen()}
         self._versions = {name: tensor._version for name, tensor in self._frozen()}
 
@@ -73,21 +71,20 @@ class FreezeContract:
                     module.eval()
 
     def check(self) -> None:
-        """Raise FrozenTensorError if a frozen tensor was written to and differs from its recorded digest."""
-        for name, tensor in self._frozen():
-            if tensor._version != self._versions[name]:
-                self._compare(name, tensor)
-                self._versions[name] = tensor._version
+        """Compare the tensors that were written to since the last check."""
+        self._compare({name for name, tensor in self._frozen() if tensor._version != self._versions[name]})
 
     def verify(self) -> int:
-        """Return the number of frozen tensors. Raise FrozenTensorError naming the first that has changed."""
-        for name, tensor in self._frozen():
-            self._compare(name, tensor)
+        """Compare all frozen tensors and return their number."""
+        self._compare(self._digests)
         return len(self._digests)
 
-    def _compare(self, name: str, tensor: Tensor) -> None:
-        if digest_of_tensor(tensor) != self._digests[name]:
-            raise FrozenTensorError(f"frozen tensor {name} changed in training; do not use the result of this run")
+    def _compare(self, names: Collection[str]) -> None:
+        """Raise FrozenTensorError naming the first of these tensors that differs from its recorded digest."""
+        for name, tensor in self._frozen():
+            if name in names and digest_of_tensor(tensor) != self._digests[name]:
+                raise FrozenTensorError(f"frozen tensor {name} changed in training; do not use the result of this run")
+            self._versions[name] = tensor._version
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each frozen parameter, and each buffer of a module that is in eval mode while the rest trains."""
@@ -109,58 +106,42 @@ def apply_freeze(spec: FreezeSpec, classifier: Classifier) -> FreezeContract:
     return FreezeContract(classifier, spec.bn_stats)
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters of one stage with one learning rate and one weight decay."""
-
-    name: str
-    parameters: tuple[nn.Parameter, ...]
-    lr: float
-    weight_decay: float
-
-
 def _stage_rates(spec: OptimizerSpec, classifier: Classifier) -> dict[str, float]:
-    """Return the learning rate per stage: lr * head_lr_mult for the head, else lr * layer_decay**d, d stages before it.
-
-    This is layer-wise decay as in BEiT (Bao et al. 2021); the last stage before the head has d = 1.
-    """
+    """Return the learning rate per stage: lr * head_lr_mult for the head, else lr * layer_decay**d, d stages before it,
+    as in BEiT (Bao et al. 2021)."""
     depth = len(classifier.stages) - 1
     rates = {stage.name: spec.lr * spec.layer_decay ** (depth - i) for i, stage in enumerate(classifier.stages)}
     rates["head"] = spec.lr * spec.head_lr_mult
     return rates
 
 
-def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[ParameterGroup]:
-    """Return the trainable parameters from input to output, one group per stage and weight decay; none is empty.
+def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[dict[str, Any]]:
+    """Return torch's parameter groups, each with a `name`: one per stage and weight decay, from input to output.
 
     Unless `decay_norm_and_bias` is set, there is no weight decay for biases and scales of normalization (tensors of one
     dimension or none) and for tokens and positions of transformers.
     """
     network, rates = classifier.network, _stage_rates(spec, classifier)
     listed: Collection[str] = getattr(network, "no_weight_decay", set)()  # timm's
-    trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-    groups: list[ParameterGroup] = []
+    groups: dict[str, dict[str, Any]] = {}
     for stage in classifier.stages:
-        members: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # by whether their weights decay
-        for name, parameter in trainable:
-            if name in stage.tensors:
+        for decays in (True, False):
+            name, weight_decay = (stage.name, spec.weight_decay) if decays else (f"{stage.name}/no_decay", 0.0)
+            groups[name] = {"name": name, "params": [], "lr": rates[stage.name], "weight_decay": weight_decay}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad and name in stage.tensors:
                 is_embedding = name in listed or name.rpartition(".")[2] in EMBEDDINGS
-                members[spec.decay_norm_and_bias or (parameter.ndim > 1 and not is_embedding)].append(parameter)
-        for decays, parameters in members.items():
-            if parameters:
-                name = stage.name if decays else f"{stage.name}/no_decay"
-                decay = spec.weight_decay if decays else 0.0
-                groups.append(ParameterGroup(name, tuple(parameters), rates[stage.name], decay))
-    return groups
+                decays = spec.decay_norm_and_bias or (parameter.ndim > 1 and not is_embedding)
+                groups[stage.name if decays else f"{stage.name}/no_decay"]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def freeze_table(spec: OptimizerSpec, classifier: Classifier) -> tuple[StageRow, ...]:
     """Return a row per stage: its parameters, how many of them train, and the learning rate."""
     rates = _stage_rates(spec, classifier)
-    parameters = dict(classifier.network.named_parameters())
     rows = []
     for stage in classifier.stages:
-        members = [p for name, p in parameters.items() if name in stage.tensors]
+        members = [p for name, p in classifier.network.named_parameters() if name in stage.tensors]
         trainable = count(p for p in members if p.requires_grad)
         rows.append(StageRow(stage.name, count(members), trainable, rates[stage.name] if trainable else None))
     return tuple(rows)

@@ -14,8 +14,6 @@ from tlcli.specs import Count, FreezeSpec
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from tlcli.models.classifier import Classifier
 
 MAX_SHOWN_STAGES = 3
@@ -111,18 +109,10 @@ class NormSpec(FreezeSpec, frozen=True, tag="norm"):
         inside = {
             f"{module_name}.{name}"
             for module_name, module in classifier.network.named_modules()
-            if _is_norm(module)
+            if "norm" in type(module).__name__.lower()  # of torch's classes and of others: RMSNorm
             for name, _ in module.named_parameters(recurse=False)
         }
         return classifier.head_parameters() | (classifier.parameter_names() & inside)
-
-
-def _is_norm(module: "nn.Module") -> bool:
-    """Return True for torch's normalization layers, and for third-party ones by the name of their class (RMSNorm)."""
-    from torch import nn
-
-    norms = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
-    return "norm" in type(module).__name__.lower() or isinstance(module, norms)
 
 
 @option
@@ -132,8 +122,8 @@ class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
     part: ClassVar[str] = "its head and biases"
 
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
-        biases = {name for name in classifier.parameter_names() if name.rpartition(".")[2] == "bias"}
-        return classifier.head_parameters() | biases
+        names = classifier.parameter_names()
+        return classifier.head_parameters() | {name for name in names if name.rpartition(".")[2] == "bias"}
 
 
 @option
