@@ -28,13 +28,13 @@ def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(tmp_p
 
 
 @pytest.mark.slow
-def test_sixteen_runs_fill_a_cold_cache_once_and_are_one_and_the_same(shapes: Path, tmp_path: Path) -> None:
+def test_eight_runs_fill_a_cold_cache_once_and_are_one_and_the_same(shapes: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     codes = program(
-        "filling", "runs", tmp_path, 16, *WORDS, f"dataset.root='{shapes}'", TLCLI_CACHE=str(cache)
+        "filling", "runs", tmp_path, 8, *WORDS, f"dataset.root='{shapes}'", TLCLI_CACHE=str(cache)
     )  # fmt: skip
-    runs = [tmp_path / str(number) for number in range(16)]
-    assert codes == [0] * 16, [run.with_suffix(".log").read_text() for run in runs]
+    runs = [tmp_path / str(number) for number in range(8)]
+    assert codes == [0] * 8, [run.with_suffix(".log").read_text() for run in runs]
     computed = [read_json(run / "run.json")["extraction"] for run in runs]
     assert sum(facts["images"] for facts in computed if facts) == 60 + 24  # train and val, test: each once
     assert len(list((cache / "activations").iterdir())) == 2
