@@ -1,4 +1,4 @@
-"""What tests share: specs composed from conf/ as users compose them, and small image folders made on the spot."""
+"""Fixtures of all tests: specs composed from conf/ as users compose them, and small image folders made on the spot."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

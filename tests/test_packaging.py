@@ -1,4 +1,4 @@
-"""What is installed: conf/ in the wheel, the entry point, nothing left in the checkout."""
+"""The installed package: conf/ in the wheel, the entry point, nothing left in the checkout."""
 
 import subprocess
 import sys

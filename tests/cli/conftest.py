@@ -20,7 +20,7 @@ Train = Callable[[TrainSpec, RunDir, Reporter], float | None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command line ended."""
+    """Exit code and output of a command line."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""What each refusal has to be: one line with an exit code, and nothing of the user's touched."""
+"""Helpers that check a refusal: one line with an exit code, and nothing of the user's touched."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Whether two runs are the same to the last bit, times apart."""
+"""Compare two runs to the last bit, times apart."""
 
 import json
 from collections.abc import Iterator

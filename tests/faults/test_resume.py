@@ -26,7 +26,7 @@ STEPS_PER_EPOCH = 7  # 54 images in batches of 8
 
 
 class Killed(BaseException):
-    """What ends a run without a chance to save anything, as nearly as one process can have it."""
+    """End a run without a chance to save anything, as nearly as one process can."""
 
 
 @pytest.fixture(autouse=True)
