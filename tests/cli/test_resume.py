@@ -6,6 +6,7 @@ import pytest
 
 from tests.cli.conftest import finished, runs_in
 from tlcli.cli.compose import resolve_paths
+from tlcli.runs.run_dir import RunDir
 
 
 def stops(spec, run, reporter):
@@ -65,6 +66,18 @@ def test_a_finished_run_keeps_its_state_if_it_is_told_to(keeps: bool, tlcli, tra
         assert ended.code == 2
         assert "backbone.weights=run" in ended.err and "checkpoint.keep_state=true" in ended.err
         assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_a_run_that_is_interrupted_as_it_resumes_is_not_left_running(tlcli, training, tmp_path, monkeypatch) -> None:
+    training(stops)
+    assert tlcli("train", "hydra.run.dir=run").code == 130
+
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tlcli.runs.resume_state.remove_temp_files", interrupt)
+    assert tlcli("train", "--resume", "run").code == 130
+    assert RunDir(tmp_path / "run").info["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "constant"])

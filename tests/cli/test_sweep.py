@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import finished, runs_in
-from tlcli.errors import TlcliError
+from tlcli.cli.train import make_folder
+from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.run_dir import RunDir, read_json
 
 
@@ -158,6 +159,17 @@ def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) ->
     assert "no job has a run.json" in ended.err
 
 
+def test_a_running_sweep_is_not_resumed(tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
+    RunDir(tmp_path / "swept/1").update(status="running")  # by this process
+    before = (tmp_path / "swept/1/run.json").read_bytes()
+    ended = tlcli("train", "--resume", "swept")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "swept/1: process" in ended.err and "is still running it; stop it first, or wait" in ended.err
+    assert (tmp_path / "swept/1/run.json").read_bytes() == before
+
+
 def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
     """The later job fails and names the earlier one, whose files stay; the others run. So it is when it is resumed."""
     training(finished)
@@ -175,6 +187,19 @@ def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
     assert tlcli("train", "--resume", "swept").code == 1
     assert {path.name for path in (tmp_path / "swept").glob("lr*")} == {path.parent.name for path in before}
     assert all(path.read_bytes() == text for path, text in before.items() if not path.parent.name.endswith("-2"))
+
+
+def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir, run = Path.mkdir, tmp_path / "run"
+
+    def after_another(path: Path, *args: bool, **options: bool) -> None:
+        monkeypatch.undo()
+        assert make_folder(run, "hydra.run.dir")[0] == run  # another process, after this one has found it free
+        mkdir(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", after_another)
+    with pytest.raises(UsageError, match=r"cannot create .*/run: File exists; choose another folder"):
+        make_folder(run, "hydra.run.dir")
 
 
 @pytest.mark.parametrize("argv", [(), ("-m",)])

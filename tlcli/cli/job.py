@@ -151,8 +151,9 @@ class Command:
             state = None
             if resumed:
                 with fast_imports():
-                    from tlcli.runs.resume_state import prepare_resume
-                state = prepare_resume(run, self._line)
+                    from tlcli.runs.resume_state import prepare_resume, read_state
+                state = read_state(run)
+                prepare_resume(run, state, self._line)
             value, self._session = train_run(spec, run, reporter, self._session, state)
         discard_state(run, spec)
         return value

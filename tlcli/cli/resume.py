@@ -2,9 +2,10 @@
 
 import os
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import chdir, suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -14,8 +15,9 @@ from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_lin
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
+from tlcli.files import is_dir
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import RunDir, host_digest, is_sweep, open_run, process_has_exited
+from tlcli.runs.run_dir import RunDir, host_digest, is_sweep, number, open_run, process_has_exited
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -54,40 +56,49 @@ def resume_hint(path: Path) -> str:
 
 def resume(path: Path, overrides: Sequence[str]) -> int:
     """Resume a run or a sweep; return the exit code."""
-    start_dir, absolute = Path.cwd(), Path.cwd() / path
+    absolute = Path.cwd() / path
     try:
-        if not is_sweep(path):
-            return _resume_run(path, overrides)
-        if overrides:
+        with chdir(Path.cwd()):  # a sweep or its jobs may change it
+            if not is_sweep(path):
+                return _resume_run(path, overrides)
+            if not overrides:
+                return _resume_sweep(absolute)
             raise UsageError(f"{overrides[0]}: a sweep is resumed as it was started; to change jobs, resume each one")
-        return _resume_sweep(absolute)
     except KeyboardInterrupt as exc:
-        os.chdir(start_dir)
         exc.args = (resume_hint(absolute),)
         raise
-    finally:
-        os.chdir(start_dir)
 
 
 def _resume_sweep(path: Path) -> int:
     """Run the jobs of a sweep that are not done, with the command line and in the folder that some job recorded."""
+    starts = []
     for file in sorted(path.rglob("run.json")):
-        with suppress(UsageError, ValueError, KeyError, TypeError):
+        try:
             info = RunDir(file.parent).info
-            words = shlex.split(info["command"])
-            if words[:2] == ["tlcli", "train"] and Path(info["cwd"]).is_dir():
-                break
-    else:
+            words = shlex.split(str(info.get("command")))
+        except (UsageError, ValueError):
+            continue  # damaged: this job starts again
+        _check_not_running(file.parent, info)
+        if words[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
+            starts.append(info)
+    if not starts:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
-    os.chdir(info["cwd"])
-    flags = parse_flags(words[2:])
+    command = starts[0]["command"]
+    os.chdir(starts[0]["cwd"])
+    flags = parse_flags(shlex.split(command)[2:])
     try:
         with composing(flags.files):
             config, loader = compose_for_launch(flags)
-            Command(info["command"], flags.files, path, resume=True).launch(config, loader, path)
+            Command(command, flags.files, path, resume=True).launch(config, loader, path)
     finally:
         code = finish_sweep(path)
     return code
+
+
+def _check_not_running(path: Path, info: Mapping[str, Any]) -> None:
+    """Raise UsageError if a process of this machine is training the run."""
+    if info.get("status") == "running" and info.get("host") == host_digest() and not process_has_exited(info):
+        raise UsageError(f"{path}: process {info.get('pid')} is still running it; stop it first, or wait")
 
 
 def _resume_run(path: Path, overrides: Sequence[str]) -> int:
@@ -95,10 +106,10 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
     changes = _allowed_changes(before, spec)
-    is_done, is_running = (info.get("status") == status for status in ("done", "running"))
+    is_done = info.get("status") == "done"
     if is_done and spec.epochs == before.epochs:
-        accuracy = run.test().get("accuracy")
-        reached = f", test accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+        accuracy = number(run.test().get("accuracy"))
+        reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
         print(f"{run.path} is done{reached}: nothing to resume")
         return 0
     is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier
@@ -107,20 +118,20 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             f"{run.path}: has no checkpoints/state.safetensors to resume from, which checkpoint.keep_state=true keeps "
             f"in a finished run; to train its weights further, start a run with backbone.weights={path}"
         )
-    if is_running and info.get("host") == host_digest() and not process_has_exited(info):
-        raise UsageError(f"{run.path}: process {info.get('pid')} is still running it; stop it first, or wait")
+    _check_not_running(run.path, info)
     check(spec)
     print(first_line(spec), flush=True)
     with fast_imports():
-        from tlcli.runs.resume_state import prepare_resume
+        from tlcli.runs.resume_state import prepare_resume, read_state
 
-    state = prepare_resume(run, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
+    state = read_state(run)
     try:
         with record_status(run):
+            prepare_resume(run, state, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
             if changes:
                 run.write_config(OmegaConf.to_yaml(to_plain(spec)))
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
-            if is_running and info.get("host") != host_digest():
+            if info.get("status") == "running" and info.get("host") != host_digest():
                 reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
             factors = [  # of a run with ten steps per epoch
                 [lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in range(10 * before.epochs)]

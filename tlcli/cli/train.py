@@ -97,12 +97,15 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
             numbered = path if n == 1 else path.with_name(f"{path.name}-{n}")
             try:
                 numbered.mkdir()  # atomic: of two runs that start in the same second only one creates it
-                return numbered, [*made, numbered]
+                made.append(numbered)
             except FileExistsError:
-                if key and path.is_dir():
-                    return path, made
-                if key:
+                if not key:
+                    continue
+                if not path.is_dir():
                     raise
+            if key == "hydra.run.dir":
+                run.log_file.touch(exist_ok=False)  # atomic, too: it may exist for another run of the same second
+            return numbered, made
     except OSError as exc:
         hint = f"choose another folder with {key or 'out'}=..."
         raise UsageError(f"cannot create {path}: {exc.strerror}; {hint}") from exc

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from tlcli.runs.run_dir import RunDir
 
 STATE_VERSION = 2  # of the contents of state.safetensors
 MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
-FIRST_SAVE_SECONDS = 0.1  # what a save is assumed to take before the first one
 _TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
 
 
@@ -90,15 +90,13 @@ class CheckpointManager:
         seconds: float,
         epoch: int | None,
     ) -> None:
-        self._run, self._network, self._trainer = run, network, trainer
-        self._metadata, self._get_provenance, self._seconds = metadata, provenance, seconds
-        self._provenance: Mapping[str, Any] | None = None
-        self._epoch = epoch
+        self._run, self._network, self._trainer, self._metadata = run, network, trainer, metadata
+        self._provenance, self._seconds, self._epoch = cache(provenance), seconds, epoch
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # tensors and metadata to be written
         self._written: Mapping[str, Any] = {}  # the metadata of the best weights on the disk
         self._last: Mapping[str, Any] = {}  # the metadata of the last epoch's weights
         self._has_changes = False
-        self._saved_at, self._save_seconds = time.perf_counter(), FIRST_SAVE_SECONDS
+        self._saved_at, self._save_seconds = time.perf_counter(), 0.1  # what the first save is assumed to take
 
     def after_epoch(self, epoch: int, validation: Scores, *, is_best: bool) -> None:
         """Save after an epoch was validated, unless saving would take more than its share of the time."""
@@ -127,14 +125,13 @@ class CheckpointManager:
             is_best = self._last == self._written
             if not is_best or not replace_with_hardlink(self._run.best_checkpoint, self._run.last_checkpoint):
                 save_weights(self._run.last_checkpoint, self._network, self._last)
-        self._provenance = self._provenance or self._get_provenance()
         state = {
             "version": STATE_VERSION,
             "epoch": self._epoch,
             "weights": trainable_state(self._network),
             "trainer": self._trainer.state(),
             "metrics_bytes": self._run.metrics_bytes(),
-            **self._provenance,
+            **self._provenance(),
         }
         save_state(self._run.state_file, state)
         self._has_changes = False

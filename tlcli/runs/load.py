@@ -21,7 +21,7 @@ from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.registry import options
-from tlcli.runs.run_dir import RunDir, open_run
+from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec
 from tlcli.text import one_line
 
@@ -128,7 +128,12 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     network.eval().requires_grad_(False)
     architecture = replace(architecture, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
     classifier = Classifier(spec.name, architecture, classes, pretrained=frozenset(state), head_loaded=True)
-    temperature, epoch = _temperature(run, metadata), metadata.get("epoch")
+    epoch, temperature = integer(metadata.get("epoch")), 1.0
+    if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
+        temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
+        if not 0 < (number(temperature) or 0) < 1e9:
+            reason = f"calibration.temperature is {temperature!r:.40}, not a number above 0"
+            raise UsageError(f"{run.info_file}: damaged ({reason})")
     return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature)
 
 
@@ -146,18 +151,3 @@ def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"{run.config_file}: does not describe the backbone ({reason})") from error
-
-
-def _temperature(run: RunDir, metadata: Mapping[str, Any]) -> float:
-    """Return the temperature that was fitted to these weights, or 1."""
-    calibration, best = run.info.get("calibration"), run.info.get("best")
-    if (
-        not isinstance(calibration, Mapping)
-        or not isinstance(best, Mapping)
-        or best.get("epoch") != metadata.get("epoch")
-    ):
-        return 1.0
-    value = calibration.get("temperature", 1.0)
-    if not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise UsageError(f"{run.info_file}: damaged (calibration.temperature is {value!r:.40}, not a number above 0)")
-    return float(value)

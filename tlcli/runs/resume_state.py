@@ -1,5 +1,6 @@
 """The state that a run resumes from, read from its directory, and the inputs that must not have changed."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from tlcli.runs.checkpointing import STATE_VERSION, load_state
 from tlcli.runs.run_dir import RunDir
 from tlcli.text import join_limited
 
+SPLITS = ("train", "val", "test")
 DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 
 
@@ -51,7 +53,17 @@ class ResumeState:
         Raises:
             UsageError: the images are not those that the run started with.
         """
-        if changes := _image_changes(self.state["images"], image_fingerprints(workload.data)):
+        before, now = self.state["images"], image_fingerprints(workload.data)
+        changes = []
+        if before["classes"] != now["classes"]:
+            changes = [f"its classes are {join_limited(now['classes'])}; they were {join_limited(before['classes'])}"]
+        for split in SPLITS if not changes else ():
+            for name, old, new in zip(now["classes"], before[split], now[split], strict=True):
+                if old[0] != new[0]:
+                    changes.append(f"{split} has {new[0]:,} images of {name}, it had {old[0]:,}")
+                elif old[1] != new[1]:
+                    changes.append(f"images of {name} in {split} have other names or contents")
+        if changes:
             raise UsageError(
                 f"{self.run.path}: the dataset is not the one that the run started with: "
                 f"{join_limited(changes, 3)}. Restore it, or start a new run"
@@ -88,8 +100,7 @@ class ResumeState:
         if differences := self._differences(inputs):
             reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
         # the best epoch may be later than the state: training then comes to it again
-        best, scores = self.best or (None, None)
-        spec = workload.spec
+        (best, scores), spec = self.best or (None, None), workload.spec
         return epoch, is_ready, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, self.epoch or 0)
 
     def _differences(self, inputs: Inputs) -> list[str]:
@@ -104,28 +115,12 @@ class ResumeState:
         return differences
 
 
-def prepare_resume(run: RunDir, command: str) -> ResumeState | None:
-    """Make the directory of an interrupted run ready for `command`, and return its state.
-
-    What was written after the last checkpoint is removed. Return None if there was no checkpoint: the run starts again.
+def read_state(run: RunDir) -> ResumeState | None:
+    """Return the state of an interrupted run; None if there was no checkpoint.
 
     Raises:
         TlcliError: a file is damaged, or of another version of tlcli.
     """
-    state = _read_state(run)
-    run.mark_resumed(command)
-    for folder in (run.path, run.state_file.parent):
-        remove_temp_files(folder)
-    if state is None:
-        for file in (run.metrics_file, run.bad_files_file, run.best_checkpoint, run.last_checkpoint):
-            file.unlink(missing_ok=True)
-    elif run.metrics_bytes() > (size := int(state.state["metrics_bytes"])):
-        with run.metrics_file.open("r+b") as metrics:
-            metrics.truncate(size)
-    return state
-
-
-def _read_state(run: RunDir) -> ResumeState | None:
     if not run.state_file.is_file():
         return None
     try:
@@ -147,6 +142,18 @@ def _read_state(run: RunDir) -> ResumeState | None:
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(run.best_checkpoint, f"its metadata: {error}") from error
     return ResumeState(run, state, recorded, best)
+
+
+def prepare_resume(run: RunDir, state: ResumeState | None, command: str) -> None:
+    """Remove what an interrupted run wrote after its state; all if it has none. `command` resumes it."""
+    run.mark_resumed(command)
+    for folder in (run.path, run.state_file.parent):
+        remove_temp_files(folder)
+    if state is None:
+        for file in (run.metrics_file, run.bad_files_file, run.best_checkpoint, run.last_checkpoint):
+            file.unlink(missing_ok=True)
+    elif run.metrics_bytes() > (size := int(state.state["metrics_bytes"])):
+        os.truncate(run.metrics_file, size)
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:
@@ -172,22 +179,8 @@ def machine_info(accelerator: torch.device) -> dict[str, Any]:
 def image_fingerprints(data: Dataset) -> dict[str, Any]:
     """Return the classes, and for each split and class the number of images and their fingerprint."""
     fingerprints: dict[str, Any] = {"classes": list(data.classes)}
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         split = getattr(data, name)
         by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
         fingerprints[name] = [[len(indices), split.fingerprint(indices)[:DIGEST_CHARS]] for indices in by_class]
     return fingerprints
-
-
-def _image_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each class of a split that differs."""
-    if before["classes"] != now["classes"]:
-        return [f"its classes are {join_limited(now['classes'])}; they were {join_limited(before['classes'])}"]
-    changes = []
-    for split in ("train", "val", "test"):
-        for name, old, new in zip(now["classes"], before[split], now[split], strict=True):
-            if old[0] != new[0]:
-                changes.append(f"{split} has {new[0]:,} images of {name}, it had {old[0]:,}")
-            elif old[1] != new[1]:
-                changes.append(f"images of {name} in {split} have other names or contents")
-    return changes
