@@ -62,10 +62,6 @@ class Device:
         parts.append(f"{self.workers} decoding workers" if self.workers else "decoding in process")
         return ", ".join(parts)
 
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
-        """Run forward passes in `dtype`; weights and the loss stay float32."""
-        return autocast(self.accelerator, dtype)
-
     def place(self, network: nn.Module) -> None:
         """Move the weights of a network to this device, in this memory format."""
         network.to(device=self.accelerator, memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -74,14 +70,9 @@ class Device:
         """Return a batch on this device; on CUDA the copy from pinned memory overlaps with arithmetic."""
         return batch.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
 
-    def compile_if_set(self, network: nn.Module) -> None:
-        """Compile a network in place if the spec asks for it; the names of its tensors stay."""
-        if self.compile:
-            network.compile()
-
 
 def autocast(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return the context of arithmetic in `dtype`, as far as PyTorch finds it safe."""
+    """Return the context of forward passes in `dtype`, as far as PyTorch finds it safe; weights stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(accelerator.type, dtype=dtype)
 
 

@@ -92,7 +92,8 @@ def evaluate_run(
     inputs = Inputs(follow(tested, workload, reporter, ["test"]), workload, ["test"])
     inputs.device.place(network)
     loader = inputs.open("test", reporter)
-    inputs.device.compile_if_set(inputs.trained_network)
+    if inputs.device.compile:
+        inputs.trained_network.compile()
     predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
 
     run = RunDir(loaded.path)

@@ -68,7 +68,8 @@ def train(
     with record.phase("probe"):
         first_epoch, head_is_ready, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs(inputs)
-    inputs.device.compile_if_set(loader.network)
+    if inputs.device.compile:
+        loader.network.compile()  # in place: the names of its tensors stay
 
     state = {"head_is_ready": head_is_ready, "machine": machine}
     checkpoints = record.checkpoints(network, trainer, lambda: {**state, **provenance(inputs)})

@@ -17,7 +17,6 @@ from tlcli.engine.metrics import (
     Scores,
     calibrate,
     expected_calibration_error,
-    fit_temperature,
     most_confused,
     reliability,
     scores,
@@ -105,23 +104,18 @@ def drawn(n: int, classes: int, temperature: float, seed: int = 0) -> tuple[Tens
     return logits, labels
 
 
-def loss(logits: Tensor, labels: Tensor, temperature: float) -> float:
-    return F.cross_entropy(logits.double() / temperature, labels).item()
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_it_finds_the_temperature_that_labels_were_drawn_with(temperature: float) -> None:
-    assert fit_temperature(*drawn(5000, 6, temperature)) == pytest.approx(temperature, rel=0.05)
+    assert calibrate(*drawn(5000, 6, temperature)).temperature == pytest.approx(temperature, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("n", [1, 5, 40, 300])
 def test_neither_loss_nor_calibration_error_is_above_that_of_one(n: int, seed: int) -> None:
     logits, labels = drawn(n, 4, math.exp((seed - 10) / 5), seed)
-    fitted = fit_temperature(logits, labels)
-    assert MIN_TEMPERATURE <= fitted <= MAX_TEMPERATURE
-    assert loss(logits, labels, fitted) <= loss(logits, labels, 1.0)
     found = calibrate(logits, labels)
+    assert MIN_TEMPERATURE <= found.temperature <= MAX_TEMPERATURE
+    assert found.loss_after == pytest.approx(F.cross_entropy(logits.double() / found.temperature, labels).item())
     assert found.loss_after <= found.loss_before
     assert found.ece_after <= found.ece_before
 
@@ -131,7 +125,7 @@ def test_neither_loss_nor_calibration_error_is_above_that_of_one(n: int, seed: i
 def test_all_right_is_no_ground_for_certainty(n: int, gap: float) -> None:
     labels = torch.arange(n) % 2
     logits = gap * F.one_hot(labels).float()
-    fitted = fit_temperature(logits, labels)
+    fitted = calibrate(logits, labels).temperature
     sure = torch.softmax(logits / fitted, dim=1).amax(dim=1).mean().item()
     own = torch.softmax(logits, dim=1).amax(dim=1).mean().item()
     assert sure <= max(own, (n + 1) / (n + 2)) + 1e-4
@@ -140,9 +134,8 @@ def test_all_right_is_no_ground_for_certainty(n: int, gap: float) -> None:
 
 def test_a_few_images_do_not_drive_it_far() -> None:
     logits, labels = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]), torch.tensor([1, 0, 1])
-    assert 1 < fit_temperature(logits, labels) < 6  # the likelihood alone asks for 13
-    many = logits.repeat(500, 1), labels.repeat(500)
-    assert fit_temperature(*many) > 10
+    assert 1 < calibrate(logits, labels).temperature < 6  # the likelihood alone asks for 13
+    assert calibrate(logits.repeat(500, 1), labels.repeat(500)).temperature > 10
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(8, 3), torch.full((8, 3), 1e4), torch.eye(3)[[0] * 8] * 1e4])

@@ -262,15 +262,7 @@ class CostMeter:
         def loader(n: int) -> BatchLoader:
             rows = torch.arange(n) % len(sample)  # the same rows again and again, as many as there are images
             return ActivationLoader(
-                [tensors],
-                rows,
-                labels[rows],
-                network=cut.suffix,
-                head=head,
-                dtype=device.train_dtype,
-                device=device,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
+                [tensors], rows, labels[rows], cut.suffix, head, device.train_dtype, device, spec.batch_size, spec.seed
             )
 
         fit = _fitting(workload, device)

@@ -5,7 +5,7 @@ changes the most likely class. It is fitted on the validation split and judged o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tlcli.device import Device, limit_threads
+from tlcli.device import Device, autocast, limit_threads
 from tlcli.engine.loaders import BatchLoader
 from tlcli.models.classifier import eval_mode
 from tlcli.reporter import Reporter
@@ -52,7 +52,7 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
         reporter.track(label, len(loader)) as advance,
     ):
         for x, y in loader.in_order():
-            with device.autocast(loader.dtype):
+            with autocast(device.accelerator, loader.dtype):
                 logits.append(loader.network(*x))
             labels.append(y)
             advance(len(y))
@@ -64,8 +64,7 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return the input of `head` for every image, (N, D) float32 on the CPU, and the labels (N)."""
     batches: list[Tensor] = []
-    record: Callable[..., None] = lambda module, args: batches.append(args[0].float().cpu())  # noqa: E731
-    handle = head.register_forward_pre_hook(record)
+    handle = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))
     try:
         labels = evaluate(network, loader, device, reporter, label).labels
     finally:
@@ -96,9 +95,7 @@ def scores(predictions: Predictions) -> Scores:
 def wilson(n_correct: int, n: int) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927)."""
     interval = binomtest(n_correct, n).proportion_ci(confidence_level=0.95, method="wilson")
-    # at the ends the exact bounds are 0 and 1; rounding may miss them
-    low = 0.0 if n_correct == 0 else float(interval.low)
-    return low, 1.0 if n_correct == n else float(interval.high)
+    return float(interval.low), float(interval.high)
 
 
 def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
@@ -168,9 +165,8 @@ class BestEpochTracker:
     @property
     def should_stop(self) -> bool:
         """Return True if `early_stop` epochs in a row were not better."""
-        if self.early_stop is None or self.epoch is None:
-            return False
-        return self.last_epoch - self.epoch >= self.early_stop
+        epoch, limit = self.epoch, self.early_stop
+        return epoch is not None and limit is not None and self.last_epoch - epoch >= limit
 
     @property
     def value(self) -> float | None:
@@ -178,8 +174,7 @@ class BestEpochTracker:
         return None if self.scores is None else float(getattr(self.scores, self.by.value))
 
     def _rank(self, scores: Scores) -> tuple[float, float]:
-        by_loss = self.by is KeepBest.loss
-        return (-scores.loss, 0.0) if by_loss else (getattr(scores, self.by.value), -scores.loss)
+        return 0.0 if self.by is KeepBest.loss else getattr(scores, self.by.value), -scores.loss
 
 
 # -- calibration
@@ -198,46 +193,38 @@ class Calibration:
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
-    """Return the temperature for these validation logits (N, C) and labels (N).
-
-    It is 1 if the fitted one would raise the expected calibration error of the same images: the loss gains most from a
-    few images that are far off, and may do so at the cost of all others.
-    """
-    fitted = fit_temperature(logits, labels)
-    before, after = (expected_calibration_error(logits, labels, t) for t in (1.0, fitted))
-    if after > before:
-        fitted, after = 1.0, before
-    loss = _loss(logits, labels)
-    return Calibration(fitted, len(labels), before, after, loss(1.0), loss(fitted))
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature that minimizes the loss of labels (N) under softmax(logits / T), within two bounds.
 
     With few images the likelihood follows the one that is wrong, and if all are right it has no optimum: T -> 0 makes
     every answer certain. So log T has a normal prior about 0 (maximum a posteriori), and a T below 1 may not raise the
     mean confidence above (right + 1) / (N + 2), which is the accuracy that N images support by Laplace's rule of
-    succession: 24 of 24 right support 0.96. The loss is never above that of T = 1, which satisfies both.
+    succession: 24 of 24 right support 0.96.
+
+    T is 1, which satisfies both, if the loss would not decrease or the calibration error of the same images would
+    increase: the loss gains most from a few images that are far off, and may do so at the cost of all others.
     """
-    n = len(labels)
-    if n == 0 or logits.shape[1] < 2:
-        return 1.0
-    loss, exact = _loss(logits, labels), logits.double()
+    n, exact = len(labels), logits.double()
+    mean_of_labels = exact.gather(1, labels[:, None]).mean().item()
     max_confidence = (int((logits.argmax(dim=1) == labels).sum()) + 1) / (n + 2)
+
+    def loss(t: float) -> float:
+        return torch.logsumexp(exact / t, dim=1).mean().item() - mean_of_labels / t
 
     def cost(log_t: float) -> float:
         return n * loss(math.exp(log_t)) + 0.5 * (log_t / PRIOR_STD) ** 2
 
     def excess(log_t: float) -> float:
-        confidence = torch.softmax(exact / math.exp(log_t), dim=1).amax(dim=1)
-        return confidence.mean().item() - max_confidence
+        return torch.softmax(exact / math.exp(log_t), dim=1).amax(dim=1).mean().item() - max_confidence
 
     bounds = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     log_t = float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
     if log_t < 0 and excess(log_t) > 0:
         log_t = 0.0 if excess(0.0) >= 0 else float(brentq(excess, log_t, 0.0, xtol=1e-4))
-    temperature = math.exp(log_t)
-    return temperature if loss(temperature) < loss(1.0) - MIN_GAIN else 1.0
+    t = math.exp(log_t)
+    before, after = (expected_calibration_error(logits, labels, temperature) for temperature in (1.0, t))
+    if loss(t) >= loss(1.0) - MIN_GAIN or after > before:
+        t, after = 1.0, before
+    return Calibration(t, n, before, after, loss(1.0), loss(t))
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: float) -> float:
@@ -261,10 +248,3 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tupl
     index, right = (confidence * BINS).ceil().long().clamp(1, BINS), (predicted == labels).double()
     members = [index == i for i in range(1, BINS + 1) if i in index]
     return [(confidence[m].mean().item(), right[m].mean().item(), int(m.sum())) for m in members]
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Callable[[float], float]:
-    """Return the mean negative log-likelihood of labels as a function of the temperature, in float64."""
-    exact = logits.double()
-    mean_of_labels = exact.gather(1, labels[:, None])[:, 0].mean().item()
-    return lambda t: torch.logsumexp(exact / t, dim=1).mean().item() - mean_of_labels / t

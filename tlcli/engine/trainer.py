@@ -169,13 +169,10 @@ class Trainer:
         self._contract.train_mode(update_stats=False)
         for n in (size >> halvings for halvings in range(1, size.bit_length())):
             self.optimizer.zero_grad()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without a GPU
             try:
                 torch.autograd.backward(self._forward(loader, tuple(x[:n] for x in batch[0])).logsumexp(dim=1).sum())
             except Exception as failure:
-                if not is_out_of_memory(failure):
-                    break  # for example one image under BatchNorm
                 traceback.clear_frames(failure.__traceback__)
             else:
                 accumulate = ceil(size / n) * self._spec.accumulate
