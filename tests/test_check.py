@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tlcli.check import check_labels, connected_components, near_duplicates
+from tlcli.check import check_labels, near_duplicates
 from tlcli.data.images import ConcatSplits, ImageFiles, full_split
 from tlcli.reporter import Reporter
 
@@ -27,7 +27,7 @@ def test_changed_labels_are_ranked_first(n_classes: int) -> None:
     changed = np.random.default_rng(1).choice(200, 10, replace=False)
     given = labels.copy()
     given[changed] = (given[changed] + 1) % n_classes
-    check = check_labels(features, given, n_classes, [], 0)
+    check = check_labels(features, given, n_classes, np.arange(200), 0, Reporter())
     assert set(check.suspects[:10].tolist()) == set(changed.tolist())
     assert (check.suggested[changed] == labels[changed]).all()
     assert check.likely[changed].sum() >= 6
@@ -42,16 +42,17 @@ def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     features = torch.cat([features, features[:1].expand(20, -1)])
     given = np.concatenate([labels, np.full(20, 1 - labels[0])])
     given[0] = 1 - labels[0]
-    copies = [0, *range(100, 120)]
-    assert set(copies) <= set(check_labels(features, given, 2, [copies], 0).suspects.tolist())
-    assert not set(copies) & set(check_labels(features, given, 2, [], 0).suspects.tolist())
+    copies = {0, *range(100, 120)}
+    grouped = np.concatenate([np.arange(100), np.zeros(20, dtype=int)])
+    assert copies <= set(check_labels(features, given, 2, grouped, 0, Reporter()).suspects.tolist())
+    assert not copies & set(check_labels(features, given, 2, np.arange(120), 0, Reporter()).suspects.tolist())
 
 
 def test_a_class_of_one_image() -> None:
     features, labels = clouds(60, 2)
     given = labels.copy()
     given[5] = 2
-    probabilities = check_labels(features, given, 3, [], 0).probabilities
+    probabilities = check_labels(features, given, 3, np.arange(60), 0, Reporter()).probabilities
     assert probabilities[5, 2] == 0
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
 
@@ -67,15 +68,14 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(stream).convert("RGB")
 
 
-def found(folder: Path, images: list[Image.Image], features: np.ndarray | None = None) -> set[tuple[int, int]]:
-    """Return the near duplicates; by default every image is a neighbor of all others."""
-    keys = [f"{i}.png" for i in range(len(images))]
-    for image, key in zip(images, keys, strict=True):
-        image.save(folder / key)
-    splits = ConcatSplits({"train": full_split(ImageFiles(folder, keys), [0] * len(keys))})
-    if features is None:
-        features = np.random.default_rng(0).normal(size=(len(images), 4)).astype(np.float32)
-    return {(i, j) for i, j, _ in near_duplicates(splits, range(len(images)), features, Reporter())}
+def found(folder: Path, images: list[Image.Image], exact: tuple[list[int], ...] = ()) -> list[list[int]]:
+    """Return the groups of near duplicates. Features are random: with few images all are neighbors."""
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    files = ImageFiles(folder, [f"{i}.png" for i in range(len(images))])
+    features = np.random.default_rng(0).normal(size=(len(images), 4)).astype(np.float32)
+    splits = ConcatSplits({"train": full_split(files, [0] * len(images))})
+    return [group for _, group in near_duplicates(splits, exact, features, Reporter())[0]]
 
 
 @pytest.mark.parametrize(
@@ -92,22 +92,21 @@ def found(folder: Path, images: list[Image.Image], features: np.ndarray | None =
 )
 def test_copies_are_found(tmp_path: Path, change) -> None:
     images = [scene(0), scene(1), change(scene(0)), scene(2)]
-    assert found(tmp_path, images) == {(0, 2)}
+    assert found(tmp_path, images) == [[0, 2]]
 
 
 def test_images_that_differ_in_a_part_are_not_duplicates(tmp_path: Path) -> None:
     """As neighboring slices of a scan do."""
     other = scene(0)
     other.paste(scene(7).resize((40, 40)), (28, 28))
-    assert found(tmp_path, [scene(0), other]) == set()
+    assert found(tmp_path, [scene(0), other]) == []
 
 
 def test_plain_images_are_not_duplicates(tmp_path: Path) -> None:
     noise = [np.random.default_rng(i).integers(99, 102, (64, 64, 3), dtype=np.uint8) for i in range(3)]
-    assert found(tmp_path, [Image.fromarray(pixels) for pixels in noise]) == set()
+    assert found(tmp_path, [Image.fromarray(pixels) for pixels in noise]) == []
 
 
-def test_more_copies_than_neighbors_are_one_group(tmp_path: Path) -> None:
-    images = [jpeg(scene(0), 30 + 4 * i) for i in range(14)] + [scene(1)]
-    pairs = found(tmp_path, images)
-    assert connected_components(pairs) == [list(range(14))]
+def test_copies_are_one_group_with_their_exact_copies(tmp_path: Path) -> None:
+    images = [jpeg(scene(0), 30 + 4 * i) for i in range(14)] + [scene(1), scene(1), jpeg(scene(0), 30)]
+    assert found(tmp_path, images, ([14, 15], [0, 16])) == [[*range(14), 16]]

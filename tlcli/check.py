@@ -1,8 +1,8 @@
 """Checks a dataset before anything is trained on it: undecodable files, duplicates, labels, class balance."""
 
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from msgspec import structs
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from tlcli import __version__
 from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import Dataset
-from tlcli.data.decode import Pixels
 from tlcli.data.images import (
     ConcatSplits,
     Ints,
@@ -33,7 +32,7 @@ from tlcli.engine.metrics import features
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights, HeadInit, OnBad, TrainSpec
-from tlcli.text import join_limited
+from tlcli.text import csv_line, join_limited, strip_control_chars
 from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
 from tlcli.transfer.freeze import HeadSpec
 
@@ -42,15 +41,19 @@ FOLDS = 5
 MAX_IMBALANCE = 3.0  # ratio of the largest to the smallest class in train from which the balance is reported
 MIN_CLASS_IMAGES = 10  # training images of a class below which its metrics are mostly chance
 THUMBNAIL_SIDE = 32
-NEIGHBORS = 10
-"""Nearest neighbors per image whose thumbnails are compared. Larger groups are found through their chains."""
+NEIGHBORS = 10  # nearest neighbors per image whose thumbnails are compared; larger groups are found through chains
 MAX_RESIDUAL, MIN_CORRELATION = 2.5, 0.95
 """Two thumbnails are one image if, after the best linear change of brightness and contrast, their gray values differ by
 at most this root mean square. Copies (half and a third of the size, 1.5 times, JPEG of quality 25) of brain scans,
 aerial images and textures had 0.4 to 1.1 in the median and below 2.5 in 99 %; neighboring slices of a scan 3.3 or more.
 The correlation keeps plain images apart, which differ by little whatever they show."""
 
+MAX_GROUPS, MAX_SUSPECTS = 12, 30  # on the contact sheet
+CELLS_PER_ROW, CELL_SIDE, GAP, LINE_HEIGHT = 5, 190, 10, 17  # the sides in pixels
+
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+Table = list[Sequence[object]]
+SheetRow = tuple[str, list[tuple[int, str]]]  # a title, and images with their captions
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,36 +84,34 @@ class Findings:
     spec: TrainSpec
     data: Dataset
     images: ConcatSplits
-    problems: Sequence[str] = ()
+    problems: Sequence[str]
+    started: float
+    seconds: dict[str, float] = field(default_factory=dict)
     duplicates: list[tuple[str, float, list[int]]] = field(default_factory=list)
     labels: LabelCheck | None = None
     network_reason: str | None = None
     notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """The dataset's name, and the name of its folder if it has one."""
-        root = self.spec.dataset.root
-        return f"{self.data.name} {Path(root).name}" if root else self.data.name
+    def lap(self, part: str) -> None:
+        """Record the seconds since the last part ended."""
+        now = time.perf_counter()
+        self.seconds[part] = round(now - self.started, 3)
+        self.started = now
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds of the block to those of this part."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - start, 3)
+    def place(self, i: int) -> tuple[str, str, str]:
+        """Return file, split and class of an image."""
+        return self.images.name(i), self.images.split_names[i], self.data.classes[self.images.labels[i]]
 
 
-def check_data(spec: TrainSpec, reporter: Reporter, session: Session, *, quick: bool) -> Findings:
-    """Check every image of the dataset of a spec. The data is not changed. Raise UsageError if it is unusable.
+def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Path, *, quick: bool) -> dict[str, Any]:
+    """Check every image of the dataset of a spec, write the findings into a folder and return the summary.
+
+    The data is not changed. Raise UsageError if it is unusable.
 
     Args:
         quick: run no network, so find neither near duplicates nor wrong labels.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     accelerator = setup_process(spec.device)
     dataset, problems = spec.dataset.without_bad_classes()
     spec = structs.replace(
@@ -121,31 +122,23 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, *, quick: 
     )
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
-    findings = Findings(spec, data, images, problems)
-    findings.seconds["reading"] = round(time.perf_counter() - start, 3)
-    with findings.timed("exact duplicates"):
-        exact = exact_duplicates(images, reporter)
-        findings.duplicates = [("exact", 1.0, group) for group in exact]
-    if quick:
-        findings.network_reason = "left out (--quick)"
-        return findings
-    with findings.timed("features"):
-        inputs = _features(findings, accelerator, reporter, session)
+    findings = Findings(spec, data, images, problems, started)
+    findings.lap("reading")
+    exact = exact_duplicates(images, reporter)
+    findings.duplicates = [("exact", 1.0, group) for group in exact]
+    findings.lap("exact duplicates")
+    inputs = None if quick else _features(findings, accelerator, reporter, session)
     if inputs is None:
-        findings.network_reason = "the head of this network is not one linear layer, so there are no features"
-        return findings
-    with findings.timed("near duplicates"):
-        repeated = {i for group in exact for i in group[1:]}  # of exact copies, one is compared
-        positions = [i for i in range(len(images)) if i not in repeated]
-        pairs = list(near_duplicates(images, positions, inputs[positions].float().numpy(), reporter))
-        copies = {group[0]: group for group in exact}
-        for group in connected_components((i, j) for i, j, _ in pairs):
-            similarity = min(value for i, _, value in pairs if i in set(group))
-            findings.duplicates.append(("near", similarity, sorted(k for i in group for k in copies.get(i, [i]))))
-    with findings.timed("labels"), reporter.track("labels", len(images)) as advance:
-        groups = connected_components((group[0], i) for _, _, group in findings.duplicates for i in group[1:])
-        findings.labels = check_labels(inputs, images.labels, len(data.classes), groups, spec.seed, advance)
-    return findings
+        reason = "the head of this network is not one linear layer, so there are no features"
+        findings.network_reason = "left out (--quick)" if quick else reason
+    else:
+        findings.lap("features")
+        near, group_of = near_duplicates(images, exact, inputs.float().numpy(), reporter)
+        findings.duplicates += [("near", *group) for group in near]
+        findings.lap("near duplicates")
+        findings.labels = check_labels(inputs, images.labels, len(data.classes), group_of, spec.seed, reporter)
+        findings.lap("labels")
+    return _write(findings, folder)
 
 
 def _features(findings: Findings, accelerator: torch.device, reporter: Reporter, session: Session) -> Tensor | None:
@@ -167,62 +160,69 @@ def _features(findings: Findings, accelerator: torch.device, reporter: Reporter,
 
 
 def near_duplicates(
-    images: ConcatSplits, positions: Sequence[int], features: np.ndarray[Any, np.dtype[np.float32]], reporter: Reporter
-) -> Iterator[tuple[int, int, float]]:
-    """Yield (i, j, correlation of the thumbnails) of near duplicates among images at `positions`, i < j.
+    images: ConcatSplits, exact: Sequence[Sequence[int]], features: Floats, reporter: Reporter
+) -> tuple[list[tuple[float, list[int]]], Ints]:
+    """Find images that are one image in another size, format, compression or brightness.
 
-    They are one image in another size, format, compression or brightness. Raise BadImagesError for an unreadable file.
+    Raise BadImagesError for an unreadable file.
 
     Args:
-        features: of the backbone for these images, (N, D).
+        exact: groups of exact copies; one image of each is compared.
+        features: of the backbone, (N, D).
+
+    Returns:
+        The lowest correlation and the positions of each group of near duplicates, with their exact copies; and for each
+        image (N) the number of its group of near or exact duplicates.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(images)
+    copies = np.array([(group[0], i) for group in exact for i in group[1:]], dtype=np.int64).reshape(-1, 2)
+    pairs, correlations = _near_pairs(images, np.setdiff1d(np.arange(n), copies[:, 1]), features, reporter)
+    edges = np.concatenate([copies, pairs])
+    group_of: Ints = connected_components(coo_array((np.ones(len(edges)), edges.T), shape=(n, n)), directed=False)[1]
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+    numbers, lowest = group_of[pairs[:, 0]], np.ones(n)
+    np.minimum.at(lowest, numbers, correlations)
+    return [(float(lowest[g]), members[g].tolist()) for g in np.unique(numbers)], group_of
+
+
+def _near_pairs(images: ConcatSplits, positions: Ints, features: Floats, reporter: Reporter) -> tuple[Ints, Floats]:
+    """Return (P, 2) positions of near duplicates among these, and the correlation (P) of their thumbnails."""
     from sklearn.neighbors import NearestNeighbors
 
     if len(positions) < 2:
-        return
-    centered = features - features.mean(axis=0)
-    unit = centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
-    search = NearestNeighbors(n_neighbors=min(NEIGHBORS + 1, len(positions)), algorithm="brute").fit(unit)
-    neighbors = search.kneighbors(return_distance=False, n_neighbors=min(NEIGHBORS, len(positions) - 1))
-    thumbnails = []
+        return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32)
+    unit = features[positions] - features[positions].mean(axis=0)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    search = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(positions) - 1), algorithm="brute").fit(unit)
+    neighbors = search.kneighbors(return_distance=False)
+    gray = np.empty((len(positions), THUMBNAIL_SIDE**2), dtype=np.float32)
+
+    def thumbnail(i: int) -> Floats:
+        image = Image.fromarray(images.read(i)).convert("L")
+        small = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=3)
+        return np.asarray(small, dtype=np.float32).ravel()
+
     with reporter.track("comparing", len(positions)) as advance:
-        for thumbnail in map_in_threads(lambda i: _thumbnail(images.read(i)), positions, 16):
-            thumbnails.append(thumbnail)
+        for row, values in zip(gray, map_in_threads(thumbnail, positions.tolist(), 16), strict=True):
+            row[:] = values - values.mean()
             advance(1)
-    gray = np.stack(thumbnails) - np.mean(thumbnails, axis=1, keepdims=True)
     contrast = np.sqrt((gray**2).mean(axis=1))
-    pairs = {(min(i, j), max(i, j)) for i, row in enumerate(neighbors.tolist()) for j in row}
-    for i, j in sorted(pairs):
-        high = max(float(contrast[i]), float(contrast[j]))
-        correlation = float((gray[i] * gray[j]).mean() / max(float(contrast[i] * contrast[j]), 1e-6))
-        if correlation >= MIN_CORRELATION and (1 - min(1.0, correlation) ** 2) * high**2 <= MAX_RESIDUAL**2:
-            yield (*sorted((positions[i], positions[j])), min(1.0, correlation))
-
-
-def _thumbnail(image: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the gray values of a small square, (1024)."""
-    gray = Image.fromarray(image).convert("L")
-    small = gray.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=3)
-    return np.asarray(small, dtype=np.float32).ravel()
-
-
-def connected_components(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Return groups of positions that are connected by pairs, each ascending, in the order of their first members."""
-    group_of: dict[int, list[int]] = {}
-    for i, j in pairs:
-        merged = {*group_of.get(i, [i]), *group_of.get(j, [j])}
-        group = sorted(merged)
-        group_of.update(dict.fromkeys(group, group))
-    return sorted({id(group): group for group in group_of.values()}.values())
+    pairs, correlations = [], []
+    for other in neighbors.T:
+        covariance = np.einsum("np,np->n", gray, gray[other]) / THUMBNAIL_SIDE**2
+        correlation = np.minimum(covariance / np.maximum(contrast * contrast[other], 1e-6), 1)
+        residual = np.sqrt(1 - correlation**2) * np.maximum(contrast, contrast[other])
+        same = np.flatnonzero((correlation >= MIN_CORRELATION) & (residual <= MAX_RESIDUAL))
+        pairs.append(positions[np.stack([same, other[same]], axis=1)])
+        correlations.append(correlation[same])
+    return np.concatenate(pairs), np.concatenate(correlations)
 
 
 def check_labels(
-    inputs: Tensor,
-    labels: Ints,
-    n_classes: int,
-    groups: Sequence[Sequence[int]],
-    seed: int,
-    advance: Callable[[int], None] = lambda images: None,
+    inputs: Tensor, labels: Ints, n_classes: int, group_of: Ints, seed: int, reporter: Reporter
 ) -> LabelCheck:
     """Return the labels (N) that a linear probe on features (N, D), fitted to other images, finds likely wrong.
 
@@ -232,25 +232,26 @@ def check_labels(
     in the first 100 and 220 in the first 500; the normalized margin found 26 and 194.)
 
     Args:
-        groups: of duplicates. Each is in one fold: else a copy with the same wrong label would confirm it.
+        group_of: number of the group of duplicates of each image (N), ascending by first image. A group is in one fold:
+            else a copy with the same wrong label would confirm it.
     """
     folds = np.empty(len(labels), dtype=np.int64)
     random = np.random.default_rng([seed, FOLDS])
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
         folds[members] = (np.arange(len(members)) + random.integers(FOLDS)) % FOLDS
-    for group in groups:
-        folds[list(group)] = folds[group[0]]
+    folds = folds[np.unique(group_of, return_index=True)[1]][group_of]
     probabilities = np.zeros((len(labels), n_classes), dtype=np.float32)
-    for fold in np.unique(folds):
-        held, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        present, relabeled = np.unique(labels[rest], return_inverse=True)
-        if len(present) > 1:
-            probe = nn.Linear(inputs.shape[1], len(present))
-            fit_probe(probe, inputs[rest], torch.from_numpy(relabeled))
-            with torch.inference_mode():
-                probabilities[np.ix_(held, present)] = torch.softmax(probe(inputs[held]), dim=1).numpy()
-        advance(len(held))
+    with reporter.track("labels", len(labels)) as advance:
+        for fold in np.unique(folds):
+            held, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+            present, relabeled = np.unique(labels[rest], return_inverse=True)
+            if len(present) > 1:
+                probe = nn.Linear(inputs.shape[1], len(present))
+                fit_probe(probe, inputs[rest], torch.from_numpy(relabeled))
+                with torch.inference_mode():
+                    probabilities[np.ix_(held, present)] = torch.softmax(probe(inputs[held]), dim=1).numpy()
+            advance(len(held))
     rows = np.arange(len(labels))
     given = probabilities[rows, labels]
     counts = np.bincount(labels, minlength=n_classes)
@@ -266,32 +267,106 @@ def check_labels(
     return LabelCheck(suspects, suggested, likely, probabilities, thresholds)
 
 
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _write(findings: Findings, folder: Path) -> dict[str, Any]:
+    """Write the contact sheet, the tables and the summary, which is returned."""
+    duplicates, groups = _duplicates(findings)
+    suspects, examples = _suspects(findings)
+    if groups or examples:
+        draw_sheet([*groups, *examples], findings.images).save(folder / "contact_sheet.png")
+    findings.lap("contact sheet")
+    bad_files: Table = [("file", "reason"), *findings.data.bad_files]
+    for name, rows in {"duplicates": duplicates, "labels": suspects, "bad_files": bad_files}.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            stream.writelines(map(csv_line, rows))
+    summary = {**summarize(findings), "output": str(folder)}
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def _duplicates(findings: Findings) -> tuple[Table, list[SheetRow]]:
+    """Return duplicates.csv and rows of the contact sheet, groups across splits or with several classes first."""
+    table: Table = [("group", "kind", "similarity", "splits", "labels", "file", "split", "label")]
+    ranked = []
+    for number, (kind, similarity, group) in enumerate(findings.duplicates, start=1):
+        places = [findings.place(i) for i in group]
+        n_splits, n_labels = (len(set(values)) for values in list(zip(*places, strict=True))[1:])
+        table += [(number, kind, f"{similarity:.3f}", n_splits, n_labels, *place) for place in places]
+        captions = {i: f"{split}: {label}" for i, (_, split, label) in zip(group, places, strict=True)}
+        one_each = {caption: i for i, caption in reversed(captions.items())}
+        shown = list(dict.fromkeys([*one_each.values(), *group]))[:CELLS_PER_ROW]
+        title = f"{kind} duplicates: {len(group):,} images, similarity {similarity:.3f}"
+        row = title, [(i, captions[i]) for i in shown]
+        ranked.append(((n_splits == 1, n_labels == 1, kind == "exact", number), row))
+    return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
+
+
+def _suspects(findings: Findings) -> tuple[Table, list[SheetRow]]:
+    """Return labels.csv and rows of the contact sheet."""
+    table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
+    check, cells = findings.labels, []
+    for rank, i in enumerate(check.suspects.tolist() if check else (), start=1):
+        assert check is not None
+        place, suggested = findings.place(i), findings.data.classes[check.suggested[i]]
+        p_label, p_suggested = check.probabilities[i, [findings.images.labels[i], check.suggested[i]]].tolist()
+        likely = "yes" if check.likely[i] else "no"
+        table.append((rank, *place, suggested, f"{p_label:.4f}", f"{p_suggested:.4f}", likely))
+        cells.append((i, f"{rank}. {place[2]} {p_label:.0%}\nlooks like {suggested} {p_suggested:.0%}"))
+    starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
+    return table, [("labels that may be wrong", cells[n : n + CELLS_PER_ROW]) for n in starts]
+
+
+def draw_sheet(rows: Sequence[SheetRow], images: ConcatSplits) -> Image.Image:
+    """Return a page of rows, each with a title and images above their captions and names."""
+    import matplotlib
+
+    # its font has more alphabets than Pillow's own
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+    height = CELL_SIDE + 5 * LINE_HEIGHT
+    sheet = Image.new("RGB", (CELLS_PER_ROW * (CELL_SIDE + GAP) + GAP, len(rows) * height), "white")
+    for y, (title, cells) in zip(range(0, sheet.height, height), rows, strict=True):
+        ImageDraw.Draw(sheet).text((GAP, y), title, "#b3261e", font)
+        for column, (i, caption) in enumerate(cells):
+            cell = Image.new("RGB", (CELL_SIDE, height - LINE_HEIGHT), "white")  # it clips long names
+            image = Image.fromarray(images.read(i))
+            is_small = max(image.size) < CELL_SIDE  # then it is shown pixel by pixel
+            kernel = Image.Resampling.NEAREST if is_small else Image.Resampling.BILINEAR
+            cell.paste(ImageOps.pad(image, (CELL_SIDE, CELL_SIDE), kernel, color="white"))
+            lines = [*caption.split("\n"), images.key(i).rpartition("/")[2]]
+            text = "\n".join(map(strip_control_chars, lines))
+            ImageDraw.Draw(cell).text((0, CELL_SIDE + 3), text, "black", font)
+            sheet.paste(cell, (GAP + column * (CELL_SIDE + GAP), y + LINE_HEIGHT))
+    return sheet
+
+
 # -- summary ----------------------------------------------------------------------------------------------------------
 
 
 def summarize(findings: Findings) -> dict[str, Any]:
     """Return all metrics as plain data; `verdicts` has what to do, as [kind, text]: fix, look or note."""
-    images, data, reason = findings.images, findings.data, findings.network_reason
+    images, data, check, reason = findings.images, findings.data, findings.labels, findings.network_reason
     counts = {
         name: dict(zip(data.classes, split.class_counts(len(data.classes)), strict=True))
         for name, split in images.splits.items()
     }
-    exact, near = ([group for kind, _, group in findings.duplicates if kind == wanted] for wanted in ("exact", "near"))
+    root, in_train = findings.spec.dataset.root, counts["train"].values()
     checked: dict[str, Any] = {"checked": reason is None} | ({} if reason is None else {"why": reason})
-    labels = dict(checked)
-    if (check := findings.labels) is not None:
-        labels |= {
+    labels: dict[str, Any] = {}
+    if check is not None:
+        labels = {
             "folds": FOLDS,
             "agreement": round(float((check.probabilities.argmax(axis=1) == images.labels).mean()), 4),
             "suspects": len(check.suspects),
             "likely_wrong": int(check.likely[check.suspects].sum()),
             "thresholds": {c: round(float(t), 4) for c, t in zip(data.classes, check.thresholds, strict=True)},
         }
-    in_train = counts["train"].values()
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "tlcli": __version__,
-        "dataset": findings.name,
+        "dataset": f"{data.name} {Path(root).name}" if root else data.name,
         "backbone": findings.spec.backbone.name,
         "n_images": len(images),
         "classes": list(data.classes),
@@ -299,16 +374,17 @@ def summarize(findings: Findings) -> dict[str, Any]:
         "imbalance": round(max(in_train) / max(1, min(in_train)), 2),
         "n_bad_files": len(data.bad_files),
         "layout": list(findings.problems),
-        "exact": _count_duplicates(images, exact),
-        "near": _count_duplicates(images, near) | checked,
-        "labels": labels,
+        "exact": _count_duplicates(findings, "exact"),
+        "near": _count_duplicates(findings, "near") | checked,
+        "labels": checked | labels,
         "notes": [*data.notes, *findings.notes],
         "seconds": {**findings.seconds, "total": round(sum(findings.seconds.values()), 3)},
     }
     return {"verdicts": [list(verdict) for verdict in _verdicts(findings, summary)], **summary}
 
 
-def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _count_duplicates(findings: Findings, kind: str) -> dict[str, Any]:
+    images, groups = findings.images, [group for own, _, group in findings.duplicates if own == kind]
     in_train = [sum(images.split_names[i] == "train" for i in group) for group in groups]
     return {
         "groups": len(groups),
@@ -322,32 +398,28 @@ def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> 
 
 def _verdicts(findings: Findings, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what to do, the most important first."""
-    exact, near, labels, counts = (summary[key] for key in ("exact", "near", "labels", "counts"))
+    exact, near, labels, in_train = summary["exact"], summary["near"], summary["labels"], summary["counts"]["train"]
     yield from (("fix", text) for text in summary["layout"])
     if summary["layout"]:
         yield "note", f"the rest of this check is about the other {len(summary['classes'])} classes"
-    if n := summary["n_bad_files"]:
-        yield "fix", f"{n:,} of the files do not decode: see bad_files.csv; replace or remove them"
-    for split, key, others in (("test", "test_in_train_or_val", "train or val"), ("val", "val_in_train", "train")):
-        if n := exact[key]:
-            text = f"{n:,} of {split} also in {others}, byte for byte: the accuracy on {split} is too high; "
-            yield "fix", text + "remove them from one of the splits (duplicates.csv)"
-        if n := near[key]:
-            text = f"{n:,} of {split} with a near duplicate in {others} (contact_sheet.png)"
-            yield "look", f"{text}: if it is the same image, remove one"
-    if n := exact["several_labels"]:
-        yield "fix", f"{n:,} groups of exact duplicates have several labels: at most one is right (duplicates.csv)"
-    if n := near["several_labels"]:
-        yield "look", f"{n:,} groups of near duplicates have several labels"
-    if n := exact["extra_in_train"]:
-        yield "note", f"{n:,} of train are exact copies of others there, and count twice in training"
-    if n := labels.get("suspects", 0):
-        text = f"{n:,} labels differ from the prediction of a probe, {labels['likely_wrong']:,} of them clearly: check "
-        text += "contact_sheet.png and labels.csv, most likely wrong first"
-        if labels["agreement"] < 0.9:
-            text += f"; the probe agrees with {labels['agreement']:.0%} of all labels, so many of these are only hard"
-        yield "look", text
-    in_train: Mapping[str, int] = counts["train"]
+    copies = "byte for byte: its accuracy is too high; remove them from one of the splits (duplicates.csv)"
+    alike = "(contact_sheet.png): if it is the same image, remove one"
+    probe = (
+        "labels differ from the prediction of a probe, {likely_wrong:,} of them clearly: check contact_sheet.png and "
+    )
+    probe += "labels.csv, most likely wrong first; the probe agrees with {agreement:.0%} of all labels"
+    findings_by_count = (
+        ("fix", summary["n_bad_files"], "of the files do not decode: see bad_files.csv; replace or remove them"),
+        ("fix", exact["test_in_train_or_val"], f"of test also in train or val, {copies}"),
+        ("look", near["test_in_train_or_val"], f"of test with a near duplicate in train or val {alike}"),
+        ("fix", exact["val_in_train"], f"of val also in train, {copies}"),
+        ("look", near["val_in_train"], f"of val with a near duplicate in train {alike}"),
+        ("fix", exact["several_labels"], "groups of exact duplicates have several labels: at most one is right"),
+        ("look", near["several_labels"], "groups of near duplicates have several labels"),
+        ("note", exact["extra_in_train"], "of train are exact copies of others there, and count twice in training"),
+        ("look", labels.get("suspects", 0), probe.format(**labels) if "suspects" in labels else ""),
+    )
+    yield from ((kind, f"{n:,} {text}") for kind, n, text in findings_by_count if n)
     if summary["imbalance"] >= MAX_IMBALANCE:
         largest, smallest = (choose(in_train, key=in_train.__getitem__) for choose in (max, min))
         text = f"train has {summary['imbalance']:.1f} times as many images of {largest} as of {smallest}: "

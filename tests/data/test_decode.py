@@ -283,6 +283,16 @@ def test_text_of_a_png_is_not_its_depth(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.png").tolist() == [[[1, 2, 3]] * 4] * 4
 
 
+def test_unsigned_tiff_of_32_bits_does_not_wrap(tmp_path: Path) -> None:
+    values = np.array([[0, 2**31 + 5, 2**32 - 1]], dtype=np.uint32)
+    tags = {256: 3, 257: 1, 258: 32, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 12, 339: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<I", 20) + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(content)
+    assert read_raw(tmp_path / "a.tif").values.tolist() == values.tolist()
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_deep_color_ppm_is_marked_as_reduced(tmp_path: Path) -> None:
     (tmp_path / "deep.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
     (tmp_path / "plain.ppm").write_bytes(b"P6 2 1 255\n" + bytes(6))

@@ -101,16 +101,6 @@ def test_a_digest_is_of_pixels_and_shape() -> None:
     assert (items.digest(0), items.key(0)) == (digests[0], "x/0")
 
 
-def test_only_slow_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.data.test_dataset import Recorder
-
-    for patience, shown in ((60.0, {}), (-1.0, {"reading files": [40, 40]})):
-        monkeypatch.setattr(images, "PROGRESS_DELAY_SECONDS", patience)
-        reporter = Recorder()
-        full_split(ImageArrays(np.zeros((40, 2, 2, 3), dtype=np.uint8), "x"), range(40)).fingerprint(reporter=reporter)
-        assert reporter.tracked == shown
-
-
 # -- remembered digests
 
 

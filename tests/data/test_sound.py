@@ -170,4 +170,3 @@ def test_a_split_travels_to_a_process_that_is_spawned(make_folder: MakeFolder) -
     split = load(folder_spec(make_folder({"a": 4, "b": 4})), None).train
     copy = pickle.loads(pickle.dumps(split))
     assert all(np.array_equal(copy.read(i), split.read(i)) for i in range(len(split)))
-    assert copy.images.memory.left == 0

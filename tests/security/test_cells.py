@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import tlcli
 from tests.conftest import make_folder
 from tlcli.cli import main
-from tlcli.cli.data_check import write_table
 from tlcli.models.tensorfile import CHECKSUM
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir
@@ -46,11 +45,6 @@ def bad_files_of_a_run(folder: Path) -> str:
     return run.bad_files_file.read_bytes().decode()
 
 
-def tables_of_a_check(folder: Path) -> str:
-    write_table(folder / "t.csv", ("a", "b"), [(cell, cell) for cell in FORMULAS])
-    return (folder / "t.csv").read_bytes().decode()
-
-
 def leaderboard_of_a_sweep(folder: Path) -> str:
     """Jobs in folders of such names, with such overrides, which failed with such errors."""
     for number, cell in enumerate(FORMULAS):
@@ -64,7 +58,6 @@ def leaderboard_of_a_sweep(folder: Path) -> str:
 
 WRITERS: dict[str, Callable[[Path], str]] = {
     "runs/run_dir.py": bad_files_of_a_run,
-    "cli/data_check.py": tables_of_a_check,
     "runs/leaderboard.py": leaderboard_of_a_sweep,
 }
 """Makes each module write such words to a file."""

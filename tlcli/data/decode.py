@@ -2,9 +2,9 @@
 
 import hashlib
 import inspect
+import re
 import stat
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ MIN_REDUCED_SIDE = 1024  # pixels of the shorter side that are left of a photogr
 MIN_GRAY_LEVELS = 64
 
 _ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 0x0112, 258, 339, 2  # tags of EXIF and TIFF, and a value
-_STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # premultiplied alpha -> plain
+_IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # an entry of warnings.filters
 
 
 class BadImage(ValueError):
@@ -40,7 +40,7 @@ class BadImage(ValueError):
 class RawImage:
     """A decoded image before its values are mapped to 8 bits.
 
-    `values` are uint8 (height, width, 3), or for a gray image deeper than 8 bits uint16, int16, int32 or float32
+    `values` are uint8 (height, width, 3), or for a gray image deeper than 8 bits integers of 16 or 32 bits or float32
     (height, width). `is_reduced` is True for color deeper than 8 bits, of which the decoder keeps the upper 8.
     """
 
@@ -59,12 +59,15 @@ class RawImage:
         """
         if not self.is_deep:
             return self.values
-        dtype, values, low, high = self.values.dtype, self.values, 0.0, 1.0
+        dtype, (low, high) = self.values.dtype, value_range or (0.0, 1.0)
         if dtype.kind != "f":
-            values, low, high = values.astype(np.float64), float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
-        low, high = value_range or (low, high)
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        gray = ((values - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+            limits, dtype = np.iinfo(dtype), np.dtype(np.float64)
+            low, high = value_range or (float(limits.min), float(limits.max))
+        values = self.values.astype(dtype)  # the only copy: a scan may have 100 megapixels
+        np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
+        values -= low
+        values *= 255 / (high - low)
+        gray = values.clip(0, 255, out=values).round(out=values).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
 
 
@@ -89,7 +92,7 @@ class DeepImages:
             self.images += 1
             if finite.size:
                 self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
-            self.levels.update(np.unique(gray).tolist())
+            self.levels.update(np.flatnonzero(np.bincount(gray[..., 0].ravel())).tolist())
 
     def notes(self, value_range: ValueRange | None) -> Iterator[str]:
         """Yield lines for the plan."""
@@ -152,22 +155,23 @@ def raw_image(image: Image.Image, *, is_reduced: bool = False) -> RawImage:
     """Return an image in memory as a RawImage.
 
     Alpha, in whatever form, goes over white. Palette, gray, 1-bit and CMYK images are converted as Pillow does. Gray
-    images of 16 or 32 bits and of floats keep their values. (Pillow delivers deep PGM files, scaled to 16 bits, and
-    signed TIFF files in one mode, I.)
+    images of 16 or 32 bits and of floats keep their values.
     """
-    tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
-    elif image.mode == "I" and tags.get(_BITS_PER_SAMPLE, (16,))[0] == 16:
-        signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
-        limits = np.iinfo(np.int16 if signed else np.uint16)
-        values = np.asarray(image).clip(limits.min, limits.max).astype(limits.dtype)
-    elif image.mode in ("I", "F"):
+    elif image.mode == "I":  # TIFF of 16 or 32 bits, with or without sign, or PGM, which Pillow scales to 16 bits
+        tags = getattr(image, "tag_v2", {})
+        sign = "i" if tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED else "u"
+        if tags.get(_BITS_PER_SAMPLE, (16,))[0] == 32:
+            values = np.asarray(image).view(f"{sign}4")
+        else:
+            limits = np.iinfo(f"{sign}2")
+            values = np.asarray(image).clip(limits.min, limits.max).astype(limits.dtype)
+    elif image.mode == "F":
         values = np.asarray(image)
     else:
-        image = image.convert(_STRAIGHT_ALPHA[image.mode]) if image.mode in _STRAIGHT_ALPHA else image
         if image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         values = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     values = _upright(values, image)
@@ -199,8 +203,10 @@ def _decode(stream: BinaryIO) -> RawImage:
             raise BadImage("HEIC files need the package pi-heif: pip install 'tlcli[heif]'") from None
         pi_heif.register_heif_opener()
         formats = ("HEIF",)
+    if _IGNORE_PILLOW not in warnings.filters:  # about large images and odd metadata; catch_warnings is not for threads
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        with _no_pillow_warnings(), Image.open(stream, formats=formats) as image:
+        with Image.open(stream, formats=formats) as image:
             # Networks look at a few hundred pixels per side, and random crops at a part of an image: JPEG decodes at a
             # half, a quarter and an eighth of the size for less work than at the full size.
             factor = next((k for k in (8, 4, 2) if min(image.size) >= k * MIN_REDUCED_SIDE), 1)
@@ -236,7 +242,6 @@ def _upright(values: np.ndarray[Any, Any], image: Image.Image) -> np.ndarray[Any
 
 
 def _reason(error: Exception, stream: BinaryIO) -> str:
-    """Return the reason why a file did not decode, in a few words."""
     try:
         stream.seek(0)
         head = stream.read(256).lstrip().lower()
@@ -254,28 +259,3 @@ def _reason(error: Exception, stream: BinaryIO) -> str:
         return "truncated"
     text = " ".join(str(error).split())
     return f"damaged ({text[:80] or type(error).__name__})"
-
-
-_lock = threading.Lock()
-_inside: list["warnings.catch_warnings[Any]"] = []  # one per thread; the first entry has the filters from before
-
-
-@contextmanager
-def _no_pillow_warnings() -> Iterator[None]:
-    """Silence Pillow's warnings about large images and odd metadata in all threads that are inside.
-
-    Filters belong to the process, and warnings.catch_warnings in several threads may restore the wrong ones. Here the
-    first thread that enters adds a filter, and the last that leaves removes it.
-    """
-    with _lock:
-        _inside.append(warnings.catch_warnings())
-        if len(_inside) == 1:
-            _inside[0].__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        yield
-    finally:
-        with _lock:
-            if len(_inside) == 1:
-                _inside[0].__exit__(None, None, None)
-            _inside.pop()

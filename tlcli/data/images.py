@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,7 +21,7 @@ from tlcli.data.listing import Listing, resolve_classes
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.store import Store
-from tlcli.text import join_limited
+from tlcli.text import join_limited, one_line
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -30,28 +29,23 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 DIGEST_BYTES = 16  # enough that no two images share a digest by chance
 SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change: the clock of FAT has steps of 2 s
-PROGRESS_DELAY_SECONDS = 1.0
 
 
 class MemoryBudget:
-    """A number of bytes for decoded images, shared by several sources, in the process that made it only."""
+    """A number of bytes for decoded images, shared by several sources, in the process that made it only.
+
+    Threads that store at the same moment may exceed it by an image each.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.left = nbytes
         self._process = os.getpid()
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MemoryBudget, (0,)  # a lock cannot be pickled, and a worker takes no memory
 
     def take(self, nbytes: int) -> bool:
-        """Take that many bytes. Return False if they are not left."""
-        if os.getpid() != self._process:  # each DataLoader worker would fill as much again
+        """Take that many bytes. Return False if they are not left, or in a worker, which would fill as much again."""
+        if os.getpid() != self._process or nbytes > self.left:
             return False
-        with self._lock:
-            if nbytes > self.left:
-                return False
-            self.left -= nbytes
+        self.left -= nbytes
         return True
 
 
@@ -59,11 +53,15 @@ class ImageSource(ABC):
     """Images by position, which stay in memory once they are read, up to the budget `memory`. Digests always stay.
 
     Reading may happen in several threads and processes at once.
+
+    Args:
+        prefix: of the names of images that are not files, such as digits.
     """
 
     memory: MemoryBudget | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
         self.pixels: dict[int, Pixels] = {}
         self._digests: dict[int, bytes] = {}
 
@@ -71,9 +69,9 @@ class ImageSource(ABC):
     def decode(self, index: int) -> Pixels:
         """Return the pixels, uint8 (height, width, 3) RGB, whatever is in memory. Raise BadImage."""
 
-    @abstractmethod
     def name(self, index: int) -> str:
         """Return the path of the file, or a name such as digits/17."""
+        return f"{self.prefix}/{index}"
 
     def key(self, index: int) -> str:
         """Return a name that stays when the data moves: the path below the dataset's root, or such as digits/17."""
@@ -183,72 +181,45 @@ class TorchvisionImages(ImageSource):
     """Images as a torchvision dataset returns them, with names such as cifar10/train/17."""
 
     def __init__(self, items: Any, prefix: str) -> None:
-        super().__init__()
-        self.items, self.prefix = items, prefix
+        super().__init__(prefix)
+        self.items = items
 
     def decode(self, index: int) -> Pixels:
         try:
             image = self.items[index][0]
         except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(" ".join(str(error).split())[:80]) from error
+            raise BadImage(one_line(error)[:80]) from error
         if not isinstance(image, Image.Image):
             raise BadImage(f"a {type(image).__name__}, not an image")
         return to_rgb(image)
-
-    def name(self, index: int) -> str:
-        return f"{self.prefix}/{index}"
 
 
 class ImageArrays(ImageSource):
     """Images of one size that are in memory: uint8 (n, height, width, 3)."""
 
     def __init__(self, arrays: Pixels, prefix: str) -> None:
-        super().__init__()
-        self.arrays, self.prefix = arrays, prefix
+        super().__init__(prefix)
+        self.arrays = arrays
 
     def decode(self, index: int) -> Pixels:
         pixels: Pixels = self.arrays[index]
         return pixels
 
-    def name(self, index: int) -> str:
-        return f"{self.prefix}/{index}"
 
-
-def read_or_name(images: ImageSource, index: int) -> Pixels:
-    """Return the pixels of an image that decoded when the dataset was loaded. Raise BadImagesError, with its name."""
+def read_or_name(images: ImageSource, index: int, read: Callable[[int], T]) -> T:
+    """Return what a method returns for an image that should decode. Raise BadImagesError, with its name."""
     try:
-        return images.read(index)
+        return read(index)
     except BadImage as error:
         raise BadImagesError(f"{images.name(index)}: {error}") from error
 
 
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
-    """Yield the digest of each image, given its source and index; progress is shown if it takes long.
-
-    Raise BadImagesError for an unreadable file.
-    """
-
-    def digest(place: tuple[ImageSource, int]) -> bytes:
-        images, index = place
-        try:
-            return images.digest(index)
-        except BadImage as error:
-            raise BadImagesError(f"{images.name(index)}: {error}") from error
-
-    results = map_in_threads(digest, places, 64)
-    start = time.monotonic()
-    count = 0
-    for result in results:
-        yield result
-        count += 1
-        if time.monotonic() - start > PROGRESS_DELAY_SECONDS:
-            break
-    if count < len(places):
-        with reporter.track("reading files", len(places)) as advance:
-            advance(count)
-            for result in results:
-                yield result
-                advance(1)
+    """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
+    with reporter.track("reading files", len(places)) as advance:
+        for digest in map_in_threads(lambda place: read_or_name(*place, place[0].digest), places, 64):
+            yield digest
+            advance(1)
 
 
 def fingerprint(images: ImageSource, indices: Sequence[int], reporter: Reporter) -> str:
@@ -277,7 +248,7 @@ class Split:
 
     def read(self, i: int) -> Pixels:
         """Return the pixels of the i-th image, uint8 (height, width, 3) RGB. Do not change them in place."""
-        return read_or_name(self.images, int(self.indices[i]))
+        return read_or_name(self.images, int(self.indices[i]), self.images.read)
 
     def name(self, i: int) -> str:
         """Return the path or name of the i-th image."""
@@ -360,7 +331,8 @@ class ConcatSplits:
 
     def read(self, position: int) -> Pixels:
         """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImagesError for an unreadable file."""
-        return read_or_name(*self.places[position])
+        images, index = self.places[position]
+        return read_or_name(images, index, images.read)
 
 
 def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
@@ -398,14 +370,13 @@ def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead
     max_tasks = 2 * threads if ahead is None else ahead
     tasks: deque[Future[list[T]]] = deque()
     source = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while part := list(islice(source, chunk)):
-                tasks.append(pool.submit(lambda part: [work(item) for item in part], part))
-                if len(tasks) > max_tasks:
-                    yield from tasks.popleft().result()
-            while tasks:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        while part := list(islice(source, chunk)):
+            tasks.append(pool.submit(lambda part: [work(item) for item in part], part))
+            if len(tasks) > max_tasks:
                 yield from tasks.popleft().result()
-        finally:
-            for task in tasks:  # the caller stopped early
-                task.cancel()
+        while tasks:
+            yield from tasks.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # the caller may have stopped early
