@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tlcli.cli import main, quiet_libraries
-from tlcli.cli.compose import compose_spec, parse_flags
+from tlcli.cli.compose import compose_spec
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.specs import TrainSpec
 
@@ -32,7 +32,7 @@ def spec() -> Compose:
     """spec("freeze=head", "epochs=1"): the TrainSpec that these overrides compose."""
 
     def make(*overrides: str) -> TrainSpec:
-        return compose_spec(parse_flags(list(overrides)))[1]
+        return compose_spec(overrides)
 
     return make
 

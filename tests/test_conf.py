@@ -36,7 +36,7 @@ def test_option_composes_and_is_in_range(option) -> None:
     required = [key.name for key in option.keys if key.default == "???"]
     types = {f.name: str(f.type) for f in fields(options(option.group)[option.kind])} if required else {}
     waiting = [f"{option.group}.{name}={'[x]' if 'tuple' in types[name] else 'x'}" for name in required]
-    spec = build_spec(compose_config(parse_flags([*flags.overrides, *waiting])), FILES)
+    spec = build_spec(compose_config(parse_flags([*flags.overrides, *waiting]))[0], FILES)
     assert isinstance(spec, TrainSpec)
     assert 3 < len(option.comment) < 110
     if option.group in HOMES:
@@ -125,7 +125,7 @@ def test_no_number_may_be_infinite() -> None:
         owners = {kind: cls for kind, cls in classes_of(part).items() if name in cls.__struct_fields__}
         choice = [f"{part}={FILES.options_with(part, owners)[0]}"] if part in HOMES else []
         kind = next(str(f.type) for f in fields(next(iter(owners.values()))) if f.name == name)
-        config = compose_config(parse_flags(choice))
+        config = compose_config(parse_flags(choice))[0]
         for value in map(float, ("inf", "-inf", "nan")):
             number = [value] * kind.count("float") if "tuple" in kind else value
             OmegaConf.update(config, key, number, merge=False, force_add=True)
@@ -166,7 +166,7 @@ def test_an_option_is_one_decorated_class() -> None:
     assert "reverse" not in options("scheduler")
     option(ReverseSpec)
     try:
-        config = compose_config(parse_flags(["scheduler=constant"]))
+        config = compose_config(parse_flags(["scheduler=constant"]))[0]
         config.scheduler.kind = "reverse"
         assert type(build_spec(config).scheduler) is ReverseSpec
     finally:
@@ -174,5 +174,5 @@ def test_an_option_is_one_decorated_class() -> None:
 
 
 def test_arguments_of_a_torchvision_split_keep_their_type() -> None:
-    spec = build_spec(compose_config(parse_flags(["dataset=cifar10", "dataset.test.train=false"])), FILES)
+    spec = build_spec(compose_config(parse_flags(["dataset=cifar10", "dataset.test.train=false"]))[0], FILES)
     assert spec.dataset.test == {"train": False}  # type: ignore[attr-defined]

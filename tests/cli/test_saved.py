@@ -24,7 +24,7 @@ def saved(tmp_path: Path) -> Saved:
     """saved("freeze=head"): a run of these overrides, as far as its config.yaml and run.json."""
 
     def make(*overrides: str) -> RunDir:
-        config = compose_config(parse_flags(list(overrides)))
+        config = compose_config(parse_flags(list(overrides)))[0]
         OmegaConf.set_struct(config, False)
         config.pop("hydra")
         run = RunDir(tmp_path / "run")

@@ -213,7 +213,7 @@ def test_what_a_file_may_say_to_hydra(text: str, experiment: Callable[[str], Non
 
 
 def test_the_command_line_may_say_everything_to_hydra() -> None:
-    config = compose_config(parse_flags(["hydra.run.dir=x", "hydra.job.chdir=true", "+hydra.job.env_set.A=b"]))
+    config = compose_config(parse_flags(["hydra.run.dir=x", "hydra.job.chdir=true", "+hydra.job.env_set.A=b"]))[0]
     assert (config.hydra.run.dir, config.hydra.job.chdir, config.hydra.job.env_set.A) == ("x", True, "b")
 
 
@@ -223,7 +223,7 @@ def test_optunas_sweeper_is_accepted_with_its_samplers_and_no_other_class() -> N
     store.store(group="hydra/sweeper", name="optuna", node={"_target_": plugin, "sampler": sampler, "n_trials": 20})
     try:
         words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "epochs=1,2"]
-        assert compose_config(parse_flags(words)).hydra.sweeper.sampler["_target_"] == sampler["_target_"]
+        assert compose_config(parse_flags(words))[0].hydra.sweeper.sampler["_target_"] == sampler["_target_"]
         with pytest.raises(UsageError, match="a config cannot name code to run"):
             compose_config(parse_flags([*words, "hydra.sweeper.sampler._target_=optuna.samplers.os"]))
     finally:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Union
 
 import msgspec
-import yaml  # type: ignore[import-untyped]
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from msgspec import structs
@@ -31,7 +30,6 @@ from tlcli.files import read_yaml
 from tlcli.registry import HOMES, options
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec, classes_of, leaf_types
-from tlcli.text import flat_keys
 
 PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")  # relative to where the run was started
 NOT_TEXT = re.compile(
@@ -117,13 +115,8 @@ def quoted(text: object) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(text)) + "'"
 
 
-def compose_config(flags: Flags) -> DictConfig:
-    """Return the whole config, with Hydra's own node; for a sweep, what its jobs share. Raises UsageError."""
-    return compose_for_launch(flags)[0]
-
-
-def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
-    """Return the whole config, and the loader with which Hydra composes the config of each job of a sweep.
+def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
+    """Return the config, with Hydra's own node, and the loader with which Hydra composes that of each job of a sweep.
 
     It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
     """
@@ -155,10 +148,12 @@ def compose_for_launch(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
     return config, loader
 
 
-def compose_spec(flags: Flags) -> tuple[DictConfig, TrainSpec]:
-    """Return the composed config and its spec: all that a command needs that runs one job. Raises UsageError."""
-    config = compose_config(flags)
-    return config, build_spec(config, flags.files)
+def compose_spec(words: Sequence[str]) -> TrainSpec:
+    """Return the spec that a command line of `tlcli train` composes. Raises UsageError."""
+    flags = parse_flags(words)
+    if flags.multirun or not flags.runs:
+        raise UsageError("this command takes no flags of a sweep: give KEY=VALUE and GROUP=OPTION words only")
+    return build_spec(compose_config(flags)[0], flags.files)
 
 
 @contextmanager
@@ -186,12 +181,9 @@ def parse_override(text: str, files: ConfFiles) -> Override:
     if group in files.groups and not override.is_sweep_override():
         value = override.value()
         optional = files.defaults.get(group, "null") == "null"
-        if isinstance(value, bool | int | float) or (value is None and not optional):
-            shown = override.get_value_element_as_str()
-            raise UsageError(f"{group} has no option '{shown}'. Choose from {', '.join(files.groups[group])}")
-        if isinstance(value, list) and not optional:
-            swept = text.translate({ord("["): None, ord("]"): None})
-            raise UsageError(f"{text}: {group} takes one option; to sweep over several, tlcli train -m {swept}")
+        if isinstance(value, bool | int | float) or (isinstance(value, list | None) and not optional):
+            known = ", ".join(files.groups[group])
+            raise UsageError(f"{text}: choose one of {known}; to sweep over several: tlcli train -m {group}=A,B")
     return override
 
 
@@ -235,8 +227,7 @@ def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
         option = files.groups.get(group, {}).get(name)
         if option is None or option.path.is_relative_to(conf_dir()):
             continue
-        own = yaml.safe_load(option.text)
-        if isinstance(own, dict) and {key, key.removeprefix(f"{group}.")} & {*own, *flat_keys(own)}:
+        if {key, key.removeprefix(f"{group}.")} & {own.name for own in option.keys}:
             return f" (in {group}/{name}.yaml)"
     return ""
 
@@ -278,21 +269,22 @@ def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
 
 def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFiles) -> TrainSpec:
     """Return the spec: the defaults of the run's options, the file's values over them, the overrides over these."""
-    chosen, given = set(), []
+    chosen: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for word in words:
         with composing(files):
             override = parse_override(word, files)
-        name = override.key_or_group
-        if override.is_sweep_override() or override.is_delete():
-            raise UsageError(f"{word}: give one value for each key: KEY=VALUE or GROUP=OPTION")
-        if classes_of(name) and name in files.groups:
-            chosen.add(name)
-        elif name in files.groups or name.split(".")[0].split("/")[0] == "hydra":
-            raise UsageError(f"{word} belongs to `tlcli train`: it has no meaning for a run that exists")
-        elif override.type in (OverrideType.CHANGE, OverrideType.ADD, OverrideType.FORCE_ADD):
-            given.append(name)
+            name = override.key_or_group
+            if override.is_sweep_override() or override.is_delete():
+                raise UsageError(f"{word}: give one value for each key: KEY=VALUE or GROUP=OPTION")
+            if classes_of(name) and name in files.groups:
+                chosen[name] = word
+            elif name in files.groups or name.split(".")[0].split("/")[0] == "hydra":
+                raise UsageError(f"{word} belongs to `tlcli train`: it has no meaning for a run that exists")
+            else:
+                given[name] = override.value()
     own = []  # of each group the option of the name in the file, otherwise any option of its kind
-    for group in [group for group in HOMES if group in values.keys() - chosen]:
+    for group in [group for group in HOMES if group in values.keys() - chosen.keys()]:
         node = values[group]
         if not isinstance(node, dict):
             raise UsageError(f"{group}={node}: {group} has keys of its own")
@@ -301,13 +293,13 @@ def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFil
             raise UsageError(f"{group}.kind={kind} is none of {', '.join(options(group))}")
         names = files.options_with(group, {kind})
         own.append(f"{group}={node['name'] if node.get('name') in names else names[0]}")
-    config = compose_config(Flags((), (*own, *words)))
+    config, _ = compose_config(Flags((), (*own, *chosen.values())))
     with composing(files):
-        typed = {key: OmegaConf.select(config, key) for key in given}
+        OmegaConf.set_struct(config, False)  # build_spec reports unknown keys
         for name, value in values.items():
             items = value if classes_of(name) and isinstance(value, dict) else {"": value}
             for key, item in items.items() if name not in chosen else ():
                 OmegaConf.update(config, f"{name}.{key}".rstrip("."), item, merge=False)
-        for key, value in typed.items():
-            OmegaConf.update(config, key, value, merge=False)
+        for name, value in given.items():
+            OmegaConf.update(config, name, value, merge=False)
     return build_spec(config, files)

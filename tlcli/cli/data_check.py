@@ -48,14 +48,14 @@ def run(argv: list[str]) -> int:
     if wrong := next((word for word in arguments.words if "=" not in word and word[0] != "~"), None):
         raise UsageError(f"cannot read {wrong!r}: write KEY=VALUE, as in dataset=imagefolder dataset.root={wrong}")
     from tlcli.cli import fast_imports
-    from tlcli.cli.compose import compose_spec, parse_flags
+    from tlcli.cli.compose import compose_spec
     from tlcli.cli.job import check_weights
     from tlcli.cli.train import discard_folders
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 
     config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-    spec = compose_spec(parse_flags([*config_dir, *arguments.words]))[1]
+    spec = compose_spec([*config_dir, *arguments.words])
     spec.dataset.without_bad_classes()[0].check()
     if not arguments.quick:
         check_weights(spec.backbone.weights)

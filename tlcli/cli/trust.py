@@ -19,7 +19,6 @@ ALLOWED_CLASSES = frozenset(
         "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
         "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
         "hydra.experimental.callbacks.LogJobReturnCallback",
-        "hydra.experimental.callbacks.PickleJobInfoCallback",
         f"{_PLUGINS}joblib_launcher.joblib_launcher.JoblibLauncher",
         f"{_PLUGINS}submitit_launcher.submitit_launcher.LocalLauncher",
         f"{_PLUGINS}submitit_launcher.submitit_launcher.SlurmLauncher",
