@@ -116,7 +116,7 @@ class Command:
                     return earlier
         resumed = self._resume and owner is None and run.info_file.exists()
         with record_status(run):
-            if self._sweep is not None and job.job.chdir:
+            if job.job.chdir:
                 resolve_paths(config, Path(job.runtime.cwd))
             if not resumed:
                 try:
