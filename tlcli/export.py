@@ -5,9 +5,11 @@ imports without torch.
 """
 
 import json
+import math
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,15 +41,16 @@ Model = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """The input of a format: a run, its network (with the normalization in front if asked for), and metadata as JSON.
+    """A run, its network (with normalization in front if asked for), and its metadata as JSON.
 
-    `example` has two inputs of zeros: no pixel of an image gets into a file, and with one input an exporter may take
-    the batch size for a constant.
+    The export is compared with the `reference` logits of the `inputs`, whose images are described by `source`.
     """
 
     run: "LoadedRun"
     network: "nn.Module"
-    example: "Tensor"
+    inputs: "Tensor"
+    reference: "Tensor"
+    source: str
     metadata: Mapping[str, Any]
 
 
@@ -129,7 +132,9 @@ def write_pt2(job: ExportJob, path: Path) -> Model:
 def _export_program(job: ExportJob) -> Any:
     import torch
 
-    program = torch.export.export(job.network, (job.example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    # zeros: no pixel of an image gets into a file; two: with one, the batch size may be taken for a constant
+    example = torch.zeros_like(job.inputs[:1]).repeat(2, 1, 1, 1)
+    program = torch.export.export(job.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, half of some files
     return program
@@ -149,14 +154,13 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         UsageError: timm has no network of this name with the same tensors.
     """
     import timm
-    from jinja2 import StrictUndefined, Template
     from safetensors.torch import save
 
-    run, preprocessing, test = job.run, job.run.preprocessing, RunDir(job.run.path).test()
+    run = job.run
     name, kind = run.classifier.name.split(".")[0], run.info["backbone_kind"]
     architecture = f"tf_{name}" if kind == "lite" else name
     published: Mapping[str, Any] = getattr(run.model, "pretrained_cfg", {})
-    arguments = {"img_size": preprocessing.size} if published.get("fixed_input_size") else {}
+    arguments = {"img_size": run.preprocessing.size} if published.get("fixed_input_size") else {}
     try:
         network: Any = timm.create_model(architecture, num_classes=len(run.classes), **arguments)
         network.load_state_dict(run.model.state_dict())
@@ -164,15 +168,25 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         graphs = ", ".join(f.name for f in FORMATS.values() if f.has_graph)
         network_name = f"{kind}'s {run.classifier.name}"
         raise UsageError(f"timm has no network with the tensors of {network_name}: use --to {graphs}") from exc
-    config = {
+    config = _timm_config(run, network, architecture, arguments)
+    path.mkdir()
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    (path / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (path / "README.md").write_text(_model_card(run, architecture), encoding="utf-8")
+    loaded: Model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    return loaded
+
+
+def _timm_config(run: "LoadedRun", network: Any, architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    preprocessing = run.preprocessing
+    return {
         "architecture": architecture,
         "num_classes": len(run.classes),
         "num_features": network.num_features,
         "label_names": list(run.classes),
         "model_args": arguments,
         "pretrained_cfg": {
-            "tag": "tlcli",
-            "custom_load": False,
             "input_size": [3, preprocessing.size, preprocessing.size],
             "fixed_input_size": bool(arguments),
             "interpolation": "bilinear",
@@ -181,12 +195,17 @@ def write_timm(job: ExportJob, path: Path) -> Model:
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
             "num_classes": len(run.classes),
-            "pool_size": None,
             **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
         },
     }
+
+
+def _model_card(run: "LoadedRun", architecture: str) -> str:
+    from jinja2 import StrictUndefined, Template
+
+    test = RunDir(run.path).test()
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    card = Template(template, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).render(
+    card: str = Template(template, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).render(
         run=run,
         architecture=architecture,
         version=__version__,
@@ -196,31 +215,10 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         classes=json.dumps(list(run.classes), ensure_ascii=False, indent=2),
         pad_note=PAD_NOTE,
     )
-    path.mkdir()
-    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (path / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (path / "README.md").write_text(card, encoding="utf-8")
-    loaded: Model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    return loaded
+    return card
 
 
 # -- export and check
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """The exported path, the images of the check, and the largest difference of a logit from PyTorch's.
-
-    `contents` are input and output of the model, `load` is the line of Python that loads it.
-    """
-
-    path: Path
-    contents: str
-    images: str
-    max_difference: float
-    load: str
-    note: str | None
 
 
 def find_format(name: str) -> ExportFormat:
@@ -243,36 +241,34 @@ def check_not_existing(path: Path) -> None:
 def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tensor", str]:
     """Return images before normalization, uint8 (N, 3, S, S), and a text that says where they come from.
 
-    They are test images of the run, evenly spaced, or random images if the dataset cannot be read.
+    They are test images of the run, evenly spaced: of the dataset, or the files of its predictions. If one cannot be
+    read, they are random images.
     """
     import torch
 
     from tlcli.data.dataset import images_by_key
+    from tlcli.data.decode import read_image
     from tlcli.runs.run_dir import read_predictions
 
+    value_range, images = run.preprocessing.range, {}
+    with suppress(TlcliError, OSError):
+        images = images_by_key(dataset, value_range) if dataset is not None else {}
     try:
-        keys = read_predictions(RunDir(run.path).test_predictions).keys
-        images = images_by_key(dataset, run.preprocessing.range) if dataset is not None else {}
-        pixels = [images[key]() for key in evenly_spaced(keys, SAMPLE_IMAGES)]
+        tested = read_predictions(RunDir(run.path).test_predictions)
+        samples = evenly_spaced(list(zip(tested.keys, tested.names, strict=True)), SAMPLE_IMAGES)
+        pixels = [images[key]() if key in images else read_image(Path(name), value_range) for key, name in samples]
         return run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run"
-    except (TlcliError, OSError, ValueError, KeyError):  # an image that does not decode is a ValueError
+    except (TlcliError, OSError, ValueError, IndexError):  # BadImage is a ValueError; IndexError: no image was tested
         shape, generator = (SAMPLE_IMAGES, 3, *[run.preprocessing.size] * 2), torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return noise, f"{SAMPLE_IMAGES} random images (the run's test images were not found)"
 
 
-def export(
-    run: "LoadedRun", chosen: ExportFormat, dataset: "DatasetSpec | None", path: Path, with_preprocessing: bool
-) -> ExportResult:
-    """Write the model of a run and compare what was written with PyTorch on test images of the dataset.
+def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing: bool) -> ExportJob:
+    """Return the job that exports a run, to be checked on test images of the dataset.
 
     Args:
         with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.
-
-    Raises:
-        UsageError: the output exists or cannot be written, or timm has no such network.
-        TlcliError: the network cannot be written in this format, or computes something else there. Nothing is left
-            behind then.
     """
     import torch
 
@@ -291,54 +287,51 @@ def export(
         "temperature": run.temperature,
         "input": contents,
     }
-    job = ExportJob(run, network, torch.zeros_like(inputs[:1]).repeat(2, 1, 1, 1), metadata)
     with torch.inference_mode():
-        reference = run.model(normalized)
-    check_not_existing(path)
+        return ExportJob(run, network, inputs, run.model(normalized), source, metadata)
+
+
+def export(job: ExportJob, chosen: ExportFormat, path: Path) -> float:
+    """Write a model, compare it with PyTorch, and return the largest difference of a logit.
+
+    Raises:
+        UsageError: the output exists, or timm has no such network.
+        TlcliError: the file or the network cannot be written, or computes something else. Nothing is left behind then.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        draft_folder = tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True)
+        with draft_folder as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters warn of their own code; the comparison finds errors
             draft = Path(folder, path.name)
-            model = _write(job, chosen, draft)
-            difference = compare(model, inputs, reference, f"{chosen.name}, {source}")
+            model = chosen.write(job, draft)
+            difference = compare(model, job.inputs, job.reference, f"{chosen.name}, {job.source}")
             check_not_existing(path)
             draft.rename(path)
+    except TlcliError:
+        raise
     except OSError as exc:
         raise TlcliError(f"{path}: cannot write ({exc.strerror or exc})") from exc
-    note = PAD_NOTE if chosen.name == "timm" and run.preprocessing.fit is Fit.pad else None
-    contents = f"{contents} -> logits (N, {len(run.classes)})"
-    return ExportResult(path, contents, source, difference, chosen.load.format(path=str(path)), note)
-
-
-def _write(job: ExportJob, chosen: ExportFormat, path: Path) -> Model:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # exporters warn of their own code; the comparison finds errors
-            return chosen.write(job, path)
-    except (TlcliError, OSError):
-        raise
     except Exception as exc:  # exporters raise anything
         reason = one_line(str(exc).strip().split("\n")[0] or type(exc).__name__)[:200]
         raise TlcliError(f"cannot write this network as {chosen.name} ({reason}); try another format") from exc
+    return difference
 
 
-def _with_normalization(network: "nn.Module", mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":
+def _with_normalization(network: "nn.Module", mean: Sequence[float], std: Sequence[float]) -> "nn.Module":
     """Return the network with normalization in front: uint8 (N, S, S, 3) RGB to logits (N, classes)."""
     import torch
 
-    class Normalized(torch.nn.Module):
-        mean: "Tensor"
-        std: "Tensor"
+    means, deviations = torch.tensor(mean), torch.tensor(std)
 
+    class Normalized(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
-            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
         def forward(self, images: "Tensor") -> "Tensor":
-            values = images.permute(0, 3, 1, 2).to(torch.float32)  # the order of operations of Preprocessing
-            logits: Tensor = self.network((values / 255 - self.mean) / self.std)
+            values = (images.to(torch.float32) / 255 - means) / deviations  # the order of operations of Preprocessing
+            logits: Tensor = self.network(values.permute(0, 3, 1, 2))
             return logits
 
     return Normalized()
@@ -347,23 +340,18 @@ def _with_normalization(network: "nn.Module", mean: tuple[float, ...], std: tupl
 def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: str) -> float:
     """Return the largest difference of the model's logits from the reference (N, classes).
 
-    The model computes all inputs in one batch, then the first input alone.
-
-    Raises:
-        TlcliError: a logit differs by more than TOLERANCE, or a class is different.
+    The model computes all inputs in one batch, then the first input alone. Raises TlcliError if a logit differs by more
+    than TOLERANCE, or a class.
     """
     import torch
 
     with torch.inference_mode():
         logits = torch.cat([model(inputs), model(inputs[:1])])
     expected = torch.cat([reference, reference[:1]])
-    if logits.shape != expected.shape:
-        raise TlcliError(f"{description}: logits have another shape than PyTorch's; nothing was written")
-    largest = float((logits - expected).abs().max())  # NaN if there is one
-    wrong = int((logits.argmax(dim=1) != expected.argmax(dim=1)).sum())
-    if not largest <= TOLERANCE or wrong:
+    largest = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf  # or NaN
+    if not largest <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
         raise TlcliError(
-            f"{description}: results differ from PyTorch, logits by up to {largest:.2g} ({TOLERANCE:g} is allowed), "
-            f"classes of {wrong} images; nothing was written"
+            f"{description}: classes differ from PyTorch's, or logits by more than {TOLERANCE:g}: by {largest:.2g}; "
+            "nothing was written"
         )
     return largest

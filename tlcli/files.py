@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -133,7 +133,9 @@ def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[N
 
         with file.open("rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH)
-            yield
+            is_deleted = os.fstat(handle.fileno()).st_nlink == 0  # as some releases of filelock do when they let go
+            with lock(file, shared=True) if is_deleted else nullcontext():
+                yield
     else:
         exclusive = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
         try:

@@ -1,9 +1,8 @@
 """Classify image files with a finished run: a prediction per image, in order, however many there are."""
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,12 +14,12 @@ from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import read_image
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
-from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_bfloat16, machine_name
+from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_bfloat16
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated
-from tlcli.specs import CacheDtype, Precision
+from tlcli.specs import Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
@@ -67,9 +66,8 @@ class Predictor:
         self.compute_format = form = choose_format(run, accelerator, precision)
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         prefix, self._suffix, self._suffix_dtype, self._compiled = _pipeline(run, precision, form.dtype)
-        note = f"predict {run.classifier.name} {run.preprocessing} {form.description} {machine_name(accelerator)}"
-        key = hashlib.sha256(f"{note} {torch.__version__}".encode()).hexdigest()[:32]
-        self._extractor = Extractor(prefix, run.preprocessing, accelerator, form, CacheDtype.auto, store, key)
+        name = f"predict {run.classifier.name}"
+        self._extractor = Extractor(name, prefix, run.preprocessing, accelerator, form, store)
 
     @property
     def description(self) -> str:
@@ -88,7 +86,7 @@ class Predictor:
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
         is_exact = self.compute_format.dtype == torch.float32
         extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
-        extractor.always_compiles = bool(self._compiled)
+        extractor.compiled = bool(self._compiled)
         extractor.prepare(reporter)
         decode = partial(decode_image, preprocessing=self._run.preprocessing)
         decoded = map_in_threads(decode, images, 1, ahead=PREFETCH_BATCHES * batch_size)
@@ -103,8 +101,8 @@ class Predictor:
                         # At this speed compiling may be worthwhile. If the total is unknown, as many images are
                         # expected as have been read, each time that their number doubles.
                         speed = extractor.batch_size / shortest
-                        extractor.compute_format = replace(extractor.compute_format, images_per_second=speed)
-                        extractor.add_expected_images(n_images if total is None else max(0, total - n_images))
+                        expected = n_images if total is None else max(0, total - n_images)
+                        extractor.compiled |= extractor.estimate_seconds(expected, speed) < expected / speed
                         extractor.prepare(reporter)
                         next_check = 2 * n_batches if total is None else None
                     start = time.perf_counter()

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +42,7 @@ MTIME_SECONDS = 2.0  # resolution of the coarsest file time (FAT): a later chang
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
 _OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\.meta\.json\.\d+|\.DS_Store|\.nfs\w+")  # the last two are the system's
+_NOTES_DRAFT = re.compile(r"\..+\.json\.\d+")
 _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
@@ -61,10 +62,6 @@ class Column:
 
     dtype: str
     shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES or not all(type(side) is int and side > 0 for side in self.shape):
-            raise ValueError(f"a column cannot hold {self.dtype} of shape {self.shape}")
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +90,7 @@ class CacheEntry:
         return self.rows * sum(column.nbytes for column in self.columns)
 
 
+@dataclass
 class Store:
     """The cache in one folder, which need not exist yet. A key is a lower-case hex string, else ValueError.
 
@@ -101,42 +99,41 @@ class Store:
             evicted for a new one.
     """
 
-    def __init__(self, root: Path, max_gb: float = math.inf) -> None:
-        self.root = root
-        self.max_gb = max_gb
-        self.activations = root / "activations"
+    root: Path
+    max_gb: float = math.inf
 
-    def find(self, key: str) -> CacheEntry | None:
-        """Return a verified entry and hold it until this process ends; None if there is none or it is damaged.
+    @property
+    def activations(self) -> Path:
+        """The folder of the entries."""
+        return self.root / "activations"
 
-        The whole entry is read, but once per process as long as its files do not change.
+    def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
+        """Return an entry and hold it until this process ends; None if there is none or it is damaged.
+
+        Args:
+            verify: read the whole entry, but once per process as long as its files do not change; if not, only
+                meta.json and the file sizes are checked.
         """
-        if not self.exists(key):
-            return None
+        folder = self._folder(key)
         with suppress(*_DAMAGE):
-            entry, start = _read_entry(self._folder(key)), time.time()
+            if not folder.is_dir():
+                return None
+            self._hold(key)
+            entry, start = _read_entry(folder), time.time()
+            if not verify:
+                return entry
             files = [entry.file(i) for i in range(len(entry.columns))]
             stats = [file.stat() for file in files]
             state = (entry.checksums, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
-            if _verified.get(entry.path) != state:
-                if tuple(f"{_crc_of(file):08x}" for file in files) != entry.checksums:
+            if _verified.get(folder) != state:
+                if tuple(map(_crc_of, files)) != entry.checksums:
                     return None
                 if all(s.st_mtime < start - MTIME_SECONDS for s in stats):
-                    _verified[entry.path] = state
+                    _verified[folder] = state
             with suppress(OSError):  # a cache of another user, which is read-only for this one
-                os.utime(entry.path / META)
+                os.utime(folder / META)
             return entry
         return None
-
-    def exists(self, key: str) -> bool:
-        """Return True if an entry looks complete by its meta.json and file sizes, and hold it. `find` verifies it."""
-        folder = self._folder(key)
-        with suppress(*_DAMAGE):
-            _read_entry(folder)
-            self._hold(key)
-            _read_entry(folder)  # another process may have evicted it before it was held
-            return True
-        return False
 
     @contextmanager
     def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -157,16 +154,24 @@ class Store:
                         _delete(draft)
             yield
 
-    @contextmanager
-    def create(self, key: str, rows: int, columns: Sequence[Column], metadata: Mapping[str, Any]) -> Iterator["Writer"]:
-        """Yield the writer of an entry, which exists after the block completely or not at all.
+    def write(
+        self,
+        key: str,
+        rows: int,
+        columns: Sequence[Column],
+        metadata: Mapping[str, Any],
+        batches: Iterable[Sequence[bytes | memoryview]],
+    ) -> CacheEntry:
+        """Write an entry, completely or not at all, inside `lock_for_write(key)`. A damaged entry is replaced.
 
-        To be used inside `lock_for_write(key)`. A damaged entry is replaced. The metadata is JSON for people.
+        Args:
+            metadata: JSON for people.
+            batches: of rows; per column the C-contiguous bytes of the same number of whole rows.
+
         Raises OSError if there is no room, or a write fails.
         """
         final = self._folder(key)
         draft = final.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}")
-        writer = Writer(rows, columns)
         meta = {
             "format": FORMAT,
             "key": key,
@@ -174,39 +179,28 @@ class Store:
             "facts": json.loads(json.dumps(dict(metadata), allow_nan=False)),
             "rows": rows,
             "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in columns],
-            "checksums": writer.checksums,
+            "checksums": ["00000000"] * len(columns),
         }
+        sizes = [column.nbytes for column in columns]
         try:
-            with self._lock_space():
-                if final.exists() and not self.find(key):
-                    _delete(final)
-                nbytes = rows * sum(column.nbytes for column in columns) + len(_with_checksum(meta))
-                if (reason := self._make_room(nbytes, evict=True)) is not None:
-                    raise OSError(errno.ENOSPC, reason)
-                draft.mkdir()
-                for i, column in enumerate(columns):
-                    writer.files.append((draft / f"{i}.bin").open("wb"))
-                    writer.files[i].truncate(rows * column.nbytes)  # sparse: it reserves the room
-            yield writer
-            if writer.written != rows:
-                raise ValueError(f"{writer.written} rows were written of {rows}")
-            for file in writer.files:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            with atomic_write(draft / META, durable=True) as file:
-                file.write(_with_checksum({**meta, "checksums": writer.checksums}).encode())
+            with ExitStack() as stack:
+                with self._lock_space():
+                    if final.exists() and not self.find(key):
+                        _delete(final)
+                    if reason := self._make_room(rows * sum(sizes) + len(_with_checksum(meta)), evict=True):
+                        raise OSError(errno.ENOSPC, reason)
+                    draft.mkdir()
+                    files = [stack.enter_context((draft / f"{i}.bin").open("wb")) for i in range(len(sizes))]
+                    for file, size in zip(files, sizes, strict=True):
+                        file.truncate(rows * size)  # sparse: it reserves the room
+                meta["checksums"] = _write_rows(files, sizes, rows, batches)
+            with atomic_write(draft / META, durable=True) as meta_file:
+                meta_file.write(_with_checksum(meta).encode())
             self._hold(key)
-            try:
-                draft.rename(final)
-            except OSError:  # another writer has finished first
-                _delete(draft)
+            draft.rename(final)
             sync_folder(self.activations)
-            writer.entry = _read_entry(final)
+            return _read_entry(final)
         except BaseException:
-            for file in writer.files:
-                with suppress(OSError):  # closing must not hide the error that is being raised
-                    file.close()
             with suppress(OSError):
                 _delete(draft)
             raise
@@ -214,14 +208,13 @@ class Store:
     def no_room_reason(self, nbytes: int) -> str | None:
         """Return why entries of this total size do not fit even if all that can be evicted is; None if they fit.
 
-        Call `exists` before for the entries that are going to be read.
+        Call `find` before for the entries that are going to be read: they are held.
         """
         try:
             with self._lock_space():
                 return self._make_room(nbytes, evict=False)
         except OSError as error:
-            read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-            return f"{self.root} {'is read-only' if read_only else 'cannot be written'} ({error.strerror})"
+            return f"{self.root} cannot be written ({error.strerror})"
 
     def entries(self) -> list[CacheEntry]:
         """Return all complete entries, the most recently used first, without reading their columns."""
@@ -246,7 +239,7 @@ class Store:
                 nbytes += _delete(folder)
                 count += 1
         for file in _children(self.root):
-            if file.suffix == ".json" and _notes_in(file) is not None:
+            if _NOTES_DRAFT.fullmatch(file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
                 file.unlink(missing_ok=True)
         return count, nbytes
 
@@ -331,33 +324,26 @@ class Store:
         return nbytes
 
 
-class Writer:
-    """Takes the rows of one entry batch by batch; `entry` is the finished one (another writer's if that was first)."""
-
-    entry: CacheEntry
-
-    def __init__(self, rows: int, columns: Sequence[Column]) -> None:
-        self.files: list[BinaryIO] = []
-        self.written = 0
-        self._rows, self._columns = rows, columns
-        self._crcs = [0] * len(columns)
-
-    @property
-    def checksums(self) -> list[str]:
-        return [f"{crc:08x}" for crc in self._crcs]
-
-    def append(self, batch: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Write the next rows: for each column the C-contiguous bytes of the same number of whole rows."""
+def _write_rows(
+    files: Sequence[BinaryIO], sizes: Sequence[int], rows: int, batches: Iterable[Sequence[bytes | memoryview]]
+) -> list[str]:
+    """Write the rows of an entry to one file per column, durably, and return the checksums."""
+    crcs, written = [0] * len(files), 0
+    for batch in batches:
         views = [memoryview(part).cast("B") for part in batch]  # TypeError if one is not contiguous
-        rows = views[0].nbytes // self._columns[0].nbytes if views else 0
-        if [view.nbytes for view in views] != [rows * column.nbytes for column in self._columns]:
+        count = views[0].nbytes // sizes[0] if views else 0
+        written += count
+        if [view.nbytes for view in views] != [count * size for size in sizes]:
             raise ValueError(f"not the same whole rows of each column: {[view.nbytes for view in views]} bytes")
-        if self.written + rows > self._rows:
-            raise ValueError(f"more than the {self._rows} rows of the entry")
-        for i, (file, view) in enumerate(zip(self.files, views, strict=True)):
-            file.write(view)
-            self._crcs[i] = zlib.crc32(view, self._crcs[i])
-        self.written += rows
+        for i, view in enumerate(views):
+            files[i].write(view)
+            crcs[i] = zlib.crc32(view, crcs[i])
+    if written != rows:
+        raise ValueError(f"{written} rows were written of {rows}")
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    return [f"{crc:08x}" for crc in crcs]
 
 
 def _with_checksum(meta: Mapping[str, Any]) -> str:
@@ -389,12 +375,12 @@ def _read_entry(folder: Path) -> CacheEntry:
     return entry
 
 
-def _crc_of(path: Path) -> int:
+def _crc_of(path: Path) -> str:
     block, crc = memoryview(bytearray(READ_BLOCK_BYTES)), 0
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             crc = zlib.crc32(block[:size], crc)
-    return crc
+    return f"{crc:08x}"
 
 
 def _children(folder: Path) -> list[Path]:
@@ -405,11 +391,9 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _bytes_in(folder: Path) -> int:
-    nbytes = 0
-    for file in _children(folder):
-        with suppress(OSError):
-            nbytes += file.stat().st_size
-    return nbytes
+    with suppress(OSError):  # it is being removed
+        return sum(file.stat().st_size for file in _children(folder))
+    return 0
 
 
 def _delete(folder: Path) -> int:

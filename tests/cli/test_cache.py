@@ -27,9 +27,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def add(store: Store, key: str, rows: int = 1257, **facts: object) -> CacheEntry:
-    with store.create(key, rows, [Column("bfloat16", (16,))], facts) as writer:
-        writer.append([bytes(rows * 32)])
-    return writer.entry
+    return store.write(key, rows, [Column("bfloat16", (16,))], facts, [[bytes(rows * 32)]])
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from tlcli.engine.trainer import Trainer
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
-from tlcli.store import Store, Writer
+from tlcli.store import Store
 from tlcli.transfer.contract import apply_freeze
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_a_full_disk_means_uncached(run, cold: Path, monkeypatch: pytest.MonkeyP
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Writer, "append", full)
+    monkeypatch.setattr(Store, "write", full)
     ended = run("freeze=head")
     assert ended.code == 0, ended.error
     assert list(cold.iterdir()) == []
@@ -262,7 +262,7 @@ def test_decisions_are_read_back_and_followed(plan, monkeypatch: pytest.MonkeyPa
     inputs = Inputs(decisions, planned.workload)
     assert {view.batches.batch_size for split in inputs.cached.values() for view in split.views} == {7}
     inputs.open("test", reporter)
-    assert notes == ["extraction: compiling, about 12 s, as recorded"]
+    assert notes == ["extraction: compiling, about 12 s"]
 
 
 @pytest.mark.parametrize(

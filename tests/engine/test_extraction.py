@@ -21,7 +21,7 @@ from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut, split_frozen
 
 CPU = torch.device("cpu")
-KEY = "abcd"
+NAME = "a network"
 SMALL = Preprocessing(size=32, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.4))
 PIXELS = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +63,12 @@ def resnet18(spec: Compose) -> Cut:
     return cut_of(spec, "backbone=resnet18", "backbone.weights=none")
 
 
+@pytest.fixture(scope="module")
+def resnet18_maps(spec: Compose) -> Cut:
+    """Cut before the last stage."""
+    return cut_of(spec, "backbone=resnet18", "backbone.weights=none", "freeze=last_stages")
+
+
 def norms(network: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
@@ -73,9 +79,8 @@ def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureReque
     network = _PixelPrefix(request.getfixturevalue(name).prefix, SMALL)
     had = norms(network)
     before = [tensor.clone() for tensor in network.state_dict().values()]
-    folded, count = _fold_batchnorm(network)
-    assert count == had >= 20
-    assert norms(folded) == 0
+    folded = _fold_batchnorm(network)
+    assert (had >= 20, norms(folded)) == (True, 0)
     with torch.inference_mode():
         (found,), (wanted,) = folded(PIXELS), network(PIXELS)
     assert not torch.equal(found, wanted)  # it was computed in another way,
@@ -113,13 +118,13 @@ CANNOT_BE_FOLDED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", CANNOT_BE_FOLDED)
 def test_what_cannot_be_folded_stays_as_it_is(kind: str) -> None:
     whole = _PixelPrefix(traced(CANNOT_BE_FOLDED[kind]().eval()), SMALL)
-    assert _fold_batchnorm(whole) == (whole, 0)
+    assert _fold_batchnorm(whole) is whole
 
 
 def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
     whole = _PixelPrefix(traced(Layers(lambda n, x: n.norm(input=n.conv(x))).eval()), SMALL)
-    folded, count = _fold_batchnorm(whole)
-    assert (count, norms(folded)) == (1, 0)
+    folded = _fold_batchnorm(whole)
+    assert norms(folded) == 0
     with torch.inference_mode():
         assert torch.allclose(folded(PIXELS)[0], whole(PIXELS)[0], rtol=1e-4, atol=1e-5)
 
@@ -151,12 +156,10 @@ def make(store: Store) -> Callable[..., Extractor]:
         *,
         dtype: torch.dtype = torch.float32,
         stored: CacheDtype = CacheDtype.auto,
-        speed: float = 100.0,
-        expect: int = 0,
+        compiled: bool = False,
     ) -> Extractor:
-        compute_format = ComputeFormat(dtype, torch.channels_last, images_per_second=speed)
-        extractor = Extractor(cut.prefix, SMALL, CPU, compute_format, stored, store, KEY)
-        extractor.add_expected_images(expect)
+        extractor = Extractor(NAME, cut.prefix, SMALL, CPU, ComputeFormat(dtype, torch.channels_last), store, stored)
+        extractor.compiled = compiled
         return extractor
 
     return made
@@ -183,11 +186,11 @@ def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make, re
     ],
 )
 def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
-    stored: CacheDtype, computed: torch.dtype, expected: str, make, spec: Compose
+    stored: CacheDtype, computed: torch.dtype, expected: str, make, resnet18_maps: Cut
 ) -> None:
-    cut = cut_of(spec, "backbone=resnet18", "backbone.weights=none", "freeze=last_stages")
+    cut = resnet18_maps
     extractor = make(cut, dtype=computed, stored=stored)
-    (column,) = extractor.columns()
+    (column,) = extractor.columns
     assert column == Column(expected, (2, 2, 256))  # a map, its channels last
     extractor.prepare(Reporter())
     (rows,) = extractor(PIXELS[:3])
@@ -232,36 +235,19 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[nn.Module]]:
     return put
 
 
-def prepared(extractor: Extractor) -> list[str]:
-    reporter = Notes()
-    extractor.prepare(reporter)
-    return reporter.notes
-
-
-def test_little_work_is_not_compiled(make, resnet18: Cut, compiler) -> None:
-    """Neither in the next run of a sweep, which counts its own images alone: 32 s are not worth 12 s of compiling."""
-    compiled = compiler(works)
-    extractor = make(resnet18, speed=1, expect=32)
-    assert prepared(extractor) == []
-    extractor(PIXELS)
-    extractor.add_expected_images(32)
-    assert prepared(extractor) == []
-    assert compiled == []
-    assert extractor.reason == "BatchNorm folded"
-
-
-def test_much_work_is_compiled_and_said_so(make, resnet18: Cut, compiler) -> None:
-    compiled = compiler(works)
-    extractor = make(resnet18, speed=100, expect=2000)
-    extractor.add_expected_images(4000)  # 60 s with what was expected before, 20 of them saved at a cost of 12
-    assert prepared(extractor) == ["extraction: compiling, about 12 s to save 20 s of 60 s"]
-    assert prepared(extractor) == []
+def test_what_compiles_gives_the_same_and_is_compiled_once(make, store: Store, resnet18: Cut, compiler) -> None:
+    compiled, reporter = compiler(works), Notes()
+    extractor, plain = make(resnet18, compiled=True), make(resnet18)
+    for one in (extractor, extractor, plain):
+        one.prepare(reporter)
+    assert reporter.notes == ["extraction: compiling, about 12 s"]
     assert len(compiled) == 1
     assert extractor.reason.startswith("compiled in ")
-    plain = make(resnet18)
-    plain.prepare(Reporter())
+    assert plain.reason == "BatchNorm folded"
     for n in (32, 5):
         assert torch.allclose(extractor(PIXELS[:n])[0], plain(PIXELS[:n])[0], rtol=1e-3, atol=1e-4)
+    (note,) = store.read_notes(NOTES).values()
+    assert note.keys() == {"seconds", "images_per_second"}
 
 
 @pytest.mark.parametrize(
@@ -277,7 +263,7 @@ def test_what_does_not_compile_runs_as_it_is(
 ) -> None:
     """It is not tried again for the next split: it would cost as long again."""
     compiled = compiler(change)
-    extractor, plain = make(resnet18, dtype=dtype, expect=10**6), make(resnet18, dtype=dtype)
+    extractor, plain = make(resnet18, dtype=dtype, compiled=True), make(resnet18, dtype=dtype)
     for one in (extractor, extractor, plain):
         one.prepare(Reporter())
     assert len(compiled) == 1
@@ -286,15 +272,13 @@ def test_what_does_not_compile_runs_as_it_is(
     assert store.read_notes(NOTES) == {}
 
 
-def test_what_compiling_took_and_brought_is_remembered(make, store: Store, resnet18: Cut, compiler) -> None:
-    compiled = compiler(works)
-    make(resnet18, expect=10**6).prepare(Reporter())
-    assert store.read_notes(NOTES)[KEY].keys() == {"seconds", "images_per_second"}
-    for seconds, speed, images, pays in ((500.0, 200.0, 6000, 0), (1.0, 101.0, 6000, 0), (1.0, 300.0, 300, 1)):
-        store.add_note(NOTES, KEY, {"seconds": seconds, "images_per_second": speed})
-        compiled.clear()
-        make(resnet18, speed=100, expect=images).prepare(Reporter())
-        assert len(compiled) == pays
+def test_compiling_is_worthwhile_for_many_images_by_what_it_took_before(make, store: Store, resnet18: Cut) -> None:
+    extractor = make(resnet18)
+    is_worthwhile = lambda images: extractor.estimate_seconds(images, 100.0) < images / 100.0  # noqa: E731
+    assert [is_worthwhile(images) for images in (3000, 4000)] == [False, True]
+    for seconds, speed, images, expected in ((500, 200, 6000, False), (1, 101, 6000, False), (1, 300, 300, True)):
+        store.add_note(NOTES, extractor._note_key, {"seconds": seconds, "images_per_second": speed})
+        assert is_worthwhile(images) == expected
 
 
 @pytest.mark.slow
@@ -303,11 +287,10 @@ def test_torch_compile_gives_the_same_rows(dtype: torch.dtype, make, store: Stor
     """As near to float32 as the network itself comes in this format."""
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("inductor needs a C++ compiler")
-    exact, own, compiled = make(lite0), make(lite0, dtype=dtype), make(lite0, dtype=dtype, expect=10**7)
+    exact, own, compiled = make(lite0), make(lite0, dtype=dtype), make(lite0, dtype=dtype, compiled=True)
     for extractor in (exact, own, compiled):
         extractor.prepare(Reporter())
     assert compiled.reason.startswith("compiled in ")
     for n in (32, 7):
         wanted, near, found = (extractor(PIXELS[:n])[0].float() for extractor in (exact, own, compiled))
         assert (found - wanted).norm() <= 2 * (near - wanted).norm() + 1e-4 * wanted.norm()
-    assert store.read_notes(NOTES)[KEY]["seconds"] > 0

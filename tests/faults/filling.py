@@ -5,17 +5,18 @@ Only `runs` imports torch, so that a process forks at once and without threads.
 
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tlcli.cli import main, quiet_libraries
-from tlcli.store import CacheEntry, Column, Store, Writer
+from tlcli.store import CacheEntry, Column, Store
 
 COLUMNS = (Column("float32", (64, 16)), Column("bfloat16", (5,)))
 ROWS, BATCH = 48, 4
@@ -39,13 +40,16 @@ def wrong_rows(entry: CacheEntry) -> int:
     return wrong
 
 
-def fill(store: Store, key: str) -> CacheEntry:
-    """Write an entry in batches; to be called with the entry locked."""
-    with store.create(key, ROWS, COLUMNS, {"dataset": "shapes"}) as writer:
-        for row in range(0, ROWS, BATCH):
-            parts = [(row * column.nbytes, (row + BATCH) * column.nbytes) for column in COLUMNS]
-            writer.append([content(key, number)[start:end] for number, (start, end) in enumerate(parts)])
-    return writer.entry
+def batches(key: str) -> Iterator[list[bytes]]:
+    """Yield the rows of an entry in batches."""
+    for row in range(0, ROWS, BATCH):
+        parts = [(row * column.nbytes, (row + BATCH) * column.nbytes) for column in COLUMNS]
+        yield [content(key, number)[start:end] for number, (start, end) in enumerate(parts)]
+
+
+def fill(store: Store, key: str, rows: Iterator[list[bytes]] | None = None) -> CacheEntry:
+    """Write an entry; to be called within `store.lock_for_write`."""
+    return store.write(key, ROWS, COLUMNS, {"dataset": "shapes"}, rows or batches(key))
 
 
 def entry_of(store: Store, key: str) -> tuple[CacheEntry, bool]:
@@ -83,21 +87,18 @@ def cold(root: Path, processes: str, rounds: str) -> list[Any]:
 def killed(root: Path) -> list[Any]:
     """Kill a writer before each of its batches, each time in a new cache, and return what the next process finds."""
 
-    def dies(store: Store, batches: int) -> None:
-        append, left = Writer.append, iter(range(batches))
+    def dies(store: Store, n: int) -> None:
+        def rows() -> Iterator[list[bytes]]:
+            yield from itertools.islice(batches(KEY), n)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def appending(self: Writer, batch: Any) -> None:
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            append(self, batch)
-
-        Writer.append = appending  # type: ignore[method-assign]
-        entry_of(store, KEY)
+        with store.lock_for_write(KEY, lambda: None):
+            fill(store, KEY, rows())
 
     found = []
-    for batches in range(ROWS // BATCH):
-        store, waited = Store(root / str(batches)), []
-        writer = fork.Process(target=dies, args=(store, batches))
+    for n in range(ROWS // BATCH):
+        store, waited = Store(root / str(n)), []
+        writer = fork.Process(target=dies, args=(store, n))
         writer.start()
         writer.join()
         before = store.find(KEY)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 
 from tests.faults.programs import UNSHARE, can_mount
 from tlcli.cli import main
-from tlcli.engine.session import ActivationReader
+from tlcli.data.batches import ImageBatches
+from tlcli.engine.session import Session
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
-from tlcli.store import Store, Writer
+from tlcli.store import Store
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -87,15 +89,15 @@ def test_where_no_cache_can_be_training_is_live_and_one_line_says_so(
 def test_an_entry_that_is_removed_when_it_has_just_been_found_is_filled_once_more(
     live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, removed = ActivationReader.open, []
+    opened, removed = Session.tensors, []
 
-    def after_removal(self: ActivationReader, entry: Any) -> Any:
+    def after_removal(self: Session, entry: Any) -> Any:
         if not removed:
             removed.append(entry.key)
             Store(tmp_path / "cache").remove(entry.key)
         return opened(self, entry)
 
-    monkeypatch.setattr(ActivationReader, "open", after_removal)
+    monkeypatch.setattr(Session, "tensors", after_removal)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
     assert removed
@@ -108,13 +110,13 @@ def test_an_entry_that_is_removed_when_it_has_just_been_found_is_filled_once_mor
 def test_an_entry_that_is_removed_again_and_again_means_live(
     live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = ActivationReader.open
+    opened = Session.tensors
 
-    def after_removal(self: ActivationReader, entry: Any) -> Any:
+    def after_removal(self: Session, entry: Any) -> Any:
         shutil.rmtree(entry.path)
         return opened(self, entry)
 
-    monkeypatch.setattr(ActivationReader, "open", after_removal)
+    monkeypatch.setattr(Session, "tensors", after_removal)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
     assert len([line for line in ended.lines if line.startswith("note") and "reading images instead" in line]) == 1
@@ -126,13 +128,14 @@ def test_a_cache_that_is_cleared_while_it_is_filled_and_read_changes_no_result(
     live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Entries that are open keep their rows until the run ends; what is being written is not cleared."""
-    append = Writer.append
+    in_order = ImageBatches.in_order
 
-    def clearing(self: Writer, batch: Any) -> None:
-        append(self, batch)
-        Store(tmp_path / "cache").clear()
+    def clearing(self: ImageBatches, view: int | None = None) -> Iterator[Any]:
+        for batch in in_order(self, view):
+            Store(tmp_path / "cache").clear()
+            yield batch
 
-    monkeypatch.setattr(Writer, "append", clearing)
+    monkeypatch.setattr(ImageBatches, "in_order", clearing)
     ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
     assert ended.code == 0
     assert ended.is_as(live)
@@ -162,7 +165,7 @@ def test_a_read_only_cache_is_read_and_where_it_lacks_something_training_is_live
     empty = mounted(read_only, cache, tmp_path / "empty", shapes)
     assert empty.code == 0, empty.lines
     (line,) = empty.about_the_cache()
-    assert line == f"activations: training reads images: {cache} is read-only (Read-only file system)"
+    assert line == f"activations: training reads images: {cache} cannot be written (Read-only file system)"
     assert list(cache.iterdir()) == []
     filled = mounted("true", cache, tmp_path / "filled", shapes)
     again = mounted(read_only, cache, tmp_path / "again", shapes)

@@ -4,9 +4,10 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.store import CacheEntry, Store, cache_dir
 from tlcli.text import did_you_mean, size_text
@@ -37,39 +38,24 @@ def parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Do one action of `tlcli cache`; return the exit status."""
     arguments = parser().parse_args(argv or ["--help"])
-    store = Store(cache_dir())
-    keys = arguments.keys
+    store, keys = Store(cache_dir()), arguments.keys
     if keys and arguments.action != "remove":
         raise UsageError(f"{arguments.action} takes no KEY. Did you mean 'tlcli cache remove {keys[0]}'?")
+    entries = store.entries()
     try:
         if arguments.action == "list" and arguments.format == "json":
-            records = [
-                {
-                    "key": entry.key,
-                    "path": str(entry.path),
-                    "bytes": entry.nbytes,
-                    "rows": entry.rows,
-                    "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
-                    "created": entry.created,
-                    "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
-                    "facts": dict(entry.metadata),
-                }
-                for entry in store.entries()
-            ]
-            print(json.dumps(records, indent=2))
+            print(json.dumps([_record(entry) for entry in entries], indent=2))
         elif arguments.action == "list":
-            _print_table(store)
+            _print_table(store, entries)
         elif arguments.action == "remove":
             if not keys:
                 raise UsageError("name the entries: tlcli cache remove KEY ... (`tlcli cache list` shows the keys)")
-            entries = store.entries()
             chosen = {entry.key: entry for entry in (_match(entries, key) for key in keys)}
             for key in chosen:
                 store.remove(key)
             print(f"removed {_total(len(chosen), sum(entry.nbytes for entry in chosen.values()))}")
         else:
-            count, nbytes = store.clear()
-            print(f"removed {_total(count, nbytes)}, from {store.root}")
+            print(f"removed {_total(*store.clear())}, from {store.root}")
     except OSError as error:
         raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0
@@ -93,31 +79,33 @@ def _total(count: int, nbytes: int) -> str:
     return f"{count:,} {'entry' if count == 1 else 'entries'}, {size_text(nbytes)}"
 
 
-def _print_table(store: Store) -> None:
-    from tlcli.cli.view import Screen
+def _record(entry: CacheEntry) -> dict[str, Any]:
+    return {
+        "key": entry.key,
+        "path": str(entry.path),
+        "bytes": entry.nbytes,
+        "rows": entry.rows,
+        "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
+        "created": entry.created,
+        "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
+        "facts": dict(entry.metadata),
+    }
 
-    entries = store.entries()
+
+def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
     if not entries:
         print(f"the cache is empty: {store.root}")
         return
-    left = ("dataset", "backbone", "at")
-    ranks = {"key": 0, "dataset": 1, "backbone": 2, "at": 4, "images": 5, "size": 0, "used": 3}  # 5 is left out first
     rows = []
     for entry in entries:
-        facts, images, size = entry.metadata, f"{entry.rows:,}", size_text(entry.nbytes)
-        dataset = " ".join(str(facts[name]) for name in ("dataset", "split") if name in facts) or None
-        used = _ago(time.time() - entry.used)
-        rows.append((entry.key[:SHOWN_KEY_CHARS], dataset, facts.get("backbone"), facts.get("at"), images, size, used))
-    screen = Screen(terminal_columns() or UNLIMITED_WIDTH)
-    columns = [TableColumn(name, rank, left=name in left) for name, rank in ranks.items()]
-    screen.print(make_table(columns, rows, screen.width))
-    total = _total(len(entries), sum(entry.nbytes for entry in entries))
-    screen.print(f"{total}, in {store.root}", soft_wrap=True)
-
-
-def _ago(seconds: float) -> str:
-    """Return how long ago something was: now, 5m ago, 3h ago, 12d ago."""
-    for unit, length, least in (("d", 86_400, 2), ("h", 3600, 1), ("m", 60, 1)):
-        if seconds >= least * length:
-            return f"{seconds // length:.0f}{unit} ago"
-    return "now"
+        metadata, images, size = entry.metadata, f"{entry.rows:,}", size_text(entry.nbytes)
+        dataset = " ".join(str(metadata[name]) for name in ("dataset", "split") if name in metadata) or None
+        minutes = max(0, round(time.time() - entry.used)) // 60
+        used = f"{minutes}m" if minutes < 60 else f"{minutes // 60}h" if minutes < 2880 else f"{minutes // 1440}d"
+        facts = [metadata.get(name) for name in ("backbone", "at")]
+        rows.append((entry.key[:SHOWN_KEY_CHARS], dataset, *facts, images, size, f"{used} ago"))
+    left, drop = ("dataset", "backbone", "at"), {"dataset": 1, "backbone": 2, "used": 3, "at": 4, "images": 5}
+    titles = ("key", "dataset", "backbone", "at", "images", "size", "used")
+    columns = [TableColumn(title, drop.get(title, 0), left=title in left) for title in titles]
+    print(*table_lines(columns, rows, terminal_columns()), sep="\n")
+    print(f"{_total(len(entries), sum(entry.nbytes for entry in entries))}, in {store.root}")

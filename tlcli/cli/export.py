@@ -1,12 +1,14 @@
 """`tlcli export`: write the model of a run in another format."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, check_not_existing, export, find_format
+from tlcli.export import FORMATS, PAD_NOTE, check_not_existing, export, find_format, prepare
 from tlcli.runs.run_dir import open_run
+from tlcli.specs import Fit
 from tlcli.text import size_text
 
 GRAPHS = ", ".join(chosen.name for chosen in FORMATS.values() if chosen.has_graph)
@@ -52,17 +54,17 @@ def run(argv: list[str]) -> int:
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)
-    try:
+    dataset = None
+    with suppress(TlcliError):
         dataset = load_spec(folder).dataset
-    except TlcliError:
-        dataset = None
-    done = export(loaded, chosen, dataset, output, arguments.with_preprocessing)
-    files = [done.path] if done.path.is_file() else [path for path in done.path.rglob("*") if path.is_file()]
-    print(f"wrote    {done.path} ({size_text(sum(file.stat().st_size for file in files))})")
-    print(f"holds    {done.contents}")
-    print(f"checked  against PyTorch on {done.images}: every class equal,")
-    print(f"         largest difference of a logit {done.max_difference:.2g}")
-    if done.note:
-        print(f"note     {done.note}")
-    print(f"load it  {done.load}")
+    job = prepare(loaded, dataset, arguments.with_preprocessing)
+    difference = export(job, chosen, output)
+    files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
+    print(f"wrote    {output} ({size_text(sum(file.stat().st_size for file in files))})")
+    print(f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})")
+    print(f"checked  against PyTorch on {job.source}: every class equal,")
+    print(f"         largest difference of a logit {difference:.2g}")
+    if not chosen.has_graph and loaded.preprocessing.fit is Fit.pad:
+        print(f"note     {PAD_NOTE}")
+    print(f"load it  {chosen.load.format(path=str(output))}")
     return 0

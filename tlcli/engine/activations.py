@@ -10,7 +10,7 @@ A key covers everything that the values depend on, so that an entry is right or 
 import hashlib
 import json
 import time
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -25,8 +25,8 @@ from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
-from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers, machine_name
-from tlcli.engine.extraction import BATCH, ExtractionStats, Extractor
+from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
+from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
@@ -53,7 +53,7 @@ class SplitActivations:
     key: str
     view: int | None
     metadata: Mapping[str, Any]
-    speed: ExtractionStats | None = None
+    extraction: dict[str, Any] | None = None  # images, seconds and formats, if it was extracted here
     found: CacheEntry | None = None
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class SplitActivations:
     @property
     def row_bytes(self) -> int:
         """Bytes per image."""
-        return sum(column.nbytes for column in self.extractor.columns())
+        return sum(column.nbytes for column in self.extractor.columns)
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +72,10 @@ class SplitActivations:
     @property
     def filled(self) -> bool:
         """True if the store has them, as far as a quick check tells."""
-        return self.store.exists(self.key)
+        return self.store.find(self.key, verify=False) is not None
 
-    def entry(self, reporter: Reporter, extractor: Extractor | None = None) -> CacheEntry:
-        """Return the entry; it is extracted first (with `extractor`, if given) if it is missing or damaged.
+    def entry(self, reporter: Reporter, extractor: Extractor) -> CacheEntry:
+        """Return the entry; it is extracted first with `extractor` if it is missing or damaged.
 
         Raises OSError if it cannot be written.
         """
@@ -83,7 +83,7 @@ class SplitActivations:
         if self.found is None:
             waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
             with self.store.lock_for_write(self.key, waiting):
-                self.found = self.store.find(self.key) or self._extract(extractor or self.extractor, reporter)
+                self.found = self.store.find(self.key) or self._extract(extractor, reporter)
         return self.found
 
     def _extract(self, extractor: Extractor, reporter: Reporter) -> CacheEntry:
@@ -92,30 +92,24 @@ class SplitActivations:
         compile_seconds = time.perf_counter() - start
         metadata = {**self.metadata, "computed": extractor.reason}
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
-        with (
-            self.store.create(self.key, len(self), extractor.columns(), metadata) as writer,
-            reporter.track(label, len(self)) as advance,
-        ):
-            for images, labels in self.batches.in_order(view=self.view):
-                rows: list[Any] = [t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
-                writer.append([memoryview(row) for row in rows])
-                advance(len(labels))
-        self.speed = ExtractionStats(
-            images=len(self),
-            seconds=time.perf_counter() - start,
-            compile_seconds=compile_seconds,
-            dtype=DTYPE_NAMES[extractor.compute_format.dtype],
-            memory_format=str(extractor.compute_format.memory_format).removeprefix("torch."),
-            reason=extractor.reason,
-        )
-        return writer.entry
+        with reporter.track(label, len(self)) as advance:
 
+            def rows() -> Iterator[list[memoryview]]:
+                for images, labels in self.batches.in_order(view=self.view):
+                    arrays: list[Any] = [t.reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
+                    yield [memoryview(array) for array in arrays]
+                    advance(len(labels))
 
-def merge_splits(splits: Sequence[Split]) -> Split:
-    """Return the images of several splits of one source, by position and each once: the activations then serve a
-    validation split that is drawn with another seed, too."""
-    indices, positions = np.unique(np.concatenate([split.indices for split in splits]), return_index=True)
-    return Split(splits[0].images, indices, np.concatenate([split.labels for split in splits])[positions])
+            entry = self.store.write(self.key, len(self), extractor.columns, metadata, rows())
+        self.extraction = {
+            "images": len(self),
+            "seconds": time.perf_counter() - start,
+            "compile_seconds": compile_seconds,
+            "dtype": DTYPE_NAMES[extractor.compute_format.dtype],
+            "memory_format": str(extractor.compute_format.memory_format).removeprefix("torch."),
+            "why": extractor.reason,
+        }
+        return entry
 
 
 @dataclass(frozen=True)
@@ -210,18 +204,17 @@ class Workload:
         return None
 
     def extractor(self, cut: Cut, option: ComputeFormat, *, compiled: bool = False) -> Extractor:
-        """Return what runs the prefix of a cut over images; one per cut, format and way for all jobs of the process.
-
-        A compiled one has been told to expect images, else it is as eager as the other.
-        """
-        spec, preprocessing, accelerator, form = self.spec, self.preprocessing, self.accelerator, option.description
-        note = f"{spec.backbone.name} {cut.suffix_start} {preprocessing} {form} {machine_name(accelerator)}"
-        note_key = hashlib.sha256(f"{note} {torch.__version__}".encode()).hexdigest()[:32]
-        store, stored, batch_size = self.session.store, spec.cache.dtype, option.batch_size or BATCH[accelerator.type]
-        return self.session.get_or_create(
-            ("extractor", id(cut), form, batch_size, preprocessing, stored, compiled),
-            lambda: Extractor(cut.prefix, preprocessing, accelerator, option, stored, store, note_key),
+        """Return what runs the prefix of a cut over images; one per cut, format and way for all jobs of the process."""
+        name, stored = f"{self.spec.backbone.name} {cut.suffix_start}", self.spec.cache.dtype
+        batch_size = option.batch_size or BATCH[self.accelerator.type]
+        extractor = self.session.get_or_create(
+            ("extractor", id(cut), option.description, batch_size, self.preprocessing, stored, compiled),
+            lambda: Extractor(
+                name, cut.prefix, self.preprocessing, self.accelerator, option, self.session.store, stored
+            ),
         )
+        extractor.compiled = compiled
+        return extractor
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
         """Return where the rows of a split are if the splits in `cached` are read from activations of this format.
@@ -237,7 +230,9 @@ class Workload:
         if split_name == "train" and self.augments:
             views = list(range(min(spec.cache.views or 0, spec.epochs)))  # type: ignore[arg-type] # no epoch reads more
         elif split_name != "test" and {"train", "train_eval"} <= set(cached) and data.train.images is data.val.images:
-            pool, label = merge_splits([data.train, data.val]), "train+val"
+            splits, label = (data.train, data.val), "train+val"  # these also serve a val split drawn with another seed
+            indices, positions = np.unique(np.concatenate([s.indices for s in splits]), return_index=True)
+            pool = Split(pool.images, indices, np.concatenate([s.labels for s in splits])[positions])
         found = [self._activations(cut, option, pool, label, view) for view in views]
         return CachedSplit(cut, tuple(found), torch.from_numpy(np.searchsorted(pool.indices, split.indices)))
 
@@ -266,7 +261,7 @@ class Workload:
             "rows": ROW_FORMAT_VERSION,
             "view": None if view is None else to_plain(augmented),
             "dtype": DTYPE_NAMES[extractor.compute_format.dtype],
-            "columns": [asdict(column) for column in extractor.columns()],
+            "columns": [asdict(column) for column in extractor.columns],
             "device": self.accelerator.type,
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
         }

@@ -192,7 +192,7 @@ class CostMeter:
             return cost
         prefix_format = self._once("prefix", lambda: measure_extraction(workload, cut))
         extractor = workload.extractor(cut, prefix_format)
-        n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns())
+        n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
         if workload.augments and spec.cache.views is not None:
             n_rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
         extraction, train, evaluation = self._cached(workload, cut, extractor)

@@ -223,7 +223,6 @@ def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat
         images = sum(map(len, _missing(workload, names, option)))
         cut = workload.cached_split(min(names), names, option).cut
         if images and workload.extractor(cut, option).estimate_seconds(images, speed) < images / speed:
-            workload.extractor(cut, option, compiled=True).add_expected_images(images)
             compiled |= names
     return frozenset(compiled)
 
@@ -253,10 +252,7 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
         raise UsageError(f"cache.mode=require: {reason}")
     if lost:
         reporter.note(f"{' and '.join(sorted(lost))}: reading images instead of activations ({reason})")
-        decisions, names = decisions.without(lost, str(reason)), names - lost
-    for name in names & decisions.compiled:
-        split = workload.cached_split(name, names, option)
-        workload.extractor(split.cut, option, compiled=True).always_compiles = True
+        decisions = decisions.without(lost, str(reason))
     return decisions
 
 

@@ -1,11 +1,12 @@
 """Run the frozen prefix over many images, once, as fast as the machine allows."""
 
 import copy
+import hashlib
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.batches import Preprocessing
-from tlcli.device import DTYPE_NAMES, ComputeFormat, autocast, synchronize
+from tlcli.device import DTYPE_NAMES, ComputeFormat, autocast, machine_name, synchronize
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype
 from tlcli.store import Column, Store
@@ -28,73 +29,44 @@ NOTES = "compiled"  # name of the store's notes on compiling
 FP32_TOLERANCE = 1e-4  # relative difference that rounding makes in float32
 
 
-@dataclass(frozen=True)
-class ExtractionStats:
-    """Images and seconds of an extraction, and how it was computed, for run.json."""
-
-    images: int
-    seconds: float
-    compile_seconds: float
-    dtype: str
-    memory_format: str
-    reason: str
-
-    @property
-    def images_per_second(self) -> float:
-        """Return images per second with decoding and without compilation."""
-        return self.images / max(self.seconds - self.compile_seconds, 1e-9)
-
-    def plus(self, other: "ExtractionStats") -> "ExtractionStats":
-        """Return the sum of two extractions."""
-        names = ("images", "seconds", "compile_seconds")
-        reason = self.reason if self.reason == other.reason else f"{self.reason}; {other.reason}"
-        return replace(self, reason=reason, **{name: getattr(self, name) + getattr(other, name) for name in names})
-
-
 class Extractor:
     """Runs the prefix of a cut: uint8 images (B, 3, S, S) to the tensors that cross the cut, as they are stored.
 
     Maps (B, C, H, W) are returned as (B, H, W, C), which is channels_last without a copy when it is read back.
 
     Args:
+        name: of the prefix, for the store's notes on how long compiling took, and how fast it was then.
         stored: dtype of the rows; `auto` is the dtype that the prefix computes in, so that nothing is lost.
-        key: of the store's notes on how long compiling this prefix took, and how fast it was then.
     """
 
     def __init__(
         self,
+        name: str,
         prefix: nn.Module,
         preprocessing: Preprocessing,
         accelerator: torch.device,
         compute_format: ComputeFormat,
-        stored: CacheDtype,
         store: Store,
-        key: str,
+        stored: CacheDtype = CacheDtype.auto,
     ) -> None:
         self._original = _PixelPrefix(prefix, preprocessing)
-        self._preprocessing, self._accelerator = preprocessing, accelerator
-        self._store, self._key = store, key
+        self._preprocessing, self._accelerator, self._store = preprocessing, accelerator, store
         self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
+        note = f"{name} {preprocessing} {compute_format.description} {machine_name(accelerator)} {torch.__version__}"
+        self._note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
         self.compute_format = compute_format
         self.batch_size = compute_format.batch_size or BATCH[accelerator.type]
+        self.compiled = False  # `prepare` compiles if this is set
         self._network: _PixelPrefix | None = None
         self._tried_compiling = False
-        self._expected_images = 0
-        self.always_compiles = False  # as it was recorded, however few images are expected
-        self._columns: tuple[Column, ...] | None = None
         self.reason = ""
 
+    @cached_property
     def columns(self) -> tuple[Column, ...]:
         """Return the dtype and shape of each tensor of a row."""
-        if self._columns is None:
-            size = self._preprocessing.size
-            rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            self._columns = tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
-        return self._columns
-
-    def add_expected_images(self, images: int) -> None:
-        """Add images that are going to be run: their number decides if compiling is worthwhile."""
-        self._expected_images += images
+        size = self._preprocessing.size
+        rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        return tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
 
     def estimate_seconds(self, images: int, speed: float) -> float:
         """Estimate the seconds for these images at this speed (images/s), or compiled if that is faster."""
@@ -103,24 +75,19 @@ class Extractor:
 
     def _compiling(self, speed: float) -> tuple[float, float]:
         """Return the seconds that compiling takes, and the images per second then."""
-        note = self._store.read_notes(NOTES).get(self._key)
+        note = self._store.read_notes(NOTES).get(self._note_key)
         if isinstance(note, dict) and {"seconds", "images_per_second"} <= note.keys():
             return float(note["seconds"]), float(note["images_per_second"])
         return COMPILE_SECONDS, COMPILE_SPEEDUP * speed
 
     def prepare(self, reporter: Reporter) -> None:
-        """Fold BatchNorm, and compile if that is worthwhile for the images that are expected."""
+        """Fold BatchNorm, and compile if `compiled` is set."""
         if self._network is None:
-            self._network, n_folded = _fold_batchnorm(self._original)
-            self.reason = "BatchNorm folded" if n_folded else "as the network is"
-        speed = self.compute_format.images_per_second or 1.0
-        seconds = self._expected_images / speed
-        cost, compiled_speed = self._compiling(speed)
-        gain = seconds - (cost + self._expected_images / compiled_speed)
-        if (gain > 0 or self.always_compiles) and not self._tried_compiling:
+            self._network = _fold_batchnorm(self._original)
+            self.reason = "as the network is" if self._network is self._original else "BatchNorm folded"
+        if self.compiled and not self._tried_compiling:
             self._tried_compiling = True
-            saving = f" to save {cost + gain:.0f} s of {seconds:.0f} s" if gain > 0 else ", as recorded"
-            reporter.note(f"extraction: compiling, about {cost:.0f} s{saving}")
+            reporter.note(f"extraction: compiling, about {self._compiling(1.0)[0]:.0f} s")
             self._compile(self._network)
 
     def _compile(self, network: "_PixelPrefix") -> None:
@@ -159,14 +126,15 @@ class Extractor:
             self._forward(compiled, sample)
         synchronize(self._accelerator)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
-        self._store.add_note(NOTES, self._key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)})
+        self._store.add_note(
+            NOTES, self._note_key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)}
+        )
         self._network, self.reason = compiled, f"compiled in {seconds:.0f} s"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of a batch, on the CPU. A short batch is padded: a compiled network takes one size."""
         assert self._network is not None
         n = len(images)
-        self._expected_images = max(0, self._expected_images - n)
         if n < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - n, -1, -1, -1)])
         return tuple(t[:n].cpu() for t in self._forward(self._network, images))
@@ -196,13 +164,13 @@ class _PixelPrefix(nn.Module):
         return out
 
 
-def _fold_batchnorm(network: _PixelPrefix) -> tuple[_PixelPrefix, int]:
-    """Return the network with each BatchNorm folded into the convolution that it alone reads, and their number.
+def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
+    """Return the network with each BatchNorm folded into the convolution that it alone reads.
 
-    The network is returned as it is if folding would change its output by more than rounding.
+    The network is returned as it is if there is none, or if folding would change its output by more than rounding.
     """
     if not isinstance(network.prefix, fx.GraphModule):
-        return network, 0
+        return network
     prefix, count = copy.deepcopy(network.prefix), 0
     calls = Counter(str(node.target) for node in prefix.graph.nodes if node.op == "call_module")
     for node in prefix.graph.nodes:
@@ -227,7 +195,7 @@ def _fold_batchnorm(network: _PixelPrefix) -> tuple[_PixelPrefix, int]:
     with torch.inference_mode():
         pairs = zip(folded(sample), network(sample), strict=True)
         is_same = count > 0 and all(_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
-    return (folded, count) if is_same else (network, 0)
+    return folded if is_same else network
 
 
 def _distance(values: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from tlcli.data.dataset import preload_images
 from tlcli.device import Device
 from tlcli.engine.activations import CachedSplit, SplitActivations, Workload
 from tlcli.engine.decisions import Decisions, device_with
-from tlcli.engine.extraction import ExtractionStats
 from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader, ImageLoader
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
@@ -50,7 +48,9 @@ class Inputs:
                 raise TlcliError(f"cache.mode=require: {reason}") from error
             reporter.note(f"{reason}: reading images instead")
             lost = {name for name, split in self.cached.items() if not all(view.filled for view in split.views)}
-            self.decisions = self.decisions.without(lost | {split_name}, reason)
+            if "train" in (lost := lost | {split_name}):  # the others were read from one pool with it
+                lost |= {"train_eval", "val"}
+            self.decisions = self.decisions.without(lost, reason)
             self.cached = {name: split for name, split in self.cached.items() if name in self.decisions.cached}
             return self.open(split_name, reporter)
         images = self.workload.split(split_name)
@@ -78,9 +78,9 @@ class Inputs:
         compiled = split_name in self.decisions.compiled
         extractor = self.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
         try:
-            tensors = self.workload.session.reader.open(source.entry(reporter, extractor))
+            tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         except FileNotFoundError:  # an entry may be removed between being found and being read
-            tensors = self.workload.session.reader.open(source.entry(reporter, extractor))
+            tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         assert source.found is not None
         # the entry may be an earlier run's, and compiling may have failed
         names = {split_name} if str(source.found.metadata.get("computed")).startswith("compiled") else set()
@@ -138,18 +138,19 @@ class Inputs:
 
     def extraction(self) -> dict[str, Any] | None:
         """Return how the extractions of this run went, for run.json; None if there were none."""
-        speeds = [source.speed for source in self._sources() if source.speed is not None]
-        if not speeds:
+        done = [source.extraction for source in self._sources() if source.extraction is not None]
+        if not done:
             return None
-        total = reduce(ExtractionStats.plus, speeds)
+        images, seconds, compile_seconds = (
+            sum(e[key] for e in done) for key in ("images", "seconds", "compile_seconds")
+        )
         return {
-            "images": total.images,
-            "seconds": round(total.seconds, 3),
-            "compile_seconds": round(total.compile_seconds, 3),
-            "images_per_second": round(total.images_per_second, 1),
-            "dtype": total.dtype,
-            "memory_format": total.memory_format,
-            "why": total.reason,
+            **done[0],
+            "images": images,
+            "seconds": round(seconds, 3),
+            "compile_seconds": round(compile_seconds, 3),
+            "images_per_second": round(images / max(seconds - compile_seconds, 1e-9), 1),  # with decoding
+            "why": "; ".join(dict.fromkeys(extraction["why"] for extraction in done)),
         }
 
     def _sources(self) -> list[SplitActivations]:

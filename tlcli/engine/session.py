@@ -17,33 +17,6 @@ from tlcli.store import CacheEntry, Store, cache_dir
 T = TypeVar("T")
 
 
-class ActivationReader:
-    """Opens entries as tensors: in memory while they fit in `ram_bytes`, else mapped from their files, of which the
-    system caches as much as it has room for. Tensors in memory stay for the next job of the process."""
-
-    def __init__(self, ram_bytes: int) -> None:
-        self._free_bytes = ram_bytes
-        self._in_memory: dict[str, ActivationTensors] = {}
-
-    def open(self, entry: CacheEntry) -> ActivationTensors:
-        """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
-        if entry.key in self._in_memory:
-            return self._in_memory[entry.key]
-        tensors: ActivationTensors = ()
-        for i, column in enumerate(entry.columns):
-            shape, dtype = torch.Size((entry.rows, *column.shape)), getattr(torch, column.dtype)
-            try:
-                flat = torch.from_file(str(entry.file(i)), shared=False, size=shape.numel(), dtype=dtype)
-            except RuntimeError:
-                entry.file(i).stat()  # raises FileNotFoundError if that is the reason
-                raise
-            tensors += (flat.view(shape),)
-        if entry.nbytes <= self._free_bytes:
-            self._free_bytes -= entry.nbytes
-            tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
-        return tensors
-
-
 class Session:
     """Holds the latest dataset, model and cuts, and gives them to the next job if it asks for the same.
 
@@ -52,7 +25,8 @@ class Session:
     """
 
     def __init__(self, store: Store, ram_bytes: int) -> None:
-        self.store, self.ram_bytes, self.reader = store, ram_bytes, ActivationReader(ram_bytes)
+        self.store, self.ram_bytes, self._free_bytes = store, ram_bytes, ram_bytes
+        self._in_memory: dict[str, ActivationTensors] = {}
         self._dataset: tuple[object, Dataset] | None = None
         self._model: tuple[object, Classifier, dict[str, Any]] | None = None  # key, classifier, initial weights
         self._made: dict[Hashable, Any] = {}  # for this model
@@ -82,6 +56,27 @@ class Session:
             self._model[1].network.load_state_dict(self._model[2])
         return self._model[1]
 
+    def tensors(self, entry: CacheEntry) -> ActivationTensors:
+        """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed.
+
+        They are in memory, also for the next job, while they fit in `ram_bytes`; else they are mapped from their files.
+        """
+        if entry.key in self._in_memory:
+            return self._in_memory[entry.key]
+        tensors: ActivationTensors = ()
+        for i, column in enumerate(entry.columns):
+            shape, dtype = torch.Size((entry.rows, *column.shape)), getattr(torch, column.dtype)
+            try:
+                flat = torch.from_file(str(entry.file(i)), shared=False, size=shape.numel(), dtype=dtype)
+            except RuntimeError:
+                entry.file(i).stat()  # raises FileNotFoundError if that is the reason
+                raise
+            tensors += (flat.view(shape),)
+        if entry.nbytes <= self._free_bytes:
+            self._free_bytes -= entry.nbytes
+            tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
+        return tensors
+
     def get_or_create(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of `make` for the current model, called once per key."""
         if key not in self._made:
@@ -92,7 +87,6 @@ class Session:
 
 def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
     """Return the session of the previous job, or a new one if the cache is another."""
-    new = Session(Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9))
-    old, store = previous or new, new.store
-    is_same = (old.store.root, old.store.max_gb, old.ram_bytes) == (store.root, store.max_gb, new.ram_bytes)
-    return old if is_same else new
+    store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
+    is_same = previous is not None and (previous.store, previous.ram_bytes) == (store, ram_bytes)
+    return previous if previous is not None and is_same else Session(store, ram_bytes)
