@@ -22,6 +22,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
 OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
+Float32 = Annotated[float, Meta(ge=-3e38, le=3e38)]
 
 
 Fit = StrEnum("Fit", ["squash", "crop", "pad"])  # conversion of an image to a square
@@ -65,7 +66,7 @@ class DatasetSpec(OptionSpec, frozen=True):
     verify: Verify
     ram_gb: NotNegative
     classes: tuple[str, ...] | None
-    range: tuple[float, float] | Literal["auto"] | None
+    range: tuple[Float32, Float32] | Literal["auto"] | None
     image_size: Annotated[int, Meta(ge=8)] | None
     flip: Fraction
     min_crop: FractionAboveZero

@@ -7,7 +7,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from tlcli.data.listing import Listing, list_folder, list_manifest
 from tlcli.data.sources import DigitsSpec, ImageFolderSpec, ManifestSpec, TorchvisionDatasetSpec
 from tlcli.specs import OnBad, Verify
 
@@ -38,13 +37,6 @@ def digits_spec(**changes: Any) -> DigitsSpec:
 def torchvision_spec(class_name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
     kind = {"class_name": class_name, "root": str(root), "train": {}, "val": None, "test": None, "download": False}
     return TorchvisionDatasetSpec(**COMMON | kind | changes)
-
-
-def list_spec(spec: ImageFolderSpec | ManifestSpec) -> Listing:
-    """Return the files of a dataset."""
-    if isinstance(spec, ManifestSpec):
-        return list_manifest(spec.file, spec.root, spec.classes)
-    return list_folder(spec.root, spec.classes)
 
 
 def save_image(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10)) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.samples import digits_spec, folder_spec
 from tlcli.data import dataset
-from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, stratified_split
+from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, preload_images, stratified_split
 from tlcli.data.decode import read_image
 from tlcli.data.images import ImageArrays, ImageSource, MemoryBudget, Split, full_split
 from tlcli.errors import BadImagesError, UsageError
@@ -203,7 +203,7 @@ def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     images = Counted()
     images.memory = MemoryBudget(10**6)
-    assert dataset.find_bad_images([(images, list(range(400)))], None, Counting(), None)[0] == {}
+    preload_images([full_split(images, [0] * 400)], Counting())
     assert most <= dataset.DECODE_CHUNK * 6
     assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
     assert len(read) == 400

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import folder_spec, list_spec, save_image
+from tests.data.samples import folder_spec, save_image
 from tlcli.data import images
 from tlcli.data.decode import read_bytes
 from tlcli.data.images import (
@@ -28,7 +28,7 @@ MakeFolder = Callable[..., Path]
 
 def everything(root: Path) -> Split:
     """All images of a folder that is not split."""
-    return source_of_files(list_spec(folder_spec(root))).splits["all"]
+    return source_of_files(folder_spec(root).list_files()).splits["all"]
 
 
 def keys(split: Split) -> list[str]:

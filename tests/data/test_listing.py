@@ -1,4 +1,4 @@
-"""Layouts that people have, and the one line that each mistake gets."""
+"""Layouts and manifests that people have, hostile ones, and the one line that each mistake gets."""
 
 import os
 import subprocess
@@ -9,27 +9,24 @@ from typing import Any
 
 import pytest
 
-from tests.data.samples import COMMON, digits_spec, folder_spec, list_spec, manifest_spec, save_image, torchvision_spec
-from tlcli.data.listing import Listing
-from tlcli.data.sources import ImageFolderSpec
-from tlcli.errors import UsageError
-from tlcli.specs import DatasetSpec
+from tests.data.samples import digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
+from tests.faults.refusals import refused, untouched
+from tlcli.data.dataset import load_dataset
+from tlcli.data.listing import Listing, MissingPath, expand_image_paths
+from tlcli.data.sources import ManifestSpec
+from tlcli.reporter import Reporter
+from tlcli.specs import DatasetSpec, OnBad
 
 MakeFolder = Callable[..., Path]
 
 
-def refused(spec: DatasetSpec, *words: str) -> None:
-    """Assert that the spec raises a UsageError of one line with these words."""
-    with pytest.raises(UsageError) as caught:
-        spec.check()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
-def files(listing: Listing, root: Path, split: str) -> list[tuple[str, str]]:
+def keys(listing: Listing, split: str = "all") -> list[tuple[str, str]]:
     return [(key, listing.classes[label]) for key, label in listing.splits[split]]
+
+
+def assert_refused(spec: DatasetSpec, *words: str, keeps: Path) -> None:
+    """Assert that the spec is refused with exit code 2, one line and these words, and touches nothing."""
+    refused(spec.check, 2, *words, keeps=keeps)
 
 
 def test_imports_nothing_slow() -> None:
@@ -42,128 +39,188 @@ def test_imports_nothing_slow() -> None:
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
 def test_split_folders(make_folder: MakeFolder, val: str) -> None:
-    root = make_folder({f"{split}/{name}": 1 for split in ("train", val, "test") for name in ("a", "b")})
-    listing = list_spec(folder_spec(root))
+    listing = folder_spec(
+        make_folder({f"{split}/{name}": 1 for split in ("train", val, "test") for name in ("a", "b")})
+    ).list_files()
     assert set(listing.splits) == {"train", "val", "test"}
-    assert files(listing, root, "val") == [(f"{val}/a/000.png", "a"), (f"{val}/b/000.png", "b")]
+    assert keys(listing, "val") == [(f"{val}/a/000.png", "a"), (f"{val}/b/000.png", "b")]
 
 
 def test_a_class_may_be_called_train(make_folder: MakeFolder) -> None:
-    assert list_spec(folder_spec(make_folder({"train": 1, "bus": 1}))).classes == ("bus", "train")
+    assert folder_spec(make_folder({"train": 1, "bus": 1})).list_files().classes == ("bus", "train")
 
 
-def test_what_is_an_image(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 1, "b": 1, ".git/x": 1, "__MACOSX/a": 1, "a/.cache": 1, "a/__MACOSX": 1})
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._000.png", ".hidden.jpg", "notes.txt", "x.jpg.json"):
-        (root / "a" / name).write_bytes(b"")
-    for name in ("a/UPPER.JPG", "a/deep/er/x.jpeg", "a/y.webp", "a/z.TiFF", "a/v.bmp", "a/w.pgm", "a/u.gif"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")  # listing opens nothing
-    names = {path for path, _ in files(list_spec(folder_spec(root)), root, "all")}
-    want = {"UPPER.JPG", "deep/er/x.jpeg", "y.webp", "z.TiFF", "v.bmp", "w.pgm", "u.gif", "000.png"}
-    assert names == {f"a/{name}" for name in want} | {"b/000.png"}
+def test_images_are_known_by_their_names_and_other_files_are_counted(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 1, "b": 1, ".git/x": 1, "__MACOSX/a": 1, "a/.cache": 1, "a/__MACOSX": 1, "a/deep/er": 0})
+    images = {"UPPER.JPG", "deep/er/x.jpeg", "y.webp", "z.TiFF", "v.bmp", "w.pgm", "u.gif"}
+    hidden = {".DS_Store", "Thumbs.db", "desktop.ini", "._000.png", ".hidden.jpg"}
+    for name in (*images, *hidden, "x.mp4", "y.MP4", "x.jpg.json", "noext"):
+        (root / "a" / name).write_bytes(b"")  # listing opens nothing
+    listing = folder_spec(root).list_files()
+    assert {key for key, _ in keys(listing)} == {f"a/{name}" for name in images} | {"a/000.png", "b/000.png"}
+    assert listing.ignored == {".mp4": 2, ".json": 1, "no ending": 1}
 
 
-def test_links(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_links_to_classes_and_files_are_followed_and_circles_are_not(make_folder: MakeFolder, tmp_path: Path) -> None:
     root = make_folder({"a": 1})
     save_image(tmp_path / "elsewhere" / "x.png")
-    (root / "b").symlink_to(tmp_path / "elsewhere")
-    (root / "a" / "loop").symlink_to(root)
-    (root / "a" / "replace_with_hardlink.png").symlink_to(tmp_path / "elsewhere" / "x.png")
-    listing = list_spec(folder_spec(root))
-    assert [path for path, _ in files(listing, root, "all")] == ["a/000.png", "a/replace_with_hardlink.png", "b/x.png"]
+    for name, target in (
+        ("b", tmp_path / "elsewhere"),
+        ("a/loop", root),
+        ("a/link.png", tmp_path / "elsewhere" / "x.png"),
+        ("a/again", "again"),
+        ("circle", "circle"),
+        ("gone", "nowhere"),
+    ):
+        (root / name).symlink_to(target)
+    with untouched(root):
+        listing = folder_spec(root).list_files()
+        assert folder_spec(root).without_bad_classes() == (folder_spec(root), [])
+    assert [key for key, _ in keys(listing)] == ["a/000.png", "a/link.png", "b/x.png"]
 
 
-def test_no_such_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
-    root = make_folder({"a": 1, "b": 1})
-    refused(folder_spec(tmp_path / "fotos"), f"{tmp_path}/fotos: no such folder", "Did you mean 'photos'?")
-    refused(folder_spec(tmp_path / "x" / "y"), f"{tmp_path}/x/y: no such folder")
-    refused(folder_spec(root / "a" / "000.png"), "000.png: not a folder")
-    refused(ImageFolderSpec(**COMMON), "dataset.root is not set")
+ROOTS = {
+    "fotos": "fotos: no such folder. Did you mean 'photos'?",
+    "x/y": "x/y: no such folder.",
+    "photos/a/000.png": "000.png: cannot read this folder (not a directory)",
+    "photos/a/000.png/x": "000.png/x: cannot read this folder (not a directory)",
+    "photos/train/a": "a: no images in subfolders. Did you mean {}/photos/train?",
+    "circle": "circle: cannot read this folder (too many levels of symbolic links)",
+    "dangling": "dangling: no such folder",
+    "pipe": "pipe: cannot read this folder (not a directory). Expected one subfolder per class.",
+    "x" * 300: "cannot read this folder (file name too long)",
+    "/".join(["x" * 200] * 30): "(file name too long)",
+    "a\0b": "cannot read this folder (embedded null byte)",
+    "~nobody-at-all/x": "~nobody-at-all/x: no such home directory",
+}
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: ascii(root)[:20])
+def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    make_folder({"a": 1, "train/a": 1, "train/b": 1})
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "dangling").symlink_to("gone")
+    os.mkfifo(tmp_path / "pipe")
+    place = Path(root) if root.startswith("~") else tmp_path / root
+    assert_refused(folder_spec(place), ROOTS[root].format(tmp_path), keeps=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"": 0}, ["photos: no images found. Expected one subfolder per class."]),
-        ({"a": 0, "b": 0}, ["photos: no images found."]),
-        ({"set/a": 1, "set/b": 1}, ["photos: only one class, 'set'", "Did you mean", "photos/set?"]),
-        ({"x": 0, ".y/train/a": 1}, ["photos: no images found."]),
-        ({"one/train/a": 1, "one/train/b": 1, "two": 1}, ["holds a dataset", "photos/one?"]),
-        ({"a/train": 1, "a/val": 1, "b/train": 1}, ["photos/a/train: a split inside a class", "photos/train/a"]),
-        ({"a": 3}, ["photos: only one class, 'a'"]),
-        ({"train/a": 3}, ["photos: only one class, 'a'"]),
-        ({"": 2}, ["photos: images lie in the folder itself", "one subfolder per class"]),
-        ({"train/a": 1, "train/b": 1, "test": 2}, ["photos/test: images lie in the folder itself"]),
-        ({"train": 2, "val": 2}, ["photos/train: images lie in the folder itself"]),
-        ({"train/a": 1, "train/b": 0}, ["photos: train/b: no images in this class; add some or remove the folder"]),
-        ({"a": 1, "b": 0, "c": 0}, ["photos: b: no images in this class"]),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, ["photos: val/b: no images in this class"]),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, ["val has classes that train lacks: c, d"]),
-        ({"train/a": 1, "train/b": 1, "test/B": 1}, ["test has classes that train lacks: B"]),
-        ({"Cat": 1, "cat": 1}, ["'Cat' and 'cat' differ only in case"]),
-        ({"val/a": 1, "val/b": 1}, ["photos: has val but no train"]),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, ["val and valid both stand for val"]),
+        ({"": 0}, "photos: no images in subfolders. Expected one subfolder per class."),
+        ({"a": 0, "b": 0}, "photos: no images in subfolders."),
+        ({"x": 0, ".y/train/a": 1}, "photos: no images in subfolders."),
+        ({"": 2}, "photos: no images in subfolders."),
+        ({"train/a": 1, "train/b": 1, "test": 2}, "photos/test: no images in subfolders."),
+        ({"train": 2, "val": 2}, "photos/train: no images in subfolders."),
+        ({"set/a": 1, "set/b": 1}, "photos: only one class, 'set'. Did you mean {}/set?"),
+        (
+            {"one/train/a": 1, "one/train/b": 1, "two": 1},
+            "one: contains train, so it is not a class. Did you mean {}/one",
+        ),
+        ({"a/train": 1, "a/val": 1, "b/train": 1}, "Images of a class belong in {}/train/a"),
+        ({"a": 3}, "photos: only one class, 'a'"),
+        ({"train/a": 3}, "photos: only one class, 'a'"),
+        ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some or remove the folder"),
+        ({"a": 1, "b": 0, "c": 0}, "photos: b: no images in this class"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, "photos: val/b: no images in this class"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
+        ({"train/a": 1, "train/b": 1, "test/B": 1}, "test has classes that train lacks: B"),
+        ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "val and valid both stand for val"),
     ],
 )
-def test_mistakes(make_folder: MakeFolder, counts: dict[str, int], words: list[str]) -> None:
-    refused(folder_spec(make_folder(counts)), *words)
+def test_mistakes_of_layout(make_folder: MakeFolder, counts: dict[str, int], words: str) -> None:
+    root = make_folder(counts)
+    assert_refused(folder_spec(root), words.format(root), keeps=root)
 
 
-def test_a_class_folder_as_root(make_folder: MakeFolder) -> None:
-    root = make_folder({"train/a": 1, "train/b": 1})
-    refused(folder_spec(root / "train" / "a"), "photos/train/a: images lie", f"Did you mean {root / 'train'}?")
+@pytest.mark.skipif(os.uname().sysname == "Darwin", reason="this system takes both for one name")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("Cat", "cat"), ("\u01c5", "\u01c6"), ("stra\u00dfe", "STRASSE"), ("caf\u00e9", "cafe\u0301")],
+)
+def test_classes_that_look_the_same(make_folder: MakeFolder, one: str, other: str) -> None:
+    root = make_folder({one: 1, other: 1})
+    words = (repr(one), repr(other), "differ only in case or in how accents are encoded: rename one")
+    assert_refused(folder_spec(root), *words, keeps=root)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_folder(make_folder: MakeFolder) -> None:
+def test_an_unreadable_folder(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 1, "b": 1})
     (root / "a").chmod(0)
-    refused(folder_spec(root), "photos/a: not readable")
+    assert_refused(folder_spec(root), "photos/a: cannot read this folder (permission denied)", keeps=root / "b")
     (root / "a").chmod(0o755)
 
 
-def test_classes_to_keep(make_folder: MakeFolder) -> None:
+@pytest.mark.parametrize("name", ["new\nline", "--all", " ", "=1+1", "\x1b[31m", "\u732b" * 85, "x" * 255])
+def test_a_class_of_any_name(make_folder: MakeFolder, name: str) -> None:
+    root = make_folder({"a": 8, name: 8})
+    with untouched(root):
+        assert set(load_dataset(folder_spec(root), seed=0, reporter=Reporter()).classes) == {"a", name}
+    (root / name / "000.png").write_bytes(b"")
+    refused(lambda: load_dataset(folder_spec(root), seed=0, reporter=Reporter()), 1, "does not decode", keeps=root)
+
+
+def test_selected_classes(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 1, "train/b": 0, "train/c": 2, "val/a": 1, "val/c": 1})
-    listing = list_spec(folder_spec(root, classes=["c", "a"]))
+    listing = folder_spec(root, classes=["c", "a"]).list_files()
     assert listing.classes == ("a", "c")
     assert [label for _, label in listing.splits["train"]] == [0, 1, 1]
-    refused(folder_spec(root, classes=["c", "b"]), "photos: train/b: no images in this class")
+    assert_refused(folder_spec(root, classes=["c", "b"]), "photos: train/b: no images in this class", keeps=root)
 
 
-@pytest.mark.parametrize(
-    ("classes", "words"),
-    [
-        (["cats", "dgos"], ["dataset.classes", "photos has no class 'dgos'. Did you mean 'dogs'?"]),
-        (["cats"], ["dataset.classes keeps fewer than two"]),
-        ([], ["dataset.classes keeps fewer than two"]),
-        (["cats", "cats"], ["dataset.classes keeps fewer than two"]),
-    ],
-)
-def test_classes_that_cannot_be_kept(make_folder: MakeFolder, classes: list[str], words: list[str]) -> None:
-    refused(folder_spec(make_folder({"cats": 1, "dogs": 1, "owls": 1}), classes=classes), *words)
+@pytest.mark.parametrize("classes", [["cats"], [], ["cats", "cats"], ["cats", "dgos"]])
+def test_classes_that_cannot_be_selected(make_folder: MakeFolder, classes: list[str]) -> None:
+    words = "has no class 'dgos'. Did you mean 'dogs'?" if "dgos" in classes else "keeps fewer than two"
+    root = make_folder({"cats": 1, "dogs": 1, "owls": 1})
+    assert_refused(folder_spec(root, classes=classes), "dataset.classes", words, keeps=root)
 
 
-def test_classes_of_other_kinds(tmp_path: Path) -> None:
-    refused(digits_spec(classes=["1", "11"]), "digits has no class '11'")
-    refused(torchvision_spec("CIFAR10", tmp_path, classes=["cat"]), "fewer than two")
+def test_selected_classes_of_other_kinds(tmp_path: Path) -> None:
+    assert_refused(folder_spec(tmp_path, root=None), "dataset.root is not set", keeps=tmp_path)
+    assert_refused(digits_spec(classes=["1", "11"]), "digits has no class '11'", keeps=tmp_path)
+    assert_refused(torchvision_spec("CIFAR10", tmp_path, classes=["cat"]), "fewer than two", keeps=tmp_path)
     digits_spec(classes=["1", "7"]).check()
     torchvision_spec("CIFAR10", tmp_path).check()
+
+
+def test_every_problem_of_a_folder_is_named_and_the_rest_is_usable(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 2, "train/b": 3, "train/Cat": 2, "train/cat": 1, "test/a": 1, "test/d": 1})
+    (root / "train" / "empty").mkdir()
+    spec, problems = folder_spec(root).without_bad_classes()
+    assert [problem.split(":")[0] for problem in problems] == [
+        "train/empty",
+        "test has classes that train lacks",
+        "classes 'Cat' and 'cat' differ only in case or in how accents are encoded",
+    ]
+    assert spec.classes == ("Cat", "a", "b")
+    spec.check()
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """write(text) -> a CSV file beside images a.png, b.png and "c, d.png", and one in a folder next to its own."""
-    for name in ("a.png", "b.png", "c, d.png", "../outside.png"):
-        save_image(tmp_path / "m" / name)
+Write = Callable[..., ManifestSpec]
+REST = "".join(f"{i}.png,{'xy'[i % 2]}\n" for i in range(1, 8))
 
-    def make(text: str | bytes) -> Path:
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """write(text) -> a spec of labels.csv beside images 0.png to 7.png and whatever else a path may lead to."""
+    for name in (*(f"m/{i}.png" for i in range(8)), "m/c, d.png", "outside.png"):
+        save_image(tmp_path / name, seed=len(name) + ord(name[2]))
+    for name, target in (("circle", "circle"), ("gone", "nowhere"), ("out.png", "../outside.png"), ("up", "..")):
+        (tmp_path / "m" / name).symlink_to(target)
+    (tmp_path / "m" / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "m" / "pipe.png")
+
+    def make(text: str | bytes, **changes: Any) -> ManifestSpec:
         file = tmp_path / "m" / "labels.csv"
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return file
+        file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
+        return manifest_spec(file, **changes)
 
     return make
 
@@ -171,101 +228,152 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     "text",
     [
-        'path,label\na.png,x\nb.png,y\n"c, d.png",x\n',
-        '\ufeffpath,label\r\na.png,x\r\nb.png,y\r\n"c, d.png",x\r\n',
-        'id, label ,path\n1, x ,a.png\n2,y, b.png\n\n3,x,"c, d.png"',
-        'path,label,split\na.png,x,\nb.png,y,\n"c, d.png",x,\n',
-        'path,label\n./a.png,x\n../m/b.png,y\n"c, d.png",x\n',
+        'path,label\n0.png,x\n1.png,y\n"c, d.png",x\n',
+        '\ufeffpath,label\r\n0.png,x\r\n1.png,y\r\n"c, d.png",x\r\n',
+        'id, label ,path\n1, x ,0.png\n2,y, 1.png\n\n3,x,"c, d.png"',
+        'path,label,split\n0.png,x,\n1.png,y,\n"c, d.png",x,\n',
+        'path,label\n./0.png,x\n../m/1.png,y\n"c, d.png",x\n',
     ],
     ids=["plain", "BOM and CRLF", "other columns and spaces", "empty split", "dots"],
 )
-def test_manifest(write: Callable[..., Path], text: str) -> None:
-    listing = list_spec(manifest_spec(write(text)))
-    assert listing.classes == ("x", "y")
-    assert [(key, label) for key, label in listing.splits["all"]] == [
-        ("a.png", 0),
-        ("c, d.png", 0),
-        ("b.png", 1),
-    ]
+def test_manifest(write: Write, text: str) -> None:
+    assert keys(write(text).list_files()) == [("0.png", "x"), ("c, d.png", "x"), ("1.png", "y")]
 
 
-def test_manifest_with_splits_and_root(write: Callable[..., Path], tmp_path: Path) -> None:
-    text = 'path,label,split\nm/a.png,x,train\nm/b.png,y,TRAIN\n"m/c, d.png",x,valid\noutside.png,y,test\n'
-    listing = list_spec(manifest_spec(write(text), root=str(tmp_path)))
+def test_manifest_with_splits_and_root(write: Write, tmp_path: Path) -> None:
+    text = 'path,label,split\nm/0.png,x,train\nm/1.png,y,TRAIN\n"m/c, d.png",x,valid\noutside.png,y,test\n'
+    listing = write(text, root=str(tmp_path)).list_files()
     assert {split: len(rows) for split, rows in listing.splits.items()} == {"train": 2, "val": 1, "test": 1}
-    absolute = f"path,label\n{tmp_path}/outside.png,x\nm/a.png,y\n"
-    assert len(list_spec(manifest_spec(write(absolute), root=str(tmp_path))).splits["all"]) == 2
+    absolute = f"path,label\n{tmp_path}/outside.png,x\nm/0.png,y\n"
+    assert keys(write(absolute, root=str(tmp_path)).list_files()) == [("outside.png", "x"), ("m/0.png", "y")]
+
+
+ONE_PATH, ONE_LABEL = (f"its first line needs one column '{name}' (columns: " for name in ("path", "label"))
+MISTAKES: list[tuple[str | bytes, str]] = [
+    ("", ONE_PATH + "none)"),
+    ("\ufeff", ONE_PATH + "none)"),
+    ("\n\n\n", ONE_PATH),
+    ("path;label\n0.png;x\n", ONE_PATH + "path;label)"),
+    ("<!DOCTYPE html>\n<html></html>\n", ONE_PATH),
+    ("sep=,\npath,label\n0.png,x\n", ONE_PATH + "sep=, "),
+    ("path,class\n0.png,x\n", ONE_LABEL + "path, class)"),
+    ("path,label,label\n0.png,x,y\n", ONE_LABEL + "path, label, label)"),
+    ("path, path ,label\n0.png,1.png,y\n", ONE_PATH),
+    ("path,label\n", "no data rows"),
+    ("path,label\n0.png,x\n1.png,\n", "line 3: the label is empty"),
+    ("path,label\n0.png,x\n1.png\n", "line 3: the label is empty"),
+    ("path,label\n0.png,  \n", "line 2: the label is empty"),
+    ("path,label\n,x\n", "line 2: the path is empty"),
+    ("path,label\n../0\0.png,x\n", "line 2: the path is empty or contains a NUL character"),
+    ("path,label\n0.png,x\0\n", "line 2: the label is empty or contains a NUL character"),
+    ("path,label\nc, d.png,x\n", "line 2: more fields than columns; quote"),
+    ("path,label,split\n0.png,x,dev\n", "line 2: split 'dev' is not one of train, val, test"),
+    ("path,label,split\n0.png,x,train\n1.png,y,\n", "line 3: either all rows have a split or none has"),
+    ("path,label,split\n0.png,x,test\n1.png,y,test\n", "has test but no train"),
+    ("path,label,split\n0.png,x,train\n1.png,y,val\n", "val has classes that train lacks: y"),
+    ("path,label\n0.png,x\nn.png,y\no.png,y\np.png,y\n", "n.png: no such file (2 more"),
+    ("path,label\n0.png,x\n1.png,y\n./0.png,x\n", "0.png is named twice (lines 2 and 4)"),
+    ("path,label\n0.png,x\n1.png,y\n0.png,y\n", "0.png has two labels: 'x' (line 2) and 'y' (line 4)"),
+    ("path,label\n0.png,x\n1.png,x\n", "only one class, 'x'"),
+    ("path,label\n0.png,caf\u00e9\n1.png,cafe\u0301\n", "how accents are encoded"),
+    (b"path,label\n\xff\xfe.png,x\n", "cannot read this as CSV in UTF-8"),
+    ("path,label\n".encode("utf-16"), "cannot read this as CSV in UTF-8"),
+    (bytes(range(256)), "cannot read this as CSV in UTF-8"),
+    ('path,label\n0.png,x\n"1.png,y\n' + REST, "cannot read this as CSV in UTF-8 (unexpected end"),
+    ("path,label\n" + "x" * 200_000 + ",x\n", "cannot read this as CSV in UTF-8 (field larger"),
+    *(
+        (f"path,label\n{path},x\n", "no such file")
+        for path in ("pipe.png", "folder.png", "circle", "gone", "circle/../0.png", "~/0.png", "https://e.org/0.png")
+    ),
+    *((f"path,label\n{path},x\n", "no such file") for path in ("x" * 300, "x/" * 3000 + "0.png", "\x1b[2J\x07.png")),
+    ('path,label\n"0\n.png",x\n', "line 3: "),
+    *(
+        (f"path,label\n0.png,x\n{path},y\n", f"line 3: {path} lies outside")
+        for path in ("../outside.png", "up/../0.png", "up/m/../outside.png", "../" * 40 + "etc/passwd", "/dev/zero")
+    ),
+    *(
+        (f'path,label\n0.png,"{first}"\n1.png,"{second}"\n2.png,"{third}"\n', f"line {words}")
+        for first, second, third, words in (
+            ("12.5", "13", "nan", "2: labels are numbers (12.5). tlcli does single-label classification"),
+            ("cat;dog", "cat", "dog", "2: label 'cat;dog' is a list. tlcli does single-label classification"),
+            ("x", "[0, 1]", "y", "3: label '[0, 1]' is a list"),
+            ("a|b", "b|c", "c|a", "2: label 'a|b' is a list"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES, ids=lambda value: ascii(value)[:30])
+def test_mistakes_of_manifests(write: Write, text: str | bytes, words: str, tmp_path: Path) -> None:
+    spec = write(text)
+    assert_refused(spec, f"{spec.file}", words, keeps=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "folder.png", "circle", "x" * 300, "~nobody-at-all/x.csv"])
+def test_a_manifest_that_is_no_file(name: str, write: Write, tmp_path: Path) -> None:
+    place = Path(name) if name.startswith("~") else tmp_path / "m" / name
+    words = "no such home directory" if name.startswith("~") else "no such file. dataset.file names a CSV file"
+    assert_refused(manifest_spec(place), words, keeps=tmp_path)
+    assert_refused(write("path,label\n", root=f"{tmp_path}/m/circle"), "circle: no such folder", keeps=tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    "labels",
     [
-        ("", ["no column 'path'", "columns: none"]),
-        ("file,label\na.png,x\n", ["no column 'path'", "columns: file, label"]),
-        ("path;label\na.png;x\n", ["no column 'path'", "columns: path;label"]),
-        ("path,class\na.png,x\n", ["no column 'label'", "columns: path, class"]),
-        ("path,label\n", ["no data rows"]),
-        ("path,label\na.png,x\nb.png,\n", ["line 3: no label"]),
-        ("path,label\na.png,x\nb.png\n", ["line 3: no label"]),
-        ("path,label\n,x\n", ["line 2: no path"]),
-        ("path,label\nc, d.png,x\n", ["line 2: more fields than columns", "quote"]),
-        ("path,label,split\na.png,x,dev\n", ["line 2: split 'dev' is not one of train, val, test"]),
-        ("path,label,split\na.png,x,train\nb.png,y,\n", ["line 3: no split", "1 such row"]),
-        ("path,label,split\na.png,x,test\nb.png,y,test\n", ["has test but no train"]),
-        ("path,label\na.png,x\nn.png,y\no.png,y\np.png,y\n", ["line 3:", "n.png: no such file", "2 more"]),
-        ("path,label\na.png,x\n../outside.png,y\n", ["line 3: ../outside.png lies outside", "dataset.root"]),
-        ("path,label\na.png,x\n/etc/passwd,y\n", ["line 3: /etc/passwd lies outside"]),
-        ("path,label\na.png,x\nb.png,y\n./a.png,x\n", ["a.png is named twice (lines 2 and 4)"]),
-        ("path,label\na.png,x\nb.png,y\na.png,y\n", ["a.png has two labels: 'x' (line 2) and 'y' (line 4)"]),
-        ("path,label\na.png,x\nb.png,x\n", ["only one class, 'x'"]),
-        ("path,label\na.png,x\nb.png,X\n", ["differ only in case"]),
-        ("path,label,split\na.png,x,train\nb.png,y,val\n", ["val has classes that train lacks: y"]),
-        (b"path,label\n\xff\xfe.png,x\n", ["not UTF-8"]),
-        ("path,label\n".encode("utf-16"), ["not UTF-8"]),
-        ('path,label\n"a.png,x\n', ["not CSV"]),
-        ("path,label\na\0.png,x\n", ["line 2"]),
-        ("path,label\n" + "x" * 200_000 + ",x\n", ["not CSV"]),
+        ("3", "7"),
+        ("tench, Tinca tinca", "crane, bird"),
+        ("-1", "+1"),
+        ("=1+1", "-"),
+        ("a/b", ".."),
+        ("new\nline", "<b>"),
     ],
 )
-def test_manifest_mistakes(write: Callable[..., Path], text: Any, words: list[str]) -> None:
-    refused(manifest_spec(write(text)), "labels.csv", *words)
+def test_any_other_label_will_do(write: Write, tmp_path: Path, labels: tuple[str, str]) -> None:
+    spec = write("path,label\n" + "".join(f'{i}.png,"{labels[i % 2]}"\n' for i in range(8)))
+    with untouched(tmp_path):
+        assert set(load_dataset(spec, seed=0, reporter=Reporter()).classes) == set(labels)
+
+
+def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, tmp_path: Path) -> None:
+    spec = write("path,label\nout.png,x\nlabels.csv,x\n" + REST, on_bad=OnBad.skip)
+    with untouched(tmp_path):
+        assert load_dataset(spec, seed=0, reporter=Reporter()).bad_files == ((spec.file, "not an image"),)
+
+
+# -- images named on the command line ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"),
+    ("arguments", "expected"),
     [
-        (["12.5", "13", "nan"], ["line 2: labels are numbers (12.5)", "single-label classification"]),
-        (["cat;dog", "cat", "dog"], ["line 2: label 'cat;dog' is a list", "single-label classification"]),
-        (["x", "[0, 1]", "y"], ["line 3: label '[0, 1]' is a list"]),
-        (["a|b", "b|c", "c|a"], ["line 2: label 'a|b' is a list"]),
+        (["photos"], ["photos/a.PNG", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/e.gif"]),
+        (["photos/notes.txt", "missing.jpg"], ["photos/notes.txt", "missing.jpg"]),
+        (["photos/*.jpg"], ["photos/b.jpg"]),
+        (["photos/**/*.jpg"], ["photos/b.jpg", "photos/sub/c.jpg"]),
+        (["phot*/s*"], ["photos/sub/c.jpg", "photos/sub/deep/e.gif"]),
+        (["*.bmp"], [MissingPath("*.bmp", "no file matches")]),
+        (["empty"], [MissingPath("empty", "no images in this folder")]),
+        (["a[1].jpg"], ["a[1].jpg"]),  # a file of this name
     ],
 )
-def test_labels_that_are_numbers_or_lists(write: Callable[..., Path], labels: list[str], words: list[str]) -> None:
-    rows = [f'{name},"{label}"' for name, label in zip(("a.png", "b.png", '"c, d.png"'), labels, strict=True)]
-    refused(manifest_spec(write("path,label\n" + "\n".join(rows))), *words)
-
-
-@pytest.mark.parametrize("labels", [["3", "7", "3"], ["tench, Tinca tinca", "crane, bird", "crane"], ["-1", "+1", "0"]])
-def test_labels_that_only_look_like_it(write: Callable[..., Path], labels: list[str]) -> None:
-    rows = [f'{name},"{label}"' for name, label in zip(("a.png", "b.png", '"c, d.png"'), labels, strict=True)]
-    assert set(list_spec(manifest_spec(write("path,label\n" + "\n".join(rows)))).classes) == set(labels)
-
-
-def test_every_problem_of_a_folder_is_named_and_the_rest_is_usable(make_folder: MakeFolder) -> None:
-    root = make_folder({"train/a": 2, "train/b": 3, "train/Cat": 2, "train/cat": 1, "test/a": 1, "test/d": 1})
-    (root / "train" / "empty").mkdir()
-    spec, problems = folder_spec(root).without_bad_classes()
-    assert problems == [
-        "train/empty: no images in this class; add some or remove the folder",
-        "test has classes that train lacks: d",
-        "classes 'Cat' and 'cat' differ only in case: rename one",
-    ]
-    assert list_spec(spec).classes == ("Cat", "a", "b")
-    assert folder_spec(root, classes=("a", "b")).without_bad_classes() == (folder_spec(root, classes=("a", "b")), [])
-
-
-def test_files_that_are_not_images_are_counted(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 2, "b": 2})
-    for name in ("x.mp4", "y.MP4", "notes.txt", "noext", ".hidden", "Thumbs.db"):
-        (root / "a" / name).touch()
-    assert list_spec(folder_spec(root)).ignored == {".mp4": 2, ".txt": 1, "no ending": 1}
+def test_arguments_name_images(
+    arguments: list[str], expected: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = (
+        "b.jpg",
+        "a.PNG",
+        "notes.txt",
+        ".hidden.jpg",
+        "Thumbs.db",
+        "sub/c.jpg",
+        "sub/.git/d.jpg",
+        "sub/deep/e.gif",
+    )
+    for name in (*(f"photos/{name}" for name in photos), "a[1].jpg", "a1.jpg", "empty/x.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "photos/sub/loop.jpg").symlink_to(tmp_path / "photos")
+    assert list(expand_image_paths(arguments)) == expected
+    assert list(expand_image_paths(["a[2].jpg"], patterns=False)) == ["a[2].jpg"]

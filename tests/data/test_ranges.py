@@ -130,8 +130,8 @@ def test_all_readers_use_the_range(tmp_path: Path) -> None:
     root, value_range = make_scans(tmp_path / "photos"), (0.0, 4095.0)
     data = load(root, range=value_range)
     path, want = Path(data.test.name(0)), data.test.read(0)
-    split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter()).split
+    _, _, split, _ = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter())
     assert np.array_equal(next(split.read(i) for i in range(len(split)) if split.name(i) == str(path)), want)
-    assert np.array_equal(images_by_key(folder_spec(root), [0, 4095])[data.test.key(0)](), want)
+    assert np.array_equal(images_by_key(folder_spec(root), value_range)[data.test.key(0)](), want)
     assert np.array_equal(pixels_of(path, value_range), want)
     assert np.array_equal(pixels_of(Image.open(path), value_range), want)

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import Compose
 from tlcli.data.augment import AugmentNoneSpec
-from tlcli.data.dataset import load_without_decoding
+from tlcli.data.dataset import load_dataset
 from tlcli.engine import costs
 from tlcli.engine.activations import Workload
 from tlcli.engine.costs import Inspection, inspect
@@ -76,7 +76,7 @@ def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
     own = spec(*base(shapes, "backbone.weights=none"))
     model = build_model(own.backbone, ("a", "b", "c"), size=32, seed=0)
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    data = load_without_decoding(own.dataset, seed=0, reporter=Reporter())
+    data = load_dataset(own.dataset, seed=0, reporter=Reporter(), decode=False)
     session = session_for(own.cache)
     workload = Workload(data, model, apply_freeze(own.freeze, model), own, torch.device("cpu"), session)
     costs.CostMeter(replace(data, train=data.train.take(np.arange(8))), 0.0).uncached(workload)

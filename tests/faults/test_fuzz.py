@@ -22,7 +22,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from safetensors.torch import save
 
-from tests.data.samples import list_spec, manifest_spec
+from tests.data.samples import manifest_spec
 from tests.faults.programs import scale
 from tests.runs.test_predictions import SOME
 from tlcli.cli.compose import load_spec
@@ -204,7 +204,7 @@ CONFIG = b"seed: 3\nepochs: 2\ndataset: {kind: digits, name: digits, classes: ['
 
 def manifest_is_read(content: bytes) -> None:
     with ours():
-        listing = list_spec(manifest_spec(file_of(content, "labels.csv")))
+        listing = manifest_spec(file_of(content, "labels.csv")).list_files()
         for rows in listing.splits.values():
             assert all((place() / path).is_file() and 0 <= label < len(listing.classes) for path, label in rows)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.run_dir import RunDir, is_sweep
+from tlcli.runs.run_dir import RunDir, is_sweep, pair
 
 SUMMARY = """\
 Write one HTML file that shows what was trained and how good it is: the result
@@ -66,8 +66,8 @@ def _run_page(run: RunDir) -> str:
     if run.test_predictions.exists():
         try:
             preprocessing = run.info.get("preprocessing")
-            value_range = preprocessing.get("range") if isinstance(preprocessing, dict) else None
-            images = images_by_key(load_spec(run).dataset, value_range)
+            bounds = pair(preprocessing.get("range")) if isinstance(preprocessing, dict) else None
+            images = images_by_key(load_spec(run).dataset, bounds)
         except (TlcliError, OSError) as exc:
             reason = f"The images are not shown, because the dataset cannot be read: {exc}."
     return render("run.html.j2", run_view(run, images, reason))

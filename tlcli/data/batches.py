@@ -96,7 +96,7 @@ class Preprocessing:
         value_range = data.get("range")
         if value_range is not None:
             low, high = value_range
-            if not -1e300 < low < high < 1e300:
+            if not -3e38 < low < high < 3e38:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
             value_range = float(low), float(high)
         return cls(fit=fit, range=value_range, **stats)

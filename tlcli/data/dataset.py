@@ -3,13 +3,13 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-from msgspec import structs
+from msgspec import ValidationError, convert, to_builtins
 
 from tlcli.data.decode import BadImage, DeepImages, Pixels, RawImage, ValueRange, decoder
 from tlcli.data.images import (
@@ -34,6 +34,7 @@ from tlcli.specs import DatasetSpec, OnBad, Verify
 from tlcli.store import Store
 from tlcli.text import join_limited
 
+T = TypeVar("T")
 DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
@@ -59,74 +60,49 @@ class Dataset:
     value_range: ValueRange | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class EvaluationSplit:
-    """One split of a dataset as it is; `split_name` is train, val, test, or all of a dataset without splits.
+class DecodeResult(TypedDict):
+    """The key and the fault of each image that does not decode, and statistics of deep images."""
 
-    `bad_files` are (file, reason) of images that are left out.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    split_name: str
-    split: Split
-    bad_files: tuple[tuple[str, str], ...]
+    bad: dict[str, str]
+    deep: DeepImages
 
 
-def load_dataset(spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Store | None = None) -> Dataset:
+def load_dataset(
+    spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Store | None = None, decode: bool = True
+) -> Dataset:
     """Load the images of `spec`, split and limited; every one decodes. They stay in memory up to `spec.ram_gb`.
 
     All are decoded here, unless the store knows which of them decode: then each is decoded when it is first read. Which
     image is in which split is a function of the seed and of the sorted names of each class's files.
 
+    Args:
+        decode: False for commands that read a few images: none is read here, except for range=auto.
+
     Raises:
         UsageError: the data cannot be used as it is.
         BadImagesError: files do not decode, and on_bad=error.
     """
-    classes, splits, notes, value_range = _open(spec, seed, reporter, store)
-    splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
-    if bad:
-        notes.append(f"{_count_bad(bad)} and {'is' if len(bad) == 1 else 'are'} left out: see bad_files.csv")
-    notes += deep.notes(value_range)
-    for name, count in zip(classes, splits["train"].class_counts(len(classes)), strict=True):
-        if count == 0:
-            raise UsageError(f"{spec.name}: class {name!r} has no training image left; add some, or leave it out")
-    for name in ("val", "test"):
-        if len(splits[name]) == 0:
-            raise UsageError(f"{spec.name}: too few images, none is left for {name}; give each class at least three")
-        counts = splits[name].class_counts(len(classes))
-        if absent := [c for c, n in zip(classes, counts, strict=True) if n == 0]:
-            notes.append(f"{name} has no images of {join_limited(absent)}")
-    notes += _duplicate_notes(splits, classes, reporter)
-    return Dataset(spec.name, classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range)
-
-
-def load_without_decoding(spec: DatasetSpec, *, seed: int, reporter: Reporter) -> Dataset:
-    """Return the splits of `load_dataset` before any image is read, for commands that read a few."""
-    classes, splits, notes, value_range = _open(spec, seed, reporter, None)
-    return Dataset(spec.name, classes, **splits, notes=tuple(notes), bad_files=(), value_range=value_range)
-
-
-def images_by_key(spec: DatasetSpec, value_range: Any = None) -> dict[str, Callable[[], Pixels]]:
-    """Return a function per image of a dataset, by its key, that decodes the image. Nothing is downloaded.
-
-    Args:
-        value_range: of a run's preprocessing, as run.json has it.
-
-    Raises:
-        UsageError, OSError: the dataset cannot be read. The functions raise BadImage, a ValueError, and OSError.
-    """
-    splits = spec.offline().load(Reporter()).splits
-    numbers = [value for value in value_range or () if isinstance(value, int | float)]
-    value_range = (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] < numbers[1] else None
-    _set_up_memory(splits, structs.replace(spec, ram_gb=0.0), value_range)
-    return {s.images.key(i): partial(s.images.read, i) for s in splits.values() for i in s.indices.tolist()}
+    source: Source = spec.load(reporter)
+    bad: list[tuple[str, str]] = []
+    with _digest_record(source, spec, store):
+        splits, notes = _divide(source, spec, seed)
+        value_range = _set_up_images(splits, spec, reporter, store)
+        if decode:
+            splits, bad, deep_notes = _without_bad(splits, spec, value_range, reporter, store)
+            notes += deep_notes
+            notes += _check_counts(splits, source.classes, spec.name)
+            notes += _duplicate_notes(splits, source.classes, reporter)
+    return Dataset(
+        spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
+    )
 
 
 def load_evaluation_split(
     spec: DatasetSpec, split_name: str | None, *, seed: int, reporter: Reporter, store: Store | None = None
-) -> EvaluationSplit:
-    """Load the images of `spec` to evaluate on, with none held out.
+) -> tuple[tuple[str, ...], str, Split, list[tuple[str, str]]]:
+    """Return the classes, the name of the split, its images and (file, reason) of those that are left out.
+
+    None is held out. Statistics of images deeper than 8 bits go to the reporter.
 
     Args:
         split_name: train, val or test; None is test, else val, else all images. `spec.test_per_class` limits them.
@@ -135,50 +111,76 @@ def load_evaluation_split(
         UsageError: the data has no such split.
         BadImagesError: files do not decode, and on_bad=error.
     """
-    source = _load_source(spec, reporter, store, for_training=False)
+    source: Source = spec.load(reporter, for_training=False)
     chosen = split_name or next(name for name in ("test", "val", "all", "train") if name in source.splits)
     if chosen not in source.splits:
         present = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
         raise UsageError(f"split={chosen}: {spec.name} has no such split ({present}); omit split= to evaluate it")
     split = limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
-    value_range = _resolve_range(spec, split, reporter, store)
-    _set_up_memory({chosen: split}, spec, value_range)
-    splits, bad, _ = _without_bad({chosen: split}, spec, value_range, reporter, store)
+    with _digest_record(source, spec, store):
+        value_range = _set_up_images({chosen: split}, spec, reporter, store)
+        splits, bad, notes = _without_bad({chosen: split}, spec, value_range, reporter, store)
+    for note in notes:
+        reporter.note(note)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
-    return EvaluationSplit(spec.name, source.classes, chosen, splits[chosen], tuple(bad))
+    return source.classes, chosen, splits[chosen], bad
 
 
-def _open(
-    spec: DatasetSpec, seed: int, reporter: Reporter, store: Store | None
-) -> tuple[tuple[str, ...], dict[str, Split], list[str], ValueRange | None]:
-    """Return the classes, the splits, notes for the plan and the range. With range=auto, train images are read."""
-    source = _load_source(spec, reporter, store, for_training=True)
-    splits, notes = _divide(source, spec, seed)
-    value_range = _resolve_range(spec, splits["train"], reporter, store)
-    _set_up_memory(splits, spec, value_range)
-    return source.classes, splits, notes, value_range
+def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str, Callable[[], Pixels]]:
+    """Return a function per image of a dataset, by its key, that decodes the image. Nothing is downloaded.
+
+    Raises:
+        UsageError, OSError: the dataset cannot be read. The functions raise BadImage, a ValueError, and OSError.
+    """
+    splits: Mapping[str, Split] = spec.offline().load(Reporter()).splits
+    for split in splits.values():
+        if isinstance(split.images, ImageFiles) and value_range and value_range[0] < value_range[1]:
+            split.images.value_range = value_range
+    return {s.images.key(i): partial(s.images.read, i) for s in splits.values() for i in s.indices.tolist()}
 
 
-def _load_source(spec: DatasetSpec, reporter: Reporter, store: Store | None, *, for_training: bool) -> Source:
-    """Return the source of a dataset, whose digests are remembered in the store."""
-    source: Source = spec.load(reporter, for_training=for_training)
+@contextmanager
+def _digest_record(source: Source, spec: DatasetSpec, store: Store | None) -> Iterator[None]:
+    """Remember the digests of files in the store, also if the block fails."""
     files = [s.images for s in source.splits.values() if isinstance(s.images, ImageFiles)]
-    if store is not None and files:
-        record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
-        for images in files:
-            images.record = record
-    return source
+    if store is None or not files:
+        yield
+        return
+    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
+    for images in files:
+        images.record = record
+    try:
+        yield
+    finally:
+        record.save()
 
 
-def _set_up_memory(splits: Mapping[str, Split], spec: DatasetSpec, value_range: ValueRange | None) -> None:
-    """Let the images of the splits share `spec.ram_gb` of memory, and map them from a range."""
+def _set_up_images(
+    splits: Mapping[str, Split], spec: DatasetSpec, reporter: Reporter, store: Store | None
+) -> ValueRange | None:
+    """Let the splits share `spec.ram_gb` of memory. Return the range, with range=auto that of the first split."""
+    value_range = _percentiles(next(iter(splits.values())), reporter, store) if spec.range == "auto" else spec.range
     memory = MemoryBudget(int(spec.ram_gb * 1e9))
     for split in splits.values():
         if isinstance(split.images, ImageFiles):
             split.images.value_range = value_range
         if not isinstance(split.images, ImageArrays):
             split.images.memory = memory
+    return value_range
+
+
+def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str) -> Iterator[str]:
+    """Yield a note for each split that lacks classes. Raise UsageError if training or evaluation is impossible."""
+    for split_name, split in splits.items():
+        counts = split.class_counts(len(classes))
+        absent = [c for c, n in zip(classes, counts, strict=True) if n == 0]
+        if absent and split_name == "train":
+            raise UsageError(f"{name}: class {absent[0]!r} has no training image left; add some, or leave it out")
+        if len(split) == 0:
+            raise UsageError(f"{name}: too few images, none is left for {split_name}; give each class at least three")
+        if absent:
+            yield f"{split_name} has no images of {join_limited(absent)}"
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -238,15 +240,11 @@ def _shuffled_by_class(labels: Ints, classes: Sequence[str], seed: int, purpose:
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve_range(spec: DatasetSpec, train: Split, reporter: Reporter, store: Store | None) -> ValueRange | None:
-    """Return the values that become 0 and 255; with range=auto percentiles of the deep images in train."""
-    images = train.images
-    if spec.range != "auto" or not isinstance(images, ImageFiles):
-        return None if spec.range == "auto" else spec.range
-    indices = train.indices.tolist()
-    key, known = _recall(store, RANGE_NOTES, [(images, indices)], None, reporter)
-    if isinstance(known, list) and len(known) == 2:
-        return known[0], known[1]
+def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> ValueRange | None:
+    """Return PERCENTILES of the values of the deep images in a split; None if there are none."""
+    images, indices = train.images, train.indices.tolist()
+    if not isinstance(images, ImageFiles):
+        return None
     size = max(1, PERCENTILE_SAMPLE // max(1, len(indices)))
 
     def sample(index: int) -> np.ndarray[Any, Any]:
@@ -257,78 +255,94 @@ def _resolve_range(spec: DatasetSpec, train: Split, reporter: Reporter, store: S
         values = raw.values[np.isfinite(raw.values)] if raw.is_deep else np.empty(0)
         return values[:: -(-len(values) // size)] if len(values) else values
 
-    parts = []
-    with reporter.track("values", len(indices)) as advance:
-        for part in map_in_threads(sample, indices, DECODE_CHUNK):
-            parts.append(part.astype(np.float32))
-            advance(1)
-    values = np.concatenate(parts)
-    if not len(values):
-        return None
-    low, high = (float(v) for v in np.percentile(values, PERCENTILES))
-    high = high if high > low else low + max(1.0, abs(low) * 1e-6)
-    if store is not None and key is not None:
-        store.add_note(RANGE_NOTES, key, [low, high])
-    return low, high
+    def compute() -> ValueRange | None:
+        parts = []
+        with reporter.track("values", len(indices)) as advance:
+            for part in map_in_threads(sample, indices, DECODE_CHUNK):
+                parts.append(part.astype(np.float32))
+                advance(1)
+        values = np.concatenate(parts)
+        if not len(values):
+            return None
+        low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+        return low, high if high > low else low + max(1.0, abs(low) * 1e-6)
+
+    kind: Any = ValueRange | None
+    result: ValueRange | None = _remembered(compute, kind, store, RANGE_NOTES, [(images, indices)], None, reporter)
+    return result
 
 
 def _without_bad(
-    splits: dict[str, Split], spec: DatasetSpec, value_range: ValueRange | None, reporter: Reporter, store: Store | None
-) -> tuple[dict[str, Split], list[tuple[str, str]], DeepImages]:
-    """Return the splits without images that do not decode, (file, reason) of those, and statistics of deep images.
+    splits: dict[str, Split],
+    spec: DatasetSpec,
+    value_range: ValueRange | None,
+    reporter: Reporter,
+    store: Store | None,
+) -> tuple[dict[str, Split], list[tuple[str, str]], list[str]]:
+    """Return the splits without images that do not decode, (file, reason) of those, and notes for the plan.
 
-    Raise BadImagesError if bad images are errors.
+    Decodes all images, and keeps what fits in memory, unless the store knows the result for these very bytes, names,
+    decoder and range. Raise BadImagesError if bad images are errors.
     """
     by_source: dict[ImageSource, list[int]] = {}
     for split in splits.values():
         if not isinstance(split.images, ImageArrays):
             by_source.setdefault(split.images, []).extend(split.indices.tolist())
     used = [(images, sorted(indices)) for images, indices in by_source.items()]
-    faults, deep = find_bad_images(used, value_range, reporter, store)
-    bad = [(images, i) for images, indices in used for i in indices if images.key(i) in faults]
-    files = [(images.name(i), faults[images.key(i)]) for images, i in bad]
+
+    def decode_all() -> DecodeResult:
+        bad: dict[str, str] = {}
+        deep = DeepImages()
+        with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
+            for images, indices in used:
+                for index, pixels in _decode(images, indices, deep):
+                    if isinstance(pixels, BadImage):
+                        bad[images.key(index)] = str(pixels)
+                    advance(1)
+        return {"bad": bad, "deep": deep}
+
+    if not used:
+        return splits, [], []
+    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, value_range, reporter)
+    bad = result["bad"]
+    files = [(images.name(i), bad[images.key(i)]) for images, indices in used for i in indices if images.key(i) in bad]
+    count = "1 file does not decode" if len(files) == 1 else f"{len(files):,} files do not decode"
     if files and spec.on_bad is OnBad.error:
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
-        more = f" and {len(bad) - 5} more, all in the run's bad_files.csv" if len(bad) > 5 else ""
-        raise BadImagesError(f"{_count_bad(bad)}: {first}{more}; dataset.on_bad=skip leaves them out", files)
-    left_out = set(bad)
-    for name, split in splits.items() if bad else ():
-        good = [n for n, i in enumerate(split.indices.tolist()) if (split.images, i) not in left_out]
-        splits[name] = split.take(np.array(good, dtype=np.int64))
-    return splits, files, deep
+        more = f" and {len(files) - 5} more, all in the run's bad_files.csv" if len(files) > 5 else ""
+        raise BadImagesError(f"{count}: {first}{more}; dataset.on_bad=skip leaves them out", files)
+    notes = [f"{count} and {'is' if len(files) == 1 else 'are'} left out: see bad_files.csv"] if files else []
+    for name, split in splits.items() if files else ():
+        splits[name] = split.take(np.array([i for i in range(len(split)) if split.key(i) not in bad], dtype=np.int64))
+    return splits, files, [*notes, *result["deep"].notes(value_range)]
 
 
-def _count_bad(bad: Sequence[object]) -> str:
-    return "1 file does not decode" if len(bad) == 1 else f"{len(bad):,} files do not decode"
+def _remembered(
+    compute: Callable[[], T],
+    kind: type[T],
+    store: Store | None,
+    notes: str,
+    used: ImageSelections,
+    value_range: ValueRange | None,
+    reporter: Reporter,
+) -> T:
+    """Return what the store knows of these images, the decoder and the range, else what `compute` returns.
 
-
-def find_bad_images(
-    used: ImageSelections, value_range: ValueRange | None, reporter: Reporter, store: Store | None
-) -> tuple[dict[str, str], DeepImages]:
-    """Return the key and the fault of each image that does not decode, and statistics of deep images.
-
-    Decodes all images, and keeps what fits in memory, unless the store knows the result for these very bytes, names,
-    decoder and range.
+    Nothing is stored if an image cannot be read.
     """
-    deep = DeepImages()
-    if not used:
-        return {}, deep
-    key, known = _recall(store, DECODE_NOTES, used, value_range, reporter)
-    with suppress(TypeError, KeyError):  # unknown, or damaged
-        deep = DeepImages(**known["deep"] | {"levels": set(known["deep"]["levels"])})
-        return {str(k): str(v) for k, v in known["bad"].items()}, deep
-    bad: dict[str, str] = {}
-    with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
+    if store is None:
+        return compute()
+    digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
+    try:
         for images, indices in used:
-            for index, pixels in _decode(images, indices, deep):
-                if isinstance(pixels, BadImage):
-                    bad[images.key(index)] = str(pixels)
-                advance(1)
-    if store is not None and key is not None:
-        stats = {"levels": sorted(deep.levels), "images": deep.images, "reduced": deep.reduced}
-        stats |= {"low": deep.low, "high": deep.high} if deep.images else {}
-        store.add_note(DECODE_NOTES, key, {"bad": bad, "deep": stats})
-    return bad, deep
+            digest.update(fingerprint(images, indices, reporter).encode())
+    except BadImagesError:
+        return compute()
+    with suppress(KeyError, ValidationError):  # unknown, or damaged
+        return convert(store.read_notes(notes)[digest.hexdigest()], kind)
+    result = compute()
+    store.add_note(notes, digest.hexdigest(), to_builtins(result))
+    return result
 
 
 def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
@@ -368,26 +382,6 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
                 deep.add(raw, pixels)
             images.store(index, pixels)
         yield index, pixels
-
-
-def _recall(
-    store: Store | None, notes: str, used: ImageSelections, value_range: ValueRange | None, reporter: Reporter
-) -> tuple[str | None, Any]:
-    """Return a digest of all images, the decoder and the range, and what the store knows of it.
-
-    The digest is None without a store or if a file cannot be read.
-    """
-    if store is None:
-        return None, None
-    digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
-    try:
-        for images, indices in used:
-            digest.update(fingerprint(images, indices, reporter).encode())
-            if isinstance(images, ImageFiles) and images.record is not None:
-                images.record.save()
-    except BadImagesError:
-        return None, None
-    return digest.hexdigest(), store.read_notes(notes).get(digest.hexdigest())
 
 
 # -- duplicates -------------------------------------------------------------------------------------------------------

@@ -3,16 +3,16 @@
 Imports neither torch nor numpy, so that a wrong folder is reported at once.
 """
 
-import contextlib
 import csv
 import glob
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
@@ -27,6 +27,7 @@ SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", 
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
 _ONE_PER_CLASS = "Expected one subfolder per class."
+_SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
 FilesByClass = dict[str, dict[str, list[str]]]  # split -> class -> paths relative to the root, with slashes
 
@@ -43,16 +44,6 @@ class Listing:
     classes: tuple[str, ...]
     splits: Mapping[str, Sequence[tuple[str, int]]]
     ignored: Mapping[str, int]
-
-
-def is_visible(name: str) -> bool:
-    """Return True if a file or folder of this name is neither hidden nor a file of the system."""
-    return not name.startswith(".") and name.lower() not in _SYSTEM_FILES
-
-
-def is_image(name: str) -> bool:
-    """Return True if a file of this name is listed as an image."""
-    return name.lower().endswith(EXTENSIONS) and is_visible(name)
 
 
 def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where: str) -> tuple[str, ...]:
@@ -75,12 +66,18 @@ def _make_listing(
     *,
     for_training: bool,
     ignored: Mapping[str, int],
+    problems: list[str] | None = None,
 ) -> Listing:
     if for_training and "all" not in files and "train" not in files:
         raise UsageError(f"{where}: has {' and '.join(files)} but no train: nothing to train on")
     classes = resolve_classes(sorted({name for by_class in files.values() for name in by_class}), selected, where)
-    for problem, _ in _problems(files, classes, for_training=for_training):
-        raise UsageError(f"{where}: {problem}")
+    found = list(_problems(files, classes, for_training))
+    bad = {name for _, names in found for name in names}
+    if found and (problems is None or len(classes) - len(bad) < 2):
+        raise UsageError(f"{where}: {found[0][0]}")
+    if problems is not None:
+        problems += [text for text, _ in found]
+    classes = tuple(name for name in classes if name not in bad)
     if for_training and len(classes) < 2:
         raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {_ONE_PER_CLASS}")
     label = {name: i for i, name in enumerate(classes)}
@@ -91,7 +88,7 @@ def _make_listing(
     return Listing(root, classes, splits, ignored)
 
 
-def _problems(files: FilesByClass, classes: Sequence[str], *, for_training: bool) -> Iterator[tuple[str, set[str]]]:
+def _problems(files: FilesByClass, classes: Sequence[str], for_training: bool) -> Iterator[tuple[str, set[str]]]:
     """Yield each problem of the classes, and the classes without which it is gone."""
     for split, by_class in files.items():
         for name in classes:
@@ -108,77 +105,69 @@ def _problems(files: FilesByClass, classes: Sequence[str], *, for_training: bool
         spelled.setdefault(normalized, []).append(name)
     for names in spelled.values():
         if len(names) > 1:
-            same_case = len({unicodedata.normalize("NFC", name) for name in names}) == 1
-            difference = "how their accents are encoded, and look the same" if same_case else "case"
             images = {name: sum(len(by_class.get(name, ())) for by_class in files.values()) for name in names}
             smaller = set(names) - {max(names, key=images.__getitem__)}
-            yield f"classes {' and '.join(map(repr, names))} differ only in {difference}: rename one", smaller
+            text = f"classes {' and '.join(map(repr, names))} differ only in case or in how accents are encoded"
+            yield f"{text}: rename one", smaller
+
+
+def _walk(folder: str | Path, on_error: Callable[[OSError], Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder from `folder` down with its visible files, sorted. Links to folders are not followed."""
+    for where, subfolders, names in os.walk(folder, onerror=on_error):
+        subfolders[:] = sorted(filter(_is_visible, subfolders))
+        yield where, sorted(filter(_is_visible, names))
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _SYSTEM_FILES
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def list_folder(root_text: str | None, selected: Iterable[str] | None, *, for_training: bool = True) -> Listing:
+def list_folder(
+    root_text: str | None,
+    selected: Collection[str] | None,
+    *,
+    for_training: bool = True,
+    problems: list[str] | None = None,
+) -> Listing:
     """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
-    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed. Raise
-    UsageError if the layout is neither of the two, or `for_training` if there is no train folder or no second class.
+    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed.
+
+    Args:
+        for_training: require a train folder and two classes.
+        problems: gets the problems of the classes, and those that cause them are left out if two classes remain.
+
+    Raises:
+        UsageError: the layout is neither of the two, or a class cannot be used.
     """
-    root, files, ignored = _scan_root(root_text, selected)
-    by_class = files.get("all", {})
-    if len(by_class) == 1 and (inner := _dataset_below(root)):
-        raise UsageError(f"{root}: only one class, {next(iter(by_class))!r}. Did you mean {inner}? {_ONE_PER_CLASS}")
-    return _make_listing(root, files, selected, str(root), for_training=for_training, ignored=ignored)
-
-
-def find_bad_classes(root: str | None, selected: Iterable[str] | None) -> tuple[list[str], list[str] | None]:
-    """Return every problem of the class folders, and the classes without those that cause them.
-
-    The classes are None if there is no problem, or if fewer than two are left.
-    """
-    _, files, _ = _scan_root(root, selected)
-    known = sorted({name for by_class in files.values() for name in by_class if selected is None or name in selected})
-    if "all" not in files and "train" not in files:
-        return [], None
-    problems = list(_problems(files, known, for_training=True))
-    bad = {name for _, names in problems for name in names}
-    good = [name for name in known if name not in bad]
-    return [text for text, _ in problems], good if problems and len(good) >= 2 else None
-
-
-def _scan_root(root_text: str | None, selected: Iterable[str] | None) -> tuple[Path, FilesByClass, Counter[str]]:
     if root_text is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
     root = expand_user(root_text)
-    if not is_dir(root):
-        _raise_no_folder(root)
-    files: FilesByClass = {}
     ignored: Counter[str] = Counter()
     try:
-        for split, folder in (_split_folders(root) or {"all": root}).items():
-            files[split] = {}
-            for path in _class_folders(folder, root):
-                files[split][path.name] = []
-                if selected is None or path.name in selected:
-                    files[split][path.name] = list(_images_below(path, root, ignored))
-            if not any(files[split].values()) and (selected is None or set(files[split]) <= set(selected)):
-                hint = f" Did you mean {inner}?" if (inner := _dataset_below(folder)) else ""
-                raise UsageError(f"{folder}: no images found.{hint} {_ONE_PER_CLASS}")
-    except PermissionError as error:
-        raise UsageError(f"{error.filename}: not readable (permission denied)") from error
-    return root, files, ignored
-
-
-def _raise_no_folder(root: Path) -> NoReturn:
-    try:
-        root.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        hint = did_you_mean(root.name, [p.name for p in _subfolders(root.parent)]) if is_dir(root.parent) else ""
-        raise UsageError(f"{root}: no such folder.{hint}") from None
-    except (OSError, ValueError) as error:
+        folders = _split_folders(root) or {"all": root}
+        files = {split: _scan_classes(folder, root, selected, ignored) for split, folder in folders.items()}
+    except (OSError, ValueError) as error:  # a ValueError if there is a NUL in the name
         reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UsageError(f"{root}: cannot read this folder ({reason}). {_ONE_PER_CLASS}") from error
-    raise UsageError(f"{root}: not a folder. {_ONE_PER_CLASS}")
+        problem = f"cannot read this folder ({reason})."
+        if isinstance(error, FileNotFoundError):
+            known = [p.name for p in _subfolders(root.parent)] if is_dir(root.parent) else []
+            problem = f"no such folder.{did_you_mean(root.name, known)}"
+        raise UsageError(f"{getattr(error, 'filename', None) or root}: {problem} {_ONE_PER_CLASS}") from error
+    if len(files.get("all", ())) == 1:
+        ((name, keys),) = files["all"].items()
+        if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
+            raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
+    return _make_listing(
+        root, files, selected, str(root), for_training=for_training, ignored=ignored, problems=problems
+    )
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -196,55 +185,43 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _class_folders(folder: Path, root: Path) -> list[Path]:
-    """Return the class folders of a split. Raise UsageError if they cannot be class folders."""
-    subfolders = _subfolders(folder)
-    if not subfolders and any(is_image(p.name) for p in folder.iterdir()):
-        hint = f" Did you mean {folder.parent}?" if folder == root and len(_subfolders(folder.parent)) > 1 else ""
-        raise UsageError(f"{folder}: images lie in the folder itself, not in classes.{hint} {_ONE_PER_CLASS}")
-    for path in subfolders:
-        if (train := _split_folders(path).get("train")) and _subfolders(train):
-            raise UsageError(f"{folder}: holds a dataset, not classes. Did you mean {path}? {_ONE_PER_CLASS}")
-        if train:
-            right = root / train.name / path.name
-            raise UsageError(f"{train}: a split inside a class; use {right} instead. {_ONE_PER_CLASS}")
-    return subfolders
+def _scan_classes(
+    folder: Path, root: Path, selected: Collection[str] | None, ignored: Counter[str]
+) -> dict[str, list[str]]:
+    """Return the images of each class folder, as paths relative to root, and count the other files.
 
+    Folders of classes that are not selected are not read.
+    """
 
-def _dataset_below(root: Path) -> Path | None:
-    """Return a folder in root with at least two folders with images in them, for "Did you mean"."""
-    for path in _subfolders(root):
-        if len([p for p in _subfolders(path) if next(_images_below(p, root, Counter()), None)]) >= 2:
-            return path
-    return None
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    classes: dict[str, list[str]] = {}
+    for path in _subfolders(folder):
+        if train := _split_folders(path).get("train"):
+            remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
+            raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
+        images = classes[path.name] = []
+        for where, names in _walk(path, stop) if selected is None or path.name in selected else ():
+            prefix = Path(os.path.relpath(where, root)).as_posix()
+            images += [f"{prefix}/{name}" for name in names if _is_image(name)]
+            ignored.update(Path(name).suffix.lower() or "no ending" for name in names if not _is_image(name))
+    if not any(classes.values()) and (selected is None or classes.keys() <= set(selected)):
+        is_class = (
+            folder == root and len(_subfolders(root.parent)) > 1 and any(_is_image(p.name) for p in root.iterdir())
+        )
+        hint = f" Did you mean {root.parent}?" if is_class else ""
+        raise UsageError(f"{folder}: no images in subfolders.{hint} {_ONE_PER_CLASS}")
+    return classes
 
 
 def _subfolders(folder: Path) -> list[Path]:
     """Return visible subfolders, links to folders included, sorted by name. Links that form a circle are left out."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if is_visible(e.name) and is_dir(e.path))
-
-
-def _images_below(folder: Path, root: Path, ignored: Counter[str]) -> Iterator[str]:
-    """Yield the images below a folder, as paths relative to root, and count the other files."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise error
-
-    for where, subfolders, names in os.walk(folder, onerror=stop):  # does not follow links, so there are no loops
-        subfolders[:] = [name for name in subfolders if is_visible(name)]
-        prefix = Path(os.path.relpath(where, root)).as_posix()
-        for name in names:
-            if is_image(name):
-                yield f"{prefix}/{name}"
-            elif is_visible(name):
-                ignored[Path(name).suffix.lower() or "no ending"] += 1
+        return sorted(folder / e.name for e in entries if _is_visible(e.name) and is_dir(e.path))
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
-
-
-_Row = tuple[int, str, str, str]  # line, path, label, split ("" without)
 
 
 def list_manifest(
@@ -257,53 +234,64 @@ def list_manifest(
     """
     file = expand_user(file_text)
     if not is_file(file):
-        problem = "not a file" if os.path.lexists(file) else "no such file"
-        raise UsageError(f"{file}: {problem}. dataset.file names a CSV file with the columns path, label[, split]")
+        raise UsageError(f"{file}: no such file. dataset.file names a CSV file with the columns path, label[, split]")
     root = file.parent if root_text is None else expand_user(root_text)
     if not is_dir(root):
-        _raise_no_folder(root)
+        raise UsageError(f"{root}: no such folder. dataset.root names the folder to which the paths are relative")
     rows = _read_rows(file)
-    unsplit = [line for line, _, _, split in rows if not split]
-    if unsplit and len(unsplit) < len(rows):
-        raise UsageError(f"{file}, line {unsplit[0]}: no split, but other rows have one ({len(unsplit)} such rows)")
     _check_labels(file, {label: line for line, _, label, _ in rows})
+    real_root = resolve_links(root)
+    first_rows: dict[str, tuple[int, str]] = {}
+    missing: list[str] = []
     files: FilesByClass = {}
-    for key, (_, _, label, split) in zip(_row_keys(file, root, rows), rows, strict=True):
+    for line, name, label, split in rows:
+        path, key = root / name, Path(name).as_posix()
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # behind a link, .. is another folder than it seems
+            real = resolve_links(path.parent) / path.name
+            if not real.is_relative_to(real_root):
+                raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
+            key = real.relative_to(real_root).as_posix()
+        first_line, first_label = first_rows.setdefault(key, (line, label))
+        if first_label != label:
+            labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
+            raise UsageError(f"{file}: {name} has two labels: {labels}. {_SINGLE_LABEL}")
+        if first_line != line:
+            raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
+        if not is_file(path):
+            missing.append(f"{file}, line {line}: {path}: no such file")
         files.setdefault(split or "all", {}).setdefault(label, []).append(key)
+    if missing:
+        more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
+        raise UsageError(missing[0] + more)
     return _make_listing(root, files, selected, str(file), for_training=for_training, ignored={})
 
 
-def _read_rows(file: Path) -> list[_Row]:
-    rows: list[_Row] = []
+def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:
+    """Return line, path, label and split ("" without) of each row."""
+    rows: list[tuple[int, str, str, str]] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for name in ("path", "label"):
-                if name not in columns:
+            for name in ("path", "label", "split"):
+                if columns.count(name) > 1 or (name not in columns and name != "split"):
                     names = join_limited(columns, 8) or "none"
-                    raise UsageError(f"{file}: no column {name!r} in its first line (columns: {names})")
-            if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
-                raise UsageError(f"{file}: two columns are called {twice[0]!r}; rename one")
+                    raise UsageError(f"{file}: its first line needs one column {name!r} (columns: {names})")
             for cells in reader:
                 where = f"{file}, line {reader.line_num}"
                 if None in cells:
                     raise UsageError(f"{where}: more fields than columns; quote a value that contains a comma")
                 path, label, split = ((cells.get(name) or "").strip() for name in ("path", "label", "split"))
                 for name, value in (("path", path), ("label", label)):
-                    if not value:
-                        raise UsageError(f"{where}: no {name}")
-                    if "\0" in value:
-                        raise UsageError(f"{where}: the {name} contains a NUL character; is this CSV in UTF-8?")
+                    if not value or "\0" in value:
+                        raise UsageError(f"{where}: the {name} is empty or contains a NUL character")
                 if split and split.lower() not in SPLITS:
                     raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
+                if rows and bool(split) != bool(rows[0][3]):
+                    raise UsageError(f"{where}: either all rows have a split or none has")
                 rows.append((reader.line_num, path, label, SPLITS.get(split.lower(), "")))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file}: not UTF-8 text; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise UsageError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
-    except OSError as error:
-        raise UsageError(f"{file}: not readable ({error.strerror})") from error
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{file}: cannot read this as CSV in UTF-8 ({error})") from error
     if not rows:
         raise UsageError(f"{file}: no data rows; add one row per image")
     return rows
@@ -311,50 +299,17 @@ def _read_rows(file: Path) -> list[_Row]:
 
 def _check_labels(file: Path, labels: Mapping[str, int]) -> None:
     """Raise UsageError for labels of a regression or of a multi-label dataset, given a line of each."""
-    single = "tlcli does single-label classification: give each image the name of one class"
     parts = {label: [p.strip() for p in label.replace(";", "|").replace(",", "|").split("|")] for label in labels}
     uses = Counter(part for names in parts.values() for part in set(names))
     for label, line in labels.items():
         is_list = label[0] + label[-1] in ("[]", "{}", "()")
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
-            raise UsageError(f"{file}, line {line}: label {label!r} is a list. {single}")
-    fractions = [label for label in labels if not label.lstrip("+-").isdecimal()]
-    with contextlib.suppress(ValueError):  # one is not a number
-        numbers = list(map(float, labels))
-        if fractions and numbers:
-            line = labels[fractions[0]]
-            raise UsageError(f"{file}, line {line}: labels are numbers ({fractions[0]}). {single}, not a value")
-
-
-def _row_keys(file: Path, root: Path, rows: list[_Row]) -> list[str]:
-    """Return the path of each row relative to root. Raise UsageError unless all exist, are below root and unique."""
-    first_rows: dict[str, tuple[int, str]] = {}
-    keys: list[str] = []
-    missing: list[tuple[int, Path]] = []
-    real_root = resolve_links(root)
-    for line, name, label, _ in rows:
-        path = root / name
-        inside = not Path(name).is_absolute() and ".." not in path.parts
-        if not inside and not resolve_links(path).is_relative_to(real_root):
-            raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
-        key = Path(os.path.relpath(path, root)).as_posix()
-        if ".." in Path(name).parts:  # behind a link, .. is another folder than it seems
-            key = Path(os.path.relpath(resolve_links(path.parent) / path.name, real_root)).as_posix()
-        first_line, first_label = first_rows.setdefault(key, (line, label))
-        if first_label != label:
-            labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
-            raise UsageError(f"{file}: {name} has two labels: {labels}. tlcli does single-label classification")
-        if first_line != line:
-            raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
-        if not is_file(path):
-            missing.append((line, path))
-        keys.append(key)
-    if missing:
-        line, path = missing[0]
-        more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
-        problem = "not a file, or a broken link" if os.path.lexists(path) else "no such file"
-        raise UsageError(f"{file}, line {line}: {path}: {problem}{more}")
-    return keys
+            raise UsageError(f"{file}, line {line}: label {label!r} is a list. {_SINGLE_LABEL}")
+    with suppress(ValueError):  # a label is not a number
+        list(map(float, labels))
+        for label, line in labels.items():
+            if not label.lstrip("+-").isdecimal():
+                raise UsageError(f"{file}, line {line}: labels are numbers ({label}). {_SINGLE_LABEL}, not a value")
 
 
 # -- images named on the command line ---------------------------------------------------------------------------------
@@ -375,8 +330,7 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
     """Yield the images that each argument names, in order, as paths; an argument that names none as a MissingPath.
 
     A file is yielded whatever its name is. A folder expands to its images in sorted order, then to those of its
-    subfolders; hidden files are skipped. With `patterns`, what is not a file may be a pattern, ** included. At most the
-    names of one folder are in memory.
+    subfolders; hidden files are skipped. With `patterns`, what is not a file may be a pattern, ** included.
     """
     for argument in arguments:
         if is_dir(argument):
@@ -395,22 +349,13 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
 
 
 def _expand_folder(folder: str) -> Iterator[Named]:
-    paths = _expand_below(folder)
-    yield next(paths, MissingPath(folder, "no images in this folder"))
-    yield from paths
-
-
-def _expand_below(folder: str) -> Iterator[Named]:
-    """Yield the images below a folder. Links to folders are not followed, so that there are no loops."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries if is_visible(e.name))
-    except OSError as error:
-        yield MissingPath(folder, (error.strerror or str(error)).lower())
-        return
-    for name, is_folder in names:
-        if not is_folder and is_image(name):
-            yield os.path.join(folder, name)  # noqa: PTH118 - as it was typed: Path would remove ./
-    for name, is_folder in names:
-        if is_folder:
-            yield from _expand_below(os.path.join(folder, name))  # noqa: PTH118
+    errors: list[OSError] = []
+    is_empty = True
+    for where, names in _walk(folder, errors.append):
+        for name in filter(_is_image, names):
+            is_empty = False
+            yield os.path.join(where, name)  # noqa: PTH118 - as it was typed: Path would remove ./
+    for error in errors:
+        yield MissingPath(error.filename, (error.strerror or str(error)).lower())
+    if is_empty and not errors:
+        yield MissingPath(folder, "no images in this folder")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from tlcli.data.listing import Listing, find_bad_classes, list_folder, list_manifest, resolve_classes
+from tlcli.data.listing import Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
 from tlcli.registry import option
 from tlcli.reporter import Reporter
@@ -69,8 +69,9 @@ class ImageFolderSpec(_ListedSpec, frozen=True, tag="imagefolder"):
         return list_folder(self.root, self.classes, for_training=for_training)
 
     def without_bad_classes(self) -> tuple[DatasetSpec, list[str]]:
-        problems, classes = find_bad_classes(self.root, self.classes)
-        return (self if classes is None else structs.replace(self, classes=tuple(classes))), problems
+        problems: list[str] = []
+        listing = list_folder(self.root, self.classes, problems=problems)
+        return structs.replace(self, classes=listing.classes) if problems else self, problems
 
 
 @option

@@ -18,7 +18,7 @@ from msgspec import structs
 from torch.optim.swa_utils import update_bn
 
 from tlcli.data.batches import ImageBatches, epoch_order
-from tlcli.data.dataset import Dataset, load_without_decoding, preload_images
+from tlcli.data.dataset import Dataset, load_dataset, preload_images
 from tlcli.device import Device, setup_process
 from tlcli.engine.activations import Workload, image_size, preprocessing_for
 from tlcli.engine.decisions import device_with, not_worthwhile_reason, uncacheable_reason
@@ -107,7 +107,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
-    data = load_without_decoding(spec.dataset, seed=spec.seed, reporter=reporter)
+    data = load_dataset(spec.dataset, seed=spec.seed, reporter=reporter, decode=False)
     backbone = spec.backbone
     is_random = backbone.weights == "default" and not backbone.is_packaged  # nothing is downloaded
     if is_random:
