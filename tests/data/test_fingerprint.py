@@ -1,26 +1,23 @@
 """A fingerprint is of names and contents: a moved folder keeps it, nothing else does."""
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.data.samples import folder_spec, save_image
 from tlcli.data import images
+from tlcli.data.dataset import load_dataset
 from tlcli.data.decode import read_bytes
-from tlcli.data.images import (
-    DigestRecord,
-    ImageArrays,
-    ImageFiles,
-    Split,
-    TorchvisionImages,
-    full_split,
-    source_of_files,
-)
+from tlcli.data.images import ImageArrays, ImageFiles, Split, TorchvisionImages, full_split, source_of_files
+from tlcli.reporter import Reporter
+from tlcli.specs import OnBad, Verify
 from tlcli.store import Store
 
 MakeFolder = Callable[..., Path]
@@ -104,21 +101,16 @@ def test_a_digest_is_of_pixels_and_shape() -> None:
 # -- remembered digests
 
 
-def remembered(root: Path, cache: Path, *, verify_all: bool = False) -> str:
+def remembered(root: Path, cache: Path, **changes: Any) -> str:
     """Return the fingerprint of a folder as a run computes it."""
-    split = everything(root)
-    assert isinstance(split.images, ImageFiles)
-    record = DigestRecord(Store(cache), root, verify_all=verify_all)
-    files = ImageFiles(root, split.images.keys, record=record)
-    fingerprint = Split(files, split.indices, split.labels).fingerprint()
-    record.save()
-    return fingerprint
+    data = load_dataset(folder_spec(root, **changes), seed=0, reporter=Reporter(), store=Store(cache))
+    return data.train.fingerprint() + data.test.fingerprint()
 
 
 @pytest.fixture
 def old_files(make_folder: MakeFolder) -> Path:
     """Files that were last changed an hour ago."""
-    root = make_folder({"a": 3, "b": 2})
+    root = make_folder({"a": 6, "b": 6})
     for path in root.rglob("*.png"):
         os.utime(path, (time.time() - 3600,) * 2)
     return root
@@ -126,55 +118,71 @@ def old_files(make_folder: MakeFolder) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the names of the files that are read."""
+    """Record the names of the files whose digests are computed."""
     names: list[str] = []
     monkeypatch.setattr(images, "read_bytes", lambda path: names.append(path.name) or read_bytes(path))
     return names
 
 
-def test_unchanged_files_are_read_once(old_files: Path, tmp_path: Path, reads: list[str]) -> None:
+@pytest.mark.parametrize("change", ["nothing", "size", "time", "inode"])
+def test_files_are_read_again_only_if_they_changed(
+    old_files: Path, tmp_path: Path, reads: list[str], change: str
+) -> None:
+    path = old_files / "a" / "000.png"
     first = remembered(old_files, tmp_path / "cache")
-    assert len(reads) == 5
-    assert remembered(old_files, tmp_path / "cache") == first == everything(old_files).fingerprint()
-    assert len(reads) == 5 + 5  # the last one has no record
+    assert len(reads) == 12
+    state, content = path.stat(), path.read_bytes()
+    if change == "inode":
+        path.rename(tmp_path / "old.png")
+    if change != "nothing":
+        path.write_bytes(content + (b"\0" if change == "size" else b""))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000_000 * (change == "time")))
+    reads.clear()
+    assert (remembered(old_files, tmp_path / "cache") == first) == (change != "size")
+    assert reads == ["000.png"] * (change != "nothing")
 
 
 def test_all_files_are_read_with_verify_full(old_files: Path, tmp_path: Path, reads: list[str]) -> None:
     path = old_files / "a" / "000.png"
     first, state = remembered(old_files, tmp_path / "cache"), path.stat()
-    with path.open("r+b") as stream:
+    with path.open("ab") as stream:
+        stream.truncate(state.st_size - 1)
         stream.write(b"\0")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert remembered(old_files, tmp_path / "cache") == first, "such a change is what verify=full is for"
     reads.clear()
-    assert remembered(old_files, tmp_path / "cache", verify_all=True) != first
-    assert len(reads) == 5
-
-
-@pytest.mark.parametrize("change", ["size", "time", "inode"])
-def test_changed_files_are_read_again(old_files: Path, tmp_path: Path, reads: list[str], change: str) -> None:
-    path = old_files / "a" / "000.png"
-    remembered(old_files, tmp_path / "cache")
-    state, content = path.stat(), path.read_bytes()
-    if change == "inode":
-        path.rename(tmp_path / "old.png")
-    path.write_bytes(content + (b"\0" if change == "size" else b""))
-    later = 1_000_000_000 if change == "time" else 0
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + later))
-    reads.clear()
-    assert remembered(old_files, tmp_path / "cache") == everything(old_files).fingerprint()
-    assert reads[0] == "000.png"
-    assert len(reads) == 1 + 5
+    assert remembered(old_files, tmp_path / "cache", verify=Verify.full) != first
+    assert len(reads) == 12
 
 
 def test_files_that_have_just_changed_are_not_remembered(
     make_folder: MakeFolder, tmp_path: Path, reads: list[str]
 ) -> None:
     """A change within the same tick of the clock would have the same time."""
-    root = make_folder({"a": 2, "b": 2})
-    remembered(root, tmp_path / "cache")
-    remembered(root, tmp_path / "cache")
-    assert len(reads) == 8
+    root = make_folder({"a": 4, "b": 4})
+    for _ in range(2):
+        remembered(root, tmp_path / "cache")
+    assert len(reads) == 16
+
+
+def test_an_unreadable_file_does_not_keep_others_from_being_remembered(
+    old_files: Path, tmp_path: Path, reads: list[str]
+) -> None:
+    (old_files / "a" / "000.png").unlink()
+    (old_files / "a" / "000.png").symlink_to("nowhere.png")
+    first = remembered(old_files, tmp_path / "cache", on_bad=OnBad.skip)
+    reads.clear()
+    assert remembered(old_files, tmp_path / "cache", on_bad=OnBad.skip) == first
+    assert set(reads) == {"000.png"}
+
+
+def test_files_that_are_gone_are_forgotten(old_files: Path, tmp_path: Path) -> None:
+    remembered(old_files, tmp_path / "cache")
+    (old_files / "a" / "000.png").rename(old_files / "a" / "new.png")
+    remembered(old_files, tmp_path / "cache", classes=("a", "b"), train_per_class=4)
+    (file,) = (tmp_path / "cache").glob("digests-*.json")
+    names = {path.relative_to(old_files).as_posix() for path in old_files.rglob("*.png")}
+    assert set(json.loads(file.read_text())["notes"]) == names
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": "tlcli notes 1", "notes": {"a/000.png": 3}}'])
@@ -187,4 +195,4 @@ def test_a_damaged_record_is_ignored(old_files: Path, tmp_path: Path, content: b
 
 def test_a_cache_that_cannot_be_written_is_no_error(old_files: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
-    assert remembered(old_files, tmp_path / "cache") == everything(old_files).fingerprint()
+    assert remembered(old_files, tmp_path / "cache")

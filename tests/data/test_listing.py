@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.samples import digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
+from tests.data.samples import COMMON, digits_spec, folder_spec, manifest_spec, save_image, torchvision_spec
 from tests.faults.refusals import refused, untouched
 from tlcli.data.dataset import load_dataset
 from tlcli.data.listing import Listing, MissingPath, expand_image_paths
-from tlcli.data.sources import ManifestSpec
+from tlcli.data.sources import ImageFolderSpec, ManifestSpec
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
 
@@ -117,7 +117,7 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ({"set/a": 1, "set/b": 1}, "photos: only one class, 'set'. Did you mean {}/set?"),
         (
             {"one/train/a": 1, "one/train/b": 1, "two": 1},
-            "one: contains train, so it is not a class. Did you mean {}/one",
+            "contains train, so it is not a class. Did you mean {}/one",
         ),
         ({"a/train": 1, "a/val": 1, "b/train": 1}, "Images of a class belong in {}/train/a"),
         ({"a": 3}, "photos: only one class, 'a'"),
@@ -180,7 +180,7 @@ def test_classes_that_cannot_be_selected(make_folder: MakeFolder, classes: list[
 
 
 def test_selected_classes_of_other_kinds(tmp_path: Path) -> None:
-    assert_refused(folder_spec(tmp_path, root=None), "dataset.root is not set", keeps=tmp_path)
+    assert_refused(ImageFolderSpec(**COMMON), "dataset.root is not set", keeps=tmp_path)
     assert_refused(digits_spec(classes=["1", "11"]), "digits has no class '11'", keeps=tmp_path)
     assert_refused(torchvision_spec("CIFAR10", tmp_path, classes=["cat"]), "fewer than two", keeps=tmp_path)
     digits_spec(classes=["1", "7"]).check()
@@ -353,6 +353,7 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
         (["phot*/s*"], ["photos/sub/c.jpg", "photos/sub/deep/e.gif"]),
         (["*.bmp"], [MissingPath("*.bmp", "no file matches")]),
         (["empty"], [MissingPath("empty", "no images in this folder")]),
+        (["loop"], [MissingPath("loop", "no images in this folder")]),
         (["a[1].jpg"], ["a[1].jpg"]),  # a file of this name
     ],
 )
@@ -374,6 +375,7 @@ def test_arguments_name_images(
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "photos/sub/loop.jpg").symlink_to(tmp_path / "photos")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "x.jpg").symlink_to(tmp_path / "loop")
     assert list(expand_image_paths(arguments)) == expected
     assert list(expand_image_paths(["a[2].jpg"], patterns=False)) == ["a[2].jpg"]

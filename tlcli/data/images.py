@@ -118,7 +118,8 @@ class DigestRecord:
         self._store = store
         self._name = "digests-" + hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
         self._entries = store.read_notes(self._name)
-        self._verify_all = verify_all
+        self._root, self._verify_all = root, verify_all
+        self._used: set[str] = set()
         self._changed = False
 
     def digest(self, path: Path, key: str) -> bytes:
@@ -127,6 +128,7 @@ class DigestRecord:
             state = path.stat()
         except (OSError, ValueError):
             return digest_of_file(path)  # which says what is wrong
+        self._used.add(key)
         identity = [state.st_size, state.st_ino, state.st_mtime_ns]
         with suppress(LookupError, TypeError, ValueError):  # no entry, or a damaged one
             if not self._verify_all and self._entries[key][:3] == identity:
@@ -138,9 +140,10 @@ class DigestRecord:
         return digest
 
     def save(self) -> None:
-        """Write the record if it changed and the cache can be written."""
+        """Write the record if it changed and the cache can be written, without the files that are gone."""
         if self._changed:
             self._changed = False
+            self._entries = {k: v for k, v in self._entries.items() if k in self._used or (self._root / k).exists()}
             with suppress(OSError):
                 self._store.write_notes(self._name, self._entries)
 
