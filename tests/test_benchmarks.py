@@ -60,7 +60,9 @@ def test_tables_of_accuracy_have_a_row_per_run(
     monkeypatch.setattr(benchmark, "tlcli_train", stand_in)
     benchmark.main(Path("data"))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [row.split(" | ")[1] for row in rows] == [f"{number / 10:.3f} (0.000 to 1.000)" for number in range(1, len(seen) + 1)][-4:]
+    assert [row.split(" | ")[1] for row in rows] == [
+        f"{number / 10:.3f} (0.000 to 1.000)" for number in range(1, len(seen) + 1)
+    ][-4:]
 
 
 def test_startup_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

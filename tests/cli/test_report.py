@@ -122,6 +122,13 @@ def test_mistakes_are_one_line(tlcli: Tlcli, trained: Path, words: list[str], sa
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("bounds", [5, [1, 1], ["a"], {}])
+def test_a_hostile_range_in_run_json_is_ignored(tlcli: Tlcli, trained: Path, tmp_path: Path, bounds: object) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    RunDir(run).update(preprocessing=RunDir(run).info["preprocessing"] | {"range": bounds})
+    assert tlcli("report", str(run)).code == 0
+
+
 def test_a_damaged_run_json_is_one_line(tlcli: Tlcli, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     ended = tlcli("report", str(tmp_path))

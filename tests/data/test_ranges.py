@@ -121,7 +121,7 @@ def test_checkpoints_keep_the_range(tmp_path: Path) -> None:
     assert Preprocessing.from_json(own.to_json()) == own
     old = {key: value for key, value in own.to_json().items() if key != "range"}
     assert Preprocessing.from_json(old).range is None
-    for bad in ([1.0], [2.0, 1.0], [0.0, float("nan")], "auto"):
+    for bad in ([1.0], [2.0, 1.0], [0.0, float("nan")], [0, 1e300], "auto"):
         with pytest.raises((TypeError, ValueError)):
             Preprocessing.from_json(own.to_json() | {"range": bad})
 
@@ -130,7 +130,7 @@ def test_all_readers_use_the_range(tmp_path: Path) -> None:
     root, value_range = make_scans(tmp_path / "photos"), (0.0, 4095.0)
     data = load(root, range=value_range)
     path, want = Path(data.test.name(0)), data.test.read(0)
-    _, _, split, _ = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter())
+    split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter()).split
     assert np.array_equal(next(split.read(i) for i in range(len(split)) if split.name(i) == str(path)), want)
     assert np.array_equal(images_by_key(folder_spec(root), value_range)[data.test.key(0)](), want)
     assert np.array_equal(pixels_of(path, value_range), want)

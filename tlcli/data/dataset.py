@@ -60,6 +60,17 @@ class Dataset:
     value_range: ValueRange | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluationSplit:
+    """One split of a dataset as it is; `split_name` is train, val, test, or all of a dataset without splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    split_name: str
+    split: Split
+    bad_files: tuple[tuple[str, str], ...]
+
+
 class DecodeResult(TypedDict):
     """The key and the fault of each image that does not decode, and statistics of deep images."""
 
@@ -99,10 +110,8 @@ def load_dataset(
 
 def load_evaluation_split(
     spec: DatasetSpec, split_name: str | None, *, seed: int, reporter: Reporter, store: Store | None = None
-) -> tuple[tuple[str, ...], str, Split, list[tuple[str, str]]]:
-    """Return the classes, the name of the split, its images and (file, reason) of those that are left out.
-
-    None is held out. Statistics of images deeper than 8 bits go to the reporter.
+) -> EvaluationSplit:
+    """Load the images of `spec` to evaluate on, with none held out. Statistics of deep images go to the reporter.
 
     Args:
         split_name: train, val or test; None is test, else val, else all images. `spec.test_per_class` limits them.
@@ -124,7 +133,7 @@ def load_evaluation_split(
         reporter.note(note)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
-    return source.classes, chosen, splits[chosen], bad
+    return EvaluationSplit(spec.name, source.classes, chosen, splits[chosen], tuple(bad))
 
 
 def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str, Callable[[], Pixels]]:
