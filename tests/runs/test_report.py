@@ -1,4 +1,4 @@
-"""The report: complete, escaped, and nothing from outside; each part has its sentence where it is missing."""
+"""The report: complete, escaped, and nothing from outside; each part has its sentence if it is missing."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,31 +21,15 @@ from tests.runs.chromium import CHROMIUM, Page, chromium
 from tlcli.engine.metrics import Predictions, expected_calibration_error
 from tlcli.engine.metrics import test_report as figures_of
 from tlcli.errors import UsageError
-from tlcli.runs import leaderboard, plots
-from tlcli.runs.report import (
-    GALLERY_IMAGES,
-    MAX_TABLE_CLASSES,
-    THUMBNAIL_SIDE,
-    ImageReaders,
-    render,
-    run_view,
-    save,
-    sweep_view,
-)
+from tlcli.runs import leaderboard, plots, report
+from tlcli.runs.report import ImageReaders, render, run_view, sweep_view
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_json, write_predictions
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(1)>'
 TURNED = "\u202eabc\u0627\u0644\u0646\u062d\u0644"
+# Names that a dataset may have. The last is how Python has a file's name that is not UTF-8.
 HOSTILE = (SCRIPT, IMAGE, "two\nlines", TURNED, "</style><b>", "{{ 7777 * 7 }}", "' onload='alert(1)", "half \udc80")
-"""Names that a data set may have. The last is how Python has a file's name that is not UTF-8."""
-
-VOID = {"meta", "img", "source"}
-KNOWN = {
-    *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "div", "p", "h1", "h2", "h3"),
-    *("span", "bdi", "strong", "small", "a", "dl", "dt", "dd", "figure", "figcaption", "details", "summary", "pre"),
-    *("table", "caption", "thead", "tbody", "tr", "th", "td", "ul", "li", "img", "picture", "source", "progress"),
-}
 
 
 class Html(HTMLParser):
@@ -52,45 +37,30 @@ class Html(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
         self.open: list[str] = []
+        self.words = ""
         self.feed(html)
         self.close()
         assert not self.open, self.open
+        self.words = " ".join(self.words.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
+        assert tag != "script"
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
-        self.open.pop()
+        assert self.open and self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join("".join(self.text).split())
-
-
-def check_svg(content: bytes) -> None:
-    """Check that a chart parses as XML and refers to nothing outside of it."""
-    for element in ElementTree.fromstring(content).iter():
-        assert element.tag.rpartition("}")[2] not in ("script", "image", "foreignObject", "a")
-        links = [value for name, value in element.attrib.items() if name.endswith("href")]
-        assert all(link.startswith("#") for link in links)
+        self.words += data
 
 
 def check(html: str) -> Html:
-    """Assert what holds for every report: valid HTML, known elements, the policy, no external address."""
+    """Assert what holds for every report: valid HTML, the policy, charts that are XML, no external address."""
     page = Html(html)
-    assert set(page.tags) <= KNOWN, set(page.tags) - KNOWN
-    assert "script" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
     policy = next(value for _, name, value in page.attributes if name == "content" and "default-src" in value)
     assert re.fullmatch(
@@ -101,19 +71,21 @@ def check(html: str) -> Html:
         if name in ("href", "src", "xlink:href", "action", "data", "srcset", "poster"):
             pattern = r"\./[^:]*" if tag == "a" else r"data:image/(jpeg|png|svg\+xml);base64,[A-Za-z0-9+/=]+"
             assert re.fullmatch(pattern, value), (tag, name, value)
-            if "svg" in value[:20]:
-                check_svg(base64.b64decode(value.partition(",")[2]))
+        if value.startswith("data:image/svg"):
+            for element in ElementTree.fromstring(content_of(value)).iter():
+                assert element.tag.rpartition("}")[2] not in ("script", "image", "foreignObject", "a")
+                assert all(link.startswith("#") for name, link in element.attrib.items() if name.endswith("href"))
     sheet = html.split("<style>")[1].split("</style>")[0]
     assert "url(" not in sheet and "@import" not in sheet
     return page
 
 
-def svg_of(uri: str) -> str:
-    return base64.b64decode(uri.partition(",")[2]).decode()
+def content_of(uri: str) -> bytes:
+    return base64.b64decode(uri.partition(",")[2])
 
 
-def make_run(folder: Path, classes: tuple[str, ...], *, n: int = 60, status: str = "done", **facts: Any) -> RunDir:
-    """Write a run's directory with random predictions; images are called IMAGE0.jpg and so on."""
+def make_run(folder: Path, classes: tuple[str, ...] = ("a", "b"), *, n: int = 60, status: str = "done") -> RunDir:
+    """Write a run's directory with random predictions."""
     run, k = RunDir(folder), len(classes)
     random = np.random.default_rng(0)
     run.start(command="tlcli train dataset=digits", overrides=["dataset=digits"], config="epochs: 2\nseed: 0\n")
@@ -129,7 +101,7 @@ def make_run(folder: Path, classes: tuple[str, ...], *, n: int = 60, status: str
         best={"epoch": 2, "accuracy": 0.7, "macro_f1": 0.7, "loss": 0.3}, keep_best="accuracy",
         parameters={"total": 300, "trainable": 20}, seconds={"setup": 1.0, "train": 2.0, "total": 3.0},
         stages=[{"name": "stem", "parameters": 280, "trainable": 0, "lr": None}],
-        calibration={"temperature": 1.3}, versions={"torch": "2.13"}, **facts,
+        calibration={"temperature": 1.3}, versions={"torch": "2.13"},
     )  # fmt: skip
     write_json(run.test_file, {**figures_of(Predictions(logits, labels), classes), "epoch": 2})
     keys = tuple(f"test/{classes[int(t) % k]}/{i}.jpg" for i, t in enumerate(labels))
@@ -148,17 +120,14 @@ def drawn(run: RunDir, images: ImageReaders | None = None) -> Html:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Return a run in which every name is hostile."""
-    all_of_it = " ".join(HOSTILE)
-    run = make_run(
-        tmp_path_factory.mktemp("hostile"), HOSTILE, status="failed",
-        machine={"processor": all_of_it}, git_commit=all_of_it, device=all_of_it,
-    )  # fmt: skip
+    text = " ".join(HOSTILE)
+    run = make_run(tmp_path_factory.mktemp("hostile"), HOSTILE, status="failed")
+    names = ("name", "error", "dataset", "backbone", "freeze", "started", "keep_best", "status", "n_train", "device")
     run.update(
-        name=all_of_it, error=all_of_it, dataset=all_of_it, backbone=all_of_it, freeze=all_of_it, started=all_of_it,
-        overrides=[all_of_it], command=f"tlcli train '{IMAGE}", keep_best=all_of_it, status=all_of_it,
-        stages=[{"name": all_of_it, "parameters": all_of_it, "trainable": 3, "lr": all_of_it}],
-        seconds={all_of_it: 1.0, "total": all_of_it}, versions={all_of_it: all_of_it},
-        cache={"used": False, "why": all_of_it}, n_train=all_of_it, parameters={"total": all_of_it, "trainable": 1},
+        **dict.fromkeys((*names, "git_commit"), text), overrides=[text], command=f"tlcli train '{IMAGE}",
+        stages=[{"name": text, "parameters": text, "trainable": 3, "lr": text}], machine={"processor": text},
+        seconds={text: 1.0, "total": text}, versions={text: text}, cache={"used": False, "why": text},
+        parameters={"total": text, "trainable": 1},
     )  # fmt: skip
     run.config_file.write_text(f"dataset: {{kind: imagefolder, root: '{SCRIPT}'}}\n# {SCRIPT} {IMAGE}\n")
     return run
@@ -187,19 +156,17 @@ def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, monkeypa
         return "<svg/>", "<svg/>"
 
     monkeypatch.setattr(plots, "svg", draw_only)
-    run = make_run(tmp_path, ("a", "b"), n=12)
+    run = make_run(tmp_path, n=12)
     whole = json.loads((tmp_path / file).read_text())
-    for n, key in enumerate(whole):  # each key with one of them, and all keys with each
-        write_json(tmp_path / file, {**whole, key: OTHER_TYPES[n % len(OTHER_TYPES)]})
-        drawn(run)
-    for value in OTHER_TYPES:
-        write_json(tmp_path / file, dict.fromkeys(whole, value))
+    damaged = [{**whole, key: OTHER_TYPES[n % len(OTHER_TYPES)]} for n, key in enumerate(whole)]
+    for content in [*damaged, *(dict.fromkeys(whole, value) for value in OTHER_TYPES)]:
+        write_json(tmp_path / file, content)
         drawn(run)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff", '{"loss": NaN, "split": "val", "epoch": 1}'])
 def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
-    run = make_run(tmp_path, ("a", "b"))
+    run = make_run(tmp_path)
     for file in (run.test_file, run.metrics_file, run.config_file, run.test_predictions):
         file.write_text(content, encoding="utf-8")
     assert "70.0" in drawn(run).words  # validation is all that is known
@@ -209,36 +176,29 @@ def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A single label:UserWarning")  # scikit-learn's, of the figures of one class
-@pytest.mark.parametrize("n", [1, 2, 7, 41, 300])
+@pytest.mark.parametrize("n", [1, 2, 41, 110])
 def test_any_number_of_classes(tmp_path: Path, n: int) -> None:
     classes = tuple(f"class {i}" for i in range(n))
     run = make_run(tmp_path, classes, n=3 * n + 10)
-    page = drawn(run)
+    page, view, test = drawn(run), run_view(run, {}), json.loads(run.test_file.read_text())
     assert all(name in page.words for name in classes)
-    test = json.loads(run.test_file.read_text())
-    counts = np.array(test["confusion"])
-    worst = np.array([test["per_class"][name]["f1"] for name in classes if test["per_class"][name]["support"]]).min()
-    view = run_view(run, {})
-    assert view["class_rows"][0]["f1"] == worst
-    if n <= MAX_TABLE_CLASSES:
-        assert (
-            len([value for tag, _, value in page.attributes if tag == "td" and re.fullmatch(r"[de]\d+", value)])
-            == (counts > 0).sum()
-        )
+    counts, rows = np.array(test["confusion"]), test["per_class"].values()
+    assert view["class_rows"][0]["f1"] == min(row["f1"] for row in rows if row["support"])
+    if n <= report.MAX_TABLE_CLASSES:
+        shades = [value for tag, _, value in page.attributes if tag == "td" and re.fullmatch(r"[de]\d+", value)]
+        assert len(shades) == (counts > 0).sum()
     else:
-        image = Image.open(io.BytesIO(base64.b64decode(view["matrix"]["image"].partition(",")[2])))
+        image = Image.open(io.BytesIO(content_of(view["matrix"]["image"])))
         assert np.array_equal(np.asarray(image)[..., 3] > 0, counts > 0)  # one pixel per cell
 
 
 def test_the_result_comes_first_with_its_interval(tmp_path: Path) -> None:
     run = make_run(tmp_path, ("ants", "bees"))
     test = json.loads(run.test_file.read_text())
-    low, high = test["accuracy_ci95"]
-    said = [f"{100 * x:.1f} %" for x in (test["accuracy"], low, high)]
     words = drawn(run).words.replace("\xa0", " ")
-    places = [words.index(figure, words.index("test accuracy") - 12) for figure in said]
-    assert places == sorted(places)
-    assert places[-1] < words.index("Training")
+    shown = [f"{100 * x:.1f} %" for x in (test["accuracy"], *test["accuracy_ci95"])]
+    places = [words.index(figure, words.index("test accuracy") - 12) for figure in shown]
+    assert places == sorted(places) and places[-1] < words.index("Training")
     assert "net, trained on 90 images of digits (2 classes: ants, bees); what trained: only its head" in words
 
 
@@ -248,7 +208,7 @@ def test_mistakes_are_the_most_confident_first(tmp_path: Path) -> None:
     mistakes, undecided = view["mistakes"], view["undecided"]
     test = json.loads(run.test_file.read_text())
     assert mistakes["n"] == 200 - np.trace(np.array(test["confusion"]))
-    assert len(mistakes["cards"]) == min(GALLERY_IMAGES, mistakes["n"])
+    assert len(mistakes["cards"]) == min(report.GALLERY_IMAGES, mistakes["n"])
     probabilities = [card["guesses"][0][1] for card in mistakes["cards"]]
     assert probabilities == sorted(probabilities, reverse=True)
     for card in mistakes["cards"]:
@@ -259,59 +219,47 @@ def test_mistakes_are_the_most_confident_first(tmp_path: Path) -> None:
 
 
 def test_thumbnails_are_small_jpegs_and_missing_images_have_their_names(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ("a", "b"))
-    there, gone = (card["name"] for card in run_view(run, {})["mistakes"]["cards"][:2])
+    run = make_run(tmp_path)
+    present, missing = (card["name"] for card in run_view(run, {})["mistakes"]["cards"][:2])
     pixels = np.full((400, 1000, 3), (200, 30, 30), dtype=np.uint8)
-    page = drawn(run, {there: lambda: pixels})
+    page = drawn(run, {present: lambda: pixels})
     (picture,) = {value for tag, name, value in page.attributes if name == "src" and "image/jpeg" in value}
-    image = Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2])))
-    assert image.format == "JPEG"
-    assert image.size == (THUMBNAIL_SIDE, THUMBNAIL_SIDE * 400 // 1000)
+    image = Image.open(io.BytesIO(content_of(picture)))
+    assert (image.format, image.size) == ("JPEG", (report.THUMBNAIL_SIDE, report.THUMBNAIL_SIDE * 400 // 1000))
     assert np.abs(np.asarray(image).reshape(-1, 3).mean(axis=0) - (200, 30, 30)).max() < 5
-    assert gone in page.words
-    assert "not found" in page.words
-
-
-def test_older_runs_say_what_is_missing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ("a", "b"))
-    run.test_predictions.unlink()
-    assert "No predictions of test images: tlcli writes them since 0.3.0." in drawn(run).words
+    assert missing in page.words and "not found" in page.words
 
 
 def test_calibration_before_and_after(tmp_path: Path) -> None:
     run = make_run(tmp_path, ("a", "b", "c"), n=300)
     saved, calibration = read_predictions(run.test_predictions), run_view(run, {})["calibration"]
     assert calibration["errors"] == [expected_calibration_error(saved.logits, saved.labels, t) for t in (1.0, 1.3)]
-    svg = svg_of(calibration["chart"]["light"])
-    assert "unscaled" in svg and ">scaled" in svg
+    svg = content_of(calibration["chart"]["light"])
+    assert b"unscaled" in svg and b">scaled" in svg
+    run.test_predictions.unlink()
+    assert "No predictions of test images: tlcli writes them since 0.3.0." in drawn(run).words
 
 
 def test_charts_are_the_same_bytes_each_time_and_have_dark_colors(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ("a", "b"))
+    run = make_run(tmp_path)
     html = render("run.html.j2", run_view(run, {}))
     assert html == render("run.html.j2", run_view(run, {}))
     for chart in run_view(run, {})["charts"]:
-        light, dark = svg_of(chart["light"]), svg_of(chart["dark"])
+        light, dark = content_of(chart["light"]).decode(), content_of(chart["dark"]).decode()
         assert light != dark
         assert not [color for color in plots.DARK if color in dark]
         assert "epoch" in light and "validation" in light  # text stays text
 
 
-@pytest.mark.parametrize(("status", "word"), [("failed", "Failed"), ("interrupted", "Interrupted")])
+@pytest.mark.parametrize(("status", "word"), [("failed", "Failed"), ("running", "Killed")])
 def test_runs_that_ended_early_have_a_report(tmp_path: Path, status: str, word: str) -> None:
     run = RunDir(tmp_path)
     run.start(command="tlcli train", overrides=[], config="")
-    run.end(status, "no room on the disk")
+    run.update(status=status, error="no space on the disk", pid=2**22 + 1)  # Linux has no such process
     words = drawn(run).words
     assert words.index(word) < words.index("No result")
-    assert "no room on the disk" in words
+    assert "no space on the disk" in words
     assert "trained" not in words  # of what is not known nothing is said
-
-
-def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ("a", "b"))
-    run.update(status="running", pid=2**22 + 1)  # Linux has no such number
-    assert run_view(run, {})["status"] == "killed"
 
 
 @pytest.mark.parametrize(
@@ -324,8 +272,8 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_trains_this_run_alone(tmp_path: Path, command: str, overrides: list[str], again: str) -> None:
-    run = make_run(tmp_path, ("a", "b"))
-    run.update(command=command, overrides=overrides)
+    run = RunDir(tmp_path)
+    run.start(command=command, overrides=overrides, config="")
     assert run_view(run, {})["command"] == again
 
 
@@ -337,7 +285,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six jobs over a rate and a name; the last one failed."""
     folder = tmp_path_factory.mktemp("sweep")
     for i, (rate, name) in enumerate([(r, n) for n in ("adam", SCRIPT) for r in ("1e-4", "1e-3", "1e-1")]):
-        run = make_run(folder / str(i), ("a", "b"), status="failed" if i == 5 else "done")
+        run = make_run(folder / str(i), status="failed" if i == 5 else "done")
         best = {"epoch": 2, "accuracy": 0.5 + i / 20, "macro_f1": 0.5, "loss": 0.3}
         run.update(overrides=[f"optimizer.lr={rate}", f"name={name}"], best=best)
     leaderboard.write(folder)
@@ -348,15 +296,13 @@ def test_a_sweep_has_a_leaderboard_and_one_chart_per_key(sweep: Path) -> None:
     view = sweep_view(sweep, sweep / "report.html")
     page = check(render("sweep.html.j2", view))
     assert [chart["title"] for chart in view["charts"]] == ["optimizer.lr", "name"]
-    rates, names = (svg_of(chart["light"]) for chart in view["charts"])
+    rates, names = (content_of(chart["light"]).decode() for chart in view["charts"])
     for svg in (rates, names):
         assert len(re.findall(r'<g id="PathCollection_\d+">', svg)) == 5  # the failed job has no metric
     assert all(f">{rate}<" in rates for rate in ("0.0001", "0.001", "0.1"))
     assert ">adam<" in names and ">&lt;script&gt;alert(1)&lt;/script&gt;<" in names
     assert "70.0" in page.words[:60]
-    assert "Failed" in page.words
-    assert "it broke" in page.words
-    assert SCRIPT in page.words
+    assert all(words in page.words for words in ("Failed", "it broke", SCRIPT))
 
 
 @pytest.mark.parametrize(
@@ -364,25 +310,22 @@ def test_a_sweep_has_a_leaderboard_and_one_chart_per_key(sweep: Path) -> None:
 )
 def test_any_value_of_a_key_makes_a_chart(tmp_path: Path, values: list[str]) -> None:
     for i, value in enumerate([*values, "x"]):
-        make_run(tmp_path / str(i), ("a", "b")).update(overrides=[f"key={value}"])
+        make_run(tmp_path / str(i)).update(overrides=[f"key={value}"])
     check(render("sweep.html.j2", sweep_view(tmp_path, tmp_path / "r.html")))
 
 
 def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> None:
-    folder = tmp_path / "a sweep"
+    folder, elsewhere = tmp_path / "a sweep", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     names = ["javascript:alert(1)", 'x"><b>', "plain"]
     for name in names:
-        make_run(folder / name, ("a", "b")).update(overrides=[f"x={len(name)}"])
+        make_run(folder / name).update(overrides=[f"x={len(name)}"])
     (folder / "plain" / "report.html").write_text("")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     for place in (folder, elsewhere):
         page = check(render("sweep.html.j2", sweep_view(folder, place / "r.html")))
-        links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
-        from urllib.parse import unquote
-
-        found = {(place / unquote(link)).resolve() for link in links}
-        assert found == {(folder / n).resolve() for n in names[:2]} | {(folder / "plain" / "report.html").resolve()}
+        links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+        targets = {(place / unquote(link)).resolve() for link in links}
+        assert targets == {(folder / n).resolve() for n in names[:2]} | {(folder / "plain" / "report.html").resolve()}
 
 
 def test_a_sweep_without_a_finished_job(tmp_path: Path) -> None:
@@ -394,30 +337,13 @@ def test_a_sweep_without_a_finished_job(tmp_path: Path) -> None:
         sweep_view(tmp_path / "0" / "nothing", tmp_path / "r.html")
 
 
-# -- the file
-
-
-def test_only_a_report_is_replaced(tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    html = render("run.html.j2", run_view(make_run(tmp_path / "run", ("a", "b")), {}))
-    save(html, file)
-    save(html, file)
-    assert file.read_text(encoding="utf-8") == html
-    for other in ("my notes", "<!doctype html><title>tlcli report</title>", ""):
-        file.write_text(other)
-        with pytest.raises(UsageError, match="not a report of tlcli"):
-            save(html, file)
-        assert file.read_text() == other
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
-
-
 # -- in a browser
-
-in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
     with chromium(tmp_path_factory.mktemp("profile")) as page:
         yield page
 
@@ -426,60 +352,39 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def pages(hostile: RunDir, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write reports of a hostile run, of runs with few and many classes, and of a sweep."""
     folder = tmp_path_factory.mktemp("pages")
-    few = make_run(folder / "few", ("ants", "bees"))
-    many = make_run(folder / "many", tuple(f"class {i}" for i in range(60)), n=400)
-    wide = make_run(folder / "wide", tuple(f"{i}" + "w" * 120 for i in range(12)))
     red = np.full((30, 20, 3), (255, 0, 0), dtype=np.uint8)
-    runs = {"hostile": hostile, "few": few, "many": many, "wide": wide}
-    found = {}
+    many, wide = tuple(f"class {i}" for i in range(60)), tuple(f"{i}" + "w" * 120 for i in range(12))
+    runs = {"few": make_run(folder / "few"), "many": make_run(folder / "many", many, n=400)}
+    runs |= {"hostile": hostile, "wide": make_run(folder / "wide", wide)}
+    html = {"sweep": render("sweep.html.j2", sweep_view(sweep, folder / "sweep.html"))}
     for name, run in runs.items():
         images = dict.fromkeys(read_predictions(run.test_predictions).keys, lambda: red)
-        found[name] = folder / f"{name}.html"
-        save(render("run.html.j2", run_view(run, images)), found[name])
-    found["sweep"] = folder / "sweep.html"
-    save(render("sweep.html.j2", sweep_view(sweep, found["sweep"])), found["sweep"])
-    return found
+        html[name] = render("run.html.j2", run_view(run, images))
+    for name, content in html.items():
+        (folder / f"{name}.html").write_bytes(content.encode())
+    return {name: folder / f"{name}.html" for name in html}
 
 
-@in_chromium
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hostile", "few", "many", "wide", "sweep"])
-def test_chromium_has_nothing_to_complain_about(
-    browser: Page, pages: dict[str, Path], name: str, tmp_path: Path
-) -> None:
-    for width in (390, 1280):
-        for scheme in ("light", "dark"):
-            browser.complaints.clear()
-            browser.requests.clear()
-            browser.show(pages[name], width, scheme=scheme)
-            assert browser.value("document.documentElement.scrollWidth") == width  # nothing is wider than the screen
-            assert browser.complaints == []
-            asked = [address for address in browser.requests if not address.startswith("data:")]
-            assert asked == [pages[name].resolve().as_uri()]
-            assert browser.value("document.scripts.length") == 0
-            assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-            light = browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-            assert light == (scheme == "light")  # the style sheet was let in by its digest
-        browser.picture(tmp_path / "page.png")
-        with Image.open(tmp_path / "page.png") as picture:
-            assert picture.width == width
-            assert picture.getpixel((1, 1)) == (20, 22, 26)
+def test_chromium_has_nothing_to_complain_about(browser: Page, pages: dict[str, Path], name: str) -> None:
+    for width, scheme in [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]:
+        browser.show(pages[name], width, scheme)
+        assert browser.value("document.documentElement.scrollWidth") == width  # nothing is wider than the screen
+        assert browser.complaints == []
+        assert [url for url in browser.requests if not url.startswith("data:")] == [pages[name].resolve().as_uri()]
+        assert browser.value("document.scripts.length") == 0
+        assert browser.value("document.querySelectorAll('img:not([src^=\"data:image/\"])').length") == 0
+        assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        color = "rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 22, 26)"
+        assert browser.value("getComputedStyle(document.body).backgroundColor") == color
+        assert (SCRIPT in browser.value("document.body.innerText")) == (name in ("hostile", "sweep"))
 
 
-@in_chromium
-@pytest.mark.slow
-def test_a_class_that_is_a_script_is_text_in_chromium(browser: Page, pages: dict[str, Path]) -> None:
-    browser.show(pages["hostile"], 1280)
-    assert SCRIPT in browser.value("document.body.innerText")
-    assert browser.value("document.querySelectorAll('img:not([src^=\"data:image/\"])').length") == 0
-
-
-@in_chromium
 @pytest.mark.slow
 def test_the_policy_stops_what_it_should(browser: Page, pages: dict[str, Path], tmp_path: Path) -> None:
     html = pages["few"].read_text(encoding="utf-8")
     file = tmp_path / "broken.html"
     file.write_text(html.replace("</main>", '<script>1</script><p style="color: red">x</p></main>'), encoding="utf-8")
-    browser.complaints.clear()
-    browser.show(file, 1280)
+    browser.show(file, 1280, "light")
     assert len([c for c in browser.complaints if "Content Security Policy" in c]) >= 2

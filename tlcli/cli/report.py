@@ -1,28 +1,30 @@
 """`tlcli report`: write one HTML file about a run or a sweep."""
 
+import os
 from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.run_dir import RunDir, is_sweep, pair
-
-SUMMARY = """\
-Write one HTML file that shows what was trained and how good it is: the result
-with its interval, curves, confusion, metrics per class, the most confident
-mistakes and the most uncertain images, calibration, what trained, times,
-environment, and the command to train again. For a sweep: the leaderboard, and
-each key against validation. The file needs no network and no other file. Runs
-that failed have a report, too."""
+from tlcli.files import atomic_write
+from tlcli.runs.run_dir import RunDir, is_sweep, mapping, pair
 
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    examples = [
-        "tlcli report outputs/2026-11-24/10-15-00",
-        "tlcli report outputs/2026-11-24/10-20-00 --output s.html --open",
-    ]
-    made = Parser("report", SUMMARY, examples)
+    made = Parser(
+        "report",
+        "Write one HTML file that shows what was trained and how good it is: the result\n"
+        "with its interval, curves, confusion, metrics per class, the most confident\n"
+        "mistakes and the most uncertain images, calibration, what trained, times,\n"
+        "environment, and the command to train again. For a sweep: the leaderboard, and\n"
+        "each key against validation. The file needs no network and no other file. Runs\n"
+        "that failed have a report, too.",
+        [
+            "tlcli report outputs/2026-11-24/10-15-00",
+            "tlcli report outputs/2026-11-24/10-20-00 --output s.html --open",
+        ],
+    )
     made.add_argument("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
     made.add_argument(
         "-o", "--output", metavar="FILE", help="default: report.html in RUN; only an earlier report is replaced"
@@ -43,11 +45,17 @@ def run(argv: list[str]) -> int:
             f"{folder}: not a run or a sweep (no run.json, no sweep.json); `tlcli list {folder}` finds runs"
         )
     with fast_imports():  # torch and matplotlib
-        from tlcli.runs.report import check_output, render, save, sweep_view
-
-    check_output(output)  # before the work
+        from tlcli.runs.report import GENERATOR, render, sweep_view
+    remedy = "choose another file with --output FILE"
+    if output.is_dir() or not output.parent.is_dir():
+        raise UsageError(f"--output {output}: not a file in an existing directory; {remedy}")
+    if os.path.lexists(output):
+        is_readable = output.is_file() and not output.is_symlink() and os.access(output, os.R_OK)
+        if not is_readable or f'<meta name="generator" content="{GENERATOR}'.encode() not in output.read_bytes()[:2048]:
+            raise UsageError(f"{output} already exists and is not a report of tlcli; {remedy}")
     page = render("sweep.html.j2", sweep_view(folder, output)) if is_sweep(folder) else _run_page(RunDir(folder))
-    save(page, output)
+    with atomic_write(output) as file:
+        file.write(page.encode())  # as bytes: the digest of the style sheet is over \n
     print(output)
     if arguments.open:
         import webbrowser
@@ -65,8 +73,7 @@ def _run_page(run: RunDir) -> str:
     images, reason = {}, None
     if run.test_predictions.exists():
         try:
-            preprocessing = run.info.get("preprocessing")
-            bounds = pair(preprocessing.get("range")) if isinstance(preprocessing, dict) else None
+            bounds = pair(mapping(run.info.get("preprocessing")).get("range"))
             images = images_by_key(load_spec(run).dataset, bounds)
         except (TlcliError, OSError) as exc:
             reason = f"The images are not shown, because the dataset cannot be read: {exc}."

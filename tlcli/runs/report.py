@@ -26,7 +26,6 @@ from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability
 from tlcli.errors import TlcliError, UsageError
-from tlcli.files import atomic_write
 from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
@@ -72,12 +71,11 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
     name, accuracy = text(info.get("name")) or run.path.resolve().name, number(test.get("accuracy"))
     freeze = text(info.get("freeze")) or text(mapping(config.get("freeze")).get("kind")) or ""
     strategy = options("freeze").get(freeze)
-    epochs = _epochs(run.metrics())
     seconds = {key: number(value) for key, value in mapping(info.get("seconds")).items() if key != "total"}
     rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
     for row in rows:
         row["f1"], row["support"] = number(row.get("f1")), integer(row.get("support"))
-    return {
+    view: View = {
         "run_name": name,
         "title": f"{status.capitalize() if accuracy is None else percent(accuracy)} {name}",
         "status": status,
@@ -86,28 +84,23 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "config": config,
         "config_text": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
         "trained": strategy.describe(mapping(config.get("freeze"))) if strategy else freeze and f"freeze={freeze}",
-        "result": None if accuracy is None else _result(accuracy, test, [row["support"] or 0 for row in rows]),
-        "epochs": list(epochs.values()),
-        "charts": _curves(epochs, integer(mapping(info.get("best")).get("epoch"))),
         "matrix": _matrix(test),
         # the lowest F1 first; classes without test images come last
         "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
-        **_predictions(run, images, images_reason),
         "phases": {key: value for key, value in seconds.items() if value is not None},
         "command": _rerun_command(info),
     }
-
-
-def _result(accuracy: float, test: View, support: Sequence[int]) -> View:
-    """Return the accuracy, its interval, the accuracy of always naming the most frequent class, and a chart."""
-    baseline = max(support) / sum(support) if len(support) > 1 and min(support) >= 0 < sum(support) else None
-    interval = pair(test.get("accuracy_ci95"))
-    view: View = {"accuracy": accuracy, "baseline": baseline, "interval": interval}
-    if interval:
-        draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
-        alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
-        view["chart"] = _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))
-    return view
+    if accuracy is not None:
+        support = [row["support"] or 0 for row in rows]
+        is_known = len(support) > 1 and min(support) >= 0 < sum(support)
+        baseline = max(support) / sum(support) if is_known else None  # of always naming the most frequent class
+        view["result"] = {"accuracy": accuracy, "baseline": baseline, "interval": pair(test.get("accuracy_ci95"))}
+        if interval := view["result"]["interval"]:
+            draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
+            alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
+            view["result"]["chart"] = _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))
+    view |= _training(run.metrics(), integer(mapping(info.get("best")).get("epoch")))
+    return view | _predictions(run, images, images_reason)
 
 
 def _chart(
@@ -122,34 +115,28 @@ def data_uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _epochs(rows: Sequence[View]) -> dict[int, View]:
-    """Return loss and accuracy of train and val and the highest learning rate, by epoch."""
+def _training(rows: Sequence[View], best_epoch: int | None) -> View:
+    """Return loss and accuracy of train and val and the highest learning rate by epoch, and the curves."""
     epochs: dict[int, View] = {}
     for row in rows:
         epoch, split = integer(row.get("epoch")), row.get("split")
-        if epoch is None or split not in ("train", "val"):
-            continue
-        view = epochs.setdefault(epoch, {"epoch": epoch, "train": {}, "val": {}, "lr": None})
-        view[split] = {key: number(row.get(key)) for key in ("loss", "accuracy")}
-        rates = [rate for value in mapping(row.get("lr")).values() if (rate := number(value)) is not None]
-        view["lr"] = max(rates, default=view["lr"])
-    return dict(sorted(epochs.items()))
-
-
-def _curves(epochs: Mapping[int, View], best_epoch: int | None) -> list[View]:
-    charts = []
-    for key, words in (("loss", FILTERS["decimal"]), ("accuracy", percent)):
-        points: dict[str, list[tuple[int, float]]] = {}
+        if epoch is not None and split in list(plots.LABELS):
+            view = epochs.setdefault(epoch, {"epoch": epoch, "train": {}, "val": {}, "lr": None})
+            view[split] = {key: number(row.get(key)) for key in ("loss", "accuracy")}
+            rates = [rate for value in mapping(row.get("lr")).values() if (rate := number(value)) is not None]
+            view["lr"] = max(rates, default=view["lr"])
+    views, charts = [view for _, view in sorted(epochs.items())], []
+    for key, form in (("loss", FILTERS["decimal"]), ("accuracy", percent)):
+        points = {}
         for split in plots.LABELS:
-            values = [(epoch, view[split].get(key)) for epoch, view in epochs.items()]
-            if values := [(epoch, value) for epoch, value in values if value is not None and abs(value) < 1e100]:
-                points[split] = values
-        if points:
-            parts = [f"{plots.LABELS[s]} from {words(v[0][1])} to {words(v[-1][1])}" for s, v in points.items()]
+            values = [(view["epoch"], view[split].get(key)) for view in views]
+            points[split] = [(epoch, value) for epoch, value in values if value is not None and abs(value) < 1e100]
+        if points := {split: values for split, values in points.items() if values}:
+            ends = [f"{plots.LABELS[s]} from {form(v[0][1])} to {form(v[-1][1])}" for s, v in points.items()]
             marked = best_epoch if best_epoch in epochs else None
             draw = partial(plots.draw_curve, points=points, key=key, best_epoch=marked)
-            charts.append(_chart(key.capitalize(), f"{key.capitalize()} by epoch: {'; '.join(parts)}", draw))
-    return charts
+            charts.append(_chart(key.capitalize(), f"{key.capitalize()} by epoch: {'; '.join(ends)}", draw))
+    return {"epochs": views, "charts": charts}
 
 
 def _matrix(test: View) -> View | None:
@@ -178,19 +165,17 @@ def _matrix(test: View) -> View | None:
 
 def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -> View:
     """Return the galleries and the calibration, or the reasons why there are none."""
-    view: View = {"mistakes": None, "undecided": None, "images_reason": images_reason, "calibration": None}
-    temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 0.0
     try:
         if not run.test_predictions.exists():
-            tested = run.test_file.exists()
-            raise UsageError("tlcli writes them since 0.3.0" if tested else "this run was not tested")
+            raise UsageError("tlcli writes them since 0.3.0" if run.test_file.exists() else "this run was not tested")
         saved = read_predictions(run.test_predictions)
         logits, labels = saved.logits.double(), saved.labels
         if not len(labels) or not logits.isfinite().all():
             raise UsageError(f"{run.test_predictions}: no finite logits in it")
     except UsageError as exc:
         reason = f"No predictions of test images: {exc}."
-        return {**view, "images_reason": reason, "calibration_reason": reason}
+        return {"images_reason": reason, "calibration_reason": reason}
+    temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 0.0
     scale = temperature if temperature > 0 else 1.0
     p, truth = calibrated(logits, scale).numpy(), labels.numpy()
     top = np.sort(p, axis=1)[:, -2:]
@@ -208,9 +193,10 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
             cards.append({**card, **_thumbnail(images.get(saved.keys[i]))})
         return {"n": len(order), "cards": cards}
 
-    view |= {"mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
-    view["calibration_reason"] = None if temperature > 0 else "This run has no temperature; tlcli fits one since 0.3.0."
-    if temperature > 0 and len(saved.classes) > 1:
+    view: View = {"images_reason": images_reason, "mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
+    if temperature <= 0:
+        view["calibration_reason"] = "This run has no temperature; tlcli fits one since 0.3.0."
+    elif len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
         bins = {name: reliability(logits, labels, t) for name, t in scales.items()}
         draw, alt = partial(plots.draw_reliability, series=bins), "The share of right images by probability, in 15 bins"
@@ -227,7 +213,7 @@ def _thumbnail(read: Callable[[], Pixels] | None) -> View:
     except (BadImage, OSError):
         image = None
     if image is None:
-        return {"picture": None, "is_small": False}
+        return {"picture": None}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     is_small, file = max(image.size) < PIXELATED_SIDE, io.BytesIO()
     image.save(file, "JPEG", quality=95 if is_small else 80, subsampling=0 if is_small else 2, optimize=True)
@@ -255,39 +241,35 @@ def sweep_view(folder: Path, output: Path) -> View:
         UsageError: the sweep has no run.
     """
     board = leaderboard.read(folder)
-    if not board["jobs"]:
+    jobs: list[View] = board["jobs"]
+    if not jobs:
         raise UsageError(f"{folder}: no run in this sweep")
     metric, is_share = board["figure"].replace("_", " "), board["figure"] != "loss"
-    form = FILTERS["percent" if is_share else "decimal"]
-    best = next((job for job in board["jobs"] if job["rank"] == 1), None)
-    done = [job for job in board["jobs"] if job["rank"] is not None]
-    charts = []
+    title = FILTERS["percent" if is_share else "decimal"](jobs[0]["validation"]) if jobs[0]["rank"] == 1 else ""
+    done, charts = [job for job in jobs if job["rank"] is not None], []
     for key in board["keys"]:
         values = [(job["values"].get(key), number(job["validation"]), job["rank"] == 1) for job in done]
-        jobs = [(printable(value), v, is_best) for value, v, is_best in values if value is not None and v is not None]
-        if jobs:
-            draw = partial(plots.draw_jobs, jobs=jobs, is_share=is_share)
-            alt = f"Validation {metric} of {len(jobs)} jobs against {key}"
+        points = [(printable(value), v, is_best) for value, v, is_best in values if value is not None and v is not None]
+        if points:
+            draw = partial(plots.draw_jobs, jobs=points, is_share=is_share)
+            alt = f"Validation {metric} of {len(points)} jobs against {key}"
             charts.append(_chart(key, alt, draw, (420, 244), (48, 14, 34, 30)))
-    run = RunDir(folder / (best or board["jobs"][0])["name"])
+    run = RunDir(folder / jobs[0]["name"])
     try:
         info = run.info
     except TlcliError:
         info = {}
-    seconds = [job["seconds"] for job in board["jobs"] if job["seconds"] is not None]
     return {
+        **board,
         "run_name": folder.resolve().name,
-        "title": f"{form(best['validation'])} {folder.name}" if best else folder.name,
+        "title": f"{title} {folder.name}".strip(),
         "info": info,
         "config": run.config(),
         "metric": metric,
         "is_share": is_share,
-        "keys": board["keys"],
-        "jobs": [{**job, "link": _link(folder / job["name"], output)} for job in board["jobs"]],
+        "jobs": [{**job, "link": _link(folder / job["name"], output)} for job in jobs],
         "n_done": len(done),
-        "seconds": sum(seconds) if seconds else None,
         "charts": charts,
-        "command": board["command"],
     }
 
 
@@ -349,25 +331,3 @@ def render(template: str, view: View) -> str:
     digest = "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()  # CSP Level 3, 2.3.1
     head = {"style": Markup(style), "style_digest": digest, "generator": f"{GENERATOR} {__version__}"}
     return PAGES.get_template(template).render(view, **head)
-
-
-def check_output(file: Path) -> None:
-    """Raise UsageError unless a report may be written to this path: nothing is there, or an earlier report."""
-    remedy = "choose another file with --output FILE"
-    if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(f"--output {file}: not a file in an existing directory; {remedy}")
-    tag = f'<meta name="generator" content="{GENERATOR}'.encode()
-    if os.path.lexists(file):
-        is_regular = file.is_file() and not file.is_symlink() and os.access(file, os.R_OK)
-        if not is_regular or tag not in file.read_bytes()[:2048]:
-            raise UsageError(f"{file} already exists and is not a report of tlcli; {remedy}")
-
-
-def save(html: str, file: Path) -> None:
-    """Write a report in one atomic step. Raise UsageError if another file is there or it cannot be written."""
-    check_output(file)
-    try:
-        with atomic_write(file) as stream:
-            stream.write(html.encode())  # as bytes: the digest of the style sheet is over \n
-    except OSError as exc:
-        raise UsageError(f"{file}: cannot write ({exc.strerror or exc}); choose another file with --output") from exc
