@@ -28,6 +28,7 @@ LAYERS = [
 LIGHT = {
     "tlcli",
     "tlcli.cli",
+    "tlcli.cli.cache",
     "tlcli.cli.doctor",
     "tlcli.export",
     "tlcli.store",

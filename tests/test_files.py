@@ -1,6 +1,7 @@
 """A file is the old one or the new one, wherever its writing ends."""
 
 import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tlcli.files import (
     expand_user,
     is_dir,
     is_file,
+    lock,
     remove_temp_files,
     replace_with_hardlink,
     resolve_links,
@@ -35,37 +37,18 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-STEPS = ("open", "write", "flush", "fsync", "replace", "fsync of the folder")
+STEPS = ("open", "fsync", "replace", "fsync of the folder")
 
 
 def at(step: str, do: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
     """Have something done instead of a step of the writing: each is one call of the system's."""
-    opened = Path.open
-
-    class Spoilt:
-        """A file of which one method does it."""
-
-        def __init__(self, file) -> None:
-            self._file = file
-
-        def __getattr__(self, name: str):
-            return (lambda *args: do()) if name == step else getattr(self._file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc: object) -> None:
-            self._file.close()
-
     if step == "open":
         patch.setattr(Path, "open", lambda self, *args: do())
-    elif step in ("write", "flush"):
-        patch.setattr(Path, "open", lambda self, *args: Spoilt(opened(self, *args)))
     elif step == "replace":
         patch.setattr(Path, "replace", lambda self, other: do())
     else:
         calls, fsync = iter(range(9)), os.fsync
-        which = STEPS.index(step) - STEPS.index("fsync") and 1
+        which = int(step != "fsync")
         patch.setattr(os, "fsync", lambda handle: do() if next(calls) == which else fsync(handle))
 
 
@@ -97,7 +80,7 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(file: Path, step: str, monke
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_what_is_no_draft_stays(tmp_path: Path) -> None:
+def test_files_that_are_not_drafts_stay(tmp_path: Path) -> None:
     names = [".hidden", ".a.1x", "plain", ".version.1.2b"]
     for name in (*names, ".run.json.123"):
         (tmp_path / name).touch()
@@ -106,21 +89,11 @@ def test_what_is_no_draft_stays(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*names, ".folder.7"}
 
 
-def test_a_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write(tmp_path / "one")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
-
-
-def test_a_second_name_keeps_what_it_stands_for(file: Path) -> None:
+def test_a_second_name_keeps_the_old_contents(file: Path) -> None:
     name = file.with_name("last.bin")
     name.write_bytes(b"before")
-    assert replace_with_hardlink(file, name)
-    assert replace_with_hardlink(file, name)  # once more: it is so already
-    assert name.samefile(file)
+    for _ in range(2):  # the second time it is so already
+        assert replace_with_hardlink(file, name)
     write(file)
     assert (file.read_bytes(), name.read_bytes()) == (NEW, OLD)
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
@@ -142,16 +115,30 @@ def test_a_second_name_that_cannot_be_leaves_the_old_file(
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
 
 
+def test_a_shared_lock_is_taken_again_if_its_file_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, flock = tmp_path / "lock", fcntl.flock
+
+    def deleted_first(*args: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        file.unlink()  # by another process that released it
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
+    with lock(file, shared=True), pytest.raises(TimeoutError), lock(file, timeout=0):
+        pass
+    with lock(file, timeout=0):
+        pass
+
+
 def test_checks_of_paths_do_not_raise(tmp_path: Path) -> None:
-    """Assert that checks of long names and circular links do not raise, unlike pathlib's."""
-    path = tmp_path / ("x" * 5000)
-    assert not exists(path) and not is_dir(path) and not is_file(path)
+    """Unlike pathlib's, which do for long names and circular links."""
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    assert not exists(tmp_path / "a") and not is_dir(tmp_path / "a") and not is_file(tmp_path / "a")
+    for path in (tmp_path / ("x" * 5000), tmp_path / "a"):
+        assert not exists(path) and not is_dir(path) and not is_file(path)
     assert resolve_links(tmp_path / "a").is_relative_to(resolve_links(tmp_path))
 
 
-def test_the_home_of_nobody_is_one_line() -> None:
+def test_an_unknown_home_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no such home directory"):
         expand_user("~nobody-at-all/x")

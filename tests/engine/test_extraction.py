@@ -21,7 +21,6 @@ from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut, split_frozen
 
 CPU = torch.device("cpu")
-NAME = "a network"
 SMALL = Preprocessing(size=32, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.4))
 PIXELS = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +89,7 @@ def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureReque
 
 
 class Layers(nn.Module):
-    """A convolution and a norm, in an order that a function says."""
+    """A convolution and a norm, in the order of a function."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor], norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -105,38 +104,30 @@ class Shifted(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
-CANNOT_BE_FOLDED: dict[str, Callable[[], nn.Module]] = {
-    "a norm before its convolution": lambda: Layers(lambda n, x: n.conv(torch.relu(n.norm(x))), nn.BatchNorm2d(3)),
-    "a convolution that others read": lambda: Layers(lambda n, x: n.norm(n.conv(x)) + n.conv(x.flip(2))),
-    "statistics of the batch": lambda: Layers(
-        lambda n, x: n.norm(n.conv(x)), nn.BatchNorm2d(4, track_running_stats=False)
-    ),
-    "a norm that does more": lambda: Layers(lambda n, x: n.norm(n.conv(x)), Shifted(4)),
+class Tracer(fx.Tracer):
+    """Has layers as leaves, as the cut has them."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return True
+
+
+NOT_TRACKED = nn.BatchNorm2d(4, track_running_stats=False)
+NETWORKS = {
+    "called by keyword": (Layers(lambda n, x: n.norm(input=n.conv(x))), True),
+    "a norm before its convolution": (Layers(lambda n, x: n.conv(torch.relu(n.norm(x))), nn.BatchNorm2d(3)), False),
+    "a convolution that others read": (Layers(lambda n, x: n.norm(n.conv(x)) + n.conv(x.flip(2))), False),
+    "statistics of the batch": (Layers(lambda n, x: n.norm(n.conv(x)), NOT_TRACKED), False),
+    "a norm that does more": (Layers(lambda n, x: n.norm(n.conv(x)), Shifted(4)), False),
 }
 
 
-@pytest.mark.parametrize("kind", CANNOT_BE_FOLDED)
-def test_what_cannot_be_folded_stays_as_it_is(kind: str) -> None:
-    whole = _PixelPrefix(traced(CANNOT_BE_FOLDED[kind]().eval()), SMALL)
-    assert _fold_batchnorm(whole) is whole
-
-
-def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
-    whole = _PixelPrefix(traced(Layers(lambda n, x: n.norm(input=n.conv(x))).eval()), SMALL)
+@pytest.mark.parametrize(("layers", "folds"), NETWORKS.values(), ids=NETWORKS)
+def test_batchnorm_is_folded_only_where_that_gives_the_same(layers: Layers, folds: bool) -> None:
+    whole = _PixelPrefix(fx.GraphModule(layers.eval(), Tracer().trace(layers)), SMALL)
     folded = _fold_batchnorm(whole)
-    assert norms(folded) == 0
+    assert (folded is not whole) == (norms(folded) == 0) == folds
     with torch.inference_mode():
         assert torch.allclose(folded(PIXELS)[0], whole(PIXELS)[0], rtol=1e-4, atol=1e-5)
-
-
-def traced(network: nn.Module) -> fx.GraphModule:
-    """With its layers as leaves, as the cut has them."""
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-            return True
-
-    return fx.GraphModule(network, Tracer().trace(network))
 
 
 # -- rows
@@ -151,14 +142,8 @@ def store(tmp_path: Path) -> Store:
 def make(store: Store) -> Callable[..., Extractor]:
     """Extractors over a cut that share a store."""
 
-    def made(
-        cut: Cut,
-        *,
-        dtype: torch.dtype = torch.float32,
-        stored: CacheDtype = CacheDtype.auto,
-        compiled: bool = False,
-    ) -> Extractor:
-        extractor = Extractor(NAME, cut.prefix, SMALL, CPU, ComputeFormat(dtype, torch.channels_last), store, stored)
+    def made(cut: Cut, dtype=torch.float32, stored: CacheDtype = CacheDtype.auto, compiled: bool = False) -> Extractor:
+        extractor = Extractor("name", cut.prefix, SMALL, CPU, ComputeFormat(dtype, torch.channels_last), store, stored)
         extractor.compiled = compiled
         return extractor
 
@@ -178,36 +163,30 @@ def test_a_short_batch_gives_the_rows_of_a_full_one(dtype: torch.dtype, make, re
 
 @pytest.mark.parametrize(
     ("stored", "computed", "expected"),
-    [
-        (CacheDtype.auto, torch.float32, "float32"),
-        (CacheDtype.auto, torch.bfloat16, "bfloat16"),
-        (CacheDtype.bf16, torch.float32, "bfloat16"),
-        (CacheDtype.fp32, torch.bfloat16, "float32"),
-    ],
-)
+    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"),
+     ("bf16", "float32", "bfloat16"), ("fp32", "bfloat16", "float32")],
+)  # fmt: skip
 def test_rows_are_stored_as_they_are_computed_or_as_the_user_says(
-    stored: CacheDtype, computed: torch.dtype, expected: str, make, resnet18_maps: Cut
+    stored: str, computed: str, expected: str, make, resnet18_maps: Cut
 ) -> None:
-    cut = resnet18_maps
-    extractor = make(cut, dtype=computed, stored=stored)
-    (column,) = extractor.columns
-    assert column == Column(expected, (2, 2, 256))  # a map, its channels last
+    extractor = make(resnet18_maps, getattr(torch, computed), CacheDtype(stored))
+    assert extractor.columns == (Column(expected, (2, 2, 256)),)  # a map, its channels last
     extractor.prepare(Reporter())
     (rows,) = extractor(PIXELS[:3])
     assert rows.is_contiguous()
     assert (rows.dtype, rows.shape) == (getattr(torch, expected), (3, 2, 2, 256))
     with torch.inference_mode():
-        (plain,) = cut.prefix(SMALL.normalize(PIXELS[:3]))
+        (plain,) = resnet18_maps.prefix(SMALL.normalize(PIXELS[:3]))
     wanted = plain.permute(0, 2, 3, 1)
     far = (rows.float() - wanted).norm() / wanted.norm()
-    assert far < (1e-5 if expected == "float32" == str(computed).removeprefix("torch.") else 2e-2)
+    assert far < (1e-5 if expected == computed == "float32" else 2e-2)
 
 
 # -- compiling
 
 
-def works(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t * (1 + 1e-7) for t in images)
+def works(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t * (1 + 1e-7) for t in rows)
 
 
 def is_wrong(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ WORDS = (
 
 
 def test_of_sixteen_processes_on_a_cold_cache_one_fills_and_none_reads_a_wrong_row(tmp_path: Path) -> None:
-    rounds = program("filling", "cold", tmp_path, 16, scale(4, 100))
+    rounds = program("filling", "cold", tmp_path, 16, scale(1, 100))
     for seen in rounds:
         assert len(seen) == 16
         assert sum(one["filled"] for one in seen) == 1
