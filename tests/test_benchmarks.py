@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from benchmarks import (
     run,
     scaling,
     source_target,
-    startup,
     training,
     tutorial_job,
 )
@@ -63,12 +61,6 @@ def test_tables_of_accuracy_have_a_row_per_run(
     assert [row.split(" | ")[1] for row in rows] == [
         f"{number / 10:.3f} (0.000 to 1.000)" for number in range(1, len(seen) + 1)
     ][-4:]
-
-
-def test_startup_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(startup, "ROUNDS", 1)
-    startup.main()
-    assert "`tlcli --help`" in capsys.readouterr().out
 
 
 def test_what_is_published_can_be_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,15 +117,6 @@ def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:
     assert y.tolist() == [label for _, label in data]
 
 
-def test_a_trial_takes_the_quicker() -> None:
-    def steps(seconds: float):
-        for _ in range(5):
-            time.sleep(seconds)
-            yield 1
-
-    assert baselines.quickest([0.02, 0.0], steps, 3) == 0.0
-
-
 def test_limits_count_the_work_of_a_forward_pass() -> None:
     assert limits.forward_gflop(224) == pytest.approx(3.6, rel=0.02)  # He et al. 2016: 1.8 billion multiply-adds
     assert min(limits.matrix_gflops(64, repeats=1).values()) > 0
@@ -155,13 +138,6 @@ def test_measures_hold_by_their_medians() -> None:
     assert not figures.at_least("speed", 2, [1.0, 1.9, 9.0]).holds
     assert figures.at_most("time", 8, [7.0, 8.0, 20.0], " s").holds
     assert figures.at_most("time", 8, [9.0], " s").row == ["time", "at most 8 s", "9 s", "**no**"]
-
-
-def test_rounds_are_interleaved_and_every_other_one_runs_backwards() -> None:
-    calls: list[str] = []
-    timers = {name: (lambda name=name: float(calls.append(name) or len(calls))) for name in "ab"}
-    assert figures.interleaved(timers, 2) == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
-    assert calls == ["a", "b", "b", "a"]
 
 
 def test_figures_are_ratios_medians_and_ranges() -> None:
