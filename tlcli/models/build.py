@@ -200,7 +200,7 @@ def read_weights(path: Path) -> PretrainedWeights:
             reason = f"cannot be read, or its tlcli metadata is damaged ({type(error).__name__}: {error})"
             raise UsageError(f"backbone.weights={file}: {reason}") from error
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # of many kinds
         raise UsageError(
             f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
