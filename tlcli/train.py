@@ -11,8 +11,9 @@ from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
+from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.recorder import Recorder
-from tlcli.runs.resume_state import ResumeState, machine_info, provenance
+from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
@@ -27,8 +28,8 @@ class NewRun:
         """Return decisions for this workload."""
         return decide(workload)
 
-    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, bool, BestEpochTracker]:
-        """Return the first epoch, True if the head is worth an evaluation before training, and the tracker of epochs.
+    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
+        """Return the first epoch, which is 0 if the head is worth an evaluation before training, and the best epoch.
 
         A linear probe is fitted to the head, if it should start from one.
         """
@@ -43,7 +44,7 @@ class NewRun:
             head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
             is_ready = True
         workload.contract.seal()
-        return 0 if is_ready else 1, is_ready, BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
+        return 0 if is_ready else 1, BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
 
 
 def train(
@@ -54,25 +55,23 @@ def train(
     All results are in the run's directory; the session holds what the jobs of a sweep share. With `resume` an
     interrupted run continues. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
-    record, start = Recorder(run, reporter, spec, resume), resume or NewRun()
+    record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
         workload = _load(spec, session, reporter, start.threads)
-        data, contract, network = workload.data, workload.contract, workload.classifier.network
-        machine = machine_info(workload.accelerator)
+        contract, network = workload.contract, workload.classifier.network
         inputs = Inputs(start.decisions(workload, reporter), workload)
         inputs.device.place(network)
         trainer = Trainer(workload, inputs.device)
-    record.plan(data, workload.classifier, inputs)
+    record.plan(inputs)
     with record.phase("extract"):
         loader, val_loader = inputs.open("train", reporter), inputs.open("val", reporter)
     with record.phase("probe"):
-        first_epoch, head_is_ready, best_epoch = start.begin(inputs, trainer, reporter)
-    record.inputs(inputs)
+        first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
+    record.inputs()
     if inputs.device.compile:
         loader.network.compile()  # in place: the names of its tensors stay
 
-    state = {"head_is_ready": head_is_ready, "machine": machine}
-    checkpoints = record.checkpoints(network, trainer, lambda: {**state, **provenance(inputs)})
+    checkpoints = CheckpointManager(run, inputs, trainer, epoch=first_epoch - 1)
     best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
@@ -103,8 +102,8 @@ def train(
         test = inputs.open("test", reporter)
     with record.phase("test"):
         predictions = evaluate(network, test, inputs.device, reporter, "test")
-    record.inputs(inputs)
-    record.log_result(data, best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
+    record.inputs()
+    record.log_result(best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
     return best_epoch.value
 
 

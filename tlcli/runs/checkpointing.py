@@ -1,21 +1,29 @@
 """Checkpoints: when those of a run are written, and what is in them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from tlcli import __version__
+from tlcli.data.dataset import Dataset
+from tlcli.device import machine_name
+from tlcli.engine.activations import Workload
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Scores
 from tlcli.engine.trainer import Trainer
 from tlcli.files import replace_with_hardlink
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
 
+SPLITS = ("train", "val", "test")
+DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 STATE_VERSION = 2  # of the contents of state.safetensors
 MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
 _TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
@@ -66,6 +74,39 @@ def trainable_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
 
 
+def machine_info(accelerator: torch.device) -> dict[str, Any]:
+    """Return what determines rounding: two machines that agree in it are assumed to give the same results."""
+    return {
+        "tlcli": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": accelerator.type,
+        "machine": machine_name(accelerator),
+    }
+
+
+def image_fingerprints(data: Dataset) -> dict[str, Any]:
+    """Return the classes, and for each split and class the number of images and their fingerprint."""
+    fingerprints: dict[str, Any] = {"classes": list(data.classes)}
+    for name in SPLITS:
+        split = getattr(data, name)
+        by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
+        fingerprints[name] = [[len(indices), split.fingerprint(indices)[:DIGEST_CHARS]] for indices in by_class]
+    return fingerprints
+
+
+def weights_metadata(workload: Workload) -> dict[str, Any]:
+    """Return what a file of weights says of the network."""
+    classifier = workload.classifier
+    return {
+        "tlcli": __version__,
+        "backbone": classifier.name,
+        "backbone_kind": workload.spec.backbone.kind,
+        "classes": list(classifier.classes),
+        "preprocessing": workload.preprocessing.to_json(),
+    }
+
+
 class CheckpointManager:
     """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
 
@@ -73,25 +114,14 @@ class CheckpointManager:
     two resumes from either.
 
     Args:
-        metadata: of the files of weights.
-        provenance: returns what the state has besides weights and training; called once, before the first save.
-        seconds: between two saves within an epoch.
-        epoch: the last epoch that was validated, in a resumed run.
+        epoch: the last epoch that was validated; -1 before the first, which is 0.
     """
 
-    def __init__(
-        self,
-        run: RunDir,
-        network: nn.Module,
-        trainer: Trainer,
-        metadata: Mapping[str, Any],
-        provenance: Callable[[], Mapping[str, Any]],
-        *,
-        seconds: float,
-        epoch: int | None,
-    ) -> None:
-        self._run, self._network, self._trainer, self._metadata = run, network, trainer, metadata
-        self._provenance, self._seconds, self._epoch = cache(provenance), seconds, epoch
+    def __init__(self, run: RunDir, inputs: Inputs, trainer: Trainer, epoch: int) -> None:
+        self._run, self._inputs, self._trainer, self._epoch = run, inputs, trainer, epoch
+        self._network = inputs.workload.classifier.network
+        self._seconds = 60 * inputs.workload.spec.checkpoint.every_minutes
+        self._fixed = {"version": STATE_VERSION, "machine": machine_info(inputs.workload.accelerator)}
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # tensors and metadata to be written
         self._written: Mapping[str, Any] = {}  # the metadata of the best weights on the disk
         self._last: Mapping[str, Any] = {}  # the metadata of the last epoch's weights
@@ -101,7 +131,8 @@ class CheckpointManager:
     def after_epoch(self, epoch: int, validation: Scores, *, is_best: bool) -> None:
         """Save after an epoch was validated, unless saving would take more than its share of the time."""
         self._epoch, self._has_changes = epoch, True
-        self._last = {**self._metadata, "epoch": epoch, "validation": asdict(validation)}
+        metadata = weights_metadata(self._inputs.workload)
+        self._last = {**metadata, "epoch": epoch, "validation": asdict(validation)}
         if is_best:
             copies = {name: tensor.detach().clone() for name, tensor in trainable_state(self._network).items()}
             self._best = copies, self._last
@@ -125,13 +156,16 @@ class CheckpointManager:
             is_best = self._last == self._written
             if not is_best or not replace_with_hardlink(self._run.best_checkpoint, self._run.last_checkpoint):
                 save_weights(self._run.last_checkpoint, self._network, self._last)
+        if "images" not in self._fixed:
+            workload = self._inputs.workload
+            self._fixed |= {"images": image_fingerprints(workload.data), "frozen": workload.contract.digest()}
+            self._fixed["activations"] = self._inputs.checksums()
         state = {
-            "version": STATE_VERSION,
+            **self._fixed,
             "epoch": self._epoch,
             "weights": trainable_state(self._network),
             "trainer": self._trainer.state(),
             "metrics_bytes": self._run.metrics_bytes(),
-            **self._provenance(),
         }
         save_state(self._run.state_file, state)
         self._has_changes = False

@@ -1,15 +1,13 @@
 """Write the results of a run while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
 
-from tlcli import __version__
 from tlcli.data.dataset import Dataset
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import (
@@ -22,12 +20,10 @@ from tlcli.engine.metrics import (
     scores,
     test_report,
 )
-from tlcli.engine.trainer import EpochStats, Trainer
-from tlcli.models.classifier import Classifier
+from tlcli.engine.trainer import EpochStats
 from tlcli.reporter import EpochRow, Reporter, RunPlan
-from tlcli.runs.checkpointing import CheckpointManager
+from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
-from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_json, write_predictions
 from tlcli.specs import TrainSpec
 from tlcli.text import to_plain
@@ -39,10 +35,9 @@ MIN_VALIDATION_IMAGES = 20  # the accuracy of 20 images has a standard error of 
 class Recorder:
     """Writes the directory of one run, and tells the reporter what it wrote."""
 
-    def __init__(self, run: RunDir, reporter: Reporter, spec: TrainSpec, resume: ResumeState | None = None) -> None:
+    def __init__(self, run: RunDir, reporter: Reporter, spec: TrainSpec, *, resumed: bool) -> None:
         self._run, self._reporter, self._spec = run, reporter, spec
-        self._resumed_epoch = resume.epoch if resume is not None else None
-        before = run.info if resume is not None else {}
+        before = run.info if resumed else {}
         self._seconds: dict[str, float] = dict(before.get("seconds") or {})
         self._start = time.perf_counter() - self._seconds.pop("total", 0.0)
         self._phase_seconds = 0.0
@@ -58,18 +53,12 @@ class Recorder:
             self._phase_seconds = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + self._phase_seconds
 
-    def plan(self, data: Dataset, classifier: Classifier, inputs: Inputs) -> None:
+    def plan(self, inputs: Inputs) -> None:
         """Write what is known before training of data, model and machine, and show the plan."""
+        self._inputs, data, classifier = inputs, inputs.workload.data, inputs.workload.classifier
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
         stages, device, preprocessing = freeze_table(spec.optimizer, classifier), inputs.device, inputs.preprocessing
         self._sizes = {name: len(split) for name, split in splits.items()}
-        self._metadata = {
-            "tlcli": __version__,
-            "backbone": classifier.name,
-            "backbone_kind": spec.backbone.kind,
-            "classes": list(classifier.classes),
-            "preprocessing": preprocessing.to_json(),
-        }
         self._run.write_bad_files(data.bad_files)
         self._run.update(
             name=spec.name,
@@ -77,7 +66,7 @@ class Recorder:
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
             keep_best=spec.keep_best.value,
-            **self._metadata,
+            **weights_metadata(inputs.workload),
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
@@ -88,7 +77,7 @@ class Recorder:
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
         )
-        self.inputs(inputs)
+        self.inputs()
         measured = [f"{name}: {reason}" for name, reason in inputs.numerics.items() if "measured" in reason]
         options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
         augment = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
@@ -116,16 +105,10 @@ class Recorder:
             )
         )
 
-    def inputs(self, inputs: Inputs) -> None:
+    def inputs(self) -> None:
         """Write how each split is read, and how the extractions so far went."""
+        inputs = self._inputs
         self._run.update(cache=inputs.cache_info, decisions=inputs.decisions.to_json(), extraction=inputs.extraction())
-
-    def checkpoints(
-        self, network: nn.Module, trainer: Trainer, provenance: Callable[[], Mapping[str, Any]]
-    ) -> CheckpointManager:
-        """Return the manager of the checkpoints of this run."""
-        seconds, epoch = 60 * self._spec.checkpoint.every_minutes, self._resumed_epoch
-        return CheckpointManager(self._run, network, trainer, self._metadata, provenance, seconds=seconds, epoch=epoch)
 
     def log_running(self, epoch: int, batch: int, loss: float) -> None:
         """Write the running loss within an epoch."""
@@ -158,7 +141,6 @@ class Recorder:
 
     def log_result(
         self,
-        data: Dataset,
         validation: Predictions,
         predictions: Predictions,
         best_epoch: BestEpochTracker,
@@ -172,7 +154,7 @@ class Recorder:
             validation: predictions of the best epoch, to which the temperature is fitted; `predictions`: for test.
             n_frozen: the number of frozen tensors that were verified.
         """
-        run, epoch, best_scores = self._run, best_epoch.epoch, best_epoch.scores
+        run, data, epoch, best_scores = self._run, self._inputs.workload.data, best_epoch.epoch, best_epoch.scores
         assert epoch is not None and best_scores is not None
         self._log_evaluation("test", epoch, step, scores(predictions), None)
         report = test_report(predictions, data.classes)

@@ -5,12 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from tlcli import __version__
-from tlcli.data.dataset import Dataset
-from tlcli.device import machine_name
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import SPLIT_NAMES, Inputs
@@ -20,12 +15,9 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.reporter import Reporter
-from tlcli.runs.checkpointing import STATE_VERSION, load_state
+from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir
 from tlcli.text import join_limited
-
-SPLITS = ("train", "val", "test")
-DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +28,6 @@ class ResumeState:
     state: Mapping[str, Any]
     recorded: Decisions
     best: tuple[int, Scores] | None
-
-    @property
-    def epoch(self) -> int | None:
-        """The last epoch that was validated; None if not even the network before training was."""
-        return None if self.state["epoch"] is None else int(self.state["epoch"])
 
     @property
     def threads(self) -> int:
@@ -70,10 +57,10 @@ class ResumeState:
             )
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
 
-    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, bool, BestEpochTracker]:
+    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
         """Load the state of training, check the frozen tensors, and note where the run resumes.
 
-        Return the next epoch, True if the network was evaluated before training, and the best epoch so far.
+        Return the next epoch, and the best one so far.
 
         Raises:
             TlcliError: the frozen tensors are not those that the run started with, or the state is damaged.
@@ -92,16 +79,14 @@ class ResumeState:
                 f"{self.run.path}: the frozen layers are not those that the run started with: the file or package that "
                 f"backbone.weights names has other weights now. Restore it, or start a new run"
             )
-        is_ready = bool(state["head_is_ready"])
-        epoch = self.epoch + 1 if self.epoch is not None else int(not is_ready)
-        unfinished = state["trainer"]["pass"]
+        epoch, unfinished = int(state["epoch"]) + 1, state["trainer"]["pass"]
         is_within = unfinished is not None and unfinished["epoch"] == epoch
         reporter.note(f"resumed at epoch {epoch}" + (f", batch {unfinished['batches'] + 1:,}" if is_within else ""))
         if differences := self._differences(inputs):
             reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
         # the best epoch may be later than the state: training then comes to it again
         (best, scores), spec = self.best or (None, None), workload.spec
-        return epoch, is_ready, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, self.epoch or 0)
+        return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1))
 
     def _differences(self, inputs: Inputs) -> list[str]:
         """Return why the result may not equal that of an uninterrupted run bit for bit; empty if it will."""
@@ -154,33 +139,3 @@ def prepare_resume(run: RunDir, state: ResumeState | None, command: str) -> None
             file.unlink(missing_ok=True)
     elif run.metrics_bytes() > (size := int(state.state["metrics_bytes"])):
         os.truncate(run.metrics_file, size)
-
-
-def provenance(inputs: Inputs) -> dict[str, Any]:
-    """Return what a run's result depends on besides its config, decisions and machine; a resumed run compares it."""
-    return {
-        "images": image_fingerprints(inputs.workload.data),
-        "frozen": inputs.workload.contract.digest(),
-        "activations": inputs.checksums(),
-    }
-
-
-def machine_info(accelerator: torch.device) -> dict[str, Any]:
-    """Return what determines rounding: two machines that agree in it are assumed to give the same results."""
-    return {
-        "tlcli": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": accelerator.type,
-        "machine": machine_name(accelerator),
-    }
-
-
-def image_fingerprints(data: Dataset) -> dict[str, Any]:
-    """Return the classes, and for each split and class the number of images and their fingerprint."""
-    fingerprints: dict[str, Any] = {"classes": list(data.classes)}
-    for name in SPLITS:
-        split = getattr(data, name)
-        by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
-        fingerprints[name] = [[len(indices), split.fingerprint(indices)[:DIGEST_CHARS]] for indices in by_class]
-    return fingerprints
