@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,24 +10,22 @@ import torch
 
 from tests.data.samples import save_image
 from tlcli.data.augment import CropSpec, TrivialAugmentSpec
-from tlcli.data.batches import Augmentation, Batch, ImageBatches, Preprocessing, epoch_order, sample_seed
-from tlcli.data.images import ImageArrays, ImageFiles, ImageSource, Split
+from tlcli.data.batches import Batch, ImageBatches, Preprocessing, epoch_order, sample_seed
+from tlcli.data.images import ImageArrays, ImageFiles, ImageSource, Split, full_split
 from tlcli.errors import BadImagesError
 from tlcli.specs import Fit
 
 PREPROCESSING = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CROP: dict[str, Any] = {"scale": (0.35, 1), "ratio": (0.75, 1.3), "flip": 0.5}
+SPLIT = full_split(
+    ImageArrays(np.random.default_rng(0).integers(0, 256, (11, 10, 12, 3), dtype=np.uint8), "noise"), range(11)
+)
+"""11 images whose class is their position."""
 
 
-@pytest.fixture(scope="module")
-def split() -> Split:
-    """11 images whose class is their position."""
-    images = np.random.default_rng(0).integers(0, 256, (11, 10, 12, 3), dtype=np.uint8)
-    return Split(ImageArrays(images, "noise"), np.arange(11), np.arange(11))
-
-
-@pytest.fixture(scope="module")
-def augmentation() -> Augmentation | None:
-    return TrivialAugmentSpec(erasing=0.5, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5).build(PREPROCESSING)
+def augmented(workers: int, batch_size: int = 4) -> ImageBatches:
+    augmentation = TrivialAugmentSpec(erasing=0.5, **CROP).build(PREPROCESSING)
+    return ImageBatches(SPLIT, PREPROCESSING, batch_size=batch_size, workers=workers, augmentation=augmentation, seed=7)
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
@@ -38,14 +37,13 @@ def test_sample_seeds_differ() -> None:
     seeds = [sample_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3)
     bits = np.unpackbits(np.array(seeds).view(np.uint8))
     assert abs(bits.reshape(-1, 64).mean(0) - 0.5)[np.arange(64) != 56].max() < 0.03  # 56: the sign
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_in_order(split: Split, workers: int) -> None:
-    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers)
+def test_in_order(workers: int) -> None:
+    batches = ImageBatches(SPLIT, PREPROCESSING, batch_size=4, workers=workers)
     found = list(batches.in_order())
     assert [len(y) for _, y in found] == [4, 4, 3]
     assert len(batches) == 3
@@ -53,42 +51,39 @@ def test_in_order(split: Split, workers: int) -> None:
     x = torch.cat([x for x, _ in found])
     assert (x.dtype, found[0][1].dtype) == (torch.uint8, torch.int64)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in found)
-    assert all(torch.equal(x[i], PREPROCESSING.apply(split.read(i))) for i in range(11))
-    assert same(found, list(batches.in_order()))
+    assert all(torch.equal(x[i], PREPROCESSING.apply(SPLIT.read(i))) for i in range(11))
 
 
-def test_workers_change_nothing(split: Split, augmentation: Augmentation) -> None:
+def test_workers_change_nothing() -> None:
     def epochs(workers: int) -> list[Batch]:
-        batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
         torch.manual_seed(workers)
         state = torch.get_rng_state()
-        found = [batch for number in (1, 2) for batch in batches.epoch(number)]
+        found = [batch for number in (1, 2) for batch in augmented(workers).epoch(number)]
         assert torch.equal(torch.get_rng_state(), state), "the global generator moved on"
         return found
 
     assert same(epochs(0), epochs(2))
 
 
-def test_an_epoch_is_shuffled_and_its_own(split: Split, augmentation: Augmentation) -> None:
-    batches = ImageBatches(split, PREPROCESSING, batch_size=11, workers=0, augmentation=augmentation, seed=7)
+def test_each_epoch_has_its_own_order_and_augmentation() -> None:
+    batches = augmented(0, batch_size=11)
     (one,), (two,), (again,) = (list(batches.epoch(number)) for number in (1, 2, 1))
+    assert one[1].tolist() == epoch_order(11, 7, 1).tolist() != two[1].tolist()
     assert sorted(one[1].tolist()) == list(range(11))
-    assert one[1].tolist() == epoch_order(11, 7, 1).tolist()
-    assert one[1].tolist() != two[1].tolist()
     assert same([one], [again])
     by_label = [x[y.argsort()] for x, y in (one, two)]
     assert not torch.equal(*by_label), "the same augmentation in two epochs"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_view_is_the_same_in_any_order(split: Split, augmentation: Augmentation, workers: int) -> None:
-    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=workers, augmentation=augmentation, seed=7)
+def test_a_view_is_the_same_in_any_order() -> None:
+    batches = augmented(0)
     ordered = {view: torch.cat([x for x, _ in batches.in_order(view)]) for view in (0, 1, 2)}
     assert not torch.equal(ordered[1], ordered[2])
     for number, view in ((1, None), (5, 1), (1, 2), (3, 0)):
         x, y = (torch.cat(parts) for parts in zip(*batches.epoch(number, view), strict=True))
         assert y.tolist() == epoch_order(11, 7, number).tolist(), "the order is the epoch's"
         assert torch.equal(x, ordered[number if view is None else view][y]), "the augmentation is the view's"
+        assert same(list(batches.epoch(number, view, start=1)), list(batches.epoch(number, view))[1:])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -111,21 +106,17 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
         def name(self, index: int) -> str:
             return str(index)
 
-    crop = CropSpec(erasing=0.0, scale=(0.35, 1), ratio=(0.75, 1.3), flip=0.5).build(PREPROCESSING)
-    split = Split(Photos(), np.arange(8), np.arange(8))
+    crop = CropSpec(erasing=0.0, **CROP).build(PREPROCESSING)
+    split = full_split(Photos(), [0] * 8)
     batches = ImageBatches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
     assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_is_gone_is_named(tmp_path: Path, workers: int) -> None:
-    paths = tuple(save_image(tmp_path / f"{i}.png", seed=i) for i in range(4))
-    batches = ImageBatches(
-        Split(ImageFiles(tmp_path, [path.name for path in paths]), np.arange(4), np.arange(4)),
-        PREPROCESSING,
-        batch_size=2,
-        workers=workers,
-    )
+    paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(4)]
+    split = Split(ImageFiles(tmp_path, [path.name for path in paths]), np.arange(4), np.arange(4))
+    batches = ImageBatches(split, PREPROCESSING, batch_size=2, workers=workers)
     assert len(list(batches.in_order())) == 2
     paths[3].unlink()
     with pytest.raises(BadImagesError, match=r"3\.png: no such file or directory$") as caught:

@@ -12,7 +12,6 @@ from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
 
 from tests.data.samples import torchvision_spec
-from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
 
@@ -40,7 +39,7 @@ def download(archive: Path) -> Callable[..., None]:
 
 def load(root: Path) -> None:
     spec = torchvision_spec("CIFAR10", root, train={"train": True}, test={"train": False}, download=True)
-    load_torchvision(spec, Reporter())
+    spec.load(Reporter())
 
 
 @pytest.mark.parametrize("members", TRICKS.values(), ids=TRICKS)

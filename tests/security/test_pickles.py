@@ -12,7 +12,6 @@ import torch
 
 from tests.data.samples import torchvision_spec
 from tlcli.cli import main
-from tlcli.data.sources import load_torchvision
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.build import read_weights
 from tlcli.reporter import Reporter
@@ -194,9 +193,7 @@ def test_cifar_of_others_is_not_unpickled(canary: Path, tmp_path: Path) -> None:
     for name in ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
         plain(Payload(canary), folder / name)
     with pytest.raises(UsageError, match="not found"):
-        load_torchvision(
-            torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}), Reporter()
-        )
+        torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}).load(Reporter())
     assert not canary.exists()
 
 
@@ -207,13 +204,11 @@ def test_mnist_as_it_was_kept_once_is_read_as_tensors(canary: Path, tmp_path: Pa
     for name in ("training.pt", "test.pt"):
         torch.save((Payload(canary), torch.zeros(3)), folder / name)
     with pytest.raises((TlcliError, pickle.UnpicklingError)):
-        load_torchvision(
-            torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}), Reporter()
-        )
+        torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}).load(Reporter())
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
 def test_what_unpickles_unchecked_is_not_used(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unpickles"):
-        load_torchvision(torchvision_spec(name, tmp_path, train={}), Reporter())
+        torchvision_spec(name, tmp_path, train={}).load(Reporter())

@@ -1,5 +1,7 @@
 """The augmentations of training images. Imports without torch."""
 
+import math
+import random
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -10,15 +12,11 @@ from tlcli.specs import AugmentSpec, Fraction, FractionAboveZero, Positive, requ
 if TYPE_CHECKING:
     from torch import nn
 
-    from tlcli.data.batches import Augmentation, Preprocessing, RandomCrop
+    from tlcli.data.batches import Augmentation, Preprocessing
 
 
 class _AugmentOption(AugmentSpec, frozen=True):
     """The part of an augmentation that all options share."""
-
-    def crop(self) -> "RandomCrop | None":
-        """Return the random crop."""
-        return None
 
     def transforms(self) -> "list[nn.Module]":
         """Return torchvision's transforms of the square."""
@@ -30,12 +28,13 @@ class _AugmentOption(AugmentSpec, frozen=True):
 
         from tlcli.data.batches import Augmentation
 
-        crop, transforms = self.crop(), self.transforms()
+        draw_box, flip = (self.draw_box, self.flip) if isinstance(self, CropSpec) else (None, 0.0)
+        transforms = self.transforms()
         if self.erasing > 0:
             transforms.append(v2.RandomErasing(self.erasing, value=[round(255 * m) for m in preprocessing.mean]))
-        if crop is None and not transforms:
+        if draw_box is None and not transforms:
             return None
-        return Augmentation(preprocessing, crop, nn.Sequential(*transforms) if transforms else None)
+        return Augmentation(preprocessing, draw_box, flip, nn.Sequential(*transforms) if transforms else None)
 
 
 @option
@@ -55,10 +54,26 @@ class CropSpec(_AugmentOption, frozen=True, tag="crop"):
         require_ascending("scale", self.scale)
         require_ascending("ratio", self.ratio)
 
-    def crop(self) -> "RandomCrop":
-        from tlcli.data.batches import RandomCrop
+    def draw_box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """Draw top, left, height and width as in torchvision's RandomResizedCrop (Szegedy et al. 2015).
 
-        return RandomCrop(self.scale, self.ratio, self.flip)
+        Area uniform in `scale`, aspect ratio log-uniform in `ratio`, position uniform. If none of ten boxes fits,
+        return the largest central box whose ratio is in the range.
+        """
+
+        def uniform(low: float, high: float) -> float:  # random() alone gives the same numbers in all Python versions
+            return low + (high - low) * rng.random()
+
+        low, high = (math.log(ratio) for ratio in self.ratio)
+        for _ in range(10):
+            area = height * width * uniform(*self.scale)
+            aspect = math.exp(uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
+        h = min(height, round(width / self.ratio[0]))
+        w = min(width, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
 
 
 @option

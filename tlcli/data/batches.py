@@ -4,10 +4,9 @@ Order and augmentation are functions of seed, epoch and index, whatever the numb
 """
 
 import hashlib
-import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,7 +29,7 @@ MAX_PADDED_SIZES = 4
 """Before padding, an image is shrunk to this many times the input size: 20,000 by 1 would become 400 megapixels."""
 
 Batch = tuple[Tensor, Tensor]
-Chunk = tuple[int | None, Ints]  # the view of the augmentation (None: no augmentation), positions in a split
+Chunk = tuple[list[int], list[int] | None]  # positions in a split, seeds of their augmentation (None: without)
 
 
 # -- preprocessing ----------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ class Preprocessing:
         """Images of one shape -> (n, size, size, 3)."""
         height, width = images[0].shape[:2]
         if self.fit is Fit.pad:
-            return _pad_to_square(_shrink(_stack(images), self.size))
+            return _pad_to_square(_stack(images), self.size)
         if self.fit is Fit.crop:  # crop, then resize: in the other order, 20,000 by 1 pixels would grow 224-fold
             side = min(height, width)
             left, top = round((width - side) / 2), round((height - side) / 2)
@@ -95,10 +94,10 @@ class Preprocessing:
         fit, stats = Fit(data["fit"]), parse_image_stats(data)
         value_range = data.get("range")
         if value_range is not None:
-            low, high = value_range
-            if not -3e38 < low < high < 3e38:
+            low, high = map(float, value_range)
+            if not -3e38 <= low < high <= 3e38:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
-            value_range = float(low), float(high)
+            value_range = low, high
         return cls(fit=fit, range=value_range, **stats)
 
 
@@ -123,22 +122,14 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return out.permute(0, 2, 3, 1).contiguous()
 
 
-def _shrink(pixels: Tensor, size: int) -> Tensor:
-    """Resize the longer side to `size`, the other in proportion, to 1 at least."""
+def _pad_to_square(pixels: Tensor, side: int) -> Tensor:
+    """Return (n, side, side, 3): resized so that the longer side fits, in the middle of black."""
     height, width = pixels.shape[1:3]
-    scale = size / max(height, width)
-    return resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
-
-
-def _pad_to_square(pixels: Tensor) -> Tensor:
-    """Return (n, h, w, 3) in the middle of black squares of the longer side."""
-    n, height, width, colors = pixels.shape
-    side = max(height, width)
-    if height == width:
-        return pixels
+    scale = side / max(height, width)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
     left, top = (side - width) // 2, (side - height) // 2
-    out = pixels.new_zeros(n, side, side, colors)
-    out[:, top : top + height, left : left + width] = pixels
+    out = pixels.new_zeros(len(pixels), side, side, 3)
+    out[:, top : top + height, left : left + width] = resize(pixels, height, width)
     return out
 
 
@@ -146,75 +137,37 @@ def _pad_to_square(pixels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RandomCrop:
-    """A random box of the image, flipped with probability `flip`."""
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: float
-
-    def __call__(self, image: Pixels, seed: int) -> Tensor:
-        """Return a part of any size: uint8 (height, width, 3) -> (1, h, w, 3)."""
-        rng = random.Random(seed)
-        height, width = image.shape[:2]
-        top, left, h, w = self.box(height, width, rng)
-        part = _stack([image[top : top + h, left : left + w]])
-        return part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to flip
-
-    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Draw top, left, height and width as in torchvision's RandomResizedCrop (Szegedy et al. 2015).
-
-        Area uniform in `scale`, aspect ratio log-uniform in `ratio`, position uniform. If none of ten boxes fits,
-        return the largest central box whose ratio is in the range.
-        """
-        low, high = (math.log(ratio) for ratio in self.ratio)
-        for _ in range(10):
-            area = height * width * _uniform(*self.scale, rng)
-            aspect = math.exp(_uniform(low, high, rng))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
-        h = min(height, round(width / self.ratio[0]))
-        w = min(width, round(height * self.ratio[1]))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _uniform(low: float, high: float, rng: random.Random) -> float:
-    """Draw with random(), of which alone Python promises the same numbers in later versions."""
-    return low + (high - low) * rng.random()
-
-
-@dataclass(frozen=True)
 class Augmentation:
-    """A random crop (None: the input of evaluation), then torchvision's `transforms` of the square."""
+    """A random box, flipped with probability `flip` (None: the input of evaluation), then `transforms` of the square."""
 
     preprocessing: Preprocessing
-    crop: RandomCrop | None
+    draw_box: Callable[[int, int, random.Random], tuple[int, int, int, int]] | None
+    flip: float
     transforms: nn.Module | None
-
-    def apply(self, image: Pixels, seed: int) -> Tensor:
-        """Return `apply_batch` of one image: uint8 (height, width, 3) -> uint8 (3, size, size), contiguous."""
-        return self.apply_batch([image], [seed])[0].contiguous()
 
     def apply_batch(self, images: Iterable[Pixels], seeds: Sequence[int]) -> Tensor:
         """Return uint8 (batch, 3, size, size), channels_last, of uint8 (height, width, 3), each with its seed.
 
         The result of an image does not depend on the others. An iterator's images are in memory one at a time.
         """
-        size, crop = self.preprocessing.size, self.crop
-        if crop is None:
+        if self.draw_box is None:
             squares = self.preprocessing.apply_batch(images)
         else:
-            parts = (crop(self._padded(image), seed) for image, seed in zip(images, seeds, strict=True))
-            squares = torch.cat([resize(part, size, size) for part in parts]).permute(0, 3, 1, 2)
+            parts = [self._crop(image, seed) for image, seed in zip(images, seeds, strict=True)]
+            squares = torch.cat(parts).permute(0, 3, 1, 2)
         return squares if self.transforms is None else apply_transforms(self.transforms, squares, seeds)
 
-    def _padded(self, image: Pixels) -> Pixels:
-        """Return the whole image, in a black square if evaluation pads."""
-        if self.preprocessing.fit is not Fit.pad:
-            return image
-        pixels, max_side = _stack([image]), MAX_PADDED_SIZES * self.preprocessing.size
-        return _pad_to_square(_shrink(pixels, max_side) if max(image.shape[:2]) > max_side else pixels)[0].numpy()
+    def _crop(self, image: Pixels, seed: int) -> Tensor:
+        """Return (1, size, size, 3). If evaluation pads, the black square around the image is cropped."""
+        assert self.draw_box is not None
+        size, rng = self.preprocessing.size, random.Random(seed)
+        if self.preprocessing.fit is Fit.pad:
+            image = _pad_to_square(_stack([image]), min(max(image.shape[:2]), MAX_PADDED_SIZES * size))[0].numpy()
+        height, width = image.shape[:2]
+        top, left, h, w = self.draw_box(height, width, rng)
+        part = _stack([image[top : top + h, left : left + w]])
+        part = part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to flip
+        return resize(part, size, size)
 
 
 def apply_transforms(transforms: nn.Module, squares: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -265,7 +218,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
 
     def in_order(self, view: int | None = None) -> Iterator[Batch]:
         """Yield every image once, in the split's order, with the augmentation of a view; None: without."""
-        return self._load(self._chunks(view, np.arange(len(self.split))))
+        return self._load(self._chunks(np.arange(len(self.split)), view))
 
     def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
         """Yield every image once, in the order of this epoch, with the augmentation of a view.
@@ -276,56 +229,50 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         """
         return self._load(self._epoch_chunks(number, view, start))
 
-    def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[list[int]]:
+    def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Sequence[int]]:
         """Yield the seeds of the augmentation for the batches of `epoch`."""
-        return (self._seeds(view, positions) for view, positions in self._epoch_chunks(number, view, start))
+        return (seeds for _, seeds in self._epoch_chunks(number, view, start) if seeds is not None)
 
-    def _seeds(self, view: int | None, positions: Ints) -> list[int]:
-        assert view is not None
-        return [sample_seed(self.seed, view, i) for i in positions.tolist()]
-
-    def _epoch_chunks(self, number: int, view: int | None, start: int) -> list[Chunk]:
+    def _epoch_chunks(self, number: int, view: int | None, start: int) -> Iterator[Chunk]:
         order = epoch_order(len(self.split), self.seed, number)
-        return self._chunks(number if view is None else view, order[start * self.batch_size :])
+        return self._chunks(order[start * self.batch_size :], number if view is None else view)
 
-    def _chunks(self, view: int | None, order: Ints) -> list[Chunk]:
-        return [(view, order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
+    def _chunks(self, order: Ints, view: int | None) -> Iterator[Chunk]:
+        for start in range(0, len(order), self.batch_size):
+            positions = order[start : start + self.batch_size].tolist()
+            yield positions, None if view is None else [sample_seed(self.seed, view, i) for i in positions]
 
-    def _load(self, chunks: list[Chunk]) -> Iterator[Batch]:
-        if not self.workers:
-            for chunk in chunks:
-                x, y = self._batch(*chunk)
-                yield (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
-            return
-        loader = DataLoader(
-            self,
-            sampler=chunks,
-            batch_size=None,  # a sample of the loader is a whole batch
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            # fork shares the images in memory; spawn and forkserver would send them to each worker
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else every pass would advance torch's global generator
-        )
-        for batch in loader:
+    def _load(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
+        batches: Iterable[Batch | TlcliError] = map(self.__getitem__, chunks)
+        if self.workers:
+            batches = DataLoader(
+                self,
+                sampler=chunks,
+                batch_size=None,  # a sample of the loader is a whole batch
+                num_workers=self.workers,
+                pin_memory=self.pin_memory,
+                # fork shares the images in memory; spawn and forkserver would send them to each worker
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
+                generator=torch.Generator(),  # else every pass would advance torch's global generator
+            )
+        for batch in batches:
             if isinstance(batch, TlcliError):
                 raise batch
-            x, y = batch  # the loader makes a list of it
-            yield x, y
+            x, y = batch
+            yield (x.pin_memory(), y.pin_memory()) if self.pin_memory and not self.workers else (x, y)
 
     def __getitem__(self, chunk: Chunk) -> Batch | TlcliError:
-        """Return a batch, or the error, so that it reaches the other process as it is."""
+        """Return a batch, or the error, so that it is raised as it is in the process that reads the batches."""
+        positions, seeds = chunk
+        source, indices = self.split.images, self.split.indices[positions].tolist()
+        images: Iterator[Pixels] = map(self.split.read, positions)  # one at a time: photographs are large
+        if not self.workers and source.memory is not None and not all(i in source.pixels for i in indices):
+            images = map_in_threads(self.split.read, positions, 1)  # decode on all cores
         try:
-            return self._batch(*chunk)
+            if self.augmentation is None or seeds is None:
+                x = self.preprocessing.apply_batch(images)
+            else:
+                x = self.augmentation.apply_batch(images, seeds)
         except TlcliError as error:
             return error
-
-    def _batch(self, view: int | None, positions: Ints) -> Batch:
-        images: Iterator[Pixels] = (self.split.read(i) for i in positions.tolist())  # photographs are large
-        source, indices = self.split.images, self.split.indices[positions].tolist()
-        if not self.workers and source.memory is not None and not all(i in source.pixels for i in indices):
-            images = map_in_threads(self.split.read, positions.tolist(), 1)  # decode on all cores
-        y = torch.from_numpy(self.split.labels[positions])
-        if self.augmentation is None or view is None:
-            return self.preprocessing.apply_batch(images), y
-        return self.augmentation.apply_batch(images, self._seeds(view, positions)), y
+        return x, torch.from_numpy(self.split.labels[positions])

@@ -8,7 +8,7 @@ import glob
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,17 +60,16 @@ def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where:
 
 def _make_listing(
     root: Path,
+    where: Path,
     files: FilesByClass,
-    selected: Iterable[str] | None,
-    where: str,
-    *,
+    selected: Sequence[str] | None,
     for_training: bool,
+    problems: list[str] | None,
     ignored: Mapping[str, int],
-    problems: list[str] | None = None,
 ) -> Listing:
     if for_training and "all" not in files and "train" not in files:
         raise UsageError(f"{where}: has {' and '.join(files)} but no train: nothing to train on")
-    classes = resolve_classes(sorted({name for by_class in files.values() for name in by_class}), selected, where)
+    classes = resolve_classes(sorted({name for by_class in files.values() for name in by_class}), selected, str(where))
     found = list(_problems(files, classes, for_training))
     bad = {name for _, names in found for name in names}
     if found and (problems is None or len(classes) - len(bad) < 2):
@@ -130,11 +129,7 @@ def _is_image(name: str) -> bool:
 
 
 def list_folder(
-    root_text: str | None,
-    selected: Collection[str] | None,
-    *,
-    for_training: bool = True,
-    problems: list[str] | None = None,
+    root_text: str | None, selected: Sequence[str] | None, for_training: bool = True, problems: list[str] | None = None
 ) -> Listing:
     """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
@@ -165,9 +160,7 @@ def list_folder(
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
             raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
-    return _make_listing(
-        root, files, selected, str(root), for_training=for_training, ignored=ignored, problems=problems
-    )
+    return _make_listing(root, root, files, selected, for_training, problems, ignored)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -186,7 +179,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _scan_classes(
-    folder: Path, root: Path, selected: Collection[str] | None, ignored: Counter[str]
+    folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]
 ) -> dict[str, list[str]]:
     """Return the images of each class folder, as paths relative to root, and count the other files.
 
@@ -225,12 +218,16 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def list_manifest(
-    file_text: str, root_text: str | None, selected: Iterable[str] | None, *, for_training: bool = True
+    file_text: str,
+    root_text: str | None,
+    selected: Sequence[str] | None,
+    for_training: bool = True,
+    problems: list[str] | None = None,
 ) -> Listing:
     """List the images that a CSV file names in its columns path, label and, optionally, split.
 
     Paths are relative to the root, or to the file's folder, and may not leave it. Raise UsageError with the line of a
-    row that is incomplete, double or names a missing file.
+    row that is incomplete, double or names a missing file. `problems` is as in `list_folder`.
     """
     file = expand_user(file_text)
     if not is_file(file):
@@ -263,7 +260,7 @@ def list_manifest(
     if missing:
         more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
         raise UsageError(missing[0] + more)
-    return _make_listing(root, files, selected, str(file), for_training=for_training, ignored={})
+    return _make_listing(root, file, files, selected, for_training, problems, {})
 
 
 def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:

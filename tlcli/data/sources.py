@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tlcli.data.images import ImageSource, Ints, Source
 
 DIGITS = tuple("0123456789")
-UNPICKLING = ("LSUN", "LSUNClass")
-"""Classes that unpickle a file beside the images. CIFAR's files are pickles too, with digests that are checked."""
 
 
 @option
@@ -46,10 +44,10 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
         return Source(DIGITS, {"all": full_split(images, data.target)}).select_classes(self.classes, self.name)
 
 
-class _ListedSpec(DatasetSpec, frozen=True):
-    """A dataset of files that are listed before any is read."""
+class _FilesSpec(DatasetSpec, frozen=True):
+    """A dataset of files that are listed before any is opened."""
 
-    def list_files(self, *, for_training: bool = True) -> Listing:
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
         raise NotImplementedError
 
     def check(self, *, for_training: bool = True) -> None:
@@ -60,28 +58,28 @@ class _ListedSpec(DatasetSpec, frozen=True):
 
         return source_of_files(self.list_files(for_training=for_training))
 
-
-@option
-class ImageFolderSpec(_ListedSpec, frozen=True, tag="imagefolder"):
-    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
-
-    def list_files(self, *, for_training: bool = True) -> Listing:
-        return list_folder(self.root, self.classes, for_training=for_training)
-
     def without_bad_classes(self) -> tuple[DatasetSpec, list[str]]:
         problems: list[str] = []
-        listing = list_folder(self.root, self.classes, problems=problems)
+        listing = self.list_files(problems=problems)
         return structs.replace(self, classes=listing.classes) if problems else self, problems
 
 
 @option
-class ManifestSpec(_ListedSpec, frozen=True, tag="manifest"):
+class ImageFolderSpec(_FilesSpec, frozen=True, tag="imagefolder"):
+    """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
+
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
+        return list_folder(self.root, self.classes, for_training, problems)
+
+
+@option
+class ManifestSpec(_FilesSpec, frozen=True, tag="manifest"):
     """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
 
     file: str
 
-    def list_files(self, *, for_training: bool = True) -> Listing:
-        return list_manifest(self.file, self.root, self.classes, for_training=for_training)
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
+        return list_manifest(self.file, self.root, self.classes, for_training, problems)
 
 
 @option
@@ -95,40 +93,32 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
     download: bool
 
     def check(self, *, for_training: bool = True) -> None:
-        if self.classes is not None and len(set(self.classes)) < 2:
-            raise UsageError("dataset.classes keeps fewer than two classes: name at least two")
-
-    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
-        return load_torchvision(self, reporter)
+        resolve_classes(self.classes or (), self.classes, self.name)
 
     def offline(self) -> DatasetSpec:
         return structs.replace(self, download=False)
 
+    def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
+        """Return the splits, downloaded if `download` is true and nothing is there yet.
 
-# -- torchvision ------------------------------------------------------------------------------------------------------
+        Labels are read without decoding images; classes without names are called by their numbers. Raise UsageError if
+        torchvision does not have the class or an argument, or the data is missing; TlcliError if the download failed.
+        """
+        import numpy as np
 
+        from tlcli.data.images import Source, full_split
 
-def load_torchvision(spec: TorchvisionDatasetSpec, reporter: Reporter) -> "Source":
-    """Return the splits of a torchvision dataset, downloaded if `download` is true and nothing is there yet.
-
-    Labels are read without decoding images; classes without names are called by their numbers. Raise UsageError if
-    torchvision does not have the class or an argument, or the data is missing; TlcliError if the download failed.
-    """
-    import numpy as np
-
-    from tlcli.data.images import Source, full_split
-
-    arguments = {"train": spec.train, "val": spec.val, "test": spec.test}
-    if spec.val is None and spec.test is None:
-        arguments = {"all": spec.train}
-    sets = {k: _open_set(spec, dict(value), reporter) for k, value in arguments.items() if value is not None}
-    labels = {k: _labels(spec, items) for k, items in sets.items()}
-    classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
-    root = Path(spec.root or "").expanduser()
-    splits = {k: full_split(_images(s, root, f"{spec.name}/{k}"), labels[k]) for k, s in sets.items()}
-    # some name classes that no image has, as EMNIST's letters do with "N/A"
-    in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
-    return Source(classes, splits).select_classes(in_use if spec.classes is None else spec.classes, spec.name)
+        arguments = {"train": self.train, "val": self.val, "test": self.test}
+        if self.val is None and self.test is None:
+            arguments = {"all": self.train}
+        sets = {k: _open_set(self, dict(value), reporter) for k, value in arguments.items() if value is not None}
+        labels = {k: _labels(self, items) for k, items in sets.items()}
+        classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
+        root = Path(self.root or "").expanduser()
+        splits = {k: full_split(_images(s, root, f"{self.name}/{k}"), labels[k]) for k, s in sets.items()}
+        # some name classes that no image has, as EMNIST's letters do with "N/A"
+        in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
+        return Source(classes, splits).select_classes(in_use if self.classes is None else self.classes, self.name)
 
 
 def dataset_class(name: str) -> Any:
@@ -138,11 +128,8 @@ def dataset_class(name: str) -> Any:
     base = datasets.VisionDataset
     exported = {n: getattr(datasets, n) for n in datasets.__all__}
     known = [n for n, c in exported.items() if inspect.isclass(c) and issubclass(c, base) and c is not base]
-    if name in UNPICKLING:
-        raise UsageError(
-            f"dataset.class_name: torchvision's {name} unpickles a file beside the images, which could run any code: "
-            f"use dataset=imagefolder"
-        )
+    if name in ("LSUN", "LSUNClass"):  # CIFAR's files are pickles too, but torchvision checks their digests
+        raise UsageError(f"dataset.class_name: {name} unpickles a file, which could run any code: use imagefolder")
     if name not in known:
         raise UsageError(f"dataset.class_name: torchvision.datasets has no {name!r}.{did_you_mean(name, known)}")
     return exported[name]
