@@ -138,7 +138,7 @@ def _pad_to_square(pixels: Tensor, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random box, flipped with probability `flip` (None: the input of evaluation), then `transforms` of the square."""
+    """A random box (None: the input of evaluation), flipped with probability `flip`; then `transforms` of the square."""
 
     preprocessing: Preprocessing
     draw_box: Callable[[int, int, random.Random], tuple[int, int, int, int]] | None
