@@ -94,10 +94,10 @@ class Preprocessing:
         fit, stats = Fit(data["fit"]), parse_image_stats(data)
         value_range = data.get("range")
         if value_range is not None:
-            low, high = map(float, value_range)
+            low, high = value_range
             if not -3e38 <= low < high <= 3e38:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
-            value_range = low, high
+            value_range = float(low), float(high)
         return cls(fit=fit, range=value_range, **stats)
 
 
@@ -138,7 +138,7 @@ def _pad_to_square(pixels: Tensor, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random box (None: the input of evaluation), flipped with probability `flip`; then `transforms` of the square."""
+    """A random box (None: the whole image), flipped with probability `flip`; then `transforms` of the square."""
 
     preprocessing: Preprocessing
     draw_box: Callable[[int, int, random.Random], tuple[int, int, int, int]] | None
