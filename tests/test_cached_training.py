@@ -1,12 +1,7 @@
 """Cached and uncached training agree: same seed, same order, the same weights except for rounding.
 
-Observed after two epochs in float32, with one thread and the same memory format, for each of the cases below:
-
-    BatchNorm as it is       bitwise identical; the head alone, whose gradient is then a formula: 6e-8
-    BatchNorm folded         weights differ by at most 9e-6 under SGD; if that turns a ReLU on, in a network with random
-                             weights whose BatchNorm updates, by 9e-4
-    from a probe             2.4e-4 in a bias: logistic regression stops at a tolerance of its own
-    under AdamW              5e-5 of a tensor's norm: Adam divides a gradient by its own size
+Observed in float32: bitwise identical with BatchNorm as it is (6e-8 for the head alone, whose gradient is a formula);
+9e-6 under SGD with BatchNorm folded, 9e-4 if that turns a ReLU on; 2.4e-4 from a probe; 5e-5 under AdamW.
 """
 
 import json
@@ -27,7 +22,6 @@ from tlcli.runs.run_dir import read_json
 RTOL, ATOL = 1e-3, 5e-5
 NORM = 1e-3
 """Of a tensor's own, for what AdamW gives."""
-ONE_IMAGE = 1 / 24 + 1e-9
 Train = Callable[..., Path]
 
 LITE0 = ("backbone=efficientnet_lite0", "freeze.head_init=random")
@@ -151,15 +145,6 @@ def test_the_defaults_give_the_same_but_for_rounding(train: Train) -> None:
     one = weights(cached)
     for name, tensor in weights(live).items():
         assert (one[name].float() - tensor.float()).norm() <= NORM * tensor.float().norm(), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("freeze", [HEAD, LAST], ids=lambda words: words[0])
-def test_bfloat16_gives_the_same_accuracy_but_for_an_image(freeze: tuple[str, ...], train: Train) -> None:
-    runs = both(train, *freeze, *PLAIN, "device.precision=bf16")
-    accuracy = [read_json(run / "test.json")["accuracy"] for run in runs]
-    assert abs(accuracy[0] - accuracy[1]) <= ONE_IMAGE
-    assert min(accuracy) > 0.9
 
 
 def test_the_leading_frozen_part_stores_nothing_for_backward(spec: Compose, shapes: Path) -> None:

@@ -19,7 +19,7 @@ from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.run_dir import RunDir, number, pair
 from tlcli.specs import DatasetSpec, Fit
-from tlcli.text import did_you_mean, evenly_spaced, one_line
+from tlcli.text import evenly_spaced, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -221,15 +221,14 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
 # -- export and check
 
 
-def find_format(name: str) -> ExportFormat:
-    """Return the format of this name. Raise UsageError if there is none or its packages are not installed."""
+def check_format(name: str) -> str:
+    """Return the name. Raise UsageError if that format was removed or its packages are not installed."""
     if name in REMOVED:
         raise UsageError(f"--to {name} was removed: {REMOVED[name]}")
-    if name not in FORMATS:
-        raise UsageError(f"--to {name}: unknown format.{did_you_mean(name, FORMATS)} Use one of {', '.join(FORMATS)}")
-    if missing := [package for package in FORMATS[name].packages if find_spec(package) is None]:
+    packages = FORMATS[name].packages if name in FORMATS else ()
+    if missing := [package for package in packages if find_spec(package) is None]:
         raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'tlcli[export]'")
-    return FORMATS[name]
+    return name
 
 
 def check_not_existing(path: Path) -> None:

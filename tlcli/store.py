@@ -104,7 +104,6 @@ class Store:
 
     @property
     def activations(self) -> Path:
-        """The folder of the entries."""
         return self.root / "activations"
 
     def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
@@ -249,8 +248,7 @@ class Store:
 
     def add_note(self, name: str, key: str, value: Any) -> None:
         """Add a note in one atomic step among all processes. Does nothing if the cache cannot be written."""
-        file_lock = lock(self.root / "locks" / f"{name}.json.lock", timeout=10)
-        with suppress(OSError), file_lock:
+        with suppress(OSError), lock(self.root / "locks" / f"{name}.json.lock", timeout=10):
             self.write_notes(name, {**self.read_notes(name), key: value})
 
     def write_notes(self, name: str, notes: Mapping[str, Any]) -> None:
@@ -369,9 +367,8 @@ def _read_entry(folder: Path) -> CacheEntry:
         used=(folder / META).stat().st_mtime,
         checksums=tuple(meta["checksums"]),
     )
-    for i, column in enumerate(entry.columns):
-        if entry.file(i).stat().st_size != entry.rows * column.nbytes:
-            raise ValueError(f"{entry.file(i)} has a wrong size")
+    if any(entry.file(i).stat().st_size != entry.rows * column.nbytes for i, column in enumerate(entry.columns)):
+        raise ValueError(f"{folder}: a file has a wrong size")
     return entry
 
 

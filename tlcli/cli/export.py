@@ -6,7 +6,7 @@ from pathlib import Path
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, PAD_NOTE, check_not_existing, export, find_format, prepare
+from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
 from tlcli.runs.run_dir import open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
@@ -29,7 +29,7 @@ def parser() -> Parser:
         ["tlcli export outputs/DATE/TIME --to onnx", "tlcli export outputs/DATE/TIME --to timm --output my-model"],
     )
     made.add_argument("run", metavar="RUN", help="directory of a run")
-    made.add_argument("--to", required=True, choices=tuple(FORMATS), type=lambda name: find_format(name).name)
+    made.add_argument("--to", required=True, choices=tuple(FORMATS), type=check_format)
     made.add_argument("--output", metavar="PATH", help="default: export/ in the run; nothing is overwritten")
     made.add_argument(
         "--with-preprocessing",

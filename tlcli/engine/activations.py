@@ -66,7 +66,6 @@ class SplitActivations:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
         return len(self) * self.row_bytes
 
     @property
@@ -158,14 +157,12 @@ class Workload:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Return the preprocessing of images into network inputs."""
         return preprocessing_for(self.spec, self.classifier, self.data.value_range)
 
     @property
     def workers(self) -> int:
-        """The number of processes that decode."""
-        workers = self.spec.device.workers
-        return workers if workers is not None else auto_workers(self.accelerator)
+        own = self.spec.device.workers
+        return auto_workers(self.accelerator) if own is None else own
 
     @property
     def augments(self) -> bool:
@@ -173,8 +170,7 @@ class Workload:
         return self.spec.augment.build(self.preprocessing) is not None
 
     def split(self, split_name: str) -> Split:
-        """Return the images of a split."""
-        split: Split = getattr(self.data, "train" if split_name == "train_eval" else split_name)
+        split: Split = getattr(self.data, split_name.removesuffix("_eval"))
         return split
 
     @property

@@ -31,7 +31,6 @@ class Inputs:
     def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
         self.decisions, self.workload = decisions, workload
         self.device = device_with(workload, decisions.train_dtype, decisions.eval_format)
-        self.preprocessing = workload.preprocessing
         names = [name for name in split_names if name in decisions.cached]
         self.cached = {name: workload.cached_split(name, names, decisions.eval_format) for name in names}
 
@@ -106,7 +105,6 @@ class Inputs:
 
     @property
     def numerics(self) -> dict[str, str]:
-        """Return the reasons for the formats of training and evaluation."""
         return {use: self.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
 
     @property
@@ -122,14 +120,12 @@ class Inputs:
         sources = self._sources()
         missing = [source for source in sources if not source.filled]
         splits = f" ({', '.join(self.cached)})" if "train" not in self.cached else ""
-        shown = missing or sources
-        size = f"{sum(map(len, shown)):,} rows, {size_text(sum(source.nbytes for source in shown))}"
-        words = f"computed once and cached{splits}: {size}" if missing else f"read from cache{splits}: {size}"
+        shown, done = missing or sources, "computed once and cached" if missing else "read from cache"
+        text = f"{done}{splits}: {sum(map(len, shown)):,} rows, {size_text(sum(source.nbytes for source in shown))}"
         speeds = [source.extractor.compute_format.images_per_second for source in missing]
-        if missing and all(speeds):
-            seconds = sum(len(source) / (speed or 1) for source, speed in zip(missing, speeds, strict=True))
-            words += f", about {seconds:.0f} s"
-        return "; ".join([words, *uncached])
+        if seconds := sum(len(source) / speed for source, speed in zip(missing, speeds, strict=True) if speed):
+            text += f", about {seconds:.0f} s"
+        return "; ".join([text, *uncached])
 
     def checksums(self) -> dict[str, list[str]]:
         """Return the checksums of the activations that have been opened, by key."""

@@ -57,7 +57,11 @@ class Recorder:
         """Write what is known before training of data, model and machine, and show the plan."""
         self._inputs, data, classifier = inputs, inputs.workload.data, inputs.workload.classifier
         spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
-        stages, device, preprocessing = freeze_table(spec.optimizer, classifier), inputs.device, inputs.preprocessing
+        stages, device, preprocessing = (
+            freeze_table(spec.optimizer, classifier),
+            inputs.device,
+            inputs.workload.preprocessing,
+        )
         self._sizes = {name: len(split) for name, split in splits.items()}
         self._run.write_bad_files(data.bad_files)
         self._run.update(
