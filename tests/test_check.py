@@ -2,13 +2,14 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tlcli.check import check_labels, near_duplicates
+from tlcli.check import Suspect, check_labels, near_duplicates
 from tlcli.data.images import ConcatSplits, ImageFiles, full_split
 from tlcli.reporter import Reporter
 
@@ -21,20 +22,29 @@ def clouds(n: int, n_classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndar
     return torch.from_numpy((centers[labels] + random.normal(0, 1, (n, 16))).astype(np.float32)), labels
 
 
+def suspects_of(
+    features: torch.Tensor, labels: np.ndarray, n_classes: int, group_of: np.ndarray | None = None
+) -> tuple[list[Suspect], dict[str, Any]]:
+    groups = np.arange(len(labels)) if group_of is None else group_of
+    return check_labels(features, labels, [str(c) for c in range(n_classes)], groups, 0, Reporter())
+
+
 @pytest.mark.parametrize("n_classes", [2, 5])
 def test_changed_labels_are_ranked_first(n_classes: int) -> None:
     features, labels = clouds(200, n_classes)
     changed = np.random.default_rng(1).choice(200, 10, replace=False)
     given = labels.copy()
     given[changed] = (given[changed] + 1) % n_classes
-    check = check_labels(features, given, n_classes, np.arange(200), 0, Reporter())
-    assert set(check.suspects[:10].tolist()) == set(changed.tolist())
-    assert (check.suggested[changed] == labels[changed]).all()
-    assert check.likely[changed].sum() >= 6
-    assert not np.delete(check.likely, changed).any()
-    assert np.allclose(check.probabilities.sum(axis=1), 1, atol=1e-5)
-    means = [check.probabilities[given == c, c].mean() for c in range(n_classes)]
-    assert check.thresholds == pytest.approx(means, abs=1e-5)
+    suspects, metrics = suspects_of(features, given, n_classes)
+    first = {i: (suggested, likely) for i, suggested, _, _, likely in suspects[:10]}
+    assert {i: suggested for i, (suggested, _) in first.items()} == {i: labels[i] for i in changed}
+    assert sum(likely for _, likely in first.values()) >= 6
+    assert not any(likely for *_, likely in suspects[10:])
+    assert [p for _, _, p, _, _ in suspects] == sorted(p for _, _, p, _, _ in suspects)
+    assert all(p < other for _, _, p, other, _ in suspects)
+    assert (metrics["suspects"], metrics["likely_wrong"]) == (len(suspects), sum(s[-1] for s in suspects))
+    assert metrics["agreement"] == pytest.approx(1 - len(suspects) / 200)
+    assert all(0.5 < threshold < 1 for threshold in metrics["thresholds"].values())
 
 
 def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
@@ -44,17 +54,16 @@ def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     given[0] = 1 - labels[0]
     copies = {0, *range(100, 120)}
     grouped = np.concatenate([np.arange(100), np.zeros(20, dtype=int)])
-    assert copies <= set(check_labels(features, given, 2, grouped, 0, Reporter()).suspects.tolist())
-    assert not copies & set(check_labels(features, given, 2, np.arange(120), 0, Reporter()).suspects.tolist())
+    assert copies <= {i for i, *_ in suspects_of(features, given, 2, grouped)[0]}
+    assert not copies & {i for i, *_ in suspects_of(features, given, 2)[0]}
 
 
-def test_a_class_of_one_image() -> None:
+def test_a_class_of_one_image_has_no_probability() -> None:
     features, labels = clouds(60, 2)
-    given = labels.copy()
-    given[5] = 2
-    probabilities = check_labels(features, given, 3, np.arange(60), 0, Reporter()).probabilities
-    assert probabilities[5, 2] == 0
-    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    labels[5] = 2
+    suspects, metrics = suspects_of(features, labels, 3)
+    assert suspects[0][0] == 5
+    assert suspects[0][2] == metrics["thresholds"]["2"] == 0
 
 
 def scene(seed: int, size: int = 96) -> Image.Image:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
-from tlcli.specs import ClassWeights, HeadInit, OnBad, TrainSpec
+from tlcli.specs import HeadInit, OnBad, TrainSpec
 from tlcli.text import csv_line, join_limited, strip_control_chars
 from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
 from tlcli.transfer.freeze import HeadSpec
@@ -54,53 +53,8 @@ CELLS_PER_ROW, CELL_SIDE, GAP, LINE_HEIGHT = 5, 190, 10, 17  # the sides in pixe
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Table = list[Sequence[object]]
 SheetRow = tuple[str, list[tuple[int, str]]]  # a title, and images with their captions
-
-
-@dataclass(frozen=True, eq=False)
-class LabelCheck:
-    """Labels that are likely wrong.
-
-    `suspects` are positions of images that a probe takes for another class, the most likely wrong first. Of each image
-    `suggested` is that class, and `likely` is True if the image counts as one of it. `probabilities` (N, classes) are
-    out-of-fold, `thresholds` (classes).
-    """
-
-    suspects: Ints
-    suggested: Ints
-    likely: np.ndarray[Any, np.dtype[np.bool_]]
-    probabilities: Floats
-    thresholds: Floats
-
-
-@dataclass(eq=False)
-class Findings:
-    """The findings of a check.
-
-    `duplicates` are (exact or near, similarity, positions): exact ones have the same content, near ones include exact
-    copies, and their similarity is the lowest correlation of the pairs that connect them. `network_reason` says why
-    nothing ran on the network: then there are no near duplicates and `labels` is None. `seconds` are by part.
-    """
-
-    spec: TrainSpec
-    data: Dataset
-    images: ConcatSplits
-    problems: Sequence[str]
-    started: float
-    seconds: dict[str, float] = field(default_factory=dict)
-    duplicates: list[tuple[str, float, list[int]]] = field(default_factory=list)
-    labels: LabelCheck | None = None
-    network_reason: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def lap(self, part: str) -> None:
-        """Record the seconds since the last part ended."""
-        now = time.perf_counter()
-        self.seconds[part] = round(now - self.started, 3)
-        self.started = now
-
-    def place(self, i: int) -> tuple[str, str, str]:
-        """Return file, split and class of an image."""
-        return self.images.name(i), self.images.split_names[i], self.data.classes[self.images.labels[i]]
+Duplicates = tuple[str, float, list[int]]  # exact or near, the lowest correlation of connecting pairs, positions
+Suspect = tuple[int, int, float, float, bool]  # position, suggested class, its own and that one's probability, likely
 
 
 def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Path, *, quick: bool) -> dict[str, Any]:
@@ -111,7 +65,11 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     Args:
         quick: run no network, so find neither near duplicates nor wrong labels.
     """
-    started = time.perf_counter()
+    start, seconds = time.perf_counter(), dict[str, float]()
+
+    def lap(part: str) -> None:
+        seconds[part] = round(time.perf_counter() - start - sum(seconds.values()), 3)
+
     accelerator = setup_process(spec.device)
     dataset, problems = spec.dataset.without_bad_classes()
     spec = structs.replace(
@@ -122,31 +80,58 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     )
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
-    findings = Findings(spec, data, images, problems, started)
-    findings.lap("reading")
+    lap("reading")
     exact = exact_duplicates(images, reporter)
-    findings.duplicates = [("exact", 1.0, group) for group in exact]
-    findings.lap("exact duplicates")
-    inputs = None if quick else _features(findings, accelerator, reporter, session)
+    duplicates: list[Duplicates] = [("exact", 1.0, group) for group in exact]
+    lap("exact duplicates")
+    notes, suspects, labels = list(data.notes), list[Suspect](), dict[str, Any]()
+    inputs = None if quick else _features(spec, data, accelerator, session, reporter, notes)
     if inputs is None:
-        reason = "the head of this network is not one linear layer, so there are no features"
-        findings.network_reason = "left out (--quick)" if quick else reason
+        no_features = "the head of this network is not one linear layer, so there are no features"
+        checked = {"checked": False, "why": "left out (--quick)" if quick else no_features}
     else:
-        findings.lap("features")
+        checked = {"checked": True}
+        lap("features")
         near, group_of = near_duplicates(images, exact, inputs.float().numpy(), reporter)
-        findings.duplicates += [("near", *group) for group in near]
-        findings.lap("near duplicates")
-        findings.labels = check_labels(inputs, images.labels, len(data.classes), group_of, spec.seed, reporter)
-        findings.lap("labels")
-    return _write(findings, folder)
+        duplicates += [("near", *group) for group in near]
+        lap("near duplicates")
+        suspects, labels = check_labels(inputs, images.labels, data.classes, group_of, spec.seed, reporter)
+        lap("labels")
+    _write_files(folder, images, data, duplicates, suspects)
+    lap("contact sheet")
+    root, n_classes = spec.dataset.root, len(data.classes)
+    by_split = {name: split.class_counts(n_classes) for name, split in images.splits.items()}
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "tlcli": __version__,
+        "dataset": f"{data.name} {Path(root).name}" if root else data.name,
+        "backbone": spec.backbone.name,
+        "n_images": len(images),
+        "classes": list(data.classes),
+        "counts": {name: dict(zip(data.classes, counts, strict=True)) for name, counts in by_split.items()},
+        "imbalance": round(max(by_split["train"]) / max(1, min(by_split["train"])), 2),
+        "n_bad_files": len(data.bad_files),
+        "layout": list(problems),
+        "exact": _count_duplicates(images, exact),
+        "near": _count_duplicates(images, [group for kind, _, group in duplicates if kind == "near"]) | checked,
+        "labels": checked | labels,
+        "notes": notes,
+        "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+        "output": str(folder),
+    }
+    summary = {"verdicts": list(_verdicts(summary)), **summary}
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    return summary
 
 
-def _features(findings: Findings, accelerator: torch.device, reporter: Reporter, session: Session) -> Tensor | None:
+def _features(
+    spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session, reporter: Reporter, notes: list[str]
+) -> Tensor | None:
     """Return the input of the head for each image, in order; None if the head is not one linear layer."""
-    spec, data = findings.spec, findings.data
     classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
     if not classifier.pretrained:
-        findings.notes.append("the features are of random weights: they say little about labels")
+        notes.append("the features are of random weights: they say little about labels")
     head = linear_head(classifier)
     if head is None:
         return None
@@ -222,9 +207,9 @@ def _near_pairs(images: ConcatSplits, positions: Ints, features: Floats, reporte
 
 
 def check_labels(
-    inputs: Tensor, labels: Ints, n_classes: int, group_of: Ints, seed: int, reporter: Reporter
-) -> LabelCheck:
-    """Return the labels (N) that a linear probe on features (N, D), fitted to other images, finds likely wrong.
+    inputs: Tensor, labels: Ints, classes: Sequence[str], group_of: Ints, seed: int, reporter: Reporter
+) -> tuple[list[Suspect], dict[str, Any]]:
+    """Find labels (N) that a linear probe on features (N, D), fitted to other images, takes for another class.
 
     This is confident learning (Northcutt, Jiang and Chuang 2021): out-of-fold probabilities, and per class the mean
     probability of its own images as the threshold above which an image counts as one of it. Suspects are ranked by the
@@ -234,6 +219,9 @@ def check_labels(
     Args:
         group_of: number of the group of duplicates of each image (N), ascending by first image. A group is in one fold:
             else a copy with the same wrong label would confirm it.
+
+    Returns:
+        Suspects, which are likely wrong if they count as images of another class, and metrics.
     """
     folds = np.empty(len(labels), dtype=np.int64)
     random = np.random.default_rng([seed, FOLDS])
@@ -241,7 +229,7 @@ def check_labels(
         members = random.permutation(np.flatnonzero(labels == label))
         folds[members] = (np.arange(len(members)) + random.integers(FOLDS)) % FOLDS
     folds = folds[np.unique(group_of, return_index=True)[1]][group_of]
-    probabilities = np.zeros((len(labels), n_classes), dtype=np.float32)
+    probabilities = np.zeros((len(labels), len(classes)), dtype=np.float32)
     with reporter.track("labels", len(labels)) as advance:
         for fold in np.unique(folds):
             held, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
@@ -254,67 +242,74 @@ def check_labels(
             advance(len(held))
     rows = np.arange(len(labels))
     given = probabilities[rows, labels]
-    counts = np.bincount(labels, minlength=n_classes)
-    sums = np.bincount(labels, weights=given, minlength=n_classes)
+    counts = np.bincount(labels, minlength=len(classes))
+    sums = np.bincount(labels, weights=given, minlength=len(classes))
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
     others = probabilities.copy()
     others[rows, labels] = -1
     suggested = others.argmax(axis=1)
+    highest = others[rows, suggested]
     above = probabilities >= thresholds
     likely = above.any(axis=1) & (np.where(above, probabilities, -1).argmax(axis=1) != labels)
-    suspects = np.flatnonzero(given < others[rows, suggested])
-    suspects = suspects[np.argsort(given[suspects], kind="stable")]
-    return LabelCheck(suspects, suggested, likely, probabilities, thresholds)
+    order = np.flatnonzero(given < highest)
+    order = order[np.argsort(given[order], kind="stable")]
+    columns = (order, suggested[order], given[order], highest[order], likely[order])
+    return list(zip(*(column.tolist() for column in columns), strict=True)), {
+        "folds": FOLDS,
+        "agreement": round(float((probabilities.argmax(axis=1) == labels).mean()), 4),
+        "suspects": len(order),
+        "likely_wrong": int(likely[order].sum()),
+        "thresholds": {name: round(float(t), 4) for name, t in zip(classes, thresholds, strict=True)},
+    }
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _write(findings: Findings, folder: Path) -> dict[str, Any]:
-    """Write the contact sheet, the tables and the summary, which is returned."""
-    duplicates, groups = _duplicates(findings)
-    suspects, examples = _suspects(findings)
-    if groups or examples:
-        draw_sheet([*groups, *examples], findings.images).save(folder / "contact_sheet.png")
-    findings.lap("contact sheet")
-    bad_files: Table = [("file", "reason"), *findings.data.bad_files]
-    for name, rows in {"duplicates": duplicates, "labels": suspects, "bad_files": bad_files}.items():
+def _write_files(
+    folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
+) -> None:
+    """Write the tables and the contact sheet."""
+    duplicates_table, groups = _tabulate_duplicates(images, data.classes, duplicates)
+    labels_table, examples = _tabulate_labels(images, data.classes, suspects)
+    bad_files: Table = [("file", "reason"), *data.bad_files]
+    for name, rows in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             stream.writelines(map(csv_line, rows))
-    summary = {**summarize(findings), "output": str(folder)}
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
-    return summary
+    if groups or examples:
+        draw_sheet([*groups, *examples], images).save(folder / "contact_sheet.png")
 
 
-def _duplicates(findings: Findings) -> tuple[Table, list[SheetRow]]:
+def _tabulate_duplicates(
+    images: ConcatSplits, classes: Sequence[str], duplicates: Sequence[Duplicates]
+) -> tuple[Table, list[SheetRow]]:
     """Return duplicates.csv and rows of the contact sheet, groups across splits or with several classes first."""
     table: Table = [("group", "kind", "similarity", "splits", "labels", "file", "split", "label")]
     ranked = []
-    for number, (kind, similarity, group) in enumerate(findings.duplicates, start=1):
-        places = [findings.place(i) for i in group]
-        n_splits, n_labels = (len(set(values)) for values in list(zip(*places, strict=True))[1:])
-        table += [(number, kind, f"{similarity:.3f}", n_splits, n_labels, *place) for place in places]
-        captions = {i: f"{split}: {label}" for i, (_, split, label) in zip(group, places, strict=True)}
+    for number, (kind, similarity, group) in enumerate(duplicates, start=1):
+        places = [(images.split_names[i], classes[images.labels[i]]) for i in group]
+        n_splits, n_labels = (len(set(values)) for values in zip(*places, strict=True))
+        about = number, kind, f"{similarity:.3f}", n_splits, n_labels
+        table += [(*about, images.name(i), *place) for i, place in zip(group, places, strict=True)]
+        captions = {i: ": ".join(place) for i, place in zip(group, places, strict=True)}
         one_each = {caption: i for i, caption in reversed(captions.items())}
         shown = list(dict.fromkeys([*one_each.values(), *group]))[:CELLS_PER_ROW]
-        title = f"{kind} duplicates: {len(group):,} images, similarity {similarity:.3f}"
-        row = title, [(i, captions[i]) for i in shown]
+        row = f"{kind} duplicates: {len(group):,} images, similarity {about[2]}", [(i, captions[i]) for i in shown]
         ranked.append(((n_splits == 1, n_labels == 1, kind == "exact", number), row))
     return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
 
 
-def _suspects(findings: Findings) -> tuple[Table, list[SheetRow]]:
+def _tabulate_labels(
+    images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Suspect]
+) -> tuple[Table, list[SheetRow]]:
     """Return labels.csv and rows of the contact sheet."""
     table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
-    check, cells = findings.labels, []
-    for rank, i in enumerate(check.suspects.tolist() if check else (), start=1):
-        assert check is not None
-        place, suggested = findings.place(i), findings.data.classes[check.suggested[i]]
-        p_label, p_suggested = check.probabilities[i, [findings.images.labels[i], check.suggested[i]]].tolist()
-        likely = "yes" if check.likely[i] else "no"
-        table.append((rank, *place, suggested, f"{p_label:.4f}", f"{p_suggested:.4f}", likely))
-        cells.append((i, f"{rank}. {place[2]} {p_label:.0%}\nlooks like {suggested} {p_suggested:.0%}"))
+    cells = []
+    for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
+        names = classes[images.labels[i]], classes[suggested]
+        chances = f"{p_label:.4f}", f"{p_suggested:.4f}", "yes" if likely else "no"
+        table.append((rank, images.name(i), images.split_names[i], *names, *chances))
+        cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
     starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
     return table, [("labels that may be wrong", cells[n : n + CELLS_PER_ROW]) for n in starts]
 
@@ -345,46 +340,7 @@ def draw_sheet(rows: Sequence[SheetRow], images: ConcatSplits) -> Image.Image:
 # -- summary ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(findings: Findings) -> dict[str, Any]:
-    """Return all metrics as plain data; `verdicts` has what to do, as [kind, text]: fix, look or note."""
-    images, data, check, reason = findings.images, findings.data, findings.labels, findings.network_reason
-    counts = {
-        name: dict(zip(data.classes, split.class_counts(len(data.classes)), strict=True))
-        for name, split in images.splits.items()
-    }
-    root, in_train = findings.spec.dataset.root, counts["train"].values()
-    checked: dict[str, Any] = {"checked": reason is None} | ({} if reason is None else {"why": reason})
-    labels: dict[str, Any] = {}
-    if check is not None:
-        labels = {
-            "folds": FOLDS,
-            "agreement": round(float((check.probabilities.argmax(axis=1) == images.labels).mean()), 4),
-            "suspects": len(check.suspects),
-            "likely_wrong": int(check.likely[check.suspects].sum()),
-            "thresholds": {c: round(float(t), 4) for c, t in zip(data.classes, check.thresholds, strict=True)},
-        }
-    summary: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "tlcli": __version__,
-        "dataset": f"{data.name} {Path(root).name}" if root else data.name,
-        "backbone": findings.spec.backbone.name,
-        "n_images": len(images),
-        "classes": list(data.classes),
-        "counts": counts,
-        "imbalance": round(max(in_train) / max(1, min(in_train)), 2),
-        "n_bad_files": len(data.bad_files),
-        "layout": list(findings.problems),
-        "exact": _count_duplicates(findings, "exact"),
-        "near": _count_duplicates(findings, "near") | checked,
-        "labels": checked | labels,
-        "notes": [*data.notes, *findings.notes],
-        "seconds": {**findings.seconds, "total": round(sum(findings.seconds.values()), 3)},
-    }
-    return {"verdicts": [list(verdict) for verdict in _verdicts(findings, summary)], **summary}
-
-
-def _count_duplicates(findings: Findings, kind: str) -> dict[str, Any]:
-    images, groups = findings.images, [group for own, _, group in findings.duplicates if own == kind]
+def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     in_train = [sum(images.split_names[i] == "train" for i in group) for group in groups]
     return {
         "groups": len(groups),
@@ -396,19 +352,13 @@ def _count_duplicates(findings: Findings, kind: str) -> dict[str, Any]:
     }
 
 
-def _verdicts(findings: Findings, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what to do, the most important first."""
+def _verdicts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what to do, the most important first, as (fix, look or note, text)."""
     exact, near, labels, in_train = summary["exact"], summary["near"], summary["labels"], summary["counts"]["train"]
     yield from (("fix", text) for text in summary["layout"])
-    if summary["layout"]:
-        yield "note", f"the rest of this check is about the other {len(summary['classes'])} classes"
     copies = "byte for byte: its accuracy is too high; remove them from one of the splits (duplicates.csv)"
     alike = "(contact_sheet.png): if it is the same image, remove one"
-    probe = (
-        "labels differ from the prediction of a probe, {likely_wrong:,} of them clearly: check contact_sheet.png and "
-    )
-    probe += "labels.csv, most likely wrong first; the probe agrees with {agreement:.0%} of all labels"
-    findings_by_count = (
+    counted = [
         ("fix", summary["n_bad_files"], "of the files do not decode: see bad_files.csv; replace or remove them"),
         ("fix", exact["test_in_train_or_val"], f"of test also in train or val, {copies}"),
         ("look", near["test_in_train_or_val"], f"of test with a near duplicate in train or val {alike}"),
@@ -417,15 +367,16 @@ def _verdicts(findings: Findings, summary: Mapping[str, Any]) -> Iterator[tuple[
         ("fix", exact["several_labels"], "groups of exact duplicates have several labels: at most one is right"),
         ("look", near["several_labels"], "groups of near duplicates have several labels"),
         ("note", exact["extra_in_train"], "of train are exact copies of others there, and count twice in training"),
-        ("look", labels.get("suspects", 0), probe.format(**labels) if "suspects" in labels else ""),
-    )
-    yield from ((kind, f"{n:,} {text}") for kind, n, text in findings_by_count if n)
+    ]
+    if labels["checked"]:
+        text = f"labels differ from the prediction of a probe, {labels['likely_wrong']:,} of them clearly: check "
+        text += f"contact_sheet.png and labels.csv; the probe agrees with {labels['agreement']:.0%} of all labels"
+        counted.append(("look", labels["suspects"], text))
+    yield from ((kind, f"{n:,} {text}") for kind, n, text in counted if n)
     if summary["imbalance"] >= MAX_IMBALANCE:
         largest, smallest = (choose(in_train, key=in_train.__getitem__) for choose in (max, min))
         text = f"train has {summary['imbalance']:.1f} times as many images of {largest} as of {smallest}: "
-        if findings.spec.class_weights is not ClassWeights.balanced:
-            text += "train with class_weights=balanced, and "
-        yield "note", text + "select by macro F1 (keep_best=macro_f1)"
+        yield "note", text + "train with class_weights=balanced, and select by macro F1 (keep_best=macro_f1)"
     if few := [f"{name} ({n})" for name, n in in_train.items() if n < MIN_CLASS_IMAGES]:
         text = f"fewer than {MIN_CLASS_IMAGES} training images of {join_limited(few)}"
         yield "note", f"{text}: their metrics are mostly chance; add images"
