@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.samples import folder_spec
+from tests.data.test_decode import png
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, images_by_key, load_dataset, load_evaluation_split
 from tlcli.data.decode import read_raw
@@ -19,17 +20,13 @@ from tlcli.store import Store
 HIGHEST = 4095
 
 
-def save_deep(path: Path, values: np.ndarray[Any, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path)
-
-
 def make_scans(root: Path, dtype: type = np.uint16, ending: str = "png", offset: int = 0, scale: float = 1) -> Path:
-    """Two classes of 12-bit images, each of another brightness."""
+    """Make two classes of 12-bit images, each of another brightness."""
     random = np.random.default_rng(0)
     for i in range(16):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         values = random.integers(0, HIGHEST * (i + 1) // 16, (12, 10)) * scale + offset
-        save_deep(root / "ab"[i % 2] / f"{i}.{ending}", values.astype(dtype))
+        Image.fromarray(values.astype(dtype)).save(root / "ab"[i % 2] / f"{i}.{ending}")
     return root
 
 
@@ -77,9 +74,10 @@ def test_auto_is_of_the_training_images_alone(tmp_path: Path) -> None:
     data = load(root, range="auto")
     train = np.concatenate([np.asarray(Image.open(data.train.name(i))).ravel() for i in range(len(data.train))])
     assert data.value_range == pytest.approx(np.percentile(train, [0.1, 99.9]), rel=1e-6)
-    save_deep(Path(data.test.name(0)), np.full((12, 10), 60_000, dtype=np.uint16))
-    assert load(root, range="auto").value_range == data.value_range
-    assert load(root, range="auto").test.read(0).min() == 255
+    Image.fromarray(np.full((12, 10), 60_000, dtype=np.uint16)).save(data.test.name(0))
+    again = load(root, range="auto")
+    assert again.value_range == data.value_range
+    assert again.test.read(0).min() == 255
 
 
 def test_a_second_run_says_the_same_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,32 +89,22 @@ def test_a_second_run_says_the_same_without_decoding(tmp_path: Path, monkeypatch
 
 
 def test_color_of_16_bits_is_noted(tmp_path: Path) -> None:
-    """Pillow writes no such file: the chunks of one, put together."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + bytes(range(4 * 6)) for _ in range(4))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     root = make_scans(tmp_path / "photos")
-    (root / "a" / "color.png").write_bytes(png)
-    assert read_raw(root / "a" / "color.png").is_reduced
-    assert any(line.startswith("1 color images are deeper than 8 bits") for line in load(root).notes)
+    (root / "a" / "color.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
+    (root / "a" / "color.png").write_bytes(png(4, 4, 16, b"".join(b"\0" + bytes(range(4 * 6)) for _ in range(4))))
+    assert all(read_raw(root / "a" / name).is_reduced for name in ("color.ppm", "color.png"))
+    assert any(line.startswith("2 color images are deeper than 8 bits") for line in load(root).notes)
 
 
 def test_8_bit_images_are_not_noted_and_not_changed(tmp_path: Path) -> None:
-    root = tmp_path / "photos"
-    for i in range(16):
-        save_deep(root / "ab"[i % 2] / f"{i}.png", np.random.default_rng(i).integers(0, 99, (8, 8)).astype(np.uint8))
+    root = make_scans(tmp_path / "photos", np.uint8, scale=1 / 32)
+    (root / "a" / "color.ppm").write_bytes(b"P6 2 1 255\n" + bytes(range(6)))
     plain, ranged = load(root), load(root, range=(0.0, 99.0))
     assert not any("deeper" in line for line in (*plain.notes, *ranged.notes))
     assert np.array_equal(plain.train.read(0), ranged.train.read(0))
 
 
-def test_checkpoints_keep_the_range(tmp_path: Path) -> None:
+def test_checkpoints_keep_the_range() -> None:
     own = Preprocessing(8, Fit.squash, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (-5.0, 4095.0))
     assert Preprocessing.from_json(own.to_json()) == own
     old = {key: value for key, value in own.to_json().items() if key != "range"}
