@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from torchvision import datasets
 
 from tests.data.samples import CONF
+from tests.faults.programs import can_mount
 from tests.security.conftest import SMALL
 from tlcli.cli import main
 
@@ -25,21 +25,16 @@ COMMANDS = {
     "list": "list .",
     "predict": "predict {run} {image}",
     "eval": "eval {run}",
-    "eval on other data": "eval {run} dataset=imagefolder dataset.root='{shapes}'",
     "report": "report {run} --output page.html",
     "compare": "compare {run} {other}",
     "export": "export {run} --to pt2 --output model.pt2",
     "data check": "data check dataset=imagefolder dataset.root='{shapes}' --quick --output found",
     "inspect": "inspect {run}",
-    "inspect a backbone": "inspect resnet18",
     "doctor": "doctor",
     "train on a folder": "train hydra.run.dir=folder dataset=imagefolder dataset.root='{shapes}' " + " ".join(SMALL),
-    "train on digits": "train hydra.run.dir=digits dataset.test_per_class=2 epochs=1 image.size=32 freeze=head",
-    "train on digits from random weights": "train hydra.run.dir=random " + " ".join(SMALL),
     "sweep": "train -m hydra.sweep.dir=sweep seed=0,1 " + " ".join(SMALL),
 }
-QUICK = {"list", "predict", "eval", "report", "compare", "export", "data check"}
-"""What takes no second. (A run that opens no connection is among the tests of train, too.)"""
+QUICK = ("list", "predict", "eval", "report", "compare", "export", "data check")  # the kernel counts for the others
 
 
 @contextmanager
@@ -75,9 +70,7 @@ def words_of(command: str, run: Path, shapes: Path) -> list[str]:
     return [word.format(run=run, other=other, image=image, shapes=shapes) for word in COMMANDS[command].split()]
 
 
-@pytest.mark.parametrize(
-    "command", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
-)
+@pytest.mark.parametrize("command", QUICK)
 def test_no_command_asks_the_network(
     command: str, finished: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,15 +105,6 @@ def test_a_download_that_is_asked_for_is_tried(tmp_path: Path, monkeypatch: pyte
 
 # -- the same as the kernel counts it
 
-
-@cache
-def has_namespaces() -> bool:
-    """Whether this user may have a network of his own, with nothing in it."""
-    if sys.platform != "linux" or shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
-
-
 COUNTS = """
 import json
 found = {}
@@ -130,8 +114,7 @@ for names, values in zip(lines[::2], lines[1::2]):
 found |= {name: int(value) for name, value in (line.split() for line in open("/proc/self/net/snmp6"))}
 kinds = ("IpOutRequests", "IpOutNoRoutes", "TcpActiveOpens", "UdpOutDatagrams", "Ip6OutRequests", "Ip6OutNoRoutes")
 print("\\n" + json.dumps({kind: found[kind] for kind in kinds}))
-"""
-"""Prints what the kernel was asked to send in this network, whoever asked and in whichever language."""
+"""  # prints the requests to the kernel to send something in this network, whichever program made them
 
 
 def counted(folder: Path, *lines: list[str]) -> tuple[list[int], dict[str, int]]:
@@ -150,20 +133,14 @@ def counted(folder: Path, *lines: list[str]) -> tuple[list[int], dict[str, int]]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_namespaces(), reason="no network namespaces here")
+@pytest.mark.skipif(not can_mount(), reason="no namespaces here")
 def test_the_kernel_counts_nothing_that_any_command_sends(finished: Path, shapes: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     tlcli = [sys.executable, "-m", "tlcli"]
-    chosen = [name for name in COMMANDS if name not in ("train on digits", "sweep")]
-    lines = [[*tlcli, *words_of(name, run, shapes)] for name in chosen]
-    codes, counts = counted(tmp_path, *lines, [*tlcli, "train", "dataset.train_per_class=6", "epochs=1"])
-    assert codes == [0] * (len(chosen) + 1), (tmp_path / "out.txt").read_text()
+    lines = [[*tlcli, *words_of(name, run, shapes)] for name in COMMANDS]
+    codes, counts = counted(tmp_path, *lines)
+    assert codes == [0] * len(COMMANDS), (tmp_path / "out.txt").read_text()
     assert set(counts.values()) == {0}, counts
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not has_namespaces(), reason="no network namespaces here")
-def test_the_kernel_counts_a_connection_that_is_tried(tmp_path: Path) -> None:
     connect = 'import socket; socket.socket().connect(("192.0.2.1", 80))'
     codes, counts = counted(tmp_path, [sys.executable, "-c", connect])
     assert codes == [1]
