@@ -70,7 +70,7 @@ from tests.conftest import *
 from tlcli.models.build import published_weights
 from tlcli.models.backbones import TimmBackboneSpec
 spec = TimmBackboneSpec(name="{NAME}", weights="default", reinit=[], dropout=0.0)
-print(len(published_weights(spec, None, 3, 224).state))
+print(len(published_weights(spec, spec.build(3), 3, 224).state))
 """
 
 

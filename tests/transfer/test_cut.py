@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tests.conftest import Compose
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
-from tlcli.models.classifier import Classifier, Head, is_inside
+from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, minimum_cut, split_frozen
@@ -60,50 +60,41 @@ def cut_of(network: nn.Module, size: int = 16, trainable: frozenset[str] | None 
     return cut
 
 
-def why_not(network: nn.Module, size: int = 16, trainable: frozenset[str] | None = None) -> str:
-    cut = split_frozen(network, size, trainable)
+def no_cut_reason(network: nn.Module, size: int = 16) -> str:
+    cut = split_frozen(network, size)
     assert isinstance(cut, NoCut), cut
     assert cut.reason and "\n" not in cut.reason
     return cut.reason
 
 
 def assert_same(network: nn.Module, cut: Cut, size: int) -> None:
-    """Logits in evaluation; logits, gradients and statistics of a training step with the same random numbers."""
+    """Compare logits in evaluation; logits, gradients and statistics of a training step with the same random numbers."""
     x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    with torch.no_grad():
-        close(cut.suffix(*cut.prefix(x)), network(x))
-        assert [tuple(a.shape) for a in cut.prefix(x)] == [(4, *shape) for shape in cut.shapes]
-    for module, mode in modes:
-        module.training = mode
-    found = copy.deepcopy(network.state_dict())
-    wanted = training_step(network, lambda: network(x))
-    network.load_state_dict(found)
-    with torch.no_grad():
+    with eval_mode(network), torch.no_grad():
         activations = cut.prefix(x)
-    given = [a.clone() for a in activations]
-    got = training_step(network, lambda: cut.suffix(*activations))
-    assert all(torch.equal(a, b) for a, b in zip(activations, given, strict=True))
-    assert wanted.keys() == got.keys()
-    for name, value in wanted.items():
-        close(got[name], value, name)
+        assert [tuple(a.shape) for a in activations] == [(4, *shape) for shape in cut.shapes]
+        close(cut.suffix(*activations), network(x))
+        close(cut.suffix(*cut.prefix(x[:3])), network(x[:3]))
+    copies = [a.clone() for a in activations]
+    state = copy.deepcopy(network.state_dict())
+    steps = []
+    for forward in (lambda: network(x), lambda: cut.suffix(*activations)):
+        network.load_state_dict(state)
+        network.zero_grad()
+        torch.manual_seed(0)
+        logits = forward()
+        F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        assert gradients.keys() == {name for name, p in network.named_parameters() if p.requires_grad}
+        steps.append({"logits": logits.detach(), **gradients, **{n: b.clone() for n, b in network.named_buffers()}})
+    for name, value in steps[0].items():
+        close(steps[1][name], value, name)
+    assert all(torch.equal(a, b) for a, b in zip(activations, copies, strict=True))  # the suffix has not changed them
 
 
-def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the logits, the gradients and the buffers after the step."""
-    torch.manual_seed(0)
-    logits = forward()
-    network.zero_grad()
-    F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
-    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-    assert gradients.keys() == {name for name, p in network.named_parameters() if p.requires_grad}
-    return {"logits": logits.detach(), **gradients, **{n: b.clone() for n, b in network.named_buffers()}}
-
-
-def close(got: Tensor, wanted: Tensor, name: str = "") -> None:
-    """Equal but for the rounding of float32, which the batch's layout in memory can change on some processors."""
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+def close(value: Tensor, expected: Tensor, name: str = "") -> None:
+    """Compare up to the rounding of float32, which the batch's layout in memory can change on some processors."""
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
 # --- Every backbone of conf/
@@ -130,32 +121,29 @@ def test_every_backbone(spec: Compose, name: str) -> None:
 
 
 def test_two_heads_are_both_the_head(spec: Compose) -> None:
-    model = model_of(spec, "timm", "backbone.name=deit_tiny_distilled_patch16_224", size=128)
+    model = model_of(spec, "timm", "backbone.name=deit_tiny_distilled_patch16_224", size=64)
     frozen(spec, model, "freeze=head")
-    cut = cut_of(model.network, 128)
-    assert (cut.suffix_start, cut.shapes) == ("head, head_dist", ((192,), (192,)))
-    assert_same(model.network, cut, 128)
+    cut = cut_of(model.network, 64)
+    assert (cut.suffix_start, cut.shapes) == ("head, head_dist", ((18, 192),))
+    assert_same(model.network, cut, 64)
 
 
 def test_modules_are_those_of_the_network(spec: Compose) -> None:
     """A hook on the head fires, a step of the optimizer counts, the contract's modes hold."""
-    model = model_of(spec, "efficientnet_b0", "backbone.dropout=0.5")
+    model = model_of(spec, "mobilenet_v3_small", "backbone.dropout=0.5")
     contract = frozen(spec, model, "freeze=head")
     cut = cut_of(model.network, 64)
-    head = model.network.get_submodule("classifier.1")
-    assert isinstance(head, Head)
-    seen: list[Tensor] = []
-    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    head = model.network.get_submodule("classifier.3")
+    calls: list[Tensor] = []
+    head.register_forward_hook(lambda module, inputs, output: calls.append(output))
     with torch.no_grad():
         activations = tuple(torch.randn_like(a) for a in cut.prefix(torch.randn(4, 3, 64, 64)))
-        first, second = cut.suffix(*activations), cut.suffix(*activations)
-        assert not torch.equal(first, second)
+        assert not torch.equal(cut.suffix(*activations), cut.suffix(*activations))
         model.network.eval()
-        first = cut.suffix(*activations)
-        assert torch.equal(first, cut.suffix(*activations))
+        logits = cut.suffix(*activations)
         head.bias += 1.0
-        close(cut.suffix(*activations), first + 1.0)
-    assert len(seen) == 5
+        close(cut.suffix(*activations), logits + 1.0)
+    assert len(calls) == 4
     contract.train_mode()
     assert not torch.equal(cut.suffix(*activations), cut.suffix(*activations))
 
@@ -166,22 +154,18 @@ def test_prefix_has_no_training_mode(spec: Compose) -> None:
     frozen(spec, model, "freeze=none", "freeze.bn_stats=update")
     cut = cut_of(model.network, 64, trainable=model.head_parameters())
     assert cut.suffix_start == "classifier.3"
-    assert not any(module.training for module in cut.prefix.modules())
     x = torch.randn(4, 3, 64, 64)
-    before = copy.deepcopy(model.network.state_dict())
+    state = copy.deepcopy(model.network.state_dict())
     with torch.no_grad():
-        model.network.eval()
-        wanted = model.network(x)
-        model.network.train()
         cut.prefix.train()
         activations = cut.prefix(x)
-    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
-    model.network.eval()
-    close(cut.suffix(*activations), wanted)
+        assert all(torch.equal(value, state[name]) for name, value in model.network.state_dict().items())
+        model.network.eval()
+        close(cut.suffix(*activations), model.network(x))
 
 
 def test_channels_last_maps_cross(spec: Compose) -> None:
-    model = model_of(spec, "resnet18")
+    model = model_of(spec, "timm")
     model.network.to(memory_format=torch.channels_last)
     frozen(spec, model, "freeze=last_stages")
     cut = cut_of(model.network, 64)
@@ -203,16 +187,16 @@ def test_a_residual_block_is_cut_before_it(spec: Compose) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freeze", "why"),
+    ("freeze", "reason"),
     [
-        (["freeze=none"], "no frozen layers at the input: conv_stem trains"),
-        (["freeze=norm"], "bn1 trains, and the frozen layers before it cost less to run again than to store"),
+        ("freeze=none", "no frozen layers at the input: conv_stem trains"),
+        ("freeze=norm", "bn1 trains, and the frozen layers before it cost less to run again than to store"),
     ],
 )
-def test_what_trains_near_the_input_is_named(spec: Compose, freeze: list[str], why: str) -> None:
+def test_what_trains_near_the_input_is_named(spec: Compose, freeze: str, reason: str) -> None:
     model = model_of(spec, "efficientnet_lite0")
-    frozen(spec, model, *freeze)
-    assert why_not(model.network, 64) == why
+    frozen(spec, model, freeze)
+    assert no_cut_reason(model.network, 64) == reason
 
 
 class Net(nn.Module):
@@ -261,29 +245,32 @@ def head_trains(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("noise", [nn.Dropout(0.5), DropPath(0.5), nn.RReLU()])
-def test_noise_moves_the_cut_before_it(noise: nn.Module) -> None:
-    network = head_trains(Net(between=noise))
+PLACES: dict[str, tuple[nn.Module, str]] = {
+    "dropout": (nn.Dropout(0.5), "second"),
+    "dropout of nothing": (nn.Dropout(0.0), "head"),
+    "dropout inside": (nn.Sequential(nn.Dropout(0.5)), "second"),
+    "stochastic depth": (DropPath(0.5), "second"),
+    "random slopes": (nn.RReLU(), "second"),
+    "statistics that are updated": (nn.BatchNorm2d(8, affine=False), "second"),
+    "statistics of the batch": (nn.BatchNorm2d(8, track_running_stats=False), "between"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_the_cut_is_before_what_is_random_or_depends_on_the_batch(case: str) -> None:
+    between, suffix_start = PLACES[case]
+    network = head_trains(Net(between=between))
     cut = cut_of(network)
-    assert (cut.suffix_start, cut.shapes) == ("second", ((8, 4, 4),))
+    assert cut.suffix_start == suffix_start
     assert_same(network, cut, 16)
 
 
-def test_dropout_that_is_off_moves_nothing() -> None:
-    for network in (head_trains(Net(nn.Dropout(0.0))), head_trains(Net(nn.Sequential(nn.Dropout(0.5)).eval()))):
-        network.between.eval()
-        assert cut_of(network).suffix_start == "head"
-    network = Net(between=nn.Dropout(0.5))
+def test_dropout_that_is_off_is_frozen() -> None:
+    network = head_trains(Net(between=nn.Dropout(0.5)))
     assert cut_of(network, trainable=frozenset({"head.weight", "head.bias"})).suffix_start == "head"
     assert network.training
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False)])
-def test_statistics_of_the_batch_are_not_frozen(norm: nn.Module) -> None:
-    network = head_trains(Net(between=norm))
-    cut = cut_of(network)
-    assert cut.suffix_start == ("second" if norm.track_running_stats else "between")
-    assert_same(network, cut, 16)
+    network.between.eval()
+    assert cut_of(network).suffix_start == "head"
 
 
 def dropout(network: Net, x: Tensor) -> Tensor:
@@ -328,20 +315,14 @@ FORWARD: dict[str, Callable[["Changed", Tensor], Tensor]] = {
 def test_forms_of_training_and_evaluation_are_both_kept(case: str) -> None:
     network = head_trains(Changed(FORWARD[case]))
     cut = cut_of(network)
-    assert_same(network, cut, 16)
     assert cut.shapes == ((8,),)
-    if case == "shapes":  # at another batch size
-        x = torch.randn(5, 3, 16, 16)
-        with torch.no_grad():
-            close(cut.suffix(*cut.prefix(x)), network.eval()(x))
+    assert_same(network, cut, 16)
 
 
 def test_what_crosses_is_left_as_it_is() -> None:
     """ReLU in place is the suffix's first operation: it must not write into the caller's activations."""
     network = head_trains(Net(before_head=nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.3, inplace=True))))
-    cut = cut_of(network)
-    assert cut.shapes == ((8,),)
-    assert_same(network, cut, 16)  # which compares the activations before and after
+    assert_same(network, cut_of(network), 16)
 
 
 def test_constants_do_not_cross() -> None:
@@ -391,40 +372,6 @@ def behind_a_view(network: Net, x: Tensor) -> Tensor:
     return logits(network, view.unflatten(2, (4, 4)))
 
 
-REFUSED: dict[str, tuple[Callable[[Changed, Tensor], Tensor], str]] = {
-    "branches on values": (
-        lambda n, x: Net.forward(n, x) if x.sum() > 0 else n.head(n.features(x)),
-        "cannot be traced: TraceError: symbolically traced variables",
-    ),
-    "one batch size": (lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4)), "cannot be split"),
-    "place in the batch": (
-        lambda n, x: n.head(n.features(x).cumsum(0)),
-        "the frozen part's values for an image depend on the other images of the batch",
-    ),
-    "a change behind a view": (behind_a_view, "prefix and suffix do not give the network's logits"),
-    "numbers of another generator": (
-        lambda n, x: Net.forward(n, x) * (float(np.random.default_rng().random()) if n.training else 1.0),
-        "prefix and suffix do not train as the network does",
-    ),
-    "numbers drawn in forward": (
-        lambda n, x: Net.forward(n, x) * (0.0 if random.random() < 0.5 and n.training else 1.0),
-        "cannot be traced: forward draws random numbers",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_cut_says_why(case: str) -> None:
-    way, why = REFUSED[case]
-    assert why_not(head_trains(Changed(way))).startswith(why)
-
-
-def test_nothing_that_trains_reaches_the_output() -> None:
-    network = head_trains(Net())
-    network.requires_grad_(False)
-    assert why_not(network) == "nothing that trains reaches the output"
-
-
 class Differs(nn.Module):
     """Not the same in training, and with no parameters it is never frozen; control flow makes it a leaf."""
 
@@ -432,9 +379,43 @@ class Differs(nn.Module):
         return x * (2 if self.training else 3) if x.isfinite().all() else x
 
 
-def test_values_that_differ_in_training_are_refused() -> None:
-    why = "the frozen part gives other values in training than in evaluation"
-    assert why_not(head_trains(Net(between=Differs()))) == why
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "branches on values": (
+        Changed(lambda n, x: Net.forward(n, x) if x.sum() > 0 else n.head(n.features(x))),
+        "cannot be traced: TraceError: symbolically traced variables",
+    ),
+    "one batch size": (
+        Changed(lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4))),
+        "cannot be split",
+    ),
+    "place in the batch": (
+        Changed(lambda n, x: n.head(n.features(x).cumsum(0))),
+        "the frozen part's values for an image depend on the other images of the batch",
+    ),
+    "a change behind a view": (Changed(behind_a_view), "prefix and suffix do not give the network's logits"),
+    "numbers of another generator": (
+        Changed(lambda n, x: Net.forward(n, x) * (float(np.random.default_rng().random()) if n.training else 1.0)),
+        "prefix and suffix do not train as the network does",
+    ),
+    "numbers drawn in forward": (
+        Changed(lambda n, x: Net.forward(n, x) * (0.0 if random.random() < 0.5 and n.training else 1.0)),
+        "cannot be traced: forward draws random numbers",
+    ),
+    "other values in training": (
+        Net(between=Differs()),
+        "the frozen part gives other values in training than in evaluation",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_network_that_cannot_be_cut_has_a_reason(case: str) -> None:
+    network, reason = REFUSED[case]
+    assert no_cut_reason(head_trains(network)).startswith(reason)
+
+
+def test_nothing_that_trains_reaches_the_output() -> None:
+    assert no_cut_reason(Net().requires_grad_(False)) == "nothing that trains reaches the output"
 
 
 # --- Nothing is disturbed
@@ -444,21 +425,17 @@ def test_the_network_is_left_as_it_was(spec: Compose) -> None:
     model = model_of(spec, "mobilenet_v3_small")
     frozen(spec, model, "freeze=pattern", "freeze.train=['features.1[012]']", "freeze.bn_stats=update")
     network = model.network
-    modes = [module.training for module in network.modules()]
     state = copy.deepcopy(network.state_dict())
-    attributes = {name: set(vars(module)) for name, module in network.named_modules()}
-    torch.manual_seed(3)
-    random.seed(3)
-    expected = torch.randn(3), random.random()
-    torch.manual_seed(3)
-    random.seed(3)
+
+    def everything_else() -> tuple[object, ...]:
+        modules = [(name, module.training, set(vars(module))) for name, module in network.named_modules()]
+        generators = torch.get_rng_state().tolist(), random.getstate()
+        return modules, generators, [p.grad for p in network.parameters()], torch.is_grad_enabled()
+
+    before = everything_else()
     assert isinstance(split_frozen(network, 64), Cut)
-    assert torch.equal(torch.randn(3), expected[0]) and random.random() == expected[1]
-    assert [module.training for module in network.modules()] == modes
+    assert everything_else() == before
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-    assert {name: set(vars(module)) for name, module in network.named_modules()} == attributes
-    assert all(p.grad is None for p in network.parameters())
-    assert torch.is_grad_enabled()
 
 
 # --- The digest
@@ -469,12 +446,11 @@ def test_the_digest_is_of_the_prefix_alone(spec: Compose) -> None:
     frozen(spec, model, "freeze=last_stages", "freeze.n=2")
     network = model.network
     digest = cut_of(network, 64).digest()
-    assert cut_of(network, 64).digest() == digest
-
     cut = cut_of(network, 64)
+    assert cut.digest() == digest
     prefix = {name for name, _ in cut.prefix.named_parameters()} | {name for name, _ in cut.prefix.named_buffers()}
     assert 0 < len(prefix) < len(network.state_dict())
-    for name, tensor in list(network.state_dict().items())[::3]:
+    for name, tensor in list(network.state_dict().items())[::9]:
         value = tensor.clone()
         tensor += 1
         assert (cut.digest() != digest) == (name in prefix), name
@@ -546,10 +522,10 @@ tinynet_d visformer_tiny vit_tiny_patch16_224 xcit_nano_12_p8_224
 @pytest.mark.filterwarnings("default")  # of timm itself
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_timm(spec: Compose, name: str) -> None:
-    """At the head, and with a sixth and a half of the parameters training."""
+    """At the head, and with two fifths of the parameters training."""
     model, size = small(spec, name)
     names = [name for name, _ in model.network.named_parameters()]
-    for share in (0.0, 1 / 6, 0.5):
+    for share in (0.0, 0.4):
         last = {*names[len(names) - int(share * len(names)) :], *model.head_parameters()}
         for parameter_name, parameter in model.network.named_parameters():
             parameter.requires_grad_(parameter_name in last)

@@ -5,7 +5,7 @@ A new torchvision model is a YAML file in conf/backbone; a new kind of backbone 
 
 import importlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tlcli.models.classifier import Architecture, Stage
 
-LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 @option
@@ -30,9 +30,9 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
     is_packaged: ClassVar[bool] = True
 
     def build(self, n_classes: int, size: int | None = None) -> "Architecture":
-        if self.name not in LITE_SIZES:
-            raise UsageError(f"backbone.name={self.name} is not an EfficientNet-Lite; choose {', '.join(LITE_SIZES)}")
-        return _timm_architecture(_timm_network(self, f"tf_{self.name}", n_classes, size), self, LITE_SIZES[self.name])
+        if self.name not in LITE:
+            raise UsageError(f"backbone.name={self.name} is not an EfficientNet-Lite; choose {', '.join(LITE)}")
+        return _timm_architecture(_timm_network(self, f"tf_{self.name}", n_classes, size), self.name)
 
     def published(self, architecture: "Architecture", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torch
@@ -127,14 +127,13 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
     """Any model of timm, by name."""
 
     def build(self, n_classes: int, size: int | None = None) -> "Architecture":
-        return _timm_architecture(_timm_network(self, self.name, n_classes, size), self, None)
+        return _timm_architecture(_timm_network(self, self.name, n_classes, size), self.name)
 
     def published(self, architecture: "Architecture", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         """Return timm's weights, resampled by timm to this image size, without the head, which has other classes."""
         import timm
 
         from tlcli.models.build import verify_published
-        from tlcli.models.classifier import is_inside
 
         config = timm.get_pretrained_cfg(self.name)
         try:
@@ -142,8 +141,8 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
         finally:  # a file that differs from the published one may not even load
             if config is not None and config.hf_hub_id:
                 verify_published(config.hf_hub_id)
-        head = timm_head(network)
-        state = {name: tensor for name, tensor in network.state_dict().items() if not is_inside(name, head)}
+        body = {name for stage in architecture.stages[:-1] for name in stage.tensors}
+        state = {name: tensor for name, tensor in network.state_dict().items() if name in body}
         return f"timm's {self.name}", state
 
 
@@ -163,25 +162,18 @@ def _timm_network(
     return network
 
 
-def _timm_architecture(network: "nn.Module", spec: BackboneSpec, size: int | None) -> "Architecture":
-    from tlcli.models.classifier import Architecture, compute_in_float32
-
-    head = timm_head(network)
-    if not head:
-        raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
-    for name in head:
-        compute_in_float32(network.get_submodule(name))
-    config: Any = network.pretrained_cfg
-    size = size or config["input_size"][-1]
-    return Architecture(network, head, timm_stages(network, head), size, config["mean"], config["std"])
-
-
-def timm_head(network: "nn.Module") -> tuple[str, ...]:
-    """Return the names of the modules that are the classifier: two in distilled models, else one."""
-    from tlcli.models.classifier import head_modules
+def _timm_architecture(network: "nn.Module", name: str) -> "Architecture":
+    from tlcli.models.classifier import Architecture, compute_in_float32, head_modules
 
     heads = {id(m) for m in head_modules(network)}
-    return tuple(name for name, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
+    head = tuple(n for n, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
+    if not head:
+        raise UsageError(f"backbone.name={name}: this timm model has no classifier that can be replaced")
+    for module in head:
+        compute_in_float32(network.get_submodule(module))
+    config: Any = network.pretrained_cfg
+    stages = timm_stages(network, head)
+    return Architecture(network, head, stages, config["input_size"][-1], config["mean"], config["std"])
 
 
 def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ...]":
@@ -199,12 +191,12 @@ def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ..
     for name, layer in layer_of.items():
         if not is_inside(name, head):
             groups[layer].add(name)
-    parameters = {name for name, _ in network.named_parameters()}
     ordered = [groups[layer] for layer in sorted(groups)]
     # Groups after the head's position are those that no pattern matched: they are between the last stage and the head
     if len(ordered) > 1 and any(is_inside(name, head) and layer_of[name] == max(groups) for name in layer_of):
         last = ordered.pop()
         ordered[-1] |= last
+    parameters = {name for name, _ in network.named_parameters()}
     ordered = [tensors for tensors in ordered if tensors & parameters]
     names = ["stem" if i == 0 and len(ordered) > 1 else _common_name(t, i) for i, t in enumerate(ordered)]
     stages = [Stage(name, frozenset(tensors)) for name, tensors in zip(names, ordered, strict=True)]
@@ -213,8 +205,6 @@ def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ..
 
 def _common_name(tensors: Iterable[str], index: int) -> str:
     """Return the module that most of these tensors are in, as `blocks.3`, else `stage3`."""
-    counts: dict[str, int] = defaultdict(int)
-    for name in tensors:
-        if match := re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name):
-            counts[match[0]] += 1
-    return max(sorted(counts), key=lambda name: counts[name]) if counts else f"stage{index}"
+    matches = (re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name) for name in sorted(tensors))
+    counts = Counter(match[0] for match in matches if match)
+    return counts.most_common(1)[0][0] if counts else f"stage{index}"

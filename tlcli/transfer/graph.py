@@ -271,19 +271,16 @@ def value_numbers(traced: Traced, analyzer: GraphAnalyzer, texts: dict[str, int]
 def preserve_state(network: nn.Module) -> Iterator[None]:
     """Restore buffers (BatchNorm statistics) and random number generators at the end of the block."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    device = device_of(network)
-    python, mps = random.getstate(), torch.mps.get_rng_state() if device.type == "mps" else None
+    device, python_state = device_of(network), random.getstate()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
             yield
     finally:
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
-        random.setstate(python)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        random.setstate(python_state)
 
 
 @contextmanager
