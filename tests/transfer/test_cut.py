@@ -5,7 +5,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import Compose
-from tlcli.cli.conf_files import conf_dir
-from tlcli.models.build import build_model
+from tests.models.test_backbones import BACKBONES
+from tests.models.test_backbones import model_of as backbone_of
 from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, minimum_cut, split_frozen
 
-BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
-CLASSES = ("ant", "bee", "cat")
 SMALL = {"vit_b_16": 32, "swin_t": 32, "convnext_tiny": 32}
 LEADING = {
     "efficientnet_lite0": "blocks.[56]",
@@ -41,10 +38,8 @@ LEADING = {
 """What trains, beside the head, for a cut in the middle: one of each family."""
 
 
-def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None) -> Classifier:
-    named = ["backbone.name=resnet10t"] if name == "timm" else []
-    backbone = spec(f"backbone={name}", "backbone.weights=none", *named, *overrides).backbone
-    return build_model(backbone, CLASSES, size=size or SMALL.get(name, 64), seed=0)
+def model_of(spec: Compose, name: str, *overrides: str) -> Classifier:
+    return backbone_of(spec, name, *overrides, size=SMALL.get(name, 64))
 
 
 def frozen(spec: Compose, model: Classifier, *freeze: str) -> FreezeContract:
@@ -68,7 +63,7 @@ def no_cut_reason(network: nn.Module, size: int = 16) -> str:
 
 
 def assert_same(network: nn.Module, cut: Cut, size: int) -> None:
-    """Compare logits in evaluation; logits, gradients and statistics of a training step with the same random numbers."""
+    """Compare logits in evaluation; logits, gradients and statistics of a training step with the same random state."""
     x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     with eval_mode(network), torch.no_grad():
         activations = cut.prefix(x)
@@ -107,8 +102,7 @@ QUICK = {"efficientnet_lite0", "resnet18", "mobilenet_v3_small"}
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BACKBONES]
 )
 def test_every_backbone(spec: Compose, name: str) -> None:
-    size = SMALL.get(name, 64)
-    model = model_of(spec, name, size=size)
+    model, size = model_of(spec, name), SMALL.get(name, 64)
     strategies = [["freeze=head"], ["freeze=last_stages", "freeze.n=1"]]
     if name in LEADING:
         strategies.append(["freeze=pattern", f"freeze.train=['{LEADING[name]}']"])
@@ -121,7 +115,7 @@ def test_every_backbone(spec: Compose, name: str) -> None:
 
 
 def test_two_heads_are_both_the_head(spec: Compose) -> None:
-    model = model_of(spec, "timm", "backbone.name=deit_tiny_distilled_patch16_224", size=64)
+    model = model_of(spec, "timm deit_tiny_distilled_patch16_224")
     frozen(spec, model, "freeze=head")
     cut = cut_of(model.network, 64)
     assert (cut.suffix_start, cut.shapes) == ("head, head_dist", ((18, 192),))
@@ -199,10 +193,16 @@ def test_what_trains_near_the_input_is_named(spec: Compose, freeze: str, reason:
     assert no_cut_reason(model.network, 64) == reason
 
 
-class Net(nn.Module):
-    """Two convolutions with something between them, pooled, and a head with something before it."""
+Way = Callable[["Net", Tensor], Tensor]
 
-    def __init__(self, between: nn.Module | None = None, before_head: nn.Module | None = None) -> None:
+
+class Net(nn.Module):
+    """Two convolutions with something between them, pooled, and a head with something before it.
+
+    `way` is another forward pass.
+    """
+
+    def __init__(self, between: nn.Module | None = None, before_head: nn.Module | None = None, way: Way | None = None):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, stride=4)
         self.between = between or nn.Identity()
@@ -210,20 +210,13 @@ class Net(nn.Module):
         self.before_head = before_head or nn.Identity()
         self.head = nn.Linear(8, 3)
         self.factor = 1.0
+        self.way = way or Net.whole
 
     def features(self, x: Tensor) -> Tensor:
         return self.second(self.between(self.first(x) * self.factor)).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         return self.head(self.before_head(self.features(x)))
-
-
-class Changed(Net):
-    """A network with another forward pass."""
-
-    def __init__(self, way: Callable[["Changed", Tensor], Tensor]) -> None:
-        super().__init__()
-        self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
         return self.way(self, x)
@@ -233,15 +226,12 @@ def logits(network: Net, features: Tensor) -> Tensor:
     return network.head(network.second(features).mean((2, 3)))
 
 
-def head_trains(network: nn.Module) -> nn.Module:
-    """Everything but `head` frozen, and in the contract's mode."""
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.startswith("head."))
-    network.train()
-    for module in network.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
+def head_trains(network: Net) -> Net:
+    """Freeze everything but `head`, and set the contract's modes."""
+    network.requires_grad_(False).train()
+    network.head.requires_grad_(True)
+    for module in network.children():
+        module.train(module is network.head or not list(module.parameters()))
     return network
 
 
@@ -302,20 +292,31 @@ def shapes(network: Net, x: Tensor) -> Tensor:
     return network.head(features.reshape(n, -1).reshape(x.shape[0], 8))
 
 
-FORWARD: dict[str, Callable[["Changed", Tensor], Tensor]] = {
+def constants(network: Net, x: Tensor) -> Tensor:
+    """Use parameters of the network itself, one of them once per image."""
+    token = network.token.sigmoid().expand(x.shape[0], -1, -1)
+    both = torch.cat([network.head(network.features(x)).unsqueeze(1) @ torch.ones(3, 8), token], 1)
+    return network.head(both.mean(1) + network.position)
+
+
+FORWARD: dict[str, Way] = {
     "dropout as a function": dropout,
     "dropout of nothing": dropout_of_nothing,
     "a later change in place": in_place,
     "shapes": shapes,
+    "constants": constants,
     "a factor in training": lambda n, x: n.head(n.features(x) * (2 if n.training else 1)),
 }
 
 
 @pytest.mark.parametrize("case", FORWARD)
 def test_forms_of_training_and_evaluation_are_both_kept(case: str) -> None:
-    network = head_trains(Changed(FORWARD[case]))
+    network = Net(way=FORWARD[case])
+    network.position, network.token = nn.Parameter(torch.randn(1, 8)), nn.Parameter(torch.randn(1, 1, 8))
+    attributes = set(vars(head_trains(network)))
     cut = cut_of(network)
     assert cut.shapes == ((8,),)
+    assert set(vars(network)) == attributes  # tracing keeps its constants elsewhere
     assert_same(network, cut, 16)
 
 
@@ -323,27 +324,6 @@ def test_what_crosses_is_left_as_it_is() -> None:
     """ReLU in place is the suffix's first operation: it must not write into the caller's activations."""
     network = head_trains(Net(before_head=nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.3, inplace=True))))
     assert_same(network, cut_of(network), 16)
-
-
-def test_constants_do_not_cross() -> None:
-    class Constants(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.place = nn.Parameter(torch.randn(1, 8))
-            self.token = nn.Parameter(torch.randn(1, 1, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            features = self.features(x)
-            token = self.token.sigmoid().expand(x.shape[0], -1, -1)
-            both = torch.cat([self.head(features).unsqueeze(1) @ torch.ones(3, 8), token], 1)
-            return self.head(both.mean(1) + self.place)
-
-    network = head_trains(Constants())
-    attributes = set(vars(network))
-    cut = cut_of(network)
-    assert cut.shapes == ((8,),)
-    assert set(vars(network)) == attributes  # tracing keeps its constants elsewhere
-    assert_same(network, cut, 16)
 
 
 # --- What is refused
@@ -381,24 +361,24 @@ class Differs(nn.Module):
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "branches on values": (
-        Changed(lambda n, x: Net.forward(n, x) if x.sum() > 0 else n.head(n.features(x))),
+        Net(way=lambda n, x: n.whole(x) if x.sum() > 0 else n.head(n.features(x))),
         "cannot be traced: TraceError: symbolically traced variables",
     ),
     "one batch size": (
-        Changed(lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4))),
+        Net(way=lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4))),
         "cannot be split",
     ),
     "place in the batch": (
-        Changed(lambda n, x: n.head(n.features(x).cumsum(0))),
+        Net(way=lambda n, x: n.head(n.features(x).cumsum(0))),
         "the frozen part's values for an image depend on the other images of the batch",
     ),
-    "a change behind a view": (Changed(behind_a_view), "prefix and suffix do not give the network's logits"),
+    "a change behind a view": (Net(way=behind_a_view), "prefix and suffix do not give the network's logits"),
     "numbers of another generator": (
-        Changed(lambda n, x: Net.forward(n, x) * (float(np.random.default_rng().random()) if n.training else 1.0)),
+        Net(way=lambda n, x: n.whole(x) * (float(np.random.default_rng().random()) if n.training else 1.0)),
         "prefix and suffix do not train as the network does",
     ),
     "numbers drawn in forward": (
-        Changed(lambda n, x: Net.forward(n, x) * (0.0 if random.random() < 0.5 and n.training else 1.0)),
+        Net(way=lambda n, x: n.whole(x) * (0.0 if random.random() < 0.5 and n.training else 1.0)),
         "cannot be traced: forward draws random numbers",
     ),
     "other values in training": (
@@ -537,7 +517,7 @@ def small(spec: Compose, name: str) -> tuple[Classifier, int]:
     """Return a timm model for the smallest images that it takes."""
     for size in (64, 96, 128, None):
         try:
-            model = model_of(spec, "timm", f"backbone.name={name}", "backbone.dropout=0.1", size=size)
+            model = backbone_of(spec, f"timm {name}", "backbone.dropout=0.1", size=size)
             own = size or model.architecture.size
             with torch.no_grad():
                 model.network.eval()(torch.zeros(2, 3, own, own))

@@ -102,18 +102,14 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
 
     def _stages(self, network: "nn.Module") -> "tuple[Stage, ...]":
         """Return the stages that the regular expressions give. Raise UsageError unless each parameter is in one."""
-        from tlcli.models.classifier import Stage, is_inside
+        from tlcli.models.classifier import Stage, is_inside, match_names
 
         head = frozenset(name for name in network.state_dict() if is_inside(name, (self.head,)))
         body = [name for name in network.state_dict() if name not in head]
         stages: list[Stage] = []
         for stage, pattern in self.stages.items():
-            try:
-                stages.append(Stage(stage, frozenset(name for name in body if re.match(pattern, name))))
-            except re.error as error:
-                raise UsageError(f"backbone.stages.{stage}={pattern!r} is not a regular expression: {error}") from error
-            if not stages[-1].tensors:
-                raise UsageError(f"backbone.stages.{stage}: {pattern!r} matches no parameter of {self.name}")
+            matches = match_names(f"backbone.stages.{stage}", [pattern], body, match=re.match)
+            stages.append(Stage(stage, frozenset(matches)))
         for name in body:
             owners = [stage.name for stage in stages if name in stage.tensors]
             if len(owners) != 1:

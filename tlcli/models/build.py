@@ -20,10 +20,9 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import is_dir, is_file
-from tlcli.models.classifier import Architecture, Classifier
+from tlcli.models.classifier import Architecture, Classifier, match_names
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
-from tlcli.text import did_you_mean
 
 RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
 
@@ -87,16 +86,8 @@ def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> froze
     stages = {stage.name: stage.tensors for stage in architecture.stages}
     tensors: set[str] = set()
     for item in items:
-        try:
-            matched = stages.get(item) or {n for n in architecture.network.state_dict() if re.search(item, n)}
-        except re.error as error:
-            raise UsageError(f"backbone.reinit={item!r} is not a regular expression: {error}") from error
-        if not matched:
-            raise UsageError(
-                f"backbone.reinit={item!r} is not a stage and matches no tensor.{did_you_mean(item, stages)} "
-                f"Stages: {', '.join(stages)}"
-            )
-        tensors |= matched
+        names = architecture.network.state_dict()
+        tensors |= stages.get(item) or match_names("backbone.reinit", [item], names, stages)
     return frozenset(tensors)
 
 
@@ -109,13 +100,11 @@ def _match_head_by_class(
     if loaded.classes is None or len(body) == len(loaded.state):
         return body, f"head: new, {len(classes)} classes"
     if set(loaded.classes) != set(classes):
-        return (
-            body,
-            f"head: replaced, the weights are for {len(loaded.classes)} classes, the dataset has {len(classes)}",
-        )
+        counts = f"{len(loaded.classes)} in the weights, {len(classes)} in the dataset"
+        return body, f"head: replaced, the classes differ ({counts})"
     rows = torch.tensor([loaded.classes.index(name) for name in classes])
     state = {n: t[rows] if n in head and t.ndim and len(t) == len(rows) else t for n, t in loaded.state.items()}
-    return state, f"head: kept, the same {len(classes)} classes"
+    return state, f"head: loaded, the same {len(classes)} classes"
 
 
 def _resample_pos_embed(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

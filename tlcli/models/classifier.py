@@ -1,6 +1,7 @@
 """A classifier: a network, the names of its parts from input to output, and what its weights expect of an image."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tlcli.errors import UsageError
+from tlcli.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,23 @@ def head_modules(network: nn.Module) -> tuple[Any, ...]:
 def is_inside(name: str, modules: Iterable[str]) -> bool:
     """Return True if a tensor of this name belongs to one of these modules."""
     return any(name.startswith(module + ".") for module in modules)
+
+
+def match_names(
+    key: str, patterns: Iterable[str], names: Collection[str], stages: Iterable[str] = (), match: Any = re.search
+) -> set[str]:
+    """Return the names that one of these regular expressions matches. Raise UsageError for one without a match."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        try:
+            matches = {name for name in names if match(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
+        if not matches:
+            hint = did_you_mean(pattern, [*stages, *sorted(names)])
+            raise UsageError(f"{key}: {pattern!r} matches no parameter.{hint}")
+        matched |= matches
+    return matched
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -34,7 +34,6 @@ from tlcli.transfer.graph import (
     parameters_of,
     preserve_state,
     trace_train_and_eval,
-    value_numbers,
 )
 
 FIRST_BATCH = (0, 1, 2)
@@ -133,19 +132,19 @@ class MatchedGraphs:
     def __init__(self, network: nn.Module, trained: Collection[int], images: Tensor) -> None:
         self.network = network
         self.training, self.evaluation = training, evaluation = trace_train_and_eval(network)
-        train = GraphAnalyzer(training, trained, images[list(SECOND_BATCH)])
+        texts: dict[str, int] = {}
+        train = GraphAnalyzer(training, trained, images[list(SECOND_BATCH)], texts)
         with eval_mode(network):
-            evaluated = GraphAnalyzer(evaluation, trained, images)
+            evaluated = GraphAnalyzer(evaluation, trained, images, texts)
         self.dynamic = train.dynamic
         if training.output not in self.dynamic:
             raise CutError("nothing that trains reaches the output")
-        texts: dict[str, int] = {}
         by_number: dict[int, list[fx.Node]] = {}
-        for node, number in value_numbers(evaluation, evaluated, texts).items():
-            if node in evaluated.flops and node not in evaluated.dynamic:
+        for node, number in evaluated.numbers.items():
+            if node not in evaluated.dynamic:
                 by_number.setdefault(number, []).append(node)
-        numbers = value_numbers(training, train, texts)
-        self.eval_nodes = {n: by_number[i] for n, i in numbers.items() if i in by_number and n not in self.dynamic}
+        numbers = {node: number for node, number in train.numbers.items() if node not in self.dynamic}
+        self.eval_nodes = {node: by_number[number] for node, number in numbers.items() if number in by_number}
         self.flops = {node: flops // len(SECOND_BATCH) for node, flops in train.flops.items()}
         self.constants: dict[fx.Node, Any] = {}
         for node, (same, *_) in self.eval_nodes.items():
@@ -163,8 +162,7 @@ class MatchedGraphs:
             two, three = train.shapes.get(node, ()), evaluated.shapes.get(same, ())
             has_rows = (two[:1], three[:1]) == ((len(SECOND_BATCH),), (len(FIRST_BATCH),)) and two[1:] == three[1:]
             is_overwritten = any(n not in self.dynamic and inplace_input(n, training.root) is node for n in node.users)
-            is_movable = not is_overwritten and node not in train.transposed  # which would be stored in another order
-            if node in self.data and has_rows and is_movable:
+            if node in self.data and has_rows and not is_overwritten:
                 self.shapes[node] = two[1:]
 
 

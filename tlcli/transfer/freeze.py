@@ -4,7 +4,6 @@ A new strategy is a decorated class here and a YAML file in conf/freeze. The ord
 measures the whole network first and shows it last.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,19 +83,11 @@ class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
     part: ClassVar[str] = "its head and the parameters that a pattern names"
 
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
-        names = classifier.parameter_names()
-        matched: dict[str, set[str]] = {"train": set(), "keep": set()}
-        for key, patterns in (("train", self.train), ("keep", self.keep)):
-            for pattern in patterns:
-                try:
-                    matches = {name for name in names if re.search(pattern, name)}
-                except re.error as error:
-                    raise UsageError(f"freeze.{key}: {pattern!r} is not a regular expression: {error}") from error
-                if not matches:
-                    hint = did_you_mean(pattern, [stage.name for stage in classifier.stages] + sorted(names))
-                    raise UsageError(f"freeze.{key}: {pattern!r} matches no parameter of {classifier.name}.{hint}")
-                matched[key] |= matches
-        return (classifier.head_parameters() | matched["train"]) - matched["keep"]
+        from tlcli.models.classifier import match_names
+
+        names, stages = classifier.parameter_names(), [stage.name for stage in classifier.stages]
+        train = match_names("freeze.train", self.train, names, stages)
+        return (classifier.head_parameters() | train) - match_names("freeze.keep", self.keep, names, stages)
 
 
 @option

@@ -194,24 +194,23 @@ class GraphAnalyzer(fx.Interpreter):
 
     Attributes:
         dynamic: operations that training can change, each with the reason; None if they only depend on such.
-        flops: operations that were run, with the floating point operations of each.
-        shapes: of those that give a tensor.
+        numbers: of the others; those that do the same with the same inputs have the same number. `texts`, which graphs
+            share, has the number of each operation and its inputs as text.
+        flops: floating point operations of each.
+        shapes: of those that give a tensor, except the view of another in another order.
         values: of those that give a number, a tuple or the like, which can be written into a graph.
-        identity_of: operations that return their input as it is, with that input.
-        transposed: operations that only view their input in another order.
     """
 
-    def __init__(self, traced: Traced, trained: Collection[int], images: Tensor) -> None:
+    def __init__(self, traced: Traced, trained: Collection[int], images: Tensor, texts: dict[str, int]) -> None:
         super().__init__(traced.root, graph=traced.graph)
         self.extra_traceback = False
-        self._root, self._trained, self._device = traced.root, trained, images.device
+        self._root, self._trained, self._device, self._texts = traced.root, trained, images.device, texts
         self._recorder = _DispatchRecorder({_storage(t) for t in (*traced.root.parameters(), *traced.root.buffers())})
         self.dynamic: dict[fx.Node, str | None] = {}
+        self.numbers: dict[fx.Node, int] = {}
         self.flops: dict[fx.Node, int] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.values: dict[fx.Node, Any] = {}
-        self.identity_of: dict[fx.Node, fx.Node] = {}
-        self.transposed: set[fx.Node] = set()
         with self._recorder:
             self.run(images.clone(), enable_io_processing=False)
 
@@ -231,16 +230,18 @@ class GraphAnalyzer(fx.Interpreter):
             self.dynamic[n] = f"{module_of(n) or n.name} is random in training"
         elif self._recorder.trains:
             self.dynamic[n] = f"{module_of(n) or n.name} depends on the batch or keeps statistics"
+        text = _text_of_node(n, self._root, self.numbers)
+        self.numbers[n] = self._texts.setdefault(text, len(self._texts))
         self.flops[n] = self._recorder.flops
         if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
             is_view = first is not None and _storage(first) == _storage(value)
             if not is_view or (value is first and value._version != version):  # a new tensor, or one changed in place
                 self.flops[n] += value.numel()
-            elif value is first and isinstance(n.args[0], fx.Node):
-                self.identity_of[n] = n.args[0]
-            elif first is not None and value.numel() == first.numel() and not value.is_contiguous():
-                self.transposed.add(n)
+            elif value is first:  # such as dropout in eval mode
+                self.numbers[n] = self.numbers[n.all_input_nodes[0]]
+            is_reordered = is_view and value is not first and value.numel() == args[0].numel()
+            if not is_reordered or value.is_contiguous():
+                self.shapes[n] = tuple(value.shape)
         elif _is_plain(value):
             self.values[n] = value
         return value
@@ -254,17 +255,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def value_numbers(traced: Traced, analyzer: GraphAnalyzer, texts: dict[str, int]) -> dict[fx.Node, int]:
-    """Give each operation a number: those that do the same with the same inputs have the same number."""
-    numbers: dict[fx.Node, int] = {}
-    for node in traced.graph.nodes:
-        if node in analyzer.identity_of:  # such as dropout in eval mode
-            numbers[node] = numbers[analyzer.identity_of[node]]
-        else:
-            numbers[node] = texts.setdefault(_text_of_node(node, traced.root, numbers), len(texts))
-    return numbers
 
 
 @contextmanager
