@@ -97,8 +97,7 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     torch.set_num_threads(threads or spec.threads or PROCESS_THREADS)
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
-    if accelerator.type == "cuda":  # also if this job is not deterministic: cuBLAS reads it once per process
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # always, because cuBLAS reads it once per process
     if accelerator.type == "cpu":
         keep_freed_memory()
     return accelerator
@@ -108,10 +107,11 @@ def find_accelerator(kind: Accelerator) -> torch.device:
     """Return the accelerator of this kind; `auto` takes CUDA, then MPS, then the CPU."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name, is_usable in usable.items() if is_usable]
-    if kind is not Accelerator.auto and kind.value not in names:
+    name = names[0] if kind is Accelerator.auto else kind.value
+    if name not in names:
         reason = f"PyTorch {torch.__version__} finds no such device. Available: {', '.join(names)}, auto"
-        raise UsageError(f"device={kind.value} is not available: {reason}.")
-    return torch.device(names[0] if kind is Accelerator.auto else kind.value)
+        raise UsageError(f"device={name} is not available: {reason}.")
+    return torch.device(name)
 
 
 def allowed_formats(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:

@@ -36,7 +36,7 @@ from tlcli.registry import options
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec, HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze
-from tlcli.transfer.cut import Cut, NoCut
+from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec
 
 SAMPLE_IMAGES = 64  # decoded and measured with, or as many as a batch has
@@ -179,36 +179,30 @@ class CostMeter:
             epoch = n_train / train + n_val / evaluation
             return epoch, n_evaluated / evaluation + spec.epochs * epoch
 
-        decoding = self._decode_seconds * (n_train + n_val + n_test)
-        uncached_epoch, run = epoch_and_run(*self.uncached(workload))
-        cost = StrategyCost(
+        decoding, reason = self._decode_seconds * (n_train + n_val + n_test), uncacheable_reason(workload)
+        live_epoch, live_run = epoch_and_run(*self.uncached(workload))
+        total, cached = decoding + live_run, dict[str, Any]()
+        if isinstance(cut, Cut):
+            prefix_format = self._once("prefix", lambda: measure_extraction(workload, cut))
+            extractor = workload.extractor(cut, prefix_format)
+            n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
+            if workload.augments and spec.cache.views is not None:
+                n_rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
+            extraction, train, evaluation = self._cached(workload, cut, extractor)
+            cached_epoch, cached_run = epoch_and_run(train, evaluation)
+            first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)
+            reason = reason or not_worthwhile_reason(workload, prefix_format, n_rows, row_bytes)
+            total = total if reason else first_pass + cached_run
+            cached = {"at": cut.suffix_start, "first_pass": first_pass, "cached_epoch": cached_epoch}
+            cached |= {"row_bytes": row_bytes, "cache_bytes": row_bytes * n_rows}
+        return StrategyCost(
             freeze=spec.freeze.label,
             trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
-            live_epoch=uncached_epoch,
-            why_live=uncacheable_reason(workload),
-            total=decoding + run,
-        )
-        if isinstance(cut, NoCut):
-            return cost
-        prefix_format = self._once("prefix", lambda: measure_extraction(workload, cut))
-        extractor = workload.extractor(cut, prefix_format)
-        n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
-        if workload.augments and spec.cache.views is not None:
-            n_rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
-        extraction, train, evaluation = self._cached(workload, cut, extractor)
-        first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)
-        cached_epoch, cached_run = epoch_and_run(train, evaluation)
-        reason = cost.why_live or not_worthwhile_reason(workload, prefix_format, n_rows, row_bytes)
-        return replace(
-            cost,
-            at=cut.suffix_start,
-            row_bytes=row_bytes,
-            cache_bytes=row_bytes * n_rows,
-            first_pass=first_pass,
-            cached_epoch=cached_epoch,
+            live_epoch=live_epoch,
             takes="live" if reason else "cached",
             why_live=reason,
-            total=cost.total if reason else first_pass + cached_run,
+            total=total,
+            **cached,
         )
 
     def device(self, workload: Workload) -> Device:
@@ -224,21 +218,13 @@ class CostMeter:
         def loader(split_name: str, n: int) -> BatchLoader:
             return image_loader(replace(workload, data=self._first_images(n)), device, split_name, Reporter())
 
-        fit, n_sample = _fitting(workload, device), len(self._sample.train)
+        fit, n_sample, images = _fitting(workload, device), len(self._sample.train), self._measured.get("images")
         self._measured["images"], train = measure_throughput(
-            lambda n: fit(loader("train", n)),
-            min(n_sample, batch_size),
-            self._measured.get("images"),
-            MAX_UNCACHED_STEP_SECONDS,
+            lambda n: fit(loader("train", n)), min(n_sample, batch_size), images, MAX_UNCACHED_STEP_SECONDS
         )
-        _, evaluation = self._once(
-            "evaluation",
-            lambda: measure_throughput(
-                lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), ""),
-                min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size),
-            ),
-        )
-        return train, evaluation
+        evaluation_step = lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), "")  # noqa: E731
+        max_images = min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size)
+        return train, self._once("evaluation", lambda: measure_throughput(evaluation_step, max_images)[1])
 
     def _cached(self, workload: Workload, cut: Cut, extractor: Extractor) -> tuple[float, float, float]:
         """Return the images per second of the prefix without decoding, and of training and evaluation on its output."""
@@ -253,29 +239,25 @@ class CostMeter:
         extractor.prepare(Reporter())
         sample, batch_size = self._first_images(extractor.batch_size).train, extractor.batch_size
         batches = ImageBatches(sample, workload.preprocessing, batch_size=batch_size, workers=0)
-        tensors = extractor(next(batches.in_order())[0])
-        _, extraction = measure_throughput(
-            lambda n: [extractor(x) for x, _ in batches.in_order()], len(sample), len(sample)
-        )
-        labels = torch.from_numpy(sample.labels)
+        tensors, labels = extractor(next(batches.in_order())[0]), torch.from_numpy(sample.labels)
+        n_sample = len(sample)
+        extract = lambda n: [extractor(x) for x, _ in batches.in_order()]  # noqa: E731
+        _, extraction = measure_throughput(extract, n_sample, n_sample)
 
         def loader(n: int) -> BatchLoader:
-            rows = torch.arange(n) % len(sample)  # the same rows again and again, as many as there are images
+            rows = torch.arange(n) % n_sample  # the same rows again and again, as many as there are images
             return ActivationLoader(
                 [tensors], rows, labels[rows], cut.suffix, head, device.train_dtype, device, spec.batch_size, spec.seed
             )
 
         fit = _fitting(workload, device)
         _, train = measure_throughput(lambda n: fit(loader(n)), n_train)
-        _, evaluation = measure_throughput(
-            lambda n: evaluate(network, loader(n), device, Reporter(), ""),
-            n_train if head is not None else min(WARMUP_IMAGES, n_train),  # a small part of an epoch
-        )
-        return extraction * batch_size / len(sample), train, evaluation  # a short batch is padded
+        n_evaluated = n_train if head is not None else min(WARMUP_IMAGES, n_train)  # a small part of an epoch
+        _, evaluation = measure_throughput(lambda n: evaluate(network, loader(n), device, Reporter(), ""), n_evaluated)
+        return extraction * batch_size / n_sample, train, evaluation  # a short batch is padded
 
     def _first_images(self, n: int) -> Dataset:
-        train = self._sample.train
-        return replace(self._sample, train=train.take(np.arange(min(n, len(train)))))
+        return replace(self._sample, train=self._sample.train.take(np.arange(min(n, len(self._sample.train)))))
 
     def _once(self, name: str, measure: Callable[[], T]) -> T:
         if name not in self._measured:
@@ -292,16 +274,13 @@ def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None
 
     def fit(loader: BatchLoader) -> None:
         with suppress(NonFiniteLossError):  # the weights may be random
-            trainer.fit(loader, next(epochs), Reporter(), lambda *running: None)
+            trainer.fit(loader, next(epochs), Reporter())
 
     return fit
 
 
 def measure_throughput(
-    step: Callable[[int], object],
-    max_images: int,
-    images: int | None = None,
-    max_step_seconds: float = MAX_STEP_SECONDS,
+    step: Callable[[int], object], max_images: int, images: int | None = None, max_seconds: float = MAX_STEP_SECONDS
 ) -> tuple[int, float]:
     """Return the number of images per measured step (None: as many as there is time for), and the images per second."""
 
@@ -315,8 +294,8 @@ def measure_throughput(
         images = min(WARMUP_IMAGES, max_images)
         seconds(images)  # the first step is slow
         shortest = spent = seconds(images)
-        while images < max_images and 2 * spent < max_step_seconds:
-            images = min(max_images, images * max(2, int(max_step_seconds / spent / 2)))
+        while images < max_images and 2 * spent < max_seconds:
+            images = min(max_images, images * max(2, int(max_seconds / spent / 2)))
             shortest = spent = seconds(images)
     while spent < MEASURE_SECONDS:
         last = seconds(images)

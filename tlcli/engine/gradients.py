@@ -4,7 +4,6 @@ A step of a small head on cached features takes a few hundred microseconds, most
 reference loops for bfloat16 gradients of depthwise convolutions with kernels above 3 x 3 or strides above 1.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,8 +23,7 @@ class LinearLoss:
     """
 
     def __init__(self, layer: nn.Linear, label_smoothing: float, class_weights: Tensor | None) -> None:
-        self._layer = layer
-        classes = layer.out_features
+        self._layer, classes = layer, layer.out_features
         weights = torch.ones(classes, device=layer.weight.device) if class_weights is None else class_weights
         by_label = (label_smoothing - 1) * torch.diag(weights) - label_smoothing / classes * weights
         self._minus_targets = by_label.t().contiguous()  # (C, label)
@@ -69,19 +67,15 @@ def fp32_depthwise_backward(accelerator: torch.device, dtype: torch.dtype) -> Ab
 class _Float32Gradients(TorchFunctionMode):
     """Replaces depthwise calls of torch.conv2d, by a module or in a graph that was cut."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d and torch.is_grad_enabled():
-            return _conv2d(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_conv = func is torch.conv2d and torch.is_grad_enabled()
+        return (_conv2d if is_conv else func)(*args, **(kwargs or {}))
 
 
 def _conv2d(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Any = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
@@ -93,8 +87,7 @@ def _conv2d(
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     tensors = (None if t is None else t.to(torch.bfloat16) for t in (input, weight, bias))  # as autocast does
     sizes = ([n] * 2 if isinstance(n, int) else list(n) * (2 // len(n)) for n in (stride, padding, dilation))
-    apply: Any = _Depthwise.apply
-    out: Tensor = apply(*tensors, *sizes, groups)
+    out: Tensor = _Depthwise.apply(*tensors, *sizes, groups)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -62,7 +62,6 @@ class ImageLoader:
         return len(self.batches.split)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield each image once, in the order of this epoch, augmented by a function of (seed, view, index)."""
         view = (number - 1) % self.views if self.views else None
         batches = prefetch_to_device(self.batches.epoch(number, view, start), self.device)
         if self.transforms is not None:
@@ -101,7 +100,6 @@ class ActivationLoader:
     seed: int
 
     def __post_init__(self) -> None:
-        """Put the labels on the device, and choose how many rows are read at once."""
         self.threads = None if self.head is None else 1
         self.labels = self.device.to_device(self.labels)
         row_bytes = sum(t[0].numel() * t.element_size() for t in self.views[0])
@@ -111,7 +109,6 @@ class ActivationLoader:
         return len(self.rows)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield each image once, in the order of this epoch (1, 2, ...) and in the view whose turn it is."""
         order = torch.from_numpy(epoch_order(len(self), self.seed, number))
         return self._read(self.views[(number - 1) % len(self.views)], order, self.batch_size, start)
 
@@ -132,11 +129,9 @@ class ActivationLoader:
 
     def _as_input(self, t: Tensor) -> Tensor:
         x = self.device.to_device(t)
-        if self.dtype == torch.float32:
-            x = x.float()
-        if x.ndim == 4:  # stored as (B, H, W, C)
-            x = x.permute(0, 3, 1, 2).contiguous(memory_format=self.device.memory_format)
-        return x
+        x = x.float() if self.dtype == torch.float32 else x
+        is_map = x.ndim == 4  # stored as (B, H, W, C)
+        return x.permute(0, 3, 1, 2).contiguous(memory_format=self.device.memory_format) if is_map else x
 
 
 def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,10 +144,8 @@ def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device)
     copies = torch.cuda.Stream(device.accelerator)  # type: ignore[no-untyped-call]
     previous: tuple[Tensor, Tensor] | None = None
     for batch in chain(batches, [None]):
-        copied = None
-        if batch is not None:
-            with torch.cuda.stream(copies):
-                copied = device.to_device(batch[0]), device.to_device(batch[1])
+        with torch.cuda.stream(copies):
+            copied = None if batch is None else (device.to_device(batch[0]), device.to_device(batch[1]))
         if previous is not None:
             computing = torch.cuda.current_stream(device.accelerator)
             computing.wait_stream(copies)

@@ -94,15 +94,13 @@ class Schedule:
 
     def after_epoch(self, val_loss: float) -> None:
         """Reduce the factor of `plateau` if the loss has not decreased for more than `patience` epochs."""
-        if not isinstance(self._spec, PlateauSpec):
-            return
         if val_loss < self._plateau["best_loss"]:
             self._plateau |= {"best_loss": val_loss, "epochs_without": 0}
-            return
-        self._plateau["epochs_without"] += 1
-        if self._plateau["epochs_without"] > self._spec.patience:
-            self._plateau["plateau_factor"] *= self._spec.gamma
-            self._plateau["epochs_without"] = 0
+        elif isinstance(self._spec, PlateauSpec):
+            self._plateau["epochs_without"] += 1
+            if self._plateau["epochs_without"] > self._spec.patience:
+                self._plateau["plateau_factor"] *= self._spec.gamma
+                self._plateau["epochs_without"] = 0
 
     def state(self) -> dict[str, float]:
         """Return the values that do not follow from the step."""

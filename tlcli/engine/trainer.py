@@ -65,7 +65,7 @@ class Trainer:
         loader: BatchLoader,
         epoch: int,
         reporter: Reporter,
-        on_running: Callable[[int, int, float], None],
+        on_running: Callable[[int, int, float], None] = lambda *running: None,
         after_step: Callable[[], None] = lambda: None,
     ) -> EpochStats:
         """Train on every image once, or on the images that are left of an epoch that `load` restored.
@@ -78,9 +78,8 @@ class Trainer:
         self._contract.train_mode()
         progress = self._progress
         if progress is None or progress.epoch != epoch:
-            progress = self._progress = _EpochProgress(
-                epoch, self.step, torch.tensor(0, device=self._device.accelerator)
-            )
+            n_correct = torch.tensor(0, device=self._device.accelerator)
+            progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         with limit_threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
@@ -90,8 +89,7 @@ class Trainer:
                     try:
                         self._step(loader, group, progress, on_running)
                     except Exception as error:
-                        if (advice := self._advice(error, loader, group[0])) is not None:
-                            raise advice from error
+                        self._explain(error, loader, group[0])
                         raise
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check_losses(progress)
@@ -101,8 +99,7 @@ class Trainer:
         self._check_losses(progress)
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
-        lr = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        seconds = progress.seconds
+        lr, seconds = {group["name"]: group["lr"] for group in self.optimizer.param_groups}, progress.seconds
         return EpochStats(loss / n, progress.n_correct.item() / n, self.step, seconds, n / seconds, lr)
 
     def _step(
@@ -152,18 +149,18 @@ class Trainer:
             self._contract.train_mode()
         return logits.float()
 
-    def _advice(self, error: Exception, loader: BatchLoader, batch: Batch) -> TlcliError | None:
-        """Return an error that says what to change after `error` ended a step; None if nothing is known.
+    def _explain(self, error: Exception, loader: BatchLoader, batch: Batch) -> None:
+        """Raise an error that says what to change after `error` ended a step, if that is known.
 
         After out of memory, steps over size/2, size/4, ... 1 images are tried: the largest that fits is named.
         """
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
-            return TlcliError(
+            raise TlcliError(
                 f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value per "
                 f"channel; set batch_size=2 or more, or freeze.bn_stats=frozen"
-            )
+            ) from error
         if not is_out_of_memory(error):
-            return None
+            return
         traceback.clear_frames(error.__traceback__)  # the tensors of the failed step would leave no room for the tries
         size, advice = len(batch[1]), "no smaller batch was found to fit: try a smaller image.size"
         self._contract.train_mode(update_stats=False)
@@ -179,15 +176,13 @@ class Trainer:
                 advice = f"{n} fits here; batch_size={n} accumulate={accumulate} keeps the size of a step"
                 break
         self.optimizer.zero_grad()
-        return OutOfMemory(f"out of memory with batch_size={size}: {advice}")
+        raise OutOfMemory(f"out of memory with batch_size={size}: {advice}") from error
 
     def _check_losses(self, progress: "_EpochProgress") -> None:
         """Raise NonFiniteLossError for the first unchecked batch whose loss is NaN or infinite."""
-        if not (unchecked := progress.losses[progress.n_checked :]):
-            return
-        is_bad = ~torch.stack(unchecked).isfinite()
-        if bool(is_bad.any()):
-            batch = progress.n_checked + int(is_bad.nonzero()[0])
+        unchecked = progress.losses[progress.n_checked :]
+        if unchecked and not torch.stack(unchecked).isfinite().all():
+            batch = progress.n_checked + next(i for i, loss in enumerate(unchecked) if not loss.isfinite())
             step = progress.first_step + batch // self._spec.accumulate
             raise self._non_finite_error(f"the loss is not finite at epoch {progress.epoch}, batch {batch + 1}", step)
         progress.n_checked = len(progress.losses)
@@ -216,7 +211,7 @@ class Trainer:
             "schedule": self.schedule.state(),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
-            "random": _random_states(),
+            "random": [generator.get_state() for generator in _generators()],
             "pass": self._progress and self._progress.state(),
         }
 
@@ -243,14 +238,9 @@ class Trainer:
             losses=list(saved["losses"].to(device).unbind()),
             sizes=[int(size) for size in saved["sizes"]],
         )
-        states: list[Tensor] = state["random"]
-        torch.set_rng_state(states[0])
-        if [s.shape for s in states] != [s.shape for s in _random_states()]:
-            return  # the accelerators are others in number or kind
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(states[1:])
-        elif len(states) > 1:
-            torch.mps.set_rng_state(states[1])
+        for generator, values in zip(_generators(), state["random"], strict=False):  # other accelerators if not equal
+            if generator.get_state().shape == values.shape:
+                generator.set_state(values)
 
 
 @dataclass
@@ -283,12 +273,11 @@ class _EpochProgress:
         """Return all counts as numbers and CPU tensors."""
         self.count()
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        counts = {"losses": losses, "n_correct": self.n_correct.item(), "batches": len(self.sizes)}
-        return {**counts, **{name: getattr(self, name) for name in ("epoch", "first_step", "seconds", "sizes")}}
+        counts = {"losses": losses, "n_correct": self.n_correct.item(), "batches": len(self.sizes), "sizes": self.sizes}
+        return {**counts, "epoch": self.epoch, "first_step": self.first_step, "seconds": self.seconds}
 
 
-def _random_states() -> list[Tensor]:
-    """Return the generators' states: the CPU's, then those of the CUDA GPUs or of MPS, where dropout draws."""
-    if torch.cuda.is_available():
-        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    return [torch.get_rng_state(), *([torch.mps.get_rng_state()] if torch.backends.mps.is_available() else ())]
+def _generators() -> list[torch.Generator]:
+    """Return the random generators of the CPU and of the GPUs, where dropout draws."""
+    mps = [torch.mps._get_default_mps_generator()] if torch.backends.mps.is_available() else []
+    return [torch.default_generator, *torch.cuda.default_generators, *mps]
