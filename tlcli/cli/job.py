@@ -32,7 +32,6 @@ from tlcli.specs import DatasetSpec, TrainSpec
 
 if TYPE_CHECKING:
     from tlcli.engine.session import Session
-    from tlcli.runs.resume_state import ResumeState
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 
@@ -146,7 +145,10 @@ class Command:
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
                 prepare_resume(run, state, self._line)
-            value, self._session = train_run(spec, run, reporter, self._session, state)
+            with fast_imports():
+                from tlcli.train import train
+            with prepare_training(spec, run, reporter, self._session) as (self._session, logged):
+                value = train(spec, run, logged, self._session, state)
         discard_state(run, spec)
         return value
 
@@ -176,27 +178,17 @@ def _as_typed(hydra: Any) -> list[str]:
     return [str(word) for word in words] if isinstance(words, list) else []
 
 
-def train_run(
-    spec: TrainSpec,
-    run: RunDir,
-    reporter: Reporter,
-    session: "Session | None" = None,
-    state: "ResumeState | None" = None,
-) -> "tuple[float | None, Session]":
-    """Train in a run's directory. Return the validation metric that selected the epoch, and the session.
-
-    Args:
-        session: of the previous job of a sweep.
-        state: of an interrupted run.
-    """
+@contextmanager
+def prepare_training(
+    spec: TrainSpec, run: RunDir, reporter: Reporter, session: "Session | None" = None
+) -> "Iterator[tuple[Session, Reporter]]":
+    """Yield the session for a run, that of the previous job if it has the same cache, and the reporter that logs it."""
     log.info(first_line(spec))
     with fast_imports():
         from tlcli.engine.session import session_for
-        from tlcli.train import train
 
-    session = session_for(spec.cache, session)
     with logged_run(spec, run.path, reporter) as logged:
-        return train(spec, run, logged, session, state), session
+        yield session_for(spec.cache, session), logged
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status, train_run
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, prepare_training, record_status
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
@@ -123,6 +123,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     print(first_line(spec), flush=True)
     with fast_imports():
         from tlcli.runs.resume_state import prepare_resume, read_state
+        from tlcli.train import train
 
     state = read_state(run)
     try:
@@ -143,7 +144,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                     f"{spec.scheduler.kind} schedule of {spec.epochs} epochs, so the result is not that of a run "
                     f"started with epochs={spec.epochs}"
                 )
-            train_run(spec, run, reporter, state=state)
+            with prepare_training(spec, run, reporter) as (session, logged):
+                train(spec, run, logged, session, state)
         discard_state(run, spec)
     finally:
         if (sweep := leaderboard.sweep_of(run)) is not None:
