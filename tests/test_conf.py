@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import fields
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import Compose
 from tlcli.cli.compose import build_spec, compose_config, parse_flags, parse_override
@@ -120,14 +120,17 @@ def test_a_sweep_over_text_takes_it_as_typed(word: str, jobs: list[str], spec: C
 def test_no_number_may_be_infinite() -> None:
     numbers = [key for key in all_keys() if {int, float} & {*leaf_types(key)}]
     assert len(numbers) > 40
+    configs: dict[tuple[str, ...], DictConfig] = {}
     for key in numbers:
         part, _, name = key.rpartition(".")
         owners = {kind: cls for kind, cls in classes_of(part).items() if name in cls.__struct_fields__}
         choice = [f"{part}={FILES.options_with(part, owners)[0]}"] if part in HOMES else []
         kind = next(str(f.type) for f in fields(next(iter(owners.values()))) if f.name == name)
-        config = compose_config(parse_flags(choice))[0]
+        if tuple(choice) not in configs:
+            configs[tuple(choice)] = compose_config(parse_flags(choice))[0]
         for value in map(float, ("inf", "-inf", "nan")):
             number = [value] * kind.count("float") if "tuple" in kind else value
+            config = configs[tuple(choice)].copy()
             OmegaConf.update(config, key, number, merge=False, force_add=True)
             with pytest.raises(UsageError, match=rf"^{key}\b.* (is not a finite number|expected .*number.*|is empty)"):
                 build_spec(config, FILES)

@@ -84,27 +84,3 @@ def test_one_line_exit_2_and_nothing_written(argv: str, tlcli, training, tmp_pat
     assert ended.err.startswith("tlcli train: ") and ended.err.count("\n") == 1
     assert CASES[argv] in ended.err
     assert not list(tmp_path.iterdir())
-
-
-FILES = {
-    "epoch: 1": "unknown key 'epoch'. Did you mean 'epochs'? (in experiment/mine.yaml)",
-    "epochs: abc": "epochs=abc: expected a whole number (in experiment/mine.yaml)",
-    "epochs: [1": "mine.yaml:",
-    "hydra: {callbacks: {x: {_target_: os.mkdir, name: made}}}": "hydra.callbacks.x._target_ is refused",
-    "hydra: {job_logging: {formatters: {x: {(): os.mkdir}}}}": "hydra.job_logging.formatters.x.() is refused",
-    "defaults: [/schema/dataset/digits@_here_]": "mine.yaml: remove the line with schema/dataset/digits@_here_ from",
-    "dataset: {classes: [{_target_: os.mkdir}]}": "a config cannot name code to run",
-}
-
-
-@pytest.mark.parametrize("text", FILES)
-def test_wrong_file(text: str, tlcli, training, tmp_path: Path) -> None:
-    training(lambda spec, run, reporter: pytest.fail("training began"))
-    file = tmp_path / "mine" / "experiment" / "mine.yaml"
-    file.parent.mkdir(parents=True)
-    file.write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
-    ended = tlcli("train", "--config-dir", "mine", "experiment=mine")
-    assert ended.code == 2
-    assert ended.err.count("\n") == 1
-    assert FILES[text] in ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -120,7 +120,7 @@ def explain_value(exc: ValidationError, key: str, value: Any, files: ConfFiles) 
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     is_tag = text.startswith("Invalid value")
     allowed = list(classes_of(key.rpartition(".")[0])) if is_tag else choices(key)
-    if allowed and not isinstance(value, list | dict):
+    if allowed and text.startswith(("Invalid", "Expected `str`,")):
         return key, f"{key}={written} is none of {', '.join(allowed)}.{did_you_mean(written, allowed)}"
     if not text.startswith("Expected"):  # of a class that checks itself: "range=..."
         return key, f"{key}.{text}" if isinstance(value, dict) else f"{key}={written}: {text}"
