@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from torch import nn
 
 import tlcli.train
@@ -13,6 +14,7 @@ from tests.conftest import Compose
 from tlcli.device import PROCESS_THREADS
 from tlcli.engine import session as module
 from tlcli.engine.session import Session, session_for
+from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir
@@ -32,45 +34,42 @@ def on_shapes(spec: Compose, shapes: Path) -> Callable[..., TrainSpec]:
     return lambda *overrides: spec(*words, *overrides)
 
 
-def model_of(session: Session, spec: TrainSpec, *, classes: tuple[str, ...] = ("a", "b"), size: int = 32):
-    return session.model(spec.backbone, classes, size=size, seed=spec.seed)
-
-
 def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
-    first = model_of(session, on_shapes())
+    def model_of(*overrides: str, classes: tuple[str, ...] = ("a", "b"), size: int = 32) -> Classifier:
+        spec = on_shapes(*overrides)
+        return session.model(spec.backbone, classes, size=size, seed=spec.seed)
+
+    first = model_of()
     before = {name: tensor.clone() for name, tensor in first.network.state_dict().items()}
     with torch.no_grad():
         for tensor in first.network.state_dict().values():
             tensor.add_(1)
-    again = model_of(session, on_shapes("freeze=head", "optimizer.lr=0.1"))
+    again = model_of("freeze=head", "optimizer.lr=0.1")
     assert again is first
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    for change in ("seed=1", "backbone.dropout=0.5", "backbone.weights=none"):
-        assert model_of(session, on_shapes(change)) is not again
-    other = model_of(session, on_shapes(), classes=("a", "b", "c"))
-    assert other is not again
-    assert model_of(session, on_shapes(), classes=("a", "b", "c"), size=48) is not other
+    others = [model_of(change) for change in ("seed=1", "backbone.weights=none")]
+    others += [model_of(classes=("a", "b", "c")), model_of(classes=("a", "b", "c"), size=48)]
+    assert len(set(map(id, [first, *others]))) == 5
 
 
 def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_dataset", lambda *args, **options: object())
-    specs = [
-        on_shapes(*words) for words in ([], ["optimizer.lr=0.1"], ["seed=1"], ["seed=1", "dataset.val_fraction=0.3"])
-    ]
-    loaded = [session.dataset(spec.dataset, spec.seed, Reporter()) for spec in specs]
+    words = ([], ["optimizer.lr=0.1"], ["seed=1"], ["seed=1", "dataset.val_fraction=0.3"])
+    loaded = [session.dataset(spec.dataset, spec.seed, Reporter()) for spec in (on_shapes(*own) for own in words)]
     assert [a is b for a, b in pairwise(loaded)] == [True, False, False]
 
 
 def test_a_session_lasts_while_the_cache_is_the_same(
     on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec = on_shapes().cache
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "one"))
-    first = session_for(on_shapes().cache)
-    assert session_for(on_shapes("seed=1").cache, first) is first
-    assert session_for(on_shapes("cache.ram_gb=0.5").cache, first) is not first
+    first = session_for(spec)
+    assert session_for(spec, first) is first
+    assert session_for(structs.replace(spec, ram_gb=0.5), first) is not first
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "two"))
-    assert session_for(on_shapes().cache, first) is not first
+    assert session_for(spec, first) is not first
 
 
 @pytest.fixture
