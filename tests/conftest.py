@@ -1,5 +1,6 @@
 """Fixtures of all tests: specs composed from conf/ as users compose them, and small image folders made on the spot."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def finish(out: Path, *words: str) -> Path:
         patch.setattr(Recorder, "_plot", lambda *args: None)
         assert main(["train", f"hydra.run.dir='{out}'", *words]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """trained("head", "fp32"): a finished run on the shapes, the same one for all tests; copy it to change it."""
+    freezes = {
+        "head": ("freeze=head",),
+        "stage": ("freeze=last_stages", "freeze.n=1", "augment=none", "cache.mode=require"),
+        "none": ("freeze=none",),
+    }
+
+    @functools.cache
+    def run(freeze: str, precision: str) -> Path:
+        words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "device.workers=0"]
+        words += ["backbone=resnet18", "backbone.weights=none", f"device.precision={precision}", *freezes[freeze]]
+        return finish(tmp_path_factory.mktemp("runs") / freeze, *words)
+
+    return run
 
 
 def make_folder(root: Path, counts: dict[str, int], *, side: int = 32, seed: int = 0) -> None:
