@@ -81,7 +81,7 @@ def evaluate_run(
         if isinstance(module, Head):
             module.dropout = spec.backbone.dropout
     # as the network was cut in training: its pretrained tensors decide which BatchNorm is frozen
-    random = tensors_to_reinit(spec.backbone.reinit, classifier.architecture) | classifier.stages[-1].tensors
+    random = tensors_to_reinit(spec.backbone.reinit, classifier) | classifier.stages[-1].tensors
     names = frozenset(classifier.network.state_dict()) - random
     classifier = replace(classifier, pretrained=frozenset() if spec.backbone.weights == "none" else names)
     network = classifier.network.to(accelerator)

@@ -109,13 +109,13 @@ class BackboneSpec(OptionSpec, frozen=True):
     is_packaged: ClassVar[bool] = False  # True if the published weights are a package: nothing is downloaded
 
     def build(self, n_classes: int, size: int | None = None) -> Any:
-        """Return the Architecture for images of `size` pixels (None: its own size), with random weights.
+        """Return the Classifier for images of `size` pixels (None: its own size), with random weights.
 
         Raises UsageError if the library has no such model.
         """
         raise NotImplementedError
 
-    def published(self, architecture: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
+    def published(self, classifier: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
         """Return the published weights: where they are from, and tensors by name."""
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from tlcli.engine.loaders import ActivationLoader, BatchLoader, ImageLoader
 from tlcli.engine.metrics import evaluate
 from tlcli.engine.metrics import test_report as report_of
 from tlcli.engine.trainer import Trainer
-from tlcli.models.classifier import Architecture, Classifier, Stage
+from tlcli.models.classifier import Classifier, Stage
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import Fit, TrainSpec
@@ -157,7 +157,7 @@ def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides:
         Stage("body", frozenset({"body.weight", "body.bias"})),
         Stage("head", frozenset({"head.weight", "head.bias"})),
     )
-    model = Classifier("small", Architecture(network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3), CLASSES)
+    model = Classifier("small", network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3, CLASSES)
     own = spec(f"batch_size={batch_size}", f"accumulate={accumulate}", "epochs=2", "device.precision=fp32", *overrides)
     trainer = trainer_for(own, model, (n // 3, n // 3, n - 2 * (n // 3)))
     for epoch in (1, 2):

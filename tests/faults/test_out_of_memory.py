@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.conftest import Compose
 from tests.faults.test_counting import CLASSES, Exact, Small, trainer_for
 from tlcli.errors import OutOfMemory, is_out_of_memory
-from tlcli.models.classifier import Architecture, Classifier, Stage
+from tlcli.models.classifier import Classifier, Stage
 from tlcli.reporter import Reporter
 
 KINDS: dict[str, Callable[[], Exception]] = {
@@ -51,7 +51,7 @@ class Limited(Small):
 def fit(spec: Compose, network: nn.Module, *overrides: str) -> None:
     names = [name for name, _ in network.named_parameters()]
     stages = (Stage("body", frozenset(names[:2])), Stage("head", frozenset(names[2:])))
-    classifier = Classifier("small", Architecture(network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3), CLASSES)
+    classifier = Classifier("small", network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3, CLASSES)
     own = spec("batch_size=64", "device.precision=fp32", *overrides)
     trainer = trainer_for(own, classifier, (22, 21, 21))
     trainer.fit(Exact(network, 64, 64), 1, Reporter(), lambda *running: None)  # type: ignore[arg-type]

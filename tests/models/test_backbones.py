@@ -35,7 +35,7 @@ def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: s
     assert sorted(names) == sorted(model.network.state_dict())
     assert model.stages[-1].name == "head"
     assert {model.network.get_parameter(n).shape[0] for n in model.head_parameters() if "bn" not in n} == {len(CLASSES)}
-    size = model.architecture.size
+    size = model.size
     with torch.inference_mode():
         logits = model.network.eval()(torch.zeros(2, 3, size, size))
     assert logits.shape == (2, len(CLASSES))
@@ -92,7 +92,7 @@ def test_lite0_is_right(spec: Compose) -> None:
     state = model.network.state_dict()
     assert {n for n in state if n not in model.stages[-1].tensors} == model.pretrained
     assert not model.head_loaded
-    assert model.architecture.mean == (0.5, 0.5, 0.5)
+    assert model.mean == (0.5, 0.5, 0.5)
     with torch.inference_mode():
         x = torch.rand(4, 3, 96, 96) * 2 - 1
         features = model.network.eval().forward_features(x)

@@ -111,7 +111,7 @@ def test_every_backbone(spec: Compose, name: str) -> None:
         cut = cut_of(model.network, size)
         assert_same(model.network, cut, size)
         if freeze == ["freeze=head"]:
-            assert is_inside(model.architecture.head[0] + ".weight", [cut.suffix_start])
+            assert is_inside(model.head[0] + ".weight", [cut.suffix_start])
 
 
 def test_two_heads_are_both_the_head(spec: Compose) -> None:
@@ -518,7 +518,7 @@ def small(spec: Compose, name: str) -> tuple[Classifier, int]:
     for size in (64, 96, 128, None):
         try:
             model = backbone_of(spec, f"timm {name}", "backbone.dropout=0.1", size=size)
-            own = size or model.architecture.size
+            own = size or model.size
             with torch.no_grad():
                 model.network.eval()(torch.zeros(2, 3, own, own))
         except Exception:

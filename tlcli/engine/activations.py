@@ -128,12 +128,11 @@ def image_size(spec: TrainSpec) -> int | None:
 
 def preprocessing_for(spec: TrainSpec, classifier: Classifier, value_range: ValueRange | None = None) -> Preprocessing:
     """Return how images become the network's input: by the spec and the data's range, else as its weights expect."""
-    own = classifier.architecture
     return Preprocessing(
-        size=image_size(spec) or own.size,
+        size=image_size(spec) or classifier.size,
         fit=spec.image.fit,
-        mean=spec.image.mean or own.mean,
-        std=spec.image.std or own.std,
+        mean=spec.image.mean or classifier.mean,
+        std=spec.image.std or classifier.std,
         range=value_range,
     )
 
@@ -193,7 +192,7 @@ class Workload:
 
     def plain_head(self, cut: Cut) -> nn.Linear | None:
         """Return the head if the suffix of the cut is one plain linear layer and nothing else."""
-        names = self.classifier.architecture.head
+        names = self.classifier.head
         head = self.classifier.network.get_submodule(names[0])
         if len(names) == 1 and cut.suffix_start == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
             return head if cut.shapes == ((head.in_features,),) else None

