@@ -83,7 +83,7 @@ def test_copies_across_splits_are_named(checked: Checked) -> None:
 
 def test_bad_files_have_reasons(checked: Checked) -> None:
     (row,) = checked.rows("bad_files.csv")
-    assert (Path(row["file"]).name, row["reason"]) == ("page.jpg", "a web page, not an image")
+    assert (Path(row["file"]).name, row["reason"]) == ("page.jpg", "not an image")
     assert checked.lines("fix")[0].startswith("1 of the files do not decode")
     assert "files that are not images by their names are left out: .txt (1)" in checked.summary["notes"]
 

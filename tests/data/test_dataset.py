@@ -166,7 +166,7 @@ def test_bad_files_are_an_error(make_folder: MakeFolder) -> None:
         load(folder_spec(root))
     message = str(caught.value)
     assert message.startswith("7 files do not decode: ")
-    assert message.count("(a web page, not an image)") == 5
+    assert message.count("(not an image)") == 5
     assert "and 2 more, all in the run's bad_files.csv; dataset.on_bad=skip leaves them out" in message
     assert "\n" not in message
 

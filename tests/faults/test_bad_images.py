@@ -90,7 +90,7 @@ TALL_GIF = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero bytes.jpg": (lambda path: path.touch(), "empty"),
     "blank.png": (lambda path: path.write_bytes(b" \n" * 99), "empty"),
-    "web page.jpg": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "a web page, not an image"),
+    "web page.jpg": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "not an image"),
     "drawing.png": (lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>"), "not an image"),
     "archive.jpg": (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not an image"),
     "postscript.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image"),

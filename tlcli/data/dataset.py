@@ -146,7 +146,7 @@ def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str
     for split in splits.values():
         if isinstance(split.images, ImageFiles) and value_range and value_range[0] < value_range[1]:
             split.images.value_range = value_range
-    return {s.images.key(i): partial(s.images.read, i) for s in splits.values() for i in s.indices.tolist()}
+    return {s.images.key(i): partial(s.images.decode, i) for s in splits.values() for i in s.indices.tolist()}
 
 
 @contextmanager

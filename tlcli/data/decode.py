@@ -194,6 +194,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _decode(stream: BinaryIO) -> RawImage:
     head = stream.read(64)
+    if not head.strip():
+        raise BadImage("empty")
     stream.seek(0)
     formats: tuple[str, ...] = FORMATS
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head:
@@ -222,8 +224,13 @@ def _decode(stream: BinaryIO) -> RawImage:
             return raw_image(image, is_reduced=is_reduced)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels: more than Pillow's limit against decompression bombs") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
-        raise BadImage(_reason(error, stream)) from error
+        text = " ".join(str(error).split())[:80] or type(error).__name__
+        raise BadImage("truncated" if "truncated" in text.lower() else f"damaged ({text})") from error
 
 
 def _upright(values: np.ndarray[Any, Any], image: Image.Image) -> np.ndarray[Any, Any]:
@@ -239,23 +246,3 @@ def _upright(values: np.ndarray[Any, Any], image: Image.Image) -> np.ndarray[Any
     if orientation in (2, 3, 6, 7):
         values = values[:, ::-1]
     return np.ascontiguousarray(values)
-
-
-def _reason(error: Exception, stream: BinaryIO) -> str:
-    try:
-        stream.seek(0)
-        head = stream.read(256).lstrip().lower()
-    except (OSError, ValueError):
-        head = b"?"
-    if not head:
-        return "empty"
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels: more than Pillow's limit against decompression bombs"
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page, not an image"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if "truncated" in str(error).lower():
-        return "truncated"
-    text = " ".join(str(error).split())
-    return f"damaged ({text[:80] or type(error).__name__})"

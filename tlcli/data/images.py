@@ -32,10 +32,7 @@ SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change
 
 
 class MemoryBudget:
-    """A number of bytes for decoded images, shared by several sources, in the process that made it only.
-
-    Threads that store at the same moment may exceed it by an image each.
-    """
+    """A number of bytes for decoded images of several sources, which threads may exceed by an image each."""
 
     def __init__(self, nbytes: int) -> None:
         self.left = nbytes
@@ -52,10 +49,7 @@ class MemoryBudget:
 class ImageSource(ABC):
     """Images by position, which stay in memory once they are read, up to the budget `memory`. Digests always stay.
 
-    Reading may happen in several threads and processes at once.
-
-    Args:
-        prefix: of the names of images that are not files, such as digits.
+    Reading may happen in several threads and processes at once. Images that are not files are named prefix/index.
     """
 
     memory: MemoryBudget | None = None
@@ -70,18 +64,18 @@ class ImageSource(ABC):
         """Return the pixels, uint8 (height, width, 3) RGB, whatever is in memory. Raise BadImage."""
 
     def name(self, index: int) -> str:
-        """Return the path of the file, or a name such as digits/17."""
+        """Return the path of the file, or prefix/index."""
         return f"{self.prefix}/{index}"
 
     def key(self, index: int) -> str:
-        """Return a name that stays when the data moves: the path below the dataset's root, or such as digits/17."""
+        """Return a name that stays when the data moves: the path below the dataset's root, or prefix/index."""
         return self.name(index)
 
     def read(self, index: int) -> Pixels:
-        """Return the pixels from memory, else decoded. Raise BadImage."""
+        """Return the pixels from memory, else decoded. Raise BadImagesError."""
         pixels = self.pixels.get(index)
         if pixels is None:
-            pixels = self.decode(index)
+            pixels = self._or_name(self.decode, index)
             self.store(index, pixels)
         return pixels
 
@@ -91,13 +85,19 @@ class ImageSource(ABC):
             self.pixels[index] = pixels
 
     def digest(self, index: int) -> bytes:
-        """Return BLAKE2b of the file's bytes, or of shape and pixels. Raise BadImage."""
+        """Return BLAKE2b of the file's bytes, or of shape and pixels. Raise BadImagesError."""
         if index not in self._digests:
-            self._digests[index] = self.compute_digest(index)
+            self._digests[index] = self._or_name(self.compute_digest, index)
         return self._digests[index]
 
+    def _or_name(self, read: Callable[[int], T], index: int) -> T:
+        try:
+            return read(index)
+        except BadImage as error:
+            raise BadImagesError(f"{self.name(index)}: {error}") from error
+
     def compute_digest(self, index: int) -> bytes:
-        """Return `digest` of an image for the first time."""
+        """Return `digest` of an image for the first time. Raise BadImage."""
         pixels = self.decode(index)
         digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
         digest.update(np.ascontiguousarray(pixels).data)
@@ -209,18 +209,10 @@ class ImageArrays(ImageSource):
         return pixels
 
 
-def read_or_name(images: ImageSource, index: int, read: Callable[[int], T]) -> T:
-    """Return what a method returns for an image that should decode. Raise BadImagesError, with its name."""
-    try:
-        return read(index)
-    except BadImage as error:
-        raise BadImagesError(f"{images.name(index)}: {error}") from error
-
-
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
     """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
     with reporter.track("reading files", len(places)) as advance:
-        for digest in map_in_threads(lambda place: read_or_name(*place, place[0].digest), places, 64):
+        for digest in map_in_threads(lambda place: place[0].digest(place[1]), places, 64):
             yield digest
             advance(1)
 
@@ -251,7 +243,7 @@ class Split:
 
     def read(self, i: int) -> Pixels:
         """Return the pixels of the i-th image, uint8 (height, width, 3) RGB. Do not change them in place."""
-        return read_or_name(self.images, int(self.indices[i]), self.images.read)
+        return self.images.read(int(self.indices[i]))
 
     def name(self, i: int) -> str:
         """Return the path or name of the i-th image."""
@@ -335,7 +327,7 @@ class ConcatSplits:
     def read(self, position: int) -> Pixels:
         """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImagesError for an unreadable file."""
         images, index = self.places[position]
-        return read_or_name(images, index, images.read)
+        return images.read(index)
 
 
 def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
