@@ -145,15 +145,11 @@ def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precisio
     return ComputeFormat(dtype, torch.contiguous_format if is_mps else recorded.memory_format)
 
 
-class _UncutNetwork(nn.Module):
+class _UncutNetwork(nn.Sequential):
     """A whole network as a prefix."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        return (self.network(images),)
+        return (self[0](images),)
 
 
 def _pipeline(

@@ -27,9 +27,9 @@ matplotlib.rcParams["svg.hashsalt"] = "tlcli"  # the same run gives the same byt
 PAPER, INK, SOFT, GRID, BLUE, ORANGE = "#ffffff", "#1b1d20", "#5d6269", "#e3e4e6", "#1f5fa5", "#b4500b"
 DARK = {PAPER: "#14161a", INK: "#e9e9e7", SOFT: "#9ca1a8", GRID: "#2d3137", BLUE: "#7db4f2", ORANGE: "#f2a65e"}
 
-STYLES = {"train": (ORANGE, "--"), "val": (BLUE, "-")}
 LABELS = {"train": "train", "val": "validation"}
 DPI = 120
+PNG: dict[str, Any] = {"compress_level": 1, "dpi": (DPI, DPI)}  # more compression takes as long as drawing
 SAMPLES, COLUMNS = 16, 4
 THUMBNAIL, TITLE, GAP = 270, 52, 14  # pixels
 MAX_NAMED_CLASSES = 40  # above, a matrix has no names: they would be too small to read
@@ -37,17 +37,13 @@ MAX_NAMED_CLASSES = 40  # above, a matrix has no names: they would be too small 
 Points = Sequence[tuple[float, float]]
 
 
-# -- drawing, for PNG and SVG
-
-
 def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: int | None) -> None:
     """Draw a metric of train and val by epoch, from (epoch, value) by split, and mark the epoch that was kept."""
     for split, values in points.items():
-        color, line = STYLES[split]
+        color, face, line = (ORANGE, PAPER, "--") if split == "train" else (BLUE, BLUE, "-")
+        style = {"color": color, "linestyle": line, "markersize": 5, "markerfacecolor": face, "clip_on": False}
         marker = "o" if len(values) <= 30 else None
-        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5, "clip_on": False}
-        face = PAPER if split == "train" else color
-        axes.plot(*zip(*values, strict=True), markerfacecolor=face, label=LABELS[split], **style)
+        axes.plot(*zip(*values, strict=True), marker=marker, label=LABELS[split], **style)
     every = [value for values in points.values() for _, value in values]
     _style_axes(axes, every, is_share=key == "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
@@ -56,9 +52,8 @@ def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: in
         low, high = axes.get_xlim()
         axes.axvline(best_epoch, color=SOFT, linestyle=":", linewidth=1)
         side = "right" if best_epoch > (low + high) / 2 else "left"
-        place = {"xy": (best_epoch, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 6)}
-        text = f"kept: epoch {best_epoch}"
-        axes.annotate(text, **place, textcoords="offset points", ha=side, color=SOFT, fontsize="small")
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points", "ha": side}
+        axes.annotate(f"kept: epoch {best_epoch}", (best_epoch, 1), **place, color=SOFT, fontsize="small")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.13), ncols=2, borderaxespad=0, frameon=False, labelcolor=SOFT)
 
 
@@ -69,8 +64,8 @@ def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float
     """
     largest = max(n for bins in series.values() for *_, n in bins)
     axes.plot([0, 1], [0, 1], color=SOFT, linestyle=":", linewidth=1)
-    for i, (name, bins) in enumerate(series.items()):
-        color, face = (BLUE, BLUE) if i == len(series) - 1 else (ORANGE, "none")
+    for name, bins in series.items():
+        color, face = (BLUE, BLUE) if name == list(series)[-1] else (ORANGE, "none")
         x, y, n = zip(*bins, strict=True)
         area = [max(20.0, 300 * count / largest) for count in n]
         axes.scatter(x, y, s=area, facecolors=face, edgecolors=color, alpha=0.75, label=name, clip_on=False, zorder=3)
@@ -91,16 +86,15 @@ def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: b
     """
     try:
         x = [float(value) for value, *_ in jobs]
-        is_numeric = all(number == 0 or 1e-100 < abs(number) < 1e100 for number in x)
     except ValueError:
-        is_numeric = False
-    if is_numeric:
-        own = sorted(set(x))
-        if own[0] > 0 and own[-1] / own[0] >= 10:
+        x = [np.nan]
+    if all(number == 0 or 1e-100 < abs(number) < 1e100 for number in x):
+        distinct = sorted(set(x))
+        if distinct[0] > 0 and distinct[-1] / distinct[0] >= 10:
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
-        if len(own) <= 5:
-            axes.set_xticks(own)
+        if len(distinct) <= 5:
+            axes.set_xticks(distinct)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.07)
     else:
@@ -109,8 +103,8 @@ def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: b
         axes.set(xlim=(-0.5, len(names) - 0.5))
         axes.set_xticks(range(len(names)), [shorten(name, max(3, 60 // len(names))) for name in names])
     for place, (_, metric, is_best) in zip(x, jobs, strict=True):
-        face, edge = (BLUE, BLUE) if is_best else ("none", SOFT)
-        axes.scatter([place], [metric], s=60, facecolors=face, edgecolors=edge, clip_on=False, zorder=3)
+        colors = {"facecolors": BLUE if is_best else "none", "edgecolors": BLUE if is_best else SOFT}
+        axes.scatter([place], [metric], s=60, **colors, clip_on=False, zorder=3)
     _style_axes(axes, [metric for _, metric, _ in jobs], is_share=is_share)
 
 
@@ -160,9 +154,6 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
     return light, re.sub("|".join(DARK), lambda color: DARK[color[0]], light)
 
 
-# -- files in plots/
-
-
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
     """Draw loss and accuracy of train and val by epoch, from the rows of metrics.jsonl."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI)
@@ -171,7 +162,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) 
         points = {split: [(row["epoch"], row[key]) for row in rows if row["split"] == split] for split in LABELS}
         draw_curve(axes, {split: values for split, values in points.items() if values}, key, best_epoch)
         axes.set_title(key, loc="left", pad=22)  # above the label of the epoch
-    _save(_render(figure), file)
+    _render(figure).save(file, **PNG)
 
 
 def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
@@ -196,7 +187,7 @@ def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
     if n <= 20:
         for t, p in np.argwhere(counts > 0):
             axes.text(p, t, counts[t, p], ha="center", va="center", color="white" if shares[t, p] > 0.5 else "black")
-    _save(_render(figure), file)
+    _render(figure).save(file, **PNG)
 
 
 def plot_samples(
@@ -213,9 +204,9 @@ def plot_samples(
     tops = [((column + 0.5) * (THUMBNAIL + GAP), (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL) for row, column in places]
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for i, (x, y) in zip(chosen, tops, strict=True):
-        text = f"{shorten(classes[predicted[i]], 22)} {probability[i]:.0%}"
-        text = text if is_right[i] else f"{text}\nis {shorten(classes[split.labels[i]], 24)}"
-        color = "black" if is_right[i] else ORANGE
+        text, color = f"{shorten(classes[predicted[i]], 22)} {probability[i]:.0%}", "black"
+        if not is_right[i]:
+            text, color = f"{text}\nis {shorten(classes[split.labels[i]], 24)}", ORANGE
         figure.text(x / width, 1 - (y - 6) / height, text, fontsize=9, color=color, ha="center", va="bottom")
     sheet = _render(figure)
     for i, (x, y) in zip(chosen, tops, strict=True):  # matplotlib would take five times as long
@@ -224,7 +215,7 @@ def plot_samples(
         resample = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST  # small images: each pixel
         image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
         sheet.paste(image, (int(x) - image.width // 2, y))
-    _save(sheet, file)
+    sheet.save(file, **PNG)
 
 
 def shorten(name: str, length: int) -> str:
@@ -238,7 +229,3 @@ def _render(figure: Figure) -> Image.Image:
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _save(picture: Image.Image, file: Path) -> None:
-    picture.save(file, compress_level=1, dpi=(DPI, DPI))  # a higher level takes as long as drawing and saves little
