@@ -1,8 +1,6 @@
 """Which splits are cached, why, and what replaces a decision that cannot be followed. Results do not depend on it."""
 
-import errno
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,28 +86,6 @@ def test_require_says_in_one_line_why_it_cannot(run, cold: Path) -> None:
         assert re.search(why, ended.error)
 
 
-@pytest.mark.slow
-def test_a_full_disk_means_uncached(run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one note, whatever the number of splits, and recorded in run.json. cache.mode=off writes nothing at all."""
-    expected = run("freeze=head", "cache.mode=off")
-    assert not cold.exists()
-    assert activations_line(expected) == "activations: training reads images: cache.mode=off"
-    assert expected.record["cache"]["used"] is False
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Store, "write", full)
-    ended = run("freeze=head")
-    assert ended.code == 0, ended.error
-    assert list(cold.iterdir()) == []
-    assert ended.test == expected.test
-    notes = [line for line in ended.shown.splitlines() if line.startswith("note") and "No space left" in line]
-    assert len(notes) == 1, notes
-    assert ended.record["cache"]["used"] is False
-    assert "No space left" in ended.record["cache"]["why"]
-
-
 # -- what is there is read
 
 
@@ -123,21 +99,6 @@ def test_the_second_run_reads_what_the_first_computed(run, cold: Path) -> None:
     assert {path.name for path in cold.iterdir()} == {
         key for keys in first.record["cache"]["entries"].values() for key in keys
     }
-
-
-@pytest.mark.slow
-def test_a_damaged_entry_is_refilled(run, cold: Path) -> None:
-    first = run("freeze=head")
-    entry = cold / first.record["cache"]["key"]
-    whole = (entry / "0.bin").read_bytes()
-    content = bytearray(whole)
-    content[len(content) // 2] ^= 64
-    (entry / "0.bin").write_bytes(content)
-    second = run("freeze=head")
-    assert second.record["extraction"]["images"] == 60
-    assert second.weights == first.weights
-    assert second.test == first.test
-    assert (entry / "0.bin").read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -217,14 +178,6 @@ def test_caching_is_chosen_if_it_is_faster(plan, monkeypatch: pytest.MonkeyPatch
     assert plan(1e9, *words, "cache.mode=require").cache_info["used"] is True
     monkeypatch.setattr(decisions, "WRITE_SECONDS_PER_BYTE", 2e-6)
     assert [plan(100.0, *words, f"epochs={n}").cache_info["used"] for n in (1, 100)] == [False, True]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("freeze", ["none", "last_stages"])
-def test_a_single_choice_is_not_measured(freeze: str, run, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "_measure", lambda *args, trains: 1.0 if not trains else pytest.fail("measured"))
-    ended = run(f"freeze={freeze}", "augment=none", "freeze.head_init=random")
-    assert ended.record["numerics"]["training"] == "the only choice here"
 
 
 # -- room

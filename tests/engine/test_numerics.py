@@ -100,6 +100,11 @@ def test_the_fastest_is_chosen_with_its_speed_and_reason(choose) -> None:
     assert set(Timed.steps) == {(training, dtype, training) for training in (True, False) for dtype in Timed.seconds}
 
 
+def test_a_single_choice_is_not_measured_for_training(choose) -> None:
+    assert choose([SLOW], 0.2, 0.1).reason == "the only choice here"
+    assert {training for training, *_ in Timed.steps} == {False}
+
+
 def test_the_first_of_nearly_equal_ones_is_chosen(choose) -> None:
     assert choose([SLOW, FAST], 0.105, 0.1, "near").dtype == torch.float32
     assert choose([FAST, SLOW], 0.105, 0.1, "turned").dtype == torch.bfloat16

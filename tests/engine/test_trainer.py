@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from msgspec import structs
@@ -12,13 +11,11 @@ from torchvision.transforms import v2
 
 from tests.conftest import Compose
 from tests.faults.test_counting import trainer_for
-from tlcli.cli.conf_files import conf_dir
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import Dataset
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import decide
-from tlcli.engine.inputs import Inputs, image_loader
-from tlcli.engine.metrics import evaluate
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import EpochStats, Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
@@ -119,22 +116,6 @@ def test_training_learns(small) -> None:
     assert setting.contract.verify() > 0
 
 
-@pytest.mark.slow
-def test_accumulated_gradients_are_those_of_the_large_batch(small) -> None:
-    """A short last group included: 54 images in batches of 8 by 3, and in batches of 24."""
-    same = ("backbone=resnet18", "backbone.weights=none", "freeze.bn_stats=frozen", "augment=none", "optimizer=sgd")
-    once, parts = small("batch_size=24", *same), small("batch_size=8", "accumulate=3", *same)
-    for setting in (once, parts):
-        setting.model.network.double()
-        ready = setting.train._normalized
-        setting.train._normalized = lambda batches, ready=ready: (((x.double(),), y) for (x,), y in ready(batches))
-        setting.fit()
-    assert once.trainer.step == parts.trainer.step == math.ceil(54 / 24)
-    other = parts.model.network.state_dict()
-    for name, tensor in once.model.network.state_dict().items():
-        assert torch.allclose(tensor, other[name], rtol=1e-6, atol=1e-9), name
-
-
 def test_not_finite_stops_the_run_and_says_where(small) -> None:
     setting = small("optimizer=sgd", "optimizer.lr=1e12", "scheduler=constant", "augment=none", "batch_size=8")
     with pytest.raises(
@@ -170,41 +151,20 @@ def test_running_loss_is_of_the_last_batches_also_within_a_group(small) -> None:
 
 
 def test_clip_grad_bounds_the_step(small) -> None:
-    same = ("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "scheduler=constant", "batch_size=54")
-    free, clipped = (small(*same, "freeze=head", clip) for clip in ("clip_grad=null", "clip_grad=0.001"))
-    moved = []
-    for setting in (free, clipped):
-        before = {n: p.detach().clone() for n, p in setting.model.network.named_parameters()}
-        setting.fit()
-        parameters = dict(setting.model.network.named_parameters())
-        moved.append(math.sqrt(sum((parameters[n] - b).square().sum().item() for n, b in before.items())))
-    assert moved[1] <= 0.001 * 1.01 < moved[0]
+    """By its norm: with lr=1 and without momentum a step is the clipped gradient, which is longer than 0.001."""
+    words = ("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "scheduler=constant", "batch_size=54")
+    setting = small(*words, "freeze=head", "clip_grad=0.001")
+    parameters = [p for p in setting.model.network.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    setting.fit()
+    moved = sum((p - b).square().sum().item() for p, b in zip(parameters, before, strict=True))
+    assert math.sqrt(moved) == pytest.approx(0.001, rel=0.01)
 
 
 def test_balanced_classes_weigh_alike(spec: Compose, small) -> None:
     counts = (6, 30, 12)
     trainer = trainer_for(spec("class_weights=balanced"), small().model, counts)
     assert (trainer._class_weights * torch.tensor(counts)).tolist() == pytest.approx([48 / 3] * 3)
-
-
-def test_evaluation_counts_every_image_once_and_leaves_modes_alone(small) -> None:
-    setting = small("freeze=head")
-    setting.contract.train_mode()
-    modes = {name: module.training for name, module in setting.model.network.named_modules()}
-    cached = setting.opened.open("test", Reporter())
-    found = evaluate(setting.model.network, cached, setting.device, Reporter(), "test")
-    assert np.array_equal(found.labels.numpy(), setting.data.test.labels)
-    assert {name: module.training for name, module in setting.model.network.named_modules()} == modes
-    with eval_mode(setting.model.network), torch.inference_mode():
-        (x,), _ = next(image_loader(setting.workload, setting.device, "test", Reporter()).in_order())
-        assert torch.allclose(setting.model.network(x), found.logits[: len(x)], atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("augment", [file.stem for file in sorted((conf_dir() / "augment").glob("*.yaml"))])
-def test_every_augmentation_changes_what_is_trained_on(small, augment: str) -> None:
-    plain, augmented = small("augment=none"), small(f"augment={augment}", "augment.erasing=0.5")
-    assert plain.fit().loss != augmented.fit().loss
 
 
 def test_bfloat16_trains_as_float32_but_for_rounding(small) -> None:
