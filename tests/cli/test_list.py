@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from tests.runs.test_index import make_run
 from tlcli.cli.completion import candidates
@@ -20,12 +21,9 @@ def outputs(tmp_path: Path) -> Path:
     folder = tmp_path / "outputs"
     accuracies = {"1": 0.9, "2": 0.7, "3": None, "4": 0.8}
     for day, accuracy in accuracies.items():
-        backbone = "resnet50" if day == "4" else "resnet18"
-        status = "done" if accuracy else "failed"
-        facts = {"started": f"2026-11-0{day}T12:00:00+00:00", "seconds": {"total": 60.0 * int(day)}, "status": status}
-        make_run(
-            folder / day, accuracy=accuracy, backbone=backbone, best=None if day == "3" else {"accuracy": 0.5}, **facts
-        )
+        facts = {"started": f"2026-11-0{day}T12:00:00+00:00", "seconds": {"total": 60.0 * int(day)}}
+        facts |= {"status": "done", "best": {"accuracy": 0.5}} if accuracy else {"status": "failed", "best": None}
+        make_run(folder / day, accuracy=accuracy, backbone="resnet50" if day == "4" else "resnet18", **facts)
     for job, freeze in enumerate(("head", "none", "norm")):
         best = {"accuracy": 0.1 * job, "macro_f1": 0.1, "loss": 1.0}
         facts = {"started": "2026-11-05T12:00:00+00:00", "best": best, "overrides": ["epochs=1", f"freeze={freeze}"]}
@@ -107,12 +105,8 @@ def test_a_table_fits_its_width(width: int, outputs, tlcli, monkeypatch: pytest.
     make_run(outputs / "long", dataset="a data set with a name that is far too long", backbone="图像" * 20)
     monkeypatch.setattr("tlcli.cli.list_runs.terminal_columns", lambda: width)
     lines = tlcli("list", "--jobs").out.splitlines()
-    from rich.cells import cell_len
-
     assert max(map(cell_len, lines)) <= width
-    titles = lines[0].split()
-    assert {"status", "val", "test", "path"} <= set(titles)
-    assert len(titles) > 4 or width == 60
+    assert {"status", "val", "test", "path"} <= set(lines[0].split())
 
 
 @pytest.mark.parametrize(
@@ -148,19 +142,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert candidates("tlcli list --format ") == ["table ", "csv ", "json "]
 
 
-def test_many_runs_without_torch(tmp_path: Path) -> None:
-    for i in range(200):
-        folder = tmp_path / f"2026-11-{i % 28 + 1:02}" / str(i)
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text('{"status": "done", "backbone": "resnet18", "dataset": "digits"}')
-        (folder / "test.json").write_text('{"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6]}')
-    code = (
-        "import sys; from tlcli.cli import main; main(['list', sys.argv[1]]);"
-        "print([m for m in ('torch', 'numpy', 'hydra', 'omegaconf', 'rich.table', 'matplotlib') if m in sys.modules])"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *lines, total, modules = done.stdout.splitlines()
-    assert len(lines) == 200 + 2
-    assert total == f"200 runs in {tmp_path}"
-    assert modules == "[]"
+def test_torch_and_numpy_are_not_imported(outputs) -> None:
+    heavy = "('torch', 'numpy', 'hydra', 'omegaconf', 'rich.table', 'matplotlib')"
+    code = f"import sys; from tlcli.cli import main; main(['list']); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=outputs.parent)
+    assert done.stdout.splitlines()[-2:] == ["4 runs, 1 sweep, 3 jobs in outputs", "[]"]

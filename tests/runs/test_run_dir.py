@@ -9,7 +9,7 @@ import pytest
 
 from tlcli.errors import TlcliError
 from tlcli.files import read_yaml
-from tlcli.runs.run_dir import RunDir, confusion_matrix
+from tlcli.runs.run_dir import RunDir, confusion_matrix, stored_confusion
 
 
 def test_damaged_files_are_empty(tmp_path: Path) -> None:
@@ -34,12 +34,14 @@ def test_a_confusion_matrix_of_many_classes_is_stored_as_cells() -> None:
     classes = [str(i) for i in range(101)]
     full = np.zeros((101, 101), dtype=int)
     full[3, 5], full[100, 100] = 2, 7
-    cells = [[3, 5, 2], [100, 100, 7]]
+    cells = stored_confusion(full.tolist())
+    assert cells == [[3, 5, 2], [100, 100, 7]]
     for stored in (full.tolist(), cells):
         matrix = confusion_matrix({"classes": classes, "confusion": stored})
         assert matrix is not None
         assert np.array_equal(matrix, full)
-    assert confusion_matrix({"classes": ["a", "b", "c"], "confusion": [[1, 0, 0], [0, 2, 0], [0, 0, 3]]}).trace() == 6  # type: ignore[union-attr]
+    few = stored_confusion([[1, 0, 0], [0, 2, 0], [0, 0, 3]])
+    assert confusion_matrix({"classes": ["a", "b", "c"], "confusion": few}).trace() == 6  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
