@@ -37,31 +37,28 @@ COMMANDS = {
 QUICK = ("list", "predict", "eval", "report", "compare", "export", "data check")  # the kernel counts for the others
 
 
+WATCHED = {f"socket.{name}" for name in ("connect", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "getnameinfo")}
+asked: list[object] | None = None  # what the program asks the network for, while that is refused
+
+
+def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if asked is not None and event in WATCHED and getattr(arguments[0], "family", None) != socket.AF_UNIX:
+        asked.append((event, arguments[1:]))
+        raise OSError("no network")
+
+
+sys.addaudithook(refuse)
+
+
 @contextmanager
 def refused() -> Iterator[list[object]]:
-    """Refuse names and addresses to this process; what was asked for. Sockets within the machine are no connections."""
-    asked: list[object] = []
-    own = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
-
-    def refusing(name: str) -> Any:
-        def refuse(self: socket.socket, *arguments: object) -> Any:
-            if self.family == socket.AF_UNIX:
-                return own[name](self, *arguments)
-            asked.append((name, arguments[-1]))
-            raise OSError("no network")
-
-        return refuse
-
-    def resolve(*arguments: object, **more: object) -> None:
-        asked.append(arguments)
-        raise socket.gaierror("no network")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in own:
-            patch.setattr(socket.socket, name, refusing(name))
-        for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr", "getnameinfo"):
-            patch.setattr(socket, name, resolve)
+    """Refuse names and addresses to this process; sockets within the machine are not connections."""
+    global asked
+    asked = []
+    try:
         yield asked
+    finally:
+        asked = None
 
 
 def words_of(command: str, run: Path, shapes: Path) -> list[str]:
