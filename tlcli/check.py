@@ -53,6 +53,7 @@ CELLS_PER_ROW, CELL_SIDE, GAP, LINE_HEIGHT = 5, 190, 10, 17  # the sides in pixe
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Table = list[Sequence[object]]
 SheetRow = tuple[str, list[tuple[int, str]]]  # a title, and images with their captions
+TableAndSheet = tuple[Table, list[SheetRow]]
 Duplicates = tuple[str, float, list[int]]  # exact or near, the lowest correlation of connecting pairs, positions
 Suspect = tuple[int, int, float, float, bool]  # position, suggested class, its own and that one's probability, likely
 
@@ -270,8 +271,8 @@ def _write_files(
     folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
 ) -> None:
     """Write the tables and the contact sheet."""
-    duplicates_table, groups = _tabulate_duplicates(images, data.classes, duplicates)
-    labels_table, examples = _tabulate_labels(images, data.classes, suspects)
+    duplicates_table, groups = _duplicates(images, data.classes, duplicates)
+    labels_table, examples = _labels(images, data.classes, suspects)
     bad_files: Table = [("file", "reason"), *data.bad_files]
     for name, rows in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -280,9 +281,7 @@ def _write_files(
         draw_sheet([*groups, *examples], images).save(folder / "contact_sheet.png")
 
 
-def _tabulate_duplicates(
-    images: ConcatSplits, classes: Sequence[str], duplicates: Sequence[Duplicates]
-) -> tuple[Table, list[SheetRow]]:
+def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequence[Duplicates]) -> TableAndSheet:
     """Return duplicates.csv and rows of the contact sheet, groups across splits or with several classes first."""
     table: Table = [("group", "kind", "similarity", "splits", "labels", "file", "split", "label")]
     ranked = []
@@ -299,9 +298,7 @@ def _tabulate_duplicates(
     return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
 
 
-def _tabulate_labels(
-    images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Suspect]
-) -> tuple[Table, list[SheetRow]]:
+def _labels(images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Suspect]) -> TableAndSheet:
     """Return labels.csv and rows of the contact sheet."""
     table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
     cells = []

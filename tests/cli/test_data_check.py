@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,26 +18,10 @@ SMALL = ("backbone=efficientnet_lite0", "image.size=32", "device=cpu")
 FILES = {"summary.json", "duplicates.csv", "labels.csv", "bad_files.csv", "contact_sheet.png"}
 
 
-class Checked:
-    """A folder with planted faults, and what the command said of it."""
-
-    def __init__(self, root: Path, output: Path) -> None:
-        self.root, self.output = root, output
-        self.summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
-
-    def rows(self, name: str) -> list[dict[str, str]]:
-        with (self.output / name).open(newline="") as stream:
-            return list(csv.DictReader(stream))
-
-    def lines(self, kind: str) -> list[str]:
-        return [line for own, line in self.summary["verdicts"] if own == kind]
-
-
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    """Two labels are wrong, an image of test is in train, one of train is in test resized, one is no image."""
-    folder = tmp_path_factory.mktemp("check")
-    root, output = folder / "photos", folder / "found"
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Check photos: two labels are wrong, test has an image of train and one resized, and one file is no image."""
+    root = tmp_path_factory.mktemp("check") / "photos"
     for split, n in (("train", 16), ("test", 4)):
         make_folder(root / split, {"=across": n, "checks": n, "down": n}, seed=n)
     (root / "train/=across/003.png").rename(root / "train/down/x003.png")
@@ -51,41 +34,46 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     (root / "train/down/list.txt").touch()
     words = ["dataset=imagefolder", f"dataset.root='{root}'", "dataset.val_fraction=0.2", *SMALL]
     with untouched(root):
-        assert main(["data", "check", *words, "--output", str(output)]) == 0
-    return Checked(root, output)
+        assert main(["data", "check", *words, "--output", str(root.parent / "found")]) == 0
+    return root.parent / "found"
 
 
-def test_all_files_are_there(checked: Checked) -> None:
-    assert {path.name for path in checked.output.iterdir()} == FILES
-    with Image.open(checked.output / "contact_sheet.png") as sheet:
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_planted_faults_are_verdicts(found: Path) -> None:
+    assert {path.name for path in found.iterdir()} == FILES
+    with Image.open(found / "contact_sheet.png") as sheet:
         assert sum(n > 0 for n in sheet.convert("L").histogram()) > 200, "it shows no images"
+    summary = json.loads((found / "summary.json").read_text())
+    (fix_files, fix_test), look = ([t for kind, t in summary["verdicts"] if kind == k] for k in ("fix", "look"))
+    assert fix_files.startswith("1 of the files do not decode")
+    assert fix_test.startswith("1 of test also in train or val, byte for byte")
+    assert any("check contact_sheet.png" in line for line in look)
+    assert "files that are not images by their names are left out: .txt (1)" in summary["notes"]
+    assert summary["exact"]["test_in_train_or_val"] == 1
+    (row,) = rows(found / "bad_files.csv")
+    assert (Path(row["file"]).name, row["reason"]) == ("page.jpg", "not an image")
 
 
-def test_wrong_labels_are_named_first(checked: Checked) -> None:
-    first = checked.rows("labels.csv")[:4]
+def test_wrong_labels_are_named_first(found: Path) -> None:
+    first = rows(found / "labels.csv")[:4]
     named = {Path(row["file"]).name: (row["label"], row["suggested"]) for row in first}
     assert named["x003.png"] == ("down", "'=across")  # a spreadsheet would evaluate a cell that starts with =
     assert named["x011.png"] == ("checks", "down")
     assert all(float(row["p_label"]) < float(row["p_suggested"]) for row in first)
     assert [row["rank"] for row in first] == ["1", "2", "3", "4"][: len(first)]
-    assert any("check contact_sheet.png" in line for line in checked.lines("look"))
 
 
-def test_copies_across_splits_are_named(checked: Checked) -> None:
-    rows = checked.rows("duplicates.csv")
-    exact = {row["file"] for row in rows if row["kind"] == "exact"}
-    assert exact == {f"{checked.root}/{name}" for name in ("train/=across/001.png", "test/=across/again.png")}
-    assert checked.summary["exact"]["test_in_train_or_val"] == 1
-    assert checked.lines("fix")[1].startswith("1 of test also in train or val, byte for byte")
-    near = [{Path(row["file"]).name for row in rows if row["group"] == r["group"]} for r in rows if r["kind"] == "near"]
-    assert {"scene.png", "small.jpg"} in near
-
-
-def test_bad_files_have_reasons(checked: Checked) -> None:
-    (row,) = checked.rows("bad_files.csv")
-    assert (Path(row["file"]).name, row["reason"]) == ("page.jpg", "not an image")
-    assert checked.lines("fix")[0].startswith("1 of the files do not decode")
-    assert "files that are not images by their names are left out: .txt (1)" in checked.summary["notes"]
+def test_copies_are_named_by_group(found: Path) -> None:
+    table = rows(found / "duplicates.csv")
+    groups = {(row["kind"], row["group"]): set[str]() for row in table}
+    for row in table:
+        groups[row["kind"], row["group"]].add(Path(row["file"]).name)
+    assert groups["exact", "1"] == {"001.png", "again.png"}
+    assert ("near", {"scene.png", "small.jpg"}) in [(kind, names) for (kind, _), names in groups.items()]
 
 
 # -- quick, in an empty folder
@@ -171,10 +159,8 @@ def test_usage_errors(argv: list[str], said: str, tlcli) -> None:
 
 
 def test_help_has_two_examples(tlcli) -> None:
-    for argv in ([], ["--help"], ["check", "--help"]):
-        ended = tlcli("data", *argv)
-        assert ended.code == 0
-        assert ended.out.count("\n  tlcli data check ") == 2
+    for argv in ([], ["check", "--help"]):
+        assert tlcli("data", *argv).out.count("\n  tlcli data check ") == 2
 
 
 def test_completion_is_of_the_parser() -> None:

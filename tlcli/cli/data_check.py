@@ -4,15 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import duration_text, labelled, shown_path, strip_control_chars
-
-if TYPE_CHECKING:
-    from tlcli.specs import TrainSpec
 
 MAX_TABLE_CLASSES = 12
 
@@ -50,7 +47,7 @@ def run(argv: list[str]) -> int:
     from tlcli.cli import fast_imports
     from tlcli.cli.compose import compose_spec
     from tlcli.cli.job import check_weights
-    from tlcli.cli.train import discard_folders
+    from tlcli.cli.train import discard_folders, make_folder
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 
@@ -59,7 +56,14 @@ def run(argv: list[str]) -> int:
     spec.dataset.without_bad_classes()[0].check()
     if not arguments.quick:
         check_weights(spec.backbone.weights)
-    folder, made = _make_folder(spec, arguments.output)
+    output: Path | None = arguments.output
+    folder = output or Path(spec.out) / "data-check" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    folder = folder.expanduser().absolute()
+    if spec.dataset.root and folder.resolve().is_relative_to(Path(spec.dataset.root).expanduser().resolve()):
+        raise UsageError(f"{folder}: is inside the dataset, which is not changed; give another --output FOLDER")
+    if output and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output={output}: already exists and is not empty; name a new folder")
+    folder, made = make_folder(folder, "--output" if output else None)
     try:
         with fast_imports():
             from tlcli.check import check_data
@@ -73,19 +77,6 @@ def run(argv: list[str]) -> int:
     is_json = arguments.format == "json"
     print(json.dumps(summary, indent=2) if is_json else "\n".join(page(summary, terminal_columns())))
     return 0
-
-
-def _make_folder(spec: "TrainSpec", output: Path | None) -> tuple[Path, list[Path]]:
-    """Make the folder of the results. Return it and the folders that were made. Raise UsageError."""
-    from tlcli.cli.train import make_folder
-
-    path = output or Path(spec.out) / "data-check" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    path = path.expanduser().absolute()
-    if spec.dataset.root and path.resolve().is_relative_to(Path(spec.dataset.root).expanduser().resolve()):
-        raise UsageError(f"{path}: is inside the dataset, which is not changed; give another --output FOLDER")
-    if output is not None and path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"--output={output}: already exists and is not empty; name a new folder")
-    return make_folder(path, None if output is None else "--output")
 
 
 def page(summary: Mapping[str, Any], width: int | None) -> Iterator[str]:
