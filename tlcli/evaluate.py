@@ -153,24 +153,24 @@ def _tested_decisions(
 def _find_images(
     loaded: LoadedRun,
     split_name: str | None,
-    evaluated: TrainSpec,
-    run_spec: TrainSpec,
+    target: TrainSpec,
+    own: TrainSpec,
     session: Session,
     reporter: Reporter,
 ) -> tuple[DatasetSpec, EvaluationSplit, str, bool]:
     """Return the images, labeled by the run's classes, with a description; and if they are of the run's own dataset."""
-    wanted, trained = evaluated.dataset, run_spec.dataset
+    wanted, trained = target.dataset, own.dataset
     file = RunDir(loaded.path).test_predictions
     tested = list(read_predictions(file).keys) if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
     spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
-        data = session.dataset(spec, run_spec.seed, reporter)
+        data = session.dataset(spec, own.seed, reporter)
     elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
         location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
         spec, addition = structs.replace(spec, **location), ": the same images in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            moved = session.dataset(spec, run_spec.seed, reporter)
+            moved = session.dataset(spec, own.seed, reporter)
             data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
     if data is not None:
         split_name = split_name or "test"
@@ -185,7 +185,7 @@ def _find_images(
         description = f"the run's own {split_name} split{addition}"
     else:
         spec = wanted
-        images = load_evaluation_split(spec, split_name, seed=run_spec.seed, reporter=reporter, store=session.store)
+        images = load_evaluation_split(spec, split_name, seed=own.seed, reporter=reporter, store=session.store)
         description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
         if split_name is None and images.split_name not in ("test", "all"):
             description += f", as it has no {'test' if images.split_name == 'val' else 'test or val'} split"

@@ -166,27 +166,24 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
     """
     rows: list[list[object]] = []
 
-    def json_row(prediction: "Prediction") -> None:  # in ASCII: bytes of a path that are not UTF-8 are escaped
-        row: dict[str, Any] = {"path": prediction.path}
-        if prediction.error is not None:
-            row["error"] = prediction.error
-        else:
-            classes = [[name, round(probability, PROBABILITY_DIGITS)] for name, probability in prediction.top]
-            row |= {"prediction": classes[0][0], "probability": classes[0][1], "top": classes}
-        print(json.dumps(row), file=file, flush=True)
-
-    def csv_row(prediction: "Prediction") -> None:
-        cells = [cell for name, p in prediction.top for cell in (name, round(p, PROBABILITY_DIGITS))]
-        cells += [""] * (2 * top - len(cells))
-        file.write(csv_line([prediction.path, *cells, prediction.error or ""]))
-        file.flush()
-
-    def table_row(prediction: "Prediction") -> None:
-        if prediction.error is not None:
-            rows.append([prediction.path, f"error: {prediction.error}", "", ""])
+    def write(prediction: "Prediction") -> None:
+        path, error = prediction.path, prediction.error
+        top_classes = [(name, round(probability, PROBABILITY_DIGITS)) for name, probability in prediction.top]
+        if form == "table":
+            (name, p), *others = top_classes or [(f"error: {error}", 0.0)]
+            then = ", ".join(f"{other} {probability:.3f}" for other, probability in others)
+            rows.append([path, name, "" if error else f"{p:.3f}", then])
             return
-        (name, probability), *others = prediction.top
-        rows.append([prediction.path, name, f"{probability:.3f}", ", ".join(f"{n} {p:.3f}" for n, p in others)])
+        if form == "csv":
+            cells = [cell for pair in top_classes for cell in pair]
+            file.write(csv_line([path, *cells, *[""] * (2 * top - len(cells)), error or ""]))
+        else:  # in ASCII: bytes of a path that are not UTF-8 are escaped
+            row: dict[str, Any] = {"path": path, "error": error}
+            if error is None:
+                name, p = top_classes[0]
+                row = {"path": path, "prediction": name, "probability": p, "top": top_classes}
+            file.write(json.dumps(row) + "\n")
+        file.flush()
 
     if form == "csv":
         if hasattr(file, "reconfigure"):
@@ -194,7 +191,7 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
         more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
         file.write(csv_line(["path", "prediction", "probability", *more, "error"]))
     try:
-        yield {"jsonl": json_row, "csv": csv_row, "table": table_row}[form]
+        yield write
     finally:
         if rows and file.isatty():
             from rich.console import Console

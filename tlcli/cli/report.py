@@ -41,11 +41,11 @@ def run(argv: list[str]) -> int:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give a run or a sweep (`tlcli list` shows them)")
     if not RunDir(folder).info_file.exists() and not is_sweep(folder):
-        raise UsageError(
-            f"{folder}: not a run or a sweep (no run.json, no sweep.json); `tlcli list {folder}` finds runs"
-        )
+        raise UsageError(f"{folder}: not a run or a sweep (no run.json or sweep.json); `tlcli list` finds runs")
     with fast_imports():  # torch and matplotlib
-        from tlcli.runs.report import GENERATOR, render, sweep_view
+        from tlcli.cli.compose import load_spec
+        from tlcli.data.dataset import images_by_key
+        from tlcli.runs.report import GENERATOR, render, run_view, sweep_view
     remedy = "choose another file with --output FILE"
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"--output {output}: not a file in an existing directory; {remedy}")
@@ -53,7 +53,17 @@ def run(argv: list[str]) -> int:
         is_readable = output.is_file() and not output.is_symlink() and os.access(output, os.R_OK)
         if not is_readable or f'<meta name="generator" content="{GENERATOR}'.encode() not in output.read_bytes()[:2048]:
             raise UsageError(f"{output} already exists and is not a report of tlcli; {remedy}")
-    page = render("sweep.html.j2", sweep_view(folder, output)) if is_sweep(folder) else _run_page(RunDir(folder))
+    if is_sweep(folder):
+        page = render("sweep.html.j2", sweep_view(folder, output))
+    else:
+        run_dir, images, reason = RunDir(folder), {}, None
+        if run_dir.test_predictions.exists():
+            try:
+                bounds = pair(mapping(run_dir.info.get("preprocessing")).get("range"))
+                images = images_by_key(load_spec(run_dir).dataset, bounds)
+            except (TlcliError, OSError) as exc:
+                reason = f"The images are not shown, because the dataset cannot be read: {exc}."
+        page = render("run.html.j2", run_view(run_dir, images, reason))
     with atomic_write(output) as file:
         file.write(page.encode())  # as bytes: the digest of the style sheet is over \n
     print(output)
@@ -63,18 +73,3 @@ def run(argv: list[str]) -> int:
         if not webbrowser.open(output.resolve().as_uri()):
             raise TlcliError(f"no browser was found; open {output} in one")
     return 0
-
-
-def _run_page(run: RunDir) -> str:
-    from tlcli.cli.compose import load_spec
-    from tlcli.data.dataset import images_by_key
-    from tlcli.runs.report import render, run_view
-
-    images, reason = {}, None
-    if run.test_predictions.exists():
-        try:
-            bounds = pair(mapping(run.info.get("preprocessing")).get("range"))
-            images = images_by_key(load_spec(run).dataset, bounds)
-        except (TlcliError, OSError) as exc:
-            reason = f"The images are not shown, because the dataset cannot be read: {exc}."
-    return render("run.html.j2", run_view(run, images, reason))
