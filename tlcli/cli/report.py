@@ -64,8 +64,11 @@ def run(argv: list[str]) -> int:
             except (TlcliError, OSError) as exc:
                 reason = f"The images are not shown, because the dataset cannot be read: {exc}."
         page = render("run.html.j2", run_view(run_dir, images, reason))
-    with atomic_write(output) as file:
-        file.write(page.encode())  # as bytes: the digest of the style sheet is over \n
+    try:
+        with atomic_write(output) as file:
+            file.write(page.encode())  # as bytes: the digest of the style sheet is over \n
+    except OSError as exc:
+        raise UsageError(f"{output}: cannot write ({exc.strerror or exc}); {remedy}") from exc
     print(output)
     if arguments.open:
         import webbrowser
