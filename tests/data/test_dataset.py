@@ -53,20 +53,13 @@ class Recorder(Reporter):
         yield done
 
 
-# -- splits -----------------------------------------------------------------------------------------------------------
-
-
-def test_held_out_is_stratified_disjoint_and_complete() -> None:
+def test_held_out_is_stratified_disjoint_and_complete_and_one_image_stays() -> None:
     labels = np.array([0] * 40 + [1] * 10 + [2] * 3 + [3] * 2 + [4])
     stay, held = stratified_split(labels, "abcde", 0.2, seed=1, purpose="val")
     assert sorted([*stay, *held]) == list(range(len(labels)))
     assert np.bincount(labels[held], minlength=5).tolist() == [8, 2, 1, 1, 0]
     assert stay.tolist() == sorted(stay)
-
-
-def test_at_least_one_image_stays() -> None:
-    stay, held = stratified_split(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")
-    assert (len(stay), len(held)) == (2, 1)
+    assert len(stratified_split(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")[0]) == 2
 
 
 def test_choices_depend_on_the_seed_and_the_purpose() -> None:
@@ -79,9 +72,6 @@ def test_choices_depend_on_the_seed_and_the_purpose() -> None:
     assert chosen(10) not in (chosen(10, seed=2), chosen(10, purpose="y"))
     assert set(chosen(10)) < set(chosen(20))
     assert chosen(99) == list(range(150))
-
-
-# -- load_dataset -----------------------------------------------------------------------------------------------------
 
 
 def test_not_split(make_folder: MakeFolder) -> None:
@@ -99,17 +89,13 @@ def test_not_split(make_folder: MakeFolder) -> None:
 
 
 def test_pixels_and_labels_are_those_of_the_files(make_folder: MakeFolder) -> None:
-    data = load(folder_spec(make_folder({"a": 5, "b": 5})))
+    data = load(folder_spec(make_folder({f"{s}/{c}": n for s, n in zip(PARTS, (5, 3, 4), strict=True) for c in "ab"})))
+    assert counts(data) == [(5, 5), (3, 3), (4, 4)]
+    assert data.notes == ()
     for split in (data.train, data.val, data.test):
         for i in range(len(split)):
             assert Path(split.name(i)).parent.name == data.classes[split.labels[i]]
             assert np.array_equal(split.read(i), read_image(Path(split.name(i))))
-
-
-def test_all_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None:
-    data = load(folder_spec(make_folder({f"{s}/{c}": n for s, n in zip(PARTS, (5, 3, 4), strict=True) for c in "ab"})))
-    assert counts(data) == [(5, 5), (3, 3), (4, 4)]
-    assert data.notes == ()
 
 
 def test_train_and_val(make_folder: MakeFolder) -> None:
@@ -129,10 +115,9 @@ def test_a_subset_is_a_function_of_the_seed_and_the_files(make_folder: MakeFolde
     assert names(few.train) != names(load(folder_spec(root, train_per_class=4), seed=5).train)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
-def test_too_few_images(make_folder: MakeFolder, sizes: tuple[int, int]) -> None:
+def test_too_few_images(make_folder: MakeFolder) -> None:
     with pytest.raises(UsageError, match="too few images, none is left for val"):
-        load(folder_spec(make_folder({"a": sizes[0], "b": sizes[1]})))
+        load(folder_spec(make_folder({"a": 2, "b": 2})))
 
 
 def test_a_class_of_one_image_trains(make_folder: MakeFolder) -> None:
@@ -149,9 +134,6 @@ def test_digits() -> None:
     assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
     assert max(data.train.read(i).max() for i in range(len(data.train))) == 255
     assert data.train.name(0).startswith("digits/")
-
-
-# -- decoding ---------------------------------------------------------------------------------------------------------
 
 
 def damage(root: Path, *places: str) -> None:

@@ -34,9 +34,6 @@ def test_imports_nothing_slow() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
 def test_split_folders(make_folder: MakeFolder, val: str) -> None:
     listing = folder_spec(
@@ -84,7 +81,7 @@ ROOTS = {
     "x/y": "x/y: no such folder.",
     "photos/a/000.png": "000.png: cannot read this folder (not a directory)",
     "photos/a/000.png/x": "000.png/x: cannot read this folder (not a directory)",
-    "photos/train/a": "a: no images in subfolders. Did you mean {}/photos/train?",
+    "photos/train/a": "photos/train/a: no images in subfolders. Expected one subfolder per class.",
     "circle": "circle: cannot read this folder (too many levels of symbolic links)",
     "dangling": "dangling: no such folder",
     "pipe": "pipe: cannot read this folder (not a directory). Expected one subfolder per class.",
@@ -110,10 +107,8 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
     [
         ({"": 0}, "photos: no images in subfolders. Expected one subfolder per class."),
         ({"a": 0, "b": 0}, "photos: no images in subfolders."),
-        ({"x": 0, ".y/train/a": 1}, "photos: no images in subfolders."),
         ({"": 2}, "photos: no images in subfolders."),
         ({"train/a": 1, "train/b": 1, "test": 2}, "photos/test: no images in subfolders."),
-        ({"train": 2, "val": 2}, "photos/train: no images in subfolders."),
         ({"set/a": 1, "set/b": 1}, "photos: only one class, 'set'. Did you mean {}/set?"),
         (
             {"one/train/a": 1, "one/train/b": 1, "two": 1},
@@ -121,12 +116,9 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ),
         ({"a/train": 1, "a/val": 1, "b/train": 1}, "Images of a class belong in {}/train/a"),
         ({"a": 3}, "photos: only one class, 'a'"),
-        ({"train/a": 3}, "photos: only one class, 'a'"),
         ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some or remove the folder"),
-        ({"a": 1, "b": 0, "c": 0}, "photos: b: no images in this class"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, "photos: val/b: no images in this class"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
-        ({"train/a": 1, "train/b": 1, "test/B": 1}, "test has classes that train lacks: B"),
         ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "val and valid both stand for val"),
     ],
@@ -200,9 +192,6 @@ def test_every_problem_of_a_folder_is_named_and_the_rest_is_usable(make_folder: 
     spec.check()
 
 
-# -- manifest ---------------------------------------------------------------------------------------------------------
-
-
 Write = Callable[..., ManifestSpec]
 REST = "".join(f"{i}.png,{'xy'[i % 2]}\n" for i in range(1, 8))
 
@@ -252,16 +241,13 @@ ONE_PATH, ONE_LABEL = (f"its first line needs one column '{name}' (columns: " fo
 MISTAKES: list[tuple[str | bytes, str]] = [
     ("", ONE_PATH + "none)"),
     ("\ufeff", ONE_PATH + "none)"),
-    ("\n\n\n", ONE_PATH),
     ("path;label\n0.png;x\n", ONE_PATH + "path;label)"),
     ("<!DOCTYPE html>\n<html></html>\n", ONE_PATH),
     ("sep=,\npath,label\n0.png,x\n", ONE_PATH + "sep=, "),
     ("path,class\n0.png,x\n", ONE_LABEL + "path, class)"),
     ("path,label,label\n0.png,x,y\n", ONE_LABEL + "path, label, label)"),
-    ("path, path ,label\n0.png,1.png,y\n", ONE_PATH),
     ("path,label\n", "no data rows"),
     ("path,label\n0.png,x\n1.png,\n", "line 3: the label is empty"),
-    ("path,label\n0.png,x\n1.png\n", "line 3: the label is empty"),
     ("path,label\n0.png,  \n", "line 2: the label is empty"),
     ("path,label\n,x\n", "line 2: the path is empty"),
     ("path,label\n../0\0.png,x\n", "line 2: the path is empty or contains a NUL character"),
@@ -338,9 +324,6 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
     spec = write("path,label\nout.png,x\nlabels.csv,x\n" + REST, on_bad=OnBad.skip)
     with untouched(tmp_path):
         assert load_dataset(spec, seed=0, reporter=Reporter()).bad_files == ((spec.file, "not an image"),)
-
-
-# -- images named on the command line ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def counts(data: Dataset) -> list[int]:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_conf_names_a_class_and_its_arguments_and_missing_data_is_a_usage_error(name: str, tmp_path: Path) -> None:
+def test_missing_data_of_each_dataset_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load(from_conf(name, tmp_path / "data"))
     message = str(caught.value)
@@ -76,9 +76,6 @@ def test_a_failed_download(error: Exception, tmp_path: Path, monkeypatch: pytest
         load(from_conf("cifar10", tmp_path, download=True))
     assert not isinstance(caught.value, UsageError)
     assert "\n" not in str(caught.value)
-
-
-# -- formats ----------------------------------------------------------------------------------------------------------
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -126,7 +126,7 @@ def test_a_bad_file_is_named_left_out_and_answered_by_predict(name: str, photos:
     assert isinstance(answer, str)
     assert reason in why and reason in answer
     assert "\n" not in answer
-    assert "1 file does not decode and is left out: see bad_files.csv" in data.notes
+    assert "files that do not decode are left out: 1, see bad_files.csv" in data.notes
     assert Counter(names(data)) == Counter(whole)
 
 

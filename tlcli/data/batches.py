@@ -32,9 +32,6 @@ Batch = tuple[Tensor, Tensor]
 Chunk = tuple[list[int], list[int] | None]  # positions in a split, seeds of their augmentation (None: without)
 
 
-# -- preprocessing ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Preprocessing:
     """Image -> square of `size` pixels -> (value / 255 - mean) / std. Plain numbers, stored with every checkpoint.
@@ -133,9 +130,6 @@ def _pad_to_square(pixels: Tensor, side: int) -> Tensor:
     return out
 
 
-# -- augmentation -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """A random box (None: the whole image), flipped with probability `flip`; then `transforms` of the square."""
@@ -179,9 +173,6 @@ def apply_transforms(transforms: nn.Module, squares: Tensor, seeds: Sequence[int
             torch.default_generator.manual_seed(seed)
             changed.append(transforms(square))
     return torch.stack(changed).contiguous(memory_format=torch.channels_last)
-
-
-# -- batches ----------------------------------------------------------------------------------------------------------
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Ints:

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict, TypeVar
@@ -95,14 +95,14 @@ def load_dataset(
     """
     source: Source = spec.load(reporter)
     bad: list[tuple[str, str]] = []
-    with _digest_record(source, spec, store):
-        splits, notes = _divide(source, spec, seed)
-        value_range = _set_up_images(splits, spec, reporter, store)
-        if decode:
-            splits, bad, deep_notes = _without_bad(splits, spec, value_range, reporter, store)
-            notes += deep_notes
-            notes += _check_counts(splits, source.classes, spec.name)
-            notes += _duplicate_notes(splits, source.classes, reporter)
+    splits, notes = _divide(source, spec, seed)
+    value_range = _set_up_images(splits, spec, reporter, store)
+    if decode:
+        splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
+        notes += [f"files that do not decode are left out: {len(bad):,}, see bad_files.csv"] if bad else []
+        notes += deep.notes(value_range)
+        notes += _check_counts(splits, source.classes, spec.name)
+        notes += _duplicate_notes(splits, source.classes, reporter)
     return Dataset(
         spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
     )
@@ -126,10 +126,9 @@ def load_evaluation_split(
         present = "it is not split" if "all" in source.splits else f"it has {' and '.join(source.splits)}"
         raise UsageError(f"split={chosen}: {spec.name} has no such split ({present}); omit split= to evaluate it")
     split = limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
-    with _digest_record(source, spec, store):
-        value_range = _set_up_images({chosen: split}, spec, reporter, store)
-        splits, bad, notes = _without_bad({chosen: split}, spec, value_range, reporter, store)
-    for note in notes:
+    value_range = _set_up_images({chosen: split}, spec, reporter, store)
+    splits, bad, deep = _without_bad({chosen: split}, spec, value_range, reporter, store)
+    for note in deep.notes(value_range):
         reporter.note(note)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
@@ -149,33 +148,19 @@ def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str
     return {s.images.key(i): partial(s.images.decode, i) for s in splits.values() for i in s.indices.tolist()}
 
 
-@contextmanager
-def _digest_record(source: Source, spec: DatasetSpec, store: Store | None) -> Iterator[None]:
-    """Remember the digests of files in the store, also if the block fails."""
-    files = [s.images for s in source.splits.values() if isinstance(s.images, ImageFiles)]
-    if store is None or not files:
-        yield
-        return
-    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full)
-    for images in files:
-        images.record = record
-    try:
-        yield
-    finally:
-        record.save()
-
-
 def _set_up_images(
     splits: Mapping[str, Split], spec: DatasetSpec, reporter: Reporter, store: Store | None
 ) -> ValueRange | None:
-    """Let the splits share `spec.ram_gb` of memory. Return the range, with range=auto that of the first split."""
-    value_range = _percentiles(next(iter(splits.values())), reporter, store) if spec.range == "auto" else spec.range
+    """Give the images their memory, record of digests and range. Return the range; auto is that of the first split."""
+    files = [s.images for s in splits.values() if isinstance(s.images, ImageFiles)]
     memory = MemoryBudget(int(spec.ram_gb * 1e9))
+    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full) if store and files else None
     for split in splits.values():
-        if isinstance(split.images, ImageFiles):
-            split.images.value_range = value_range
         if not isinstance(split.images, ImageArrays):
-            split.images.memory = memory
+            split.images.memory, split.images.record = memory, record
+    value_range = _percentiles(next(iter(splits.values())), reporter, store) if spec.range == "auto" else spec.range
+    for images in files:
+        images.value_range = value_range
     return value_range
 
 
@@ -190,9 +175,6 @@ def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str
             raise UsageError(f"{name}: too few images, none is left for {split_name}; give each class at least three")
         if absent:
             yield f"{split_name} has no images of {join_limited(absent)}"
-
-
-# -- splits -----------------------------------------------------------------------------------------------------------
 
 
 def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:
@@ -246,9 +228,6 @@ def _shuffled_by_class(labels: Ints, classes: Sequence[str], seed: int, purpose:
         yield random.permutation(np.flatnonzero(labels == c))
 
 
-# -- decoding ---------------------------------------------------------------------------------------------------------
-
-
 def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> ValueRange | None:
     """Return PERCENTILES of the values of the deep images in a split; None if there are none."""
     images, indices = train.images, train.indices.tolist()
@@ -257,18 +236,18 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
     size = max(1, PERCENTILE_SAMPLE // max(1, len(indices)))
 
     def sample(index: int) -> np.ndarray[Any, Any]:
-        try:
+        with suppress(BadImage):
             raw = images.read_raw(index)
-        except BadImage:
-            return np.empty(0)
-        values = raw.values[np.isfinite(raw.values)] if raw.is_deep else np.empty(0)
-        return values[:: -(-len(values) // size)] if len(values) else values
+            if raw.is_deep:
+                values: np.ndarray[Any, Any] = raw.values[np.isfinite(raw.values)]
+                return values[:: max(1, -(-len(values) // size))].astype(np.float32)
+        return np.empty(0, dtype=np.float32)
 
     def compute() -> ValueRange | None:
         parts = []
         with reporter.track("values", len(indices)) as advance:
             for part in map_in_threads(sample, indices, DECODE_CHUNK):
-                parts.append(part.astype(np.float32))
+                parts.append(part)
                 advance(1)
         values = np.concatenate(parts)
         if not len(values):
@@ -287,8 +266,8 @@ def _without_bad(
     value_range: ValueRange | None,
     reporter: Reporter,
     store: Store | None,
-) -> tuple[dict[str, Split], list[tuple[str, str]], list[str]]:
-    """Return the splits without images that do not decode, (file, reason) of those, and notes for the plan.
+) -> tuple[dict[str, Split], list[tuple[str, str]], DeepImages]:
+    """Return the splits without images that do not decode, (file, reason) of those, and statistics of deep images.
 
     Decodes all images, and keeps what fits in memory, unless the store knows the result for these very bytes, names,
     decoder and range. Raise BadImagesError if bad images are errors.
@@ -311,19 +290,18 @@ def _without_bad(
         return {"bad": bad, "deep": deep}
 
     if not used:
-        return splits, [], []
+        return splits, [], DeepImages()
     result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, value_range, reporter)
     bad = result["bad"]
     files = [(images.name(i), bad[images.key(i)]) for images, indices in used for i in indices if images.key(i) in bad]
-    count = "1 file does not decode" if len(files) == 1 else f"{len(files):,} files do not decode"
     if files and spec.on_bad is OnBad.error:
+        count = "1 file does not decode" if len(files) == 1 else f"{len(files):,} files do not decode"
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
         more = f" and {len(files) - 5} more, all in the run's bad_files.csv" if len(files) > 5 else ""
         raise BadImagesError(f"{count}: {first}{more}; dataset.on_bad=skip leaves them out", files)
-    notes = [f"{count} and {'is' if len(files) == 1 else 'are'} left out: see bad_files.csv"] if files else []
     for name, split in splits.items() if files else ():
         splits[name] = split.take(np.array([i for i in range(len(split)) if split.key(i) not in bad], dtype=np.int64))
-    return splits, files, [*notes, *result["deep"].notes(value_range)]
+    return splits, files, result["deep"]
 
 
 def _remembered(
@@ -393,9 +371,6 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
         yield index, pixels
 
 
-# -- duplicates -------------------------------------------------------------------------------------------------------
-
-
 def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], reporter: Reporter) -> Iterator[str]:
     """Yield a line for each way in which exact duplicates make a metric of a run wrong."""
     images = ConcatSplits(splits)
@@ -403,17 +378,15 @@ def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], report
     for split, others, metric in (("test", ("train", "val"), "test"), ("val", ("train",), "validation")):
         if rows := cross_split_duplicates(images, groups, split, others):
             sources = [o for o in others if any(images.split_names[i] == o for row in rows for i in row[1:])]
-            yield (
-                f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split} also in {' and '.join(sources)} (exact "
-                f"duplicates), e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}: {metric} accuracy is too "
-                "high; `tlcli data check` lists them"
-            )
+            count = f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split}"
+            example = f"e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}"
+            remedy = f"{metric} accuracy is too high; `tlcli data check` lists them"
+            yield f"{count} also in {' and '.join(sources)} (exact duplicates), {example}: {remedy}"
     in_train = [[i for i in group if images.split_names[i] == "train"] for group in groups]
     if conflicts := label_conflicts(images, in_train):
+        count = f"{len(conflicts):,} image{'s' * (len(conflicts) > 1)} of train"
         first = conflicts[0][0]
         other = next(i for i in conflicts[0] if images.labels[i] != images.labels[first])
         example = " = ".join(f"{images.key(i)} ({classes[images.labels[i]]})" for i in (first, other))
-        yield (
-            f"{len(conflicts):,} image{'s' * (len(conflicts) > 1)} of train with several labels (exact duplicates), "
-            f"e.g. {example}: at most one is right; `tlcli data check` lists them"
-        )
+        remedy = "at most one is right; `tlcli data check` lists them"
+        yield f"{count} with several labels (exact duplicates), e.g. {example}: {remedy}"

@@ -53,6 +53,7 @@ class ImageSource(ABC):
     """
 
     memory: MemoryBudget | None = None
+    record: "DigestRecord | None" = None
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
@@ -156,11 +157,9 @@ def digest_of_file(path: Path) -> bytes:
 class ImageFiles(ImageSource):
     """Images in files below a folder. `keys` are paths relative to it, with slashes."""
 
-    def __init__(
-        self, root: Path, keys: Sequence[str], value_range: ValueRange | None = None, record: DigestRecord | None = None
-    ) -> None:
+    def __init__(self, root: Path, keys: Sequence[str], value_range: ValueRange | None = None) -> None:
         super().__init__()
-        self.root, self.keys, self.value_range, self.record = root, keys, value_range, record
+        self.root, self.keys, self.value_range = root, keys, value_range
 
     def read_raw(self, index: int) -> RawImage:
         """Return an image before its values are mapped to 8 bits. Raise BadImage."""
@@ -211,10 +210,15 @@ class ImageArrays(ImageSource):
 
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
     """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
-    with reporter.track("reading files", len(places)) as advance:
-        for digest in map_in_threads(lambda place: place[0].digest(place[1]), places, 64):
-            yield digest
-            advance(1)
+    try:
+        with reporter.track("reading files", len(places)) as advance:
+            for digest in map_in_threads(lambda place: place[0].digest(place[1]), places, 64):
+                yield digest
+                advance(1)
+    finally:
+        for record in {images.record for images, _ in places}:
+            if record is not None:
+                record.save()
 
 
 def fingerprint(images: ImageSource, indices: Sequence[int], reporter: Reporter) -> str:

@@ -8,11 +8,10 @@ import glob
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
@@ -110,9 +109,9 @@ def _problems(files: FilesByClass, classes: Sequence[str], for_training: bool) -
             yield f"{text}: rename one", smaller
 
 
-def _walk(folder: str | Path, on_error: Callable[[OSError], Any]) -> Iterator[tuple[str, list[str]]]:
+def _walk(folder: str | Path, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder from `folder` down with its visible files, sorted. Links to folders are not followed."""
-    for where, subfolders, names in os.walk(folder, onerror=on_error):
+    for where, subfolders, names in os.walk(folder, onerror=errors.append):
         subfolders[:] = sorted(filter(_is_visible, subfolders))
         yield where, sorted(filter(_is_visible, names))
 
@@ -181,30 +180,22 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _scan_classes(
     folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]
 ) -> dict[str, list[str]]:
-    """Return the images of each class folder, as paths relative to root, and count the other files.
-
-    Folders of classes that are not selected are not read.
-    """
-
-    def stop(error: OSError) -> NoReturn:
-        raise error
-
+    """Return the images of each class folder, as paths relative to root, and count the other files."""
+    errors: list[OSError] = []
     classes: dict[str, list[str]] = {}
     for path in _subfolders(folder):
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
         images = classes[path.name] = []
-        for where, names in _walk(path, stop) if selected is None or path.name in selected else ():
+        for where, names in _walk(path, errors) if selected is None or path.name in selected else ():
             prefix = Path(os.path.relpath(where, root)).as_posix()
             images += [f"{prefix}/{name}" for name in names if _is_image(name)]
             ignored.update(Path(name).suffix.lower() or "no ending" for name in names if not _is_image(name))
+    if errors:
+        raise errors[0]
     if not any(classes.values()) and (selected is None or classes.keys() <= set(selected)):
-        is_class = (
-            folder == root and len(_subfolders(root.parent)) > 1 and any(_is_image(p.name) for p in root.iterdir())
-        )
-        hint = f" Did you mean {root.parent}?" if is_class else ""
-        raise UsageError(f"{folder}: no images in subfolders.{hint} {_ONE_PER_CLASS}")
+        raise UsageError(f"{folder}: no images in subfolders. {_ONE_PER_CLASS}")
     return classes
 
 
@@ -227,7 +218,7 @@ def list_manifest(
     """List the images that a CSV file names in its columns path, label and, optionally, split.
 
     Paths are relative to the root, or to the file's folder, and may not leave it. Raise UsageError with the line of a
-    row that is incomplete, double or names a missing file. `problems` is as in `list_folder`.
+    mistake. `problems` is as in `list_folder`.
     """
     file = expand_user(file_text)
     if not is_file(file):
@@ -348,7 +339,7 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
 def _expand_folder(folder: str) -> Iterator[Named]:
     errors: list[OSError] = []
     is_empty = True
-    for where, names in _walk(folder, errors.append):
+    for where, names in _walk(folder, errors):
         for name in filter(_is_image, names):
             is_empty = False
             yield os.path.join(where, name)  # noqa: PTH118 - as it was typed: Path would remove ./

@@ -17,7 +17,7 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.registry import option
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec
-from tlcli.text import did_you_mean
+from tlcli.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
     from tlcli.data.images import ImageSource, Ints, Source
@@ -156,23 +156,18 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
         except (RuntimeError, OSError) as error:  # missing or incomplete
             if not can_download or not spec.download:
                 remedy = "set dataset.download=true" if can_download else "torchvision cannot download it"
-                reason = f"not found under {spec.root} ({_first_sentence(error)})"
-                raise UsageError(f"{spec.name}: {reason}: {remedy}, or put it there") from error
+                problem = f"not found under {spec.root} ({one_line(error).split('. ')[0][:100]})"
+                raise UsageError(f"{spec.name}: {problem}: {remedy}, or put it there") from error
         reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
         try:
             with _safe_download():
                 return make(download=True, **arguments)
         except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise TlcliError(
-                f"{spec.name}: the download failed ({_first_sentence(error)}). Offline, put the data under "
-                f"{arguments.get('root')} as torchvision keeps it, or use dataset=imagefolder"
-            ) from error
+            reason = one_line(error)[:100] or type(error).__name__
+            remedy = f"Offline, put the data under {arguments.get('root')}, or use dataset=imagefolder"
+            raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
     except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"dataset {spec.name}: {' '.join(str(error).split())}") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:100].rstrip(".")
+        raise UsageError(f"dataset {spec.name}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -206,10 +201,7 @@ def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
     except ValueError:  # lists of different lengths
         labels = np.empty(0)
     if labels.shape != (len(items),) or labels.dtype.kind not in "iu" or (labels < 0).any():
-        raise UsageError(
-            f"dataset: torchvision's {spec.class_name} does not give each image one class; tlcli does single-label "
-            f"classification"
-        )
+        raise UsageError(f"dataset: torchvision's {spec.class_name} does not give each image one class of its own")
     return labels.astype(np.int64)
 
 
