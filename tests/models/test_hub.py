@@ -29,8 +29,8 @@ def keep(cache: Path, content: bytes, name: str = "model.safetensors", *, publis
     folder = cache / f"models--{MODEL.replace('/', '--')}"
     blob = folder / "blobs" / hashlib.sha256(published or content).hexdigest()
     snapshot = folder / "snapshots" / REVISION
-    for place in (blob.parent, snapshot, folder / "refs"):
-        place.mkdir(parents=True, exist_ok=True)
+    for path in (blob.parent, snapshot, folder / "refs"):
+        path.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(content)
     (snapshot / name).symlink_to(Path("../../blobs", blob.name))
     (folder / "refs" / "main").write_text(REVISION)
