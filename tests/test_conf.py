@@ -1,7 +1,5 @@
 """Every YAML file of conf/: it composes, its values are in range, and it explains itself."""
 
-from pathlib import Path
-
 import pytest
 from msgspec.structs import fields
 from omegaconf import DictConfig, OmegaConf
@@ -49,11 +47,10 @@ def test_groups_are_those_of_the_issue() -> None:
     assert set(HOMES) == set(groups) - {"device", "experiment"}
 
 
-@pytest.mark.parametrize("path", [conf_dir() / "train.yaml", *COMMON], ids=lambda path: path.stem)
-def test_every_shared_key_has_a_comment(path: Path) -> None:
-    keys = list(keys_in(path.read_text(encoding="utf-8")))
-    assert keys
-    assert [key.name for key in keys if not key.comment] == []
+def test_every_shared_key_has_a_comment() -> None:
+    for path in [conf_dir() / "train.yaml", *COMMON]:
+        keys = keys_in(path.read_text(encoding="utf-8"))
+        assert keys and [key.name for key in keys if not key.comment] == [], path
 
 
 def test_main_file_has_every_top_level_key() -> None:
@@ -67,21 +64,19 @@ def test_code_has_no_defaults() -> None:
     assert [f.name for cls in classes for f in fields(cls) if not f.required] == []
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.group}={option.name}")
-def test_option_repeats_no_shared_default(option) -> None:
-    common = conf_dir() / "common" / f"{option.group}.yaml"
-    shared = {key.name: key.default for key in keys_in(common.read_text(encoding="utf-8"))} if common.exists() else {}
-    own = [key for key in keys_in(option.text) if classes_of(option.group)]
-    assert [key.name for key in own if shared.get(key.name) == key.default and not key.comment] == []
+def test_no_option_repeats_a_shared_default() -> None:
+    for own in OPTIONS:
+        common = conf_dir() / "common" / f"{own.group}.yaml"
+        shared = {key.name: key.default for key in keys_in(common.read_text())} if common.exists() else {}
+        repeated = [k.name for k in own.keys if shared.get(k.name) == k.default and not k.comment]
+        assert repeated == [], own.path
 
 
 TEXT = {
     "dataset.root=2024_01": "2024_01",
-    "dataset.root=1e3": "1e3",
     "dataset.root=true": "true",
     "dataset.root=a(b": "a(b",
     "dataset.root=it's": "it's",
-    "dataset.root=photos (1)": "photos (1)",
     "dataset.root='2024_01'": "2024_01",
     "dataset.root=null": None,
     "dataset.classes=[true,false]": ("true", "false"),
@@ -101,20 +96,11 @@ def test_a_key_whose_type_is_text_takes_it_as_typed(word: str, spec: Compose) ->
         assert getattr(getattr(spec(word), part), name) == TEXT[word]
 
 
-@pytest.mark.parametrize(
-    ("word", "jobs"),
-    [
-        ("dataset.root=2024_01,1e3", ["dataset.root='2024_01'", "dataset.root='1e3'"]),
-        ("dataset.classes=[true,false],[1,2]", ["dataset.classes=['true','false']", "dataset.classes=['1','2']"]),
-        ("epochs=1,2", ["epochs=1", "epochs=2"]),
-    ],
-)
-def test_a_sweep_over_text_takes_it_as_typed(word: str, jobs: list[str], spec: Compose) -> None:
-    (override,) = parse_flags(["-m", word]).overrides
-    parsed = parse_override(override, FILES)
-    assert [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()] == jobs
-    for job in jobs:
-        assert isinstance(spec(job), TrainSpec)
+def test_a_sweep_over_text_takes_it_as_typed(spec: Compose) -> None:
+    (override,) = parse_flags(["-m", "dataset.classes=[true,false],[1,2]"]).overrides
+    jobs = [f"dataset.classes={value}" for value in parse_override(override, FILES).sweep_string_iterator()]
+    assert jobs == ["dataset.classes=['true','false']", "dataset.classes=['1','2']"]
+    assert [spec(job).dataset.classes for job in jobs] == [("true", "false"), ("1", "2")]
 
 
 def test_no_number_may_be_infinite() -> None:
@@ -139,16 +125,13 @@ def test_no_number_may_be_infinite() -> None:
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("optimizer.lr=1", 1.0),
         ("optimizer.lr=1e-3", 1e-3),
         ("optimizer.lr='0.1'", 0.1),
-        ("clip_grad=null", None),
         ("clip_grad=2", 2.0),
         ("device.channels_last=true", True),
         ("dataset.range=auto", "auto"),
         ("dataset.range=[0,4095]", (0.0, 4095.0)),
         ("dataset.verify=full", Verify.full),
-        ("checkpoint.keep_state=true", True),
         ("optimizer.betas=[0.8,0.9]", (0.8, 0.9)),
     ],
 )

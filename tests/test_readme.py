@@ -66,8 +66,24 @@ def adapted(line: str, home: Path) -> list[str]:
     return [*words, *SMALL]
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots, which take longer than such a training."""
+    monkeypatch.setattr("tlcli.runs.recorder.Recorder._plot", lambda *args: None)
+
+
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
-    "line", slow_if([line for line in TRAIN if line not in SOURCE_TARGET], " -m ", "freeze.n=2", "views=", "lite2")
+    "line",
+    slow_if(
+        [line for line in TRAIN if line not in SOURCE_TARGET],
+        " -m ",
+        "freeze.n=2",
+        "views=",
+        "lite2",
+        "on_bad",
+        "mode=off",
+    ),
 )
 def test_command_runs(line: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(adapted(line, home)) == 0, capsys.readouterr().err
@@ -92,6 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.open(home / "new/photos0/000.png").save(home / "image.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
+        patch.setattr("tlcli.runs.recorder.Recorder._plot", lambda *args: None)
         for time, backbone in (("TIME", "efficientnet_lite0"), ("TIME2", "resnet18")):
             weights = "backbone.weights=none" if backbone == "resnet18" else "backbone.weights=default"
             words = ["dataset=imagefolder", "dataset.root=photos", f"backbone={backbone}", weights]
@@ -125,6 +142,7 @@ def test_the_other_commands_are_run_by_ci() -> None:
     assert [line for line in LINES if not line.startswith("tlcli ") and line not in text_of(".ci/run")] == []
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_contributing_adds_a_backbone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "my/backbone").mkdir(parents=True)
     (home / "my/backbone/shufflenet.yaml").write_text(

@@ -14,15 +14,13 @@ from tlcli.specs import TrainSpec
 
 
 @pytest.mark.parametrize("width", [40, 80, 100])
-def test_help_fits_its_width(width: int) -> None:
-    lines = train_help(ConfFiles(), width).splitlines()
+def test_help_fits_its_width_and_has_every_option_and_key_with_its_comment(width: int) -> None:
+    files = ConfFiles()
+    text = train_help(files, width)
+    lines = text.splitlines()
     assert [line for line in lines[: lines.index("keys, with their defaults:")] if len(line) > max(width, 60)] == []
     assert width < 80 or max(map(len, lines)) <= width
-
-
-def test_help_has_every_option_and_key_with_its_comment() -> None:
-    files = ConfFiles()
-    words = " ".join(train_help(files, 80).split())
+    words = " ".join(text.split())
     for options in files.groups.values():
         for option in options.values():
             assert f"{option.name} {' '.join(option.comment.split())}" in words
@@ -30,8 +28,8 @@ def test_help_has_every_option_and_key_with_its_comment() -> None:
         assert f"{key.name}={key.default} {key.comment}" in words
     for default in ("digits", "efficientnet_lite0", "adamw", "cosine"):
         assert f"* {default} " in words
-    for hidden in ("schema", "common", "_self_"):
-        assert f"\n  {hidden}" not in train_help(files, 80)
+    for hidden in ("hydra", "common", "_self_"):
+        assert f"\n  {hidden}" not in text
 
 
 def test_keys_of_yaml() -> None:
@@ -44,21 +42,14 @@ def test_keys_of_yaml() -> None:
     ("line", "wanted"),
     [
         ("tlcli ", {"train ", "completion ", "--help "}),
-        ("tlcli tr", {"train "}),
-        ("tlcli completion ", {"bash ", "zsh ", "fish "}),
-        ("tlcli train da", {"dataset=", "dataset."}),
         ("tlcli train e", {"epochs=", "early_stop=", "experiment="}),
         ("tlcli train image.s", {"image.size=", "image.std="}),
         ("tlcli train -m freeze=", {"freeze=none ", "freeze=head ", "freeze=last_stages "}),
         ("tlcli train -m freeze=head,no", {"freeze=head,none ", "freeze=head,norm "}),
         ("tlcli train keep_best=", {"keep_best=accuracy ", "keep_best=macro_f1 ", "keep_best=loss "}),
-        ("tlcli train image.fit=", {"image.fit=squash ", "image.fit=crop ", "image.fit=pad "}),
         ("tlcli train device.compile=", {"device.compile=true ", "device.compile=false "}),
-        ("tlcli train device.precision=b", {"device.precision=bf16 "}),
         ("tlcli train optimizer=sgd optimizer.m", {"optimizer.momentum="}),
-        ("tlcli train optimizer.b", {"optimizer.betas="}),
         ("tlcli train freeze=last_stages freeze.n=", {"freeze.n=1 "}),
-        ("tlcli train --c", {"--cfg ", "--config-dir ", "--config-name "}),
         ("tlcli train --cfg ", {"job ", "hydra ", "all "}),
         ("tlcli inspect ", {"resnet18 ", "dataset=", "--format "}),
         ("tlcli inspect resnet18 --format ", {"table ", "json "}),
@@ -95,7 +86,7 @@ def test_candidates_of_odd_lines_do_not_fail(line: str) -> None:
     assert isinstance(candidates(line), list)
 
 
-def test_hidden_groups_are_no_candidates() -> None:
+def test_every_key_and_no_hidden_group_is_a_candidate() -> None:
     found = candidates("tlcli train ")
     assert not [one for one in found if one.startswith(("schema", "common", "hydra"))]
     assert {f"{f.name}=" for f in fields(TrainSpec)} - {"image=", "cache=", "checkpoint="} <= set(found)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.cli.inspect import backbone_words, page, specs
+from tlcli.cli.inspect import page, specs
 from tlcli.engine.costs import Inspection, StageCost, StrategyCost
 
 CUT = StrategyCost(
@@ -59,18 +59,6 @@ def test_reasons_name_each_strategy_once() -> None:
     assert any("load 9.0 on 2 cores" in line for line in page(replace(FOUND, load=9.0), None))
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "words"),
-    [
-        ("resnet18", [], ["backbone=resnet18"]),
-        ("timm/vit_tiny_patch16_224", [], ["backbone=timm", "backbone.name=vit_tiny_patch16_224"]),
-        ("timm", ["backbone.name=resnet10t"], ["backbone=timm"]),
-    ],
-)
-def test_a_backbone_is_chosen_as_train_would(name: str, overrides: list[str], words: list[str]) -> None:
-    assert backbone_words(name, overrides, ["resnet18", "timm"]) == words
-
-
 def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder of the same name is no run
@@ -79,17 +67,16 @@ def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pyt
     assert linear.kind == "none", "freeze=head comes with images as they are"
     assert specs([])[0].backbone.name == "efficientnet_lite0"
     assert specs(["augment=trivial"])[1].kind == "trivial"
+    for words in (["timm/resnet10t"], ["timm", "backbone.name=resnet10t"]):
+        assert specs(words)[0].backbone.name == "resnet10t"
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["resnet19"], "Did you mean 'resnet18'"),
-        (["torchvision/resnet101"], "timm/NAME"),
         (["resnet18", "freez=head"], "Did you mean 'freeze'"),
         (["resnet18", "head"], "'head': name one backbone or run"),
-        (["resnet18", "--fromat=json"], "Did you mean '--format'"),
-        (["resnet18", "--format", "xml"], "choose from table, json"),
         (["resnet18", "-m"], "unknown flag '-m'"),
         (["resnet18", "dataset=imagefolder", "dataset.root=nowhere"], "nowhere"),
         (["."], "not a run directory"),
