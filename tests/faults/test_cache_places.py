@@ -68,12 +68,16 @@ def live(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return run(tmp_path_factory.mktemp("live") / "unused", shapes, "cache.mode=off")
 
 
-def test_a_cache_that_cannot_be_a_folder_means_uncached_and_one_line(live: Ended, shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["file", *(pytest.param(p, marks=pytest.mark.slow) for p in ("file/cache", "link"))])
+def test_a_cache_that_cannot_be_a_folder_means_uncached_and_one_line(
+    path: str, live: Ended, shapes: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
-    ended = run(tmp_path / "file", shapes, out=tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "file" / "nowhere")
+    ended = run(tmp_path / path, shapes, out=tmp_path / "run")
     assert ended.code == 0
     (line,) = ended.about_the_cache()
-    assert line.startswith(f"activations: training reads images: {tmp_path / 'file'} cannot be written")
+    assert line.startswith(f"activations: training reads images: {tmp_path / path} cannot be written")
     assert (tmp_path / "file").read_text() == "mine"
     assert ended.test == live.test
 

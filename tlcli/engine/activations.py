@@ -176,18 +176,18 @@ class Workload:
     def cut(self) -> Cut | NoCut:
         """Return the cut after the frozen prefix."""
         self.contract.train_mode()  # the cut depends on the modes in which the network trains
-        return self._cut(("cut", self.preprocessing.size, repr(self.spec.freeze)), None)
+        return self._cut(None)
 
     @property
     def features_cut(self) -> Cut | NoCut:
         """The cut at the head, for the features of a probe before training."""
-        head = self.classifier.head_parameters()
-        return self._cut(("features", self.preprocessing.size, head), head)
+        return self._cut(self.classifier.head_parameters())
 
-    def _cut(self, key: Hashable, trainable: frozenset[str] | None) -> Cut | NoCut:
+    def _cut(self, trainable: frozenset[str] | None) -> Cut | NoCut:
         if self.spec.cache.mode is CacheMode.off:
             return NoCut("cache.mode=off")
         network, size = self.classifier.network, self.preprocessing.size
+        key = ("cut", size, trainable or repr(self.spec.freeze))
         return self.session.get_or_create(key, lambda: split_frozen(network, size, trainable))
 
     def plain_head(self, cut: Cut) -> nn.Linear | None:
