@@ -101,7 +101,7 @@ def test_a_read_only_run_can_be_looked_at(read_only: Path, shapes: Path, tlcli: 
     assert "run: not writable (" in evaluated.err
     assert "eval writes its results there" in evaluated.err
     assert evaluated.err.count("\n") == 1
-    assert "Read-only" in reported.err or "denied" in reported.err
+    assert "read-only" in reported.err or "denied" in reported.err
     assert reported.err.count("\n") == 1
     assert tlcli("report", "run", "--output", str(tmp_path / "r.html")).code == 0
 
