@@ -91,9 +91,9 @@ WRONG = {
     "list --format jsn": "Did you mean 'json'?",
     "clear ab01": "Did you mean 'tlcli cache remove ab01'?",
     "remove": "name the entries",
-    "remove ab0": "too short",
-    "remove ../..": "no entry",
-    "remove ab01 ab03": "no entry 'ab03'",
+    "remove ab0": "Give 4 or more characters of one key",
+    "remove ../..": "'../..' is the start of 0 keys",
+    "remove ab01 ab03": "'ab03' is the start of 0 keys",
     "remove ab01ab02": "Did you mean 'ab01ab01'?",
     "remove ab01 cdcd": "'cdcd' is the start of 2 keys",
 }

@@ -64,14 +64,10 @@ def run(argv: list[str]) -> int:
 def _match(entries: Sequence[CacheEntry], prefix: str) -> CacheEntry:
     """Return the entry whose key is or starts with `prefix`. Raise UsageError unless there is exactly one."""
     matches = [entry for entry in entries if entry.key.startswith(prefix)]
-    matches = [entry for entry in matches if entry.key == prefix] or matches
-    if len(prefix) < MIN_KEY_CHARS:
-        raise UsageError(f"{prefix!r} is too short: give at least {MIN_KEY_CHARS} characters of a key")
-    if not matches:
-        near = did_you_mean(prefix, (entry.key[: max(8, len(prefix))] for entry in entries))
-        raise UsageError(f"no entry {prefix!r}.{near or ' `tlcli cache list` shows the keys'}")
-    if len(matches) > 1:
-        raise UsageError(f"{prefix!r} is the start of {len(matches)} keys: give more characters")
+    if len(matches) != 1 or len(prefix) < MIN_KEY_CHARS:
+        near = "" if matches else did_you_mean(prefix, (entry.key[: max(8, len(prefix))] for entry in entries))
+        remedy = f"Give {MIN_KEY_CHARS} or more characters of one key; `tlcli cache list` shows the keys."
+        raise UsageError(f"{prefix!r} is the start of {len(matches)} keys.{near or f' {remedy}'}")
     return matches[0]
 
 
