@@ -27,10 +27,6 @@ class NonFiniteLossError(TlcliError):
     """The training loss became NaN or infinite."""
 
 
-class OutOfMemory(TlcliError):
-    """A training step needs more memory than is available."""
-
-
 def is_out_of_memory(exc: BaseException) -> bool:
     """Return True if a device or the machine ran out of memory; by name and text, without torch."""
     names = {kind.__name__ for kind in type(exc).__mro__}

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
@@ -21,7 +21,7 @@ class _DeferInterrupts:
     def __enter__(self) -> None:
         self._depth += 1
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._depth -= 1
         if self._depth == 0 and self._pending is not None:
             pending, self._pending = self._pending, None

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -140,6 +141,24 @@ def test_batches_of_one_under_batchnorm_are_explained(small) -> None:
     setting = small("freeze.bn_stats=update", "batch_size=1", "backbone=resnet18", "backbone.weights=none")
     with pytest.raises(TlcliError, match=r"batch_size=1.*set batch_size=2"):
         setting.fit()
+
+
+def test_out_of_memory_says_what_keeps_the_size_of_a_step(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in Python, in NumPy, in PyTorch on a CPU and on MPS. Other errors are raised as they are."""
+    setting = small("batch_size=8", "accumulate=2", "freeze=head")
+    errors = (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        type("_ArrayMemoryError", (MemoryError,), {})("Unable to allocate 3.00 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    )
+    advice = "out of memory with batch_size=8: set batch_size=4 accumulate=4, which keeps the size of a step, or"
+    for error in (*errors, ValueError("a bug")):
+        monkeypatch.setattr(setting.trainer, "_step", Mock(side_effect=error))
+        kind, text = (ValueError, "a bug") if isinstance(error, ValueError) else (TlcliError, advice)
+        with pytest.raises(kind, match=text):
+            setting.fit()
 
 
 def test_running_loss_is_of_the_last_batches_also_within_a_group(small) -> None:

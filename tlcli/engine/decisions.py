@@ -34,8 +34,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
         extraction_batch: images per forward pass of the prefix; None if nothing is cut off or if it is not recorded.
         cached: the splits (train, train_eval, val, test) that are read from activations.
         compiled: those of them whose activations a compiled prefix computes.
-        reasons: text by name: training, evaluation (precision and layout), train (cached or not), and each split for
-            which the cache has no room.
+        reasons: text by name: training, evaluation (precision and layout), train (cached or not), uncached splits.
     """
 
     train_precision: DtypeName
@@ -164,14 +163,30 @@ def uncacheable_reason(workload: Workload) -> str | None:
     return None
 
 
-def not_worthwhile_reason(workload: Workload, option: ComputeFormat, images: int, row_bytes: int) -> str | None:
-    """Return the reason why activations should not be read, with `images` of them missing: no room, or no gain."""
+def not_worthwhile_reason(
+    workload: Workload,
+    option: ComputeFormat,
+    images: int,
+    row_bytes: int,
+    *,
+    reads: int | None = None,
+    pending: int = 0,
+) -> str | None:
+    """Return why activations should not be used, with `images` of them missing: no space, or no gain.
+
+    `reads` is the number of rows that are read; None: those of training, which cache.mode=require has cached anyway.
+    `pending` are bytes to be written before.
+    """
     spec, data, nbytes = workload.spec, workload.data, images * row_bytes
-    reason = workload.session.store.no_room_reason(nbytes) if images else None
-    if reason or not images or row_bytes <= SMALL_ROW_BYTES or spec.cache.mode is CacheMode.require:
+    reason = workload.session.store.no_room_reason(pending + nbytes) if images else None
+    is_required = reads is None and spec.cache.mode is CacheMode.require
+    if reason or not images or row_bytes <= SMALL_ROW_BYTES or is_required:
         return reason
-    reads = len(data.train) * (spec.epochs + workload.needs_probe) + len(data.val) * (spec.epochs + 1)
-    cached, uncached = _prefix_seconds(option, images, reads, row_bytes)
+    if reads is None:
+        reads = len(data.train) * (spec.epochs + workload.needs_probe) + len(data.val) * (spec.epochs + 1)
+    seconds = 1 / (option.images_per_second or 1.0)
+    uncached = reads * seconds
+    cached = images * (seconds + row_bytes * WRITE_SECONDS_PER_BYTE) + reads * row_bytes * READ_SECONDS_PER_BYTE
     if cached < uncached:
         return None
     return (
@@ -181,24 +196,23 @@ def not_worthwhile_reason(workload: Workload, option: ComputeFormat, images: int
 
 
 def _add_evaluated_splits(workload: Workload, option: ComputeFormat, cached: set[str]) -> dict[str, str]:
-    """Add evaluated splits to the cached ones, if that is faster. Return the reason for each split without space."""
+    """Add evaluated splits to the cached ones, if that is worthwhile. Return the reason for each of the others."""
     reads: dict[str, int] = {}
     if not cached and workload.needs_probe and isinstance(workload.features_cut, Cut):
         reads["train_eval"] = 1
     if isinstance(workload.cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
         reads |= {"test": 1} if cached else {"val": workload.spec.epochs + 1, "test": 1}
     reasons = {}
-    for name, n_reads in reads.items():
+    for name, n in reads.items():
         (source,) = workload.cached_split(name, cached | {name}, option).views
-        if not source.filled:
-            cached_seconds, seconds = _prefix_seconds(option, len(source), n_reads * len(source), source.row_bytes)
-            if source.row_bytes > SMALL_ROW_BYTES and cached_seconds >= seconds:
-                continue
-            pending = sum(other.nbytes for other in _missing(workload, cached, option))
-            if reason := workload.session.store.no_room_reason(pending + source.nbytes):
-                reasons[name] = reason
-                continue
-        cached.add(name)
+        images, pending = 0 if source.filled else len(source), sum(s.nbytes for s in _missing(workload, cached, option))
+        reason = not_worthwhile_reason(
+            workload, option, images, source.row_bytes, reads=n * len(source), pending=pending
+        )
+        if reason is None:
+            cached.add(name)
+        else:
+            reasons[name] = reason
     return reasons
 
 
@@ -206,13 +220,6 @@ def _missing(workload: Workload, cached: Collection[str], option: ComputeFormat)
     """Return the activations that are not in the store, each once."""
     sources = {s.key: s for name in sorted(cached) for s in workload.cached_split(name, cached, option).views}
     return [source for source in sources.values() if not source.filled]
-
-
-def _prefix_seconds(option: ComputeFormat, images: int, reads: int, row_bytes: int) -> tuple[float, float]:
-    """Estimate the seconds that the prefix takes for these reads: with activations of `images` images, and without."""
-    seconds = 1 / (option.images_per_second or 1.0)
-    writing = images * (seconds + row_bytes * WRITE_SECONDS_PER_BYTE)
-    return writing + reads * row_bytes * READ_SECONDS_PER_BYTE, reads * seconds
 
 
 def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat) -> frozenset[str]:

@@ -1,7 +1,6 @@
 """The training loop. What it reads, what trains and at which learning rates are inputs to it."""
 
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from tlcli.engine.activations import Workload
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule
-from tlcli.errors import NonFiniteLossError, OutOfMemory, TlcliError, is_out_of_memory
+from tlcli.errors import NonFiniteLossError, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights
@@ -73,7 +72,7 @@ class Trainer:
         `on_running` receives the epoch, the batch, and the mean loss of the last `log_every` batches. Interrupts wait
         for the end of a step, so that the state is always that of whole steps.
 
-        Raises NonFiniteLossError if the loss becomes NaN or infinite, and OutOfMemory with a batch size that fits.
+        Raises NonFiniteLossError if the loss becomes NaN or infinite, and TlcliError if a step needs too much memory.
         """
         self._contract.train_mode()
         progress = self._progress
@@ -89,7 +88,7 @@ class Trainer:
                     try:
                         self._step(loader, group, progress, on_running)
                     except Exception as error:
-                        self._explain(error, loader, group[0])
+                        self._explain(error)
                         raise
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check_losses(progress)
@@ -149,34 +148,18 @@ class Trainer:
             self._contract.train_mode()
         return logits.float()
 
-    def _explain(self, error: Exception, loader: BatchLoader, batch: Batch) -> None:
-        """Raise an error that says what to change after `error` ended a step, if that is known.
-
-        After out of memory, steps over size/2, size/4, ... 1 images are tried: the largest that fits is named.
-        """
+    def _explain(self, error: Exception) -> None:
+        """Raise an error that says what to change after `error` ended a step, if that is known."""
+        size, accumulate = self._spec.batch_size, self._spec.accumulate
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             raise TlcliError(
-                f"batch_size={self._spec.batch_size}: BatchNorm cannot update its statistics from one value per "
-                f"channel; set batch_size=2 or more, or freeze.bn_stats=frozen"
+                f"batch_size={size}: BatchNorm cannot update its statistics from one value per channel; "
+                f"set batch_size=2 or more, or freeze.bn_stats=frozen"
             ) from error
-        if not is_out_of_memory(error):
-            return
-        traceback.clear_frames(error.__traceback__)  # the tensors of the failed step would leave no room for the tries
-        size, advice = len(batch[1]), "no smaller batch was found to fit: try a smaller image.size"
-        self._contract.train_mode(update_stats=False)
-        for n in (size >> halvings for halvings in range(1, size.bit_length())):
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()  # does nothing without a GPU
-            try:
-                torch.autograd.backward(self._forward(loader, tuple(x[:n] for x in batch[0])).logsumexp(dim=1).sum())
-            except Exception as failure:
-                traceback.clear_frames(failure.__traceback__)
-            else:
-                accumulate = ceil(size / n) * self._spec.accumulate
-                advice = f"{n} fits here; batch_size={n} accumulate={accumulate} keeps the size of a step"
-                break
-        self.optimizer.zero_grad()
-        raise OutOfMemory(f"out of memory with batch_size={size}: {advice}") from error
+        if is_out_of_memory(error):
+            smaller = f"batch_size={size // 2} accumulate={2 * accumulate}, which keeps the size of a step, or "
+            advice = f"set {smaller if size > 1 else ''}a smaller image.size"
+            raise TlcliError(f"out of memory with batch_size={size}: {advice}") from error
 
     def _check_losses(self, progress: "_EpochProgress") -> None:
         """Raise NonFiniteLossError for the first unchecked batch whose loss is NaN or infinite."""
