@@ -10,9 +10,9 @@ import pytest
 
 from tests.data.samples import digits_spec, folder_spec
 from tlcli.data import dataset
-from tlcli.data.dataset import Dataset, limit_per_class, load_dataset, preload_images, stratified_split
+from tlcli.data.dataset import Dataset, load_dataset, preload_images, stratified_split
 from tlcli.data.decode import read_image
-from tlcli.data.images import ImageArrays, ImageSource, MemoryBudget, Split, full_split
+from tlcli.data.images import ImageSource, MemoryBudget, Split, full_split
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
@@ -60,18 +60,6 @@ def test_held_out_is_stratified_disjoint_and_complete_and_one_image_stays() -> N
     assert np.bincount(labels[held], minlength=5).tolist() == [8, 2, 1, 1, 0]
     assert stay.tolist() == sorted(stay)
     assert len(stratified_split(np.array([0, 0, 1]), "ab", 0.99, seed=1, purpose="val")[0]) == 2
-
-
-def test_choices_depend_on_the_seed_and_the_purpose() -> None:
-    split = full_split(ImageArrays(np.zeros((150, 1, 1, 3), np.uint8), "x"), np.repeat(np.arange(3), 50))
-
-    def chosen(limit: int, seed: int = 1, purpose: str = "x") -> list[int]:
-        return limit_per_class(split, "abc", limit, seed, purpose).indices.tolist()
-
-    assert chosen(10) == chosen(10)
-    assert chosen(10) not in (chosen(10, seed=2), chosen(10, purpose="y"))
-    assert set(chosen(10)) < set(chosen(20))
-    assert chosen(99) == list(range(150))
 
 
 def test_not_split(make_folder: MakeFolder) -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import Compose
 from tests.data.samples import folder_spec
 from tests.data.test_decode import png
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, images_by_key, load_dataset, load_evaluation_split
 from tlcli.data.decode import read_raw
+from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import pixels_of
 from tlcli.specs import Fit
@@ -114,11 +116,20 @@ def test_checkpoints_keep_the_range() -> None:
             Preprocessing.from_json(own.to_json() | {"range": bad})
 
 
+def test_bounds_fit_float32(spec: Compose) -> None:
+    with pytest.raises(UsageError, match=r"dataset\.range"):
+        spec("dataset.range=[0,1e300]")
+
+
 def test_all_readers_use_the_range(tmp_path: Path) -> None:
     root, value_range = make_scans(tmp_path / "photos"), (0.0, 4095.0)
     data = load(root, range=value_range)
     path, want = Path(data.test.name(0)), data.test.read(0)
-    split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=Reporter()).split
+    notes: list[str] = []
+    reporter = Reporter()
+    reporter.note = notes.append  # type: ignore[method-assign, assignment]
+    split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=reporter).split
+    assert "mapped from 0 to 4095" in notes[0]
     assert np.array_equal(next(split.read(i) for i in range(len(split)) if split.name(i) == str(path)), want)
     assert np.array_equal(images_by_key(folder_spec(root), value_range)[data.test.key(0)](), want)
     assert np.array_equal(pixels_of(path, value_range), want)

@@ -22,11 +22,8 @@ from tlcli.data.images import Ints, Split, map_in_threads
 from tlcli.errors import TlcliError
 from tlcli.specs import Fit, parse_image_stats
 
-RESIZE_BATCH_BYTES = 2**20
-"""Bytes of images that are resized in one call: calls cost more than the pixels of small images, copies more than the
-calls of large ones."""
-MAX_PADDED_SIZES = 4
-"""Before padding, an image is shrunk to this many times the input size: 20,000 by 1 would become 400 megapixels."""
+RESIZE_BATCH_BYTES = 2**20  # images resized in one call: calls cost more than small images, copies more than large ones
+MAX_PADDED_SIZES = 4  # an image is shrunk to so many input sizes before padding: 20,000 by 1 would be 400 megapixels
 
 Batch = tuple[Tensor, Tensor]
 Chunk = tuple[list[int], list[int] | None]  # positions in a split, seeds of their augmentation (None: without)
@@ -140,10 +137,7 @@ class Augmentation:
     transforms: nn.Module | None
 
     def apply_batch(self, images: Iterable[Pixels], seeds: Sequence[int]) -> Tensor:
-        """Return uint8 (batch, 3, size, size), channels_last, of uint8 (height, width, 3), each with its seed.
-
-        The result of an image does not depend on the others. An iterator's images are in memory one at a time.
-        """
+        """Return uint8 (batch, 3, size, size), channels_last, as `Preprocessing.apply_batch`, by a seed per image."""
         if self.draw_box is None:
             squares = self.preprocessing.apply_batch(images)
         else:
@@ -204,7 +198,6 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     pin_memory: bool = False
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return -(-len(self.split) // self.batch_size)
 
     def in_order(self, view: int | None = None) -> Iterator[Batch]:
@@ -212,12 +205,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         return self._load(self._chunks(np.arange(len(self.split)), view))
 
     def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
-        """Yield every image once, in the order of this epoch, with the augmentation of a view.
-
-        Args:
-            view: None is the epoch's own.
-            start: number of batches to skip, which an interrupted epoch has already used.
-        """
+        """Yield every image once, in the order of an epoch, augmented by a view (None: its own), from batch `start`."""
         return self._load(self._epoch_chunks(number, view, start))
 
     def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Sequence[int]]:

@@ -81,17 +81,10 @@ class DecodeResult(TypedDict):
 def load_dataset(
     spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Store | None = None, decode: bool = True
 ) -> Dataset:
-    """Load the images of `spec`, split and limited; every one decodes. They stay in memory up to `spec.ram_gb`.
+    """Load the images of `spec`, split and limited. They stay in memory up to `spec.ram_gb`. Raise TlcliError.
 
-    All are decoded here, unless the store knows which of them decode: then each is decoded when it is first read. Which
-    image is in which split is a function of the seed and of the sorted names of each class's files.
-
-    Args:
-        decode: False for commands that read a few images: none is read here, except for range=auto.
-
-    Raises:
-        UsageError: the data cannot be used as it is.
-        BadImagesError: files do not decode, and on_bad=error.
+    Every one decodes, unless `decode` is False; then none is read here, except for range=auto. Which image is in which
+    split is a function of the seed and of the sorted names of each class's files.
     """
     source: Source = spec.load(reporter)
     bad: list[tuple[str, str]] = []
@@ -111,14 +104,9 @@ def load_dataset(
 def load_evaluation_split(
     spec: DatasetSpec, split_name: str | None, *, seed: int, reporter: Reporter, store: Store | None = None
 ) -> EvaluationSplit:
-    """Load the images of `spec` to evaluate on, with none held out. Statistics of deep images go to the reporter.
+    """Load a split as it is, up to `spec.test_per_class`: by its name, else test, val or all images. Raise TlcliError.
 
-    Args:
-        split_name: train, val or test; None is test, else val, else all images. `spec.test_per_class` limits them.
-
-    Raises:
-        UsageError: the data has no such split.
-        BadImagesError: files do not decode, and on_bad=error.
+    Statistics of images deeper than 8 bits go to the reporter.
     """
     source: Source = spec.load(reporter, for_training=False)
     chosen = split_name or next(name for name in ("test", "val", "all", "train") if name in source.splits)
@@ -209,10 +197,9 @@ def limit_per_class(split: Split, classes: Sequence[str], limit: int | None, see
 def stratified_split(
     labels: Ints, classes: Sequence[str], fraction: float, *, seed: int, purpose: str
 ) -> tuple[Ints, Ints]:
-    """Return positions that stay and positions that are held out, each ascending.
+    """Return positions that stay and positions that are held out, each ascending: of each class a rounded fraction.
 
-    The fraction of each class, rounded, is held out: at least one image, but one always stays. The choice is a function
-    of the seed, the class's name and the order of its files only.
+    At least one image is held out, but one always stays. A class's choice does not depend on the others.
     """
     stay, held = [], []
     for part in _shuffled_by_class(labels, classes, seed, purpose):
@@ -269,8 +256,7 @@ def _without_bad(
 ) -> tuple[dict[str, Split], list[tuple[str, str]], DeepImages]:
     """Return the splits without images that do not decode, (file, reason) of those, and statistics of deep images.
 
-    Decodes all images, and keeps what fits in memory, unless the store knows the result for these very bytes, names,
-    decoder and range. Raise BadImagesError if bad images are errors.
+    All images are decoded, unless the store knows the result. Raise BadImagesError if bad images are errors.
     """
     by_source: dict[ImageSource, list[int]] = {}
     for split in splits.values():
@@ -313,10 +299,7 @@ def _remembered(
     value_range: ValueRange | None,
     reporter: Reporter,
 ) -> T:
-    """Return what the store knows of these images, the decoder and the range, else what `compute` returns.
-
-    Nothing is stored if an image cannot be read.
-    """
+    """Return what the store knows of these bytes and names, decoder and range, else what `compute` returns."""
     if store is None:
         return compute()
     digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
@@ -333,10 +316,9 @@ def _remembered(
 
 
 def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
-    """Decode ahead, in threads, as many images of these splits as fit in memory, the first split first.
+    """Decode ahead, in threads, as many images as fit in memory, the first split first. Raise BadImagesError.
 
-    For uncached training: what a DataLoader worker decodes is lost to the others, what was in memory before is shared.
-    Raise BadImagesError for a file that can no longer be read.
+    What a DataLoader worker decodes is lost to the others; what was in memory before is shared.
     """
     for split in splits:
         images = split.images

@@ -132,14 +132,9 @@ def list_folder(
 ) -> Listing:
     """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
-    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed.
-
-    Args:
-        for_training: require a train folder and two classes.
-        problems: gets the problems of the classes, and those that cause them are left out if two classes remain.
-
-    Raises:
-        UsageError: the layout is neither of the two, or a class cannot be used.
+    Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed. Raise
+    UsageError for a mistake; with `problems`, those of classes are added to it, and the classes left out if two remain.
+    Data to evaluate on (`for_training=False`) needs no training images and no second class.
     """
     if root_text is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
@@ -317,8 +312,8 @@ Named = str | MissingPath
 def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> Iterator[Named]:
     """Yield the images that each argument names, in order, as paths; an argument that names none as a MissingPath.
 
-    A file is yielded whatever its name is. A folder expands to its images in sorted order, then to those of its
-    subfolders; hidden files are skipped. With `patterns`, what is not a file may be a pattern, ** included.
+    A folder expands to its images in sorted order, then to those of its subfolders; hidden files are skipped. With
+    `patterns`, what does not exist may be a pattern, ** included.
     """
     for argument in arguments:
         if is_dir(argument):

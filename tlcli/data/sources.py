@@ -99,11 +99,7 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
         return structs.replace(self, download=False)
 
     def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
-        """Return the splits, downloaded if `download` is true and nothing is there yet.
-
-        Labels are read without decoding images; classes without names are called by their numbers. Raise UsageError if
-        torchvision does not have the class or an argument, or the data is missing; TlcliError if the download failed.
-        """
+        """Return the splits, downloaded if `download` is true and nothing is there yet. No image is decoded."""
         import numpy as np
 
         from tlcli.data.images import Source, full_split
@@ -172,12 +168,10 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
 
 @contextlib.contextmanager
 def _safe_download() -> Iterator[None]:
-    """Extract tar files safely, and hide torchvision's progress bars unless stderr is a terminal.
-
-    torchvision uses Python's default, which before 3.14 lets archives write anywhere.
-    """
+    """Hide torchvision's progress bars unless stderr is a terminal, and extract tar files safely."""
     import tarfile
 
+    # torchvision uses Python's default, which before 3.14 lets archives write anywhere
     previous = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
