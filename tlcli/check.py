@@ -200,8 +200,8 @@ def _near_pairs(images: ConcatSplits, positions: Ints, features: Floats, reporte
     for other in neighbors.T:
         covariance = np.einsum("np,np->n", gray, gray[other]) / THUMBNAIL_SIDE**2
         correlation = np.minimum(covariance / np.maximum(contrast * contrast[other], 1e-6), 1)
-        residual = np.sqrt(1 - correlation**2) * np.maximum(contrast, contrast[other])
-        same = np.flatnonzero((correlation >= MIN_CORRELATION) & (residual <= MAX_RESIDUAL))
+        variance = (1 - correlation**2) * np.maximum(contrast, contrast[other]) ** 2  # that no linear change explains
+        same = np.flatnonzero((correlation >= MIN_CORRELATION) & (variance <= MAX_RESIDUAL**2))
         pairs.append(positions[np.stack([same, other[same]], axis=1)])
         correlations.append(correlation[same])
     return np.concatenate(pairs), np.concatenate(correlations)

@@ -19,11 +19,9 @@ from tlcli.data.images import (
 )
 from tlcli.reporter import Reporter
 
-MakeFolder = Callable[..., Path]
-
 
 @pytest.fixture
-def photos(make_folder: MakeFolder) -> Path:
+def photos(make_folder: Callable[..., Path]) -> Path:
     return make_folder({f"{split}/{name}": 6 for split in ("train", "val", "test") for name in ("a", "b")})
 
 

@@ -222,8 +222,6 @@ def _decode(stream: BinaryIO) -> RawImage:
                 is_reduced = image.info.get("bit_depth", 8) > 8
             image.load()  # TIFF applies its orientation and drops the tag: so this comes before the tag is read
             return raw_image(image, is_reduced=is_reduced)
-    except BadImage:
-        raise
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels: more than Pillow's limit against decompression bombs") from error
     except UnidentifiedImageError as error:
