@@ -151,12 +151,7 @@ def _tested_decisions(
 
 
 def _find_images(
-    loaded: LoadedRun,
-    split_name: str | None,
-    target: TrainSpec,
-    own: TrainSpec,
-    session: Session,
-    reporter: Reporter,
+    loaded: LoadedRun, split_name: str | None, target: TrainSpec, own: TrainSpec, session: Session, reporter: Reporter
 ) -> tuple[DatasetSpec, EvaluationSplit, str, bool]:
     """Return the images, labeled by the run's classes, with a description; and if they are of the run's own dataset."""
     wanted, trained = target.dataset, own.dataset

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, make_table
 from tlcli.errors import UsageError
-from tlcli.text import did_you_mean, labelled, shown_path, strip_control_chars
+from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
 if TYPE_CHECKING:
+    from tlcli.cli.view import TerminalReporter
     from tlcli.evaluate import Evaluation
 
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
@@ -81,22 +82,21 @@ def run(argv: list[str]) -> int:
     from tlcli.cli.view import TerminalReporter
     from tlcli.reporter import Reporter
 
-    is_json, checkpoint = arguments.format == "json", chosen.get("checkpoint", "best")
-    reporter = Reporter() if is_json else TerminalReporter()
-    evaluation = evaluate_run(run_dir.path, checkpoint, chosen.get("split"), spec, trained, reporter)
-    if is_json:
+    checkpoint, split = chosen.get("checkpoint", "best"), chosen.get("split")
+    if arguments.format == "json":
+        evaluation = evaluate_run(run_dir.path, checkpoint, split, spec, trained, Reporter())
         print(json.dumps({**evaluation.report, "folder": str(evaluation.folder)}, indent=2))
     else:
-        _print_table(evaluation)
+        reporter = TerminalReporter()
+        _show(evaluate_run(run_dir.path, checkpoint, split, spec, trained, reporter), reporter)
     return 0
 
 
-def _print_table(evaluation: "Evaluation") -> None:
-    """Print the metrics, and a row per class that has images or was predicted if there are not too many."""
-    from tlcli.cli.view import Screen
+def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
+    """Show the metrics, and a row per class that has images or was predicted if there are not too many."""
     from tlcli.runs.run_dir import confusion_matrix
 
-    screen, report = Screen(), evaluation.report
+    report = evaluation.report
     (low, high), data, calibration = report["accuracy_ci95"], report["dataset"], report["calibration"]
     location = data.get("file") or data["root"]
     before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
@@ -114,14 +114,7 @@ def _print_table(evaluation: "Evaluation") -> None:
     if evaluation.same is not None:
         differs = "differs: images, dtypes, versions or machine changed"
         lines["test.json"] = "has the same metrics" if evaluation.same else differs
-
-    def show(label: str, value: str) -> None:
-        for line in labelled(label, value, screen.width if screen.is_terminal else None):
-            screen.print(line, soft_wrap=True)
-
-    for label, value in lines.items():
-        if value:
-            show(label, value)
+    reporter.show_labelled(*lines.items())
     matrix, rows = confusion_matrix(report), []
     n_predicted = [0] * len(report["classes"]) if matrix is None else matrix.sum(axis=0).tolist()
     for (name, metrics), predicted in zip(report["per_class"].items(), n_predicted, strict=True):
@@ -130,7 +123,7 @@ def _print_table(evaluation: "Evaluation") -> None:
             rows.append((name, f"{metrics['precision']:.4f}", recall, f1, f"{metrics['support']:,}"))
     if 0 < len(rows) <= MAX_CLASS_ROWS:
         columns = [TableColumn("class", left=True), *map(TableColumn, ("precision", "recall", "F1", "images"))]
-        screen.print()
-        screen.print(make_table(columns, rows))
-        screen.print()
-    show("written", shown_path(evaluation.folder))
+        reporter.show("")
+        reporter.show(make_table(columns, rows))
+        reporter.show("")
+    reporter.show_labelled(("written", shown_path(evaluation.folder)))

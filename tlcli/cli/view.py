@@ -102,11 +102,11 @@ class TerminalReporter(Reporter):
     def heading(self, text: str) -> None:
         """Show a line above a job of a sweep."""
         self._header_shown = False
-        self._say("")
-        self._say(Text(text, style="bold"))
+        self.show("")
+        self.show(Text(text, style="bold"))
 
     def note(self, text: str) -> None:
-        self._say_labelled(("note", text))
+        self.show_labelled(("note", text))
 
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
@@ -130,13 +130,13 @@ class TerminalReporter(Reporter):
         seconds = time.perf_counter() - start
         line = f"{label}: {done:,} {unit} in {duration_text(seconds)}"
         if seconds >= MIN_SHOWN_SECONDS and not self._screen.live_bars:
-            self._say(line)
+            self.show(line)
         else:
             log.info(line)
 
     def plan(self, plan: RunPlan) -> None:
         sizes = ", ".join(f"{split} {sum(counts):,}" for split, counts in plan.counts.items())
-        self._say_labelled(
+        self.show_labelled(
             ("run", shown_path(plan.run)),
             ("data", f"{plan.dataset}: {len(plan.classes):,} classes; images: {sizes}"),
             ("model", plan.model),
@@ -146,21 +146,21 @@ class TerminalReporter(Reporter):
             *(("note", note) for note in plan.notes),
             ("activations: ", plan.activations),
         )
-        self._say("")
+        self.show("")
         if len(plan.classes) > MAX_CLASS_ROWS:
             bounds = {split: (min(counts), max(counts)) for split, counts in plan.counts.items()}
             ranges = [f"{split} {a:,}" if a == b else f"{split} {a:,} to {b:,}" for split, (a, b) in bounds.items()]
-            self._say_labelled(("per class", "; ".join(ranges)))
+            self.show_labelled(("per class", "; ".join(ranges)))
         else:
             numbers = [[f"{n:,}" for n in counts] for counts in plan.counts.values()]
             columns = [TableColumn("class", left=True), *map(TableColumn, plan.counts)]
-            self._say(make_table(columns, zip(plan.classes, *numbers, strict=True)))
-        self._say("")
+            self.show(make_table(columns, zip(plan.classes, *numbers, strict=True)))
+        self.show("")
         stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _number(s.lr, ".2g")) for s in plan.stages]
         total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
         columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "lr"))]
-        self._say(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
-        self._say("")
+        self.show(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
+        self.show("")
 
     def epoch(self, row: EpochRow) -> None:
         columns = list(EPOCH_COLUMNS)
@@ -168,17 +168,17 @@ class TerminalReporter(Reporter):
             columns.remove(max(columns, key=lambda column: column[2]))
         if not self._header_shown:
             header = "  ".join(title.rjust(width) for title, width, _, _ in columns)
-            self._say(Text(header.rstrip(), style="dim"))
+            self.show(Text(header.rstrip(), style="dim"))
             self._header_shown = True
         line = "  ".join(text(row).rjust(width) for _, width, _, text in columns)
-        self._say(Text(line.rstrip(), style="green" if row.best else ""))
+        self.show(Text(line.rstrip(), style="green" if row.best else ""))
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         low, high = result["accuracy_ci95"]
-        self._say("")
+        self.show("")
         test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
-        self._say_labelled(("test", test), style="bold")
-        self._say_labelled(
+        self.show_labelled(("test", test), style="bold")
+        self.show_labelled(
             ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
             ("confused", ", ".join(f"{true} taken for {wrong} ({n})" for true, wrong, n in result["confused"])),
             ("chosen", f"epoch {result['epoch']}, validation accuracy {result['val_accuracy']:.4f}"),
@@ -189,7 +189,7 @@ class TerminalReporter(Reporter):
         words = ["tlcli train", *self._backbone.split(), weights, "dataset=..."]
         is_long = self._wrap is not None and len(" ".join(words)) + 2 > self._wrap
         command = (" \\\n    " if is_long else " ").join(words)  # a shell reads both alike
-        self._say(f"\nTo transfer from this run:\n  {command}")
+        self.show(f"\nTo transfer from this run:\n  {command}")
 
     def leaderboard(self, folder: Path, board: Mapping[str, Any]) -> None:
         """Show the ranked jobs of sweep.json at the end of a sweep."""
@@ -207,15 +207,16 @@ class TerminalReporter(Reporter):
             )
             for job in board["jobs"]
         ]
-        self._say("")
-        self._say(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
-        self._say_labelled(("sweep", shown_path(folder)))
+        self.show("")
+        self.show(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
+        self.show_labelled(("sweep", shown_path(folder)))
 
-    def _say_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
+    def show_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
+        """Show each value behind its label, without those that are empty."""
         for line in (line for label, value in rows if value for line in labelled(label, value, self._wrap)):
-            self._say(Text(line, style=style))
+            self.show(Text(line, style=style))
 
-    def _say(self, content: RenderableType) -> None:
+    def show(self, content: RenderableType) -> None:
         """Print a line or a table, and log its lines without colors."""
         self._screen.print(content, soft_wrap=isinstance(content, str | Text))
         self._screen.file.flush()  # the reader of a pipe follows the run too
