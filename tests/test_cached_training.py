@@ -87,13 +87,12 @@ def assert_close(cached: Path, live: Path, *, rtol: float, atol: float) -> None:
 
 
 def cases() -> Iterator[Any]:
-    """Every kind of boundary with every backbone, as images are and in views; a few of them in every run of tests."""
-    for backbone in (LITE0, RESNET, UPDATING):
-        for freeze in (HEAD, LAST, PATTERN[backbone]):
-            for augment in (PLAIN, VIEWS):
-                case = backbone, freeze, augment
-                marks = () if case == (LITE0, PATTERN[LITE0], VIEWS) else pytest.mark.slow
-                yield pytest.param(*case, marks=marks, id=" ".join(word for words in case for word in words))
+    """Yield every kind of boundary with every backbone, as images are and in views by turns; one is not slow."""
+    for i, backbone in enumerate((LITE0, RESNET, UPDATING)):
+        for j, freeze in enumerate((HEAD, LAST, PATTERN[backbone])):
+            case = backbone, freeze, (VIEWS, PLAIN)[(i + j) % 2]
+            marks = () if case == (LITE0, PATTERN[LITE0], VIEWS) else pytest.mark.slow
+            yield pytest.param(*case, marks=marks, id=" ".join(word for words in case for word in words))
 
 
 @pytest.mark.parametrize(("backbone", "freeze", "augment"), list(cases()))
@@ -126,7 +125,6 @@ def test_folded_batchnorm_changes_weights_by_rounding_alone(backbone, freeze, au
     [
         ("mobilenet_v3_small", "freeze=last_stages"),
         ("convnext_tiny", "freeze=last_stages"),
-        ("vit_b_16", "freeze=head"),
         ("vit_b_16", "freeze=last_stages"),
     ],
 )
