@@ -72,9 +72,9 @@ def compute_in_float32(classifier: nn.Module) -> None:
     """Make each linear layer and convolution of a classifier an InFloat32; it keeps all else that its class does."""
     for layer in classifier.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            own = type(layer)
-            in_float32 = type(f"Float32{own.__name__}", (InFloat32, own), {})
-            layer.__class__ = Float32Linear if own is nn.Linear else in_float32
+            base = type(layer)
+            in_float32 = type(f"Float32{base.__name__}", (InFloat32, base), {})
+            layer.__class__ = Float32Linear if base is nn.Linear else in_float32
 
 
 class Head(Float32Linear):

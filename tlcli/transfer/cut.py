@@ -243,20 +243,17 @@ class _Prefix(fx.GraphModule):
         return self
 
 
-_Function = Callable[..., Any]
-
-
 class _Suffix(nn.Module):
     """The rest: the tensors of the boundary to logits, in the mode that the network is in."""
 
-    def __init__(self, network: nn.Module, training: _Function, evaluation: _Function, copied: set[int]) -> None:
+    def __init__(self, network: nn.Module, functions: dict[bool, Callable[..., Any]], copied: set[int]) -> None:
         super().__init__()
         self._network = (network,)  # in a tuple: its parameters are the network's, not the suffix's
-        self._training, self._evaluation, self._copied = training, evaluation, copied
+        self._functions, self._copied = functions, copied  # functions by `network.training`
 
     def forward(self, *activations: Tensor) -> Any:
         """(B, ...) each to logits (B, classes). The given tensors are not changed."""
-        function = self._training if self._network[0].training else self._evaluation
+        function = self._functions[self._network[0].training]
         return function(*(a.clone() if i in self._copied else a for i, a in enumerate(activations)))
 
 
@@ -294,7 +291,7 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
         versions = [a._version for a in clones]
         function(*clones)
         copied |= {i for i, a in enumerate(clones) if a._version != versions[i]}  # changed in place
-    suffix = _Suffix(network, train_suffix, eval_suffix, copied)
+    suffix = _Suffix(network, {True: train_suffix, False: eval_suffix}, copied)
     if network.training:
         with preserve_state(network):
             torch.manual_seed(0)
@@ -305,7 +302,7 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
     return Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shapes[node] for node in boundary))
 
 
-def _function(traced: Traced, graph: fx.Graph) -> _Function:
+def _function(traced: Traced, graph: fx.Graph) -> Callable[..., Any]:
     """Return a part of a traced network as a function that looks up modules and tensors in it at each call."""
     return functools.partial(type(fx.GraphModule(traced.root, graph)).forward, traced.root)  # not GraphModule's copies
 
