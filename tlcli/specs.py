@@ -78,10 +78,7 @@ class DatasetSpec(OptionSpec, frozen=True):
                 raise ValueError(f"range={list(self.range)} is empty")
 
     def check(self, *, for_training: bool = True) -> None:
-        """Raise UsageError for what is wrong with the dataset, as far as it shows without decoding or downloading.
-
-        Data to evaluate on (`for_training=False`) needs no training images and no second class.
-        """
+        """Raise UsageError for mistakes that show without decoding; evaluation needs no training images."""
         raise NotImplementedError
 
     def load(self, reporter: Any, *, for_training: bool = True) -> Any:
@@ -130,18 +127,12 @@ class FreezeSpec(OptionSpec, frozen=True):
     part: ClassVar[str]  # the part of the network that trains, as a phrase for reports
 
     def trainable(self, classifier: Any) -> frozenset[str]:
-        """Return the names of the parameters that train.
-
-        They include the head's. Raises UsageError if an option names a part that the network does not have.
-        """
+        """Return the names of the parameters that train, with the head's. Raise UsageError for an unknown part."""
         raise NotImplementedError
 
     @classmethod
     def variants(cls, own: "FreezeSpec", classifier: Any) -> Iterator["FreezeSpec"]:
-        """Yield the variants of this strategy whose cost `tlcli inspect` shows; `own` is the strategy of the config.
-
-        A strategy with options of its own has no variant unless it is the config's.
-        """
+        """Yield the variants that `tlcli inspect` shows: `own`, that of the config, or one without options."""
         if isinstance(own, cls):
             yield own
         elif len(fields(cls)) == len(fields(FreezeSpec)):
@@ -238,7 +229,7 @@ class DeviceSpec(Spec, frozen=True):
 
 
 class CheckpointSpec(Spec, frozen=True):
-    """When the state of training is written, and whether a finished run keeps it."""
+    """Minutes between writes of the training state, and whether a finished run keeps it."""
 
     every_minutes: Positive
     keep_state: bool
@@ -282,10 +273,7 @@ LARGEST_IMAGE = 16_384  # pixels of a side that are accepted from a file: such a
 
 
 def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size, mean and std of a network's input from a file of unknown origin.
-
-    Raises KeyError or ValueError unless they are numbers that an image can be scaled by.
-    """
+    """Return size, mean and std of a network's input from a file of unknown origin; or KeyError, or ValueError."""
     try:
         size = convert(data["size"], Annotated[int, Meta(ge=1, le=LARGEST_IMAGE)])
         mean, std = (convert(data[key], tuple[float, float, float]) for key in ("mean", "std"))

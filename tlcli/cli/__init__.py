@@ -67,10 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 commands = "".join(f"  {name:<{width}}  {summary}\n" for name, (_, summary) in COMMANDS.items())
                 print(HELP.format(commands=commands), end="")
                 code = 0
-            case ["-V" | "--version", *_]:
-                print(f"tlcli {__version__}")
-                code = 0
-            case ["train", *rest] if "--version" in rest:
+            case ["-V" | "--version", *_] | ["train", "--version", *_]:
                 print(f"tlcli {__version__}")
                 code = 0
             case ["train", *rest] if {"-h", "--help"} & {*rest}:  # without Hydra, which takes half a second

@@ -67,11 +67,8 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     folder = Path(args.config_dir).absolute() if args.config_dir else None
     if folder and not folder.is_dir():
         raise UsageError(f"--config-dir={args.config_dir}: no such folder")
-    flags = list(words)
-    for override in args.overrides:
-        flags.remove(override)
     return Flags(
-        flags=tuple(flags),
+        flags=tuple(word for word in words if word not in args.overrides),
         overrides=tuple(_text_as_typed(override) for override in args.overrides),
         config_name=args.config_name or MAIN.removesuffix(".yaml"),
         config_dir=folder,
@@ -116,10 +113,7 @@ def quoted(text: object) -> str:
 
 
 def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
-    """Return the config, with Hydra's own node, and the loader with which Hydra composes that of each job of a sweep.
-
-    It is checked before Hydra makes an object of any class that the config names. Raises UsageError.
-    """
+    """Return the checked config, with Hydra's own node, and the loader that composes that of each job of a sweep."""
     with composing(flags.files):
         overrides, folders = [], [f"file://{flags.config_dir}"] if flags.config_dir else []
         for word in flags.overrides:
@@ -188,10 +182,7 @@ def parse_override(text: str, files: ConfFiles) -> Override:
 
 
 def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
-    """Return the spec of a composed config.
-
-    Raises UsageError for a value that is missing, of a wrong type or out of its range, and for an unknown key.
-    """
+    """Return the spec of a composed config. Raise UsageError for a missing or wrong value, and for an unknown key."""
     files = files or ConfFiles()
     task = config.copy()
     OmegaConf.set_struct(task, False)
@@ -235,10 +226,8 @@ def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
 def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     """Return the spec that a run was trained with, from its config.yaml, with overrides on it.
 
-    The file can come from anyone: it is read as plain values, and these are checked as those of a command line.
-    `dataset=imagefolder dataset.root=x` changes the group as in `tlcli train`; a key that is newer than the run has its
-    present default. A relative path in the file is below the directory in which the run was started, if run.json names
-    it. Raises UsageError, with the name of the file if the mistake is in it.
+    The file can come from anyone: it is read as plain values, which are checked as those of a command line. A key that
+    is newer than the run has its present default. A relative path is below the directory that run.json names.
     """
     flags = parse_flags(list(overrides))
     if flags.flags:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,23 +104,17 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
         check(spec)
         chooses_augment = any(word.startswith(("augment=", "augment.")) for word in overrides)
         return spec, spec.augment if chooses_augment else load_spec(run, [*overrides, "augment=none"]).augment
-    backbone = [] if name is None else backbone_words(name, overrides, options)
+    backbone = [] if name is None else [f"backbone={name}"]
+    if name and name.startswith("timm/"):
+        backbone = ["backbone=timm", f"backbone.name={name.removeprefix('timm/')}"]
+    elif name is not None and name not in options:
+        choices = ", ".join(option for option in options if option != "timm")
+        near = did_you_mean(name, options)
+        raise UsageError(f"{name}: neither a backbone nor a run directory.{near} Choose from {choices}, or timm/NAME")
     spec = compose_spec([*folder, *backbone, *overrides])
     check(spec)
     others = [word for word in overrides if not word.lstrip("+~").startswith(("freeze=", "freeze."))]
     return spec, compose_spec([*folder, *backbone, *others, "freeze=head"]).augment
-
-
-def backbone_words(name: str, words: Sequence[str], options: Collection[str]) -> list[str]:
-    """Return the words of `tlcli train` that choose this backbone, of these options. Raises UsageError."""
-    library, slash, model = name.partition("/")
-    if slash and library == "timm" and model:
-        return ["backbone=timm", f"backbone.name={model}"]
-    if name in options and (name != "timm" or any(word.startswith("backbone.name=") for word in words)):
-        return [f"backbone={name}"]
-    choices = ", ".join(option for option in options if option != "timm")
-    near = did_you_mean(model or name, options)
-    raise UsageError(f"{name}: neither a backbone nor a run directory.{near} Choose from {choices}, or timm/NAME")
 
 
 def page(inspection: "Inspection", width: int | None) -> list[str]:

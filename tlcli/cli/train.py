@@ -22,10 +22,7 @@ from tlcli.runs.run_dir import RunDir
 
 
 def run(argv: list[str]) -> int:
-    """Run `tlcli train` and return the exit code. All that can be checked is checked before anything is written.
-
-    Of a sweep, only what its jobs share is checked: each job checks its own values.
-    """
+    """Run `tlcli train` and return the exit code. Each job of a sweep checks its own values."""
     path, words = resume_argument(argv)
     if path is not None:
         with handle_signals():
@@ -78,12 +75,8 @@ def _show(flags: Flags) -> int:
 def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """Create the directory of one run or sweep. Return it and the folders that were created, outermost first.
 
-    Args:
-        key: of the config, if the user named the directory: it may exist. Otherwise -2, -3, ... is appended to a name
-            that is taken.
-
-    Raises:
-        UsageError: the directory cannot be created, or has files that a run would overwrite.
+    A directory that the user named with a `key` of the config may exist, but may not have files that a run would
+    overwrite. Otherwise -2, -3, ... is appended to a name that is taken.
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
