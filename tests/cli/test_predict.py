@@ -72,12 +72,13 @@ def test_csv_has_a_header_and_no_formulas(run: str, photos: Path, monkeypatch: p
     assert float(good["probability"]) >= float(good["probability_2"]) > 0
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("width", [40, 100])
 def test_a_table_fits_a_terminal(run: str, photos: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.chdir(photos.parent)
     for name in ("x" * 90 + ".png", "esc\x1b[31m.png"):
@@ -88,6 +89,16 @@ def test_a_table_fits_a_terminal(run: str, photos: Path, width: int, monkeypatch
     assert max(map(len, shown.splitlines())) <= width
     assert "\x1b" not in shown
     assert "checks" in shown or "down" in shown or "across" in shown
+
+
+def test_the_bar_is_gone_before_the_table(run: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["predict", run, str(photos)]) == 0
+    before, header, _ = terminal.getvalue().partition("image ")
+    assert header and "predicting" in before
+    assert before.endswith("\x1b[?25h\r")  # the cursor is shown again, at the start of a line
 
 
 def test_ctrl_c_leaves_the_rows_so_far(tlcli: Tlcli, run: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
