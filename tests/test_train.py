@@ -1,6 +1,5 @@
 """The main path from the command line to a complete run directory, on small images."""
 
-import csv
 import json
 import traceback
 from itertools import count
@@ -133,29 +132,6 @@ def test_a_validation_loss_that_is_not_finite_is_explained(
 def test_early_stop(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tlcli.train, "scores", lambda predictions: Scores(0.5, 0.5, 1.0))
     assert max(row["epoch"] for row in rows(train("epochs=30", "early_stop=2"))) == 2
-
-
-@pytest.mark.slow
-def test_bad_files_are_named_or_left_out(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tmp_path / "photos"
-    make_folder(root, {"a": 15, "b": 15})
-    (root / "a/broken.jpg").write_bytes(b"<html>")
-    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    words = ["train", "dataset=imagefolder", f"dataset.root='{root}'", "image.size=32", "epochs=1"]
-    assert main(words) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "broken.jpg" in error
-    assert "dataset.on_bad=skip" in error
-    (listed_on_error,) = tmp_path.glob("outputs/*/*/bad_files.csv")
-    assert "broken.jpg" in listed_on_error.read_text()
-    run = train("dataset.on_bad=skip", "epochs=1", root=root)
-    with (run / "bad_files.csv").open() as file:
-        listed = list(csv.reader(file))
-    assert listed[0] == ["file", "reason"]
-    assert listed[1][0].endswith("a/broken.jpg")
-    assert read_json(run / "run.json")["n_bad_files"] == 1
-    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.slow

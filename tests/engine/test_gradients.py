@@ -1,5 +1,7 @@
 """Gradients computed by hand are those of PyTorch: of a linear loss, and of depthwise convolutions in bfloat16."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from timm.layers import Conv2dSame
@@ -15,12 +17,9 @@ def gradients(network: nn.Module, x: Tensor, *, dtype: torch.dtype, quick: bool)
     """Return the output and the gradients of its weighted sum by x and by the parameters."""
     network.zero_grad()
     x = x.detach().requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        if quick:
-            with fp32_depthwise_backward(CPU, dtype):
-                out = network(x)
-        else:
-            out = network(x)
+    fast = fp32_depthwise_backward(CPU, dtype) if quick else nullcontext()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), fast:
+        out = network(x)
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     return out.detach(), [x.grad, *(p.grad for p in network.parameters())]  # type: ignore[list-item]
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tlcli.engine.metrics import (
-    BINS,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     BestEpochTracker,
@@ -34,10 +33,8 @@ def predictions(labels: list[int], predicted: list[int], n_classes: int) -> Pred
 
 def test_wilson_against_published_values() -> None:
     assert wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)  # Newcombe 1998 gives intervals of this method
-    assert wilson(0, 10)[0] == 0.0
-    assert wilson(10, 10)[1] == 1.0
-    low, high = wilson(81, 263)
-    assert (low, high) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert (wilson(0, 10)[0], wilson(10, 10)[1]) == (0.0, 1.0)
 
 
 def test_report_counts_every_image() -> None:
@@ -77,20 +74,13 @@ def test_selection_by_each_figure(by: str, kept: int) -> None:
     assert not selection.should_stop
 
 
-def test_equal_accuracy_is_decided_by_the_loss() -> None:
-    selection = BestEpochTracker(KeepBest.accuracy, None)
-    assert selection.update(1, Scores(0.9, 0.9, 0.5))
-    assert not selection.update(2, Scores(0.9, 0.9, 0.6))
-    assert selection.update(3, Scores(0.9, 0.9, 0.4))
-
-
-def test_early_stop_counts_epochs_without_a_better_one() -> None:
+def test_the_loss_decides_between_equal_accuracies_and_early_stop_counts_epochs_without_a_better_one() -> None:
     selection = BestEpochTracker(KeepBest.accuracy, early_stop=2)
-    should_stop = []
-    for epoch, accuracy in enumerate([0.5, 0.6, 0.6, 0.55]):
-        selection.update(epoch, Scores(accuracy, 0.0, 1.0))
-        should_stop.append(selection.should_stop)
-    assert should_stop == [False, False, False, True]
+    seen = []
+    for epoch, (accuracy, loss) in enumerate([(0.5, 1.0), (0.6, 0.5), (0.6, 0.6), (0.6, 0.4), (0.6, 0.4), (0.5, 0.1)]):
+        seen.append((selection.update(epoch, Scores(accuracy, 0.0, loss)), selection.should_stop))
+    assert [is_best for is_best, _ in seen] == [True, True, False, True, False, False]
+    assert [should_stop for _, should_stop in seen] == [False] * 5 + [True]
 
 
 # -- calibration
@@ -109,7 +99,7 @@ def test_it_finds_the_temperature_that_labels_were_drawn_with(temperature: float
     assert calibrate(*drawn(5000, 6, temperature)).temperature == pytest.approx(temperature, rel=0.05)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(0, 20, 3))
 @pytest.mark.parametrize("n", [1, 5, 40, 300])
 def test_neither_loss_nor_calibration_error_is_above_that_of_one(n: int, seed: int) -> None:
     logits, labels = drawn(n, 4, math.exp((seed - 10) / 5), seed)
@@ -153,12 +143,3 @@ def test_the_error_is_the_weighted_distance_of_the_bins() -> None:
         (abs(0.5 - 0.9) * 2 + abs(1 - 0.65) + abs(0 - 0.55)) / 4, abs=1e-6
     )
     assert reliability(logits, labels, 1.0) == [pytest.approx(b) for b in [(0.55, 0, 1), (0.65, 1, 1), (0.9, 0.5, 2)]]
-
-
-def test_every_image_is_in_one_bin() -> None:
-    logits, labels = drawn(500, 4, 1.0)
-    found = reliability(logits, labels, 1.0)
-    assert sum(n for _, _, n in found) == 500
-    bins = [math.ceil(confidence * BINS - 1e-9) for confidence, _, _ in found]
-    assert bins == sorted(set(bins))
-    assert sum(accuracy * n for _, accuracy, n in found) == pytest.approx((logits.argmax(1) == labels).sum().item())
