@@ -242,9 +242,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
         return low, high if high > low else low + max(1.0, abs(low) * 1e-6)
 
-    kind: Any = ValueRange | None
-    result: ValueRange | None = _remembered(compute, kind, store, RANGE_NOTES, [(images, indices)], None, reporter)
-    return result
+    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], None, reporter)
 
 
 def _without_bad(
@@ -292,7 +290,7 @@ def _without_bad(
 
 def _remembered(
     compute: Callable[[], T],
-    kind: type[T],
+    kind: Any,
     store: Store | None,
     notes: str,
     used: ImageSelections,
@@ -309,7 +307,8 @@ def _remembered(
     except BadImagesError:
         return compute()
     with suppress(KeyError, ValidationError):  # unknown, or damaged
-        return convert(store.read_notes(notes)[digest.hexdigest()], kind)
+        result: T = convert(store.read_notes(notes)[digest.hexdigest()], kind)
+        return result
     result = compute()
     store.add_note(notes, digest.hexdigest(), to_builtins(result))
     return result
