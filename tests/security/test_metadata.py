@@ -45,23 +45,15 @@ def preprocessing(**values: Any) -> Callable[[Facts], object]:
     return lambda facts: facts["preprocessing"].update(values)
 
 
-NOT_JSON = {
-    "deep": DEEP,
-    "cut short": '{"classes": ["a"',
-    "a number with too many digits": '{"classes": ' + "9" * 5000 + "}",
-    "a list": "[]",
-    "null": "null",
-    "nothing in it": "{}",
-}
-
-
-@pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON)
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, '{"classes": ["a"', '{"classes": ' + "9" * 5000 + "}", "[]", "null", "{}"],
+    ids=["deep", "cut short", "a number with too many digits", "a list", "null", "nothing in it"],
+)
 def test_a_run_whose_checkpoint_says_nothing_sensible_is_refused(text: str, run: RunDir) -> None:
     say(run.best_checkpoint, text)
-    with pytest.raises(UsageError, match=r"best\.safetensors: ") as caught:
+    with pytest.raises(UsageError, match=r"^[^\n]*best\.safetensors: [^\n]{,900}$"):
         load_run(run.path)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1000
 
 
 WRONG: dict[str, Callable[[Facts], object]] = {

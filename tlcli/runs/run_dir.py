@@ -153,28 +153,24 @@ class RunDir:
 
         It is complete from the moment that it exists. Two processes never get the same.
         """
-        import shutil
-        import tempfile  # here: with hashlib it is a tenth of what `list` imports
+        from tempfile import TemporaryDirectory  # here: with hashlib it is a tenth of what `list` imports
 
         try:
-            draft = Path(tempfile.mkdtemp(prefix=".eval-", dir=self.path))
+            draft = TemporaryDirectory(prefix=".eval-", dir=self.path, ignore_cleanup_errors=True)
         except OSError as error:
             raise TlcliError(f"{self.path}: not writable ({error.strerror}); eval writes its results there") from error
-        try:
-            write(draft)
-            draft.chmod(self.path.stat().st_mode)  # mkdtemp lets only the owner read
+        with draft as name:
+            write(Path(name))
+            Path(name).chmod(self.path.stat().st_mode)  # a temporary folder can be read by its owner only
             for n in count(1):
                 path = self.path / f"eval-{n}"
                 if path.exists():
                     continue
                 try:
-                    return draft.rename(path)
+                    return Path(name).rename(path)
                 except OSError:
                     if not path.exists():  # otherwise another process was faster: rename fails if the folder has files
                         raise
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
         raise AssertionError("unreachable")
 
 
@@ -266,11 +262,10 @@ def read_predictions(path: Path) -> SplitPredictions:
         logits, labels = tensors["logits"], tensors["labels"]
         classes, keys = (convert(metadata[name], tuple[str, ...]) for name in ("classes", "keys"))
         names = keys if metadata["names"] is None else convert(metadata["names"], tuple[str, ...])
-        if not logits.is_floating_point() or labels.dtype != int64:
-            raise ValueError(f"logits are {logits.dtype}, labels {labels.dtype}")
-        if not (logits.shape == (len(keys), len(classes)) and labels.shape == (len(keys),) and len(names) == len(keys)):
-            raise ValueError(f"{tuple(logits.shape)} logits for {len(keys)} images and {len(classes)} classes")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        shapes, n = (tuple(logits.shape), tuple(labels.shape), len(names)), len(keys)
+        if shapes != ((n, len(classes)), (n,), n) or not logits.is_floating_point() or labels.dtype != int64:
+            raise ValueError(f"{shapes[0]} {logits.dtype} for {n} images and {len(classes)} classes")
+        if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
             raise ValueError(f"labels beyond the {len(classes)} classes")
     except TlcliError as error:
         raise UsageError(str(error)) from error
@@ -318,11 +313,10 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    try:
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         commit = git.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
     return {
         "versions": {"tlcli": __version__, "python": platform.python_version(), **versions},
         "machine": {
