@@ -195,18 +195,12 @@ class TerminalReporter(Reporter):
         """Show the ranked jobs of sweep.json at the end of a sweep."""
         metric = board["figure"].replace("_", " ")
         titles = [*board["keys"], f"val {metric}", "test accuracy", "95 % interval", "status"]
-        rows = [
-            (
-                job["rank"],
-                job["name"],
-                *(job["values"].get(key, "") for key in board["keys"]),
-                _number(job["validation"]),
-                _number(job["test_accuracy"]),
-                "{:.4f} to {:.4f}".format(*job["test_ci95"]) if job["test_ci95"] else None,
-                job["status"],
-            )
-            for job in board["jobs"]
-        ]
+        rows = []
+        for job in board["jobs"]:
+            values = [job["values"].get(key, "") for key in board["keys"]]
+            interval = "{:.4f} to {:.4f}".format(*job["test_ci95"]) if job["test_ci95"] else None
+            metrics = [_number(job["validation"]), _number(job["test_accuracy"]), interval]
+            rows.append([job["rank"], job["name"], *values, *metrics, job["status"]])
         self.show("")
         self.show(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
         self.show_labelled(("sweep", shown_path(folder)))
