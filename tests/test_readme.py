@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import make_folder
-from tlcli.cli import main
+from tests.conftest import finish, make_folder
+from tlcli.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -101,13 +101,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(home / "photos", {f"photos{k}": 12 for k in range(3)}, seed=0)
     make_folder(home / "new", {f"photos{k}": 2 for k in range(3)}, seed=1)
     Image.open(home / "new/photos0/000.png").save(home / "image.jpg")
+    words = ("dataset=imagefolder", "dataset.root=photos", *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr("tlcli.runs.recorder.Recorder._plot", lambda *args: None)
-        for time, backbone in (("TIME", "efficientnet_lite0"), ("TIME2", "resnet18")):
-            weights = "backbone.weights=none" if backbone == "resnet18" else "backbone.weights=default"
-            words = ["dataset=imagefolder", "dataset.root=photos", f"backbone={backbone}", weights]
-            assert main(["train", *words, f"hydra.run.dir=outputs/DATE/{time}", *SMALL]) == 0
+        finish(Path("outputs/DATE/TIME"), *words)
+        finish(Path("outputs/DATE/TIME2"), *words, "backbone=resnet18", "backbone.weights=none")
     return home
 
 
@@ -140,9 +138,8 @@ def test_the_other_commands_are_run_by_ci() -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_contributing_adds_a_backbone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "my/backbone").mkdir(parents=True)
-    (home / "my/backbone/shufflenet.yaml").write_text(
-        re.findall(r"```yaml\n(.*?)```", text_of("CONTRIBUTING.md"), re.S)[0]
-    )
+    text = re.findall(r"```yaml\n(.*?)```", text_of("CONTRIBUTING.md"), re.S)[0]
+    (home / "my/backbone/shufflenet.yaml").write_text(text)
     lines = list(commands("CONTRIBUTING.md"))
     assert len(lines) == 2
     for line in lines:
@@ -164,8 +161,6 @@ def test_paths_and_options_of_a_page_exist(page: str) -> None:
 
 
 def test_readme_is_short_and_lists_every_command() -> None:
-    from tlcli.cli import COMMANDS
-
     readme = text_of("README.md")
     assert len(readme.splitlines()) <= 200
     assert all(re.search(rf"^\| `{name}\b", readme, re.M) for name in COMMANDS)
