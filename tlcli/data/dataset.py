@@ -44,11 +44,7 @@ DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits.
-
-    `notes` are lines for the plan, `bad_files` are (file, reason) of images that are left out, `value_range` maps
-    images deeper than 8 bits; None is the full range of their type.
-    """
+    """Three disjoint splits, lines for the plan, (file, reason) of images left out, and the range of deep images."""
 
     name: str
     classes: tuple[str, ...]
@@ -124,10 +120,9 @@ def load_evaluation_split(
 
 
 def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str, Callable[[], Pixels]]:
-    """Return a function per image of a dataset, by its key, that decodes the image. Nothing is downloaded.
+    """Return by key a function per image that decodes it or raises BadImage. Nothing is downloaded.
 
-    Raises:
-        UsageError, OSError: the dataset cannot be read. The functions raise BadImage, a ValueError, and OSError.
+    Raise UsageError or OSError if the dataset cannot be read.
     """
     splits: Mapping[str, Split] = spec.offline().load(Reporter()).splits
     for split in splits.values():
