@@ -178,13 +178,12 @@ def _values_of(action: argparse.Action, command: Parser, word: str, before: list
     if action.choices:
         yield from map(str, action.choices)
         return
-    from tlcli.runs.run_dir import recent_runs
-
     for kind in str(action.metavar).split("|"):
-        if kind == "RUN":
-            yield from recent_runs()
-        elif kind == "SWEEP":
-            yield from (run.rpartition("/")[0] for run in recent_runs() if run.count("/") > 2)
+        if kind in ("RUN", "SWEEP"):
+            from tlcli.runs.run_dir import recent_runs
+
+            runs = recent_runs()
+            yield from runs if kind == "RUN" else (run.rpartition("/")[0] for run in runs if run.count("/") > 2)
         elif kind == "FOLDER":
             yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
         elif kind == "BACKBONE":
