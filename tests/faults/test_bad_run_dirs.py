@@ -126,29 +126,24 @@ def test_a_run_of_another_schema_is_left_alone(version: Any, tlcli: Tlcli, tmp_p
 
 # -- damaged
 
-RECORDS: dict[str, bytes] = {
-    "empty": b"",
-    "cut": b'{"schema_version": 1, "sta',
-    "no UTF-8": b"\xff\xfe",
-    "too deep": b"[" * 100_000,
-    "a number of 5,000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
-}
 
-
-@pytest.mark.parametrize("case", RECORDS)
-def test_a_damaged_record_is_one_line(case: str, tlcli: Tlcli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"schema_version": 1, "sta', b"\xff\xfe", b"[" * 100_000, b'{"schema_version": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "cut", "no UTF-8", "too deep", "a number of 5,000 digits"],
+)
+def test_a_damaged_record_is_one_line(content: bytes, tlcli: Tlcli, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_bytes(RECORDS[case])
+    (tmp_path / "run" / "run.json").write_bytes(content)
     with untouched(tmp_path):
         listed = tlcli("list", "run")
-        ended = [tlcli("eval", "run"), tlcli("predict", "run", "x.png"), tlcli("report", "run")]
+        refusals = [tlcli("eval", "run"), tlcli("predict", "run", "x.png"), tlcli("report", "run")]
     assert listed.code == 0
     assert "damaged" in listed.out
-    assert [one.code for one in ended] == [2, 2, 2]
-    for one in ended:
-        assert "run.json: " in one.err
-        assert one.err.count("\n") == 1
-        assert len(one.err) < 400
+    for ended in refusals:
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "run.json: " in ended.err
+        assert len(ended.err) < 400
 
 
 def test_pipes_and_devices_in_a_run_are_not_read(tlcli: Tlcli, tmp_path: Path) -> None:
