@@ -24,12 +24,8 @@ def trained(
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     body, head = tuple(network[0].parameters()), tuple(network[2].parameters())
-    optimizer = make(
-        [
-            {"name": "body", "params": body, "lr": 1e-3, "weight_decay": 0.0},
-            {"name": "head", "params": head, "lr": 1e-2, "weight_decay": 0.1},
-        ]
-    )
+    groups = [{"name": "body", "params": body, "lr": 1e-3, "weight_decay": 0.0}]
+    optimizer = make([*groups, {"name": "head", "params": head, "lr": 1e-2, "weight_decay": 0.1}])
     for _ in range(5):
         optimizer.zero_grad()
         network(torch.randn(4, 7)).square().sum().backward()
