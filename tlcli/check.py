@@ -69,7 +69,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     start, seconds = time.perf_counter(), dict[str, float]()
 
     def lap(part: str) -> None:
-        seconds[part] = round(time.perf_counter() - start - sum(seconds.values()), 3)
+        seconds[part] = time.perf_counter() - start - sum(seconds.values())
 
     accelerator = setup_process(spec.device)
     dataset, problems = spec.dataset.without_bad_classes()
@@ -117,7 +117,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         "near": _count_duplicates(images, [group for kind, _, group in duplicates if kind == "near"]) | checked,
         "labels": checked | labels,
         "notes": notes,
-        "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+        "seconds": {part: round(s, 3) for part, s in {**seconds, "total": sum(seconds.values())}.items()},
         "output": str(folder),
     }
     summary = {"verdicts": list(_verdicts(summary)), **summary}
