@@ -1,4 +1,4 @@
-"""What each way of freezing costs: what can be counted is exact, and what is measured is sane."""
+"""Costs of freeze strategies: counts are exact, and measurements are plausible."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -33,7 +33,7 @@ FP32 = ("device.precision=fp32", "device.channels_last=true")
 
 
 class Ended(SimpleNamespace):
-    """How a run ended: `shown` is stdout with its lines unwrapped, `record` is run.json."""
+    """The end of a run: `shown` is stdout with its lines unwrapped, `record` is run.json."""
 
 
 @pytest.fixture
