@@ -87,7 +87,7 @@ CELL = st.one_of(
 ROWS = st.builds(
     lambda columns, rows: "\n".join(",".join(row) for row in [columns, *rows]),
     st.sampled_from([["path", "label"], ["path", "label", "split"], ["label", "path", "id"]]) | st.lists(CELL),
-    st.lists(st.lists(CELL, max_size=4), max_size=8),
+    st.lists(st.lists(CELL, max_size=4), max_size=4),
 )
 MANIFESTS = st.builds(
     lambda text, encoding: text.encode(encoding, "replace"),

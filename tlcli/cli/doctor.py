@@ -110,7 +110,7 @@ def redact(text: object) -> str:
 
 
 def examine() -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """Return what all checks find, by topic and name, and the problems."""
+    """Return the values that all checks report, by topic and name, and the problems."""
     facts: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
     for check in (_versions, _machine, _places, _devices, _weights):
