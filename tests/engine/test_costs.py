@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import load_dataset
 from tlcli.engine import costs
 from tlcli.engine.activations import Workload
-from tlcli.engine.costs import Inspection, inspect
+from tlcli.engine.costs import inspect
 from tlcli.engine.session import session_for
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import apply_freeze
@@ -26,36 +27,36 @@ def base(shapes: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(spec: Compose, shapes: Path) -> Inspection:
+def found(spec: Compose, shapes: Path) -> dict[str, Any]:
     """ResNet-18 at 32 px on shapes: 54 train, 6 val and 24 test images."""
     return inspect(spec(*base(shapes)), NONE, Reporter())
 
 
 @pytest.mark.slow
-def test_what_can_be_counted_is_exact(found: Inspection) -> None:
-    sizes = {stage.name: stage.parameters for stage in found.stages}
+def test_what_can_be_counted_is_exact(found: dict[str, Any]) -> None:
+    sizes = {stage["name"]: stage["parameters"] for stage in found["stages"]}
     assert list(sizes) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
     assert sizes["head"] == 512 * 3 + 3
-    assert sum(stage.share for stage in found.stages) == pytest.approx(1)
-    assert found.images == {"train": 54, "val": 6, "test": 24}
-    costs = {cost.freeze: cost for cost in found.strategies}
+    assert sum(stage["share"] for stage in found["stages"]) == pytest.approx(1)
+    assert found["images"] == {"train": 54, "val": 6, "test": 24}
+    costs = {cost["freeze"]: cost for cost in found["strategies"]}
     assert [name for name in costs if "stages " not in name] == ["head", "norm", "bias", "none"]
     assert {f"last_stages n={n}" for n in (1, 2, 3)} <= costs.keys()
-    assert costs["head"].trainable == sizes["head"]
-    assert costs["last_stages n=2"].trainable == sizes["head"] + sizes["layer4"] + sizes["layer3"]
-    assert costs["none"].trainable == sum(sizes.values())
+    assert costs["head"]["trainable"] == sizes["head"]
+    assert costs["last_stages n=2"]["trainable"] == sizes["head"] + sizes["layer4"] + sizes["layer3"]
+    assert costs["none"]["trainable"] == sum(sizes.values())
     head, last, none = costs["head"], costs["last_stages n=1"], costs["none"]
-    assert (head.at, last.at) == ("fc", "layer4")
-    assert head.row_bytes in (512 * 2, 512 * 4), "in bfloat16 or float32"
-    assert last.row_bytes in (256 * 2 * 2 * 2, 256 * 2 * 2 * 4)
-    assert head.cache_bytes == head.row_bytes * (54 + 6 + 24)
-    assert (none.at, none.row_bytes, none.cache_bytes, none.first_pass, none.cached_epoch) == (None,) * 5
-    assert "no frozen layers at the input" in str(none.why_live)
-    assert (head.takes, head.why_live, last.takes) == ("cached", None, "live")
-    assert "cache.views" in str(last.why_live), "it trains on random crops"
-    assert 0 < head.cached_epoch < none.live_epoch < 600  # by how much head.live_epoch is less, a busy machine hides
-    assert head.total >= head.first_pass + 3 * head.cached_epoch  # type: ignore[operator]
-    assert none.total >= 3 * none.live_epoch
+    assert (head["at"], last["at"]) == ("fc", "layer4")
+    assert head["row_bytes"] in (512 * 2, 512 * 4), "in bfloat16 or float32"
+    assert last["row_bytes"] in (256 * 2 * 2 * 2, 256 * 2 * 2 * 4)
+    assert head["cache_bytes"] == head["row_bytes"] * (54 + 6 + 24)
+    assert [none[key] for key in ("at", "row_bytes", "cache_bytes", "first_pass", "cached_epoch")] == [None] * 5
+    assert "no frozen layers at the input" in str(none["why_live"])
+    assert (head["takes"], head["why_live"], last["takes"]) == ("cached", None, "live")
+    assert "cache.views" in str(last["why_live"]), "it trains on random crops"
+    assert 0 < head["cached_epoch"] < none["live_epoch"] < 600  # a busy machine may hide that of head
+    assert head["total"] >= head["first_pass"] + 3 * head["cached_epoch"]
+    assert none["total"] >= 3 * none["live_epoch"]
 
 
 @pytest.mark.slow
@@ -63,10 +64,10 @@ def test_seconds_follow_from_speeds(spec: Compose, shapes: Path, monkeypatch: py
     monkeypatch.setattr(costs, "measure_throughput", lambda step, most, *more: (most, 10.0))
     own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))
     found = inspect(own, NONE, Reporter())
-    assert [strategy.freeze for strategy in found.strategies][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
-    assert all(strategy.takes == "cached" for strategy in found.strategies[:5]), "there is no augmentation"
-    assert found.strategies[-1].live_epoch == pytest.approx((54 + 6) / 10)
-    assert found.strategies[1].cached_epoch == pytest.approx((54 + 6) / 10)
+    assert [strategy["freeze"] for strategy in found["strategies"]][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
+    assert all(strategy["takes"] == "cached" for strategy in found["strategies"][:5]), "there is no augmentation"
+    assert found["strategies"][-1]["live_epoch"] == pytest.approx((54 + 6) / 10)
+    assert found["strategies"][1]["cached_epoch"] == pytest.approx((54 + 6) / 10)
 
 
 def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, duration_text, labelled, size_text
 
 if TYPE_CHECKING:
-    from tlcli.engine.costs import Inspection
     from tlcli.specs import AugmentSpec, TrainSpec
 
 COLUMNS: tuple[tuple[TableColumn, str, Callable[[Any], str]], ...] = (
@@ -78,7 +76,7 @@ def run(argv: list[str]) -> int:
     is_json = arguments.format == "json"
     reporter = Reporter() if is_json or not sys.stdout.isatty() else TerminalReporter()
     inspection = inspect(spec, head_augment, reporter)
-    lines = [json.dumps(asdict(inspection), indent=2)] if is_json else page(inspection, terminal_columns())
+    lines = [json.dumps(inspection, indent=2)] if is_json else page(inspection, terminal_columns())
     print("\n".join(lines))
     return 0
 
@@ -117,33 +115,32 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     return spec, compose_spec([*folder, *backbone, *others, "freeze=head"]).augment
 
 
-def page(inspection: "Inspection", width: int | None) -> list[str]:
+def page(inspection: Mapping[str, Any], width: int | None) -> list[str]:
     """Return the lines of the table; `width` is that of a terminal, or None."""
-    images = ", ".join(f"{n:,} {split}" for split, n in inspection.images.items())
-    parameters = sum(stage.parameters for stage in inspection.stages)
+    images = ", ".join(f"{n:,} {split}" for split, n in inspection["images"].items())
+    stages, strategies = inspection["stages"], inspection["strategies"]
+    parameters = sum(stage["parameters"] for stage in stages)
     facts = [
-        ("backbone", f"{inspection.backbone}, {parameters:,} parameters, {inspection.size} px"),
-        ("dataset", f"{inspection.dataset}, {inspection.classes:,} classes; {images}"),
-        ("training", f"{inspection.epochs:,} epochs, batches of {inspection.batch_size:,}"),
-        ("device", inspection.device),
+        ("backbone", f"{inspection['backbone']}, {parameters:,} parameters, {inspection['size']} px"),
+        ("dataset", f"{inspection['dataset']}, {inspection['classes']:,} classes; {images}"),
+        ("training", f"{inspection['epochs']:,} epochs, batches of {inspection['batch_size']:,}"),
+        ("device", inspection["device"]),
     ]
     stage_columns = [TableColumn("stage", left=True), TableColumn("parameters"), TableColumn("share")]
-    stages = [(stage.name, f"{stage.parameters:,}", f"{stage.share:.1%}") for stage in inspection.stages]
-    cells = [[(getattr(cost, name), form) for _, name, form in COLUMNS] for cost in inspection.strategies]
-    costs = [[None if value is None else form(value) for value, form in row] for row in cells]
-    names_by_reason: dict[str, list[str]] = {}
-    for cost in inspection.strategies:
-        if cost.why_live is not None:
-            names_by_reason.setdefault(cost.why_live, []).append(cost.freeze)
-    notes = [("uncached", f"{', '.join(names)}: {reason}") for reason, names in names_by_reason.items()]
-    if inspection.load is not None and inspection.load > inspection.cores:
-        load = f"load {inspection.load:.1f} on {inspection.cores} cores"
+    stage_rows = [(stage["name"], f"{stage['parameters']:,}", f"{stage['share']:.1%}") for stage in stages]
+    costs = [[None if cost[key] is None else form(cost[key]) for _, key, form in COLUMNS] for cost in strategies]
+    notes = []
+    for reason in dict.fromkeys(cost["why_live"] for cost in strategies if cost["why_live"]):
+        names = ", ".join(cost["freeze"] for cost in strategies if cost["why_live"] == reason)
+        notes.append(("uncached", f"{names}: {reason}"))
+    if (inspection["load"] or 0) > inspection["cores"]:
+        load = f"load {inspection['load']:.1f} on {inspection['cores']} cores"
         notes.append(("busy", f"this machine is busy ({load}): runs are faster when it is not"))
     notes.append(("time", "measured on a few batches; a run takes a few more seconds to start and to write its plots"))
     return [
         *(line for label, value in facts for line in labelled(label, value, width)),
         "",
-        *table_lines(stage_columns, stages, width),
+        *table_lines(stage_columns, stage_rows, width),
         "",
         *table_lines([column for column, *_ in COLUMNS], costs, width),
         "",

@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,63 +47,13 @@ MEASURE_SECONDS = 0.2  # after which a step is not repeated
 MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
 NEGLIGIBLE_LR = 1e-12  # changes weights by less than their rounding, or from zero to nearly zero
 EPOCHS = 1000  # makes the schedule longer than any measurement
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """A stage of the network and its share of the parameters."""
+def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> dict[str, Any]:
+    """Return the JSON of `tlcli inspect`: the stages of the network and the cost of each freeze strategy on the data.
 
-    name: str
-    parameters: int
-    share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyCost:
-    """The cost of a freeze strategy, in seconds.
-
-    `first_pass` is over all images, with decoding, once for all later runs. `cached_epoch` and `live_epoch` (on images)
-    include validation. `total` is of one run with an empty cache, as it `takes` its images: cached or live. If the
-    network cannot be cut the cached values are None, and `why_live` is the reason.
-    """
-
-    freeze: str
-    trainable: int
-    at: str | None = None
-    row_bytes: int | None = None
-    cache_bytes: int | None = None
-    first_pass: float | None = None
-    cached_epoch: float | None = None
-    live_epoch: float
-    takes: str = "live"
-    why_live: str | None
-    total: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The result of `tlcli inspect`. `images` are per split; `load` is that of the machine before the measurements."""
-
-    backbone: str
-    dataset: str
-    classes: int
-    images: dict[str, int]
-    size: int
-    epochs: int
-    batch_size: int
-    device: str
-    cores: int
-    load: float | None
-    stages: tuple[StageCost, ...]
-    strategies: tuple[StrategyCost, ...]
-
-
-def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> Inspection:
-    """Return the stages of the spec's network and the cost of each freeze strategy on the spec's data.
-
-    `head_augment` is the augmentation of freeze=head. Measured formats are stored, as `tlcli train` stores them. Raises
-    UsageError if the spec cannot be followed, BadImagesError if an image of the sample does not decode.
+    `head_augment` is the augmentation of freeze=head. Raises UsageError if the spec cannot be followed, BadImagesError
+    if an image of the sample does not decode.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
@@ -129,48 +79,51 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> I
 
     spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
     variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]
-    costs: list[StrategyCost] = []
+    strategies: list[dict[str, Any]] = []
     with reporter.track("measuring", len(variants), "strategies") as advance:
         for freeze in reversed(variants):  # the whole network first: its formats are used for the others
             augment = head_augment if isinstance(freeze, HeadSpec) else spec.augment
             needs_probe = freeze.head_init is HeadInit.probe and bool(classifier.pretrained)
             contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
             workload = Workload(data, classifier, contract, own, accelerator, session, needs_probe)
-            costs.insert(0, meter.cost(workload))
+            strategies.insert(0, meter.cost(workload))
             advance(1)
     parameters = dict(classifier.network.named_parameters())
     sizes = {stage.name: count(parameters[n] for n in stage.tensors & parameters.keys()) for stage in classifier.stages}
-    return Inspection(
-        backbone=classifier.name,
-        dataset=f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
-        classes=len(data.classes),
-        images={"train": len(data.train), "val": len(data.val), "test": len(data.test)},
-        size=preprocessing.size,
-        epochs=spec.epochs,
-        batch_size=spec.batch_size,
-        device=meter.device(workload).description,
-        cores=os.cpu_count() or 1,
-        load=load,
-        stages=tuple(StageCost(name, n, n / sum(sizes.values())) for name, n in sizes.items()),
-        strategies=tuple(costs),
-    )
+    return {
+        "backbone": classifier.name,
+        "dataset": f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
+        "classes": len(data.classes),
+        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        "size": preprocessing.size,
+        "epochs": spec.epochs,
+        "batch_size": spec.batch_size,
+        "device": meter.device(workload).description,
+        "cores": os.cpu_count() or 1,
+        "load": load,  # before the measurements
+        "stages": [{"name": k, "parameters": n, "share": n / sum(sizes.values())} for k, n in sizes.items()],
+        "strategies": strategies,
+    }
 
 
 class CostMeter:
-    """Measures workloads with a sample of their training images, which is decoded into memory.
+    """Measures workloads of one session with a sample of their training images, which is decoded into memory.
 
     Formats, the size of a step and the speed of evaluation are measured with the first workload, and used for others.
-
-    Args:
-        decode_seconds: per image.
+    `decode_seconds` are per image.
     """
 
     def __init__(self, sample: Dataset, decode_seconds: float) -> None:
         self._sample, self._decode_seconds = sample, decode_seconds
-        self._measured: dict[str, Any] = {}
+        self._step_images: int | None = None
 
-    def cost(self, workload: Workload) -> StrategyCost:
-        """Return the cost of a workload's strategy."""
+    def cost(self, workload: Workload) -> dict[str, Any]:
+        """Return the cost of a workload's strategy, in seconds.
+
+        `first_pass` is over all images, with decoding, once for all later runs. `cached_epoch` and `live_epoch` (on
+        images) include validation. `total` is of one run with an empty cache, as it `takes` its images: cached or live.
+        If the network cannot be cut the cached values are None, and `why_live` is the reason.
+        """
         data, spec, cut = workload.data, workload.spec, workload.cut
         n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
         n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
@@ -181,9 +134,10 @@ class CostMeter:
 
         decoding, reason = self._decode_seconds * (n_train + n_val + n_test), uncacheable_reason(workload)
         live_epoch, live_run = epoch_and_run(*self.uncached(workload))
-        total, cached = decoding + live_run, dict[str, Any]()
+        total = decoding + live_run
+        cached: dict[str, Any] = dict.fromkeys(("at", "row_bytes", "cache_bytes", "first_pass", "cached_epoch"))
         if isinstance(cut, Cut):
-            prefix_format = self._once("prefix", lambda: measure_extraction(workload, cut))
+            prefix_format = workload.session.get_or_create("prefix", lambda: measure_extraction(workload, cut))
             extractor = workload.extractor(cut, prefix_format)
             n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
             if workload.augments and spec.cache.views is not None:
@@ -193,21 +147,21 @@ class CostMeter:
             first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)
             reason = reason or not_worthwhile_reason(workload, prefix_format, n_rows, row_bytes)
             total = total if reason else first_pass + cached_run
-            cached = {"at": cut.suffix_start, "first_pass": first_pass, "cached_epoch": cached_epoch}
+            cached |= {"at": cut.suffix_start, "first_pass": first_pass, "cached_epoch": cached_epoch}
             cached |= {"row_bytes": row_bytes, "cache_bytes": row_bytes * n_rows}
-        return StrategyCost(
-            freeze=spec.freeze.label,
-            trainable=count(p for p in workload.classifier.network.parameters() if p.requires_grad),
-            live_epoch=live_epoch,
-            takes="live" if reason else "cached",
-            why_live=reason,
-            total=total,
+        return {
+            "freeze": spec.freeze.label,
+            "trainable": count(p for p in workload.classifier.network.parameters() if p.requires_grad),
             **cached,
-        )
+            "live_epoch": live_epoch,
+            "takes": "live" if reason else "cached",
+            "why_live": reason,
+            "total": total,
+        }
 
     def device(self, workload: Workload) -> Device:
         """Return the device with the formats of training on images."""
-        train, evaluation = self._once("network", lambda: measure_network(workload))
+        train, evaluation = workload.session.get_or_create("network", lambda: measure_network(workload))
         return device_with(workload, train.dtype, evaluation)
 
     def uncached(self, workload: Workload) -> tuple[float, float]:
@@ -218,23 +172,22 @@ class CostMeter:
         def loader(split_name: str, n: int) -> BatchLoader:
             return image_loader(replace(workload, data=self._first_images(n)), device, split_name, Reporter())
 
-        fit, n_sample, images = _fitting(workload, device), len(self._sample.train), self._measured.get("images")
-        self._measured["images"], train = measure_throughput(
-            lambda n: fit(loader("train", n)), min(n_sample, batch_size), images, MAX_UNCACHED_STEP_SECONDS
+        fit, n_sample = _fitting(workload, device), len(self._sample.train)
+        self._step_images, train = measure_throughput(
+            lambda n: fit(loader("train", n)), min(n_sample, batch_size), self._step_images, MAX_UNCACHED_STEP_SECONDS
         )
         evaluation_step = lambda n: evaluate(network, loader("train_eval", n), device, Reporter(), "")  # noqa: E731
-        max_images = min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size)
-        return train, self._once("evaluation", lambda: measure_throughput(evaluation_step, max_images)[1])
+        max_images, once = min(n_sample, MAX_EVALUATION_BATCH, 4 * batch_size), workload.session.get_or_create
+        return train, once("evaluation", lambda: measure_throughput(evaluation_step, max_images)[1])
 
     def _cached(self, workload: Workload, cut: Cut, extractor: Extractor) -> tuple[float, float, float]:
         """Return the images per second of the prefix without decoding, and of training and evaluation on its output."""
         spec, head, n_train = workload.spec, workload.plain_head(cut), len(workload.data.train)
         name = "suffix" if head is None else "head"  # the format of a linear layer is not that of other suffixes
-        suffix_format = self._once(name, lambda: measure_suffix(workload, cut, extractor.compute_format))
-        device, network = (
-            device_with(workload, suffix_format.dtype, extractor.compute_format),
-            workload.classifier.network,
-        )
+        once, prefix_format = workload.session.get_or_create, extractor.compute_format
+        suffix_format = once(name, lambda: measure_suffix(workload, cut, prefix_format))
+        device = device_with(workload, suffix_format.dtype, prefix_format)
+        network = workload.classifier.network
         device.place(network)
         extractor.prepare(Reporter())
         sample, batch_size = self._first_images(extractor.batch_size).train, extractor.batch_size
@@ -258,12 +211,6 @@ class CostMeter:
 
     def _first_images(self, n: int) -> Dataset:
         return replace(self._sample, train=self._sample.train.take(np.arange(min(n, len(self._sample.train)))))
-
-    def _once(self, name: str, measure: Callable[[], T]) -> T:
-        if name not in self._measured:
-            self._measured[name] = measure()
-        measured: T = self._measured[name]
-        return measured
 
 
 def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
