@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +17,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
-from tests.runs.chromium import CHROMIUM, Page, chromium
 from tlcli.engine.metrics import Predictions, expected_calibration_error
 from tlcli.engine.metrics import test_report as figures_of
 from tlcli.errors import UsageError
@@ -341,11 +342,12 @@ def test_a_sweep_without_a_finished_job(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if CHROMIUM is None:
+def browser() -> Any:
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
         pytest.skip("Chromium is not installed")
-    with chromium(tmp_path_factory.mktemp("profile")) as page:
-        yield page
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -367,24 +369,29 @@ def pages(hostile: RunDir, sweep: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hostile", "few", "many", "wide", "sweep"])
-def test_chromium_has_nothing_to_complain_about(browser: Page, pages: dict[str, Path], name: str) -> None:
-    for width, scheme in [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]:
-        browser.show(pages[name], width, scheme)
-        assert browser.value("document.documentElement.scrollWidth") == width  # nothing is wider than the screen
-        assert browser.complaints == []
-        assert [url for url in browser.requests if not url.startswith("data:")] == [pages[name].resolve().as_uri()]
-        assert browser.value("document.scripts.length") == 0
-        assert browser.value("document.querySelectorAll('img:not([src^=\"data:image/\"])').length") == 0
-        assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        color = "rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 22, 26)"
-        assert browser.value("getComputedStyle(document.body).backgroundColor") == color
-        assert (SCRIPT in browser.value("document.body.innerText")) == (name in ("hostile", "sweep"))
+def test_chromium_has_nothing_to_complain_about(browser: Any, pages: dict[str, Path], name: str) -> None:
+    for width, scheme, color in [(390, "light", "rgb(255, 255, 255)"), (1280, "dark", "rgb(20, 22, 26)")]:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        complaints: list[Any] = []
+        requests: list[Any] = []
+        for event, seen in (("console", complaints), ("pageerror", complaints), ("request", requests)):
+            page.on(event, lambda one, seen=seen: seen.append(one))
+        page.goto(pages[name].as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is wider than the screen
+        assert complaints == []
+        assert [r.url for r in requests if not r.url.startswith("data:")] == [pages[name].as_uri()]
+        assert page.locator("script").count() == page.locator("img:not([src^='data:image/'])").count() == 0
+        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == color
+        assert (SCRIPT in page.inner_text("body")) == (name in ("hostile", "sweep"))
 
 
 @pytest.mark.slow
-def test_the_policy_stops_what_it_should(browser: Page, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_the_policy_stops_what_it_should(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
     html = pages["few"].read_text(encoding="utf-8")
     file = tmp_path / "broken.html"
     file.write_text(html.replace("</main>", '<script>1</script><p style="color: red">x</p></main>'), encoding="utf-8")
-    browser.show(file, 1280, "light")
-    assert len([c for c in browser.complaints if "Content Security Policy" in c]) >= 2
+    page, complaints = browser.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(file.as_uri())
+    assert len([text for text in complaints if "Content Security Policy" in text]) >= 2
