@@ -58,14 +58,6 @@ def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     assert not copies & {i for i, *_ in suspects_of(features, given, 2)[0]}
 
 
-def test_a_class_of_one_image_has_no_probability() -> None:
-    features, labels = clouds(60, 2)
-    labels[5] = 2
-    suspects, metrics = suspects_of(features, labels, 3)
-    assert suspects[0][0] == 5
-    assert suspects[0][2] == metrics["thresholds"]["2"] == 0
-
-
 def scene(seed: int, size: int = 96) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)

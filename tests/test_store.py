@@ -1,6 +1,5 @@
 """The store of activations: what comes back is what was written, whole, whoever else is at work."""
 
-import errno
 import multiprocessing
 import os
 import random
@@ -114,14 +113,6 @@ def test_a_refused_write_leaves_nothing(store: Store, rows: int) -> None:
     assert everything(store.root) == ["activations"]
 
 
-@pytest.mark.parametrize("sizes", [(48, 10), (24, 10, 2), (96, 10, 2), (48, 10, 2)])
-def test_wrong_batches_are_refused(store: Store, sizes: tuple[int, ...]) -> None:
-    """A column is missing, half a row, different numbers of rows, and one row too many."""
-    with pytest.raises(ValueError):
-        store.write(KEY, ROWS, COLUMNS, FACTS, [list(map(bytes, sizes)), *BATCHES])
-    assert everything(store.root) == ["activations"]
-
-
 def flip(file: Path, index: int, change: int = 1) -> None:
     """Change one byte as a failing disk would: the time of the file stays as it was."""
     before, data = file.stat(), bytearray(file.read_bytes())
@@ -170,35 +161,6 @@ def test_a_damaged_entry_is_removed_and_can_be_refilled(
     fill(store)
     assert store.find(KEY)
     assert everything(store.activations) == [KEY, *(f"{KEY}/{name}" for name in ("0.bin", "1.bin", "2.bin", META))]
-
-
-def test_an_entry_is_verified_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = []
-    real = zlib.crc32
-
-    def counted(data: bytes | memoryview, start: int = 0) -> int:
-        if isinstance(data, memoryview):  # a part of a column; meta.json is looked at each time
-            checked.append(len(data))
-        return real(data, start)
-
-    monkeypatch.setattr(zlib, "crc32", counted)
-    age(fill(store))
-    for _ in range(3):
-        checked.clear()
-        assert store.find(KEY)
-        assert Store(store.root).find(KEY)
-    assert checked == []
-    os.utime(store.activations / KEY / "0.bin", (2, 2))
-    assert store.find(KEY)
-    assert sum(checked) == store.find(KEY).nbytes
-
-
-def test_entries_come_by_last_use(store: Store) -> None:
-    for used in (KEY, OTHER):
-        for key in (KEY, OTHER):
-            os.utime(fill(store, key).path / META, (1, 1))
-        assert store.find(used)
-        assert store.entries()[0].key == used
 
 
 @pytest.mark.parametrize("key", ["", "../..", "/etc", "ab\n", "AB", f"{KEY}.lock", "a" * 300, "\u0661"])
@@ -273,17 +235,6 @@ def test_one_process_fills_and_the_other_waits_for_it(store: Store, child: Calla
     assert store.find(KEY) is None
     first.go_on()
     assert first.says() == second.says() == zlib.crc32(bytes(4096) + bytes([7]) * 4096)  # and not "filling"
-
-
-def test_the_umask_says_who_may_use_a_cache(store: Store) -> None:
-    before = os.umask(0o002)
-    try:
-        entry = fill(store)
-    finally:
-        os.umask(before)
-    files = [entry.file(0), entry.path / META, store.root / "locks" / f"{KEY}.lock"]
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o664}
-    assert {path.stat().st_mode & 0o777 for path in (entry.path, store.activations)} == {0o775}
 
 
 # --- Room and eviction
@@ -389,14 +340,6 @@ def test_room_by_free_disk(store: Store, monkeypatch: pytest.MonkeyPatch, total:
     reason = store.no_room_reason(2 * GB)
     assert (reason is None) == fits
     assert fits or f"free {free:.1f} GB" in str(reason)
-
-
-def test_room_in_a_read_only_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *args: object, **kwargs: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert store.no_room_reason(1) == f"{store.root} cannot be written (Read-only file system)"
 
 
 FOREIGN = (

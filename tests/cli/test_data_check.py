@@ -12,7 +12,6 @@ from PIL import Image
 from tests.conftest import make_folder
 from tests.faults.refusals import untouched
 from tlcli.cli import main
-from tlcli.cli.completion import candidates
 
 SMALL = ("backbone=efficientnet_lite0", "image.size=32", "device=cpu")
 FILES = {"summary.json", "duplicates.csv", "labels.csv", "bad_files.csv", "contact_sheet.png"}
@@ -162,10 +161,3 @@ def test_usage_errors(argv: list[str], said: str, tlcli) -> None:
 def test_help_has_two_examples(tlcli) -> None:
     for argv in ([], ["check", "--help"]):
         assert tlcli("data", *argv).out.count("\n  tlcli data check ") == 2
-
-
-def test_completion_is_of_the_parser() -> None:
-    assert candidates("tlcli data ") == ["check ", "--help ", "--quick ", "--output ", "--config-dir ", "--format "]
-    assert "--quick " in candidates("tlcli data check --q")
-    assert candidates("tlcli data check --format ") == ["table ", "json "]
-    assert "dataset=imagefolder " in candidates("tlcli data check dataset=im")

@@ -19,7 +19,7 @@ from tests.cli.conftest import Ended
 from tests.conftest import finish, make_folder
 from tlcli.data.batches import Preprocessing
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, compare, export, find_samples, prepare
+from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, export, find_samples, prepare
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import Fit
@@ -225,15 +225,6 @@ def test_a_network_that_computes_something_else_is_removed(
         exported(odd, "pt2", tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("logits", [[[0.0, 1.0]], [[float("nan"), 0.0]], [[1.0, 0.0, 0.0]], [[1.00005, 1.0]]])
-def test_compare_refuses(logits: list[list[float]]) -> None:
-    expected = torch.tensor([[1.00001, 1.00003]]) if logits == [[1.00005, 1.0]] else torch.tensor([[1.0, 0.0]])
-    with pytest.raises(TlcliError, match="nothing was written"):
-        compare(lambda x: torch.tensor(logits), torch.zeros(1, 1), expected, "onnx")
-    with pytest.raises(TlcliError):  # one image alone is compared, too
-        compare(lambda x: x + len(x), torch.zeros(2, 2), torch.full((2, 2), 2.0), "onnx")
 
 
 # -- the images of the check

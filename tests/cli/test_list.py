@@ -12,7 +12,6 @@ import pytest
 from rich.cells import cell_len
 
 from tests.runs.test_index import make_run
-from tlcli.cli.completion import candidates
 
 
 @pytest.fixture
@@ -132,14 +131,6 @@ def test_nothing_there_is_no_error(tlcli, tmp_path: Path) -> None:
     assert tlcli("list") == tlcli("list", "outputs")
     assert tlcli("list").out == "no runs in outputs\n"
     assert json.loads(tlcli("list", "--format", "json").out) == []
-
-
-def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "experiments").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert {"--sort ", "experiments/ "} <= set(candidates("tlcli list "))
-    assert candidates("tlcli list --jobs --sort t") == ["test "]
-    assert candidates("tlcli list --format ") == ["table ", "csv ", "json "]
 
 
 def test_torch_and_numpy_are_not_imported(outputs) -> None:

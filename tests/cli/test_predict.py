@@ -15,7 +15,6 @@ import pytest
 
 from tests.cli.conftest import Ended
 from tlcli.cli import main
-from tlcli.cli.completion import candidates
 from tlcli.predict import Prediction, Predictor
 
 Tlcli = Callable[..., Ended]
@@ -153,14 +152,6 @@ def test_usage_errors_are_one_line_at_once(tlcli: Tlcli, words: list[str], messa
     ended = tlcli("predict", *words)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert message in ended.err
-
-
-def test_completion(tlcli: Tlcli) -> None:
-    Path("outputs/2026-01-01/10-00-00").mkdir(parents=True)
-    Path("outputs/2026-01-01/10-00-00/run.json").write_text("{}")
-    assert candidates("tlcli predict ou") == ["outputs/2026-01-01/10-00-00 "]
-    assert candidates("tlcli predict outputs/x a.jpg --pre") == ["--precision "]
-    assert candidates("tlcli predict outputs/x a.jpg --format c") == ["csv "]
 
 
 def test_a_reader_that_leaves_ends_it_quietly(

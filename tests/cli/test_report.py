@@ -48,17 +48,6 @@ def test_a_run_becomes_one_file_with_its_images(tlcli: Tlcli, trained: Path) -> 
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_images_that_are_gone_leave_their_names(tlcli: Tlcli, trained: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(trained, tmp_path / "run"))
-    config = run / "config.yaml"
-    config.write_text(re.sub(r"root: .*", "root: /no/such/place", config.read_text("utf-8")), encoding="utf-8")
-    assert tlcli("report", str(run)).code == 0
-    html = (run / "report.html").read_text(encoding="utf-8")
-    assert pictures(html) == []
-    assert "The images are not shown, because the dataset cannot be read: /no/such/place" in html
-    assert "not found" in html
-
-
 def test_a_relative_output_and_the_browser(tlcli: Tlcli, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: shown.append(address) is None)

@@ -115,27 +115,6 @@ def test_a_row_has_its_columns_under_their_titles(width: int, capsys) -> None:
     assert line.endswith("best") and "0.9100" in line
 
 
-def test_header_once_per_run(capsys) -> None:
-    reporter = TerminalReporter()
-    for title in ("[0] seed=1", "[1] seed=2"):
-        reporter.heading(title)
-        reporter.epoch(row(1))
-        reporter.epoch(row(2))
-    assert capsys.readouterr().out.count("val loss") == 2
-
-
-def test_long_work_is_a_line_if_there_are_no_bars(capsys, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO, "tlcli")
-    with TerminalReporter().track("short", 1) as advance:
-        advance(1)
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(view, "MIN_SHOWN_SECONDS", 0.0)
-    with TerminalReporter().track("decoding", None) as advance:
-        advance(1500)
-    assert capsys.readouterr().out.startswith("decoding: 1,500 images in ")
-    assert [record.message.split(":")[0] for record in caplog.records] == ["short", "decoding"]
-
-
 def test_everything_shown_is_logged(caplog, terminal) -> None:
     terminal()
     caplog.set_level(logging.INFO, "tlcli")

@@ -63,10 +63,3 @@ def test_both_files_have_the_jobs_and_the_keys_that_vary(tmp_path: Path) -> None
     assert [row["name"] for row in rows] == ["c", "a,b"]
     assert [float(row["val_accuracy"]) for row in rows] == [job["validation"] for job in sweep["jobs"]]
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "sweep.json", "leaderboard.csv"}
-
-
-def test_values_of_wrong_types_are_left_out(tmp_path: Path) -> None:
-    job(tmp_path, "0", ["seed=0"], accuracy="high").update(test={"accuracy": [1]}, error=3, overrides=3)
-    job(tmp_path, "1", ["seed=1"], accuracy=0.9).update(best=[1], keep_best=None)
-    for row in leaderboard.write(tmp_path)["jobs"]:
-        assert [row[key] for key in ("validation", "test_accuracy", "error", "rank")] == [None] * 4

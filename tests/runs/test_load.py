@@ -13,7 +13,6 @@ from PIL import Image
 
 import tlcli
 from tests.conftest import finish
-from tlcli.data.decode import BadImage
 from tlcli.errors import UsageError
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
@@ -88,23 +87,6 @@ def test_probabilities_are_calibrated_and_only_those_of_the_best_epoch(run: Path
     assert load_run(run).temperature == 1.0
 
 
-@pytest.mark.parametrize("image", [7, np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
-def test_what_is_no_image_is_refused(run: Path, image: object) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        load_run(run).predict(image)  # type: ignore[arg-type]
-    (run / "x.png").write_bytes(b"no")
-    with pytest.raises(BadImage, match="not an image"):
-        load_run(run).predict(run / "x.png")
-
-
-def test_the_random_numbers_of_the_caller_go_on_as_they_were(run: Path) -> None:
-    torch.manual_seed(5)
-    load_run(run)
-    found = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(found, torch.rand(1))
-
-
 def test_a_run_that_cannot_be_loaded_is_one_line(run: Path) -> None:
     with pytest.raises(UsageError, match=r"no such run directory. Did you mean 'run'"):
         load_run(run.with_name("rum"))
@@ -118,14 +100,3 @@ def test_a_run_that_cannot_be_loaded_is_one_line(run: Path) -> None:
     words = r"has no checkpoints/best.safetensors; its status is failed \(the disk is full\)$"
     with pytest.raises(UsageError, match=words):
         load_run(run)
-
-
-def test_the_run_has_its_calibration_and_predictions(run: Path) -> None:
-    record, test = read_json(run / "run.json"), read_json(run / "test.json")
-    val = read_predictions(run / "val_predictions.safetensors")
-    assert record["calibration"]["n"] == record["n_val"] == len(val.labels)
-    assert record["best"]["epoch"] > 1  # so that the first epoch's predictions are not those to keep
-    assert record["calibration"]["loss_before"] == pytest.approx(record["best"]["loss"], abs=1e-5)
-    found = read_predictions(run / "test_predictions.safetensors")
-    assert (found.logits.argmax(1) == found.labels).double().mean().item() == test["accuracy"]
-    assert all(Path(name).as_posix().endswith(key) for name, key in zip(found.names, found.keys, strict=True))
