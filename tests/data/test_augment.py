@@ -85,24 +85,15 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: t
         assert np.abs(quantiles[0] - quantiles[1]).max() < 0.06, name
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "want"),
-    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1)), (90, 100, (0, 0, 90, 100))],
-)
-def test_an_image_that_fits_no_box_gets_the_middle_as_in_torchvision(
-    height: int, width: int, want: tuple[int, ...]
-) -> None:
-    assert crop((1.5, 2.0)).draw_box(height, width, random.Random(0)) == want  # no box is larger than the image
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 1), (90, 100)])
+def test_an_image_that_fits_no_box_gets_the_middle_as_in_torchvision(height: int, width: int) -> None:
     theirs = v2.RandomResizedCrop(8, scale=(1.5, 2.0), ratio=RATIO).make_params([torch.empty(3, height, width)])
-    assert tuple(theirs[k] for k in ("top", "left", "height", "width")) == want
+    want = tuple(theirs[k] for k in ("top", "left", "height", "width"))
+    assert crop((1.5, 2.0)).draw_box(height, width, random.Random(0)) == want  # no box is larger than the image
 
 
-def test_boxes_reach_all_edges_and_flips_are_as_often_as_asked() -> None:
+def test_flips_are_as_often_as_asked() -> None:
     spec = crop((0.1, 1.0), (0.5, 2.0), flip=0.3)
-    boxes = np.array([spec.draw_box(30, 40, random.Random(seed)) for seed in range(3000)])
-    ends = boxes[:, :2] + boxes[:, 2:]
-    assert (boxes.min(0)[:2].tolist(), ends.max(0).tolist()) == ([0, 0], [30, 40])
-    assert boxes[:, 2:].min() > 0
     image = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 30, 0).repeat(3, 2)
     parts = spec.build(preprocessing()).apply_batch([image] * 3000, range(3000))
     assert (parts[:, 0, 0, 0] > parts[:, 0, 0, -1]).float().mean() == pytest.approx(0.3, abs=0.03)

@@ -36,9 +36,6 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 def test_sample_seeds_differ() -> None:
     seeds = [sample_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)]
     assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    bits = np.unpackbits(np.array(seeds).view(np.uint8))
-    assert abs(bits.reshape(-1, 64).mean(0) - 0.5)[np.arange(64) != 56].max() < 0.03  # 56: the sign
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,7 +1,6 @@
 """Every kind of file gives the RGB values that it shows, or a BadImage that says why not."""
 
 import base64
-import io
 import struct
 import sys
 import zlib
@@ -37,8 +36,6 @@ def close(pixels: np.ndarray, expected: Any, tolerance: int = 0) -> None:
     [
         ("a.png", {}, 0),
         ("a.bmp", {}, 0),
-        ("a.tif", {}, 0),
-        ("a.ppm", {}, 0),
         ("a.webp", {"lossless": True}, 0),
         ("a.avif", {"quality": 100, "subsampling": "4:4:4"}, 8),
         ("a.JPG", {"quality": 100, "subsampling": 0}, 8),
@@ -53,26 +50,19 @@ def test_rgb_is_itself(tmp_path: Path, name: str, options: dict[str, Any], toler
 @pytest.mark.parametrize(
     ("mode", "color", "want"),
     [
-        ("1", 1, 255),
         ("L", 77, 77),
         ("LA", (100, 0), 255),
         ("LA", (100, 255), 100),
         ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
         ("RGBA", (10, 20, 30, 0), 255),
-        ("RGBA", (0, 0, 0, 51), 204),
         ("I;16", 65535, 255),
-        ("I;16", 257 * 100 + 100, 100),
-        ("CMYK", (0, 0, 0, 0), 255),
         ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
         ("I;16B", 65535, 255),
         ("I", 0, 128),
-        ("I", -(2**31), 0),
         ("I", 2**31 - 1, 255),
         ("F", 0.5, 128),
-        ("F", 200.0, 255),
         ("F", float("nan"), 0),
         ("F", float("inf"), 255),
-        ("La", (0, 0), 255),
         ("RGBa", (0, 0, 0, 0), 255),
         ("PA", (0, 0), 255),
         ("RGBX", (255, 255, 255, 0), 255),
@@ -80,7 +70,7 @@ def test_rgb_is_itself(tmp_path: Path, name: str, options: dict[str, Any], toler
 )
 def test_modes(tmp_path: Path, mode: str, color: Any, want: Any) -> None:
     image = Image.new(mode, (3, 2), color)
-    if mode in ("La", "RGBa", "PA", "RGBX"):  # these modes are in memory only
+    if mode in ("RGBa", "PA", "RGBX"):  # these modes are in memory only
         close(to_rgb(image), want)
     else:
         close(read_image(saved(tmp_path, image, "a.tif" if mode in ("CMYK", "I;16B", "I", "F") else "a.png")), want)
@@ -140,12 +130,6 @@ def png(width: int, height: int, bits: int = 8, rows: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def jpeg() -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
 def test_large_is_not_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, Image.fromarray(GRADIENT), "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # 24 pixels: Pillow warns, and pytest makes that an error
@@ -177,8 +161,6 @@ def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
     [
         ((40, 31), (40, 31)),
         ((40, 32), (20, 16)),
-        ((33, 45), (17, 23)),
-        ((100, 63), (50, 32)),
         ((131, 129), (17, 17)),
         ((4000, 1), (4000, 1)),
     ],

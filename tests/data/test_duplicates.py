@@ -4,20 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.data.samples import folder_spec
 from tests.data.test_dataset import load
-from tlcli.data.images import (
-    ConcatSplits,
-    ImageArrays,
-    cross_split_duplicates,
-    exact_duplicates,
-    full_split,
-    label_conflicts,
-)
-from tlcli.reporter import Reporter
 
 
 @pytest.fixture
@@ -48,16 +38,3 @@ def test_copies_within_one_split_are_noted_only_if_their_labels_differ(photos: P
         "1 image of train with several labels (exact duplicates), "
         "e.g. train/a/001.png (a) = train/b/wrong.png (b): at most one is right; `tlcli data check` lists them",
     )
-
-
-def test_groups() -> None:
-    splits = {}
-    for name, values in (("train", [1, 2, 1, 3]), ("test", [2, 4, 1])):  # equal values are equal images
-        pixels = np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in values])
-        splits[name] = full_split(ImageArrays(pixels, name), [0] * len(values))
-    images = ConcatSplits(splits)
-    groups = exact_duplicates(images, Reporter())
-    assert groups == [[0, 2, 6], [1, 4]]
-    assert cross_split_duplicates(images, groups, "test", ("train",)) == [[6, 0, 2], [4, 1]]
-    assert cross_split_duplicates(images, groups, "train", ("test",)) == [[0, 6], [2, 6], [1, 4]]
-    assert label_conflicts(images, groups) == []

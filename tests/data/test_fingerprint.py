@@ -16,9 +16,9 @@ from tests.data.samples import folder_spec, save_image
 from tlcli.data import images
 from tlcli.data.dataset import load_dataset
 from tlcli.data.decode import read_bytes
-from tlcli.data.images import ImageArrays, ImageFiles, Split, TorchvisionImages, full_split, source_of_files
+from tlcli.data.images import ImageArrays, Split, TorchvisionImages, full_split, source_of_files
 from tlcli.reporter import Reporter
-from tlcli.specs import OnBad, Verify
+from tlcli.specs import Verify
 from tlcli.store import Store
 
 MakeFolder = Callable[..., Path]
@@ -71,14 +71,6 @@ def test_positions_names_pixels_and_shapes_count() -> None:
     assert split.take(np.array([1, 0])).fingerprint() == prints[4]
     items = TorchvisionImages([(Image.fromarray(image), 0) for image in pixels], "x")
     assert full_split(items, range(5)).fingerprint() == prints[5], "the same names and pixels"
-
-
-def test_names_that_run_together_differ(tmp_path: Path) -> None:
-    names = ("ab", "c", "a", "bc")
-    for name in names:
-        save_image(tmp_path / name / "x.png")
-    sources = [ImageFiles(tmp_path, [f"{name}/x.png" for name in pair]) for pair in (names[:2], names[2:])]
-    assert len({full_split(source, range(2)).fingerprint() for source in sources}) == 2
 
 
 # -- remembered digests
@@ -144,17 +136,6 @@ def test_files_that_just_changed_are_not_remembered(make_folder: MakeFolder, tmp
     for _ in range(2):
         remembered(root, tmp_path / "cache")
     assert len(reads) == 16
-
-
-def test_an_unreadable_file_does_not_keep_others_from_being_remembered(
-    old_files: Path, tmp_path: Path, reads: list[str]
-) -> None:
-    (old_files / "a" / "000.png").unlink()
-    (old_files / "a" / "000.png").symlink_to("nowhere.png")
-    first = remembered(old_files, tmp_path / "cache", on_bad=OnBad.skip)
-    reads.clear()
-    assert remembered(old_files, tmp_path / "cache", on_bad=OnBad.skip) == first
-    assert set(reads) == {"000.png"}
 
 
 def test_files_that_are_gone_are_forgotten(old_files: Path, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Layouts and manifests that people have, hostile ones, and the one line that each mistake gets."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,7 @@ def keys(listing: Listing, split: str = "all") -> list[tuple[str, str]]:
 
 
 def assert_refused(spec: DatasetSpec, *words: str, keeps: Path) -> None:
-    """Assert that the spec is refused with exit code 2, one line and these words, and touches nothing."""
     refused(spec.check, 2, *words, keeps=keeps)
-
-
-def test_imports_nothing_slow() -> None:
-    code = "import sys, tlcli.data.listing; print({'torch', 'numpy', 'sklearn', 'PIL'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
@@ -78,15 +70,11 @@ def test_links_to_classes_and_files_are_followed_and_circles_are_not(make_folder
 
 ROOTS = {
     "fotos": "fotos: no such folder. Did you mean 'photos'?",
-    "x/y": "x/y: no such folder.",
-    "photos/a/000.png": "000.png: cannot read this folder (not a directory)",
     "photos/a/000.png/x": "000.png/x: cannot read this folder (not a directory)",
     "photos/train/a": "photos/train/a: no images in subfolders. Expected one subfolder per class.",
     "circle": "circle: cannot read this folder (too many levels of symbolic links)",
-    "dangling": "dangling: no such folder",
     "pipe": "pipe: cannot read this folder (not a directory). Expected one subfolder per class.",
     "x" * 300: "cannot read this folder (file name too long)",
-    "/".join(["x" * 200] * 30): "(file name too long)",
     "a\0b": "cannot read this folder (embedded null byte)",
     "~nobody-at-all/x": "~nobody-at-all/x: no such home directory",
 }
@@ -96,7 +84,6 @@ ROOTS = {
 def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     make_folder({"a": 1, "train/a": 1, "train/b": 1})
     (tmp_path / "circle").symlink_to("circle")
-    (tmp_path / "dangling").symlink_to("gone")
     os.mkfifo(tmp_path / "pipe")
     place = Path(root) if root.startswith("~") else tmp_path / root
     assert_refused(folder_spec(place), ROOTS[root].format(tmp_path), keeps=tmp_path)
@@ -106,7 +93,6 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
     ("counts", "words"),
     [
         ({"": 0}, "photos: no images in subfolders. Expected one subfolder per class."),
-        ({"a": 0, "b": 0}, "photos: no images in subfolders."),
         ({"": 2}, "photos: no images in subfolders."),
         ({"train/a": 1, "train/b": 1, "test": 2}, "photos/test: no images in subfolders."),
         ({"set/a": 1, "set/b": 1}, "photos: only one class, 'set'. Did you mean {}/set?"),
@@ -117,7 +103,6 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ({"a/train": 1, "a/val": 1, "b/train": 1}, "Images of a class belong in {}/train/a"),
         ({"a": 3}, "photos: only one class, 'a'"),
         ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some or remove the folder"),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, "photos: val/b: no images in this class"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
         ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "val and valid both stand for val"),
@@ -240,23 +225,17 @@ def test_manifest_with_splits_and_root(write: Write, tmp_path: Path) -> None:
 ONE_PATH, ONE_LABEL = (f"its first line needs one column '{name}' (columns: " for name in ("path", "label"))
 MISTAKES: list[tuple[str | bytes, str]] = [
     ("", ONE_PATH + "none)"),
-    ("\ufeff", ONE_PATH + "none)"),
     ("path;label\n0.png;x\n", ONE_PATH + "path;label)"),
     ("<!DOCTYPE html>\n<html></html>\n", ONE_PATH),
-    ("sep=,\npath,label\n0.png,x\n", ONE_PATH + "sep=, "),
-    ("path,class\n0.png,x\n", ONE_LABEL + "path, class)"),
     ("path,label,label\n0.png,x,y\n", ONE_LABEL + "path, label, label)"),
     ("path,label\n", "no data rows"),
     ("path,label\n0.png,x\n1.png,\n", "line 3: the label is empty"),
-    ("path,label\n0.png,  \n", "line 2: the label is empty"),
-    ("path,label\n,x\n", "line 2: the path is empty"),
     ("path,label\n../0\0.png,x\n", "line 2: the path is empty or contains a NUL character"),
     ("path,label\n0.png,x\0\n", "line 2: the label is empty or contains a NUL character"),
     ("path,label\nc, d.png,x\n", "line 2: more fields than columns; quote"),
     ("path,label,split\n0.png,x,dev\n", "line 2: split 'dev' is not one of train, val, test"),
     ("path,label,split\n0.png,x,train\n1.png,y,\n", "line 3: either all rows have a split or none has"),
     ("path,label,split\n0.png,x,test\n1.png,y,test\n", "has test but no train"),
-    ("path,label,split\n0.png,x,train\n1.png,y,val\n", "val has classes that train lacks: y"),
     ("path,label\n0.png,x\nn.png,y\no.png,y\np.png,y\n", "n.png: no such file (2 more"),
     ("path,label\n0.png,x\n1.png,y\n./0.png,x\n", "0.png is named twice (lines 2 and 4)"),
     ("path,label\n0.png,x\n1.png,y\n0.png,y\n", "0.png has two labels: 'x' (line 2) and 'y' (line 4)"),
@@ -264,18 +243,25 @@ MISTAKES: list[tuple[str | bytes, str]] = [
     ("path,label\n0.png,caf\u00e9\n1.png,cafe\u0301\n", "how accents are encoded"),
     (b"path,label\n\xff\xfe.png,x\n", "cannot read this as CSV in UTF-8"),
     ("path,label\n".encode("utf-16"), "cannot read this as CSV in UTF-8"),
-    (bytes(range(256)), "cannot read this as CSV in UTF-8"),
     ('path,label\n0.png,x\n"1.png,y\n' + REST, "cannot read this as CSV in UTF-8 (unexpected end"),
     ("path,label\n" + "x" * 200_000 + ",x\n", "cannot read this as CSV in UTF-8 (field larger"),
     *(
         (f"path,label\n{path},x\n", "no such file")
-        for path in ("pipe.png", "folder.png", "circle", "gone", "circle/../0.png", "~/0.png", "https://e.org/0.png")
+        for path in (
+            "pipe.png",
+            "folder.png",
+            "circle",
+            "gone",
+            "~/0.png",
+            "https://e.org/0.png",
+            "x" * 300,
+            "\x1b[2J.png",
+        )
     ),
-    *((f"path,label\n{path},x\n", "no such file") for path in ("x" * 300, "x/" * 3000 + "0.png", "\x1b[2J\x07.png")),
     ('path,label\n"0\n.png",x\n', "line 3: "),
     *(
         (f"path,label\n0.png,x\n{path},y\n", f"line 3: {path} lies outside")
-        for path in ("../outside.png", "up/../0.png", "up/m/../outside.png", "../" * 40 + "etc/passwd", "/dev/zero")
+        for path in ("../outside.png", "up/../0.png", "../" * 40 + "etc/passwd", "/dev/zero")
     ),
     *(
         (f'path,label\n0.png,"{first}"\n1.png,"{second}"\n2.png,"{third}"\n', f"line {words}")
@@ -283,7 +269,6 @@ MISTAKES: list[tuple[str | bytes, str]] = [
             ("12.5", "13", "nan", "2: labels are numbers (12.5). tlcli does single-label classification"),
             ("cat;dog", "cat", "dog", "2: label 'cat;dog' is a list. tlcli does single-label classification"),
             ("x", "[0, 1]", "y", "3: label '[0, 1]' is a list"),
-            ("a|b", "b|c", "c|a", "2: label 'a|b' is a list"),
         )
     ),
 ]
@@ -295,7 +280,7 @@ def test_mistakes_of_manifests(write: Write, text: str | bytes, words: str, tmp_
     assert_refused(spec, f"{spec.file}", words, keeps=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pipe.png", "folder.png", "circle", "x" * 300, "~nobody-at-all/x.csv"])
+@pytest.mark.parametrize("name", ["pipe.png", "circle", "x" * 300, "~nobody-at-all/x.csv"])
 def test_a_manifest_that_is_no_file(name: str, write: Write, tmp_path: Path) -> None:
     place = Path(name) if name.startswith("~") else tmp_path / "m" / name
     words = "no such home directory" if name.startswith("~") else "no such file. dataset.file names a CSV file"
@@ -304,15 +289,7 @@ def test_a_manifest_that_is_no_file(name: str, write: Write, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [
-        ("3", "7"),
-        ("tench, Tinca tinca", "crane, bird"),
-        ("-1", "+1"),
-        ("=1+1", "-"),
-        ("a/b", ".."),
-        ("new\nline", "<b>"),
-    ],
+    "labels", [("3", "7"), ("tench, Tinca tinca", "-1"), ("=1+1", "-"), ("a/b", ".."), ("new\nline", "<b>")]
 )
 def test_any_other_label_will_do(write: Write, tmp_path: Path, labels: tuple[str, str]) -> None:
     spec = write("path,label\n" + "".join(f'{i}.png,"{labels[i % 2]}"\n' for i in range(8)))
@@ -333,7 +310,6 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
         (["photos/notes.txt", "missing.jpg"], ["photos/notes.txt", "missing.jpg"]),
         (["photos/*.jpg"], ["photos/b.jpg"]),
         (["photos/**/*.jpg"], ["photos/b.jpg", "photos/sub/c.jpg"]),
-        (["phot*/s*"], ["photos/sub/c.jpg", "photos/sub/deep/e.gif"]),
         (["*.bmp"], [MissingPath("*.bmp", "no file matches")]),
         (["empty"], [MissingPath("empty", "no images in this folder")]),
         (["loop"], [MissingPath("loop", "no images in this folder")]),
@@ -344,17 +320,8 @@ def test_arguments_name_images(
     arguments: list[str], expected: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    photos = (
-        "b.jpg",
-        "a.PNG",
-        "notes.txt",
-        ".hidden.jpg",
-        "Thumbs.db",
-        "sub/c.jpg",
-        "sub/.git/d.jpg",
-        "sub/deep/e.gif",
-    )
-    for name in (*(f"photos/{name}" for name in photos), "a[1].jpg", "a1.jpg", "empty/x.txt"):
+    photos = "b.jpg a.PNG notes.txt .hidden.jpg Thumbs.db sub/c.jpg sub/.git/d.jpg sub/deep/e.gif"
+    for name in (*(f"photos/{name}" for name in photos.split()), "a[1].jpg", "a1.jpg", "empty/x.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

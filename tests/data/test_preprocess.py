@@ -1,7 +1,5 @@
 """The square that the network sees, by geometry and by value."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -73,13 +71,3 @@ def test_the_same_size_is_unchanged_and_not_shared() -> None:
         assert np.array_equal(out.permute(1, 2, 0).numpy(), image)
         out.zero_()
         assert image.any()
-
-
-@pytest.mark.parametrize("fit", Fit)
-def test_json(fit: Fit) -> None:
-    one = preprocessing(96, fit)
-    stored = json.loads(json.dumps(one.to_json()))
-    assert Preprocessing.from_json(stored) == one
-    for change in ({"fit": "stretch"}, {"mean": [1, 2]}, {"size": "big"}, {"std": None}, {"range": 5}):
-        with pytest.raises((KeyError, TypeError, ValueError)):
-            Preprocessing.from_json(stored | change)

@@ -111,9 +111,6 @@ def test_checkpoints_keep_the_range() -> None:
     assert Preprocessing.from_json(own.to_json()) == own
     old = {key: value for key, value in own.to_json().items() if key != "range"}
     assert Preprocessing.from_json(old).range is None
-    for bad in ([1.0], [2.0, 1.0], [0.0, float("nan")], [0, 1e300], "auto"):
-        with pytest.raises((TypeError, ValueError)):
-            Preprocessing.from_json(own.to_json() | {"range": bad})
 
 
 def test_bounds_fit_float32(spec: Compose) -> None:

@@ -44,7 +44,6 @@ def load(spec: DatasetSpec, store: Store | None) -> Dataset:
 
 
 def bad_files(store: Store) -> list[list[str]]:
-    """Return the bad files of each set of images in the store."""
     return [list(note["bad"]) for note in store.read_notes("images").values()]
 
 

@@ -31,18 +31,12 @@ def load(spec: TorchvisionDatasetSpec) -> Dataset:
     return load_dataset(spec, seed=0, reporter=Reporter())
 
 
-def counts(data: Dataset) -> list[int]:
-    return [len(data.train), len(data.val), len(data.test)]
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_missing_data_of_each_dataset_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load(from_conf(name, tmp_path / "data"))
-    message = str(caught.value)
-    assert f"{name}: not found under {tmp_path}/data" in message
-    assert "set dataset.download=true" in message
-    assert "\n" not in message
+    assert f"{name}: not found under {tmp_path}/data" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +44,8 @@ def test_missing_data_of_each_dataset_is_one_line(name: str, tmp_path: Path) -> 
     [
         ("CIFAR11", {}, "has no 'CIFAR11'. Did you mean 'CIFAR10'?"),
         ("os", {}, "has no 'os'"),
-        ("VisionDataset", {}, "has no 'VisionDataset'"),
-        ("wrap_dataset_for_transforms_v2", {}, "has no 'wrap_dataset_for_transforms_v2'"),
         ("CIFAR10", {"trian": True}, "takes no 'trian'. Did you mean 'train'?"),
         ("CIFAR10", {"transform": None}, "takes no 'transform'"),
-        ("CIFAR10", {"root": "elsewhere"}, "takes no 'root'"),
         ("DTD", {"split": "dev"}, "dataset set: "),
         ("FakeData", {"size": 4}, "FakeData does not give each image one class"),
     ],
@@ -90,16 +81,13 @@ def test_fashion_mnist(tmp_path: Path) -> None:
         write_idx(raw / f"{part}-images-idx3-ubyte", np.arange(n)[:, None, None] * np.ones((1, 28, 28)))
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
     data = load(from_conf("fashion_mnist", tmp_path))
-    assert data.classes[0] == "T-shirt/top"
-    assert len(data.classes) == 10
-    assert counts(data) == [30, 10, 20]
+    assert (data.classes[0], len(data.classes)) == ("T-shirt/top", 10)
+    assert [len(data.train), len(data.val), len(data.test)] == [30, 10, 20]
     assert data.test.name(3) == "fashion_mnist/test/3"
-    assert (data.test.read(3) == 3).all()
-    assert data.test.read(3).shape == (28, 28, 3)
+    assert np.array_equal(data.test.read(3), np.full((28, 28, 3), 3))
     kept = load(from_conf("fashion_mnist", tmp_path, classes=["Bag", "Coat"]))
-    assert kept.classes == ("Coat", "Bag")
+    assert (kept.classes, kept.test.labels.tolist()) == (("Coat", "Bag"), [0, 1, 0, 1])
     assert [kept.test.name(i) for i in range(4)] == [f"fashion_mnist/test/{i}" for i in (4, 8, 14, 18)]
-    assert kept.test.labels.tolist() == [0, 1, 0, 1]
 
 
 def test_dtd(tmp_path: Path) -> None:
@@ -111,9 +99,8 @@ def test_dtd(tmp_path: Path) -> None:
             save_image(root / "images" / line, seed=zlib.crc32(line.encode()))
         (root / "labels" / f"{split}1.txt").write_text("\n".join(lines))
     data = load(from_conf("dtd", tmp_path))
-    assert data.classes == ("banded", "woven")
-    assert counts(data) == [2, 2, 2]
-    assert data.notes == ()
+    assert (data.classes, data.notes) == (("banded", "woven"), ())
+    assert [len(data.train), len(data.val), len(data.test)] == [2, 2, 2]
 
 
 class Named(datasets.VisionDataset):
@@ -134,7 +121,6 @@ class Named(datasets.VisionDataset):
         ({"_labels": [0, 1, 0, 1], "classes": ["a", "b"]}, ("a", "b")),
         ({"targets": [1, 2, 1, 2], "classes": ["N/A", "a", "b"]}, ("a", "b")),
         ({"y": [0, 1, 0, 1], "categories": ["a", "b"]}, ("a", "b")),
-        ({"_samples": [("x.png", 0), ("y.png", 1)] * 2}, ("0", "1")),
         ({"targets": [0, 1, 0, 1], "classes": [("crane",), ("crane",)]}, ("crane (0)", "crane (1)")),
         ({"targets": [0, 1, 0, 1], "classes": [("tench", "Tinca tinca"), ("ray",)]}, ("tench, Tinca tinca", "ray")),
     ],

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from tests.data.samples import folder_spec, manifest_spec, save_image
-from tests.data.test_decode import jpeg, png
+from tests.data.test_decode import png
 from tests.faults.refusals import refused, untouched
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset
@@ -92,7 +92,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "drawing.png": (lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>"), "not an image"),
     "archive.jpg": (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not an image"),
     "postscript.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image"),
-    "truncated.jpg": (lambda path: path.write_bytes(jpeg()[:1000]), "truncated"),
+    "truncated.jpg": (lambda path: path.write_bytes(save_image(path).read_bytes()[:-99]), "truncated"),
     "header alone.png": (lambda path: path.write_bytes(png(10, 10)), "truncated"),
     "checksum.png": (as_damaged, "damaged"),
     "bomb.png": (lambda path: path.write_bytes(png(30_000, 30_000)), "too many pixels"),
