@@ -193,7 +193,7 @@ def read_logits(content: bytes) -> None:
 
 def read_record(content: bytes) -> None:
     file_of(content, "run/run.json")
-    assert isinstance(read_entry(place() / "run").status, str)
+    assert isinstance(read_entry(place() / "run")["status"], str)
     open_run(place() / "run")
 
 

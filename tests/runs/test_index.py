@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tlcli.runs.index import RunEntry, SweepEntry, read_entry, read_index
+from tlcli.runs.index import Entry, read_entry, read_index
 from tlcli.runs.run_dir import RunDir, host_digest, write_json
 
 BEST = {"epoch": 2, "accuracy": 0.9, "macro_f1": 0.8, "loss": 0.3}
@@ -22,20 +22,20 @@ def make_run(path: Path, *, accuracy: float | None = None, **facts: Any) -> Path
     return path
 
 
-def one(folder: Path) -> RunEntry:
+def one(folder: Path) -> Entry:
     (entry,) = read_index(folder)[0]
-    assert isinstance(entry, RunEntry)
+    assert entry["kind"] == "run"
     return entry
 
 
 def test_a_run_has_what_its_files_say(tmp_path: Path) -> None:
     make_run(tmp_path / "a" / "b", accuracy=0.75, seed=3)
     entry = one(tmp_path)
-    assert (entry.status, entry.dataset, entry.backbone, entry.freeze, entry.seed) == (
+    assert (entry["status"], entry["dataset"], entry["backbone"], entry["freeze"], entry["seed"]) == (
         "done", "digits", "resnet18", "head", 3
     )  # fmt: skip
-    assert (entry.val, entry.test, entry.minutes) == (0.9, 0.75, 1.5)
-    assert entry.test_ci95 == pytest.approx((0.65, 0.85))
+    assert (entry["val"], entry["test"], entry["minutes"]) == (0.9, 0.75, 1.5)
+    assert entry["test_ci95"] == pytest.approx((0.65, 0.85))
 
 
 def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
@@ -45,13 +45,12 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
     make_run(tmp_path / "s" / "3", status="failed", best=None, freeze="none")
     (tmp_path / "s" / "multirun.yaml").touch()
     (sweep,) = read_index(tmp_path)[0]
-    assert isinstance(sweep, SweepEntry)
-    assert [job.path.name for job in sweep.runs] == ["0", "2", "3", "10"]
-    assert sweep.status == "failed"
-    assert sweep.best_job is not None
-    assert sweep.best_job.name == "2", "they keep the epoch of the lowest loss"
-    assert sweep.freeze == ("head", "none")
-    assert sweep.minutes == 6.0
+    assert sweep["kind"] == "sweep"
+    assert [job["path"].name for job in sweep["runs"]] == ["0", "2", "3", "10"]
+    assert sweep["status"] == "failed"
+    assert sweep["best_job"].name == "2", "they keep the epoch of the lowest loss"
+    assert sweep["freeze"] == ("head", "none")
+    assert sweep["minutes"] == 6.0
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": []}, True])
@@ -59,22 +58,22 @@ def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
     names = ["best", "seconds", "overrides", "started", "ended", "pid", "seed", "dataset", "backbone", "keep_best"]
     make_run(tmp_path / "run", **dict.fromkeys(names, value))
     write_json(tmp_path / "run" / "test.json", {"accuracy": value, "accuracy_ci95": value})
-    assert one(tmp_path).status == "done"
-    assert one(tmp_path).test is None
+    assert one(tmp_path)["status"] == "done"
+    assert one(tmp_path)["test"] is None
 
 
 def test_a_process_that_is_gone_died(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     run = make_run(tmp_path / "run", status="running", pid=gone.pid, host=host_digest())
-    assert read_entry(run).status == "died"
-    assert read_entry(run).minutes == 1.5, "as far as it had come"
+    assert read_entry(run)["status"] == "died"
+    assert read_entry(run)["minutes"] == 1.5, "as far as it had come"
     RunDir(run).update(host="another machine's")
-    assert read_entry(run).status == "running", "nobody can tell from here"
+    assert read_entry(run)["status"] == "running", "nobody can tell from here"
     RunDir(run).mark_resumed("tlcli train --resume run")
-    assert one(run).status == "running", "its process began after the run"
+    assert one(run)["status"] == "running", "its process began after the run"
     RunDir(run).end("done")
-    assert one(run).status == "done"
+    assert one(run)["status"] == "done"
 
 
 def test_links_are_followed_and_may_loop(tmp_path: Path) -> None:
@@ -84,8 +83,8 @@ def test_links_are_followed_and_may_loop(tmp_path: Path) -> None:
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     (tmp_path / "2025").mkdir()
     (tmp_path / "2025" / "next").symlink_to(tmp_path / "2026")
-    assert one(tmp_path).path == tmp_path / "2026" / "run"
-    assert one(tmp_path / "2025").path == tmp_path / "2025" / "next" / "run"
+    assert one(tmp_path)["path"] == tmp_path / "2026" / "run"
+    assert one(tmp_path / "2025")["path"] == tmp_path / "2025" / "next" / "run"
 
 
 def test_runs_that_ended_early_are_known_by_their_config(tmp_path: Path) -> None:
@@ -93,4 +92,5 @@ def test_runs_that_ended_early_are_known_by_their_config(tmp_path: Path) -> None
     config = "dataset:\n  kind: imagefolder\n  name: imagefolder\n  root: '/data/photos/'\n"
     (run / "config.yaml").write_text(config + "backbone:\n  name: swin_t\nfreeze:\n  kind: norm\nepochs: 5\n")
     entry = one(tmp_path)
-    assert (entry.dataset, entry.data, entry.backbone, entry.freeze) == ("imagefolder", "photos", "swin_t", "norm")
+    assert (entry["dataset"], entry["data"]) == ("imagefolder", "photos")
+    assert (entry["backbone"], entry["freeze"]) == ("swin_t", "norm")

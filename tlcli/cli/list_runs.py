@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
-from tlcli.runs.index import Entry, RunEntry, SweepEntry, read_index
+from tlcli.runs.index import Entry, read_index
 from tlcli.text import csv_line
 
 MAX_NAME_COLUMNS = 24  # at which a name is cut on a terminal, so that the numbers stay visible
@@ -75,87 +74,76 @@ def run(argv: list[str]) -> int:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name the folder of the runs: tlcli list FOLDER")
         under_folder, unreadable = read_index(folder)
-        entries |= {entry.path: entry for entry in under_folder}
+        entries |= {entry["path"]: entry for entry in under_folder}
         for path in unreadable:
             print(f"tlcli list: {path}: cannot be read", file=sys.stderr)
     listed = sort_entries(entries.values(), arguments.sort)[: arguments.limit]
-    {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format](listed, arguments)
+    if arguments.format == "table":
+        _print_table(listed, ", ".join(arguments.folders), arguments.jobs)
+    elif arguments.format == "csv":
+        sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
+        for kind, entry, swept in _with_jobs(listed, arguments.jobs):
+            jobs = (entry["jobs"], entry["jobs_by_status"].get("done", 0)) if kind == "sweep" else (None, None)
+            values = [_value(entry, key) for key in KEYS]
+            sys.stdout.write(csv_line([kind, *values, *jobs, swept, entry.get("error")]))
+    else:
+        rows = [{k: v for k, v in entry.items() if k != "runs" or arguments.jobs} for entry in listed]
+        print(json.dumps(rows, indent=2, default=lambda x: x.isoformat() if isinstance(x, datetime) else str(x)))
     return 0
 
 
 def sort_entries(entries: Iterable[Entry], sort: str | None) -> list[Entry]:
     """Return the entries newest first, or by a key; those without a value come last in either direction."""
     key = (sort or "when").removeprefix("-")
-
-    def value(entry: Entry) -> Any:
-        return entry.started if key == "when" else _value(entry, key)
-
-    order = sorted(entries, key=lambda entry: str(entry.path), reverse=True)
-    order.sort(key=lambda entry: entry.started.timestamp() if entry.started else 0.0, reverse=True)
-    known = [entry for entry in order if value(entry) not in (None, "")]
-    known.sort(key=value, reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
-    return known + [entry for entry in order if value(entry) in (None, "")]
+    order = sorted(entries, key=lambda entry: str(entry["path"]), reverse=True)
+    order.sort(key=lambda entry: entry["started"].timestamp() if entry["started"] else 0.0, reverse=True)
+    by_value = [(entry["started"] if key == "when" else _value(entry, key), entry) for entry in order]
+    known = [(value, entry) for value, entry in by_value if value not in (None, "")]
+    known.sort(key=itemgetter(0), reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
+    return [entry for _, entry in [*known, *(pair for pair in by_value if pair[0] in (None, ""))]]
 
 
 def _value(entry: Entry, key: str) -> Any:
     """Return the value of a key; None or the empty string if the entry has none."""
     if key == "when":
-        return entry.started and f"{entry.started.astimezone():%Y-%m-%d %H:%M}"
+        return entry["started"] and f"{entry['started'].astimezone():%Y-%m-%d %H:%M}"
     if key == "path":
-        return str(entry.path).removeprefix(f"{os.getcwd()}/")  # noqa: PTH109 - Path.cwd takes 10 us per run
-    value = getattr(entry, "data" if key == "dataset" else key, None)
+        return str(entry["path"]).removeprefix(f"{os.getcwd()}/")  # noqa: PTH109 - Path.cwd takes 10 us per run
+    value = entry.get("data" if key == "dataset" else key)
     return ",".join(value) if isinstance(value, tuple) else value
 
 
 def _with_jobs(entries: Sequence[Entry], jobs: bool) -> Iterator[tuple[str, Entry, str]]:
     """Yield (kind, entry, swept): runs, sweeps and, if asked for, jobs with the overrides that their sweep varies."""
     for entry in entries:
-        yield ("sweep" if isinstance(entry, SweepEntry) else "run"), entry, ""
-        if jobs and isinstance(entry, SweepEntry):
-            counts = Counter(word for job in entry.runs for word in set(job.overrides))
-            for job in entry.runs:
-                yield "job", job, " ".join(word for word in job.overrides if counts[word] < entry.jobs)
+        yield entry["kind"], entry, ""
+        if jobs and entry["kind"] == "sweep":
+            counts = Counter(word for job in entry["runs"] for word in set(job["overrides"]))
+            for job in entry["runs"]:
+                yield "job", job, " ".join(word for word in job["overrides"] if counts[word] < entry["jobs"])
 
 
-def _print_table(entries: Sequence[Entry], arguments: Namespace) -> None:
-    folders = ", ".join(arguments.folders)
+def _print_table(entries: Sequence[Entry], folders: str, jobs: bool) -> None:
     if not entries:
         print(f"no runs in {folders}")
         return
     width = terminal_columns()
     rows = []
-    for kind, entry, swept in _with_jobs(entries, arguments.jobs):
-        status = f"  {entry.status}" if kind == "job" else entry.status
-        if isinstance(entry, SweepEntry):
-            done, n = entry.jobs_by_status.get("done", 0), entry.jobs
-            status = f"{n} done" if done == n else f"{done} of {n}, {entry.status}"
+    for kind, entry, swept in _with_jobs(entries, jobs):
+        status = f"  {entry['status']}" if kind == "job" else entry["status"]
+        if kind == "sweep":
+            done, n = entry["jobs_by_status"].get("done", 0), entry["jobs"]
+            status = f"{n} done" if done == n else f"{done} of {n}, {status}"
         names = [_value(entry, key) or None for key in ("when", "dataset", "backbone", "freeze")]
         for i, name in enumerate(names):
             if width is not None and name and cell_len(name) > MAX_NAME_COLUMNS:
                 names[i] = set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…"
-        shares = [None if value is None else f"{value:.4f}" for value in (entry.val, entry.test)]
-        minutes = None if entry.minutes is None else f"{entry.minutes:.1f}"
+        shares = [None if entry[key] is None else f"{entry[key]:.4f}" for key in ("val", "test")]
+        minutes = None if entry["minutes"] is None else f"{entry['minutes']:.1f}"
         rows.append([status, *names, swept or None, *shares, minutes, _value(entry, "path")])
     used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]
     print("\n".join(table_lines([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], width)))
-    sweeps = [entry.jobs for entry in entries if isinstance(entry, SweepEntry)]
+    sweeps = [entry["jobs"] for entry in entries if entry["kind"] == "sweep"]
     numbers = {"run": len(entries) - len(sweeps), "sweep": len(sweeps), "job": sum(sweeps)}
     counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items() if n]
     print(f"\n{', '.join(counts)} in {folders}")
-
-
-def _print_csv(entries: Sequence[Entry], arguments: Namespace) -> None:
-    sys.stdout.write(csv_line(["kind", *KEYS, "jobs", "jobs_done", "swept", "error"]))
-    for kind, entry, swept in _with_jobs(entries, arguments.jobs):
-        jobs = (entry.jobs, entry.jobs_by_status.get("done", 0)) if isinstance(entry, SweepEntry) else (None, None)
-        error = entry.error if isinstance(entry, RunEntry) else None
-        sys.stdout.write(csv_line([kind, *(_value(entry, key) for key in KEYS), *jobs, swept, error]))
-
-
-def _print_json(entries: Sequence[Entry], arguments: Namespace) -> None:
-    rows = []
-    for entry in entries:
-        row = {"kind": "sweep" if isinstance(entry, SweepEntry) else "run", **asdict(entry)}
-        jobs = row.pop("runs", [])
-        rows.append(row | {"runs": [{"kind": "run", **job} for job in jobs]} if jobs and arguments.jobs else row)
-    print(json.dumps(rows, indent=2, default=lambda x: x.isoformat() if isinstance(x, datetime) else str(x)))

@@ -12,7 +12,7 @@ from scipy import stats
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_file, read_yaml, resolve_links
-from tlcli.runs.run_dir import SplitPredictions, integer, is_sweep, mapping, number, open_run, pair, read_predictions
+from tlcli.runs.run_dir import integer, is_sweep, mapping, number, open_run, pair, read_predictions
 from tlcli.text import flat_keys, natural_order, one_line
 
 LABELS = ("name", "out")  # config keys that name a run or its place; they do not change what it computes
@@ -22,25 +22,21 @@ ALPHA = 0.05  # a difference is significant if p is below this
 
 @dataclass(frozen=True, eq=False)
 class TestedRun:
-    """A tested run: config.yaml by full key, versions and machine, metrics, predictions if it stored them."""
+    """A tested run: config.yaml by full key, versions and machine, metrics, (true, predicted) by key if stored."""
 
     path: str
     config: Mapping[str, Any]
     setting: Mapping[str, Any]
     test: Mapping[str, Any]
-    predictions: SplitPredictions | None
+    predictions: Mapping[str, tuple[str, str]] | None
 
 
 def compare(paths: Sequence[Path]) -> dict[str, Any]:
-    """Compare runs. A sweep stands for its tested jobs.
+    """Return what `tlcli compare --format json` prints. A sweep stands for its tested jobs.
 
-    Returns:
-        What `tlcli compare --format json` prints: `runs` with their metrics, `config` and `setting` with the keys that
-        differ and their values by run, `pairs` with the paired test if there are two runs, and `seeds` with the groups
-        of runs that differ only in the seed.
-
-    Raises:
-        UsageError: fewer than two runs, a run that is named twice or was not tested, or a file that cannot be read.
+    `config` and `setting` have the keys that differ with their values by run, `pairs` the paired test if there are two
+    runs, `seeds` the groups of runs that differ only in the seed. Raise UsageError for fewer than two runs, a run that
+    is named twice or was not tested, or a file that cannot be read.
     """
     folders: dict[Path, Path] = {}
     for path in map(expand_user, map(str, paths)):
@@ -80,7 +76,12 @@ def _read_tested_run(path: Path) -> TestedRun:
     known = flat_keys({key: mapping(run.info.get(key)) for key in ("versions", "machine", "precision")})
     setting = {key.removeprefix("versions."): known[key] for key in SETTING if key in known}
     setting |= {"device": run.info.get("device"), "precision": known.get("precision.evaluate")}
-    predictions = read_predictions(run.test_predictions) if is_file(run.test_predictions) else None
+    predictions = None
+    if is_file(run.test_predictions):
+        stored = read_predictions(run.test_predictions)
+        pairs = zip(stored.labels.tolist(), stored.logits.argmax(dim=1).tolist(), strict=True)
+        names = ((stored.classes[label], stored.classes[predicted]) for label, predicted in pairs)
+        predictions = dict(zip(stored.keys, names, strict=True))
     return TestedRun(str(run.path), config, setting, values, predictions)
 
 
@@ -96,28 +97,22 @@ def _differences(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 def paired_test(first: TestedRun, second: TestedRun) -> dict[str, Any]:
     """Return McNemar's exact two-sided test (McNemar 1947) of two runs on the same images, matched by their keys.
 
-    Under the null hypothesis an image that only one run classifies correctly belongs to either with probability 1/2.
-    `n_only_first_right` counts the images that only the first run classifies correctly; `difference` is the accuracy of
-    the first run minus that of the second. Without a test, `paired` is False and `why` is the reason.
+    `difference` is the accuracy of the first run minus that of the second. Without a test, `paired` is False and `why`
+    is the reason.
     """
     names = {"first": first.path, "second": second.path}
     if reason := _other_images(first, second):
         return {**names, "why": reason, "paired": False}
-    a, b = first.predictions, second.predictions
-    assert a is not None
-    assert b is not None
-    rows = {key: i for i, key in enumerate(b.keys)}
-    true = np.array(a.classes, dtype=object)[a.labels.numpy()]
-    predicted_a, predicted_b = (np.array(p.classes, dtype=object)[p.logits.argmax(dim=1).numpy()] for p in (a, b))
-    right_a, right_b = predicted_a == true, predicted_b[[rows[key] for key in a.keys]] == true
-    n, only_a, only_b = len(true), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    answers = [run.predictions or {} for run in (first, second)]
+    a, b = ({key for key, (true, predicted) in by_key.items() if predicted == true} for by_key in answers)
+    n, both, only_a, only_b = map(len, (answers[0], a & b, a - b, b - a))
     p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return {
         **names,
         "n": n,
         "difference": (only_a - only_b) / n,
-        "both_right": int((right_a & right_b).sum()),
-        "both_wrong": int((~right_a & ~right_b).sum()),
+        "both_right": both,
+        "both_wrong": n - both - only_a - only_b,
         "n_only_first_right": only_a,
         "n_only_second_right": only_b,
         "mcnemar_p": p,
@@ -132,9 +127,8 @@ def _other_images(first: TestedRun, second: TestedRun) -> str | None:
     for run in (first, second):
         if run.predictions is None:
             return f"{run.path} has no test_predictions.safetensors, which newer runs have"
-        classes, keys, values = run.predictions.classes, run.predictions.keys, run.predictions.labels.tolist()
-        labels.append({key: classes[label] for key, label in zip(keys, values, strict=True)})
-        if len(labels[-1]) < len(keys):
+        labels.append({key: true for key, (true, _) in run.predictions.items()})
+        if len(run.predictions) < run.test["n"]:
             return "some test images have the same name"
     a, b = labels
     common = len(a.keys() & b.keys())

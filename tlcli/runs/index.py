@@ -7,10 +7,10 @@ not searched further.
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
@@ -20,102 +20,30 @@ from tlcli.text import natural_order
 WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  # a sweep has the first that a job has
 
 
-@dataclass(frozen=True)
-class RunEntry:
-    """A run. What is not known is None.
+Entry = dict[str, Any]
+"""A run or a sweep, as `tlcli list --format json` prints it. What is not known is None.
 
-    Its status is that of run.json, `died` if that says running and the process has ended, or `damaged` if run.json
-    cannot be read. `val` and `test` are accuracies; `data` names the folder or file with the images, or the dataset.
-    """
-
-    path: Path
-    status: str
-    started: datetime | None = None
-    val: float | None = None
-    test: float | None = None
-    minutes: float | None = None
-    name: str | None = None
-    dataset: str | None = None
-    data: str | None = None
-    backbone: str | None = None
-    freeze: str | None = None
-    seed: int | None = None
-    keep_best: str | None = None
-    best: Mapping[str, float] | None = None
-    test_ci95: tuple[float, float] | None = None
-    error: str | None = None
-    overrides: tuple[str, ...] = ()
+The status of a run is that of run.json, `died` if that says running and the process has ended, or `damaged` if run.json
+cannot be read. `val` and `test` are accuracies; `data` names the folder or file with the images, or the dataset. A
+sweep has the accuracies of its best job, and the distinct names of all its jobs, which are in `runs`.
+"""
 
 
-@dataclass(frozen=True)
-class SweepEntry:
-    """A sweep. Its accuracies are those of its best job, its names the distinct ones of all jobs."""
-
-    path: Path
-    status: str
-    started: datetime | None
-    val: float | None
-    test: float | None
-    minutes: float | None
-    dataset: tuple[str, ...]
-    data: tuple[str, ...]
-    backbone: tuple[str, ...]
-    freeze: tuple[str, ...]
-    best_job: Path | None
-    jobs: int
-    jobs_by_status: Mapping[str, int]
-    runs: tuple[RunEntry, ...]
-
-    @classmethod
-    def of(cls, path: Path, jobs: Sequence[RunEntry]) -> "SweepEntry":
-        """Return the sweep of these jobs, at least one."""
-        runs = tuple(sorted(jobs, key=lambda job: natural_order(str(job.path))))
-        counts = Counter(job.status for job in runs)
-        best = next(iter(rank(runs)[1]), None)
-        minutes = [job.minutes for job in runs if job.minutes is not None]
-        return cls(
-            path=path,
-            status=next((status for status in WORST_FIRST if status in counts), "failed"),
-            started=min((job.started for job in runs if job.started), default=None),
-            val=best.val if best else None,
-            test=best.test if best else None,
-            minutes=sum(minutes) if minutes else None,
-            dataset=_distinct(job.dataset for job in runs),
-            data=_distinct(job.data for job in runs),
-            backbone=_distinct(job.backbone for job in runs),
-            freeze=_distinct(job.freeze for job in runs),
-            best_job=best.path if best else None,
-            jobs=len(runs),
-            jobs_by_status=dict(counts),
-            runs=runs,
-        )
-
-
-def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in names if name is not None))
-
-
-def rank(runs: Sequence[RunEntry]) -> tuple[str, list[RunEntry]]:
-    """Return the validation metric that selected the epochs, and the finished runs by it, the best one first.
-
-    If they were selected by different metrics, it is the accuracy.
-    """
-    metrics = {run.keep_best for run in runs if run.keep_best}
+def rank(runs: Sequence[Entry]) -> tuple[str, list[Entry]]:
+    """Return the metric that selected the epochs (accuracy if it varies), and the finished runs by it, best first."""
+    metrics = {run["keep_best"] for run in runs if run["keep_best"]}
     metric = metrics.pop() if len(metrics) == 1 else "accuracy"
-    done = [(run.best[metric], run) for run in runs if run.status == "done" and run.best and metric in run.best]
-    return metric, [run for _, run in sorted(done, key=lambda pair: pair[0], reverse=metric != "loss")]
-
-
-Entry = RunEntry | SweepEntry
+    done = [run for run in runs if run["status"] == "done" and metric in (run["best"] or {})]
+    return metric, sorted(done, key=lambda run: run["best"][metric], reverse=metric != "loss")
 
 
 def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
-    """Return the runs and sweeps under a folder, in no particular order, and the folders that cannot be read.
+    """Return the runs and sweeps at or under a folder, in no particular order, and the folders that cannot be read.
 
-    The folder may be a run or a sweep itself. Links are followed, each folder once.
+    Links are followed, each folder once.
     """
-    runs: list[RunEntry] = []
-    jobs: dict[str, list[RunEntry]] = {}  # by the path of the sweep
+    runs: list[Entry] = []
+    jobs: dict[str, list[Entry]] = {}  # by the path of the sweep
     unreadable: list[str] = []
     visited: set[tuple[int, int]] = set()
     waiting: deque[tuple[str, str | None]] = deque([(str(folder), None)])
@@ -144,16 +72,38 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
                 waiting.append((entry.path, sweep))
             elif entry.is_symlink() and is_dir(entry.path):
                 waiting.appendleft((entry.path, sweep))  # last, so that a folder is found under its own path
-    return [*runs, *(SweepEntry.of(Path(path), found) for path, found in jobs.items() if found)], unreadable
+    return [*runs, *(_sweep_entry(Path(path), found) for path, found in jobs.items() if found)], unreadable
 
 
-def read_entry(path: Path) -> RunEntry:
+def _sweep_entry(path: Path, jobs: Sequence[Entry]) -> Entry:
+    runs = sorted(jobs, key=lambda job: natural_order(str(job["path"])))
+    counts = Counter(job["status"] for job in runs)
+    best = next(iter(rank(runs)[1]), {"val": None, "test": None, "path": None})
+    minutes = [job["minutes"] for job in runs if job["minutes"] is not None]
+    names = ("dataset", "data", "backbone", "freeze")
+    return {
+        "kind": "sweep",
+        "path": path,
+        "status": next((status for status in WORST_FIRST if status in counts), "failed"),
+        "started": min((job["started"] for job in runs if job["started"]), default=None),
+        "val": best["val"],
+        "test": best["test"],
+        "minutes": sum(minutes) if minutes else None,
+        **{key: tuple(dict.fromkeys(job[key] for job in runs if job[key] is not None)) for key in names},
+        "best_job": best["path"],
+        "jobs": len(runs),
+        "jobs_by_status": dict(counts),
+        "runs": runs,
+    }
+
+
+def read_entry(path: Path) -> Entry:
     """Return the run in a directory. Damaged files do not raise."""
     run = RunDir(path)
     try:
         info = run.info
     except UsageError as error:
-        return RunEntry(path, "damaged", error=str(error))
+        info = {"status": "damaged", "error": str(error)}
     overrides = strings(info.get("overrides"))
     # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
     settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
@@ -173,25 +123,26 @@ def read_entry(path: Path) -> RunEntry:
     best = {key: share for key, value in mapping(info.get("best")).items() if (share := number(value)) is not None}
     test = mapping(info.get("test")) or run.test()  # tlcli 0.5 and earlier have the test metrics in test.json alone
     test_ci95 = pair(test.get("accuracy_ci95"))
-    return RunEntry(
-        path=path,
-        status=status,
-        started=started,
-        val=best.get("accuracy"),
-        test=number(test.get("accuracy")) if test_ci95 else None,
-        minutes=None if seconds is None else seconds / 60,
-        name=text(info.get("name")),
-        dataset=dataset,
-        data=re.split(r"[/\\]", place.rstrip("/\\"))[-1] or dataset,
-        backbone=text(info.get("backbone")) or settings.get("backbone.name"),
-        freeze=text(info.get("freeze")) or settings.get("freeze.kind"),
-        seed=integer(info.get("seed")),
-        keep_best=text(info.get("keep_best")),
-        best=best or None,
-        test_ci95=test_ci95,
-        error=text(info.get("error")),
-        overrides=overrides,
-    )
+    return {
+        "kind": "run",
+        "path": path,
+        "status": status,
+        "started": started,
+        "val": best.get("accuracy"),
+        "test": number(test.get("accuracy")) if test_ci95 else None,
+        "minutes": None if seconds is None else seconds / 60,
+        "name": text(info.get("name")),
+        "dataset": dataset,
+        "data": re.split(r"[/\\]", place.rstrip("/\\"))[-1] or dataset,
+        "backbone": text(info.get("backbone")) or settings.get("backbone.name"),
+        "freeze": text(info.get("freeze")) or settings.get("freeze.kind"),
+        "seed": integer(info.get("seed")),
+        "keep_best": text(info.get("keep_best")),
+        "best": best or None,
+        "test_ci95": test_ci95,
+        "error": text(info.get("error")),
+        "overrides": overrides,
+    }
 
 
 def _time(value: object) -> datetime | None:

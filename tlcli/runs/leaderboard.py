@@ -23,30 +23,30 @@ def read(folder: Path) -> dict[str, Any]:
     """
     names = sorted((file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")), key=natural_order)
     runs = [read_entry(folder / name) for name in names]
-    parts = [[word.lstrip("+").partition("=") for word in run.overrides] for run in runs]
+    parts = [[word.lstrip("+").partition("=") for word in run["overrides"]] for run in runs]
     values = [{key: value for key, _, value in words} for words in parts]
     keys = [key for key in dict.fromkeys(key for own in values for key in own) if len({v.get(key) for v in values}) > 1]
     metric, ranked = rank(runs)
-    ranks = {run.path: place for place, run in enumerate(ranked, start=1)}
+    ranks = {run["path"]: place for place, run in enumerate(ranked, start=1)}
     jobs: list[dict[str, Any]] = []
     for name, run, own in zip(names, runs, values, strict=True):
-        best = run.best or {}
+        best = run["best"] or {}
         jobs.append(
             {
-                "rank": ranks.get(run.path),
+                "rank": ranks.get(run["path"]),
                 "name": name,
-                "status": run.status,
+                "status": run["status"],
                 "values": {key: own[key] for key in keys if key in own},
                 "validation": best.get(metric),
                 "epoch": int(best["epoch"]) if "epoch" in best else None,
-                "test_accuracy": run.test,
-                "test_ci95": run.test_ci95,
-                "seconds": None if run.minutes is None else round(60 * run.minutes, 3),
-                "error": run.error,
+                "test_accuracy": run["test"],
+                "test_ci95": run["test_ci95"],
+                "seconds": None if run["minutes"] is None else round(60 * run["minutes"], 3),
+                "error": run["error"],
             }
         )
     jobs.sort(key=lambda job: job["rank"] or len(runs) + 1)
-    command = next((text(RunDir(run.path).info.get("command")) for run in runs if run.status != "damaged"), None)
+    command = next((text(RunDir(run["path"]).info.get("command")) for run in runs if run["status"] != "damaged"), None)
     return {"schema_version": SCHEMA_VERSION, "command": command or "", "figure": metric, "keys": keys, "jobs": jobs}
 
 
