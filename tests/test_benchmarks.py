@@ -63,12 +63,6 @@ def test_tables_of_accuracy_have_a_row_per_run(
     ][-4:]
 
 
-def test_what_is_published_can_be_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.publish("t", ["a", "b"], [["1", "2"]], tmp_path)
-    assert json.loads((tmp_path / "t.json").read_text())["rows"] == [{"a": "1", "b": "2"}]
-    assert "| 1 | 2 |" in capsys.readouterr().out
-
-
 PARTS = {extraction: 2, training: 2, cached: 5, tutorial_job: 2, scaling: 1, memory: 1, prediction: 2, photographs: 2}
 
 
@@ -138,24 +132,3 @@ def test_measures_hold_by_their_medians() -> None:
     assert not figures.at_least("speed", 2, [1.0, 1.9, 9.0]).holds
     assert figures.at_most("time", 8, [7.0, 8.0, 20.0], " s").holds
     assert figures.at_most("time", 8, [9.0], " s").row == ["time", "at most 8 s", "9 s", "**no**"]
-
-
-def test_figures_are_ratios_medians_and_ranges() -> None:
-    assert figures.ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
-    assert figures.spread([3.0, 1.0, 2.0], "x") == "2x (1 to 3)"
-    assert [figures.number(v) for v in (0.9134, 2.414, 35.66, 113.4, 12345.0)] == [
-        "0.913",
-        "2.41",
-        "35.7",
-        "113",
-        "12,345",
-    ]
-    assert figures.quickest({"a": [1.0, 5.0], "b": [4.0, 4.0]}, ["a", "b"]) == "b"
-    assert extraction.one_after_the_other([100.0], [100.0]) == pytest.approx([50.0])
-    assert scaling.excess({"1": [1.0, 2.0], "2": [1.1, 2.0]}) == pytest.approx([10.0, 0.0])
-
-
-def test_process_reports_its_time_and_memory() -> None:
-    ended = run.whole_process([sys.executable, "-c", "b = bytearray(300_000_000)"], {})
-    assert ended.seconds > 0
-    assert ended.peak_gb >= 0.3

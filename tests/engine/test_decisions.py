@@ -227,14 +227,6 @@ def test_decisions_of_earlier_releases_are_read(info: dict[str, Any], cached: se
     assert (found.cached, found.compiled) == (cached, compiled)
 
 
-@pytest.mark.parametrize(
-    "info",
-    [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}, {"decisions": {"train_precision": "int4"}}],
-)
-def test_other_contents_are_no_decisions(info: dict[str, Any]) -> None:
-    assert recorded_decisions(info) is None
-
-
 def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan(10.0, "freeze=head")
     recorded = structs.replace(planned.decisions, train_precision="bfloat16")

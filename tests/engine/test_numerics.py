@@ -100,11 +100,6 @@ def test_the_fastest_is_chosen_with_its_speed_and_reason(choose) -> None:
     assert set(Timed.steps) == {(training, dtype, training) for training in (True, False) for dtype in Timed.seconds}
 
 
-def test_a_single_choice_is_not_measured_for_training(choose) -> None:
-    assert choose([SLOW], 0.2, 0.1).reason == "the only choice here"
-    assert {training for training, *_ in Timed.steps} == {False}
-
-
 def test_the_first_of_nearly_equal_ones_is_chosen(choose) -> None:
     assert choose([SLOW, FAST], 0.105, 0.1, "near").dtype == torch.float32
     assert choose([FAST, SLOW], 0.105, 0.1, "turned").dtype == torch.bfloat16
@@ -129,12 +124,6 @@ def test_another_case_is_measured_again(change: str, choose, monkeypatch: pytest
     options = [FAST, SLOW] if change == "options" else [SLOW, FAST]
     choose(options, 0.2, 0.1, **{"name": {"name": "y"}, "size": {"size": 4}}.get(change, {}))
     assert Timed.steps
-
-
-def test_a_much_slower_format_runs_twice(choose) -> None:
-    choose([FAST, SLOW], 9.0, 0.01)
-    training = [dtype for is_training, dtype, _ in Timed.steps if is_training]
-    assert (training.count(torch.float32), training.count(torch.bfloat16)) == (2, 6)
 
 
 def test_measuring_changes_nothing(spec: Compose, shapes: Path, tmp_path: Path) -> None:

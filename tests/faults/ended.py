@@ -33,9 +33,8 @@ JOBS = {  # many short epochs on a cold cache; a state after each step
 
 def end_runs(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    found: dict[str, Any] = {key: Counter() for key in ("stages", "codes", "statuses")}
+    found: dict[str, Any] = {"codes": Counter(), "statuses": Counter(), "exactly": 0}
     found |= {key: [] for key in ("unreadable", "differences", "leftovers")}
-    found |= dict.fromkeys(("went_on", "not_begun", "exactly"), 0)
     with tempfile.TemporaryDirectory() as name:
         root = make_images(Path(name))
         for job_name, words in JOBS.items():
@@ -78,8 +77,7 @@ class Job:
             process.until_begun(out)
         process.has_ended(instant * self.seconds if instant >= 0 else -10 * instant * self.seconds_before)
         signal.pidfd_send_signal(process.handle, number)
-        code, stage, begun = str(process.wait()), stage_of(RunDir(out)), RunDir(out).info_file.exists()
-        damage = [f"{stage}: {what}" for what in apart(unreadable, out)]
+        code, begun, damage = str(process.wait()), RunDir(out).info_file.exists(), apart(unreadable, out)
         status = read_json(RunDir(out).info_file)["status"] if begun else "none"
         run = out if begun else out.with_name(f"{i}-anew")
         again = Forked(["train", "--resume", str(out)] if begun else self._argv(run), cache)
@@ -89,9 +87,8 @@ class Job:
         for path in (out, run, cache):
             shutil.rmtree(path, ignore_errors=True)
         return {
-            "stages": stage, "codes": code, "statuses": status, "unreadable": damage, "leftovers": left,
-            "differences": [f"{stage}, {instant:.3f}: {what}" for what in unlike],
-            "not_begun": not begun, "went_on": begun and is_done, "exactly": is_done and not unlike,
+            "codes": code, "statuses": status, "unreadable": damage, "leftovers": left,
+            "differences": [f"{instant:.3f}: {what}" for what in unlike], "exactly": is_done and not unlike,
         }  # fmt: skip
 
 
@@ -157,16 +154,6 @@ def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
     os.waitpid(pid, 0)
     found: list[str] = json.loads(content)
     return found
-
-
-def stage_of(run: RunDir) -> str:
-    if not run.info_file.exists():
-        return "before run.json"
-    if run.test_file.exists():
-        return "after the test"
-    if any(run.best_checkpoint.parent.glob(".*")):
-        return "within the writing of a checkpoint"
-    return "training, validation or test" if run.state_file.exists() else "loading, or filling the cache"
 
 
 def import_torch() -> None:
