@@ -44,15 +44,12 @@ COMPARED_METRICS = ("n", "accuracy", "loss", "macro_f1")
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result: `report` is the contents of eval.json in `folder`, `description` says which images were evaluated.
+    """The result of an evaluation."""
 
-    `same` says if test.json has the same metrics; it is None if that is about other images or weights.
-    """
-
-    report: Mapping[str, Any]
+    report: Mapping[str, Any]  # the contents of eval.json
     folder: Path
-    description: str
-    same: bool | None
+    description: str  # of the images
+    same: bool | None  # test.json has the same metrics; None if they are of other images or weights
 
 
 def evaluate_run(
@@ -64,10 +61,6 @@ def evaluate_run(
         checkpoint: best or last.
         split_name: None is test, or else what the dataset has.
         spec: the run's own, `trained`, with overrides.
-
-    Raises:
-        UsageError: there is no such checkpoint, split or class.
-        TlcliError: the evaluation fails.
     """
     loaded = load_run(path, checkpoint)
     own = loaded.preprocessing  # whatever size another dataset suggests
@@ -195,10 +188,7 @@ def _identity(spec: DatasetSpec) -> tuple[object, ...]:
 
 
 def _with_labels_of(run_classes: Sequence[str], images: EvaluationSplit, spec: DatasetSpec) -> EvaluationSplit:
-    """Return the images with labels that index the run's classes, matched by name.
-
-    Raises UsageError for classes that the run does not have.
-    """
+    """Return the images with labels that index the run's classes, matched by name, or raise UsageError."""
     split, names = images.split, images.classes
     if unknown := [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]:
         similar = {name.casefold(): f" (did you mean {name!r}?)" for name in run_classes}

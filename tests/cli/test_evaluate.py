@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_figures_are_shown(tlcli: Tlcli, run: Path, asked: list[Any]) -> None:
-    done = tlcli("eval", str(run), "dataset=digits", "split=val", "checkpoint=last")
+    done = tlcli("eval", "split=val", str(run), "dataset=digits", "checkpoint=last")
     assert done.code == 0, done.err
     path, checkpoint, split, spec, trained, _ = asked[0]
     assert (path, checkpoint, split) == (run, "last", "val")

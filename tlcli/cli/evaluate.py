@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, make_table
 from tlcli.errors import UsageError
+from tlcli.files import is_dir
 from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def run(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
     chosen: dict[str, str] = {}
     overrides = []
-    for word in arguments.words:
+    words = [arguments.run, *arguments.words]
+    run_word = next((word for word in words if "=" not in word or is_dir(word)), words[0])
+    words.remove(run_word)
+    for word in words:
         key, equals, value = word.partition("=")
         name = key.lstrip("+~")
         if key in CHOICES:
@@ -73,7 +77,7 @@ def run(argv: list[str]) -> int:
             known = [*GROUPS, *CHOICES]
             hint = did_you_mean(name, known) or f" eval takes {', '.join(known)}" if name not in FIXED_KEYS else ""
             raise UsageError(f"{word}: cannot be changed after training.{hint}")
-    run_dir = open_run(arguments.run)
+    run_dir = open_run(run_word)
     trained = load_spec(run_dir)
     spec = load_spec(run_dir, overrides) if overrides else trained
     spec.dataset.check(for_training=spec.dataset == trained.dataset)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 MAX_COUNT_SECONDS = 5.0  # images that are not counted by then are read as a stream of unknown length
-PROBABILITY_DIGITS = 8
 COLUMNS = (
     TableColumn("image", left=True),
     TableColumn("prediction", left=True),
@@ -160,15 +159,12 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 @contextmanager
 def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction"], None]]:
-    """Yield a function that writes the row of a prediction: at once, but for a table, whose columns need all rows.
-
-    After an error or Ctrl-C the table has the rows so far.
-    """
+    """Yield a function that writes the row of a prediction: at once, or for a table at the end, Ctrl-C included."""
     rows: list[list[object]] = []
 
     def write(prediction: "Prediction") -> None:
         path, error = prediction.path, prediction.error
-        top_classes = [(name, round(probability, PROBABILITY_DIGITS)) for name, probability in prediction.top]
+        top_classes = [(name, round(probability, 8)) for name, probability in prediction.top]
         if form == "table":
             (name, p), *others = top_classes or [(f"error: {error}", 0.0)]
             then = ", ".join(f"{other} {probability:.3f}" for other, probability in others)

@@ -19,17 +19,11 @@ GAP = 2  # blanks between two columns
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of a table.
-
-    Args:
-        title: the header.
-        drop: columns with a higher number go first if the width is short; 0 always stays.
-        left: align to the left; cells of such a column wrap. Others are aligned to the right and do not.
-    """
+    """A column of a table."""
 
     title: str
-    drop: int = 0
-    left: bool = False
+    drop: int = 0  # columns with a higher number go first if the width is short; 0 always stays
+    left: bool = False  # aligned to the left, and wrapped by make_table if the width is short
 
 
 def make_table(

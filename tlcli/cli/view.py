@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -24,7 +25,6 @@ log = logging.getLogger("tlcli")
 
 MIN_SHOWN_SECONDS = 2.0  # without bars, shorter work gets no line
 MAX_CLASS_ROWS = 12  # with more classes, the plan shows the range of their counts
-LOG_WIDTH = 100
 
 # title, width, priority (columns with a higher one go first if the terminal is narrow; 0 stays), text
 EPOCH_COLUMNS: tuple[tuple[str, int, int, Callable[[EpochRow], str]], ...] = (
@@ -56,14 +56,6 @@ class Screen(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class DoneColumn(ProgressColumn):
-    """Percent, or the number of units if the total is unknown."""
-
-    def render(self, task: Task) -> Text:
-        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:3.0f}%"
-        return Text(done, style="progress.percentage")
-
-
 class RateColumn(ProgressColumn):
     """Units per second."""
 
@@ -89,7 +81,7 @@ class TerminalReporter(Reporter):
         self._bars = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=6 if is_narrow else 20),
-            DoneColumn(),
+            MofNCompleteColumn(),
             *([] if is_narrow else [RateColumn()]),
             TimeRemainingColumn(compact=True),
             console=self._screen,
@@ -111,24 +103,19 @@ class TerminalReporter(Reporter):
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
         """Show a bar on a terminal; elsewhere a line at the end of work that took long."""
-        start, done = time.perf_counter(), 0
+        start = time.perf_counter()
         if not self._bars.task_ids:
             self._bars.start()
         task = self._bars.add_task(label, total=total, unit=unit)
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            self._bars.advance(task, more)
-
         try:
-            yield count
+            yield partial(self._bars.advance, task)
         finally:
+            done = self._bars.tasks[-1].completed  # of this task: the latest ends first
             self._bars.remove_task(task)
             if not self._bars.task_ids:
                 self._bars.stop()
         seconds = time.perf_counter() - start
-        line = f"{label}: {done:,} {unit} in {duration_text(seconds)}"
+        line = f"{label}: {done:,.0f} {unit} in {duration_text(seconds)}"
         if seconds >= MIN_SHOWN_SECONDS and not self._screen.live_bars:
             self.show(line)
         else:
@@ -186,10 +173,7 @@ class TerminalReporter(Reporter):
             ("checkpoint", shown_path(run / result["checkpoint"])),
         )
         weights = f"backbone.weights={shlex.quote(shown_path(run))}"
-        words = ["tlcli train", *self._backbone.split(), weights, "dataset=..."]
-        is_long = self._wrap is not None and len(" ".join(words)) + 2 > self._wrap
-        command = (" \\\n    " if is_long else " ").join(words)  # a shell reads both alike
-        self.show(f"\nTo transfer from this run:\n  {command}")
+        self.show(f"\nTo transfer from this run:\n  tlcli train {self._backbone} {weights} dataset=...")
 
     def leaderboard(self, folder: Path, board: Mapping[str, Any]) -> None:
         """Show the ranked jobs of sweep.json at the end of a sweep."""
@@ -216,7 +200,7 @@ class TerminalReporter(Reporter):
         self._screen.file.flush()  # the reader of a pipe follows the run too
         text = str(content)
         if not isinstance(content, str | Text):
-            page = Console(file=io.StringIO(), width=LOG_WIDTH, color_system=None)
+            page = Console(file=io.StringIO(), width=100, color_system=None)
             with page.capture() as capture:
                 page.print(content)
             text = capture.get()

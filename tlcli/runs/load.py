@@ -57,11 +57,8 @@ class LoadedRun:
     def preprocess(self, image: str | Path | Image.Image | Pixels) -> Tensor:
         """Return the network's input (1, 3, S, S) for a file, a PIL image or uint8 RGB pixels (height, width, 3).
 
-        It is the same as in training, except that a large JPEG in memory is reduced from all its pixels.
-
-        Raises:
-            BadImage: a ValueError; the file does not decode.
-            TypeError, ValueError: it is not an image.
+        It is the same as in training, except that a large JPEG in memory is reduced from all its pixels. Raise
+        TypeError or ValueError if it is not an image, and BadImage, a ValueError, if the file does not decode.
         """
         return self.preprocessing.normalize(self.preprocessing.apply(pixels_of(image, self.preprocessing.range))[None])
 
@@ -92,11 +89,7 @@ def pixels_of(image: str | Path | Image.Image | Pixels, value_range: ValueRange 
 
 
 def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
-    """Return the classifier of a run, with the weights of its best or last epoch (`best`, `last`).
-
-    Raises:
-        UsageError: there is no run, it has no such checkpoint, or the checkpoint is damaged; one line.
-    """
+    """Return the classifier of a run, with the weights of its `best` or `last` epoch, or raise UsageError."""
     if checkpoint not in CHECKPOINTS:
         raise UsageError(f"checkpoint={checkpoint}: must be one of {', '.join(CHECKPOINTS)}")
     run = open_run(path)

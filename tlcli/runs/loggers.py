@@ -67,8 +67,7 @@ class TensorboardSpec(TrackerSpec, frozen=True, tag="tensorboard"):
 
 @option
 class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
-    """A run of an MLflow experiment: the address of its store, and the experiment's name. It has no artifacts, so that
-    no store needs a folder in addition."""
+    """A run of an MLflow experiment, without artifacts, so that the store at `uri` needs no folder in addition."""
 
     uri: str
     experiment: str
@@ -160,7 +159,7 @@ def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Repor
         status = "interrupted"
         raise
     finally:
-        logged.end(status)
+        logged.log(*logged.result, status)
 
 
 class _LoggedReporter(Reporter):
@@ -169,7 +168,7 @@ class _LoggedReporter(Reporter):
     def __init__(self, reporter: Reporter, logger: TrackerSpec, spec: TrainSpec, run: Path) -> None:
         self._reporter, self._logger, self._spec, self._run = reporter, logger, spec, run
         self._tracker: Tracker | None = None
-        self._result: tuple[dict[str, float], int] = {}, 0  # test metrics and best epoch
+        self.result: tuple[Metrics, int] = {}, 0  # test metrics and best epoch
         self.note, self.track = reporter.note, reporter.track  # type: ignore[method-assign]
 
     def plan(self, plan: RunPlan) -> None:
@@ -197,20 +196,16 @@ class _LoggedReporter(Reporter):
         values = {name: value for name, value in vars(row).items() if value is not None}
         names = values.keys() - {"epoch", "epochs", "best"}
         metrics = {re.sub("^(train|val)_", r"\1/", name): float(values[name]) for name in sorted(names)}
-        self._log(metrics, row.epoch)
+        self.log(metrics, row.epoch)
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         self._reporter.outcome(run, result)
         (low, high), epoch = result["accuracy_ci95"], result["epoch"]
         metrics = {f"test/{name}": result[name] for name in ("accuracy", "top5", "loss") if result[name] is not None}
         metrics |= {"test/accuracy_low": low, "test/accuracy_high": high, "best_epoch": float(epoch)}
-        self._result = metrics, epoch
+        self.result = metrics, epoch
 
-    def end(self, status: str) -> None:
-        """End the tracker's run."""
-        self._log(*self._result, status)
-
-    def _log(self, metrics: Metrics, step: int, status: str | None = None) -> None:
+    def log(self, metrics: Metrics, step: int, status: str | None = None) -> None:
         with self._off_after_error():
             if self._tracker is not None:
                 self._tracker(metrics, step, status)

@@ -16,7 +16,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFo
 from PIL import Image
 
 from tlcli.data.images import Split
-from tlcli.runs.run_dir import confusion_matrix
 from tlcli.text import evenly_spaced
 
 matplotlib.rcParams["text.parse_math"] = False  # names are text, never formulas
@@ -34,10 +33,8 @@ SAMPLES, COLUMNS = 16, 4
 THUMBNAIL, TITLE, GAP = 270, 52, 14  # pixels
 MAX_NAMED_CLASSES = 40  # above, a matrix has no names: they would be too small to read
 
-Points = Sequence[tuple[float, float]]
 
-
-def draw_curve(axes: Any, points: Mapping[str, Points], key: str, best_epoch: int | None) -> None:
+def draw_curve(axes: Any, points: Mapping[str, Any], key: str, best_epoch: int | None) -> None:
     """Draw a metric of train and val by epoch, from (epoch, value) by split, and mark the epoch that was kept."""
     for split, values in points.items():
         color, face, line = (ORANGE, PAPER, "--") if split == "train" else (BLUE, BLUE, "-")
@@ -166,10 +163,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) 
 
 
 def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
-    """Draw the confusion matrix of a test.json: rows are true classes, columns predicted; color is the row's share."""
-    counts = confusion_matrix(report)
-    if counts is None:
-        raise ValueError("no confusion matrix")
+    """Draw a full confusion matrix: rows are true classes, columns predicted; color is the row's share."""
+    counts = np.array(report["confusion"])
     names, n = [shorten(name, 18) for name in report["classes"]], len(report["classes"])
     has_names = n <= MAX_NAMED_CLASSES
     margin = 0.45 + (0.09 * max(map(len, names)) if has_names else 0.3)  # inches for names and axis label

@@ -25,7 +25,7 @@ from PIL import Image
 from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability
-from tlcli.errors import TlcliError, UsageError
+from tlcli.errors import UsageError
 from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
@@ -60,9 +60,7 @@ UNDECIDED_MARGIN = 0.5  # difference of the two highest probabilities below whic
 def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None) -> View:
     """Return what the page of a run shows.
 
-    Args:
-        images: functions that decode the images of the run's dataset, by key.
-        images_reason: why there are no images.
+    `images` has functions that decode the images of the run's dataset, by key; `images_reason` says why it is empty.
     """
     info, test, config = run.info, run.test(), run.config()
     status = text(info.get("status")) or "damaged"
@@ -111,7 +109,6 @@ def _chart(
 
 
 def data_uri(media_type: str, content: bytes) -> str:
-    """Return a data: URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
@@ -190,7 +187,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
             best = np.argsort(-p[i], kind="stable")[:guesses]
             card = {"name": saved.keys[i], "truth": saved.classes[truth[i]], "is_right": predicted[i] == truth[i]}
             card["guesses"] = [(saved.classes[k], float(p[i, k])) for k in best]
-            cards.append({**card, **_thumbnail(images.get(saved.keys[i]))})
+            cards.append({**card, **_thumbnail(images, saved.keys[i])})
         return {"n": len(order), "cards": cards}
 
     view: View = {"images_reason": images_reason, "mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
@@ -206,13 +203,11 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     return view
 
 
-def _thumbnail(read: Callable[[], Pixels] | None) -> View:
+def _thumbnail(images: ImageReaders, key: str) -> View:
     """Return a small JPEG of an image as a data: URI, None if it cannot be read. No metadata of the file goes in."""
     try:
-        image = Image.fromarray(read()) if read else None
-    except (BadImage, OSError):
-        image = None
-    if image is None:
+        image = Image.fromarray(images[key]())
+    except (KeyError, BadImage, OSError):
         return {"picture": None}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     is_small, file = max(image.size) < PIXELATED_SIDE, io.BytesIO()
@@ -235,11 +230,7 @@ def _rerun_command(info: View) -> str:
 
 
 def sweep_view(folder: Path, output: Path) -> View:
-    """Return what the page of a sweep shows, for a report that is written to `output`.
-
-    Raises:
-        UsageError: the sweep has no run.
-    """
+    """Return what the page of a sweep shows, for a report at `output`. Raise UsageError if the sweep has no run."""
     board = leaderboard.read(folder)
     jobs: list[View] = board["jobs"]
     if not jobs:
@@ -255,15 +246,11 @@ def sweep_view(folder: Path, output: Path) -> View:
             alt = f"Validation {metric} of {len(points)} jobs against {key}"
             charts.append(_chart(key, alt, draw, (420, 244), (48, 14, 34, 30)))
     run = RunDir(folder / jobs[0]["name"])
-    try:
-        info = run.info
-    except TlcliError:
-        info = {}
     return {
         **board,
         "run_name": folder.resolve().name,
         "title": f"{title} {folder.name}".strip(),
-        "info": info,
+        "info": {} if jobs[0]["status"] == "damaged" else run.info,
         "config": run.config(),
         "metric": metric,
         "is_share": is_share,
