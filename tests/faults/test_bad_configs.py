@@ -1,8 +1,4 @@
-"""Third-party config files: what would read a secret, run code, or never end is refused before anything is written.
-
-Unknown keys and wrong values are in tests/cli/test_usage_errors.py, and for the config of a finished run in
-tests/cli/test_saved.py.
-"""
+"""Third-party config files: what would read a secret, run code, or never end is refused before anything is written."""
 
 import os
 import sys
@@ -59,23 +55,18 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "name: ${oc.env:API_TOKEN}": FUNCTION,
     "dataset: {classes: [a, '${oc.env:API_TOKEN}']}": FUNCTION,
     "out: env\nname: ${oc.${out}:API_TOKEN}": FUNCTION,
-    "out: oc.env\nname: ${${out}:API_TOKEN}": FUNCTION,
     "name: ${oc.decode:'${oc.env:API_TOKEN}'}": FUNCTION,
     "name: ${oc.select:nothing,${oc.env:API_TOKEN}}": FUNCTION,
-    "name: ${oc.create:'${oc.env:API_TOKEN}'}": FUNCTION,
     "name: ${leak:API_TOKEN}": FUNCTION,
     # not a config, or one without an end
     "name: x\n" + yaml_bomb(): "x.yaml: line 4: alias *a is not allowed; write the values out",
     "name: &a [*a]\n": "x.yaml: line 2: alias *a is not allowed",
-    "image: &a {size: 64}\ncache: {<<: *a}\n": "alias *a is not allowed",
     "name: " + "[" * 100_000 + "\n": "too many levels",
     b"name: \xff\xfe\n": "x.yaml: cannot be read as YAML: not UTF-8 text",
     "name: a\nname: b\n": "x.yaml:3: found duplicate key name",
     "name: !!python/object/apply:os.mkdir [made]\n": "could not determine a constructor for the tag",
     "name: a\n---\nname: b\n": "but found another document",
     b"name: a\0b\n": "x.yaml",
-    "<!DOCTYPE html>\n<html a:b>\n": "",
-    "epochs: [1": "x.yaml:",
     # keys and values of tlcli
     "epoch: 1": "unknown key 'epoch'. Did you mean 'epochs'? (in experiment/x.yaml)",
     "epochs: abc": "epochs=abc: expected a whole number (in experiment/x.yaml)",
@@ -85,20 +76,16 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "hydra: {run: {dir: elsewhere}}": OF_HYDRA,
     "hydra: {sweep: {subdir: '${oc.env:API_TOKEN}'}}": OF_HYDRA,
     "hydra: {job: {env_set: {PATH: /evil}}}": OF_HYDRA,
-    "hydra: {job: {chdir: true}}": OF_HYDRA,
     "hydra: {callbacks: {x: {_target_: os.mkdir, name: made}}}": "hydra.callbacks.x._target_" + OF_HYDRA,
     "hydra: {job_logging: {formatters: {x: {(): os.mkdir}}}}": "hydra.job_logging.formatters.x.()" + OF_HYDRA,
     "hydra: {searchpath: ['file:///evil']}": OF_HYDRA,
     "hydra: {mode: MULTIRUN}": OF_HYDRA,
     "hydra: 3": OF_HYDRA,
     "hydra: {launcher: {_target_: os.system}}": OF_HYDRA,
-    "hydra: {launcher: {folder: /evil/place}}": OF_HYDRA,
     "hydra: {launcher: {name: '${oc.env:API_TOKEN}'}}": OF_HYDRA,
     "hydra: {launcher: {setup: [touch made]}}": OF_HYDRA,
-    "hydra: {sweeper: {sampler: {_target_: os.system}}}": OF_HYDRA,
     "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}": OF_HYDRA,
     "defaults: [override /hydra/sweeper: optuna]": OF_HYDRA,
-    "defaults: [override /hydra/job_logging: default]": OF_HYDRA,
     "defaults: [/experiment/y@hydra.callbacks]": OF_HYDRA,
     "# @package hydra.callbacks\nx: 3": OF_HYDRA,
     "defaults: [../../evil/x]": OF_HYDRA,
@@ -147,6 +134,7 @@ def test_a_file_that_no_word_names_cannot_change_how_hydra_runs(
 )
 def test_a_file_may_choose_a_launcher_and_give_its_numbers(text: str, tmp_path: Path) -> None:
     write(tmp_path, text)
+    write(tmp_path, "hydra: {run: {dir: elsewhere}}", "outputs/1/.hydra/hydra.yaml")  # the record of an earlier run
     check_folder(tmp_path / "mine")
 
 
@@ -208,10 +196,7 @@ SAVED: dict[str | bytes, str] = {
     yaml_bomb(): "config.yaml: cannot be read as YAML: line 2: alias *a",
     "a: " + "[" * 60 + "]" * 60: "config.yaml: ",
     "seed: " + "9" * 5000: "config.yaml: cannot be read as YAML",
-    "dataset: {kind: [digits]}": "dataset.kind=['digits'] is none of digits",
     "dataset: {kind: digits, name: [a]}": "expected a text",
-    b"seed: \xff": "config.yaml: cannot be read as YAML",
-    "? [1, 2]\n: 3\n": "config.yaml: cannot be read as YAML",
     "seed: 2026-01-01": "seed: Value 'date' is not a supported primitive type",
     "seed: !!python/object/apply:os.mkdir [made]": "config.yaml: cannot be read as YAML",
 }
@@ -241,10 +226,3 @@ def test_a_report_of_a_run_with_a_bomb_for_a_config(run: RunDir, tlcli: Tlcli, t
     before = tree(tmp_path)
     assert tlcli("report", "run").code == 0
     assert tree(tmp_path).keys() - before.keys() == {str(tmp_path / "run" / "report.html")}
-
-
-def test_records_of_earlier_runs_in_a_config_folder_are_not_configs(tmp_path: Path) -> None:
-    """A run below --config-dir does not prevent the next one."""
-    (tmp_path / "outputs/1/.hydra").mkdir(parents=True)
-    (tmp_path / "outputs/1/.hydra/hydra.yaml").write_text("hydra: {run: {dir: elsewhere}}")
-    check_folder(tmp_path)

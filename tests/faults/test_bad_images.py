@@ -5,7 +5,6 @@ import io
 import os
 import socket
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes of eight sound images that all differ."""
     for i in range(16):
         save_image(tmp_path / "photos" / "ab"[i % 2] / f"{i // 2}.png", seed=i)
     return tmp_path / "photos"
@@ -45,9 +43,6 @@ def load(root: Path, on_bad: OnBad = OnBad.error) -> Dataset:
 
 def names(data: Dataset) -> list[str]:
     return [split.name(i) for split in (data.train, data.val, data.test) for i in range(len(split))]
-
-
-# -- files that are no images
 
 
 def as_socket(path: Path) -> None:
@@ -77,28 +72,16 @@ def as_bomb_of_text(path: Path) -> None:
     Image.new("RGB", (1, 1)).save(path, pnginfo=text)
 
 
-def as_bomb_of_colors(path: Path) -> None:
-    """Write a PNG whose color profile of 20 kB expands to 20 MB."""
-    raw, data = save_image(path).read_bytes(), b"icc\0\0" + zlib.compress(bytes(20_000_000))
-    chunk = struct.pack(">I", len(data)) + b"iCCP" + data + struct.pack(">I", zlib.crc32(b"iCCP" + data))
-    path.write_bytes(raw[:33] + chunk + raw[33:])
-
-
 TALL_GIF = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero bytes.jpg": (lambda path: path.touch(), "empty"),
-    "blank.png": (lambda path: path.write_bytes(b" \n" * 99), "empty"),
     "web page.jpg": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "not an image"),
-    "drawing.png": (lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>"), "not an image"),
     "archive.jpg": (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not an image"),
-    "postscript.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image"),
     "truncated.jpg": (lambda path: path.write_bytes(save_image(path).read_bytes()[:-99]), "truncated"),
-    "header alone.png": (lambda path: path.write_bytes(png(10, 10)), "truncated"),
     "checksum.png": (as_damaged, "damaged"),
     "bomb.png": (lambda path: path.write_bytes(png(30_000, 30_000)), "too many pixels"),
     "bomb.gif": (lambda path: path.write_bytes(TALL_GIF), "too many pixels"),
     "bomb of text.png": (as_bomb_of_text, "damaged (Decompressed"),
-    "bomb of colors.png": (as_bomb_of_colors, "damaged (Decompressed"),
     "pipe.jpg": (os.mkfifo, "not a regular file"),
     "socket.jpg": (as_socket, "not a regular file"),
     "endless.jpg": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
@@ -146,21 +129,17 @@ def test_no_image_is_replaced_by_its_neighbor(photos: Path, workers: int) -> Non
     assert len(given) == len(wanted) == 13
 
 
-# -- images of every kind
-
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 ODD: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "cmyk.jpg": ("CMYK", (40, 30), {}),
     "clear palette.gif": ("P", (40, 30), {"transparency": 3}),
     "rgba.webp": ("RGBA", (40, 30), {"lossless": True}),
-    "32 bit.tif": ("I", (40, 30), {}),
     "float.tif": ("F", (40, 30), {}),
     "1 bit.png": ("1", (40, 30), {}),
     "rotated.jpg": ("RGB", (40, 30), {"exif": ROTATED}),
     "animated.gif": ("RGB", (40, 30), {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "red")]}),
     "png.jpg": ("RGB", (40, 30), {"format": "PNG"}),
-    "shouted.JPEG": ("RGB", (40, 30), {}),
     "one pixel.png": ("RGB", (1, 1), {}),
     "wide.png": ("RGB", (20_000, 1), {}),
 }
@@ -169,8 +148,8 @@ ODD: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
 @pytest.mark.parametrize("fit", Fit)
 def test_train_and_predict_see_the_same_images(photos: Path, fit: Fit) -> None:
     for name, (mode, size, options) in ODD.items():
-        scale, image = {"I": 2**22, "F": 1 / 255}.get(mode), Image.radial_gradient("L").resize(size).convert(mode)
-        image = image.point(lambda value, scale=scale: value * scale + 0) if scale else image
+        image = Image.radial_gradient("L").resize(size).convert(mode)
+        image = image.point(lambda value: value / 255) if mode == "F" else image
         image.save(photos / "a" / name, **options)
     preprocessing = Preprocessing(24, fit, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with untouched(photos):
@@ -185,23 +164,17 @@ def test_train_and_predict_see_the_same_images(photos: Path, fit: Fit) -> None:
                 assert torch.equal(trained, preprocessing.apply(pixels_of(split.name(i)))), split.name(i)
 
 
-# -- names of every kind
-
 NAMES = [
     "Zo\u00eb \u732b \N{CAT FACE}.png",
     "\u05d0\u05d1\u05d2 right to left.png",
     "\u202egnp.exe.png",
-    "two  spaces .png",
     "new\nline.png",
-    "tab\tand return\r.png",
     "--output.png",
-    "-.png",
     "=HYPERLINK(1).png",
     "[1]*?.png",
     "quote'and\"quote.png",
     "100%s {x} ${oc.env:HOME}.png",
     "\x1b[31mred\x07.png",
-    "x" * 251 + ".png",
     "\u732b" * 83 + "ab.png",
     os.fsdecode(b"not \xff\xfe utf-8.png"),
 ]

