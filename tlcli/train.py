@@ -79,9 +79,8 @@ def train(
                 reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
             with record.phase("train"):
-                fit = None
-                if epoch > 0:
-                    fit = trainer.fit(loader, epoch, reporter, record.log_running, checkpoints.after_step)
+                callbacks = record.log_running, checkpoints.after_step
+                fit = trainer.fit(loader, epoch, reporter, *callbacks) if epoch > 0 else {}
             contract.check()
             with record.phase("validate"):
                 val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")

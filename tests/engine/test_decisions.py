@@ -210,21 +210,11 @@ def test_decisions_are_read_back_and_followed(plan, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("info", "cached", "compiled"),
-    [
-        ({"memory_format": "torch.channels_last", "cache": {"used": False}}, set(), set()),
-        ({"numerics": {"device": "CPU, channels_last"}, "cache": {"used": True, "entries": {"train": [], "probe": []}}},
-         {"train", "train_eval"}, set()),
-        ({"memory_format": "torch.channels_last", "cache": {"used": False, "entries": {"train": [], "test": []}},
-          "extraction": {"why": "compiled in 9 s"}}, {"test"}, {"test"}),
-    ],
-)  # fmt: skip
-def test_decisions_of_earlier_releases_are_read(info: dict[str, Any], cached: set[str], compiled: set[str]) -> None:
-    found = recorded_decisions({"precision": {"train": "torch.bfloat16", "evaluate": "float32"}, **info})
-    assert found is not None
-    assert (found.train_precision, found.eval_precision) == ("bfloat16", "float32")
-    assert found.channels_last
-    assert (found.cached, found.compiled) == (cached, compiled)
+    "info",
+    [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}, {"decisions": {"train_precision": "int4"}}],
+)
+def test_other_contents_are_no_decisions(info: dict[str, Any]) -> None:
+    assert recorded_decisions(info) is None
 
 
 def test_what_cannot_be_followed_is_replaced_with_a_note(plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ decisions give the same metrics to the last digit. Deciding runs one small batch
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -53,12 +54,10 @@ class Decisions(Struct, frozen=True, kw_only=True):
 
     @property
     def train_dtype(self) -> torch.dtype:
-        """The dtype of training."""
         return _DTYPES[self.train_precision]
 
     @property
     def eval_format(self) -> ComputeFormat:
-        """The format of evaluation and of the frozen prefix."""
         return ComputeFormat(
             _DTYPES[self.eval_precision],
             torch.channels_last if self.channels_last else torch.contiguous_format,
@@ -94,25 +93,10 @@ def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: Comput
 
 
 def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
-    """Return the decisions in a run.json, of tlcli 0.1 or later; None if it does not have them."""
-    try:
-        if "decisions" in info:
-            return convert(info["decisions"], Decisions)
-        precision, cache, extraction = (info.get(key) or {} for key in ("precision", "cache", "extraction"))
-        names = {"train_eval" if name == "probe" else str(name) for name in cache.get("entries") or {}}
-        cached = names if cache.get("used") else names - {"train"}
-        content = {
-            "train_precision": precision["train"].removeprefix("torch."),
-            "eval_precision": precision["evaluate"].removeprefix("torch."),
-            "channels_last": "channels_last" in str(info.get("memory_format") or info["numerics"]["device"]),
-            "cut": cache.get("at"),
-            "cached": cached,
-            "compiled": cached if str(extraction.get("why", "")).startswith("compiled") else set(),
-            "reasons": {"train": str(cache.get("why", ""))},
-        }
-        return convert(content, Decisions)
-    except (KeyError, TypeError, AttributeError, ValidationError):
-        return None
+    """Return the decisions in a run.json; None if they are damaged or missing, as in those of tlcli 0.1 to 0.5."""
+    with suppress(ValidationError):
+        return convert(info.get("decisions"), Decisions)
+    return None
 
 
 # -- deciding
@@ -174,8 +158,8 @@ def not_worthwhile_reason(
 ) -> str | None:
     """Return why activations should not be used, with `images` of them missing: no space, or no gain.
 
-    `reads` is the number of rows that are read; None: those of training, which cache.mode=require has cached anyway.
-    `pending` are bytes to be written before.
+    `reads` is the number of rows read (None: of training, which cache.mode=require caches anyway), `pending` the bytes
+    to be written before.
     """
     spec, data, nbytes = workload.spec, workload.data, images * row_bytes
     reason = workload.session.store.no_room_reason(pending + nbytes) if images else None
@@ -267,11 +251,10 @@ def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: R
     """Return the decisions with float32 and a memory format of this accelerator in place of what it does not have."""
     options = allowed_formats(workload.spec.device, workload.accelerator)
     layouts, layout = [option.memory_format for option in options], recorded.eval_format.memory_format
-    allowed = {"float32", *(DTYPE_NAMES[option.dtype] for option in options)}  # every device has float32
-    refused = {str(name) for name in (recorded.train_precision, recorded.eval_precision) if name not in allowed}
-    changes: dict[str, Any] = {
-        name: "float32" for name in ("train_precision", "eval_precision") if getattr(recorded, name) in refused
-    }
+    refused: set[str] = {recorded.train_precision, recorded.eval_precision}
+    refused -= {"float32", *(DTYPE_NAMES[option.dtype] for option in options)}  # every device has float32
+    keys = ("train_precision", "eval_precision")
+    changes: dict[str, Any] = {key: "float32" for key in keys if getattr(recorded, key) in refused}
     if layout not in layouts:
         changes["channels_last"] = layouts[0] == torch.channels_last
         refused.add(LAYOUT_NAMES[layout])

@@ -6,7 +6,7 @@ changes the most likely class. It is fitted on the validation split and judged o
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ class Predictions:
 
     @property
     def predicted(self) -> Tensor:
-        """The index of the highest logit of each image (N)."""
         return self.logits.argmax(dim=1)
 
 
@@ -101,7 +100,6 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
 def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """Return what test.json has about predictions: accuracy with its interval, metrics per class, and confusion."""
     labels, predicted, n = predictions.labels, predictions.predicted, len(predictions.labels)
-    n_correct, overall = int((predicted == labels).sum()), scores(predictions)
     top5 = None
     if len(classes) > 5:
         top5 = (predictions.logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
@@ -110,11 +108,9 @@ def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, A
         for name, precision, recall, f1, support in zip(classes, *_per_class(predictions), strict=True)
     }
     return {
-        "accuracy": n_correct / n,
-        "accuracy_ci95": list(wilson(n_correct, n)),
+        **asdict(scores(predictions)),
+        "accuracy_ci95": list(wilson(int((predicted == labels).sum()), n)),
         "top5": top5,
-        "loss": overall.loss,
-        "macro_f1": overall.macro_f1,
         "n": n,
         "per_class": per_class,
         "confusion": confusion_matrix(labels, predicted, labels=range(len(classes))).tolist(),
@@ -164,13 +160,11 @@ class BestEpochTracker:
 
     @property
     def should_stop(self) -> bool:
-        """Return True if `early_stop` epochs in a row were not better."""
         epoch, limit = self.epoch, self.early_stop
         return epoch is not None and limit is not None and self.last_epoch - epoch >= limit
 
     @property
     def value(self) -> float | None:
-        """The selecting metric of the best epoch."""
         return None if self.scores is None else float(getattr(self.scores, self.by.value))
 
     def _rank(self, scores: Scores) -> tuple[float, float]:
@@ -180,28 +174,13 @@ class BestEpochTracker:
 # -- calibration
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A temperature, with the expected calibration error and the loss of the n images that it was fitted on."""
+def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return `calibration` of run.json: the T that minimizes the loss of labels (N) under softmax(logits / T).
 
-    temperature: float
-    n: int
-    ece_before: float
-    ece_after: float
-    loss_before: float
-    loss_after: float
-
-
-def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
-    """Return the temperature that minimizes the loss of labels (N) under softmax(logits / T), within two bounds.
-
-    With few images the likelihood follows the one that is wrong, and if all are right it has no optimum: T -> 0 makes
-    every answer certain. So log T has a normal prior about 0 (maximum a posteriori), and a T below 1 may not raise the
-    mean confidence above (right + 1) / (N + 2), which is the accuracy that N images support by Laplace's rule of
-    succession: 24 of 24 right support 0.96.
-
-    T is 1, which satisfies both, if the loss would not decrease or the calibration error of the same images would
-    increase: the loss gains most from a few images that are far off, and may do so at the cost of all others.
+    With few images the likelihood follows the one that is wrong, and if all are right it has no optimum. So log T has a
+    normal prior about 0 (maximum a posteriori), and a T below 1 may not raise the mean confidence above
+    (right + 1) / (N + 2), the accuracy that N images support by Laplace's rule of succession. T is 1 if the loss would
+    not decrease, or the calibration error of the same images would increase to gain on a few that are far off.
     """
     n, exact = len(labels), logits.double()
     mean_of_labels = exact.gather(1, labels[:, None]).mean().item()
@@ -224,7 +203,8 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
     before, after = (expected_calibration_error(logits, labels, temperature) for temperature in (1.0, t))
     if loss(t) >= loss(1.0) - MIN_GAIN or after > before:
         t, after = 1.0, before
-    return Calibration(t, n, before, after, loss(1.0), loss(t))
+    losses = {"loss_before": loss(1.0), "loss_after": loss(t)}
+    return {"temperature": t, "n": n, "ece_before": before, "ece_after": after, **losses}
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: float) -> float:
@@ -240,10 +220,7 @@ def calibration_report(logits: Tensor, labels: Tensor, temperature: float) -> di
 
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tuple[float, float, int]]:
-    """Return (mean confidence, accuracy, images) of each bin of confidence that has images, the lowest first.
-
-    The bins are (0, 1/15], (1/15, 2/15], ...
-    """
+    """Return (mean confidence, accuracy, images) of each of the bins (0, 1/15], (1/15, 2/15], ... that has images."""
     confidence, predicted = torch.softmax(logits.double() / temperature, dim=1).max(dim=1)
     index, right = (confidence * BINS).ceil().long().clamp(1, BINS), (predicted == labels).double()
     members = [index == i for i in range(1, BINS + 1) if i in index]

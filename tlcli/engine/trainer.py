@@ -27,18 +27,6 @@ from tlcli.transfer.contract import parameter_groups
 STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for an accelerator, and is a tenth of a small step on a CPU
 
 
-@dataclass(frozen=True)
-class EpochStats:
-    """Training metrics of one epoch: means over its images, as they were when each was trained on."""
-
-    loss: float
-    accuracy: float
-    step: int
-    seconds: float
-    images_per_second: float
-    lr: dict[str, float]
-
-
 class Trainer:
     """Trains the trainable parameters of a classifier, one epoch at a time."""
 
@@ -66,12 +54,11 @@ class Trainer:
         reporter: Reporter,
         on_running: Callable[[int, int, float], None] = lambda *running: None,
         after_step: Callable[[], None] = lambda: None,
-    ) -> EpochStats:
+    ) -> dict[str, Any]:
         """Train on every image once, or on the images that are left of an epoch that `load` restored.
 
-        `on_running` receives the epoch, the batch, and the mean loss of the last `log_every` batches. Interrupts wait
-        for the end of a step, so that the state is always that of whole steps.
-
+        Return the row of metrics.jsonl: means over images as they were when each was trained on. `on_running` receives
+        the epoch, the batch, and the mean loss of the last `log_every` batches. Interrupts wait for the end of a step.
         Raises NonFiniteLossError if the loss becomes NaN or infinite, and TlcliError if a step needs too much memory.
         """
         self._contract.train_mode()
@@ -99,7 +86,8 @@ class Trainer:
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
         lr, seconds = {group["name"]: group["lr"] for group in self.optimizer.param_groups}, progress.seconds
-        return EpochStats(loss / n, progress.n_correct.item() / n, self.step, seconds, n / seconds, lr)
+        means = {"loss": loss / n, "accuracy": progress.n_correct.item() / n}
+        return {**means, "step": self.step, "seconds": seconds, "images_per_second": n / seconds, "lr": lr}
 
     def _step(
         self,
@@ -253,7 +241,6 @@ class _EpochProgress:
             self.uncounted.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return all counts as numbers and CPU tensors."""
         self.count()
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         counts = {"losses": losses, "n_correct": self.n_correct.item(), "batches": len(self.sizes), "sizes": self.sizes}

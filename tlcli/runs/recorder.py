@@ -20,7 +20,6 @@ from tlcli.engine.metrics import (
     scores,
     test_report,
 )
-from tlcli.engine.trainer import EpochStats
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
@@ -119,25 +118,25 @@ class Recorder:
         self._run.log_metrics({"split": "running", "epoch": epoch, "batch": batch, "loss": loss})
         self._reporter.note(f"epoch {epoch}, batch {batch}: loss {loss:.3f}")
 
-    def log_epoch(self, epoch: int, fit: EpochStats | None, validation: Scores, *, is_best: bool, step: int) -> None:
-        """Write the metrics of an epoch that was validated; `fit` is None for epoch 0, before training."""
-        if fit is not None:
-            self._max_images_per_second = max(self._max_images_per_second, fit.images_per_second)
-            self._run.log_metrics({"split": "train", "epoch": epoch, **asdict(fit)})
-        self._log_evaluation("val", epoch, step, validation, fit.lr if fit else None)
+    def log_epoch(self, epoch: int, fit: Mapping[str, Any], validation: Scores, *, is_best: bool, step: int) -> None:
+        """Write the metrics of an epoch that was validated; `fit` is empty for epoch 0, before training."""
+        if fit:
+            self._max_images_per_second = max(self._max_images_per_second, fit["images_per_second"])
+            self._run.log_metrics({"split": "train", "epoch": epoch, **fit})
+        self._log_evaluation("val", epoch, step, validation, fit.get("lr"))
         best = {"best": {"epoch": epoch, **asdict(validation)}} if is_best else {}
         self._run.update(**best, seconds=self._seconds_so_far(), images_per_second=self._max_images_per_second or None)
         self._reporter.epoch(
             EpochRow(
                 epoch=epoch,
                 epochs=self._spec.epochs,
-                train_loss=fit.loss if fit else None,
-                train_accuracy=fit.accuracy if fit else None,
+                train_loss=fit.get("loss"),
+                train_accuracy=fit.get("accuracy"),
                 val_loss=validation.loss,
                 val_accuracy=validation.accuracy,
                 val_macro_f1=validation.macro_f1,
-                lr=max(fit.lr.values()) if fit else None,
-                images_per_second=fit.images_per_second if fit else None,
+                lr=max(fit["lr"].values()) if fit else None,
+                images_per_second=fit.get("images_per_second"),
                 seconds=time.perf_counter() - self._start,
                 best=is_best,
             )
@@ -164,16 +163,16 @@ class Recorder:
         report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
             calibration = calibrate(validation.logits, validation.labels)
-            run.update(calibration=asdict(calibration))
+            run.update(calibration=calibration)
             results = ((data.val, run.val_predictions, validation), (data.test, run.test_predictions, predictions))
             for split, file, p in results:
                 write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
-            effect = calibration_report(predictions.logits, predictions.labels, calibration.temperature)
-            before, after = f"{effect['ece_before']:.4f}", f"{effect['ece_after']:.4f} with it"
+            t = calibration["temperature"]
+            effect = calibration_report(predictions.logits, predictions.labels, t)
+            after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
             self._reporter.note(
-                f"calibration: temperature {calibration.temperature:.2f}, fitted on {calibration.n:,} validation "
-                f"images; expected calibration error on test {before}, "
-                + (after if calibration.temperature != 1 else "no better otherwise")
+                f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} validation images; "
+                f"expected calibration error on test {effect['ece_before']:.4f}, {after}"
             )
         checkpoint = run.best_checkpoint.relative_to(run.path).as_posix()
         stored = {**report, "calibration": effect, "checkpoint": checkpoint, "epoch": epoch}
