@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
 from benchmarks.run import out_folder, parser, publish, publish_measures
 from tlcli.data.batches import Preprocessing
-from tlcli.data.decode import read_image, to_rgb
+from tlcli.data.decode import raw_image, read_image
 from tlcli.device import limit_threads
 from tlcli.specs import Fit
 
@@ -61,7 +61,7 @@ def ways(settings: Settings) -> dict[str, Callable[[bytes], Tensor]]:
     transforms = v2.Compose([v2.Resize(settings.size * 8 // 7), v2.CenterCrop(settings.size), v2.PILToTensor()])
     return {
         TLCLI: lambda content: own.apply(read_image(io.BytesIO(content))),
-        WHOLE: lambda content: own.apply(to_rgb(Image.open(io.BytesIO(content)))),
+        WHOLE: lambda content: own.apply(raw_image(Image.open(io.BytesIO(content))).to_pixels(None)),
         TRANSFORMS: lambda content: transforms(Image.open(io.BytesIO(content)).convert("RGB")),
     }
 

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tlcli.data import decode
-from tlcli.data.decode import BadImage, read_image, read_raw, to_rgb
+from tlcli.data.decode import BadImage, raw_image, read_image, read_raw
 
 GRADIENT = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
 
@@ -71,7 +71,7 @@ def test_rgb_is_itself(tmp_path: Path, name: str, options: dict[str, Any], toler
 def test_modes(tmp_path: Path, mode: str, color: Any, want: Any) -> None:
     image = Image.new(mode, (3, 2), color)
     if mode in ("RGBa", "PA", "RGBX"):  # these modes are in memory only
-        close(to_rgb(image), want)
+        close(raw_image(image).to_pixels(None), want)
     else:
         close(read_image(saved(tmp_path, image, "a.tif" if mode in ("CMYK", "I;16B", "I", "F") else "a.png")), want)
 
@@ -93,7 +93,7 @@ def test_palette(tmp_path: Path, transparency: Any) -> None:
     close(read_image(clear), [[[255, 255, 255], [40, 50, 60]]])
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "deflated.tif"])
+@pytest.mark.parametrize("name", ["a.png", "alpha.png", "a.tif", "deflated.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
     exif = Image.Exif()
@@ -101,7 +101,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
     turn = Image.Transpose
     inverse = dict(enumerate([turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE], start=2))
     inverse |= dict(enumerate([turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270], start=6))
-    image = Image.fromarray(GRADIENT)
+    image = Image.fromarray(GRADIENT).convert("RGBA" if name == "alpha.png" else "RGB")
     image = image.transpose(inverse[orientation]) if orientation in inverse else image
     options = {"compression": "tiff_adobe_deflate"} if name.startswith("deflated") else {}
     close(read_image(saved(tmp_path, image, name, exif=exif, **options)), GRADIENT)

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 
 class _AugmentOption(AugmentSpec, frozen=True):
-    """The part of an augmentation that all options share."""
-
     def transforms(self) -> "list[nn.Module]":
-        """Return torchvision's transforms of the square."""
         return []
 
     def build(self, preprocessing: "Preprocessing") -> "Augmentation | None":

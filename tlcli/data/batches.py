@@ -63,7 +63,7 @@ class Preprocessing:
         return torch.cat(squares).permute(0, 3, 1, 2)
 
     def _squares(self, images: Sequence[Pixels]) -> Tensor:
-        """Images of one shape -> (n, size, size, 3)."""
+        """Return (n, size, size, 3) of images of one shape."""
         height, width = images[0].shape[:2]
         if self.fit is Fit.pad:
             return _pad_to_square(_stack(images), self.size)
@@ -79,7 +79,6 @@ class Preprocessing:
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict."""
         return asdict(self) | {"fit": self.fit.value}
 
     @classmethod
@@ -117,7 +116,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _pad_to_square(pixels: Tensor, side: int) -> Tensor:
-    """Return (n, side, side, 3): resized so that the longer side fits, in the middle of black."""
+    """Return (n, side, side, 3): the longer side is resized to fit, in the middle of black."""
     height, width = pixels.shape[1:3]
     scale = side / max(height, width)
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -141,21 +140,18 @@ class Augmentation:
         if self.draw_box is None:
             squares = self.preprocessing.apply_batch(images)
         else:
-            parts = [self._crop(image, seed) for image, seed in zip(images, seeds, strict=True)]
+            parts, size = [], self.preprocessing.size
+            for image, seed in zip(images, seeds, strict=True):
+                rng = random.Random(seed)
+                if self.preprocessing.fit is Fit.pad:  # as evaluation does: the black square is cropped
+                    side = min(max(image.shape[:2]), MAX_PADDED_SIZES * size)
+                    image = _pad_to_square(_stack([image]), side)[0].numpy()
+                top, left, h, w = self.draw_box(image.shape[0], image.shape[1], rng)
+                part = _stack([image[top : top + h, left : left + w]])
+                part = part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to flip
+                parts.append(resize(part, size, size))
             squares = torch.cat(parts).permute(0, 3, 1, 2)
         return squares if self.transforms is None else apply_transforms(self.transforms, squares, seeds)
-
-    def _crop(self, image: Pixels, seed: int) -> Tensor:
-        """Return (1, size, size, 3). If evaluation pads, the black square around the image is cropped."""
-        assert self.draw_box is not None
-        size, rng = self.preprocessing.size, random.Random(seed)
-        if self.preprocessing.fit is Fit.pad:
-            image = _pad_to_square(_stack([image]), min(max(image.shape[:2]), MAX_PADDED_SIZES * size))[0].numpy()
-        height, width = image.shape[:2]
-        top, left, h, w = self.draw_box(height, width, rng)
-        part = _stack([image[top : top + h, left : left + w]])
-        part = part.flip(2) if rng.random() < self.flip else part  # numpy takes 10 times as long to flip
-        return resize(part, size, size)
 
 
 def apply_transforms(transforms: nn.Module, squares: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -170,7 +166,6 @@ def apply_transforms(transforms: nn.Module, squares: Tensor, seeds: Sequence[int
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Ints:
-    """Return a permutation of 0..n-1."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 

@@ -7,7 +7,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -49,7 +49,6 @@ class RawImage:
 
     @property
     def is_deep(self) -> bool:
-        """True if the values have to be mapped."""
         return self.values.ndim == 2
 
     def to_pixels(self, value_range: ValueRange | None) -> Pixels:
@@ -73,9 +72,9 @@ class RawImage:
 
 @dataclass
 class DeepImages:
-    """Statistics of images deeper than 8 bits: their number, extreme values, and the gray levels that are left of them.
+    """Number and extremes of gray images deeper than 8 bits, and the gray levels that are left of them.
 
-    `reduced` counts color images of which the decoder keeps the upper 8 bits.
+    `reduced` counts color images, of which the decoder keeps the upper 8 bits.
     """
 
     images: int = 0
@@ -85,7 +84,7 @@ class DeepImages:
     reduced: int = 0
 
     def add(self, raw: RawImage, gray: np.ndarray[Any, Any]) -> None:
-        """Add an image, given its pixels after mapping."""
+        """Add an image. `gray` has its pixels."""
         self.reduced += raw.is_reduced
         if raw.is_deep:
             finite = raw.values[np.isfinite(raw.values)]
@@ -113,21 +112,16 @@ class DeepImages:
 def read_image(file: Path | BinaryIO, value_range: ValueRange | None = None) -> Pixels:
     """Return the pixels of an image file, or of a seekable binary stream: uint8, (height, width, 3), RGB.
 
-    The EXIF orientation is applied; of an animation this is the first frame. `raw_image` describes how modes are
-    converted, `RawImage.to_pixels` the range. A JPEG whose shorter side has 2, 4 or 8 times MIN_REDUCED_SIDE pixels or
-    more is decoded at a half, a quarter or an eighth of its size.
-
-    Raises:
-        BadImage: the file does not decode. Pipes, devices and folders are never opened.
+    The EXIF orientation is applied; of an animation this is the first frame. A JPEG whose shorter side has 2, 4 or 8
+    times MIN_REDUCED_SIDE pixels or more is decoded at a half, a quarter or an eighth of its size. Raise BadImage if
+    the file does not decode. Pipes, devices and folders are never opened.
     """
     return read_raw(file).to_pixels(value_range)
 
 
 def read_raw(file: Path | BinaryIO) -> RawImage:
     """Return an image as `read_image` does, before its values are mapped to 8 bits. Raise BadImage."""
-    if not isinstance(file, Path):
-        return _decode(file)
-    with _opened(file) as stream:
+    with _opened(file) if isinstance(file, Path) else nullcontext(file) as stream:
         return _decode(stream)
 
 
@@ -144,11 +138,6 @@ def decoder() -> str:
     heif = next((d.version for d in metadata.distributions(name="pi-heif")), None)
     rules = hashlib.blake2b(inspect.getsource(sys.modules[__name__]).encode(), digest_size=8).hexdigest()
     return ", ".join([f"Pillow {PIL.__version__}", *codecs, f"heif {heif}", f"rules {rules}"])
-
-
-def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
-    """Return the pixels of an image in memory: uint8, (height, width, 3), RGB, writable."""
-    return raw_image(image).to_pixels(value_range)
 
 
 def raw_image(image: Image.Image, *, is_reduced: bool = False) -> RawImage:
@@ -170,14 +159,24 @@ def raw_image(image: Image.Image, *, is_reduced: bool = False) -> RawImage:
     elif image.mode == "F":
         values = np.asarray(image)
     else:
+        opaque = image
         if image.has_transparency_data:
-            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        values = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    values = _upright(values, image)
+            alpha = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), alpha)  # without the EXIF of image
+        values = np.array(opaque if opaque.mode == "RGB" else opaque.convert("RGB"))
     if 0 in values.shape:
         raise BadImage("no pixels")
-    return RawImage(values, is_reduced)
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged tag block says nothing about the pixels
+        orientation = 1
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return RawImage(np.ascontiguousarray(values), is_reduced)
 
 
 @contextmanager
@@ -229,18 +228,3 @@ def _decode(stream: BinaryIO) -> RawImage:
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
         text = " ".join(str(error).split())[:80] or type(error).__name__
         raise BadImage("truncated" if "truncated" in text.lower() else f"damaged ({text})") from error
-
-
-def _upright(values: np.ndarray[Any, Any], image: Image.Image) -> np.ndarray[Any, Any]:
-    """Apply the EXIF orientation, unless it is missing, damaged or out of range."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged tag block says nothing about the pixels
-        orientation = 1
-    if orientation in (5, 6, 7, 8):
-        values = values.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        values = values[::-1]
-    if orientation in (2, 3, 6, 7):
-        values = values[:, ::-1]
-    return np.ascontiguousarray(values)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, read_bytes, read_raw, to_rgb
+from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, raw_image, read_bytes, read_raw
 from tlcli.data.listing import Listing, resolve_classes
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
@@ -32,7 +32,7 @@ SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change
 
 
 class MemoryBudget:
-    """A number of bytes for decoded images of several sources, which threads may exceed by an image each."""
+    """Bytes left for decoded images of several sources, which threads may exceed by an image each."""
 
     def __init__(self, nbytes: int) -> None:
         self.left = nbytes
@@ -62,7 +62,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def decode(self, index: int) -> Pixels:
-        """Return the pixels, uint8 (height, width, 3) RGB, whatever is in memory. Raise BadImage."""
+        """Return the pixels, uint8 (height, width, 3) RGB, without a look at memory. Raise BadImage."""
 
     def name(self, index: int) -> str:
         """Return the path of the file, or prefix/index."""
@@ -98,7 +98,6 @@ class ImageSource(ABC):
             raise BadImagesError(f"{self.name(index)}: {error}") from error
 
     def compute_digest(self, index: int) -> bytes:
-        """Return `digest` of an image for the first time. Raise BadImage."""
         pixels = self.decode(index)
         digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
         digest.update(np.ascontiguousarray(pixels).data)
@@ -106,22 +105,17 @@ class ImageSource(ABC):
 
 
 class DigestRecord:
-    """Digests of the files below one folder, which are computed again only if a file changed.
+    """Digests of the files below one folder, in the notes of a store.
 
-    A digest is reused if size, inode and modification time match, and the file was at least 2 s old when it was read.
-
-    Args:
-        store: keeps the record in its notes.
-        verify_all: read every file; the record is then written only.
+    A digest is reused if size, inode and modification time match, and the file was at least 2 s old when it was read;
+    with `verify_all` every file is read.
     """
 
     def __init__(self, store: Store, root: Path, *, verify_all: bool) -> None:
         self._store = store
         self._name = "digests-" + hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
         self._entries = store.read_notes(self._name)
-        self._root, self._verify_all = root, verify_all
-        self._used: set[str] = set()
-        self._changed = False
+        self._root, self._verify_all, self._changed = root, verify_all, False
 
     def digest(self, path: Path, key: str) -> bytes:
         """Return the digest of a file. Raise BadImage."""
@@ -129,7 +123,6 @@ class DigestRecord:
             state = path.stat()
         except (OSError, ValueError):
             return digest_of_file(path)  # which says what is wrong
-        self._used.add(key)
         identity = [state.st_size, state.st_ino, state.st_mtime_ns]
         with suppress(LookupError, TypeError, ValueError):  # no entry, or a damaged one
             if not self._verify_all and self._entries[key][:3] == identity:
@@ -141,10 +134,10 @@ class DigestRecord:
         return digest
 
     def save(self) -> None:
-        """Write the record if it changed and the cache can be written, without the files that are gone."""
+        """Write the record if it changed and the cache is writable, without files that are gone."""
         if self._changed:
             self._changed = False
-            self._entries = {k: v for k, v in self._entries.items() if k in self._used or (self._root / k).exists()}
+            self._entries = {k: v for k, v in self._entries.items() if (self._root / k).exists()}
             with suppress(OSError):
                 self._store.write_notes(self._name, self._entries)
 
@@ -155,7 +148,7 @@ def digest_of_file(path: Path) -> bytes:
 
 
 class ImageFiles(ImageSource):
-    """Images in files below a folder. `keys` are paths relative to it, with slashes."""
+    """Images in files below a folder; `keys` are paths relative to it, with slashes."""
 
     def __init__(self, root: Path, keys: Sequence[str], value_range: ValueRange | None = None) -> None:
         super().__init__()
@@ -193,7 +186,7 @@ class TorchvisionImages(ImageSource):
             raise BadImage(one_line(error)[:80]) from error
         if not isinstance(image, Image.Image):
             raise BadImage(f"a {type(image).__name__}, not an image")
-        return to_rgb(image)
+        return raw_image(image).to_pixels(None)
 
 
 class ImageArrays(ImageSource):
@@ -204,8 +197,7 @@ class ImageArrays(ImageSource):
         self.arrays = arrays
 
     def decode(self, index: int) -> Pixels:
-        pixels: Pixels = self.arrays[index]
-        return pixels
+        return self.arrays[index]  # type: ignore[no-any-return]
 
 
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
@@ -250,11 +242,9 @@ class Split:
         return self.images.read(int(self.indices[i]))
 
     def name(self, i: int) -> str:
-        """Return the path or name of the i-th image."""
         return self.images.name(int(self.indices[i]))
 
     def key(self, i: int) -> str:
-        """Return the name of the i-th image that stays when the data moves."""
         return self.images.key(int(self.indices[i]))
 
     def fingerprint(self, positions: Ints | None = None, reporter: Reporter | None = None) -> str:
@@ -263,16 +253,13 @@ class Split:
         return fingerprint(self.images, indices.tolist(), reporter or Reporter())
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
-        """Return the number of images per class."""
         return tuple(np.bincount(self.labels, minlength=n_classes).tolist())
 
     def take(self, positions: Ints) -> "Split":
-        """Return the images at these positions as a split."""
         return Split(self.images, self.indices[positions], self.labels[positions])
 
 
 def full_split(images: ImageSource, labels: Iterable[int]) -> Split:
-    """Return a split of all images."""
     values = np.fromiter(labels, dtype=np.int64)
     return Split(images, np.arange(len(values), dtype=np.int64), values)
 
@@ -295,7 +282,6 @@ class Source:
 
 
 def source_of_files(listing: Listing) -> Source:
-    """Return the files of a listing as images."""
     splits = {
         split: full_split(ImageFiles(listing.root, [key for key, _ in rows]), (label for _, label in rows))
         for split, rows in listing.splits.items()
@@ -307,7 +293,7 @@ def source_of_files(listing: Listing) -> Source:
 
 
 class ConcatSplits:
-    """Several splits as one sequence: position 0 is the first image of the first split."""
+    """Several splits as one sequence, with the methods of a split; position 0 is the first image of the first one."""
 
     def __init__(self, splits: Mapping[str, Split]) -> None:
         self.splits = splits
@@ -319,19 +305,13 @@ class ConcatSplits:
         return len(self.labels)
 
     def name(self, position: int) -> str:
-        """Return the path of the file, or a name such as digits/17."""
-        images, index = self.places[position]
-        return images.name(index)
+        return self.places[position][0].name(self.places[position][1])
 
     def key(self, position: int) -> str:
-        """Return the path below the dataset's root, or a name such as digits/17."""
-        images, index = self.places[position]
-        return images.key(index)
+        return self.places[position][0].key(self.places[position][1])
 
     def read(self, position: int) -> Pixels:
-        """Return the pixels, uint8 (height, width, 3) RGB. Raise BadImagesError for an unreadable file."""
-        images, index = self.places[position]
-        return images.read(index)
+        return self.places[position][0].read(self.places[position][1])
 
 
 def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
@@ -346,11 +326,8 @@ def cross_split_duplicates(
     images: ConcatSplits, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]
 ) -> list[list[int]]:
     """Return for each image of a split that is in another one too: its position, then those of its copies there."""
-    rows = []
-    for group in groups:
-        if copies := [i for i in group if images.split_names[i] in others]:
-            rows += [[i, *copies] for i in group if images.split_names[i] == split]
-    return rows
+    copies = [(group, [i for i in group if images.split_names[i] in others]) for group in groups]
+    return [[i, *there] for group, there in copies if there for i in group if images.split_names[i] == split]
 
 
 def label_conflicts(images: ConcatSplits, groups: Iterable[Sequence[int]]) -> list[list[int]]:
@@ -359,11 +336,9 @@ def label_conflicts(images: ConcatSplits, groups: Iterable[Sequence[int]]) -> li
 
 
 def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
-    """Yield the result of `work` for each item, in order, computed in threads. Errors are raised here.
+    """Yield the result of `work` for each item, in order, computed in threads by tasks of `chunk` items.
 
-    Args:
-        chunk: items per task.
-        ahead: maximum number of tasks whose results are not taken yet; None: two per thread.
+    At most `ahead` tasks, or two per thread, have results that are not taken yet. Errors are raised here.
     """
     threads = min(16, os.cpu_count() or 1)
     max_tasks = 2 * threads if ahead is None else ahead

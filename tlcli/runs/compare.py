@@ -79,7 +79,8 @@ def _read_tested_run(path: Path) -> TestedRun:
     predictions = None
     if is_file(run.test_predictions):
         stored = read_predictions(run.test_predictions)
-        pairs = zip(stored.labels.tolist(), stored.logits.argmax(dim=1).tolist(), strict=True)
+        chosen = stored.logits.argmax(dim=1).tolist() if stored.keys else []
+        pairs = zip(stored.labels.tolist(), chosen, strict=True)
         names = ((stored.classes[label], stored.classes[predicted]) for label, predicted in pairs)
         predictions = dict(zip(stored.keys, names, strict=True))
     return TestedRun(str(run.path), config, setting, values, predictions)

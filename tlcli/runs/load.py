@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tlcli.data.batches import Preprocessing
-from tlcli.data.decode import Pixels, ValueRange, read_image, to_rgb
+from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier
@@ -80,7 +80,7 @@ def pixels_of(image: str | Path | Image.Image | Pixels, value_range: ValueRange 
     if isinstance(image, str | Path):
         return read_image(Path(image), value_range)
     if isinstance(image, Image.Image):
-        return to_rgb(image, value_range)
+        return raw_image(image).to_pixels(value_range)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image must be a path, a PIL image or a uint8 array, not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
