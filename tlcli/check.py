@@ -42,18 +42,16 @@ MIN_CLASS_IMAGES = 10  # training images of a class below which its metrics are 
 THUMBNAIL_SIDE = 32
 NEIGHBORS = 10  # nearest neighbors per image whose thumbnails are compared; larger groups are found through chains
 MAX_RESIDUAL, MIN_CORRELATION = 2.5, 0.95
-"""Two thumbnails are one image if, after the best linear change of brightness and contrast, their gray values differ by
-at most this root mean square. Copies (half and a third of the size, 1.5 times, JPEG of quality 25) of brain scans,
-aerial images and textures had 0.4 to 1.1 in the median and below 2.5 in 99 %; neighboring slices of a scan 3.3 or more.
-The correlation keeps plain images apart, which differ by little whatever they show."""
+"""Limits for two thumbnails of one image: the root mean square difference of gray values after the best linear change
+of brightness and contrast (copies in another size or quality had 2.5 or less in 99 %, neighboring slices of a scan 3.3
+or more), and the correlation, which keeps plain images apart."""
 
 MAX_GROUPS, MAX_SUSPECTS = 12, 30  # on the contact sheet
-CELLS_PER_ROW, CELL_SIDE, GAP, LINE_HEIGHT = 5, 190, 10, 17  # the sides in pixels
+CELLS_PER_ROW, CELL_WIDTH, CELL_HEIGHT = 5, 200, 260  # in pixels
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Table = list[Sequence[object]]
-SheetRow = tuple[str, list[tuple[int, str]]]  # a title, and images with their captions
-TableAndSheet = tuple[Table, list[SheetRow]]
+TableAndSheet = tuple[Table, list[list[tuple[int, str]]]]  # and rows of images with their captions
 Duplicates = tuple[str, float, list[int]]  # exact or near, the lowest correlation of connecting pairs, positions
 Suspect = tuple[int, int, float, float, bool]  # position, suggested class, its own and that one's probability, likely
 
@@ -61,10 +59,8 @@ Suspect = tuple[int, int, float, float, bool]  # position, suggested class, its 
 def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Path, *, quick: bool) -> dict[str, Any]:
     """Check every image of the dataset of a spec, write the findings into a folder and return the summary.
 
-    The data is not changed. Raise UsageError if it is unusable.
-
-    Args:
-        quick: run no network, so find neither near duplicates nor wrong labels.
+    With `quick` no network runs, so neither near duplicates nor wrong labels are found. Raise UsageError if the data is
+    unusable.
     """
     start, seconds = time.perf_counter(), dict[str, float]()
 
@@ -83,9 +79,9 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
     lap("reading")
     exact = exact_duplicates(images, reporter)
-    duplicates: list[Duplicates] = [("exact", 1.0, group) for group in exact]
     lap("exact duplicates")
-    notes, suspects, labels = list(data.notes), list[Suspect](), dict[str, Any]()
+    notes, near = list(data.notes), list[tuple[float, list[int]]]()
+    suspects, labels = list[Suspect](), dict[str, Any]()
     inputs = None if quick else _features(spec, data, accelerator, session, reporter, notes)
     if inputs is None:
         no_features = "the head of this network is not one linear layer, so there are no features"
@@ -94,10 +90,10 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         checked = {"checked": True}
         lap("features")
         near, group_of = near_duplicates(images, exact, inputs.float().numpy(), reporter)
-        duplicates += [("near", *group) for group in near]
         lap("near duplicates")
         suspects, labels = check_labels(inputs, images.labels, data.classes, group_of, spec.seed, reporter)
         lap("labels")
+    duplicates = [*(("exact", 1.0, group) for group in exact), *(("near", *group) for group in near)]
     _write_files(folder, images, data, duplicates, suspects)
     lap("contact sheet")
     root, n_classes = spec.dataset.root, len(data.classes)
@@ -114,7 +110,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         "n_bad_files": len(data.bad_files),
         "layout": list(problems),
         "exact": _count_duplicates(images, exact),
-        "near": _count_duplicates(images, [group for kind, _, group in duplicates if kind == "near"]) | checked,
+        "near": _count_duplicates(images, [group for _, group in near]) | checked,
         "labels": checked | labels,
         "notes": notes,
         "seconds": {part: round(s, 3) for part, s in {**seconds, "total": sum(seconds.values())}.items()},
@@ -129,7 +125,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
 def _features(
     spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session, reporter: Reporter, notes: list[str]
 ) -> Tensor | None:
-    """Return the input of the head for each image, in order; None if the head is not one linear layer."""
+    """Return the input (N, D) of the head, in order; None if it is not one linear layer."""
     classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
     if not classifier.pretrained:
         notes.append("the features are of random weights: they say little about labels")
@@ -148,17 +144,10 @@ def _features(
 def near_duplicates(
     images: ConcatSplits, exact: Sequence[Sequence[int]], features: Floats, reporter: Reporter
 ) -> tuple[list[tuple[float, list[int]]], Ints]:
-    """Find images that are one image in another size, format, compression or brightness.
+    """Find images that are one image in another size, format, compression or brightness, by features (N, D).
 
-    Raise BadImagesError for an unreadable file.
-
-    Args:
-        exact: groups of exact copies; one image of each is compared.
-        features: of the backbone, (N, D).
-
-    Returns:
-        The lowest correlation and the positions of each group of near duplicates, with their exact copies; and for each
-        image (N) the number of its group of near or exact duplicates.
+    One image of each group of exact copies is compared. Return the lowest correlation and the positions of each group,
+    with exact copies; and for each image (N) the number of its group of near or exact duplicates. Raise BadImagesError.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -175,7 +164,7 @@ def near_duplicates(
 
 
 def _near_pairs(images: ConcatSplits, positions: Ints, features: Floats, reporter: Reporter) -> tuple[Ints, Floats]:
-    """Return (P, 2) positions of near duplicates among these, and the correlation (P) of their thumbnails."""
+    """Return (P, 2) near duplicates among these positions, and the correlation (P) of their thumbnails."""
     from sklearn.neighbors import NearestNeighbors
 
     if len(positions) < 2:
@@ -213,16 +202,10 @@ def check_labels(
     """Find labels (N) that a linear probe on features (N, D), fitted to other images, takes for another class.
 
     This is confident learning (Northcutt, Jiang and Chuang 2021): out-of-fold probabilities, and per class the mean
-    probability of its own images as the threshold above which an image counts as one of it. Suspects are ranked by the
-    probability of their label, lowest first. (On 5,000 images of CIFAR-10 with 50 and 250 labels changed this found 35
-    in the first 100 and 220 in the first 500; the normalized margin found 26 and 194.)
-
-    Args:
-        group_of: number of the group of duplicates of each image (N), ascending by first image. A group is in one fold:
-            else a copy with the same wrong label would confirm it.
-
-    Returns:
-        Suspects, which are likely wrong if they count as images of another class, and metrics.
+    probability of its own images as the threshold above which an image counts as one of it. Return suspects, ranked by
+    the probability of their label (on CIFAR-10 with 250 of 5,000 labels changed this found 220 in the first 500, the
+    normalized margin 194), and metrics. `group_of` has the number of each image's group of duplicates, ascending by
+    first image; a group is in one fold, else a copy with the same wrong label would confirm it.
     """
     folds = np.empty(len(labels), dtype=np.int64)
     random = np.random.default_rng([seed, FOLDS])
@@ -270,15 +253,30 @@ def check_labels(
 def _write_files(
     folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
 ) -> None:
-    """Write the tables and the contact sheet."""
+    import matplotlib
+
     duplicates_table, groups = _duplicates(images, data.classes, duplicates)
     labels_table, examples = _labels(images, data.classes, suspects)
     bad_files: Table = [("file", "reason"), *data.bad_files]
-    for name, rows in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
+    for name, table in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.writelines(map(csv_line, rows))
-    if groups or examples:
-        draw_sheet([*groups, *examples], images).save(folder / "contact_sheet.png")
+            stream.writelines(map(csv_line, table))
+    if not (rows := [*groups, *examples]):
+        return
+    # this font has more alphabets than Pillow's own
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+    side = CELL_WIDTH - 10  # of an image; its caption and name are below
+    sheet = Image.new("RGB", (CELLS_PER_ROW * CELL_WIDTH, len(rows) * CELL_HEIGHT), "white")
+    for y, row in enumerate(rows):
+        for x, (i, caption) in enumerate(row):
+            cell = Image.new("RGB", (side, CELL_HEIGHT), "white")  # it clips long names
+            image = Image.fromarray(images.read(i))
+            kernel = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.BILINEAR
+            cell.paste(ImageOps.pad(image, (side, side), kernel, color="white"))
+            lines = [*caption.split("\n"), images.key(i).rpartition("/")[2]]
+            ImageDraw.Draw(cell).text((0, side + 3), "\n".join(map(strip_control_chars, lines)), "black", font)
+            sheet.paste(cell, (x * CELL_WIDTH, y * CELL_HEIGHT))
+    sheet.save(folder / "contact_sheet.png")
 
 
 def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequence[Duplicates]) -> TableAndSheet:
@@ -286,20 +284,19 @@ def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequen
     table: Table = [("group", "kind", "similarity", "splits", "labels", "file", "split", "label")]
     ranked = []
     for number, (kind, similarity, group) in enumerate(duplicates, start=1):
-        places = [(images.split_names[i], classes[images.labels[i]]) for i in group]
-        n_splits, n_labels = (len(set(values)) for values in zip(*places, strict=True))
+        places = {i: (images.split_names[i], classes[images.labels[i]]) for i in group}
+        n_splits, n_labels = (len(set(values)) for values in zip(*places.values(), strict=True))
         about = number, kind, f"{similarity:.3f}", n_splits, n_labels
-        table += [(*about, images.name(i), *place) for i, place in zip(group, places, strict=True)]
-        captions = {i: ": ".join(place) for i, place in zip(group, places, strict=True)}
-        one_each = {caption: i for i, caption in reversed(captions.items())}
+        table += [(*about, images.name(i), *place) for i, place in places.items()]
+        one_each = {place: i for i, place in reversed(places.items())}
         shown = list(dict.fromkeys([*one_each.values(), *group]))[:CELLS_PER_ROW]
-        row = f"{kind} duplicates: {len(group):,} images, similarity {about[2]}", [(i, captions[i]) for i in shown]
+        title = f"{kind} {number}: {len(group):,} images, {about[2]}"
+        row = [(i, f"{title}\n{': '.join(places[i])}") for i in shown]
         ranked.append(((n_splits == 1, n_labels == 1, kind == "exact", number), row))
     return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
 
 
 def _labels(images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Suspect]) -> TableAndSheet:
-    """Return labels.csv and rows of the contact sheet."""
     table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
     cells = []
     for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
@@ -308,30 +305,7 @@ def _labels(images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Sus
         table.append((rank, images.name(i), images.split_names[i], *names, *chances))
         cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
     starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
-    return table, [("labels that may be wrong", cells[n : n + CELLS_PER_ROW]) for n in starts]
-
-
-def draw_sheet(rows: Sequence[SheetRow], images: ConcatSplits) -> Image.Image:
-    """Return a page of rows, each with a title and images above their captions and names."""
-    import matplotlib
-
-    # its font has more alphabets than Pillow's own
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
-    height = CELL_SIDE + 5 * LINE_HEIGHT
-    sheet = Image.new("RGB", (CELLS_PER_ROW * (CELL_SIDE + GAP) + GAP, len(rows) * height), "white")
-    for y, (title, cells) in zip(range(0, sheet.height, height), rows, strict=True):
-        ImageDraw.Draw(sheet).text((GAP, y), title, "#b3261e", font)
-        for column, (i, caption) in enumerate(cells):
-            cell = Image.new("RGB", (CELL_SIDE, height - LINE_HEIGHT), "white")  # it clips long names
-            image = Image.fromarray(images.read(i))
-            is_small = max(image.size) < CELL_SIDE  # then it is shown pixel by pixel
-            kernel = Image.Resampling.NEAREST if is_small else Image.Resampling.BILINEAR
-            cell.paste(ImageOps.pad(image, (CELL_SIDE, CELL_SIDE), kernel, color="white"))
-            lines = [*caption.split("\n"), images.key(i).rpartition("/")[2]]
-            text = "\n".join(map(strip_control_chars, lines))
-            ImageDraw.Draw(cell).text((0, CELL_SIDE + 3), text, "black", font)
-            sheet.paste(cell, (GAP + column * (CELL_SIDE + GAP), y + LINE_HEIGHT))
-    return sheet
+    return table, [cells[n : n + CELLS_PER_ROW] for n in starts]
 
 
 # -- summary ----------------------------------------------------------------------------------------------------------
