@@ -63,7 +63,7 @@ def test_problems_are_warnings_and_a_check_that_fails_hides_no_other(
         raise RuntimeError("odd")
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(doctor, "memory", broken)
+    monkeypatch.setattr("joblib.cpu_count", broken)
     ended = tlcli("doctor")
     assert ended.code == 0
     assert "warning: machine: the check failed (RuntimeError: odd)" in ended.out

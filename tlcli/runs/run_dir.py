@@ -75,17 +75,15 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """Return the values of config.yaml; an empty dict if it is missing or damaged."""
-        try:
+        with suppress(OSError, ValueError):
             return read_yaml(self.config_file)
-        except (OSError, ValueError):
-            return {}
+        return {}
 
     def test(self) -> dict[str, Any]:
         """Return the contents of test.json; an empty dict if it is missing or damaged."""
-        try:
+        with suppress(OSError, ValueError):
             return read_json(self.test_file)
-        except (OSError, ValueError):
-            return {}
+        return {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without lines that are damaged: the last one of a killed run may be."""
@@ -149,10 +147,7 @@ class RunDir:
                 file.writelines(csv_line(row) for row in [("file", "reason"), *files])
 
     def add_evaluation(self, write: Callable[[Path], None]) -> Path:
-        """Return a new directory eval-1, eval-2, ... with the files that `write` puts into it.
-
-        It is complete from the moment that it exists. Two processes never get the same.
-        """
+        """Return a new directory eval-1, eval-2, ... that has the files that `write` writes as soon as it exists."""
         from tempfile import TemporaryDirectory  # here: with hashlib it is a tenth of what `list` imports
 
         try:
@@ -164,12 +159,10 @@ class RunDir:
             Path(name).chmod(self.path.stat().st_mode)  # a temporary folder can be read by its owner only
             for n in count(1):
                 path = self.path / f"eval-{n}"
-                if path.exists():
-                    continue
                 try:
-                    return Path(name).rename(path)
+                    return Path(name).rename(path)  # fails for a folder that has files
                 except OSError:
-                    if not path.exists():  # otherwise another process was faster: rename fails if the folder has files
+                    if not path.exists():
                         raise
         raise AssertionError("unreachable")
 
@@ -305,14 +298,10 @@ def stored_confusion(counts: Sequence[Sequence[int]]) -> list[list[int]]:
 def environment() -> dict[str, Any]:
     """Return versions, machine and git commit for run.json, without host name, user name or environment variables."""
     import subprocess
-    from importlib.metadata import PackageNotFoundError, version
 
     from tlcli.device import processor_name
 
-    versions = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = {package: version for package in PACKAGES if (version := installed_version(package))}
     commit = None
     with suppress(OSError, subprocess.SubprocessError):
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
@@ -327,6 +316,15 @@ def environment() -> dict[str, Any]:
         },
         "git_commit": commit,
     }
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def now() -> str:
