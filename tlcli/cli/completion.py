@@ -180,9 +180,8 @@ def _values_of(action: argparse.Action, command: Parser, word: str, before: list
         return
     for kind in str(action.metavar).split("|"):
         if kind in ("RUN", "SWEEP"):
-            from tlcli.runs.run_dir import recent_runs
-
-            runs = recent_runs()
+            files = (file for pattern in ("*/*", "*/*/*") for file in Path("outputs").glob(f"{pattern}/run.json"))
+            runs = sorted((file.parent.as_posix() for file in files), reverse=True)[:200]  # the newest
             yield from runs if kind == "RUN" else (run.rpartition("/")[0] for run in runs if run.count("/") > 2)
         elif kind == "FOLDER":
             yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")

@@ -188,8 +188,8 @@ def _devices() -> Findings:
         yield Problem(f"PyTorch starts {threads} threads on {cores} usable cores, which is slow: {remedy}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        capability = [gpu.major, gpu.minor]
-        yield "devices", f"CUDA {i}", {"name": gpu.name, "memory": gpu.total_memory, "capability": capability}
+        version = [gpu.major, gpu.minor]
+        yield "devices", f"CUDA {i}", {"name": gpu.name, "memory": gpu.total_memory, "capability": version}
     if torch.backends.mps.is_available():
         yield "devices", "MPS", {"name": "Apple GPU"}
     if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):

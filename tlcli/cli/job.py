@@ -24,11 +24,10 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
-from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import DatasetSpec, TrainSpec
+from tlcli.specs import TrainSpec
 
 if TYPE_CHECKING:
     from tlcli.engine.session import Session
@@ -39,11 +38,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 class Command:
     """Hydra's task function: runs one job, with what the jobs of a command share.
 
-    Args:
-        line: the command line as typed.
-        sweep: the folder of a sweep; None for a single run.
-        spec: of a single run.
-        resume: the sweep was interrupted: jobs that are done stay as they are, the others are resumed.
+    `sweep` is the folder of a sweep, None for a single run, which has `spec`. With `resume`, jobs that are done stay.
     """
 
     def __init__(
@@ -52,7 +47,6 @@ class Command:
         self.error: Exception | None = None
         self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
         self._session: Session | None = None
-        self._checked: DatasetSpec | None = None
         self._output_subdir: str | None = None
 
     def launch(self, config: DictConfig, loader: ConfigLoader, folder: Path) -> None:
@@ -128,26 +122,26 @@ class Command:
             if self._output_subdir is not None:  # what Hydra would write
                 folder = run.path / self._output_subdir
                 folder.mkdir(parents=True, exist_ok=True)
-                for name, content in (("config", config), ("hydra", HydraConfig.instance().cfg)):
+                contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
+                for name, content in contents.items():
                     OmegaConf.save(content, folder / f"{name}.yaml")
-                OmegaConf.save(job.overrides.task, folder / "overrides.yaml")
             if title:
                 reporter.heading(title)
             spec = self._spec or build_spec(config, self._files)
             if self._spec is None:
                 check_weights(spec.backbone.weights)
-                if spec.dataset != self._checked:
-                    spec.dataset.check()
-                    self._checked = spec.dataset
             state = None
             if resumed:
                 with fast_imports():
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
                 prepare_resume(run, state, self._line)
+            log.info(first_line(spec))
             with fast_imports():
+                from tlcli.engine.session import session_for
                 from tlcli.train import train
-            with prepare_training(spec, run, reporter, self._session) as (self._session, logged):
+            self._session = session_for(spec.cache, self._session)
+            with logged_run(spec, run.path, reporter) as logged:
                 value = train(spec, run, logged, self._session, state)
         discard_state(run, spec)
         return value
@@ -176,19 +170,6 @@ class Command:
 def _as_typed(hydra: Any) -> list[str]:
     words = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     return [str(word) for word in words] if isinstance(words, list) else []
-
-
-@contextmanager
-def prepare_training(
-    spec: TrainSpec, run: RunDir, reporter: Reporter, session: "Session | None" = None
-) -> "Iterator[tuple[Session, Reporter]]":
-    """Yield the session for a run, that of the previous job if it has the same cache, and the reporter that logs it."""
-    log.info(first_line(spec))
-    with fast_imports():
-        from tlcli.engine.session import session_for
-
-    with logged_run(spec, run.path, reporter) as logged:
-        yield session_for(spec.cache, session), logged
 
 
 @contextmanager
@@ -256,5 +237,4 @@ def check_weights(weights: str) -> None:
 
 def first_line(spec: TrainSpec) -> str:
     """Return one line that says what a run is."""
-    arrow = "→" if (sys.stdout.encoding or "").lower().startswith("utf") else "->"
-    return f"tlcli {__version__}: {spec.dataset.name} {arrow} {spec.backbone.name}, freeze={spec.freeze.kind}"
+    return f"tlcli {__version__}: {spec.dataset.name} -> {spec.backbone.name}, freeze={spec.freeze.kind}"

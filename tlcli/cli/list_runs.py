@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -57,7 +58,7 @@ def parser() -> Parser:
         help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}",
     )
     list_parser.add_argument("--limit", type=whole_number, metavar="N", help="list the first N entries")
-    list_parser.add_removed("--filter", "use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
+    list_parser.add_argument("--filter", nargs="?", const="", help=SUPPRESS)  # of tlcli 0.5 and earlier
     list_parser.add_format(("table", "csv", "json"))
     return list_parser
 
@@ -69,6 +70,8 @@ def run(argv: list[str]) -> int:
         i = words.index("--sort")
         words[i : i + 2] = [f"--sort={words[i + 1]}"]
     arguments = parser().parse_intermixed_args(words)
+    if arguments.filter is not None:
+        raise UsageError("--filter was removed; use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
     entries: dict[Path, Entry] = {}
     for folder in map(expand_user, arguments.folders):
         if not folder.is_dir():

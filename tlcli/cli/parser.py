@@ -8,8 +8,6 @@ from typing import NoReturn
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean
 
-FORMATS = ("table", "json")
-
 
 class Parser(argparse.ArgumentParser):
     """A parser of one command. An error is a UsageError that names the nearest flag.
@@ -31,13 +29,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def add_format(self, formats: Sequence[str] = FORMATS) -> None:
+    def add_format(self, formats: Sequence[str] = ("table", "json")) -> None:
         """Add --format; the first format is the default."""
         self.add_argument("--format", choices=formats, default=formats[0], help="format of the output")
-
-    def add_removed(self, flag: str, instead: str) -> None:
-        """Answer a flag that earlier releases had with a UsageError that names its replacement."""
-        self.add_argument(flag, action=_Removed, nargs="?", metavar=instead, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with argparse's message and the nearest flag."""
@@ -58,8 +52,3 @@ def whole_number(value: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{,8}", value):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {value!r}")
     return int(value)
-
-
-class _Removed(argparse.Action):
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> NoReturn:
-        raise UsageError(f"{option_string} was removed; {self.metavar}")

@@ -11,29 +11,22 @@ from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, prepare_training, record_status
-from tlcli.cli.view import TerminalReporter
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
+from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
 from tlcli.runs import leaderboard
+from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import RunDir, host_digest, is_sweep, number, open_run, process_has_exited
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
-# keys, or groups of keys, that may be given new values, with a comment for the error message
-CHANGEABLE_ON_RESUME = {
-    "epochs": "upward",
-    "device.workers": "",
-    "log_every": "",
-    "checkpoint": "",
-    "logger": "",
-    "dataset.root": "or .file, if the images have moved",
-    "dataset.file": "",
-    "dataset.ram_gb": "",
-    "cache.max_gb": "",
-    "cache.ram_gb": "",
-}
+# keys, and groups of keys, that may be given new values, as the error message lists them
+CHANGEABLE = (
+    "epochs (upward), device.workers, log_every, checkpoint, logger, dataset.root (if the images have moved), "
+    "dataset.file, dataset.ram_gb, cache.max_gb, cache.ram_gb"
+)
 
 
 def resume_argument(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -122,6 +115,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     check(spec)
     print(first_line(spec), flush=True)
     with fast_imports():
+        from tlcli.engine.session import session_for
         from tlcli.runs.resume_state import prepare_resume, read_state
         from tlcli.train import train
 
@@ -134,18 +128,17 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             if info.get("status") == "running" and info.get("host") != host_digest():
                 reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
-            factors = [  # of a run with ten steps per epoch
-                [lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in range(10 * before.epochs)]
-                for s in (before, spec)
-            ]
+            steps = range(10 * before.epochs)  # as if an epoch had ten
+            factors = [[lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in steps] for s in (before, spec)]
             if factors[0] != factors[1]:
                 reporter.note(
                     f"epochs={spec.epochs}, was {before.epochs}: from here on the learning rate follows the "
                     f"{spec.scheduler.kind} schedule of {spec.epochs} epochs, so the result is not that of a run "
                     f"started with epochs={spec.epochs}"
                 )
-            with prepare_training(spec, run, reporter) as (session, logged):
-                train(spec, run, logged, session, state)
+            log.info(first_line(spec))
+            with logged_run(spec, run.path, reporter) as logged:
+                train(spec, run, logged, session_for(spec.cache), state)
         discard_state(run, spec)
     finally:
         if (sweep := leaderboard.sweep_of(run)) is not None:
@@ -158,11 +151,10 @@ def _allowed_changes(before: TrainSpec, now: TrainSpec) -> list[str]:
     """Return the keys whose values differ. Raise UsageError for changes that would make it another run."""
     old, new = flat_keys(to_plain(before)), flat_keys(to_plain(now))
     changes = [key for key in {**old, **new} if old.get(key, ...) != new.get(key, ...)]
-    allowed = tuple(CHANGEABLE_ON_RESUME)
-    wrong = [key for key in changes if key not in allowed and not key.startswith(tuple(f"{k}." for k in allowed))]
+    allowed = tuple(f"{words.split()[0]}." for words in CHANGEABLE.split(", "))
+    wrong = [key for key in changes if not f"{key}.".startswith(allowed)]
     if now.epochs < before.epochs:
         wrong.append(f"epochs={now.epochs}, less than {before.epochs}")
     if wrong:
-        keys = ", ".join(f"{key} ({comment})" if comment else key for key, comment in CHANGEABLE_ON_RESUME.items())
-        raise UsageError(f"a resumed run cannot change {', '.join(wrong)}; it may change {keys}")
+        raise UsageError(f"a resumed run cannot change {', '.join(wrong)}; it may change {CHANGEABLE}")
     return changes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
-from tlcli.files import atomic_write, exists, expand_user, is_dir, read_yaml
+from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml
 from tlcli.text import csv_line, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -174,9 +174,8 @@ def open_run(path: str | Path) -> RunDir:
         siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if is_dir(run.path.parent) else []
         raise UsageError(f"{run.path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
     if not exists(run.info_file):
-        above = (parent for parent in run.path.parents if run.path.is_file() and (parent / "run.json").is_file())
         below = (file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern)))
-        near = next(chain(above, below), None)
+        near = next((path for path in chain(run.path.parents, below) if is_file(path / "run.json")), None)
         hint = f". Did you mean {near}?" if near else ""
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
     schema = run.info.get("schema_version")
@@ -203,12 +202,6 @@ def process_has_exited(info: Mapping[str, Any]) -> bool:
     except (OSError, OverflowError) as error:
         return isinstance(error, ProcessLookupError)  # otherwise it is another user's process
     return False
-
-
-def recent_runs(limit: int = 200) -> list[str]:
-    """Return the runs, and the jobs of sweeps, that are below outputs/ as `tlcli train` names them; newest first."""
-    files = [file for pattern in ("outputs/*/*/run.json", "outputs/*/*/*/run.json") for file in Path().glob(pattern)]
-    return sorted((file.parent.as_posix() for file in files), reverse=True)[:limit]
 
 
 @dataclass(frozen=True, eq=False)
