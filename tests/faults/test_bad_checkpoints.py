@@ -17,7 +17,7 @@ from tests.runs.test_predictions import SOME
 from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import build_model, read_weights
 from tlcli.models.classifier import Classifier
-from tlcli.runs.checkpointing import save_weights
+from tlcli.models.tensorfile import write_tensors
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_predictions
 
@@ -50,8 +50,8 @@ def run(network: nn.Module, tmp_path: Path) -> RunDir:
     """Write a finished run, as far as loading needs it."""
     run = RunDir(tmp_path / "run")
     run.start(command="tlcli train", overrides=[], config="seed: 1\n")
-    save_weights(run.best_checkpoint, network, METADATA)
-    save_weights(run.last_checkpoint, network, METADATA)
+    write_tensors(run.best_checkpoint, network.state_dict(), METADATA)
+    write_tensors(run.last_checkpoint, network.state_dict(), METADATA)
     run.update(best={"epoch": 3}, calibration={"temperature": 1.5})
     run.end("done")
     return run

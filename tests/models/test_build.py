@@ -13,7 +13,7 @@ from tlcli.models import backbones
 from tlcli.models.backbones import timm_stages
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
-from tlcli.runs.checkpointing import save_weights
+from tlcli.models.tensorfile import write_tensors
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -48,7 +48,7 @@ def run(source: Classifier, tmp_path: Path) -> Path:
         "classes": list(CLASSES),
         "preprocessing": {"size": 64, "fit": "squash", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
     }
-    save_weights(tmp_path / "run/checkpoints/best.safetensors", source.network, metadata)
+    write_tensors(tmp_path / "run/checkpoints/best.safetensors", source.network.state_dict(), metadata)
     return tmp_path / "run"
 
 
@@ -112,7 +112,9 @@ def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypat
 
 def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
     backbone, file = ("backbone=timm", "backbone.name=test_vit"), tmp_path / "v.safetensors"
-    save_weights(file, build(spec, "none", backbone=backbone, size=64).network, {"classes": list(CLASSES)})
+    write_tensors(
+        file, build(spec, "none", backbone=backbone, size=64).network.state_dict(), {"classes": list(CLASSES)}
+    )
     larger = build(spec, file, backbone=backbone, size=96)
     assert larger.head_loaded
     with torch.inference_mode():

@@ -15,12 +15,12 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE  # timm depends on it
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import is_dir, is_file
-from tlcli.models.classifier import Classifier, match_names
+from tlcli.models.classifier import Classifier, check_state_dict, match_names
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
 
@@ -65,7 +65,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if head & dropped:
         head_note = f"head: reinitialized, {len(classes)} classes"
     state = {name: t for name, t in _resample_pos_embed(state, network).items() if name not in dropped}
-    _check_state_dict(state, network, dropped | head, f"backbone.weights={loaded.source}")
+    check_state_dict(state, network, f"backbone.weights={loaded.source}", optional=dropped | head)
     network.load_state_dict(state, strict=False)
     notes = [f"weights: {loaded.source}", head_note]
     if dropped:
@@ -114,27 +114,6 @@ def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Ten
         grid = list(network.patch_embed.grid_size)
         return {**state, "pos_embed": resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)}
     return state
-
-
-def _check_state_dict(state: dict[str, Tensor], network: nn.Module, optional: frozenset[str], source: str) -> None:
-    """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
-    expected = network.state_dict()
-    for name in {**expected, **state}:
-        problem = ""
-        if name not in expected:
-            problem = f"unknown tensor {name}"
-        elif name not in state:
-            is_optional = name in optional or name.endswith("num_batches_tracked")
-            problem = "" if is_optional else f"no tensor {name}"
-        elif state[name].shape != expected[name].shape:
-            shape, expected_shape = ("x".join(map(str, tensors[name].shape)) for tensors in (state, expected))
-            problem = f"{name} is {shape}, not {expected_shape}"
-        elif state[name].is_complex():
-            problem = f"{name} has complex numbers"
-        elif not state[name].to(expected[name].dtype).isfinite().all():  # float64 holds more than float32
-            problem = f"{name} has values that are not finite"
-        if problem:
-            raise UsageError(f"{source}: {problem}; are the weights damaged, or of another architecture?")
 
 
 # --- Sources of weights

@@ -117,6 +117,28 @@ def match_names(
     return matched
 
 
+def check_state_dict(state: dict[str, Tensor], network: nn.Module, source: str, optional: Collection[str] = ()) -> None:
+    """Raise UsageError for the first tensor that is missing, unknown, of another shape, or not finite."""
+    expected = network.state_dict()
+    for name in {**expected, **state}:
+        if name not in expected:
+            problem = f"unknown tensor {name}"
+        elif name not in state:
+            if name in optional or name.endswith("num_batches_tracked"):
+                continue
+            problem = f"no tensor {name}"
+        elif state[name].shape != expected[name].shape:
+            shape, expected_shape = ("x".join(map(str, tensors[name].shape)) for tensors in (state, expected))
+            problem = f"{name} is {shape}, not {expected_shape}"
+        elif state[name].is_complex():
+            problem = f"{name} has complex numbers"
+        elif not state[name].to(expected[name].dtype).isfinite().all():  # float64 holds more than float32
+            problem = f"{name} has values that are not finite"
+        else:
+            continue
+        raise UsageError(f"{source}: {problem}; are the weights damaged, or of another architecture?")
+
+
 def count(parameters: Iterable[Tensor]) -> int:
     """Return the number of values in all tensors."""
     return sum(p.numel() for p in parameters)

@@ -1,7 +1,8 @@
 """Checkpoints: when those of a run are written, and what is in them."""
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,48 +24,30 @@ from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
 
 SPLITS = ("train", "val", "test")
-DIGEST_CHARS = 16  # of the fingerprint of a class: it detects changes and protects from nobody
 STATE_VERSION = 2  # of the contents of state.safetensors
 MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
 _TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
 
 
-def save_weights(
-    path: Path, network: nn.Module, metadata: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write all tensors of a network (those in `instead` in place of its own), and the metadata, in one atomic step."""
-    write_tensors(path, {**network.state_dict(), **(instead or {})}, metadata)
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested mappings and sequences of tensors and of what JSON can hold, in one atomic step."""
+    """Write nested dicts, lists and tuples of tensors and of what JSON can hold, in one atomic step."""
     tensors: dict[str, Tensor] = {}
 
-    def without_tensors(value: Any, at: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[at] = value
-            return {_TENSOR: at}
-        if isinstance(value, Mapping):
-            return {str(key): without_tensors(item, f"{at}/{key}") for key, item in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return [without_tensors(item, f"{at}/{i}") for i, item in enumerate(value)]
-        return value
+    def reference(tensor: Tensor) -> dict[str, str]:
+        name = str(len(tensors))
+        tensors[name] = tensor
+        return {_TENSOR: name}
 
-    metadata = without_tensors(state, "")  # fills tensors
+    metadata = json.loads(json.dumps(state, default=reference))  # fills tensors
     write_tensors(path, tensors, metadata)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Return what `save_state` wrote: keys are strings, sequences are lists. Raise TlcliError if it is damaged."""
     tensors, metadata = read_tensors(path)
-
-    def with_tensors(value: Any) -> Any:
-        if isinstance(value, dict):
-            is_tensor = value.keys() == {_TENSOR}
-            return tensors[value[_TENSOR]] if is_tensor else {key: with_tensors(item) for key, item in value.items()}
-        return [with_tensors(item) for item in value] if isinstance(value, list) else value
-
-    state: dict[str, Any] = with_tensors(metadata)
+    state: dict[str, Any] = json.loads(
+        json.dumps(metadata), object_hook=lambda value: tensors[value[_TENSOR]] if _TENSOR in value else value
+    )
     return state
 
 
@@ -91,12 +74,11 @@ def image_fingerprints(data: Dataset) -> dict[str, Any]:
     for name in SPLITS:
         split = getattr(data, name)
         by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
-        fingerprints[name] = [[len(indices), split.fingerprint(indices)[:DIGEST_CHARS]] for indices in by_class]
+        fingerprints[name] = [[len(indices), split.fingerprint(indices)[:16]] for indices in by_class]
     return fingerprints
 
 
 def weights_metadata(workload: Workload) -> dict[str, Any]:
-    """Return what a file of weights says of the network."""
     classifier = workload.classifier
     return {
         "tlcli": __version__,
@@ -111,10 +93,7 @@ class CheckpointManager:
     """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
 
     The state is written after the best weights, which have their own epoch and scores: a run that is killed between the
-    two resumes from either.
-
-    Args:
-        epoch: the last epoch that was validated; -1 before the first, which is 0.
+    two resumes from either. `epoch` is the last one that was validated; -1 before the first, which is 0.
     """
 
     def __init__(self, run: RunDir, inputs: Inputs, trainer: Trainer, epoch: int) -> None:
@@ -140,7 +119,6 @@ class CheckpointManager:
             self.save()
 
     def after_step(self) -> None:
-        """Save after a step if the last save was long ago."""
         self._has_changes = True
         if time.perf_counter() - self._saved_at >= self._seconds:
             self.save()
@@ -155,7 +133,7 @@ class CheckpointManager:
             # a second name for the file of the best weights, if the last epoch is the best one
             is_best = self._last == self._written
             if not is_best or not replace_with_hardlink(self._run.best_checkpoint, self._run.last_checkpoint):
-                save_weights(self._run.last_checkpoint, self._network, self._last)
+                write_tensors(self._run.last_checkpoint, self._network.state_dict(), self._last)
         if "images" not in self._fixed:
             workload = self._inputs.workload
             self._fixed |= {"images": image_fingerprints(workload.data), "frozen": workload.contract.digest()}
@@ -168,12 +146,10 @@ class CheckpointManager:
             "metrics_bytes": self._run.metrics_bytes(),
         }
         save_state(self._run.state_file, state)
-        self._has_changes = False
-        self._saved_at = time.perf_counter()
+        self._has_changes, self._saved_at = False, time.perf_counter()
         self._save_seconds = self._saved_at - start
 
     def load_best(self) -> None:
-        """Load the weights of the best epoch into the network."""
         self.save()
         self._network.load_state_dict(read_tensors(self._run.best_checkpoint)[0])
 
@@ -193,5 +169,5 @@ class CheckpointManager:
     def _save_best(self) -> None:
         if self._best is not None:
             tensors, metadata = self._best
-            save_weights(self._run.best_checkpoint, self._network, metadata, instead=tensors)
+            write_tensors(self._run.best_checkpoint, {**self._network.state_dict(), **tensors}, metadata)
             self._written, self._best = metadata, None

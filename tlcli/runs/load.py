@@ -18,7 +18,7 @@ from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
-from tlcli.models.classifier import Classifier
+from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.registry import options
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
@@ -110,14 +110,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     with torch.random.fork_rng(devices=[]):  # the random initial weights must not advance the caller's generator
         classifier = spec.build(len(classes), preprocessing.size)
     network = classifier.network
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = one_line(error)[:300]
-        raise UsageError(f"{file}: does not fit {spec.name} with {len(classes)} classes: {reason}") from error
-    loaded = network.state_dict()  # in float32, whose range may be smaller than that of the file's dtype
-    if bad := next((n for n, t in state.items() if t.is_complex() or not loaded[n].isfinite().all()), None):
-        raise UsageError(f"{file}: {bad} has values that are not finite; the checkpoint is damaged")
+    check_state_dict(state, network, f"{file}: does not fit {spec.name} with {len(classes)} classes")
+    network.load_state_dict(state, strict=False)
     network.eval().requires_grad_(False)
     expected = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)

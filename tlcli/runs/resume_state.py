@@ -35,11 +35,7 @@ class ResumeState:
         return max(1, int(self.state["machine"]["threads"]))
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
-        """Return the run's decisions, as far as they can be followed here.
-
-        Raises:
-            UsageError: the images are not those that the run started with.
-        """
+        """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""
         before, now = self.state["images"], image_fingerprints(workload.data)
         changes = []
         if before["classes"] != now["classes"]:
@@ -58,12 +54,9 @@ class ResumeState:
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
-        """Load the state of training, check the frozen tensors, and note where the run resumes.
+        """Load the state of training; return the next epoch, and the best one so far.
 
-        Return the next epoch, and the best one so far.
-
-        Raises:
-            TlcliError: the frozen tensors are not those that the run started with, or the state is damaged.
+        Raises TlcliError if the frozen tensors are not those that the run started with, or the state is damaged.
         """
         workload, state = inputs.workload, self.state
         try:
@@ -89,7 +82,7 @@ class ResumeState:
         return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1))
 
     def _differences(self, inputs: Inputs) -> list[str]:
-        """Return why the result may not equal that of an uninterrupted run bit for bit; empty if it will."""
+        """Return why the result may not equal that of an uninterrupted run bit for bit."""
         now, before = machine_info(inputs.workload.accelerator), self.state["machine"]
         differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
         if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
@@ -103,8 +96,7 @@ class ResumeState:
 def read_state(run: RunDir) -> ResumeState | None:
     """Return the state of an interrupted run; None if there was no checkpoint.
 
-    Raises:
-        TlcliError: a file is damaged, or of another version of tlcli.
+    Raises TlcliError if a file is damaged, or of another version of tlcli.
     """
     if not run.state_file.is_file():
         return None
