@@ -27,14 +27,13 @@ from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
 from tlcli.engine.extraction import BATCH, Extractor
-from tlcli.engine.gradients import is_plain_linear
 from tlcli.engine.session import Session
-from tlcli.models.classifier import Classifier
+from tlcli.models.classifier import Classifier, Float32Linear, Head
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
-from tlcli.transfer.contract import FreezeContract
+from tlcli.transfer.contract import FreezeContract, linear_head
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 ROW_FORMAT_VERSION = 1  # of the rules by which an image becomes a row: part of every key
@@ -192,11 +191,12 @@ class Workload:
 
     def plain_head(self, cut: Cut) -> nn.Linear | None:
         """Return the head if the suffix of the cut is one plain linear layer and nothing else."""
-        names = self.classifier.head
-        head = self.classifier.network.get_submodule(names[0])
-        if len(names) == 1 and cut.suffix_start == names[0] and isinstance(head, nn.Linear) and is_plain_linear(head):
-            return head if cut.shapes == ((head.in_features,),) else None
-        return None
+        head = linear_head(self.classifier)
+        # a subclass may do more, and tlcli's head has dropout
+        is_plain = type(head) in (nn.Linear, Float32Linear) or (isinstance(head, Head) and head.dropout == 0)
+        if head is None or not is_plain or cut.suffix_start != self.classifier.head[0]:
+            return None
+        return head if cut.shapes == ((head.in_features,),) else None
 
     def extractor(self, cut: Cut, option: ComputeFormat, *, compiled: bool = False) -> Extractor:
         """Return what runs the prefix of a cut over images; one per cut, format and way for all jobs of the process."""

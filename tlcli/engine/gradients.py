@@ -11,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tlcli.models.classifier import Float32Linear, Head
-
 
 class LinearLoss:
     """Loss and gradient of `layer`, with label smoothing and class weights as in torch's cross_entropy.
 
     With t the target distribution of an image, weighted by class, and p the softmax of its logits, the loss is
-    -sum(t log p) and its gradient with respect to the logits is sum(t) p - t (Bishop, Pattern Recognition and Machine
-    Learning, 4.3.4).
+    -sum(t log p) and its gradient by the logits is sum(t) p - t (Bishop, Pattern Recognition, 4.3.4).
     """
 
     def __init__(self, layer: nn.Linear, label_smoothing: float, class_weights: Tensor | None) -> None:
@@ -29,10 +26,7 @@ class LinearLoss:
         self._minus_targets = by_label.t().contiguous()  # (C, label)
 
     def backward(self, features: Tensor, labels: Tensor, n_images: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the mean over `n_images`; return the sum of the losses, and the logits (B, C).
-
-        features (B, D) float32, labels (B).
-        """
+        """Add the gradient of the mean over `n_images`; return the sum of the losses, and the logits (B, C)."""
         weight, bias = self._layer.weight, self._layer.bias
         with torch.no_grad():  # (C, B) instead of (B, C): products of such shapes take a fifth less time
             logits = weight @ features.t()
@@ -50,16 +44,10 @@ class LinearLoss:
             return minus_targets.mul_(log_p).sum(), logits.t()
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Return True if a layer is linear and nothing else: a subclass may do more, and tlcli's head has dropout."""
-    return type(layer) in (nn.Linear, Float32Linear) or (isinstance(layer, Head) and layer.dropout == 0)
-
-
 def fp32_depthwise_backward(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context in which depthwise convolutions in bfloat16 on a CPU compute their gradients in float32.
 
-    Their outputs are unchanged and their gradients are rounded less. That is 4 to 100 times as fast, on processors
-    with AMX, with AVX512-BF16 and without either.
+    That is 4 to 100 times as fast, on processors with AMX, with AVX512-BF16 and without either.
     """
     return _Float32Gradients() if accelerator.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +16,12 @@ ActivationTensors = tuple[Tensor, ...]  # a row per image in each tensor that cr
 READ_BYTES, READ_ROWS = 4 * 1024 * 1024, 1024  # read at once if a batch is smaller, at most: gathering few rows is slow
 
 
-class BatchLoader(Protocol):
-    """One split as device batches (x, y): x as `network` takes it, which runs in `dtype`.
-
-    `threads` is the best number of threads of arithmetic on a CPU (None: all). `head` is the linear layer that the
-    network consists of if the loader yields the head's features, else None.
-    """
-
-    network: nn.Module
-    dtype: torch.dtype
-    threads: int | None
-    head: nn.Linear | None
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches."""
-
-    def in_order(self) -> Iterator[Batch]:
-        """Yield each image once, in order, as evaluation sees it."""
-
-
 @dataclass(eq=False)
 class ImageLoader:
     """Batches of images that are decoded, augmented and normalized on demand: x (B, 3, S, S) float32.
 
-    Args:
-        views: the number of augmented views per image, one per epoch in turn; None: a new view in each epoch.
-        transforms: random transforms of training images that run on the device; `batches` has not applied them.
+    `views` is the number of augmented views per image, one per epoch in turn (None: a new one in each epoch).
+    `transforms` of training images run on the device; `batches` has not applied them.
     """
 
     batches: ImageBatches
@@ -62,6 +38,7 @@ class ImageLoader:
         return len(self.batches.split)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches."""
         view = (number - 1) % self.views if self.views else None
         batches = prefetch_to_device(self.batches.epoch(number, view, start), self.device)
         if self.transforms is not None:
@@ -70,6 +47,7 @@ class ImageLoader:
         return self._normalized(batches)
 
     def in_order(self) -> Iterator[Batch]:
+        """Yield each image once, in order, as evaluation sees it."""
         return self._normalized(prefetch_to_device(self.batches.in_order(), self.device))
 
     def _normalized(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
@@ -82,11 +60,8 @@ class ImageLoader:
 class ActivationLoader:
     """Batches of activations, in the order in which an ImageLoader would yield their images.
 
-    Args:
-        views: the tensors of each augmented view, or of the images as they are.
-        rows: the index of each image of the split in these tensors.
-        network: the suffix of the cut.
-        head: the suffix, if it is one plain linear layer: its steps are too short for a second thread.
+    `views` has the tensors of each augmented view, or of the images as they are; `rows` has the index of each image of
+    the split in them. `network` is the suffix of the cut, `head` too if it is one plain linear layer.
     """
 
     views: Sequence[ActivationTensors]
@@ -100,7 +75,7 @@ class ActivationLoader:
     seed: int
 
     def __post_init__(self) -> None:
-        self.threads = None if self.head is None else 1
+        self.threads = None if self.head is None else 1  # its steps are too short for a second thread
         self.labels = self.device.to_device(self.labels)
         row_bytes = sum(t[0].numel() * t.element_size() for t in self.views[0])
         self._rows_at_once = max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
@@ -132,6 +107,11 @@ class ActivationLoader:
         x = x.float() if self.dtype == torch.float32 else x
         is_map = x.ndim == 4  # stored as (B, H, W, C)
         return x.permute(0, 3, 1, 2).contiguous(memory_format=self.device.memory_format) if is_map else x
+
+
+BatchLoader = ImageLoader | ActivationLoader
+"""One split as device batches (x, y): x as `network` takes it, which runs in `dtype` and, on a CPU, is fastest with
+`threads` (None: all). `head` is the linear layer that the network consists of if x are its features, else None."""
 
 
 def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device) -> Iterator[tuple[Tensor, Tensor]]:

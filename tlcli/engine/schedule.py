@@ -4,7 +4,6 @@ A new scheduler is a class here and a YAML file. The module imports without torc
 """
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -77,38 +76,30 @@ class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
 class Schedule:
     """Sets the learning rate of each parameter group before each step: its own lr times a factor.
 
-    The factor depends on the step alone, and for `plateau` on the validation losses.
+    The factor depends on the step, and on `plateau`, which has the values that do not follow from the step.
     """
 
     def __init__(self, spec: SchedulerSpec, optimizer: "Optimizer", steps_per_epoch: int, epochs: int) -> None:
         self._spec, self._optimizer = spec, optimizer
         self._steps_per_epoch, self._steps = steps_per_epoch, steps_per_epoch * epochs
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
+        self.plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
 
     def before_step(self, step: int) -> None:
         """Set the learning rates for step 0, 1, 2, ..."""
-        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self._plateau["plateau_factor"]
+        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self.plateau["plateau_factor"]
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * factor
 
     def after_epoch(self, val_loss: float) -> None:
         """Reduce the factor of `plateau` if the loss has not decreased for more than `patience` epochs."""
-        if val_loss < self._plateau["best_loss"]:
-            self._plateau |= {"best_loss": val_loss, "epochs_without": 0}
+        if val_loss < self.plateau["best_loss"]:
+            self.plateau |= {"best_loss": val_loss, "epochs_without": 0}
         elif isinstance(self._spec, PlateauSpec):
-            self._plateau["epochs_without"] += 1
-            if self._plateau["epochs_without"] > self._spec.patience:
-                self._plateau["plateau_factor"] *= self._spec.gamma
-                self._plateau["epochs_without"] = 0
-
-    def state(self) -> dict[str, float]:
-        """Return the values that do not follow from the step."""
-        return dict(self._plateau)
-
-    def load(self, state: Mapping[str, float]) -> None:
-        """Restore what `state` returned."""
-        self._plateau = {name: state[name] for name in self._plateau}
+            self.plateau["epochs_without"] += 1
+            if self.plateau["epochs_without"] > self._spec.patience:
+                self.plateau["plateau_factor"] *= self._spec.gamma
+                self.plateau["epochs_without"] = 0
 
 
 def lr_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -120,5 +111,4 @@ def lr_factor(spec: SchedulerSpec, step: int, steps: int, steps_per_epoch: int) 
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:
-    """Return the value between start and end on half a cosine, progress in 0..1."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -179,7 +179,7 @@ class Trainer:
         """Return the state of training between two steps, without the weights."""
         return {
             "optimizer": {str(index): values for index, values in self.optimizer.state_dict()["state"].items()},
-            "schedule": self.schedule.state(),
+            "schedule": dict(self.schedule.plateau),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
             "random": [generator.get_state() for generator in _generators()],
@@ -196,7 +196,7 @@ class Trainer:
                     values[name] = torch.empty_like(like).copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-        self.schedule.load(state["schedule"])
+        self.schedule.plateau.update(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates

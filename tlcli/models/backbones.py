@@ -6,7 +6,6 @@ A new torchvision model is a YAML file in conf/backbone; a new kind of backbone 
 import importlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -85,15 +84,8 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         for module in around if isinstance(around, nn.Sequential) else ():
             if isinstance(module, nn.Dropout):  # backbone.dropout is to be the only one there
                 module.p = 0.0
-        return Classifier(
-            name=self.name,
-            network=network,
-            head=(self.head,),
-            stages=self._stages(network),
-            size=own_size,
-            mean=tuple(expected.mean),
-            std=tuple(expected.std),
-        )
+        mean, std = tuple(expected.mean), tuple(expected.std)
+        return Classifier(self.name, network, (self.head,), self._stages(network), own_size, mean, std)
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torchvision
@@ -102,7 +94,7 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         return f"torchvision's {weights}", dict(weights.get_state_dict(check_hash=True))
 
     def _stages(self, network: "nn.Module") -> "tuple[Stage, ...]":
-        """Return the stages that the regular expressions give. Raise UsageError unless each parameter is in one."""
+        """Return the stages. Raise UsageError unless each tensor is in exactly one."""
         from tlcli.models.classifier import Stage, is_inside, match_names
 
         head = frozenset(name for name in network.state_dict() if is_inside(name, (self.head,)))
@@ -127,7 +119,7 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
         return _timm_classifier(_timm_network(self, self.name, n_classes, size), self.name)
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
-        """Return timm's weights, resampled by timm to this image size, without the head, which has other classes."""
+        """Return timm's weights, resampled by timm to this image size, without the head."""
         import timm
 
         from tlcli.models.build import verify_published
@@ -195,13 +187,10 @@ def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ..
         ordered[-1] |= last
     parameters = {name for name, _ in network.named_parameters()}
     ordered = [tensors for tensors in ordered if tensors & parameters]
-    names = ["stem" if i == 0 and len(ordered) > 1 else _common_name(t, i) for i, t in enumerate(ordered)]
-    stages = [Stage(name, frozenset(tensors)) for name, tensors in zip(names, ordered, strict=True)]
+    stages = []
+    for i, tensors in enumerate(ordered):  # named by the module that most of its tensors are in, as `blocks.3`
+        matches = (re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name) for name in sorted(tensors))
+        common = Counter(match[0] for match in matches if match).most_common(1)
+        name = "stem" if i == 0 and len(ordered) > 1 else common[0][0] if common else f"stage{i}"
+        stages.append(Stage(name, frozenset(tensors)))
     return (*stages, Stage("head", frozenset(name for name in layer_of if is_inside(name, head))))
-
-
-def _common_name(tensors: Iterable[str], index: int) -> str:
-    """Return the module that most of these tensors are in, as `blocks.3`, else `stage3`."""
-    matches = (re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name) for name in sorted(tensors))
-    counts = Counter(match[0] for match in matches if match)
-    return counts.most_common(1)[0][0] if counts else f"stage{index}"

@@ -24,26 +24,23 @@ from tlcli.models.classifier import Classifier, check_state_dict, match_names
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
 
-RUN_CHECKPOINT = Path("checkpoints", "best.safetensors")
-
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Tensors by name and their source. Only tlcli's checkpoints have the rest; `preprocessing`: size, mean and std."""
+    """Tensors by name and their source. Only tlcli's checkpoints have the rest."""
 
     source: str
     state: Mapping[str, Tensor]
     backbone: str | None = None
     classes: tuple[str, ...] | None = None
-    preprocessing: Mapping[str, Any] | None = None
+    preprocessing: Mapping[str, Any] | None = None  # size, mean and std
 
 
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
     """Return a classifier with the weights that the spec names and a head for these classes.
 
     `size` is the image size in pixels (None: the backbone's own). The head keeps its weights if they are for the same
-    classes, by name and in any order; else it starts random. Random weights are a function of the seed.
-    Raises UsageError naming the tensor if weights do not fit.
+    classes, in any order; else it starts random. Raises UsageError naming the tensor if weights do not fit.
     """
     torch.manual_seed(seed)
     loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
@@ -120,10 +117,7 @@ def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Ten
 
 
 def published_weights(spec: BackboneSpec, classifier: Classifier, n_classes: int, size: int) -> PretrainedWeights:
-    """Return the weights that were published with this backbone.
-
-    Raises UsageError if their package is not installed, TlcliError if a download fails or has another checksum.
-    """
+    """Return the weights that were published with this backbone. Raise TlcliError if they cannot be downloaded."""
     try:
         source, state = spec.published(classifier, n_classes, size)
     except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
@@ -139,14 +133,12 @@ def read_weights(path: Path) -> PretrainedWeights:
     """Return the tensors of a .safetensors file, of a state dict in a .pth or .pt file, or the best ones of a run."""
     path = path.expanduser()
     is_run = is_dir(path)
-    file = path / RUN_CHECKPOINT if is_run else path
+    file = path / "checkpoints" / "best.safetensors" if is_run else path
     if not is_file(file):
         raise UsageError(f"backbone.weights={path}: no such file{' (not a run directory)' if is_run else ''}")
     if file.suffix == ".safetensors":
         try:
             state, metadata = read_tensors(file)
-            if not isinstance(metadata.get("backbone", ""), str):
-                raise ValueError("the backbone is not a name")
             return PretrainedWeights(
                 source=str(path),
                 state=state,
@@ -179,7 +171,7 @@ def read_weights(path: Path) -> PretrainedWeights:
 
 
 def cached_models(author: str) -> list[str]:
-    """Return the names of this author's models that have a file in the hub's cache."""
+    """Return the names of an author's models in the hub's cache."""
     folders = Path(HF_HUB_CACHE).glob(f"models--{author}--*")
     return sorted(path.name.removeprefix(f"models--{author}--") for path in folders if any(path.glob("snapshots/*/*")))
 

@@ -28,8 +28,7 @@ class Classifier:
 
     `head` names the modules that map features to logits; `stages` are ordered from input to output, the last is the
     head, and every parameter is in exactly one. `size`, `mean` and `std` are what its weights expect of images.
-    `pretrained` names the tensors that were loaded, `head_loaded` says whether the head was among them, and `notes` are
-    lines for the plan.
+    `pretrained` names the tensors that were loaded, and `notes` are lines for the plan.
     """
 
     name: str
@@ -41,15 +40,13 @@ class Classifier:
     std: tuple[float, float, float]
     classes: tuple[str, ...] = ()
     pretrained: frozenset[str] = frozenset()
-    head_loaded: bool = False
+    head_loaded: bool = False  # if the head was among them
     notes: tuple[str, ...] = ()
 
     def parameter_names(self) -> frozenset[str]:
-        """Return the names of all parameters."""
         return frozenset(name for name, _ in self.network.named_parameters())
 
     def head_parameters(self) -> frozenset[str]:
-        """Return the names of the head's parameters."""
         return self.stages[-1].tensors & self.parameter_names()
 
 
@@ -57,7 +54,6 @@ class InFloat32(nn.Module):
     """Base class of layers that compute in float32 under autocast too: in bfloat16 the logits of many classes tie."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features, ...) to (B, out_features, ...)."""
         if not torch.is_autocast_enabled(features.device.type):
             return super().forward(features)  # type: ignore[no-any-return]
         with torch.autocast(features.device.type, enabled=False):
@@ -85,7 +81,6 @@ class Head(Float32Linear):
         self.dropout = dropout
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features) to (B, out_features)."""
         return super().forward(F.dropout(features, self.dropout, self.training))
 
 

@@ -15,8 +15,7 @@ from tlcli.errors import TlcliError
 from tlcli.files import atomic_write
 
 KEY, CHECKSUM = "tlcli", "crc32"
-"""The only key of the file's metadata (safetensors does not keep the order of two), whose JSON ends with the checksum.
-Files of tlcli 0.3 and earlier have no checksum."""
+"""The one key of a file's metadata (safetensors does not keep the order of two); its JSON ends with the checksum."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -47,7 +46,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise damaged(path, str(error)) from error
     if not isinstance(metadata, dict):
         return state, {}
-    checksum = metadata.pop(CHECKSUM, None)
+    checksum = metadata.pop(CHECKSUM, None)  # None in files of tlcli 0.3 and earlier
     if checksum is not None and checksum != _checksum(metadata, state):
         raise damaged(path, "checksum mismatch")
     return state, metadata

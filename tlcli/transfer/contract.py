@@ -20,16 +20,13 @@ EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed"
 """Last names of tokens and of tables of positions, in timm and torchvision; timm's networks list further ones."""
 L2_PER_IMAGE = 0.1
 """L2 penalty of the linear probe per image. Of 1 down to 0.003, the loss on held-out training images was lowest here
-for hymenoptera (220 images) and CIFAR-10 (200), and near its lowest for CIFAR-10 (5,000: at 0.03) and digits (1,300: at
-0.003). scikit-learn's C is not such a constant: its weight against the penalty grows with the number of images."""
-MAX_PROBE_ITERATIONS = 200
+for hymenoptera (220 images) and CIFAR-10 (200), and near its lowest for CIFAR-10 (5,000) and digits (1,300)."""
 
 
 class FreezeContract:
     """Keeps frozen parts in eval mode while the rest trains, and proves that they do not change by a bit.
 
-    What trains is fixed when a contract is made. The digests are recorded when training begins (`seal`) and compared at
-    the end (`verify`). After each epoch it is enough to compare PyTorch's version counters (`check`).
+    What trains is fixed when a contract is made. `check`, after each epoch, relies on PyTorch's version counters.
     """
 
     def __init__(self, classifier: Classifier, bn_stats: BnStats) -> None:
@@ -80,7 +77,6 @@ class FreezeContract:
         return len(self._digests)
 
     def _compare(self, names: Collection[str]) -> None:
-        """Raise FrozenTensorError naming the first of these tensors that differs from its recorded digest."""
         for name, tensor in self._frozen():
             if name in names and digest_of_tensor(tensor) != self._digests[name]:
                 raise FrozenTensorError(f"frozen tensor {name} changed in training; do not use the result of this run")
@@ -107,8 +103,7 @@ def apply_freeze(spec: FreezeSpec, classifier: Classifier) -> FreezeContract:
 
 
 def _stage_rates(spec: OptimizerSpec, classifier: Classifier) -> dict[str, float]:
-    """Return the learning rate per stage: lr * head_lr_mult for the head, else lr * layer_decay**d, d stages before it,
-    as in BEiT (Bao et al. 2021)."""
+    """Return the learning rate per stage, with layer-wise decay as in BEiT (Bao et al. 2021)."""
     depth = len(classifier.stages) - 1
     rates = {stage.name: spec.lr * spec.layer_decay ** (depth - i) for i, stage in enumerate(classifier.stages)}
     rates["head"] = spec.lr * spec.head_lr_mult
@@ -118,8 +113,7 @@ def _stage_rates(spec: OptimizerSpec, classifier: Classifier) -> dict[str, float
 def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[dict[str, Any]]:
     """Return torch's parameter groups, each with a `name`: one per stage and weight decay, from input to output.
 
-    Unless `decay_norm_and_bias` is set, there is no weight decay for biases and scales of normalization (tensors of one
-    dimension or none) and for tokens and positions of transformers.
+    Biases, scales of normalization, tokens and positions have no weight decay unless `decay_norm_and_bias` is set.
     """
     network, rates = classifier.network, _stage_rates(spec, classifier)
     listed: Collection[str] = getattr(network, "no_weight_decay", set)()  # timm's
@@ -157,8 +151,8 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Te
     """Fill a linear layer with the logistic regression on features (N, D) and labels (N); return a copy of its state.
 
     A random head would distort good features (LP-FT, Kumar et al. 2022). The regression sees features centered and
-    divided by one number, so that one penalty suits every backbone; the layer gets the equivalent weights. (A number
-    for each feature would give the nearly constant ones huge weights, and the head would explode with the first step.)
+    divided by one number, so that one penalty suits every backbone (one per feature would give nearly constant ones
+    huge weights); the layer gets the equivalent weights.
     """
     from sklearn.exceptions import ConvergenceWarning  # here, because it takes a second
     from sklearn.linear_model import LogisticRegression
@@ -166,7 +160,7 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Te
 
     x = features.numpy().astype(np.float32)
     mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
-    regression = LogisticRegression(C=1 / (L2_PER_IMAGE * len(x)), max_iter=MAX_PROBE_ITERATIONS)
+    regression = LogisticRegression(C=1 / (L2_PER_IMAGE * len(x)), max_iter=200)
     with warnings.catch_warnings(), threadpool_limits(1):  # more help little, and harm if other processes run
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is a starting point
         regression.fit((x - mean) / scale, labels.numpy())

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -36,21 +36,13 @@ from tlcli.transfer.graph import (
     trace_train_and_eval,
 )
 
-FIRST_BATCH = (0, 1, 2)
-SECOND_BATCH = (2, 0)
+FIRST_BATCH, SECOND_BATCH = (0, 1, 2), (2, 0)
 """The images of the two batches of every analysis: of different sizes, and no image at the same index in both."""
 
-FLOPS_PER_BYTE = 4000
-"""Operations that cost as much to run again as one more byte costs to store: 200 GFLOP/s, two CPU cores, against
-50 MB/s, a slow disk. The input of a residual block then beats two maps inside it, and a deep map beats the images."""
-DECODE_FLOPS_PER_PIXEL = 20_000
-"""Operations that cost as much as decoding a pixel of a JPEG file again: about 5 ms for 224 x 224."""
-MIN_ROW_BYTES = 16384
-"""Smaller rows are read as slowly as rows of this size. So the input of a head crosses, not the somewhat smaller input
-of a layer before it."""
-RTOL, ATOL = 1e-4, 1e-5
-"""Tolerances of prefix and suffix against the network; ATOL is for values of order one and grows with larger ones."""
-MAX_NAMED_MODULES = 3
+# Costs in floating point operations. The input of a residual block then beats two maps inside it.
+FLOPS_PER_BYTE = 4000  # of a row that is stored: 200 GFLOP/s, two CPU cores, against 50 MB/s, a slow disk
+DECODE_FLOPS_PER_PIXEL = 20_000  # of a JPEG file that is decoded again: about 5 ms for 224 x 224
+MIN_ROW_BYTES = 16384  # smaller rows are read as slowly: the input of a head crosses, not a smaller one before it
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,8 @@ class Cut:
     """A network in two for images of one size: suffix(*prefix(images)) are the network's logits.
 
     `prefix` maps images (B, 3, S, S) to a tuple of tensors (B, ...), always in eval mode; call it without gradients.
-    `suffix` maps these to logits, in the mode that the network is in at that time. Their tensors are the network's, so
-    move the network before it is cut, and set its modes and optimize its parameters only.
-    `suffix_start` names the first modules of the suffix, `shapes` are those of the boundary's tensors for one image.
+    `suffix` maps these to logits, in the network's present mode. Their tensors are the network's: move it before it is
+    cut. `suffix_start` names the first modules of the suffix; `shapes` are those of the boundary for one image.
     """
 
     prefix: fx.GraphModule
@@ -69,7 +60,7 @@ class Cut:
     shapes: tuple[tuple[int, ...], ...]
 
     def digest(self) -> str:
-        """Return the sha256 of the prefix: of its operations, settings and tensors, the same in every process."""
+        """Return the sha256 of the prefix, the same in every process."""
         return digest_of_graph(self.prefix)
 
 
@@ -118,16 +109,7 @@ NOT_CONSTANT = object()  # a value that cannot be written into a graph
 
 
 class MatchedGraphs:
-    """The training and the evaluation graph of a network, and the operations that are frozen in both.
-
-    Attributes:
-        dynamic: operations of the training graph that training can change, each with the reason or None.
-        eval_nodes: for each frozen operation of the training graph those of the evaluation graph that do the same.
-        flops: of the operations of the training graph, for one image.
-        constants: values that do not depend on the images, at any batch size.
-        data: what is frozen and depends on the images, in order; the first is the images.
-        shapes: of those of `data` that can cross the boundary, for one image.
-    """
+    """The training and the evaluation graph of a network, and the operations that are frozen in both."""
 
     def __init__(self, network: nn.Module, trained: Collection[int], images: Tensor) -> None:
         self.network = network
@@ -136,7 +118,7 @@ class MatchedGraphs:
         train = GraphAnalyzer(training, trained, images[list(SECOND_BATCH)], texts)
         with eval_mode(network):
             evaluated = GraphAnalyzer(evaluation, trained, images, texts)
-        self.dynamic = train.dynamic
+        self.dynamic = train.dynamic  # as those below, by operation of the training graph
         if training.output not in self.dynamic:
             raise CutError("nothing that trains reaches the output")
         by_number: dict[int, list[fx.Node]] = {}
@@ -145,19 +127,19 @@ class MatchedGraphs:
                 by_number.setdefault(number, []).append(node)
         numbers = {node: number for node, number in train.numbers.items() if node not in self.dynamic}
         self.eval_nodes = {node: by_number[number] for node, number in numbers.items() if number in by_number}
-        self.flops = {node: flops // len(SECOND_BATCH) for node, flops in train.flops.items()}
-        self.constants: dict[fx.Node, Any] = {}
+        self.flops = {node: flops // len(SECOND_BATCH) for node, flops in train.flops.items()}  # for one image
+        self.constants: dict[fx.Node, Any] = {}  # values that do not depend on the images, at any batch size
         for node, (same, *_) in self.eval_nodes.items():
             if node in train.values and same in evaluated.values:
                 value = _fold(train.values[node], evaluated.values[same])
                 if value is not NOT_CONSTANT:
                     self.constants[node] = value
-        self.data: dict[fx.Node, None] = {training.images: None}
+        self.data: dict[fx.Node, None] = {training.images: None}  # in order: what is frozen and depends on the images
         for node in training.graph.nodes:
             is_frozen = node not in self.dynamic and node not in self.constants
             if is_frozen and any(source in self.data for source in node.all_input_nodes):
                 self.data[node] = None
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}  # of what can cross the boundary, for one image
         for node, (same, *_) in self.eval_nodes.items():
             two, three = train.shapes.get(node, ()), evaluated.shapes.get(same, ())
             has_rows = (two[:1], three[:1]) == ((len(SECOND_BATCH),), (len(FIRST_BATCH),)) and two[1:] == three[1:]
@@ -209,11 +191,10 @@ def minimum_cut(
     store_cost: dict[fx.Node, int | None],
     recompute_cost: dict[fx.Node, int],
 ) -> list[fx.Node]:
-    """Return the nodes whose results cross. Of several minimum cuts it is the latest.
+    """Return the nodes whose results cross: of several minimum cuts the latest. The first node is the input.
 
     A node is an edge with the cost of storing its result (None: it cannot cross); if that edge is cut, the result
     crosses. An edge from the source to its start has the cost of running it again; if that is cut, the suffix runs it.
-    The first node is the input.
     """
     import networkx  # here, because it takes 50 ms
 
@@ -239,7 +220,6 @@ class _Prefix(fx.GraphModule):
     """The frozen part: images to the tensors of the boundary, always in eval mode."""
 
     def train(self, mode: bool = True) -> "_Prefix":
-        """Do nothing: there is no training mode."""
         return self
 
 
@@ -261,16 +241,14 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
     """Return the network in two. Raise CutError if the parts differ from it in evaluation or in training."""
     network, training, evaluation = graphs.network, graphs.training, graphs.evaluation
     eval_boundary = [graphs.eval_nodes[node] for node in boundary]
-    prefix_graph = _subgraph(evaluation, [[evaluation.images]], [nodes[0] for nodes in eval_boundary])
+    prefix_graph = _subgraph(evaluation, [[evaluation.images]], [nodes[0] for nodes in eval_boundary], {})
     prefix = _Prefix(_share(evaluation.root, {}), prefix_graph)
     nn.Module.train(prefix, False)
-    train_prefix = _function(training, _subgraph(training, [[training.images]], boundary))
+    train_prefix = _function(training, [[training.images]], boundary, {})
     suffix_nodes = [*graphs.dynamic, training.output]  # one that returns nothing may draw random numbers
-    train_suffix = _function(
-        training, _subgraph(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
-    )
+    train_suffix = _function(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
     constants = {same: value for node, value in graphs.constants.items() for same in graphs.eval_nodes[node]}
-    eval_suffix = _function(evaluation, _subgraph(evaluation, eval_boundary, [evaluation.output], constants))
+    eval_suffix = _function(evaluation, eval_boundary, [evaluation.output], constants)
     few = images[list(SECOND_BATCH)]
     results = []
     with eval_mode(network):
@@ -302,8 +280,11 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
     return Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shapes[node] for node in boundary))
 
 
-def _function(traced: Traced, graph: fx.Graph) -> Callable[..., Any]:
+def _function(
+    traced: Traced, inputs: Sequence[Sequence[fx.Node]], targets: Sequence[fx.Node], constants: dict[fx.Node, Any]
+) -> Callable[..., Any]:
     """Return a part of a traced network as a function that looks up modules and tensors in it at each call."""
+    graph = _subgraph(traced, inputs, targets, constants)
     return functools.partial(type(fx.GraphModule(traced.root, graph)).forward, traced.root)  # not GraphModule's copies
 
 
@@ -318,16 +299,12 @@ def _share(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _subgraph(
-    traced: Traced,
-    inputs: Sequence[Sequence[fx.Node]],
-    targets: Iterable[fx.Node],
-    constants: dict[fx.Node, Any] | None = None,
+    traced: Traced, inputs: Sequence[Sequence[fx.Node]], targets: Sequence[fx.Node], constants: dict[fx.Node, Any]
 ) -> fx.Graph:
     """Return the graph from the inputs (for each tensor the operations that give it) to the targets.
 
     It returns what the network does if the network's output is a target, else a tuple of the targets.
     """
-    constants = constants or {}
     needed = dependencies(targets, {*constants, *(node for nodes in inputs for node in nodes)})
     if traced.images in needed:
         raise CutError("training and evaluation are different computations before the place to cut")
@@ -356,8 +333,7 @@ def _subgraph(
 
 
 def _suffix_start(graphs: MatchedGraphs, boundary: Sequence[fx.Node]) -> str:
-    """Name the largest modules with parameters that are wholly in the suffix, of those that take what crosses or else
-    of those that come next."""
+    """Name the largest modules that are wholly in the suffix and take what crosses, or else come next."""
 
     def parents(node: fx.Node) -> list[str]:  # a, a.b and a.b.c of a.b.c
         return list(accumulate(module_of(node).split("."), "{}.{}".format))
@@ -373,14 +349,14 @@ def _suffix_start(graphs: MatchedGraphs, boundary: Sequence[fx.Node]) -> str:
                 names[node] = name
         ahead = [user for node in ahead for user in dict.fromkeys(node.users) if user in inside]
     ordered = dict.fromkeys(names[node] for node in graphs.training.graph.nodes if node in names)
-    return ", ".join(list(ordered)[:MAX_NAMED_MODULES]) or "the output"
+    return ", ".join(list(ordered)[:3]) or "the output"
 
 
 def _close(one: Any, other: Any) -> bool:
     """Return True if two tensors, or sequences of them, are equal up to rounding."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         scale = max(1.0, float(other.abs().max())) if other.numel() and other.isfinite().all() else 1.0
-        return one.shape == other.shape and torch.allclose(one, other, RTOL, ATOL * scale, equal_nan=True)
+        return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(_close(a, b) for a, b in zip(one, other, strict=True))
     return False

@@ -15,8 +15,7 @@ from tlcli.text import did_you_mean
 if TYPE_CHECKING:
     from tlcli.models.classifier import Classifier
 
-MAX_SHOWN_STAGES = 3
-"""`tlcli inspect` shows last_stages with n up to this, and with the n of the config."""
+MAX_SHOWN_STAGES = 3  # of last_stages in `tlcli inspect`, besides the n of the config
 
 
 @option

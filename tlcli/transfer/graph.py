@@ -71,8 +71,7 @@ class _Tracer(fx.Tracer):
 def trace_train_and_eval(network: nn.Module) -> tuple[Traced, Traced]:
     """Return the network as it trains, in its present modes, and as it evaluates, with the same leaves.
 
-    A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or would fix random
-    numbers.
+    A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or fixes random numbers.
     """
     leaves = {m for m in network.modules() if type(m) in get_notrace_modules() or isinstance(m, InFloat32)}
     leaves |= {m for m in head_modules(network) if isinstance(m, nn.Module)}
@@ -192,13 +191,8 @@ class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class GraphAnalyzer(fx.Interpreter):
     """Runs the frozen operations of a traced network on a few images.
 
-    Attributes:
-        dynamic: operations that training can change, each with the reason; None if they only depend on such.
-        numbers: of the others; those that do the same with the same inputs have the same number. `texts`, which graphs
-            share, has the number of each operation and its inputs as text.
-        flops: floating point operations of each.
-        shapes: of those that give a tensor, except the view of another in another order.
-        values: of those that give a number, a tuple or the like, which can be written into a graph.
+    Operations that do the same with the same inputs have the same number: `texts`, which graphs share, has the number
+    of each operation and its inputs as text.
     """
 
     def __init__(self, traced: Traced, trained: Collection[int], images: Tensor, texts: dict[str, int]) -> None:
@@ -206,16 +200,15 @@ class GraphAnalyzer(fx.Interpreter):
         self.extra_traceback = False
         self._root, self._trained, self._device, self._texts = traced.root, trained, images.device, texts
         self._recorder = _DispatchRecorder({_storage(t) for t in (*traced.root.parameters(), *traced.root.buffers())})
-        self.dynamic: dict[fx.Node, str | None] = {}
+        self.dynamic: dict[fx.Node, str | None] = {}  # what training can change: why, None if it depends on such
         self.numbers: dict[fx.Node, int] = {}
         self.flops: dict[fx.Node, int] = {}
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.values: dict[fx.Node, Any] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}  # of tensors, except the view of another in another order
+        self.values: dict[fx.Node, Any] = {}  # of numbers, tuples and the like, which can be written into a graph
         with self._recorder:
             self.run(images.clone(), enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one operation unless it is dynamic."""
         trains = any(id(parameter) in self._trained for parameter in parameters_of(n, self._root))
         if trains or any(source in self.dynamic for source in n.all_input_nodes):
             self.dynamic[n] = f"{n.target} trains" if trains else None
@@ -328,7 +321,7 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 
 def _text_of_node(node: fx.Node, root: nn.Module, numbers: dict[fx.Node, int]) -> str:
-    """Return an operation as text; its inputs are numbers. Constants that tracing made are named by their values."""
+    """Return an operation as text, its inputs as numbers, and constants that tracing made as digests."""
     target = node.target if isinstance(node.target, str) else _name_of(node.target)
     if node.op == "get_attr" and target.startswith("_tensor_constant"):
         target = digest_of_tensor(operator.attrgetter(target)(root))
