@@ -22,8 +22,8 @@ LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """A dtype for arithmetic and a memory format for images. The speed is None if nothing was measured, and so is the
-    batch size of extraction if it is the default."""
+    """A dtype for arithmetic and a memory format for images; a speed if it was measured, a batch size of extraction if
+    it is not the default."""
 
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -33,7 +33,7 @@ class ComputeFormat:
 
     @property
     def description(self) -> str:
-        """The format for people: `bfloat16, channels_last`."""
+        """The format as `bfloat16, channels_last`."""
         return f"{DTYPE_NAMES[self.dtype]}, {LAYOUT_NAMES[self.memory_format]}"
 
 
@@ -50,17 +50,13 @@ class Device:
 
     @property
     def description(self) -> str:
-        """Return the accelerator, its formats and how images are decoded, in one line."""
-        is_cuda = self.accelerator.type == "cuda"
-        parts = [
-            machine_name(self.accelerator) if is_cuda else {"cpu": "CPU", "mps": "Apple GPU"}[self.accelerator.type],
-            f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}",
-            LAYOUT_NAMES[self.memory_format],
-        ]
-        if self.accelerator.type == "cpu":
-            parts.append(f"{torch.get_num_threads()} threads")
-        parts.append(f"{self.workers} decoding workers" if self.workers else "decoding in process")
-        return ", ".join(parts)
+        """The accelerator, its formats and how images are decoded, in one line."""
+        kind, layout = self.accelerator.type, LAYOUT_NAMES[self.memory_format]
+        name = machine_name(self.accelerator) if kind == "cuda" else {"cpu": "CPU", "mps": "Apple GPU"}[kind]
+        dtypes = f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}"
+        threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
+        decoding = f"{self.workers} decoding workers" if self.workers else "decoding in process"
+        return f"{name}, {dtypes}, {layout}{threads}, {decoding}"
 
     def place(self, network: nn.Module) -> None:
         """Move the weights of a network to this device, in this memory format."""
@@ -90,8 +86,7 @@ def limit_threads(n: int | None) -> Iterator[None]:
 def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     """Set threads, determinism and the allocator of this process, and return the accelerator.
 
-    `threads` is that of a resumed run. Every setting is set again: an earlier job of the process may have had another.
-    Raises UsageError if the accelerator is not available.
+    `threads` is that of a resumed run. Raises UsageError if the accelerator is not available.
     """
     accelerator = find_accelerator(spec.kind)
     torch.set_num_threads(threads or spec.threads or PROCESS_THREADS)
@@ -105,8 +100,8 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
 
 def find_accelerator(kind: Accelerator) -> torch.device:
     """Return the accelerator of this kind; `auto` takes CUDA, then MPS, then the CPU."""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    names = [name for name, is_usable in usable.items() if is_usable]
+    is_usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name in is_usable if is_usable[name]]
     name = names[0] if kind is Accelerator.auto else kind.value
     if name not in names:
         reason = f"PyTorch {torch.__version__} finds no such device. Available: {', '.join(names)}, auto"
@@ -146,10 +141,9 @@ def cpu_has_bfloat16() -> bool:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step: page faults would cost up to a third of the time."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold, limit = -1, -3, 2**31 - 1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, limit)
-        libc.mallopt(m_trim_threshold, limit)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        for option in (m_mmap_threshold, m_trim_threshold):
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 def synchronize(accelerator: torch.device) -> None:

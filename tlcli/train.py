@@ -25,14 +25,10 @@ class NewRun:
     threads: int | None = None
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
-        """Return decisions for this workload."""
         return decide(workload)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
-        """Return the first epoch, which is 0 if the head is worth an evaluation before training, and the best epoch.
-
-        A linear probe is fitted to the head, if it should start from one.
-        """
+        """Fit the probe, and return the first epoch (0 if the head is worth an evaluation before) and the best one."""
         workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
         network, head = workload.classifier.network, linear_head(workload.classifier)
         if workload.needs_probe and head is None:
@@ -52,8 +48,8 @@ def train(
 ) -> float | None:
     """Fine-tune, test the epoch best on validation once, and return the validation metric that selected it.
 
-    All results are in the run's directory; the session holds what the jobs of a sweep share. With `resume` an
-    interrupted run continues. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
+    The session holds what the jobs of a sweep share. With `resume` an interrupted run continues. Raises UsageError if
+    the spec cannot be followed and TlcliError if the run fails.
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):

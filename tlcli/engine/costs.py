@@ -45,8 +45,6 @@ MEASURE_SECONDS = 0.2  # after which a step is not repeated
 # Longest measured step; it has fewer images if a whole batch takes longer. (8 images in place of 32 gave 20 to 40 %
 # fewer images per second.)
 MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
-NEGLIGIBLE_LR = 1e-12  # changes weights by less than their rounding, or from zero to nearly zero
-EPOCHS = 1000  # makes the schedule longer than any measurement
 
 
 def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> dict[str, Any]:
@@ -215,8 +213,8 @@ class CostMeter:
 
 def _fitting(workload: Workload, device: Device) -> Callable[[BatchLoader], None]:
     """Return a function that trains for one epoch without changing the weights."""
-    optimizer = structs.replace(workload.spec.optimizer, lr=NEGLIGIBLE_LR)
-    spec = structs.replace(workload.spec, optimizer=optimizer, epochs=EPOCHS)
+    optimizer = structs.replace(workload.spec.optimizer, lr=1e-12)  # changes weights by less than their rounding
+    spec = structs.replace(workload.spec, optimizer=optimizer, epochs=1000)  # longer than any measurement
     trainer, epochs = Trainer(replace(workload, spec=spec), device), itertools.count(1)
 
     def fit(loader: BatchLoader) -> None:

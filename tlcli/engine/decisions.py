@@ -109,8 +109,7 @@ def decide(workload: Workload) -> Decisions:
     """
     cut, dtype_names = workload.cut, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
     reason = uncacheable_reason(workload)
-    if reason is None:
-        assert isinstance(cut, Cut)
+    if isinstance(cut, Cut) and reason is None:
         evaluation = measure_extraction(workload, cut)
         cached = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
         missing = sum(map(len, _missing(workload, cached, evaluation)))

@@ -43,13 +43,8 @@ class Predictions:
 
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
     """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set."""
-    logits, labels = [], []
-    with (
-        eval_mode(network),
-        torch.inference_mode(),
-        limit_threads(loader.threads),
-        reporter.track(label, len(loader)) as advance,
-    ):
+    logits, labels, track = [], [], reporter.track(label, len(loader))
+    with eval_mode(network), torch.inference_mode(), limit_threads(loader.threads), track as advance:
         for x, y in loader.in_order():
             with autocast(device.accelerator, loader.dtype):
                 logits.append(loader.network(*x))

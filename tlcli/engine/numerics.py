@@ -29,7 +29,7 @@ NOTES = "numerics"  # name of the store's notes on choices
 def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     """Return the fastest format of the prefix, with its speed."""
     options = allowed_formats(workload.spec.device, workload.accelerator)
-    return _fastest(workload, options, f"extraction up to {cut.suffix_start}", cut.prefix, _images(workload))
+    return _fastest(workload, options, f"extraction up to {cut.suffix_start}", cut.prefix, _noise(workload))
 
 
 def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
@@ -38,27 +38,25 @@ def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> C
     if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
         return replace(extraction, dtype=options[0].dtype, images_per_second=None, reason="a linear layer")
     options = [option for option in options if option.memory_format == extraction.memory_format]
-    inputs = tuple(_noise(workload, shape) for shape in cut.shapes)
-    return _fastest(workload, options, f"training from {cut.suffix_start}", cut.suffix, inputs, trains=True)
+    what, inputs = f"training from {cut.suffix_start}", _noise(workload, *cut.shapes)
+    return _fastest(workload, options, what, cut.suffix, inputs, trains=True)
 
 
 def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
-    network, inputs = workload.classifier.network, _images(workload)
+    network, inputs = workload.classifier.network, _noise(workload)
     options = allowed_formats(workload.spec.device, workload.accelerator)
     train = _fastest(workload, options, "training", network, inputs, trains=True)
     options = [option for option in options if option.memory_format == train.memory_format]
     return train, _fastest(workload, options, "evaluation", network, inputs)
 
 
-def _images(workload: Workload) -> tuple[Tensor]:
-    return (_noise(workload, (3, *[workload.preprocessing.size] * 2)),)
-
-
-def _noise(workload: Workload, shape: tuple[int, ...]) -> Tensor:
-    n = min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size))
-    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
+def _noise(workload: Workload, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return a batch of random tensors of these shapes; without any, of images."""
+    n, generator = min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), torch.Generator()
+    shapes = shapes or ((3, *[workload.preprocessing.size] * 2),)
+    return tuple(torch.rand(n, *shape, generator=generator.manual_seed(0)) for shape in shapes)
 
 
 def _fastest(

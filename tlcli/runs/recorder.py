@@ -54,13 +54,10 @@ class Recorder:
 
     def plan(self, inputs: Inputs) -> None:
         """Write what is known before training of data, model and machine, and show the plan."""
-        self._inputs, data, classifier = inputs, inputs.workload.data, inputs.workload.classifier
-        spec, splits = self._spec, {"train": data.train, "val": data.val, "test": data.test}
-        stages, device, preprocessing = (
-            freeze_table(spec.optimizer, classifier),
-            inputs.device,
-            inputs.workload.preprocessing,
-        )
+        self._inputs, workload, device = inputs, inputs.workload, inputs.device
+        spec, data, classifier = self._spec, workload.data, workload.classifier
+        splits = {"train": data.train, "val": data.val, "test": data.test}
+        stages = freeze_table(spec.optimizer, classifier)
         self._sizes = {name: len(split) for name, split in splits.items()}
         self._run.write_bad_files(data.bad_files)
         self._run.update(
@@ -69,7 +66,7 @@ class Recorder:
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
             keep_best=spec.keep_best.value,
-            **weights_metadata(inputs.workload),
+            **weights_metadata(workload),
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
@@ -81,14 +78,17 @@ class Recorder:
             stages=[asdict(stage) for stage in stages],
         )
         self.inputs()
-        measured = [f"{name}: {reason}" for name, reason in inputs.numerics.items() if "measured" in reason]
         options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
-        augment = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
+        values = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
+        augment = f"{spec.augment.kind} ({values})" if values else "without augmentation"
         epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
-        n_val = len(data.val)
-        few = [f"val has {n_val} images: the best epoch and the temperature, which they select, are uncertain"]
-        few = few if n_val < MIN_VALIDATION_IMAGES else []
+        notes = [*classifier.notes, *data.notes]
+        if len(data.val) < MIN_VALIDATION_IMAGES:
+            notes.append(
+                f"val has {len(data.val)} images: the best epoch and the temperature, which they select, are uncertain"
+            )
+        notes += [f"{name}: {reason}" for name, reason in inputs.numerics.items() if "measured" in reason]
         self._reporter.plan(
             RunPlan(
                 run=self._run.path,
@@ -97,14 +97,13 @@ class Recorder:
                 classes=data.classes,
                 counts={name: split.class_counts(len(data.classes)) for name, split in splits.items()},
                 model=classifier.name,
-                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: "
-                + (f"{spec.augment.kind} ({augment})" if augment else "without augmentation"),
+                image=f"{workload.preprocessing.size} px, {spec.image.fit.value}; training images: {augment}",
                 stages=stages,
                 training=f"{epochs}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
                 f"head from {spec.freeze.head_init.value}, keeps the epoch best in validation {spec.keep_best.value}",
                 device=device.description,
                 activations=inputs.summary,
-                notes=(*classifier.notes, *data.notes, *few, *measured),
+                notes=tuple(notes),
             )
         )
 
@@ -153,9 +152,7 @@ class Recorder:
     ) -> None:
         """Write test.json, the predictions and the plots, and show the result.
 
-        Args:
-            validation: predictions of the best epoch, to which the temperature is fitted; `predictions`: for test.
-            n_frozen: the number of frozen tensors that were verified.
+        The temperature is fitted to `validation`, of the best epoch. `n_frozen` tensors were verified.
         """
         run, data, epoch, best_scores = self._run, self._inputs.workload.data, best_epoch.epoch, best_epoch.scores
         assert epoch is not None and best_scores is not None
