@@ -1,8 +1,4 @@
-"""`tlcli doctor`: show what is installed on this machine and what does not work, to paste it into an issue.
-
-Each check stands alone, so that one that fails hides no other. Nothing is downloaded or left behind. The home directory
-and the user's name are written as ~ and $USER.
-"""
+"""`tlcli doctor`: show what is installed on this machine and what does not work. A check that fails hides no other."""
 
 import getpass
 import json
@@ -39,10 +35,8 @@ MIN_FREE_BYTES = 2 * 10**9  # of disk or memory, below which there is a warning
 
 
 class Problem(NamedTuple):
-    """Something wrong and what to do about it. `fails`: tlcli cannot train on this machine."""
-
-    text: str
-    fails: bool = False
+    text: str  # what is wrong, and what to do
+    fails: bool = False  # tlcli cannot train on this machine
 
 
 Findings = Iterator[tuple[str, str, Any] | Problem]  # topic, name and value, or what is wrong
@@ -95,7 +89,7 @@ def _text(value: Any) -> str:
 
 
 def redact(text: object) -> str:
-    """Return a text without the user's home directory and name."""
+    """Return a text with ~ for the user's home directory and $USER for a folder of the user's name."""
     redacted = re.sub(rf"{re.escape(str(Path.home()))}(?!\w)", "~", str(text))
     with suppress(OSError, KeyError, ImportError):  # a user without a name
         redacted = re.sub(rf"(?<=[/\\]){re.escape(getpass.getuser())}(?!\w)", "$USER", redacted)

@@ -97,7 +97,7 @@ class Command:
         job = HydraConfig.get()
         backbone = [word for word in overrides if word.startswith("backbone.name=")]
         reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
-        title, owner = "", None
+        owner = None
         if self._sweep is not None:
             run, owner = self._claim(run.path, overrides)
             title = f"[{job.job.num}] {' '.join(overrides)}"
@@ -107,6 +107,7 @@ class Command:
                     earlier = float(info["best"][info["keep_best"]])
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
+            reporter.heading(title)
         resumed = self._resume and owner is None and run.info_file.exists()
         with record_status(run):
             if job.job.chdir:
@@ -125,8 +126,6 @@ class Command:
                 contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
                 for name, content in contents.items():
                     OmegaConf.save(content, folder / f"{name}.yaml")
-            if title:
-                reporter.heading(title)
             spec = self._spec or build_spec(config, self._files)
             if self._spec is None:
                 check_weights(spec.backbone.weights)
@@ -143,12 +142,12 @@ class Command:
             self._session = session_for(spec.cache, self._session)
             with logged_run(spec, run.path, reporter) as logged:
                 value = train(spec, run, logged, self._session, state)
-        discard_state(run, spec)
+        if not spec.checkpoint.keep_state:  # only now that the status is done: no other run may be without both
+            run.state_file.unlink(missing_ok=True)
         return value
 
     def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
-        """Return a directory for a job (-2, -3, ... if run.log marks `path` as taken), and then an error that names the
-        other job."""
+        """Return a directory for a job, and if it is not `path`, whose run.log marks it as taken, the reason."""
         error = None
         for n in count(1):
             run = RunDir(path if n == 1 else path.with_name(f"{path.name}-{n}"))
@@ -157,10 +156,9 @@ class Command:
                 run.log_file.touch(exist_ok=False)
                 break
             except FileExistsError:
-                try:
-                    owner = run.info["overrides"]
-                except (UsageError, KeyError):
-                    owner = None
+                owner = None
+                with suppress(UsageError):
+                    owner = run.info.get("overrides")
                 if self._resume and owner in (None, overrides):
                     break
                 error = error or f"{path.name} is the directory of the job {' '.join(owner or ['that started before'])}"
@@ -177,9 +175,8 @@ def record_status(run: RunDir) -> Iterator[None]:
     """Write logs and warnings of the block to run.log, and its final status to run.json."""
     handler = logging.FileHandler(run.log_file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root, level = logging.getLogger(), log.level
+    root = logging.getLogger()
     root.addHandler(handler)
-    log.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
         yield
@@ -193,7 +190,6 @@ def record_status(run: RunDir) -> Iterator[None]:
         raise
     finally:
         logging.captureWarnings(False)
-        log.setLevel(level)
         root.removeHandler(handler)
         handler.close()
     run.end("done")
@@ -209,12 +205,6 @@ def finish_sweep(folder: Path) -> int:
     for job in failed:
         print(f"  {job['name']}  {job['status']}: {job['error'] or 'no reason recorded'}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def discard_state(run: RunDir, spec: TrainSpec) -> None:
-    """Remove the state of a run whose status is `done` already, so that no other run is without both."""
-    if not spec.checkpoint.keep_state:
-        run.state_file.unlink(missing_ok=True)
 
 
 def check(spec: TrainSpec) -> None:

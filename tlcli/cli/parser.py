@@ -12,9 +12,8 @@ from tlcli.text import did_you_mean
 class Parser(argparse.ArgumentParser):
     """A parser of one command. An error is a UsageError that names the nearest flag.
 
-    Shell completion offers the choices of an argument. If it has none, its metavar names what it offers, or several
-    things with | between them: RUN, SWEEP, FOLDER, BACKBONE, KEY (of the cache), or the words of `tlcli train` for a
-    metavar with an equals sign; of these only `known_words` and their groups, if the command takes no others.
+    Shell completion offers an argument's choices, or what its metavar names, separated by |: RUN, SWEEP, FOLDER,
+    BACKBONE, KEY (of the cache), or KEY=VALUE: words of `tlcli train`, only `known_words` if the command has these.
     """
 
     known_words: Sequence[str] = ()

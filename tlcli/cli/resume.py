@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
+from tlcli.cli.job import Command, check, finish_sweep, first_line, record_status
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
@@ -98,7 +98,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
     info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
-    changes = _allowed_changes(before, spec)
+    _check_changes(before, spec)
     is_done = info.get("status") == "done"
     if is_done and spec.epochs == before.epochs:
         accuracy = number(run.test().get("accuracy"))
@@ -123,7 +123,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     try:
         with record_status(run):
             prepare_resume(run, state, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
-            if changes:
+            if spec != before:
                 run.write_config(OmegaConf.to_yaml(to_plain(spec)))
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             if info.get("status") == "running" and info.get("host") != host_digest():
@@ -139,7 +139,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             log.info(first_line(spec))
             with logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state)
-        discard_state(run, spec)
+        if not spec.checkpoint.keep_state:
+            run.state_file.unlink(missing_ok=True)
     finally:
         if (sweep := leaderboard.sweep_of(run)) is not None:
             with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here
@@ -147,14 +148,13 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _allowed_changes(before: TrainSpec, now: TrainSpec) -> list[str]:
-    """Return the keys whose values differ. Raise UsageError for changes that would make it another run."""
+def _check_changes(before: TrainSpec, now: TrainSpec) -> None:
+    """Raise UsageError for changes that would make it another run."""
     old, new = flat_keys(to_plain(before)), flat_keys(to_plain(now))
-    changes = [key for key in {**old, **new} if old.get(key, ...) != new.get(key, ...)]
     allowed = tuple(f"{words.split()[0]}." for words in CHANGEABLE.split(", "))
+    changes = (key for key in {**old, **new} if old.get(key, ...) != new.get(key, ...))
     wrong = [key for key in changes if not f"{key}.".startswith(allowed)]
     if now.epochs < before.epochs:
         wrong.append(f"epochs={now.epochs}, less than {before.epochs}")
     if wrong:
         raise UsageError(f"a resumed run cannot change {', '.join(wrong)}; it may change {CHANGEABLE}")
-    return changes

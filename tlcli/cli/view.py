@@ -22,6 +22,7 @@ from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.text import duration_text, labelled, shown_path
 
 log = logging.getLogger("tlcli")
+log.setLevel(logging.INFO)
 
 MIN_SHOWN_SECONDS = 2.0  # without bars, shorter work gets no line
 MAX_CLASS_ROWS = 12  # with more classes, the plan shows the range of their counts

@@ -61,8 +61,6 @@ class RunDir:
         self.path = path
         self._info: dict[str, Any] | None = None
 
-    # -- reading
-
     @property
     def info(self) -> dict[str, Any]:
         """The contents of run.json. Raises UsageError if it cannot be read."""
@@ -97,8 +95,6 @@ class RunDir:
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl."""
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-
-    # -- writing
 
     def start(self, *, command: str, overrides: Sequence[str], config: str, cwd: str | None = None) -> None:
         """Write config.yaml and a run.json with the status `running`; `cwd` is where the command was typed."""
