@@ -56,6 +56,7 @@ def test_a_run_directory_is_complete(train, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(functional, "cross_entropy", counting)
     run = train("optimizer.lr=1e-4", "log_every=1")
     assert max(depths) <= 8, "frames of tlcli between main and the loss"
+    assert "val has 6 images: the best epoch and the temperature" in (run / "run.log").read_text()
     record, test = read_json(run / "run.json"), read_json(run / "test.json")
     assert record.keys() >= RUN_KEYS
     assert record["status"] == "done"
