@@ -247,9 +247,6 @@ def check_labels(
     }
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
 def _write_files(
     folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
 ) -> None:
@@ -306,9 +303,6 @@ def _labels(images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Sus
         cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
     starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
     return table, [cells[n : n + CELLS_PER_ROW] for n in starts]
-
-
-# -- summary ----------------------------------------------------------------------------------------------------------
 
 
 def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -94,11 +94,11 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     better, worse = ("A", "B") if pair["difference"] >= 0 else ("B", "A")
     points = f"{100 * abs(pair['difference']):.1f} points"
     p = "p < 0.0001" if pair["mcnemar_p"] < 0.0001 else f"p = {pair['mcnemar_p']:.2g}"
-    counts = (
+    result = f"The difference of {points} is not"
+    if pair["more_than_chance"]:
+        result = f"{better} is better than {worse} by {points}, which is"
+    return (
         f"Both were tested on the same {pair['n']:,} images: {pair['both_right']:,} right in both, "
         f"{pair['both_wrong']:,} wrong in both, {pair['n_only_first_right']:,} right only in A, "
-        f"{pair['n_only_second_right']:,} right only in B. "
+        f"{pair['n_only_second_right']:,} right only in B. {result} significant: {p} (exact McNemar test)."
     )
-    if pair["more_than_chance"]:
-        return f"{counts}{better} is better than {worse} by {points}, which is significant: {p} (exact McNemar test)."
-    return f"{counts}The difference of {points} is not significant: {p} (exact McNemar test)."

@@ -57,14 +57,10 @@ class CropSpec(_AugmentOption, frozen=True, tag="crop"):
         Area uniform in `scale`, aspect ratio log-uniform in `ratio`, position uniform. If none of ten boxes fits,
         return the largest central box whose ratio is in the range.
         """
-
-        def uniform(low: float, high: float) -> float:  # random() alone gives the same numbers in all Python versions
-            return low + (high - low) * rng.random()
-
-        low, high = (math.log(ratio) for ratio in self.ratio)
-        for _ in range(10):
-            area = height * width * uniform(*self.scale)
-            aspect = math.exp(uniform(low, high))
+        (smallest, largest), (low, high) = self.scale, map(math.log, self.ratio)
+        for _ in range(10):  # with random() alone, which gives the same numbers in all Python versions
+            area = height * width * (smallest + (largest - smallest) * rng.random())
+            aspect = math.exp(low + (high - low) * rng.random())
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w

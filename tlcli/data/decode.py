@@ -103,10 +103,8 @@ class DeepImages:
                 text += f": only {len(self.levels)} gray levels are left; set dataset.range=auto or [low,high]"
             yield text
         if self.reduced:
-            yield (
-                f"{self.reduced:,} color images are deeper than 8 bits: the decoder keeps the upper 8 bits of each "
-                "channel, and dataset.range does not apply to them"
-            )
+            text = "the decoder keeps the upper 8 bits of each channel, and dataset.range does not apply to them"
+            yield f"{self.reduced:,} color images are deeper than 8 bits: {text}"
 
 
 def read_image(file: Path | BinaryIO, value_range: ValueRange | None = None) -> Pixels:

@@ -247,10 +247,10 @@ class Split:
     def key(self, i: int) -> str:
         return self.images.key(int(self.indices[i]))
 
-    def fingerprint(self, positions: Ints | None = None, reporter: Reporter | None = None) -> str:
+    def fingerprint(self, positions: Ints | None = None) -> str:
         """Return `fingerprint` of the images at these positions (None: all). Labels do not count."""
         indices = self.indices if positions is None else self.indices[positions]
-        return fingerprint(self.images, indices.tolist(), reporter or Reporter())
+        return fingerprint(self.images, indices.tolist(), Reporter())
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         return tuple(np.bincount(self.labels, minlength=n_classes).tolist())

@@ -1,7 +1,4 @@
-"""A sweep's leaderboard: its jobs ranked by validation, with the test metrics beside them.
-
-Everything is read from the run directories of the jobs, so that it does not matter which process ran them.
-"""
+"""A sweep's leaderboard: its jobs ranked by validation, with test metrics, read from their run directories alone."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +20,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     names = sorted((file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")), key=natural_order)
     runs = [read_entry(folder / name) for name in names]
-    parts = [[word.lstrip("+").partition("=") for word in run["overrides"]] for run in runs]
-    values = [{key: value for key, _, value in words} for words in parts]
+    values = [dict(word.lstrip("+").partition("=")[::2] for word in run["overrides"]) for run in runs]
     keys = [key for key in dict.fromkeys(key for own in values for key in own) if len({v.get(key) for v in values}) > 1]
     metric, ranked = rank(runs)
     ranks = {run["path"]: place for place, run in enumerate(ranked, start=1)}
@@ -66,10 +62,9 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def sweep_of(run: RunDir) -> Path | None:
-    """Return the folder of the sweep whose sweep.json names this run: at most three levels above, as names of jobs may
-    have slashes."""
+    """Return the folder of the sweep whose sweep.json names this run."""
     path = run.path.absolute()
-    for folder in path.parents[:3]:
+    for folder in path.parents[:3]:  # names of jobs may have slashes
         with suppress(OSError, ValueError, KeyError, TypeError):
             jobs = read_json(folder / "sweep.json")["jobs"]
             if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
