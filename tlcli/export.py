@@ -1,7 +1,6 @@
-"""Export of a run's model: the formats, and the check that what was written computes what PyTorch does.
+"""Export of a run's model: the formats, and the check that an export computes what PyTorch does.
 
-A format is one function with the decorator `ExportFormat`; checks, help and tests iterate over FORMATS. This module
-imports without torch.
+A format is one function with the decorator `ExportFormat`. This module imports without torch.
 """
 
 import json
@@ -29,63 +28,45 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # largest difference of a float32 logit: ten times what another order of summation causes
 SAMPLE_IMAGES = 16  # for the check: seconds with any network
 METADATA_FILE = "tlcli.json"  # in a .pt2 archive: classes, preprocessing and temperature
-ONNX_OPSET = 18  # the oldest that PyTorch's exporter writes without conversion; most runtimes have it
 PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
 REMOVED = {
     "torchscript": "TorchScript is deprecated in PyTorch; use --to pt2, which torch.export.load reads",
     "safetensors": "use RUN/checkpoints/best.safetensors, which holds the weights, classes and preprocessing",
 }
 
+FORMATS: dict[str, "ExportFormat"] = {}
 Model = Callable[["Tensor"], "Tensor"]
+Writer = Callable[["ExportJob", Path], Model]  # writes a job to a path and returns the model as read back from there
 
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """A run, its network (with normalization in front if asked for), and its metadata as JSON.
-
-    The export is compared with the `reference` logits of the `inputs`, whose images are described by `source`.
-    """
+    """A run, its network and metadata to write, and the logits that the written network has to compute."""
 
     run: "LoadedRun"
-    network: "nn.Module"
+    network: "nn.Module"  # with normalization in front, if asked for
     inputs: "Tensor"
-    reference: "Tensor"
-    source: str
+    reference: "Tensor"  # logits of the inputs
+    source: str  # of the images of the inputs, for people
     metadata: Mapping[str, Any]
-
-
-Writer = Callable[[ExportJob, Path], Model]  # writes a job to a path and returns the model as read back from there
 
 
 @dataclass
 class ExportFormat:
-    """A format; as a decorator, it registers the function that writes the format.
-
-    Args:
-        file_name: name in the export/ directory of a run.
-        load: line of Python that loads {path!r}.
-        packages: packages of the extra [export] that are needed to write and to check.
-        has_graph: the format holds a graph, of which the normalization can be part.
-    """
+    """A format; as a decorator, it registers the function that writes the format."""
 
     name: str
-    file_name: str
+    file_name: str  # in the export/ directory of a run
     summary: str
-    load: str
-    packages: tuple[str, ...] = ()
-    has_graph: bool = True
+    load: str  # line of Python that loads {path!r}
+    packages: tuple[str, ...] = ()  # of the extra [export], to write and to check
+    has_graph: bool = True  # of which the normalization can be part
     write: Writer = field(init=False)
 
     def __call__(self, write: Writer) -> Writer:
         self.write = write
         FORMATS[self.name] = self
         return write
-
-
-FORMATS: dict[str, ExportFormat] = {}
-
-
-# -- the formats
 
 
 @ExportFormat(
@@ -104,7 +85,7 @@ def write_onnx(job: ExportJob, path: Path) -> Model:
         _export_program(job),
         input_names=["images"],
         output_names=["logits"],
-        opset_version=ONNX_OPSET,
+        opset_version=18,  # the oldest that the exporter writes without conversion; most runtimes have it
         dynamo=True,
         verbose=False,
     )
@@ -148,11 +129,7 @@ def _export_program(job: ExportJob) -> Any:
     has_graph=False,
 )
 def write_timm(job: ExportJob, path: Path) -> Model:
-    """Write config.json, model.safetensors and README.md; return the network that timm builds from them.
-
-    Raises:
-        UsageError: timm has no network of this name with the same tensors.
-    """
+    """Write config.json, model.safetensors and README.md; return the network that timm builds from them."""
     import timm
     from safetensors.torch import save
 
@@ -218,9 +195,6 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
     return card
 
 
-# -- export and check
-
-
 def check_format(name: str) -> str:
     """Return the name. Raise UsageError if that format was removed or its packages are not installed."""
     if name in REMOVED:
@@ -238,11 +212,7 @@ def check_not_existing(path: Path) -> None:
 
 
 def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tensor", str]:
-    """Return images before normalization, uint8 (N, 3, S, S), and a text that says where they come from.
-
-    They are test images of the run, evenly spaced: of the dataset, or the files of its predictions. If one cannot be
-    read, they are random images.
-    """
+    """Return test images of the run, or else random ones, uint8 (N, 3, S, S), and a text that says which they are."""
     import torch
 
     from tlcli.data.dataset import images_by_key
@@ -264,11 +234,7 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
 
 
 def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing: bool) -> ExportJob:
-    """Return the job that exports a run, to be checked on test images of the dataset.
-
-    Args:
-        with_preprocessing: the model takes uint8 (N, S, S, 3) RGB and normalizes it.
-    """
+    """Return the job that exports a run; with preprocessing, the model takes uint8 (N, S, S, 3) RGB."""
     import torch
 
     images, source = find_samples(run, dataset)
@@ -293,9 +259,7 @@ def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing:
 def export(job: ExportJob, chosen: ExportFormat, path: Path) -> float:
     """Write a model, compare it with PyTorch, and return the largest difference of a logit.
 
-    Raises:
-        UsageError: the output exists, or timm has no such network.
-        TlcliError: the file or the network cannot be written, or computes something else. Nothing is left behind then.
+    Raises UsageError if the output exists, or TlcliError if the export fails. Nothing is left behind then.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,10 +301,9 @@ def _with_normalization(network: "nn.Module", mean: Sequence[float], std: Sequen
 
 
 def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: str) -> float:
-    """Return the largest difference of the model's logits from the reference (N, classes).
+    """Return the largest difference of a logit from the reference (N, classes), for all inputs and for the first alone.
 
-    The model computes all inputs in one batch, then the first input alone. Raises TlcliError if a logit differs by more
-    than TOLERANCE, or a class.
+    Raises TlcliError if a logit differs by more than TOLERANCE, or a class.
     """
     import torch
 

@@ -18,8 +18,7 @@ _TEMP_NAME = re.compile(r"\..+\.\d+")
 def atomic_write(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` when the block ends; if the block fails, the old file stays.
 
-    Args:
-        durable: sync the file before it is renamed and the folder afterwards, so that it survives a power failure.
+    A durable file survives a power failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = _temp_path(path)
@@ -41,10 +40,7 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def replace_with_hardlink(path: Path, name: Path) -> bool:
-    """Give a file a second name in the same folder, replacing what has that name.
-
-    Replacing one of the names later leaves the other as it is. Return False if the file system has no hard links.
-    """
+    """Give a file a second name in the same folder. Return False if the file system has no hard links."""
     temp = _temp_path(name)
     try:
         temp.unlink(missing_ok=True)
@@ -81,14 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file as plain values.
-
-    Aliases are refused: a few lines of them can stand for billions of values.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not YAML, not a mapping, or has aliases; one line.
-    """
+    """Return the mapping in a YAML file as plain values. Raise OSError, or ValueError if it is not such a mapping."""
     import yaml  # type: ignore[import-untyped]
 
     if exists(path) and not is_file(path):
@@ -96,7 +85,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        if "*" in text:
+        if "*" in text:  # a few lines of aliases can stand for billions of values
             for event in yaml.parse(text, Loader=loader):
                 if isinstance(event, yaml.AliasEvent):
                     line = event.start_mark.line + 1
@@ -111,23 +100,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock among all threads and processes. All locks of tlcli are taken here.
+    """Hold a lock among all threads and processes, which ends with the process.
 
-    The system releases the locks of a process that ends.
-
-    Args:
-        shared: allow other shared locks at the same time. Does nothing on Windows, which deletes no mapped file.
-        timeout: seconds to wait for an exclusive lock; negative: no limit.
-
-    Raises:
-        OSError: the lock is held (TimeoutError), or the file system has no locks or cannot be written.
+    `timeout` are seconds to wait for an exclusive lock. Raises TimeoutError, or OSError if the lock cannot be made.
     """
     from filelock import FileLock  # here, because it imports asyncio
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()  # with the permissions of the umask, so that a group can share a cache; filelock 3 would use 0644
     if shared and os.name == "nt":
-        yield
+        yield  # Windows deletes no mapped file
     elif shared:
         import fcntl
 
@@ -139,13 +121,11 @@ def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[N
     else:
         exclusive = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
         try:
-            exclusive.acquire(timeout=timeout)
+            held = exclusive.acquire(timeout=timeout)
         except NotImplementedError as error:  # filelock 3, on a file system without locks
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
-        try:
+        with held:
             yield
-        finally:
-            exclusive.release()
 
 
 def expand_user(path: str) -> Path:
@@ -157,9 +137,9 @@ def expand_user(path: str) -> Path:
 
 
 def resolve_links(path: Path) -> Path:
-    """Return the path with links followed as far as possible, also for links that form a circle."""
+    """Return the path with links followed as far as possible."""
     return Path(os.path.realpath(path))
 
 
-# pathlib's checks raise for names that are too long and for links that form a circle; these do not
+# pathlib's checks and resolve() raise for names that are too long and for links that form a circle; these do not
 exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile

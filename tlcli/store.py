@@ -7,8 +7,7 @@
     ROOT/locks/space.lock              held while room is made
     ROOT/NAME.json                     notes, such as measured speeds
 
-The caller decides what a key stands for and what the tensors mean. torch is not imported, so that `tlcli cache list`
-is fast.
+This module imports without torch, so that `tlcli cache list` is fast.
 """
 
 import errno
@@ -34,15 +33,12 @@ from tlcli.text import size_text
 
 FORMAT = 1  # of meta.json and of the files next to it
 META = "meta.json"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GB = 1_000_000_000
-READ_BLOCK_BYTES = 1 << 20  # of the checksum; 256 kB to 4 MB are equally fast
 MTIME_SECONDS = 2.0  # resolution of the coarsest file time (FAT): a later change shows in the time of an older file
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
 _OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\.meta\.json\.\d+|\.DS_Store|\.nfs\w+")  # the last two are the system's
-_NOTES_DRAFT = re.compile(r"\..+\.json\.\d+")
 _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
@@ -65,7 +61,7 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,10 @@ class CacheEntry:
 
 @dataclass
 class Store:
-    """The cache in one folder, which need not exist yet. A key is a lower-case hex string, else ValueError.
-
-    Args:
-        max_gb: size of all entries that is never exceeded. The least recently used entries that no process holds are
-            evicted for a new one.
-    """
+    """The cache in one folder, which need not exist yet. A key is a lower-case hex string, else ValueError."""
 
     root: Path
-    max_gb: float = math.inf
+    max_gb: float = math.inf  # of all entries; those that no process holds are evicted, the least recently used first
 
     @property
     def activations(self) -> Path:
@@ -109,9 +100,7 @@ class Store:
     def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
         """Return an entry and hold it until this process ends; None if there is none or it is damaged.
 
-        Args:
-            verify: read the whole entry, but once per process as long as its files do not change; if not, only
-                meta.json and the file sizes are checked.
+        `verify` reads the whole entry, once per process while its files do not change; else only their sizes count.
         """
         folder = self._folder(key)
         with suppress(*_DAMAGE):
@@ -136,10 +125,7 @@ class Store:
 
     @contextmanager
     def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the right to fill a key; call `on_wait` if another thread or process has it. May raise OSError.
-
-        Call `find` again inside: another process may have filled the entry meanwhile.
-        """
+        """Hold the right to fill a key; call `on_wait` if another process has it, which may have filled it by then."""
         file = self._lock_file(self._folder(key))
         with ExitStack() as held:
             try:
@@ -163,11 +149,8 @@ class Store:
     ) -> CacheEntry:
         """Write an entry, completely or not at all, inside `lock_for_write(key)`. A damaged entry is replaced.
 
-        Args:
-            metadata: JSON for people.
-            batches: of rows; per column the C-contiguous bytes of the same number of whole rows.
-
-        Raises OSError if there is no room, or a write fails.
+        Each batch has per column the C-contiguous bytes of the same number of whole rows. Raises OSError if there is no
+        room, or a write fails.
         """
         final = self._folder(key)
         draft = final.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -205,10 +188,7 @@ class Store:
             raise
 
     def no_room_reason(self, nbytes: int) -> str | None:
-        """Return why entries of this total size do not fit even if all that can be evicted is; None if they fit.
-
-        Call `find` before for the entries that are going to be read: they are held.
-        """
+        """Return why entries of this size do not fit, even if all unused ones are evicted; None if they fit."""
         try:
             with self._lock_space():
                 return self._make_room(nbytes, evict=False)
@@ -228,22 +208,19 @@ class Store:
         _delete(self._folder(key))
 
     def clear(self) -> tuple[int, int]:
-        """Remove all entries, stale drafts and notes; return the number of entries and of all bytes.
-
-        Drafts of live writers and third-party files stay, and lock files: two processes could hold one that vanishes.
-        """
+        """Remove all entries, stale drafts and notes; return the number of entries and of all bytes."""
         nbytes, count = self._remove_stale_drafts(), 0
         for folder in self._folders(_KEY):
             with suppress(FileNotFoundError):  # another process removed it
                 nbytes += _delete(folder)
                 count += 1
-        for file in _children(self.root):
-            if _NOTES_DRAFT.fullmatch(file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
+        for file in _children(self.root):  # not the lock files: two processes could hold one that vanishes
+            if re.fullmatch(r"\..+\.json\.\d+", file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
                 file.unlink(missing_ok=True)
         return count, nbytes
 
     def read_notes(self, name: str) -> dict[str, Any]:
-        """Return the notes of a name; empty if there are none or they are damaged."""
+        """Return the notes of a name, without damaged ones."""
         return _notes_in(self.root / f"{name}.json") or {}
 
     def add_note(self, name: str, key: str, value: Any) -> None:
@@ -271,7 +248,6 @@ class Store:
         return [path for path in folders if all(_OWN_FILE.fullmatch(file.name) for file in _children(path))]
 
     def _hold(self, key: str) -> None:
-        """Keep other processes from evicting an entry until this one ends."""
         file = self._lock_file(self._folder(key), "use")
         if file not in _held:
             with suppress(OSError):  # a read-only cache: nothing is evicted either
@@ -314,7 +290,6 @@ class Store:
         return None
 
     def _remove_stale_drafts(self) -> int:
-        """Remove the drafts of writers that were killed; return the bytes."""
         nbytes = 0
         for draft in self._folders(_DRAFT):
             with suppress(OSError), lock(self._lock_file(draft), timeout=0):  # else it is being written
@@ -325,7 +300,7 @@ class Store:
 def _write_rows(
     files: Sequence[BinaryIO], sizes: Sequence[int], rows: int, batches: Iterable[Sequence[bytes | memoryview]]
 ) -> list[str]:
-    """Write the rows of an entry to one file per column, durably, and return the checksums."""
+    """Write the rows durably, one file per column, and return the checksums."""
     crcs, written = [0] * len(files), 0
     for batch in batches:
         views = [memoryview(part).cast("B") for part in batch]  # TypeError if one is not contiguous
@@ -373,7 +348,7 @@ def _read_entry(folder: Path) -> CacheEntry:
 
 
 def _crc_of(path: Path) -> str:
-    block, crc = memoryview(bytearray(READ_BLOCK_BYTES)), 0
+    block, crc = memoryview(bytearray(1 << 20)), 0  # 256 kB to 4 MB are equally fast
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             crc = zlib.crc32(block[:size], crc)

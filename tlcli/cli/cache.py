@@ -12,8 +12,6 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.store import CacheEntry, Store, cache_dir
 from tlcli.text import did_you_mean, size_text
 
-ACTIONS = ("list", "remove", "clear")
-SHOWN_KEY_CHARS = 8
 MIN_KEY_CHARS = 4  # name an entry if only one key starts with them
 
 
@@ -26,7 +24,9 @@ def parser() -> Parser:
         ("tlcli cache list", "tlcli cache remove 3f2a 9c01", "tlcli cache clear"),
     )
     parser.add_argument(
-        "action", choices=ACTIONS, help="clear removes all entries, what killed runs left, and measured speeds"
+        "action",
+        choices=("list", "remove", "clear"),
+        help="clear removes all entries, what killed runs left, and measured speeds",
     )
     parser.add_argument(
         "keys", nargs="*", metavar="KEY", help=f"entries to remove; {MIN_KEY_CHARS} unambiguous characters are enough"
@@ -99,7 +99,7 @@ def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
         minutes = max(0, round(time.time() - entry.used)) // 60
         used = f"{minutes}m" if minutes < 60 else f"{minutes // 60}h" if minutes < 2880 else f"{minutes // 1440}d"
         facts = [metadata.get(name) for name in ("backbone", "at")]
-        rows.append((entry.key[:SHOWN_KEY_CHARS], dataset, *facts, images, size, f"{used} ago"))
+        rows.append((entry.key[:8], dataset, *facts, images, size, f"{used} ago"))
     left, drop = ("dataset", "backbone", "at"), {"dataset": 1, "backbone": 2, "used": 3, "at": 4, "images": 5}
     titles = ("key", "dataset", "backbone", "at", "images", "size", "used")
     columns = [TableColumn(title, drop.get(title, 0), left=title in left) for title in titles]

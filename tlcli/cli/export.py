@@ -12,12 +12,6 @@ from tlcli.specs import Fit
 from tlcli.text import size_text
 
 GRAPHS = ", ".join(chosen.name for chosen in FORMATS.values() if chosen.has_graph)
-SUMMARY = """\
-Write a run's model in another format. What was written is loaded again and
-compared with PyTorch on test images of the run. Unless every logit is within
-0.0001 and every class the same, nothing is left behind.
-
-"""
 
 
 def parser() -> Parser:
@@ -25,7 +19,9 @@ def parser() -> Parser:
     formats = "".join(f"  {name:<8} {chosen.summary}\n" for name, chosen in FORMATS.items())
     made = Parser(
         "export",
-        f"{SUMMARY}formats:\n{formats}\nEach has the classes, the preprocessing and the temperature.",
+        "Write a run's model in another format. What was written is loaded again and\ncompared with PyTorch on test "
+        "images of the run. Unless every logit is within\n0.0001 and every class the same, nothing is left behind.\n\n"
+        f"formats:\n{formats}\nEach has the classes, the preprocessing and the temperature.",
         ["tlcli export outputs/DATE/TIME --to onnx", "tlcli export outputs/DATE/TIME --to timm --output my-model"],
     )
     made.add_argument("run", metavar="RUN", help="directory of a run")
@@ -59,8 +55,8 @@ def run(argv: list[str]) -> int:
         dataset = load_spec(folder).dataset
     job = prepare(loaded, dataset, arguments.with_preprocessing)
     difference = export(job, chosen, output)
-    files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
-    print(f"wrote    {output} ({size_text(sum(file.stat().st_size for file in files))})")
+    nbytes = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
+    print(f"wrote    {output} ({size_text(nbytes)})")
     print(f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})")
     print(f"checked  against PyTorch on {job.source}: every class equal,")
     print(f"         largest difference of a logit {difference:.2g}")

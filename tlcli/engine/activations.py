@@ -41,16 +41,13 @@ ROW_FORMAT_VERSION = 1  # of the rules by which an image becomes a row: part of 
 
 @dataclass(eq=False)
 class SplitActivations:
-    """The rows of one split, in its order: in the store, or extracted into it on first use.
-
-    `view` is the number of the augmented view of each image; None: the images as they are.
-    """
+    """The rows of one split, in its order: in the store, or extracted into it on first use."""
 
     store: Store
     batches: ImageBatches
     extractor: Extractor
     key: str
-    view: int | None
+    view: int | None  # number of the augmented view of each image; None: the images as they are
     metadata: Mapping[str, Any]
     extraction: dict[str, Any] | None = None  # images, seconds and formats, if it was extracted here
     found: CacheEntry | None = None
@@ -60,7 +57,6 @@ class SplitActivations:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes per image."""
         return sum(column.nbytes for column in self.extractor.columns)
 
     @property
@@ -73,10 +69,7 @@ class SplitActivations:
         return self.store.find(self.key, verify=False) is not None
 
     def entry(self, reporter: Reporter, extractor: Extractor) -> CacheEntry:
-        """Return the entry; it is extracted first with `extractor` if it is missing or damaged.
-
-        Raises OSError if it cannot be written.
-        """
+        """Return the entry, extracted first if it is missing or damaged. Raise OSError if it cannot be written."""
         self.found = self.store.find(self.key)
         if self.found is None:
             waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
@@ -88,7 +81,6 @@ class SplitActivations:
         start = time.perf_counter()
         extractor.prepare(reporter)
         compile_seconds = time.perf_counter() - start
-        metadata = {**self.metadata, "computed": extractor.reason}
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with reporter.track(label, len(self)) as advance:
 
@@ -98,6 +90,7 @@ class SplitActivations:
                     yield [memoryview(array) for array in arrays]
                     advance(len(labels))
 
+            metadata = {**self.metadata, "computed": extractor.reason}
             entry = self.store.write(self.key, len(self), extractor.columns, metadata, rows())
         self.extraction = {
             "images": len(self),
@@ -112,12 +105,11 @@ class SplitActivations:
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """A split that is read from activations: `views` of the images of `pool` at a cut (one if not augmented), of which
-    `rows` belong to the split."""
+    """A split that is read from activations at a cut."""
 
     cut: Cut
-    views: tuple[SplitActivations, ...]
-    rows: Tensor
+    views: tuple[SplitActivations, ...]  # one if not augmented
+    rows: Tensor  # of the views that belong to the split
 
 
 def image_size(spec: TrainSpec) -> int | None:
@@ -140,8 +132,7 @@ def preprocessing_for(spec: TrainSpec, classifier: Classifier, value_range: Valu
 class Workload:
     """The data, the network and the machine of a run: what decisions are made about.
 
-    Splits are named train, train_eval (train as evaluation sees it), val and test. `needs_probe`: the head starts from
-    a linear probe on train_eval.
+    Splits are named train, train_eval (train as evaluation sees it), val and test.
     """
 
     data: Dataset
@@ -150,7 +141,7 @@ class Workload:
     spec: TrainSpec
     accelerator: torch.device
     session: Session
-    needs_probe: bool = False
+    needs_probe: bool = False  # the head starts from a linear probe on train_eval
     _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -159,8 +150,8 @@ class Workload:
 
     @property
     def workers(self) -> int:
-        own = self.spec.device.workers
-        return auto_workers(self.accelerator) if own is None else own
+        workers = self.spec.device.workers
+        return auto_workers(self.accelerator) if workers is None else workers
 
     @property
     def augments(self) -> bool:
@@ -168,12 +159,13 @@ class Workload:
         return self.spec.augment.build(self.preprocessing) is not None
 
     def split(self, split_name: str) -> Split:
+        """Return the images of a split."""
         split: Split = getattr(self.data, split_name.removesuffix("_eval"))
         return split
 
     @property
     def cut(self) -> Cut | NoCut:
-        """Return the cut after the frozen prefix."""
+        """The cut after the frozen prefix."""
         self.contract.train_mode()  # the cut depends on the modes in which the network trains
         return self._cut(None)
 
@@ -199,25 +191,17 @@ class Workload:
         return head if cut.shapes == ((head.in_features,),) else None
 
     def extractor(self, cut: Cut, option: ComputeFormat, *, compiled: bool = False) -> Extractor:
-        """Return what runs the prefix of a cut over images; one per cut, format and way for all jobs of the process."""
-        name, stored = f"{self.spec.backbone.name} {cut.suffix_start}", self.spec.cache.dtype
+        """Return the extractor of the prefix of a cut, which all jobs of the process share."""
+        name, stored, session = f"{self.spec.backbone.name} {cut.suffix_start}", self.spec.cache.dtype, self.session
         batch_size = option.batch_size or BATCH[self.accelerator.type]
-        extractor = self.session.get_or_create(
-            ("extractor", id(cut), option.description, batch_size, self.preprocessing, stored, compiled),
-            lambda: Extractor(
-                name, cut.prefix, self.preprocessing, self.accelerator, option, self.session.store, stored
-            ),
-        )
-        extractor.compiled = compiled
-        return extractor
+        key = ("extractor", id(cut), option.description, batch_size, self.preprocessing, stored, compiled)
+        arguments = (name, cut.prefix, self.preprocessing, self.accelerator, option, session.store, stored, compiled)
+        return session.get_or_create(key, lambda: Extractor(*arguments))
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
-        """Return where the rows of a split are if the splits in `cached` are read from activations of this format.
-
-        train_eval and val are read from one pool if training reads activations, too. If it does not, train_eval is cut
-        at the head: it serves the probe alone.
-        """
+        """Return where the rows of a split are if the splits in `cached` are read from activations of this format."""
         spec, data = self.spec, self.data
+        # if training reads images, train_eval serves the probe alone
         cut = self.features_cut if split_name == "train_eval" and "train" not in cached else self.cut
         assert isinstance(cut, Cut)
         pool = split = self.split(split_name)

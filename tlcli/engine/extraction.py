@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tlcli.data.batches import Preprocessing
-from tlcli.device import DTYPE_NAMES, ComputeFormat, autocast, machine_name, synchronize
+from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, machine_name, synchronize
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheDtype
+from tlcli.specs import CacheDtype, Precision
 from tlcli.store import Column, Store
 
 # Images per forward pass. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for EfficientNet-Lite0: its
@@ -29,42 +30,35 @@ NOTES = "compiled"  # name of the store's notes on compiling
 FP32_TOLERANCE = 1e-4  # relative difference that rounding makes in float32
 
 
+@dataclass(eq=False)
 class Extractor:
     """Runs the prefix of a cut: uint8 images (B, 3, S, S) to the tensors that cross the cut, as they are stored.
 
     Maps (B, C, H, W) are returned as (B, H, W, C), which is channels_last without a copy when it is read back.
-
-    Args:
-        name: of the prefix, for the store's notes on how long compiling took, and how fast it was then.
-        stored: dtype of the rows; `auto` is the dtype that the prefix computes in, so that nothing is lost.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prefix: nn.Module,
-        preprocessing: Preprocessing,
-        accelerator: torch.device,
-        compute_format: ComputeFormat,
-        store: Store,
-        stored: CacheDtype = CacheDtype.auto,
-    ) -> None:
-        self._original = _PixelPrefix(prefix, preprocessing)
-        self._preprocessing, self._accelerator, self._store = preprocessing, accelerator, store
-        self._stored = {CacheDtype.auto: None, CacheDtype.fp32: torch.float32, CacheDtype.bf16: torch.bfloat16}[stored]
-        note = f"{name} {preprocessing} {compute_format.description} {machine_name(accelerator)} {torch.__version__}"
-        self._note_key = hashlib.sha256(note.encode()).hexdigest()[:32]
-        self.compute_format = compute_format
-        self.batch_size = compute_format.batch_size or BATCH[accelerator.type]
-        self.compiled = False  # `prepare` compiles if this is set
+    name: str  # for the store's notes on compiling
+    prefix: nn.Module
+    preprocessing: Preprocessing
+    accelerator: torch.device
+    compute_format: ComputeFormat
+    store: Store
+    stored: CacheDtype = CacheDtype.auto  # auto: as the prefix computes, so that nothing is lost
+    compiled: bool = False  # if set, `prepare` compiles
+    reason: str = ""  # how the prefix runs, for people
+
+    def __post_init__(self) -> None:
+        self.batch_size = self.compute_format.batch_size or BATCH[self.accelerator.type]
+        self._original = _PixelPrefix(self.prefix, self.preprocessing)
         self._network: _PixelPrefix | None = None
         self._tried_compiling = False
-        self.reason = ""
+        facts = (self.name, self.preprocessing, self.compute_format.description, machine_name(self.accelerator))
+        self._note_key = hashlib.sha256(f"{' '.join(map(str, facts))} {torch.__version__}".encode()).hexdigest()[:32]
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """Return the dtype and shape of each tensor of a row."""
-        size = self._preprocessing.size
+        """The dtype and shape of each tensor of a row."""
+        size = self.preprocessing.size
         rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
         return tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
 
@@ -74,8 +68,8 @@ class Extractor:
         return min(images / speed, cost + images / compiled_speed)
 
     def _compiling(self, speed: float) -> tuple[float, float]:
-        """Return the seconds that compiling takes, and the images per second then."""
-        note = self._store.read_notes(NOTES).get(self._note_key)
+        """Return the seconds that compiling takes and the images per second of the result."""
+        note = self.store.read_notes(NOTES).get(self._note_key)
         if isinstance(note, dict) and {"seconds", "images_per_second"} <= note.keys():
             return float(note["seconds"]), float(note["images_per_second"])
         return COMPILE_SECONDS, COMPILE_SPEEDUP * speed
@@ -91,44 +85,40 @@ class Extractor:
             self._compile(self._network)
 
     def _compile(self, network: "_PixelPrefix") -> None:
-        """Try torch.compile with frozen weights, and record what it cost and gained.
-
-        The weights are cast to the computing dtype, because inductor then folds and packs them. Pixels are normalized
-        outside: inductor makes slow code of their bytes.
-        """
-        start, size = time.perf_counter(), self._preprocessing.size
+        """Try torch.compile with frozen weights, and record what it cost and gained."""
+        start, size = time.perf_counter(), self.preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
-        prefix = copy.deepcopy(network.prefix).to(self.compute_format.dtype)
+        prefix = copy.deepcopy(network.prefix).to(self.compute_format.dtype)  # inductor then folds and packs weights
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's advice is for the network's author
                 from torch._inductor import config as inductor  # takes most of a second
 
-                compiled = _PixelPrefix(torch.compile(prefix, dynamic=False), self._preprocessing)  # type: ignore[arg-type]
+                # pixels are normalized outside: inductor makes slow code of their bytes
+                compiled = _PixelPrefix(torch.compile(prefix, dynamic=False), self.preprocessing)  # type: ignore[arg-type]
                 with inductor.patch(freezing=True):
                     rows = self._forward(compiled, sample)
-            synchronize(self._accelerator)
+            synchronize(self.accelerator)
             seconds = time.perf_counter() - start
         except Exception as error:  # no C++ compiler, or a network that inductor cannot compile
             self.reason += f", not compiled ({type(error).__name__})"
             return
         # as near to float32 as the network itself in this dtype
-        x = sample.to(self._accelerator).contiguous(memory_format=self.compute_format.memory_format)
+        x = sample.to(self.accelerator).contiguous(memory_format=self.compute_format.memory_format)
         with torch.inference_mode():
             exact = tuple(self._as_stored(t) for t in self._original(x))
         triples = zip(rows, self._forward(self._original, sample), exact, strict=True)
-        if not all(_distance(a, e) <= 2 * _distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
+        if not all(_relative_distance(a, e) <= 2 * _relative_distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
             self.reason += ", not compiled: the compiled network is less exact"
             return
-        synchronize(self._accelerator)
+        synchronize(self.accelerator)
         start = time.perf_counter()
         for _ in range(2):
             self._forward(compiled, sample)
-        synchronize(self._accelerator)
+        synchronize(self.accelerator)
         speed = 2 * self.batch_size / (time.perf_counter() - start)
-        self._store.add_note(
-            NOTES, self._note_key, {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)}
-        )
+        note = {"seconds": round(seconds, 2), "images_per_second": round(speed, 2)}
+        self.store.add_note(NOTES, self._note_key, note)
         self._network, self.reason = compiled, f"compiled in {seconds:.0f} s"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -140,24 +130,21 @@ class Extractor:
         return tuple(t[:n].cpu() for t in self._forward(self._network, images))
 
     def _forward(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, ...]:
-        x = images.to(self._accelerator, non_blocking=self._accelerator.type == "cuda")
+        x = images.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
         x = x.contiguous(memory_format=self.compute_format.memory_format)
-        with torch.inference_mode(), autocast(self._accelerator, self.compute_format.dtype):
+        with torch.inference_mode(), autocast(self.accelerator, self.compute_format.dtype):
             rows = network(x)
         return tuple(self._as_stored(t) for t in rows)
 
     def _as_stored(self, t: Tensor) -> Tensor:
-        t = t if self._stored is None else t.to(self._stored)
+        t = t if self.stored is CacheDtype.auto else t.to(DTYPES[Precision(self.stored.value)])
         return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).contiguous()
 
 
 class _PixelPrefix(nn.Module):
-    """uint8 images to the tensors that cross the cut."""
-
     def __init__(self, prefix: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.prefix = prefix
-        self.preprocessing = preprocessing
+        self.prefix, self.preprocessing = prefix, preprocessing
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         out: tuple[Tensor, ...] = self.prefix(self.preprocessing.normalize(images))
@@ -165,10 +152,7 @@ class _PixelPrefix(nn.Module):
 
 
 def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
-    """Return the network with each BatchNorm folded into the convolution that it alone reads.
-
-    The network is returned as it is if there is none, or if folding would change its output by more than rounding.
-    """
+    """Return the network with each BatchNorm folded into its convolution, if the output changes by rounding only."""
     if not isinstance(network.prefix, fx.GraphModule):
         return network
     prefix, count = copy.deepcopy(network.prefix), 0
@@ -194,10 +178,9 @@ def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
     sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         pairs = zip(folded(sample), network(sample), strict=True)
-        is_same = count > 0 and all(_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
+        is_same = count > 0 and all(_relative_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
     return folded if is_same else network
 
 
-def _distance(values: Tensor, expected: Tensor) -> float:
-    """Return the relative difference of two tensors."""
+def _relative_distance(values: Tensor, expected: Tensor) -> float:
     return float((values.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6))

@@ -25,8 +25,7 @@ SPLIT_NAMES = ("train", "train_eval", "val", "test")
 
 
 class Inputs:
-    """Opens splits as `decisions` say. A split whose activations cannot be written is read from images: `decisions`
-    then say so, and a note does."""
+    """Opens splits as `decisions` say. A split whose activations cannot be written is read from images, with a note."""
 
     def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
         self.decisions, self.workload = decisions, workload
@@ -86,8 +85,6 @@ class Inputs:
         self.decisions = structs.replace(self.decisions, compiled=self.decisions.compiled - {split_name} | names)
         return tensors
 
-    # -- for run.json and the plan
-
     @property
     def cache_info(self) -> dict[str, Any]:
         """The value of `cache` in run.json."""
@@ -102,10 +99,6 @@ class Inputs:
                 for name, split in self.cached.items()
             },
         }
-
-    @property
-    def numerics(self) -> dict[str, str]:
-        return {use: self.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
 
     @property
     def summary(self) -> str:
@@ -137,17 +130,11 @@ class Inputs:
         done = [source.extraction for source in self._sources() if source.extraction is not None]
         if not done:
             return None
-        images, seconds, compile_seconds = (
-            sum(e[key] for e in done) for key in ("images", "seconds", "compile_seconds")
-        )
-        return {
-            **done[0],
-            "images": images,
-            "seconds": round(seconds, 3),
-            "compile_seconds": round(compile_seconds, 3),
-            "images_per_second": round(images / max(seconds - compile_seconds, 1e-9), 1),  # with decoding
-            "why": "; ".join(dict.fromkeys(extraction["why"] for extraction in done)),
-        }
+        totals = {key: sum(extraction[key] for extraction in done) for key in ("images", "seconds", "compile_seconds")}
+        speed = totals["images"] / max(totals["seconds"] - totals["compile_seconds"], 1e-9)  # with decoding
+        totals = {key: round(total, 3) for key, total in totals.items()}
+        why = "; ".join(dict.fromkeys(extraction["why"] for extraction in done))
+        return {**done[0], **totals, "images_per_second": round(speed, 1), "why": why}
 
     def _sources(self) -> list[SplitActivations]:
         """Each of the activations once; several splits may read the same."""

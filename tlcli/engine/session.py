@@ -18,11 +18,7 @@ T = TypeVar("T")
 
 
 class Session:
-    """Holds the latest dataset, model and cuts, and gives them to the next job if it asks for the same.
-
-    Args:
-        ram_bytes: of memory for cached tensors.
-    """
+    """Holds the latest dataset, model and cuts for the next job, and at most `ram_bytes` of cached tensors."""
 
     def __init__(self, store: Store, ram_bytes: int) -> None:
         self.store, self.ram_bytes, self._free_bytes = store, ram_bytes, ram_bytes
@@ -44,8 +40,7 @@ class Session:
     ) -> Classifier:
         """Return `build_model`'s classifier with its initial weights; that of the previous job if it is the same.
 
-        `computing` says where and how it computes (device, threads, compiled or not): a job inherits neither a compiled
-        network nor an extractor from a job that computes differently.
+        `computing` says where and how it computes: a job inherits nothing from one that computes differently.
         """
         key = (spec, classes, size, seed, computing)
         if self._model is None or self._model[0] != key:
@@ -57,10 +52,7 @@ class Session:
         return self._model[1]
 
     def tensors(self, entry: CacheEntry) -> ActivationTensors:
-        """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed.
-
-        They are in memory, also for the next job, while they fit in `ram_bytes`; else they are mapped from their files.
-        """
+        """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
         if entry.key in self._in_memory:
             return self._in_memory[entry.key]
         tensors: ActivationTensors = ()
@@ -72,7 +64,7 @@ class Session:
                 entry.file(i).stat()  # raises FileNotFoundError if that is the reason
                 raise
             tensors += (flat.view(shape),)
-        if entry.nbytes <= self._free_bytes:
+        if entry.nbytes <= self._free_bytes:  # else they stay mapped
             self._free_bytes -= entry.nbytes
             tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
         return tensors

@@ -58,6 +58,7 @@ class Recorder:
         spec, data, classifier = self._spec, workload.data, workload.classifier
         splits = {"train": data.train, "val": data.val, "test": data.test}
         stages = freeze_table(spec.optimizer, classifier)
+        reasons = {use: inputs.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
         self._sizes = {name: len(split) for name, split in splits.items()}
         self._run.write_bad_files(data.bad_files)
         self._run.update(
@@ -71,7 +72,7 @@ class Recorder:
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             memory_format=str(device.memory_format),
-            numerics={"device": device.description, **inputs.numerics},
+            numerics={"device": device.description, **reasons},
             **{f"n_{name}": n for name, n in self._sizes.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
@@ -88,7 +89,7 @@ class Recorder:
             notes.append(
                 f"val has {len(data.val)} images: the best epoch and the temperature, which they select, are uncertain"
             )
-        notes += [f"{name}: {reason}" for name, reason in inputs.numerics.items() if "measured" in reason]
+        notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
         self._reporter.plan(
             RunPlan(
                 run=self._run.path,
