@@ -257,10 +257,7 @@ def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing:
 
 
 def export(job: ExportJob, chosen: ExportFormat, path: Path) -> float:
-    """Write a model, compare it with PyTorch, and return the largest difference of a logit.
-
-    Raises UsageError if the output exists, or TlcliError if the export fails. Nothing is left behind then.
-    """
+    """Write a model, compare it with PyTorch, and return the largest difference of a logit; an error leaves no file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft_folder = tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True)
@@ -301,14 +298,11 @@ def _with_normalization(network: "nn.Module", mean: Sequence[float], std: Sequen
 
 
 def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: str) -> float:
-    """Return the largest difference of a logit from the reference (N, classes), for all inputs and for the first alone.
-
-    Raises TlcliError if a logit differs by more than TOLERANCE, or a class.
-    """
+    """Return the largest difference of a logit from the reference (N, classes). Raise TlcliError if it is too large."""
     import torch
 
     with torch.inference_mode():
-        logits = torch.cat([model(inputs), model(inputs[:1])])
+        logits = torch.cat([model(inputs), model(inputs[:1])])  # in one batch, and one image alone
     expected = torch.cat([reference, reference[:1]])
     largest = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf  # or NaN
     if not largest <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):

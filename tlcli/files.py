@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 
 from tlcli.errors import UsageError
 
-_TEMP_NAME = re.compile(r"\..+\.\d+")
-
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
@@ -62,7 +60,7 @@ def _temp_path(path: Path) -> Path:
 def remove_temp_files(folder: Path) -> None:
     """Remove what killed writers left in a folder. No process may be writing there."""
     for path in folder.glob(".*"):
-        if _TEMP_NAME.fullmatch(path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 

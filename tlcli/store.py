@@ -34,7 +34,6 @@ from tlcli.text import size_text
 FORMAT = 1  # of meta.json and of the files next to it
 META = "meta.json"
 GB = 1_000_000_000
-MTIME_SECONDS = 2.0  # resolution of the coarsest file time (FAT): a later change shows in the time of an older file
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
@@ -116,7 +115,7 @@ class Store:
             if _verified.get(folder) != state:
                 if tuple(map(_crc_of, files)) != entry.checksums:
                     return None
-                if all(s.st_mtime < start - MTIME_SECONDS for s in stats):
+                if all(s.st_mtime < start - 2 for s in stats):  # FAT counts in 2 s: a later change shows
                     _verified[folder] = state
             with suppress(OSError):  # a cache of another user, which is read-only for this one
                 os.utime(folder / META)

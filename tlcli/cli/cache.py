@@ -98,8 +98,8 @@ def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
         dataset = " ".join(str(metadata[name]) for name in ("dataset", "split") if name in metadata) or None
         minutes = max(0, round(time.time() - entry.used)) // 60
         used = f"{minutes}m" if minutes < 60 else f"{minutes // 60}h" if minutes < 2880 else f"{minutes // 1440}d"
-        facts = [metadata.get(name) for name in ("backbone", "at")]
-        rows.append((entry.key[:8], dataset, *facts, images, size, f"{used} ago"))
+        network = metadata.get("backbone"), metadata.get("at")
+        rows.append((entry.key[:8], dataset, *network, images, size, f"{used} ago"))
     left, drop = ("dataset", "backbone", "at"), {"dataset": 1, "backbone": 2, "used": 3, "at": 4, "images": 5}
     titles = ("key", "dataset", "backbone", "at", "images", "size", "used")
     columns = [TableColumn(title, drop.get(title, 0), left=title in left) for title in titles]

@@ -36,8 +36,6 @@ from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, linear_head
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
-ROW_FORMAT_VERSION = 1  # of the rules by which an image becomes a row: part of every key
-
 
 @dataclass(eq=False)
 class SplitActivations:
@@ -237,7 +235,7 @@ class Workload:
             "preprocessing": preprocessing.to_json(),
             "images": pool.fingerprint(),
             "decoder": decoder(),
-            "rows": ROW_FORMAT_VERSION,
+            "rows": 1,  # version: increase it with the rules by which an image becomes a row
             "view": None if view is None else to_plain(augmented),
             "dtype": DTYPE_NAMES[extractor.compute_format.dtype],
             "columns": [asdict(column) for column in extractor.columns],
