@@ -187,16 +187,13 @@ def _devices() -> Findings:
     if torch.backends.mps.is_available():
         yield "devices", "MPS", {"name": "Apple GPU"}
     if not torch.cuda.is_available() and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
-        yield Problem(
-            f"an NVIDIA driver is installed, but PyTorch {torch.__version__} (built {built}) finds no GPU: "
-            "check nvidia-smi, and install the build of PyTorch for its driver"
-        )
+        remedy = "check nvidia-smi, and install the build of PyTorch for its driver"
+        yield Problem(f"an NVIDIA driver is installed, but PyTorch {torch.__version__} finds no GPU: {remedy}")
     device = find_accelerator(Accelerator.auto)
     yield "devices", "in use", device.type
     layer = torch.nn.Conv2d(3, 8, 3).to(device)
-    layer(torch.ones(2, 3, 16, 16, device=device)).square().mean().backward()
-    if layer.weight.grad is None or not bool(layer.weight.grad.isfinite().all()):
+    (gradient,) = torch.autograd.grad(layer(torch.ones(2, 3, 16, 16, device=device)).square().mean(), layer.weight)
+    if not gradient.isfinite().all():
         yield Problem(f"a training step on {device.type} gives no finite gradient: reinstall PyTorch", True)
     info = collect_env.get_env_info()._asdict()  # type: ignore[no-untyped-call]
     values = {name: redact(one_line(value)) for name, value in info.items() if name not in LONG_BUILD_FIELDS}

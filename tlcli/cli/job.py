@@ -219,10 +219,8 @@ def check_weights(weights: str) -> None:
     path = expand_user(weights)
     is_file = path.suffix in WEIGHT_FILES and path.exists()
     if not (weights in ("default", "none") or is_file or RunDir(path).best_checkpoint.is_file()):
-        raise UsageError(
-            f"backbone.weights={weights}: no finished run or file of weights ({', '.join(WEIGHT_FILES)}) there; "
-            f"give default, none, a run directory or a file"
-        )
+        missing = f"no finished run or file of weights ({', '.join(WEIGHT_FILES)}) there"
+        raise UsageError(f"backbone.weights={weights}: {missing}; give default, none, a run directory or a file")
 
 
 def first_line(spec: TrainSpec) -> str:

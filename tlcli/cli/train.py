@@ -75,8 +75,7 @@ def _show(flags: Flags) -> int:
 def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """Create the directory of one run or sweep. Return it and the folders that were created, outermost first.
 
-    A directory that the user named with a `key` of the config may exist, but may not have files that a run would
-    overwrite. Otherwise -2, -3, ... is appended to a name that is taken.
+    If the user named it with `key`, it may exist, but without files of a run; otherwise a taken name gets -2, -3, ....
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,17 +60,14 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._info: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def info(self) -> dict[str, Any]:
         """The contents of run.json. Raises UsageError if it cannot be read."""
-        if self._info is None:  # cached_property takes a lock
-            try:
-                self._info = read_json(self.info_file)
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{self.info_file}: damaged ({one_line(error)})") from error
-        return self._info
+        try:
+            return read_json(self.info_file)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.info_file}: damaged ({one_line(error)})") from error
 
     def config(self) -> dict[str, Any]:
         """Return the values of config.yaml; an empty dict if it is missing or damaged."""
@@ -124,8 +122,8 @@ class RunDir:
     def update(self, **values: Any) -> None:
         """Add values to run.json, in one atomic step."""
         info = read_json(self.info_file) if self.info_file.exists() else {}
-        self._info = {**info, **values}
-        write_json(self.info_file, self._info)
+        self.info = {**info, **values}
+        write_json(self.info_file, self.info)
 
     def end(self, status: str, error: str | None = None) -> None:
         """Write the final status: done, failed or interrupted."""
@@ -176,10 +174,8 @@ def open_run(path: str | Path) -> RunDir:
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
     schema = run.info.get("schema_version")
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA_VERSION:
-        raise UsageError(
-            f"{run.info_file}: schema_version {schema!r} was written by another tlcli "
-            f"({run.info.get('tlcli', 'unknown')}); this one reads up to {SCHEMA_VERSION}: use that one, or a newer one"
-        )
+        found = f"{run.info_file}: schema_version {schema!r} was written by another tlcli ({run.info.get('tlcli')})"
+        raise UsageError(f"{found}; this one reads up to {SCHEMA_VERSION}: use that one, or a newer one")
     return run
 
 
@@ -244,11 +240,10 @@ def read_predictions(path: Path) -> SplitPredictions:
         logits, labels = tensors["logits"], tensors["labels"]
         classes, keys = (convert(metadata[name], tuple[str, ...]) for name in ("classes", "keys"))
         names = keys if metadata["names"] is None else convert(metadata["names"], tuple[str, ...])
-        shapes, n = (tuple(logits.shape), tuple(labels.shape), len(names)), len(keys)
-        if shapes != ((n, len(classes)), (n,), n) or not logits.is_floating_point() or labels.dtype != int64:
-            raise ValueError(f"{shapes[0]} {logits.dtype} for {n} images and {len(classes)} classes")
-        if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise ValueError(f"labels beyond the {len(classes)} classes")
+        n, n_classes = len(keys), len(classes)
+        is_valid = (logits.shape, labels.shape, len(names)) == ((n, n_classes), (n,), n) and labels.dtype == int64
+        if not is_valid or not logits.is_floating_point() or ((labels < 0) | (labels >= n_classes)).any():
+            raise ValueError(f"{tuple(logits.shape)} {logits.dtype} for {n} images and {n_classes} classes")
     except TlcliError as error:
         raise UsageError(str(error)) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
