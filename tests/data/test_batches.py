@@ -10,7 +10,7 @@ import torch
 
 from tests.data.samples import save_image
 from tlcli.data.augment import CropSpec, TrivialAugmentSpec
-from tlcli.data.batches import Batch, ImageBatches, Preprocessing, epoch_order, sample_seed
+from tlcli.data.batches import Batch, ImageBatches, Preprocessing, epoch_order
 from tlcli.data.images import ImageArrays, ImageFiles, ImageSource, Split, full_split
 from tlcli.errors import BadImagesError
 from tlcli.specs import Fit
@@ -31,11 +31,6 @@ def augmented(workers: int, batch_size: int = 4) -> ImageBatches:
 def same(one: list[Batch], other: list[Batch]) -> bool:
     pairs = zip(one, other, strict=True)
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
-
-
-def test_sample_seeds_differ() -> None:
-    seeds = [sample_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)]
-    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

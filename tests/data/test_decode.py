@@ -141,9 +141,6 @@ def test_large_is_not_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read_image(path)
 
 
-# -- photographs with more pixels than any network looks at
-
-
 @pytest.fixture
 def enough(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(decode, "MIN_REDUCED_SIDE", 16)
@@ -196,9 +193,6 @@ def test_a_reduced_photograph_is_upright_and_whole(tmp_path: Path, enough: int) 
     turned.write_bytes(turned.read_bytes()[:-300])
     with pytest.raises(BadImage, match="truncated"):
         read_image(turned)
-
-
-# -- HEIC, and depth
 
 
 HEIC = zlib.decompress(

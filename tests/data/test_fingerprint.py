@@ -73,9 +73,6 @@ def test_positions_names_pixels_and_shapes_count() -> None:
     assert full_split(items, range(5)).fingerprint() == prints[5], "the same names and pixels"
 
 
-# -- remembered digests
-
-
 def remembered(root: Path, cache: Path, **changes: Any) -> str:
     """Return the fingerprint of a folder as a run computes it."""
     data = load_dataset(folder_spec(root, **changes), seed=0, reporter=Reporter(), store=Store(cache))

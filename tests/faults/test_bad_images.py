@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from tests.data.samples import folder_spec, manifest_spec, save_image
+from tests.data.samples import folder_spec, save_image
 from tests.data.test_decode import png
 from tests.faults.refusals import refused, untouched
 from tlcli.data.batches import ImageBatches, Preprocessing
@@ -201,14 +201,3 @@ def test_a_bad_file_of_any_name_is_one_line_and_one_row(photos: Path, name: str,
     run.write_bad_files(load(photos, OnBad.skip).bad_files)
     text = run.bad_files_file.read_bytes().decode("utf-8", "surrogateescape")
     assert list(csv.reader(io.StringIO(text, newline=""))) == [["file", "reason"], [str(file), "empty"]]
-
-
-def test_a_manifest_may_name_a_hidden_file_or_one_of_another_extension(photos: Path) -> None:
-    odd = [photos / ".hidden", photos / "Thumbs.db"]
-    for i, path in enumerate(odd):
-        path.write_bytes((photos / "a" / "0.png").read_bytes() + bytes([i]))
-    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.rglob("*.png"))]
-    (photos / "labels.csv").write_text("\n".join(["path,label", *rows, ".hidden,a", "Thumbs.db,b"]))
-    listed = load_dataset(manifest_spec(photos / "labels.csv"), seed=0, reporter=Reporter())
-    assert set(map(str, odd)) <= set(names(listed))
-    assert not set(map(str, odd)) & set(names(load(photos)))

@@ -71,7 +71,7 @@ def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
 
 
 def frozen_names(model: Classifier) -> set[str]:
-    """Return parameters that take no gradient, and buffers of modules that have parameters, none of which takes one."""
+    """Return parameters without a gradient, and buffers of modules that have such parameters alone."""
     names = {n for n, parameter in model.network.named_parameters() if not parameter.requires_grad}
     for prefix, module in model.network.named_modules():
         parameters = list(module.parameters())

@@ -1,4 +1,4 @@
-"""Weights: where they come from, what is kept, what does not fit."""
+"""Weights are taken from runs and state dicts, with the head if its classes fit; what does not fit is refused."""
 
 import sys
 from pathlib import Path
@@ -57,28 +57,20 @@ def same_body(a: Classifier, b: Classifier) -> bool:
     return all(torch.equal(t, other[n]) for n, t in a.network.state_dict().items() if not n.startswith("fc."))
 
 
-def test_random_weights_are_a_function_of_the_seed(spec: Compose, source: Classifier) -> None:
-    weight = source.network.fc.weight
-    assert torch.equal(build(spec, "none", seed=7).network.fc.weight, weight)
-    assert not torch.equal(build(spec, "none", seed=8).network.fc.weight, weight)
-
-
 def test_same_classes_in_another_order_keep_the_head_by_name(spec: Compose, run: Path, source: Classifier) -> None:
     model = build(spec, run, classes=("cat", "ant", "bee"))
-    assert same_body(model, source)
-    assert model.head_loaded
+    assert same_body(model, source) and model.head_loaded
     assert torch.equal(model.network.fc.weight, source.network.fc.weight[[2, 0, 1]])
     assert torch.equal(model.network.fc.bias, source.network.fc.bias[[2, 0, 1]])
     assert (model.size, model.mean, model.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
+@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
 def test_other_classes_replace_the_head_and_say_so(
     spec: Compose, run: Path, source: Classifier, classes: tuple[str, ...]
 ) -> None:
     model = build(spec, run, classes=classes)
-    assert same_body(model, source)
-    assert not model.head_loaded
+    assert same_body(model, source) and not model.head_loaded
     assert any("head: replaced" in note for note in model.notes)
     assert model.network.fc.weight.shape[0] == len(classes)
 
@@ -126,13 +118,11 @@ def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: P
     [
         (["backbone=efficientnet_lite0", "backbone.name=efficientnet_b0"], "efficientnet_lite0, efficientnet_lite1"),
         (["backbone=vit_b_16"], r"image\.size=100 does not suit vit_b_16"),
-        ([*RESNET, "backbone.reinit=[nosuch]"], "'nosuch' matches no parameter"),
         ([*RESNET, "backbone.reinit=[layer44]"], "Did you mean 'layer4'"),
         ([*RESNET, "backbone.name=resnet81"], "torchvision has no such model. Did you mean 'resnet18'"),
         ([*RESNET, "backbone.head=fcc"], "no module of that name"),
         ([*RESNET, "backbone.head=conv1"], "is not a linear layer, but Conv2d"),
         ([*RESNET, "backbone.stages.stem='('"], "is not a regular expression"),
-        ([*RESNET, "backbone.stages.stem=conv7"], "matches no parameter"),
         ([*RESNET, "backbone.stages.stem=conv1"], "resnet18's bn1.weight is in none of them"),
     ],
 )
@@ -142,7 +132,7 @@ def test_names_that_do_not_suit_the_network(spec: Compose, overrides: list[str],
 
 
 class Encoder(nn.Module):
-    """As some of timm's: no classifier, and no coarse groups."""
+    """A network without a classifier and coarse groups, as some of timm's are."""
 
     def __init__(self) -> None:
         super().__init__()

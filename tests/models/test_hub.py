@@ -75,9 +75,8 @@ print(len(published_weights(spec, spec.build(3), 3, 224).state))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoilt", [None, -1, 0])
+@pytest.mark.parametrize("spoilt", [None, -1, 0])  # with its first byte changed the file does not load
 def test_a_run_looks_at_what_timm_has_loaded(tmp_path: Path, spoilt: int | None) -> None:
-    """Through timm and the hub's own client, without a network. With its first byte changed the file does not load."""
     network = timm.create_model(NAME, pretrained=False)
     content = save(network.state_dict())
     kept = bytearray(content)
