@@ -24,11 +24,7 @@ from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
 
-PREFETCH_BATCHES = 2  # decoded while the network is busy
-TIMED_BATCHES = 2  # after the first one; then compiling is considered
-# Images per forward pass in bfloat16; the last image is repeated if there are fewer. A single image runs through other
-# kernels, which round differently.
-MIN_BATCH_SIZE = 4
+MIN_BATCH_SIZE = 4  # in bfloat16, padded if there are fewer images: other kernels, for one image, round differently
 
 
 @dataclass(frozen=True)
@@ -41,16 +37,11 @@ class Prediction:
 
 
 class Predictor:
-    """A run's classifier on an accelerator. The network of the run is moved there.
+    """A run's classifier, whose network is moved to an accelerator.
 
-    `precision` is float32, bfloat16, or `auto`: the dtype in which the run was evaluated if this machine has it, else
-    float32. In float32 the probabilities of an image do not depend on the batch, except for rounding of about 1e-6. In
-    bfloat16 the order of operations changes them by a few percent if the network is unsure: `auto` computes in the
-    order in which the run was evaluated, and so predicts the same classes.
-
-    Args:
-        batch_size: images per forward pass; None: the fastest for this accelerator, or fewer if there are fewer images.
-        store: where the time that compiling takes on this machine is recorded.
+    In float32 the probabilities of an image depend on the batch by rounding only, of about 1e-6. In bfloat16 the order
+    of operations changes them by a few percent if the network is unsure: `auto` computes as the run was evaluated, if
+    this machine has the dtype, and so predicts the same classes. The store records how long compiling takes.
     """
 
     def __init__(
@@ -77,10 +68,9 @@ class Predictor:
     def predict(
         self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
     ) -> Iterator[Prediction]:
-        """Yield a prediction per image, in order, with the `top` most likely classes.
+        """Yield a prediction per image, in order, or its error; at most a few batches are read ahead.
 
-        `total` is the number of images if it is known. At most a few batches are read ahead. A file that does not
-        decode, or is missing, yields its error.
+        `total` is the number of images if it is known.
         """
         reporter, extractor, classes = reporter or Reporter(), self._extractor, self._run.classes
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
@@ -89,10 +79,10 @@ class Predictor:
         extractor.compiled = bool(self._compiled)
         extractor.prepare(reporter)
         decode = partial(decode_image, preprocessing=self._run.preprocessing)
-        decoded = map_in_threads(decode, images, 1, ahead=PREFETCH_BATCHES * batch_size)
+        decoded = map_in_threads(decode, images, 1, ahead=2 * batch_size)  # decoded while the network is busy
         n_batches = n_images = 0
         shortest = float("inf")  # seconds of a batch
-        next_check = TIMED_BATCHES + 1 if self._compiled is None else None
+        next_check = 3 if self._compiled is None else None  # batch at which compiling is considered
         while batch := list(islice(decoded, batch_size)):
             rows: Iterator[tuple[list[float], list[int]]] = iter(())
             if pixels := [image for _, image in batch if isinstance(image, Tensor)]:
@@ -146,8 +136,6 @@ def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precisio
 
 
 class _UncutNetwork(nn.Sequential):
-    """A whole network as a prefix."""
-
     def forward(self, images: Tensor) -> tuple[Tensor]:
         return (self[0](images),)
 

@@ -70,5 +70,4 @@ class Reporter:
         """Take the metrics of an epoch at its end."""
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
-        """Take the contents of test.json after everything is written, with three keys more: val_accuracy, seconds, and
-        confused, (true class, predicted class, count) of the most frequent mistakes."""
+        """Take test.json's contents with val_accuracy, seconds, and confused: (true, predicted, count) of mistakes."""

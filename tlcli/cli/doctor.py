@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tlcli import __version__
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, make_table, terminal_columns
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.runs.run_dir import PACKAGES, installed_version
 from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
@@ -52,9 +52,6 @@ def parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Examine this machine; return 0, or 1 if tlcli cannot train on it."""
     arguments = parser().parse_args(argv)
-    from rich.console import Console
-    from rich.text import Text
-
     from tlcli.cli import fast_imports
 
     with fast_imports():
@@ -63,16 +60,13 @@ def run(argv: list[str]) -> int:
     if arguments.format == "json":
         print(json.dumps({**facts, "problems": [p._asdict() for p in problems], "can_train": can_train}, indent=2))
         return 0 if can_train else 1
-    width = terminal_columns() or UNLIMITED_WIDTH
     columns = [TableColumn(title, left=True) for title in ("topic", "name", "found here")]
     rows = [(topic, name, _text(value)) for topic, values in facts.items() for name, value in values.items()]
-    console = Console(width=width, highlight=False)
-    console.print(make_table(columns, rows, width))
-    console.print()
+    print(*table_lines(columns, rows, terminal_columns(), wrap=True), "", sep="\n")
     for problem in problems:
-        console.print(Text(("cannot train: " if problem.fails else "warning: ") + problem.text))
+        print(("cannot train: " if problem.fails else "warning: ") + problem.text)
     if can_train:
-        console.print("tlcli can train here" if problems else "no problems found")
+        print("tlcli can train here" if problems else "no problems found")
     return 0 if can_train else 1
 
 

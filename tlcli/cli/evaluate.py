@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, make_table
+from tlcli.cli.table import TableColumn
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
+from tlcli.reporter import Reporter
+from tlcli.runs.run_dir import confusion_matrix, open_run
 from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
 if TYPE_CHECKING:
@@ -52,9 +55,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
-    from tlcli.cli import fast_imports
     from tlcli.cli.compose import load_spec
-    from tlcli.runs.run_dir import open_run
 
     arguments = parser().parse_intermixed_args(argv)
     chosen: dict[str, str] = {}
@@ -84,7 +85,6 @@ def run(argv: list[str]) -> int:
     with fast_imports():
         from tlcli.evaluate import evaluate_run
     from tlcli.cli.view import TerminalReporter
-    from tlcli.reporter import Reporter
 
     checkpoint, split = chosen.get("checkpoint", "best"), chosen.get("split")
     if arguments.format == "json":
@@ -98,12 +98,11 @@ def run(argv: list[str]) -> int:
 
 def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
     """Show the metrics, and a row per class that has images or was predicted if there are not too many."""
-    from tlcli.runs.run_dir import confusion_matrix
-
     report = evaluation.report
     (low, high), data, calibration = report["accuracy_ci95"], report["dataset"], report["calibration"]
     location = data.get("file") or data["root"]
     before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
+    same = {None: "", True: "has the same metrics", False: "differs: images, dtypes, versions or machine changed"}
     lines = {
         "weights": f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}",
         "data": strip_control_chars(data["name"] + (f", {location}" if location else "")),
@@ -114,20 +113,18 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
         "macro F1": f"{report['macro_f1']:.4f}",
         "loss": f"{report['loss']:.4f}",
         "ECE": f"{after:.4f}" + (f" with the run's temperature {t:.3g} ({before:.4f} without)" if t != 1 else ""),
+        "test.json": same[evaluation.same],
     }
-    if evaluation.same is not None:
-        differs = "differs: images, dtypes, versions or machine changed"
-        lines["test.json"] = "has the same metrics" if evaluation.same else differs
     reporter.show_labelled(*lines.items())
-    matrix, rows = confusion_matrix(report), []
-    n_predicted = [0] * len(report["classes"]) if matrix is None else matrix.sum(axis=0).tolist()
-    for (name, metrics), predicted in zip(report["per_class"].items(), n_predicted, strict=True):
+    matrix: Any = confusion_matrix(report)  # None only if it is damaged
+    rows = []
+    for (name, metrics), predicted in zip(report["per_class"].items(), matrix.sum(axis=0), strict=True):
         if metrics["support"] or predicted:
             recall, f1 = (f"{metrics[key]:.4f}" if metrics["support"] else None for key in ("recall", "f1"))
             rows.append((name, f"{metrics['precision']:.4f}", recall, f1, f"{metrics['support']:,}"))
     if 0 < len(rows) <= MAX_CLASS_ROWS:
         columns = [TableColumn("class", left=True), *map(TableColumn, ("precision", "recall", "F1", "images"))]
         reporter.show("")
-        reporter.show(make_table(columns, rows))
+        reporter.show_table(columns, rows)
         reporter.show("")
     reporter.show_labelled(("written", shown_path(evaluation.folder)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.table import TableColumn, make_table, table_lines
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import csv_line
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tlcli.predict import Prediction
 
 STDIN = "-"
-MAX_COUNT_SECONDS = 5.0  # images that are not counted by then are read as a stream of unknown length
 COLUMNS = (
     TableColumn("image", left=True),
     TableColumn("prediction", left=True),
@@ -130,10 +129,10 @@ def _images(paths: Sequence[str]) -> Iterator["Named"]:
 
 
 def _count(paths: Sequence[str]) -> int | None:
-    """Return the number of images; None for stdin, and if counting takes long."""
+    """Return the number of images; None for stdin, and if counting takes more than five seconds."""
     if STDIN in paths:
         return None
-    deadline = time.monotonic() + MAX_COUNT_SECONDS
+    deadline = time.monotonic() + 5
     count = sum(1 for _ in takewhile(lambda _: time.monotonic() < deadline, _images(paths)))
     return count if time.monotonic() < deadline else None
 
@@ -189,10 +188,6 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
     try:
         yield write
     finally:
-        if rows and file.isatty():
-            from rich.console import Console
-
-            console = Console(file=file, color_system=None)
-            console.print(make_table(COLUMNS, rows, console.width))
-        elif rows:
-            file.writelines(f"{line}\n" for line in table_lines(COLUMNS, rows))
+        if rows:
+            width = terminal_columns() if file.isatty() else None
+            file.writelines(f"{line}\n" for line in table_lines(COLUMNS, rows, width, wrap=True))

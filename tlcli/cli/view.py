@@ -1,23 +1,22 @@
 """The reporter of a terminal: colors and progress bars there, plain lines elsewhere, and run.log always."""
 
-import io
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
-from tlcli.cli.table import TableColumn, make_table
+from tlcli.cli.table import TableColumn, table_lines
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.text import duration_text, labelled, shown_path
 
@@ -65,13 +64,7 @@ class RateColumn(ProgressColumn):
 
 
 class TerminalReporter(Reporter):
-    """Shows a run on stdout and in the log.
-
-    Args:
-        backbone: the words of a command line that choose the backbone of this run again.
-        width: columns; the terminal's if None.
-        on_stderr: show it on stderr instead.
-    """
+    """Shows a run on stdout or stderr, and in the log. `backbone` has the words that choose its backbone again."""
 
     def __init__(self, backbone: str = "backbone=...", width: int | None = None, *, on_stderr: bool = False) -> None:
         self._backbone = backbone
@@ -142,12 +135,12 @@ class TerminalReporter(Reporter):
         else:
             numbers = [[f"{n:,}" for n in counts] for counts in plan.counts.values()]
             columns = [TableColumn("class", left=True), *map(TableColumn, plan.counts)]
-            self.show(make_table(columns, zip(plan.classes, *numbers, strict=True)))
+            self.show_table(columns, zip(plan.classes, *numbers, strict=True))
         self.show("")
         stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _number(s.lr, ".2g")) for s in plan.stages]
         total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
         columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "lr"))]
-        self.show(make_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")]))
+        self.show_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")])
         self.show("")
 
     def epoch(self, row: EpochRow) -> None:
@@ -187,7 +180,7 @@ class TerminalReporter(Reporter):
             metrics = [_number(job["validation"]), _number(job["test_accuracy"]), interval]
             rows.append([job["rank"], job["name"], *values, *metrics, job["status"]])
         self.show("")
-        self.show(make_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows))
+        self.show_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows)
         self.show_labelled(("sweep", shown_path(folder)))
 
     def show_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
@@ -195,17 +188,15 @@ class TerminalReporter(Reporter):
         for line in (line for label, value in rows if value for line in labelled(label, value, self._wrap)):
             self.show(Text(line, style=style))
 
-    def show(self, content: RenderableType) -> None:
-        """Print a line or a table, and log its lines without colors."""
-        self._screen.print(content, soft_wrap=isinstance(content, str | Text))
+    def show_table(self, columns: Sequence[TableColumn], rows: Iterable[Sequence[object]]) -> None:
+        """Show a table, wrapped to the width of a terminal."""
+        self.show("\n".join(table_lines(columns, rows, self._wrap, wrap=True)))
+
+    def show(self, content: str | Text) -> None:
+        """Print lines, and log them without colors."""
+        self._screen.print(content, soft_wrap=True)
         self._screen.file.flush()  # the reader of a pipe follows the run too
-        text = str(content)
-        if not isinstance(content, str | Text):
-            page = Console(file=io.StringIO(), width=100, color_system=None)
-            with page.capture() as capture:
-                page.print(content)
-            text = capture.get()
-        for line in text.splitlines():
+        for line in str(content).splitlines():
             if line.strip():
                 log.info(line.rstrip())
 

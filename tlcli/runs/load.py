@@ -30,11 +30,7 @@ CHECKPOINTS = ("best", "last")
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A run's classifier on the CPU, in eval mode and float32. `info` has the contents of run.json.
-
-    Logits are divided by the temperature before the softmax (Guo et al. 2017). It was fitted to the best epoch, and is
-    1 for another epoch and for runs without one.
-    """
+    """A run's classifier on the CPU, in eval mode and float32. `info` has the contents of run.json."""
 
     path: Path
     info: Mapping[str, Any]
@@ -42,7 +38,7 @@ class LoadedRun:
     epoch: int | None
     classifier: Classifier
     preprocessing: Preprocessing
-    temperature: float
+    temperature: float  # divides logits before the softmax (Guo et al. 2017); 1 if not fitted to this epoch
 
     @property
     def model(self) -> nn.Module:
@@ -119,8 +115,7 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
-            reason = f"calibration.temperature is {temperature!r:.40}, not a number above 0"
-            raise UsageError(f"{run.info_file}: damaged ({reason})")
+            raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
     return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature)
 
 

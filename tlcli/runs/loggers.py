@@ -149,7 +149,6 @@ def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Repor
     if not isinstance(spec.logger, TrackerSpec):
         yield reporter
         return
-    check_logger(spec.logger)
     logged = _LoggedReporter(reporter, spec.logger, spec, run)
     status = "failed"
     try:
@@ -174,8 +173,7 @@ class _LoggedReporter(Reporter):
     def plan(self, plan: RunPlan) -> None:
         self._reporter.plan(plan)
         # the logger's own keys are left out: its address may contain a password
-        values = flat_keys(to_plain(self._spec)).items()
-        config = {key: value for key, value in values if not key.startswith("logger.")}
+        config = {key: v for key, v in flat_keys(to_plain(self._spec)).items() if not key.startswith("logger.")}
         info = {
             "run": str(plan.run),
             "name": plan.name,

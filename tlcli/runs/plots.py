@@ -55,10 +55,7 @@ def draw_curve(axes: Any, points: Mapping[str, Any], key: str, best_epoch: int |
 
 
 def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float, int]]]) -> None:
-    """Draw accuracy against confidence, from bins (confidence, accuracy, images); the last series is filled.
-
-    The area of a dot is proportional to its number of images.
-    """
+    """Draw accuracy against confidence, from bins (confidence, accuracy, images): larger dots are more images."""
     largest = max(n for bins in series.values() for *_, n in bins)
     axes.plot([0, 1], [0, 1], color=SOFT, linestyle=":", linewidth=1)
     for name, bins in series.items():
@@ -77,10 +74,7 @@ def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float
 
 
 def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: bool) -> None:
-    """Draw the metric of jobs against their value of one key, from (value, metric, is best); the best is filled.
-
-    The axis is logarithmic if all values are numbers and span a factor of 10. Other values are categories.
-    """
+    """Draw the metric of jobs against their value of one key, from (value, metric, is best); the best is filled."""
     try:
         x = [float(value) for value, *_ in jobs]
     except ValueError:
@@ -143,8 +137,7 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
     for text in figure.findobj(Text):
         text.set_fontsize(12)
     file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the browser chooses the fonts
+    with warnings.catch_warnings(action="ignore"):  # of glyphs that the font lacks: the browser chooses the fonts
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = file.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     light = light.replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
@@ -220,7 +213,6 @@ def shorten(name: str, length: int) -> str:
 
 def _render(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+    with warnings.catch_warnings(action="ignore"):  # of a name in a script that the font lacks
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

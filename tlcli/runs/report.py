@@ -1,8 +1,7 @@
 """The report of a run or a sweep: one HTML file that needs no other file, no script and no network.
 
-Its Content-Security-Policy allows one style sheet, by its digest, and images that are in the file. Everything that
-comes from a run is escaped by jinja2. A run may have failed at any point, be of an older release, or come from another
-person: the templates leave out values that are missing or of another type.
+Its Content-Security-Policy allows one style sheet, by its digest, and images that are in the file. Runs may have
+failed or come from other people: jinja2 escapes their text, and what is missing or of another type is left out.
 """
 
 import base64
@@ -50,11 +49,6 @@ GENERATOR = "tlcli report"  # in a report's generator tag, by which a later repo
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_TABLE_CLASSES = 40  # above, the confusion matrix is an image: the cells of a table would be too small to read
 GALLERY_IMAGES, THUMBNAIL_SIDE = 24, 160
-PIXELATED_SIDE = 96  # below, an image is shown pixel by pixel
-UNDECIDED_MARGIN = 0.5  # difference of the two highest probabilities below which an image is undecided
-
-
-# -- a run
 
 
 def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None) -> View:
@@ -172,12 +166,12 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     except UsageError as exc:
         reason = f"No predictions of test images: {exc}."
         return {"images_reason": reason, "calibration_reason": reason}
-    temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 0.0
+    temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 1.0
     scale = temperature if temperature > 0 else 1.0
     p, truth = calibrated(logits, scale).numpy(), labels.numpy()
     top = np.sort(p, axis=1)[:, -2:]
     predicted, margin = p.argmax(axis=1), top[:, -1] - top[:, 0]
-    wrong, close = np.flatnonzero(predicted != truth), np.flatnonzero(margin < UNDECIDED_MARGIN)
+    wrong, close = np.flatnonzero(predicted != truth), np.flatnonzero(margin < 0.5)
     wrong = wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")]
     close = close[np.argsort(margin[close], kind="stable")] if p.shape[1] > 1 else close[:0]
 
@@ -191,9 +185,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         return {"n": len(order), "cards": cards}
 
     view: View = {"images_reason": images_reason, "mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
-    if temperature <= 0:
-        view["calibration_reason"] = "This run has no temperature; tlcli fits one since 0.3.0."
-    elif len(saved.classes) > 1:
+    if len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
         bins = {name: reliability(logits, labels, t) for name, t in scales.items()}
         draw, alt = partial(plots.draw_reliability, series=bins), "The share of right images by probability, in 15 bins"
@@ -210,7 +202,7 @@ def _thumbnail(images: ImageReaders, key: str) -> View:
     except (KeyError, BadImage, OSError):
         return {"picture": None}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    is_small, file = max(image.size) < PIXELATED_SIDE, io.BytesIO()
+    is_small, file = max(image.size) < 96, io.BytesIO()  # small images are shown pixel by pixel
     image.save(file, "JPEG", quality=95 if is_small else 80, subsampling=0 if is_small else 2, optimize=True)
     return {"picture": data_uri("image/jpeg", file.getvalue()), "is_small": is_small}
 
@@ -224,9 +216,6 @@ def _rerun_command(info: View) -> str:
         return command
     flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
     return shlex.join([*flags, *overrides])
-
-
-# -- a sweep
 
 
 def sweep_view(folder: Path, output: Path) -> View:
@@ -269,9 +258,6 @@ def _link(run: Path, output: Path) -> str:
     except ValueError:  # another drive
         relative = target.name
     return "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
-
-
-# -- HTML
 
 
 def tolerant(form: Callable[..., str]) -> Callable[..., str]:
