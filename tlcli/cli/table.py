@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -44,13 +45,19 @@ def table_lines(
             break
         shown.remove(least)
     for row in [[column.title for column in columns], *cells]:
-        parts = [chop_cells(row[i], widths[i]) if cell_len(row[i]) > widths[i] else [row[i]] for i in shown]
-        for line in zip_longest(*parts, fillvalue=""):
+        for line in zip_longest(*(_wrap(row[i], widths[i]) for i in shown), fillvalue=""):
             padded = []
             for i, part in zip(shown, line, strict=True):
                 blanks = " " * (widths[i] - cell_len(part))
                 padded.append(part + blanks if columns[i].left else blanks + part)
             yield (" " * GAP).join(padded).rstrip()
+
+
+def _wrap(cell: str, width: int) -> list[str]:
+    if cell_len(cell) <= width:
+        return [cell]
+    lines = textwrap.wrap(cell, width, break_on_hyphens=False)  # counts a wide character as one
+    return [part for line in lines for part in chop_cells(line, width)]
 
 
 def terminal_columns() -> int | None:
