@@ -45,10 +45,7 @@ class LinearLoss:
 
 
 def fp32_depthwise_backward(accelerator: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return a context in which depthwise convolutions in bfloat16 on a CPU compute their gradients in float32.
-
-    That is 4 to 100 times as fast, on processors with AMX, with AVX512-BF16 and without either.
-    """
+    """Return a context in which bfloat16 depthwise convolutions on a CPU have float32 gradients: 4 to 100 x faster."""
     return _Float32Gradients() if accelerator.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
 
 

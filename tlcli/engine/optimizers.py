@@ -1,7 +1,4 @@
-"""The options of `optimizer`: each is a schema that builds its torch optimizer.
-
-A new optimizer is a class here and a YAML file. The module imports without torch, for help and completion.
-"""
+"""The options of `optimizer`: a new one is a decorated class here, which imports without torch, and a YAML file."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,4 @@
-"""The options of `scheduler`: each is a schema with its factor on the learning rate; `Schedule` applies it.
-
-A new scheduler is a class here and a YAML file. The module imports without torch, for help and completion.
-"""
+"""The options of `scheduler`: a new one is a decorated class here, which imports without torch, and a YAML file."""
 
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -74,15 +71,13 @@ class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
 
 
 class Schedule:
-    """Sets the learning rate of each parameter group before each step: its own lr times a factor.
-
-    The factor depends on the step, and on `plateau`, which has the values that do not follow from the step.
-    """
+    """Sets the learning rate of each parameter group before each step: its own lr times a factor."""
 
     def __init__(self, spec: SchedulerSpec, optimizer: "Optimizer", steps_per_epoch: int, epochs: int) -> None:
         self._spec, self._optimizer = spec, optimizer
         self._steps_per_epoch, self._steps = steps_per_epoch, steps_per_epoch * epochs
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        # all that does not follow from the step
         self.plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
 
     def before_step(self, step: int) -> None:

@@ -1,7 +1,4 @@
-"""Build a classifier for the classes of a dataset: read or download weights, match or replace the head.
-
-No code in a file of weights is run.
-"""
+"""Build a classifier for the classes of a dataset: read or download weights, running no code from their files."""
 
 import hashlib
 import re
@@ -79,11 +76,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
 def tensors_to_reinit(items: Sequence[str], classifier: Classifier) -> frozenset[str]:
     """Return the tensors that backbone.reinit names; an item is a stage, or a regular expression for tensor names."""
     stages = {stage.name: stage.tensors for stage in classifier.stages}
-    tensors: set[str] = set()
-    for item in items:
-        names = classifier.network.state_dict()
-        tensors |= stages.get(item) or match_names("backbone.reinit", [item], names, stages)
-    return frozenset(tensors)
+    names = classifier.network.state_dict()
+    matches = (stages.get(item) or match_names("backbone.reinit", [item], names, stages) for item in items)
+    return frozenset[str]().union(*matches)
 
 
 def _match_head_by_class(loaded: PretrainedWeights, classifier: Classifier) -> tuple[dict[str, Tensor], str]:
@@ -179,8 +174,7 @@ def cached_models(author: str) -> list[str]:
 def verify_published(model: str) -> None:
     """Raise TlcliError unless the files of a model (`timm/NAME`) have the digests that the hub published for them.
 
-    The hub's client names each large file by its SHA-256 digest, compares only its size, and links the file of a
-    revision to that name. On systems without links there is nothing to compare with.
+    The hub's client names each large file by its SHA-256 digest, links to it if the system can, and compares no more.
     """
     folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
     current = folder / "refs" / "main"

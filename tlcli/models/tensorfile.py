@@ -33,10 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file, on the CPU, and tlcli's metadata; empty for third-party files.
-
-    Raises TlcliError if the file is damaged, OSError if it cannot be read.
-    """
+    """Return the tensors of a file and tlcli's metadata ({} if third-party). Raise TlcliError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as content:
             text = (content.metadata() or {}).get(KEY)

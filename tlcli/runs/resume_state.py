@@ -54,10 +54,7 @@ class ResumeState:
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
-        """Load the state of training; return the next epoch, and the best one so far.
-
-        Raises TlcliError if the frozen tensors are not those that the run started with, or the state is damaged.
-        """
+        """Load the state; return the next epoch, and the best so far. Raise TlcliError if frozen tensors are others."""
         workload, state = inputs.workload, self.state
         try:
             keys = workload.classifier.network.load_state_dict(state["weights"], strict=False)
@@ -94,10 +91,7 @@ class ResumeState:
 
 
 def read_state(run: RunDir) -> ResumeState | None:
-    """Return the state of an interrupted run; None if there was no checkpoint.
-
-    Raises TlcliError if a file is damaged, or of another version of tlcli.
-    """
+    """Return the state of an interrupted run, if it has one. Raise TlcliError if it is damaged or of another tlcli."""
     if not run.state_file.is_file():
         return None
     try:

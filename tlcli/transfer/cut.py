@@ -164,10 +164,7 @@ def _fold(two: Any, three: Any) -> Any:
 
 
 def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
-    """Return the frozen tensors that cross, in order: fewest bytes, at a price for frozen work that the suffix repeats.
-
-    Raises CutError if the images, of `n_pixels`, would cross themselves.
-    """
+    """Return the frozen tensors that cross: few bytes, and little work for the suffix to repeat; or raise CutError."""
     images, root = graphs.training.images, graphs.training.root
     store_cost: dict[fx.Node, int | None] = dict.fromkeys(graphs.data)
     for node, shape in graphs.shapes.items():
@@ -301,10 +298,7 @@ def _share(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
 def _subgraph(
     traced: Traced, inputs: Sequence[Sequence[fx.Node]], targets: Sequence[fx.Node], constants: dict[fx.Node, Any]
 ) -> fx.Graph:
-    """Return the graph from the inputs (for each tensor the operations that give it) to the targets.
-
-    It returns what the network does if the network's output is a target, else a tuple of the targets.
-    """
+    """Return the graph from inputs (each the operations that give it) to the network's output or a tuple of targets."""
     needed = dependencies(targets, {*constants, *(node for nodes in inputs for node in nodes)})
     if traced.images in needed:
         raise CutError("training and evaluation are different computations before the place to cut")

@@ -1,7 +1,6 @@
-"""Freeze strategies: the options of `freeze`, each with its schema and the parameters that it trains.
+"""The options of `freeze`: a new one is a decorated class here, which imports without torch, and a YAML file.
 
-A new strategy is a decorated class here and a YAML file in conf/freeze. The order is that of `tlcli inspect`, which
-measures the whole network first and shows it last.
+The order is that of `tlcli inspect`, which measures the whole network first and shows it last.
 """
 
 from collections.abc import Iterator, Mapping

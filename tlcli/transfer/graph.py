@@ -69,10 +69,8 @@ class _Tracer(fx.Tracer):
 
 
 def trace_train_and_eval(network: nn.Module) -> tuple[Traced, Traced]:
-    """Return the network as it trains, in its present modes, and as it evaluates, with the same leaves.
-
-    A module that cannot be traced into becomes one operation. Raises CutError if tracing fails or fixes random numbers.
-    """
+    """Return the network as it trains, in its present modes, and as it evaluates. Raise CutError if tracing fails."""
+    # leaves are one operation each, the same in both: so are modules that cannot be traced into
     leaves = {m for m in network.modules() if type(m) in get_notrace_modules() or isinstance(m, InFloat32)}
     leaves |= {m for m in head_modules(network) if isinstance(m, nn.Module)}
     while True:
@@ -189,11 +187,7 @@ class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class GraphAnalyzer(fx.Interpreter):
-    """Runs the frozen operations of a traced network on a few images.
-
-    Operations that do the same with the same inputs have the same number: `texts`, which graphs share, has the number
-    of each operation and its inputs as text.
-    """
+    """Runs the frozen operations of a traced network on a few images. Graphs that are compared share `texts`."""
 
     def __init__(self, traced: Traced, trained: Collection[int], images: Tensor, texts: dict[str, int]) -> None:
         super().__init__(traced.root, graph=traced.graph)
@@ -201,7 +195,7 @@ class GraphAnalyzer(fx.Interpreter):
         self._root, self._trained, self._device, self._texts = traced.root, trained, images.device, texts
         self._recorder = _DispatchRecorder({_storage(t) for t in (*traced.root.parameters(), *traced.root.buffers())})
         self.dynamic: dict[fx.Node, str | None] = {}  # what training can change: why, None if it depends on such
-        self.numbers: dict[fx.Node, int] = {}
+        self.numbers: dict[fx.Node, int] = {}  # the same for operations that do the same with the same inputs
         self.flops: dict[fx.Node, int] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}  # of tensors, except the view of another in another order
         self.values: dict[fx.Node, Any] = {}  # of numbers, tuples and the like, which can be written into a graph
