@@ -22,8 +22,7 @@ OLD, NEW = b"old" * 1000, b"new" * 2000
 
 
 def write(path: Path) -> None:
-    with atomic_write(path, durable=True) as file:
-        file.write(NEW)
+    atomic_write(path, NEW, durable=True)
 
 
 @pytest.fixture

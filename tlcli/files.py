@@ -7,22 +7,18 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tlcli.errors import UsageError
 
 
-@contextmanager
-def atomic_write(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """Yield a file that replaces `path` when the block ends; if the block fails, the old file stays.
-
-    A durable file survives a power failure.
-    """
+def atomic_write(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replace a file in one atomic step: if that fails, the old one stays. A durable file survives a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = _temp_path(path)
     try:
         with temp.open("wb") as file:
-            yield file
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -175,8 +175,7 @@ class Store:
                     for file, size in zip(files, sizes, strict=True):
                         file.truncate(rows * size)  # sparse: it reserves the room
                 meta["checksums"] = _write_rows(files, sizes, rows, batches)
-            with atomic_write(draft / META, durable=True) as meta_file:
-                meta_file.write(_with_checksum(meta).encode())
+            atomic_write(draft / META, _with_checksum(meta).encode(), durable=True)
             self._hold(key)
             draft.rename(final)
             sync_folder(self.activations)
@@ -229,8 +228,7 @@ class Store:
 
     def write_notes(self, name: str, notes: Mapping[str, Any]) -> None:
         """Replace all notes of a name. Raise OSError if the cache cannot be written."""
-        with atomic_write(self.root / f"{name}.json") as file:
-            file.write(json.dumps({"format": _NOTES_MARK, "notes": notes}).encode())
+        atomic_write(self.root / f"{name}.json", json.dumps({"format": _NOTES_MARK, "notes": notes}).encode())
 
     def _folder(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

@@ -65,8 +65,7 @@ def run(argv: list[str]) -> int:
                 reason = f"The images are not shown, because the dataset cannot be read: {exc}."
         page = render("run.html.j2", run_view(run_dir, images, reason))
     try:
-        with atomic_write(output) as file:
-            file.write(page.encode())  # as bytes: the digest of the style sheet is over \n
+        atomic_write(output, page.encode())  # as bytes: the digest of the style sheet is over \n
     except OSError as exc:
         raise UsageError(f"{output}: cannot write ({exc.strerror or exc}); {remedy}") from exc
     print(output)

@@ -28,8 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         state[name] = content.clone() if storage in storages else content
         storages.add(storage)
     file_content = save(state, metadata={KEY: json.dumps({**metadata, CHECKSUM: _checksum(metadata, state)})})
-    with atomic_write(path, durable=True) as file:
-        file.write(file_content)
+    atomic_write(path, file_content, durable=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -56,8 +56,7 @@ def write(folder: Path) -> dict[str, Any]:
         cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
         cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
         rows.append([*cells, job["seconds"], job["error"]])
-    with atomic_write(folder / "leaderboard.csv") as file:
-        file.write("".join(map(csv_line, rows)).encode())
+    atomic_write(folder / "leaderboard.csv", "".join(map(csv_line, rows)).encode())
     return board
 
 

@@ -111,8 +111,7 @@ class RunDir:
 
     def write_config(self, config: str) -> None:
         """Write config.yaml in one atomic step."""
-        with atomic_write(self.config_file) as file:
-            file.write(config.encode())
+        atomic_write(self.config_file, config.encode())
 
     def mark_resumed(self, command: str) -> None:
         """Write a run.json with the status `running` for an interrupted run."""
@@ -336,9 +335,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object in one atomic step."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    atomic_write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def number(value: object) -> float | None:
