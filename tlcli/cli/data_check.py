@@ -75,12 +75,11 @@ def run(argv: list[str]) -> int:
         discard_folders(folder, made)
         raise
     is_json = arguments.format == "json"
-    print(json.dumps(summary, indent=2) if is_json else "\n".join(page(summary, terminal_columns())))
+    print(json.dumps(summary, indent=2) if is_json else "\n".join(_lines(summary, terminal_columns())))
     return 0
 
 
-def page(summary: Mapping[str, Any], width: int | None) -> Iterator[str]:
-    """Yield lines for a terminal: what to do, the metrics, and the images per class."""
+def _lines(summary: Mapping[str, Any], width: int | None) -> Iterator[str]:
     counts, labels, classes = summary["counts"], summary["labels"], summary["classes"]
     splits = ", ".join(f"{split} {sum(by_class.values()):,}" for split, by_class in counts.items())
     rows = [("checked", f"{summary['dataset']}: {summary['n_images']:,} images ({splits}), {len(classes):,} classes")]

@@ -7,7 +7,6 @@ from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def sort_entries(entries: Iterable[Entry], sort: str | None) -> list[Entry]:
     order.sort(key=lambda entry: entry["started"].timestamp() if entry["started"] else 0.0, reverse=True)
     by_value = [(entry["started"] if key == "when" else _value(entry, key), entry) for entry in order]
     known = [(value, entry) for value, entry in by_value if value not in (None, "")]
-    known.sort(key=itemgetter(0), reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
+    known.sort(key=lambda pair: pair[0], reverse=(key in HIGHEST_FIRST) != (sort or "").startswith("-"))
     return [entry for _, entry in [*known, *(pair for pair in by_value if pair[0] in (None, ""))]]
 
 

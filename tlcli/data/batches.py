@@ -1,7 +1,4 @@
-"""Turns images into the network's input and into batches, the same way in training and everywhere else.
-
-Order and augmentation are functions of seed, epoch and index, whatever the number of workers.
-"""
+"""Turns images into batches; order and augmentation depend on seed, epoch and index, not on the number of workers."""
 
 import hashlib
 import random

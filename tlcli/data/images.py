@@ -201,7 +201,7 @@ class ImageArrays(ImageSource):
 
 
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
-    """Yield the digest of each image, given its source and index. Raise BadImagesError for an unreadable file."""
+    """Yield the digest of the image at each source and index. Raise BadImagesError for an unreadable file."""
     try:
         with reporter.track("reading files", len(places)) as advance:
             for digest in map_in_threads(lambda place: place[0].digest(place[1]), places, 64):
