@@ -28,9 +28,7 @@ class NonFiniteLossError(TlcliError):
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Return True if a device or the machine ran out of memory; by name and text, without torch."""
-    names = {kind.__name__ for kind in type(exc).__mro__}
+    """Return True if a device or the machine ran out of memory; torch's errors are known by their text."""
     text = str(exc).lower()
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    is_torchs = isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(exc, MemoryError) or is_torchs

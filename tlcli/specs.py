@@ -24,7 +24,6 @@ FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
 OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
 Float32 = Annotated[float, Meta(ge=-3e38, le=3e38)]
 
-
 Fit = StrEnum("Fit", ["squash", "crop", "pad"])  # conversion of an image to a square
 OnBad = StrEnum("OnBad", ["error", "skip"])  # treatment of files that do not decode
 BnStats = StrEnum("BnStats", ["auto", "frozen", "update"])  # BatchNorm statistics in trainable layers
@@ -106,10 +105,7 @@ class BackboneSpec(OptionSpec, frozen=True):
     is_packaged: ClassVar[bool] = False  # True if the published weights are a package: nothing is downloaded
 
     def build(self, n_classes: int, size: int | None = None) -> Any:
-        """Return the Classifier for images of `size` pixels (None: its own size), with random weights.
-
-        Raises UsageError if the library has no such model.
-        """
+        """Return a Classifier with random weights for images of `size` pixels (None: its own). Raises UsageError."""
         raise NotImplementedError
 
     def published(self, classifier: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
@@ -269,13 +265,10 @@ def require_ascending(key: str, bounds: tuple[float, float]) -> None:
         raise ValueError(f"{key}=[{bounds[0]:g},{bounds[1]:g}] has a lower bound above the upper bound")
 
 
-LARGEST_IMAGE = 16_384  # pixels of a side that are accepted from a file: such an image takes 3 GB as float32
-
-
 def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return size, mean and std of a network's input from a file of unknown origin; or KeyError, or ValueError."""
     try:
-        size = convert(data["size"], Annotated[int, Meta(ge=1, le=LARGEST_IMAGE)])
+        size = convert(data["size"], Annotated[int, Meta(ge=1, le=16_384)])  # the largest takes 3 GB as float32
         mean, std = (convert(data[key], tuple[float, float, float]) for key in ("mean", "std"))
     except ValidationError as exc:
         raise ValueError(str(exc)) from exc

@@ -7,13 +7,11 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LABEL_WIDTH = 11
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates a cell that starts like this
 
 
@@ -48,12 +46,12 @@ def evenly_spaced(items: Sequence[T], n: int) -> list[T]:
 
 def size_text(nbytes: float) -> str:
     """Return a size for people, in powers of 1,000: 999 B, 4.2 GB."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while nbytes >= 1000 and len(units) > 1:
-        nbytes /= 1000
-        units.pop(0)
-    digits = 0 if units[0] == "B" or nbytes >= 100 else 1
-    return f"{nbytes:.{digits}f} {units[0]}"
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if nbytes >= 1000:
+            nbytes, unit = nbytes / 1000, larger
+    digits = 0 if unit == "B" or nbytes >= 100 else 1
+    return f"{nbytes:.{digits}f} {unit}"
 
 
 def duration_text(seconds: float) -> str:
@@ -67,37 +65,22 @@ def duration_text(seconds: float) -> str:
 
 def shown_path(path: Path) -> str:
     """Return a path relative to the working directory if it is inside, so that it is short and can be typed."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else path)
 
 
 def labelled(label: str, value: str, width: int | None) -> list[str]:
     """Return the lines of a value behind its label, wrapped under itself; not wrapped if the width is None."""
-    first = label.ljust(LABEL_WIDTH)
-    if width is None:
-        return [first + value]
-    wrapper = textwrap.TextWrapper(max(width, LABEL_WIDTH + 8), break_on_hyphens=False, break_long_words=False)
-    wrapper.initial_indent, wrapper.subsequent_indent = first, " " * LABEL_WIDTH
-    return wrapper.wrap(value) or [first.rstrip()]
+    wrapper = textwrap.TextWrapper(max(width or 10**9, 19), break_on_hyphens=False, break_long_words=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = label.ljust(11), " " * 11
+    return wrapper.wrap(value) or [label]
 
 
 def to_plain(value: Any) -> Any:
     """Return dataclasses and Structs as dicts, enums as their values, tuples as lists: what JSON and YAML can hold."""
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        from dataclasses import asdict  # here: help and completion have no time for its imports
+    from msgspec import msgpack  # here: help and completion have no time for it
 
-        value = asdict(value)
-    if hasattr(value, "__struct_fields__"):
-        from msgspec import to_builtins  # here, too
-
-        value = to_builtins(value)
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
+    return msgpack.decode(msgpack.encode(value))
 
 
 def flat_keys(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -110,18 +93,12 @@ def flat_keys(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def strip_control_chars(text: str) -> str:
     """Return text without characters that move a terminal's cursor or set its colors."""
-    if text.isprintable():
-        return text
     return "".join(c if unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def escape_formula(cell: object) -> object:
-    """Return a CSV cell that no spreadsheet evaluates: an apostrophe is put before text that starts like a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_PREFIXES) else cell
 
 
 def csv_line(cells: Iterable[object]) -> str:
     """Return a line of CSV, with its newline; text that starts like a formula gets an apostrophe."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\r\n").writerow([escape_formula(cell) for cell in cells])
+    escaped = [f"'{c}" if isinstance(c, str) and c.startswith(FORMULA_PREFIXES) else c for c in cells]
+    csv.writer(text, lineterminator="\r\n").writerow(escaped)
     return text.getvalue().removesuffix("\r\n") + "\n"

@@ -14,8 +14,6 @@ from pathlib import Path
 from tlcli.cli.conf_files import ConfFiles, files_for
 from tlcli.cli.parser import Parser
 
-MAX_LEFT_COLUMNS = 26  # of text in help that has its comment beside it
-
 SCRIPTS = {
     "bash": r"""_tlcli() {
   local IFS=$'\n' line=${COMP_LINE:0:COMP_POINT}
@@ -61,7 +59,7 @@ def train_parser() -> Parser:
     add("--resume", metavar="RUN|SWEEP", help="resume an interrupted run or sweep")
     add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop")
     add("--config-dir", "-cd", metavar="DIR", help="a folder with groups and options of your own")
-    add("--config-name", "-cn", metavar="NAME", help="the main file in that folder; default: train")
+    add("--config-name", "-cn", default="train", metavar="NAME", help="the main file in that folder; default: train")
     sources = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
     add("--info", "-i", nargs="?", const="all", choices=sources, help="print what the config is composed of and stop")
     add("--hydra-help", action="store_true", help="the flags and settings of Hydra, which composes the config")
@@ -103,7 +101,7 @@ def train_help(files: ConfFiles, width: int | None = None) -> str:
 
 def _rows(rows: list[tuple[str, str]], width: int, indent: int = 2) -> Iterator[str]:
     """Yield two aligned columns, the right one wrapped. What is too long for the left one has a line of its own."""
-    column = max((len(left) for left, _ in rows if len(left) <= MAX_LEFT_COLUMNS), default=0)
+    column = max((len(left) for left, _ in rows if len(left) <= 26), default=0)
     hanging = " " * (indent + column + 2)
     for left, right in rows:
         head = " " * indent + left.ljust(column) + "  "
@@ -142,36 +140,29 @@ def candidates(line: str) -> list[str]:
 
     words = line.split()
     word = "" if line.endswith(" ") or not words else words.pop()
-    match words:
-        case [] | [_]:
-            found: Iterator[str] = iter([*COMMANDS, "--help", "--version"])
-        case [_, command, *before] if command in COMMANDS:  # the module of train imports Hydra
-            made = train_parser() if command == "train" else import_module(COMMANDS[command][0]).parser()
-            found = _from_parser(made, word, before)
-        case _:
-            found = iter(())
-    fitting = [one for one in dict.fromkeys(found) if one.startswith(word) and one not in words]
-    return [one if one[-1] in "=." else one + " " for one in fitting]
-
-
-def _from_parser(command: Parser, word: str, before: list[str]) -> Iterator[str]:
-    """Yield values of the next positional argument and flags; behind a flag with a value, its values."""
-    positional = [action for action in command._actions if not action.option_strings]
-    flags = {flag: action for action in command._actions for flag in action.option_strings}
-    action = None
-    for previous in before:
-        if previous in flags and action is None:
-            action = flags[previous] if flags[previous].nargs != 0 else None
-        else:
-            if action is None and not previous.startswith("-") and positional and positional[0].nargs is None:
-                positional.pop(0)
-            action = None
-    if action is not None:
-        yield from _values_of(action, command, word, before)
-        return
-    if positional:
-        yield from _values_of(positional[0], command, word, before)
-    yield from (flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS)
+    before = words[2:]
+    if len(words) < 2:
+        found = [*COMMANDS, "--help", "--version"]
+    elif words[1] not in COMMANDS:
+        found = []
+    else:  # the module of train imports Hydra
+        command = train_parser() if words[1] == "train" else import_module(COMMANDS[words[1]][0]).parser()
+        positional = [action for action in command._actions if not action.option_strings]
+        flags = {flag: action for action in command._actions for flag in action.option_strings}
+        action: argparse.Action | None = None  # whose value is next
+        for previous in before:
+            if previous in flags and action is None:
+                action = flags[previous] if flags[previous].nargs != 0 else None
+            else:
+                if action is None and not previous.startswith("-") and positional and positional[0].nargs is None:
+                    positional.pop(0)
+                action = None
+        own = action or next(iter(positional), None)
+        found = list(_values_of(own, command, word, before)) if own else []
+        if action is None:
+            found += [flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS]
+    fitting = [text for text in dict.fromkeys(found) if text.startswith(word) and text not in words]
+    return [text if text[-1] in "=." else f"{text} " for text in fitting]
 
 
 def _values_of(action: argparse.Action, command: Parser, word: str, before: list[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -22,8 +22,8 @@ from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 
 from tlcli.cli.completion import train_parser
-from tlcli.cli.conf_files import MAIN, ConfFiles, conf_dir
-from tlcli.cli.explain import error_message, explain_value, unknown_key
+from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
@@ -32,9 +32,8 @@ from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec, classes_of, leaf_types
 
 PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")  # relative to where the run was started
-NOT_TEXT = re.compile(
-    r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false"
-)  # in Hydra's grammar
+# what Hydra's grammar reads as a number or a truth value
+NOT_TEXT = re.compile(r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false")
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,10 @@ class Flags:
 
     flags: tuple[str, ...]
     overrides: tuple[str, ...]
-    config_name: str = MAIN.removesuffix(".yaml")
-    config_dir: Path | None = None
+    files: ConfFiles
+    config_name: str = "train"
     multirun: bool = False
     runs: bool = False
-
-    @property
-    def files(self) -> ConfFiles:
-        """The YAML files that these flags make available."""
-        return ConfFiles(*([self.config_dir] if self.config_dir else []))
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -64,14 +58,14 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     args = parser.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
-    folder = Path(args.config_dir).absolute() if args.config_dir else None
-    if folder and not folder.is_dir():
+    folders = [Path(args.config_dir).absolute()] if args.config_dir else []
+    if folders and not folders[0].is_dir():
         raise UsageError(f"--config-dir={args.config_dir}: no such folder")
     return Flags(
         flags=tuple(word for word in words if word not in args.overrides),
         overrides=tuple(_text_as_typed(override) for override in args.overrides),
-        config_name=args.config_name or MAIN.removesuffix(".yaml"),
-        config_dir=folder,
+        files=ConfFiles(*folders),
+        config_name=args.config_name,
         multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides,
         runs=not (args.cfg or args.info or args.hydra_help or args.shell_completion),
     )
@@ -115,7 +109,7 @@ def quoted(text: object) -> str:
 def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
     """Return the checked config, with Hydra's own node, and the loader that composes that of each job of a sweep."""
     with composing(flags.files):
-        overrides, folders = [], [f"file://{flags.config_dir}"] if flags.config_dir else []
+        overrides, folders = [], [f"file://{folder}" for folder in flags.files.folders[1:]]
         for word in flags.overrides:
             override = parse_override(word, flags.files)
             if override.key_or_group == "hydra.searchpath":
@@ -189,24 +183,18 @@ def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
     task.pop("hydra", None)
     with composing(files):
         values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
-    known = {field.name: field.type for field in structs.fields(TrainSpec)}
-    for key in values:
-        if key not in known:
-            raise UsageError(f"unknown key {key!r}.{unknown_key(str(key), files)}{_origin(str(key), config, files)}")
-    built = {}
-    for key, hint in known.items():
-        if key not in values:
-            raise UsageError(f"{key} has no value yet; give it one: {key}=...")
-        hint = Union[tuple(classes_of(key).values())] if key in HOMES else hint  # noqa: UP007
-        try:
-            built[key] = msgspec.convert(values[key], hint, strict=False)
-        except msgspec.ValidationError as exc:
-            found, message = explain_value(exc, key, values[key], files)
-            raise UsageError(message + _origin(found, config, files)) from exc
-    for key, value in leaves(msgspec.to_builtins(built)):
+    groups = {group: Union[tuple(options(group).values())] for group in HOMES}  # noqa: UP007
+    types = [(field.name, groups.get(field.name, field.type)) for field in structs.fields(TrainSpec)]
+    schema = msgspec.defstruct("Config", types, forbid_unknown_fields=True)
+    try:
+        spec = TrainSpec(**structs.asdict(msgspec.convert(values, schema, strict=False)))
+    except msgspec.ValidationError as exc:
+        key, message = explain_value(exc, values, files)
+        raise UsageError(message + _origin(key, config, files)) from exc
+    for key, value in leaves(msgspec.to_builtins(spec)):
         if isinstance(value, float) and not math.isfinite(value):  # ranges of msgspec let NaN and infinity pass
             raise UsageError(f"{re.sub(r'[.][0-9]+$', '', key)}={value} is not a finite number")
-    return TrainSpec(**built)
+    return spec
 
 
 def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
@@ -226,8 +214,7 @@ def _origin(key: str, config: DictConfig, files: ConfFiles) -> str:
 def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     """Return the spec that a run was trained with, from its config.yaml, with overrides on it.
 
-    The file can come from anyone: it is read as plain values, which are checked as those of a command line. A key that
-    is newer than the run has its present default. A relative path is below the directory that run.json names.
+    A key that is newer than the run has its default. A relative path is below the directory that run.json names.
     """
     flags = parse_flags(list(overrides))
     if flags.flags:
@@ -243,12 +230,9 @@ def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     for key, value in leaves(values):
         if isinstance(value, str) and "${" in value:
             raise UsageError(f"{file}: {key}={value} is refused: the config of a run holds only values")
-    try:
-        start = run.info.get("cwd")
-    except UsageError:  # a command that needs run.json reports it
-        start = None
-    if isinstance(start, str):
-        resolve_paths(values, Path(start))
+    with suppress(UsageError):  # run.json is damaged: a command that needs it reports that
+        if isinstance(start := run.info.get("cwd"), str):
+            resolve_paths(values, Path(start))
     try:
         spec = _merged_spec(values, (), files)
     except UsageError as exc:
@@ -282,7 +266,7 @@ def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFil
             raise UsageError(f"{group}.kind={kind} is none of {', '.join(options(group))}")
         names = files.options_with(group, {kind})
         own.append(f"{group}={node['name'] if node.get('name') in names else names[0]}")
-    config, _ = compose_config(Flags((), (*own, *chosen.values())))
+    config, _ = compose_config(Flags((), (*own, *chosen.values()), files))
     with composing(files):
         OmegaConf.set_struct(config, False)  # build_spec reports unknown keys
         for name, value in values.items():

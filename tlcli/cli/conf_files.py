@@ -1,7 +1,6 @@
 """Groups, options, keys, defaults and comments of the YAML files, for help, completion and error messages.
 
-The files are read line by line, because PyYAML takes as long to import as the rest of `tlcli train --help`. Hydra
-composes the config: nothing here decides what runs.
+They are read line by line, because PyYAML takes as long to import as the rest of `tlcli train --help`.
 """
 
 import re
@@ -10,8 +9,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-HIDDEN = frozenset({"hydra", "common"})  # groups that are not for users to choose from
-MAIN = "train.yaml"
 _LINE = re.compile(
     r"""( *)([\w.-]+):"""
     r"""(?: +("[^"]*"|'[^']*'|\[.*?\]|\{.*?\}|[^\s#\[{"'|>]\S*(?: +[^\s#]\S*)*))?"""  # a value on the same line
@@ -40,11 +37,10 @@ class Option:
     @property
     def comment(self) -> str:
         """The first comment of the file; a line for Hydra is not one."""
-        lines = (line for line in self.text.splitlines() if line.strip() and "@package" not in line)
-        first = next(lines, "")
-        return first.lstrip("# ").strip() if first.startswith("#") else ""
+        lines = [line for line in self.text.splitlines() if line.strip() and "@package" not in line]
+        return lines[0].strip("# ") if lines and lines[0].startswith("#") else ""
 
-    @cached_property
+    @property
     def keys(self) -> list[Key]:
         return keys_in(self.text)
 
@@ -56,8 +52,9 @@ class Option:
     @property
     def all_keys(self) -> list[Key]:
         """The keys of the option and those that it takes from common/."""
-        names = re.findall(r"/common/(\w+)@_here_", self.text)
-        return list({key.name: key for keys in (*map(_common_keys, names), self.keys) for key in keys}.values())
+        files = [conf_dir() / "common" / f"{name}.yaml" for name in re.findall(r"/common/(\w+)@_here_", self.text)]
+        shared = [key for file in files if file.is_file() for key in keys_in(file.read_text(encoding="utf-8"))]
+        return list({key.name: key for key in (*shared, *self.keys)}.values())
 
 
 class ConfFiles:
@@ -65,7 +62,7 @@ class ConfFiles:
 
     def __init__(self, *folders: Path) -> None:
         self.folders = (conf_dir(), *folders)
-        main = (conf_dir() / MAIN).read_text(encoding="utf-8")
+        main = (conf_dir() / "train.yaml").read_text(encoding="utf-8")
         self.top_level = keys_in(main)
         self.defaults: dict[str, str] = dict(re.findall(r"^ *- (\w+): (\w+)", main, re.MULTILINE))
 
@@ -76,7 +73,7 @@ class ConfFiles:
         for folder in self.folders:
             for path in sorted(folder.rglob("*.yaml")):
                 group = path.relative_to(folder).parent.as_posix()
-                if group != "." and group.split("/")[0] not in HIDDEN:
+                if group.split("/")[0] not in (".", "common", "hydra"):  # nobody chooses an option of these
                     groups.setdefault(group, {}).setdefault(path.stem, Option(group, path))
         return {group: dict(sorted(options.items())) for group, options in groups.items() if options}
 
@@ -89,16 +86,7 @@ class ConfFiles:
 def conf_dir() -> Path:
     """Return the folder with tlcli's own config: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / MAIN).is_file():
-            return folder
-    raise FileNotFoundError("tlcli's conf/ folder is missing: reinstall tlcli")
-
-
-@cache
-def _common_keys(name: str) -> list[Key]:
-    path = conf_dir() / "common" / f"{name}.yaml"
-    return keys_in(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return next(parent / "conf" for parent in (package, package.parent) if (parent / "conf" / "train.yaml").is_file())
 
 
 def files_for(words: Sequence[str]) -> ConfFiles:
@@ -110,6 +98,7 @@ def files_for(words: Sequence[str]) -> ConfFiles:
     return ConfFiles()
 
 
+@cache
 def keys_in(text: str) -> list[Key]:
     """Return the keys of a YAML text; of a key with a block of keys of its own, these alone."""
     keys: list[Key] = []

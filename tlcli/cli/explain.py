@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from msgspec import ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -31,10 +31,10 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
     match exc:
         case RecursionError():
             return "a config file has too many levels of lists and keys"
-        case OverrideParseException(override=word) if "=" in word:
-            name, _, value = word.partition("=")
-            return f"""cannot read {word!r}: close its brackets and quotes, or write '{name}="{value}"'"""
         case OverrideParseException(override=word):
+            name, equals, value = word.partition("=")
+            if equals:
+                return f"""cannot read {word!r}: close its brackets and quotes, or write '{name}="{value}"'"""
             near = [f"{group}={word}" for group, options in files.groups.items() if word in options]
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             return f"cannot read {word!r}: write KEY=VALUE or GROUP=OPTION.{hint}"
@@ -49,7 +49,9 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
             return f"{key} has no value yet; give it one: {key}=..."
         case OmegaConfBaseException():
             return f"{key}: {text}" if key else text
-        case CompactHydraException():
+        case yaml.YAMLError():
+            return one_line(exc)
+        case HydraException():
             for cause in (exc.__cause__, exc.__context__):
                 if isinstance(cause, OmegaConfBaseException):
                     return error_message(cause, files)
@@ -58,10 +60,6 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
                 return f"{found[1]} has several values: add -m to sweep over them, or write a list, {name}=[{values}]"
             if found := re.match(r"Could not override '([^']+)'", text):
                 return f"unknown key {found[1]!r}.{unknown_key(found[1].partition('@')[0], files)}"
-            return text
-        case yaml.YAMLError():
-            return one_line(exc)
-        case HydraException():
             return text
     return None
 
@@ -73,19 +71,18 @@ def unknown_key(key: str, files: ConfFiles) -> str:
     if parent in HOMES and (options := files.options_with(parent, owners)):
         return f" It belongs to {' and '.join(f'{parent}={option}' for option in options)}."
     everywhere = list(dict.fromkeys([*all_keys(), *files.groups]))
-    siblings = [known for known in everywhere if known.rpartition(".")[0] == parent]
+    by_name = {known.rpartition(".")[2]: known for known in reversed(everywhere)}
+    siblings = {known.rpartition(".")[2]: known for known in everywhere if known.rpartition(".")[0] == parent}
     if leaf_types(parent) and not siblings:
         return f" {parent} holds a value, not keys of its own."
-    names = [known.removeprefix(f"{parent}.") for known in siblings]
     near = [known for known in everywhere if known.rpartition(".")[2] == name]
-    if not near and (close := difflib.get_close_matches(name, names, n=1)):
-        near = [siblings[names.index(close[0])]]
-    if not near and (close := difflib.get_close_matches(name, {k.rpartition(".")[2] for k in everywhere}, 1, 0.75)):
-        near = [known for known in everywhere if known.rpartition(".")[2] == close[0]][:1]
+    for known, cutoff in ((siblings, 0.6), (by_name, 0.75)):
+        near = near or [known[close] for close in difflib.get_close_matches(name, known, 1, cutoff)]
     if near:
         return f" Did you mean {' or '.join(map(repr, near))}?"
-    listed = f" The keys of {parent}: {', '.join(names)}." if names else ""
-    return listed if parent else " `tlcli train --help` lists the keys."
+    if not parent:
+        return " `tlcli train --help` lists the keys."
+    return f" The keys of {parent}: {', '.join(siblings)}." if siblings else ""
 
 
 def _missing_config(missing: str, text: str, files: ConfFiles) -> str:
@@ -104,18 +101,19 @@ def _missing_config(missing: str, text: str, files: ConfFiles) -> str:
     return f"there is no config {missing!r}" if missing else text
 
 
-def explain_value(exc: ValidationError, key: str, value: Any, files: ConfFiles) -> tuple[str, str]:
-    """Return the key that msgspec refuses and a line about it; `value` is that of `key`, the error may be within it."""
+def explain_value(exc: ValidationError, value: Any, files: ConfFiles) -> tuple[str, str]:
+    """Return the key that msgspec refuses in the values of a config, and a line about it."""
     text, _, path = str(exc).partition(" - at `")
+    key = ".".join(re.findall(r"\.(\w+)", path))
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         value = value[name or int(index)]
-        key += f".{name}" if name else ""
-    if found := re.match(r"Object contains unknown field `(.+)`", text):
-        key = f"{key}.{found[1]}"
+    found = re.match(r"Object contains unknown field `(.+)`", text)
+    if found or path.startswith("key` in "):  # all keys are texts
+        key = f"{key}.{found[1] if found else next(k for k in value if not isinstance(k, str))}".lstrip(".")
         return key, f"unknown key {key!r}.{unknown_key(key, files)}"
     if found := re.match(r"Object missing required field `(.+)`", text):
         hint = f" Choose from {', '.join(classes_of(key))}" if found[1] == "kind" else ""
-        key = f"{key}.{found[1]}"
+        key = f"{key}.{found[1]}".lstrip(".")
         return key, f"{key} has no value yet; give it one: {key}=...{hint}"
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     is_tag = text.startswith("Invalid value")

@@ -33,9 +33,7 @@ ALLOWED_CLASSES = frozenset(
 
 # All that a file may say to Hydra. The choices of output and logging are those of train.yaml, for copies of it.
 _ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output: *tlcli|(job|hydra)_logging: *none)")
-_ALLOWED_VALUE = re.compile(
-    r"hydra\.launcher\.[^_.=][^.=]*=[\w.-]*|hydra\.sweeper\.params\.((?!hydra).)+=.*", re.DOTALL
-)
+_ALLOWED = re.compile(r"(?s)hydra\.launcher\.[^_.=][^.=]*=[\w.-]*|hydra\.sweeper\.params\.((?!hydra).)+=.*")
 _HARMLESS_CALL = re.compile(r"\$\{(now|hydra|oc\.select|oc\.dict\.(keys|values)):[^${}]*\}")
 
 
@@ -53,10 +51,9 @@ def check_folder(folder: Path) -> None:
                 continue
             try:
                 content = read_yaml(file)
-            except UnicodeDecodeError as exc:
-                raise UsageError(f"{file}: cannot be read as YAML: not UTF-8 text") from exc
-            except OSError as exc:
-                raise UsageError(f"{file}: cannot be read as YAML: {(exc.strerror or str(exc)).lower()}") from exc
+            except (OSError, UnicodeDecodeError) as exc:
+                reason = (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else "not UTF-8 text"
+                raise UsageError(f"{file}: cannot be read as YAML: {reason}") from exc
             except ValueError as exc:
                 if " alias *" in str(exc):
                     raise UsageError(f"{file}: {exc}") from exc
@@ -71,24 +68,20 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
     for entry in entries if isinstance(entries, list) else [entries]:
         pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
         named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
-    for text in named:
-        if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]:
-            _refuse(file, text)
-    for key, value in leaves(content):
-        if key.startswith("hydra") and not _ALLOWED_VALUE.fullmatch(f"{key}={value}"):
-            _refuse(file, key)
+    refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]]
+    values = list(leaves(content))
+    refused += [key for key, value in values if re.match("hydra", key) and not _ALLOWED.fullmatch(f"{key}={value}")]
+    if refused:
+        raise UsageError(
+            f"{file}: {refused[0]} is refused: of Hydra's own settings a file may give the choice of hydra/launcher, "
+            "numbers and names under hydra.launcher, and hydra.sweeper.params; give the rest on the command line"
+        )
+    for key, value in values:
         if isinstance(value, str) and re.search(r"(?s)\$\{.*:", _HARMLESS_CALL.sub("", value)):
             raise UsageError(
                 f"{file}: {key}={value} is refused: a function that a file calls could save a secret with the run; "
                 "give the value on the command line"
             )
-
-
-def _refuse(file: Path, what: str) -> None:
-    raise UsageError(
-        f"{file}: {what} is refused: of Hydra's own settings a file may give the choice of hydra/launcher, numbers and "
-        "names under hydra.launcher, and hydra.sweeper.params; give the rest on the command line"
-    )
 
 
 def refuse_code(values: Any) -> None:
