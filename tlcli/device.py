@@ -84,10 +84,7 @@ def limit_threads(n: int | None) -> Iterator[None]:
 
 
 def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
-    """Set threads, determinism and the allocator of this process, and return the accelerator.
-
-    `threads` is that of a resumed run. Raises UsageError if the accelerator is not available.
-    """
+    """Set this process's threads (of a resumed run: `threads`), determinism and allocator. Return the accelerator."""
     accelerator = find_accelerator(spec.kind)
     torch.set_num_threads(threads or spec.threads or PROCESS_THREADS)
     torch.use_deterministic_algorithms(spec.deterministic)
@@ -99,7 +96,7 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
 
 
 def find_accelerator(kind: Accelerator) -> torch.device:
-    """Return the accelerator of this kind; `auto` takes CUDA, then MPS, then the CPU."""
+    """Return the accelerator of this kind (auto: CUDA, then MPS, then CPU), or raise UsageError if there is none."""
     is_usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name in is_usable if is_usable[name]]
     name = names[0] if kind is Accelerator.auto else kind.value
@@ -110,10 +107,7 @@ def find_accelerator(kind: Accelerator) -> torch.device:
 
 
 def allowed_formats(spec: DeviceSpec, accelerator: torch.device) -> list[ComputeFormat]:
-    """Return the formats that the spec allows on this accelerator, the safer and simpler ones first.
-
-    Raises UsageError if the accelerator does not have the dtype that the spec names.
-    """
+    """Return the formats that the spec allows here, the safer and simpler ones first. Raises UsageError without any."""
     if spec.precision is Precision.fp16 and accelerator.type == "cpu":
         raise UsageError("device.precision=fp16 needs a GPU; on a CPU set fp32, bf16 or auto")
     dtypes = [torch.float32]

@@ -48,8 +48,7 @@ def train(
 ) -> float | None:
     """Fine-tune, test the epoch best on validation once, and return the validation metric that selected it.
 
-    The session holds what the jobs of a sweep share. With `resume` an interrupted run continues. Raises UsageError if
-    the spec cannot be followed and TlcliError if the run fails.
+    A sweep's jobs share the session. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):

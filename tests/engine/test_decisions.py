@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from msgspec import structs
+from msgspec import structs, to_builtins
 
 from tests.conftest import Compose
 from tlcli.cli import main
-from tlcli.device import ComputeFormat
+from tlcli.device import ComputeFormat, allowed_formats
 from tlcli.engine import decisions, numerics
 from tlcli.engine.activations import SplitActivations, Workload, image_size
 from tlcli.engine.decisions import decide, follow, recorded_decisions
@@ -139,8 +139,9 @@ def plan(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     store = Store(tmp_path / "planned")
 
     def make(speed: float, *overrides: str, needs_probe: bool = False) -> Inputs:
-        def chosen(workload: Workload, options: list[ComputeFormat], *args: object, **more: object) -> ComputeFormat:
-            return replace(options[0], images_per_second=speed, reason="as the test says")
+        def chosen(workload: Workload, *args: object, **more: object) -> ComputeFormat:
+            (option,) = allowed_formats(workload.spec.device, workload.accelerator)
+            return replace(option, images_per_second=speed, reason="as the test says")
 
         monkeypatch.setattr(numerics, "_fastest", chosen)
         own = spec("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", *FP32, *overrides)
@@ -195,7 +196,7 @@ def test_the_cache_never_exceeds_its_size(run, cold: Path) -> None:
 def test_decisions_are_read_back_and_followed(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda network, **options: network)
     planned = plan(10.0, "freeze=head")
-    recorded = json.loads(json.dumps({"decisions": planned.decisions.to_json()}))
+    recorded = json.loads(json.dumps({"decisions": to_builtins(planned.decisions)}))
     assert recorded_decisions(recorded) == planned.decisions
     recorded["decisions"] |= {"extraction_batch": 7, "compiled": ["test"]}
     decisions = recorded_decisions(recorded)

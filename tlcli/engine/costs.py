@@ -107,8 +107,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
 class CostMeter:
     """Measures workloads of one session with a sample of their training images, which is decoded into memory.
 
-    Formats, the size of a step and the speed of evaluation are measured with the first workload, and used for others.
-    `decode_seconds` are per image.
+    Formats, step size and speed of evaluation are measured with the first workload only. `decode_seconds`: per image.
     """
 
     def __init__(self, sample: Dataset, decode_seconds: float) -> None:

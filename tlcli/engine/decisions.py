@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from msgspec import Meta, Struct, ValidationError, convert, structs, to_builtins
+from msgspec import Meta, Struct, ValidationError, convert, structs
 
 from tlcli.device import DTYPE_NAMES, DTYPES, LAYOUT_NAMES, ComputeFormat, Device, allowed_formats
 from tlcli.engine.activations import SplitActivations, Workload
@@ -32,7 +32,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     Args:
         eval_precision: of evaluation and of the frozen prefix.
         cut: names of the first modules after the cut; None if nothing is cut off.
-        extraction_batch: images per forward pass of the prefix; None if nothing is cut off or if it is not recorded.
+        extraction_batch: images per forward pass of the prefix; None if nothing is cut off.
         cached: the splits (train, train_eval, val, test) that are read from activations.
         compiled: those of them whose activations a compiled prefix computes.
         reasons: text by name: training, evaluation (precision and layout), train (cached or not), uncached splits.
@@ -75,10 +75,6 @@ class Decisions(Struct, frozen=True, kw_only=True):
             reasons={**self.reasons, **dict.fromkeys(sorted(names), reason)},
         )
 
-    def to_json(self) -> Any:
-        """Return the value that run.json stores."""
-        return to_builtins(self, order="deterministic")
-
 
 def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: ComputeFormat) -> Device:
     """Return the device of a workload with this dtype of training and format of evaluation."""
@@ -103,10 +99,7 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
 
 
 def decide(workload: Workload) -> Decisions:
-    """Measure formats, and decide for each split if it is read from images or from cached activations.
-
-    Raises UsageError if cache.mode=require cannot be followed.
-    """
+    """Measure formats, and decide for each split. Raises UsageError if cache.mode=require cannot be followed."""
     cut, dtype_names = workload.cut, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
     reason = uncacheable_reason(workload)
     if isinstance(cut, Cut) and reason is None:
@@ -221,10 +214,7 @@ def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat
 
 
 def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_names: Iterable[str]) -> Decisions:
-    """Return recorded decisions for these splits; what cannot be followed here is replaced, each with a note.
-
-    Raises UsageError if cache.mode=require cannot be followed.
-    """
+    """Return recorded decisions; replace what cannot be followed, with a note (UsageError with cache.mode=require)."""
     decisions = _with_supported_formats(recorded, workload, reporter)
     if "train" not in decisions.cached:  # then train_eval serves the probe alone, which was fitted before
         decisions = structs.replace(decisions, cached=decisions.cached - {"train_eval"})

@@ -58,11 +58,8 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return the input of `head` for every image, (N, D) float32 on the CPU, and the labels (N)."""
     batches: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu())):
         labels = evaluate(network, loader, device, reporter, label).labels
-    finally:
-        handle.remove()
     return torch.cat(batches), labels
 
 

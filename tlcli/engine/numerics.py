@@ -7,8 +7,8 @@ and in bfloat16 on the next; convolutions that gain most from bfloat16 in one me
 import copy
 import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,28 +28,24 @@ NOTES = "numerics"  # name of the store's notes on choices
 
 def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     """Return the fastest format of the prefix, with its speed."""
-    options = allowed_formats(workload.spec.device, workload.accelerator)
-    return _fastest(workload, options, f"extraction up to {cut.suffix_start}", cut.prefix, _noise(workload))
+    return _fastest(workload, f"extraction up to {cut.suffix_start}", cut.prefix, _noise(workload))
 
 
 def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
     """Return the fastest format of training on activations, in the memory format of the extraction."""
-    options = allowed_formats(workload.spec.device, workload.accelerator)
     if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
-        return replace(extraction, dtype=options[0].dtype, images_per_second=None, reason="a linear layer")
-    options = [option for option in options if option.memory_format == extraction.memory_format]
+        dtype = allowed_formats(workload.spec.device, workload.accelerator)[0].dtype
+        return replace(extraction, dtype=dtype, images_per_second=None, reason="a linear layer")
     what, inputs = f"training from {cut.suffix_start}", _noise(workload, *cut.shapes)
-    return _fastest(workload, options, what, cut.suffix, inputs, trains=True)
+    return _fastest(workload, what, cut.suffix, inputs, extraction.memory_format, trains=True)
 
 
 def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
     network, inputs = workload.classifier.network, _noise(workload)
-    options = allowed_formats(workload.spec.device, workload.accelerator)
-    train = _fastest(workload, options, "training", network, inputs, trains=True)
-    options = [option for option in options if option.memory_format == train.memory_format]
-    return train, _fastest(workload, options, "evaluation", network, inputs)
+    train = _fastest(workload, "training", network, inputs, trains=True)
+    return train, _fastest(workload, "evaluation", network, inputs, train.memory_format)
 
 
 def _noise(workload: Workload, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -61,18 +57,20 @@ def _noise(workload: Workload, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _fastest(
     workload: Workload,
-    options: Sequence[ComputeFormat],
     what: str,
     module: nn.Module,
     inputs: tuple[Tensor, ...],
+    layout: torch.memory_format | None = None,
     *,
     trains: bool = False,
 ) -> ComputeFormat:
-    """Return the fastest option for `what`: steps of `module`, which is the network or a part of it, on these inputs.
+    """Return the fastest format for `what`: steps of `module`, which is the network or a part of it, on these inputs.
 
-    A stored measurement is used again, so that a result does not depend on a race. A single option is measured only in
+    A stored measurement is used again, so that a result does not depend on a race. A single format is measured only in
     evaluation, where its speed is needed to estimate the cost of the prefix.
     """
+    options = allowed_formats(workload.spec.device, workload.accelerator)
+    options = [option for option in options if layout in (None, option.memory_format)]
     if len(options) == 1 and trains:
         return replace(options[0], reason="the only choice here")
     images, names = len(inputs[0]), [option.description for option in options]
@@ -93,8 +91,8 @@ def _fastest(
     if not isinstance(speeds, dict) or speeds.keys() != set(names):
         speeds, origin = {}, "measured"
         for option in options:
-            shortest = images / max(speeds.values()) if speeds else None
-            seconds = _measure(workload, option, module, inputs, shortest, trains=trains)
+            limit = MAX_SLOWDOWN * images / max(speeds.values()) if speeds else math.inf
+            seconds = _measure(workload, option, module, inputs, limit, trains=trains)
             speeds[option.description] = round(images / seconds, 2)
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())
@@ -109,11 +107,11 @@ def _measure(
     option: ComputeFormat,
     module: nn.Module,
     inputs: tuple[Tensor, ...],
-    shortest: float | None,
+    max_seconds: float,
     *,
     trains: bool,
 ) -> float:
-    """Return the seconds of the shortest of a few steps after a first one; only one if `shortest` was much shorter.
+    """Return the seconds of the shortest of a few steps after a first one; only one if it takes over `max_seconds`.
 
     The steps are of a copy: forward and backward in the present modes, or forward in eval mode.
     """
@@ -134,7 +132,6 @@ def _measure(
             network.zero_grad(set_to_none=True)
         synchronize(accelerator)
         times.append(time.perf_counter() - start)
-        is_slow = len(times) == 2 and shortest is not None and times[1] > MAX_SLOWDOWN * shortest
-        if is_slow or sum(times[1:]) > MEASURE_SECONDS:
+        if sum(times[1:]) > MEASURE_SECONDS or (len(times) == 2 and times[1] > max_seconds):
             break
     return min(times[1:])

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 
 from tlcli.data.dataset import Dataset
 from tlcli.engine.inputs import Inputs
@@ -59,7 +60,6 @@ class Recorder:
         splits = {"train": data.train, "val": data.val, "test": data.test}
         stages = freeze_table(spec.optimizer, classifier)
         reasons = {use: inputs.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
-        self._sizes = {name: len(split) for name, split in splits.items()}
         self._run.write_bad_files(data.bad_files)
         self._run.update(
             name=spec.name,
@@ -73,7 +73,7 @@ class Recorder:
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             memory_format=str(device.memory_format),
             numerics={"device": device.description, **reasons},
-            **{f"n_{name}": n for name, n in self._sizes.items()},
+            **{f"n_{name}": len(split) for name, split in splits.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
@@ -87,7 +87,7 @@ class Recorder:
         notes = [*classifier.notes, *data.notes]
         if len(data.val) < MIN_VALIDATION_IMAGES:
             notes.append(
-                f"val has {len(data.val)} images: the best epoch and the temperature, which they select, are uncertain"
+                f"val has {len(data.val)} images: the best epoch and temperature that they select are uncertain"
             )
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
         self._reporter.plan(
@@ -110,8 +110,8 @@ class Recorder:
 
     def inputs(self) -> None:
         """Write how each split is read, and how the extractions so far went."""
-        inputs = self._inputs
-        self._run.update(cache=inputs.cache_info, decisions=inputs.decisions.to_json(), extraction=inputs.extraction())
+        inputs, decisions = self._inputs, to_builtins(self._inputs.decisions, order="deterministic")
+        self._run.update(cache=inputs.cache_info, decisions=decisions, extraction=inputs.extraction())
 
     def log_running(self, epoch: int, batch: int, loss: float) -> None:
         """Write the running loss within an epoch."""
@@ -151,10 +151,7 @@ class Recorder:
         step: int,
         n_frozen: int,
     ) -> None:
-        """Write test.json, the predictions and the plots, and show the result.
-
-        The temperature is fitted to `validation`, of the best epoch. `n_frozen` tensors were verified.
-        """
+        """Write test.json, predictions, plots, and the temperature that fits `validation`, and show the result."""
         run, data, epoch, best_scores = self._run, self._inputs.workload.data, best_epoch.epoch, best_epoch.scores
         assert epoch is not None and best_scores is not None
         self._log_evaluation("test", epoch, step, scores(predictions), None)
@@ -187,7 +184,10 @@ class Recorder:
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None
     ) -> None:
-        speed = {"images_per_second": self._sizes[split] / self._phase_seconds, "seconds": self._phase_seconds}
+        speed = {
+            "images_per_second": len(self._inputs.workload.split(split)) / self._phase_seconds,
+            "seconds": self._phase_seconds,
+        }
         self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(metrics), "lr": lr, **speed})
 
     def _seconds_so_far(self) -> dict[str, float]:
