@@ -86,9 +86,7 @@ class Recorder:
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         notes = [*classifier.notes, *data.notes]
         if len(data.val) < MIN_VALIDATION_IMAGES:
-            notes.append(
-                f"val has {len(data.val)} images: the best epoch and temperature that they select are uncertain"
-            )
+            notes.append(f"val has {len(data.val)} images: the best epoch and the temperature are uncertain")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
         self._reporter.plan(
             RunPlan(
