@@ -72,8 +72,6 @@ def test_a_view_is_the_same_in_any_order() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
-    """A batch of photographs would fill memory."""
-
     class Photos(ImageSource):
         alive = 0
 

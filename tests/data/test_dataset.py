@@ -102,9 +102,8 @@ def test_digits() -> None:
     data = load(digits_spec(train_per_class=20))
     assert data.classes == tuple("0123456789")
     assert counts(data)[:2] == [(15,) * 10, (5,) * 10]
-    image = data.train.read(0)
-    assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
-    assert max(data.train.read(i).max() for i in range(len(data.train))) == 255
+    images = np.stack([data.train.read(i) for i in range(len(data.train))])
+    assert (images.shape, images.dtype, images.max()) == ((150, 8, 8, 3), np.uint8, 255)
     assert data.train.name(0).startswith("digits/")
 
 
@@ -129,7 +128,6 @@ def test_a_class_that_loses_all_is_an_error(make_folder: MakeFolder) -> None:
 
 
 def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that are read and not yet taken are bounded, however many there are."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     most, taken, read = 0, 0, []
 

@@ -25,7 +25,6 @@ MakeFolder = Callable[..., Path]
 
 
 def everything(root: Path) -> Split:
-    """All images of a folder that is not split."""
     return source_of_files(folder_spec(root).list_files()).splits["all"]
 
 
@@ -81,7 +80,6 @@ def remembered(root: Path, cache: Path, **changes: Any) -> str:
 
 @pytest.fixture
 def old_files(make_folder: MakeFolder) -> Path:
-    """Files that were last changed an hour ago."""
     root = make_folder({"a": 6, "b": 6})
     for path in root.rglob("*.png"):
         os.utime(path, (time.time() - 3600,) * 2)

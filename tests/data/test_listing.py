@@ -164,19 +164,6 @@ def test_selected_classes_of_other_kinds(tmp_path: Path) -> None:
     torchvision_spec("CIFAR10", tmp_path).check()
 
 
-def test_every_problem_of_a_folder_is_named_and_the_rest_is_usable(make_folder: MakeFolder) -> None:
-    root = make_folder({"train/a": 2, "train/b": 3, "train/Cat": 2, "train/cat": 1, "test/a": 1, "test/d": 1})
-    (root / "train" / "empty").mkdir()
-    spec, problems = folder_spec(root).without_bad_classes()
-    assert [problem.split(":")[0] for problem in problems] == [
-        "train/empty",
-        "test has classes that train lacks",
-        "classes 'Cat' and 'cat' differ only in case or in how accents are encoded",
-    ]
-    assert spec.classes == ("Cat", "a", "b")
-    spec.check()
-
-
 Write = Callable[..., ManifestSpec]
 REST = "".join(f"{i}.png,{'xy'[i % 2]}\n" for i in range(1, 8))
 

@@ -148,17 +148,18 @@ def test_weights_that_are_not_there(make: Callable[[Path], None], words: str, tm
     refused(lambda: read_weights(tmp_path / "w.pth"), 2, "w.pth: ", words, keeps=tmp_path)
 
 
-PREDICTIONS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
-    "labels beyond the classes": ({}, {"labels": torch.tensor([0, 1, 2])}),
-    "logits of another shape": ({}, {"logits": torch.zeros(3, 2, 1)}),
-    "classes in a word": ({"classes": "ab"}, {}),
-    "keys by number": ({"keys": [1, 2, 3]}, {}),
-}
-
-
-@pytest.mark.parametrize("case", PREDICTIONS)
-def test_predictions_that_do_not_hang_together(case: str, tmp_path: Path) -> None:
-    changes, tensors = PREDICTIONS[case]
+@pytest.mark.parametrize(
+    ("changes", "tensors"),
+    [
+        ({}, {"labels": torch.tensor([0, 1, 2])}),  # a label beyond the classes
+        ({}, {"logits": torch.zeros(3, 2, 1)}),
+        ({"classes": "ab"}, {}),
+        ({"keys": [1, 2, 3]}, {}),
+    ],
+)
+def test_predictions_that_do_not_hang_together(
+    changes: dict[str, Any], tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
     own = {"classes": SOME.classes, "keys": SOME.keys, "names": SOME.names}
     file = tmp_path / "p.safetensors"
     metadata = {"tlcli": json.dumps({**own, **changes})}

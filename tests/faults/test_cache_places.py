@@ -28,7 +28,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: `lines` are what it printed, unwrapped."""
+    """The end of a run, whose `lines` are printed ones, unwrapped."""
 
     code: int
     out: Path

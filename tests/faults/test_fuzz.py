@@ -68,7 +68,7 @@ def file_of(content: bytes, name: str) -> Path:
 
 @st.composite
 def damaged(draw: st.DrawFn, sound: Callable[[], list[bytes]]) -> bytes:
-    """One of the sound files in which a few slices are replaced by other bytes, longer or shorter ones, or none."""
+    """Replace a few slices of a sound file by other bytes, longer or shorter ones, or none."""
     content = bytearray(draw(st.sampled_from(sound())))
     for _ in range(draw(st.integers(0, 6))):
         at = draw(st.integers(0, min(len(content), 2000)) | st.integers(0, len(content)))

@@ -87,7 +87,7 @@ def test_dropout_before_the_head_is_ours_alone(spec: Compose) -> None:
 
 
 def test_lite0_is_right(spec: Compose) -> None:
-    """The package's tensors under timm's names: in a wrong order BatchNorm statistics would not fit the layers."""
+    """In a wrong order, BatchNorm statistics of the package would not fit the layers."""
     model = build_model(spec().backbone, CLASSES, size=96, seed=0)
     state = model.network.state_dict()
     assert {n for n in state if n not in model.stages[-1].tensors} == model.pretrained

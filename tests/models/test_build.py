@@ -10,7 +10,6 @@ from torch import nn
 from tests.conftest import Compose
 from tlcli.errors import UsageError
 from tlcli.models import backbones
-from tlcli.models.backbones import timm_stages
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import write_tensors
@@ -131,27 +130,7 @@ def test_names_that_do_not_suit_the_network(spec: Compose, overrides: list[str],
         build(spec, "none", backbone=tuple(overrides), size=100)
 
 
-class Encoder(nn.Module):
-    """A network without a classifier and coarse groups, as some of timm's are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(2, 2)
-        self.body = nn.Linear(2, 2)
-        self.fc = nn.Linear(2, 2)
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        assert not coarse, "coarse grouping is not implemented"
-        return {"stem": "stem", "blocks": "body"}
-
-
-def test_a_timm_model_without_coarse_groups_is_one_stage() -> None:
-    body, head = timm_stages(Encoder(), ("fc",))
-    assert body.tensors == {"stem.weight", "stem.bias", "body.weight", "body.bias"}
-    assert (head.name, head.tensors) == ("head", {"fc.weight", "fc.bias"})
-
-
 def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: Encoder())
+    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: nn.Linear(2, 2))
     with pytest.raises(UsageError, match="no classifier that can be replaced"):
         build(spec, "none")

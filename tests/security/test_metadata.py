@@ -22,7 +22,6 @@ Facts = dict[str, Any]
 
 
 def say(file: Path, text: str) -> None:
-    """Put other words in the place of tlcli's own."""
     save_file(load_file(file), file, metadata={"tlcli": text})
 
 

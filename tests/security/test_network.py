@@ -55,12 +55,6 @@ def refused() -> Iterator[list[object]]:
         asked = None
 
 
-def words_of(command: str, run: Path, shapes: Path) -> list[str]:
-    image = next((shapes / "test").rglob("*.png"))
-    other = Path(shutil.copytree(run, run.with_name("other"), dirs_exist_ok=True))
-    return [word.format(run=run, other=other, image=image, shapes=shapes) for word in COMMANDS[command].split()]
-
-
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
 )
@@ -69,8 +63,9 @@ def test_no_command_asks_the_network(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
+    names = {"other": finished, "image": next((shapes / "test").rglob("*.png")), "shapes": shapes}
     with refused() as asked:
-        assert main(words_of(command, run, shapes)) == 0
+        assert main([word.format(run=run, **names) for word in COMMANDS[command].split()]) == 0
     assert asked == []
 
 

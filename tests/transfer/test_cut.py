@@ -33,7 +33,7 @@ LEADING = {
     "vit_b_16": "layer_11.mlp",
     "convnext_tiny": "features.[67]",
 }
-"""What trains, beside the head, for a cut in the middle: one of each family."""
+"""Patterns of trained parameters beside the head, for a cut in the middle: one of each family."""
 
 
 def model_of(spec: Compose, name: str, *overrides: str) -> Classifier:
@@ -154,7 +154,7 @@ def test_channels_last_maps_cross(spec: Compose) -> None:
 
 
 def test_a_residual_block_is_cut_before_it(spec: Compose) -> None:
-    """What trains is inside the block: its input is one tensor, cheaper than the two that reach what trains."""
+    """The block's input is one tensor, cheaper than the two that reach what trains inside."""
     model = model_of(spec, "resnet18")
     frozen(spec, model, "freeze=pattern", "freeze.train=['layer4.1.conv2']")
     cut = cut_of(model.network, 64)
