@@ -35,6 +35,7 @@ from tlcli.runs.run_dir import (
 from tlcli.specs import DatasetSpec, DeviceSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.cut import Cut
 
 OVERRIDABLE_KEYS = ("on_bad", "verify", "ram_gb", "test_per_class", "classes")  # the splits of the run's dataset stay
 
@@ -80,7 +81,8 @@ def evaluate_run(
     inputs.device.place(network)
     loader = inputs.open("test", reporter)
     if inputs.device.compile:
-        inputs.trained_network.compile()
+        cut = workload.cut if "train" in inputs.decisions.cached else None
+        (cut.suffix if isinstance(cut, Cut) else network).compile()  # the module that training compiled
     predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
 
     run = RunDir(loaded.path)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from msgspec import structs
-from torch import nn
 
 from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import preload_images
@@ -18,7 +17,6 @@ from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode
 from tlcli.text import size_text
-from tlcli.transfer.cut import Cut
 
 MAX_EVALUATION_BATCH = 64  # also at most four times the training batch, whose backward pass needs as much memory
 SPLIT_NAMES = ("train", "train_eval", "val", "test")
@@ -63,12 +61,6 @@ class Inputs:
             batch_size=self.workload.spec.batch_size,
             seed=self.workload.spec.seed,
         )
-
-    @property
-    def trained_network(self) -> nn.Module:
-        """Return the module that trains on the batches: the suffix, or the whole network."""
-        cut = self.workload.cut if "train" in self.decisions.cached else None
-        return cut.suffix if isinstance(cut, Cut) else self.workload.classifier.network
 
     def _tensors(
         self, split: CachedSplit, source: SplitActivations, split_name: str, reporter: Reporter
