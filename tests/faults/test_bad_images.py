@@ -15,6 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from tests.data.samples import folder_spec, save_image
+from tests.data.test_dataset import all_names
 from tests.data.test_decode import png
 from tests.faults.refusals import refused, untouched
 from tlcli.data.batches import ImageBatches, Preprocessing
@@ -39,10 +40,6 @@ def photos(tmp_path: Path) -> Path:
 
 def load(root: Path, on_bad: OnBad = OnBad.error) -> Dataset:
     return load_dataset(folder_spec(root, on_bad=on_bad), seed=0, reporter=Reporter())
-
-
-def names(data: Dataset) -> list[str]:
-    return [split.name(i) for split in (data.train, data.val, data.test) for i in range(len(split))]
 
 
 def as_socket(path: Path) -> None:
@@ -110,7 +107,7 @@ def test_a_bad_file_is_named_left_out_and_answered_by_predict(name: str, photos:
     assert reason in why and reason in answer
     assert "\n" not in answer
     assert "files that do not decode are left out: 1, see bad_files.csv" in data.notes
-    assert Counter(names(data)) == Counter(whole)
+    assert Counter(all_names(data)) == Counter(whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -154,7 +151,7 @@ def test_train_and_predict_see_the_same_images(photos: Path, fit: Fit) -> None:
     preprocessing = Preprocessing(24, fit, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with untouched(photos):
         data = load(photos)
-        assert set(ODD) <= {Path(name).name for name in names(data)}
+        assert set(ODD) <= {Path(name).name for name in all_names(data)}
         for split in (data.train, data.val, data.test):
             batches = ImageBatches(split, preprocessing, batch_size=4, workers=0)
             for i, trained in enumerate(torch.cat([x for x, _ in batches.in_order()])):
@@ -184,7 +181,7 @@ def test_any_name_will_do(photos: Path) -> None:
     files = [str(save_image(photos / "a" / name, seed=50 + i)) for i, name in enumerate(NAMES)]
     with untouched(photos):
         data = load(photos)
-        assert [names(data).count(file) for file in files] == [1] * len(files)
+        assert [all_names(data).count(file) for file in files] == [1] * len(files)
         assert set(files) <= set(expand_image_paths([str(photos / "a")]))
         for file in files:
             assert list(expand_image_paths([file])) == [file]

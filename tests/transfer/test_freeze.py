@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tests.conftest import Compose
 from tlcli.errors import FrozenTensorError, UsageError
@@ -103,11 +102,3 @@ def test_a_breach_behind_pytorchs_back_is_found_at_the_end(spec: Compose, model:
     model.network.get_parameter("conv_stem.weight").detach().numpy().flat[0] += 1e-3
     with pytest.raises(FrozenTensorError, match="conv_stem"):
         contract.verify()
-
-
-def test_frozen_parts_take_no_gradient(spec: Compose, model: Classifier) -> None:
-    apply_freeze(spec("freeze=head").freeze, model).train_mode()
-    features = model.network.forward_features(torch.randn(2, 3, 32, 32))
-    assert not features.requires_grad  # nothing is stored for backward
-    F.cross_entropy(model.network.forward_head(features), torch.tensor([0, 1])).backward()
-    assert {n for n, p in model.network.named_parameters() if p.grad is not None} == HEAD
