@@ -182,10 +182,8 @@ class Recorder:
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None
     ) -> None:
-        speed = {
-            "images_per_second": len(self._inputs.workload.split(split)) / self._phase_seconds,
-            "seconds": self._phase_seconds,
-        }
+        n, seconds = len(self._inputs.workload.split(split)), self._phase_seconds
+        speed = {"images_per_second": n / seconds, "seconds": seconds}
         self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(metrics), "lr": lr, **speed})
 
     def _seconds_so_far(self) -> dict[str, float]:
