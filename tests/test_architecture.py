@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import tlcli
-from tlcli.registry import HOMES
+from tlcli.specs import HOMES
 
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
-    {"errors", "interrupts", "registry", "reporter", "text"},
+    {"errors", "interrupts", "reporter", "text"},
     {"files", "specs"},
     {"store"},
     {"device"},

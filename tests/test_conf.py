@@ -8,8 +8,8 @@ from tests.conftest import Compose
 from tlcli.cli.compose import build_spec, compose_config, parse_flags, parse_override
 from tlcli.cli.conf_files import ConfFiles, conf_dir, keys_in
 from tlcli.errors import UsageError
-from tlcli.registry import HOMES, option, options
 from tlcli.specs import (
+    HOMES,
     CacheSpec,
     CheckpointSpec,
     DeviceSpec,
@@ -20,6 +20,8 @@ from tlcli.specs import (
     all_keys,
     classes_of,
     leaf_types,
+    option,
+    options,
 )
 
 FILES = ConfFiles()

@@ -1,19 +1,30 @@
 """The schema of a config: one class per option of each group, with the type and range of each key.
 
-There are no defaults here: a default lives in its YAML file under conf/. The command line converts the composed YAML to
-a TrainSpec once; nothing below it sees anything else. This module imports neither torch nor omegaconf.
+A default lives in its YAML file under conf/. The command line converts the composed YAML to a TrainSpec once; nothing
+below it sees anything else. This module, and those of the options, import neither torch nor omegaconf.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from enum import EnumMeta, StrEnum
+from importlib import import_module
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
 
-from tlcli.registry import HOMES, options
+HOMES = {
+    "dataset": "tlcli.data.sources",
+    "backbone": "tlcli.models.backbones",
+    "optimizer": "tlcli.engine.optimizers",
+    "scheduler": "tlcli.engine.schedule",
+    "augment": "tlcli.data.augment",
+    "freeze": "tlcli.transfer.freeze",
+    "logger": "tlcli.runs.loggers",
+}  # module with the options of each group
+_options: dict[str, dict[str, Any]] = {group: {} for group in HOMES}
+T = TypeVar("T", bound=type[Any])
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -49,6 +60,18 @@ class OptionSpec(Spec, frozen=True, tag_field="kind"):
     @property
     def kind(self) -> str:
         return str(self.__struct_config__.tag)
+
+
+def option(cls: T) -> T:
+    """Register a class as an option of its group, under its tag."""
+    _options[cls.group][cls.__struct_config__.tag] = cls
+    return cls
+
+
+def options(group: str) -> dict[str, Any]:
+    """Return the class of each `kind` of a group."""
+    import_module(HOMES[group])
+    return _options[group]
 
 
 class DatasetSpec(OptionSpec, frozen=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Compose
-from tlcli.registry import options
+from tlcli.specs import options
 
 PLAIN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False),

@@ -11,7 +11,7 @@ from tests.faults.programs import scale
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
-from tlcli.registry import options
+from tlcli.specs import options
 from tlcli.transfer.contract import apply_freeze, parameter_groups
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))

@@ -8,7 +8,7 @@ from torch import nn
 from tests.conftest import Compose, freeze_words
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
-from tlcli.registry import options
+from tlcli.specs import options
 from tlcli.transfer.contract import (
     L2_PER_IMAGE,
     apply_freeze,

@@ -27,9 +27,8 @@ from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
-from tlcli.registry import HOMES, options
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import TrainSpec, classes_of, leaf_types
+from tlcli.specs import HOMES, TrainSpec, classes_of, leaf_types, options
 
 PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")  # relative to where the run was started
 # what Hydra's grammar reads as a number or a truth value

@@ -10,8 +10,7 @@ from msgspec import ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.registry import HOMES
-from tlcli.specs import all_keys, choices, classes_of, leaf_types
+from tlcli.specs import HOMES, all_keys, choices, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
 TYPES = {
@@ -86,7 +85,6 @@ def unknown_key(key: str, files: ConfFiles) -> str:
 
 
 def _missing_config(missing: str, text: str, files: ConfFiles) -> str:
-    """Return the line for an option, or a whole file, that does not exist."""
     group, _, option = missing.lstrip("/").rpartition("/")
     if found := re.match(r"/?schema/(?:(\w+)/)?(\w+)", missing):
         where = re.match(r"In '([^']+)'", text)

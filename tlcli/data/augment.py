@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from tlcli.registry import option
-from tlcli.specs import AugmentSpec, Fraction, FractionAboveZero, Positive, require_ascending
+from tlcli.specs import AugmentSpec, Fraction, FractionAboveZero, Positive, option, require_ascending
 
 if TYPE_CHECKING:
     from torch import nn

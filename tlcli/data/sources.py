@@ -14,9 +14,8 @@ from msgspec import structs
 
 from tlcli.data.listing import Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
-from tlcli.registry import option
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec
+from tlcli.specs import DatasetSpec, option
 from tlcli.text import did_you_mean, one_line
 
 if TYPE_CHECKING:

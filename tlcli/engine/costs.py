@@ -32,9 +32,8 @@ from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import count
-from tlcli.registry import options
 from tlcli.reporter import Reporter
-from tlcli.specs import AugmentSpec, HeadInit, TrainSpec
+from tlcli.specs import AugmentSpec, HeadInit, TrainSpec, options
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec

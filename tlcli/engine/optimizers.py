@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tlcli.registry import option
-from tlcli.specs import FractionBelowOne, OptimizerSpec
+from tlcli.specs import FractionBelowOne, OptimizerSpec, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from tlcli.registry import option
-from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec
+from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
-from tlcli.registry import option
-from tlcli.specs import BackboneSpec
+from tlcli.specs import BackboneSpec, option
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:

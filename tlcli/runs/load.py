@@ -20,9 +20,8 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
-from tlcli.registry import options
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
-from tlcli.specs import BackboneSpec
+from tlcli.specs import BackboneSpec, options
 from tlcli.text import one_line
 
 CHECKPOINTS = ("best", "last")

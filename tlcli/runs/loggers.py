@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 from tlcli import __version__
 from tlcli.errors import UsageError
-from tlcli.registry import option
 from tlcli.reporter import EpochRow, Reporter, RunPlan
-from tlcli.specs import LoggerSpec, TrainSpec
+from tlcli.specs import LoggerSpec, TrainSpec, option
 from tlcli.text import flat_keys, to_plain
 
 Values = Mapping[str, Any]

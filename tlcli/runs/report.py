@@ -25,7 +25,6 @@ from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability
 from tlcli.errors import UsageError
-from tlcli.registry import options
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
 from tlcli.runs.run_dir import (
@@ -40,6 +39,7 @@ from tlcli.runs.run_dir import (
     strings,
     text,
 )
+from tlcli.specs import options
 from tlcli.text import duration_text
 
 View = dict[str, Any]

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
-from tlcli.registry import option
-from tlcli.specs import Count, FreezeSpec
+from tlcli.specs import Count, FreezeSpec, option
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
