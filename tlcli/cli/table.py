@@ -1,19 +1,17 @@
 """The table of every command: aligned columns without lines, of which the less important ones go if space is short."""
 
+import io
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 
 from tlcli.text import strip_control_chars
 
 UNLIMITED_WIDTH = 10_000  # if stdout is not a terminal: a program that reads a pipe needs one line per row
 GAP = 2  # blanks between two columns
-MIN_WRAPPED_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -30,34 +28,42 @@ def table_lines(
 ) -> Iterator[str]:
     """Yield the lines of a table of the columns that fit `width` characters; of all if the width is None.
 
-    A cell is shown as `str` of it, None as a dash. `wrap` breaks the cells of the widest column that is aligned to the
-    left. rich's own tables are not used: they take a second for 2,000 rows.
+    A cell is shown as `str` of it, None as a dash. If the columns that stay do not fit, `wrap` folds their cells.
     """
     cells = [["-" if cell is None else strip_control_chars(str(cell)) for cell in row] for row in rows]
     widths = [max([len(column.title), *(cell_len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
     shown = list(range(len(columns)))
-    while width is not None and (excess := sum(widths[i] + GAP for i in shown) - GAP - width) > 0:
+    while width is not None and sum(widths[i] + GAP for i in shown) - GAP > width:
         least = max(reversed(shown), key=lambda i: columns[i].drop)
         if columns[least].drop == 0:
             if wrap:
-                widest = max((i for i in shown if columns[i].left), key=lambda i: widths[i])
-                widths[widest] = max(MIN_WRAPPED_WIDTH, widths[widest] - excess)
+                parts = [[row[i] for i in shown] for row in cells]
+                yield from _wrapped_lines([columns[i] for i in shown], parts, width)
+                return
             break
         shown.remove(least)
-    for row in [[column.title for column in columns], *cells]:
-        for line in zip_longest(*(_wrap(row[i], widths[i]) for i in shown), fillvalue=""):
-            padded = []
-            for i, part in zip(shown, line, strict=True):
-                blanks = " " * (widths[i] - cell_len(part))
-                padded.append(part + blanks if columns[i].left else blanks + part)
-            yield (" " * GAP).join(padded).rstrip()
+    for row in [[column.title for column in columns], *cells]:  # rich takes two seconds for 2,000 rows
+        padded = []
+        for i in shown:
+            blanks = " " * (widths[i] - cell_len(row[i]))
+            padded.append(row[i] + blanks if columns[i].left else blanks + row[i])
+        yield (" " * GAP).join(padded).rstrip()
 
 
-def _wrap(cell: str, width: int) -> list[str]:
-    if cell_len(cell) <= width:
-        return [cell]
-    lines = textwrap.wrap(cell, width, break_on_hyphens=False)  # counts a wide character as one
-    return [part for line in lines for part in chop_cells(line, width)]
+def _wrapped_lines(columns: Sequence[TableColumn], cells: Sequence[Sequence[str]], width: int) -> list[str]:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for column in columns:
+        table.add_column(Text(column.title), justify="left" if column.left else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def terminal_columns() -> int | None:
