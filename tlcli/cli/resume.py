@@ -89,7 +89,6 @@ def _resume_sweep(path: Path) -> int:
 
 
 def _check_not_running(path: Path, info: Mapping[str, Any]) -> None:
-    """Raise UsageError if a process of this machine is training the run."""
     if info.get("status") == "running" and info.get("host") == host_digest() and not process_has_exited(info):
         raise UsageError(f"{path}: process {info.get('pid')} is still running it; stop it first, or wait")
 
@@ -149,7 +148,6 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _check_changes(before: TrainSpec, now: TrainSpec) -> None:
-    """Raise UsageError for changes that would make it another run."""
     old, new = flat_keys(to_plain(before)), flat_keys(to_plain(now))
     allowed = tuple(f"{words.split()[0]}." for words in CHANGEABLE.split(", "))
     changes = (key for key in {**old, **new} if old.get(key, ...) != new.get(key, ...))

@@ -32,31 +32,26 @@ SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job e
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
-class _PathInRun:
-    """A path below a run's directory, joined on access: `list` makes thousands of RunDir objects."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, run: "RunDir", owner: type) -> Path:
-        return run.path / self._name
+def _path_in_run(name: str) -> cached_property[Path]:
+    """Return a path below a run's directory, joined on access: `list` makes thousands of RunDir objects."""
+    return cached_property(lambda run: run.path / name)
 
 
 class RunDir:
     """A run's directory. Its files are written while the run is trained; run.json always has the current status."""
 
-    info_file = _PathInRun("run.json")
-    config_file = _PathInRun("config.yaml")
-    metrics_file = _PathInRun("metrics.jsonl")
-    test_file = _PathInRun("test.json")
-    val_predictions = _PathInRun("val_predictions.safetensors")
-    test_predictions = _PathInRun("test_predictions.safetensors")
-    log_file = _PathInRun("run.log")
-    bad_files_file = _PathInRun("bad_files.csv")
-    best_checkpoint = _PathInRun("checkpoints/best.safetensors")
-    last_checkpoint = _PathInRun("checkpoints/last.safetensors")
-    state_file = _PathInRun("checkpoints/state.safetensors")
-    plots = _PathInRun("plots")
+    info_file = _path_in_run("run.json")
+    config_file = _path_in_run("config.yaml")
+    metrics_file = _path_in_run("metrics.jsonl")
+    test_file = _path_in_run("test.json")
+    val_predictions = _path_in_run("val_predictions.safetensors")
+    test_predictions = _path_in_run("test_predictions.safetensors")
+    log_file = _path_in_run("run.log")
+    bad_files_file = _path_in_run("bad_files.csv")
+    best_checkpoint = _path_in_run("checkpoints/best.safetensors")
+    last_checkpoint = _path_in_run("checkpoints/last.safetensors")
+    state_file = _path_in_run("checkpoints/state.safetensors")
+    plots = _path_in_run("plots")
 
     def __init__(self, path: Path) -> None:
         self.path = path
