@@ -158,7 +158,7 @@ def test_an_option_is_one_decorated_class() -> None:
     try:
         config = compose_config(parse_flags(["scheduler=constant"]))[0]
         config.scheduler.kind = "reverse"
-        assert type(build_spec(config).scheduler) is ReverseSpec
+        assert type(build_spec(config, FILES).scheduler) is ReverseSpec
     finally:
         del options("scheduler")["reverse"]
 

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import json
 import re
 import textwrap
 import unicodedata
@@ -78,9 +79,9 @@ def labelled(label: str, value: str, width: int | None) -> list[str]:
 
 def to_plain(value: Any) -> Any:
     """Return dataclasses and Structs as dicts, enums as their values, tuples as lists: what JSON and YAML can hold."""
-    from msgspec import msgpack  # here: help and completion have no time for it
+    from msgspec import to_builtins  # here: help and completion have no time for it
 
-    return msgpack.decode(msgpack.encode(value))
+    return json.loads(json.dumps(to_builtins(value)))  # lists for tuples
 
 
 def flat_keys(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,7 +30,6 @@ from tlcli.files import read_yaml
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HOMES, TrainSpec, classes_of, leaf_types, options
 
-PATH_KEYS = ("dataset.root", "dataset.file", "backbone.weights", "logger.uri")  # relative to where the run was started
 # what Hydra's grammar reads as a number or a truth value
 NOT_TEXT = re.compile(r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false")
 
@@ -88,7 +87,7 @@ def _text_as_typed(override: str) -> str:
 
 def resolve_paths(values: Any, folder: Path) -> None:
     """Make the relative paths in the values of a config absolute, in place."""
-    for key in PATH_KEYS:
+    for key in ("dataset.root", "dataset.file", "backbone.weights", "logger.uri"):
         group, _, name = key.partition(".")
         node = values.get(group)
         text = node.get(name) if isinstance(node, dict | DictConfig) else None
@@ -174,9 +173,8 @@ def parse_override(text: str, files: ConfFiles) -> Override:
     return override
 
 
-def build_spec(config: DictConfig, files: ConfFiles | None = None) -> TrainSpec:
+def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:
     """Return the spec of a composed config. Raise UsageError for a missing or wrong value, and for an unknown key."""
-    files = files or ConfFiles()
     task = config.copy()
     OmegaConf.set_struct(task, False)
     task.pop("hydra", None)
