@@ -3,11 +3,9 @@
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -92,24 +90,6 @@ def test_an_exception_leaves_nothing(store: Store) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         store.write(KEY, ROWS, COLUMNS, FACTS, interrupted())
-    assert everything(store.root) == ["activations"]
-
-
-@contextmanager
-def file_limit(nbytes: int) -> Iterator[None]:
-    """Make the system refuse longer files, like a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("rows", [100, 100_000])  # refused in the last flush, and in the first write
-def test_a_refused_write_leaves_nothing(store: Store, rows: int) -> None:
-    with file_limit(50), pytest.raises(OSError):
-        store.write(KEY, rows, [Column("float32", ())], {}, [[bytes(4 * rows)]])
     assert everything(store.root) == ["activations"]
 
 
@@ -224,17 +204,6 @@ def child(store: Store) -> Iterator[Callable[..., Child]]:
     yield start
     for one in children:
         one.kill()
-
-
-def test_one_process_fills_and_the_other_waits_for_it(store: Store, child: Callable[..., Child]) -> None:
-    first, second = child(), child()
-    first.go_on()
-    assert first.says() == "filling"
-    second.go_on()
-    assert second.says() == "waiting"
-    assert store.find(KEY) is None
-    first.go_on()
-    assert first.says() == second.says() == zlib.crc32(bytes(4096) + bytes([7]) * 4096)  # and not "filling"
 
 
 # --- Room and eviction

@@ -53,14 +53,6 @@ def test_a_page_fits_its_width(width: int) -> None:
     assert lines[table + 5].split()[-1 if width < 80 else -2] == "1:06:40"
 
 
-def test_reasons_name_each_strategy_once() -> None:
-    lines = page(FOUND, None)
-    assert "uncached   last_stages n=1, last_stages n=2, last_stages n=3: crops" in lines
-    assert "uncached   none: no frozen layers at the input: conv_stem trains" in lines
-    assert not any(line.startswith("busy") for line in lines)
-    assert any("load 9.0 on 2 cores" in line for line in page({**FOUND, "load": 9.0}, None))
-
-
 def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder of the same name is no run

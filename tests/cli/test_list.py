@@ -126,13 +126,6 @@ def test_usage_errors(words: list[str], told: str, outputs, tlcli) -> None:
     assert told in ended.err
 
 
-def test_nothing_there_is_no_error(tlcli, tmp_path: Path) -> None:
-    (tmp_path / "outputs").mkdir()
-    assert tlcli("list") == tlcli("list", "outputs")
-    assert tlcli("list").out == "no runs in outputs\n"
-    assert json.loads(tlcli("list", "--format", "json").out) == []
-
-
 def test_torch_and_numpy_are_not_imported(outputs) -> None:
     heavy = "('torch', 'numpy', 'hydra', 'omegaconf', 'rich.table', 'matplotlib')"
     code = f"import sys; from tlcli.cli import main; main(['list']); print([m for m in {heavy} if m in sys.modules])"

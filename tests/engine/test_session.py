@@ -1,19 +1,17 @@
 """What the runs of a command share: the same things, as they were at first."""
 
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from msgspec import structs
 from torch import nn
 
 import tlcli.train
 from tests.conftest import Compose
 from tlcli.device import PROCESS_THREADS
-from tlcli.engine import session as module
-from tlcli.engine.session import Session, session_for
+from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.recorder import Recorder
@@ -51,25 +49,6 @@ def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shape
     others = [model_of(change) for change in ("seed=1", "backbone.weights=none")]
     others += [model_of(classes=("a", "b", "c")), model_of(classes=("a", "b", "c"), size=48)]
     assert len(set(map(id, [first, *others]))) == 5
-
-
-def test_a_data_set_is_loaded_once(session: Session, on_shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_dataset", lambda *args, **options: object())
-    words = ([], ["optimizer.lr=0.1"], ["seed=1"], ["seed=1", "dataset.val_fraction=0.3"])
-    loaded = [session.dataset(spec.dataset, spec.seed, Reporter()) for spec in (on_shapes(*own) for own in words)]
-    assert [a is b for a, b in pairwise(loaded)] == [True, False, False]
-
-
-def test_a_session_lasts_while_the_cache_is_the_same(
-    on_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = on_shapes().cache
-    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "one"))
-    first = session_for(spec)
-    assert session_for(spec, first) is first
-    assert session_for(structs.replace(spec, ram_gb=0.5), first) is not first
-    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "two"))
-    assert session_for(spec, first) is not first
 
 
 @pytest.fixture
