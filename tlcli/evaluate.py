@@ -27,6 +27,7 @@ from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
     RunDir,
     SplitPredictions,
+    confusion_matrix,
     read_predictions,
     stored_confusion,
     write_json,
@@ -108,7 +109,9 @@ def evaluate_run(
     is_test = is_own and images.split_name == "test" and checkpoint == "best"
     same, test, limits = None, run.test(), [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
     if test and is_test and limits[0] == limits[1]:
-        same = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1"))
+        matrices: list[Any] = [confusion_matrix(test), confusion_matrix(report)]
+        has_metrics = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1"))
+        same = has_metrics and np.array_equal(*matrices)
     return Evaluation(report, run.add_evaluation(write), description, same)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -56,6 +56,14 @@ class Screen(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class DoneColumn(ProgressColumn):
+    """Percent, or the number of units if the total is unknown."""
+
+    def render(self, task: Task) -> Text:
+        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:3.0f}%"
+        return Text(done, style="progress.percentage")
+
+
 class RateColumn(ProgressColumn):
     """Units per second."""
 
@@ -75,7 +83,7 @@ class TerminalReporter(Reporter):
         self._bars = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=6 if is_narrow else 20),
-            MofNCompleteColumn(),
+            DoneColumn(),
             *([] if is_narrow else [RateColumn()]),
             TimeRemainingColumn(compact=True),
             console=self._screen,
