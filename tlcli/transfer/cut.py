@@ -153,7 +153,7 @@ def _fold(two: Any, three: Any) -> Any:
     if isinstance(two, tuple | list) and type(two) is type(three) and len(two) == len(three):
         items = tuple(map(_fold, two, three))
         return NOT_CONSTANT if NOT_CONSTANT in items else items
-    if two is three or (type(two) is type(three) and two == three):
+    if type(two) is type(three) and isinstance(two, bool | int | float | str | None) and two == three:
         return two
     if type(two) is type(three) is int and two * len(FIRST_BATCH) == three * len(SECOND_BATCH):
         return PerImage(two // len(SECOND_BATCH))

@@ -198,7 +198,7 @@ class GraphAnalyzer(fx.Interpreter):
         self.numbers: dict[fx.Node, int] = {}  # the same for operations that do the same with the same inputs
         self.flops: dict[fx.Node, int] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}  # of tensors, except the view of another in another order
-        self.values: dict[fx.Node, Any] = {}  # of numbers, tuples and the like, which can be written into a graph
+        self.values: dict[fx.Node, Any] = {}  # that are not tensors
         with self._recorder:
             self.run(images.clone(), enable_io_processing=False)
 
@@ -229,19 +229,13 @@ class GraphAnalyzer(fx.Interpreter):
             is_reordered = is_view and value is not first and value.numel() == args[0].numel()
             if not is_reordered or value.is_contiguous():
                 self.shapes[n] = tuple(value.shape)
-        elif _is_plain(value):
+        else:
             self.values[n] = value
         return value
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 @contextmanager
