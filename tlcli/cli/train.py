@@ -99,7 +99,8 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
                 run.log_file.touch(exist_ok=False)  # atomic, too: it may exist for another run of the same second
             return numbered, made
     except OSError as exc:
-        raise UsageError(f"cannot create {path}: {exc.strerror}; choose another folder with {key or 'out'}=") from exc
+        hint = f"choose another folder with {key or 'out'}=..."
+        raise UsageError(f"cannot create {path}: {exc.strerror}; {hint}") from exc
     raise AssertionError("unreachable")
 
 
