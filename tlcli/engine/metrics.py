@@ -130,9 +130,8 @@ def _per_class(predictions: Predictions) -> tuple[np.ndarray, ...]:
 
 @dataclass
 class BestEpochTracker:
-    """The best epoch so far by one validation metric.
+    """The best epoch so far by one validation metric; the lower loss decides between equal accuracies or F1 scores.
 
-    The lower loss decides between equal accuracies or F1 scores: on a small validation set many epochs are equal.
     `early_stop` is the number of epochs without a better one after which training should stop; None: never.
     """
 

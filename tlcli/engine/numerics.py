@@ -111,10 +111,7 @@ def _measure(
     *,
     trains: bool,
 ) -> float:
-    """Return the seconds of the shortest of a few steps after a first one; only one if it takes over `max_seconds`.
-
-    The steps are of a copy: forward and backward in the present modes, or forward in eval mode.
-    """
+    """Return the seconds of the shortest of a few steps after a first one; only one if it takes over `max_seconds`."""
     accelerator, layout = workload.accelerator, option.memory_format
     module, network = copy.deepcopy((module, workload.classifier.network if trains else module))
     network.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
