@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import pytest
 import torch
 
 from benchmarks import (
-    __main__,
     accuracy,
     baselines,
     cached,
     extraction,
-    figures,
     limits,
     memory,
     photographs,
@@ -26,7 +23,6 @@ from benchmarks import (
     training,
     tutorial_job,
 )
-from benchmarks.images import count, subset
 from tests.conftest import Compose, make_folder
 
 pytestmark = pytest.mark.slow
@@ -81,27 +77,6 @@ def test_part_of_the_suite_measures_its_bars(
     assert [row["measure"] for row in written["rows"]] == [measure.what for measure in measures]
 
 
-def test_suite_prints_one_table_and_goes_on_where_a_part_fails(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        @staticmethod
-        def main(data: Path, out: Path, *, small: bool) -> list[figures.Measure]:
-            run.whole_process([sys.executable, "-c", "raise SystemExit(3)"], {})
-            raise AssertionError
-
-    class Fine:
-        @staticmethod
-        def main(data: Path, out: Path, *, small: bool) -> list[figures.Measure]:
-            return [figures.at_least("S9 speed", 2, [2.5])]
-
-    monkeypatch.setattr(__main__, "SUITE", {"broken": Broken, "fine": Fine})
-    assert __main__.main(data, tmp_path / "out", small=True) == 1
-    printed = capsys.readouterr().out
-    assert "| S9 speed | at least 2x | 2.5x | yes |" in printed
-    assert "broken failed" in printed
-
-
 def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 2, "b": 2})
     x, y = baselines.in_memory(str(tmp_path))
@@ -114,21 +89,3 @@ def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:
 def test_limits_count_the_work_of_a_forward_pass() -> None:
     assert limits.forward_gflop(224) == pytest.approx(3.6, rel=0.02)  # He et al. 2016: 1.8 billion multiply-adds
     assert min(limits.matrix_gflops(64, repeats=1).values()) > 0
-
-
-def test_subset_copies_the_first_images_and_takes_val_from_behind_train(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        make_folder(tmp_path / "all" / split, {"a": 5, "b": 5})
-    root = subset(tmp_path / "all", tmp_path / "few", train=3, val=2, test=1)
-    assert sorted(f.name for f in (root / "train" / "a").iterdir()) == ["000.png", "001.png", "002.png"]
-    assert sorted(f.name for f in (root / "val" / "b").iterdir()) == ["003.png", "004.png"]
-    assert count(root / "test") == 2
-    with pytest.raises(SystemExit, match="needs 6 images of each class"):
-        subset(tmp_path / "all", tmp_path / "more", train=4, val=2)
-
-
-def test_measures_hold_by_their_medians() -> None:
-    assert figures.at_least("speed", 2, [1.0, 2.0, 9.0]).holds
-    assert not figures.at_least("speed", 2, [1.0, 1.9, 9.0]).holds
-    assert figures.at_most("time", 8, [7.0, 8.0, 20.0], " s").holds
-    assert figures.at_most("time", 8, [9.0], " s").row == ["time", "at most 8 s", "9 s", "**no**"]

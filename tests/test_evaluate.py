@@ -117,16 +117,6 @@ def test_a_subset_of_the_classes_is_matched_by_name(run: Path, shapes: Path, tmp
 
 
 @pytest.mark.slow
-def test_unknown_classes_are_listed(run: Path, tmp_path: Path) -> None:
-    make_folder(tmp_path / "other", {"Across": 2, "wasps": 2, "down": 2})
-    with pytest.raises(UsageError) as caught:
-        evaluated(run, "dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert "'Across' (did you mean 'across'?), 'wasps'" in str(caught.value)
-    assert "across, checks, down" in str(caught.value)
-    assert not list(run.glob("*eval-*"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folders", "split", "description"),
     [
@@ -144,14 +134,6 @@ def test_the_split_of_another_dataset(run: Path, tmp_path: Path, folders, split:
     absent = "val" if split == "test" else "test"
     with pytest.raises(UsageError, match=f"split={absent}: imagefolder has no such split"):
         evaluated(run, *words, split=absent)
-
-
-@pytest.mark.slow
-def test_the_preprocessing_is_the_runs(run: Path, tmp_path: Path) -> None:
-    """Other datasets suggest other sizes of images; the network was trained for one."""
-    make_folder(tmp_path / "other", {"across": 4, "down": 4})
-    words = ("dataset=imagefolder", f"dataset.root={tmp_path / 'other'}")
-    assert evaluated(run, *words).report["loss"] == evaluated(run, *words, "dataset.image_size=64").report["loss"]
 
 
 @pytest.fixture

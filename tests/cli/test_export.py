@@ -21,7 +21,6 @@ from tlcli.data.batches import Preprocessing
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, export, find_samples, prepare
 from tlcli.runs.load import LoadedRun, load_run
-from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import Fit
 
 Tlcli = Callable[..., Ended]
@@ -242,21 +241,6 @@ def test_samples_are_test_images_as_the_network_sees_them(
         found, text = find_samples(loaded, other)
         assert (text, torch.equal(found, images)) == (source, True)
     assert list(tmp_path.iterdir()) == []  # nothing is downloaded
-
-
-@pytest.mark.parametrize("has_images", [True, False])
-def test_samples_are_random_if_there_are_no_test_images(
-    has_images: bool, loaded: LoadedRun, resnet: Path, tmp_path: Path
-) -> None:
-    tested = read_predictions(RunDir(resnet).test_predictions)
-    moved, n = RunDir(tmp_path), len(tested.keys) if has_images else 0
-    names = [f"{tmp_path}/gone/{key}" for key in tested.keys[:n]]
-    moved.test_predictions.parent.mkdir(exist_ok=True)
-    few = SplitPredictions(tested.logits[:n], tested.labels[:n], tested.classes, tested.keys[:n], tuple(names))
-    write_predictions(moved.test_predictions, few)
-    images, source = find_samples(replace(loaded, path=tmp_path), None)
-    assert source.startswith(f"{SAMPLE_IMAGES} random images")
-    assert images.shape == (SAMPLE_IMAGES, 3, SIZE, SIZE)
 
 
 # -- the command line

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tests.conftest import Compose
 from tlcli.cli.compose import compose_config, load_spec, parse_flags
-from tlcli.data.sources import DigitsSpec, ImageFolderSpec, TorchvisionDatasetSpec
+from tlcli.data.sources import ImageFolderSpec
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 
@@ -64,14 +64,6 @@ def test_a_data_set_is_switched_as_in_train(saved: Saved, spec: Compose) -> None
     assert found.dataset == spec("dataset=imagefolder", "dataset.root=/photos").dataset
     assert isinstance(found.dataset, ImageFolderSpec)
     assert structs.replace(found, dataset=own.dataset) == own
-
-
-def test_a_key_of_the_same_data_set_leaves_the_others(saved: Saved) -> None:
-    run = saved("dataset=cifar10", "dataset.root=/data", "dataset.train_per_class=50")
-    found = load_spec(run, ["dataset.root=/other", "dataset.ram_gb=0.5", "device.precision=fp32"])
-    assert isinstance(found.dataset, TorchvisionDatasetSpec)
-    assert (found.dataset.root, found.dataset.ram_gb, found.dataset.train_per_class) == ("/other", 0.5, 50)
-    assert found.device.precision.value == "fp32"
 
 
 def test_keys_that_an_older_run_lacks_have_their_defaults(saved: Saved, spec: Compose) -> None:
@@ -147,10 +139,3 @@ def test_a_mistake_on_the_command_line_does_not_name_the_file(saved: Saved, over
         load_spec(run, [override])
     assert message in str(caught.value)
     assert str(run.config_file) not in str(caught.value)
-
-
-def test_the_users_own_references_are_followed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PHOTOS", "/mine")
-    found = load_spec(saved(), ["dataset=imagefolder", "dataset.root=${oc.env:PHOTOS}"])
-    assert found.dataset.root == "/mine"
-    assert not isinstance(found.dataset, DigitsSpec)

@@ -36,14 +36,6 @@ def test_done(tlcli, training, tmp_path: Path) -> None:
     assert record["cwd"] == str(Path.cwd()) == str(tmp_path)
 
 
-def test_runs_never_share_a_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:
-    training(finished)
-    (tmp_path / "it's here").mkdir()
-    monkeypatch.chdir(tmp_path / "it's here")
-    assert [tlcli("train", "hydra.job.name=x").code for _ in range(2)] == [0, 0]
-    assert len({run.path for run in runs_in(tmp_path)}) == 2
-
-
 @pytest.mark.parametrize("argv", [("hydra.run.dir=mine",), ("-m", "seed=1,2", "hydra.sweep.dir=mine")])
 def test_a_named_directory_is_not_overwritten(argv, tlcli, training, tmp_path: Path) -> None:
     training(finished)

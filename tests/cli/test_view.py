@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tlcli.cli import view
 from tlcli.cli.view import TerminalReporter
 from tlcli.reporter import EpochRow, RunPlan, StageRow
 
@@ -100,19 +99,6 @@ def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
     shown = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
     assert [line for line in shown if len(line) > width and "outputs/" not in line] == []
     assert (("train 1,200 to 1,299" in text), ("class 1 " in text)) == (classes == 100, classes == 2)
-
-
-@pytest.mark.parametrize("width", [40, 60, 80, 120])
-def test_a_row_has_its_columns_under_their_titles(width: int, capsys) -> None:
-    TerminalReporter(width=width).epoch(row())
-    header, line = capsys.readouterr().out.splitlines()
-    assert len(line) <= width
-    titles = [title for title, *_ in view.EPOCH_COLUMNS if re.search(rf"(^ *|  ){title}(  |$)", header) and title]
-    assert {"epoch", "val acc"} <= set(titles) and (width < 120 or len(titles) == len(view.EPOCH_COLUMNS) - 1)
-    for title in titles:
-        end = header.index(title) + len(title)
-        assert line[end - 1].strip() and not line[end : end + 2].strip()
-    assert line.endswith("best") and "0.9100" in line
 
 
 def test_everything_shown_is_logged(caplog, terminal) -> None:

@@ -1,18 +1,15 @@
 """Splits are stratified, seeded, disjoint and complete; what does not decode is found; memory has a budget."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.data.samples import digits_spec, folder_spec
-from tlcli.data import dataset
-from tlcli.data.dataset import Dataset, load_dataset, preload_images, stratified_split
+from tlcli.data.dataset import Dataset, load_dataset, stratified_split
 from tlcli.data.decode import read_image
-from tlcli.data.images import ImageSource, MemoryBudget, Split, full_split
+from tlcli.data.images import Split
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
@@ -125,29 +122,3 @@ def test_a_class_that_loses_all_is_an_error(make_folder: MakeFolder) -> None:
     damage(root, "train/a/000.png", "train/a/001.png")
     with pytest.raises(UsageError, match="class 'a' has no training image left"):
         load(folder_spec(root, on_bad=OnBad.skip))
-
-
-def test_few_images_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    most, taken, read = 0, 0, []
-
-    class Counted(ImageSource):
-        def name(self, index: int) -> str:
-            return str(index)
-
-        def decode(self, index: int) -> Any:
-            read.append(index)
-            return np.full((1, 1, 3), index % 256, dtype=np.uint8)
-
-    def advance(n: int) -> None:
-        nonlocal most, taken
-        taken += n
-        most = max(most, len(read) - taken)
-
-    images, reporter = Counted(), Reporter()
-    images.memory = MemoryBudget(10**6)
-    monkeypatch.setattr(reporter, "track", lambda *args: nullcontext(advance))
-    preload_images([full_split(images, [0] * 400)], reporter)
-    assert 0 < most <= dataset.DECODE_CHUNK * 6
-    assert [int(images.read(i)[0, 0, 0]) for i in range(400)] == [i % 256 for i in range(400)]
-    assert len(read) == 400

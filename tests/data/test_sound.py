@@ -1,8 +1,6 @@
 """Images that an earlier run decoded are not decoded again, and images that are read stay in memory."""
 
-import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,21 +113,3 @@ def test_what_fits_in_memory_is_decoded_once(
     decoded.clear()
     preload_images(splits, Reporter())
     assert kept < 20 or not decoded
-
-
-def test_several_threads_may_read(root: Path, store: Store) -> None:
-    spec = folder_spec(root, ram_gb=7 * IMAGE / 1e9)
-    want, data = read_all(load(spec, store)), load(spec, store)
-    with ThreadPoolExecutor(8) as pool:
-        assert all(np.array_equal(got, want) for got in pool.map(lambda _: read_all(data), range(16)))
-
-
-def test_another_process_takes_no_memory(root: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images in the memory of a worker are lost with it, and each worker would take as much as the budget."""
-    load(folder_spec(root), store)
-    data = load(folder_spec(root), store)
-    copy = pickle.loads(pickle.dumps(data))  # as for a worker that is spawned
-    monkeypatch.setattr("tlcli.data.images.os.getpid", lambda: -1)
-    for own in (data, copy):
-        assert np.array_equal(read_all(own), read_all(data))
-        assert own.train.images.pixels == {}

@@ -35,15 +35,6 @@ def test_tensors_and_facts_come_back(file: Path) -> None:
         assert torch.equal(tensors[name], tensor)
 
 
-def test_tensors_in_one_memory_come_back(tmp_path: Path) -> None:
-    whole = torch.arange(24.0).reshape(4, 6)
-    tensors = {"whole": whole, "tied": whole, "part": whole[1:3], "turned": whole.t(), "column": whole[:, 2]}
-    write_tensors(tmp_path / "x.safetensors", tensors, {})
-    found, _ = read_tensors(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
 def test_a_flipped_bit_anywhere_is_found(file: Path) -> None:
     """In the header, the facts or the data: another content is never taken for the one that was written."""
     content, draw = file.read_bytes(), random.Random(0)

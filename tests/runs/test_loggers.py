@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import Compose, finish
 from tlcli.cli import main
-from tlcli.errors import UsageError
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs import loggers
 from tlcli.runs.loggers import MlflowSpec, logged_run
@@ -93,12 +92,6 @@ def test_the_end_of_a_run_is_logged(chosen: TrainSpec, tracker: Mock, error: Bas
         reporter.plan(PLAN)
         raise error
     assert tracker.log.mock_calls == [call({}, 0, status)]
-
-
-def test_a_run_that_never_began_is_not_logged(chosen: TrainSpec, tracker: Mock) -> None:
-    with pytest.raises(UsageError), logged_run(chosen, RUN, Reporter()):
-        raise UsageError("no such folder")
-    assert tracker.mock_calls == []
 
 
 @pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("log", 2)])

@@ -19,9 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from tlcli.engine.metrics import Predictions, expected_calibration_error
+from tlcli.engine.metrics import Predictions
 from tlcli.engine.metrics import test_report as figures_of
-from tlcli.errors import UsageError
 from tlcli.runs import leaderboard, plots, report
 from tlcli.runs.report import ImageReaders, render, run_view, sweep_view
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_json, write_predictions
@@ -231,16 +230,6 @@ def test_thumbnails_are_small_jpegs_and_missing_images_have_their_names(tmp_path
     assert missing in page.words and "not found" in page.words
 
 
-def test_calibration_before_and_after(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ("a", "b", "c"), n=300)
-    saved, calibration = read_predictions(run.test_predictions), run_view(run, {})["calibration"]
-    assert calibration["errors"] == [expected_calibration_error(saved.logits, saved.labels, t) for t in (1.0, 1.3)]
-    svg = content_of(calibration["chart"]["light"])
-    assert b"unscaled" in svg and b">scaled" in svg
-    run.test_predictions.unlink()
-    assert "No predictions of test images: tlcli writes them since 0.3.0." in drawn(run).words
-
-
 def test_charts_are_the_same_bytes_each_time_and_have_dark_colors(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     html = render("run.html.j2", run_view(run, {}))
@@ -306,15 +295,6 @@ def test_a_sweep_has_a_leaderboard_and_one_chart_per_key(sweep: Path) -> None:
     assert all(words in page.words for words in ("Failed", "it broke", SCRIPT))
 
 
-@pytest.mark.parametrize(
-    "values", [["\x00", "\udc80", TURNED], ["$x^2$", "日本", "a" * 300], ["1", "nan", "1e999"], ["0", "0"]]
-)
-def test_any_value_of_a_key_makes_a_chart(tmp_path: Path, values: list[str]) -> None:
-    for i, value in enumerate([*values, "x"]):
-        make_run(tmp_path / str(i)).update(overrides=[f"key={value}"])
-    check(render("sweep.html.j2", sweep_view(tmp_path, tmp_path / "r.html")))
-
-
 def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "a sweep", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -327,15 +307,6 @@ def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> N
         links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
         targets = {(place / unquote(link)).resolve() for link in links}
         assert targets == {(folder / n).resolve() for n in names[:2]} | {(folder / "plain" / "report.html").resolve()}
-
-
-def test_a_sweep_without_a_finished_job(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "0")
-    run.start(command="tlcli train -m seed=1,2", overrides=["seed=1"], config="")
-    run.end("interrupted")
-    assert "No result" in check(render("sweep.html.j2", sweep_view(tmp_path, tmp_path / "r.html"))).words
-    with pytest.raises(UsageError, match="no run in this sweep"):
-        sweep_view(tmp_path / "0" / "nothing", tmp_path / "r.html")
 
 
 # -- in a browser
