@@ -36,7 +36,7 @@ def files_of(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("freeze", "cache"),
+    ("freeze", "activations"),
     [
         ("head", "cold"),
         pytest.param("none", "warm", marks=pytest.mark.slow),
@@ -46,13 +46,13 @@ def files_of(run: Path) -> dict[str, bytes]:
     ],
 )
 def test_it_reproduces_the_test_to_the_last_digit(
-    trained: Callable[..., Path], freeze: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Path], freeze: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(trained(freeze, "auto"), tmp_path / "run"))
     before = files_of(run)
     was_cached = "test" in read_json(run / "run.json")["cache"]["entries"]
     assert was_cached == (freeze != "none")  # else the test would not see both ways
-    if cache == "cold":
+    if activations == "cold":
         monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
     result = evaluated(run)
     report, test = read_json(result.folder / "eval.json"), read_json(run / "test.json")
