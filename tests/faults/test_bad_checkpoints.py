@@ -136,7 +136,7 @@ def test_a_config_that_does_not_describe_the_network(
 @pytest.mark.parametrize("value", [0, "2", None, 1e12])
 def test_a_temperature_that_is_none(value: Any, run: RunDir, tmp_path: Path) -> None:
     run.update(calibration={"temperature": value})
-    refused(lambda: load_run(run.path), 2, "run.json: damaged (calibration.temperature is ", keeps=tmp_path)
+    refused(lambda: load_run(run.path), 2, "run.json: damaged (calibration.temperature: ", keeps=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ MODEL, REVISION = f"timm/{NAME}", "0" * 40
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 
-def keep(cache: Path, content: bytes, name: str = "model.safetensors", *, published: bytes | None = None) -> Path:
+def keep(hub: Path, content: bytes, name: str = "model.safetensors", *, published: bytes | None = None) -> Path:
     """Lay a file out as the hub's client does; what it has in its memory, by the digest of what was published."""
-    folder = cache / f"models--{MODEL.replace('/', '--')}"
+    folder = hub / f"models--{MODEL.replace('/', '--')}"
     blob = folder / "blobs" / hashlib.sha256(published or content).hexdigest()
     snapshot = folder / "snapshots" / REVISION
     for path in (blob.parent, snapshot, folder / "refs"):
@@ -37,25 +37,25 @@ def keep(cache: Path, content: bytes, name: str = "model.safetensors", *, publis
     return blob
 
 
-def test_what_was_published_is_taken(cache: Path) -> None:
-    keep(cache, b"weights")
+def test_what_was_published_is_taken(hub: Path) -> None:
+    keep(hub, b"weights")
     verify_published(MODEL)
     verify_published("timm/another")
     assert cached_models("timm") == [NAME]
 
 
-def test_another_file_of_the_same_size_is_refused(cache: Path) -> None:
-    keep(cache, b"fine", "config.json")
-    blob = keep(cache, b"weighty", published=b"weights")
+def test_another_file_of_the_same_size_is_refused(hub: Path) -> None:
+    keep(hub, b"fine", "config.json")
+    blob = keep(hub, b"weighty", published=b"weights")
     with pytest.raises(TlcliError, match=r"safetensors: checksum differs from the published file of timm") as raised:
         verify_published(MODEL)
     assert str(blob) in str(raised.value)
 
 
-def test_a_file_that_several_models_share_has_its_digest_in_the_first_link(cache: Path) -> None:
+def test_a_file_that_several_models_share_has_its_digest_in_the_first_link(hub: Path) -> None:
     """The client may keep it elsewhere, by a name of as many digits that is no SHA-256 digest."""
-    blob = keep(cache, b"weights")
-    shared = cache / "blobs" / "ab" / ("ab" * 32)
+    blob = keep(hub, b"weights")
+    shared = hub / "blobs" / "ab" / ("ab" * 32)
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(Path("../../blobs/ab", shared.name))

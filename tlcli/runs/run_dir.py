@@ -147,8 +147,10 @@ class RunDir:
             Path(name).chmod(self.path.stat().st_mode)  # a temporary folder can be read by its owner only
             for n in count(1):
                 path = self.path / f"eval-{n}"
+                if path.exists():  # also an empty folder, in whose place one can be renamed
+                    continue
                 try:
-                    return Path(name).rename(path)  # fails for a folder that has files
+                    return Path(name).rename(path)
                 except OSError:
                     if not path.exists():
                         raise
