@@ -14,7 +14,7 @@ from tlcli.cli import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SMALL = ("epochs=1", "image.size=32", "batch_size=16")
-"""What makes a run short enough for a test; the rest of the command is as the page has it."""
+"""Overrides that make a run short enough for a test; the rest of the command is as on the page."""
 
 
 def text_of(page: str) -> str:

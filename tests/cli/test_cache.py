@@ -18,7 +18,7 @@ LONG = "a folder_with_a_name_that_is_far_too_long_for_a_terminal"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Where the command looks: a cache of its own."""
+    """Give the command a cache of its own."""
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     return Store(tmp_path / "cache")
 

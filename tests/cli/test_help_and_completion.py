@@ -1,4 +1,4 @@
-"""What the YAML files say about themselves: tlcli train --help, and Tab."""
+"""tlcli train --help and completion, from the YAML files."""
 
 import shutil
 import subprocess

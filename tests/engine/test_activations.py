@@ -1,4 +1,4 @@
-"""What a key depends on, and that cached rows equal the images."""
+"""Keys of activations, and cached rows that equal those of the images."""
 
 import errno
 import shutil

@@ -1,4 +1,4 @@
-"""What the runs of a command share: the same things, as they were at first."""
+"""The runs of a command share data and networks, as they were at first."""
 
 from collections.abc import Callable
 from itertools import count

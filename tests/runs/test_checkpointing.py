@@ -19,7 +19,7 @@ from tlcli.runs.run_dir import read_json
 
 
 def test_weights_of_an_earlier_epoch_are_written_when_the_network_has_moved_on(tmp_path: Path) -> None:
-    """What training changes is copied: parameters that train, and buffers."""
+    """The parameters that train and the buffers are copied."""
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     network[0].requires_grad_(False)
     wanted = {name: tensor.clone() for name, tensor in network.state_dict().items()}
