@@ -17,6 +17,7 @@ from tlcli.data.listing import MissingPath, Named
 from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_bfloat16
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
+from tlcli.engine.loaders import from_stored
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated
 from tlcli.specs import Precision
@@ -111,11 +112,9 @@ class Predictor:
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:
         """Return the logits (B, classes) for the activations at the cut, float32 on the CPU."""
-        inputs = [row.to(self._accelerator) for row in activations]
-        inputs = [x.float() if self._suffix_dtype == torch.float32 else x for x in inputs]
-        layout = self.compute_format.memory_format
-        inputs = [x.permute(0, 3, 1, 2).contiguous(memory_format=layout) if x.ndim == 4 else x for x in inputs]
-        with autocast(self._accelerator, self._suffix_dtype):
+        dtype, layout = self._suffix_dtype, self.compute_format.memory_format
+        inputs = [from_stored(rows.to(self._accelerator), dtype, layout) for rows in activations]
+        with autocast(self._accelerator, dtype):
             logits: Tensor = self._suffix(*inputs)
         return logits.float().cpu()
 

@@ -120,6 +120,8 @@ def test_a_missing_package_ends_a_command_before_it_leaves_anything(
         assert f"logger={kind} needs {kind}: pip install 'tlcli[{kind}]'" in shown.err
         assert shown.out == ""  # before torch is imported and the run's first line
     assert list(tmp_path.iterdir()) == []
+    assert main(["train", "-m", "seed=0", "dataset=imagefolder", f"dataset.root='{shapes}'", "logger=mlflow"]) == 1
+    assert "0  failed: logger=mlflow needs mlflow" in capsys.readouterr().err
 
 
 # -- the real packages

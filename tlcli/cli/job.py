@@ -127,7 +127,8 @@ class Command:
                 for name, content in contents.items():
                     OmegaConf.save(content, folder / f"{name}.yaml")
             spec = self._spec or build_spec(config, self._files)
-            if self._spec is None:
+            if self._spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
+                check_logger(spec.logger)
                 check_weights(spec.backbone.weights)
             state = None
             if resumed:
@@ -142,8 +143,7 @@ class Command:
             self._session = session_for(spec.cache, self._session)
             with logged_run(spec, run.path, reporter) as logged:
                 value = train(spec, run, logged, self._session, state)
-        if not spec.checkpoint.keep_state:  # only now that the status is done: no other run may be without both
-            run.state_file.unlink(missing_ok=True)
+        discard_state(run, spec)
         return value
 
     def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
@@ -205,6 +205,12 @@ def finish_sweep(folder: Path) -> int:
     for job in failed:
         print(f"  {job['name']}  {job['status']}: {job['error'] or 'no reason recorded'}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def discard_state(run: RunDir, spec: TrainSpec) -> None:
+    """Remove the state of a run whose status is `done` already, so that no other run is without both."""
+    if not spec.checkpoint.keep_state:
+        run.state_file.unlink(missing_ok=True)
 
 
 def check(spec: TrainSpec) -> None:

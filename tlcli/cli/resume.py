@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
-from tlcli.cli.job import Command, check, finish_sweep, first_line, record_status
+from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
@@ -138,8 +138,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             log.info(first_line(spec))
             with logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state)
-        if not spec.checkpoint.keep_state:
-            run.state_file.unlink(missing_ok=True)
+        discard_state(run, spec)
     finally:
         if (sweep := leaderboard.sweep_of(run)) is not None:
             with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here

