@@ -36,9 +36,6 @@ import timm.scheduler
 import timm.utils
 import torch
 import torchvision
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -124,6 +121,10 @@ def timm_training(model: str, folder: str, size: int, images: int, batch: int = 
 
 def features_by_hand(model: str, root: str, size: int, file: str, batch: int = 64) -> dict[str, Any]:
     """Fit a logistic regression on frozen features, which the first call stores in `file`. Return its accuracy."""
+    from sklearn.linear_model import LogisticRegression  # here: the other baselines do not need to import it
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     store = Path(file)
     if not store.exists():
         network = without_head(model).eval().to(memory_format=torch.channels_last)

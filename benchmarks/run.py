@@ -98,14 +98,15 @@ def _cache(folder: Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def whole_process(command: Sequence[str], environment: Mapping[str, str]) -> Ended:
-    """Run a command. Raise CalledProcessError if it fails.
+def whole_process(command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None) -> Ended:
+    """Run a command, in the folder `cwd`. Raise CalledProcessError if it fails.
 
     The memory is that of the largest of the process and its children. Linux counts from before the command is loaded,
     so it is never less than the memory of the calling process.
     """
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=2, env={**os.environ, **environment})  # stdout has the tables
+    variables = {**os.environ, **environment}
+    process = subprocess.Popen(command, stdout=2, env=variables, cwd=cwd)  # stdout has the tables
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began

@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +15,13 @@ from benchmarks import (
     accuracy,
     baselines,
     cached,
+    comparison,
     extraction,
     limits,
     memory,
     photographs,
     prediction,
+    quality,
     run,
     scaling,
     source_target,
@@ -89,3 +94,81 @@ def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:
 def test_limits_count_the_work_of_a_forward_pass() -> None:
     assert limits.forward_gflop(224) == pytest.approx(3.6, rel=0.02)  # He et al. 2016: 1.8 billion multiply-adds
     assert min(limits.matrix_gflops(64, repeats=1).values()) > 0
+
+
+def test_comparison_tells_a_better_recipe_from_an_equal_one(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = []
+    for task, seed in [(task, seed) for task in "abcd" for seed in range(3)]:
+        base = generator.random(300) < 0.7
+        recipes = {"base": base, "better": base | (generator.random(300) < 0.3), "equal": generator.permutation(base)}
+        for recipe, correct in recipes.items():
+            for commit, bits, seconds in (("old", ~correct, 9), ("new", correct, 20 if recipe == "base" else 30)):
+                row = {"commit": commit, "machine": "m", "task": task, "recipe": recipe, "seed": seed, "n": 300}
+                figures = {"accuracy": bits.mean(), "correct": np.packbits(bits).tobytes().hex(), "seconds": seconds}
+                rows.append({**row, **figures, "n_train": 9, "other_source": None})
+    comparison.tables(rows, "base", tmp_path)
+    tables = {name: json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("accuracy", "differences")}
+    assert tables["accuracy"][-1]["base (new)"].endswith(", 80 s")
+    (better, equal) = (
+        [float(n) for n in re.findall(r"[-+][\d.]+", " ".join(row.values()))] for row in tables["differences"]
+    )
+    assert 0 < better[1] < better[0] < better[2] and better[0] == pytest.approx(100 * 0.3 * 0.3, abs=2)
+    assert equal[1] < 0 < equal[2]
+    assert all(row["time over its time"] == "1.50x" for row in tables["differences"])
+    for row in json.loads((tmp_path / "differences_per_task.json").read_text())["rows"]:
+        p_values = {name: float(row[name].split("= ")[1].rstrip(")")) for name in ("better", "equal")}
+        assert p_values["better"] < 0.001 and p_values["equal"] > 0.05
+
+
+def test_holm_and_mcnemar_are_those_of_the_textbook() -> None:
+    assert comparison.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    values = np.array([[1] * 8 + [0] * 5, [1, -1] * 4 + [0] * 5])
+    assert comparison.mcnemar(values) == pytest.approx(2 * 2 * 0.5**8)  # two seeds, two-sided, 8 of 8
+
+
+def test_quality_skips_runs_that_have_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        make_folder(tmp_path / "cells" / split, {"a": 3, "b": 3})
+    seeds = []
+
+    def stand_in(recipe, task, folder: Path, seed: int, run: Path) -> tuple[dict[str, bool], float]:
+        seeds.append(seed)
+        return {f"{file.parent.name}/{file.name}": file.parent.name == "a" for file in folder.glob("test/*/*")}, 2.5
+
+    monkeypatch.setattr(quality.Recipe, "train", stand_in)
+    rows = tmp_path / "rows.jsonl"
+    for chosen, beside in (([0], False), ([0, 1], True), ([0, 1], True), ([0, 1], False), ([0, 1], False)):
+        quality.measure(quality.Recipe(), tmp_path, tmp_path, rows, chosen, ["cells"], beside)
+    assert seeds == [0, 1, 1]  # a run without seconds is repeated for them
+    assert [(row["seed"], row["seconds"]) for row in quality.read(rows)] == [(0, 2.5), (1, None), (1, 2.5)]
+    assert comparison.is_correct(quality.read(rows)[0]).tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_tasks_hold_out_the_same_test_images_and_draw_others_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "TEST_PER_CLASS", 4)
+    make_folder(tmp_path / "mri" / "test", {"a": 2, "b": 2}, seed=1)
+    make_folder(tmp_path / "mri" / "train", {"a": 12, "b": 12})
+    for file in sorted((tmp_path / "mri" / "train").glob("*/*")):
+        shutil.copy(file, file.with_stem(f"{file.stem}-copy"))
+    first, again, other = (quality.mri(5, tmp_path, seed) for seed in (0, 0, 1))
+    splits = [{name: file for name, file in first.items() if name.startswith(split)} for split in ("train/", "test/")]
+    train, test = ({file.read_bytes() for file in split.values()} for split in splits)
+    assert first == again and first != other and splits[1].items() <= other.items()
+    assert len(splits[0]) == 10 and len(splits[1]) == 12 and not train & test
+    counts = [name.split("/")[0] for name in quality.digits(tmp_path, 0)]
+    assert (counts.count("train"), counts.count("test")) == (1437, 360)
+
+
+def test_quality_runs_both_recipes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "hymenoptera").rename(data / "cells")
+    (data / "cells" / "val").rename(data / "cells" / "test")
+    words = [str(data), "--small", "--tasks", "cells", "--seeds", "0", "--out", str(tmp_path), "--base", "default"]
+    quality.main([*words, "--", "augment=none"])
+    quality.main([*words, "--recipe", quality.TUNED])
+    rows = quality.read(tmp_path / "quality.jsonl")
+    assert [(row["recipe"], row["n"], row["n_train"]) for row in rows] == [("default", 24, 24), ("tuned loop", 24, 24)]
+    assert all(row["seconds"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
+    assert "| tuned loop | 1 |" in capsys.readouterr().out
