@@ -25,6 +25,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_images_validate() -> Iterator[None]:
+    """Hold out and select with one validation image: the tests' sets are too small for the default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 1)
+        yield
+
+
 Compose = Callable[..., TrainSpec]
 
 

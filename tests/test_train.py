@@ -16,6 +16,7 @@ import tlcli.train
 from tests.conftest import make_folder
 from tlcli.cli import main
 from tlcli.engine.metrics import Scores
+from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import read_json
 
 PACKAGE = str(Path(tlcli.__file__).parent)
@@ -56,7 +57,6 @@ def test_a_run_directory_is_complete(train, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(functional, "cross_entropy", counting)
     run = train("optimizer.lr=1e-4", "log_every=1")
     assert max(depths) <= 8, "frames of tlcli between main and the loss"
-    assert "val has 6 images: the best epoch and the temperature" in (run / "run.log").read_text()
     record, test = read_json(run / "run.json"), read_json(run / "test.json")
     assert record.keys() >= RUN_KEYS
     assert record["status"] == "done"
@@ -93,6 +93,49 @@ def test_a_run_directory_is_complete(train, monkeypatch: pytest.MonkeyPatch) -> 
     for plot in ("curves", "confusion", "samples"):
         with Image.open(run / f"plots/{plot}.png") as image:
             assert min(image.size) > 200
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Require the real number of validation images."""
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+
+
+def test_a_small_set_trains_on_all_images_and_every_command_reads_the_run(
+    train, small: None, capsys: pytest.CaptureFixture[str], shapes: Path
+) -> None:
+    run = train("freeze=head")
+    out = capsys.readouterr().out
+    assert "all 60 training images train; the last epoch is kept, and probabilities are not calibrated" in out
+    assert "train acc" in out and "val loss" not in out
+    record = read_json(run / "run.json")
+    assert (record["n_train"], record["n_val"], record["n_test"]) == (60, 0, 24)
+    assert (record["best"], record["calibration"]) == ({"epoch": 2}, None)
+    assert [(r["split"], r["epoch"]) for r in rows(run)] == [("train", 1), ("train", 2), ("test", 2)]
+    assert (run / "checkpoints/best.safetensors").samefile(run / "checkpoints/last.safetensors")
+    assert not (run / "val_predictions.safetensors").exists()
+    assert load_run(run).temperature == 1
+    image = next((shapes / "test/down").iterdir())
+    for argv in (["list", str(run)], ["eval", str(run)], ["predict", str(run), str(image)], ["report", str(run)]):
+        assert main(argv) == 0
+    assert "has the same metrics" in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    assert "Train loss" in page and "Validation" not in page
+    assert main(["eval", str(run), "split=val"]) == 2
+    assert capsys.readouterr().err == "tlcli eval: split=val: the run has no val images\n"
+
+
+@pytest.mark.parametrize(("words", "kept"), [((), 2), (("early_stop=1",), 0)])
+def test_few_validation_images_do_not_select_unless_asked(
+    train, small: None, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kept: int
+) -> None:
+    worse = iter(Scores(0.9 - 0.1 * epoch, 0.5, 1.0) for epoch in range(9))
+    monkeypatch.setattr(tlcli.train, "scores", lambda predictions: next(worse))
+    run = train("freeze=head", *(words or ("dataset.val_fraction=0.1",)))
+    record = read_json(run / "run.json")
+    assert (record["best"]["epoch"], record["n_val"], record["calibration"]["n"]) == (kept, 6, 6)
+    assert ("the last epoch is kept, since fewer than" in (run / "run.log").read_text()) == (not words)
+    assert "val_fraction: 0.1" in (run / "config.yaml").read_text()
 
 
 @pytest.mark.slow

@@ -137,7 +137,8 @@ def _features(
     workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
     inputs = Inputs(decide(workload), workload)
     inputs.device.place(classifier.network)
-    loaders = [inputs.open(name, reporter) for name in ("train_eval", "val", "test")]
+    names = [name for name in ("train_eval", "val", "test") if len(workload.split(name))]
+    loaders = [inputs.open(name, reporter) for name in names]
     return torch.cat([features(classifier.network, head, x, inputs.device, reporter, "features")[0] for x in loaders])
 
 

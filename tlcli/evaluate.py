@@ -159,6 +159,8 @@ def _find_images(
     if data is not None:
         split_name = split_name or "test"
         split: Split = getattr(data, split_name)
+        if not len(split):
+            raise UsageError(f"split={split_name}: the run has no {split_name} images")
         new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
         if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
             reporter.note(

@@ -37,15 +37,15 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """Metrics of an epoch; epoch 0 is before training. `best`: it is the best on validation so far."""
+    """Metrics of an epoch; epoch 0 is before training. `best`: it is selected, as the best on validation so far."""
 
     epoch: int
     epochs: int
     train_loss: float | None
     train_accuracy: float | None
-    val_loss: float
-    val_accuracy: float
-    val_macro_f1: float
+    val_loss: float | None
+    val_accuracy: float | None
+    val_macro_f1: float | None
     lr: float | None
     images_per_second: float | None
     seconds: float
@@ -70,4 +70,7 @@ class Reporter:
         """Take the metrics of an epoch at its end."""
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
-        """Take test.json's contents with val_accuracy, seconds, and confused: (true, predicted, count) of mistakes."""
+        """Take test.json's contents with val_accuracy, seconds, and confused: (true, predicted, count) of mistakes.
+
+        Without test images there are only checkpoint, epoch, val_accuracy and seconds.
+        """

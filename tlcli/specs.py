@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
 
+VAL_FRACTION = 0.1  # of the training images, if dataset.val_fraction is null and something needs validation images
 HOMES = {
     "dataset": "tlcli.data.sources",
     "backbone": "tlcli.models.backbones",
@@ -80,7 +81,7 @@ class DatasetSpec(OptionSpec, frozen=True):
     group: ClassVar[str] = "dataset"
     name: str
     root: str | None
-    val_fraction: OpenFraction
+    val_fraction: OpenFraction | None
     test_fraction: OpenFraction
     train_per_class: Annotated[int, Meta(ge=2)] | None
     test_per_class: Count | None
@@ -189,6 +190,8 @@ class SchedulerSpec(OptionSpec, frozen=True):
 
     group: ClassVar[str] = "scheduler"
     warmup: FractionBelowOne
+
+    reads_validation: ClassVar[bool] = False  # True if the learning rate depends on the validation loss
 
     def during_warmup(self, step: int, steps: int) -> float:
         """Return the factor on lr at a step (0-based) of the warmup's `steps`."""

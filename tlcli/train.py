@@ -40,13 +40,14 @@ class NewRun:
             head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
             is_ready = True
         workload.contract.seal()
-        return 0 if is_ready else 1, BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop)
+        best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
+        return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
 def train(
     spec: TrainSpec, run: RunDir, reporter: Reporter, session: Session, resume: ResumeState | None = None
 ) -> float | None:
-    """Fine-tune, test the epoch best on validation once, and return the validation metric that selected it.
+    """Fine-tune, test the epoch that is kept once, and return its validation metric; None without validation images.
 
     A sweep's jobs share the session. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
@@ -59,7 +60,8 @@ def train(
         trainer = Trainer(workload, inputs.device)
     record.plan(inputs)
     with record.phase("extract"):
-        loader, val_loader = inputs.open("train", reporter), inputs.open("val", reporter)
+        loader = inputs.open("train", reporter)
+        val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -77,12 +79,15 @@ def train(
                 callbacks = record.log_running, checkpoints.after_step
                 fit = trainer.fit(loader, epoch, reporter, *callbacks) if epoch > 0 else {}
             contract.check()
-            with record.phase("validate"):
-                val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")
-                validation = scores(val_predictions)
-            trainer.check_finite(validation.loss, epoch, "validation loss")
+            val_predictions = validation = None
+            if val_loader is not None:
+                with record.phase("validate"):
+                    val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")
+                    validation = scores(val_predictions)
+                trainer.check_finite(validation.loss, epoch, "validation loss")
             with defer_interrupts:
-                trainer.schedule.after_epoch(validation.loss)
+                if validation is not None:
+                    trainer.schedule.after_epoch(validation.loss)
                 is_best = best_epoch.update(epoch, validation)
                 best_predictions = val_predictions if is_best else best_predictions
                 record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
@@ -90,12 +95,14 @@ def train(
 
     checkpoints.load_best()
     n_frozen = contract.verify()
-    if best_predictions is None:  # that epoch was before an interruption
+    if best_predictions is None and val_loader is not None:  # that epoch was before an interruption
         best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
-    with record.phase("extract"):
-        test = inputs.open("test", reporter)
-    with record.phase("test"):
-        predictions = evaluate(network, test, inputs.device, reporter, "test")
+    predictions: Predictions | None = None
+    if len(workload.data.test):
+        with record.phase("extract"):
+            test = inputs.open("test", reporter)
+        with record.phase("test"):
+            predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs()
     record.log_result(best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
     return best_epoch.value

@@ -30,6 +30,27 @@ def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
     assert [row["test_accuracy"] for row in rows] == ["0.88", "0.87", "0.86"]
 
 
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        (("seed=1",), "null"),
+        (("-m", "seed=1"), "0.1"),
+        (("early_stop=3",), "0.1"),
+        (("scheduler=plateau",), "0.1"),
+        (("-m", "dataset.val_fraction=0.3"), "0.3"),
+    ],
+)
+def test_what_reads_validation_images_holds_them_out(
+    words: tuple[str, ...], recorded: str, tlcli, training, tmp_path: Path
+) -> None:
+    fractions = []
+    training(lambda spec, run, reporter: fractions.append(spec.dataset.val_fraction) or finished(spec, run, reporter))
+    assert tlcli("train", *words).code == 0
+    (run,) = runs_in(tmp_path)
+    assert f"val_fraction: {recorded}\n" in run.config_file.read_text()
+    assert fractions == [None if recorded == "null" else float(recorded)]
+
+
 def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) -> None:
     def train(spec, run, reporter):
         if spec.seed == 1:

@@ -16,8 +16,10 @@ TIMES = {"seconds", "images_per_second"}
 def differences(one: Path, other: Path) -> Iterator[str]:
     """Return one line per difference of two finished runs: weights, metrics, test result, predictions."""
     a, b = RunDir(one), RunDir(other)
-    for file in ("best_checkpoint", "last_checkpoint", "val_predictions", "test_predictions"):
-        yield from (f"{file}: {what}" for what in _tensors(getattr(a, file), getattr(b, file)))
+    for name in ("best_checkpoint", "last_checkpoint", "val_predictions", "test_predictions"):
+        one_file, other_file = getattr(a, name), getattr(b, name)
+        if one_file.exists() or other_file.exists() or name.endswith("checkpoint"):
+            yield from (f"{name}: {what}" for what in _tensors(one_file, other_file))
     if rows(a) != rows(b):
         yield f"metrics.jsonl: {len(rows(a))} and {len(rows(b))} rows"
     if read_json(a.test_file) != read_json(b.test_file):

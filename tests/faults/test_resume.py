@@ -117,6 +117,15 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
 
 
+def test_a_run_without_validation_images_goes_on_to_the_same_end(
+    disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+    own = ("freeze=head", "epochs=2")
+    stops: list[Stop] = [(2, KeyboardInterrupt), (8, Killed)]
+    assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
+
+
 def test_a_run_that_ended_as_it_began_can_go_on(
     tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tlcli.cli.completion import train_parser
 from tlcli.cli.conf_files import ConfFiles, conf_dir
@@ -28,7 +29,7 @@ from tlcli.cli.trust import check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import HOMES, TrainSpec, classes_of, leaf_types, options
+from tlcli.specs import HOMES, VAL_FRACTION, TrainSpec, classes_of, leaf_types, options
 
 # what Hydra's grammar reads as a number or a truth value
 NOT_TEXT = re.compile(r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false")
@@ -171,6 +172,14 @@ def parse_override(text: str, files: ConfFiles) -> Override:
             known = ", ".join(files.groups[group])
             raise UsageError(f"{text}: choose one of {known}; to sweep over several: tlcli train -m {group}=A,B")
     return override
+
+
+def fill_val_fraction(config: DictConfig, *, is_sweep: bool) -> None:
+    """Set a null dataset.val_fraction to VAL_FRACTION, in place, if a sweep or a key reads validation images."""
+    with suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError):  # build_spec reports wrong values
+        reads = options("scheduler")[config.scheduler.kind].reads_validation or config.early_stop is not None
+        if (is_sweep or reads) and config.dataset.val_fraction is None:
+            config.dataset.val_fraction = VAL_FRACTION
 
 
 def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:

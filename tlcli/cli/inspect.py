@@ -117,7 +117,7 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
 
 def page(inspection: Mapping[str, Any], width: int | None) -> list[str]:
     """Return the lines of the table; `width` is that of a terminal, or None."""
-    images = ", ".join(f"{n:,} {split}" for split, n in inspection["images"].items())
+    images = ", ".join(f"{n:,} {split}" for split, n in inspection["images"].items() if n)
     stages, strategies = inspection["stages"], inspection["strategies"]
     parameters = sum(stage["parameters"] for stage in stages)
     facts = [

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tlcli import __version__
 from tlcli.cli import exit_status, fast_imports
-from tlcli.cli.compose import build_spec, quoted, resolve_paths
+from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, TlcliError, UsageError
@@ -112,6 +112,7 @@ class Command:
         with record_status(run):
             if job.job.chdir:
                 resolve_paths(config, Path(job.runtime.cwd))
+            fill_val_fraction(config, is_sweep=self._sweep is not None)
             if not resumed:
                 try:
                     text = OmegaConf.to_yaml(config, resolve=True)

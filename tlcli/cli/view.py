@@ -152,7 +152,7 @@ class TerminalReporter(Reporter):
         self.show("")
 
     def epoch(self, row: EpochRow) -> None:
-        columns = list(EPOCH_COLUMNS)
+        columns = [c for c in EPOCH_COLUMNS if row.val_loss is not None or not c[0].startswith("val")]
         while sum(column[1] + 2 for column in columns) - 2 > self._screen.width and any(c[2] for c in columns):
             columns.remove(max(columns, key=lambda column: column[2]))
         if not self._header_shown:
@@ -163,14 +163,18 @@ class TerminalReporter(Reporter):
         self.show(Text(line.rstrip(), style="green" if row.best else ""))
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
-        low, high = result["accuracy_ci95"]
         self.show("")
-        test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
-        self.show_labelled(("test", test), style="bold")
+        if "accuracy" in result:
+            low, high = result["accuracy_ci95"]
+            test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
+            self.show_labelled(("test", test), style="bold")
+            self.show_labelled(
+                ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
+                ("confused", ", ".join(f"{true} taken for {wrong} ({n})" for true, wrong, n in result["confused"])),
+            )
+        validation = "" if result["val_accuracy"] is None else f", validation accuracy {result['val_accuracy']:.4f}"
         self.show_labelled(
-            ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
-            ("confused", ", ".join(f"{true} taken for {wrong} ({n})" for true, wrong, n in result["confused"])),
-            ("chosen", f"epoch {result['epoch']}, validation accuracy {result['val_accuracy']:.4f}"),
+            ("kept", f"epoch {result['epoch']}{validation}"),
             ("took", duration_text(result["seconds"])),
             ("checkpoint", shown_path(run / result["checkpoint"])),
         )

@@ -30,11 +30,12 @@ from tlcli.data.images import (
 )
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, OnBad, Verify
+from tlcli.specs import VAL_FRACTION, DatasetSpec, OnBad, Verify
 from tlcli.store import Store
 from tlcli.text import join_limited
 
 T = TypeVar("T")
+MIN_VALIDATION_IMAGES = 200  # with fewer, choosing an epoch by them costs more than the overfitting that it prevents
 DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
@@ -44,7 +45,10 @@ DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits, lines for the plan, (file, reason) of images left out, and the range of deep images."""
+    """Three disjoint splits, lines for the plan, (file, reason) of images left out, and the range of deep images.
+
+    A small dataset has no validation images: val is empty.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -54,6 +58,11 @@ class Dataset:
     notes: tuple[str, ...]
     bad_files: tuple[tuple[str, str], ...]
     value_range: ValueRange | None = None
+
+    @property
+    def can_select(self) -> bool:
+        """True if val has enough images to select an epoch by them."""
+        return len(self.val) >= MIN_VALIDATION_IMAGES
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +101,7 @@ def load_dataset(
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name)
         notes += _duplicate_notes(splits, source.classes, reporter)
+    splits.setdefault("val", splits["train"].take(np.arange(0)))
     return Dataset(
         spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
     )
@@ -161,7 +171,7 @@ def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str
 
 
 def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Return train, val and test, and a note for each that the source does not have."""
+    """Return train, test and, unless the set is too small, val; and a note for each that the source does not have."""
     train = source.splits["all"] if "all" in source.splits else source.splits["train"]
     val, test = source.splits.get("val"), source.splits.get("test")
     notes = list(source.notes)
@@ -174,11 +184,18 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
         notes.append(f"no test split: {100 * spec.test_fraction:g} % of the images are held out as the test set")
     train = limit_per_class(train, source.classes, spec.train_per_class, seed, "train_per_class")
     test = limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
-    if val is None:
-        stay, held = stratified_split(train.labels, source.classes, spec.val_fraction, seed=seed, purpose="val")
-        train, val = train.take(stay), train.take(held)
-        notes.append(f"no val split: {100 * spec.val_fraction:g} % of the training images are held out as val")
-    return {"train": train, "val": val, "test": test}, notes
+    if val is not None:
+        return {"train": train, "val": val, "test": test}, notes
+    fraction = VAL_FRACTION if spec.val_fraction is None else spec.val_fraction
+    stay, held = stratified_split(train.labels, source.classes, fraction, seed=seed, purpose="val")
+    if spec.val_fraction is None and len(held) < MIN_VALIDATION_IMAGES:
+        notes.append(
+            f"no val split: all {len(train):,} training images train; the last epoch is kept, and probabilities are "
+            f"not calibrated (dataset.val_fraction={fraction:g} holds images out)"
+        )
+        return {"train": train, "test": test}, notes
+    notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")
+    return {"train": train.take(stay), "val": train.take(held), "test": test}, notes
 
 
 def limit_per_class(split: Split, classes: Sequence[str], limit: int | None, seed: int, purpose: str) -> Split:

@@ -152,6 +152,11 @@ class Workload:
         return auto_workers(self.accelerator) if workers is None else workers
 
     @property
+    def selects_epoch(self) -> bool:
+        """True if validation selects the epoch that is kept; else the last one is."""
+        return self.data.can_select or (self.spec.early_stop is not None and len(self.data.val) > 0)
+
+    @property
     def augments(self) -> bool:
         """True if training images differ from what evaluation sees."""
         return self.spec.augment.build(self.preprocessing) is not None

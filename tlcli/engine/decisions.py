@@ -115,6 +115,7 @@ def decide(workload: Workload) -> Decisions:
     if isinstance(cut, Cut) and reason is None:
         evaluation = measure_extraction(workload, cut)
         cached = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
+        cached = {name for name in cached if len(workload.split(name))}
         missing = sum(map(len, _missing(workload, cached, evaluation)))
         row_bytes = workload.cached_split("train", cached, evaluation).views[0].row_bytes
         reason = not_worthwhile_reason(workload, evaluation, missing, row_bytes)
@@ -190,6 +191,8 @@ def _add_evaluated_splits(workload: Workload, option: ComputeFormat, cached: set
         reads |= {"test": 1} if cached else {"val": workload.spec.epochs + 1, "test": 1}
     reasons = {}
     for name, n in reads.items():
+        if not len(workload.split(name)):
+            continue
         (source,) = workload.cached_split(name, cached | {name}, option).views
         images, pending = 0 if source.filled else len(source), sum(s.nbytes for s in _missing(workload, cached, option))
         reason = not_worthwhile_reason(

@@ -132,7 +132,8 @@ def _per_class(predictions: Predictions) -> tuple[np.ndarray, ...]:
 class BestEpochTracker:
     """The best epoch so far by one validation metric; the lower loss decides between equal accuracies or F1 scores.
 
-    `early_stop` is the number of epochs without a better one after which training should stop; None: never.
+    Without `selects` each epoch takes the place of the one before, so that the last is kept. `early_stop` is the number
+    of epochs without a better one after which training should stop; None: never.
     """
 
     by: KeepBest
@@ -140,11 +141,13 @@ class BestEpochTracker:
     epoch: int | None = None
     scores: Scores | None = None
     last_epoch: int = 0
+    selects: bool = True
 
-    def update(self, epoch: int, scores: Scores) -> bool:
-        """Record the validation scores of an epoch; return True if it is the best so far."""
+    def update(self, epoch: int, scores: Scores | None) -> bool:
+        """Record an epoch with its validation scores, if there are any; return True if it is the best so far."""
         self.last_epoch = epoch
-        is_best = self.scores is None or self._rank(scores) > self._rank(self.scores)
+        last, selects = self.scores, self.selects
+        is_best = not selects or last is None or scores is None or self._rank(scores) > self._rank(last)
         if is_best:
             self.epoch, self.scores = epoch, scores
         return is_best

@@ -1,7 +1,7 @@
 """The options of `scheduler`: a new one is a decorated class here, which imports without torch, and a YAML file."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -67,6 +67,8 @@ class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
 
     patience: Annotated[int, Meta(ge=0)]
     gamma: OpenFraction
+
+    reads_validation: ClassVar[bool] = True
 
 
 class Schedule:

@@ -93,7 +93,7 @@ class CheckpointManager:
     """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
 
     The state is written after the best weights, which have their own epoch and scores: a run that is killed between the
-    two resumes from either. `epoch` is the last one that was validated; -1 before the first, which is 0.
+    two resumes from either. `epoch` is the last one that has ended; -1 before the first, which is 0.
     """
 
     def __init__(self, run: RunDir, inputs: Inputs, trainer: Trainer, epoch: int) -> None:
@@ -107,11 +107,11 @@ class CheckpointManager:
         self._has_changes = False
         self._saved_at, self._save_seconds = time.perf_counter(), 0.1  # what the first save is assumed to take
 
-    def after_epoch(self, epoch: int, validation: Scores, *, is_best: bool) -> None:
-        """Save after an epoch was validated, unless saving would take more than its share of the time."""
+    def after_epoch(self, epoch: int, validation: Scores | None, *, is_best: bool) -> None:
+        """Save after an epoch, unless saving would take more than its share of the time."""
         self._epoch, self._has_changes = epoch, True
         metadata = weights_metadata(self._inputs.workload)
-        self._last = {**metadata, "epoch": epoch, "validation": asdict(validation)}
+        self._last = {**metadata, "epoch": epoch, "validation": validation and asdict(validation)}
         if is_best:
             copies = {name: tensor.detach().clone() for name, tensor in trainable_state(self._network).items()}
             self._best = copies, self._last

@@ -197,10 +197,10 @@ class _LoggedReporter(Reporter):
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         self._reporter.outcome(run, result)
-        (low, high), epoch = result["accuracy_ci95"], result["epoch"]
-        metrics = {f"test/{name}": result[name] for name in ("accuracy", "top5", "loss") if result[name] is not None}
-        metrics |= {"test/accuracy_low": low, "test/accuracy_high": high, "best_epoch": float(epoch)}
-        self.result = metrics, epoch
+        epoch, names = result["epoch"], ("accuracy", "top5", "loss")
+        metrics = {f"test/{name}": result[name] for name in names if result.get(name) is not None}
+        metrics |= zip(("test/accuracy_low", "test/accuracy_high"), result.get("accuracy_ci95", ()), strict=False)
+        self.result = metrics | {"best_epoch": float(epoch)}, epoch
 
     def log(self, metrics: Metrics, step: int, status: str | None = None) -> None:
         with self._off_after_error():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from msgspec import to_builtins
 
-from tlcli.data.dataset import Dataset
+from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import (
     BestEpochTracker,
@@ -28,8 +28,6 @@ from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_con
 from tlcli.specs import TrainSpec
 from tlcli.text import to_plain
 from tlcli.transfer.contract import freeze_table
-
-MIN_VALIDATION_IMAGES = 20  # the accuracy of 20 images has a standard error of up to 11 points
 
 
 class Recorder:
@@ -83,10 +81,12 @@ class Recorder:
         values = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
         augment = f"{spec.augment.kind} ({values})" if values else "without augmentation"
         epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
+        kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         notes = [*classifier.notes, *data.notes]
-        if len(data.val) < MIN_VALIDATION_IMAGES:
-            notes.append(f"val has {len(data.val)} images: the best epoch and the temperature are uncertain")
+        if len(data.val) and not workload.selects_epoch:
+            few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
+            notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
         self._reporter.plan(
             RunPlan(
@@ -94,12 +94,12 @@ class Recorder:
                 name=spec.name,
                 dataset=data.name,
                 classes=data.classes,
-                counts={name: split.class_counts(len(data.classes)) for name, split in splits.items()},
+                counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
                 model=classifier.name,
                 image=f"{workload.preprocessing.size} px, {spec.image.fit.value}; training images: {augment}",
                 stages=stages,
                 training=f"{epochs}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
-                f"head from {spec.freeze.head_init.value}, keeps the epoch best in validation {spec.keep_best.value}",
+                f"head from {spec.freeze.head_init.value}, keeps {kept}",
                 device=device.description,
                 activations=inputs.summary,
                 notes=tuple(notes),
@@ -116,13 +116,17 @@ class Recorder:
         self._run.log_metrics({"split": "running", "epoch": epoch, "batch": batch, "loss": loss})
         self._reporter.note(f"epoch {epoch}, batch {batch}: loss {loss:.3f}")
 
-    def log_epoch(self, epoch: int, fit: Mapping[str, Any], validation: Scores, *, is_best: bool, step: int) -> None:
-        """Write the metrics of an epoch that was validated; `fit` is empty for epoch 0, before training."""
+    def log_epoch(
+        self, epoch: int, fit: Mapping[str, Any], validation: Scores | None, *, is_best: bool, step: int
+    ) -> None:
+        """Write the metrics of an epoch; `fit` is empty for epoch 0, before training."""
         if fit:
             self._max_images_per_second = max(self._max_images_per_second, fit["images_per_second"])
             self._run.log_metrics({"split": "train", "epoch": epoch, **fit})
-        self._log_evaluation("val", epoch, step, validation, fit.get("lr"))
-        best = {"best": {"epoch": epoch, **asdict(validation)}} if is_best else {}
+        metrics = asdict(validation) if validation else {}
+        if metrics:
+            self._log_evaluation("val", epoch, step, metrics, fit.get("lr"))
+        best = {"best": {"epoch": epoch, **metrics}} if is_best else {}
         self._run.update(**best, seconds=self._seconds_so_far(), images_per_second=self._max_images_per_second or None)
         self._reporter.epoch(
             EpochRow(
@@ -130,70 +134,85 @@ class Recorder:
                 epochs=self._spec.epochs,
                 train_loss=fit.get("loss"),
                 train_accuracy=fit.get("accuracy"),
-                val_loss=validation.loss,
-                val_accuracy=validation.accuracy,
-                val_macro_f1=validation.macro_f1,
+                **{f"val_{name}": metrics.get(name) for name in ("loss", "accuracy", "macro_f1")},
                 lr=max(fit["lr"].values()) if fit else None,
                 images_per_second=fit.get("images_per_second"),
                 seconds=time.perf_counter() - self._start,
-                best=is_best,
+                best=is_best and self._inputs.workload.selects_epoch,
             )
         )
 
     def log_result(
         self,
-        validation: Predictions,
-        predictions: Predictions,
+        validation: Predictions | None,
+        predictions: Predictions | None,
         best_epoch: BestEpochTracker,
         *,
         step: int,
         n_frozen: int,
     ) -> None:
         """Write test.json, predictions, plots, and the temperature that fits `validation`, and show the result."""
-        run, data, epoch, best_scores = self._run, self._inputs.workload.data, best_epoch.epoch, best_epoch.scores
-        assert epoch is not None and best_scores is not None
-        self._log_evaluation("test", epoch, step, scores(predictions), None)
-        report = test_report(predictions, data.classes)
+        run, data, epoch = self._run, self._inputs.workload.data, best_epoch.epoch
+        assert epoch is not None
+        report: dict[str, Any] = {}
+        if predictions is not None:
+            self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
+            report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
-            calibration = calibrate(validation.logits, validation.labels)
-            run.update(calibration=calibration)
-            results = ((data.val, run.val_predictions, validation), (data.test, run.test_predictions, predictions))
-            for split, file, p in results:
-                write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
-            t = calibration["temperature"]
-            effect = calibration_report(predictions.logits, predictions.labels, t)
-            after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
-            self._reporter.note(
-                f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} validation images; "
-                f"expected calibration error on test {effect['ece_before']:.4f}, {after}"
-            )
-        checkpoint = run.best_checkpoint.relative_to(run.path).as_posix()
-        stored = {**report, "calibration": effect, "checkpoint": checkpoint, "epoch": epoch}
-        write_json(run.test_file, {**stored, "confusion": stored_confusion(report["confusion"])})
+            for split, file, p in (
+                (data.val, run.val_predictions, validation),
+                (data.test, run.test_predictions, predictions),
+            ):
+                if p is not None:
+                    write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
+            report |= self._calibrate(validation, predictions)
+        stored = {**report, "checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
+        if predictions is not None:
+            write_json(run.test_file, {**stored, "confusion": stored_confusion(report["confusion"])})
         with self.phase("plots"):
             self._plot(data, predictions, report, epoch)
         spent = self._seconds_so_far()
-        # with the test metrics, so that the leaderboard of a sweep need not read test.json of each job
-        test = {key: report[key] for key in ("accuracy", "accuracy_ci95")}
-        run.update(seconds=spent, frozen_tensors_verified=n_frozen, test=test)
-        extra = {"val_accuracy": best_scores.accuracy, "confused": most_confused(report), "seconds": spent["total"]}
-        self._reporter.outcome(run.path, {**stored, **extra})
+        run.update(seconds=spent, frozen_tensors_verified=n_frozen)
+        result = {**stored, "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy, "seconds": spent["total"]}
+        if predictions is not None:
+            # the leaderboard of a sweep need not read test.json of each job
+            run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
+            result["confused"] = most_confused(report)
+        self._reporter.outcome(run.path, result)
+
+    def _calibrate(self, validation: Predictions | None, predictions: Predictions | None) -> dict[str, Any]:
+        """Write the temperature of `validation` to run.json, and return its effect on test, as in test.json."""
+        calibration = None if validation is None else calibrate(validation.logits, validation.labels)
+        self._run.update(calibration=calibration)
+        t, notes = 1.0, []
+        if calibration is not None:
+            t = calibration["temperature"]
+            notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} validation images")
+        effect = None if predictions is None else calibration_report(predictions.logits, predictions.labels, t)
+        if effect is not None:
+            after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
+            notes.append(f"expected calibration error on test {effect['ece_before']:.4f}, {after}")
+        if calibration is not None:
+            self._reporter.note("; ".join(notes))
+        return {} if effect is None else {"calibration": effect}
 
     def _log_evaluation(
-        self, split: str, epoch: int, step: int, metrics: Scores, lr: Mapping[str, float] | None
+        self, split: str, epoch: int, step: int, metrics: Mapping[str, float], lr: Mapping[str, float] | None
     ) -> None:
         n, seconds = len(self._inputs.workload.split(split)), self._phase_seconds
         speed = {"images_per_second": n / seconds, "seconds": seconds}
-        self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **asdict(metrics), "lr": lr, **speed})
+        self._run.log_metrics({"split": split, "epoch": epoch, "step": step, **metrics, "lr": lr, **speed})
 
     def _seconds_so_far(self) -> dict[str, float]:
         total = time.perf_counter() - self._start
         return {name: round(seconds, 3) for name, seconds in [*self._seconds.items(), ("total", total)]}
 
-    def _plot(self, data: Dataset, predictions: Predictions, report: Mapping[str, Any], best_epoch: int) -> None:
+    def _plot(self, data: Dataset, predictions: Predictions | None, report: Mapping[str, Any], best_epoch: int) -> None:
         folder = self._run.plots
         folder.mkdir(exist_ok=True)
         plot_curves(self._run.metrics(), best_epoch, folder / "curves.png")
+        if predictions is None:
+            return
         plot_confusion(report, folder / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")

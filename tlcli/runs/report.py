@@ -107,7 +107,7 @@ def data_uri(media_type: str, content: bytes) -> str:
 
 
 def _training(rows: Sequence[View], best_epoch: int | None) -> View:
-    """Return loss and accuracy of train and val and the highest learning rate by epoch, and the curves."""
+    """Return loss and accuracy and the highest learning rate by epoch, the curves, and the splits that have metrics."""
     epochs: dict[int, View] = {}
     for row in rows:
         epoch, split = integer(row.get("epoch")), row.get("split")
@@ -127,7 +127,8 @@ def _training(rows: Sequence[View], best_epoch: int | None) -> View:
             marked = best_epoch if best_epoch in epochs else None
             draw = partial(plots.draw_curve, points=points, key=key, best_epoch=marked)
             charts.append(_chart(key.capitalize(), f"{key.capitalize()} by epoch: {'; '.join(ends)}", draw))
-    return {"epochs": views, "charts": charts}
+    splits = {split: label for split, label in plots.LABELS.items() if any(view[split] for view in views)}
+    return {"epochs": views, "charts": charts, "splits": splits}
 
 
 def _matrix(test: View) -> View | None:

@@ -27,7 +27,7 @@ class ResumeState:
     run: RunDir
     state: Mapping[str, Any]
     recorded: Decisions
-    best: tuple[int, Scores] | None
+    best: tuple[int, Scores | None] | None
 
     @property
     def threads(self) -> int:
@@ -75,8 +75,8 @@ class ResumeState:
         if differences := self._differences(inputs):
             reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
         # the best epoch may be later than the state: training then comes to it again
-        (best, scores), spec = self.best or (None, None), workload.spec
-        return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1))
+        (best, scores), spec, selects = self.best or (None, None), workload.spec, workload.selects_epoch
+        return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1), selects)
 
     def _differences(self, inputs: Inputs) -> list[str]:
         """Return why the result may not equal that of an uninterrupted run bit for bit."""
@@ -109,7 +109,7 @@ def read_state(run: RunDir) -> ResumeState | None:
     if run.best_checkpoint.is_file():
         _, metadata = read_tensors(run.best_checkpoint)
         try:
-            best = int(metadata["epoch"]), Scores(**metadata["validation"])
+            best = int(metadata["epoch"]), metadata["validation"] and Scores(**metadata["validation"])
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(run.best_checkpoint, f"its metadata: {error}") from error
     return ResumeState(run, state, recorded, best)
