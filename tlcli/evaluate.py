@@ -149,12 +149,12 @@ def _find_images(
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
     spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
-        data = session.dataset(spec, own.seed, reporter)
+        data = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
     elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
         location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
         spec, addition = structs.replace(spec, **location), ": the same images in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            moved = session.dataset(spec, own.seed, reporter)
+            moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
             data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
     if data is not None:
         split_name = split_name or "test"

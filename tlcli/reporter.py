@@ -72,5 +72,5 @@ class Reporter:
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         """Take test.json's contents with val_accuracy, seconds, and confused: (true, predicted, count) of mistakes.
 
-        Without test images there are only checkpoint, epoch, val_accuracy and seconds.
+        Without test images there are only checkpoint, epoch, val_accuracy, seconds, and `cross_validation` of run.json.
         """

@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
 
+from tlcli.errors import UsageError
+
 VAL_FRACTION = 0.1  # of the training images, if dataset.val_fraction is null and something needs validation images
 HOMES = {
     "dataset": "tlcli.data.sources",
@@ -275,6 +277,8 @@ class TrainSpec(Spec, frozen=True):
     batch_size: Count
     accumulate: Count
     seed: Annotated[int, Meta(ge=0, lt=2**32)]
+    folds: Annotated[int, Meta(ge=2)] | None
+    fold: Annotated[int, Meta(ge=0)] | None
     label_smoothing: FractionBelowOne
     class_weights: ClassWeights
     clip_grad: Positive | None
@@ -283,6 +287,14 @@ class TrainSpec(Spec, frozen=True):
     log_every: Count | None
     name: str
     out: str
+
+    def __post_init__(self) -> None:
+        if self.fold is not None and self.fold >= (self.folds or 0):
+            reason = f"must be below folds={self.folds}" if self.folds else "give folds=N, too"
+            raise UsageError(f"fold={self.fold}: {reason}")
+        if self.folds is not None and (self.early_stop is not None or self.scheduler.reads_validation):
+            key = "scheduler=plateau" if self.early_stop is None else f"early_stop={self.early_stop}"
+            raise UsageError(f"{key}: the refit of folds={self.folds} has no validation images; leave one of them out")
 
 
 def require_ascending(key: str, bounds: tuple[float, float]) -> None:

@@ -1,6 +1,7 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
 import hashlib
+from typing import Any
 
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
@@ -12,6 +13,7 @@ from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import CheckpointManager
+from tlcli.runs.cross_validation import cross_validate
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir
@@ -49,7 +51,8 @@ def train(
 ) -> float | None:
     """Fine-tune, test the epoch that is kept once, and return its validation metric; None without validation images.
 
-    A sweep's jobs share the session. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
+    The validation of a refit is that of its folds, in directories next to the run's. Jobs share the session. Raises
+    UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
@@ -95,7 +98,11 @@ def train(
 
     checkpoints.load_best()
     n_frozen = contract.verify()
-    if best_predictions is None and val_loader is not None:  # that epoch was before an interruption
+    cross_validation: dict[str, Any] | None = None
+    if spec.folds is not None and spec.fold is None:
+        best_predictions, cross_validation = cross_validate(run, spec.folds, workload.data)
+        best_epoch.scores = scores(best_predictions)
+    elif best_predictions is None and val_loader is not None:  # that epoch was before an interruption
         best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
     predictions: Predictions | None = None
     if len(workload.data.test):
@@ -104,14 +111,14 @@ def train(
         with record.phase("test"):
             predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs()
-    record.log_result(best_predictions, predictions, best_epoch, step=trainer.step, n_frozen=n_frozen)
+    record.log_result(best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen)
     return best_epoch.value
 
 
 def _load(spec: TrainSpec, session: Session, reporter: Reporter, threads: int | None) -> Workload:
     """Return the data and the network on its accelerator, with the parameters to train marked."""
     accelerator = setup_process(spec.device, threads)
-    data = session.dataset(spec.dataset, spec.seed, reporter)
+    data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
     computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
     classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
     classifier.network.to(accelerator)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from tests.cli.conftest import finished, runs_in
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.specs import TrainSpec
 
 
 def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
@@ -49,6 +52,57 @@ def test_what_reads_validation_images_holds_them_out(
     (run,) = runs_in(tmp_path)
     assert f"val_fraction: {recorded}\n" in run.config_file.read_text()
     assert fractions == [None if recorded == "null" else float(recorded)]
+
+
+def in_folds(spec: TrainSpec, run: RunDir, reporter: Reporter) -> float:
+    """Replace training by a stand-in whose folds look better than the refit, which is worth more with a higher seed."""
+    accuracy = 0.99 - spec.fold / 100 if spec.fold is not None else 0.5 + spec.seed / 100
+    best = {"epoch": 1, "accuracy": accuracy, "loss": 1 - accuracy}
+    run.update(best=best, keep_best="accuracy")
+    return accuracy
+
+
+def test_jobs_over_folds_are_ranked_by_their_refits(tlcli, training, tmp_path: Path) -> None:
+    training(in_folds)
+    assert tlcli("train", "-m", "folds=2", "seed=1,2,3", "hydra.sweep.dir=swept").code == 0
+    jobs = read_json(tmp_path / "swept/sweep.json")["jobs"]
+    assert [(job["rank"], job["name"], job["validation"]) for job in jobs] == [
+        (1, "2/best", 0.53),
+        (2, "1/best", 0.52),
+        (3, "0/best", 0.51),
+    ]
+    (entry,) = json.loads(tlcli("list", "swept", "--format", "json").out)
+    assert (entry["kind"], entry["jobs"], entry["val"]) == ("sweep", 3, 0.53)
+    assert "val_fraction: null" in (tmp_path / "swept/0/fold-1/config.yaml").read_text()
+
+
+def test_a_fold_that_fails_fails_its_job_and_the_others_stay(tlcli, training, tmp_path: Path) -> None:
+    ran, fails = [], [True]
+
+    def train(spec, run, reporter):
+        ran.append((spec.seed, spec.fold))
+        if fails[0] and spec.fold == 1 and spec.seed == 1:
+            raise TlcliError("the disk is full")
+        return in_folds(spec, run, reporter)
+
+    training(train)
+    ended = tlcli("train", "folds=3", "seed=1", "hydra.run.dir=alone")
+    assert (ended.code, ended.err) == (1, "tlcli train: the disk is full\n")
+    ended = tlcli("train", "-m", "folds=3", "seed=1,2", "hydra.sweep.dir=swept")
+    assert ended.code == 1
+    assert "1 of 2 jobs did not finish:\n  0/best  failed: the disk is full" in ended.err
+    jobs = {job["name"]: job["status"] for job in read_json(tmp_path / "alone/sweep.json")["jobs"]}
+    assert jobs == {"fold-0": "done", "fold-1": "failed", "best": "failed"}
+    fails[0] = False
+    ran.clear()
+    for folder in ("alone", "swept/0", "swept"):
+        assert tlcli("train", "--resume", folder).code == 0
+    assert ran == 2 * [(1, 1), (1, 2), (1, None)]
+    board = read_json(tmp_path / "swept/sweep.json")["jobs"]
+    assert [(job["name"], job["status"]) for job in board] == [("1/best", "done"), ("0/best", "done")]
+    shutil.rmtree(tmp_path / "alone/best")
+    assert tlcli("train", "--resume", "alone").code == 0
+    assert ran[6:] == [(1, None)]
 
 
 def test_failing_jobs_do_not_stop_the_others(tlcli, training, tmp_path: Path) -> None:

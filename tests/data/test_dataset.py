@@ -9,7 +9,7 @@ import pytest
 from tests.data.samples import digits_spec, folder_spec
 from tlcli.data.dataset import Dataset, load_dataset, stratified_split
 from tlcli.data.decode import read_image
-from tlcli.data.images import Split
+from tlcli.data.images import ConcatSplits, ImageArrays, Split, full_split, join_splits
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
@@ -55,6 +55,43 @@ def test_not_split(make_folder: MakeFolder) -> None:
     )
     assert all_names(data) == all_names(load(folder_spec(root)))
     assert all_names(data) != all_names(load(folder_spec(root), seed=1))
+
+
+def test_folds_are_a_stratified_partition_of_train_and_val_with_duplicates_together(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 14, "train/b": 7, "val/a": 4, "val/b": 5, "test/a": 2, "test/b": 2})
+    copies = [root / "train/a/000.png", root / "train/a/005.png", root / "val/a/003.png"]
+    for copy in copies[1:]:
+        copy.write_bytes(copies[0].read_bytes())
+    load = lambda seed=0: load_dataset(folder_spec(root), seed=seed, reporter=Reporter(), folds=4)  # noqa: E731
+    data = load()
+    assert counts(data) == [(18, 12), (0, 0), (2, 2)]
+    parts = [data.without_fold(fold) for fold in range(4)]
+    held = [names(part.val) for part in parts]
+    assert sorted(name for part in held for name in part) == sorted(names(data.train))
+    assert all(sorted(all_names(part)) == sorted(names(data.train)) for part in parts)  # and no test images
+    assert all(part.train.images is part.val.images is data.train.images for part in parts)
+    assert {part.val.class_counts(2)[1] for part in parts} == {3}
+    assert all(3 <= part.val.class_counts(2)[0] <= 6 for part in parts)
+    assert [len(part) for part in held if str(copies[0]) in part and all(str(copy) in part for copy in copies)]
+    assert held == [names(load().without_fold(fold).val) for fold in range(4)]
+    assert held != [names(load(1).without_fold(fold).val) for fold in range(4)]
+    label = data.classes.index("b")
+    assert all((data.train.labels[i] == label) == ("/b/" in data.train.key(i)) for i in range(len(data.train)))
+    with pytest.raises(UsageError, match="folds=13: class 'b' has only 12 images"):
+        load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=13)
+
+
+def test_images_of_several_sources_keep_their_names_and_pixels_when_joined() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    one, other = (
+        full_split(ImageArrays(pixels[:3], "x/train"), [0, 1, 0]),
+        full_split(ImageArrays(pixels[3:], "x/val"), [1, 0]),
+    )
+    joined = join_splits(ConcatSplits({"train": one.take(np.array([2, 0])), "val": other}))
+    assert [joined.key(i) for i in range(4)] == ["x/train/2", "x/train/0", "x/val/0", "x/val/1"] == names(joined)
+    assert np.array_equal([joined.read(i) for i in range(4)], pixels[[2, 0, 3, 4]])
+    assert joined.labels.tolist() == [0, 0, 1, 0]
+    assert joined.images.digest(2) == other.images.digest(0)
 
 
 def test_pixels_and_labels_are_those_of_the_files(make_folder: MakeFolder) -> None:

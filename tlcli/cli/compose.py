@@ -178,7 +178,7 @@ def fill_val_fraction(config: DictConfig, *, is_sweep: bool) -> None:
     """Set a null dataset.val_fraction to VAL_FRACTION, in place, if a sweep or a key reads validation images."""
     with suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError):  # build_spec reports wrong values
         reads = options("scheduler")[config.scheduler.kind].reads_validation or config.early_stop is not None
-        if (is_sweep or reads) and config.dataset.val_fraction is None:
+        if (is_sweep or reads) and config.dataset.val_fraction is None and config.folds is None:
             config.dataset.val_fraction = VAL_FRACTION
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.types import HydraContext, RunMode
+from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +28,7 @@ from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import FOLD, REFIT, RunDir
 from tlcli.specs import TrainSpec
 
 if TYPE_CHECKING:
@@ -78,9 +80,20 @@ class Command:
         A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
         """
         job = HydraConfig.get()
-        run = RunDir(Path(job.runtime.output_dir))
+        folder, overrides, owner = Path(job.runtime.output_dir), _as_typed(job), None
+        backbone = [word for word in overrides if word.startswith("backbone.name=")]
+        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
+        has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
+        run = RunDir(folder / REFIT if has_folds else folder)
         try:
-            return self._train(run, config, _as_typed(job))
+            if self._sweep is not None:
+                run, owner = self._claim(folder, overrides, REFIT if has_folds else "")
+                title = f"[{job.job.num}] {' '.join(overrides)}"
+                if (earlier := _earlier_value(run)) is not None:
+                    reporter.heading(f"{title}: done before, validation {earlier:.4f}")
+                    return earlier
+                reporter.heading(title)
+            return self._run(run, config, overrides, reporter, self._spec, owner)
         except Exception as exc:
             self.error = exc
             if self._sweep is not None:
@@ -89,30 +102,30 @@ class Command:
                     raise  # the leaderboard will not list this job
             return None
         finally:
-            if self._sweep is not None:
+            for listed in ([run.path.parent] if has_folds else []) + ([self._sweep] if self._sweep else []):
                 with suppress(OSError):
-                    leaderboard.write(self._sweep)
+                    leaderboard.write(listed)
 
-    def _train(self, run: RunDir, config: DictConfig, overrides: list[str]) -> float | None:
+    def _run(
+        self,
+        run: RunDir,
+        config: DictConfig,
+        overrides: list[str],
+        reporter: TerminalReporter,
+        spec: TrainSpec | None,
+        owner: str | None = None,
+    ) -> float | None:
+        """Train one run; a refit after its folds, which are runs in directories next to its own.
+
+        `owner` is the reason why the directory is not the job's own, if so.
+        """
         job = HydraConfig.get()
-        backbone = [word for word in overrides if word.startswith("backbone.name=")]
-        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
-        owner = None
-        if self._sweep is not None:
-            run, owner = self._claim(run.path, overrides)
-            title = f"[{job.job.num}] {' '.join(overrides)}"
-            with suppress(UsageError, ValueError, KeyError, TypeError):
-                info = run.info
-                if info["status"] == "done":
-                    earlier = float(info["best"][info["keep_best"]])
-                    reporter.heading(f"{title}: done before, validation {earlier:.4f}")
-                    return earlier
-            reporter.heading(title)
+        run.path.mkdir(parents=True, exist_ok=True)
         resumed = self._resume and owner is None and run.info_file.exists()
         with record_status(run):
+            fill_val_fraction(config, is_sweep=self._sweep is not None)
             if job.job.chdir:
                 resolve_paths(config, Path(job.runtime.cwd))
-            fill_val_fraction(config, is_sweep=self._sweep is not None)
             if not resumed:
                 try:
                     text = OmegaConf.to_yaml(config, resolve=True)
@@ -127,8 +140,8 @@ class Command:
                 contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
                 for name, content in contents.items():
                     OmegaConf.save(content, folder / f"{name}.yaml")
-            spec = self._spec or build_spec(config, self._files)
-            if self._spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
+            if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
+                spec = build_spec(config, self._files)
                 check_logger(spec.logger)
                 check_weights(spec.backbone.weights)
             state = None
@@ -137,6 +150,10 @@ class Command:
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
                 prepare_resume(run, state, self._line)
+            if spec.folds is not None and spec.fold is None:
+                for fold in range(spec.folds):
+                    self._train_fold(fold, run.path.parent, config, overrides, reporter, spec)
+                reporter.heading("all folds")
             log.info(first_line(spec))
             with fast_imports():
                 from tlcli.engine.session import session_for
@@ -147,14 +164,38 @@ class Command:
         discard_state(run, spec)
         return value
 
-    def _claim(self, path: Path, overrides: list[str]) -> tuple[RunDir, str | None]:
-        """Return a directory for a job, and if it is not `path`, whose run.log marks it as taken, the reason."""
+    def _train_fold(
+        self,
+        fold: int,
+        folder: Path,
+        config: DictConfig,
+        overrides: list[str],
+        reporter: TerminalReporter,
+        spec: TrainSpec,
+    ) -> None:
+        """Train the run of one fold, unless it is done, and list it in sweep.json of the folder of the folds."""
+        run, own = RunDir(folder / FOLD.format(fold)), config.copy()
+        own.fold = fold
+        leaderboard.write(folder)  # the refit has started
+        title = f"fold {fold + 1} of {spec.folds}"
+        if self._resume and (earlier := _earlier_value(run)) is not None:
+            reporter.heading(f"{title}: done before, validation {earlier:.4f}")
+            return
+        reporter.heading(title)
+        self._run(run, own, [*overrides, f"fold={fold}"], reporter, structs.replace(spec, fold=fold))
+
+    def _claim(self, path: Path, overrides: list[str], part: str) -> tuple[RunDir, str | None]:
+        """Return a run, `part` of a directory for a job, whose run.log marks it as taken.
+
+        If the directory is not `path`, return the reason, too.
+        """
         error = None
         for n in count(1):
-            run = RunDir(path if n == 1 else path.with_name(f"{path.name}-{n}"))
-            run.path.mkdir(parents=True, exist_ok=True)
+            folder = path if n == 1 else path.with_name(f"{path.name}-{n}")
+            folder.mkdir(parents=True, exist_ok=True)
+            run = RunDir(folder / part)
             try:
-                run.log_file.touch(exist_ok=False)
+                RunDir(folder).log_file.touch(exist_ok=False)
                 break
             except FileExistsError:
                 owner = None
@@ -164,6 +205,14 @@ class Command:
                     break
                 error = error or f"{path.name} is the directory of the job {' '.join(owner or ['that started before'])}"
         return run, error
+
+
+def _earlier_value(run: RunDir) -> float | None:
+    """Return the validation metric of a run that is done; None for any other."""
+    with suppress(UsageError, ValueError, KeyError, TypeError):
+        if run.info["status"] == "done":
+            return float(run.info["best"][run.info["keep_best"]])
+    return None
 
 
 def _as_typed(hydra: Any) -> list[str]:
@@ -178,6 +227,7 @@ def record_status(run: RunDir) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
+    previous = warnings.showwarning  # that of logging within a run that records its own
     logging.captureWarnings(True)
     try:
         yield
@@ -190,7 +240,8 @@ def record_status(run: RunDir) -> Iterator[None]:
             run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
         raise
     finally:
-        logging.captureWarnings(False)
+        if warnings.showwarning is not previous:
+            logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
     run.end("done")

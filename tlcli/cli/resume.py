@@ -18,7 +18,17 @@ from tlcli.errors import UsageError
 from tlcli.files import is_dir
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import RunDir, host_digest, is_sweep, number, open_run, process_has_exited
+from tlcli.runs.run_dir import (
+    FOLD,
+    REFIT,
+    RunDir,
+    host_digest,
+    is_sweep,
+    number,
+    open_run,
+    process_has_exited,
+    rerun_command,
+)
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -73,18 +83,23 @@ def _resume_sweep(path: Path) -> int:
             continue  # damaged: this job starts again
         _check_not_running(file.parent, info)
         if words[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
-            starts.append(info)
+            starts.append((RunDir(file.parent), info))
     if not starts:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
-    command = starts[0]["command"]
-    os.chdir(starts[0]["cwd"])
+    run, info = starts[0]
+    is_sweep = run.path not in (path / REFIT, path / FOLD.format(0)) or run.config().get("folds") is None
+    if not is_sweep and run.path.name == REFIT and info["status"] == "done":
+        return _nothing_to_resume(run)
+    command = info["command"] if is_sweep else rerun_command(info).removesuffix(" fold=0")
+    os.chdir(info["cwd"])
     flags = parse_flags(shlex.split(command)[2:])
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)
-            Command(command, flags.files, path, resume=True).launch(config, loader, path)
+            Command(command, flags.files, path if is_sweep else None, resume=True).launch(config, loader, path)
     finally:
-        code = finish_sweep(path)
+        _update_leaderboards(run)
+        code = finish_sweep(path) if is_sweep else 0
     return code
 
 
@@ -97,13 +112,12 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
     info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
+    if spec.folds is not None and spec.fold is None:
+        raise UsageError(f"{path}: trains on the images of all folds, after them: --resume {path.parent}")
     _check_changes(before, spec)
     is_done = info.get("status") == "done"
     if is_done and spec.epochs == before.epochs:
-        accuracy = number(run.test().get("accuracy"))
-        reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-        print(f"{run.path} is done{reached}: nothing to resume")
-        return 0
+        return _nothing_to_resume(run)
     is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier
     if not run.state_file.is_file() and (is_done or is_old):
         raise UsageError(
@@ -140,9 +154,20 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                 train(spec, run, logged, session_for(spec.cache), state)
         discard_state(run, spec)
     finally:
-        if (sweep := leaderboard.sweep_of(run)) is not None:
-            with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here
-                leaderboard.write(sweep)
+        _update_leaderboards(run)
+    return 0
+
+
+def _update_leaderboards(run: RunDir) -> None:
+    for sweep in leaderboard.sweeps_of(run):
+        with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here
+            leaderboard.write(sweep)
+
+
+def _nothing_to_resume(run: RunDir) -> int:
+    accuracy = number(run.test().get("accuracy"))
+    reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+    print(f"{run.path} is done{reached}: nothing to resume")
     return 0
 
 

@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         except BaseException as exc:
             started = any(path.rglob("run.json"))
             if not is_sweep and isinstance(exc, UsageError):
-                started = RunDir(path).metrics_file.exists()
+                started = any(path.rglob("metrics.jsonl"))
             if not started:
                 discard_folders(path, made)
             elif is_sweep:

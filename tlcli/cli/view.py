@@ -164,6 +164,15 @@ class TerminalReporter(Reporter):
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         self.show("")
+        validation = "" if result["val_accuracy"] is None else f", validation accuracy {result['val_accuracy']:.4f}"
+        if folds := result.get("cross_validation"):
+            validation, (low, high) = "", folds["accuracy_ci95"]
+            text = (
+                f"accuracy {folds['accuracy']:.4f} on {folds['n']:,} images, 95 % interval {low:.4f} to {high:.4f} "
+                f"(approximate: folds share training images), mean {folds['mean']:.4f} and standard deviation "
+                f"{folds['standard_deviation']:.4f} of {folds['folds']} folds"
+            )
+            self.show_labelled(("folds", text), ("test", "" if "accuracy" in result else "no test split"), style="bold")
         if "accuracy" in result:
             low, high = result["accuracy_ci95"]
             test = f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result['n']:,}"
@@ -172,12 +181,13 @@ class TerminalReporter(Reporter):
                 ("top-5", "" if result["top5"] is None else f"{result['top5']:.4f}"),
                 ("confused", ", ".join(f"{true} taken for {wrong} ({n})" for true, wrong, n in result["confused"])),
             )
-        validation = "" if result["val_accuracy"] is None else f", validation accuracy {result['val_accuracy']:.4f}"
         self.show_labelled(
             ("kept", f"epoch {result['epoch']}{validation}"),
             ("took", duration_text(result["seconds"])),
             ("checkpoint", shown_path(run / result["checkpoint"])),
         )
+        if "accuracy" not in result and not folds:
+            return  # one fold: a model that nobody uses
         weights = f"backbone.weights={shlex.quote(shown_path(run))}"
         self.show(f"\nTo transfer from this run:\n  tlcli train {self._backbone} {weights} dataset=...")
 

@@ -4,7 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, TypeVar
 
@@ -25,6 +25,7 @@ from tlcli.data.images import (
     cross_split_duplicates,
     exact_duplicates,
     fingerprint,
+    join_splits,
     label_conflicts,
     map_in_threads,
 )
@@ -47,7 +48,8 @@ DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 class Dataset:
     """Three disjoint splits, lines for the plan, (file, reason) of images left out, and the range of deep images.
 
-    A small dataset has no validation images: val is empty.
+    A small dataset has no validation images: val is empty. With `folds`, the fold of each training image, val is empty
+    too, and test is that of the source, if it has one.
     """
 
     name: str
@@ -58,6 +60,14 @@ class Dataset:
     notes: tuple[str, ...]
     bad_files: tuple[tuple[str, str], ...]
     value_range: ValueRange | None = None
+    folds: Ints | None = None
+
+    def without_fold(self, fold: int) -> "Dataset":
+        """Return the dataset that has the images of a fold in val, not in train, and an empty test."""
+        assert self.folds is not None
+        train, val = (self.train.take(np.flatnonzero(held == (self.folds == fold))) for held in (False, True))
+        list(_check_counts({"train": train, "val": val}, self.classes, self.name))  # duplicates may be a whole class
+        return replace(self, train=train, val=val, test=self.test.take(np.arange(0)))
 
     @property
     def can_select(self) -> bool:
@@ -84,16 +94,23 @@ class DecodeResult(TypedDict):
 
 
 def load_dataset(
-    spec: DatasetSpec, *, seed: int, reporter: Reporter, store: Store | None = None, decode: bool = True
+    spec: DatasetSpec,
+    *,
+    seed: int,
+    reporter: Reporter,
+    store: Store | None = None,
+    decode: bool = True,
+    folds: int | None = None,
 ) -> Dataset:
     """Load the images of `spec`, split and limited. They stay in memory up to `spec.ram_gb`. Raise TlcliError.
 
     Every one decodes, unless `decode` is False; then none is read here, except for range=auto. Which image is in which
-    split is a function of the seed and of the sorted names of each class's files.
+    split is a function of the seed and of the sorted names of each class's files. With `folds`, the source's train and
+    val are one pool in that many folds, and nothing is held out.
     """
     source: Source = spec.load(reporter)
     bad: list[tuple[str, str]] = []
-    splits, notes = _divide(source, spec, seed)
+    splits, notes = _divide(source, spec, seed) if folds is None else _pool(source, spec, seed)
     value_range = _set_up_images(splits, spec, reporter, store)
     if decode:
         splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
@@ -101,9 +118,20 @@ def load_dataset(
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name)
         notes += _duplicate_notes(splits, source.classes, reporter)
-    splits.setdefault("val", splits["train"].take(np.arange(0)))
+    fold_of_image = None
+    if folds is not None:
+        fold_of_image = _assign_folds(splits["train"], folds, source.classes, seed, reporter)
+        n_images = len(fold_of_image)
+        notes.append(f"folds={folds}: each of the {n_images:,} images is held out once; the last epoch is kept")
+    empty = splits["train"].take(np.arange(0))
     return Dataset(
-        spec.name, source.classes, **splits, notes=tuple(notes), bad_files=tuple(bad), value_range=value_range
+        spec.name,
+        source.classes,
+        **{name: splits.get(name, empty) for name in ("train", "val", "test")},
+        notes=tuple(notes),
+        bad_files=tuple(bad),
+        value_range=value_range,
+        folds=fold_of_image,
     )
 
 
@@ -196,6 +224,38 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
         return {"train": train, "test": test}, notes
     notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")
     return {"train": train.take(stay), "val": train.take(held), "test": test}, notes
+
+
+def _pool(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:
+    """Return the images of all folds as train, and test if the source has it; and notes."""
+    parts = {name: source.splits[name] for name in ("all", "train", "val") if name in source.splits}
+    pool = join_splits(ConcatSplits(parts)) if len(parts) > 1 else next(iter(parts.values()))
+    splits = {"train": limit_per_class(pool, source.classes, spec.train_per_class, seed, "train_per_class")}
+    if "test" not in source.splits:
+        return splits, [*source.notes, "no test split: there is no test result, only that of cross-validation"]
+    test = source.splits["test"]
+    return splits | {"test": limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")}, list(
+        source.notes
+    )
+
+
+def _assign_folds(pool: Split, folds: int, classes: Sequence[str], seed: int, reporter: Reporter) -> Ints:
+    """Return the fold of each image, stratified by class; exact duplicates are in the same one. Raise UsageError."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    counts = pool.class_counts(len(classes))
+    n, smallest = min(zip(counts, classes, strict=True))
+    if n < folds:
+        raise UsageError(
+            f"folds={folds}: class {smallest!r} has only {n} images; add some, leave it out, or use fewer folds"
+        )
+    groups, result = np.arange(len(pool)), np.empty(len(pool), dtype=np.int64)
+    for positions in exact_duplicates(ConcatSplits({"train": pool}), reporter):
+        groups[positions] = positions[0]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
+        result[held] = fold
+    return result
 
 
 def limit_per_class(split: Split, classes: Sequence[str], limit: int | None, seed: int, purpose: str) -> Split:

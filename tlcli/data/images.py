@@ -189,6 +189,23 @@ class TorchvisionImages(ImageSource):
         return raw_image(image).to_pixels(None)
 
 
+class JoinedImages(ImageSource):
+    """Images of several sources, with their names there."""
+
+    def __init__(self, places: Sequence[tuple[ImageSource, int]]) -> None:
+        super().__init__()
+        self.places = places
+
+    def decode(self, index: int) -> Pixels:
+        return self.places[index][0].decode(self.places[index][1])
+
+    def name(self, index: int) -> str:
+        return self.places[index][0].name(self.places[index][1])
+
+    def key(self, index: int) -> str:
+        return self.places[index][0].key(self.places[index][1])
+
+
 class ImageArrays(ImageSource):
     """Images of one size that are in memory: uint8 (n, height, width, 3)."""
 
@@ -312,6 +329,14 @@ class ConcatSplits:
 
     def read(self, position: int) -> Pixels:
         return self.places[position][0].read(self.places[position][1])
+
+
+def join_splits(splits: ConcatSplits) -> Split:
+    """Return the images of several splits as one; their files are below one folder."""
+    first = splits.places[0][0]
+    if isinstance(first, ImageFiles):
+        return full_split(ImageFiles(first.root, [splits.key(i) for i in range(len(splits))]), splits.labels)
+    return full_split(JoinedImages(splits.places), splits.labels)
 
 
 def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:

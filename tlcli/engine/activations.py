@@ -154,7 +154,8 @@ class Workload:
     @property
     def selects_epoch(self) -> bool:
         """True if validation selects the epoch that is kept; else the last one is."""
-        return self.data.can_select or (self.spec.early_stop is not None and len(self.data.val) > 0)
+        spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good
+        return spec.fold is None and (data.can_select or (spec.early_stop is not None and len(data.val) > 0))
 
     @property
     def augments(self) -> bool:

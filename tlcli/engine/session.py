@@ -27,13 +27,16 @@ class Session:
         self._model: tuple[object, Classifier, dict[str, Any]] | None = None  # key, classifier, initial weights
         self._made: dict[Hashable, Any] = {}  # for this model
 
-    def dataset(self, spec: DatasetSpec, seed: int, reporter: Reporter) -> Dataset:
-        """Return the dataset of this spec and seed; that of the previous job if it had the same."""
-        key = (spec, seed)
+    def dataset(
+        self, spec: DatasetSpec, seed: int, reporter: Reporter, folds: int | None = None, fold: int | None = None
+    ) -> Dataset:
+        """Return the dataset of this spec and seed, in folds; with the images of the previous job if it had it."""
+        key = (spec, seed, folds)
         if self._dataset is None or self._dataset[0] != key:
             self._dataset = None  # frees the previous images before the next ones are read
-            self._dataset = key, load_dataset(spec, seed=seed, reporter=reporter, store=self.store)
-        return self._dataset[1]
+            data = load_dataset(spec, seed=seed, reporter=reporter, store=self.store, folds=folds)
+            self._dataset = key, data
+        return self._dataset[1] if fold is None else self._dataset[1].without_fold(fold)
 
     def model(
         self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int, computing: Hashable = None

@@ -14,7 +14,18 @@ from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.runs.run_dir import SWEEP_FILES, RunDir, integer, mapping, number, pair, process_has_exited, strings, text
+from tlcli.runs.run_dir import (
+    FOLD,
+    SWEEP_FILES,
+    RunDir,
+    integer,
+    mapping,
+    number,
+    pair,
+    process_has_exited,
+    strings,
+    text,
+)
 from tlcli.text import natural_order
 
 WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  # a sweep has the first that a job has
@@ -30,10 +41,13 @@ sweep has the accuracies of its best job, and the distinct names of all its jobs
 
 
 def rank(runs: Sequence[Entry]) -> tuple[str, list[Entry]]:
-    """Return the metric that selected the epochs (accuracy if it varies), and the finished runs by it, best first."""
+    """Return the metric that selected the epochs (accuracy if it varies), and the finished runs by it, best first.
+
+    Folds have no rank.
+    """
     metrics = {run["keep_best"] for run in runs if run["keep_best"]}
     metric = metrics.pop() if len(metrics) == 1 else "accuracy"
-    done = [run for run in runs if run["status"] == "done" and metric in (run["best"] or {})]
+    done = [run for run in runs if run["status"] == "done" and not run["is_fold"] and metric in (run["best"] or {})]
     return metric, sorted(done, key=lambda run: run["best"][metric], reverse=metric != "loss")
 
 
@@ -60,9 +74,10 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             unreadable.append(path)
             continue
         if "run.json" in inside:
-            (runs if sweep is None else jobs[sweep]).append(read_entry(Path(path)))
+            if not (run := read_entry(Path(path)))["is_fold"]:  # the refit stands for its folds
+                (runs if sweep is None else jobs[sweep]).append(run)
             continue
-        if not SWEEP_FILES.isdisjoint(inside):
+        if not SWEEP_FILES.isdisjoint(inside) and FOLD.format(0) not in inside:
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():
@@ -141,6 +156,7 @@ def read_entry(path: Path) -> Entry:
         "best": best or None,
         "test_ci95": test_ci95,
         "error": text(info.get("error")),
+        "is_fold": path.name in [FOLD.format(word.partition("=")[2]) for word in overrides if word.startswith("fold=")],
         "overrides": overrides,
     }
 

@@ -1,5 +1,6 @@
 """A sweep's leaderboard: its jobs ranked by validation, with test metrics, read from their run directories alone."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the contents of sweep.json for the runs under a folder.
 
     `figure` is the validation metric that ranks; `keys` are those that vary, and `values` those of a job; `jobs` has
-    the best job first. A job that did not finish has no rank and comes last.
+    the best job first. A job that did not finish has no rank and comes last. Folds have no rank; those of a sweep's job
+    are not listed.
     """
     names = sorted((file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")), key=natural_order)
-    runs = [read_entry(folder / name) for name in names]
+    entries = {name: read_entry(folder / name) for name in names}
+    names = [name for name, entry in entries.items() if not entry["is_fold"] or "/" not in name]
+    runs = [entries[name] for name in names]
     values = [dict(word.lstrip("+").partition("=")[::2] for word in run["overrides"]) for run in runs]
     keys = [key for key in dict.fromkeys(key for own in values for key in own) if len({v.get(key) for v in values}) > 1]
     metric, ranked = rank(runs)
@@ -60,12 +64,11 @@ def write(folder: Path) -> dict[str, Any]:
     return board
 
 
-def sweep_of(run: RunDir) -> Path | None:
-    """Return the folder of the sweep whose sweep.json names this run."""
+def sweeps_of(run: RunDir) -> Iterator[Path]:
+    """Yield the folders whose sweep.json names this run: that of its folds and that of a sweep."""
     path = run.path.absolute()
     for folder in path.parents[:3]:  # names of jobs may have slashes
         with suppress(OSError, ValueError, KeyError, TypeError):
             jobs = read_json(folder / "sweep.json")["jobs"]
             if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
-                return folder
-    return None
+                yield folder

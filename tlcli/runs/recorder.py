@@ -84,7 +84,7 @@ class Recorder:
         kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         notes = [*classifier.notes, *data.notes]
-        if len(data.val) and not workload.selects_epoch:
+        if len(data.val) and spec.fold is None and not workload.selects_epoch:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
@@ -147,20 +147,27 @@ class Recorder:
         validation: Predictions | None,
         predictions: Predictions | None,
         best_epoch: BestEpochTracker,
+        cross_validation: Mapping[str, Any] | None,
         *,
         step: int,
         n_frozen: int,
     ) -> None:
-        """Write test.json, predictions, plots, and the temperature that fits `validation`, and show the result."""
+        """Write test.json, predictions, plots, and the temperature that fits `validation`, and show the result.
+
+        With `cross_validation`, `validation` has the out-of-fold predictions of the training images.
+        """
         run, data, epoch = self._run, self._inputs.workload.data, best_epoch.epoch
         assert epoch is not None
-        report: dict[str, Any] = {}
+        validated, report = data.val, dict[str, Any]()
+        if cross_validation is not None and best_epoch.scores is not None:
+            validated = data.train
+            run.update(best={"epoch": epoch, **asdict(best_epoch.scores)}, cross_validation=cross_validation)
         if predictions is not None:
             self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
             report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
             for split, file, p in (
-                (data.val, run.val_predictions, validation),
+                (validated, run.val_predictions, validation),
                 (data.test, run.test_predictions, predictions),
             ):
                 if p is not None:
@@ -174,6 +181,7 @@ class Recorder:
         spent = self._seconds_so_far()
         run.update(seconds=spent, frozen_tensors_verified=n_frozen)
         result = {**stored, "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy, "seconds": spent["total"]}
+        result["cross_validation"] = cross_validation
         if predictions is not None:
             # the leaderboard of a sweep need not read test.json of each job
             run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
@@ -187,7 +195,7 @@ class Recorder:
         t, notes = 1.0, []
         if calibration is not None:
             t = calibration["temperature"]
-            notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} validation images")
+            notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} held-out images")
         effect = None if predictions is None else calibration_report(predictions.logits, predictions.labels, t)
         if effect is not None:
             after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -36,7 +35,7 @@ from tlcli.runs.run_dir import (
     pair,
     process_has_exited,
     read_predictions,
-    strings,
+    rerun_command,
     text,
 )
 from tlcli.specs import options
@@ -77,10 +76,11 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "config_text": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
         "trained": strategy.describe(mapping(config.get("freeze"))) if strategy else freeze and f"freeze={freeze}",
         "matrix": _matrix(test),
+        "folds": None,
         # the lowest F1 first; classes without test images come last
         "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
         "phases": {key: value for key, value in seconds.items() if value is not None},
-        "command": _rerun_command(info),
+        "command": rerun_command(info),
     }
     if accuracy is not None:
         support = [row["support"] or 0 for row in rows]
@@ -91,6 +91,10 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
             draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
             alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
             view["result"]["chart"] = _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))
+    if folds := mapping(info.get("cross_validation")):
+        accuracies, matrix = folds.get("fold_accuracies"), _matrix({**folds, "classes": info.get("classes")})
+        view["folds"] = {**folds, "interval": pair(folds.get("accuracy_ci95")), "matrix": matrix}
+        view["folds"]["accuracies"] = accuracies if isinstance(accuracies, list) else []
     view |= _training(run.metrics(), integer(mapping(info.get("best")).get("epoch")))
     return view | _predictions(run, images, images_reason)
 
@@ -208,17 +212,6 @@ def _thumbnail(images: ImageReaders, key: str) -> View:
     return {"picture": data_uri("image/jpeg", file.getvalue()), "is_small": is_small}
 
 
-def _rerun_command(info: View) -> str:
-    """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
-    command, overrides = text(info.get("command")) or "tlcli train", strings(info.get("overrides"))
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return command
-    flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
-    return shlex.join([*flags, *overrides])
-
-
 def sweep_view(folder: Path, output: Path) -> View:
     """Return what the page of a sweep shows, for a report at `output`. Raise UsageError if the sweep has no run."""
     board = leaderboard.read(folder)
@@ -245,7 +238,7 @@ def sweep_view(folder: Path, output: Path) -> View:
         "metric": metric,
         "is_share": is_share,
         "jobs": [{**job, "link": _link(folder / job["name"], output)} for job in jobs],
-        "n_done": len(done),
+        "n_done": sum(job["status"] == "done" for job in jobs),
         "charts": charts,
     }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
 MAX_METADATA_CHARS = 60_000_000  # of predictions; above it names are left out, since safetensors takes 100 MB
+FOLD, REFIT = "fold-{}", "best"  # names of the directories of a run with folds
 SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job ends, and by Hydra at the start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
@@ -178,6 +180,17 @@ def open_run(path: str | Path) -> RunDir:
 def is_sweep(path: Path) -> bool:
     """Return True if the directory is a sweep's: it has one of a sweep's files, and no run.json."""
     return any((path / name).is_file() for name in SWEEP_FILES) and not (path / "run.json").exists()
+
+
+def rerun_command(info: Mapping[str, Any]) -> str:
+    """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
+    command, overrides = text(info.get("command")) or "tlcli train", strings(info.get("overrides"))
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
+    return shlex.join([*flags, *overrides])
 
 
 def process_has_exited(info: Mapping[str, Any]) -> bool:

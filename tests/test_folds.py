@@ -1,0 +1,161 @@
+"""tlcli train folds=N: runs over folds, the result of all of them, and a refit on all images."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import finish, make_folder
+from tests.faults.runs_alike import differences
+from tests.faults.test_resume import Killed, stopped_after
+from tlcli.cli import main
+from tlcli.models.tensorfile import read_tensors
+from tlcli.runs import checkpointing
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.run_dir import RunDir, SplitPredictions, confusion_matrix, read_json, read_predictions
+
+K, PARTS = 3, ("fold-0", "fold-1", "fold-2", "best")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with train/, val/ and test/, in which two images of train and val are the same."""
+    root = tmp_path_factory.mktemp("folds") / "images"
+    for split, n in (("train", 9), ("val", 4), ("test", 3)):
+        make_folder(root / split, {"across": n, "checks": n}, seed=n)
+    shutil.copy(root / "train/across/000.png", root / "val/across/001.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def words(images: Path) -> list[str]:
+    words = ["dataset=imagefolder", f"dataset.root='{images}'", "image.size=32", "epochs=2", "batch_size=8", "seed=3"]
+    return [*words, "freeze=head", "device.precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def crossed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished run over three folds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLCLI_CACHE", str(tmp_path_factory.mktemp("cold")))
+        return finish(tmp_path_factory.mktemp("crossed") / "run", *words, f"folds={K}")
+
+
+def infos(folder: Path) -> dict[str, dict[str, Any]]:
+    return {part: read_json(folder / part / "run.json") for part in PARTS}
+
+
+def held_out(folder: Path) -> list[SplitPredictions]:
+    return [read_predictions(folder / f"fold-{i}/val_predictions.safetensors") for i in range(K)]
+
+
+def test_each_image_is_held_out_once_and_the_refit_has_all_predictions(crossed: Path) -> None:
+    folds, best = held_out(crossed), RunDir(crossed / "best")
+    pooled = read_predictions(best.val_predictions)
+    assert sorted(key for fold in folds for key in fold.keys) == sorted(pooled.keys)
+    rows = {key: row for fold in folds for key, row in zip(fold.keys, fold.logits, strict=True)}
+    assert all(torch.equal(rows[key], row) for key, row in zip(pooled.keys, pooled.logits, strict=True))
+    assert any({"train/across/000.png", "val/across/001.png"} <= set(fold.keys) for fold in folds)
+    is_right = torch.cat([fold.logits.argmax(dim=1) == fold.labels for fold in folds])
+    record, info = best.info["cross_validation"], infos(crossed)
+    assert record["accuracy"] == best.info["best"]["accuracy"] == pytest.approx(is_right.double().mean().item())
+    assert (record["folds"], record["n"], best.info["calibration"]["n"]) == (K, 26, 26)
+    assert record["fold_accuracies"] == [info[f"fold-{i}"]["best"]["accuracy"] for i in range(K)]
+    matrix = confusion_matrix({**record, "classes": best.info["classes"]})
+    assert matrix is not None and (matrix.sum(), matrix.trace()) == (26, is_right.sum())
+    assert record["accuracy_ci95"][0] <= record["accuracy"] <= record["accuracy_ci95"][1]
+
+
+def test_the_last_epoch_of_each_part_is_kept_and_the_refit_alone_is_tested(crossed: Path) -> None:
+    info = infos(crossed)
+    assert [info[part]["best"]["epoch"] for part in PARTS] == [2] * 4
+    sizes = [[info[part][f"n_{split}"] for split in ("train", "val", "test")] for part in PARTS]
+    assert [sum(size) for size in sizes] == [26, 26, 26, 26 + 6] and sizes[-1] == [26, 0, 6]
+    assert [(crossed / part / "test.json").exists() for part in PARTS] == [False] * K + [True]
+
+
+def test_a_frozen_network_runs_once_over_the_images(crossed: Path) -> None:
+    extracted = [info["extraction"] and info["extraction"]["images"] for info in infos(crossed).values()]
+    assert extracted == [26, None, None, 6]
+
+
+def test_a_fold_alone_is_what_it_is_in_its_folder(crossed: Path, words: list[str], tmp_path: Path) -> None:
+    alone = finish(tmp_path / "alone", *words, f"folds={K}", "fold=1")
+    for file in ("checkpoints/best.safetensors", "val_predictions.safetensors"):
+        (a, _), (b, _) = read_tensors(alone / file), read_tensors(crossed / "fold-1" / file)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_commands_show_the_refit_for_its_folds(
+    crossed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(crossed, tmp_path / "run"))
+    jobs = read_json(folder / "sweep.json")["jobs"]
+    assert [(job["name"], job["rank"]) for job in jobs] == [
+        ("best", 1),
+        ("fold-0", None),
+        ("fold-1", None),
+        ("fold-2", None),
+    ]
+    assert main(["list", str(folder), "--format", "json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    accuracy = read_json(folder / "best/run.json")["cross_validation"]["accuracy"]
+    assert (entry["kind"], entry["path"], entry["val"]) == ("run", str(folder / "best"), accuracy)
+    for part in ("", *PARTS):
+        assert main(["report", str(folder / part)]) == 0
+    page = (folder / "best/report.html").read_text()
+    assert "Cross-validation" in page and "approximate" in page and "held-out images by true class" in page
+    assert "Cross-validation" not in (folder / "fold-0/report.html").read_text()
+    assert main(["eval", str(folder / "best")]) == 0
+    assert main(["eval", str(folder / "fold-0"), "split=val"]) == 0
+    assert "the run's own val split" in capsys.readouterr().out
+    for argv, error in (
+        (["eval", str(folder / "fold-0")], "split=test: the run has no test images"),
+        (["eval", str(folder / "best"), "split=val"], "split=val: the run has no val images"),
+        (["compare", str(folder / "best"), str(folder / "fold-0")], "has no test.json"),
+        (["train", "--resume", str(folder / "best")], ""),
+    ):
+        assert main(argv) == 2
+        captured = capsys.readouterr().err
+        assert error in captured and captured.count("\n") == 1
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_without_a_test_split_nothing_is_held_out_for_it(
+    images: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finish(tmp_path / "run", *words, f"dataset.root='{images / 'train'}'", "folds=2", "epochs=1")
+    out = capsys.readouterr().out
+    assert "fold 1 of 2" in out and "fold 2 of 2" in out
+    assert out.count("test       no test split") == 1 and "(approximate: folds share training images)" in out
+    info = read_json(run / "best/run.json")
+    assert (info["n_train"], info["n_test"], info["cross_validation"]["n"]) == (18, 0, 18)
+    assert not (run / "best/test.json").exists()
+    assert main(["report", str(run / "best")]) == 0
+    assert "cross-validated accuracy; not tested" in (run / "best/report.html").read_text()
+
+
+@pytest.mark.parametrize("part", [1, K])
+def test_an_interrupted_run_over_folds_goes_on_to_the_same_end(
+    part: int, crossed: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
+    out = tmp_path / "run"
+    steps = [-(-info["n_train"] // 8) * 2 for info in infos(crossed).values()]
+    with stopped_after(sum(steps[:part]) + 3, KeyboardInterrupt):
+        assert main(["train", f"hydra.run.dir='{out}'", *words, f"folds={K}"]) == 130
+    assert f"tlcli train --resume {out}\n" in capsys.readouterr().err
+    assert read_json(out / "best/run.json")["status"] == "interrupted"
+    done = [(out / f"fold-{i}/run.json").read_bytes() for i in range(part)]
+    with stopped_after(2, Killed), pytest.raises(Killed):
+        main(["train", "--resume", str(out)])
+    assert main(["train", "--resume", str(out)]) == 0
+    assert [(out / f"fold-{i}/run.json").read_bytes() for i in range(part)] == done
+    assert list(differences(crossed / "best", out / "best")) == []
+    assert [job["status"] for job in read_json(out / "sweep.json")["jobs"]] == ["done"] * 4
