@@ -131,6 +131,7 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
             config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
             loader = hydra.config_loader
         refuse_code(OmegaConf.to_container(config, resolve=False))
+    fill_val_fraction(config)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config, loader
 
@@ -174,7 +175,7 @@ def parse_override(text: str, files: ConfFiles) -> Override:
     return override
 
 
-def fill_val_fraction(config: DictConfig, *, is_sweep: bool) -> None:
+def fill_val_fraction(config: DictConfig, *, is_sweep: bool = False) -> None:
     """Set a null dataset.val_fraction to VAL_FRACTION, in place, if a sweep or a key reads validation images."""
     with suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError):  # build_spec reports wrong values
         reads = options("scheduler")[config.scheduler.kind].reads_validation or config.early_stop is not None

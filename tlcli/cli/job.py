@@ -49,6 +49,7 @@ class Command:
         self.error: Exception | None = None
         self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
         self._session: Session | None = None
+        self._owner: str | None = None  # the reason why the directory is not the job's own, if so
         self._output_subdir: str | None = None
 
     def launch(self, config: DictConfig, loader: ConfigLoader, folder: Path) -> None:
@@ -80,20 +81,20 @@ class Command:
         A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
         """
         job = HydraConfig.get()
-        folder, overrides, owner = Path(job.runtime.output_dir), _as_typed(job), None
+        folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
         backbone = [word for word in overrides if word.startswith("backbone.name=")]
         reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
         try:
             if self._sweep is not None:
-                run, owner = self._claim(folder, overrides, REFIT if has_folds else "")
+                run, self._owner = self._claim(folder, overrides, REFIT if has_folds else "")
                 title = f"[{job.job.num}] {' '.join(overrides)}"
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
                 reporter.heading(title)
-            return self._run(run, config, overrides, reporter, self._spec, owner)
+            return self._run(run, config, overrides, reporter, self._spec)
         except Exception as exc:
             self.error = exc
             if self._sweep is not None:
@@ -107,39 +108,12 @@ class Command:
                     leaderboard.write(listed)
 
     def _run(
-        self,
-        run: RunDir,
-        config: DictConfig,
-        overrides: list[str],
-        reporter: TerminalReporter,
-        spec: TrainSpec | None,
-        owner: str | None = None,
+        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: TerminalReporter, spec: TrainSpec | None
     ) -> float | None:
-        """Train one run; a refit after its folds, which are runs in directories next to its own.
-
-        `owner` is the reason why the directory is not the job's own, if so.
-        """
-        job = HydraConfig.get()
+        """Train one run; a refit after its folds, which are runs in directories next to its own."""
         run.path.mkdir(parents=True, exist_ok=True)
-        resumed = self._resume and owner is None and run.info_file.exists()
         with record_status(run):
-            fill_val_fraction(config, is_sweep=self._sweep is not None)
-            if job.job.chdir:
-                resolve_paths(config, Path(job.runtime.cwd))
-            if not resumed:
-                try:
-                    text = OmegaConf.to_yaml(config, resolve=True)
-                except OmegaConfBaseException:  # build_spec reports it
-                    text = OmegaConf.to_yaml(config)
-                run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
-            if owner is not None:
-                raise TlcliError(f"{owner}: hydra.sweep.subdir must give each job a directory of its own")
-            if self._output_subdir is not None:  # what Hydra would write
-                folder = run.path / self._output_subdir
-                folder.mkdir(parents=True, exist_ok=True)
-                contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
-                for name, content in contents.items():
-                    OmegaConf.save(content, folder / f"{name}.yaml")
+            resumed = self._start(run, config, overrides)
             if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
                 spec = build_spec(config, self._files)
                 check_logger(spec.logger)
@@ -152,7 +126,14 @@ class Command:
                 prepare_resume(run, state, self._line)
             if spec.folds is not None and spec.fold is None:
                 for fold in range(spec.folds):
-                    self._train_fold(fold, run.path.parent, config, overrides, reporter, spec)
+                    leaderboard.write(run.path.parent)  # it has the refit, which has started
+                    part, own = RunDir(run.path.with_name(FOLD.format(fold))), config.copy()
+                    own.fold, earlier = fold, _earlier_value(part) if self._resume else None
+                    done = "" if earlier is None else f": done before, validation {earlier:.4f}"
+                    reporter.heading(f"fold {fold + 1} of {spec.folds}{done}")
+                    if earlier is None:
+                        words, fold_spec = [*overrides, f"fold={fold}"], structs.replace(spec, fold=fold)
+                        self._run(part, own, words, reporter, fold_spec)
                 reporter.heading("all folds")
             log.info(first_line(spec))
             with fast_imports():
@@ -164,25 +145,29 @@ class Command:
         discard_state(run, spec)
         return value
 
-    def _train_fold(
-        self,
-        fold: int,
-        folder: Path,
-        config: DictConfig,
-        overrides: list[str],
-        reporter: TerminalReporter,
-        spec: TrainSpec,
-    ) -> None:
-        """Train the run of one fold, unless it is done, and list it in sweep.json of the folder of the folds."""
-        run, own = RunDir(folder / FOLD.format(fold)), config.copy()
-        own.fold = fold
-        leaderboard.write(folder)  # the refit has started
-        title = f"fold {fold + 1} of {spec.folds}"
-        if self._resume and (earlier := _earlier_value(run)) is not None:
-            reporter.heading(f"{title}: done before, validation {earlier:.4f}")
-            return
-        reporter.heading(title)
-        self._run(run, own, [*overrides, f"fold={fold}"], reporter, structs.replace(spec, fold=fold))
+    def _start(self, run: RunDir, config: DictConfig, overrides: list[str]) -> bool:
+        """Write the files with which a run starts; return True if it is an earlier run instead, to be resumed."""
+        job = HydraConfig.get()
+        if self._sweep is not None:
+            fill_val_fraction(config, is_sweep=True)
+        if job.job.chdir:
+            resolve_paths(config, Path(job.runtime.cwd))
+        resumed = self._resume and self._owner is None and run.info_file.exists()
+        if not resumed:
+            try:
+                text = OmegaConf.to_yaml(config, resolve=True)
+            except OmegaConfBaseException:  # build_spec reports it
+                text = OmegaConf.to_yaml(config)
+            run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+        if self._owner is not None:
+            raise TlcliError(f"{self._owner}: hydra.sweep.subdir must give each job a directory of its own")
+        if self._output_subdir is not None:  # what Hydra would write
+            folder = run.path / self._output_subdir
+            folder.mkdir(parents=True, exist_ok=True)
+            contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
+            for name, content in contents.items():
+                OmegaConf.save(content, folder / f"{name}.yaml")
+        return resumed
 
     def _claim(self, path: Path, overrides: list[str], part: str) -> tuple[RunDir, str | None]:
         """Return a run, `part` of a directory for a job, whose run.log marks it as taken.

@@ -12,15 +12,7 @@ import hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tlcli.cli.compose import (
-    Flags,
-    build_spec,
-    compose_config,
-    composing,
-    fill_val_fraction,
-    parse_flags,
-    resolve_paths,
-)
+from tlcli.cli.compose import Flags, build_spec, compose_config, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.job import Command, check, finish_sweep, first_line
 from tlcli.cli.resume import resume, resume_argument, resume_hint
@@ -46,8 +38,6 @@ def run(argv: list[str]) -> int:
             path = Path(str(OmegaConf.select(config, key))).absolute()
             if config.hydra.job.chdir and not is_sweep:
                 resolve_paths(config, Path.cwd())
-        if not is_sweep:
-            fill_val_fraction(config, is_sweep=False)
         spec = None if is_sweep else build_spec(config, flags.files)
         if spec:
             check(spec)

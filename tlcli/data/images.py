@@ -189,23 +189,6 @@ class TorchvisionImages(ImageSource):
         return raw_image(image).to_pixels(None)
 
 
-class JoinedImages(ImageSource):
-    """Images of several sources, with their names there."""
-
-    def __init__(self, places: Sequence[tuple[ImageSource, int]]) -> None:
-        super().__init__()
-        self.places = places
-
-    def decode(self, index: int) -> Pixels:
-        return self.places[index][0].decode(self.places[index][1])
-
-    def name(self, index: int) -> str:
-        return self.places[index][0].name(self.places[index][1])
-
-    def key(self, index: int) -> str:
-        return self.places[index][0].key(self.places[index][1])
-
-
 class ImageArrays(ImageSource):
     """Images of one size that are in memory: uint8 (n, height, width, 3)."""
 
@@ -309,10 +292,11 @@ def source_of_files(listing: Listing) -> Source:
     return Source(listing.classes, splits, tuple(notes))
 
 
-class ConcatSplits:
+class ConcatSplits(ImageSource):
     """Several splits as one sequence, with the methods of a split; position 0 is the first image of the first one."""
 
     def __init__(self, splits: Mapping[str, Split]) -> None:
+        super().__init__()
         self.splits = splits
         self.labels: Ints = np.concatenate([split.labels for split in splits.values()])
         self.split_names = [name for name, split in splits.items() for _ in range(len(split))]
@@ -327,8 +311,9 @@ class ConcatSplits:
     def key(self, position: int) -> str:
         return self.places[position][0].key(self.places[position][1])
 
-    def read(self, position: int) -> Pixels:
-        return self.places[position][0].read(self.places[position][1])
+    def decode(self, position: int) -> Pixels:
+        images, index = self.places[position]
+        return images.pixels[index] if index in images.pixels else images.decode(index)
 
 
 def join_splits(splits: ConcatSplits) -> Split:
@@ -336,7 +321,7 @@ def join_splits(splits: ConcatSplits) -> Split:
     first = splits.places[0][0]
     if isinstance(first, ImageFiles):
         return full_split(ImageFiles(first.root, [splits.key(i) for i in range(len(splits))]), splits.labels)
-    return full_split(JoinedImages(splits.places), splits.labels)
+    return full_split(splits, splits.labels)
 
 
 def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
