@@ -128,10 +128,14 @@ def test_commands_show_the_refit_for_its_folds(
 def test_without_a_test_split_nothing_is_held_out_for_it(
     images: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = finish(tmp_path / "run", *words, f"dataset.root='{images / 'train'}'", "folds=2", "epochs=1")
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
+    one_stage = ("freeze=last_stages", "freeze.n=1", "augment=basic")  # trains on images, from a probe on activations
+    run = finish(tmp_path / "run", *words, *one_stage, f"dataset.root='{images / 'train'}'", "folds=2", "epochs=1")
     out = capsys.readouterr().out
     assert "fold 1 of 2" in out and "fold 2 of 2" in out
     assert out.count("test       no test split") == 1 and "(approximate: folds share training images)" in out
+    extracted = [read_json(run / part / "run.json")["extraction"] for part in ("fold-0", "fold-1", "best")]
+    assert [entry and entry["images"] for entry in extracted] == [18 + 9, 9, None]  # of the probe, once; of each val
     info = read_json(run / "best/run.json")
     assert (info["n_train"], info["n_test"], info["cross_validation"]["n"]) == (18, 0, 18)
     assert not (run / "best/test.json").exists()
@@ -139,7 +143,7 @@ def test_without_a_test_split_nothing_is_held_out_for_it(
     assert "cross-validated accuracy; not tested" in (run / "best/report.html").read_text()
 
 
-@pytest.mark.parametrize("part", [1, K])
+@pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.slow), K])
 def test_an_interrupted_run_over_folds_goes_on_to_the_same_end(
     part: int, crossed: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -210,10 +210,11 @@ class Workload:
         assert isinstance(cut, Cut)
         pool = split = self.split(split_name)
         label, views = split_name.removesuffix("_eval"), [None]
+        reads_both = {"train", "train_eval"} <= set(cached) or (split_name == "train_eval" and data.folds is not None)
         if split_name == "train" and self.augments:
             views = list(range(min(spec.cache.views or 0, spec.epochs)))  # type: ignore[arg-type] # no epoch reads more
-        elif split_name != "test" and {"train", "train_eval"} <= set(cached) and data.train.images is data.val.images:
-            splits, label = (data.train, data.val), "train+val"  # these also serve a val split drawn with another seed
+        elif split_name != "test" and reads_both and data.train.images is data.val.images:
+            splits, label = (data.train, data.val), "train+val"  # also for other folds, or a val split of another seed
             indices, positions = np.unique(np.concatenate([s.indices for s in splits]), return_index=True)
             pool = Split(pool.images, indices, np.concatenate([s.labels for s in splits])[positions])
         found = [self._activations(cut, option, pool, label, view) for view in views]
