@@ -164,6 +164,20 @@ def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, monkeypa
         drawn(run)
 
 
+def test_cross_validation_is_shown_without_values_of_another_type(tmp_path: Path) -> None:
+    run = make_run(tmp_path, n=12)
+    test = json.loads(run.test_file.read_text())
+    folds = {"folds": 2, "fold_accuracies": [0.5, 0.7], "mean": 0.6, "standard_deviation": 0.1}
+    folds |= {key: test[key] for key in ("n", "accuracy", "accuracy_ci95", "confusion")}
+    run.update(cross_validation=folds)
+    words = drawn(run).words.replace("\xa0", " ")
+    assert "Mean of the folds 60.0 %, standard deviation 10.0 %" in words and "50.0 %" in words
+    for n, key in enumerate(folds):
+        for value in OTHER_TYPES[n % 3 :: 3]:
+            run.update(cross_validation={**folds, key: value})
+            drawn(run)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff", '{"loss": NaN, "split": "val", "epoch": 1}'])
 def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
     run = make_run(tmp_path)
