@@ -32,8 +32,9 @@ from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.specs import HeadInit, OnBad, TrainSpec
 from tlcli.text import csv_line, join_limited, strip_control_chars
-from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
+from tlcli.transfer.contract import apply_freeze, linear_head
 from tlcli.transfer.freeze import HeadSpec
+from tlcli.transfer.probe import fit_probe
 
 SCHEMA_VERSION = 2
 FOLDS = 5

@@ -225,7 +225,7 @@ class ImageSpec(Spec, frozen=True):
     """Preprocessing of images for the network."""
 
     size: Annotated[int, Meta(ge=8)] | None
-    fit: Fit
+    fit: Fit | None
     mean: tuple[float, float, float] | None
     std: tuple[Positive, Positive, Positive] | None
 
@@ -273,7 +273,9 @@ class TrainSpec(Spec, frozen=True):
     image: ImageSpec
     cache: CacheSpec
     checkpoint: CheckpointSpec
-    epochs: Count
+    epochs: Count | None
+    min_epochs: Count
+    min_steps: Count
     batch_size: Count
     accumulate: Count
     seed: Annotated[int, Meta(ge=0, lt=2**32)]

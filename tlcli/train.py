@@ -1,11 +1,16 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
+
+from msgspec import structs
+from torch import Tensor
 
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions, decide
+from tlcli.engine.image_choice import ImageChoice, choose_image
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
 from tlcli.engine.session import Session
@@ -18,13 +23,17 @@ from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
-from tlcli.transfer.contract import apply_freeze, fit_probe, linear_head
+from tlcli.transfer.contract import apply_freeze, linear_head
+from tlcli.transfer.probe import DEFAULT_PENALTY, cross_validate, fit_probe
 
 
 class NewRun:
     """The start of a new run; `ResumeState` is that of an interrupted one."""
 
     threads: int | None = None
+
+    def image(self, workload: Workload, reporter: Reporter) -> ImageChoice:
+        return choose_image(workload, reporter)
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         return decide(workload)
@@ -39,7 +48,20 @@ class NewRun:
             loader = inputs.open("train_eval", reporter)
             x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
             digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-            head.load_state_dict(workload.session.get_or_create(("probe", digest), lambda: fit_probe(head, x, y)))
+
+            def fit() -> tuple[str, dict[str, Tensor]]:
+                found = cross_validate(x, y, workload.spec.seed)
+                penalty = found.penalty if found else DEFAULT_PENALTY
+                reason = f"L2 penalty {penalty:g} per image"
+                if found:
+                    n = len(found.correct)
+                    reason += f", accuracy {found.accuracy:.3f} in {found.folds}-fold cross-validation on {n:,} images"
+                return reason, fit_probe(head, x, y, penalty)
+
+            reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
+            head.load_state_dict(state)
+            inputs.add_reason("probe", reason)
+            reporter.note(f"probe: {reason}")
             is_ready = True
         workload.contract.seal()
         best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
@@ -56,7 +78,7 @@ def train(
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
-        workload = _load(spec, session, reporter, start.threads)
+        workload = _load(spec, session, reporter, start)
         contract, network = workload.contract, workload.classifier.network
         inputs = Inputs(start.decisions(workload, reporter), workload)
         inputs.device.place(network)
@@ -74,7 +96,7 @@ def train(
     checkpoints = CheckpointManager(run, inputs, trainer, epoch=first_epoch - 1)
     best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
-        for epoch in range(first_epoch, spec.epochs + 1):  # epoch 0 is the network before it trains
+        for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
                 reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
@@ -115,9 +137,9 @@ def train(
     return best_epoch.value
 
 
-def _load(spec: TrainSpec, session: Session, reporter: Reporter, threads: int | None) -> Workload:
+def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState) -> Workload:
     """Return the data and the network on its accelerator, with the parameters to train marked."""
-    accelerator = setup_process(spec.device, threads)
+    accelerator = setup_process(spec.device, start.threads)
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
     computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
     classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
@@ -125,4 +147,7 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, threads: int | 
     contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
-    return Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
+    workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
+    pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
+    choice = start.image(replace(workload, data=pool), reporter)
+    return replace(workload, spec=structs.replace(spec, image=choice.image), image_reason=choice.reason)

@@ -7,6 +7,7 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
@@ -23,6 +24,7 @@ from tlcli.runs.run_dir import (
     REFIT,
     RunDir,
     host_digest,
+    integer,
     is_sweep,
     number,
     open_run,
@@ -114,6 +116,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     spec = load_spec(run, overrides) if overrides else before
     if spec.folds is not None and spec.fold is None:
         raise UsageError(f"{path}: trains on the images of all folds, after them: --resume {path.parent}")
+    if (epochs := integer(info.get("epochs"))) is not None:  # that followed from the number of images
+        before, spec = (structs.replace(s, epochs=s.epochs or epochs) for s in (before, spec))
     _check_changes(before, spec)
     is_done = info.get("status") == "done"
     if is_done and spec.epochs == before.epochs:
@@ -141,8 +145,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             if info.get("status") == "running" and info.get("host") != host_digest():
                 reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
-            steps = range(10 * before.epochs)  # as if an epoch had ten
-            factors = [[lr_factor(s.scheduler, i, 10 * s.epochs, 10) for i in steps] for s in (before, spec)]
+            ends = [10 * (s.epochs or 0) for s in (before, spec)]  # as if an epoch had ten steps
+            factors = [[lr_factor(spec.scheduler, i, end, 10) for i in range(ends[0])] for end in ends]
             if factors[0] != factors[1]:
                 reporter.note(
                     f"epochs={spec.epochs}, was {before.epochs}: from here on the learning rate follows the "
@@ -176,7 +180,7 @@ def _check_changes(before: TrainSpec, now: TrainSpec) -> None:
     allowed = tuple(f"{words.split()[0]}." for words in CHANGEABLE.split(", "))
     changes = (key for key in {**old, **new} if old.get(key, ...) != new.get(key, ...))
     wrong = [key for key in changes if not f"{key}.".startswith(allowed)]
-    if now.epochs < before.epochs:
+    if now.epochs is not None and before.epochs is not None and now.epochs < before.epochs:
         wrong.append(f"epochs={now.epochs}, less than {before.epochs}")
     if wrong:
         raise UsageError(f"a resumed run cannot change {', '.join(wrong)}; it may change {CHANGEABLE}")

@@ -27,10 +27,11 @@ from tlcli.data.decode import ValueRange, decoder
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
 from tlcli.engine.extraction import BATCH, Extractor
+from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier, Float32Linear, Head
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode, TrainSpec
+from tlcli.specs import CacheMode, Fit, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, linear_head
@@ -119,7 +120,7 @@ def preprocessing_for(spec: TrainSpec, classifier: Classifier, value_range: Valu
     """Return how images become the network's input: by the spec and the data's range, else as its weights expect."""
     return Preprocessing(
         size=image_size(spec) or classifier.size,
-        fit=spec.image.fit,
+        fit=spec.image.fit or Fit.crop,
         mean=spec.image.mean or classifier.mean,
         std=spec.image.std or classifier.std,
         range=value_range,
@@ -140,6 +141,7 @@ class Workload:
     accelerator: torch.device
     session: Session
     needs_probe: bool = False  # the head starts from a linear probe on train_eval
+    image_reason: str | None = None  # the comparison by which size and fit of the images were chosen
     _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -150,6 +152,10 @@ class Workload:
     def workers(self) -> int:
         workers = self.spec.device.workers
         return auto_workers(self.accelerator) if workers is None else workers
+
+    @property
+    def epochs(self) -> int:
+        return number_of_epochs(self.spec, len(self.data.train))
 
     @property
     def selects_epoch(self) -> bool:
@@ -212,7 +218,7 @@ class Workload:
         label, views = split_name.removesuffix("_eval"), [None]
         reads_both = {"train", "train_eval"} <= set(cached) or (split_name == "train_eval" and data.folds is not None)
         if split_name == "train" and self.augments:
-            views = list(range(min(spec.cache.views or 0, spec.epochs)))  # type: ignore[arg-type] # no epoch reads more
+            views = list(range(min(spec.cache.views or 0, self.epochs)))  # type: ignore[arg-type] # no epoch reads more
         elif split_name != "test" and reads_both and data.train.images is data.val.images:
             splits, label = (data.train, data.val), "train+val"  # also for other folds, or a val split of another seed
             indices, positions = np.unique(np.concatenate([s.indices for s in splits]), return_index=True)

@@ -93,7 +93,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
         "classes": len(data.classes),
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         "size": preprocessing.size,
-        "epochs": spec.epochs,
+        "epochs": workload.epochs,
         "batch_size": spec.batch_size,
         "device": meter.device(workload).description,
         "cores": os.cpu_count() or 1,
@@ -126,7 +126,7 @@ class CostMeter:
 
         def epoch_and_run(train: float, evaluation: float) -> tuple[float, float]:
             epoch = n_train / train + n_val / evaluation
-            return epoch, n_evaluated / evaluation + spec.epochs * epoch
+            return epoch, n_evaluated / evaluation + workload.epochs * epoch
 
         decoding, reason = self._decode_seconds * (n_train + n_val + n_test), uncacheable_reason(workload)
         live_epoch, live_run = epoch_and_run(*self.uncached(workload))
@@ -137,7 +137,7 @@ class CostMeter:
             extractor = workload.extractor(cut, prefix_format)
             n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
             if workload.augments and spec.cache.views is not None:
-                n_rows += n_train * (min(spec.cache.views, spec.epochs) + workload.needs_probe - 1)
+                n_rows += n_train * (min(spec.cache.views, workload.epochs) + workload.needs_probe - 1)
             extraction, train, evaluation = self._cached(workload, cut, extractor)
             cached_epoch, cached_run = epoch_and_run(train, evaluation)
             first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)

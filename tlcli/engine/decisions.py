@@ -136,7 +136,13 @@ def decide(workload: Workload) -> Decisions:
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
-        reasons={**reasons, "training": train.reason, "evaluation": evaluation.reason, "train": reason},
+        reasons={
+            **reasons,
+            **({"image": workload.image_reason} if workload.image_reason else {}),
+            "training": train.reason,
+            "evaluation": evaluation.reason,
+            "train": reason,
+        },
     )
 
 
@@ -170,7 +176,7 @@ def not_worthwhile_reason(
     if reason or not images or row_bytes <= SMALL_ROW_BYTES or is_required:
         return reason
     if reads is None:
-        reads = len(data.train) * (spec.epochs + workload.needs_probe) + len(data.val) * (spec.epochs + 1)
+        reads = len(data.train) * (workload.epochs + workload.needs_probe) + len(data.val) * (workload.epochs + 1)
     seconds = 1 / (option.images_per_second or 1.0)
     uncached = reads * seconds
     cached = images * (seconds + row_bytes * WRITE_SECONDS_PER_BYTE) + reads * row_bytes * READ_SECONDS_PER_BYTE
@@ -188,7 +194,7 @@ def _add_evaluated_splits(workload: Workload, option: ComputeFormat, cached: set
     if not cached and workload.needs_probe and isinstance(workload.features_cut, Cut):
         reads["train_eval"] = 1
     if isinstance(workload.cut, Cut):  # test is read once: it is cached for later runs, if that is cheap
-        reads |= {"test": 1} if cached else {"val": workload.spec.epochs + 1, "test": 1}
+        reads |= {"test": 1} if cached else {"val": workload.epochs + 1, "test": 1}
     reasons = {}
     for name, n in reads.items():
         if not len(workload.split(name)):

@@ -77,6 +77,9 @@ class Inputs:
         self.decisions = structs.replace(self.decisions, compiled=self.decisions.compiled - {split_name} | names)
         return tensors
 
+    def add_reason(self, name: str, reason: str) -> None:
+        self.decisions = structs.replace(self.decisions, reasons={**self.decisions.reasons, name: reason})
+
     @property
     def cache_info(self) -> dict[str, Any]:
         """The value of `cache` in run.json."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
-from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec, option
+from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec, TrainSpec, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -69,6 +69,16 @@ class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
     gamma: OpenFraction
 
     reads_validation: ClassVar[bool] = True
+
+
+def steps_per_epoch(spec: TrainSpec, n_images: int) -> int:
+    """Return the number of optimizer steps in a pass over this many training images."""
+    return math.ceil(math.ceil(n_images / spec.batch_size) / spec.accumulate)
+
+
+def number_of_epochs(spec: TrainSpec, n_images: int) -> int:
+    """Return the epochs of a run on this many training images: as given, else enough for the fewest steps."""
+    return spec.epochs or max(spec.min_epochs, math.ceil(spec.min_steps / steps_per_epoch(spec, n_images)))
 
 
 class Schedule:

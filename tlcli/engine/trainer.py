@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from tlcli.device import Device, autocast, limit_threads
 from tlcli.engine.activations import Workload
 from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
-from tlcli.engine.schedule import Schedule
+from tlcli.engine.schedule import Schedule, steps_per_epoch
 from tlcli.errors import NonFiniteLossError, TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
@@ -36,8 +36,9 @@ class Trainer:
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         class_counts = workload.data.train.class_counts(len(classes))
-        self.steps_per_epoch = ceil(ceil(sum(class_counts) / spec.batch_size) / spec.accumulate)
-        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, spec.epochs)
+        self.schedule = Schedule(
+            spec.scheduler, self.optimizer, steps_per_epoch(spec, len(workload.data.train)), workload.epochs
+        )
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images

@@ -21,6 +21,7 @@ from tlcli.engine.metrics import (
     scores,
     test_report,
 )
+from tlcli.engine.schedule import steps_per_epoch
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
@@ -64,6 +65,7 @@ class Recorder:
             seed=spec.seed,
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
+            epochs=workload.epochs,
             keep_best=spec.keep_best.value,
             **weights_metadata(workload),
             **environment(),
@@ -80,14 +82,17 @@ class Recorder:
         options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
         values = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
         augment = f"{spec.augment.kind} ({values})" if values else "without augmentation"
-        epochs = f"{spec.epochs} epoch" + ("s" if spec.epochs > 1 else "")
+        epochs = f"{workload.epochs} epoch" + ("s" if workload.epochs > 1 else "")
         kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
+        steps = workload.epochs * steps_per_epoch(spec, len(data.train))
         notes = [*classifier.notes, *data.notes]
+        notes += [f"image: {workload.image_reason}"] if workload.image_reason else []
         if len(data.val) and spec.fold is None and not workload.selects_epoch:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
+        preprocessing = workload.preprocessing
         self._reporter.plan(
             RunPlan(
                 run=self._run.path,
@@ -96,10 +101,10 @@ class Recorder:
                 classes=data.classes,
                 counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
                 model=classifier.name,
-                image=f"{workload.preprocessing.size} px, {spec.image.fit.value}; training images: {augment}",
+                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {augment}",
                 stages=stages,
-                training=f"{epochs}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, {spec.scheduler.kind}, "
-                f"head from {spec.freeze.head_init.value}, keeps {kept}",
+                training=f"{epochs}, {steps:,} steps, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, "
+                f"{spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
                 device=device.description,
                 activations=inputs.summary,
                 notes=tuple(notes),
@@ -131,7 +136,7 @@ class Recorder:
         self._reporter.epoch(
             EpochRow(
                 epoch=epoch,
-                epochs=self._spec.epochs,
+                epochs=self._inputs.workload.epochs,
                 train_loss=fit.get("loss"),
                 train_accuracy=fit.get("accuracy"),
                 **{f"val_{name}": metrics.get(name) for name in ("loss", "accuracy", "macro_f1")},

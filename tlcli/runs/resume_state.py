@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from tlcli import __version__
+from tlcli.data.batches import Preprocessing
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
+from tlcli.engine.image_choice import ImageChoice
 from tlcli.engine.inputs import SPLIT_NAMES, Inputs
 from tlcli.engine.metrics import BestEpochTracker, Scores
 from tlcli.engine.trainer import Trainer
@@ -33,6 +37,13 @@ class ResumeState:
     def threads(self) -> int:
         """The number of threads of the run: with another number sums are rounded differently."""
         return max(1, int(self.state["machine"]["threads"]))
+
+    def image(self, workload: Workload, reporter: Reporter) -> ImageChoice:
+        """Return the size and the fit of the run's images."""
+        own = Preprocessing.from_json(self.run.info["preprocessing"])
+        return ImageChoice(
+            structs.replace(workload.spec.image, size=own.size, fit=own.fit), self.recorded.reasons.get("image")
+        )
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""

@@ -1,12 +1,9 @@
-"""Trainable parameters: the freeze contract, the optimizer's parameter groups, and the linear probe of the head."""
+"""Trainable parameters: the freeze contract and the optimizer's parameter groups."""
 
 import hashlib
-import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -18,9 +15,6 @@ from tlcli.transfer.graph import digest_of_tensor
 
 EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding")
 """Last names of tokens and of tables of positions, in timm and torchvision; timm's networks list further ones."""
-L2_PER_IMAGE = 0.1
-"""L2 penalty of the linear probe per image. Of 1 down to 0.003, the loss on held-out training images was lowest here
-for hymenoptera (220 images) and CIFAR-10 (200), and near its lowest for CIFAR-10 (5,000) and digits (1,300)."""
 
 
 class FreezeContract:
@@ -145,31 +139,3 @@ def linear_head(classifier: Classifier) -> nn.Linear | None:
     """Return the head if it is one linear layer, which a probe can fill; else None (distilled models: two heads)."""
     modules = [classifier.network.get_submodule(name) for name in classifier.head]
     return modules[0] if len(modules) == 1 and isinstance(modules[0], nn.Linear) else None
-
-
-def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Fill a linear layer with the logistic regression on features (N, D) and labels (N); return a copy of its state.
-
-    A random head would distort good features (LP-FT, Kumar et al. 2022). The regression sees features centered and
-    divided by one number, so that one penalty suits every backbone (one per feature would give nearly constant ones
-    huge weights); the layer gets the equivalent weights.
-    """
-    from sklearn.exceptions import ConvergenceWarning  # here, because it takes a second
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
-
-    x = features.numpy().astype(np.float32)
-    mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
-    regression = LogisticRegression(C=1 / (L2_PER_IMAGE * len(x)), max_iter=200)
-    with warnings.catch_warnings(), threadpool_limits(1):  # more help little, and harm if other processes run
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a starting point
-        regression.fit((x - mean) / scale, labels.numpy())
-    coefficients, intercept = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # scikit-learn gives one row, the log-odds of the second class
-        coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2
-    weight = coefficients / scale
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight))
-        if head.bias is not None:
-            head.bias.copy_(torch.from_numpy(intercept - weight @ mean))
-    return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}

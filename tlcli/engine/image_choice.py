@@ -1,0 +1,107 @@
+"""Choose the size and the fit of images that the config leaves open, by how well a linear probe does with each."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from msgspec import structs
+
+from tlcli.data.dataset import limit_per_class
+from tlcli.engine.activations import Workload
+from tlcli.engine.decisions import Decisions
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import features
+from tlcli.models.classifier import eval_mode
+from tlcli.reporter import Reporter
+from tlcli.specs import Fit, ImageSpec, Precision
+from tlcli.transfer.contract import linear_head
+from tlcli.transfer.cut import Cut
+from tlcli.transfer.probe import CrossValidation, cross_validate
+
+SHARES, STEP = (4 / 7, 5 / 7), 32  # of the backbone's size: 128 and 160 of 224 pixels, a third and a half of its FLOPs
+MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
+
+
+@dataclass(frozen=True)
+class ImageChoice:
+    """The size and the fit of images, and the comparison by which they were chosen; None if there was none."""
+
+    image: ImageSpec
+    reason: str | None = None
+
+
+def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
+    """Return the size and the fit of a new run's images: as given, else chosen by the training images.
+
+    A probe is cross-validated on a sample with each fit at the smallest size (images may all be squares), then with
+    each size. A larger size, and another fit than a central crop, is taken if its accuracy is higher by more than one
+    standard error of the difference: the same images classified twice. Features are in float32, so that the same
+    images give the same choice on every machine. A choice is made once per session.
+    """
+    spec, classifier = workload.spec, workload.classifier
+    image, size = spec.image, spec.image.size or spec.dataset.image_size or classifier.size
+    given = structs.replace(image, size=size, fit=image.fit or Fit.crop)
+    is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
+    n = MAX_IMAGES // len(workload.data.classes)
+    if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
+        return ImageChoice(given)
+    key = (spec.dataset, spec.backbone, image)
+    if key not in workload.session.image_choices:
+        workload.session.image_choices[key] = _compare(workload, given, size, n, reporter)
+    choice: ImageChoice = workload.session.image_choices[key]
+    return choice
+
+
+def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, reporter: Reporter) -> ImageChoice:
+    spec, data = workload.spec, workload.data
+    sample = limit_per_class(data.train, data.classes, per_class, spec.seed, "image")
+    alone = replace(workload, data=replace(data, train=sample))
+    sizes, fits = [size], [given.fit]
+    if spec.image.size is None and spec.dataset.image_size is None:
+        smaller = sorted({round(share * size / STEP) * STEP for share in SHARES})
+        sizes = [*(s for s in smaller if 0 < s < size and _takes(workload, s)), size]
+    if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
+        fits = [Fit.crop, Fit.squash, Fit.pad]
+    chosen = structs.replace(given, size=sizes[0], fit=fits[0])
+    best = _probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
+    if best is None:
+        return ImageChoice(given)
+    accuracies = [f"{chosen.size} px {chosen.fit} {best.accuracy:.3f}"]
+    for key, value in [*(("fit", fit) for fit in fits[1:]), *(("size", size) for size in sizes[1:])]:
+        image = structs.replace(chosen, **{key: value})
+        other = _probe(alone, image, reporter)
+        assert other is not None
+        accuracies.append(f"{image.size} px {image.fit} {other.accuracy:.3f}")
+        gain = other.correct.astype(float) - best.correct
+        if gain.mean() > gain.std() / sqrt(len(gain)):
+            chosen, best = image, other
+    compared = f"probes on {len(sample)} images, {best.folds}-fold: {', '.join(accuracies)}"
+    return ImageChoice(chosen, f"{compared}; higher by less than a standard error counts as equal")
+
+
+def _takes(workload: Workload, size: int) -> bool:
+    """Return True if the network takes images of this size; some transformers have one table of positions."""
+    network = workload.classifier.network
+    with eval_mode(network), torch.inference_mode(), suppress(Exception):
+        network(torch.zeros(1, 3, size, size, device=workload.accelerator))
+        return True
+    return False
+
+
+def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossValidation | None:
+    spec = structs.replace(workload.spec, image=image)
+    workload = replace(
+        workload, spec=structs.replace(spec, device=structs.replace(spec.device, precision=Precision.fp32))
+    )
+    head, device = linear_head(workload.classifier), workload.accelerator.type
+    assert head is not None
+    decisions = Decisions(train_precision="float32", eval_precision="float32", channels_last=device != "mps")
+    if isinstance(workload.features_cut, Cut) and workload.spec.cache.max_gb > 0:
+        decisions = structs.replace(decisions, cached=frozenset({"train_eval"}))
+    inputs = Inputs(decisions, workload)
+    label = f"features at {image.size} px, {image.fit}"
+    x, y = features(
+        workload.classifier.network, head, inputs.open("train_eval", reporter), inputs.device, reporter, label
+    )
+    return cross_validate(x, y, spec.seed)
