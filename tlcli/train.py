@@ -24,7 +24,7 @@ from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HeadInit, TrainSpec
 from tlcli.transfer.contract import apply_freeze, linear_head
-from tlcli.transfer.probe import DEFAULT_PENALTY, cross_validate, fit_probe
+from tlcli.transfer.probe import DEFAULT_PENALTY, choose_penalty, fit_probe
 
 
 class NewRun:
@@ -50,7 +50,7 @@ class NewRun:
             digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
 
             def fit() -> tuple[str, dict[str, Tensor]]:
-                found = cross_validate(x, y, workload.spec.seed)
+                found = choose_penalty(x, y, workload.spec.seed)
                 penalty = found.penalty if found else DEFAULT_PENALTY
                 reason = f"L2 penalty {penalty:g} per image"
                 if found:

@@ -201,6 +201,9 @@ def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:
     for key, value in leaves(msgspec.to_builtins(spec)):
         if isinstance(value, float) and not math.isfinite(value):  # ranges of msgspec let NaN and infinity pass
             raise UsageError(f"{re.sub(r'[.][0-9]+$', '', key)}={value} is not a finite number")
+    for word in map(str, HydraConfig.get().overrides.task):
+        if spec.epochs is not None and word.lstrip("+").startswith(("min_epochs=", "min_steps=")):
+            raise UsageError(f"{word} has no effect with epochs={spec.epochs}: give one of the two")
     return spec
 
 

@@ -17,7 +17,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import Fit, ImageSpec, Precision
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
-from tlcli.transfer.probe import CrossValidation, cross_validate
+from tlcli.transfer.probe import CrossValidation, choose_penalty
 
 SHARES, STEP = (4 / 7, 5 / 7), 32  # of the backbone's size: 128 and 160 of 224 pixels, a third and a half of its FLOPs
 MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
@@ -104,4 +104,4 @@ def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossVal
     x, y = features(
         workload.classifier.network, head, inputs.open("train_eval", reporter), inputs.device, reporter, label
     )
-    return cross_validate(x, y, spec.seed)
+    return choose_penalty(x, y, spec.seed)

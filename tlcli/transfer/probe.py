@@ -30,7 +30,7 @@ class CrossValidation:
         return float(self.correct.mean())
 
 
-def cross_validate(features: Tensor, labels: Tensor, seed: int) -> CrossValidation | None:
+def choose_penalty(features: Tensor, labels: Tensor, seed: int) -> CrossValidation | None:
     """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of at most MAX_IMAGES.
 
     Return None if the sample has fewer than two images of a class. Standardizing each feature was no better on average:
