@@ -73,8 +73,8 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
         other = _probe(alone, image, reporter)
         assert other is not None
         accuracies.append(f"{image.size} px {image.fit} {other.accuracy:.3f}")
-        gain = other.correct.astype(float) - best.correct
-        if gain.mean() > gain.std() / sqrt(len(gain)):
+        gains, losses = int((other.correct & ~best.correct).sum()), int((best.correct & ~other.correct).sum())
+        if gains - losses > sqrt(gains + losses):
             chosen, best = image, other
     compared = f"probes on {len(sample)} images, {best.folds}-fold: {', '.join(accuracies)}"
     return ImageChoice(chosen, f"{compared}; higher by less than a standard error counts as equal")

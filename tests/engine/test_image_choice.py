@@ -1,0 +1,95 @@
+"""The size and the fit of images: as given, or the cheapest of those that a probe cannot tell from the best."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Compose
+from tlcli.engine import image_choice
+from tlcli.engine.activations import Workload
+from tlcli.engine.image_choice import choose_image
+from tlcli.engine.session import Session
+from tlcli.reporter import Reporter
+from tlcli.store import Store
+from tlcli.train import NewRun, _load
+from tlcli.transfer.probe import CrossValidation
+
+
+@pytest.fixture
+def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """workload("image.size=128", side=(40, 60)): of a folder of 24 images of this height and width."""
+
+    def make(*words: str, side: tuple[int, int] = (40, 40)) -> Workload:
+        random, root = np.random.default_rng(0), tmp_path / f"images-{side[0]}-{side[1]}"
+        for split, n in (("train", 12), ("test", 2)):
+            for name in "ab":
+                folder = root / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(n):
+                    pixels = random.integers(0, 255, (*side, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        own = spec("dataset=imagefolder", f"dataset.root={root}", *words)
+        monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: image_choice.ImageChoice(own.image))
+        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun())
+
+    return make
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch):
+    """probed({(128, "crop"): 50, ...}): probes get so many of 100 images right. Return the list of those compared."""
+
+    def use(right: dict[tuple[int, str], int]) -> list[tuple[int, str]]:
+        seen: list[tuple[int, str]] = []
+
+        def result(workload: Workload, image, reporter: Reporter) -> CrossValidation:
+            seen.append((image.size, str(image.fit)))
+            return CrossValidation(0.1, 5, np.arange(100) < right[seen[-1]])
+
+        monkeypatch.setattr(image_choice, "_probe", result)
+        return seen
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("right", "size"),
+    [((50, 50, 50), 128), ((50, 51, 51), 128), ((50, 60, 60), 160), ((50, 51, 60), 224), ((60, 60, 50), 128)],
+)
+def test_a_larger_size_is_taken_if_it_gains_more_than_a_standard_error(right, size: int, workload, probed) -> None:
+    seen = probed({(s, "crop"): n for s, n in zip((128, 160, 224), right, strict=True)})
+    choice = choose_image(workload(), Reporter())
+    assert (choice.image.size, choice.image.fit) == (size, "crop")
+    assert seen == [(128, "crop"), (160, "crop"), (224, "crop")]  # squares need no other fit
+    assert f"160 px crop 0.{right[1]}0" in str(choice.reason)
+
+
+def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
+    seen = probed({(128, "crop"): 50, (128, "squash"): 60, (128, "pad"): 55, (160, "squash"): 60, (224, "squash"): 61})
+    assert choose_image(workload(side=(40, 60)), Reporter()).image.fit == "squash"
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "fit"),
+    [
+        (("image.size=96", "image.fit=pad"), 96, "pad"),
+        (("dataset.image_size=64",), 64, "crop"),
+        (("backbone.weights=none",), 224, "crop"),
+    ],
+)
+def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
+    words: tuple[str, ...], size: int, fit: str, workload, probed
+) -> None:
+    seen = probed({})
+    choice = choose_image(workload(*words), Reporter())
+    assert (choice.image.size, choice.image.fit, choice.reason, seen) == (size, fit, None, [])
+
+
+def test_a_session_chooses_once(workload, probed) -> None:
+    seen = probed({(128, "crop"): 50, (160, "crop"): 50, (224, "crop"): 50})
+    own = workload()
+    assert choose_image(own, Reporter()) == choose_image(own, Reporter())
+    assert len(seen) == 3
