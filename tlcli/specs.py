@@ -226,6 +226,7 @@ class ImageSpec(Spec, frozen=True):
 
     size: Annotated[int, Meta(ge=8)] | None
     fit: Fit | None
+    train_size: Annotated[int, Meta(ge=8)] | None
     mean: tuple[float, float, float] | None
     std: tuple[Positive, Positive, Positive] | None
 

@@ -49,7 +49,7 @@ CASES = {
     "dataset=imagefolder dataset.root=nowhere": "nowhere: no such folder",
     "backbone=timm": "backbone.name has no value yet; give it one: backbone.name=...",
     "epochs=???": "epochs has no value yet",
-    "~epochs": "epochs has no value yet",
+    "~batch_size": "batch_size has no value yet",
     "seed=1,2": "add -m to sweep over them, or write a list, seed=[1,2]",
     "freeze=head,none": "add -m",
     "foo": "write KEY=VALUE",

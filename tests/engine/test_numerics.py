@@ -85,6 +85,7 @@ def choose(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
             classifier=SimpleNamespace(network=network),
             contract=SimpleNamespace(train_mode=network.train),
             preprocessing=SimpleNamespace(size=8),
+            train_size=8,
             accelerator=CPU,
             session=session,
         )

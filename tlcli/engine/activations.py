@@ -149,6 +149,11 @@ class Workload:
         return preprocessing_for(self.spec, self.classifier, self.data.value_range)
 
     @property
+    def train_size(self) -> int:
+        """The size in pixels of augmented training images that are not read from activations."""
+        return self.spec.image.train_size or self.preprocessing.size
+
+    @property
     def workers(self) -> int:
         workers = self.spec.device.workers
         return auto_workers(self.accelerator) if workers is None else workers

@@ -31,6 +31,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
 
     Args:
         eval_precision: of evaluation and of the frozen prefix.
+        train_size: pixels of augmented training images; None up to tlcli 0.6: as in evaluation.
         cut: names of the first modules after the cut; None if nothing is cut off.
         extraction_batch: images per forward pass of the prefix; None if nothing is cut off.
         cached: the splits (train, train_eval, val, test) that are read from activations.
@@ -41,6 +42,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     train_precision: DtypeName
     eval_precision: DtypeName
     channels_last: bool
+    train_size: int | None = None
     cut: str | None = None
     extraction_batch: Annotated[int, Meta(ge=1, le=4096)] | None = None
     cached: frozenset[str] = frozenset()
@@ -132,6 +134,7 @@ def decide(workload: Workload) -> Decisions:
         train_precision=dtype_names[train.dtype],
         eval_precision=dtype_names[evaluation.dtype],
         channels_last=evaluation.memory_format == torch.channels_last,
+        train_size=workload.train_size,
         cut=cut.suffix_start if isinstance(cut, Cut) else None,
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),

@@ -140,7 +140,7 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
     """Return the loader of a split that is read from images, of which as many as fit are decoded into memory."""
     spec, is_train, split = workload.spec, split_name == "train", workload.split(split_name)
     preload_images([split], reporter)
-    augmentation = spec.augment.build(workload.preprocessing) if is_train else None
+    augmentation = spec.augment.build(replace(workload.preprocessing, size=workload.train_size)) if is_train else None
     transforms = None
     if augmentation is not None and transforms_on_device(device.accelerator):
         augmentation, transforms = replace(augmentation, transforms=None), augmentation.transforms

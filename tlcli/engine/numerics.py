@@ -43,9 +43,9 @@ def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> C
 def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
-    network, inputs = workload.classifier.network, _noise(workload)
-    train = _fastest(workload, "training", network, inputs, trains=True)
-    return train, _fastest(workload, "evaluation", network, inputs, train.memory_format)
+    network, size = workload.classifier.network, workload.train_size
+    train = _fastest(workload, "training", network, _noise(workload, (3, size, size)), trains=True)
+    return train, _fastest(workload, "evaluation", network, _noise(workload), train.memory_format)
 
 
 def _noise(workload: Workload, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ def _fastest(
     trainable = sorted(name for name, p in workload.classifier.network.named_parameters() if p.requires_grad)
     subject = {
         "backbone": f"{workload.spec.backbone.kind}/{workload.spec.backbone.name}",
-        "size": workload.preprocessing.size,
+        "shape": list(inputs[0].shape[1:]),
         "trains": hashlib.sha256(" ".join(trainable).encode()).hexdigest(),
         "machine": machine_name(workload.accelerator),
         "torch": torch.__version__,

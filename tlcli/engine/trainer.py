@@ -36,9 +36,8 @@ class Trainer:
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         class_counts = workload.data.train.class_counts(len(classes))
-        self.schedule = Schedule(
-            spec.scheduler, self.optimizer, steps_per_epoch(spec, len(workload.data.train)), workload.epochs
-        )
+        self.steps_per_epoch = steps_per_epoch(spec, sum(class_counts))
+        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, workload.epochs)
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images

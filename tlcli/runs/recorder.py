@@ -92,7 +92,9 @@ class Recorder:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
-        preprocessing = workload.preprocessing
+        preprocessing, train_size = workload.preprocessing, ""
+        if workload.augments and "train" not in inputs.cached and workload.train_size != preprocessing.size:
+            train_size = f"{workload.train_size} px, "
         self._reporter.plan(
             RunPlan(
                 run=self._run.path,
@@ -101,7 +103,7 @@ class Recorder:
                 classes=data.classes,
                 counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
                 model=classifier.name,
-                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {augment}",
+                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {train_size}{augment}",
                 stages=stages,
                 training=f"{epochs}, {steps:,} steps, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, "
                 f"{spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",

@@ -40,10 +40,9 @@ class ResumeState:
 
     def image(self, workload: Workload, reporter: Reporter) -> ImageChoice:
         """Return the size and the fit of the run's images."""
-        own = Preprocessing.from_json(self.run.info["preprocessing"])
-        return ImageChoice(
-            structs.replace(workload.spec.image, size=own.size, fit=own.fit), self.recorded.reasons.get("image")
-        )
+        own, recorded = Preprocessing.from_json(self.run.info["preprocessing"]), self.recorded
+        image = structs.replace(workload.spec.image, size=own.size, fit=own.fit, train_size=recorded.train_size)
+        return ImageChoice(image, recorded.reasons.get("image"))
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""
