@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import Compose
-from tlcli.engine.schedule import Schedule, lr_factor
+from tlcli.engine.schedule import Schedule, lr_factor, number_of_epochs
 
 STEPS, PER_EPOCH = 100, 25
 
@@ -39,6 +39,15 @@ def test_shapes(spec: Compose) -> None:
     assert cycle[0] == pytest.approx(1 / 25)
     assert max(range(STEPS), key=lambda i: cycle[i]) == 30
     assert cycle[-1] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "epochs"),
+    [((), 100, 38), ((), 250, 19), ((), 10_000, 5), (("accumulate=2",), 250, 38), (("epochs=3",), 100, 3)],
+)
+def test_small_sets_are_seen_more_often(spec: Compose, words: tuple[str, ...], images: int, epochs: int) -> None:
+    """At least 150 steps of 32 images, and at least 5 epochs."""
+    assert number_of_epochs(spec(*words), images) == epochs
 
 
 def test_plateau_reduces_the_lr_of_each_group_once_the_loss_does_not_decrease(spec: Compose) -> None:

@@ -127,6 +127,13 @@ def test_not_finite_stops_the_run_and_says_where(small) -> None:
             setting.fit(epoch)
 
 
+def test_augmented_images_are_of_the_size_of_training_and_others_of_that_of_evaluation(small) -> None:
+    setting = small("image.train_size=24", "augment=basic")
+    val = setting.opened.open("val", Reporter())
+    assert next(iter(val.in_order()))[0][0].shape[-1] == 32
+    assert next(iter(setting.train.epoch(1)))[0][0].shape[-1] == 24
+
+
 def test_one_image_left_over_does_not_crash_batchnorm(small) -> None:
     """53 images in batches of 4 leave one, and MobileNet-like maps of 1 by 1 pixel have no batch statistics then."""
     setting = small("freeze.bn_stats=update", "batch_size=53", "backbone=resnet18", "backbone.weights=none")

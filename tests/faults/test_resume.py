@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import make_folder
+from tests.conftest import Compose, make_folder
 from tests.faults.runs_alike import differences, rows
 from tlcli.cli import main
 from tlcli.cli.compose import load_spec
+from tlcli.engine.image_choice import ImageChoice
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.runs import checkpointing
@@ -124,6 +125,28 @@ def test_a_run_without_validation_images_goes_on_to_the_same_end(
     own = ("freeze=head", "epochs=2")
     stops: list[Stop] = [(2, KeyboardInterrupt), (8, Killed)]
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
+
+
+def test_a_run_keeps_its_choice_of_image_and_epochs(
+    disturbed: Run, whole: Run, spec: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = iter([spec("image.size=40", "image.fit=squash", "image.train_size=32").image] * 2)  # one per new run
+    monkeypatch.setattr("tlcli.train.choose_image", lambda *args: ImageChoice(next(chosen), "the reason"))
+    own = (
+        *LIVE,
+        "freeze=last_stages",
+        "augment=basic",
+        "image.size=null",
+        "epochs=null",
+        "min_epochs=1",
+        "min_steps=8",
+    )
+    ends = whole(*own), disturbed(*own, stops=[(9, KeyboardInterrupt)])
+    assert list(differences(*ends)) == []
+    for run in map(RunDir, ends):
+        assert run.info["epochs"] == 2
+        assert (run.info["preprocessing"]["size"], run.info["decisions"]["train_size"]) == (40, 32)
+        assert run.info["decisions"]["reasons"]["image"] == "the reason"
 
 
 def test_a_run_that_ended_as_it_began_can_go_on(
