@@ -20,7 +20,7 @@ from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.probe import CrossValidation, choose_penalty
 
-SHARES, STEP = (4 / 7, 5 / 7), 32  # of the backbone's size: 128 and 160 of 224 pixels, a third and a half of its FLOPs
+SHARE, STEP = 5 / 7, 32  # of the backbone's size: 160 of 224 pixels, half of its FLOPs
 MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
 
 
@@ -35,12 +35,12 @@ class ImageChoice:
 def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
     """Return the size and the fit of a new run's images: as given, else chosen by the training images.
 
-    A probe is cross-validated on a sample with each fit at the smallest size (images may all be squares), then with
-    each size. A larger size, and another fit than a central crop, is taken if its accuracy is higher by more than one
-    standard error of the difference: the same images classified twice. If that is the largest size, training uses the
-    second largest, which takes half the time and is as accurate: random crops enlarge what they show (Touvron et al.
-    2019). Features are in float32, so that the same images give the same choice on every machine. A choice is made once
-    per session. Raise UsageError if the network does not take image.train_size.
+    Training uses a size below the backbone's, in half the time: random crops enlarge what they show (Touvron et al.
+    2019). For evaluation a probe is cross-validated on a sample with each fit (images may all be squares), then at the
+    backbone's size. Another fit than a central crop, and the larger size, is taken if its accuracy is higher by more
+    than one standard error of the difference: the same images classified twice. Features are in float32, so that the
+    same images give the same choice on every machine. A choice is made once per session. Raise UsageError if the
+    network does not take image.train_size.
     """
     spec, classifier = workload.spec, workload.classifier
     image, size = spec.image, spec.image.size or spec.dataset.image_size or classifier.size
@@ -64,8 +64,8 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
     alone = replace(workload, data=replace(data, train=sample))
     sizes, fits = [size], [given.fit]
     if spec.image.size is None and spec.dataset.image_size is None:
-        smaller = sorted({round(share * size / STEP) * STEP for share in SHARES})
-        sizes = [*(s for s in smaller if 0 < s < size and _takes(workload, s)), size]
+        smaller = round(SHARE * size / STEP) * STEP
+        sizes = [smaller, size] if 0 < smaller < size and _takes(workload, smaller) else [size]
     if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
         fits = [Fit.crop, Fit.squash, Fit.pad]
     chosen = structs.replace(given, size=sizes[0], fit=fits[0])
@@ -81,8 +81,8 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
         gains, losses = int((other.correct & ~best.correct).sum()), int((best.correct & ~other.correct).sum())
         if gains - losses > sqrt(gains + losses):
             chosen, best = image, other
-    if chosen.size == size > sizes[0] and chosen.train_size is None:
-        chosen = structs.replace(chosen, train_size=sizes[-2])
+    if chosen.train_size is None:
+        chosen = structs.replace(chosen, train_size=sizes[0])
     compared = f"probes on {len(sample)} images, {best.folds}-fold: {', '.join(accuracies)}"
     return ImageChoice(chosen, f"{compared}; higher by less than a standard error counts as equal")
 
