@@ -32,6 +32,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     Args:
         eval_precision: of evaluation and of the frozen prefix.
         train_size: pixels of augmented training images; None up to tlcli 0.6: as in evaluation.
+        train_images_per_second: as measured for a few steps; None if there was nothing to choose.
         cut: names of the first modules after the cut; None if nothing is cut off.
         extraction_batch: images per forward pass of the prefix; None if nothing is cut off.
         cached: the splits (train, train_eval, val, test) that are read from activations.
@@ -43,6 +44,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     eval_precision: DtypeName
     channels_last: bool
     train_size: int | None = None
+    train_images_per_second: float | None = None
     cut: str | None = None
     extraction_batch: Annotated[int, Meta(ge=1, le=4096)] | None = None
     cached: frozenset[str] = frozenset()
@@ -135,6 +137,7 @@ def decide(workload: Workload) -> Decisions:
         eval_precision=dtype_names[evaluation.dtype],
         channels_last=evaluation.memory_format == torch.channels_last,
         train_size=workload.train_size,
+        train_images_per_second=train.images_per_second,
         cut=cut.suffix_start if isinstance(cut, Cut) else None,
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),

@@ -27,7 +27,7 @@ from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_json, write_predictions
 from tlcli.specs import TrainSpec
-from tlcli.text import to_plain
+from tlcli.text import duration_text, to_plain
 from tlcli.transfer.contract import freeze_table
 
 
@@ -86,6 +86,8 @@ class Recorder:
         kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         steps = workload.epochs * steps_per_epoch(spec, len(data.train))
+        speed = inputs.decisions.train_images_per_second
+        about = f" (about {duration_text(workload.epochs * len(data.train) / speed)})" if speed else ""
         notes = [*classifier.notes, *data.notes]
         notes += [f"image: {workload.image_reason}"] if workload.image_reason else []
         if len(data.val) and spec.fold is None and not workload.selects_epoch:
@@ -105,8 +107,8 @@ class Recorder:
                 model=classifier.name,
                 image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {train_size}{augment}",
                 stages=stages,
-                training=f"{epochs}, {steps:,} steps, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, "
-                f"{spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
+                training=f"{epochs}, {steps:,} steps{about}, {batches}, {spec.optimizer.kind} lr "
+                f"{spec.optimizer.lr:g}, {spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
                 device=device.description,
                 activations=inputs.summary,
                 notes=tuple(notes),
