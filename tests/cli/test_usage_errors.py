@@ -38,6 +38,7 @@ CASES = {
     "device.kind=gpu": "device.kind=gpu is none of auto, cpu, cuda, mps",
     "dataset.kind=foo": "choose one with dataset=...",
     "epochs=0": "epochs=0: expected a whole number >= 1",
+    "image.train_size=96 cache.views=2": "image.train_size has no effect with cache.views",
     "folds=1": "folds=1: expected a whole number >= 2",
     "fold=1": "fold=1: give folds=N, too",
     "folds=3 fold=3": "fold=3: must be below folds=3",

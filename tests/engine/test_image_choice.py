@@ -85,6 +85,12 @@ def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
     assert (choice.image.size, choice.image.fit, choice.reason, seen) == (size, fit, None, [])
 
 
+def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:
+    own = workload("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none")
+    assert [image_choice._takes(own, size) for size in (160, 224)] == [False, False]
+    assert image_choice._takes(workload(), 160)
+
+
 def test_a_session_chooses_once(workload, probed) -> None:
     seen = probed({(160, "crop"): 50, (224, "crop"): 50})
     own = workload()

@@ -42,3 +42,9 @@ def test_penalty_is_chosen_on_a_sample_and_not_from_single_images(monkeypatch: p
     features, labels = torch.randn(90, 5), torch.arange(3).repeat(30)
     assert len(choose_penalty(features, labels, 0).correct) == 30
     assert choose_penalty(features[:4], torch.tensor([0, 0, 0, 1]), 0) is None
+
+
+def test_a_rare_class_does_not_end_cross_validation() -> None:
+    features, labels = torch.randn(43, 5), torch.arange(2).repeat(20)
+    found = choose_penalty(features, torch.cat([labels, torch.tensor([2, 3, 3])]), 0)
+    assert found and (found.folds, len(found.correct)) == (5, 40)

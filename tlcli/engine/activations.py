@@ -150,8 +150,8 @@ class Workload:
 
     @property
     def train_size(self) -> int:
-        """The size in pixels of augmented training images that are not read from activations."""
-        return self.spec.image.train_size or self.preprocessing.size
+        """The size in pixels of augmented training images; views are as large as the images of evaluation."""
+        return (None if self.spec.cache.views else self.spec.image.train_size) or self.preprocessing.size
 
     @property
     def workers(self) -> int:

@@ -39,8 +39,8 @@ def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
     2019). For evaluation a probe is cross-validated on a sample with each fit (images may all be squares), then at the
     backbone's size. Another fit than a central crop, and the larger size, is taken if its accuracy is higher by more
     than one standard error of the difference: the same images classified twice. Features are in float32, so that the
-    same images give the same choice on every machine. A choice is made once per session. Raise UsageError if the
-    network does not take image.train_size.
+    same images give the same choice on every machine. A choice is made once per session and seed. Raise UsageError if
+    the network does not take image.train_size.
     """
     spec, classifier = workload.spec, workload.classifier
     image, size = spec.image, spec.image.size or spec.dataset.image_size or classifier.size
@@ -51,7 +51,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
     n = MAX_IMAGES // len(workload.data.classes)
     if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
         return ImageChoice(given)
-    key = (spec.dataset, spec.backbone, image)
+    key = (spec.dataset, spec.backbone, image, spec.seed, spec.folds)
     if key not in workload.session.image_choices:
         workload.session.image_choices[key] = _compare(workload, given, size, n, reporter)
     choice: ImageChoice = workload.session.image_choices[key]
@@ -90,6 +90,8 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
 def _takes(workload: Workload, size: int) -> bool:
     """Return True if the network takes images of this size; some transformers have one table of positions."""
     network = workload.classifier.network
+    if getattr(network, "pretrained_cfg", {}).get("fixed_input_size"):  # timm's; it may compute, with wrong positions
+        return False
     with eval_mode(network), torch.inference_mode(), suppress(Exception):
         network(torch.zeros(1, 3, size, size, device=workload.accelerator))
         return True

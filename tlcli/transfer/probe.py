@@ -33,18 +33,20 @@ class CrossValidation:
 def choose_penalty(features: Tensor, labels: Tensor, seed: int) -> CrossValidation | None:
     """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of at most MAX_IMAGES.
 
-    Return None if the sample has fewer than two images of a class. Standardizing each feature was no better on average:
-    it gained up to 2 points on some data and lost as many on others.
+    Classes with fewer images than there are folds are left out. Return None if fewer than two are left. Standardizing
+    each feature was no better on average: it gained up to 2 points on some data and lost as many on others.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    y = labels.numpy()
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(y))[:MAX_IMAGES])
-    y = np.unique(y[chosen], return_inverse=True)[1]
-    folds = int(min(FOLDS, np.bincount(y).min()))
-    if folds < 2 or y.max() == 0:
+    order = np.random.default_rng(seed).permutation(len(labels))
+    y, classes = labels.numpy()[order], np.unique(labels)
+    members = [order[y == c][: MAX_IMAGES // len(classes)] for c in classes]
+    folds = min(FOLDS, max(map(len, members)))
+    members = [rows for rows in members if len(rows) >= max(folds, 2)]
+    if len(members) < 2:
         return None
-    x = _scaled(features.numpy()[chosen])[0]
+    chosen = np.sort(np.concatenate(members))
+    x, y = _scaled(features.numpy()[chosen])[0], np.unique(labels.numpy()[chosen], return_inverse=True)[1]
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     found: list[tuple[float, CrossValidation]] = []
     with _quiet():
