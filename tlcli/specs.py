@@ -298,6 +298,9 @@ class TrainSpec(Spec, frozen=True):
         if self.folds is not None and (self.early_stop is not None or self.scheduler.reads_validation):
             key = "scheduler=plateau" if self.early_stop is None else f"early_stop={self.early_stop}"
             raise UsageError(f"{key}: the refit of folds={self.folds} has no validation images; leave one of them out")
+        if self.folds is not None and self.dataset.val_fraction is not None:
+            key = f"dataset.val_fraction={self.dataset.val_fraction:g}"
+            raise UsageError(f"{key} has no effect with folds={self.folds}: give one of the two")
 
 
 def require_ascending(key: str, bounds: tuple[float, float]) -> None:

@@ -91,3 +91,16 @@ def test_more_epochs_are_another_schedule_and_a_note_says_so(scheduler, tlcli, t
     note = "epochs=5, was 3: from here on the learning rate follows the cosine schedule of 5 epochs"
     assert (note in ended.out) == (scheduler == "cosine")
     assert "epochs: 5" in run.config_file.read_text()
+
+
+def test_the_epochs_of_a_run_without_a_state_follow_from_its_images_again(tlcli, training, tmp_path: Path) -> None:
+    def begin(spec, run, reporter):
+        run.update(epochs=17)
+        raise KeyboardInterrupt
+
+    training(begin)
+    assert tlcli("train", "hydra.run.dir=run").code == 130
+    epochs: list[int | None] = []
+    training(lambda spec, run, reporter: epochs.append(spec.epochs) or finished(spec, run, reporter))
+    assert tlcli("train", "--resume", "run").code == 0
+    assert epochs == [None]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.cli.conftest import finished, runs_in
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import RunDir, read_json, rerun_command
 from tlcli.specs import TrainSpec
 
 
@@ -52,6 +53,9 @@ def test_what_reads_validation_images_holds_them_out(
     (run,) = runs_in(tmp_path)
     assert f"val_fraction: {recorded}\n" in run.config_file.read_text()
     assert fractions == [None if recorded == "null" else float(recorded)]
+    again = shlex.split(rerun_command(run.info))[2:]
+    assert tlcli("train", *again, "hydra.run.dir=again").code == 0
+    assert fractions[0] == fractions[1]
 
 
 def in_folds(spec: TrainSpec, run: RunDir, reporter: Reporter) -> float:
@@ -93,6 +97,9 @@ def test_a_fold_that_fails_fails_its_job_and_the_others_stay(tlcli, training, tm
     assert "1 of 2 jobs did not finish:\n  0/best  failed: the disk is full" in ended.err
     jobs = {job["name"]: job["status"] for job in read_json(tmp_path / "alone/sweep.json")["jobs"]}
     assert jobs == {"fold-0": "done", "fold-1": "failed", "best": "failed"}
+    ended = tlcli("train", "--resume", "alone", "epochs=30")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "epochs=30: a run with folds is resumed as it was started" in ended.err
     fails[0] = False
     ran.clear()
     for folder in ("alone", "swept/0", "swept"):

@@ -44,6 +44,7 @@ CASES = {
     "folds=3 fold=3": "fold=3: must be below folds=3",
     "folds=3 early_stop=2": "early_stop=2: the refit of folds=3 has no validation images",
     "folds=3 scheduler=plateau": "scheduler=plateau: the refit of folds=3 has no validation images",
+    "folds=3 dataset.val_fraction=0.2": "dataset.val_fraction=0.2 has no effect with folds=3: give one of the two",
     "dataset.val_fraction=1.5": "dataset.val_fraction=1.5: expected a number < 1.0",
     "optimizer.lr=inf": "optimizer.lr=inf is not a finite number",
     "dataset=imagefolder": "dataset.root",

@@ -53,6 +53,16 @@ def test_jobs_of_a_sweep_are_one_entry(tmp_path: Path) -> None:
     assert sweep["minutes"] == 6.0
 
 
+def test_a_job_that_failed_before_its_first_fold_is_one_of_its_sweep(tmp_path: Path) -> None:
+    make_run(tmp_path / "s/0/best", status="failed", best=None)
+    make_run(tmp_path / "s/1/best")
+    make_run(tmp_path / "s/1/fold-0", overrides=["fold=0"])
+    for folder in ("s", "s/0", "s/1"):
+        (tmp_path / folder / "sweep.json").touch()
+    (sweep,) = read_index(tmp_path)[0]
+    assert (sweep["kind"], sweep["jobs"], sweep["jobs_by_status"]) == ("sweep", 2, {"failed": 1, "done": 1})
+
+
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": []}, True])
 def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
     names = ["best", "seconds", "overrides", "started", "ended", "pid", "seed", "dataset", "backbone", "keep_best"]

@@ -175,12 +175,17 @@ def parse_override(text: str, files: ConfFiles) -> Override:
     return override
 
 
-def fill_val_fraction(config: DictConfig, *, is_sweep: bool = False) -> None:
-    """Set a null dataset.val_fraction to VAL_FRACTION, in place, if a sweep or a key reads validation images."""
+def fill_val_fraction(config: DictConfig, *, is_sweep: bool = False) -> bool:
+    """Set a null dataset.val_fraction to VAL_FRACTION, in place, if a sweep or a key reads validation images.
+
+    Return True if it was set.
+    """
     with suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError):  # build_spec reports wrong values
         reads = options("scheduler")[config.scheduler.kind].reads_validation or config.early_stop is not None
         if (is_sweep or reads) and config.dataset.val_fraction is None and config.folds is None:
             config.dataset.val_fraction = VAL_FRACTION
+            return True
+    return False
 
 
 def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:

@@ -28,8 +28,8 @@ from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
-from tlcli.runs.run_dir import FOLD, REFIT, RunDir
-from tlcli.specs import TrainSpec
+from tlcli.runs.run_dir import FOLD, REFIT, RunDir, strings
+from tlcli.specs import VAL_FRACTION, TrainSpec
 
 if TYPE_CHECKING:
     from tlcli.engine.session import Session
@@ -90,6 +90,8 @@ class Command:
             if self._sweep is not None:
                 run, self._owner = self._claim(folder, overrides, REFIT if has_folds else "")
                 title = f"[{job.job.num}] {' '.join(overrides)}"
+                if fill_val_fraction(config, is_sweep=True):  # recorded, so that the job's own command repeats it
+                    overrides.append(f"dataset.val_fraction={VAL_FRACTION}")
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
@@ -148,8 +150,6 @@ class Command:
     def _start(self, run: RunDir, config: DictConfig, overrides: list[str]) -> bool:
         """Write the files with which a run starts; return True if it is an earlier run instead, to be resumed."""
         job = HydraConfig.get()
-        if self._sweep is not None:
-            fill_val_fraction(config, is_sweep=True)
         if job.job.chdir:
             resolve_paths(config, Path(job.runtime.cwd))
         resumed = self._resume and self._owner is None and run.info_file.exists()
@@ -183,12 +183,12 @@ class Command:
                 RunDir(folder).log_file.touch(exist_ok=False)
                 break
             except FileExistsError:
-                owner = None
+                owner: tuple[str, ...] = ()
                 with suppress(UsageError):
-                    owner = run.info.get("overrides")
-                if self._resume and owner in (None, overrides):
+                    owner = strings(run.info.get("overrides"))[: len(overrides)]  # as typed
+                if self._resume and owner in ((), tuple(overrides)):
                     break
-                error = error or f"{path.name} is the directory of the job {' '.join(owner or ['that started before'])}"
+                error = error or f"{path.name} is the directory of the job {' '.join(owner) or 'that started before'}"
         return run, error
 
 

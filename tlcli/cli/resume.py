@@ -20,9 +20,9 @@ from tlcli.files import is_dir
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import (
-    FOLD,
     REFIT,
     RunDir,
+    has_folds,
     host_digest,
     integer,
     is_sweep,
@@ -30,6 +30,7 @@ from tlcli.runs.run_dir import (
     open_run,
     process_has_exited,
     rerun_command,
+    strings,
 )
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
@@ -68,6 +69,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
                 return _resume_run(path, overrides)
             if not overrides:
                 return _resume_sweep(absolute)
+            if has_folds(path):
+                raise UsageError(f"{overrides[0]}: a run with folds is resumed as it was started; leave it out")
             raise UsageError(f"{overrides[0]}: a sweep is resumed as it was started; to change jobs, resume each one")
     except KeyboardInterrupt as exc:
         exc.args = (resume_hint(absolute),)
@@ -75,7 +78,7 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _resume_sweep(path: Path) -> int:
-    """Run the jobs of a sweep that are not done, with the command line and in the folder that some job recorded."""
+    """Run what is not done of a sweep or of a run with folds, as some job recorded its command line and folder."""
     starts = []
     for file in sorted(path.rglob("run.json")):
         try:
@@ -89,19 +92,21 @@ def _resume_sweep(path: Path) -> int:
     if not starts:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
     run, info = starts[0]
-    is_sweep = run.path not in (path / REFIT, path / FOLD.format(0)) or run.config().get("folds") is None
-    if not is_sweep and run.path.name == REFIT and info["status"] == "done":
-        return _nothing_to_resume(run)
-    command = info["command"] if is_sweep else rerun_command(info).removesuffix(" fold=0")
+    command, is_one_run = info["command"], has_folds(path)
+    if is_one_run:
+        if run.path.name == REFIT and info["status"] == "done":
+            return _nothing_to_resume(run)
+        fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
+        command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})
     os.chdir(info["cwd"])
     flags = parse_flags(shlex.split(command)[2:])
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)
-            Command(command, flags.files, path if is_sweep else None, resume=True).launch(config, loader, path)
+            Command(command, flags.files, None if is_one_run else path, resume=True).launch(config, loader, path)
     finally:
         _update_leaderboards(run)
-        code = finish_sweep(path) if is_sweep else 0
+        code = 0 if is_one_run else finish_sweep(path)
     return code
 
 
@@ -116,10 +121,10 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     spec = load_spec(run, overrides) if overrides else before
     if spec.folds is not None and spec.fold is None:
         raise UsageError(f"{path}: trains on the images of all folds, after them: --resume {path.parent}")
-    if (epochs := integer(info.get("epochs"))) is not None:  # that followed from the number of images
+    is_done, epochs = info.get("status") == "done", integer(info.get("epochs"))
+    if epochs is not None and (is_done or run.state_file.is_file()):  # that followed from the number of images
         before, spec = (structs.replace(s, epochs=s.epochs or epochs) for s in (before, spec))
     _check_changes(before, spec)
-    is_done = info.get("status") == "done"
     if is_done and spec.epochs == before.epochs:
         return _nothing_to_resume(run)
     is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier

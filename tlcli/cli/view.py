@@ -187,7 +187,7 @@ class TerminalReporter(Reporter):
             ("checkpoint", shown_path(run / result["checkpoint"])),
         )
         if "accuracy" not in result and not folds:
-            return  # one fold: a model that nobody uses
+            return  # a fold: the refit has the weights to transfer
         weights = f"backbone.weights={shlex.quote(shown_path(run))}"
         self.show(f"\nTo transfer from this run:\n  tlcli train {self._backbone} {weights} dataset=...")
 

@@ -16,6 +16,7 @@ from tlcli.errors import UsageError
 from tlcli.files import is_dir
 from tlcli.runs.run_dir import (
     FOLD,
+    REFIT,
     SWEEP_FILES,
     RunDir,
     integer,
@@ -77,7 +78,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             if not (run := read_entry(Path(path)))["is_fold"]:  # the refit stands for its folds
                 (runs if sweep is None else jobs[sweep]).append(run)
             continue
-        if not SWEEP_FILES.isdisjoint(inside) and FOLD.format(0) not in inside:
+        if not SWEEP_FILES.isdisjoint(inside) and REFIT not in inside:  # that of a run with folds has no jobs
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():

@@ -182,6 +182,12 @@ def is_sweep(path: Path) -> bool:
     return any((path / name).is_file() for name in SWEEP_FILES) and not (path / "run.json").exists()
 
 
+def has_folds(path: Path) -> bool:
+    """Return True if the directory is that of a run with folds: its refit or first fold is in it."""
+    parts = (RunDir(path / name) for name in (REFIT, FOLD.format(0)))
+    return is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
+
+
 def rerun_command(info: Mapping[str, Any]) -> str:
     """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
     command, overrides = text(info.get("command")) or "tlcli train", strings(info.get("overrides"))
