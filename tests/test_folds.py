@@ -139,6 +139,10 @@ def test_without_a_test_split_nothing_is_held_out_for_it(
     info = read_json(run / "best/run.json")
     assert (info["n_train"], info["n_test"], info["cross_validation"]["n"]) == (18, 0, 18)
     assert not (run / "best/test.json").exists()
+    shutil.copytree(run, tmp_path / "copy")
+    assert main(["compare", str(run), str(tmp_path / "copy/best")]) == 0
+    out = capsys.readouterr().out
+    assert "cross-validated accuracy" in out and "The folds of both were tested on the same 18 images" in out
     assert main(["report", str(run / "best")]) == 0
     assert "cross-validated accuracy; not tested" in (run / "best/report.html").read_text()
 

@@ -109,6 +109,22 @@ def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:
     assert [Path(run["path"]).name for run in compare([tmp_path / "sweep"])["runs"]] == ["0", "1", "10", "3"]
 
 
+def test_folds_without_a_test_are_compared_by_their_cross_validation(tmp_path: Path) -> None:
+    for name, said in (("a", [0, 1, 1, 1]), ("b", [0, 1, 0, 0])):
+        run = RunDir(make_run(tmp_path / name / "best", said, [0, 1, 0, 0], folds=2))
+        pooled = {key: run.test()[key] for key in ("accuracy", "accuracy_ci95", "n")}
+        run.update(best={"loss": 0.5}, cross_validation=pooled)
+        run.test_file.unlink()
+        run.test_predictions.rename(run.val_predictions)
+        (tmp_path / name / "sweep.json").touch()
+    compared = compare([tmp_path / "a", tmp_path / "b/best"])
+    assert [(run["result"], run["accuracy"]) for run in compared["runs"]] == [("cross_validation", n) for n in (0.5, 1)]
+    assert (compared["pairs"][0]["paired"], compared["pairs"][0]["n_only_second_right"]) == (True, 2)
+    make_run(tmp_path / "tested", [0, 1], [0, 1])
+    with pytest.raises(UsageError, match=r"tested: is tested, not cross-validated; .*b/best has no test\.json"):
+        compare([tmp_path / "tested", tmp_path / "b"])
+
+
 @pytest.mark.parametrize("other", [[], ["good"], ["bad"], ["failed"]])
 def test_too_few_runs_and_runs_without_a_result(other: list[str], tmp_path: Path) -> None:
     make_run(tmp_path / "good", [0, 1], [0, 1])

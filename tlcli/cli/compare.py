@@ -20,13 +20,14 @@ def parser() -> Parser:
         "95 % intervals. Two runs that were tested on the same images are compared image\n"
         "by image (McNemar's exact test), which detects smaller differences than the\n"
         "intervals do. For runs that differ only in the seed: mean, standard deviation\n"
-        "and Student's interval. The test is about other test images, not other seeds.",
+        "and Student's interval. The test is about other test images, not other seeds.\n"
+        "If a run with folds has no test, the cross-validated accuracies are compared.",
         [
             "tlcli compare outputs/2026-05-04/12-30-00 outputs/2026-05-04/12-45-00",
             "tlcli compare outputs/2026-05-04/13-00-00 --format json > compared.json",
         ],
     )
-    help_text = "directory of a run, or of a sweep, which stands for its tested jobs"
+    help_text = "directory of a run (with folds, too), or of a sweep, which stands for its tested jobs"
     compare_parser.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help=help_text)
     compare_parser.add_format()
     return compare_parser
@@ -53,7 +54,8 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
     fill = partial(textwrap.fill, width=width or UNLIMITED_WIDTH, break_long_words=False)
     # A, B, ... Z, R27, R28, ...
     letters = {run["path"]: chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i, run in enumerate(comparison["runs"])}
-    titles = ("accuracy", "95 % interval", "loss", "macro F1", "images")
+    is_crossed = any(run["result"] == "cross_validation" for run in comparison["runs"])
+    titles = ("cross-validated accuracy" if is_crossed else "accuracy", "95 % interval", "loss", "macro F1", "images")
     columns = [TableColumn("run", left=True), *map(TableColumn, titles), TableColumn("path", left=True)]
     rows = []
     for run in comparison["runs"]:
@@ -73,9 +75,9 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
             f"{group['mean']:.4f}, standard deviation {group['standard_deviation']:.4f}, 95 % interval of the mean "
             f"{low:.4f} to {high:.4f} (Student's t, {len(group['runs'])} runs)"
         )
-        yield fill(text if group["same_images"] else f"{text}; their test images are not all the same")
+        yield fill(text if group["same_images"] else f"{text}; their images are not all the same")
     many = f"Significance is tested for two runs only, not for {len(letters)}. Compare the intervals."
-    yield fill(_verdict(comparison["pairs"][0]) if comparison["pairs"] else many)
+    yield fill(_verdict(comparison["pairs"][0], is_crossed) if comparison["pairs"] else many)
 
 
 def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
@@ -88,7 +90,7 @@ def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())
 
 
-def _verdict(pair: Mapping[str, Any]) -> str:
+def _verdict(pair: Mapping[str, Any], is_crossed: bool) -> str:
     if not pair["paired"]:
         return f"No paired test: {strip_control_chars(pair['why'])}. Compare the intervals."
     better, worse = ("A", "B") if pair["difference"] >= 0 else ("B", "A")
@@ -97,8 +99,10 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     result = f"The difference of {points} is not"
     if pair["more_than_chance"]:
         result = f"{better} is better than {worse} by {points}, which is"
+    tested = "The folds of both were tested" if is_crossed else "Both were tested"
+    note = "exact McNemar test" + (", approximate here: folds share training images" if is_crossed else "")
     return (
-        f"Both were tested on the same {pair['n']:,} images: {pair['both_right']:,} right in both, "
+        f"{tested} on the same {pair['n']:,} images: {pair['both_right']:,} right in both, "
         f"{pair['both_wrong']:,} wrong in both, {pair['n_only_first_right']:,} right only in A, "
-        f"{pair['n_only_second_right']:,} right only in B. {result} significant: {p} (exact McNemar test)."
+        f"{pair['n_only_second_right']:,} right only in B. {result} significant: {p} ({note})."
     )

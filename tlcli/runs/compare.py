@@ -1,4 +1,4 @@
-"""Compare finished runs: their configs, and whether the test accuracies of two of them differ significantly."""
+"""Compare finished runs: their configs, and whether the accuracies of two of them differ significantly."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,18 @@ from scipy import stats
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_file, read_yaml, resolve_links
-from tlcli.runs.run_dir import integer, is_sweep, mapping, number, open_run, pair, read_predictions
+from tlcli.runs.run_dir import (
+    REFIT,
+    RunDir,
+    has_folds,
+    integer,
+    is_sweep,
+    mapping,
+    number,
+    open_run,
+    pair,
+    read_predictions,
+)
 from tlcli.text import flat_keys, natural_order, one_line
 
 LABELS = ("name", "out")  # config keys that name a run or its place; they do not change what it computes
@@ -22,9 +33,13 @@ ALPHA = 0.05  # a difference is significant if p is below this
 
 @dataclass(frozen=True, eq=False)
 class TestedRun:
-    """A tested run: config.yaml by full key, versions and machine, metrics, (true, predicted) by key if stored."""
+    """A tested run: config.yaml by full key, versions and machine, metrics, (true, predicted) by key if stored.
+
+    `result` is "test", or "cross_validation" for the out-of-fold predictions of the training images.
+    """
 
     path: str
+    result: str
     config: Mapping[str, Any]
     setting: Mapping[str, Any]
     test: Mapping[str, Any]
@@ -32,26 +47,31 @@ class TestedRun:
 
 
 def compare(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what `tlcli compare --format json` prints. A sweep stands for its tested jobs.
+    """Return what `tlcli compare --format json` prints. A sweep stands for its tested jobs, and folds for their refit.
 
+    If a run has no test.json, the results of all are those of cross-validation.
     `config` and `setting` have the keys that differ with their values by run, `pairs` the paired test if there are two
     runs, `seeds` the groups of runs that differ only in the seed. Raise UsageError for fewer than two runs, a run that
-    is named twice or was not tested, or a file that cannot be read.
+    is named twice or has no such result, or a file that cannot be read.
     """
     folders: dict[Path, Path] = {}
     for path in map(expand_user, map(str, paths)):
+        path = path / REFIT if has_folds(path) else path
         if is_sweep(path):
-            jobs = sorted((file.parent for file in path.rglob("test.json")), key=lambda job: natural_order(str(job)))
+            files = list(path.rglob("test.json")) or path.rglob(f"{REFIT}/val_predictions.safetensors")
+            jobs = sorted((file.parent for file in files), key=lambda job: natural_order(str(job)))
             folders |= {resolve_links(job): job for job in jobs}
         elif resolve_links(path) in folders:
             raise UsageError(f"{path}: is named twice")
         else:
             folders[resolve_links(path)] = path
-    runs = [_read_tested_run(folder) for folder in folders.values()]
+    opened = [open_run(folder) for folder in folders.values()]
+    result = _common_result(opened)
+    runs = [_read_tested_run(run, result) for run in opened]
     if len(runs) < 2:
         raise UsageError("compare takes two or more runs")
     return {
-        "runs": [{"path": run.path, **run.test} for run in runs],
+        "runs": [{"path": run.path, "result": run.result, **run.test} for run in runs],
         "config": _differences({run.path: run.config for run in runs}),
         "setting": _differences({run.path: run.setting for run in runs}),
         "pairs": [paired_test(*runs)] if len(runs) == 2 else [],
@@ -59,15 +79,29 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _read_tested_run(path: Path) -> TestedRun:
-    run = open_run(path)
-    if not is_file(run.test_file):
-        raise UsageError(f"{run.path}: has no test.json; its status is {run.info.get('status', 'unknown')}")
-    test = run.test()
+def _common_result(runs: Sequence[RunDir]) -> str:
+    """Return "test" if all runs are tested, "cross_validation" if all have that, or raise UsageError."""
+    untested = [run for run in runs if not is_file(run.test_file)]
+    without = [run for run in [*untested, *runs] if not mapping(run.info.get("cross_validation"))]
+    if not untested:
+        return "test"
+    if without and without[0] in untested:
+        status = without[0].info.get("status", "unknown")
+        raise UsageError(f"{without[0].path}: has no test.json; its status is {status}")
+    if without:
+        raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
+    return "cross_validation"
+
+
+def _read_tested_run(run: RunDir, result: str) -> TestedRun:
+    test, metrics_file, predictions_file = run.test(), run.test_file, run.test_predictions
+    if result == "cross_validation":
+        test = {**mapping(run.info.get("best")), **mapping(run.info.get("cross_validation"))}
+        metrics_file, predictions_file = run.info_file, run.val_predictions
     metrics = {"accuracy": number, "accuracy_ci95": pair, "loss": number, "macro_f1": number, "n": integer}
     values: dict[str, Any] = {name: read(test.get(name)) for name, read in metrics.items()}
     if missing := [name for name, value in values.items() if value is None and name != "macro_f1"]:
-        raise UsageError(f"{run.test_file}: damaged ({missing[0]} is missing or not a number)")
+        raise UsageError(f"{metrics_file}: damaged ({missing[0]} is missing or not a number)")
     try:
         config = flat_keys(read_yaml(run.config_file))
     except (OSError, ValueError) as error:
@@ -77,13 +111,13 @@ def _read_tested_run(path: Path) -> TestedRun:
     setting = {key.removeprefix("versions."): known[key] for key in SETTING if key in known}
     setting |= {"device": run.info.get("device"), "precision": known.get("precision.evaluate")}
     predictions = None
-    if is_file(run.test_predictions):
-        stored = read_predictions(run.test_predictions)
+    if is_file(predictions_file):
+        stored = read_predictions(predictions_file)
         chosen = stored.logits.argmax(dim=1).tolist() if stored.keys else []
         pairs = zip(stored.labels.tolist(), chosen, strict=True)
         names = ((stored.classes[label], stored.classes[predicted]) for label, predicted in pairs)
         predictions = dict(zip(stored.keys, names, strict=True))
-    return TestedRun(str(run.path), config, setting, values, predictions)
+    return TestedRun(str(run.path), result, config, setting, values, predictions)
 
 
 def _differences(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -123,22 +157,23 @@ def paired_test(first: TestedRun, second: TestedRun) -> dict[str, Any]:
 
 
 def _other_images(first: TestedRun, second: TestedRun) -> str | None:
-    """Return None if two runs were tested on the same images, otherwise the difference."""
-    labels = []
+    """Return None if the results of two runs are of the same images, otherwise the difference."""
+    labels, sets = [], "test sets" if first.result == "test" else "cross-validated sets"
     for run in (first, second):
         if run.predictions is None:
-            return f"{run.path} has no test_predictions.safetensors, which newer runs have"
+            name = "test_predictions" if first.result == "test" else "val_predictions"
+            return f"{run.path} has no {name}.safetensors, which newer runs have"
         labels.append({key: true for key, (true, _) in run.predictions.items()})
         if len(run.predictions) < run.test["n"]:
-            return "some test images have the same name"
+            return "some images have the same name"
     a, b = labels
     common = len(a.keys() & b.keys())
     if not common:
-        return "their test sets have no image in common"
+        return f"their {sets} have no image in common"
     if alone := len(a.keys() ^ b.keys()):
-        return f"their test sets differ: {common:,} images are in both, {alone:,} in only one"
+        return f"their {sets} differ: {common:,} images are in both, {alone:,} in only one"
     other = sum(a[key] != b[key] for key in a)
-    return f"their test sets differ: {other:,} of {common:,} images have another label" if other else None
+    return f"their {sets} differ: {other:,} of {common:,} images have another label" if other else None
 
 
 def _seed_groups(runs: Sequence[TestedRun]) -> list[dict[str, Any]]:
