@@ -132,7 +132,7 @@ def test_without_a_test_split_nothing_is_held_out_for_it(
     one_stage = ("freeze=last_stages", "freeze.n=1", "augment=basic")  # trains on images, from a probe on activations
     run = finish(tmp_path / "run", *words, *one_stage, f"dataset.root='{images / 'train'}'", "folds=2", "epochs=1")
     out = capsys.readouterr().out
-    assert "fold 1 of 2" in out and "fold 2 of 2" in out
+    assert "fold 1 of 2" in out and "fold 2 of 2" in out and out.count(" for all folds and the refit\n") == 1
     assert out.count("test       no test split") == 1 and "(approximate: folds share training images)" in out
     extracted = [read_json(run / part / "run.json")["extraction"] for part in ("fold-0", "fold-1", "best")]
     assert [entry and entry["images"] for entry in extracted] == [18 + 9, 9, None]  # of the probe, once; of each val
@@ -145,6 +145,9 @@ def test_without_a_test_split_nothing_is_held_out_for_it(
     assert "cross-validated accuracy" in out and "The folds of both were tested on the same 18 images" in out
     assert main(["report", str(run / "best")]) == 0
     assert "cross-validated accuracy; not tested" in (run / "best/report.html").read_text()
+    shutil.copytree(images / "train", tmp_path / "moved")
+    assert main(["eval", str(run / "best"), f"dataset.root='{tmp_path / 'moved'}'"]) == 0
+    assert "18 of the 18 images have the paths of images that trained the run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.slow), K])

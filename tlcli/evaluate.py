@@ -172,10 +172,24 @@ def _find_images(
     else:
         spec = wanted
         images = load_evaluation_split(spec, split_name, seed=own.seed, reporter=reporter, store=session.store)
+        if tested is None:
+            _note_known_images(loaded, images.split, reporter)
         description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
         if split_name is None and images.split_name not in ("test", "all"):
             description += f", as it has no {'test' if images.split_name == 'val' else 'test or val'} split"
     return spec, _with_labels_of(loaded.classes, images, spec), description, data is not None
+
+
+def _note_known_images(loaded: LoadedRun, split: Split, reporter: Reporter) -> None:
+    """Print a note if images have the keys of those with which a run was trained (all of its folds) or validated."""
+    file = RunDir(loaded.path).val_predictions
+    known = set(read_predictions(file).keys) if file.is_file() else set()
+    if n := sum(split.key(i) in known for i in range(len(split))):
+        use = "trained" if loaded.info.get("cross_validation") else "validated"
+        reporter.note(
+            f"{n:,} of the {len(split):,} images have the paths of images that {use} the run: if they are the same, "
+            "this is no test of it"
+        )
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:

@@ -191,6 +191,7 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
         n=test.get("n"),
         classes=json.dumps(list(run.classes), ensure_ascii=False, indent=2),
         pad_note=PAD_NOTE,
+        is_calibrated=bool(run.info.get("calibration")),
     )
     return card
 

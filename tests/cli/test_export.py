@@ -169,7 +169,10 @@ def test_the_model_card_cannot_be_broken_by_a_class(loaded: LoadedRun, resnet: P
     assert json.loads(re.findall(r"```json\n(.*?)\n```", card, re.DOTALL)[0]) == list(classes)
     accuracy = json.loads((resnet / "test.json").read_text())["accuracy"]
     assert f"Test accuracy {accuracy:.4f}" in card
-    assert str(resnet) not in card
+    assert str(resnet) not in card and "Divide the logits by the temperature" in card
+    uncalibrated = replace(odd, checkpoint="last", info={**loaded.info, "calibration": None})
+    card = (exported(uncalibrated, "timm", tmp_path / "2") / "README.md").read_text(encoding="utf-8")
+    assert "temperature" not in card and "the weights of the kept epoch were tested." in card
 
 
 def test_a_network_that_timm_lacks_is_a_usage_error(loaded: LoadedRun, tmp_path: Path) -> None:

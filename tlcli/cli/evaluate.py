@@ -41,7 +41,7 @@ def parser() -> Parser:
         "words",
         nargs="*",
         metavar="KEY=VALUE",
-        help="split=test|val|train; checkpoint=best|last (default: best, the epoch best on validation); dataset=... "
+        help="split=test|val|train; checkpoint=best|last (default: best, the epoch that the run kept); dataset=... "
         "and its keys as in `tlcli train`: another dataset, of which the test split, else the val split, else all of "
         "it is evaluated; device=..., device.KEY=..., cache.KEY=...: where and how to compute",
     )

@@ -34,7 +34,7 @@ def parser() -> Parser:
     predict_parser = Parser(
         "predict",
         "Classify images with a finished run. Images are read and preprocessed as in\n"
-        "training; probabilities are calibrated on the run's validation images. A file\n"
+        "training. Probabilities are calibrated if the run held images out. A file\n"
         "that does not decode is a row with its error. The exit code is then 1.",
         [
             "tlcli predict outputs/2026-11-24/10-15-00 photo.jpg",
@@ -59,7 +59,7 @@ def parser() -> Parser:
         '"probability", "top": [[class, probability], ...]} or {"path", "error"}',
     )
     add("--output", metavar="FILE", help="write to this new file")
-    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the best epoch or of the last one")
+    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
     add(
         "--precision",
         choices=("auto", "fp32", "bf16"),

@@ -183,7 +183,7 @@ class TerminalReporter(Reporter):
             )
         self.show_labelled(
             ("kept", f"epoch {result['epoch']}{validation}"),
-            ("took", duration_text(result["seconds"])),
+            ("took", duration_text(result["seconds"]) + (" for all folds and the refit" if folds else "")),
             ("checkpoint", shown_path(run / result["checkpoint"])),
         )
         if "accuracy" not in result and not folds:

@@ -25,7 +25,17 @@ from tlcli.engine.schedule import steps_per_epoch
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
-from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_json, write_predictions
+from tlcli.runs.run_dir import (
+    FOLD,
+    RunDir,
+    SplitPredictions,
+    environment,
+    mapping,
+    number,
+    stored_confusion,
+    write_json,
+    write_predictions,
+)
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, to_plain
 from tlcli.transfer.contract import freeze_table
@@ -191,6 +201,9 @@ class Recorder:
         run.update(seconds=spent, frozen_tensors_verified=n_frozen)
         result = {**stored, "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy, "seconds": spent["total"]}
         result["cross_validation"] = cross_validation
+        for fold in range(cross_validation["folds"] if cross_validation else 0):
+            seconds = mapping(RunDir(run.path.with_name(FOLD.format(fold))).info.get("seconds"))
+            result["seconds"] += number(seconds.get("total")) or 0.0
         if predictions is not None:
             # the leaderboard of a sweep need not read test.json of each job
             run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
