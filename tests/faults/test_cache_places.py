@@ -124,7 +124,7 @@ def test_a_read_only_cache_is_read_and_where_it_lacks_something_training_is_live
     (line,) = empty.about_the_cache()
     assert line == f"activations: training reads images: {cache} cannot be written (Read-only file system)"
     assert list(cache.iterdir()) == []
-    filled = run(cache, shapes, out=tmp_path / "filled")
+    filled = mounted("true", cache, tmp_path / "filled", shapes)
     again = mounted(read_only, cache, tmp_path / "again", shapes)
     assert again.code == 0, again.lines
     assert [line.split(":")[1] for line in again.about_the_cache()] == [" read from cache"]
