@@ -231,12 +231,12 @@ def _pool(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split
     parts = {name: source.splits[name] for name in ("all", "train", "val") if name in source.splits}
     pool = join_splits(ConcatSplits(parts)) if len(parts) > 1 else next(iter(parts.values()))
     splits = {"train": limit_per_class(pool, source.classes, spec.train_per_class, seed, "train_per_class")}
-    if "test" not in source.splits:
-        return splits, [*source.notes, "no test split: there is no test result, only that of cross-validation"]
-    test = source.splits["test"]
-    return splits | {"test": limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")}, list(
-        source.notes
-    )
+    notes, test = list(source.notes), source.splits.get("test")
+    if test is None:
+        notes.append("no test split: there is no test result, only that of cross-validation")
+    else:
+        splits["test"] = limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
+    return splits, notes
 
 
 def _assign_folds(pool: Split, folds: int, classes: Sequence[str], seed: int, reporter: Reporter) -> Ints:

@@ -15,7 +15,7 @@ from tlcli.engine.metrics import features
 from tlcli.errors import UsageError
 from tlcli.models.classifier import eval_mode
 from tlcli.reporter import Reporter
-from tlcli.specs import Fit, ImageSpec, Precision
+from tlcli.specs import Fit, ImageSpec
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.probe import CrossValidation, choose_penalty
@@ -45,17 +45,15 @@ def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
     spec, classifier = workload.spec, workload.classifier
     image, size = spec.image, spec.image.size or spec.dataset.image_size or classifier.size
     given = structs.replace(image, size=size, fit=image.fit or Fit.crop)
-    if image.train_size not in (None, size) and not _takes(workload, image.train_size or size):
-        raise UsageError(f"image.train_size={image.train_size}: {classifier.name} takes images of {size} px only")
+    train_size = image.train_size or size
+    if train_size != size and not _takes(workload, train_size):
+        raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
     is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
     n = MAX_IMAGES // len(workload.data.classes)
     if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
         return ImageChoice(given)
-    key = (spec.dataset, spec.backbone, image, spec.seed, spec.folds)
-    if key not in workload.session.image_choices:
-        workload.session.image_choices[key] = _compare(workload, given, size, n, reporter)
-    choice: ImageChoice = workload.session.image_choices[key]
-    return choice
+    key = ("image", spec.dataset, image, spec.folds)  # for this model, which has the seed
+    return workload.session.get_or_create(key, lambda: _compare(workload, given, size, n, reporter))
 
 
 def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, reporter: Reporter) -> ImageChoice:
@@ -100,13 +98,11 @@ def _takes(workload: Workload, size: int) -> bool:
 
 def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossValidation | None:
     spec = structs.replace(workload.spec, image=image)
-    workload = replace(
-        workload, spec=structs.replace(spec, device=structs.replace(spec.device, precision=Precision.fp32))
-    )
+    workload = replace(workload, spec=spec)
     head, device = linear_head(workload.classifier), workload.accelerator.type
     assert head is not None
     decisions = Decisions(train_precision="float32", eval_precision="float32", channels_last=device != "mps")
-    if isinstance(workload.features_cut, Cut) and workload.spec.cache.max_gb > 0:
+    if isinstance(workload.features_cut, Cut) and spec.cache.max_gb > 0:
         decisions = structs.replace(decisions, cached=frozenset({"train_eval"}))
     inputs = Inputs(decisions, workload)
     label = f"features at {image.size} px, {image.fit}"

@@ -26,7 +26,6 @@ class Session:
         self._dataset: tuple[object, Dataset] | None = None
         self._model: tuple[object, Classifier, dict[str, Any]] | None = None  # key, classifier, initial weights
         self._made: dict[Hashable, Any] = {}  # for this model
-        self.image_choices: dict[Hashable, Any] = {}  # of engine.image_choice
 
     def dataset(
         self, spec: DatasetSpec, seed: int, reporter: Reporter, folds: int | None = None, fold: int | None = None
