@@ -55,7 +55,7 @@ def test_a_run_directory_is_complete(train, monkeypatch: pytest.MonkeyPatch) -> 
         return cross_entropy(*args, **options)
 
     monkeypatch.setattr(functional, "cross_entropy", counting)
-    run = train("optimizer.lr=1e-4", "log_every=1")
+    run = train("freeze=none", "optimizer.lr=1e-4", "log_every=1")
     assert max(depths) <= 8, "frames of tlcli between main and the loss"
     record, test = read_json(run / "run.json"), read_json(run / "test.json")
     assert record.keys() >= RUN_KEYS

@@ -40,7 +40,7 @@ def test_what_can_be_counted_is_exact(found: dict[str, Any]) -> None:
     assert sum(stage["share"] for stage in found["stages"]) == pytest.approx(1)
     assert found["images"] == {"train": 54, "val": 6, "test": 24}
     costs = {cost["freeze"]: cost for cost in found["strategies"]}
-    assert [name for name in costs if "stages " not in name] == ["head", "norm", "bias", "none"]
+    assert [name for name in costs if "stages " not in name] == ["head", "norm", "bias", "early", "none"]
     assert {f"last_stages n={n}" for n in (1, 2, 3)} <= costs.keys()
     assert costs["head"]["trainable"] == sizes["head"]
     assert costs["last_stages n=2"]["trainable"] == sizes["head"] + sizes["layer4"] + sizes["layer3"]

@@ -128,7 +128,7 @@ def test_not_finite_stops_the_run_and_says_where(small) -> None:
 
 
 def test_augmented_images_are_of_the_size_of_training_and_others_of_that_of_evaluation(small) -> None:
-    setting = small("image.train_size=24", "augment=basic")
+    setting = small("image.train_size=24", "augment=basic", "freeze=none")
     val = setting.opened.open("val", Reporter())
     assert next(iter(val.in_order()))[0][0].shape[-1] == 32
     assert next(iter(setting.train.epoch(1)))[0][0].shape[-1] == 24

@@ -1,5 +1,6 @@
 """Every backbone of conf/: its stages and output, and frozen tensors that keep their bits under every strategy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
     gradient, and the statistics of the modules that have nothing else to train."""
     pattern = ("freeze.train=['(weight|bias)$']", "freeze.keep=['^(stem|conv|features|blocks|layer|encoder).*weight']")
     model = model_of(spec, name, size=32 if name == "vit_b_16" else None)
+    model = replace(model, pretrained=frozenset(model.network.state_dict()))
     for strategy in options("freeze"):
         words = freeze_words(strategy, model.stages[1].name)
         own = spec(*words, *(pattern if strategy == "pattern" else ()), "optimizer=adamw")

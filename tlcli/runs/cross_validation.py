@@ -8,7 +8,7 @@ import torch
 from tlcli.data.dataset import Dataset
 from tlcli.engine.metrics import Predictions, test_report
 from tlcli.errors import TlcliError
-from tlcli.runs.run_dir import FOLD, RunDir, read_predictions, stored_confusion
+from tlcli.runs.run_dir import FOLD, RunDir, mapping, number, read_predictions, stored_confusion
 
 
 def cross_validate(refit: RunDir, folds: int, data: Dataset) -> tuple[Predictions, dict[str, Any]]:
@@ -17,7 +17,8 @@ def cross_validate(refit: RunDir, folds: int, data: Dataset) -> tuple[Prediction
     The interval is Wilson's, as if the images were predicted independently: approximate, since the models of two folds
     share most training images. Raise TlcliError if predictions of a fold are missing, or of other images.
     """
-    parts = [read_predictions(RunDir(refit.path.parent / FOLD.format(i)).val_predictions) for i in range(folds)]
+    runs = [RunDir(refit.path.with_name(FOLD.format(i))) for i in range(folds)]
+    parts = [read_predictions(run.val_predictions) for run in runs]
     position = {key: i for i, key in enumerate(key for part in parts for key in part.keys)}
     keys = [data.train.key(i) for i in range(len(data.train))]
     if position.keys() != set(keys) or any(part.classes != data.classes for part in parts):
@@ -34,4 +35,5 @@ def cross_validate(refit: RunDir, folds: int, data: Dataset) -> tuple[Prediction
         "mean": fmean(accuracies),
         "standard_deviation": stdev(accuracies),
         "confusion": stored_confusion(report["confusion"]),
+        "seconds": sum(number(mapping(run.info.get("seconds")).get("total")) or 0.0 for run in runs),
     }

@@ -26,12 +26,9 @@ from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.run_dir import (
-    FOLD,
     RunDir,
     SplitPredictions,
     environment,
-    mapping,
-    number,
     stored_confusion,
     write_json,
     write_predictions,
@@ -199,11 +196,12 @@ class Recorder:
             self._plot(data, predictions, report, epoch)
         spent = self._seconds_so_far()
         run.update(seconds=spent, frozen_tensors_verified=n_frozen)
-        result = {**stored, "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy, "seconds": spent["total"]}
-        result["cross_validation"] = cross_validation
-        for fold in range(cross_validation["folds"] if cross_validation else 0):
-            seconds = mapping(RunDir(run.path.with_name(FOLD.format(fold))).info.get("seconds"))
-            result["seconds"] += number(seconds.get("total")) or 0.0
+        result = {
+            **stored,
+            "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy,
+            "cross_validation": cross_validation,
+            "seconds": spent["total"] + (cross_validation["seconds"] if cross_validation else 0.0),
+        }
         if predictions is not None:
             # the leaderboard of a sweep need not read test.json of each job
             run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
-from tlcli.specs import Count, FreezeSpec, option
+from tlcli.specs import Count, FreezeSpec, OpenFraction, option
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -112,6 +112,29 @@ class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
         names = classifier.parameter_names()
         return classifier.head_parameters() | {name for name in names if name.rpartition(".")[2] == "bias"}
+
+
+@option
+class EarlySpec(FreezeSpec, frozen=True, tag="early"):
+    """The early stages are frozen: those at the input with at most `share` of the body's parameters, if pretrained.
+
+    They hold edges and textures, and take most of the time of a training step, because their maps are the largest.
+    """
+
+    share: OpenFraction
+
+    part: ClassVar[str] = "all but its early stages"
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        sizes = {name: parameter.numel() for name, parameter in classifier.network.named_parameters()}
+        body = [stage.tensors & sizes.keys() for stage in classifier.stages[:-1]]
+        left, trainable = self.share * sum(sizes[name] for names in body for name in names), frozenset(sizes)
+        for names in body:
+            left -= sum(sizes[name] for name in names)
+            if left < 0 or not names <= classifier.pretrained:
+                break
+            trainable -= names
+        return trainable
 
 
 @option
