@@ -174,8 +174,12 @@ def is_correct(predicted: Mapping[str, str]) -> dict[str, bool]:
 def measure(
     recipe: Recipe, data: Path, out: Path, file: Path, seeds: Sequence[int], tasks: Sequence[str], beside: bool = False
 ) -> None:
-    """Run the recipe for each seed and task that has no row, and append the rows to the file."""
-    command = ["git", "-C", str(recipe.checkout), "rev-parse", "--short", "HEAD"]
+    """Run the recipe for each seed and task that has no row, and append the rows to the file.
+
+    Their commit is the last one that changed what the recipe runs.
+    """
+    code = ("benchmarks/tuned_loop.py", "benchmarks/baselines.py") if recipe.name == TUNED else ("tlcli", "conf")
+    command = ["git", "-C", str(recipe.checkout), "log", "-1", "--abbrev=7", "--format=%h", "--", *code]
     commit = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     for seed, name in [(seed, name) for seed in seeds for name in tasks]:
         identity = dict(zip(IDENTITY, (commit, machine(), name, recipe.name, seed), strict=True))

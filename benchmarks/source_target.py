@@ -35,7 +35,7 @@ def main(data: Path) -> None:
     runs = {
         "head, `freeze=head`": (*pretrained, "freeze=head"),
         "last stage, `freeze=last_stages`": (*pretrained, "freeze=last_stages"),
-        "whole network, `freeze=none`": pretrained,
+        "whole network, `freeze=none`": (*pretrained, "freeze=none"),
         "random start, `backbone.weights=none`": (*few, *SCRATCH),
     }
     rows = []
