@@ -10,7 +10,7 @@ from torch import Tensor
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions, decide
-from tlcli.engine.image_choice import ImageChoice, choose_image
+from tlcli.engine.image_choice import choose_image
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
 from tlcli.engine.session import Session
@@ -22,7 +22,7 @@ from tlcli.runs.cross_validation import cross_validate
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import HeadInit, TrainSpec
+from tlcli.specs import HeadInit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import apply_freeze, linear_head
 from tlcli.transfer.probe import DEFAULT_PENALTY, choose_penalty, fit_probe
 
@@ -32,7 +32,7 @@ class NewRun:
 
     threads: int | None = None
 
-    def image(self, workload: Workload, reporter: Reporter) -> ImageChoice:
+    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
         return choose_image(workload, reporter)
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
@@ -78,9 +78,11 @@ def train(
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
-        workload = _load(spec, session, reporter, start)
+        workload, image_reason = _load(spec, session, reporter, start)
         contract, network = workload.contract, workload.classifier.network
         inputs = Inputs(start.decisions(workload, reporter), workload)
+        if image_reason is not None:
+            inputs.add_reason("image", image_reason)
         inputs.device.place(network)
         trainer = Trainer(workload, inputs.device)
     record.plan(inputs)
@@ -137,8 +139,10 @@ def train(
     return best_epoch.value
 
 
-def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState) -> Workload:
-    """Return the data and the network on its accelerator, with the parameters to train marked."""
+def _load(
+    spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState
+) -> tuple[Workload, str | None]:
+    """Return the data and the network, with what trains marked, and the comparison that chose the images' size."""
     accelerator = setup_process(spec.device, start.threads)
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
     computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
@@ -149,5 +153,5 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun |
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
-    choice = start.image(replace(workload, data=pool), reporter)
-    return replace(workload, spec=structs.replace(spec, image=choice.image), image_reason=choice.reason)
+    image, reason = start.image(replace(workload, data=pool), reporter)
+    return replace(workload, spec=structs.replace(spec, image=image)), reason

@@ -31,8 +31,8 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                     pixels = random.integers(0, 255, (*side, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{i}.png")
         own = spec("dataset=imagefolder", f"dataset.root={root}", *words)
-        monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: image_choice.ImageChoice(own.image))
-        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun())
+        monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
+        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun())[0]
 
     return make
 
@@ -57,15 +57,15 @@ def probed(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 51), 160), ((50, 60), 224), ((60, 50), 160)])
 def test_the_larger_size_is_taken_if_it_gains_more_than_a_standard_error(right, size: int, workload, probed) -> None:
     seen = probed({(s, "crop"): n for s, n in zip((160, 224), right, strict=True)})
-    choice = choose_image(workload(), Reporter())
-    assert (choice.image.size, choice.image.fit, choice.image.train_size) == (size, "crop", 160)
+    image, reason = choose_image(workload(), Reporter())
+    assert (image.size, image.fit, image.train_size) == (size, "crop", 160)
     assert seen == [(160, "crop"), (224, "crop")]  # squares need no other fit
-    assert f"160 px crop 0.{right[0]}0, 224 px crop 0.{right[1]}0" in str(choice.reason)
+    assert f"160 px crop 0.{right[0]}0, 224 px crop 0.{right[1]}0" in str(reason)
 
 
 def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
     seen = probed({(160, "crop"): 50, (160, "squash"): 60, (160, "pad"): 55, (224, "squash"): 61})
-    assert choose_image(workload(side=(40, 60)), Reporter()).image.fit == "squash"
+    assert choose_image(workload(side=(40, 60)), Reporter())[0].fit == "squash"
     assert len(seen) == 4
 
 
@@ -81,8 +81,8 @@ def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
     words: tuple[str, ...], size: int, fit: str, workload, probed
 ) -> None:
     seen = probed({})
-    choice = choose_image(workload(*words), Reporter())
-    assert (choice.image.size, choice.image.fit, choice.reason, seen) == (size, fit, None, [])
+    image, reason = choose_image(workload(*words), Reporter())
+    assert (image.size, image.fit, reason, seen) == (size, fit, None, [])
 
 
 def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:

@@ -15,7 +15,6 @@ from tests.conftest import Compose, make_folder
 from tests.faults.runs_alike import differences, rows
 from tlcli.cli import main
 from tlcli.cli.compose import load_spec
-from tlcli.engine.image_choice import ImageChoice
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
 from tlcli.runs import checkpointing
@@ -131,7 +130,7 @@ def test_a_run_keeps_its_choice_of_image_and_epochs(
     disturbed: Run, whole: Run, spec: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = iter([spec("image.size=40", "image.fit=squash", "image.train_size=32").image] * 2)  # one per new run
-    monkeypatch.setattr("tlcli.train.choose_image", lambda *args: ImageChoice(next(chosen), "the reason"))
+    monkeypatch.setattr("tlcli.train.choose_image", lambda *args: (next(chosen), "the reason"))
     own = (
         *LIVE,
         "freeze=last_stages",

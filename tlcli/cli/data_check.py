@@ -80,7 +80,8 @@ def run(argv: list[str]) -> int:
 
 
 def _lines(summary: Mapping[str, Any], width: int | None) -> Iterator[str]:
-    counts, labels, classes = summary["counts"], summary["labels"], summary["classes"]
+    labels, classes = summary["labels"], summary["classes"]
+    counts = {split: by_class for split, by_class in summary["counts"].items() if any(by_class.values())}
     splits = ", ".join(f"{split} {sum(by_class.values()):,}" for split, by_class in counts.items())
     rows = [("checked", f"{summary['dataset']}: {summary['n_images']:,} images ({splits}), {len(classes):,} classes")]
     if not any(kind in ("fix", "look") for kind, _ in summary["verdicts"]):

@@ -141,7 +141,6 @@ class Workload:
     accelerator: torch.device
     session: Session
     needs_probe: bool = False  # the head starts from a linear probe on train_eval
-    image_reason: str | None = None  # the comparison by which size and fit of the images were chosen
     _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property

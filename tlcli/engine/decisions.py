@@ -142,13 +142,7 @@ def decide(workload: Workload) -> Decisions:
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
-        reasons={
-            **reasons,
-            **({"image": workload.image_reason} if workload.image_reason else {}),
-            "training": train.reason,
-            "evaluation": evaluation.reason,
-            "train": reason,
-        },
+        reasons={**reasons, "training": train.reason, "evaluation": evaluation.reason, "train": reason},
     )
 
 

@@ -1,7 +1,7 @@
 """Choose the size and the fit of images that the config leaves open, by how well a linear probe does with each."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import sqrt
 
 import torch
@@ -24,16 +24,8 @@ SHARE, STEP = 5 / 7, 32  # of the backbone's size: 160 of 224 pixels, half of it
 MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
 
 
-@dataclass(frozen=True)
-class ImageChoice:
-    """The size and the fit of images, and the comparison by which they were chosen; None if there was none."""
-
-    image: ImageSpec
-    reason: str | None = None
-
-
-def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
-    """Return the size and the fit of a new run's images: as given, else chosen by the training images.
+def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
+    """Return the size and the fit of a new run's images, and the comparison if the training images chose them.
 
     Training uses a size below the backbone's, in half the time: random crops enlarge what they show (Touvron et al.
     2019). For evaluation a probe is cross-validated on a sample with each fit (images may all be squares), then at the
@@ -51,12 +43,14 @@ def choose_image(workload: Workload, reporter: Reporter) -> ImageChoice:
     is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
     n = MAX_IMAGES // len(workload.data.classes)
     if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
-        return ImageChoice(given)
+        return given, None
     key = ("image", spec.dataset, image, spec.folds)  # for this model, which has the seed
     return workload.session.get_or_create(key, lambda: _compare(workload, given, size, n, reporter))
 
 
-def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, reporter: Reporter) -> ImageChoice:
+def _compare(
+    workload: Workload, given: ImageSpec, size: int, per_class: int, reporter: Reporter
+) -> tuple[ImageSpec, str | None]:
     spec, data = workload.spec, workload.data
     sample = limit_per_class(data.train, data.classes, per_class, spec.seed, "image")
     alone = replace(workload, data=replace(data, train=sample))
@@ -69,7 +63,7 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
     chosen = structs.replace(given, size=sizes[0], fit=fits[0])
     best = _probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
     if best is None:
-        return ImageChoice(given)
+        return given, None
     accuracies = [f"{chosen.size} px {chosen.fit} {best.accuracy:.3f}"]
     for key, value in [*(("fit", fit) for fit in fits[1:]), *(("size", size) for size in sizes[1:])]:
         image = structs.replace(chosen, **{key: value})
@@ -82,7 +76,7 @@ def _compare(workload: Workload, given: ImageSpec, size: int, per_class: int, re
     if chosen.train_size is None:
         chosen = structs.replace(chosen, train_size=sizes[0])
     compared = f"probes on {len(sample)} images, {best.folds}-fold: {', '.join(accuracies)}"
-    return ImageChoice(chosen, f"{compared}; higher by less than a standard error counts as equal")
+    return chosen, f"{compared}; higher by less than a standard error counts as equal"
 
 
 def _takes(workload: Workload, size: int) -> bool:

@@ -96,7 +96,8 @@ class Recorder:
         speed = inputs.decisions.train_images_per_second
         about = f" (about {duration_text(workload.epochs * len(data.train) / speed)})" if speed else ""
         notes = [*classifier.notes, *data.notes]
-        notes += [f"image: {workload.image_reason}"] if workload.image_reason else []
+        if "image" in inputs.decisions.reasons:
+            notes.append(f"image: {inputs.decisions.reasons['image']}")
         if len(data.val) and spec.fold is None and not workload.selects_epoch:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")

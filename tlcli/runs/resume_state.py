@@ -11,7 +11,6 @@ from tlcli import __version__
 from tlcli.data.batches import Preprocessing
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
-from tlcli.engine.image_choice import ImageChoice
 from tlcli.engine.inputs import SPLIT_NAMES, Inputs
 from tlcli.engine.metrics import BestEpochTracker, Scores
 from tlcli.engine.trainer import Trainer
@@ -21,6 +20,7 @@ from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir
+from tlcli.specs import ImageSpec
 from tlcli.text import join_limited
 
 
@@ -38,11 +38,11 @@ class ResumeState:
         """The number of threads of the run: with another number sums are rounded differently."""
         return max(1, int(self.state["machine"]["threads"]))
 
-    def image(self, workload: Workload, reporter: Reporter) -> ImageChoice:
-        """Return the size and the fit of the run's images."""
-        own, recorded = Preprocessing.from_json(self.run.info["preprocessing"]), self.recorded
-        image = structs.replace(workload.spec.image, size=own.size, fit=own.fit, train_size=recorded.train_size)
-        return ImageChoice(image, recorded.reasons.get("image"))
+    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
+        """Return the size and the fit of the run's images; the recorded decisions have the comparison."""
+        own = Preprocessing.from_json(self.run.info["preprocessing"])
+        train_size = self.recorded.train_size
+        return structs.replace(workload.spec.image, size=own.size, fit=own.fit, train_size=train_size), None
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""
