@@ -1,8 +1,6 @@
 """The cut: suffix(prefix(x)) is the network, in evaluation and in training, for every backbone; and where it is."""
 
 import copy
-import itertools
-import math
 import random
 from collections.abc import Callable
 
@@ -19,7 +17,7 @@ from tests.models.test_backbones import model_of as backbone_of
 from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
-from tlcli.transfer.cut import Cut, NoCut, minimum_cut, split_frozen
+from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 SMALL = {"vit_b_16": 32, "swin_t": 32, "convnext_tiny": 32}
 LEADING = {
@@ -405,29 +403,6 @@ def test_the_digest_knows_the_place_and_the_settings() -> None:
     earlier, later = (cut_of(network, trainable=frozenset(names)) for names in (early, {"head.weight"}))
     assert (earlier.suffix_start, later.suffix_start) == ("second", "head")
     assert earlier.digest() != later.digest()
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_cut_is_the_latest_of_the_least(seed: int) -> None:
-    """Against every set of operations that may run again, on random graphs of eight."""
-    draw = random.Random(seed)
-    nodes = [f"n{i}" for i in range(8)]
-    users: dict[str, list[str]] = {node: [] for node in nodes}
-    for i in range(1, 8):
-        for source in draw.sample(nodes[:i], min(i, draw.choice([1, 1, 2]))):
-            users[source].append(nodes[i])
-    needed = {nodes[-1], draw.choice(nodes[1:])}
-    width = {node: draw.choice([1, 4, 8, 16, None]) for node in nodes} | {nodes[0]: 9}
-    price = {node: draw.choice([0, 1, 3, 7]) for node in nodes}
-    costs = {}
-    for flags in itertools.product([False, True], repeat=7):
-        again = {node for node, flag in zip(nodes[1:], flags, strict=True) if flag}
-        crossing = [n for n in nodes if (n in needed or again & {*users[n]}) and n not in again]
-        if all(width[n] is not None for n in crossing):
-            cost = sum(width[n] for n in crossing) + sum(price[n] for n in again)
-            costs[tuple(crossing)] = min((cost, len(again)), costs.get(tuple(crossing), (math.inf, 0)))
-    found = minimum_cut(users, needed, width, price)  # type: ignore[arg-type]
-    assert costs[tuple(found)] == min(costs.values())
 
 
 FAMILIES = """

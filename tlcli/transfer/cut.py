@@ -30,6 +30,7 @@ from tlcli.transfer.graph import (
     digest_of_graph,
     full_precision,
     inplace_input,
+    minimum_cut,
     module_of,
     parameters_of,
     preserve_state,
@@ -180,34 +181,6 @@ def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     if any(parameters_of(node, root) for node in dependencies(needed, ())):
         raise CutError(f"{reason}, and the frozen layers before it cost less to run again than to store")
     raise CutError(f"no frozen layers at the input: {reason}")
-
-
-def minimum_cut(
-    users: dict[fx.Node, list[fx.Node]],
-    needed: Collection[fx.Node],
-    store_cost: dict[fx.Node, int | None],
-    recompute_cost: dict[fx.Node, int],
-) -> list[fx.Node]:
-    """Return the nodes whose results cross: of several minimum cuts the latest. The first node is the input.
-
-    A node is an edge with the cost of storing its result (None: it cannot cross); if that edge is cut, the result
-    crosses. An edge from the source to its start has the cost of running it again; if that is cut, the suffix runs it.
-    """
-    import networkx  # here, because it takes 50 ms
-
-    flow, first = networkx.DiGraph(), next(iter(users))
-    for node in users:
-        size = store_cost[node]
-        flow.add_edge((node, "in"), (node, "out"), capacity=math.inf if size is None else size)
-        flow.add_edge("source", (node, "in"), capacity=math.inf if node is first else recompute_cost[node])
-        if node in needed:
-            flow.add_edge((node, "out"), "sink")  # without a capacity: never cut
-        for user in users[node]:
-            flow.add_edge((node, "out"), (user, "in"))
-    # The sink's side is all that leads to it in the residual network: the smallest of all minimum cuts
-    algorithm = networkx.algorithms.flow.boykov_kolmogorov
-    _, (early, late) = networkx.minimum_cut(flow, "source", "sink", flow_func=algorithm)
-    return [node for node in users if (node, "in") in early and (node, "out") in late]
 
 
 # --- The two halves
