@@ -26,10 +26,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_images_validate() -> Iterator[None]:
-    """Hold out and select with one validation image: the tests' sets are too small for the default."""
+def small_scale() -> Iterator[None]:
+    """Hold out and select with one validation image, because the tests' sets are too small for the default, and measure
+    formats with one step each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 1)
+        patch.setattr("tlcli.engine.numerics.MEASURE_SECONDS", 0.0)
         yield
 
 
