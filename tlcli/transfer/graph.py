@@ -159,9 +159,6 @@ def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx
     return needed
 
 
-# --- Running
-
-
 def minimum_cut(
     users: dict[fx.Node, list[fx.Node]],
     needed: Collection[fx.Node],
@@ -188,6 +185,9 @@ def minimum_cut(
     algorithm = networkx.algorithms.flow.boykov_kolmogorov
     _, (early, late) = networkx.minimum_cut(flow, "source", "sink", flow_func=algorithm)
     return [node for node in users if (node, "in") in early and (node, "out") in late]
+
+
+# --- Running
 
 
 class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
