@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -16,6 +17,7 @@ import tlcli.train
 from tests.conftest import make_folder
 from tlcli.cli import main
 from tlcli.engine.metrics import Scores
+from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import read_json
 
@@ -101,26 +103,33 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
 
 
+@pytest.mark.parametrize("words", [(), ("interpolate=1",)], ids=["first fit", "none"])
 def test_a_small_set_trains_on_all_images_and_every_command_reads_the_run(
-    train, small: None, capsys: pytest.CaptureFixture[str], shapes: Path
+    train, small: None, capsys: pytest.CaptureFixture[str], shapes: Path, words: tuple[str, ...]
 ) -> None:
-    run = train("freeze=head")
+    run = train("freeze=head", *words)
     out = capsys.readouterr().out
-    assert "all 60 training images train; the last epoch is kept, and probabilities are not calibrated" in out
+    assert "all 60 training images train, and the last epoch is kept" in out
     assert "train acc" in out and "val loss" not in out
     record = read_json(run / "run.json")
     assert (record["n_train"], record["n_val"], record["n_test"]) == (60, 0, 24)
-    assert (record["best"], record["calibration"]) == ({"epoch": 2}, None)
     assert [(r["split"], r["epoch"]) for r in rows(run)] == [("train", 1), ("train", 2), ("test", 2)]
-    assert (run / "checkpoints/best.safetensors").samefile(run / "checkpoints/last.safetensors")
-    assert not (run / "val_predictions.safetensors").exists()
-    assert load_run(run).temperature == 1
+    has_first_fit = not words
+    assert (run / "val_predictions.safetensors").exists() == has_first_fit
+    if has_first_fit:
+        assert record["first_fit"] == {"n_train": 48, "n_val": 12}
+        assert record["calibration"]["n"] == 12 and load_run(run).temperature == record["calibration"]["temperature"]
+        assert f"validation accuracy {record['best']['accuracy']:.4f} in the first fit, on 12 images left out" in out
+    else:
+        assert "no images are held out: probabilities are not calibrated" in out
+        assert (record["best"], record["calibration"], load_run(run).temperature) == ({"epoch": 2}, None, 1)
     image = next((shapes / "test/down").iterdir())
     for argv in (["list", str(run)], ["eval", str(run)], ["predict", str(run), str(image)], ["report", str(run)]):
         assert main(argv) == 0
     assert "has the same metrics" in capsys.readouterr().out
     page = (run / "report.html").read_text()
-    assert "Train loss" in page and "Validation" not in page
+    assert "Train loss" in page and "Validation loss" not in page
+    assert ("12 images left out of a first fit" in page) == ("Validation accuracy" in page) == has_first_fit
     assert main(["eval", str(run), "split=val"]) == 2
     assert capsys.readouterr().err == "tlcli eval: split=val: the run has no val images\n"
 
@@ -136,6 +145,19 @@ def test_few_validation_images_do_not_select_unless_asked(
     assert (record["best"]["epoch"], record["n_val"], record["calibration"]["n"]) == (kept, 6, 6)
     assert ("the last epoch is kept, since fewer than" in (run / "run.log").read_text()) == (not words)
     assert "val_fraction: 0.1" in (run / "config.yaml").read_text()
+
+
+def test_the_final_weights_are_on_the_line_from_the_probe_to_the_last_epoch(train) -> None:
+    halves, whole = train("freeze=head", "interpolate=0.5", "keep_best=loss"), train("freeze=head", "keep_best=loss")
+    untrained = train("freeze=head", "optimizer.lr=1e-12", "epochs=1")
+    weights = [
+        read_tensors(run / f"checkpoints/{name}.safetensors")[0]
+        for run, name in ((untrained, "last"), (halves, "best"), (whole, "best"))
+    ]
+    name = "classifier.weight"
+    start, half, end = (tensors[name] for tensors in weights)
+    assert not torch.equal(start, end)
+    assert torch.allclose(half, (start + end) / 2, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -72,5 +72,6 @@ class Reporter:
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         """Take test.json's contents with val_accuracy, seconds, and confused: (true, predicted, count) of mistakes.
 
-        Without test images there are only checkpoint, epoch, val_accuracy, seconds, and `cross_validation` of run.json.
+        `left_out` is the number of images left out of a first fit, if val_accuracy is theirs. Without test images
+        there are only checkpoint, epoch, val_accuracy, left_out, seconds, and `cross_validation` of run.json.
         """

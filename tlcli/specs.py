@@ -282,6 +282,7 @@ class TrainSpec(Spec, frozen=True):
     seed: Annotated[int, Meta(ge=0, lt=2**32)]
     folds: Annotated[int, Meta(ge=2)] | None
     fold: Annotated[int, Meta(ge=0)] | None
+    interpolate: FractionAboveZero | None
     label_smoothing: FractionBelowOne
     class_weights: ClassWeights
     clip_grad: Positive | None

@@ -1,18 +1,17 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
 from msgspec import structs
-from torch import Tensor
 
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions, decide
+from tlcli.engine.first_fit import first_fit, fit_head
 from tlcli.engine.image_choice import choose_image
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, features, scores
+from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
@@ -21,10 +20,9 @@ from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.cross_validation import cross_validate
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, SplitPredictions, write_predictions
 from tlcli.specs import HeadInit, ImageSpec, TrainSpec
-from tlcli.transfer.contract import apply_freeze, linear_head
-from tlcli.transfer.probe import DEFAULT_PENALTY, choose_penalty, fit_probe
+from tlcli.transfer.contract import apply_freeze
 
 
 class NewRun:
@@ -38,31 +36,21 @@ class NewRun:
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         return decide(workload)
 
+    def first_fit(self, inputs: Inputs, run: RunDir, reporter: Reporter) -> Predictions:
+        """Fit without a fifth of the images, and return and write their predictions, with which a run resumes."""
+        part, p = first_fit(inputs, reporter)
+        stored = SplitPredictions.of(part.data.val, p.logits, p.labels, part.data.classes)
+        write_predictions(run.val_predictions, stored)
+        return p
+
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
         """Fit the probe, and return the first epoch (0 if the head is worth an evaluation before) and the best one."""
         workload, is_ready = inputs.workload, inputs.workload.classifier.head_loaded
-        network, head = workload.classifier.network, linear_head(workload.classifier)
-        if workload.needs_probe and head is None:
-            reporter.note("head starts random: a probe needs a head of one linear layer")
-        elif workload.needs_probe and head is not None:
-            loader = inputs.open("train_eval", reporter)
-            x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
-            digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-
-            def fit() -> tuple[str, dict[str, Tensor]]:
-                found = choose_penalty(x, y, workload.spec.seed)
-                penalty = found.penalty if found else DEFAULT_PENALTY
-                reason = f"L2 penalty {penalty:g} per image"
-                if found:
-                    n = len(found.correct)
-                    reason += f", accuracy {found.accuracy:.3f} in {found.folds}-fold cross-validation on {n:,} images"
-                return reason, fit_probe(head, x, y, penalty)
-
-            reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
-            head.load_state_dict(state)
-            inputs.add_reason("probe", reason)
-            reporter.note(f"probe: {reason}")
+        if fit_head(inputs, reporter):
+            reporter.note(f"probe: {inputs.decisions.reasons['probe']}")
             is_ready = True
+        if (inputs.decisions.interpolate or 1) < 1:
+            trainer.remember_start()
         workload.contract.seal()
         best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
@@ -89,6 +77,10 @@ def train(
     with record.phase("extract"):
         loader = inputs.open("train", reporter)
         val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
+    left_out: Predictions | None = None
+    if workload.first_fit is not None:
+        with record.phase("first fit"):
+            left_out = start.first_fit(inputs, run, reporter)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -96,7 +88,8 @@ def train(
         loader.network.compile()  # in place: the names of its tensors stay
 
     checkpoints = CheckpointManager(run, inputs, trainer, epoch=first_epoch - 1)
-    best_predictions: Predictions | None = None  # for validation
+    best_predictions: Predictions | None = None  # for validation, which is of these images
+    validated = workload.data.val
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
@@ -120,13 +113,16 @@ def train(
                 record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
                 checkpoints.after_epoch(epoch, validation, is_best=is_best)
 
-    checkpoints.load_best()
+    share = inputs.decisions.interpolate or 1.0
+    checkpoints.load_best(share)
     n_frozen = contract.verify()
     cross_validation: dict[str, Any] | None = None
     if spec.folds is not None and spec.fold is None:
         best_predictions, cross_validation = cross_validate(run, spec.folds, workload.data)
-        best_epoch.scores = scores(best_predictions)
-    elif best_predictions is None and val_loader is not None:  # that epoch was before an interruption
+        validated = workload.data.train
+    elif workload.first_fit is not None:
+        best_predictions, validated = left_out, workload.first_fit.data.val
+    elif val_loader is not None and (best_predictions is None or share < 1):  # that epoch was before an interruption
         best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
     predictions: Predictions | None = None
     if len(workload.data.test):
@@ -135,7 +131,9 @@ def train(
         with record.phase("test"):
             predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs()
-    record.log_result(best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen)
+    record.log_result(
+        validated, best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen
+    )
     return best_epoch.value
 
 

@@ -50,7 +50,8 @@ def show(reporter: TerminalReporter, classes: int = 10) -> None:
     reporter.epoch(row())
     reporter.note("early stop: no better epoch since epoch 1")
     result = {"accuracy": 0.98333, "accuracy_ci95": [0.9641, 0.9924], "top5": 0.999, "n": 359, "epoch": 3}
-    result |= {"seconds": 63.2, "val_accuracy": 0.9861, "confused": [("[red]8", "1", 3), ("5", "9", 2)]}
+    result |= {"seconds": 63.2, "val_accuracy": 0.9861, "left_out": None}
+    result |= {"confused": [("[red]8", "1", 3), ("5", "9", 2)]}
     reporter.outcome(RUN, {**result, "checkpoint": "checkpoints/best.safetensors"})
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from tlcli.cli import main
 from tlcli.cli.compose import load_spec
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
+from tlcli.models.tensorfile import read_tensors
 from tlcli.runs import checkpointing
-from tlcli.runs.checkpointing import load_state
+from tlcli.runs.checkpointing import CheckpointManager, load_state
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.transfer.contract import FreezeContract
 
 STEPS_PER_EPOCH = 7  # 54 images in batches of 8
 
@@ -121,9 +124,31 @@ def test_a_run_without_validation_images_goes_on_to_the_same_end(
     disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
-    own = ("freeze=head", "epochs=2")
-    stops: list[Stop] = [(2, KeyboardInterrupt), (8, Killed)]
-    assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
+    monkeypatch.setattr("tlcli.engine.first_fit.SHARES", (0.5,))
+    own, first_fit = ("freeze=head", "epochs=2"), 2 * 6  # steps of 48 images
+    stops: list[Stop] = [(2, KeyboardInterrupt), (first_fit + 2, KeyboardInterrupt), (8, Killed)]
+    ends = whole(*own), disturbed(*own, stops=stops)
+    assert list(differences(*ends)) == []
+    best, last = (read_tensors(getattr(RunDir(ends[1]), f"{name}_checkpoint")) for name in ("best", "last"))
+    assert best[1]["interpolate"] == 0.5 and "interpolate" not in last[1]
+    assert not torch.equal(best[0]["classifier.weight"], last[0]["classifier.weight"])
+
+
+@pytest.mark.parametrize("method", ["load_best", "verify"])
+def test_weights_are_interpolated_once(
+    method: str, disturbed: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed before or after its last weights are replaced replaces them once."""
+    own, owners = (
+        ("freeze=head", "epochs=1", "interpolate=0.5"),
+        {"load_best": CheckpointManager, "verify": FreezeContract},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(owners[method], method, Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            disturbed(*own, stops=[])
+    assert main(["train", "--resume", str(tmp_path / "disturbed")]) == 0
+    assert list(differences(whole(*own), tmp_path / "disturbed")) == []
 
 
 def test_a_run_keeps_its_choice_of_image_and_epochs(

@@ -165,6 +165,8 @@ class TerminalReporter(Reporter):
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
         self.show("")
         validation = "" if result["val_accuracy"] is None else f", validation accuracy {result['val_accuracy']:.4f}"
+        if result["left_out"] is not None:
+            validation += f" in the first fit, on {result['left_out']:,} images left out"
         if folds := result.get("cross_validation"):
             validation, (low, high) = "", folds["accuracy_ci95"]
             text = (

@@ -69,6 +69,11 @@ class Dataset:
         list(_check_counts({"train": train, "val": val}, self.classes, self.name))  # duplicates may be a whole class
         return replace(self, train=train, val=val, test=self.test.take(np.arange(0)))
 
+    def without_fifth(self, seed: int) -> "Dataset":
+        """Return the dataset that has a fifth of each class's training images in val, and an empty test."""
+        _, held = stratified_split(self.train.labels, self.classes, 0.2, seed=seed, purpose="first fit")
+        return replace(self, folds=np.isin(np.arange(len(self.train)), held).astype(np.int64)).without_fold(1)
+
     @property
     def can_select(self) -> bool:
         """True if val has enough images to select an epoch by them."""
@@ -218,8 +223,8 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
     stay, held = stratified_split(train.labels, source.classes, fraction, seed=seed, purpose="val")
     if spec.val_fraction is None and len(held) < MIN_VALIDATION_IMAGES:
         notes.append(
-            f"no val split: all {len(train):,} training images train; the last epoch is kept, and probabilities are "
-            f"not calibrated (dataset.val_fraction={fraction:g} holds images out)"
+            f"no val split: all {len(train):,} training images train, and the last epoch is kept "
+            f"(dataset.val_fraction={fraction:g} holds images out)"
         )
         return {"train": train, "test": test}, notes
     notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -160,6 +160,16 @@ class Workload:
     @property
     def epochs(self) -> int:
         return number_of_epochs(self.spec, len(self.data.train))
+
+    @cached_property
+    def first_fit(self) -> "Workload | None":
+        """The same without a fifth of the training images, which are its val; None if there is no first fit."""
+        spec, data = self.spec, self.data
+        if len(data.val) or spec.folds or spec.interpolate or not self.classifier.pretrained:
+            return None
+        if min(data.train.class_counts(len(data.classes))) < 2:
+            return None
+        return replace(self, data=data.without_fifth(spec.seed))
 
     @property
     def selects_epoch(self) -> bool:

@@ -126,7 +126,8 @@ class CostMeter:
 
         def epoch_and_run(train: float, evaluation: float) -> tuple[float, float]:
             epoch = n_train / train + n_val / evaluation
-            return epoch, n_evaluated / evaluation + workload.epochs * epoch
+            first_fit = part.epochs * len(part.data.train) / train if (part := workload.first_fit) else 0
+            return epoch, first_fit + n_evaluated / evaluation + workload.epochs * epoch
 
         decoding, reason = self._decode_seconds * (n_train + n_val + n_test), uncacheable_reason(workload)
         live_epoch, live_run = epoch_and_run(*self.uncached(workload))

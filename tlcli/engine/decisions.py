@@ -32,6 +32,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     Args:
         eval_precision: of evaluation and of the frozen prefix.
         train_size: pixels of augmented training images; None up to tlcli 0.6: as in evaluation.
+        interpolate: the share of the way from the initial to the trained weights at which the run ends; None: 1.
         train_images_per_second: as measured for a few steps; None if there was nothing to choose.
         cut: names of the first modules after the cut; None if nothing is cut off.
         extraction_batch: images per forward pass of the prefix; None if nothing is cut off.
@@ -44,6 +45,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     eval_precision: DtypeName
     channels_last: bool
     train_size: int | None = None
+    interpolate: float | None = None
     train_images_per_second: float | None = None
     cut: str | None = None
     extraction_batch: Annotated[int, Meta(ge=1, le=4096)] | None = None
@@ -137,6 +139,7 @@ def decide(workload: Workload) -> Decisions:
         eval_precision=dtype_names[evaluation.dtype],
         channels_last=evaluation.memory_format == torch.channels_last,
         train_size=workload.train_size,
+        interpolate=workload.spec.interpolate,
         train_images_per_second=train.images_per_second,
         cut=cut.suffix_start if isinstance(cut, Cut) else None,
         extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,

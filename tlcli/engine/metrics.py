@@ -168,29 +168,38 @@ class BestEpochTracker:
 # -- calibration
 
 
-def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return `calibration` of run.json: the T that minimizes the loss of labels (N) under softmax(logits / T).
+def likely_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the T that is most probable by the loss of labels (N) under softmax(logits / T).
 
     With few images the likelihood follows the one that is wrong, and if all are right it has no optimum. So log T has a
-    normal prior about 0 (maximum a posteriori), and a T below 1 may not raise the mean confidence above
-    (right + 1) / (N + 2), the accuracy that N images support by Laplace's rule of succession. T is 1 if the loss would
-    not decrease, or the calibration error of the same images would increase to gain on a few that are far off.
+    normal prior about 0 (maximum a posteriori).
+    """
+
+    def cost(log_t: float) -> float:
+        loss = F.cross_entropy(logits.double() / math.exp(log_t), labels, reduction="sum")
+        return loss.item() + 0.5 * (log_t / PRIOR_STD) ** 2
+
+    bounds = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    return math.exp(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return `calibration` of run.json: the likely T of labels (N) under softmax(logits / T), or one closer to 1.
+
+    A T below 1 may not raise the mean confidence above (right + 1) / (N + 2), the accuracy that N images support by
+    Laplace's rule of succession. T is 1 if the loss would not decrease, or the calibration error of the same images
+    would increase to gain on a few that are far off.
     """
     n, exact = len(labels), logits.double()
-    mean_of_labels = exact.gather(1, labels[:, None]).mean().item()
     max_confidence = (int((logits.argmax(dim=1) == labels).sum()) + 1) / (n + 2)
 
     def loss(t: float) -> float:
-        return torch.logsumexp(exact / t, dim=1).mean().item() - mean_of_labels / t
-
-    def cost(log_t: float) -> float:
-        return n * loss(math.exp(log_t)) + 0.5 * (log_t / PRIOR_STD) ** 2
+        return F.cross_entropy(exact / t, labels).item()
 
     def excess(log_t: float) -> float:
         return torch.softmax(exact / math.exp(log_t), dim=1).amax(dim=1).mean().item() - max_confidence
 
-    bounds = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-    log_t = float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    log_t = math.log(likely_temperature(logits, labels))
     if log_t < 0 and excess(log_t) > 0:
         log_t = 0.0 if excess(0.0) >= 0 else float(brentq(excess, log_t, 0.0, xtol=1e-4))
     t = math.exp(log_t)

@@ -45,6 +45,7 @@ class Trainer:
             self._class_weights = torch.tensor(weights, device=device.accelerator)
         self._linear_loss: LinearLoss | None = None
         self._progress: _EpochProgress | None = None
+        self._start: list[Tensor] = []
         self.step = 0
 
     def fit(
@@ -171,6 +172,16 @@ class Trainer:
             f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
         )
 
+    def remember_start(self) -> None:
+        """Keep a copy of what trains, from which `interpolate` starts."""
+        self._start = [parameter.detach().clone() for parameter in self._trainable]
+
+    def interpolate(self, share: float) -> None:
+        """Replace what trains by its interpolation from the remembered weights (0) to the present ones (1)."""
+        with torch.no_grad():
+            for parameter, start in zip(self._trainable, self._start, strict=True):
+                parameter.copy_(start.lerp(parameter, share))
+
     def is_between_epochs(self, last: int) -> bool:
         """Return True if no step was made since the end of this epoch."""
         return self._progress is None or self._progress.epoch <= last
@@ -182,6 +193,7 @@ class Trainer:
             "schedule": dict(self.schedule.plateau),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
+            "start": self._start,
             "random": [generator.get_state() for generator in _generators()],
             "pass": self._progress and self._progress.state(),
         }
@@ -201,6 +213,7 @@ class Trainer:
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
         saved, device = state["pass"], self._device.accelerator
+        self._start = [tensor.to(device) for tensor in state["start"]]
         self._progress = saved and _EpochProgress(
             epoch=int(saved["epoch"]),
             first_step=int(saved["first_step"]),

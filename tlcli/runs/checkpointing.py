@@ -149,9 +149,14 @@ class CheckpointManager:
         self._has_changes, self._saved_at = False, time.perf_counter()
         self._save_seconds = self._saved_at - start
 
-    def load_best(self) -> None:
+    def load_best(self, share: float) -> None:
+        """Save, and load the weights of the best epoch; replace them by those at `share` of the way to them."""
         self.save()
-        self._network.load_state_dict(read_tensors(self._run.best_checkpoint)[0])
+        weights, metadata = read_tensors(self._run.best_checkpoint)
+        self._network.load_state_dict(weights)
+        if share < 1 and "interpolate" not in metadata:  # else an interrupted run has replaced them before
+            self._trainer.interpolate(share)
+            write_tensors(self._run.best_checkpoint, self._network.state_dict(), {**metadata, "interpolate": share})
 
     @contextmanager
     def save_on_exit(self) -> Iterator[None]:

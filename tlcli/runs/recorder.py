@@ -10,6 +10,7 @@ import torch
 from msgspec import to_builtins
 
 from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
+from tlcli.data.images import Split
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import (
     BestEpochTracker,
@@ -93,11 +94,21 @@ class Recorder:
         kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         steps = workload.epochs * steps_per_epoch(spec, len(data.train))
-        speed = inputs.decisions.train_images_per_second
-        about = f" (about {duration_text(workload.epochs * len(data.train) / speed)})" if speed else ""
+        fits = [workload] if workload.first_fit is None else [workload, workload.first_fit]
+        passes, speed = sum(fit.epochs * len(fit.data.train) for fit in fits), inputs.decisions.train_images_per_second
+        about = f" (about {duration_text(passes / speed)})" if speed else ""
         notes = [*classifier.notes, *data.notes]
         if "image" in inputs.decisions.reasons:
             notes.append(f"image: {inputs.decisions.reasons['image']}")
+        if workload.first_fit is not None:
+            n = len(workload.first_fit.data.val)
+            self._run.update(first_fit={"n_train": len(workload.first_fit.data.train), "n_val": n})
+            notes.append(
+                f"first fit: without {n:,} of the images, whose loss says how much of the change of weights is kept, "
+                "and with what temperature (interpolate=1 does without)"
+            )
+        elif not len(data.val) and spec.folds is None:
+            notes.append("no images are held out: probabilities are not calibrated")
         if len(data.val) and spec.fold is None and not workload.selects_epoch:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
@@ -161,6 +172,7 @@ class Recorder:
 
     def log_result(
         self,
+        validated: Split,
         validation: Predictions | None,
         predictions: Predictions | None,
         best_epoch: BestEpochTracker,
@@ -171,13 +183,14 @@ class Recorder:
     ) -> None:
         """Write test.json, predictions, plots, and the temperature that fits `validation`, and show the result.
 
-        With `cross_validation`, `validation` has the out-of-fold predictions of the training images.
+        `validation` is of the images of `validated`: val, those left out of a first fit, or with `cross_validation` all
+        training images.
         """
         run, data, epoch = self._run, self._inputs.workload.data, best_epoch.epoch
         assert epoch is not None
-        validated, report = data.val, dict[str, Any]()
-        if cross_validation is not None and best_epoch.scores is not None:
-            validated = data.train
+        report: dict[str, Any] = {}
+        if validation is not None:
+            best_epoch.scores = scores(validation)
             run.update(best={"epoch": epoch, **asdict(best_epoch.scores)}, cross_validation=cross_validation)
         if predictions is not None:
             self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
@@ -200,6 +213,7 @@ class Recorder:
         result = {
             **stored,
             "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy,
+            "left_out": None if validated is data.val else len(validated),
             "cross_validation": cross_validation,
             "seconds": spent["total"] + (cross_validation["seconds"] if cross_validation else 0.0),
         }

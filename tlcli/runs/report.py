@@ -81,6 +81,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
         "phases": {key: value for key, value in seconds.items() if value is not None},
         "command": rerun_command(info),
+        "left_out": integer(mapping(info.get("first_fit")).get("n_val")),
     }
     if accuracy is not None:
         support = [row["support"] or 0 for row in rows]

@@ -1,0 +1,83 @@
+"""A first fit says how much of the change of the weights to keep, and leaves no trace in the network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Compose
+from tlcli.engine import first_fit
+from tlcli.engine.activations import Workload
+from tlcli.engine.decisions import decide
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import Predictions
+from tlcli.engine.session import Session
+from tlcli.reporter import Reporter
+from tlcli.store import Store, cache_dir
+from tlcli.train import NewRun, _load
+
+
+@pytest.fixture
+def workload(spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch):
+    """workload("epochs=1"): 60 training images of three classes at 32 px, none of them held out."""
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+
+    def make(*words: str) -> Workload:
+        words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *words)
+        return _load(spec(*words), Session(Store(cache_dir()), 10**9), Reporter(), NewRun())[0]
+
+    return make
+
+
+def tensors(workload: Workload) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in workload.classifier.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("words", [("freeze=last_stages",), ("freeze=head",)], ids=["uncached", "cached"])
+def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(workload, words) -> None:
+    whole = workload(*words)
+    before, inputs = tensors(whole), Inputs(decide(whole), whole)
+    part, predictions = first_fit.first_fit(inputs, Reporter())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(whole).items())
+    assert part.data.val.class_counts(3) == (4, 4, 4) and part.data.train.class_counts(3) == (16, 16, 16)
+    assert sorted([*part.data.train.indices, *part.data.val.indices]) == sorted(whole.data.train.indices)
+    assert predictions.labels.tolist() == part.data.val.labels.tolist()
+    assert inputs.decisions.interpolate in first_fit.SHARES
+    assert "loss of 12 images left out" in inputs.decisions.reasons["weights"]
+
+
+@pytest.mark.parametrize(
+    ("margins", "share"),
+    [
+        ([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]], 1.0),
+        ([[1, 1, 1], [1, 1, 2], [1, 1, 9], [0, 0, 0]], 1.0),  # better for one image only: within a standard error
+        ([[1, 1, 1], [2, 2, 2], [3, 3, 3], [2, 2, 2]], 0.7),
+        ([[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 5]], 0.5),
+    ],
+)
+def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_error(
+    workload, monkeypatch: pytest.MonkeyPatch, margins: Sequence[Sequence[float]], share: float
+) -> None:
+    labels, results = torch.tensor([0, 1, 2]), iter(margins)
+
+    def evaluate(*args: object) -> Predictions:
+        return Predictions(torch.diag(torch.tensor(next(results), dtype=torch.float32)), labels)
+
+    whole = workload("freeze=head")
+    inputs = Inputs(decide(whole), whole)
+    monkeypatch.setattr(first_fit, "fit_head", lambda *args: True)
+    monkeypatch.setattr(first_fit, "evaluate", evaluate)
+    _, predictions = first_fit.first_fit(inputs, Reporter())
+    assert inputs.decisions.interpolate == share
+    assert predictions.logits.diagonal().tolist() == list(margins[first_fit.SHARES.index(share)])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("dataset.val_fraction=0.1",), ("interpolate=1",), ("interpolate=0.7",), ("backbone.weights=none",)],
+)
+def test_there_is_none_with_validation_images_a_given_share_or_random_weights(workload, words) -> None:
+    assert workload().first_fit is not None
+    assert workload(*words).first_fit is None

@@ -1,0 +1,88 @@
+"""The start of a run on pretrained weights: the probe that its head starts from, and a first fit on part of the images.
+
+A small set has no validation images. So a first fit leaves a fifth of the training images out, which then say how far
+the final weights are from the initial ones (WiSE-FT, Wortsman et al. 2022), and what temperature calibrates them.
+"""
+
+import copy
+import hashlib
+
+import torch
+from msgspec import structs
+from torch import Tensor
+from torch.nn import functional as F
+
+from tlcli.engine.activations import Workload
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import Predictions, evaluate, features, likely_temperature
+from tlcli.engine.trainer import Trainer
+from tlcli.reporter import Reporter
+from tlcli.transfer.contract import linear_head
+from tlcli.transfer.probe import DEFAULT_PENALTY, choose_penalty, fit_probe
+
+SHARES = (1.0, 0.85, 0.7, 0.5)
+
+
+def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
+    """Fill the head with a linear probe, if it should start from one; return True if it does."""
+    workload = inputs.workload
+    network, head = workload.classifier.network, linear_head(workload.classifier)
+    if workload.needs_probe and head is None:
+        reporter.note("head starts random: a probe needs a head of one linear layer")
+    if not workload.needs_probe or head is None:
+        return False
+    loader = inputs.open("train_eval", reporter)
+    x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
+    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+
+    def fit() -> tuple[str, dict[str, Tensor]]:
+        found = choose_penalty(x, y, workload.spec.seed)
+        penalty = found.penalty if found else DEFAULT_PENALTY
+        reason = f"L2 penalty {penalty:g} per image"
+        if found:
+            n = len(found.correct)
+            reason += f", accuracy {found.accuracy:.3f} in {found.folds}-fold cross-validation on {n:,} images"
+        return reason, fit_probe(head, x, y, penalty)
+
+    reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
+    head.load_state_dict(state)
+    inputs.add_reason("probe", reason)
+    return True
+
+
+def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions]:
+    """Train on the workload's `first_fit`, and decide how far the final weights are from the initial ones.
+
+    Return that workload, and the predictions of the images left out. The share of SHARES with the lowest loss is taken
+    if the loss is lower than that of the trained weights by more than one standard error of the paired difference: of
+    the loss at the best temperature, since a share below 1 also makes a network less confident. The network is left as
+    it was.
+    """
+    workload, decisions, network = inputs.workload.first_fit, inputs.decisions, inputs.workload.classifier.network
+    assert workload is not None
+    if "train" in decisions.cached:
+        decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
+    part, before = Inputs(decisions, workload), copy.deepcopy(network.state_dict())
+    trainer = Trainer(workload, part.device)
+    fit_head(part, reporter)
+    trainer.remember_start()
+    loader, val_loader = part.open("train", reporter), part.open("val", reporter)
+    for epoch in range(1, workload.epochs + 1):
+        trainer.fit(loader, epoch, reporter)
+    predictions: list[Predictions] = []
+    for share, previous in zip(SHARES, (1.0, *SHARES), strict=False):
+        trainer.interpolate(share / previous)
+        predictions.append(evaluate(network, val_loader, part.device, reporter, "images left out"))
+    network.load_state_dict(before)
+    scaled = [p.logits / likely_temperature(p.logits, p.labels) for p in predictions]
+    losses = torch.stack([F.cross_entropy(x, predictions[0].labels, reduction="none") for x in scaled]).double()
+    best, n, means = int(losses.mean(dim=1).argmin()), losses.shape[1], losses.mean(dim=1).tolist()
+    gain = losses[0] - losses[best]
+    if gain.mean() <= gain.std() / n**0.5:
+        best = 0
+    found = ", ".join(f"{share:g} {loss:.3f}" for share, loss in zip(SHARES, means, strict=True))
+    reason = f"{SHARES[best]:g} of the way from the initial to the trained ones; loss of {n:,} images left out: {found}"
+    inputs.decisions = structs.replace(inputs.decisions, interpolate=SHARES[best])
+    inputs.add_reason("weights", reason)
+    reporter.note(f"weights: {reason}")
+    return workload, predictions[best]
