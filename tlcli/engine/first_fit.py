@@ -63,7 +63,7 @@ def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions
     if "train" in decisions.cached:
         decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
     part, before = Inputs(decisions, workload), copy.deepcopy(network.state_dict())
-    trainer = Trainer(workload, part.device)
+    trainer = Trainer(workload, part.device, label="first fit, epoch")
     fit_head(part, reporter)
     trainer.remember_start()
     loader, val_loader = part.open("train", reporter), part.open("val", reporter)

@@ -28,10 +28,10 @@ STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for an accelerator, and is a t
 
 
 class Trainer:
-    """Trains the trainable parameters of a classifier, one epoch at a time."""
+    """Trains the trainable parameters of a classifier, one epoch at a time. `label` is what its progress is called."""
 
-    def __init__(self, workload: Workload, device: Device) -> None:
-        self._spec, self._device, self._contract = workload.spec, device, workload.contract
+    def __init__(self, workload: Workload, device: Device, label: str = "epoch") -> None:
+        self._spec, self._device, self._contract, self._label = workload.spec, device, workload.contract, label
         spec, classes = workload.spec, workload.data.classes
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -69,7 +69,7 @@ class Trainer:
             progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
-        with limit_threads(loader.threads), reporter.track(f"epoch {epoch}", len(loader)) as advance:
+        with limit_threads(loader.threads), reporter.track(f"{self._label} {epoch}", len(loader)) as advance:
             advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
                 with defer_interrupts:
