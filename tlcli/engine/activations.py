@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from tlcli.data.batches import ImageBatches, Preprocessing
@@ -169,7 +170,7 @@ class Workload:
             return None
         if min(data.train.class_counts(len(data.classes))) < 2:
             return None
-        return replace(self, data=data.without_fifth(spec.seed))
+        return replace(self, data=data.without_fifth(spec.seed), spec=structs.replace(spec, epochs=self.epochs))
 
     @property
     def selects_epoch(self) -> bool:
