@@ -68,6 +68,10 @@ def test_seconds_follow_from_speeds(spec: Compose, shapes: Path, monkeypatch: py
     assert all(strategy["takes"] == "cached" for strategy in found["strategies"][:5]), "there is no augmentation"
     assert found["strategies"][-1]["live_epoch"] == pytest.approx((54 + 6) / 10)
     assert found["strategies"][1]["cached_epoch"] == pytest.approx((54 + 6) / 10)
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+    specs = spec(*base(shapes, "augment=none")), spec(*base(shapes, "augment=none", "interpolate=1"))
+    totals = [inspect(own, NONE, Reporter())["strategies"][-1]["total"] for own in specs]
+    assert totals[0] - totals[1] == pytest.approx(3 * 48 / 10, abs=0.1), "a first fit on four fifths of 60 images"
 
 
 def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
