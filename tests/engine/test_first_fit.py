@@ -15,18 +15,18 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
-from tlcli.store import Store, cache_dir
+from tlcli.store import Store
 from tlcli.train import NewRun, _load
 
 
 @pytest.fixture
-def workload(spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch):
+def workload(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """workload("epochs=1"): 60 training images of three classes at 32 px, none of them held out."""
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
 
     def make(*words: str) -> Workload:
         words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *words)
-        return _load(spec(*words), Session(Store(cache_dir()), 10**9), Reporter(), NewRun())[0]
+        return _load(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())[0]
 
     return make
 
@@ -46,6 +46,8 @@ def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_cl
     assert predictions.labels.tolist() == part.data.val.labels.tolist()
     assert inputs.decisions.interpolate in first_fit.SHARES
     assert "loss of 12 images left out" in inputs.decisions.reasons["weights"]
+    inputs.open("train_eval", Reporter())
+    assert [entry.rows for entry in whole.session.store.entries()] == [60], "one pass over the images"
 
 
 @pytest.mark.parametrize(
