@@ -50,7 +50,14 @@ def run(argv: list[str]) -> int:
         elif arguments.action == "remove":
             if not keys:
                 raise UsageError("name the entries: tlcli cache remove KEY ... (`tlcli cache list` shows the keys)")
-            chosen = {entry.key: entry for entry in (_match(entries, key) for key in keys)}
+            chosen: dict[str, CacheEntry] = {}
+            for start in keys:
+                matches = [entry for entry in entries if entry.key.startswith(start)]
+                if len(matches) != 1 or len(start) < MIN_KEY_CHARS:
+                    near = "" if matches else did_you_mean(start, (e.key[: max(8, len(start))] for e in entries))
+                    remedy = f"Give {MIN_KEY_CHARS} or more characters of one key; `tlcli cache list` shows the keys."
+                    raise UsageError(f"{start!r} is the start of {len(matches)} keys.{near or f' {remedy}'}")
+                chosen[matches[0].key] = matches[0]
             for key in chosen:
                 store.remove(key)
             print(f"removed {_total(len(chosen), sum(entry.nbytes for entry in chosen.values()))}")
@@ -59,16 +66,6 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0
-
-
-def _match(entries: Sequence[CacheEntry], prefix: str) -> CacheEntry:
-    """Return the entry whose key is or starts with `prefix`. Raise UsageError unless there is exactly one."""
-    matches = [entry for entry in entries if entry.key.startswith(prefix)]
-    if len(matches) != 1 or len(prefix) < MIN_KEY_CHARS:
-        near = "" if matches else did_you_mean(prefix, (entry.key[: max(8, len(prefix))] for entry in entries))
-        remedy = f"Give {MIN_KEY_CHARS} or more characters of one key; `tlcli cache list` shows the keys."
-        raise UsageError(f"{prefix!r} is the start of {len(matches)} keys.{near or f' {remedy}'}")
-    return matches[0]
 
 
 def _total(count: int, nbytes: int) -> str:

@@ -64,10 +64,16 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
         metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
         rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
     yield "\n".join(table_lines(columns, rows, width))
-    differences = comparison["config"] | comparison["setting"]
-    names = [TableColumn("differs", left=True), TableColumn("values", left=True)]
-    rows = [[key, _by_value(values, letters)] for key, values in differences.items()]
-    yield "\n".join(table_lines(names, rows, width)) if rows else "the configs are the same"
+    columns = [TableColumn("differs", left=True), TableColumn("values", left=True)]
+    rows = []
+    for key, values in (comparison["config"] | comparison["setting"]).items():
+        holders: dict[str, list[str]] = {}  # runs without the key have a dash
+        for path, letter in letters.items():
+            value = values.get(path, "-")
+            as_yaml = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+            holders.setdefault(as_yaml, []).append(letter)
+        rows.append([key, ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())])
+    yield "\n".join(table_lines(columns, rows, width)) if rows else "the configs are the same"
     for group in comparison["seeds"]:
         low, high = group["mean_ci95"]
         text = (
@@ -78,16 +84,6 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
         yield fill(text if group["same_images"] else f"{text}; their images are not all the same")
     many = f"Significance is tested for two runs only, not for {len(letters)}. Compare the intervals."
     yield fill(_verdict(comparison["pairs"][0], is_crossed) if comparison["pairs"] else many)
-
-
-def _by_value(values: Mapping[str, Any], letters: Mapping[str, str]) -> str:
-    """Return `head (A, C), none (B)`; runs without the key have a dash."""
-    holders: dict[str, list[str]] = {}
-    for path, letter in letters.items():
-        value = values.get(path, "-")
-        as_yaml = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-        holders.setdefault(as_yaml, []).append(letter)
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())
 
 
 def _verdict(pair: Mapping[str, Any], is_crossed: bool) -> str:

@@ -54,8 +54,24 @@ def run(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     from tlcli.cli import fast_imports
 
+    facts: dict[str, dict[str, Any]] = {}  # the values that all checks report, by topic and name
+    problems: list[Problem] = []
     with fast_imports():
-        facts, problems = examine()
+        for check in (_versions, _machine, _places, _devices, _weights):
+            try:
+                for finding in check():
+                    if isinstance(finding, Problem):
+                        problems.append(finding)
+                    else:
+                        facts.setdefault(finding[0], {})[finding[1]] = finding[2]
+            except ImportError as exc:  # the checks that follow need PyTorch, too
+                advice = "pip install --force-reinstall torch torchvision timm"
+                reason = redact(one_line(exc)[:300])
+                problems.append(Problem(f"cannot import PyTorch or what uses it ({reason}): {advice}", True))
+                break
+            except Exception as exc:  # whatever it is, it is the answer
+                reason, name = redact(f"{type(exc).__name__}: {one_line(exc)}"[:300]), check.__name__.strip("_")
+                problems.append(Problem(f"{name}: the check failed ({reason})", check is _devices))
     can_train = not any(problem.fails for problem in problems)
     if arguments.format == "json":
         print(json.dumps({**facts, "problems": [p._asdict() for p in problems], "can_train": can_train}, indent=2))
@@ -88,28 +104,6 @@ def redact(text: object) -> str:
     with suppress(OSError, KeyError, ImportError):  # a user without a name
         redacted = re.sub(rf"(?<=[/\\]){re.escape(getpass.getuser())}(?!\w)", "$USER", redacted)
     return redacted
-
-
-def examine() -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """Return the values that all checks report, by topic and name, and the problems."""
-    facts: dict[str, dict[str, Any]] = {}
-    problems: list[Problem] = []
-    for check in (_versions, _machine, _places, _devices, _weights):
-        try:
-            for finding in check():
-                if isinstance(finding, Problem):
-                    problems.append(finding)
-                else:
-                    facts.setdefault(finding[0], {})[finding[1]] = finding[2]
-        except ImportError as exc:  # the checks that follow need PyTorch, too
-            advice = "pip install --force-reinstall torch torchvision timm"
-            reason = redact(one_line(exc)[:300])
-            problems.append(Problem(f"cannot import PyTorch or what uses it ({reason}): {advice}", True))
-            break
-        except Exception as exc:  # whatever it is, it is the answer
-            reason, name = redact(f"{type(exc).__name__}: {one_line(exc)}"[:300]), check.__name__.strip("_")
-            problems.append(Problem(f"{name}: the check failed ({reason})", check is _devices))
-    return facts, problems
 
 
 def _versions() -> Findings:
@@ -151,8 +145,7 @@ def _places() -> Findings:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free, shown, fault = shutil.disk_usage(existing).free, redact(folder.absolute()), None
         try:
-            with tempfile.TemporaryFile(dir=existing):  # permissions alone do not tell
-                pass
+            tempfile.TemporaryFile(dir=existing).close()  # permissions alone do not tell
         except OSError as exc:
             fault = exc.strerror or str(exc)
             yield Problem(f"cannot write {name} to {shown} ({fault}): {remedy}")

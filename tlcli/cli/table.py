@@ -33,37 +33,32 @@ def table_lines(
     cells = [["-" if cell is None else strip_control_chars(str(cell)) for cell in row] for row in rows]
     widths = [max([len(column.title), *(cell_len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
     shown = list(range(len(columns)))
-    while width is not None and sum(widths[i] + GAP for i in shown) - GAP > width:
+    while is_wide := width is not None and sum(widths[i] + GAP for i in shown) - GAP > width:
         least = max(reversed(shown), key=lambda i: columns[i].drop)
         if columns[least].drop == 0:
-            if wrap:
-                parts = [[row[i] for i in shown] for row in cells]
-                yield from _wrapped_lines([columns[i] for i in shown], parts, width)
-                return
             break
         shown.remove(least)
+    if is_wide and wrap:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+        for column in (columns[i] for i in shown):
+            table.add_column(Text(column.title), justify="left" if column.left else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(row[i]) for i in shown))
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        yield from (line.rstrip() for line in capture.get().splitlines())
+        return
     for row in [[column.title for column in columns], *cells]:  # rich takes two seconds for 2,000 rows
         padded = []
         for i in shown:
             blanks = " " * (widths[i] - cell_len(row[i]))
             padded.append(row[i] + blanks if columns[i].left else blanks + row[i])
         yield (" " * GAP).join(padded).rstrip()
-
-
-def _wrapped_lines(columns: Sequence[TableColumn], cells: Sequence[Sequence[str]], width: int) -> list[str]:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    for column in columns:
-        table.add_column(Text(column.title), justify="left" if column.left else "right", overflow="fold")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def terminal_columns() -> int | None:

@@ -12,7 +12,7 @@ import hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tlcli.cli.compose import Flags, build_spec, compose_config, composing, parse_flags, resolve_paths
+from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.job import Command, check, finish_sweep, first_line
 from tlcli.cli.resume import resume, resume_argument, resume_hint
@@ -29,7 +29,13 @@ def run(argv: list[str]) -> int:
             return resume(path, words)
     flags = parse_flags(argv)
     if not flags.runs:
-        return _show(flags)
+        # Hydra prints the config or its help, as --cfg, --info and --hydra-help ask
+        sys.argv = ["tlcli train", *flags.flags, *flags.overrides]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way and exits
+        with composing(flags.files):
+            show = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)
+            show(lambda _: None)()
+        return 0
     with handle_signals():
         with composing(flags.files):
             config, loader = compose_config(flags)
@@ -50,10 +56,8 @@ def run(argv: list[str]) -> int:
             with composing(flags.files):
                 command.launch(config, loader, path)
         except BaseException as exc:
-            started = any(path.rglob("run.json"))
-            if not is_sweep and isinstance(exc, UsageError):
-                started = any(path.rglob("metrics.jsonl"))
-            if not started:
+            sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
+            if not any(path.rglob(sign)):
                 discard_folders(path, made)
             elif is_sweep:
                 finish_sweep(path)
@@ -61,15 +65,6 @@ def run(argv: list[str]) -> int:
                 exc.args = (resume_hint(path),)
             raise
     return finish_sweep(path) if is_sweep else 0
-
-
-def _show(flags: Flags) -> int:
-    """Let Hydra print the config or its help, as --cfg, --info and --hydra-help ask."""
-    sys.argv = ["tlcli train", *flags.flags, *flags.overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way and exits
-    with composing(flags.files):
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)(lambda _: None)()
-    return 0
 
 
 def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
