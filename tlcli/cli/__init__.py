@@ -60,22 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a class name
+    code = 0
     try:
         match words:
             case [] | ["-h" | "--help" | "help", *_]:
                 width = max(map(len, COMMANDS))
                 commands = "".join(f"  {name:<{width}}  {summary}\n" for name, (_, summary) in COMMANDS.items())
                 print(HELP.format(commands=commands), end="")
-                code = 0
             case ["-V" | "--version", *_] | ["train", "--version", *_]:
                 print(f"tlcli {__version__}")
-                code = 0
             case ["train", *rest] if {"-h", "--help"} & {*rest}:  # without Hydra, which takes half a second
                 from tlcli.cli.completion import train_help
                 from tlcli.cli.conf_files import files_for
 
                 print(train_help(files_for(rest)), end="")
-                code = 0
             case [name, *rest] if name in COMMANDS:
                 code = import_module(COMMANDS[name][0]).run(rest)
             case [word, *_] if "=" in word:

@@ -53,8 +53,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     for word in argv:  # KEY=~/PLACE with the home directory, which shells write out only at the start of a word
         key, equals, value = word.partition("=")
         words.append(f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word)
-    parser = train_parser()
-    args = parser.parse_intermixed_args(words)
+    args = train_parser().parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
     folders = [Path(args.config_dir).absolute()] if args.config_dir else []
@@ -129,11 +128,10 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
-            loader = hydra.config_loader
         refuse_code(OmegaConf.to_container(config, resolve=False))
     fill_val_fraction(config)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
-    return config, loader
+    return config, hydra.config_loader
 
 
 def compose_spec(words: Sequence[str]) -> TrainSpec:
