@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import chdir, suppress
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _resume_sweep(path: Path) -> int:
             config, loader = compose_config(flags)
             Command(command, flags.files, None if is_one_run else path, resume=True).launch(config, loader, path)
     finally:
-        _update_leaderboards(run)
+        leaderboard.update(run)
         code = 0 if is_one_run else finish_sweep(path)
     return code
 
@@ -163,14 +163,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                 train(spec, run, logged, session_for(spec.cache), state)
         discard_state(run, spec)
     finally:
-        _update_leaderboards(run)
+        leaderboard.update(run)
     return 0
-
-
-def _update_leaderboards(run: RunDir) -> None:
-    for sweep in leaderboard.sweeps_of(run):
-        with suppress(OSError, ValueError, TypeError):  # from run.json of other jobs, which do not matter here
-            leaderboard.write(sweep)
 
 
 def _nothing_to_resume(run: RunDir) -> int:

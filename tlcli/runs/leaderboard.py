@@ -1,6 +1,5 @@
 """A sweep's leaderboard: its jobs ranked by validation, with test metrics, read from their run directories alone."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,11 @@ def write(folder: Path) -> dict[str, Any]:
     return board
 
 
-def sweeps_of(run: RunDir) -> Iterator[Path]:
-    """Yield the folders whose sweep.json names this run: that of its folds and that of a sweep."""
+def update(run: RunDir) -> None:
+    """Write the leaderboards of the folders whose sweep.json names this run: that of its folds and that of a sweep."""
     path = run.path.absolute()
     for folder in path.parents[:3]:  # names of jobs may have slashes
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # from files of other jobs, which do not matter here
             jobs = read_json(folder / "sweep.json")["jobs"]
             if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
-                yield folder
+                write(folder)
