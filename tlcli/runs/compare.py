@@ -66,7 +66,14 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
         else:
             folders[resolve_links(path)] = path
     opened = [open_run(folder) for folder in folders.values()]
-    result = _common_result(opened)
+    untested = [run for run in opened if not is_file(run.test_file)]
+    without = [run for run in [*untested, *opened] if not mapping(run.info.get("cross_validation"))]
+    if untested and without:
+        if without[0] in untested:
+            status = without[0].info.get("status", "unknown")
+            raise UsageError(f"{without[0].path}: has no test.json; its status is {status}")
+        raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
+    result = "cross_validation" if untested else "test"
     runs = [_read_tested_run(run, result) for run in opened]
     if len(runs) < 2:
         raise UsageError("compare takes two or more runs")
@@ -77,20 +84,6 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
         "pairs": [paired_test(*runs)] if len(runs) == 2 else [],
         "seeds": _seed_groups(runs),
     }
-
-
-def _common_result(runs: Sequence[RunDir]) -> str:
-    """Return "test" if all runs are tested, "cross_validation" if all have that, or raise UsageError."""
-    untested = [run for run in runs if not is_file(run.test_file)]
-    without = [run for run in [*untested, *runs] if not mapping(run.info.get("cross_validation"))]
-    if not untested:
-        return "test"
-    if without and without[0] in untested:
-        status = without[0].info.get("status", "unknown")
-        raise UsageError(f"{without[0].path}: has no test.json; its status is {status}")
-    if without:
-        raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
-    return "cross_validation"
 
 
 def _read_tested_run(run: RunDir, result: str) -> TestedRun:
@@ -114,9 +107,8 @@ def _read_tested_run(run: RunDir, result: str) -> TestedRun:
     if is_file(predictions_file):
         stored = read_predictions(predictions_file)
         chosen = stored.logits.argmax(dim=1).tolist() if stored.keys else []
-        pairs = zip(stored.labels.tolist(), chosen, strict=True)
-        names = ((stored.classes[label], stored.classes[predicted]) for label, predicted in pairs)
-        predictions = dict(zip(stored.keys, names, strict=True))
+        rows = zip(stored.keys, stored.labels.tolist(), chosen, strict=True)
+        predictions = {key: (stored.classes[true], stored.classes[said]) for key, true, said in rows}
     return TestedRun(str(run.path), result, config, setting, values, predictions)
 
 

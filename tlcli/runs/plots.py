@@ -41,8 +41,7 @@ def draw_curve(axes: Any, points: Mapping[str, Any], key: str, best_epoch: int |
         style = {"color": color, "linestyle": line, "markersize": 5, "markerfacecolor": face, "clip_on": False}
         marker = "o" if len(values) <= 30 else None
         axes.plot(*zip(*values, strict=True), marker=marker, label=LABELS[split], **style)
-    every = [value for values in points.values() for _, value in values]
-    _style_axes(axes, every, is_share=key == "accuracy")
+    _style_axes(axes, [value for values in points.values() for _, value in values], is_share=key == "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch", color=SOFT)
     if best_epoch is not None:
