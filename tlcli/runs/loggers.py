@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -142,22 +142,11 @@ def check_logger(spec: LoggerSpec) -> None:
         raise UsageError(f"logger={spec.kind} needs {spec.kind}: pip install 'tlcli[{spec.kind}]'")
 
 
-@contextmanager
-def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> Iterator[Reporter]:
-    """Yield a reporter that passes everything to the given one, and metrics to the chosen logger; `run` is a folder."""
-    if not isinstance(spec.logger, TrackerSpec):
-        yield reporter
-        return
-    logged = _LoggedReporter(reporter, spec.logger, spec, run)
-    status = "failed"
-    try:
-        yield logged
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        logged.log(*logged.result, status)
+def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> AbstractContextManager[Reporter]:
+    """Return the context of a reporter that passes all to the given one, and metrics to the logger; `run`: a folder."""
+    if isinstance(spec.logger, TrackerSpec):
+        return _LoggedReporter(reporter, spec.logger, spec, run)
+    return nullcontext(reporter)
 
 
 class _LoggedReporter(Reporter):
@@ -166,8 +155,15 @@ class _LoggedReporter(Reporter):
     def __init__(self, reporter: Reporter, logger: TrackerSpec, spec: TrainSpec, run: Path) -> None:
         self._reporter, self._logger, self._spec, self._run = reporter, logger, spec, run
         self._tracker: Tracker | None = None
-        self.result: tuple[Metrics, int] = {}, 0  # test metrics and best epoch
+        self._result: tuple[Metrics, int] = {}, 0  # test metrics and best epoch
         self.note, self.track = reporter.note, reporter.track  # type: ignore[method-assign]
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        status = "done" if error is None else "interrupted" if issubclass(error, KeyboardInterrupt) else "failed"
+        self.log(*self._result, status)
 
     def plan(self, plan: RunPlan) -> None:
         self._reporter.plan(plan)
@@ -200,7 +196,7 @@ class _LoggedReporter(Reporter):
         epoch, names = result["epoch"], ("accuracy", "top5", "loss")
         metrics = {f"test/{name}": result[name] for name in names if result.get(name) is not None}
         metrics |= zip(("test/accuracy_low", "test/accuracy_high"), result.get("accuracy_ci95", ()), strict=False)
-        self.result = metrics | {"best_epoch": float(epoch)}, epoch
+        self._result = metrics | {"best_epoch": float(epoch)}, epoch
 
     def log(self, metrics: Metrics, step: int, status: str | None = None) -> None:
         with self._off_after_error():
