@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,8 @@ def read_entry(path: Path) -> Entry:
     }
 
 
-def _time(value: object) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-    return time.replace(tzinfo=UTC) if time and time.tzinfo is None else time
+def _time(value: Any) -> datetime | None:
+    with suppress(ValueError, TypeError):
+        time = datetime.fromisoformat(value)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
+    return None

@@ -229,6 +229,14 @@ def sweep_view(folder: Path, output: Path) -> View:
             draw = partial(plots.draw_jobs, jobs=points, is_share=is_share)
             alt = f"Validation {metric} of {len(points)} jobs against {key}"
             charts.append(_chart(key, alt, draw, (420, 244), (48, 14, 34, 30)))
+    for job in jobs:  # a link, percent-encoded, to its report, or to its directory without one
+        report = folder / job["name"] / "report.html"
+        target = report if report.is_file() else report.parent
+        try:
+            relative = Path(os.path.relpath(target.resolve(), output.resolve().parent)).as_posix()
+        except ValueError:  # another drive
+            relative = target.name
+        job["link"] = "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
     run = RunDir(folder / jobs[0]["name"])
     return {
         **board,
@@ -238,30 +246,14 @@ def sweep_view(folder: Path, output: Path) -> View:
         "config": run.config(),
         "metric": metric,
         "is_share": is_share,
-        "jobs": [{**job, "link": _link(folder / job["name"], output)} for job in jobs],
         "n_done": sum(job["status"] == "done" for job in jobs),
         "charts": charts,
     }
 
 
-def _link(run: Path, output: Path) -> str:
-    """Return the link, percent-encoded, from a sweep's report to that of a job, or to its directory without one."""
-    report = run / "report.html"
-    target = report if report.is_file() else run
-    try:
-        relative = Path(os.path.relpath(target.resolve(), output.resolve().parent)).as_posix()
-    except ValueError:  # another drive
-        relative = target.name
-    return "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
-
-
 def tolerant(form: Callable[..., str]) -> Callable[..., str]:
     """Return a filter that shows a number in a form, and anything else as a dash."""
-
-    def show(value: Any, *args: Any) -> str:
-        return "\N{EN DASH}" if number(value) is None else form(value, *args)
-
-    return show
+    return lambda value, *args: "\N{EN DASH}" if number(value) is None else form(value, *args)
 
 
 percent = tolerant(lambda share, digits=1: f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%")

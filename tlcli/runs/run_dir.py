@@ -147,16 +147,14 @@ class RunDir:
         with draft as name:
             write(Path(name))
             Path(name).chmod(self.path.stat().st_mode)  # a temporary folder can be read by its owner only
-            for n in count(1):
-                path = self.path / f"eval-{n}"
-                if path.exists():  # also an empty folder, in whose place one can be renamed
-                    continue
+            while True:
+                paths = (self.path / f"eval-{n}" for n in count(1))
+                free = next(path for path in paths if not path.exists())  # a rename would replace an empty folder
                 try:
-                    return Path(name).rename(path)
+                    return Path(name).rename(free)
                 except OSError:
-                    if not path.exists():
+                    if not free.exists():
                         raise
-        raise AssertionError("unreachable")
 
 
 def open_run(path: str | Path) -> RunDir:
