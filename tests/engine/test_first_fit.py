@@ -83,3 +83,9 @@ def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_erro
 def test_there_is_none_with_validation_images_a_given_share_or_random_weights(workload, words) -> None:
     assert workload().first_fit is not None
     assert workload(*words).first_fit is None
+
+
+@pytest.mark.parametrize(("most", "expected"), [(60, True), (59, False)])
+def test_there_is_none_for_large_sets(workload, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
+    monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)
+    assert (workload().first_fit is not None) == expected
