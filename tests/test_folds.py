@@ -2,17 +2,24 @@
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from tests.conftest import finish, make_folder
 from tests.faults.runs_alike import differences
 from tests.faults.test_resume import Killed, stopped_after
 from tlcli.cli import main
+from tlcli.engine.first_fit import SHARES
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import Predictions
 from tlcli.models.tensorfile import read_tensors
+from tlcli.reporter import Reporter
 from tlcli.runs import checkpointing
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, SplitPredictions, confusion_matrix, read_json, read_predictions
@@ -36,6 +43,19 @@ def words(images: Path) -> list[str]:
     return [*words, "freeze=head", "device.precision=fp32"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def half() -> Iterator[None]:
+    """Choose the weights at half of the way from the initial to the trained ones."""
+
+    def choose(predictions: Sequence[Predictions], inputs: Inputs, reporter: Reporter) -> int:
+        inputs.decisions = structs.replace(inputs.decisions, interpolate=0.5)
+        return SHARES.index(0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcli.train.choose_share", choose)
+        yield
+
+
 @pytest.fixture(scope="module")
 def crossed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a finished run over three folds."""
@@ -54,16 +74,22 @@ def held_out(folder: Path) -> list[SplitPredictions]:
 
 def test_each_image_is_held_out_once_and_the_refit_has_all_predictions(crossed: Path) -> None:
     folds, best = held_out(crossed), RunDir(crossed / "best")
+    shares = [read_tensors(crossed / f"fold-{i}/val_shares.safetensors")[0]["logits"] for i in range(K)]
+    assert all(torch.equal(logits[0], fold.logits) for logits, fold in zip(shares, folds, strict=True))
+    folds = [replace(fold, logits=logits[SHARES.index(0.5)]) for fold, logits in zip(folds, shares, strict=True)]
     pooled = read_predictions(best.val_predictions)
     assert sorted(key for fold in folds for key in fold.keys) == sorted(pooled.keys)
     rows = {key: row for fold in folds for key, row in zip(fold.keys, fold.logits, strict=True)}
     assert all(torch.equal(rows[key], row) for key, row in zip(pooled.keys, pooled.logits, strict=True))
     assert any({"train/across/000.png", "val/across/001.png"} <= set(fold.keys) for fold in folds)
     is_right = torch.cat([fold.logits.argmax(dim=1) == fold.labels for fold in folds])
-    record, info = best.info["cross_validation"], infos(crossed)
+    record = best.info["cross_validation"]
     assert record["accuracy"] == best.info["best"]["accuracy"] == pytest.approx(is_right.double().mean().item())
     assert (record["folds"], record["n"], best.info["calibration"]["n"]) == (K, 26, 26)
-    assert record["fold_accuracies"] == [info[f"fold-{i}"]["best"]["accuracy"] for i in range(K)]
+    right = [(fold.logits.argmax(dim=1) == fold.labels).double().mean().item() for fold in folds]
+    assert record["fold_accuracies"] == right
+    at = [read_tensors(crossed / part / "checkpoints/best.safetensors")[1].get("interpolate") for part in PARTS]
+    assert at == [None] * K + [0.5]
     matrix = confusion_matrix({**record, "classes": best.info["classes"]})
     assert matrix is not None and (matrix.sum(), matrix.trace()) == (26, is_right.sum())
     assert record["accuracy_ci95"][0] <= record["accuracy"] <= record["accuracy_ci95"][1]

@@ -1,20 +1,24 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from msgspec import structs
 
+from tlcli.data.images import Split
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions, decide
-from tlcli.engine.first_fit import first_fit, fit_head
+from tlcli.engine.first_fit import choose_share, evaluate_shares, first_fit, fit_head
 from tlcli.engine.image_choice import choose_image
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.interrupts import defer_interrupts
+from tlcli.models.tensorfile import write_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.cross_validation import cross_validate
@@ -49,7 +53,7 @@ class NewRun:
         if fit_head(inputs, reporter):
             reporter.note(f"probe: {inputs.decisions.reasons['probe']}")
             is_ready = True
-        if (inputs.decisions.interpolate or 1) < 1:
+        if workload.compares_shares or (inputs.decisions.interpolate or 1) < 1:
             trainer.remember_start()
         workload.contract.seal()
         best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
@@ -77,10 +81,8 @@ def train(
     with record.phase("extract"):
         loader = inputs.open("train", reporter)
         val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
-    left_out: Predictions | None = None
-    if workload.first_fit is not None:
-        with record.phase("first fit"):
-            left_out = start.first_fit(inputs, run, reporter)
+    with record.phase("first fit"):
+        validated, left_out, cross_validation = _left_out(start, inputs, run, reporter)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -88,8 +90,7 @@ def train(
         loader.network.compile()  # in place: the names of its tensors stay
 
     checkpoints = CheckpointManager(run, inputs, trainer, epoch=first_epoch - 1)
-    best_predictions: Predictions | None = None  # for validation, which is of these images
-    validated = workload.data.val
+    best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
@@ -116,14 +117,12 @@ def train(
     share = inputs.decisions.interpolate or 1.0
     checkpoints.load_best(share)
     n_frozen = contract.verify()
-    cross_validation: dict[str, Any] | None = None
-    if spec.folds is not None and spec.fold is None:
-        best_predictions, cross_validation = cross_validate(run, spec.folds, workload.data)
-        validated = workload.data.train
-    elif workload.first_fit is not None:
-        best_predictions, validated = left_out, workload.first_fit.data.val
-    elif val_loader is not None and (best_predictions is None or share < 1):  # that epoch was before an interruption
+    best_predictions = left_out or best_predictions
+    if val_loader is not None and (best_predictions is None or share < 1):  # that epoch was before an interruption
         best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
+    if val_loader is not None and workload.compares_shares:
+        by_share = evaluate_shares(trainer, network, val_loader, inputs.device, reporter)
+        write_tensors(run.val_shares, {"logits": torch.stack([p.logits for p in by_share])}, {})
     predictions: Predictions | None = None
     if len(workload.data.test):
         with record.phase("extract"):
@@ -132,9 +131,31 @@ def train(
             predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs()
     record.log_result(
-        validated, best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen
+        validated,
+        best_predictions,
+        predictions,
+        best_epoch,
+        cross_validation,
+        step=trainer.step,
+        n_frozen=n_frozen,
     )
     return best_epoch.value
+
+
+def _left_out(
+    start: NewRun | ResumeState, inputs: Inputs, run: RunDir, reporter: Reporter
+) -> tuple[Split, Predictions | None, dict[str, Any] | None]:
+    """Return the images that validate the run, with the predictions and the cross-validation that exist before it.
+
+    They exist if a first fit or folds left images out, which then decide where the final weights are.
+    """
+    workload, spec = inputs.workload, inputs.workload.spec
+    if spec.folds is not None and spec.fold is None:
+        choose = partial(choose_share, inputs=inputs, reporter=reporter)
+        return workload.data.train, *cross_validate(run, spec.folds, workload.data, choose)
+    if workload.first_fit is not None:
+        return workload.first_fit.data.val, start.first_fit(inputs, run, reporter), None
+    return workload.data.val, None, None
 
 
 def _load(

@@ -175,6 +175,11 @@ class Workload:
         return replace(self, data=data.without_fifth(spec.seed), spec=structs.replace(spec, epochs=self.epochs))
 
     @property
+    def compares_shares(self) -> bool:
+        """True for a fold whose predictions are used to choose how far the final weights of the refit are."""
+        return self.spec.fold is not None and self.spec.interpolate is None and bool(self.classifier.pretrained)
+
+    @property
     def selects_epoch(self) -> bool:
         """True if validation selects the epoch that is kept; else the last one is."""
         spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good

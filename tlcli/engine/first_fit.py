@@ -6,14 +6,17 @@ the final weights are from the initial ones (WiSE-FT, Wortsman et al. 2022), and
 
 import copy
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from msgspec import structs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tlcli.device import Device
 from tlcli.engine.activations import Workload
 from tlcli.engine.inputs import Inputs
+from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import Predictions, evaluate, features, likely_temperature
 from tlcli.engine.trainer import Trainer
 from tlcli.reporter import Reporter
@@ -53,10 +56,7 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
 def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions]:
     """Train on the workload's `first_fit`, and decide how far the final weights are from the initial ones.
 
-    Return that workload, and the predictions of the images left out. The share of SHARES with the lowest loss is taken
-    if the loss is lower than that of the trained weights by more than one standard error of the paired difference: of
-    the loss at the best temperature, since a share below 1 also makes a network less confident. The network is left as
-    it was.
+    Return that workload, and the predictions of the images left out. The network is left as it was.
     """
     workload, decisions, network = inputs.workload.first_fit, inputs.decisions, inputs.workload.classifier.network
     assert workload is not None
@@ -69,11 +69,28 @@ def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions
     loader, val_loader = part.open("train", reporter), part.open("val", reporter)
     for epoch in range(1, workload.epochs + 1):
         trainer.fit(loader, epoch, reporter)
-    predictions: list[Predictions] = []
+    predictions = evaluate_shares(trainer, network, val_loader, part.device, reporter)
+    network.load_state_dict(before)
+    return workload, predictions[choose_share(predictions, inputs, reporter)]
+
+
+def evaluate_shares(
+    trainer: Trainer, network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter
+) -> list[Predictions]:
+    """Return the predictions at each of SHARES of the way to the trained weights; those of the last one stay."""
+    predictions = []
     for share, previous in zip(SHARES, (1.0, *SHARES), strict=False):
         trainer.interpolate(share / previous)
-        predictions.append(evaluate(network, val_loader, part.device, reporter, "images left out"))
-    network.load_state_dict(before)
+        predictions.append(evaluate(network, loader, device, reporter, "images left out"))
+    return predictions
+
+
+def choose_share(predictions: Sequence[Predictions], inputs: Inputs, reporter: Reporter) -> int:
+    """Decide on the share with the lowest loss, given the predictions at each of SHARES, and return its position.
+
+    It is taken if its loss is lower than that of the trained weights by more than one standard error of the paired
+    difference: of the loss at the best temperature, since a share below 1 also makes a network less confident.
+    """
     scaled = [p.logits / likely_temperature(p.logits, p.labels) for p in predictions]
     losses = torch.stack([F.cross_entropy(x, predictions[0].labels, reduction="none") for x in scaled]).double()
     best, n, means = int(losses.mean(dim=1).argmin()), losses.shape[1], losses.mean(dim=1).tolist()
@@ -85,4 +102,4 @@ def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions
     inputs.decisions = structs.replace(inputs.decisions, interpolate=SHARES[best])
     inputs.add_reason("weights", reason)
     reporter.note(f"weights: {reason}")
-    return workload, predictions[best]
+    return best

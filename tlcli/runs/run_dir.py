@@ -47,6 +47,7 @@ class RunDir:
     metrics_file = _path_in_run("metrics.jsonl")
     test_file = _path_in_run("test.json")
     val_predictions = _path_in_run("val_predictions.safetensors")
+    val_shares = _path_in_run("val_shares.safetensors")
     test_predictions = _path_in_run("test_predictions.safetensors")
     log_file = _path_in_run("run.log")
     bad_files_file = _path_in_run("bad_files.csv")
