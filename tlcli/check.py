@@ -1,6 +1,5 @@
 """Checks a dataset before anything is trained on it: undecodable files, duplicates, labels, class balance."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,7 @@ from torch import Tensor, nn
 from tlcli import __version__
 from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import Dataset
-from tlcli.data.images import (
-    ConcatSplits,
-    Ints,
-    cross_split_duplicates,
-    exact_duplicates,
-    label_conflicts,
-    map_in_threads,
-)
+from tlcli.data.images import ConcatSplits, Ints, tracked_map
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import decide
@@ -30,6 +22,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
+from tlcli.runs.run_dir import write_json
 from tlcli.specs import HeadInit, OnBad, TrainSpec
 from tlcli.text import csv_line, join_limited, strip_control_chars
 from tlcli.transfer.contract import apply_freeze, linear_head
@@ -79,7 +72,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
     lap("reading")
-    exact = exact_duplicates(images, reporter)
+    exact = images.exact_duplicates(reporter)
     lap("exact duplicates")
     notes, near = list(data.notes), list[tuple[float, list[int]]]()
     suspects, labels = list[Suspect](), dict[str, Any]()
@@ -118,8 +111,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         "output": str(folder),
     }
     summary = {"verdicts": list(_verdicts(summary)), **summary}
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -182,10 +174,8 @@ def _near_pairs(images: ConcatSplits, positions: Ints, features: Floats, reporte
         small = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=3)
         return np.asarray(small, dtype=np.float32).ravel()
 
-    with reporter.track("comparing", len(positions)) as advance:
-        for row, values in zip(gray, map_in_threads(thumbnail, positions.tolist(), 16), strict=True):
-            row[:] = values - values.mean()
-            advance(1)
+    for row, values in zip(gray, tracked_map(thumbnail, positions.tolist(), 16, reporter, "comparing"), strict=True):
+        row[:] = values - values.mean()
     contrast = np.sqrt((gray**2).mean(axis=1))
     pairs, correlations = [], []
     for other in neighbors.T:
@@ -255,12 +245,19 @@ def _write_files(
     import matplotlib
 
     duplicates_table, groups = _duplicates(images, data.classes, duplicates)
-    labels_table, examples = _labels(images, data.classes, suspects)
+    labels_table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
+    cells = []
+    for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
+        names = data.classes[images.labels[i]], data.classes[suggested]
+        chances = f"{p_label:.4f}", f"{p_suggested:.4f}", "yes" if likely else "no"
+        labels_table.append((rank, images.name(i), images.split_names[i], *names, *chances))
+        cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
+    starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
     bad_files: Table = [("file", "reason"), *data.bad_files]
     for name, table in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             stream.writelines(map(csv_line, table))
-    if not (rows := [*groups, *examples]):
+    if not (rows := [*groups, *(cells[n : n + CELLS_PER_ROW] for n in starts)]):
         return
     # this font has more alphabets than Pillow's own
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
@@ -295,27 +292,15 @@ def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequen
     return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
 
 
-def _labels(images: ConcatSplits, classes: Sequence[str], suspects: Sequence[Suspect]) -> TableAndSheet:
-    table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
-    cells = []
-    for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
-        names = classes[images.labels[i]], classes[suggested]
-        chances = f"{p_label:.4f}", f"{p_suggested:.4f}", "yes" if likely else "no"
-        table.append((rank, images.name(i), images.split_names[i], *names, *chances))
-        cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
-    starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
-    return table, [cells[n : n + CELLS_PER_ROW] for n in starts]
-
-
 def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     in_train = [sum(images.split_names[i] == "train" for i in group) for group in groups]
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
-        "test_in_train_or_val": len(cross_split_duplicates(images, groups, "test", ("train", "val"))),
-        "val_in_train": len(cross_split_duplicates(images, groups, "val", ("train",))),
+        "test_in_train_or_val": len(images.cross_split_duplicates(groups, "test", ("train", "val"))),
+        "val_in_train": len(images.cross_split_duplicates(groups, "val", ("train",))),
         "extra_in_train": sum(max(0, n - 1) for n in in_train),
-        "several_labels": len(label_conflicts(images, groups)),
+        "several_labels": len(images.label_conflicts(groups)),
     }
 
 

@@ -167,7 +167,7 @@ def _find_images(
                 f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
                 "was tested on, and it may have been trained on them"
             )
-        images = EvaluationSplit(spec.name, data.classes, split_name, split, data.bad_files)
+        images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
         description = f"the run's own {split_name} split{addition}"
     else:
         spec = wanted

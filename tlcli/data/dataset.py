@@ -22,12 +22,9 @@ from tlcli.data.images import (
     MemoryBudget,
     Source,
     Split,
-    cross_split_duplicates,
-    exact_duplicates,
-    fingerprint,
     join_splits,
-    label_conflicts,
     map_in_threads,
+    tracked_map,
 )
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
@@ -40,7 +37,6 @@ MIN_VALIDATION_IMAGES = 200  # with fewer, choosing an epoch by them costs more 
 DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
-ImageSelections = Sequence[tuple[ImageSource, list[int]]]
 DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 
@@ -84,7 +80,6 @@ class Dataset:
 class EvaluationSplit:
     """One split of a dataset as it is; `split_name` is train, val, test, or all of a dataset without splits."""
 
-    name: str
     classes: tuple[str, ...]
     split_name: str
     split: Split
@@ -123,11 +118,10 @@ def load_dataset(
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name)
         notes += _duplicate_notes(splits, source.classes, reporter)
-    fold_of_image = None
+    fold_of = None
     if folds is not None:
-        fold_of_image = _assign_folds(splits["train"], folds, source.classes, seed, reporter)
-        n_images = len(fold_of_image)
-        notes.append(f"folds={folds}: each of the {n_images:,} images is held out once; the last epoch is kept")
+        fold_of = _assign_folds(splits["train"], folds, source.classes, seed, reporter)
+        notes.append(f"folds={folds}: each of the {len(fold_of):,} images is held out once; the last epoch is kept")
     empty = splits["train"].take(np.arange(0))
     return Dataset(
         spec.name,
@@ -136,7 +130,7 @@ def load_dataset(
         notes=tuple(notes),
         bad_files=tuple(bad),
         value_range=value_range,
-        folds=fold_of_image,
+        folds=fold_of,
     )
 
 
@@ -159,7 +153,7 @@ def load_evaluation_split(
         reporter.note(note)
     if len(splits[chosen]) == 0:
         raise UsageError(f"{spec.name}: no image is left to evaluate on")
-    return EvaluationSplit(spec.name, source.classes, chosen, splits[chosen], tuple(bad))
+    return EvaluationSplit(source.classes, chosen, splits[chosen], tuple(bad))
 
 
 def images_by_key(spec: DatasetSpec, value_range: ValueRange | None) -> dict[str, Callable[[], Pixels]]:
@@ -193,8 +187,7 @@ def _set_up_images(
 def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str) -> Iterator[str]:
     """Yield a note for each split that lacks classes. Raise UsageError if training or evaluation is impossible."""
     for split_name, split in splits.items():
-        counts = split.class_counts(len(classes))
-        absent = [c for c, n in zip(classes, counts, strict=True) if n == 0]
+        absent = [c for c, n in zip(classes, split.class_counts(len(classes)), strict=True) if n == 0]
         if absent and split_name == "train":
             raise UsageError(f"{name}: class {absent[0]!r} has no training image left; add some, or leave it out")
         if len(split) == 0:
@@ -248,14 +241,13 @@ def _assign_folds(pool: Split, folds: int, classes: Sequence[str], seed: int, re
     """Return the fold of each image, stratified by class; exact duplicates are in the same one. Raise UsageError."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    counts = pool.class_counts(len(classes))
-    n, smallest = min(zip(counts, classes, strict=True))
+    n, smallest = min(zip(pool.class_counts(len(classes)), classes, strict=True))
     if n < folds:
         raise UsageError(
             f"folds={folds}: class {smallest!r} has only {n} images; add some, leave it out, or use fewer folds"
         )
     groups, result = np.arange(len(pool)), np.empty(len(pool), dtype=np.int64)
-    for positions in exact_duplicates(ConcatSplits({"train": pool}), reporter):
+    for positions in ConcatSplits({"train": pool}).exact_duplicates(reporter):
         groups[positions] = positions[0]
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
@@ -308,12 +300,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         return np.empty(0, dtype=np.float32)
 
     def compute() -> ValueRange | None:
-        parts = []
-        with reporter.track("values", len(indices)) as advance:
-            for part in map_in_threads(sample, indices, DECODE_CHUNK):
-                parts.append(part)
-                advance(1)
-        values = np.concatenate(parts)
+        values = np.concatenate(list(tracked_map(sample, indices, DECODE_CHUNK, reporter, "values")))
         if not len(values):
             return None
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
@@ -370,7 +357,7 @@ def _remembered(
     kind: Any,
     store: Store | None,
     notes: str,
-    used: ImageSelections,
+    used: Sequence[tuple[ImageSource, list[int]]],
     value_range: ValueRange | None,
     reporter: Reporter,
 ) -> T:
@@ -380,7 +367,7 @@ def _remembered(
     digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
     try:
         for images, indices in used:
-            digest.update(fingerprint(images, indices, reporter).encode())
+            digest.update(images.fingerprint(indices, reporter).encode())
     except BadImagesError:
         return compute()
     with suppress(KeyError, ValidationError):  # unknown, or damaged
@@ -432,16 +419,16 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
 def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], reporter: Reporter) -> Iterator[str]:
     """Yield a line for each way in which exact duplicates make a metric of a run wrong."""
     images = ConcatSplits(splits)
-    groups = exact_duplicates(images, reporter)
+    groups = images.exact_duplicates(reporter)
     for split, others, metric in (("test", ("train", "val"), "test"), ("val", ("train",), "validation")):
-        if rows := cross_split_duplicates(images, groups, split, others):
+        if rows := images.cross_split_duplicates(groups, split, others):
             sources = [o for o in others if any(images.split_names[i] == o for row in rows for i in row[1:])]
             count = f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split}"
             example = f"e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}"
             remedy = f"{metric} accuracy is too high; `tlcli data check` lists them"
             yield f"{count} also in {' and '.join(sources)} (exact duplicates), {example}: {remedy}"
     in_train = [[i for i in group if images.split_names[i] == "train"] for group in groups]
-    if conflicts := label_conflicts(images, in_train):
+    if conflicts := images.label_conflicts(in_train):
         count = f"{len(conflicts):,} image{'s' * (len(conflicts) > 1)} of train"
         first = conflicts[0][0]
         other = next(i for i in conflicts[0] if images.labels[i] != images.labels[first])

@@ -103,6 +103,18 @@ class ImageSource(ABC):
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
 
+    def fingerprint(self, indices: Sequence[int], reporter: Reporter) -> str:
+        """Return SHA-256 over key and digest of each of these images, in order. Raise BadImagesError.
+
+        It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
+        """
+        total = hashlib.sha256()
+        digests = digests_of([(self, index) for index in indices], reporter)
+        for index, digest in zip(indices, digests, strict=True):
+            key = os.fsencode(self.key(index))  # a file's name need not be UTF-8
+            total.update(len(key).to_bytes(8, "little") + key + digest)
+        return total.hexdigest()
+
 
 class DigestRecord:
     """Digests of the files below one folder, in the notes of a store.
@@ -203,27 +215,11 @@ class ImageArrays(ImageSource):
 def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
     """Yield the digest of the image at each source and index. Raise BadImagesError for an unreadable file."""
     try:
-        with reporter.track("reading files", len(places)) as advance:
-            for digest in map_in_threads(lambda place: place[0].digest(place[1]), places, 64):
-                yield digest
-                advance(1)
+        yield from tracked_map(lambda place: place[0].digest(place[1]), places, 64, reporter, "reading files")
     finally:
         for record in {images.record for images, _ in places}:
             if record is not None:
                 record.save()
-
-
-def fingerprint(images: ImageSource, indices: Sequence[int], reporter: Reporter) -> str:
-    """Return SHA-256 over key and digest of each of these images, in order. Raise BadImagesError.
-
-    It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
-    """
-    total = hashlib.sha256()
-    digests = digests_of([(images, index) for index in indices], reporter)
-    for index, digest in zip(indices, digests, strict=True):
-        key = os.fsencode(images.key(index))  # a file's name need not be UTF-8
-        total.update(len(key).to_bytes(8, "little") + key + digest)
-    return total.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,9 +244,9 @@ class Split:
         return self.images.key(int(self.indices[i]))
 
     def fingerprint(self, positions: Ints | None = None) -> str:
-        """Return `fingerprint` of the images at these positions (None: all). Labels do not count."""
+        """Return `ImageSource.fingerprint` of the images at these positions (None: all). Labels do not count."""
         indices = self.indices if positions is None else self.indices[positions]
-        return fingerprint(self.images, indices.tolist(), Reporter())
+        return self.images.fingerprint(indices.tolist(), Reporter())
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         return tuple(np.bincount(self.labels, minlength=n_classes).tolist())
@@ -286,8 +282,7 @@ def source_of_files(listing: Listing) -> Source:
         split: full_split(ImageFiles(listing.root, [key for key, _ in rows]), (label for _, label in rows))
         for split, rows in listing.splits.items()
     }
-    by_count = sorted(listing.ignored.items(), key=lambda item: -item[1])
-    endings = join_limited([f"{ending} ({n:,})" for ending, n in by_count])
+    endings = join_limited([f"{ending} ({n:,})" for ending, n in listing.ignored.most_common()])
     notes = [f"files that are not images by their names are left out: {endings}"] if endings else []
     return Source(listing.classes, splits, tuple(notes))
 
@@ -315,6 +310,24 @@ class ConcatSplits(ImageSource):
         images, index = self.places[position]
         return images.pixels[index] if index in images.pixels else images.decode(index)
 
+    def exact_duplicates(self, reporter: Reporter) -> list[list[int]]:
+        """Return the positions of images with equal digests, two or more per group. Raise BadImagesError."""
+        groups: dict[bytes, list[int]] = {}
+        for position, digest in enumerate(digests_of(self.places, reporter)):
+            groups.setdefault(digest, []).append(position)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def cross_split_duplicates(
+        self, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]
+    ) -> list[list[int]]:
+        """Return for each image of a split that is in another one too: its position, then those of its copies there."""
+        copies = [(group, [i for i in group if self.split_names[i] in others]) for group in groups]
+        return [[i, *there] for group, there in copies if there for i in group if self.split_names[i] == split]
+
+    def label_conflicts(self, groups: Iterable[Sequence[int]]) -> list[list[int]]:
+        """Return the groups whose images have several labels."""
+        return [list(group) for group in groups if len({int(self.labels[i]) for i in group}) > 1]
+
 
 def join_splits(splits: ConcatSplits) -> Split:
     """Return the images of several splits as one; their files are below one folder."""
@@ -322,27 +335,6 @@ def join_splits(splits: ConcatSplits) -> Split:
     if isinstance(first, ImageFiles):
         return full_split(ImageFiles(first.root, [splits.key(i) for i in range(len(splits))]), splits.labels)
     return full_split(splits, splits.labels)
-
-
-def exact_duplicates(images: ConcatSplits, reporter: Reporter) -> list[list[int]]:
-    """Return the positions of images with equal digests, two or more per group. Raise BadImagesError."""
-    groups: dict[bytes, list[int]] = {}
-    for position, digest in enumerate(digests_of(images.places, reporter)):
-        groups.setdefault(digest, []).append(position)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def cross_split_duplicates(
-    images: ConcatSplits, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]
-) -> list[list[int]]:
-    """Return for each image of a split that is in another one too: its position, then those of its copies there."""
-    copies = [(group, [i for i in group if images.split_names[i] in others]) for group in groups]
-    return [[i, *there] for group, there in copies if there for i in group if images.split_names[i] == split]
-
-
-def label_conflicts(images: ConcatSplits, groups: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Return the groups whose images have several labels."""
-    return [list(group) for group in groups if len({int(images.labels[i]) for i in group}) > 1]
 
 
 def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead: int | None = None) -> Iterator[T]:
@@ -364,3 +356,11 @@ def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead
             yield from tasks.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)  # the caller may have stopped early
+
+
+def tracked_map(work: Callable[[S], T], items: Sequence[S], chunk: int, reporter: Reporter, label: str) -> Iterator[T]:
+    """Yield the results of `map_in_threads`, and report each as done."""
+    with reporter.track(label, len(items)) as advance:
+        for result in map_in_threads(work, items, chunk):
+            yield result
+            advance(1)

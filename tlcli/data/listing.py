@@ -42,7 +42,7 @@ class Listing:
     root: Path
     classes: tuple[str, ...]
     splits: Mapping[str, Sequence[tuple[str, int]]]
-    ignored: Mapping[str, int]
+    ignored: Counter[str]
 
 
 def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where: str) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def _make_listing(
     selected: Sequence[str] | None,
     for_training: bool,
     problems: list[str] | None,
-    ignored: Mapping[str, int],
+    ignored: Counter[str],
 ) -> Listing:
     if for_training and "all" not in files and "train" not in files:
         raise UsageError(f"{where}: has {' and '.join(files)} but no train: nothing to train on")
@@ -246,7 +246,7 @@ def list_manifest(
     if missing:
         more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
         raise UsageError(missing[0] + more)
-    return _make_listing(root, file, files, selected, for_training, problems, {})
+    return _make_listing(root, file, files, selected, for_training, problems, Counter())
 
 
 def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:

@@ -108,7 +108,13 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
             arguments = {"all": self.train}
         sets = {k: _open_set(self, dict(value), reporter) for k, value in arguments.items() if value is not None}
         labels = {k: _labels(self, items) for k, items in sets.items()}
-        classes = _class_names(next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values()))
+        first, count = next(iter(sets.values())), 1 + max(int(v.max(initial=0)) for v in labels.values())
+        names = getattr(first, "classes", None) or getattr(first, "categories", None)
+        if not isinstance(names, Sequence) or len(names) < count:
+            names = [str(i) for i in range(count)]
+        plain = [name if isinstance(name, str) else ", ".join(name) for name in names]  # all synonyms of ImageNet's
+        uses = Counter(plain)  # classes of the same name get their numbers
+        classes = tuple(name if uses[name] == 1 else f"{name} ({i})" for i, name in enumerate(plain))
         root = Path(self.root or "").expanduser()
         splits = {k: full_split(_images(s, root, f"{self.name}/{k}"), labels[k]) for k, s in sets.items()}
         # some name classes that no image has, as EMNIST's letters do with "N/A"
@@ -196,16 +202,6 @@ def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
     if labels.shape != (len(items),) or labels.dtype.kind not in "iu" or (labels < 0).any():
         raise UsageError(f"dataset: torchvision's {spec.class_name} does not give each image one class of its own")
     return labels.astype(np.int64)
-
-
-def _class_names(items: Any, count: int) -> tuple[str, ...]:
-    """Return the names of the classes: all synonyms of an ImageNet class; with its number if two have the same name."""
-    names = getattr(items, "classes", None) or getattr(items, "categories", None)
-    if not isinstance(names, Sequence) or len(names) < count:
-        return tuple(str(i) for i in range(count))
-    plain = [name if isinstance(name, str) else ", ".join(name) for name in names]
-    uses = Counter(plain)
-    return tuple(name if uses[name] == 1 else f"{name} ({i})" for i, name in enumerate(plain))
 
 
 def _images(items: Any, root: Path, prefix: str) -> "ImageSource":
