@@ -23,8 +23,8 @@ from msgspec import structs
 from torch import Tensor, nn
 
 from tlcli.data.batches import ImageBatches, Preprocessing
-from tlcli.data.dataset import Dataset
-from tlcli.data.decode import ValueRange, decoder
+from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
+from tlcli.data.decode import decoder
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
 from tlcli.engine.extraction import BATCH, Extractor
@@ -119,17 +119,6 @@ def image_size(spec: TrainSpec) -> int | None:
     return spec.image.size or spec.dataset.image_size
 
 
-def preprocessing_for(spec: TrainSpec, classifier: Classifier, value_range: ValueRange | None = None) -> Preprocessing:
-    """Return how images become the network's input: by the spec and the data's range, else as its weights expect."""
-    return Preprocessing(
-        size=image_size(spec) or classifier.size,
-        fit=spec.image.fit or Fit.crop,
-        mean=spec.image.mean or classifier.mean,
-        std=spec.image.std or classifier.std,
-        range=value_range,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Workload:
     """The data, the network and the machine of a run: what decisions are made about.
@@ -148,7 +137,14 @@ class Workload:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        return preprocessing_for(self.spec, self.classifier, self.data.value_range)
+        """How images become the network's input: by the spec and the data's range, else as its weights expect."""
+        return Preprocessing(
+            size=image_size(self.spec) or self.classifier.size,
+            fit=self.spec.image.fit or Fit.crop,
+            mean=self.spec.image.mean or self.classifier.mean,
+            std=self.spec.image.std or self.classifier.std,
+            range=self.data.value_range,
+        )
 
     @property
     def train_size(self) -> int:
@@ -182,8 +178,8 @@ class Workload:
     @property
     def selects_epoch(self) -> bool:
         """True if validation selects the epoch that is kept; else the last one is."""
-        spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good
-        return spec.fold is None and (data.can_select or (spec.early_stop is not None and len(data.val) > 0))
+        spec, n = self.spec, len(self.data.val)  # selected on a fold, its predictions would be too good
+        return spec.fold is None and (n >= MIN_VALIDATION_IMAGES or (spec.early_stop is not None and n > 0))
 
     @property
     def augments(self) -> bool:

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 from tlcli.data.batches import ImageBatches, epoch_order
 from tlcli.data.dataset import Dataset, load_dataset, preload_images
 from tlcli.device import Device, setup_process
-from tlcli.engine.activations import Workload, image_size, preprocessing_for
+from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import device_with, not_worthwhile_reason, uncacheable_reason
 from tlcli.engine.extraction import Extractor
 from tlcli.engine.inputs import MAX_EVALUATION_BATCH, image_loader
@@ -69,12 +69,13 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
     start = time.perf_counter()
     preload_images([sample.train], reporter)
     meter = CostMeter(sample, (time.perf_counter() - start) / len(sample.train))
-    preprocessing = preprocessing_for(spec, classifier)
+    # raises UsageError if the network has no such stage
+    workload = Workload(data, classifier, apply_freeze(spec.freeze, classifier), spec, accelerator, session)
+    preprocessing = workload.preprocessing
     if is_random:  # without statistics signals vanish, and processors are many times slower with such small numbers
         images = [preprocessing.apply(sample.train.read(i)) for i in range(min(WARMUP_IMAGES, len(sample.train)))]
         update_bn([preprocessing.normalize(torch.stack(images).to(accelerator))], classifier.network.eval())
 
-    spec.freeze.trainable(classifier)  # raises UsageError if the network has no such stage
     variants = [v for strategy in options("freeze").values() for v in strategy.variants(spec.freeze, classifier)]
     strategies: list[dict[str, Any]] = []
     with reporter.track("measuring", len(variants), "strategies") as advance:
@@ -82,7 +83,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
             augment = head_augment if isinstance(freeze, HeadSpec) else spec.augment
             needs_probe = freeze.head_init is HeadInit.probe and bool(classifier.pretrained)
             contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
-            workload = Workload(data, classifier, contract, own, accelerator, session, needs_probe)
+            workload = replace(workload, contract=contract, spec=own, needs_probe=needs_probe)
             strategies.insert(0, meter.cost(workload))
             advance(1)
     parameters = dict(classifier.network.named_parameters())
@@ -191,8 +192,7 @@ class CostMeter:
         batches = ImageBatches(sample, workload.preprocessing, batch_size=batch_size, workers=0)
         tensors, labels = extractor(next(batches.in_order())[0]), torch.from_numpy(sample.labels)
         n_sample = len(sample)
-        extract = lambda n: [extractor(x) for x, _ in batches.in_order()]  # noqa: E731
-        _, extraction = measure_throughput(extract, n_sample, n_sample)
+        _, extraction = measure_throughput(lambda n: [extractor(x) for x, _ in batches.in_order()], n_sample, n_sample)
 
         def loader(n: int) -> BatchLoader:
             rows = torch.arange(n) % n_sample  # the same rows again and again, as many as there are images

@@ -34,8 +34,7 @@ class Session:
         key = (spec, seed, folds)
         if self._dataset is None or self._dataset[0] != key:
             self._dataset = None  # frees the previous images before the next ones are read
-            data = load_dataset(spec, seed=seed, reporter=reporter, store=self.store, folds=folds)
-            self._dataset = key, data
+            self._dataset = key, load_dataset(spec, seed=seed, reporter=reporter, store=self.store, folds=folds)
         return self._dataset[1] if fold is None else self._dataset[1].without_fold(fold)
 
     def model(
