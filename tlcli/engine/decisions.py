@@ -237,7 +237,21 @@ def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat
 
 def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_names: Iterable[str]) -> Decisions:
     """Return recorded decisions; replace what cannot be followed, with a note (UsageError with cache.mode=require)."""
-    decisions = _with_supported_formats(recorded, workload, reporter)
+    options = allowed_formats(workload.spec.device, workload.accelerator)
+    layouts, layout = [option.memory_format for option in options], recorded.eval_format.memory_format
+    refused: set[str] = {recorded.train_precision, recorded.eval_precision}
+    refused -= {"float32", *(DTYPE_NAMES[option.dtype] for option in options)}  # every device has float32
+    keys = ("train_precision", "eval_precision")
+    changes: dict[str, Any] = {key: "float32" for key in keys if getattr(recorded, key) in refused}
+    if layout not in layouts:
+        changes["channels_last"] = layouts[0] == torch.channels_last
+        refused.add(LAYOUT_NAMES[layout])
+    decisions = structs.replace(recorded, **changes)
+    if changes:
+        new = f"training in {decisions.train_precision}, evaluation in {decisions.eval_format.description}"
+        why = f"{new}: this device or the config does not allow {' and '.join(sorted(refused))}"
+        reporter.note(f"precision: {why}")
+        decisions = structs.replace(decisions, reasons={**recorded.reasons, "training": why, "evaluation": why})
     if "train" not in decisions.cached:  # then train_eval serves the probe alone, which was fitted before
         decisions = structs.replace(decisions, cached=decisions.cached - {"train_eval"})
     cut, option, names = workload.cut, decisions.eval_format, decisions.cached.intersection(split_names)
@@ -256,23 +270,3 @@ def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_na
         reporter.note(f"{' and '.join(sorted(lost))}: reading images instead of activations ({reason})")
         decisions = decisions.without(lost, str(reason))
     return decisions
-
-
-def _with_supported_formats(recorded: Decisions, workload: Workload, reporter: Reporter) -> Decisions:
-    """Return the decisions with float32 and a memory format of this accelerator in place of what it does not have."""
-    options = allowed_formats(workload.spec.device, workload.accelerator)
-    layouts, layout = [option.memory_format for option in options], recorded.eval_format.memory_format
-    refused: set[str] = {recorded.train_precision, recorded.eval_precision}
-    refused -= {"float32", *(DTYPE_NAMES[option.dtype] for option in options)}  # every device has float32
-    keys = ("train_precision", "eval_precision")
-    changes: dict[str, Any] = {key: "float32" for key in keys if getattr(recorded, key) in refused}
-    if layout not in layouts:
-        changes["channels_last"] = layouts[0] == torch.channels_last
-        refused.add(LAYOUT_NAMES[layout])
-    if not changes:
-        return recorded
-    followed = structs.replace(recorded, **changes)
-    new = f"training in {followed.train_precision}, evaluation in {followed.eval_format.description}"
-    reason = f"{new}: this device or the config does not allow {' and '.join(sorted(refused))}"
-    reporter.note(f"precision: {reason}")
-    return structs.replace(followed, reasons={**recorded.reasons, "training": reason, "evaluation": reason})

@@ -5,10 +5,8 @@ import hashlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -90,8 +88,7 @@ class Extractor:
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
         prefix = copy.deepcopy(network.prefix).to(self.compute_format.dtype)  # inductor then folds and packs weights
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # inductor's advice is for the network's author
+            with warnings.catch_warnings(action="ignore"):  # inductor's advice is for the network's author
                 from torch._inductor import config as inductor  # takes most of a second
 
                 # pixels are normalized outside: inductor makes slow code of their bytes
@@ -104,9 +101,7 @@ class Extractor:
             self.reason += f", not compiled ({type(error).__name__})"
             return
         # as near to float32 as the network itself in this dtype
-        x = sample.to(self.accelerator).contiguous(memory_format=self.compute_format.memory_format)
-        with torch.inference_mode():
-            exact = tuple(self._as_stored(t) for t in self._original(x))
+        exact = self._forward(self._original, sample, torch.float32)
         triples = zip(rows, self._forward(self._original, sample), exact, strict=True)
         if not all(_relative_distance(a, e) <= 2 * _relative_distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
             self.reason += ", not compiled: the compiled network is less exact"
@@ -129,10 +124,10 @@ class Extractor:
             images = torch.cat([images, images[-1:].expand(self.batch_size - n, -1, -1, -1)])
         return tuple(t[:n].cpu() for t in self._forward(self._network, images))
 
-    def _forward(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, ...]:
+    def _forward(self, network: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         x = images.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
         x = x.contiguous(memory_format=self.compute_format.memory_format)
-        with torch.inference_mode(), autocast(self.accelerator, self.compute_format.dtype):
+        with torch.inference_mode(), autocast(self.accelerator, dtype or self.compute_format.dtype):
             rows = network(x)
         return tuple(self._as_stored(t) for t in rows)
 

@@ -8,7 +8,7 @@ import torch
 from msgspec import structs
 
 from tlcli.data.dataset import limit_per_class
-from tlcli.engine.activations import Workload
+from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
@@ -35,7 +35,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
     the network does not take image.train_size.
     """
     spec, classifier = workload.spec, workload.classifier
-    image, size = spec.image, spec.image.size or spec.dataset.image_size or classifier.size
+    image, size = spec.image, image_size(spec) or classifier.size
     given = structs.replace(image, size=size, fit=image.fit or Fit.crop)
     train_size = image.train_size or size
     if train_size != size and not _takes(workload, train_size):
@@ -45,18 +45,16 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
     if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
         return given, None
     key = ("image", spec.dataset, image, spec.folds)  # for this model, which has the seed
-    return workload.session.get_or_create(key, lambda: _compare(workload, given, size, n, reporter))
+    return workload.session.get_or_create(key, lambda: _compare(workload, given, n, reporter))
 
 
-def _compare(
-    workload: Workload, given: ImageSpec, size: int, per_class: int, reporter: Reporter
-) -> tuple[ImageSpec, str | None]:
+def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Reporter) -> tuple[ImageSpec, str | None]:
     spec, data = workload.spec, workload.data
     sample = limit_per_class(data.train, data.classes, per_class, spec.seed, "image")
     alone = replace(workload, data=replace(data, train=sample))
-    sizes, fits = [size], [given.fit]
-    if spec.image.size is None and spec.dataset.image_size is None:
-        smaller = round(SHARE * size / STEP) * STEP
+    sizes, fits = [given.size], [given.fit]
+    if image_size(spec) is None:
+        smaller, size = round(SHARE * workload.classifier.size / STEP) * STEP, workload.classifier.size
         sizes = [smaller, size] if 0 < smaller < size and _takes(workload, smaller) else [size]
     if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
         fits = [Fit.crop, Fit.squash, Fit.pad]

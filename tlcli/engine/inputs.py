@@ -49,11 +49,10 @@ class Inputs:
             self.decisions = self.decisions.without(lost, reason)
             self.cached = {name: split for name, split in self.cached.items() if name in self.decisions.cached}
             return self.open(split_name, reporter)
-        images = self.workload.split(split_name)
         return ActivationLoader(
             views,
             split.rows,
-            torch.from_numpy(images.labels),
+            torch.from_numpy(self.workload.split(split_name).labels),
             network=split.cut.suffix,
             head=self.workload.plain_head(split.cut),
             dtype=self.decisions.suffix_dtype,
