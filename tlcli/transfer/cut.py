@@ -29,10 +29,8 @@ from tlcli.transfer.graph import (
     dependencies,
     digest_of_graph,
     full_precision,
-    inplace_input,
     minimum_cut,
     module_of,
-    parameters_of,
     preserve_state,
     trace_train_and_eval,
 )
@@ -144,7 +142,7 @@ class MatchedGraphs:
         for node, (same, *_) in self.eval_nodes.items():
             two, three = train.shapes.get(node, ()), evaluated.shapes.get(same, ())
             has_rows = (two[:1], three[:1]) == ((len(SECOND_BATCH),), (len(FIRST_BATCH),)) and two[1:] == three[1:]
-            is_overwritten = any(n not in self.dynamic and inplace_input(n, training.root) is node for n in node.users)
+            is_overwritten = any(n not in self.dynamic and training.inplace_input(n) is node for n in node.users)
             if node in self.data and has_rows and not is_overwritten:
                 self.shapes[node] = two[1:]
 
@@ -166,7 +164,7 @@ def _fold(two: Any, three: Any) -> Any:
 
 def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     """Return the frozen tensors that cross: few bytes, and little work for the suffix to repeat; or raise CutError."""
-    images, root = graphs.training.images, graphs.training.root
+    images = graphs.training.images
     store_cost: dict[fx.Node, int | None] = dict.fromkeys(graphs.data)
     for node, shape in graphs.shapes.items():
         store_cost[node] = max(4 * math.prod(shape), MIN_ROW_BYTES) * FLOPS_PER_BYTE  # float32
@@ -175,10 +173,10 @@ def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     needed = {node for node in graphs.data if any(user in graphs.dynamic for user in node.users)}
     crossing = minimum_cut(users, needed, store_cost, graphs.flops)
     prefix = dependencies((graphs.eval_nodes[node][0] for node in crossing), ())
-    if images not in crossing and any(parameters_of(node, graphs.evaluation.root) for node in prefix):
+    if images not in crossing and any(map(graphs.evaluation.parameters_of, prefix)):
         return crossing
     reason = next(reason for reason in graphs.dynamic.values() if reason is not None)
-    if any(parameters_of(node, root) for node in dependencies(needed, ())):
+    if any(map(graphs.training.parameters_of, dependencies(needed, ()))):
         raise CutError(f"{reason}, and the frozen layers before it cost less to run again than to store")
     raise CutError(f"no frozen layers at the input: {reason}")
 

@@ -35,6 +35,25 @@ class Traced(NamedTuple):
     images: fx.Node
     output: fx.Node
 
+    def inplace_input(self, node: fx.Node) -> fx.Node | None:
+        """Return the input that an operation changes in place and returns, as its name or its `inplace` tells."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        if node.op == "call_module":
+            inplace = getattr(self.root.get_submodule(str(node.target)), "inplace", False) is True
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+            inplace = inplace or name in ("iadd", "isub", "imul", "itruediv")
+        return first if inplace else None
+
+    def parameters_of(self, node: fx.Node) -> list[Tensor]:
+        """Return the parameters that an operation uses."""
+        if node.op == "get_attr":
+            return [operator.attrgetter(str(node.target))(self.root)]
+        return list(self.root.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else []
+
 
 class _Tracer(fx.Tracer):
     """Traces into all modules except `leaves`; only the first argument of forward varies."""
@@ -89,8 +108,7 @@ def _trace(network: nn.Module, leaves: set[nn.Module]) -> Traced:
     while True:
         tracer, root = _Tracer(leaves), copy.copy(network)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # models warn about values that tracing fixes; verification finds them
+            with warnings.catch_warnings(action="ignore"):  # about values that tracing fixes; verification finds them
                 graph = tracer.trace(root)
             break
         except Exception as error:  # forward runs on proxies, so anything can be raised
@@ -106,29 +124,16 @@ def _trace(network: nn.Module, leaves: set[nn.Module]) -> Traced:
     for other in others:
         if not other.users:
             graph.erase_node(other)
+    traced = Traced(root, graph, images, graph.output_node())
     # A reader of a tensor after an operation changed it in place must read that operation's result, which is the same
     # tensor: the edges of a graph are returned values only
     index = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if (changed := inplace_input(node, root)) is not None:
+        if (changed := traced.inplace_input(node)) is not None:
             for user in list(changed.users):
                 if index[user] > index[node]:
                     user.replace_input_with(changed, node)
-    return Traced(root, graph, images, graph.output_node())
-
-
-def inplace_input(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """Return the input that an operation changes in place and returns, as far as its name or its `inplace` tells."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    if node.op == "call_module":
-        inplace = getattr(root.get_submodule(str(node.target)), "inplace", False) is True
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-        inplace = inplace or name in ("iadd", "isub", "imul", "itruediv")
-    return first if inplace else None
+    return traced
 
 
 def module_of(node: fx.Node) -> str:
@@ -139,13 +144,6 @@ def module_of(node: fx.Node) -> str:
         return str(node.target).rpartition(".")[0]
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
-
-
-def parameters_of(node: fx.Node, root: nn.Module) -> list[Tensor]:
-    """Return the parameters that an operation uses."""
-    if node.op == "get_attr":
-        return [operator.attrgetter(str(node.target))(root)]
-    return list(root.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else []
 
 
 def dependencies(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
@@ -221,7 +219,7 @@ class GraphAnalyzer(fx.Interpreter):
     def __init__(self, traced: Traced, trained: Collection[int], images: Tensor, texts: dict[str, int]) -> None:
         super().__init__(traced.root, graph=traced.graph)
         self.extra_traceback = False
-        self._root, self._trained, self._device, self._texts = traced.root, trained, images.device, texts
+        self._traced, self._trained, self._device, self._texts = traced, trained, images.device, texts
         self._recorder = _DispatchRecorder({_storage(t) for t in (*traced.root.parameters(), *traced.root.buffers())})
         self.dynamic: dict[fx.Node, str | None] = {}  # what training can change: why, None if it depends on such
         self.numbers: dict[fx.Node, int] = {}  # the same for operations that do the same with the same inputs
@@ -232,7 +230,7 @@ class GraphAnalyzer(fx.Interpreter):
             self.run(images.clone(), enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        trains = any(id(parameter) in self._trained for parameter in parameters_of(n, self._root))
+        trains = any(id(parameter) in self._trained for parameter in self._traced.parameters_of(n))
         if trains or any(source in self.dynamic for source in n.all_input_nodes):
             self.dynamic[n] = f"{n.target} trains" if trains else None
         if n in self.dynamic or n.op == "output":
@@ -246,7 +244,7 @@ class GraphAnalyzer(fx.Interpreter):
             self.dynamic[n] = f"{module_of(n) or n.name} is random in training"
         elif self._recorder.trains:
             self.dynamic[n] = f"{module_of(n) or n.name} depends on the batch or keeps statistics"
-        text = _text_of_node(n, self._root, self.numbers)
+        text = _text_of_node(n, self._traced.root, self.numbers)
         self.numbers[n] = self._texts.setdefault(text, len(self._texts))
         self.flops[n] = self._recorder.flops
         if isinstance(value, Tensor):

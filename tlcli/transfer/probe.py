@@ -101,6 +101,5 @@ def _quiet() -> Iterator[None]:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a starting point
-        yield
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
+        yield  # the probe is a starting point
