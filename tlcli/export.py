@@ -145,7 +145,24 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         graphs = ", ".join(f.name for f in FORMATS.values() if f.has_graph)
         network_name = f"{kind}'s {run.classifier.name}"
         raise UsageError(f"timm has no network with the tensors of {network_name}: use --to {graphs}") from exc
-    config = _timm_config(run, network, architecture, arguments)
+    config = {
+        "architecture": architecture,
+        "num_classes": len(run.classes),
+        "num_features": network.num_features,
+        "label_names": list(run.classes),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, run.preprocessing.size, run.preprocessing.size],
+            "fixed_input_size": bool(arguments),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[run.preprocessing.fit],
+            "mean": list(run.preprocessing.mean),
+            "std": list(run.preprocessing.std),
+            "num_classes": len(run.classes),
+            **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
+        },
+    }
     path.mkdir()
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -153,28 +170,6 @@ def write_timm(job: ExportJob, path: Path) -> Model:
     (path / "README.md").write_text(_model_card(run, architecture), encoding="utf-8")
     loaded: Model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     return loaded
-
-
-def _timm_config(run: "LoadedRun", network: Any, architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    preprocessing = run.preprocessing
-    return {
-        "architecture": architecture,
-        "num_classes": len(run.classes),
-        "num_features": network.num_features,
-        "label_names": list(run.classes),
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, preprocessing.size, preprocessing.size],
-            "fixed_input_size": bool(arguments),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": {Fit.crop: "center", Fit.squash: "squash", Fit.pad: "border"}[preprocessing.fit],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "num_classes": len(run.classes),
-            **{key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
-        },
-    }
 
 
 def _model_card(run: "LoadedRun", architecture: str) -> str:
