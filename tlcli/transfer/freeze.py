@@ -94,13 +94,10 @@ class NormSpec(FreezeSpec, frozen=True, tag="norm"):
     part: ClassVar[str] = "its head and normalization layers"
 
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
-        inside = {
-            f"{module_name}.{name}"
-            for module_name, module in classifier.network.named_modules()
-            if "norm" in type(module).__name__.lower()  # of torch's classes and of others: RMSNorm
-            for name, _ in module.named_parameters(recurse=False)
-        }
-        return classifier.head_parameters() | (classifier.parameter_names() & inside)
+        modules, names = classifier.network.named_modules(), classifier.parameter_names()
+        # of torch's classes and of others: RMSNorm; the network itself, which has no name, is none
+        norms = {name for name, module in modules if name and "norm" in type(module).__name__.lower()}
+        return classifier.head_parameters() | {name for name in names if name.rpartition(".")[0] in norms}
 
 
 @option
