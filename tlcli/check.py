@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from msgspec import structs
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from tlcli import __version__
@@ -143,9 +146,6 @@ def near_duplicates(
     One image of each group of exact copies is compared. Return the lowest correlation and the positions of each group,
     with exact copies; and for each image (N) the number of its group of near or exact duplicates. Raise BadImagesError.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     n = len(images)
     copies = np.array([(group[0], i) for group in exact for i in group[1:]], dtype=np.int64).reshape(-1, 2)
     pairs, correlations = _near_pairs(images, np.setdiff1d(np.arange(n), copies[:, 1]), features, reporter)
@@ -242,8 +242,6 @@ def check_labels(
 def _write_files(
     folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
 ) -> None:
-    import matplotlib
-
     duplicates_table, groups = _duplicates(images, data.classes, duplicates)
     labels_table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
     cells = []
@@ -297,8 +295,8 @@ def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> 
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
-        "test_in_train_or_val": len(images.cross_split_duplicates(groups, "test", ("train", "val"))),
-        "val_in_train": len(images.cross_split_duplicates(groups, "val", ("train",))),
+        "test_in_train_or_val": len(images.duplicates_across(groups, "test", ("train", "val"))),
+        "val_in_train": len(images.duplicates_across(groups, "val", ("train",))),
         "extra_in_train": sum(max(0, n - 1) for n in in_train),
         "several_labels": len(images.label_conflicts(groups)),
     }

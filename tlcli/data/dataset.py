@@ -37,6 +37,7 @@ MIN_VALIDATION_IMAGES = 200  # with fewer, choosing an epoch by them costs more 
 DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
+ImageSelections = Sequence[tuple[ImageSource, list[int]]]
 DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 
@@ -108,7 +109,7 @@ def load_dataset(
     splits, notes = _divide(source, spec, seed) if folds is None else _pool(source, spec, seed)
     value_range = _set_up_images(splits, spec, reporter, store)
     if decode:
-        splits, bad, deep = _without_bad(splits, spec, value_range, reporter, store)
+        splits, bad, deep = _without_bad(splits, spec, reporter, store)
         notes += [f"files that do not decode are left out: {len(bad):,}, see bad_files.csv"] if bad else []
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name)
@@ -143,7 +144,7 @@ def load_evaluation_split(
         raise UsageError(f"split={chosen}: {spec.name} has no such split ({present}); omit split= to evaluate it")
     split = limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
     value_range = _set_up_images({chosen: split}, spec, reporter, store)
-    splits, bad, deep = _without_bad({chosen: split}, spec, value_range, reporter, store)
+    splits, bad, deep = _without_bad({chosen: split}, spec, reporter, store)
     for note in deep.notes(value_range):
         reporter.note(note)
     if len(splits[chosen]) == 0:
@@ -301,15 +302,11 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
         return low, high if high > low else low + max(1.0, abs(low) * 1e-6)
 
-    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], None, reporter)
+    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter)
 
 
 def _without_bad(
-    splits: dict[str, Split],
-    spec: DatasetSpec,
-    value_range: ValueRange | None,
-    reporter: Reporter,
-    store: Store | None,
+    splits: dict[str, Split], spec: DatasetSpec, reporter: Reporter, store: Store | None
 ) -> tuple[dict[str, Split], list[tuple[str, str]], DeepImages]:
     """Return the splits without images that do not decode, (file, reason) of those, and statistics of deep images.
 
@@ -334,7 +331,7 @@ def _without_bad(
 
     if not used:
         return splits, [], DeepImages()
-    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, value_range, reporter)
+    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter)
     bad = result["bad"]
     files = [(images.name(i), bad[images.key(i)]) for images, indices in used for i in indices if images.key(i) in bad]
     if files and spec.on_bad is OnBad.error:
@@ -348,17 +345,12 @@ def _without_bad(
 
 
 def _remembered(
-    compute: Callable[[], T],
-    kind: Any,
-    store: Store | None,
-    notes: str,
-    used: Sequence[tuple[ImageSource, list[int]]],
-    value_range: ValueRange | None,
-    reporter: Reporter,
+    compute: Callable[[], T], kind: Any, store: Store | None, notes: str, used: ImageSelections, reporter: Reporter
 ) -> T:
     """Return what the store knows of these bytes and names, decoder and range, else what `compute` returns."""
     if store is None:
         return compute()
+    value_range = next((images.value_range for images, _ in used if isinstance(images, ImageFiles)), None)
     digest = hashlib.sha256(f"{decoder()} {value_range}".encode())
     try:
         for images, indices in used:
@@ -416,7 +408,7 @@ def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], report
     images = ConcatSplits(splits)
     groups = images.exact_duplicates(reporter)
     for split, others, metric in (("test", ("train", "val"), "test"), ("val", ("train",), "validation")):
-        if rows := images.cross_split_duplicates(groups, split, others):
+        if rows := images.duplicates_across(groups, split, others):
             sources = [o for o in others if any(images.split_names[i] == o for row in rows for i in row[1:])]
             count = f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split}"
             example = f"e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}"

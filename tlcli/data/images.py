@@ -317,9 +317,7 @@ class ConcatSplits(ImageSource):
             groups.setdefault(digest, []).append(position)
         return [group for group in groups.values() if len(group) > 1]
 
-    def cross_split_duplicates(
-        self, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]
-    ) -> list[list[int]]:
+    def duplicates_across(self, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]) -> list[list[int]]:
         """Return for each image of a split that is in another one too: its position, then those of its copies there."""
         copies = [(group, [i for i in group if self.split_names[i] in others]) for group in groups]
         return [[i, *there] for group, there in copies if there for i in group if self.split_names[i] == split]

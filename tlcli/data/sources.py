@@ -190,10 +190,9 @@ def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
     """Return the class of each image. torchvision's classes keep them under several names."""
     import numpy as np
 
-    for name in ("targets", "labels", "_labels", "y"):
-        if (values := getattr(items, name, None)) is not None:
-            break
-    else:
+    known = (getattr(items, name, None) for name in ("targets", "labels", "_labels", "y"))
+    values = next((found for found in known if found is not None), None)
+    if values is None:
         values = [pair[1] for pair in getattr(items, "_samples", ())]
     try:
         labels: np.ndarray[Any, Any] = np.asarray(values)
