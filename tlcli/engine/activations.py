@@ -22,7 +22,7 @@ import torch
 from msgspec import structs
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches, Preprocessing
+from tlcli.data.batches import Augmentation, ImageBatches, Preprocessing
 from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
 from tlcli.data.decode import decoder
 from tlcli.data.images import Split
@@ -151,6 +151,18 @@ class Workload:
         """The size in pixels of augmented training images; views are as large as the images of evaluation."""
         return (None if self.spec.cache.views else self.spec.image.train_size) or self.preprocessing.size
 
+    def batches(self, split: Split, batch_size: int, augmentation: Augmentation | None) -> ImageBatches:
+        """Return the images of a split in batches, read as suits this machine."""
+        return ImageBatches(
+            split,
+            self.preprocessing,
+            batch_size=batch_size,
+            workers=self.workers,
+            augmentation=augmentation,
+            seed=self.spec.seed,
+            pin_memory=self.accelerator.type == "cuda",
+        )
+
     @property
     def workers(self) -> int:
         workers = self.spec.device.workers
@@ -251,15 +263,8 @@ class Workload:
         memo = (id(extractor), label, view)
         if memo in self._splits:
             return self._splits[memo]
-        batches = ImageBatches(
-            pool,
-            preprocessing,
-            batch_size=extractor.batch_size,
-            workers=self.workers,
-            augmentation=None if view is None else spec.augment.build(preprocessing),
-            seed=spec.seed,
-            pin_memory=self.accelerator.type == "cuda",
-        )
+        augmentation = None if view is None else spec.augment.build(preprocessing)
+        batches = self.batches(pool, extractor.batch_size, augmentation)
         augmented = {"kind": spec.augment.kind, "number": view, "seed": spec.seed, "augment": spec.augment}
         ingredients = {
             "prefix": self.session.get_or_create(("digest", id(cut)), cut.digest),

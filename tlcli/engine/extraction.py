@@ -17,6 +17,7 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, machine_n
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype, Precision
 from tlcli.store import Column, Store
+from tlcli.transfer.graph import device_of
 
 # Images per forward pass. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for EfficientNet-Lite0: its
 # maps then stay in the processor's cache.
@@ -169,8 +170,7 @@ def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
             prefix.set_submodule(names[1], nn.Sequential(*activations))
             count += 1
     folded, size = _PixelPrefix(prefix, network.preprocessing), network.preprocessing.size
-    device = next((p.device for p in prefix.parameters()), torch.device("cpu"))
-    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device)
+    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device_of(prefix))
     with torch.inference_mode():
         pairs = zip(folded(sample), network(sample), strict=True)
         is_same = count > 0 and all(_relative_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)

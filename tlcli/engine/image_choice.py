@@ -96,9 +96,7 @@ def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossVal
     decisions = Decisions(train_precision="float32", eval_precision="float32", channels_last=device != "mps")
     if isinstance(workload.features_cut, Cut) and spec.cache.max_gb > 0:
         decisions = structs.replace(decisions, cached=frozenset({"train_eval"}))
-    inputs = Inputs(decisions, workload)
-    label = f"features at {image.size} px, {image.fit}"
-    x, y = features(
-        workload.classifier.network, head, inputs.open("train_eval", reporter), inputs.device, reporter, label
-    )
+    inputs, label = Inputs(decisions, workload), f"features at {image.size} px, {image.fit}"
+    loader = inputs.open("train_eval", reporter)
+    x, y = features(workload.classifier.network, head, loader, inputs.device, reporter, label)
     return choose_penalty(x, y, spec.seed)

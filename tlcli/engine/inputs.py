@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from tlcli.data.batches import ImageBatches
 from tlcli.data.dataset import preload_images
 from tlcli.device import Device
-from tlcli.engine.activations import CachedSplit, SplitActivations, Workload
+from tlcli.engine.activations import SplitActivations, Workload
 from tlcli.engine.decisions import Decisions, device_with
 from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader, ImageLoader
 from tlcli.errors import TlcliError
@@ -37,7 +36,7 @@ class Inputs:
         if split is None:
             return image_loader(self.workload, self.device, split_name, reporter)
         try:
-            views = [self._tensors(split, source, split_name, reporter) for source in split.views]
+            views = [self._tensors(source, split_name, reporter) for source in split.views]
         except OSError as error:  # the disk is full, or its folder was removed
             reason = f"activations cannot be written ({error.strerror or error})"
             if self.workload.spec.cache.mode is CacheMode.require:
@@ -61,11 +60,9 @@ class Inputs:
             seed=self.workload.spec.seed,
         )
 
-    def _tensors(
-        self, split: CachedSplit, source: SplitActivations, split_name: str, reporter: Reporter
-    ) -> ActivationTensors:
-        compiled = split_name in self.decisions.compiled
-        extractor = self.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
+    def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:
+        cut, compiled = self.cached[split_name].cut, split_name in self.decisions.compiled
+        extractor = self.workload.extractor(cut, self.decisions.eval_format, compiled=compiled)
         try:
             tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         except FileNotFoundError:  # an entry may be removed between being found and being read
@@ -143,17 +140,9 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
     transforms = None
     if augmentation is not None and transforms_on_device(device.accelerator):
         augmentation, transforms = replace(augmentation, transforms=None), augmentation.transforms
-    batches = ImageBatches(
-        split,
-        workload.preprocessing,
-        batch_size=spec.batch_size if is_train else min(MAX_EVALUATION_BATCH, 4 * spec.batch_size),
-        workers=device.workers,
-        pin_memory=device.accelerator.type == "cuda",
-        augmentation=augmentation,
-        seed=spec.seed,
-    )
+    batch_size = spec.batch_size if is_train else min(MAX_EVALUATION_BATCH, 4 * spec.batch_size)
     return ImageLoader(
-        batches,
+        workload.batches(split, batch_size, augmentation),
         workload.preprocessing,
         device,
         network=workload.classifier.network,
