@@ -77,7 +77,7 @@ def evaluate_run(
     contract, splits = apply_freeze(spec.freeze, classifier), (images.split,) * 3
     data = Dataset(spec.dataset.name, loaded.classes, *splits, notes=(), bad_files=(), value_range=own.range)
     workload = Workload(data, classifier, contract, spec, accelerator, session)
-    tested = _tested_decisions(loaded.info, spec.device, trained.device, accelerator, reporter)
+    tested = _tested_decisions(loaded.info, workload, trained.device, reporter)
     inputs = Inputs(follow(tested, workload, reporter, ["test"]), workload, ["test"])
     inputs.device.place(network)
     loader = inputs.open("test", reporter)
@@ -115,11 +115,9 @@ def evaluate_run(
     return Evaluation(report, run.add_evaluation(write), description, same)
 
 
-def _tested_decisions(
-    info: Mapping[str, Any], device: DeviceSpec, own: DeviceSpec, accelerator: torch.device, reporter: Reporter
-) -> Decisions:
+def _tested_decisions(info: Mapping[str, Any], workload: Workload, own: DeviceSpec, reporter: Reporter) -> Decisions:
     """Return the decisions that the run was tested with; others, and a note, if they are unknown or not wanted."""
-    recorded = recorded_decisions(info)
+    recorded, device, accelerator = recorded_decisions(info), workload.spec.device, workload.accelerator
     is_own = (device.precision, device.channels_last) == (own.precision, own.channels_last)
     if recorded is None or info.get("device") is None:
         reason = "run.json does not record the precision of the test"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.run_dir import RunDir, number, pair
+from tlcli.runs.run_dir import RunDir, number, pair, read_predictions
 from tlcli.specs import DatasetSpec, Fit
 from tlcli.text import evenly_spaced, one_line
 
@@ -213,7 +213,6 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
 
     from tlcli.data.dataset import images_by_key
     from tlcli.data.decode import read_image
-    from tlcli.runs.run_dir import read_predictions
 
     value_range, images = run.preprocessing.range, {}
     with suppress(TlcliError, OSError):
