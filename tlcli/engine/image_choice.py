@@ -54,7 +54,8 @@ def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Rep
     alone = replace(workload, data=replace(data, train=sample))
     sizes, fits = [given.size], [given.fit]
     if image_size(spec) is None:
-        smaller, size = round(SHARE * workload.classifier.size / STEP) * STEP, workload.classifier.size
+        size = workload.classifier.size
+        smaller = round(SHARE * size / STEP) * STEP
         sizes = [smaller, size] if 0 < smaller < size and _takes(workload, smaller) else [size]
     if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
         fits = [Fit.crop, Fit.squash, Fit.pad]
@@ -96,7 +97,8 @@ def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossVal
     decisions = Decisions(train_precision="float32", eval_precision="float32", channels_last=device != "mps")
     if isinstance(workload.features_cut, Cut) and spec.cache.max_gb > 0:
         decisions = structs.replace(decisions, cached=frozenset({"train_eval"}))
-    inputs, label = Inputs(decisions, workload), f"features at {image.size} px, {image.fit}"
+    inputs = Inputs(decisions, workload)
+    label = f"features at {image.size} px, {image.fit}"
     loader = inputs.open("train_eval", reporter)
     x, y = features(workload.classifier.network, head, loader, inputs.device, reporter, label)
     return choose_penalty(x, y, spec.seed)

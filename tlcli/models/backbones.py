@@ -182,8 +182,7 @@ def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ..
     ordered = [groups[layer] for layer in sorted(groups)]
     # Groups after the head's position are those that no pattern matched: they are between the last stage and the head
     if len(ordered) > 1 and any(is_inside(name, head) and layer_of[name] == max(groups) for name in layer_of):
-        last = ordered.pop()
-        ordered[-1] |= last
+        ordered[-2:] = [ordered[-2] | ordered[-1]]
     parameters = {name for name, _ in network.named_parameters()}
     ordered = [tensors for tensors in ordered if tensors & parameters]
     stages = []
