@@ -71,6 +71,11 @@ class Dataset:
         _, held = stratified_split(self.train.labels, self.classes, 0.2, seed=seed, purpose="first fit")
         return replace(self, folds=np.isin(np.arange(len(self.train)), held).astype(np.int64)).without_fold(1)
 
+    @property
+    def can_select(self) -> bool:
+        """True if val has enough images to select an epoch by them."""
+        return len(self.val) >= MIN_VALIDATION_IMAGES
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSplit:

@@ -23,7 +23,7 @@ from msgspec import structs
 from torch import Tensor, nn
 
 from tlcli.data.batches import Augmentation, ImageBatches, Preprocessing
-from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
+from tlcli.data.dataset import Dataset
 from tlcli.data.decode import decoder
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
@@ -190,8 +190,8 @@ class Workload:
     @property
     def selects_epoch(self) -> bool:
         """True if validation selects the epoch that is kept; else the last one is."""
-        spec, n = self.spec, len(self.data.val)  # selected on a fold, its predictions would be too good
-        return spec.fold is None and (n >= MIN_VALIDATION_IMAGES or (spec.early_stop is not None and n > 0))
+        spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good
+        return spec.fold is None and (data.can_select or (spec.early_stop is not None and len(data.val) > 0))
 
     @property
     def augments(self) -> bool:
