@@ -53,15 +53,6 @@ def test_help_names_every_command(tlcli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("trian", "'train'"), ("--vesion", "'--version'"), ("epochs=3", "'tlcli train epochs=3'")]
-)
-def test_unknown_command(word: str, hint: str, tlcli) -> None:
-    ended = tlcli(word)
-    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert f"Did you mean {hint}?" in ended.err
-
-
-@pytest.mark.parametrize(
     ("argv", "shown"),
     [
         (("--cfg", "job", "epochs=7"), "epochs: 7"),

@@ -138,26 +138,6 @@ def test_nothing_is_left_when_the_check_fails(photos: Path, tlcli, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["chek"], "action chek: choose from check. Did you mean 'check'?"),
-        (["check", "--formt=json"], "unknown flag '--formt'. Did you mean '--format'?"),
-        (["check", "--format", "xml"], "--format xml: choose from table, json"),
-        (["check", "--output"], "--output: expected one argument"),
-        (["check", "photos"], "cannot read 'photos': write KEY=VALUE, as in dataset=imagefolder dataset.root=photos"),
-        (["check", "seed=1,2"], "seed=1,2 has several values"),
-        (["check", "dataset=imagefolder", "dataset.root=nowhere"], "nowhere: no such folder."),
-        (["check", "datset=digits"], "Did you mean 'dataset'?"),
-    ],
-)
-def test_usage_errors(argv: list[str], said: str, tlcli) -> None:
-    ended = tlcli("data", *argv)
-    assert (ended.code, ended.out) == (2, "")
-    assert said in ended.err
-    assert ended.err.count("\n") == 1
-
-
 def test_help_has_two_examples(tlcli) -> None:
     for argv in ([], ["check", "--help"]):
         assert tlcli("data", *argv).out.count("\n  tlcli data check ") == 2

@@ -264,24 +264,6 @@ def test_export_into_the_run_says_what_it_did(resnet: Path, tlcli: Tlcli, tmp_pa
     assert "already exists: choose another --output" in again.err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["RUN"], "required: --to"),
-        (["RUN", "--to", "onx"], "Did you mean 'onnx'?"),
-        (["RUN", "--to", "torchscript"], "--to torchscript was removed: TorchScript is deprecated"),
-        (["RUN", "--to", "timm", "--with-preprocessing"], "timm holds weights and no graph"),
-        (["nowhere", "--to", "timm"], "no such run directory"),
-    ],
-)
-def test_usage_errors(words: list[str], message: str, resnet: Path, tlcli: Tlcli) -> None:
-    ended = tlcli("export", *[str(resnet) if word == "RUN" else word for word in words])
-    assert ended.code == 2
-    assert message in ended.err
-    assert ended.err.startswith("tlcli export: ")
-    assert len(ended.err.splitlines()) == 1
-
-
 def test_a_missing_package_is_reported_before_anything_is_loaded(tlcli: Tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcli.export.find_spec", lambda name: None)
     ended = tlcli("export", "nowhere", "--to", "onnx")

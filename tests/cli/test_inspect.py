@@ -65,25 +65,6 @@ def test_words_are_those_of_train(shapes: Path, tmp_path: Path, monkeypatch: pyt
         assert specs(words)[0].backbone.name == "resnet10t"
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["resnet19"], "Did you mean 'resnet18'"),
-        (["resnet18", "freez=head"], "Did you mean 'freeze'"),
-        (["resnet18", "head"], "'head': name one backbone or run"),
-        (["resnet18", "-m"], "unknown flag '-m'"),
-        (["resnet18", "dataset=imagefolder", "dataset.root=nowhere"], "nowhere"),
-        (["."], "not a run directory"),
-    ],
-)
-def test_usage_errors(words: list[str], told: str, tlcli) -> None:
-    ended = tlcli("inspect", *words)
-    assert ended.code == 2
-    assert ended.err.startswith("tlcli inspect: ")
-    assert ended.err.count("\n") == 1
-    assert told in ended.err
-
-
 def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = tmp_path / "run", ["dataset=imagefolder", f"dataset.root={shapes}", "backbone=resnet18"]
     code = tlcli("train", "--cfg", "job", "--resolve", *config, "backbone.weights=none", "image.size=40", "epochs=7")

@@ -108,24 +108,6 @@ def test_a_table_fits_its_width(width: int, outputs, tlcli, monkeypatch: pytest.
     assert {"status", "val", "test", "path"} <= set(lines[0].split())
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["nowhere"], "no such folder"),
-        (["--sort", "tst"], "Did you mean 'test'"),
-        (["--limit", "0"], "--limit: must be a whole number from 1"),
-        (["--format", "jsn"], "Did you mean 'json'"),
-        (["--job"], "Did you mean '--jobs'"),
-    ],
-)
-def test_usage_errors(words: list[str], told: str, outputs, tlcli) -> None:
-    ended = tlcli("list", *words)
-    assert ended.code == 2
-    assert ended.err.startswith("tlcli list: ")
-    assert ended.err.count("\n") == 1
-    assert told in ended.err
-
-
 def test_torch_and_numpy_are_not_imported(outputs) -> None:
     heavy = "('torch', 'numpy', 'hydra', 'omegaconf', 'rich.table', 'matplotlib')"
     code = f"import sys; from tlcli.cli import main; main(['list']); print([m for m in {heavy} if m in sys.modules])"

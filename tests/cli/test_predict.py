@@ -131,29 +131,6 @@ def test_a_file_that_exists_is_not_written_to(tlcli: Tlcli, run: str, photos: Pa
     assert (photos / "mine.csv").read_text() == "mine"
 
 
-def test_a_failure_leaves_no_empty_file(tlcli: Tlcli, photos: Path) -> None:
-    ended = tlcli("predict", "nowhere", "photos", "--output", "new.jsonl")
-    assert (ended.code, ended.err) == (2, "tlcli predict: nowhere: no such run directory.\n")
-    assert not Path("new.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["r"], "the following arguments are required: PATH"),
-        (["r", "x", "--tpo", "3"], "Did you mean '--top'"),
-        (["r", "x", "--top"], "--top: expected one argument"),
-        (["r", "x", "--top", "0"], "--top: must be a whole number from 1, not '0'"),
-        (["r", "x", "--format", "jsn"], "choose from table, csv, jsonl"),
-        (["r", "-", "-"], "stdin (-) is named twice"),
-    ],
-)
-def test_usage_errors_are_one_line_at_once(tlcli: Tlcli, words: list[str], message: str) -> None:
-    ended = tlcli("predict", *words)
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert message in ended.err
-
-
 def test_a_reader_that_leaves_ends_it_quietly(
     run: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

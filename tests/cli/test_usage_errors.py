@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-CASES = {
+from tlcli.cli import COMMANDS
+
+TRAIN = {
     "optimzer.lr=1": "Did you mean 'optimizer'?",
     "lr=1": "unknown key 'lr'. Did you mean 'optimizer.lr'?",
     "weight_deacy=1": "Did you mean 'optimizer.weight_decay'?",
@@ -81,14 +83,63 @@ CASES = {
     "+dataset._target_=os.system": "a config cannot name code to run",
     "dataset=cifar10 +dataset.train._target_=os.system": "a config cannot name code to run",
 }
+OTHERS = {
+    "trian": "Did you mean 'train'?",
+    "--vesion": "Did you mean '--version'?",
+    "epochs=3": "Did you mean 'tlcli train epochs=3'?",
+    "completion bsh": "Did you mean 'bash'?",
+    "list nowhere": "no such folder",
+    "list --sort tst": "Did you mean 'test'",
+    "list --limit 0": "--limit: must be a whole number from 1",
+    "list --format jsn": "Did you mean 'json'",
+    "list --job": "Did you mean '--jobs'",
+    "inspect resnet19": "Did you mean 'resnet18'",
+    "inspect resnet18 freez=head": "Did you mean 'freeze'",
+    "inspect resnet18 head": "'head': name one backbone or run",
+    "inspect resnet18 -m": "unknown flag '-m'",
+    "inspect resnet18 dataset=imagefolder dataset.root=nowhere": "nowhere",
+    "inspect .": "not a run directory",
+    "export nowhere": "required: --to",
+    "export nowhere --to onx": "Did you mean 'onnx'?",
+    "export nowhere --to torchscript": "--to torchscript was removed: TorchScript is deprecated",
+    "export nowhere --to timm --with-preprocessing": "timm holds weights and no graph",
+    "export nowhere --to timm": "no such run directory",
+    "predict r": "the following arguments are required: PATH",
+    "predict r x --tpo 3": "Did you mean '--top'",
+    "predict r x --top": "--top: expected one argument",
+    "predict r x --top 0": "--top: must be a whole number from 1, not '0'",
+    "predict r x --format jsn": "choose from table, csv, jsonl",
+    "predict r - -": "stdin (-) is named twice",
+    "predict nowhere photos --output new.jsonl": "nowhere: no such run directory.",
+    "eval": "required: RUN",
+    "eval nowhere": "nowhere: no such run directory",
+    "eval a b": "name one run",
+    "eval a split=tset": "Did you mean 'test'?",
+    "eval a --formt json": "Did you mean '--format'?",
+    "eval a freeze=head": "cannot be changed after training",
+    "eval a datset=digits": "Did you mean 'dataset'?",
+    "eval a dataset.val_fraction=0.5": "dataset.val_fraction=0.5: cannot be changed after training",
+    "eval a dataset.range=auto": "cannot be changed after training",
+    "data chek": "action chek: choose from check. Did you mean 'check'?",
+    "data check --formt=json": "unknown flag '--formt'. Did you mean '--format'?",
+    "data check --format xml": "--format xml: choose from table, json",
+    "data check --output": "--output: expected one argument",
+    "data check photos": "cannot read 'photos': write KEY=VALUE, as in dataset=imagefolder dataset.root=photos",
+    "data check seed=1,2": "seed=1,2 has several values",
+    "data check dataset=imagefolder dataset.root=nowhere": "nowhere: no such folder.",
+    "data check datset=digits": "Did you mean 'dataset'?",
+}
+CASES = {f"train {words}": told for words, told in TRAIN.items()} | OTHERS
 
 
-@pytest.mark.parametrize("argv", CASES)
-def test_one_line_exit_2_and_nothing_written(argv: str, tlcli, training, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", CASES)
+def test_one_line_exit_2_and_nothing_written(line: str, tlcli, training, tmp_path: Path) -> None:
     training(lambda spec, run, reporter: pytest.fail("training began"))
-    ended = tlcli("train", *argv.split(" "))
+    command, *words = line.split(" ")
+    ended = tlcli(command, *words)
     assert ended.code == 2
     assert ended.out == ""
-    assert ended.err.startswith("tlcli train: ") and ended.err.count("\n") == 1
-    assert CASES[argv] in ended.err
+    assert ended.err.startswith(f"tlcli {command}: " if command in COMMANDS else "tlcli: ")
+    assert ended.err.count("\n") == 1
+    assert CASES[line] in ended.err
     assert not list(tmp_path.iterdir())
