@@ -5,11 +5,6 @@ import pytest
 from tlcli.interrupts import defer_interrupts
 
 
-def test_it_comes_at_once_outside_of_a_step() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        defer_interrupts.interrupt(KeyboardInterrupt())
-
-
 def test_it_waits_for_the_end_of_the_outermost_step() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt):
@@ -25,7 +20,7 @@ def test_it_waits_for_the_end_of_the_outermost_step() -> None:
     assert len(done) == 3
 
 
-def test_a_step_that_fails_is_over() -> None:
+def test_it_comes_at_once_outside_of_a_step_and_a_step_that_fails_is_over() -> None:
     with pytest.raises(ValueError, match="broken"), defer_interrupts:
         raise ValueError("broken")
     with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -56,14 +57,9 @@ def test_a_broken_torch_is_the_answer(monkeypatch: pytest.MonkeyPatch, tlcli: Tl
 def test_problems_are_warnings_and_a_check_that_fails_hides_no_other(
     monkeypatch: pytest.MonkeyPatch, tlcli: Tlcli
 ) -> None:
-    def refuse(**kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    def broken() -> int:
-        raise RuntimeError("odd")
-
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr("joblib.cpu_count", broken)
+    monkeypatch.setattr("joblib.cpu_count", Mock(side_effect=RuntimeError("odd")))
     ended = tlcli("doctor")
     assert ended.code == 0
     assert "warning: machine: the check failed (RuntimeError: odd)" in ended.out

@@ -1,6 +1,7 @@
 """tlcli train --resume: what is asked before training goes on, with a stand-in for training."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,13 +20,8 @@ def test_relative_paths_are_those_of_the_folder_of_the_run(tlcli, training, tmp_
     assert tlcli("train", "backbone.weights=weights.pth", "hydra.run.dir=run").code == 130
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    seen = []
-
-    def train(spec, run, reporter):
-        seen.append(spec.backbone.weights)
-        return finished(spec, run, reporter)
-
-    training(train)
+    seen: list[str] = []
+    training(lambda spec, run, reporter: seen.append(spec.backbone.weights) or finished(spec, run, reporter))
     ended = tlcli("train", "--resume", "../run")
     assert (ended.code, ended.err) == (0, "")
     assert seen == [str(tmp_path / "weights.pth")]
@@ -71,11 +67,7 @@ def test_a_finished_run_keeps_its_state_if_it_is_told_to(keeps: bool, tlcli, tra
 def test_a_run_that_is_interrupted_as_it_resumes_is_not_left_running(tlcli, training, tmp_path, monkeypatch) -> None:
     training(stops)
     assert tlcli("train", "hydra.run.dir=run").code == 130
-
-    def interrupt(folder: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tlcli.runs.resume_state.remove_temp_files", interrupt)
+    monkeypatch.setattr("tlcli.runs.resume_state.remove_temp_files", Mock(side_effect=KeyboardInterrupt))
     assert tlcli("train", "--resume", "run").code == 130
     assert RunDir(tmp_path / "run").info["status"] == "interrupted"
 

@@ -142,10 +142,6 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
             raise KeyboardInterrupt
         return finished(spec, run, reporter)
 
-    def second(spec, run, reporter):
-        ran.append(spec.seed)
-        return finished(spec, run, reporter)
-
     training(first)
     assert tlcli("train", "-m", "seed=1,2,3,4", "epochs=2").code == 130
     (sweep,) = (path.parent for path in tmp_path.rglob("sweep.json"))
@@ -153,7 +149,7 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["done", "failed", "interrupted"]
 
-    training(second)
+    training(lambda spec, run, reporter: ran.append(spec.seed) or finished(spec, run, reporter))
     ended = tlcli("train", f"resume={sweep}")
     assert (ended.code, ended.err) == (0, "")
     assert ran == [2, 3, 4]
@@ -203,9 +199,7 @@ def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path,
     monkeypatch.chdir(tmp_path / "below")
     training(finished)
     monkeypatch.setattr("pathlib.Path.expanduser", lambda self: self)
-    from tlcli.cli import main
-
-    assert main(["train", "--resume", "../swept"]) == 0
+    assert tlcli("train", "--resume", "../swept").code == 0
     assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
     assert not (tmp_path / "below/swept").exists()
 

@@ -1,8 +1,6 @@
 """Third-party config files: what would read a secret, run code, or never end is refused before anything is written."""
 
 import os
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from tests.faults.refusals import refused, tree, untouched, yaml_bomb
 from tlcli.cli.compose import compose_config, load_spec, parse_flags
 from tlcli.cli.trust import check_folder
 from tlcli.errors import UsageError
-from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
 
 Tlcli = Callable[..., Ended]
@@ -141,11 +138,9 @@ def test_a_file_may_choose_a_launcher_and_give_its_numbers(text: str, tmp_path: 
 
 
 def test_typed_references_are_followed_and_so_are_those_within_a_file(
-    tlcli: Tlcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tlcli: Tlcli, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in: Any = types.ModuleType("tlcli.train")
-    stand_in.train = lambda spec, run, *rest: finished(spec, run, Reporter())
-    monkeypatch.setitem(sys.modules, "tlcli.train", stand_in)
+    training(finished)
     monkeypatch.setenv("WHO", "me")
     write(tmp_path, "out: runs-${seed}\n")
     ended = tlcli("train", "--config-dir", "mine", "experiment=x", "name='by ${oc.env: WHO}'", "seed=7")
