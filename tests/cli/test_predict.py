@@ -72,6 +72,10 @@ def test_csv_has_a_header_and_no_formulas(run: str, photos: Path, monkeypatch: p
 
 
 class Terminal(io.StringIO):
+    """A stdout that says that it is a terminal."""
+
+    encoding = "utf-8"
+
     def isatty(self) -> bool:
         return True
 

@@ -13,13 +13,14 @@ from tlcli.data.images import ConcatSplits, ImageArrays, Split, full_split, join
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, OnBad
+from tlcli.store import Store
 
 MakeFolder = Callable[..., Path]
 PARTS = ("train", "val", "test")
 
 
-def load(spec: DatasetSpec, seed: int = 0, reporter: Reporter | None = None) -> Dataset:
-    return load_dataset(spec, seed=seed, reporter=reporter or Reporter())
+def load(spec: DatasetSpec, store: Store | None = None, *, seed: int = 0) -> Dataset:
+    return load_dataset(spec, seed=seed, reporter=Reporter(), store=store)
 
 
 def names(split: Split) -> list[str]:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.data.samples import folder_spec
-from tests.data.test_dataset import all_names, damage
-from tlcli.data.dataset import Dataset, load_dataset, preload_images
+from tests.data.test_dataset import all_names, damage, load
+from tlcli.data.dataset import Dataset, preload_images
 from tlcli.data.decode import read_raw
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, OnBad
+from tlcli.specs import OnBad
 from tlcli.store import Store
 
 IMAGE = 12 * 10 * 3
@@ -35,10 +35,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     opened: list[Path] = []
     monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
     return opened
-
-
-def load(spec: DatasetSpec, store: Store | None) -> Dataset:
-    return load_dataset(spec, seed=0, reporter=Reporter(), store=store)
 
 
 def bad_files(store: Store) -> list[list[str]]:

@@ -12,7 +12,7 @@ import yaml
 from torchvision import datasets
 
 from tests.data.samples import CONF, save_image, torchvision_spec
-from tlcli.data.dataset import Dataset, load_dataset
+from tests.data.test_dataset import load
 from tlcli.data.sources import TorchvisionDatasetSpec
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
@@ -25,10 +25,6 @@ KEYS = ("name", "class_name", "train", "val", "test")
 def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
     """Return the spec of conf/dataset/NAME.yaml, without a download."""
     return torchvision_spec(**{k: OURS[name][k] for k in KEYS} | {"root": root} | changes)
-
-
-def load(spec: TorchvisionDatasetSpec) -> Dataset:
-    return load_dataset(spec, seed=0, reporter=Reporter())
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.cli.test_predict import Terminal
 from tests.conftest import Compose, finish
 from tests.faults.programs import program
 from tlcli.data.batches import ImageBatches, Preprocessing
@@ -195,15 +196,6 @@ def test_fifty_runs_that_begin_at_once_have_fifty_directories(tmp_path: Path) ->
     found = program("filling", "folders", tmp_path, 50)
     assert set(found) == {path.name for path in (tmp_path / "2026-11-24").iterdir()}
     assert set(found) == {"10-15-00", *(f"10-15-00-{number}" for number in range(2, 51))}
-
-
-class Terminal(io.StringIO):
-    """A stdout that says that it is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
 
 
 def weights(out: Path, shapes: Path, *words: str, stdout: io.StringIO | None = None) -> tuple[bytes, dict[str, Any]]:

@@ -135,13 +135,7 @@ CIFAR = ("batches.meta", "test_batch", *(f"data_batch_{n}" for n in range(1, 6))
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        (
-            "CIFAR10",
-            [
-                f"cifar-10-batches-py/{n}"
-                for n in ("batches.meta", "test_batch", *map("data_batch_{}".format, range(1, 6)))
-            ],
-        ),
+        ("CIFAR10", [f"cifar-10-batches-py/{name}" for name in CIFAR]),
         ("FashionMNIST", ["FashionMNIST/processed/training.pt", "FashionMNIST/processed/test.pt"]),
     ],
 )
