@@ -12,25 +12,16 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Ended
-from tests.conftest import finish
 from tests.faults.refusals import tree, untouched
 from tlcli.runs.run_dir import RunDir
 
 Tlcli = Callable[..., Ended]
 
 
-@pytest.fixture(scope="module")
-def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run on the shapes, shared by all tests."""
-    words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head"]
-    words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=none", "device.precision=fp32"]
-    return finish(tmp_path_factory.mktemp("runs") / "run", *words, "device=cpu", "cache.mode=off")
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
+def run(trained: Callable[..., Path], tmp_path: Path) -> Path:
     """Move a copy of the run to this folder."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    return Path(shutil.copytree(trained("head", "fp32"), tmp_path / "run"))
 
 
 def answers(ended: Ended) -> list[Any]:
