@@ -24,7 +24,7 @@ from tlcli.runs.checkpointing import CheckpointManager
 from tlcli.runs.cross_validation import cross_validate
 from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
-from tlcli.runs.run_dir import RunDir, SplitPredictions, write_predictions
+from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import HeadInit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import apply_freeze
 
@@ -39,13 +39,6 @@ class NewRun:
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         return decide(workload)
-
-    def first_fit(self, inputs: Inputs, run: RunDir, reporter: Reporter) -> Predictions:
-        """Fit without a fifth of the images, and return and write their predictions, with which a run resumes."""
-        part, p = first_fit(inputs, reporter)
-        stored = SplitPredictions.of(part.data.val, p.logits, p.labels, part.data.classes)
-        write_predictions(run.val_predictions, stored)
-        return p
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
         """Fit the probe, and return the first epoch (0 if the head is worth an evaluation before) and the best one."""
@@ -81,8 +74,7 @@ def train(
     with record.phase("extract"):
         loader = inputs.open("train", reporter)
         val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
-    with record.phase("first fit"):
-        validated, left_out, cross_validation = _left_out(start, inputs, run, reporter)
+    validated, left_out, cross_validation = _left_out(inputs, run, record, reporter)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -143,7 +135,7 @@ def train(
 
 
 def _left_out(
-    start: NewRun | ResumeState, inputs: Inputs, run: RunDir, reporter: Reporter
+    inputs: Inputs, run: RunDir, record: Recorder, reporter: Reporter
 ) -> tuple[Split, Predictions | None, dict[str, Any] | None]:
     """Return the images that validate the run, with the predictions and the cross-validation that exist before it.
 
@@ -153,9 +145,14 @@ def _left_out(
     if spec.folds is not None and spec.fold is None:
         choose = partial(choose_share, inputs=inputs, reporter=reporter)
         return workload.data.train, *cross_validate(run, spec.folds, workload.data, choose)
-    if workload.first_fit is not None:
-        return workload.first_fit.data.val, start.first_fit(inputs, run, reporter), None
-    return workload.data.val, None, None
+    if (part := workload.first_fit) is None:
+        return workload.data.val, None, None
+    if inputs.decisions.interpolate is None:  # a new run
+        with record.phase("first fit"):
+            p, split = first_fit(inputs, part, reporter), part.data.val
+        write_predictions(run.val_predictions, SplitPredictions.of(split, p.logits, p.labels, part.data.classes))
+    stored = read_predictions(run.val_predictions)
+    return part.data.val, Predictions(stored.logits, stored.labels), None
 
 
 def _load(

@@ -39,7 +39,8 @@ def tensors(workload: Workload) -> dict[str, Tensor]:
 def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(workload, words) -> None:
     whole = workload(*words)
     before, inputs = tensors(whole), Inputs(decide(whole), whole)
-    part, predictions = first_fit.first_fit(inputs, Reporter())
+    part = whole.first_fit
+    predictions = first_fit.first_fit(inputs, part, Reporter())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(whole).items())
     assert part.data.val.class_counts(3) == (4, 4, 4) and part.data.train.class_counts(3) == (16, 16, 16)
     assert sorted([*part.data.train.indices, *part.data.val.indices]) == sorted(whole.data.train.indices)
@@ -71,7 +72,7 @@ def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_erro
     inputs = Inputs(decide(whole), whole)
     monkeypatch.setattr(first_fit, "fit_head", lambda *args: True)
     monkeypatch.setattr(first_fit, "evaluate", evaluate)
-    _, predictions = first_fit.first_fit(inputs, Reporter())
+    predictions = first_fit.first_fit(inputs, whole.first_fit, Reporter())
     assert inputs.decisions.interpolate == share
     assert predictions.logits.diagonal().tolist() == list(margins[first_fit.SHARES.index(share)])
 

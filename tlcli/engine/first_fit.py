@@ -53,13 +53,12 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     return True
 
 
-def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions]:
-    """Train on the workload's `first_fit`, and decide how far the final weights are from the initial ones.
+def first_fit(inputs: Inputs, workload: Workload, reporter: Reporter) -> Predictions:
+    """Train on a part of the images, and decide how far the final weights are from the initial ones.
 
-    Return that workload, and the predictions of the images left out. The network is left as it was.
+    Return the predictions of the images left out, which are val of this workload. The network is left as it was.
     """
-    workload, decisions, network = inputs.workload.first_fit, inputs.decisions, inputs.workload.classifier.network
-    assert workload is not None
+    decisions, network = inputs.decisions, workload.classifier.network
     if "train" in decisions.cached:
         decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
     part, before = Inputs(decisions, workload), copy.deepcopy(network.state_dict())
@@ -71,7 +70,7 @@ def first_fit(inputs: Inputs, reporter: Reporter) -> tuple[Workload, Predictions
         trainer.fit(loader, epoch, reporter)
     predictions = evaluate_shares(trainer, network, val_loader, part.device, reporter)
     network.load_state_dict(before)
-    return workload, predictions[choose_share(predictions, inputs, reporter)]
+    return predictions[choose_share(predictions, inputs, reporter)]
 
 
 def evaluate_shares(

@@ -12,14 +12,14 @@ from tlcli.data.batches import Preprocessing
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import SPLIT_NAMES, Inputs
-from tlcli.engine.metrics import BestEpochTracker, Predictions, Scores
+from tlcli.engine.metrics import BestEpochTracker, Scores
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
-from tlcli.runs.run_dir import RunDir, read_predictions
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import ImageSpec
 from tlcli.text import join_limited
 
@@ -62,11 +62,6 @@ class ResumeState:
                 f"{join_limited(changes, 3)}. Restore it, or start a new run"
             )
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
-
-    def first_fit(self, inputs: Inputs, run: RunDir, reporter: Reporter) -> Predictions:
-        """Return the predictions of the images left out of the first fit, which ended before the state was written."""
-        stored = read_predictions(run.val_predictions)
-        return Predictions(stored.logits, stored.labels)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
         """Load the state; return the next epoch, and the best so far. Raise TlcliError if frozen tensors are others."""
