@@ -4,7 +4,8 @@ A key covers everything that the values depend on, so that an entry is right or 
     the prefix: its operations, and the digest of every tensor that it uses (this says where the cut is, too)
     the images: names, sizes and content digests, in order; the preprocessing; the rules and library that decode
     the view: none, or its number with the augmentation and the seed
-    the dtypes of arithmetic and of storage, the kind of device, the versions of torch, torchvision and timm
+    the dtypes of arithmetic and of storage, the memory layout, the kind of device
+    the versions of torch, torchvision, timm and Pillow
 """
 
 import hashlib
@@ -273,7 +274,7 @@ class Workload:
             "decoder": decoder(),
             "rows": 1,  # version: increase it with the rules by which an image becomes a row
             "view": None if view is None else to_plain(augmented),
-            "dtype": DTYPE_NAMES[extractor.compute_format.dtype],
+            "format": extractor.compute_format.description,
             "columns": [asdict(column) for column in extractor.columns],
             "device": self.accelerator.type,
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "Pillow")},
