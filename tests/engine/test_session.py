@@ -11,6 +11,7 @@ from torch import nn
 import tlcli.train
 from tests.conftest import Compose
 from tlcli.device import PROCESS_THREADS
+from tlcli.engine import first_fit
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
@@ -72,8 +73,8 @@ def test_runs_of_a_session_give_what_they_give_alone(
 ) -> None:
     """The second one reads what the first computed, and fits no second probe."""
     fitted: list[int] = []
-    fit = tlcli.train.fit_probe
-    monkeypatch.setattr(tlcli.train, "fit_probe", lambda *args: fitted.append(1) or fit(*args))
+    fit = first_fit.fit_probe
+    monkeypatch.setattr(first_fit, "fit_probe", lambda *args: fitted.append(1) or fit(*args))
     specs = [on_shapes("freeze=head", f"optimizer.lr={lr}") for lr in (1e-1, 1e-3)]
     specs.append(on_shapes("freeze=last_stages", "augment=basic", "epochs=1"))
     together = [train(spec, session) for spec in specs]
