@@ -35,7 +35,13 @@ def tensors(workload: Workload) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in workload.classifier.network.state_dict().items()}
 
 
-@pytest.mark.parametrize("words", [("freeze=last_stages",), ("freeze=head",)], ids=["uncached", "cached"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("freeze=last_stages",), id="uncached", marks=pytest.mark.slow),
+        pytest.param(("freeze=head",), id="cached"),
+    ],
+)
 def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(workload, words) -> None:
     whole = workload(*words)
     before, inputs = tensors(whole), Inputs(decide(whole), whole)

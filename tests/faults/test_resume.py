@@ -134,7 +134,7 @@ def test_a_run_without_validation_images_goes_on_to_the_same_end(
     assert not torch.equal(best[0]["classifier.weight"], last[0]["classifier.weight"])
 
 
-@pytest.mark.parametrize("method", ["load_best", "verify"])
+@pytest.mark.parametrize("method", ["load_best", pytest.param("verify", marks=pytest.mark.slow)])
 def test_weights_are_interpolated_once(
     method: str, disturbed: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,7 @@ def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, monkeypa
         drawn(run)
 
 
+@pytest.mark.slow
 def test_cross_validation_is_shown_without_values_of_another_type(tmp_path: Path) -> None:
     run = make_run(tmp_path, n=12)
     test = json.loads(run.test_file.read_text())
