@@ -151,6 +151,7 @@ def test_commands_show_the_refit_for_its_folds(
     assert "nothing to resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_test_split_nothing_is_held_out_for_it(
     images: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     "line",
     slow_if(
         [line for line in TRAIN if line not in SOURCE_TARGET],
-        *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds="),
+        *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds=", "experiment=", "manifest"),
     ),
 )
 def test_command_runs(line: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

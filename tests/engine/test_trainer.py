@@ -194,6 +194,7 @@ def test_balanced_classes_weigh_alike(spec: Compose, small) -> None:
     assert (trainer._class_weights * torch.tensor(counts)).tolist() == pytest.approx([48 / 3] * 3)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_as_float32_but_for_rounding(small) -> None:
     exact, rounded = (small(f"device.precision={name}", "augment=none").fit()["loss"] for name in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=0.05)

@@ -134,7 +134,8 @@ def test_a_run_without_validation_images_goes_on_to_the_same_end(
     assert not torch.equal(best[0]["classifier.weight"], last[0]["classifier.weight"])
 
 
-@pytest.mark.parametrize("method", ["load_best", pytest.param("verify", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["load_best", "verify"])
 def test_weights_are_interpolated_once(
     method: str, disturbed: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +152,7 @@ def test_weights_are_interpolated_once(
     assert list(differences(whole(*own), tmp_path / "disturbed")) == []
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_choice_of_image_and_epochs(
     disturbed: Run, whole: Run, spec: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ COMMANDS = {
     "train on a folder": "train hydra.run.dir=folder dataset=imagefolder dataset.root='{shapes}' " + " ".join(SMALL),
     "sweep": "train -m hydra.sweep.dir=sweep seed=0,1 " + " ".join(SMALL),
 }
-SLOW = ("inspect", "doctor", "train on a folder", "sweep")
+SLOW = ("inspect", "doctor", "train on a folder", "sweep", "export")
 
 
 WATCHED = {f"socket.{name}" for name in ("connect", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "getnameinfo")}
