@@ -150,10 +150,8 @@ def test_few_validation_images_do_not_select_unless_asked(
 
 
 def test_the_final_weights_are_on_the_line_from_the_probe_to_the_last_epoch(train, small: None) -> None:
-    run, untrained = (
-        train("freeze=head", "interpolate=0.5"),
-        train("freeze=head", "interpolate=1", "optimizer.lr=1e-12"),
-    )
+    run = train("freeze=head", "interpolate=0.5")
+    untrained = train("freeze=head", "interpolate=1", "optimizer.lr=1e-12")
     files = run / "checkpoints/best", run / "checkpoints/last", untrained / "checkpoints/last"
     half, end, start = (read_tensors(file.with_suffix(".safetensors"))[0]["classifier.weight"] for file in files)
     assert not torch.equal(start, end)

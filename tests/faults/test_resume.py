@@ -140,10 +140,8 @@ def test_weights_are_interpolated_once(
     method: str, disturbed: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is killed before or after its last weights are replaced replaces them once."""
-    own, owners = (
-        ("freeze=head", "epochs=1", "interpolate=0.5"),
-        {"load_best": CheckpointManager, "verify": FreezeContract},
-    )
+    own = ("freeze=head", "epochs=1", "interpolate=0.5")
+    owners = {"load_best": CheckpointManager, "verify": FreezeContract}
     with monkeypatch.context() as patch:
         patch.setattr(owners[method], method, Mock(side_effect=Killed))
         with pytest.raises(Killed):

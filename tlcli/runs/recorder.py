@@ -191,7 +191,9 @@ class Recorder:
         report: dict[str, Any] = {}
         if validation is not None:
             best_epoch.scores = scores(validation)
-            run.update(best={"epoch": epoch, **asdict(best_epoch.scores)}, cross_validation=cross_validation)
+            run.update(best={"epoch": epoch, **asdict(best_epoch.scores)})
+        if cross_validation is not None:
+            run.update(cross_validation=cross_validation)
         if predictions is not None:
             self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
             report = test_report(predictions, data.classes)
