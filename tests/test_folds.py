@@ -40,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(images: Path) -> list[str]:
     words = ["dataset=imagefolder", f"dataset.root='{images}'", "image.size=32", "epochs=2", "batch_size=8", "seed=3"]
-    return [*words, "freeze=head", "device.precision=fp32"]
+    return [*words, "freeze=head", "device.precision=fp32", "device.channels_last=true"]
 
 
 @pytest.fixture(scope="module", autouse=True)

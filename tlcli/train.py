@@ -2,16 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from msgspec import structs
 
-from tlcli.data.images import Split
 from tlcli.device import machine_name, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import Decisions, decide
-from tlcli.engine.first_fit import choose_share, evaluate_shares, first_fit, fit_head
+from tlcli.engine.first_fit import FirstFit, choose_share, evaluate_shares, fit_head
 from tlcli.engine.image_choice import choose_image
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
@@ -63,18 +61,32 @@ def train(
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
-        workload, image_reason = _load(spec, session, reporter, start)
+        inputs = _load(spec, session, reporter, start)
+        workload, trainer = inputs.workload, Trainer(inputs.workload, inputs.device)
         contract, network = workload.contract, workload.classifier.network
-        inputs = Inputs(start.decisions(workload, reporter), workload)
-        if image_reason is not None:
-            inputs.add_reason("image", image_reason)
-        inputs.device.place(network)
-        trainer = Trainer(workload, inputs.device)
     record.plan(inputs)
     with record.phase("extract"):
         loader = inputs.open("train", reporter)
         val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
-    validated, left_out, cross_validation = _left_out(inputs, run, record, reporter)
+    validated, left_out, cross_validation = workload.data.val, None, None
+    if spec.folds is not None and spec.fold is None:
+        choose = partial(choose_share, inputs=inputs, reporter=reporter)
+        validated = workload.data.train
+        left_out, cross_validation = cross_validate(run, spec.folds, workload.data, choose)
+    elif (part := workload.first_fit) is not None:
+        validated = part.data.val
+        if inputs.decisions.interpolate is None:  # a new run
+            with record.phase("first fit"):
+                first = FirstFit(inputs, part, reporter)
+                for epoch in range(1, part.epochs + 1):
+                    first.trainer.fit(first.loader, epoch, reporter)
+                p = first.decide(reporter)
+                del first  # the memory of its optimizer and activations
+            write_predictions(
+                run.val_predictions, SplitPredictions.of(validated, p.logits, p.labels, part.data.classes)
+            )
+        stored = read_predictions(run.val_predictions)
+        left_out = Predictions(stored.logits, stored.labels)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -134,31 +146,8 @@ def train(
     return best_epoch.value
 
 
-def _left_out(
-    inputs: Inputs, run: RunDir, record: Recorder, reporter: Reporter
-) -> tuple[Split, Predictions | None, dict[str, Any] | None]:
-    """Return the images that validate the run, with the predictions and the cross-validation that exist before it.
-
-    They exist if a first fit or folds left images out, which then decide where the final weights are.
-    """
-    workload, spec = inputs.workload, inputs.workload.spec
-    if spec.folds is not None and spec.fold is None:
-        choose = partial(choose_share, inputs=inputs, reporter=reporter)
-        return workload.data.train, *cross_validate(run, spec.folds, workload.data, choose)
-    if (part := workload.first_fit) is None:
-        return workload.data.val, None, None
-    if inputs.decisions.interpolate is None:  # a new run
-        with record.phase("first fit"):
-            p, split = first_fit(inputs, part, reporter), part.data.val
-        write_predictions(run.val_predictions, SplitPredictions.of(split, p.logits, p.labels, part.data.classes))
-    stored = read_predictions(run.val_predictions)
-    return part.data.val, Predictions(stored.logits, stored.labels), None
-
-
-def _load(
-    spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState
-) -> tuple[Workload, str | None]:
-    """Return the data and the network, with what trains marked, and the comparison that chose the images' size."""
+def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState) -> Inputs:
+    """Load the data and the network, mark what trains, and decide what `null` leaves open."""
     accelerator = setup_process(spec.device, start.threads)
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
     computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
@@ -170,4 +159,9 @@ def _load(
     workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
     image, reason = start.image(replace(workload, data=pool), reporter)
-    return replace(workload, spec=structs.replace(spec, image=image)), reason
+    workload = replace(workload, spec=structs.replace(spec, image=image))
+    inputs = Inputs(start.decisions(workload, reporter), workload)
+    if reason is not None:
+        inputs.add_reason("image", reason)
+    inputs.device.place(classifier.network)
+    return inputs

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from tests.conftest import Compose
 from tlcli.engine import first_fit
-from tlcli.engine.activations import Workload
-from tlcli.engine.decisions import decide
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions
 from tlcli.engine.session import Session
@@ -20,19 +18,23 @@ from tlcli.train import NewRun, _load
 
 
 @pytest.fixture
-def workload(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """workload("epochs=1"): 60 training images of three classes at 32 px, none of them held out."""
+def load(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """load("epochs=1"): 60 training images of three classes at 32 px, none of them held out."""
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
 
-    def make(*words: str) -> Workload:
+    def make(*words: str) -> Inputs:
         words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *words)
-        return _load(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())[0]
+        return _load(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())
 
     return make
 
 
-def tensors(workload: Workload) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in workload.classifier.network.state_dict().items()}
+def tensors(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in inputs.workload.classifier.network.state_dict().items()}
+
+
+def decide(inputs: Inputs) -> Predictions:
+    return first_fit.FirstFit(inputs, inputs.workload.first_fit, Reporter()).decide(Reporter())
 
 
 @pytest.mark.parametrize(
@@ -42,12 +44,18 @@ def tensors(workload: Workload) -> dict[str, Tensor]:
         pytest.param(("freeze=head",), id="cached"),
     ],
 )
-def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(workload, words) -> None:
-    whole = workload(*words)
-    before, inputs = tensors(whole), Inputs(decide(whole), whole)
+def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(load, words) -> None:
+    inputs = load(*words)
+    before, whole, fit = (
+        tensors(inputs),
+        inputs.workload,
+        first_fit.FirstFit(inputs, inputs.workload.first_fit, Reporter()),
+    )
     part = whole.first_fit
-    predictions = first_fit.first_fit(inputs, part, Reporter())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(whole).items())
+    fit.trainer.fit(fit.loader, 1, Reporter())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
+    predictions = fit.decide(Reporter())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
     assert part.data.val.class_counts(3) == (4, 4, 4) and part.data.train.class_counts(3) == (16, 16, 16)
     assert sorted([*part.data.train.indices, *part.data.val.indices]) == sorted(whole.data.train.indices)
     assert predictions.labels.tolist() == part.data.val.labels.tolist()
@@ -67,18 +75,17 @@ def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_cl
     ],
 )
 def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_error(
-    workload, monkeypatch: pytest.MonkeyPatch, margins: Sequence[Sequence[float]], share: float
+    load, monkeypatch: pytest.MonkeyPatch, margins: Sequence[Sequence[float]], share: float
 ) -> None:
     labels, results = torch.tensor([0, 1, 2]), iter(margins)
 
     def evaluate(*args: object) -> Predictions:
         return Predictions(torch.diag(torch.tensor(next(results), dtype=torch.float32)), labels)
 
-    whole = workload("freeze=head")
-    inputs = Inputs(decide(whole), whole)
+    inputs = load("freeze=head")
     monkeypatch.setattr(first_fit, "fit_head", lambda *args: True)
     monkeypatch.setattr(first_fit, "evaluate", evaluate)
-    predictions = first_fit.first_fit(inputs, whole.first_fit, Reporter())
+    predictions = decide(inputs)
     assert inputs.decisions.interpolate == share
     assert predictions.logits.diagonal().tolist() == list(margins[first_fit.SHARES.index(share)])
 
@@ -87,12 +94,12 @@ def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_erro
     "words",
     [("dataset.val_fraction=0.1",), ("interpolate=1",), ("interpolate=0.7",), ("backbone.weights=none",)],
 )
-def test_there_is_none_with_validation_images_a_given_share_or_random_weights(workload, words) -> None:
-    assert workload().first_fit is not None
-    assert workload(*words).first_fit is None
+def test_there_is_none_with_validation_images_a_given_share_or_random_weights(load, words) -> None:
+    assert load().workload.first_fit is not None
+    assert load(*words).workload.first_fit is None
 
 
 @pytest.mark.parametrize(("most", "expected"), [(60, True), (59, False)])
-def test_there_is_none_for_large_sets(workload, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
+def test_there_is_none_for_large_sets(load, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
     monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)
-    assert (workload().first_fit is not None) == expected
+    assert (load().workload.first_fit is not None) == expected

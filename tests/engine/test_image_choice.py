@@ -32,7 +32,7 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                     Image.fromarray(pixels).save(folder / f"{i}.png")
         own = spec("dataset=imagefolder", f"dataset.root={root}", *words)
         monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
-        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun())[0]
+        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
 
     return make
 

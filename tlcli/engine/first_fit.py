@@ -53,24 +53,30 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     return True
 
 
-def first_fit(inputs: Inputs, workload: Workload, reporter: Reporter) -> Predictions:
-    """Train on a part of the images, and decide how far the final weights are from the initial ones.
+class FirstFit:
+    """Training on a part of the images, which decides how far the final weights are from the initial ones."""
 
-    Return the predictions of the images left out, which are val of this workload. The network is left as it was.
-    """
-    decisions, network = inputs.decisions, workload.classifier.network
-    if "train" in decisions.cached:
-        decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
-    part, before = Inputs(decisions, workload), copy.deepcopy(network.state_dict())
-    trainer = Trainer(workload, part.device, label="first fit, epoch")
-    fit_head(part, reporter)
-    trainer.remember_start()
-    loader, val_loader = part.open("train", reporter), part.open("val", reporter)
-    for epoch in range(1, workload.epochs + 1):
-        trainer.fit(loader, epoch, reporter)
-    predictions = evaluate_shares(trainer, network, val_loader, part.device, reporter)
-    network.load_state_dict(before)
-    return predictions[choose_share(predictions, inputs, reporter)]
+    def __init__(self, inputs: Inputs, workload: Workload, reporter: Reporter) -> None:
+        """Fit the probe on the images of `workload`, whose val are the images left out."""
+        decisions, network = inputs.decisions, workload.classifier.network
+        if "train" in decisions.cached:
+            decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
+        self._inputs, self._part, self._before = (
+            inputs,
+            Inputs(decisions, workload),
+            copy.deepcopy(network.state_dict()),
+        )
+        self.trainer = Trainer(workload, self._part.device, label="first fit, epoch")
+        fit_head(self._part, reporter)
+        self.trainer.remember_start()
+        self.loader, self._val_loader = self._part.open("train", reporter), self._part.open("val", reporter)
+
+    def decide(self, reporter: Reporter) -> Predictions:
+        """Decide on the share, restore the network, and return the predictions of the images left out at that share."""
+        network = self._part.workload.classifier.network
+        predictions = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
+        network.load_state_dict(self._before)
+        return predictions[choose_share(predictions, self._inputs, reporter)]
 
 
 def evaluate_shares(
