@@ -22,6 +22,7 @@ from tlcli.store import Store
 from tlcli.transfer.contract import apply_freeze
 
 CPU = torch.device("cpu")
+MEASURE = numerics._measure  # conftest.py replaces it
 FAST, SLOW = (ComputeFormat(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float32))
 
 
@@ -47,6 +48,11 @@ def test_formats_are_what_the_machine_has_and_the_user_allows(
 def test_half_precision_on_a_cpu_is_refused(spec: Compose) -> None:
     with pytest.raises(UsageError, match=r"precision=fp16 needs a GPU.*bf16"):
         allowed_formats(spec("device.precision=fp16").device, CPU)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "_measure", MEASURE)
 
 
 class Timed(nn.Module):
