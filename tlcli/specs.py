@@ -283,7 +283,7 @@ class TrainSpec(Spec, frozen=True):
     folds: Annotated[int, Meta(ge=2)] | None
     fold: Annotated[int, Meta(ge=0)] | None
     interpolate: FractionAboveZero | None
-    label_smoothing: FractionBelowOne
+    label_smoothing: FractionBelowOne | None
     class_weights: ClassWeights
     clip_grad: Positive | None
     early_stop: Count | None
