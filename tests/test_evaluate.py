@@ -6,15 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import finish, make_folder
 from tlcli.cli.compose import load_spec
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, evaluate_run
+from tlcli.predict import Predictor
 from tlcli.reporter import Reporter
+from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_json, read_predictions
+from tlcli.specs import Tta
+from tlcli.store import Store, cache_dir
 
 
 @pytest.fixture
@@ -64,6 +70,48 @@ def test_it_reproduces_the_test_to_the_last_digit(
     assert (ours.keys, ours.classes) == (tested.keys, tested.classes)
     after = files_of(run)
     assert {name: after[name] for name in before} == before
+
+
+def mirrored(folder: Path, out: Path, *, symmetric: bool) -> Path:
+    """Copy the images of test/ as their mirror images, or as images that are their own mirror image."""
+    for path in sorted((folder / "test").glob("*/*.png")):
+        pixels = np.asarray(Image.open(path))
+        half = pixels.shape[1] // 2
+        pixels = np.concatenate([pixels[:, :half], pixels[:, :half][:, ::-1]], 1) if symmetric else pixels[:, ::-1]
+        (out / "test" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(out / "test" / path.parent.name / path.name)
+    return out
+
+
+def test_tta_flip_is_the_mean_over_each_image_and_its_mirror_image(
+    trained: Callable[..., Path], shapes: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained("head", "fp32"), tmp_path / "run"))
+    plain, mirror, both = (
+        read_predictions(evaluated(run, *words).folder / "predictions.safetensors").logits
+        for words in ((), (f"dataset.root='{mirrored(shapes, tmp_path / 'mirror', symmetric=False)}'",), ("tta=flip",))
+    )
+    assert torch.allclose(both, (plain + mirror) / 2, atol=1e-5)
+    assert not torch.allclose(both, plain, atol=1e-3)
+    own = f"dataset.root='{mirrored(shapes, tmp_path / 'symmetric', symmetric=True)}'"
+    results = [evaluated(run, own, *words) for words in ((), ("tta=flip",))]
+    one, other = (read_predictions(result.folder / "predictions.safetensors").logits for result in results)
+    assert torch.allclose(one, other, atol=1e-5)
+    assert [result.report["tta"] for result in results] == ["none", "flip"]
+
+
+def test_a_run_that_was_tested_with_tta_is_evaluated_and_predicted_with_it(shapes: Path, tmp_path: Path) -> None:
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head", "tta=flip")
+    run = finish(tmp_path / "run", *words, "device.precision=fp32")
+    assert evaluated(run).same is True
+    assert evaluated(run, "tta=none").same is None
+    tested, loaded = read_predictions(RunDir(run).test_predictions), load_run(run)
+    probabilities = torch.softmax(tested.logits.double() / loaded.temperature, dim=1)
+    for words, same in (({}, True), ({"tta": Tta.none}, False)):
+        predictor = Predictor(loaded, torch.device("cpu"), Store(cache_dir()), **words)
+        found = [dict(prediction.top) for prediction in predictor.predict(tested.names)]
+        rows = torch.tensor([[row[name] for name in loaded.classes] for row in found], dtype=torch.float64)
+        assert torch.allclose(rows, probabilities, atol=1e-5) is same
 
 
 def test_it_follows_the_decisions_of_the_run(run: Path) -> None:

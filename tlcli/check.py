@@ -70,7 +70,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         spec,
         dataset=structs.replace(dataset, on_bad=OnBad.skip),
         freeze=HeadSpec(bn_stats=spec.freeze.bn_stats, head_init=HeadInit.random),
-        augment=AugmentNoneSpec(erasing=0.0),
+        augment=AugmentNoneSpec(erasing=0.0, mixup=0.0, cutmix=0.0),
     )
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})

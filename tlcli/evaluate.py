@@ -95,6 +95,7 @@ def evaluate_run(
         "epoch": loaded.epoch,
         "dataset": {key: getattr(dataset, key) for key in ("name", "root", "file") if hasattr(dataset, key)},
         "split": images.split_name,
+        "tta": spec.tta.value,
         "n_bad_files": len(images.bad_files),
     }
     report["dataset"]["own"] = is_own
@@ -106,7 +107,7 @@ def evaluate_run(
         config = yaml.safe_dump({"dataset": to_plain(dataset)}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
 
-    is_test = is_own and images.split_name == "test" and checkpoint == "best"
+    is_test = is_own and images.split_name == "test" and checkpoint == "best" and spec.tta is trained.tta
     same, test, limits = None, run.test(), [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
     if test and is_test and limits[0] == limits[1]:
         matrices: list[Any] = [confusion_matrix(test), confusion_matrix(report)]

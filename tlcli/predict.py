@@ -18,9 +18,11 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_b
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
+from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated
-from tlcli.specs import Precision
+from tlcli.runs.run_dir import RunDir, mapping
+from tlcli.specs import Precision, Tta
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
@@ -42,7 +44,8 @@ class Predictor:
 
     In float32 the probabilities of an image depend on the batch by rounding only, of about 1e-6. In bfloat16 the order
     of operations changes them by a few percent if the network is unsure: `auto` computes as the run was evaluated, if
-    this machine has the dtype, and so predicts the same classes. The store records how long compiling takes.
+    this machine has the dtype, and so predicts the same classes. `tta` is that of the run's test unless given. The
+    store records how long compiling takes.
     """
 
     def __init__(
@@ -52,9 +55,13 @@ class Predictor:
         store: Store,
         *,
         precision: Precision = Precision.auto,
+        tta: Tta | None = None,
         batch_size: int | None = None,
     ) -> None:
         self._run, self._accelerator, self._batch_size = run, accelerator, batch_size
+        self._mirrors = (tta or run.info.get("tta")) == Tta.flip
+        if self._mirrors and mapping(RunDir(run.path).config().get("dataset")).get("flip") == 0:
+            raise UsageError(f"--tta flip: {run.path} was trained with dataset.flip=0, for which mirror images differ")
         self.compute_format = form = choose_format(run, accelerator, precision)
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         prefix, self._suffix, self._suffix_dtype, self._compiled = _pipeline(run, precision, form.dtype)
@@ -97,10 +104,13 @@ class Predictor:
                         extractor.prepare(reporter)
                         next_check = 2 * n_batches if total is None else None
                     start = time.perf_counter()
-                    activations = extractor(torch.stack(pixels))
+                    x = torch.stack(pixels)
+                    logits = self._logits(extractor(x))
+                    if self._mirrors:
+                        logits = (logits + self._logits(extractor(x.flip(3)))) / 2
                     if n_batches > 0:  # the first one is slow
                         shortest = min(shortest, time.perf_counter() - start)
-                    probabilities = calibrated(self._logits(activations), self._run.temperature)
+                    probabilities = calibrated(logits, self._run.temperature)
                 n_batches, n_images = n_batches + 1, n_images + len(pixels)
                 values, indices = probabilities.topk(min(top, len(classes)))
                 rows = zip(values.tolist(), indices.tolist(), strict=True)

@@ -48,6 +48,8 @@ KeepBest = StrEnum("KeepBest", ["accuracy", "macro_f1", "loss"])  # validation m
 ClassWeights = StrEnum("ClassWeights", ["none", "balanced"])  # weight of each class in the training loss
 CacheMode = StrEnum("CacheMode", ["auto", "off", "require"])  # use of the cache for the frozen layers' output
 CacheDtype = StrEnum("CacheDtype", ["auto", "fp32", "bf16"])  # dtype of cached output
+Tta = StrEnum("Tta", ["none", "flip"])  # test-time augmentation: images that predictions are averaged over
+Sampler = StrEnum("Sampler", ["shuffle", "balanced"])  # training images of an epoch
 Verify = StrEnum("Verify", ["changed", "full"])  # image files that are read for the fingerprint of a dataset
 
 
@@ -127,11 +129,17 @@ class BackboneSpec(OptionSpec, frozen=True):
     weights: str
     reinit: tuple[str, ...]
     dropout: FractionBelowOne
+    imagenet_top1: Annotated[float, Meta(ge=0, le=100)] | None
+    license: str | None
 
     is_packaged: ClassVar[bool] = False  # True if the published weights are a package: nothing is downloaded
 
     def build(self, n_classes: int, size: int | None = None) -> Any:
         """Return a Classifier with random weights for images of `size` pixels (None: its own). Raises UsageError."""
+        raise NotImplementedError
+
+    def is_local(self) -> bool:
+        """Return True if the published weights are on this machine."""
         raise NotImplementedError
 
     def published(self, classifier: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:
@@ -205,13 +213,26 @@ class SchedulerSpec(OptionSpec, frozen=True):
 
 
 class AugmentSpec(OptionSpec, frozen=True):
-    """Keys of all augmentations: the probability of erasing a random rectangle (Zhong et al. 2020)."""
+    """Keys of all augmentations: random erasing (Zhong et al. 2020), and what mixes the images of a batch.
+
+    With `mixup` (Zhang et al. 2018) and `cutmix` (Yun et al. 2019) above 0, half of the batches have each, as in timm.
+    """
 
     group: ClassVar[str] = "augment"
     erasing: Fraction
+    mixup: NotNegative
+    cutmix: NotNegative
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     def build(self, preprocessing: Any) -> Any:
         """Return the `tlcli.data.batches.Augmentation`; None if images are as in evaluation."""
+        raise NotImplementedError
+
+    def mixer(self, n_classes: int) -> Any:
+        """Return what turns images (B, 3, S, S) and labels (B) into mixed images and class shares (B, classes)."""
         raise NotImplementedError
 
 
@@ -283,8 +304,12 @@ class TrainSpec(Spec, frozen=True):
     folds: Annotated[int, Meta(ge=2)] | None
     fold: Annotated[int, Meta(ge=0)] | None
     interpolate: FractionAboveZero | None
+    tta: Tta
     label_smoothing: FractionBelowOne | None
     class_weights: ClassWeights
+    sampler: Sampler
+    l2sp: NotNegative
+    ema: FractionBelowOne | None
     clip_grad: Positive | None
     early_stop: Count | None
     keep_best: KeepBest
@@ -302,6 +327,12 @@ class TrainSpec(Spec, frozen=True):
         if self.folds is not None and self.dataset.val_fraction is not None:
             key = f"dataset.val_fraction={self.dataset.val_fraction:g}"
             raise UsageError(f"{key} has no effect with folds={self.folds}: give one of the two")
+        if self.sampler is Sampler.balanced and self.class_weights is ClassWeights.balanced:
+            raise UsageError(
+                "sampler=balanced and class_weights=balanced correct for rare classes twice: give one of them"
+            )
+        if self.tta is Tta.flip and self.dataset.flip == 0:
+            raise UsageError("tta=flip: with dataset.flip=0 a mirrored image is another image; leave one of them out")
 
 
 def require_ascending(key: str, bounds: tuple[float, float]) -> None:

@@ -105,9 +105,15 @@ def train(
                 fit = trainer.fit(loader, epoch, reporter, *callbacks) if epoch > 0 else {}
             contract.check()
             val_predictions = validation = None
+            averaged = spec.ema is not None and epoch > 0
             if val_loader is not None:
                 with record.phase("validate"):
-                    val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")
+                    with trainer.averaged(use=averaged):
+                        val_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation")
+                    if averaged and workload.selects_epoch:  # then both compete
+                        own = evaluate(network, val_loader, inputs.device, reporter, "validation")
+                        averaged = best_epoch.rank(scores(val_predictions)) > best_epoch.rank(scores(own))
+                        val_predictions = val_predictions if averaged else own
                     validation = scores(val_predictions)
                 trainer.check_finite(validation.loss, epoch, "validation loss")
             with defer_interrupts:
@@ -116,7 +122,7 @@ def train(
                 is_best = best_epoch.update(epoch, validation)
                 best_predictions = val_predictions if is_best else best_predictions
                 record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
-                checkpoints.after_epoch(epoch, validation, is_best=is_best)
+                checkpoints.after_epoch(epoch, validation, is_best=is_best, averaged=averaged)
 
     share = inputs.decisions.interpolate or 1.0
     checkpoints.load_best(share)

@@ -16,10 +16,10 @@ from tlcli.specs import AugmentSpec, Fit
 
 SCALE, RATIO = (0.35, 1.0), (0.75, 4 / 3)
 SPECS: list[AugmentSpec] = [
-    AugmentNoneSpec(erasing=1.0),
-    CropSpec(erasing=0.0, scale=SCALE, ratio=RATIO, flip=0.5),
-    TrivialAugmentSpec(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5),
-    RandAugmentSpec(erasing=0.5, scale=SCALE, ratio=RATIO, flip=0.5, n=2, magnitude=9),
+    AugmentNoneSpec(erasing=1.0, mixup=0.0, cutmix=0.0),
+    CropSpec(erasing=0.0, mixup=0.0, cutmix=0.0, scale=SCALE, ratio=RATIO, flip=0.5),
+    TrivialAugmentSpec(erasing=0.5, mixup=0.0, cutmix=0.0, scale=SCALE, ratio=RATIO, flip=0.5),
+    RandAugmentSpec(erasing=0.5, mixup=0.0, cutmix=0.0, scale=SCALE, ratio=RATIO, flip=0.5, n=2, magnitude=9),
 ]
 
 
@@ -32,7 +32,7 @@ def apply(augment: Augmentation, image: np.ndarray, seed: int = 0) -> Tensor:
 
 
 def crop(scale: tuple[float, float], ratio: tuple[float, float] = RATIO, flip: float = 0.0) -> CropSpec:
-    return CropSpec(erasing=0.0, scale=scale, ratio=ratio, flip=flip)
+    return CropSpec(erasing=0.0, mixup=0.0, cutmix=0.0, scale=scale, ratio=ratio, flip=flip)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
@@ -53,7 +53,10 @@ def test_it_is_a_function_of_image_and_seed(spec: AugmentSpec, fit: Fit) -> None
 
 
 def test_erasing_fills_with_the_mean_color() -> None:
-    out = apply(AugmentNoneSpec(erasing=1.0).build(preprocessing()), np.full((16, 16, 3), 255, dtype=np.uint8))
+    out = apply(
+        AugmentNoneSpec(erasing=1.0, mixup=0.0, cutmix=0.0).build(preprocessing()),
+        np.full((16, 16, 3), 255, dtype=np.uint8),
+    )
     erased = (out != 255).all(0)
     assert 0 < erased.sum() < 256
     assert out[:, erased].unique(dim=1).flatten().tolist() == [128, 51, 102]

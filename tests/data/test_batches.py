@@ -10,7 +10,7 @@ import torch
 
 from tests.data.samples import save_image
 from tlcli.data.augment import CropSpec, TrivialAugmentSpec
-from tlcli.data.batches import Batch, ImageBatches, Preprocessing, epoch_order
+from tlcli.data.batches import Batch, ImageBatches, Preprocessing, balanced_order, epoch_order
 from tlcli.data.images import ImageArrays, ImageFiles, ImageSource, Split, full_split
 from tlcli.errors import BadImagesError
 from tlcli.specs import Fit
@@ -24,7 +24,7 @@ SPLIT = full_split(
 
 
 def augmented(workers: int, batch_size: int = 4) -> ImageBatches:
-    augmentation = TrivialAugmentSpec(erasing=0.5, **CROP).build(PREPROCESSING)
+    augmentation = TrivialAugmentSpec(erasing=0.5, mixup=0.0, cutmix=0.0, **CROP).build(PREPROCESSING)
     return ImageBatches(SPLIT, PREPROCESSING, batch_size=batch_size, workers=workers, augmentation=augmentation, seed=7)
 
 
@@ -70,6 +70,20 @@ def test_a_view_is_the_same_in_any_order() -> None:
         assert same(list(batches.epoch(number, view, start=1)), list(batches.epoch(number, view))[1:])
 
 
+def test_a_balanced_epoch_has_each_class_equally_often_and_repeats_an_image_only_after_all_of_its_class() -> None:
+    labels = np.array([0] * 7 + [1] * 2 + [2] * 2)
+    orders = [balanced_order(labels, 3, epoch) for epoch in (1, 2)]
+    assert orders[0].tolist() != orders[1].tolist()
+    for order in orders:
+        assert len(set(order.tolist())) == len(order) == 11
+        assert sorted(np.bincount(labels[order % 11]).tolist()) == [3, 4, 4]
+        times = np.bincount(order % 11, minlength=11)
+        assert all(times[labels == c].max() - times[labels == c].min() <= 1 for c in range(3))
+    split = Split(SPLIT.images, SPLIT.indices, labels)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0, balanced=True, seed=3)
+    assert torch.cat([y for _, y in batches.epoch(1)]).tolist() == labels[orders[0] % 11].tolist()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
     class Photos(ImageSource):
@@ -88,7 +102,7 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
         def name(self, index: int) -> str:
             return str(index)
 
-    crop = CropSpec(erasing=0.0, **CROP).build(PREPROCESSING)
+    crop = CropSpec(erasing=0.0, mixup=0.0, cutmix=0.0, **CROP).build(PREPROCESSING)
     split = full_split(Photos(), [0] * 8)
     batches = ImageBatches(split, PREPROCESSING, batch_size=8, workers=workers, augmentation=crop)
     assert [len(y) for _, y in (*batches.in_order(), *batches.epoch(0))] == [8, 8]

@@ -18,7 +18,7 @@ from tlcli.engine.session import session_for
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import apply_freeze
 
-NONE = AugmentNoneSpec(erasing=0.0)
+NONE = AugmentNoneSpec(erasing=0.0, mixup=0.0, cutmix=0.0)
 
 
 def base(shapes: Path, *more: str) -> list[str]:

@@ -48,7 +48,7 @@ def probed(monkeypatch: pytest.MonkeyPatch):
             seen.append((image.size, str(image.fit)))
             return CrossValidation(0.1, 5, np.arange(100) < right[seen[-1]])
 
-        monkeypatch.setattr(image_choice, "_probe", result)
+        monkeypatch.setattr(image_choice, "cross_validate_probe", result)
         return seen
 
     return use
@@ -87,8 +87,8 @@ def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
 
 def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:
     own = workload("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none")
-    assert [image_choice._takes(own, size) for size in (160, 224)] == [False, False]
-    assert image_choice._takes(workload(), 160)
+    assert [image_choice.takes_size(own, size) for size in (160, 224)] == [False, False]
+    assert image_choice.takes_size(workload(), 160)
 
 
 def test_a_session_chooses_once(workload, probed) -> None:

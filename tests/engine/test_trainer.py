@@ -188,6 +188,74 @@ def test_clip_grad_bounds_the_step(small) -> None:
     assert math.sqrt(moved) == pytest.approx(0.001, rel=0.01)
 
 
+def weights(setting: Setting) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in setting.model.network.named_parameters() if tensor.requires_grad}
+
+
+ONE_STEP = ("optimizer=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "scheduler=constant", "batch_size=54")
+
+
+def test_l2sp_pulls_the_body_to_where_it_started(small) -> None:
+    """A second step moves it by lr * l2sp of its distance to the start more; a weight of 0 changes no bit."""
+    words = (*ONE_STEP, "augment=none", "freeze=last_stages", "optimizer.lr=0.01")
+    plain, same, pulled = small(*words), small(*words, "l2sp=0"), small(*words, "l2sp=10")
+    start = weights(plain)
+    for setting in (plain, same, pulled):
+        setting.fit(1)
+    first = weights(plain)
+    assert all(torch.equal(tensor, weights(pulled)[name]) for name, tensor in first.items()), "no distance yet"
+    for setting in (plain, same, pulled):
+        setting.fit(2)
+    second, head = weights(plain), plain.model.head_parameters()
+    assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in second.items())
+    for name, tensor in weights(pulled).items():
+        pull = 0 if name in head else 0.1 * (first[name] - start[name])
+        assert torch.allclose(tensor, second[name] - pull, atol=1e-6), name
+
+
+def test_the_average_is_of_all_steps_and_with_decay_0_the_weights_themselves(small) -> None:
+    words = (*ONE_STEP, "augment=none", "freeze=head", "optimizer.lr=0.1")
+    last, average = small(*words, "ema=0"), small(*words, "ema=0.75")
+    seen = []
+    for epoch in (1, 2, 3):
+        last.fit(epoch)
+        average.fit(epoch)
+        seen.append(weights(average))
+    before = weights(last)
+    with last.trainer.averaged():
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights(last).items())
+    with average.trainer.averaged():
+        for name, tensor in weights(average).items():
+            expected = 0.75 * (0.75 * seen[0][name] + 0.25 * seen[1][name]) + 0.25 * seen[2][name]
+            assert torch.allclose(tensor, expected, atol=1e-6)
+    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights(average).items()), "as trained again"
+
+
+@pytest.mark.parametrize(
+    "words", [("augment.mixup=0.4",), ("augment.cutmix=1",), ("augment.mixup=0.4", "augment.cutmix=1")]
+)
+def test_mixed_labels_are_shares_of_the_mixed_images(small, words: tuple[str, ...]) -> None:
+    """An image of ones per class: the mean of a mixed image in the channel of a class is the share of its label."""
+    setting = small("augment=none", *words)
+    images = torch.eye(3)[:, :, None, None].expand(3, 3, 20, 20).contiguous()
+    torch.manual_seed(0)
+    kinds = set()
+    for _ in range(20):
+        mixed, shares = setting.trainer._mixer(images, torch.arange(3))
+        assert torch.allclose(shares.sum(dim=1), torch.ones(3))
+        assert torch.allclose(mixed.mean(dim=(2, 3)), shares, atol=1e-5)
+        if not torch.equal(mixed, images):
+            kinds.add("cutmix" if set(mixed.unique().tolist()) == {0.0, 1.0} else "mixup")
+    assert kinds == {word.split("=")[0].removeprefix("augment.") for word in words}
+    assert math.isfinite(setting.fit()["loss"])
+
+
+def test_without_a_mixture_nothing_changes(small) -> None:
+    plain, zero = small("augment=none"), small("augment=none", "augment.mixup=0", "augment.cutmix=0")
+    assert plain.fit()["loss"] == zero.fit()["loss"]
+    assert all(torch.equal(tensor, weights(zero)[name]) for name, tensor in weights(plain).items())
+
+
 def test_balanced_classes_weigh_alike(spec: Compose, small) -> None:
     counts = (6, 30, 12)
     trainer = trainer_for(spec("class_weights=balanced"), small().model, counts)

@@ -112,6 +112,12 @@ LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
             id="twice interrupted and once killed",
         ),
         pytest.param(("freeze=head", "freeze.head_init=random", "epochs=1"), [(2, Killed)], id="before a checkpoint"),
+        pytest.param(
+            (*LIVE, "freeze=last_stages", "ema=0.8", "l2sp=0.1", "augment.mixup=0.3", "augment.cutmix=1", "tta=flip"),
+            [(3, KeyboardInterrupt), (STEPS_PER_EPOCH + 2, KeyboardInterrupt)],
+            id="average, penalty and mixtures",
+        ),
+        pytest.param(("freeze=head", "sampler=balanced", "ema=0.5"), [(3, KeyboardInterrupt)], id="balanced"),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_end(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tlcli.evaluate import Evaluation
 
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
-GROUPS = ("dataset", "device", "cache")
+GROUPS = ("dataset", "device", "cache", "tta")
 FIXED_KEYS = ("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class", "dataset.range")
 MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
 
@@ -43,7 +43,8 @@ def parser() -> Parser:
         metavar="KEY=VALUE",
         help="split=test|val|train; checkpoint=best|last (default: best, the epoch that the run kept); dataset=... "
         "and its keys as in `tlcli train`: another dataset, of which the test split, else the val split, else all of "
-        "it is evaluated; device=..., device.KEY=..., cache.KEY=...: where and how to compute",
+        "it is evaluated; device=..., device.KEY=..., cache.KEY=...: where and how to compute; tta=flip: the mean over "
+        "each image and its mirror image",
     )
     eval_parser.known_words = (
         *(f"{key}={value}" for key, values in CHOICES.items() for value in values),
@@ -112,6 +113,7 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
         "top-5": "" if report["top5"] is None else f"{report['top5']:.4f}",
         "macro F1": f"{report['macro_f1']:.4f}",
         "loss": f"{report['loss']:.4f}",
+        "tta": "" if report["tta"] == "none" else "mean over each image and its mirror image",
         "ECE": f"{after:.4f}" + (f" with the run's temperature {t:.3g} ({before:.4f} without)" if t != 1 else ""),
         "test.json": same[evaluation.same],
     }

@@ -66,6 +66,11 @@ def parser() -> Parser:
         default="auto",
         help="auto (as the run was evaluated), fp32 (exact), or bf16 (fast on hardware that has it)",
     )
+    add(
+        "--tta",
+        choices=("none", "flip"),
+        help="flip: mean over each image and its mirror image (default: as in the run)",
+    )
     add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     return predict_parser
@@ -85,7 +90,7 @@ def run(argv: list[str]) -> int:
             from tlcli.predict import Predictor
             from tlcli.runs.load import load_run
         from tlcli.reporter import Reporter
-        from tlcli.specs import Accelerator, Precision
+        from tlcli.specs import Accelerator, Precision, Tta
         from tlcli.store import Store, cache_dir
 
         loaded = load_run(arguments.run, arguments.checkpoint)
@@ -94,7 +99,8 @@ def run(argv: list[str]) -> int:
             keep_freed_memory()
         precision = Precision(arguments.precision)
         store = Store(cache_dir())
-        predictor = Predictor(loaded, accelerator, store, precision=precision, batch_size=arguments.batch_size)
+        tta, batch_size = arguments.tta and Tta(arguments.tta), arguments.batch_size
+        predictor = Predictor(loaded, accelerator, store, precision=precision, tta=tta, batch_size=batch_size)
         total, top = _count(arguments.paths), min(arguments.top, len(loaded.classes))
         reporter = Reporter()
         if sys.stderr.isatty() and (form == "table" or not file.isatty()):

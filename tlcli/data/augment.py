@@ -32,6 +32,13 @@ class _AugmentOption(AugmentSpec, frozen=True):
             return None
         return Augmentation(preprocessing, draw_box, flip, nn.Sequential(*transforms) if transforms else None)
 
+    def mixer(self, n_classes: int) -> "nn.Module":
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+        mixer: nn.Module = v2.RandomChoice([kind(alpha=a, num_classes=n_classes) for kind, a in kinds if a > 0])
+        return mixer
+
 
 @option
 class AugmentNoneSpec(_AugmentOption, frozen=True, tag="none"):

@@ -166,6 +166,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> Ints:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def balanced_order(labels: Ints, seed: int, epoch: int) -> Ints:
+    """Return as many positions as there are labels, in random order, each class equally often or once more.
+
+    An image is drawn again when all of its class were. The k-th repetition of position i is i + k * len(labels).
+    """
+    rng, n, names = np.random.default_rng([seed, epoch]), len(labels), np.unique(labels)
+    drawn = []
+    for label, extra in zip(names, rng.permutation(len(names)) < n % len(names), strict=True):
+        members, size = np.flatnonzero(labels == label), n // len(names) + extra
+        drawn.append(np.concatenate([rng.permutation(members) + k * n for k in range(-(-size // len(members)))])[:size])
+    return rng.permutation(np.concatenate(drawn))
+
+
 def sample_seed(seed: int, view: int, index: int) -> int:
     """Return a number from 0 to 2**63 - 1 that differs in all its bits between neighbors."""
     digest = hashlib.blake2b(f"{seed}/{view}/{index}".encode(), digest_size=8).digest()
@@ -187,6 +200,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     workers: int
     augmentation: Augmentation | None = None
     seed: int = 0
+    balanced: bool = False  # an epoch has classes equally often, instead of each image once
     pin_memory: bool = False
 
     def __len__(self) -> int:
@@ -197,7 +211,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         return self._load(self._chunks(np.arange(len(self.split)), view))
 
     def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
-        """Yield every image once, in the order of an epoch, augmented by a view (None: its own), from batch `start`."""
+        """Yield the images of an epoch, in its order, augmented by a view (None: its own), from batch `start`."""
         return self._load(self._epoch_chunks(number, view, start))
 
     def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Sequence[int]]:
@@ -206,12 +220,15 @@ class ImageBatches(Dataset[Batch | TlcliError]):
 
     def _epoch_chunks(self, number: int, view: int | None, start: int) -> Iterator[Chunk]:
         order = epoch_order(len(self.split), self.seed, number)
+        if self.balanced:
+            order = balanced_order(self.split.labels, self.seed, number)
         return self._chunks(order[start * self.batch_size :], number if view is None else view)
 
     def _chunks(self, order: Ints, view: int | None) -> Iterator[Chunk]:
         for start in range(0, len(order), self.batch_size):
-            positions = order[start : start + self.batch_size].tolist()
-            yield positions, None if view is None else [sample_seed(self.seed, view, i) for i in positions]
+            drawn = order[start : start + self.batch_size]
+            seeds = None if view is None else [sample_seed(self.seed, view, i) for i in drawn.tolist()]
+            yield (drawn % len(self.split)).tolist(), seeds
 
     def _load(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         batches: Iterable[Batch | TlcliError] = map(self.__getitem__, chunks)

@@ -33,7 +33,7 @@ from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier, Float32Linear, Head
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode, Fit, TrainSpec
+from tlcli.specs import CacheMode, Fit, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, linear_head
@@ -162,6 +162,7 @@ class Workload:
             workers=self.workers,
             augmentation=augmentation,
             seed=self.spec.seed,
+            balanced=self.spec.sampler is Sampler.balanced,
             pin_memory=self.accelerator.type == "cuda",
         )
 

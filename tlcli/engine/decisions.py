@@ -154,6 +154,8 @@ def uncacheable_reason(workload: Workload) -> str | None:
     cut, spec = workload.cut, workload.spec
     if isinstance(cut, NoCut):
         return cut.reason
+    if spec.augment.mixes:
+        return "augment.mixup and augment.cutmix mix images"
     if workload.augments and spec.cache.views is None:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
     return None

@@ -74,7 +74,8 @@ class FirstFit:
     def decide(self, reporter: Reporter) -> Predictions:
         """Decide on the share, restore the network, and return the predictions of the images left out at that share."""
         network = self._part.workload.classifier.network
-        predictions = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
+        with self.trainer.averaged():
+            predictions = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
         network.load_state_dict(self._before)
         return predictions[choose_share(predictions, self._inputs, reporter)]
 

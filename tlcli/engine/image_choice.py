@@ -1,5 +1,6 @@
 """Choose the size and the fit of images that the config leaves open, by how well a linear probe does with each."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import sqrt
@@ -38,7 +39,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
     image, size = spec.image, image_size(spec) or classifier.size
     given = structs.replace(image, size=size, fit=image.fit or Fit.crop)
     train_size = image.train_size or size
-    if train_size != size and not _takes(workload, train_size):
+    if train_size != size and not takes_size(workload, train_size):
         raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
     is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
     n = MAX_IMAGES // len(workload.data.classes)
@@ -52,21 +53,18 @@ def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Rep
     spec, data = workload.spec, workload.data
     sample = limit_per_class(data.train, data.classes, per_class, spec.seed, "image")
     alone = replace(workload, data=replace(data, train=sample))
-    sizes, fits = [given.size], [given.fit]
-    if image_size(spec) is None:
-        size = workload.classifier.size
-        smaller = round(SHARE * size / STEP) * STEP
-        sizes = [smaller, size] if 0 < smaller < size and _takes(workload, smaller) else [size]
+    sizes: Sequence[int | None] = [given.size] if image_size(spec) else candidate_sizes(workload)
+    fits = [given.fit]
     if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
         fits = [Fit.crop, Fit.squash, Fit.pad]
     chosen = structs.replace(given, size=sizes[0], fit=fits[0])
-    best = _probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
+    best = cross_validate_probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
     if best is None:
         return given, None
     accuracies = [f"{chosen.size} px {chosen.fit} {best.accuracy:.3f}"]
     for key, value in [*(("fit", fit) for fit in fits[1:]), *(("size", size) for size in sizes[1:])]:
         image = structs.replace(chosen, **{key: value})
-        other = _probe(alone, image, reporter)
+        other = cross_validate_probe(alone, image, reporter)
         assert other is not None
         accuracies.append(f"{image.size} px {image.fit} {other.accuracy:.3f}")
         gains, losses = int((other.correct & ~best.correct).sum()), int((best.correct & ~other.correct).sum())
@@ -78,7 +76,14 @@ def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Rep
     return chosen, f"{compared}; higher by less than a standard error counts as equal"
 
 
-def _takes(workload: Workload, size: int) -> bool:
+def candidate_sizes(workload: Workload) -> list[int]:
+    """Return the sizes that are compared for evaluation: one below the backbone's, if it takes that, and its own."""
+    size = workload.classifier.size
+    smaller = round(SHARE * size / STEP) * STEP
+    return [smaller, size] if 0 < smaller < size and takes_size(workload, smaller) else [size]
+
+
+def takes_size(workload: Workload, size: int) -> bool:
     """Return True if the network takes images of this size; some transformers have one table of positions."""
     network = workload.classifier.network
     if getattr(network, "pretrained_cfg", {}).get("fixed_input_size"):  # timm's; it may compute, with wrong positions
@@ -89,7 +94,10 @@ def _takes(workload: Workload, size: int) -> bool:
     return False
 
 
-def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossValidation | None:
+def cross_validate_probe(
+    workload: Workload, image: ImageSpec, reporter: Reporter, max_images: int = MAX_IMAGES
+) -> CrossValidation | None:
+    """Return the cross-validation of a probe on the training images, preprocessed so; None if they are too few."""
     spec = structs.replace(workload.spec, image=image)
     workload = replace(workload, spec=spec)
     head, device = linear_head(workload.classifier), workload.accelerator.type
@@ -101,4 +109,4 @@ def _probe(workload: Workload, image: ImageSpec, reporter: Reporter) -> CrossVal
     label = f"features at {image.size} px, {image.fit}"
     loader = inputs.open("train_eval", reporter)
     x, y = features(workload.classifier.network, head, loader, inputs.device, reporter, label)
-    return choose_penalty(x, y, spec.seed)
+    return choose_penalty(x, y, spec.seed, max_images)

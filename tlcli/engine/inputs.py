@@ -14,7 +14,7 @@ from tlcli.engine.decisions import Decisions, device_with
 from tlcli.engine.loaders import ActivationLoader, ActivationTensors, BatchLoader, ImageLoader
 from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode
+from tlcli.specs import CacheMode, Sampler, Tta
 from tlcli.text import size_text
 
 MAX_EVALUATION_BATCH = 64  # also at most four times the training batch, whose backward pass needs as much memory
@@ -25,6 +25,8 @@ class Inputs:
     """Opens splits as `decisions` say. A split whose activations cannot be written is read from images, with a note."""
 
     def __init__(self, decisions: Decisions, workload: Workload, split_names: Sequence[str] = SPLIT_NAMES) -> None:
+        if workload.spec.tta is Tta.flip:
+            decisions = decisions.without(("val", "test"), "tta=flip evaluates mirrored images, too")
         self.decisions, self.workload = decisions, workload
         self.device = device_with(workload, decisions.train_dtype, decisions.eval_format)
         names = [name for name in split_names if name in decisions.cached]
@@ -58,6 +60,7 @@ class Inputs:
             device=self.device,
             batch_size=self.workload.spec.batch_size,
             seed=self.workload.spec.seed,
+            balanced=self.workload.spec.sampler is Sampler.balanced,
         )
 
     def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:
@@ -149,6 +152,7 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
         dtype=device.train_dtype if is_train else device.eval_dtype,
         views=spec.cache.views if is_train else None,
         transforms=transforms,
+        mirrors=split_name in ("val", "test") and spec.tta is Tta.flip,
     )
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, epoch_order
+from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, balanced_order, epoch_order
 from tlcli.device import Device
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # the inputs of the network, and the labels (B) int64
@@ -21,7 +22,8 @@ class ImageLoader:
     """Batches of images that are decoded, augmented and normalized on demand: x (B, 3, S, S) float32.
 
     `views` is the number of augmented views per image, one per epoch in turn (None: a new one in each epoch).
-    `transforms` of training images run on the device; `batches` has not applied them.
+    `transforms` of training images run on the device; `batches` has not applied them. If it `mirrors`, evaluation
+    takes the mean over an image and its mirror image.
     """
 
     batches: ImageBatches
@@ -31,6 +33,7 @@ class ImageLoader:
     dtype: torch.dtype
     views: int | None = None
     transforms: nn.Module | None = None
+    mirrors: bool = False
     threads: int | None = None
     head: nn.Linear | None = None
 
@@ -73,6 +76,8 @@ class ActivationLoader:
     device: Device
     batch_size: int
     seed: int
+    balanced: bool = False
+    mirrors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.threads = None if self.head is None else 1  # its steps are too short for a second thread
@@ -84,8 +89,10 @@ class ActivationLoader:
         return len(self.rows)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        order = torch.from_numpy(epoch_order(len(self), self.seed, number))
-        return self._read(self.views[(number - 1) % len(self.views)], order, self.batch_size, start)
+        order = epoch_order(len(self), self.seed, number)
+        if self.balanced:
+            order = balanced_order(self.labels.cpu().numpy(), self.seed, number) % len(self)
+        return self._read(self.views[(number - 1) % len(self.views)], torch.from_numpy(order), self.batch_size, start)
 
     def in_order(self) -> Iterator[Batch]:
         return self._read(self.views[0], torch.arange(len(self)), max(self._rows_at_once, self.batch_size))

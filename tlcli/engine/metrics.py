@@ -42,12 +42,16 @@ class Predictions:
 
 
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
-    """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set."""
+    """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set.
+
+    They are the mean of those of the image and of its mirror image if the loader mirrors.
+    """
     logits, labels, track = [], [], reporter.track(label, len(loader))
     with eval_mode(network), torch.inference_mode(), limit_threads(loader.threads), track as advance:
         for x, y in loader.in_order():
             with autocast(device.accelerator, loader.dtype):
-                logits.append(loader.network(*x))
+                batch = loader.network(*x)
+                logits.append((batch + loader.network(x[0].flip(3))) / 2 if loader.mirrors else batch)
             labels.append(y)
             advance(len(y))
     return Predictions(torch.cat(logits).float().cpu(), torch.cat(labels).cpu())
@@ -147,7 +151,7 @@ class BestEpochTracker:
         """Record an epoch with its validation scores, if there are any; return True if it is the best so far."""
         self.last_epoch = epoch
         last, selects = self.scores, self.selects
-        is_best = not selects or last is None or scores is None or self._rank(scores) > self._rank(last)
+        is_best = not selects or last is None or scores is None or self.rank(scores) > self.rank(last)
         if is_best:
             self.epoch, self.scores = epoch, scores
         return is_best
@@ -161,7 +165,8 @@ class BestEpochTracker:
     def value(self) -> float | None:
         return None if self.scores is None else float(getattr(self.scores, self.by.value))
 
-    def _rank(self, scores: Scores) -> tuple[float, float]:
+    def rank(self, scores: Scores) -> tuple[float, float]:
+        """Return what is higher for better scores."""
         return 0.0 if self.by is KeepBest.loss else getattr(scores, self.by.value), -scores.loss
 
 

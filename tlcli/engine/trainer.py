@@ -1,8 +1,8 @@
 """The training loop. What it reads, what trains and at which learning rates are inputs to it."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from math import isfinite
@@ -45,6 +45,11 @@ class Trainer:
             self._class_weights = torch.tensor(weights, device=device.accelerator)
         self._label_smoothing = workload.label_smoothing
         self._linear_loss: LinearLoss | None = None
+        self._mixer = spec.augment.mixer(len(classes)) if spec.augment.mixes else None
+        head = workload.classifier.head_parameters()
+        body = {id(p) for name, p in workload.classifier.network.named_parameters() if name not in head}
+        self._is_body = [id(parameter) in body for parameter in self._trainable]
+        self._average: list[Tensor] = []
         self._progress: _EpochProgress | None = None
         self._start: list[Tensor] = []
         self.step = 0
@@ -101,6 +106,8 @@ class Trainer:
         """Make one optimizer step with the gradient of the mean loss over all images of `group`."""
         self.schedule.before_step(self.step)
         self.optimizer.zero_grad()
+        if self._spec.l2sp and not self._start:
+            self.remember_start()
         every, n_images = self._spec.log_every, sum(len(y) for _, y in group)
         for x, y in group:
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
@@ -108,9 +115,14 @@ class Trainer:
                     self._linear_loss = LinearLoss(loader.head, self._label_smoothing, self._class_weights)
                 loss, logits = self._linear_loss.backward(x[0], y, n_images)
             else:
+                if self._mixer is not None:
+                    images, target = self._mixer(x[0], y)
+                    x, y = (images,), target.argmax(dim=1)
+                else:
+                    target = y
                 logits = self._forward(loader, x)
                 loss = F.cross_entropy(
-                    logits, y, self._class_weights, reduction="sum", label_smoothing=self._label_smoothing
+                    logits, target, self._class_weights, reduction="sum", label_smoothing=self._label_smoothing
                 )
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
             progress.add(loss.detach(), logits.detach(), y)
@@ -118,11 +130,20 @@ class Trainer:
                 sizes = torch.tensor(progress.sizes[-every:], device=self._device.accelerator)
                 running = (torch.stack(progress.losses[-every:]) / sizes).mean().item()
                 on_running(progress.epoch, len(progress.sizes), running)
-        if self._spec.clip_grad is not None:
+        if self._spec.clip_grad is not None or self._spec.l2sp:
             self._scaler.unscale_(self.optimizer)
+        if self._spec.l2sp:  # the gradient of l2sp / 2 times the squared distance (Li et al. 2018)
+            for parameter, start, is_body in zip(self._trainable, self._start, self._is_body, strict=True):
+                if is_body and parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - start, alpha=self._spec.l2sp)
+        if self._spec.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
         self._scaler.step(self.optimizer)  # a disabled scaler calls optimizer.step()
         self._scaler.update()
+        if self._spec.ema is not None:
+            self._average = self._average or [parameter.detach().clone() for parameter in self._trainable]
+            for average, parameter in zip(self._average, self._trainable, strict=True):
+                average.lerp_(parameter.detach(), 1 - self._spec.ema)
         self.step += 1
 
     def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...]) -> Tensor:
@@ -183,6 +204,24 @@ class Trainer:
             for parameter, start in zip(self._trainable, self._start, strict=True):
                 parameter.copy_(start.lerp(parameter, share))
 
+    @contextmanager
+    def averaged(self, *, use: bool = True) -> Iterator[None]:
+        """Replace what trains by its moving average within the block, if there is one."""
+        if not (use and self._average):
+            yield
+            return
+        own = [parameter.detach().clone() for parameter in self._trainable]
+        try:
+            self._set(self._average)
+            yield
+        finally:
+            self._set(own)
+
+    def _set(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self._trainable, weights, strict=True):
+                parameter.copy_(weight)
+
     def is_between_epochs(self, last: int) -> bool:
         """Return True if no step was made since the end of this epoch."""
         return self._progress is None or self._progress.epoch <= last
@@ -195,6 +234,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "step": self.step,
             "start": self._start,
+            "average": self._average,
             "random": [generator.get_state() for generator in _generators()],
             "pass": self._progress and self._progress.state(),
         }
@@ -214,7 +254,7 @@ class Trainer:
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
         saved, device = state["pass"], self._device.accelerator
-        self._start = [tensor.to(device) for tensor in state["start"]]
+        self._start, self._average = ([t.to(device) for t in state[name]] for name in ("start", "average"))
         self._progress = saved and _EpochProgress(
             epoch=int(saved["epoch"]),
             first_step=int(saved["first_step"]),

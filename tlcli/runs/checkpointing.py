@@ -107,14 +107,18 @@ class CheckpointManager:
         self._has_changes = False
         self._saved_at, self._save_seconds = time.perf_counter(), 0.1  # what the first save is assumed to take
 
-    def after_epoch(self, epoch: int, validation: Scores | None, *, is_best: bool) -> None:
-        """Save after an epoch, unless saving would take more than its share of the time."""
+    def after_epoch(self, epoch: int, validation: Scores | None, *, is_best: bool, averaged: bool) -> None:
+        """Save after an epoch, unless saving would take more than its share of the time.
+
+        If it is the best one, its weights are kept, or their moving average if that was `averaged` and validated.
+        """
         self._epoch, self._has_changes = epoch, True
         metadata = weights_metadata(self._inputs.workload)
         self._last = {**metadata, "epoch": epoch, "validation": validation and asdict(validation)}
         if is_best:
-            copies = {name: tensor.detach().clone() for name, tensor in trainable_state(self._network).items()}
-            self._best = copies, self._last
+            with self._trainer.averaged(use=averaged):
+                copies = {name: tensor.detach().clone() for name, tensor in trainable_state(self._network).items()}
+            self._best = copies, {**self._last, "averaged": True} if averaged else self._last
         if time.perf_counter() - self._saved_at >= self._save_seconds / MAX_TIME_SHARE:
             self.save()
 

@@ -143,6 +143,28 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
     return light, re.sub("|".join(DARK), lambda color: DARK[color[0]], light)
 
 
+def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw accuracy with its standard error against images per second, from the rows of `tlcli rank --format json`."""
+    figure = Figure(figsize=(8, 5), dpi=DPI)
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.95)
+    axes, known = figure.add_subplot(), [row for row in rows if row["images_per_second"]]
+    for row in known:
+        color, point = (BLUE if row["tied"] else SOFT), (row["images_per_second"], row["accuracy"])
+        axes.errorbar(*point, row["standard_error"], fmt="o", color=color, capsize=3)
+        label = f"{shorten(Path(row['backbone']).name, 24)}, {row['size']} px"
+        axes.annotate(label, point, (6, 6), textcoords="offset points", color=color, fontsize="small")
+    axes.set_xscale("log")
+    _style_axes(
+        axes, [row["accuracy"] + side * row["standard_error"] for row in known for side in (-1, 1)], is_share=True
+    )
+    axes.margins(x=0.25)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("images per second", color=SOFT)
+    axes.set_ylabel("accuracy of a linear probe in cross-validation", color=SOFT)
+    figure.savefig(file)
+
+
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
     """Draw loss and accuracy of train and val by epoch, from the rows of metrics.jsonl."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI)

@@ -74,6 +74,7 @@ class Recorder:
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
             epochs=workload.epochs,
+            tta=spec.tta.value,
             label_smoothing=workload.label_smoothing,
             keep_best=spec.keep_best.value,
             **weights_metadata(workload),

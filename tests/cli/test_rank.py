@@ -1,0 +1,75 @@
+"""`tlcli rank` ranks what is on this machine, runs too, reads no test image, and prints a command that works."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ended
+from tlcli.cli.compose import compose_spec
+from tlcli.data.images import ImageFiles
+
+Run = Callable[..., Ended]
+
+
+def test_a_ranking_of_networks_and_runs(
+    tlcli: Run, shapes: Path, trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read = trained("head", "fp32"), ImageFiles.decode
+
+    def decode(images: ImageFiles, index: int):
+        assert "test" not in Path(images.name(index)).parts, "a test image was read"
+        return read(images, index)
+
+    monkeypatch.setattr(ImageFiles, "decode", decode)
+    words = [f"backbone=efficientnet_lite0,{own}", "dataset=imagefolder", f"dataset.root={shapes}"]
+    plot = tmp_path / "ranking.svg"
+    ended = tlcli("rank", *words, "image.size=32,48", "--per-class=10", "--format=json", f"--plot={plot}")
+    assert (ended.code, ended.err) == (0, "")
+    found = json.loads(ended.out)
+    assert {(row["backbone"], row["size"]) for row in found["ranking"]} == {
+        (name, size) for name in ("efficientnet_lite0", str(own)) for size in (32, 48)
+    }
+    accuracies = [row["accuracy"] for row in found["ranking"]]
+    assert accuracies == sorted(accuracies, reverse=True) and found["ranking"][0]["tied"]
+    assert all(row["run_seconds"] > 0 and row["images_per_second"] > 0 for row in found["ranking"])
+    program, command, *rest = shlex.split(found["next"])
+    spec = compose_spec(rest)
+    assert (program, command, spec.dataset.root) == ("tlcli", "train", str(shapes))
+    assert any((row["size"], row["tied"]) == (spec.image.size, True) for row in found["ranking"])
+    assert "efficientnet_lite0, 32 px" in plot.read_text()
+
+
+def test_only_what_is_here_is_ranked_and_a_download_is_announced(
+    tlcli: Run, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "--per-class=5"]
+    monkeypatch.setattr("tlcli.models.backbones.find_spec", lambda name: "lite0" in name or None)
+    ended = tlcli("rank", *words)
+    assert ended.code == 0
+    ranked = [line.split()[0] for line in ended.out.splitlines()[1:] if " ± " in line]
+    assert ranked == ["efficientnet_lite0"]
+    ended = tlcli("rank", *words, "backbone=resnet18")
+    assert ended.err.startswith("resnet18: its weights will be downloaded, about 46.8 MB\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["backbone=resnet81"],
+            "resnet81: neither an option, nor timm/NAME, nor a run directory. Did you",
+        ),
+        (["image.size=big"], "image.size=big: must be a number of pixels from 8"),
+        (["--plot=ranking.pdf"], "--plot ranking.pdf: must be a .png or .svg"),
+        (["--plot=there.png"], "--plot there.png: exists; name a new file"),
+    ],
+)
+def test_bad_input_has_one_line(tlcli: Run, words: list[str], reason: str) -> None:
+    Path("there.png").write_bytes(b"mine")
+    ended = tlcli("rank", *words)
+    assert ended.code == 2
+    assert reason in ended.err and ended.err.count("\n") == 1
+    assert Path("there.png").read_bytes() == b"mine"

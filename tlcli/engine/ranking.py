@@ -1,0 +1,85 @@
+"""How well backbones suit a set of images, before anything is trained: a linear probe on the features of a sample."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+
+from msgspec import structs
+
+from tlcli.data.dataset import limit_per_class
+from tlcli.device import machine_name, setup_process
+from tlcli.engine.activations import Workload, image_size
+from tlcli.engine.image_choice import candidate_sizes, cross_validate_probe
+from tlcli.engine.numerics import measure_network
+from tlcli.engine.session import Session
+from tlcli.errors import UsageError
+from tlcli.models.classifier import count
+from tlcli.reporter import Reporter
+from tlcli.specs import Fit, TrainSpec
+from tlcli.transfer.contract import apply_freeze, linear_head
+from tlcli.transfer.probe import CrossValidation
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A backbone at one image size. `seconds` are those of a run, estimated from the speed of a few steps."""
+
+    backbone: str  # as on the command line
+    size: int
+    train_size: int
+    probe: CrossValidation
+    parameters: int
+    images_per_second: float | None  # of evaluation
+    seconds: float | None
+
+    @property
+    def standard_error(self) -> float:
+        return sqrt(self.probe.accuracy * (1 - self.probe.accuracy) / len(self.probe.correct))
+
+    def ties_with(self, other: "Score") -> bool:
+        """Return True unless the images that only `other` classifies right are more by over one standard error."""
+        worse, better = (
+            (self.probe.correct < other.probe.correct).sum(),
+            (self.probe.correct > other.probe.correct).sum(),
+        )
+        return bool(worse - better <= sqrt(worse + better))
+
+
+def score(
+    backbone: str, spec: TrainSpec, sizes: Sequence[int], per_class: int, session: Session, reporter: Reporter
+) -> Iterator[Score]:
+    """Yield the scores of a backbone at these image sizes; without any, at those of `candidate_sizes`.
+
+    The probe is cross-validated on `per_class` training images per class. Raise UsageError if they are too few.
+    """
+    accelerator = setup_process(spec.device, None)
+    data = session.dataset(spec.dataset, spec.seed, reporter)
+    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
+    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
+    if linear_head(classifier) is None:
+        raise UsageError(f"backbone={backbone}: its head is not one linear layer, so that no probe can rank it")
+    classifier.network.to(accelerator)
+    contract = apply_freeze(spec.freeze, classifier)
+    workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
+    sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
+    own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
+    for size in own:
+        train_size = spec.image.train_size or (size if sizes else own[0])
+        image = structs.replace(spec.image, size=size, fit=spec.image.fit or Fit.crop, train_size=train_size)
+        probe = cross_validate_probe(replace(workload, data=sample), image, reporter, len(sample.train))
+        if probe is None:
+            raise UsageError("rank: fewer than two classes have two training images each; there is nothing to compare")
+        run = replace(workload, spec=structs.replace(spec, image=image))
+        train, evaluation = (form.images_per_second for form in measure_network(run))
+        fits = [run] if run.first_fit is None else [run, run.first_fit]
+        n_trained = sum(fit.epochs * len(fit.data.train) for fit in fits)
+        n_evaluated = len(data.train) + run.epochs * len(data.val) + len(data.test)  # the probe reads train
+        seconds = n_trained / train + n_evaluated / evaluation if train and evaluation else None
+        n_parameters = count(classifier.network.parameters())
+        yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
+
+
+def choose(scores: Sequence[Score]) -> Score:
+    """Return the fastest to train of those that tie with the most accurate one."""
+    best = max(scores, key=lambda s: s.probe.accuracy)
+    return min((s for s in scores if s.ties_with(best)), key=lambda s: (s.seconds or 0.0, -s.probe.accuracy))
