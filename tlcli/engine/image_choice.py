@@ -95,7 +95,7 @@ def takes_size(workload: Workload, size: int) -> bool:
 
 
 def cross_validate_probe(
-    workload: Workload, image: ImageSpec, reporter: Reporter, max_images: int = MAX_IMAGES
+    workload: Workload, image: ImageSpec, reporter: Reporter, max_images: int | None = None
 ) -> CrossValidation | None:
     """Return the cross-validation of a probe on the training images, preprocessed so; None if they are too few."""
     spec = structs.replace(workload.spec, image=image)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
 from tlcli.data.images import Split
@@ -148,18 +148,22 @@ def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=DPI)
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.95)
     axes, known = figure.add_subplot(), [row for row in rows if row["images_per_second"]]
+    speeds = [row["images_per_second"] for row in known]
+    middle = (min(speeds) * max(speeds)) ** 0.5
     for row in known:
         color, point = (BLUE if row["tied"] else SOFT), (row["images_per_second"], row["accuracy"])
         axes.errorbar(*point, row["standard_error"], fmt="o", color=color, capsize=3)
         label = f"{shorten(Path(row['backbone']).name, 24)}, {row['size']} px"
-        axes.annotate(label, point, (6, 6), textcoords="offset points", color=color, fontsize="small")
+        x, side = (6, "left") if point[0] < middle else (-6, "right")
+        axes.annotate(label, point, (x, 6), textcoords="offset points", ha=side, color=color, fontsize="small")
     axes.set_xscale("log")
     _style_axes(
         axes, [row["accuracy"] + side * row["standard_error"] for row in known for side in (-1, 1)], is_share=True
     )
-    axes.margins(x=0.25)
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images per second", color=SOFT)
     axes.set_ylabel("accuracy of a linear probe in cross-validation", color=SOFT)
     figure.savefig(file)

@@ -30,8 +30,10 @@ class CrossValidation:
         return float(self.correct.mean())
 
 
-def choose_penalty(features: Tensor, labels: Tensor, seed: int, max_images: int = MAX_IMAGES) -> CrossValidation | None:
-    """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of at most `max_images`.
+def choose_penalty(
+    features: Tensor, labels: Tensor, seed: int, max_images: int | None = None
+) -> CrossValidation | None:
+    """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of at most `max_images` (None: MAX_IMAGES).
 
     Classes with fewer images than there are folds are left out. Return None if fewer than two are left. Standardizing
     each feature was no better on average: it gained up to 2 points on some data and lost as many on others.
@@ -40,7 +42,7 @@ def choose_penalty(features: Tensor, labels: Tensor, seed: int, max_images: int 
 
     order = np.random.default_rng(seed).permutation(len(labels))
     y, classes = labels.numpy()[order], np.unique(labels)
-    members = [order[y == c][: max_images // len(classes)] for c in classes]
+    members = [order[y == c][: (max_images or MAX_IMAGES) // len(classes)] for c in classes]
     folds = min(FOLDS, max(map(len, members)))
     members = [rows for rows in members if len(rows) >= max(folds, 2)]
     if len(members) < 2:
