@@ -34,7 +34,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "confusion": [[1, 3, 0], [3, 1, 0], [0, 0, 0]], "classes": classes,
         "calibration": {"temperature": 1.5, "ece_before": 0.2, "ece_after": 0.1, "bins": 15},
         "checkpoint": "checkpoints/best.safetensors", "epoch": 2,
-        "dataset": {"name": "imagefolder", "root": "/photos", "own": True}, "split": "test", "tta": "none", "n_bad_files": 0,
+        "dataset": {"name": "imagefolder", "root": "/photos", "own": True}, "split": "test", "n_bad_files": 0,
+        "tta": "none",
     }  # fmt: skip
 
     def evaluate_run(*asked: Any) -> Any:

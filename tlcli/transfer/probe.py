@@ -33,7 +33,7 @@ class CrossValidation:
 def choose_penalty(
     features: Tensor, labels: Tensor, seed: int, max_images: int | None = None
 ) -> CrossValidation | None:
-    """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of at most `max_images` (None: MAX_IMAGES).
+    """Return the best of PENALTIES for features (N, D) and labels (N), by a sample of some of them.
 
     Classes with fewer images than there are folds are left out. Return None if fewer than two are left. Standardizing
     each feature was no better on average: it gained up to 2 points on some data and lost as many on others.
