@@ -305,7 +305,7 @@ class TrainSpec(Spec, frozen=True):
     fold: Annotated[int, Meta(ge=0)] | None
     interpolate: FractionAboveZero | None
     tta: Tta
-    label_smoothing: FractionBelowOne | None
+    label_smoothing: FractionBelowOne
     class_weights: ClassWeights
     sampler: Sampler
     l2sp: NotNegative

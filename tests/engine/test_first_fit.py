@@ -103,11 +103,3 @@ def test_there_is_none_with_validation_images_a_given_share_or_random_weights(lo
 def test_there_is_none_for_large_sets(load, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
     monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)
     assert (load().workload.first_fit is not None) == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [((), 0.1), (("freeze=head",), 0.0), (("freeze=head", "label_smoothing=0.2"), 0.2), (("label_smoothing=0",), 0.0)],
-)
-def test_labels_are_smoothed_if_more_than_the_head_trains_unless_given(load, words, expected: float) -> None:
-    assert load(*words).workload.label_smoothing == expected

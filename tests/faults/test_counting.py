@@ -126,7 +126,6 @@ def trainer_for(spec: TrainSpec, model: Classifier, counts: tuple[int, ...]) -> 
     train = SimpleNamespace(class_counts=lambda n: counts)
     data, contract = SimpleNamespace(train=train, classes=CLASSES), apply_freeze(spec.freeze, model)
     workload = SimpleNamespace(spec=spec, data=data, classifier=model, contract=contract, epochs=spec.epochs or 1)
-    workload.label_smoothing = spec.label_smoothing or 0.0
     return Trainer(workload, CPU)  # type: ignore[arg-type]
 
 

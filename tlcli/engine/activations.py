@@ -39,7 +39,6 @@ from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, linear_head
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
-LABEL_SMOOTHING = 0.1  # if more than the head trains
 MAX_FIRST_FIT = 1000  # training images: with 500 a first fit gained nothing in accuracy, and it doubles the time
 
 
@@ -189,14 +188,6 @@ class Workload:
     def compares_shares(self) -> bool:
         """True for a fold whose predictions are used to choose how far the final weights of the refit are."""
         return self.spec.fold is not None and self.spec.interpolate is None and bool(self.classifier.pretrained)
-
-    @property
-    def label_smoothing(self) -> float:
-        """That of the spec; else what gained accuracy on small sets, where with a frozen backbone it lost some."""
-        if self.spec.label_smoothing is not None:
-            return self.spec.label_smoothing
-        trainable = {name for name, p in self.classifier.network.named_parameters() if p.requires_grad}
-        return LABEL_SMOOTHING if trainable - self.classifier.head_parameters() else 0.0
 
     @property
     def selects_epoch(self) -> bool:

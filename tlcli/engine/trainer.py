@@ -43,7 +43,6 @@ class Trainer:
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
             weights = [sum(class_counts) / (len(classes) * n) for n in class_counts]
             self._class_weights = torch.tensor(weights, device=device.accelerator)
-        self._label_smoothing = workload.label_smoothing
         self._linear_loss: LinearLoss | None = None
         self._mixer = spec.augment.mixer(len(classes)) if spec.augment.mixes else None
         head = workload.classifier.head_parameters()
@@ -112,7 +111,7 @@ class Trainer:
         for x, y in group:
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
                 if self._linear_loss is None:
-                    self._linear_loss = LinearLoss(loader.head, self._label_smoothing, self._class_weights)
+                    self._linear_loss = LinearLoss(loader.head, self._spec.label_smoothing, self._class_weights)
                 loss, logits = self._linear_loss.backward(x[0], y, n_images)
             else:
                 if self._mixer is not None:
@@ -122,7 +121,7 @@ class Trainer:
                     target = y
                 logits = self._forward(loader, x)
                 loss = F.cross_entropy(
-                    logits, target, self._class_weights, reduction="sum", label_smoothing=self._label_smoothing
+                    logits, target, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
                 )
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
             progress.add(loss.detach(), logits.detach(), y)

@@ -75,7 +75,6 @@ class Recorder:
             freeze=spec.freeze.kind,
             epochs=workload.epochs,
             tta=spec.tta.value,
-            label_smoothing=workload.label_smoothing,
             keep_best=spec.keep_best.value,
             **weights_metadata(workload),
             **environment(),
@@ -114,8 +113,6 @@ class Recorder:
         if len(data.val) and spec.fold is None and not workload.selects_epoch:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
-        head = spec.freeze.head_init.value
-        smoothing = f", label smoothing {workload.label_smoothing:g}" if workload.label_smoothing else ""
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
         preprocessing, train_size = workload.preprocessing, ""
         if workload.augments and "train" not in inputs.cached and workload.train_size != preprocessing.size:
@@ -131,7 +128,7 @@ class Recorder:
                 image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {train_size}{augment}",
                 stages=stages,
                 training=f"{epochs}, {steps:,} steps{about}, {batches}, {spec.optimizer.kind} lr "
-                f"{spec.optimizer.lr:g}, {spec.scheduler.kind}, head from {head}{smoothing}, keeps {kept}",
+                f"{spec.optimizer.lr:g}, {spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
                 device=device.description,
                 activations=inputs.summary,
                 notes=tuple(notes),
