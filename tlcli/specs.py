@@ -155,6 +155,7 @@ class FreezeSpec(OptionSpec, frozen=True):
     head_init: HeadInit
 
     part: ClassVar[str]  # the part of the network that trains, as a phrase for reports
+    interpolates: ClassVar[bool] = True  # False if what is between initial and trained parameters is of no use
 
     def trainable(self, classifier: Any) -> frozenset[str]:
         """Return the names of the parameters that train, with the head's. Raise UsageError for an unknown part."""
@@ -327,6 +328,10 @@ class TrainSpec(Spec, frozen=True):
         if self.folds is not None and self.dataset.val_fraction is not None:
             key = f"dataset.val_fraction={self.dataset.val_fraction:g}"
             raise UsageError(f"{key} has no effect with folds={self.folds}: give one of the two")
+        if not self.freeze.interpolates and (self.interpolate or 1) < 1:
+            raise UsageError(
+                f"interpolate={self.interpolate:g} does not work with freeze={self.freeze.kind}; leave one of them out"
+            )
         if self.sampler is Sampler.balanced and self.class_weights is ClassWeights.balanced:
             raise UsageError(
                 "sampler=balanced and class_weights=balanced correct for rare classes twice: give one of them"

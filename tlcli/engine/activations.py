@@ -178,16 +178,21 @@ class Workload:
     def first_fit(self) -> "Workload | None":
         """The same without a fifth of the training images, which are its val; None if there is no first fit."""
         spec, data = self.spec, self.data
-        if len(data.val) or spec.folds or spec.interpolate or not self.classifier.pretrained:
+        if len(data.val) or spec.folds or spec.interpolate or not self.interpolates:
             return None
         if len(data.train) > MAX_FIRST_FIT or min(data.train.class_counts(len(data.classes))) < 2:
             return None
         return replace(self, data=data.without_fifth(spec.seed), spec=structs.replace(spec, epochs=self.epochs))
 
     @property
+    def interpolates(self) -> bool:
+        """True if weights on the way to the trained ones are of use."""
+        return bool(self.classifier.pretrained) and self.spec.freeze.interpolates
+
+    @property
     def compares_shares(self) -> bool:
         """True for a fold whose predictions are used to choose how far the final weights of the refit are."""
-        return self.spec.fold is not None and self.spec.interpolate is None and bool(self.classifier.pretrained)
+        return self.spec.fold is not None and self.spec.interpolate is None and self.interpolates
 
     @property
     def selects_epoch(self) -> bool:

@@ -13,6 +13,7 @@ from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec
 from tlcli.store import CacheEntry, Store, cache_dir
+from tlcli.transfer.lora import remove_low_rank
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Session:
             classifier = build_model(spec, classes, size=size, seed=seed)
             self._model = key, classifier, copy.deepcopy(classifier.network.state_dict())
         else:
+            remove_low_rank(self._model[1].network)
             self._model[1].network.load_state_dict(self._model[2])
         return self._model[1]
 

@@ -22,6 +22,7 @@ from tlcli.engine.trainer import Trainer
 from tlcli.files import replace_with_hardlink
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
+from tlcli.transfer.lora import merged, remove_low_rank
 
 SPLITS = ("train", "val", "test")
 STATE_VERSION = 2  # of the contents of state.safetensors
@@ -137,7 +138,7 @@ class CheckpointManager:
             # a second name for the file of the best weights, if the last epoch is the best one
             is_best = self._last == self._written
             if not is_best or not replace_with_hardlink(self._run.best_checkpoint, self._run.last_checkpoint):
-                write_tensors(self._run.last_checkpoint, self._network.state_dict(), self._last)
+                write_tensors(self._run.last_checkpoint, merged(self._network, self._network.state_dict()), self._last)
         if "images" not in self._fixed:
             workload = self._inputs.workload
             self._fixed |= {"images": image_fingerprints(workload.data), "frozen": workload.contract.digest()}
@@ -157,6 +158,7 @@ class CheckpointManager:
         """Save, and load the weights of the best epoch; replace them by those at `share` of the way to them."""
         self.save()
         weights, metadata = read_tensors(self._run.best_checkpoint)
+        remove_low_rank(self._network)  # they are in these weights
         self._network.load_state_dict(weights)
         if share < 1 and "interpolate" not in metadata:  # else an interrupted run has replaced them before
             self._trainer.interpolate(share)
@@ -178,5 +180,6 @@ class CheckpointManager:
     def _save_best(self) -> None:
         if self._best is not None:
             tensors, metadata = self._best
-            write_tensors(self._run.best_checkpoint, {**self._network.state_dict(), **tensors}, metadata)
+            state = merged(self._network, {**self._network.state_dict(), **tensors})
+            write_tensors(self._run.best_checkpoint, state, metadata)
             self._written, self._best = metadata, None

@@ -12,6 +12,7 @@ from tlcli.models.classifier import Classifier, count
 from tlcli.reporter import StageRow
 from tlcli.specs import BnStats, FreezeSpec, OptimizerSpec
 from tlcli.transfer.graph import digest_of_tensor
+from tlcli.transfer.lora import plain_name, remove_low_rank
 
 EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding")
 """Last names of tokens and of tables of positions, in timm and torchvision; timm's networks list further ones."""
@@ -87,7 +88,11 @@ class FreezeContract:
 
 
 def apply_freeze(spec: FreezeSpec, classifier: Classifier) -> FreezeContract:
-    """Set requires_grad as the strategy says and nothing else; return the contract to train under and to verify."""
+    """Set requires_grad as the strategy says; return the contract to train under and to verify.
+
+    Nothing else is changed, except that LoRA adds parameters.
+    """
+    remove_low_rank(classifier.network)  # of an earlier job
     names = spec.trainable(classifier)
     if not names:
         raise UsageError("nothing is left to train: freeze.keep matches every parameter")
@@ -117,7 +122,7 @@ def parameter_groups(spec: OptimizerSpec, classifier: Classifier) -> list[dict[s
             name, weight_decay = (stage.name, spec.weight_decay) if decays else (f"{stage.name}/no_decay", 0.0)
             groups[name] = {"name": name, "params": [], "lr": rates[stage.name], "weight_decay": weight_decay}
         for name, parameter in network.named_parameters():
-            if parameter.requires_grad and name in stage.tensors:
+            if parameter.requires_grad and plain_name(name) in stage.tensors:
                 is_embedding = name in listed or name.rpartition(".")[2] in EMBEDDINGS
                 decays = spec.decay_norm_and_bias or (parameter.ndim > 1 and not is_embedding)
                 groups[stage.name if decays else f"{stage.name}/no_decay"]["params"].append(parameter)
@@ -129,7 +134,7 @@ def freeze_table(spec: OptimizerSpec, classifier: Classifier) -> tuple[StageRow,
     rates = _stage_rates(spec, classifier)
     rows = []
     for stage in classifier.stages:
-        members = [p for name, p in classifier.network.named_parameters() if name in stage.tensors]
+        members = [p for name, p in classifier.network.named_parameters() if plain_name(name) in stage.tensors]
         trainable = count(p for p in members if p.requires_grad)
         rows.append(StageRow(stage.name, count(members), trainable, rates[stage.name] if trainable else None))
     return tuple(rows)

@@ -3,11 +3,11 @@
 The order is that of `tlcli inspect`, which measures the whole network first and shows it last.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
-from tlcli.specs import Count, FreezeSpec, OpenFraction, option
+from tlcli.specs import Count, FreezeSpec, OpenFraction, Positive, option
 from tlcli.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -61,13 +61,39 @@ class StagesSpec(FreezeSpec, frozen=True, tag="stages"):
     part: ClassVar[str] = "its head and the stages that the config names"
 
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
-        tensors = {stage.name: stage.tensors for stage in classifier.stages[:-1]}
-        for name in self.stages:
-            if name not in tensors:
-                hint = did_you_mean(name, tensors) or f" Its stages are {', '.join(tensors)}."
-                raise UsageError(f"freeze.stages: {classifier.name} has no stage {name!r}.{hint}")
-        named = frozenset[str]().union(*(tensors[name] for name in self.stages))
-        return classifier.head_parameters() | (classifier.parameter_names() & named)
+        return classifier.head_parameters() | (classifier.parameter_names() & _tensors_of(self.stages, classifier))
+
+
+@option
+class LoraSpec(FreezeSpec, frozen=True, tag="lora"):
+    """The head and low-rank updates of linear layers and 1x1 convolutions train (Hu et al. 2021)."""
+
+    rank: Count
+    alpha: Positive
+    stages: tuple[str, ...] | None
+
+    part: ClassVar[str] = "its head and low-rank updates"
+    interpolates: ClassVar[bool] = False  # they are products
+
+    def trainable(self, classifier: "Classifier") -> frozenset[str]:
+        from tlcli.transfer.lora import add_low_rank
+
+        stages = [stage.name for stage in classifier.stages[:-1]] if self.stages is None else self.stages
+        updates = add_low_rank(classifier.network, _tensors_of(stages, classifier), self.rank, self.alpha)
+        if not updates:
+            where = "" if self.stages is None else f" in {', '.join(self.stages)}"
+            raise UsageError(f"freeze=lora: {classifier.name} has no linear layers or 1x1 convolutions{where}")
+        return classifier.head_parameters() | updates
+
+
+def _tensors_of(stages: Sequence[str], classifier: "Classifier") -> frozenset[str]:
+    """Return the tensors of the stages with these names, of which the head is none. Raise UsageError for others."""
+    tensors = {stage.name: stage.tensors for stage in classifier.stages[:-1]}
+    for name in stages:
+        if name not in tensors:
+            hint = did_you_mean(name, tensors) or f" Its stages are {', '.join(tensors)}."
+            raise UsageError(f"freeze.stages: {classifier.name} has no stage {name!r}.{hint}")
+    return frozenset[str]().union(*(tensors[name] for name in stages))
 
 
 @option
