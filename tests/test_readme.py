@@ -78,6 +78,8 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_if(
         [line for line in TRAIN if line not in SOURCE_TARGET],
         *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds=", "experiment=", "manifest"),
+        # those of docs/transfer.md, of which each has tests of its own
+        *("freeze=lora", "tta=", "ema=", "mixup=", "sampler="),
     ),
 )
 def test_command_runs(line: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +112,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect"))
+@pytest.mark.parametrize("line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank"))
 def test_command_runs_after_training(
     line: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,11 +61,8 @@ class FirstFit:
         decisions, network = inputs.decisions, workload.classifier.network
         if "train" in decisions.cached:
             decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
-        self._inputs, self._part, self._before = (
-            inputs,
-            Inputs(decisions, workload),
-            copy.deepcopy(network.state_dict()),
-        )
+        self._inputs, self._part = inputs, Inputs(decisions, workload)
+        self._before = copy.deepcopy(network.state_dict())
         self.trainer = Trainer(workload, self._part.device, label="first fit, epoch")
         fit_head(self._part, reporter)
         self.trainer.remember_start()

@@ -38,10 +38,8 @@ class Score:
 
     def ties_with(self, other: "Score") -> bool:
         """Return True unless the images that only `other` classifies right are more by over one standard error."""
-        worse, better = (
-            (self.probe.correct < other.probe.correct).sum(),
-            (self.probe.correct > other.probe.correct).sum(),
-        )
+        own, theirs = self.probe.correct, other.probe.correct
+        worse, better = (theirs & ~own).sum(), (own & ~theirs).sum()
         return bool(worse - better <= sqrt(worse + better))
 
 
