@@ -79,6 +79,7 @@ def test_require_says_in_one_line_why_it_cannot(run, cold: Path) -> None:
     for words, why in (
         (("freeze=none",), "cache.mode=require: "),
         (("freeze=head", "augment=basic"), "cache.mode=require: augment=crop .*cache.views=8"),
+        (("freeze=head", "augment.mixup=0.2"), "cache.mode=require: augment.mixup and augment.cutmix mix images"),
         (("freeze=head", "cache.max_gb=0"), "cache.mode=require: .*over cache.max_gb=0"),
     ):
         ended = run(*words, "cache.mode=require")

@@ -104,8 +104,3 @@ def test_a_run_is_tested_with_the_weights_of_its_checkpoint(
     with torch.inference_mode():
         found = torch.cat([loaded.model(loaded.preprocess(name)) for name in tested.names])
     assert torch.allclose(found, tested.logits, atol=1e-3)
-
-
-def test_a_share_of_the_way_is_refused(spec: Compose) -> None:
-    with pytest.raises(UsageError, match=r"interpolate=0\.7 does not work with freeze=lora"):
-        spec("freeze=lora", "interpolate=0.7")
