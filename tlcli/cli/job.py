@@ -221,8 +221,9 @@ def record_status(run: RunDir) -> Iterator[None]:
             log.error(exit_status(exc)[1], exc_info=None if isinstance(exc, TlcliError) else exc)
         if isinstance(exc, BadImagesError):
             run.write_bad_files(exc.files)
-        with suppress(OSError):  # a full disk must not hide the error that it caused
-            run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
+        if run.info_file.exists():  # else it was interrupted before it began
+            with suppress(OSError):  # a full disk must not hide the error that it caused
+                run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
         raise
     finally:
         if warnings.showwarning is not previous:
