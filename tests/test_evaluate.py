@@ -100,6 +100,7 @@ def test_tta_flip_is_the_mean_over_each_image_and_its_mirror_image(
     assert [result.report["tta"] for result in results] == ["none", "flip"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_tested_with_tta_is_evaluated_and_predicted_with_it(shapes: Path, tmp_path: Path) -> None:
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head", "tta=flip")
     run = finish(tmp_path / "run", *words, "device.precision=fp32")

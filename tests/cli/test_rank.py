@@ -14,6 +14,7 @@ from tlcli.data.images import ImageFiles
 Run = Callable[..., Ended]
 
 
+@pytest.mark.slow
 def test_a_ranking_of_networks_and_runs(
     tlcli: Run, shapes: Path, trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_ranking_of_networks_and_runs(
     assert "efficientnet_lite0, 32 px" in plot.read_text()
 
 
+@pytest.mark.slow
 def test_only_what_is_here_is_ranked_and_a_download_is_announced(
     tlcli: Run, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

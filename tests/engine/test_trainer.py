@@ -250,6 +250,7 @@ def test_mixed_labels_are_shares_of_the_mixed_images(small, words: tuple[str, ..
     assert math.isfinite(setting.fit()["loss"])
 
 
+@pytest.mark.slow
 def test_without_a_mixture_nothing_changes(small) -> None:
     plain, zero = small("augment=none"), small("augment=none", "augment.mixup=0", "augment.cutmix=0")
     assert plain.fit()["loss"] == zero.fit()["loss"]

@@ -22,7 +22,9 @@ from tlcli.transfer.lora import merged
 NETWORKS = [
     ("backbone=efficientnet_lite0",),
     ("backbone=vit_b_16", "backbone.weights=none"),
-    ("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none"),
+    pytest.param(
+        ("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none"), marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -87,6 +89,7 @@ def test_stages_have_updates_or_are_named(built) -> None:
             apply_freeze(freeze, classifier)
 
 
+@pytest.mark.slow
 def test_a_run_is_tested_with_the_weights_of_its_checkpoint(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
