@@ -21,7 +21,7 @@ from tlcli.transfer.lora import merged
 
 NETWORKS = [
     ("backbone=efficientnet_lite0",),
-    ("backbone=vit_b_16", "backbone.weights=none"),
+    pytest.param(("backbone=vit_b_16", "backbone.weights=none"), marks=pytest.mark.slow),
     pytest.param(
         ("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none"), marks=pytest.mark.slow
     ),
@@ -44,9 +44,7 @@ def logits(network: nn.Module, size: int) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize(
-    "words", [pytest.param(w, marks=pytest.mark.slow if "vit_b_16" in w[0] else ()) for w in NETWORKS]
-)
+@pytest.mark.parametrize("words", NETWORKS)
 def test_it_starts_as_the_frozen_network_and_ends_as_its_merged_weights(built, spec: Compose, words) -> None:
     classifier, freeze = built(*words)
     network, plain = classifier.network, dict(classifier.network.state_dict())
