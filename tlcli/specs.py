@@ -138,8 +138,9 @@ class BackboneSpec(OptionSpec, frozen=True):
         """Return a Classifier with random weights for images of `size` pixels (None: its own). Raises UsageError."""
         raise NotImplementedError
 
-    def is_local(self) -> bool:
-        """Return True if the published weights are on this machine."""
+    @classmethod
+    def is_local(cls, name: str) -> bool:
+        """Return True if the published weights of a backbone of this kind are on this machine."""
         raise NotImplementedError
 
     def published(self, classifier: Any, n_classes: int, size: int) -> tuple[str, dict[str, Any]]:

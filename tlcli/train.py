@@ -159,7 +159,7 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun |
     computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
     classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
     classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)  # sets requires_grad, nothing else
+    contract = apply_freeze(spec.freeze, classifier)
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)

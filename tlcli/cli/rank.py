@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tlcli.engine.ranking import Score
     from tlcli.specs import TrainSpec
 
+LISTS = ("backbone", "image.size")  # keys whose value may be a list
 COLUMNS = (
     TableColumn("backbone", left=True),
     TableColumn("px"),
@@ -89,11 +90,10 @@ def run(argv: list[str]) -> int:
         from tlcli.reporter import Reporter
 
     specs = {name: compose_spec([*folder, *own, *others]) for name, own in words.items()}
-    is_needed = {
-        name: spec.backbone.weights == "default" and not spec.backbone.is_local() for name, spec in specs.items()
-    }
+    published = {name: spec.backbone for name, spec in specs.items() if spec.backbone.weights == "default"}
+    remote = {name for name, backbone in published.items() if not backbone.is_local(backbone.name)}
     if not names:
-        specs = {name: spec for name, spec in specs.items() if not is_needed[name]}
+        specs = {name: spec for name, spec in specs.items() if name not in remote}
     if not specs:
         raise UsageError(
             "rank: no backbone's weights are on this machine; name one with backbone=NAME to download them"
@@ -101,16 +101,15 @@ def run(argv: list[str]) -> int:
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
     for name, spec in specs.items():
         check(spec)
-        if is_needed[name]:
+        if name in remote:
             n = sum(p.numel() for p in spec.backbone.build(1000).network.parameters())
             print(f"{name}: its weights will be downloaded, about {size_text(4 * n)}", file=sys.stderr, flush=True)
     session = session_for(next(iter(specs.values())).cache)
     scores: list[Score] = []
     with reporter.track("ranking", len(specs), "backbones") as advance:
         for name, spec in specs.items():
-            data = session.dataset(spec.dataset, spec.seed, reporter)
-            per_class = min(arguments.per_class, max(2, arguments.max_images // len(data.classes)))
-            scores += score(name, spec, [int(size) for size in sizes], per_class, session, reporter)
+            limits = arguments.per_class, arguments.max_images
+            scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
             advance(1)
     chosen = choose(scores)
     own = others if chosen.train_size == chosen.size else [*others, f"image.train_size={chosen.train_size}"]
@@ -130,9 +129,6 @@ def run(argv: list[str]) -> int:
     fastest = "" if chosen is scores[0] else ", the fastest of those tied with the best"
     print(f"next{fastest}:\n  {command}")
     return 0
-
-
-LISTS = ("backbone", "image.size")
 
 
 def _backbone_words(names: Sequence[str], folder: Sequence[str]) -> dict[str, list[str]]:

@@ -44,11 +44,17 @@ class Score:
 
 
 def score(
-    backbone: str, spec: TrainSpec, sizes: Sequence[int], per_class: int, session: Session, reporter: Reporter
+    backbone: str,
+    spec: TrainSpec,
+    sizes: Sequence[int],
+    limits: tuple[int, int],
+    session: Session,
+    reporter: Reporter,
 ) -> Iterator[Score]:
     """Yield the scores of a backbone at these image sizes; without any, at those of `candidate_sizes`.
 
-    The probe is cross-validated on `per_class` training images per class. Raise UsageError if they are too few.
+    The probe is cross-validated on a sample of the training images, of which `limits` are the most per class and in
+    all. Raise UsageError if they are too few.
     """
     accelerator = setup_process(spec.device, None)
     data = session.dataset(spec.dataset, spec.seed, reporter)
@@ -59,6 +65,7 @@ def score(
     classifier.network.to(accelerator)
     contract = apply_freeze(spec.freeze, classifier)
     workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
+    per_class = min(limits[0], max(2, limits[1] // len(data.classes)))
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
     own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
     for size in own:

