@@ -128,6 +128,7 @@ class BackboneSpec(OptionSpec, frozen=True):
     name: str
     weights: str
     reinit: tuple[str, ...]
+    size: Annotated[int, Meta(ge=8)] | None
     dropout: FractionBelowOne
     imagenet_top1: Annotated[float, Meta(ge=0, le=100)] | None
     license: str | None

@@ -17,6 +17,7 @@ from tlcli.transfer.contract import apply_freeze, parameter_groups
 
 BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
 QUICK = {"efficientnet_lite0", "timm"}
+FIXED_SIZES = {"vit_b_16": 32, "vit_little": 32, "vit_base_dinov2": 28, "eva02_small": 28}  # small ones
 CLASSES = ("ant", "bee", "cat")
 TIMM_FAMILIES = ["vit_tiny_patch16_224", "convnextv2_atto", "deit_tiny_distilled_patch16_224", "levit_128s"]
 
@@ -49,8 +50,10 @@ def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: s
 def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
     """Through 3 steps (50 with TLCLI_FAULTS=full) under each strategy, with momentum and weight decay: what takes no
     gradient, and the statistics of the modules that have nothing else to train."""
-    pattern = ("freeze.train=['(weight|bias)$']", "freeze.keep=['^(stem|conv|features|blocks|layer|encoder).*weight']")
-    model = model_of(spec, name, size=32 if name == "vit_b_16" else None)
+    early = "^(stem|conv|features|blocks|layer|encoder|patch_embed).*weight"
+    pattern = ("freeze.train=['(weight|bias)$']", f"freeze.keep=['{early}']")
+    size = FIXED_SIZES.get(name, 32)
+    model = model_of(spec, name, size=FIXED_SIZES.get(name))
     model = replace(model, pretrained=frozenset(model.network.state_dict()))
     for strategy in options("freeze"):
         words = freeze_words(strategy, model.stages[1].name)
@@ -63,7 +66,7 @@ def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
         contract.train_mode()
         for _ in range(scale(3, 50)):
             optimizer.zero_grad()
-            F.cross_entropy(model.network(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])).backward()
+            F.cross_entropy(model.network(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 0])).backward()
             optimizer.step()
         contract.verify()
         changed = {n for n, t in model.network.state_dict().items() if not torch.equal(t, before[n])}
@@ -80,6 +83,17 @@ def frozen_names(model: Classifier) -> set[str]:
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             names |= {f"{prefix}.{n}".lstrip(".") for n, _ in module.named_buffers()}
     return names & set(model.network.state_dict())
+
+
+def test_backbone_size_is_that_of_images_unless_they_have_one(spec: Compose) -> None:
+    words = ("timm vit_tiny_patch16_224", "backbone.size=64")
+    assert [
+        (m.size, m.network.patch_embed.img_size) for m in (model_of(spec, *words), model_of(spec, *words, size=32))
+    ] == [
+        (64, (64, 64)),
+        (64, (32, 32)),
+    ]
+    assert spec("backbone=vit_base_dinov2").backbone.size == 224
 
 
 def test_dropout_before_the_head_is_ours_alone(spec: Compose) -> None:

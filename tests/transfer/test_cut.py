@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import Compose
-from tests.models.test_backbones import BACKBONES
+from tests.models.test_backbones import BACKBONES, FIXED_SIZES
 from tests.models.test_backbones import model_of as backbone_of
 from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
-SMALL = {"vit_b_16": 32, "swin_t": 32, "convnext_tiny": 32}
+SMALL = {"swin_t": 32, "convnext_tiny": 32, "convnext_tiny_in12k": 32, **FIXED_SIZES}
 LEADING = {
     "efficientnet_lite0": "blocks.[56]",
     "timm": "layer[34]",
@@ -30,6 +30,8 @@ LEADING = {
     "swin_t": "features.[67]",
     "vit_b_16": "layer_11.mlp",
     "convnext_tiny": "features.[67]",
+    "tiny_vit_21m": "stages.3.blocks.1",
+    "eva02_small": "blocks.11.mlp",
 }
 """Patterns of trained parameters beside the head, for a cut in the middle: one of each family."""
 

@@ -21,9 +21,9 @@ from tlcli.transfer.lora import merged
 
 NETWORKS = [
     ("backbone=efficientnet_lite0",),
-    pytest.param(("backbone=vit_b_16", "backbone.weights=none"), marks=pytest.mark.slow),
-    pytest.param(
-        ("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none"), marks=pytest.mark.slow
+    *(
+        pytest.param((f"backbone={name}", "backbone.weights=none"), marks=pytest.mark.slow)
+        for name in ("vit_b_16", "vit_little", "tiny_vit_21m", "convnext_tiny_in12k", "vit_base_dinov2", "eva02_small")
     ),
 ]
 

@@ -271,7 +271,7 @@ def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFil
                 raise UsageError(f"{word} belongs to `tlcli train`: it has no meaning for a run that exists")
             else:
                 given[name] = override.value()
-    own = []  # of each group the option of the name in the file, otherwise any option of its kind
+    own = []  # of each group the option of the name in the file, otherwise that of its kind
     for group in [group for group in HOMES if group in values.keys() - chosen.keys()]:
         node = values[group]
         if not isinstance(node, dict):
@@ -280,7 +280,7 @@ def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFil
         if kind not in options(group):
             raise UsageError(f"{group}.kind={kind} is none of {', '.join(options(group))}")
         names = files.options_with(group, {kind})
-        own.append(f"{group}={node['name'] if node.get('name') in names else names[0]}")
+        own.append(f"{group}={next((name for name in (node.get('name'), kind) if name in names), names[0])}")
     config, _ = compose_config(Flags((), (*own, *chosen.values()), files))
     with composing(files):
         OmegaConf.set_struct(config, False)  # build_spec reports unknown keys

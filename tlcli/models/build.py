@@ -43,7 +43,8 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
     if size is None and loaded is not None and loaded.preprocessing is not None:
         size = loaded.preprocessing["size"]
-    classifier: Classifier = replace(spec.build(len(classes), size), classes=tuple(classes))
+    classifier: Classifier = spec.build(len(classes), size or spec.size)
+    classifier = replace(classifier, classes=tuple(classes), size=spec.size or classifier.size)
     head, network = classifier.stages[-1].tensors, classifier.network
     dropped = tensors_to_reinit(spec.reinit, classifier)
     if spec.weights == "default":

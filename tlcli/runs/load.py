@@ -125,7 +125,7 @@ def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:
     if kind not in kinds:
         raise UsageError(f"{run.path}: backbone kind {kind!r} is unknown to this tlcli ({', '.join(kinds)})")
     values = {"name": str(metadata.get("backbone")), "weights": "none", "dropout": 0.0, "reinit": []}
-    values |= {"imagenet_top1": None, "license": None}
+    values |= {"size": None, "imagenet_top1": None, "license": None}
     missing = [key for key in kinds[kind].__struct_fields__ if key not in values]
     try:
         recorded = read_yaml(run.config_file)["backbone"] if missing else {}
