@@ -22,6 +22,7 @@ LAYERS = [
     {"engine"},
     {"runs"},
     {"check", "evaluate", "export", "predict", "train"},
+    {"tune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

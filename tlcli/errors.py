@@ -19,6 +19,10 @@ class BadImagesError(TlcliError):
         self.files = tuple(files)
 
 
+class StoppedError(TlcliError):
+    """A trial of a search was stopped, for the reason that the message gives."""
+
+
 class FrozenTensorError(TlcliError):
     """A frozen tensor differs from what it was before training."""
 

@@ -17,12 +17,13 @@ from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import calibration_report, evaluate, test_report
+from tlcli.engine.metrics import Predictions, calibration_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
 from tlcli.models.classifier import Head
 from tlcli.reporter import Reporter
+from tlcli.runs import leaderboard
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
     RunDir,
@@ -51,19 +52,37 @@ class Evaluation:
     same: bool | None  # test.json has the same metrics; None if they are of other images or weights
 
 
-def evaluate_run(
-    path: Path, checkpoint: str, split_name: str | None, spec: TrainSpec, trained: TrainSpec, reporter: Reporter
-) -> Evaluation:
-    """Evaluate a run, and write a new directory eval-N in the run's; existing files are not changed.
+@dataclass(frozen=True, eq=False)
+class SplitResult:
+    """The predictions of a run's network for a split, which may be of another dataset."""
 
-    `split_name` None is test, or else what the dataset has. `spec` is the run's own, `trained`, with overrides.
-    """
-    loaded = load_run(path, checkpoint)
+    predictions: Predictions
+    images: EvaluationSplit
+    dataset: DatasetSpec
+    is_own: bool
+    description: str
+
+    @property
+    def rows(self) -> SplitPredictions:
+        """The predictions with the names of the images."""
+        p, images = self.predictions, self.images
+        return SplitPredictions.of(images.split, p.logits, p.labels, images.classes)
+
+
+def predict_split(
+    loaded: LoadedRun,
+    split_name: str | None,
+    spec: TrainSpec,
+    trained: TrainSpec,
+    session: Session,
+    reporter: Reporter,
+) -> SplitResult:
+    """Evaluate the network of a run on a split, as it was tested; None is test, or else what the dataset has."""
     own = loaded.preprocessing  # whatever size another dataset suggests
     spec, trained = (structs.replace(s, dataset=structs.replace(s.dataset, range=own.range)) for s in (spec, trained))
     image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
     spec = structs.replace(spec, image=image)
-    accelerator, session = setup_process(spec.device), session_for(spec.cache)
+    accelerator = setup_process(spec.device)
     dataset, images, description, is_own = _find_images(loaded, split_name, spec, trained, session, reporter)
     classifier = loaded.classifier
     for module in classifier.network.modules():
@@ -85,35 +104,72 @@ def evaluate_run(
         cut = workload.cut if "train" in inputs.decisions.cached else None
         (cut.suffix if isinstance(cut, Cut) else network).compile()  # the module that training compiled
     predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
+    return SplitResult(predictions, images, dataset, is_own, description)
 
-    run = RunDir(loaded.path)
-    report = test_report(predictions, loaded.classes)
-    report |= {
+
+def add_test(path: Path, spec: TrainSpec, session: Session, reporter: Reporter) -> dict[str, Any]:
+    """Test a run that was trained without a test, add test.json to it, and return its contents."""
+    loaded = load_run(path)
+    result = predict_split(loaded, "test", spec, spec, session, reporter)
+    report = _report(loaded, result)
+    _write_test(RunDir(loaded.path), report, result)
+    return report
+
+
+def _report(loaded: LoadedRun, result: SplitResult) -> dict[str, Any]:
+    predictions, report = result.predictions, test_report(result.predictions, loaded.classes)
+    return {
+        **report,
         "confusion": stored_confusion(report["confusion"]),
         "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
-        "checkpoint": f"checkpoints/{checkpoint}.safetensors",
+        "checkpoint": f"checkpoints/{loaded.checkpoint}.safetensors",
         "epoch": loaded.epoch,
-        "dataset": {key: getattr(dataset, key) for key in ("name", "root", "file") if hasattr(dataset, key)},
+    }
+
+
+def _write_test(run: RunDir, report: Mapping[str, Any], result: SplitResult) -> None:
+    write_predictions(run.test_predictions, result.rows)
+    write_json(run.test_file, report)
+    run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
+    leaderboard.update(run)
+
+
+def evaluate_run(
+    path: Path, checkpoint: str, split_name: str | None, spec: TrainSpec, trained: TrainSpec, reporter: Reporter
+) -> Evaluation:
+    """Evaluate a run, and write a new directory eval-N in the run's; existing files are not changed.
+
+    `split_name` None is test, or else what the dataset has. `spec` is the run's own, `trained`, with overrides. A run
+    that has not been tested, as the trials of a search, gets its test.json.
+    """
+    loaded, session = load_run(path, checkpoint), session_for(spec.cache)
+    result = predict_split(loaded, split_name, spec, trained, session, reporter)
+    images, dataset, run = result.images, result.dataset, RunDir(loaded.path)
+    report = _report(loaded, result)
+    data = {key: getattr(dataset, key) for key in ("name", "root", "file") if hasattr(dataset, key)}
+    full_report = report | {
+        "dataset": {**data, "own": result.is_own},
         "split": images.split_name,
         "tta": spec.tta.value,
         "n_bad_files": len(images.bad_files),
     }
-    report["dataset"]["own"] = is_own
 
     def write(folder: Path) -> None:
-        rows = SplitPredictions.of(images.split, predictions.logits, predictions.labels, loaded.classes)
-        write_predictions(folder / "predictions.safetensors", rows)
-        write_json(folder / "eval.json", report)
+        write_predictions(folder / "predictions.safetensors", result.rows)
+        write_json(folder / "eval.json", full_report)
         config = yaml.safe_dump({"dataset": to_plain(dataset)}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
 
-    is_test = is_own and images.split_name == "test" and checkpoint == "best" and spec.tta is trained.tta
-    same, test, limits = None, run.test(), [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
-    if test and is_test and limits[0] == limits[1]:
+    is_test = result.is_own and images.split_name == "test" and checkpoint == "best" and spec.tta is trained.tta
+    same, limits = None, [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
+    if is_test and limits[0] == limits[1]:
+        if not run.test_file.exists():
+            _write_test(run, report, result)
+        test = run.test()
         matrices: list[Any] = [confusion_matrix(test), confusion_matrix(report)]
         has_metrics = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1"))
-        same = has_metrics and np.array_equal(*matrices)
-    return Evaluation(report, run.add_evaluation(write), description, same)
+        same = has_metrics and np.array_equal(*matrices) if test else None
+    return Evaluation(full_report, run.add_evaluation(write), result.description, same)
 
 
 def _tested_decisions(info: Mapping[str, Any], workload: Workload, own: DeviceSpec, reporter: Reporter) -> Decisions:

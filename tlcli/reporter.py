@@ -55,6 +55,9 @@ class EpochRow:
 class Reporter:
     """Shows nothing; the base of those that do."""
 
+    def heading(self, text: str) -> None:
+        """Take the title of a job or a fold, before its plan."""
+
     def note(self, text: str) -> None:
         """Take a line worth reading: a choice and its reason, or a warning."""
 

@@ -52,12 +52,18 @@ class NewRun:
 
 
 def train(
-    spec: TrainSpec, run: RunDir, reporter: Reporter, session: Session, resume: ResumeState | None = None
+    spec: TrainSpec,
+    run: RunDir,
+    reporter: Reporter,
+    session: Session,
+    resume: ResumeState | None = None,
+    *,
+    has_test: bool = True,
 ) -> float | None:
     """Fine-tune, test the epoch that is kept once, and return its validation metric; None without validation images.
 
-    The validation of a refit is that of its folds, in directories next to the run's. Jobs share the session. Raises
-    UsageError if the spec cannot be followed and TlcliError if the run fails.
+    The validation of a refit is that of its folds, in directories next to the run's. Without `has_test` test images are
+    not read. Jobs share the session. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
     record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
     with record.phase("setup"):
@@ -134,7 +140,7 @@ def train(
         by_share = evaluate_shares(trainer, network, val_loader, inputs.device, reporter)
         write_tensors(run.val_shares, {"logits": torch.stack([p.logits for p in by_share])}, {})
     predictions: Predictions | None = None
-    if len(workload.data.test):
+    if has_test and len(workload.data.test):
         with record.phase("extract"):
             test = inputs.open("test", reporter)
         with record.phase("test"):

@@ -21,6 +21,7 @@ from tlcli.interrupts import Terminated
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
     "rank": ("tlcli.cli.rank", "compare backbones and image sizes on your images, before training"),
+    "tune": ("tlcli.cli.tune", "spend a time budget on a better recipe than the default one"),
     "eval": ("tlcli.cli.evaluate", "evaluate a finished run on its test set, or on another dataset"),
     "predict": ("tlcli.cli.predict", "classify images with a finished run"),
     "compare": ("tlcli.cli.compare", "show differences between runs, and whether they are significant"),

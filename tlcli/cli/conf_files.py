@@ -73,7 +73,7 @@ class ConfFiles:
         for folder in self.folders:
             for path in sorted(folder.rglob("*.yaml")):
                 group = path.relative_to(folder).parent.as_posix()
-                if group.split("/")[0] not in (".", "common", "hydra"):  # nobody chooses an option of these
+                if group.split("/")[0] not in (".", "common", "hydra", "tune"):  # not of `tlcli train`
                     groups.setdefault(group, {}).setdefault(path.stem, Option(group, path))
         return {group: dict(sorted(options.items())) for group, options in groups.items() if options}
 

@@ -24,8 +24,9 @@ from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.view import TerminalReporter, log
-from tlcli.errors import BadImagesError, TlcliError, UsageError
+from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
 from tlcli.files import expand_user
+from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
 from tlcli.runs.run_dir import FOLD, REFIT, RunDir, strings
@@ -41,14 +42,23 @@ class Command:
     """Hydra's task function: runs one job, with what the jobs of a command share.
 
     `sweep` is the folder of a sweep, None for a single run, which has `spec`. With `resume`, jobs that are done stay.
+    A trial of a search has a `reporter`, and a `session` that it shares with others; its test images are not read.
     """
 
     def __init__(
-        self, line: str, files: ConfFiles, sweep: Path | None, *, spec: TrainSpec | None = None, resume: bool = False
+        self,
+        line: str,
+        files: ConfFiles,
+        sweep: Path | None,
+        *,
+        spec: TrainSpec | None = None,
+        resume: bool = False,
+        reporter: Reporter | None = None,
+        session: "Session | None" = None,
     ) -> None:
         self.error: Exception | None = None
         self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
-        self._session: Session | None = None
+        self._reporter, self._session = reporter, session
         self._owner: str | None = None  # the reason why the directory is not the job's own, if so
         self._output_subdir: str | None = None
 
@@ -83,7 +93,9 @@ class Command:
         job = HydraConfig.get()
         folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
         backbone = [word for word in overrides if word.startswith("backbone.name=")]
-        reporter = TerminalReporter(" ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]))
+        reporter = self._reporter or TerminalReporter(
+            " ".join([f"backbone={job.runtime.choices['backbone']}", *backbone])
+        )
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
         try:
@@ -110,7 +122,7 @@ class Command:
                     leaderboard.write(listed)
 
     def _run(
-        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: TerminalReporter, spec: TrainSpec | None
+        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: Reporter, spec: TrainSpec | None
     ) -> float | None:
         """Train one run; a refit after its folds, which are runs in directories next to its own."""
         run.path.mkdir(parents=True, exist_ok=True)
@@ -143,7 +155,7 @@ class Command:
                 from tlcli.train import train
             self._session = session_for(spec.cache, self._session)
             with logged_run(spec, run.path, reporter) as logged:
-                value = train(spec, run, logged, self._session, state)
+                value = train(spec, run, logged, self._session, state, has_test=self._reporter is None)
         discard_state(run, spec)
         return value
 
@@ -223,7 +235,9 @@ def record_status(run: RunDir) -> Iterator[None]:
             run.write_bad_files(exc.files)
         if run.info_file.exists():  # else it was interrupted before it began
             with suppress(OSError):  # a full disk must not hide the error that it caused
-                run.end("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed", exit_status(exc)[1])
+                ends = {KeyboardInterrupt: "interrupted", StoppedError: "stopped"}
+                status = next((name for kind, name in ends.items() if isinstance(exc, kind)), "failed")
+                run.end(status, exit_status(exc)[1])
         raise
     finally:
         if warnings.showwarning is not previous:

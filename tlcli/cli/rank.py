@@ -78,44 +78,38 @@ def run(argv: list[str]) -> int:
     names, sizes = ([item for value in values[key] for item in value.split(",") if item] for key in LISTS)
     others = [word for word in arguments.words if not word.startswith(tuple(f"{key}=" for key in LISTS))]
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-    words = _backbone_words(names, folder)
     if bad := [size for size in sizes if not size.isdigit() or int(size) < 8]:
         raise UsageError(f"image.size={bad[0]}: must be a number of pixels from 8")
     with fast_imports():
-        from tlcli.cli.compose import compose_spec
         from tlcli.cli.job import check
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.ranking import choose, score
         from tlcli.engine.session import session_for
         from tlcli.reporter import Reporter
 
-    specs = {name: compose_spec([*folder, *own, *others]) for name, own in words.items()}
-    published = {name: spec.backbone for name, spec in specs.items() if spec.backbone.weights == "default"}
-    remote = {name for name, backbone in published.items() if not backbone.is_local(backbone.name)}
-    if not names:
-        specs = {name: spec for name, spec in specs.items() if name not in remote}
-    if not specs:
+    candidates = find_candidates(names, folder, others)
+    if not candidates:
         raise UsageError(
             "rank: no backbone's weights are on this machine; name one with backbone=NAME to download them"
         )
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
-    for name, spec in specs.items():
+    for name, (_, spec) in candidates.items():
         check(spec)
-        if name in remote:
+        if not has_weights(spec):
             n = sum(p.numel() for p in spec.backbone.build(1000).network.parameters())
             print(f"{name}: its weights will be downloaded, about {size_text(4 * n)}", file=sys.stderr, flush=True)
-    session = session_for(next(iter(specs.values())).cache)
+    session = session_for(next(iter(candidates.values()))[1].cache)
     scores: list[Score] = []
-    with reporter.track("ranking", len(specs), "backbones") as advance:
-        for name, spec in specs.items():
+    with reporter.track("ranking", len(candidates), "backbones") as advance:
+        for name, (_, spec) in candidates.items():
             limits = arguments.per_class, arguments.max_images
             scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
             advance(1)
     chosen = choose(scores)
     own = others if chosen.train_size == chosen.size else [*others, f"image.train_size={chosen.train_size}"]
-    command = shlex.join(["tlcli", "train", *words[chosen.backbone], f"image.size={chosen.size}", *own])
+    command = shlex.join(["tlcli", "train", *candidates[chosen.backbone][0], f"image.size={chosen.size}", *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
-    rows = [_facts(s, scores[0], specs[s.backbone]) for s in scores]
+    rows = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
     if plot is not None:
         from tlcli.runs.plots import plot_ranking
 
@@ -131,8 +125,21 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _backbone_words(names: Sequence[str], folder: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of `tlcli train` for each name; without any, for each option that names one network."""
+def has_weights(spec: "TrainSpec") -> bool:
+    """Return True unless the weights of the backbone have to be downloaded."""
+    backbone = spec.backbone
+    return backbone.weights != "default" or backbone.is_local(backbone.name)
+
+
+def find_candidates(
+    names: Sequence[str], folder: Sequence[str], others: Sequence[str]
+) -> dict[str, tuple[list[str], "TrainSpec"]]:
+    """Return for each name the overrides that choose its backbone, and the spec of a run with `others` behind them.
+
+    Without names these are the options that name one network, if its weights are on this machine.
+    """
+    from tlcli.cli.compose import compose_spec
+
     options = files_for(folder).groups["backbone"]
     found: dict[str, list[str]] = {}
     for name in names or [
@@ -153,7 +160,8 @@ def _backbone_words(names: Sequence[str], folder: Sequence[str]) -> dict[str, li
         else:
             near = did_you_mean(name, options) or f" Choose from {', '.join(options)}."
             raise UsageError(f"backbone={name}: neither an option, nor timm/NAME, nor a run directory.{near}")
-    return found
+    candidates = {name: (own, compose_spec([*folder, *own, *others])) for name, own in found.items()}
+    return {name: candidate for name, candidate in candidates.items() if names or has_weights(candidate[1])}
 
 
 def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:

@@ -63,6 +63,8 @@ def resume_hint(path: Path) -> str:
 def resume(path: Path, overrides: Sequence[str]) -> int:
     """Resume a run or a sweep; return the exit code."""
     absolute = Path.cwd() / path
+    if (path / "tune.json").is_file():
+        raise UsageError(f"{path}: a search is resumed with: {shlex.join(['tlcli', 'tune', '--resume', str(path)])}")
     try:
         with chdir(Path.cwd()):  # a sweep or its jobs may change it
             if not is_sweep(path):
@@ -86,7 +88,7 @@ def _resume_sweep(path: Path) -> int:
             words = shlex.split(str(info.get("command")))
         except (UsageError, ValueError):
             continue  # damaged: this job starts again
-        _check_not_running(file.parent, info)
+        check_not_running(file.parent, info)
         if words[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
             starts.append((RunDir(file.parent), info))
     if not starts:
@@ -110,7 +112,8 @@ def _resume_sweep(path: Path) -> int:
     return code
 
 
-def _check_not_running(path: Path, info: Mapping[str, Any]) -> None:
+def check_not_running(path: Path, info: Mapping[str, Any]) -> None:
+    """Raise UsageError if the process of a run still runs on this machine."""
     if info.get("status") == "running" and info.get("host") == host_digest() and not process_has_exited(info):
         raise UsageError(f"{path}: process {info.get('pid')} is still running it; stop it first, or wait")
 
@@ -133,7 +136,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             f"{run.path}: has no checkpoints/state.safetensors to resume from, which checkpoint.keep_state=true keeps "
             f"in a finished run; to train its weights further, start a run with backbone.weights={path}"
         )
-    _check_not_running(run.path, info)
+    check_not_running(run.path, info)
     check(spec)
     print(first_line(spec), flush=True)
     with fast_imports():

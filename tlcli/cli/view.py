@@ -201,7 +201,9 @@ class TerminalReporter(Reporter):
         for job in board["jobs"]:
             values = [job["values"].get(key, "") for key in board["keys"]]
             interval = "{:.4f} to {:.4f}".format(*job["test_ci95"]) if job["test_ci95"] else None
-            metrics = [_number(job["validation"]), _number(job["test_accuracy"]), interval]
+            is_untested = job["status"] == "done" and job["test_accuracy"] is None
+            test = "not tested" if is_untested else _number(job["test_accuracy"])
+            metrics = [_number(job["validation"]), test, interval]
             rows.append([job["rank"], job["name"], *values, *metrics, job["status"]])
         self.show("")
         self.show_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows)

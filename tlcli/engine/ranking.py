@@ -43,6 +43,29 @@ class Score:
         return bool(worse - better <= sqrt(worse + better))
 
 
+def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workload:
+    """Return the data and the network of a run that has not started."""
+    accelerator = setup_process(spec.device, None)
+    data = session.dataset(spec.dataset, spec.seed, reporter)
+    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
+    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
+    classifier.network.to(accelerator)
+    contract = apply_freeze(spec.freeze, classifier)
+    return Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
+
+
+def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None]:
+    """Return the seconds of a run at these image sizes, and images per second of evaluation, from a few steps."""
+    spec, data = workload.spec, workload.data
+    image = structs.replace(spec.image, size=size, fit=spec.image.fit or Fit.crop, train_size=train_size)
+    run = replace(workload, spec=structs.replace(spec, image=image))
+    train, evaluation = (form.images_per_second for form in measure_network(run))
+    fits = [run] if run.first_fit is None else [run, run.first_fit]
+    n_trained = sum(fit.epochs * len(fit.data.train) for fit in fits)
+    n_evaluated = len(data.train) + run.epochs * len(data.val) + len(data.test)  # the probe reads train
+    return (n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
+
+
 def score(
     backbone: str,
     spec: TrainSpec,
@@ -50,36 +73,29 @@ def score(
     limits: tuple[int, int],
     session: Session,
     reporter: Reporter,
+    max_seconds: float | None = None,
 ) -> Iterator[Score]:
     """Yield the scores of a backbone at these image sizes; without any, at those of `candidate_sizes`.
 
     The probe is cross-validated on a sample of the training images, of which `limits` are the most per class and in
-    all. Raise UsageError if they are too few.
+    all. A size at which a run would take more than `max_seconds` is left out. Raise UsageError if images are too few.
     """
-    accelerator = setup_process(spec.device, None)
-    data = session.dataset(spec.dataset, spec.seed, reporter)
-    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
-    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
+    workload = new_workload(spec, session, reporter)
+    data, classifier = workload.data, workload.classifier
     if linear_head(classifier) is None:
         raise UsageError(f"backbone={backbone}: its head is not one linear layer, so that no probe can rank it")
-    classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)
-    workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
     per_class = min(limits[0], max(2, limits[1] // len(data.classes)))
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
     own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
     for size in own:
         train_size = spec.image.train_size or (size if sizes else own[0])
+        seconds, evaluation = expected_seconds(workload, size, train_size)
+        if max_seconds is not None and (seconds or 0) > max_seconds:
+            continue
         image = structs.replace(spec.image, size=size, fit=spec.image.fit or Fit.crop, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, len(sample.train))
         if probe is None:
             raise UsageError("rank: fewer than two classes have two training images each; there is nothing to compare")
-        run = replace(workload, spec=structs.replace(spec, image=image))
-        train, evaluation = (form.images_per_second for form in measure_network(run))
-        fits = [run] if run.first_fit is None else [run, run.first_fit]
-        n_trained = sum(fit.epochs * len(fit.data.train) for fit in fits)
-        n_evaluated = len(data.train) + run.epochs * len(data.val) + len(data.test)  # the probe reads train
-        seconds = n_trained / train + n_evaluated / evaluation if train and evaluation else None
         n_parameters = count(classifier.network.parameters())
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
 

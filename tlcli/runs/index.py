@@ -30,7 +30,15 @@ from tlcli.runs.run_dir import (
 )
 from tlcli.text import natural_order
 
-WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done")  # a sweep has the first that a job has
+WORST_FIRST = (
+    "running",
+    "died",
+    "damaged",
+    "failed",
+    "interrupted",
+    "done",
+    "stopped",
+)  # a sweep has the first that a job has
 
 
 Entry = dict[str, Any]
@@ -79,7 +87,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             if not (run := read_entry(Path(path)))["is_fold"]:  # the refit stands for its folds
                 (runs if sweep is None else jobs[sweep]).append(run)
             continue
-        if not SWEEP_FILES.isdisjoint(inside) and REFIT not in inside:  # that of a run with folds has no jobs
+        if not SWEEP_FILES.isdisjoint(inside) and not (REFIT in inside and inside[REFIT].is_dir(follow_symlinks=False)):
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():

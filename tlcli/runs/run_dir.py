@@ -184,6 +184,8 @@ def is_sweep(path: Path) -> bool:
 def has_folds(path: Path) -> bool:
     """Return True if the directory is that of a run with folds: its refit or first fold is in it."""
     parts = (RunDir(path / name) for name in (REFIT, FOLD.format(0)))
+    if (path / REFIT).is_symlink():  # of a search
+        return False
     return is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
 
 
