@@ -1,8 +1,10 @@
 """Accuracy and time on ten small tasks: python -m benchmarks.quality DATA [--recipe NAME] [--tables] [-- OVERRIDE ...]
 
 DATA has cifar10, textures, aerial, cells and mri with {train,test}/CLASS/*, and hymenoptera with {train,val}/CLASS/*.
-A recipe is `tuned loop`, which is benchmarks/tuned_loop.py, or any other name for `tlcli train` with default settings
-and the overrides behind `--`. --python and --checkout choose another release of tlcli.
+A recipe is `tuned loop`, which is benchmarks/tuned_loop.py; `tune`, which is `tlcli tune` with three times the seconds
+that the row of `default` on this machine has, and `random search`, the same with random recipes and without averaging; or
+any other name for `tlcli train` with default settings and the overrides behind `--`. --python and --checkout choose
+another release of tlcli.
 
 Each run is a process and one row in a file of JSON lines. Runs whose row exists are skipped, so the command can be
 repeated after an interruption, and the tables are made of the rows of all recipes.
@@ -32,6 +34,8 @@ from benchmarks.images import count
 from benchmarks.run import ROOT, alone, machine, out_folder, parser, whole_process
 
 DEFAULT, TUNED = "default", "tuned loop"
+TUNE, RANDOM = "tune", "random search"
+TUNE_RUNS = 3  # default runs in the budget of a search
 TEST_PER_CLASS = 200  # of CIFAR-10 and mri
 TEST_DIGITS = 360
 MAX_TRAIN, MAX_TEST = 1500, 2000
@@ -146,19 +150,35 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     small: bool = False
 
-    def train(self, task: Task, folder: Path, seed: int, run: Path) -> tuple[dict[str, bool], float]:
+    def train(
+        self, task: Task, folder: Path, seed: int, run: Path, budget: float | None
+    ) -> tuple[dict[str, bool], float]:
         """Return True or False for each test file CLASS/NAME, and the seconds of the whole process."""
         if self.name == TUNED:
             settings = {"size": 32, "epochs": 1} if self.small else {}
             result = alone(tuned_loop.fine_tune, root=str(folder), seed=seed, flip=task.flip, **settings)
             return is_correct(result["predicted"]), result["process_seconds"]
         shutil.rmtree(run, ignore_errors=True)
-        words = ["dataset=imagefolder", f"dataset.root='{folder}'", f"seed={seed}", f"hydra.run.dir='{run}'"]
+        words = ["dataset=imagefolder", f"dataset.root='{folder}'", f"seed={seed}"]
+        if budget is None:
+            words = ["train", *words, f"hydra.run.dir='{run}'"]
+        else:
+            words = ["tune", *words, f"hydra.sweep.dir='{run}'", f"budget={budget:.0f}s"]
+        if self.name == RANDOM:
+            text = (self.checkout / "conf/tune/default.yaml").read_text(encoding="utf-8")
+            for key, value in (("sampler", "random"), ("average", "1"), ("first", "[{}]\nrest")):
+                text = re.sub(rf"^{key}:.*", f"{key}: {value}", text, flags=re.MULTILINE)
+            config = run.with_name(f"{run.name}-conf")
+            (config / "tune").mkdir(parents=True, exist_ok=True)
+            (config / "tune/random.yaml").write_text(re.sub(r"\nrest\n(  - .*\n)+", "\n", text), encoding="utf-8")
+            words += [f"--config-dir={config}", "tune=random"]
         words += [*task.overrides, *(("epochs=1", "image.size=32") if self.small else ()), *self.overrides]
         with tempfile.TemporaryDirectory(prefix="activations_") as cache:
             variables = {"TLCLI_CACHE": cache, "PYTHONPATH": str(self.checkout)}
-            ended = whole_process([str(self.python), "-m", "tlcli", "train", *words], variables, self.checkout)
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 50 MB that nothing reads
+            ended = whole_process([str(self.python), "-m", "tlcli", *words], variables, self.checkout)
+        for checkpoints in [run / "checkpoints", *run.glob("*/checkpoints")]:  # 50 MB that nothing reads
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        run = run if budget is None else run / "best"
         with safe_open(run / "test_predictions.safetensors", framework="numpy") as file:
             info = json.loads(file.metadata()["tlcli"])
             classes = [info["classes"][index] for index in file.get_tensor("logits").argmax(1)]
@@ -186,9 +206,15 @@ def measure(
         existing = [row for row in read(file) if identity.items() <= row.items()]
         if any(beside or row["seconds"] is not None for row in existing):
             continue
+        budget = None
+        if recipe.name in (TUNE, RANDOM):
+            like = {"machine": machine(), "task": name, "recipe": DEFAULT, "seed": seed}
+            rows = [row for row in read(file) if like.items() <= row.items() and row["seconds"] is not None]
+            assert rows, f"run the recipe {DEFAULT!r} on {name} with seed {seed} first, on this machine"
+            budget = TUNE_RUNS * rows[-1]["seconds"]
         folder = make(name, data, seed, out)
         run = out / "runs" / re.sub(r"[^\w.-]", "_", f"{recipe.name}-{commit}-{name}-{seed}")
-        correct, seconds = recipe.train(TASKS[name], folder, seed, run)
+        correct, seconds = recipe.train(TASKS[name], folder, seed, run, budget)
         files = sorted(f"{path.parent.name}/{path.name}" for path in (folder / "test").glob("*/*"))
         assert sorted(correct) == files, f"{run}: not the test files of {folder}"
         bits, other = ([correct[f] for f in files if (f"/{OTHER}" in f) == is_other] for is_other in (False, True))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from tests.conftest import finish, make_folder
-from tlcli.cli import COMMANDS, main
+from tlcli.cli import COMMANDS, main, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -112,7 +113,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank"))
+@pytest.mark.parametrize("line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank", "tlcli tune"))
 def test_command_runs_after_training(
     line: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +123,10 @@ def test_command_runs_after_training(
     words = shlex.split(line)[1:]
     if words[0] in ("data", "inspect"):
         words.append("image.size=32")
+    if words[0] == "tune":  # one trial
+        words += ["image.size=32", "min_steps=2", "min_epochs=1"]
+        read = tune.read_tune_spec
+        monkeypatch.setattr(tune, "read_tune_spec", lambda *args: structs.replace(read(*args), trials=1, sizes=()))
     assert main(words) == 0, capsys.readouterr().err
 
 

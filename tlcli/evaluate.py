@@ -83,6 +83,7 @@ def predict_split(
     image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
     spec = structs.replace(spec, image=image)
     accelerator = setup_process(spec.device)
+    session.forget_model()
     dataset, images, description, is_own = _find_images(loaded, split_name, spec, trained, session, reporter)
     classifier = loaded.classifier
     for module in classifier.network.modules():

@@ -141,6 +141,8 @@ def _print_table(entries: Sequence[Entry], folders: str, jobs: bool) -> None:
             if width is not None and name and cell_len(name) > MAX_NAME_COLUMNS:
                 names[i] = set_cell_size(name, MAX_NAME_COLUMNS - 1).rstrip() + "…"
         shares = [None if entry[key] is None else f"{entry[key]:.4f}" for key in ("val", "test")]
+        if shares[1] is None and entry["status"] == "done":
+            shares[1] = "not tested"
         minutes = None if entry["minutes"] is None else f"{entry['minutes']:.1f}"
         rows.append([status, *names, swept or None, *shares, minutes, _value(entry, "path")])
     used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]

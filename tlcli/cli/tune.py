@@ -43,6 +43,7 @@ STATE_FILE, STUDY_FILE = "tune.json", "study.jsonl"
 SAVE_SECONDS = 5.0  # between updates of the time spent, so that a search that is killed knows it
 MARGIN = 1.1  # for what is estimated
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
+RANK_RUNS = 4  # in the budget, at least, for other backbones to be tried: they take longer
 MAX_SHARE = 1 / 3  # of the budget that a run with another backbone may take
 FINAL_SECONDS = 5.0  # of the end, besides evaluation
 
@@ -153,7 +154,7 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> "Sear
             f"budget={own['budget'][-1]}: one run takes about {duration_text(need)} on this machine; "
             "give a longer budget"
         )
-    if not {"backbone", "backbone.name", "backbone.weights"} & given:
+    if not {"backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
         candidates = find_candidates([], flags, [*tune_spec.overrides, *others])
         found = [
             one
@@ -346,7 +347,7 @@ class Search:
     def _cost(self) -> float:
         """Return the mean seconds of a trial, as far as is known: those of the first one include what is done once."""
         seconds = [trial["seconds"] for trial in self._state["trials"] if trial["value"] is not None]
-        return mean(seconds[1:] or seconds or [0.0])
+        return float(mean(seconds[1:] or seconds or [0.0]))
 
     def _refit_seconds(self, run: RunDir) -> float:
         """Return the expected seconds of training the recipe of a trial again on all images."""
@@ -368,7 +369,8 @@ class Search:
             refits = [self._refit_seconds(run) for run in ranked[:n_members]]
             refits += [mean(refits)] * (n_members - len(refits))
         n_evaluated = info["n_test"] + 2 * n_members * info["n_val"]
-        return sum(refits) + n_evaluated / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS
+        speed = float(self._state["images_per_second"] or math.inf)
+        return float(sum(refits) + n_evaluated / speed + FINAL_SECONDS)
 
     def _has_time(self, n_members: int) -> bool:
         """Return True if there is time for another trial, and the number of trials is not limited to those done."""
@@ -472,22 +474,18 @@ class Search:
     def _show(self, final: RunDir, board: Mapping[str, Any]) -> None:
         trials, info = self._state["trials"], final.info
         counts = {s: sum(trial["status"] == s for trial in trials) for s in ("done", "stopped", "failed")}
-        test, best = info.get("test"), info["best"][self.metric]
+        validation = f"{self.metric} {info['best'][self.metric]:.4f}, chosen as the best of {counts['done']} trials"
+        test = "no test split"
+        if info.get("test"):
+            low, high = info["test"]["accuracy_ci95"]
+            test = f"accuracy {info['test']['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
         n_members = len(info.get("averaged", ()))
         made = f"the mean of the weights of {n_members} runs" if n_members > 1 else "the best recipe, on all images"
         self.reporter.leaderboard(self.folder, board)
-        kind = "cross-validation" if self._base.folds else "validation"
         self.reporter.show_labelled(
             ("trials", ", ".join(f"{n} {status}" for status, n in counts.items() if n)),
-            (kind, f"{self.metric} {best:.4f}, chosen as the best of {counts['done']} trials, so it is optimistic"),
-            (
-                "test",
-                "no test split"
-                if test is None
-                else f"accuracy {test['accuracy']:.4f}, 95 % interval {{:.4f}} to {{:.4f}}".format(
-                    *test["accuracy_ci95"]
-                ),
-            ),
+            ("folds" if self._base.folds else "validation", f"{validation}, so it is too high on average"),
+            ("test", test),
             ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
             ("best", f"{shown_path(self.folder / REFIT)}: job {self._state['best']}, {made}"),
         )

@@ -55,6 +55,10 @@ class Session:
             self._model[1].network.load_state_dict(self._model[2])
         return self._model[1]
 
+    def forget_model(self) -> None:
+        """Drop the model and what was made for it, for a network that is not of this session."""
+        self._model, self._made = None, {}
+
     def tensors(self, entry: CacheEntry) -> ActivationTensors:
         """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
         if entry.key in self._in_memory:

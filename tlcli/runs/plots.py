@@ -98,6 +98,31 @@ def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: b
     _style_axes(axes, [metric for _, metric, _ in jobs], is_share=is_share)
 
 
+def draw_history(axes: Any, trials: Sequence[tuple[int, float]], *, is_share: bool) -> None:
+    """Draw the metric of the trials of a search, from (number, metric), and the best one so far."""
+    numbers, values = zip(*trials, strict=True)
+    best = np.maximum.accumulate(values) if is_share else np.minimum.accumulate(values)
+    axes.step(numbers, best, where="post", color=BLUE)
+    axes.scatter(numbers, values, s=40, facecolors="none", edgecolors=SOFT, clip_on=False, zorder=3)
+    _style_axes(axes, values, is_share=is_share)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.set_xlabel("trial", color=SOFT)
+
+
+def draw_importances(axes: Any, shares: Mapping[str, float]) -> None:
+    """Draw the share of each key in the differences between trials, the highest at the top."""
+    names = list(shares)[::-1]
+    axes.barh(range(len(names)), [shares[name] for name in names], color=BLUE, height=0.6)
+    axes.set_yticks(range(len(names)), [shorten(name, 24) for name in names])
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6, labelcolor=SOFT)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
 def draw_interval(axes: Any, value: float, interval: tuple[float, float], baseline: float | None) -> None:
     """Draw a share and its confidence interval on a line from 0 to 1, with a mark at the baseline."""
     axes.set(xlim=(0, 1), ylim=(-1, 1))

@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,6 +35,7 @@ from tlcli.runs.run_dir import (
     number,
     pair,
     process_has_exited,
+    read_json,
     read_predictions,
     rerun_command,
     text,
@@ -238,8 +240,12 @@ def sweep_view(folder: Path, output: Path) -> View:
             relative = target.name
         job["link"] = "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
     run = RunDir(folder / jobs[0]["name"])
+    search: View = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no search, or a damaged file
+        search = _search_view(read_json(folder / "tune.json"), metric, is_share)
     return {
         **board,
+        "search": search,
         "run_name": folder.resolve().name,
         "title": f"{title} {folder.name}".strip(),
         "info": {} if jobs[0]["status"] == "damaged" else run.info,
@@ -249,6 +255,19 @@ def sweep_view(folder: Path, output: Path) -> View:
         "n_done": sum(job["status"] == "done" for job in jobs),
         "charts": charts,
     }
+
+
+def _search_view(state: View, metric: str, is_share: bool) -> View:
+    """Return the history of a search and the importance of its keys, from tune.json."""
+    trials = [(int(trial["name"]), float(trial["value"])) for trial in state["trials"] if trial["value"] is not None]
+    shares = {str(key): float(share) for key, share in state["importances"].items()}
+    draw, alt = partial(plots.draw_history, trials=trials, is_share=is_share), f"Validation {metric} of each trial"
+    charts = [_chart("History", alt, draw, (420, 244), (48, 14, 34, 40))] if trials else []
+    if shares:
+        alt = f"Shares: {', '.join(f'{key} {share:.0%}' for key, share in shares.items())}"
+        draw = partial(plots.draw_importances, shares=shares)
+        charts.append(_chart("Importance", alt, draw, (420, 34 * len(shares) + 60), (190, 20, 20, 30)))
+    return {"n_trials": len(trials), "charts": charts, "best": state["best"], "command": state["command"]}
 
 
 def tolerant(form: Callable[..., str]) -> Callable[..., str]:

@@ -1,0 +1,181 @@
+"""`tlcli tune`: a folder like a sweep's, the mean of the best recipes, tested once, and how it resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import Ended
+from tlcli.models.tensorfile import read_tensors
+from tlcli.runs.load import load_run
+from tlcli.runs.run_dir import RunDir, read_predictions
+
+Run = Callable[..., Ended]
+
+SPACE = """\
+# Two keys
+overrides: []
+val_fraction: 0.25
+average: 2
+trials: 3
+sampler: tpe
+first: [{}, {augment: none}]
+sizes: []
+space:
+  optimizer.lr: {low: 1e-4, high: 1e-2, log: true}
+  augment: [basic, none]
+  label_smoothing: [0.0, 0.1]
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_own_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold out no images of a small set, as outside of tests."""
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> list[str]:
+    """Words that choose a small search space of one's own."""
+    (tmp_path / "own/tune").mkdir(parents=True)
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE)
+    return [f"--config-dir={tmp_path / 'own'}", "tune=small", "min_steps=4", "min_epochs=1", "image.size=32"]
+
+
+@pytest.fixture
+def words(shapes: Path, space: list[str]) -> list[str]:
+    return [
+        *space,
+        "dataset=imagefolder",
+        f"dataset.root={shapes}",
+        "backbone=efficientnet_lite0",
+        "device.precision=fp32",
+    ]
+
+
+def jobs(folder: Path) -> dict[str, dict]:
+    return {job["name"]: job for job in json.loads((folder / "sweep.json").read_text())["jobs"]}
+
+
+@pytest.mark.slow
+def test_a_search_is_a_sweep_whose_best_is_a_mean_that_was_tested_once(
+    tlcli: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "search"
+    ended = tlcli("tune", *words, "budget=1h", f"hydra.sweep.dir={folder}")
+    assert ended.code == 0, ended.err
+    state = json.loads((folder / "tune.json").read_text())
+    assert [trial["status"] for trial in state["trials"]] == ["done"] * 3
+    assert [trial["recipe"]["augment"] for trial in state["trials"][:2]] == ["basic", "none"], (
+        "the first recipes are first"
+    )
+    final = RunDir(folder / state["best"])
+    assert (folder / "best").resolve() == final.path.resolve()
+
+    values = {trial["name"]: trial["value"] for trial in state["trials"]}
+    assert values == {name: job["validation"] for name, job in jobs(folder).items() if name in values}
+    assert max(values.values()) == values[state["members"][0]], "the best trial is the first member"
+    tested = [file.parent.name for file in folder.glob("*/test.json") if not file.parent.is_symlink()]
+    assert tested == [final.path.name]
+    assert "not tested" in ended.out and "best of 3 trials" in ended.out
+
+    refits = [RunDir(folder / name) for name in final.info["averaged"]]
+    assert len(refits) == len(state["members"])
+    states = [read_tensors(run.best_checkpoint)[0] for run in refits]
+    for name, tensor in read_tensors(final.best_checkpoint)[0].items():
+        assert torch.allclose(tensor.double(), torch.stack([s[name].double() for s in states]).mean(0), atol=1e-6), name
+    n_all = RunDir(folder / "0").info["n_train"] + RunDir(folder / "0").info["n_val"]
+    assert {run.info["n_train"] for run in refits} == {n_all}
+    assert len(read_predictions(final.val_predictions).labels) == RunDir(folder / "0").info["n_val"]
+    # the test is that of the averaged weights, not of a network that the session still held
+    stored, run = read_predictions(final.test_predictions), load_run(final.path)
+    with torch.inference_mode():
+        logits = torch.cat([run.model(run.preprocess(Path(name))) for name in stored.names])
+    assert torch.allclose(logits, stored.logits, atol=1e-3)
+
+    for command in (("report", str(folder)), ("report", str(folder / "best")), ("list", str(tmp_path), "--jobs")):
+        ended = tlcli(*command)
+        assert ended.code == 0, ended.err
+    assert "not tested" in ended.out
+    page = (folder / "report.html").read_text()
+    assert "not tested" in page and "History" in page
+    ended = tlcli("eval", str(folder / "0"))
+    assert ended.code == 0 and (folder / "0/test.json").exists(), ended.err
+    assert jobs(folder)["0"]["test_accuracy"] is not None
+
+
+@pytest.mark.slow
+def test_quick_is_judged_by_cross_validation(tlcli: Run, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(
+        SPACE.replace("overrides: []", "overrides: [freeze=head, folds=2]").replace("trials: 3", "trials: 2")
+    )
+    folder = tmp_path / "search"
+    ended = tlcli("tune", *words, "budget=1h", f"hydra.sweep.dir={folder}")
+    assert ended.code == 0, ended.err
+    best = RunDir(folder / "best")
+    assert best.path.resolve() == (folder / json.loads((folder / "tune.json").read_text())["best"]).resolve()
+    assert best.info["cross_validation"]["folds"] == 2 and best.test()
+    assert len(list(folder.glob("*/best/test.json"))) == 1
+    assert "folds      accuracy" in ended.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    command = [sys.executable, "-m", "tlcli", "tune", *words, "budget=1h", f"hydra.sweep.dir={folder}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("trial 0"))
+        os.kill(process.pid, signal.SIGKILL)  # in the next trial
+    spent = json.loads((folder / "tune.json").read_text())["seconds"]
+    ended = tlcli("train", "--resume", str(folder))
+    assert ended.code == 2 and f"tlcli tune --resume {folder}" in ended.err
+    ended = tlcli("tune", "--resume", str(folder))
+    assert ended.code == 0, ended.err
+    state = json.loads((folder / "tune.json").read_text())
+    assert [trial["name"] for trial in state["trials"]] == ["0", "1", "2"]
+    assert state["seconds"] > spent
+    ended = tlcli("tune", "--resume", str(folder))
+    assert ended.code == 2 and "its budget is spent" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "error"),
+    [
+        ((), "budget is missing: give budget=90s, budget=10m or budget=2h"),
+        (("budget=soon",), "budget=soon: must be a duration: 90s, 10m or 2h"),
+        (("budget=0s",), "budget=0s: must be a duration: 90s, 10m or 2h"),
+        (("budget=1h", "tune=quik"), "tune=quik: there is no such search space. Did you mean 'quick'?"),
+        (("budget=0.1s",), "on this machine; give a longer budget"),
+        (("budget=1h", "optimizer.lr=-1"), "optimizer.lr=-1: expected a number > 0.0"),
+    ],
+)
+def test_usage_errors(tlcli: Run, words: list[str], tmp_path: Path, extra: tuple[str, ...], error: str) -> None:
+    ended = tlcli("tune", *words, *extra, f"hydra.sweep.dir={tmp_path / 'search'}")
+    assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_damaged_space_is_named(tlcli: Run, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "own/tune/small.yaml"
+    for text in (
+        SPACE.replace("low: 1e-4", "low: 1"),
+        SPACE.replace("trials: 3", "trails: 3"),
+        "a: [",
+        SPACE + "  - x",
+    ):
+        file.write_text(text)
+        ended = tlcli("tune", *words, "budget=1h")
+        assert ended.code == 2 and str(file) in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_without_a_search_there_is_nothing_to_resume(tlcli: Run, tmp_path: Path) -> None:
+    ended = tlcli("tune", "--resume", str(tmp_path))
+    assert ended.code == 2 and "not the file of a search" in ended.err
