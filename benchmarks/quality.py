@@ -2,7 +2,7 @@
 
 DATA has cifar10, textures, aerial, cells and mri with {train,test}/CLASS/*, and hymenoptera with {train,val}/CLASS/*.
 A recipe is `tuned loop`, which is benchmarks/tuned_loop.py; `tune`, which is `tlcli tune` with three times the seconds
-that the row of `default` on this machine has, and `random search`, the same with random recipes and without averaging; or
+that the row of `default` on this machine has; `random search`, the same with random recipes and without averaging; or
 any other name for `tlcli train` with default settings and the overrides behind `--`. --python and --checkout choose
 another release of tlcli.
 
