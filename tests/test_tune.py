@@ -1,6 +1,6 @@
 """The study of a search: its first recipes, the values that it tries, and which trials it stops."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,35 +20,34 @@ SPEC = TuneSpec(
 DEFAULTS = {"optimizer.lr": 0.05, "augment": "trivial"}
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study(tmp_path / "study.jsonl", SPEC, DEFAULTS, 0, minimize=False)
+def study_of(*trials: dict[str, Any], current: dict[str, Any] | None = None, minimize: bool = False) -> Study:
+    return Study(SPEC, DEFAULTS, trials, current, seed=0, minimize=minimize)
 
 
-def test_the_first_recipes_are_the_defaults_and_those_given(study: Study) -> None:
-    recipes = [study.recipe(study.study.ask()) for _ in range(12)]
+def test_the_first_recipes_are_the_defaults_and_those_given() -> None:
+    study = study_of()
+    recipes = [study.recipe(study.next_trial()) for _ in range(12)]
     assert recipes[:2] == [DEFAULTS, {**DEFAULTS, "augment": "none"}]
     assert {recipe["augment"] for recipe in recipes[2:]} == {"basic", "none", "trivial"}
     assert all(1e-4 <= recipe["optimizer.lr"] <= 0.05 for recipe in recipes[2:])
 
 
-def test_a_study_is_opened_again_with_the_trial_that_was_interrupted(study: Study, tmp_path: Path) -> None:
-    done, interrupted = study.next_trial(), None
-    study.recipe(done)
-    study.tell(done, 0.5)
-    interrupted = study.next_trial()
-    recipe = study.recipe(interrupted)
-    again = Study(tmp_path / "study.jsonl", SPEC, DEFAULTS, 0, minimize=False)
-    trial = again.next_trial()
-    assert (trial.number, again.recipe(trial)) == (interrupted.number, recipe)
-    again.tell(trial, 0.6)
-    assert again.next_trial().number == 2
+def test_it_continues_with_the_trial_that_was_interrupted() -> None:
+    done = {"status": "done", "value": 0.5, "recipe": DEFAULTS, "reports": {"50": 0.4}}
+    stopped = {"status": "stopped", "value": None, "recipe": DEFAULTS, "reports": {"50": 0.1}}
+    failed = {"status": "failed", "value": None, "recipe": DEFAULTS, "reports": {}}
+    current = {"optimizer.lr": 0.001, "augment": "basic"}
+    study = study_of(done, stopped, failed, current=current)
+    trial = study.next_trial()
+    assert (trial.number, study.recipe(trial)) == (3, current)
+    study = study_of(done)
+    trial = study.next_trial()
+    assert (trial.number, study.recipe(trial)) == (1, {**DEFAULTS, "augment": "none"})
 
 
 @pytest.mark.parametrize("minimize", [False, True])
-def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(tmp_path: Path, minimize: bool) -> None:
-    study = Study(tmp_path / "study.jsonl", SPEC, DEFAULTS, 0, minimize=minimize)
-    sign = -1 if minimize else 1
+def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(minimize: bool) -> None:
+    study, sign = study_of(minimize=minimize), -1 if minimize else 1
     for i in range(STARTUP_TRIALS + 1):
         trial = study.next_trial()
         study.recipe(trial)
@@ -58,21 +57,21 @@ def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(tmp_pat
             assert trial.should_prune() == (is_last and percent >= WARMUP_PERCENT), percent
             if trial.should_prune():
                 break
-        study.tell(trial, None if is_last else sign * 0.5, stopped=is_last)
+        study.tell(trial, None if is_last else sign * 0.5, "stopped" if is_last else "done")
 
 
-def test_importances_need_some_trials(study: Study) -> None:
+def test_importances_need_some_trials() -> None:
+    study = study_of()
     assert study.importances() == {}
     for _ in range(12):
         trial = study.next_trial()
-        recipe = study.recipe(trial)
-        study.tell(trial, 0.9 if recipe["augment"] == "basic" else 0.1)
+        study.tell(trial, 0.9 if study.recipe(trial)["augment"] == "basic" else 0.1, "done")
     shares = study.importances()
     assert list(shares) == ["augment", "optimizer.lr"] and sum(shares.values()) == pytest.approx(1)
 
 
-def test_bounds_need_a_number(tmp_path: Path) -> None:
+def test_bounds_need_a_number() -> None:
     with pytest.raises(UsageError, match="is no number"):
-        Study(tmp_path / "study.jsonl", SPEC, {**DEFAULTS, "optimizer.lr": None}, 0, minimize=False)
+        Study(SPEC, {**DEFAULTS, "optimizer.lr": None}, [], None, seed=0, minimize=False)
     with pytest.raises(ValueError, match="low=0 must be below high=1, and above 0"):
         Bounds(0, 1, log=True)

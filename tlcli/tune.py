@@ -1,9 +1,9 @@
 """A search for a better recipe: what is searched, the study, and the mean of the weights of the best recipes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
     sizes: tuple[Annotated[float, Meta(gt=0)], ...]
     space: dict[str, tuple[Value, ...] | Bounds]
 
-    def without(self, keys: Sequence[str]) -> "TuneSpec":
+    def without(self, keys: Collection[str]) -> "TuneSpec":
         """Return the spec without keys that have a value already."""
 
         def rest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,73 +66,93 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
         return structs.replace(self, first=tuple(map(rest, self.first)), sizes=sizes, space=rest(self.space))
 
 
-class Study:
-    """Optuna's study of a search, in a file: it suggests the recipe of the next trial, and stops one without hope."""
+def require_optuna() -> None:
+    """Raise UsageError if Optuna is not installed."""
+    if find_spec("optuna") is None:
+        raise UsageError("tlcli tune needs Optuna: pip install 'tlcli[tune]'")
 
-    def __init__(self, file: Path, spec: TuneSpec, defaults: Mapping[str, Value], seed: int, *, minimize: bool) -> None:
-        """Open the study, or start it with the recipes of `spec.first`; `defaults` are the values of its keys."""
-        try:
-            import optuna
-        except ImportError:
-            raise UsageError("tlcli tune needs Optuna: pip install 'tlcli[tune]'") from None
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+
+class Study:
+    """Optuna's study of a search: it suggests the recipe of the next trial, and stops one without hope."""
+
+    def __init__(
+        self,
+        spec: TuneSpec,
+        defaults: Mapping[str, Value],
+        trials: Sequence[Mapping[str, Any]],
+        current: Mapping[str, Value] | None,
+        *,
+        seed: int,
+        minimize: bool,
+    ) -> None:
+        """Start with the `trials` so far, as tune.json has them, then `current`, which was interrupted, if any.
+
+        Then come the recipes of `spec.first`. `defaults` are the values of the keys in a run with default settings.
+        """
+        import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
-        self._optuna, self._space = optuna, dict(spec.space)
-        for key, values in self._space.items():
-            if isinstance(values, tuple) and defaults[key] not in values:
-                self._space[key] = (defaults[key], *values)
-            elif isinstance(values, Bounds):
-                value = defaults[key]
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise UsageError(f"space: {key}={value} is no number, so that it cannot have bounds")
-                self._space[key] = structs.replace(values, low=min(values.low, value), high=max(values.high, value))
-        is_new = not file.exists()
-        self.study: optuna.Study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(file))),
-            study_name="tlcli",
-            load_if_exists=True,
+        self._optuna, self._defaults = optuna, defaults
+        self._distributions: dict[str, Any] = {}
+        for key, values in spec.space.items():
+            default = defaults[key]
+            if isinstance(values, Bounds):
+                if isinstance(default, bool) or not isinstance(default, int | float):
+                    raise UsageError(f"space: {key}={default} is no number, so that it cannot have bounds")
+                low, high = min(values.low, default), max(values.high, default)
+                self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
+            else:
+                choices = dict.fromkeys((default, *values))
+                self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))
+        self._study: optuna.Study = optuna.create_study(
             direction="minimize" if minimize else "maximize",
-            sampler=sampler(seed=seed),
+            sampler=sampler(seed=seed + len(trials)),
             pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS, WARMUP_PERCENT),
         )
-        for recipe in spec.first if is_new else ():
-            self.study.enqueue_trial({key: recipe.get(key, defaults[key]) for key in self._space})
+        for trial in trials:
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    state=self._state(trial["status"]),
+                    value=trial["value"],
+                    params=dict(trial["recipe"]),
+                    distributions=self._distributions,
+                    intermediate_values={int(percent): value for percent, value in trial["reports"].items()},
+                )
+            )
+        n_tried = len(trials) + (current is not None)
+        for recipe in (*([current] if current else []), *spec.first[n_tried:]):
+            self._study.enqueue_trial({key: recipe.get(key, defaults[key]) for key in self._distributions})
 
     def next_trial(self) -> "optuna.trial.Trial":
-        """Return the trial that was interrupted, if one was, or a new one."""
-        states = self._optuna.trial.TrialState
-        running = self.study.get_trials(deepcopy=False, states=(states.RUNNING,))
-        return self._optuna.trial.Trial(self.study, running[0]._trial_id) if running else self.study.ask()
+        """Return a new trial."""
+        return self._study.ask()
 
     def recipe(self, trial: "optuna.trial.Trial") -> dict[str, Value]:
         """Return the values that a trial tries, by key."""
         recipe: dict[str, Value] = {}
-        for key, values in self._space.items():
-            if isinstance(values, Bounds):
-                recipe[key] = float(f"{trial.suggest_float(key, values.low, values.high, log=values.log):.3g}")
-            elif isinstance(values, tuple):
-                recipe[key] = trial.suggest_categorical(key, values)
+        for key, values in self._distributions.items():
+            if isinstance(values, self._optuna.distributions.FloatDistribution):
+                number = trial.suggest_float(key, values.low, values.high, log=values.log)
+                recipe[key] = min(max(float(f"{number:.3g}"), values.low), values.high)
+            else:
+                recipe[key] = trial.suggest_categorical(key, values.choices)
         return recipe
 
-    def tell(self, trial: "optuna.trial.Trial", value: float | None, *, stopped: bool = False) -> None:
-        """Record the validation metric of a trial; None if it failed."""
-        states = self._optuna.trial.TrialState
-        if stopped:
-            self.study.tell(trial, state=states.PRUNED)
-        elif value is None:
-            self.study.tell(trial, state=states.FAIL)
-        else:
-            self.study.tell(trial, value)
+    def tell(self, trial: "optuna.trial.Trial", value: float | None, status: str) -> None:
+        """Record how a trial ended: `done` with its validation metric, `stopped` or `failed`."""
+        self._study.tell(trial, value, state=self._state(status))
 
     def importances(self) -> dict[str, float]:
         """Return the share of each key in the variance of the metric (fANOVA, Hutter et al. 2014), highest first."""
-        done = self.study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,))
+        done = self._study.get_trials(deepcopy=False, states=(self._state("done"),))
         if len(done) <= STARTUP_TRIALS or len({trial.value for trial in done}) < 2:
             return {}
-        return dict(self._optuna.importance.get_param_importances(self.study))
+        return dict(self._optuna.importance.get_param_importances(self._study))
+
+    def _state(self, status: str) -> Any:
+        states = self._optuna.trial.TrialState
+        return {"done": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL}[status]
 
 
 def mean_weights(runs: Sequence[RunDir]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -144,12 +164,12 @@ def mean_weights(runs: Sequence[RunDir]) -> tuple[dict[str, torch.Tensor], dict[
 
 
 def choose_members(
-    runs: Sequence[RunDir], limit: int, spec: TrainSpec, session: Session, reporter: Reporter
+    runs: Sequence[RunDir], limit: int, spec: TrainSpec, session: Session, reporter: Reporter, *, keep: bool = False
 ) -> tuple[list[RunDir], SplitPredictions]:
     """Return the runs whose weights are averaged, at most `limit`, and the predictions of the mean for validation.
 
     `runs` are in order of validation, the best first. Each is added unless the loss, at the best temperature, becomes
-    higher by more than one standard error of the paired difference.
+    higher by more than one standard error of the paired difference; with `keep` all are.
     """
 
     def losses(predictions: Predictions) -> torch.Tensor:
@@ -163,7 +183,7 @@ def choose_members(
         loaded.model.load_state_dict(mean_weights([*members, run])[0])
         result = predict_split(loaded, "val", spec, spec, session, reporter)
         change = losses(result.predictions) - (best[0] if best else math.inf)
-        if best is None or change.mean() <= change.std() / len(change) ** 0.5:
+        if best is None or keep or change.mean() <= change.std() / len(change) ** 0.5:
             members.append(run)
             best = losses(result.predictions), result.rows
         if len(members) == limit:
@@ -177,7 +197,7 @@ def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredi
     first, predictions = runs[0], Predictions(validation.logits, validation.labels)
     info = first.info
     state, metadata = mean_weights(runs)
-    average.best_checkpoint.parent.mkdir(parents=True)
+    average.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(average.best_checkpoint, state, metadata)
     write_predictions(average.val_predictions, validation)
     average.write_config(first.config_file.read_text(encoding="utf-8"))

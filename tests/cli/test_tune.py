@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.conftest import Ended
+from tlcli import evaluate, tune
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_predictions
@@ -26,7 +28,7 @@ average: 2
 trials: 3
 sampler: tpe
 first: [{}, {augment: none}]
-sizes: []
+sizes: [1.0, 1.5]
 space:
   optimizer.lr: {low: 1e-4, high: 1e-2, log: true}
   augment: [basic, none]
@@ -130,9 +132,13 @@ def test_quick_is_judged_by_cross_validation(tlcli: Run, words: list[str], tmp_p
 def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "search"
     command = [sys.executable, "-m", "tlcli", "tune", *words, "budget=1h", f"hydra.sweep.dir={folder}"]
+    ended = tlcli("tune", "--resume", str(folder))
+    assert ended.code == 2, "there is nothing yet"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith("trial 0"))
+        ended = tlcli("tune", "--resume", str(folder))
+        assert ended.code == 2 and "is still running it" in ended.err
         os.kill(process.pid, signal.SIGKILL)  # in the next trial
     spent = json.loads((folder / "tune.json").read_text())["seconds"]
     ended = tlcli("train", "--resume", str(folder))
@@ -146,6 +152,31 @@ def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path
     assert ended.code == 2 and "its budget is spent" in ended.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["choose_members", "average_runs", "add_test"])
+def test_a_search_that_was_interrupted_at_its_end_is_resumed(
+    tlcli: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    folder, module = tmp_path / "search", evaluate if stage == "add_test" else tune
+    function = getattr(module, stage)
+
+    def interrupt(*args: Any, **options: Any) -> None:
+        if stage != "choose_members":
+            function(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, stage, interrupt)
+        ended = tlcli("tune", *words, "budget=1h", f"hydra.sweep.dir={folder}")
+    assert ended.code == 130 and "resume with: tlcli tune --resume search" in ended.err
+    before = {file: file.read_bytes() for file in folder.glob("refit-*/checkpoints/best.safetensors")}
+    assert bool(before) == (stage != "choose_members")
+    ended = tlcli("tune", "--resume", str(folder))
+    assert ended.code == 0, ended.err
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert (folder / "best").resolve() == folder / "mean" and (folder / "mean/test.json").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "error"),
     [
@@ -155,6 +186,8 @@ def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path
         (("budget=1h", "tune=quik"), "tune=quik: there is no such search space. Did you mean 'quick'?"),
         (("budget=0.1s",), "on this machine; give a longer budget"),
         (("budget=1h", "optimizer.lr=-1"), "optimizer.lr=-1: expected a number > 0.0"),
+        (("budget=1h", "dataset.val_fraction=null"), "a search needs validation images"),
+        (("budget=1h", "folds=2", "fold=0"), "fold=0: a search compares recipes by all folds; leave it out"),
     ],
 )
 def test_usage_errors(tlcli: Run, words: list[str], tmp_path: Path, extra: tuple[str, ...], error: str) -> None:

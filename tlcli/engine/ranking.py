@@ -61,8 +61,9 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     run = replace(workload, spec=structs.replace(spec, image=image))
     train, evaluation = (form.images_per_second for form in measure_network(run))
     fits = [run] if run.first_fit is None else [run, run.first_fit]
-    n_trained = sum(fit.epochs * len(fit.data.train) for fit in fits)
-    n_evaluated = len(data.train) + run.epochs * len(data.val) + len(data.test)  # the probe reads train
+    is_head = spec.freeze.kind == "head" and not run.augments  # the features are stored, and a step takes no time
+    n_trained = 0 if is_head else sum(fit.epochs * len(fit.data.train) for fit in fits)
+    n_evaluated = len(data.train) + (1 if is_head else run.epochs) * len(data.val) + len(data.test)  # of the probe, too
     return (n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
 
 

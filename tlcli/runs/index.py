@@ -104,6 +104,8 @@ def _sweep_entry(path: Path, jobs: Sequence[Entry]) -> Entry:
     runs = sorted(jobs, key=lambda job: natural_order(str(job["path"])))
     counts = Counter(job["status"] for job in runs)
     best = next(iter(rank(runs)[1]), {"val": None, "test": None, "path": None})
+    if (link := path / REFIT).is_symlink():  # of a search, whose result may have a lower validation than a trial
+        best = next((job for job in runs if job["path"] == path / link.readlink()), best)
     minutes = [job["minutes"] for job in runs if job["minutes"] is not None]
     names = ("dataset", "data", "backbone", "freeze")
     return {

@@ -1,0 +1,346 @@
+"""A search of `tlcli tune` in a folder: its trials, the refits of the best recipes, and the mean of their weights."""
+
+import math
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from omegaconf import OmegaConf
+
+from tlcli import __version__
+from tlcli.cli import exit_status
+from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
+from tlcli.cli.job import Command
+from tlcli.cli.view import TerminalReporter
+from tlcli.errors import StoppedError
+from tlcli.interrupts import defer_interrupts
+from tlcli.reporter import EpochRow
+from tlcli.runs import leaderboard
+from tlcli.runs.run_dir import REFIT, RunDir, host_digest, write_json
+from tlcli.specs import TrainSpec
+from tlcli.text import duration_text, shown_path
+
+if TYPE_CHECKING:
+    from tlcli.engine.session import Session
+    from tlcli.tune import Study
+
+STATE_FILE = "tune.json"
+MEAN = "mean"  # name of the job with the mean of weights
+SAVE_SECONDS = 5.0  # between updates of the time spent, so that a search that is killed knows it
+MARGIN = 1.1  # for what is estimated
+FINAL_SECONDS = 5.0  # of the end, besides evaluation
+MAX_FAILURES = 3  # in a row, after which the cause is not the recipe
+
+
+class TrialReporter(TerminalReporter):
+    """Writes a trial to its log and shows its bars alone. Raises StoppedError when its time is up or it is hopeless."""
+
+    def __init__(
+        self, search: "Search", label: str, deadline: float, is_hopeless: Callable[[int, float], bool] | None
+    ) -> None:
+        super().__init__()
+        self._screen.quiet = True
+        self._search, self._label, self._deadline, self._is_hopeless = search, label, deadline, is_hopeless
+
+    @contextmanager
+    def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
+        with self._search.reporter.track(f"{self._label}: {label}", total, unit) as advance:
+
+            def advance_in_time(n: int) -> None:
+                advance(n)
+                self._search.tick()
+                if self._search.left < self._deadline:
+                    raise StoppedError("the time of the trials was up")
+
+            yield advance_in_time
+
+    def epoch(self, row: EpochRow) -> None:
+        super().epoch(row)
+        value = getattr(row, f"val_{self._search.metric}")
+        if self._is_hopeless and value is not None and 0 < row.epoch < row.epochs:
+            percent = round(100 * row.epoch / row.epochs)
+            if self._is_hopeless(percent, value):
+                raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
+
+
+def words_of(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of a recipe."""
+    return [f"{key}={'null' if value is None else value}" for key, value in recipe.items()]
+
+
+class Search:
+    """A search in a folder. Its state is in tune.json, from which it can be resumed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        start: float,
+        reporter: TerminalReporter,
+        session: "Session | None" = None,
+    ) -> None:
+        from tlcli.engine.session import session_for
+        from tlcli.tune import TuneSpec
+
+        self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
+        self._spent, self._saved = float(state["seconds"]), 0.0
+        self._spec = msgspec.convert(state["space"], TuneSpec)
+        self._config, self._base = self._compose(state["image"])
+        self.metric = self._base.keep_best.value
+        self._session = session or session_for(self._base.cache)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return float(self._state["budget"]) - self._spent - (time.monotonic() - self._start)
+
+    def save(self, status: str = "running") -> None:
+        """Write tune.json."""
+        spent = round(self._spent + time.monotonic() - self._start, 3)
+        self._state |= {"status": status, "seconds": spent, "pid": os.getpid(), "host": host_digest()}
+        write_json(self.folder / STATE_FILE, self._state)
+        self._saved = time.monotonic()
+
+    def tick(self) -> None:
+        """Write tune.json if the last time was some seconds ago."""
+        if time.monotonic() > self._saved + SAVE_SECONDS:
+            self.save()
+
+    def run(self) -> None:
+        """Try recipes while there is time, train the best ones again, average them, and test the result."""
+        self.save()
+        data, network, budget = self._base.dataset.name, self._base.backbone.name, self._state["budget"]
+        self.reporter.show(f"tlcli {__version__}: {data} -> {network}, a search of {duration_text(budget)}")
+        if self._state["members"] is None:
+            self._search_recipes()
+        final = self._finish()
+        self._state["best"] = final.path.relative_to(self.folder).as_posix()
+        if not os.path.lexists(self.folder / REFIT):
+            with suppress(OSError):  # a file system without links
+                (self.folder / REFIT).symlink_to(self._state["best"], target_is_directory=True)
+        self.save("done")
+        self._show(final, leaderboard.write(self.folder))
+
+    def _compose(self, words: list[str]) -> tuple[Any, TrainSpec]:
+        flags = parse_flags([*self._state["words"], *words])
+        config, _ = compose_config(flags)
+        return config, build_spec(config, flags.files)
+
+    def _search_recipes(self) -> None:
+        """Run trials while there is time, and choose the recipes whose weights are averaged."""
+        from tlcli.tune import Study, choose_members
+
+        if self._state["defaults"] is None:
+            self._set_defaults()
+        trials = self._state["trials"]
+        study = Study(
+            self._spec,
+            self._state["defaults"],
+            trials,
+            self._state["current"],
+            seed=self._base.seed,
+            minimize=self.metric == "loss",
+        )
+        n_members = self._spec.average
+        while True:
+            while not trials or self._has_time(min(n_members, len(self._ranked()) + 1)):
+                self._run_trial(study)
+                leaderboard.write(self.folder)
+            ranked = self._ranked()
+            if self._base.folds is not None:
+                members = ranked[:1]
+                break
+            reader = load_spec(ranked[0])
+            members, _ = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
+            if len(members) >= n_members or not self._has_time(len(members)):
+                break
+            n_members = len(members)  # which leaves time for another trial
+        self._state["importances"] = study.importances()
+        self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
+        self.save()
+
+    def _set_defaults(self) -> None:
+        """Choose the image of all trials, which the mean of weights needs, and the values that the space has."""
+        from tlcli.engine.image_choice import STEP, choose_image, takes_size
+        from tlcli.engine.ranking import new_workload
+        from tlcli.tune import SIZE_KEY
+
+        workload = new_workload(self._base, self._session, self.reporter)
+        image, reason = choose_image(workload, self.reporter)
+        if reason is not None:
+            self.reporter.note(f"image: {image.size} px, {image.fit}: {reason}")
+        words = [f"image.size={image.size}", f"image.fit={image.fit}"]
+        if image.train_size is not None:
+            words.append(f"image.train_size={image.train_size}")
+        self._config, self._base = self._compose(words)
+        choices, defaults, space = self._config.hydra.runtime.choices, {}, {}
+        for key, values in self._spec.space.items():
+            default = choices[key] if key in choices else OmegaConf.select(self._config, key, default=...)
+            if default is ... or (key in ("min_steps", "min_epochs") and self._base.epochs is not None):
+                continue  # the chosen options do not have this key
+            defaults[key], space[key] = default, values
+        size = image.train_size or image.size
+        if self._spec.sizes and size is not None and self._base.cache.views is None:
+            sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
+            defaults[SIZE_KEY], space[SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
+        self._spec = msgspec.structs.replace(self._spec, sizes=(), space=space)
+        self._state |= {"image": words, "defaults": defaults, "space": msgspec.to_builtins(self._spec)}
+        self.save()
+
+    def _ranked(self) -> list[RunDir]:
+        """Return the finished trials, the best first."""
+        done = [trial for trial in self._state["trials"] if trial["value"] is not None]
+        done.sort(key=lambda trial: trial["value"], reverse=self.metric != "loss")
+        return [RunDir(self.folder / trial["name"] / (REFIT if self._base.folds else "")) for trial in done]
+
+    def _trial_of(self, run: RunDir) -> dict[str, Any]:
+        trial: dict[str, Any] = next(t for t in self._state["trials"] if t["name"] == run.path.name)
+        return trial
+
+    def _cost(self) -> float:
+        """Return the mean seconds of a trial, as far as is known: those of the first one include what is done once."""
+        seconds = [trial["seconds"] for trial in self._state["trials"] if trial["value"] is not None]
+        return float(mean(seconds[1:] or seconds or [0.0]))
+
+    def _refit_seconds(self, run: RunDir) -> float:
+        """Return the expected seconds of training the recipe of a trial again on all images."""
+        from tlcli.engine.schedule import number_of_epochs
+
+        info, trial = run.info, self._trial_of(run)
+        n_all = info["n_train"] + info["n_val"]
+        n_seen = number_of_epochs(load_spec(run), n_all) * n_all
+        seconds = trial["seconds"] if trial["name"] != "0" else min(trial["seconds"], self._cost())
+        return float(MARGIN * seconds * n_seen / (info["epochs"] * info["n_train"]))
+
+    def _reserve(self, n_members: int) -> float:
+        """Return the seconds that the end takes with this number of recipes: refits, comparisons and the test."""
+        ranked = self._ranked()
+        if not ranked:
+            return 0.0
+        info, refits = ranked[0].info, [0.0]
+        if self._state["val_fraction"] is not None:
+            refits = [self._refit_seconds(run) for run in ranked[:n_members]]
+            refits += [mean(refits)] * (n_members - len(refits))
+        n_evaluated = info["n_test"] + 3 * n_members * info["n_val"]  # twice as many are compared, and these once more
+        speed = float(self._state["images_per_second"] or math.inf)
+        return float(sum(refits) + n_evaluated / speed + FINAL_SECONDS)
+
+    def _has_time(self, n_members: int) -> bool:
+        """Return True if there is time for another trial, and if there may be another one."""
+        limit, n = self._spec.trials, len(self._state["trials"])
+        if not self._spec.space:
+            limit = 1
+        return (limit is None or n < limit) and self.left > self._cost() + self._reserve(n_members)
+
+    def _run_trial(self, study: "Study") -> None:
+        """Train the next recipe, and record how it ended. Raise the error of the first one, or of several in a row."""
+        trials, trial = self._state["trials"], study.next_trial()
+        recipe, name = study.recipe(trial), str(trial.number)
+        self._state["current"] = recipe
+        self.save()
+        words = [*self._state["image"], *words_of(recipe)]
+        if self._state["val_fraction"] is not None:
+            words.append(f"dataset.val_fraction={self._state['val_fraction']}")
+        reports: dict[int, float] = {}
+
+        def is_hopeless(percent: int, value: float) -> bool:
+            reports[percent] = value
+            trial.report(value, percent)
+            return trial.should_prune()
+
+        deadline = self._reserve(1) if self._ranked() else -math.inf
+        reporter = TrialReporter(self, f"trial {name}", deadline, None if self._base.folds else is_hopeless)
+        start, value, status, error = self.left, None, "done", ""
+        try:
+            value = float(self._train(name, words, reporter).info["best"][self.metric])
+        except Exception as exc:
+            status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
+            last = [t["status"] for t in trials[1 - MAX_FAILURES :]]
+            if not trials or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
+                raise
+        with defer_interrupts:
+            study.tell(trial, value, status)
+            record = {"name": name, "status": status, "value": value, "recipe": recipe, "seconds": start - self.left}
+            trials.append({**record, "reports": reports})
+            self._state["current"] = None
+            self.save()
+        values = [t["value"] for t in trials if t["value"] is not None]
+        best = (min if self.metric == "loss" else max)(values)
+        text = f"{status}: {error}"
+        if value is not None:
+            text = f"validation {self.metric} {value:.4f}, best {best:.4f}"
+        changes = [f"{key}={value}" for key, value in recipe.items() if value != self._state["defaults"][key]]
+        title = " ".join(changes) or "default settings"
+        self.reporter.show(f"trial {name}  {title}: {text}; {duration_text(max(0.0, self.left))} left")
+
+    def _train(self, name: str, words: list[str], reporter: TrialReporter) -> RunDir:
+        """Return the run of a job; train it, or what is left of it."""
+        typed, path = [*self._state["words"], *words], self.folder / name
+        flags = parse_flags(typed)
+        config, loader = compose_config(flags)
+        spec = build_spec(config, flags.files)
+        run = RunDir(path / REFIT if spec.folds else path)
+        if run.info_file.exists() and run.info.get("status") == "done":
+            return run
+        line = shlex.join(["tlcli", "train", *typed])
+        path.mkdir(exist_ok=True)
+        with composing(flags.files):
+            Command(line, flags.files, None, spec=spec, resume=True, reporter=reporter, session=self._session).launch(
+                config, loader, path
+            )
+        return RunDir(run.path)
+
+    def _finish(self) -> RunDir:
+        """Return the run to use: the winner, or the mean of the best recipes, trained on all images; tested once."""
+        from tlcli.evaluate import add_test
+        from tlcli.tune import average_runs, choose_members
+
+        members = [RunDir(self.folder / name) for name in self._state["members"]]
+        final = members[0] if self._base.folds is not None else RunDir(self.folder / MEAN)
+        if not final.info_file.exists():
+            _, validation = choose_members(
+                members, len(members), load_spec(members[0]), self._session, self.reporter, keep=True
+            )
+            refits: list[RunDir] = []
+            for run in members if self._state["val_fraction"] is not None else ():
+                if refits and self.left < self._refit_seconds(run) + FINAL_SECONDS:
+                    break
+                label = f"refit of trial {run.path.name}"
+                words = [*self._state["image"], *words_of(self._trial_of(run)["recipe"])]
+                if self._base.interpolate is None:
+                    words.append("interpolate=1")  # the mean has the same effect, and no first fit is needed
+                reporter = TrialReporter(self, label, -math.inf, None)
+                refits.append(self._train(f"refit-{run.path.name}", words, reporter))
+                self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
+            average_runs(refits or members, final, validation)
+        spec = load_spec(final)
+        test = self._session.dataset(spec.dataset, spec.seed, self.reporter, spec.folds).test
+        if len(test) and not final.test_file.exists():
+            add_test(final.path, spec, self._session, self.reporter)
+        return RunDir(final.path)
+
+    def _show(self, final: RunDir, board: Mapping[str, Any]) -> None:
+        trials, info = self._state["trials"], final.info
+        counts = {s: sum(trial["status"] == s for trial in trials) for s in ("done", "stopped", "failed")}
+        validation = f"{self.metric} {info['best'][self.metric]:.4f}, chosen as the best of {counts['done']} trials"
+        test = "no test split"
+        if info.get("test"):
+            low, high = info["test"]["accuracy_ci95"]
+            test = f"accuracy {info['test']['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
+        n_members, refit = len(info.get("averaged", ())), self._base.folds or self._state["val_fraction"] is not None
+        made = f"the mean of the weights of {n_members} runs" if n_members > 1 else "the best recipe"
+        place = self.folder / REFIT if (self.folder / REFIT).exists() else final.path
+        self.reporter.leaderboard(self.folder, board)
+        self.reporter.show_labelled(
+            ("trials", ", ".join(f"{n} {status}" for status, n in counts.items() if n)),
+            ("folds" if self._base.folds else "validation", f"{validation}, so it is too high on average"),
+            ("test", test),
+            ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
+            ("best", f"{shown_path(place)}: {made}{', trained on all images' if refit else ''}"),
+        )
