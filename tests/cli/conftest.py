@@ -58,7 +58,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Train], None]:
 
     def put(train: Train) -> None:
         module: Any = types.ModuleType("tlcli.train")
-        module.train = lambda spec, run, reporter, session, restart=None: train(spec, run, reporter)
+        module.train = lambda spec, run, reporter, *others, **options: train(spec, run, reporter)
         monkeypatch.setitem(sys.modules, "tlcli.train", module)
 
     return put
