@@ -29,7 +29,7 @@ METADATA = {"backbone": "test_resnet", "backbone_kind": "timm", "classes": list(
 
 def backbone(weights: str = "none") -> TimmBackboneSpec:
     return TimmBackboneSpec(
-        name="test_resnet", weights=weights, reinit=[], dropout=0.0, imagenet_top1=None, license=None
+        name="test_resnet", weights=weights, reinit=[], size=None, dropout=0.0, imagenet_top1=None, license=None
     )
 
 
