@@ -69,7 +69,8 @@ SCRIPT = f"""
 from tests.conftest import *
 from tlcli.models.build import published_weights
 from tlcli.models.backbones import TimmBackboneSpec
-spec = TimmBackboneSpec(name="{NAME}", weights="default", reinit=[], size=None, dropout=0.0, imagenet_top1=None, license=None)
+options = dict(reinit=[], size=None, dropout=0.0, imagenet_top1=None, license=None)
+spec = TimmBackboneSpec(name="{NAME}", weights="default", **options)
 print(len(published_weights(spec, spec.build(3), 3, 224).state))
 """
 
