@@ -236,7 +236,7 @@ class Search:
         limit, n = self._spec.trials, len(self._state["trials"])
         if not self._spec.space:
             limit = 1
-        return (limit is None or n < limit) and self.left > self._cost() + self._reserve(n_members)
+        return (limit is None or n < limit) and self.left > MARGIN * self._cost() + self._reserve(n_members)
 
     def _run_trial(self, study: "Study") -> None:
         """Train the next recipe, and record how it ended. Raise the error of the first one, or of several in a row."""
