@@ -222,7 +222,12 @@ def sweep_view(folder: Path, output: Path) -> View:
     if not jobs:
         raise UsageError(f"{folder}: no run in this sweep")
     metric, is_share = board["figure"].replace("_", " "), board["figure"] != "loss"
-    title = FILTERS["percent" if is_share else "decimal"](jobs[0]["validation"]) if jobs[0]["rank"] == 1 else ""
+    search: View = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no search, or a damaged file
+        search = _search_view(read_json(folder / "tune.json"), metric, is_share)
+    result = [job for job in jobs if job["name"] == search.get("best")] or [job for job in jobs if job["rank"] == 1]
+    best = result[0] if result else None
+    title = FILTERS["percent" if is_share else "decimal"](best["validation"]) if best else ""
     done, charts = [job for job in jobs if job["rank"] is not None], []
     for key in board["keys"]:
         values = [(job["values"].get(key), number(job["validation"]), job["rank"] == 1) for job in done]
@@ -240,11 +245,9 @@ def sweep_view(folder: Path, output: Path) -> View:
             relative = target.name
         job["link"] = "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
     run = RunDir(folder / jobs[0]["name"])
-    search: View = {}
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no search, or a damaged file
-        search = _search_view(read_json(folder / "tune.json"), metric, is_share)
     return {
         **board,
+        "best": best,
         "search": search,
         "run_name": folder.resolve().name,
         "title": f"{title} {folder.name}".strip(),
