@@ -153,10 +153,11 @@ def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["choose_members", "average_runs", "add_test"])
+@pytest.mark.parametrize("stage", ["choose_members", "add_test"])
 def test_a_search_that_was_interrupted_at_its_end_is_resumed(
     tlcli: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 1"))
     folder, module = tmp_path / "search", evaluate if stage == "add_test" else tune
     function = getattr(module, stage)
 
