@@ -130,7 +130,7 @@ def test_quality_skips_runs_that_have_a_row(tmp_path: Path, monkeypatch: pytest.
         make_folder(tmp_path / "cells" / split, {"a": 3, "b": 3})
     seeds = []
 
-    def stand_in(recipe, task, folder: Path, seed: int, run: Path) -> tuple[dict[str, bool], float]:
+    def stand_in(recipe, task, folder: Path, seed: int, run: Path, budget) -> tuple[dict[str, bool], float]:
         seeds.append(seed)
         return {f"{file.parent.name}/{file.name}": file.parent.name == "a" for file in folder.glob("test/*/*")}, 2.5
 

@@ -107,7 +107,7 @@ STUB = """
 import signal, sys, types
 from tlcli.interrupts import defer_interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
-def train(*arguments):
+def train(*arguments, **options):
     with defer_interrupts:
         for _ in range(120):
             signal.raise_signal(signal.SIGINT)
