@@ -69,7 +69,7 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
 def require_optuna() -> None:
     """Raise UsageError if Optuna is not installed."""
     if find_spec("optuna") is None:
-        raise UsageError("tlcli tune needs Optuna: pip install 'tlcli[tune]'")
+        raise UsageError("Optuna is not installed: pip install 'tlcli[tune]'")
 
 
 class Study:
