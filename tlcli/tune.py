@@ -1,6 +1,5 @@
 """A search for a better recipe: what is searched, the study, and the mean of the weights of the best recipes."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -93,7 +92,7 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
-        self._optuna, self._defaults = optuna, defaults
+        self._optuna = optuna
         self._distributions: dict[str, Any] = {}
         for key, values in spec.space.items():
             default = defaults[key]
@@ -163,33 +162,33 @@ def mean_weights(runs: Sequence[RunDir]) -> tuple[dict[str, torch.Tensor], dict[
     return {name: means[name].to(tensor.dtype) for name, tensor in state.items()}, metadata
 
 
+def predict_mean(runs: Sequence[RunDir], spec: TrainSpec, session: Session, reporter: Reporter) -> SplitPredictions:
+    """Return the predictions of the runs' mean weights for the validation images of `spec`."""
+    loaded = load_run(runs[-1].path)
+    loaded.model.load_state_dict(mean_weights(runs)[0])
+    return predict_split(loaded, "val", spec, spec, session, reporter).rows
+
+
 def choose_members(
-    runs: Sequence[RunDir], limit: int, spec: TrainSpec, session: Session, reporter: Reporter, *, keep: bool = False
-) -> tuple[list[RunDir], SplitPredictions]:
-    """Return the runs whose weights are averaged, at most `limit`, and the predictions of the mean for validation.
+    runs: Sequence[RunDir], limit: int, spec: TrainSpec, session: Session, reporter: Reporter
+) -> list[RunDir]:
+    """Return the runs whose weights are averaged, at most `limit`.
 
     `runs` are in order of validation, the best first. Each is added unless the loss, at the best temperature, becomes
-    higher by more than one standard error of the paired difference; with `keep` all are.
+    higher by more than one standard error of the paired difference.
     """
-
-    def losses(predictions: Predictions) -> torch.Tensor:
-        logits, labels = predictions.logits, predictions.labels
-        return F.cross_entropy(logits.double() / likely_temperature(logits, labels), labels, reduction="none")
-
     members: list[RunDir] = []
-    best: tuple[torch.Tensor, SplitPredictions] | None = None
+    best: torch.Tensor | None = None
     for run in runs:
-        loaded = load_run(run.path)
-        loaded.model.load_state_dict(mean_weights([*members, run])[0])
-        result = predict_split(loaded, "val", spec, spec, session, reporter)
-        change = losses(result.predictions) - (best[0] if best else math.inf)
-        if best is None or keep or change.mean() <= change.std() / len(change) ** 0.5:
-            members.append(run)
-            best = losses(result.predictions), result.rows
+        p = predict_mean([*members, run], spec, session, reporter)
+        scaled = p.logits.double() / likely_temperature(p.logits, p.labels)
+        losses = F.cross_entropy(scaled, p.labels, reduction="none")
+        change = losses if best is None else losses - best
+        if best is None or change.mean() <= change.std() / len(change) ** 0.5:
+            members, best = [*members, run], losses
         if len(members) == limit:
             break
-    assert best is not None
-    return members, best[1]
+    return members
 
 
 def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions) -> None:

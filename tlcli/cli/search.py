@@ -157,7 +157,7 @@ class Search:
                 members = ranked[:1]
                 break
             reader = load_spec(ranked[0])
-            members, _ = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
+            members = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
             if len(members) >= n_members or not self._has_time(len(members)):
                 break
             n_members = len(members)  # which leaves time for another trial
@@ -227,7 +227,9 @@ class Search:
         if self._state["val_fraction"] is not None:
             refits = [self._refit_seconds(run) for run in ranked[:n_members]]
             refits += [mean(refits)] * (n_members - len(refits))
-        n_evaluated = info["n_test"] + 3 * n_members * info["n_val"]  # twice as many are compared, and these once more
+        n_evaluated = (
+            info["n_test"] + (2 * n_members + 1) * info["n_val"]
+        )  # twice as many are compared, and then the mean
         speed = float(self._state["images_per_second"] or math.inf)
         return float(sum(refits) + n_evaluated / speed + FINAL_SECONDS)
 
@@ -299,14 +301,12 @@ class Search:
     def _finish(self) -> RunDir:
         """Return the run to use: the winner, or the mean of the best recipes, trained on all images; tested once."""
         from tlcli.evaluate import add_test
-        from tlcli.tune import average_runs, choose_members
+        from tlcli.tune import average_runs, predict_mean
 
         members = [RunDir(self.folder / name) for name in self._state["members"]]
         final = members[0] if self._base.folds is not None else RunDir(self.folder / MEAN)
         if not final.info_file.exists():
-            _, validation = choose_members(
-                members, len(members), load_spec(members[0]), self._session, self.reporter, keep=True
-            )
+            validation = predict_mean(members, load_spec(members[0]), self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
                 if refits and self.left < self._refit_seconds(run) + FINAL_SECONDS:
