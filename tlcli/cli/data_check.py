@@ -34,7 +34,7 @@ def parser() -> Parser:
     add("words", nargs="*", metavar="KEY=VALUE", help="keys of `tlcli train`")
     add("--quick", action="store_true", help="run no network: no near duplicates, no check of labels")
     add("--output", type=Path, metavar="FOLDER", help="a folder that is new or empty")
-    add("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+    data_parser.add_config_dir()
     data_parser.add_format()
     return data_parser
 

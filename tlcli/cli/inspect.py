@@ -57,7 +57,7 @@ def parser() -> Parser:
         help="first an option of backbone= of `tlcli train`, or timm/NAME for any model of timm, or the directory of a "
         "run for its network, data and settings; then KEY=VALUE words as for `tlcli train`, with the same defaults",
     )
-    inspect_parser.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+    inspect_parser.add_config_dir()
     inspect_parser.add_format()
     return inspect_parser
 

@@ -28,6 +28,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_config_dir(self) -> None:
+        """Add --config-dir."""
+        self.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+
     def add_format(self, formats: Sequence[str] = ("table", "json")) -> None:
         """Add --format; the first format is the default."""
         self.add_argument("--format", choices=formats, default=formats[0], help="format of the output")

@@ -61,7 +61,7 @@ def parser() -> Parser:
     add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
     add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
     add("--plot", metavar="FILE", help="draw accuracy against images per second to this new file (.png or .svg)")
-    add("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+    rank_parser.add_config_dir()
     rank_parser.add_format()
     return rank_parser
 

@@ -59,7 +59,7 @@ def parser() -> Parser:
         help="budget=90s|10m|2h: the time; tune=NAME: what is searched (default, quick, or tune/NAME.yaml in "
         "--config-dir); the other words are those of `tlcli train`, and keys that they set are not searched",
     )
-    tune_parser.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+    tune_parser.add_config_dir()
     tune_parser.add_argument("--resume", metavar="SWEEP", help="continue a search with the rest of its budget")
     return tune_parser
 
