@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from msgspec import structs
 
-from tlcli.device import machine_name, setup_process
-from tlcli.engine.activations import Workload, image_size
+from tlcli.device import setup_process
+from tlcli.engine.activations import Workload, load_workload
 from tlcli.engine.decisions import Decisions, decide
 from tlcli.engine.first_fit import FirstFit, choose_share, evaluate_shares, fit_head
 from tlcli.engine.image_choice import choose_image
@@ -24,7 +24,6 @@ from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import HeadInit, ImageSpec, TrainSpec
-from tlcli.transfer.contract import apply_freeze
 
 
 class NewRun:
@@ -162,13 +161,11 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun |
     """Load the data and the network, mark what trains, and decide what `null` leaves open."""
     accelerator = setup_process(spec.device, start.threads)
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
-    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
-    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
-    classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)
+    workload = load_workload(spec, data, accelerator, session)
+    classifier = workload.classifier
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
-    workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe)
+    workload = replace(workload, needs_probe=needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
     image, reason = start.image(replace(workload, data=pool), reporter)
     workload = replace(workload, spec=structs.replace(spec, image=image))

@@ -27,7 +27,7 @@ from tlcli.data.batches import Augmentation, ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import decoder
 from tlcli.data.images import Split
-from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers
+from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers, machine_name
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
@@ -36,7 +36,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, Fit, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
-from tlcli.transfer.contract import FreezeContract, linear_head
+from tlcli.transfer.contract import FreezeContract, apply_freeze, linear_head
 from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 MAX_FIRST_FIT = 1000  # training images: with 500 a first fit gained nothing in accuracy, and it doubles the time
@@ -300,3 +300,11 @@ class Workload:
         }
         self._splits[memo] = SplitActivations(self.session.store, batches, extractor, key, view, metadata)
         return self._splits[memo]
+
+
+def load_workload(spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session) -> Workload:
+    """Return the work of a run on these images, with its network as it is before training and what is frozen."""
+    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
+    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
+    classifier.network.to(accelerator)
+    return Workload(data, classifier, apply_freeze(spec.freeze, classifier), spec, accelerator, session)

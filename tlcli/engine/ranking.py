@@ -7,8 +7,8 @@ from math import sqrt
 from msgspec import structs
 
 from tlcli.data.dataset import limit_per_class
-from tlcli.device import machine_name, setup_process
-from tlcli.engine.activations import Workload, image_size
+from tlcli.device import setup_process
+from tlcli.engine.activations import Workload, image_size, load_workload
 from tlcli.engine.image_choice import candidate_sizes, cross_validate_probe
 from tlcli.engine.numerics import measure_network
 from tlcli.engine.session import Session
@@ -16,7 +16,7 @@ from tlcli.errors import UsageError
 from tlcli.models.classifier import count
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit, TrainSpec
-from tlcli.transfer.contract import apply_freeze, linear_head
+from tlcli.transfer.contract import linear_head
 from tlcli.transfer.probe import CrossValidation
 
 
@@ -45,13 +45,9 @@ class Score:
 
 def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workload:
     """Return the data and the network of a run that has not started."""
-    accelerator = setup_process(spec.device, None)
+    accelerator = setup_process(spec.device)
     data = session.dataset(spec.dataset, spec.seed, reporter)
-    computing = (accelerator.type, machine_name(accelerator), spec.device.compile)
-    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed, computing=computing)
-    classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)
-    return Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
+    return replace(load_workload(spec, data, accelerator, session), needs_probe=True)
 
 
 def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None]:
