@@ -48,6 +48,9 @@ def logits(network: nn.Module, size: int) -> Tensor:
 def test_it_starts_as_the_frozen_network_and_ends_as_its_merged_weights(built, spec: Compose, words) -> None:
     classifier, freeze = built(*words)
     network, plain = classifier.network, dict(classifier.network.state_dict())
+    for name, parameter in network.named_parameters():
+        if name.endswith("gamma"):  # random layer scales are near zero, so that no layer in a block changes the logits
+            nn.init.ones_(parameter)
     before = logits(network, classifier.size)
     apply_freeze(freeze, classifier)
     assert torch.equal(logits(network, classifier.size), before)
@@ -63,7 +66,7 @@ def test_it_starts_as_the_frozen_network_and_ends_as_its_merged_weights(built, s
         for name in updates:
             network.get_parameter(name).normal_(0, 0.05)
     changed, state = logits(network, classifier.size), merged(network, network.state_dict())
-    assert not torch.allclose(changed, before, atol=1e-6)  # random weights may have layer scales near zero
+    assert not torch.allclose(changed, before, atol=1e-5)
     assert state.keys() == plain.keys()
     other = build_model(own.backbone, ("a", "b"), size=None, seed=1).network
     other.load_state_dict(state)
