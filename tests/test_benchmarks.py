@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
 from benchmarks import (
     baselines,
@@ -21,6 +22,7 @@ from benchmarks import (
     photographs,
     prediction,
     quality,
+    ranking,
     run,
     scaling,
     source_target,
@@ -170,3 +172,57 @@ def test_quality_runs_both_recipes(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert [(row["recipe"], row["n"], row["n_train"]) for row in rows] == [("default", 24, 24), ("tuned loop", 24, 24)]
     assert all(row["seconds"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
     assert "| tuned loop | 1 |" in capsys.readouterr().out
+
+
+def test_logme_and_h_score_are_higher_if_features_tell_the_classes_apart() -> None:
+    generator, labels = np.random.default_rng(0), np.repeat([0, 1, 2], 40)
+    noise = generator.normal(size=(120, 16)).astype(np.float32)
+    apart = noise + 2 * np.eye(3, 16, dtype=np.float32)[labels]
+    for score in (ranking.log_evidence, ranking.h_score):
+        assert score(apart, labels) > score(noise, labels)
+    n, grid = 120, np.geomspace(1e-2, 1e3, 60)  # the evidence of one-hot targets, by the definition
+    best = [
+        max(
+            multivariate_normal(np.zeros(n), apart @ apart.T / alpha + np.eye(n) / beta).logpdf((labels == c) * 1.0) / n
+            for alpha in grid
+            for beta in (5.0, 10.0, 20.0, 30.0)
+        )
+        for c in (0, 1, 2)
+    ]
+    assert ranking.log_evidence(apart, labels) == pytest.approx(np.mean(best), abs=0.01)
+
+
+def test_regret_is_zero_for_the_best_candidate() -> None:
+    truth = {"a": 0.9, ranking.LARGEST: 0.8, "c": 0.4}
+    values = {"accuracy": 0.5, "logme": 0.0, "h": 1.0, "run_seconds": 10.0}
+    scores = {"a": values | {"run_seconds": 4.0}, ranking.LARGEST: values | {"logme": 1.0}, "c": values | {"h": 2.0}}
+    found = ranking.regrets(truth, {"scores": scores, "choice": "a"})
+    expected = {
+        "tlcli rank": (0, 0.4),
+        "the largest": (0.1, 1),
+        "LogME": (0.1, 1),
+        "H-score": (0.5, 1),
+        "chance": (0.2, 0.8),
+    }
+    for name, pair in expected.items():
+        assert found[name] == pytest.approx(pair), name
+
+
+def test_ranking_is_validated_by_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranking, "TASKS", ("hymenoptera",))
+    monkeypatch.setattr(ranking, "NETWORKS", ("efficientnet_lite0",))
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
+    words = [str(data), "--small", "--out", str(tmp_path), "--seeds", "0"]
+    ranking.main(words)
+    rows = quality.read(tmp_path / "quality.jsonl")
+    assert [row["recipe"] for row in rows] == [
+        "efficientnet_lite0 32",
+        "efficientnet_lite0 64",
+        "resnet18 of animals 32",
+        "resnet18 of vehicles 32",
+    ]
+    ranking.main([*words, "--tables"])
+    assert quality.read(tmp_path / "quality.jsonl") == rows
+    assert capsys.readouterr().out.count("| tlcli rank |") == 2

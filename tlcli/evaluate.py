@@ -17,7 +17,7 @@ from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, calibration_report, evaluate, test_report
+from tlcli.engine.metrics import Predictions, confidence_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
@@ -122,7 +122,7 @@ def _report(loaded: LoadedRun, result: SplitResult) -> dict[str, Any]:
     return {
         **report,
         "confusion": stored_confusion(report["confusion"]),
-        "calibration": calibration_report(predictions.logits, predictions.labels, loaded.temperature),
+        **confidence_report(predictions.logits, predictions.labels, loaded.temperature),
         "checkpoint": f"checkpoints/{loaded.checkpoint}.safetensors",
         "epoch": loaded.epoch,
     }

@@ -72,6 +72,16 @@ def draw_reliability(axes: Any, series: Mapping[str, Sequence[tuple[float, float
             handle.set_sizes([30])
 
 
+def draw_risk_coverage(axes: Any, curve: Sequence[tuple[float, float, float]]) -> None:
+    """Draw the share of errors among the most confident predictions against their share, from `risk_coverage`."""
+    coverage, risk, _ = zip(*curve, strict=True)
+    axes.plot(coverage, risk, color=BLUE)
+    _style_axes(axes, [0.0, *risk], is_share=True)
+    axes.set(xlim=(0, 1), xticks=np.linspace(0, 1, 5))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("share of the images that are answered", color=SOFT)
+
+
 def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: bool) -> None:
     """Draw the metric of jobs against their value of one key, from (value, metric, is best); the best is filled."""
     try:

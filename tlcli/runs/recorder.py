@@ -17,7 +17,7 @@ from tlcli.engine.metrics import (
     Predictions,
     Scores,
     calibrate,
-    calibration_report,
+    confidence_report,
     most_confused,
     scores,
     test_report,
@@ -227,20 +227,21 @@ class Recorder:
         self._reporter.outcome(run.path, result)
 
     def _calibrate(self, validation: Predictions | None, predictions: Predictions | None) -> dict[str, Any]:
-        """Write the temperature of `validation` to run.json, and return its effect on test, as in test.json."""
+        """Write the temperature of `validation` to run.json; return what test.json has about probabilities."""
         calibration = None if validation is None else calibrate(validation.logits, validation.labels)
         self._run.update(calibration=calibration)
         t, notes = 1.0, []
         if calibration is not None:
             t = calibration["temperature"]
             notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} held-out images")
-        effect = None if predictions is None else calibration_report(predictions.logits, predictions.labels, t)
-        if effect is not None:
+        report = {} if predictions is None else confidence_report(predictions.logits, predictions.labels, t)
+        if report:
+            effect = report["calibration"]
             after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
             notes.append(f"expected calibration error on test {effect['ece_before']:.4f}, {after}")
         if calibration is not None:
             self._reporter.note("; ".join(notes))
-        return {} if effect is None else {"calibration": effect}
+        return report
 
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Mapping[str, float], lr: Mapping[str, float] | None

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
-from tlcli.engine.metrics import expected_calibration_error, reliability
+from tlcli.engine.metrics import expected_calibration_error, reliability, risk_coverage
 from tlcli.errors import UsageError
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import calibrated
@@ -200,6 +200,11 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         errors = [expected_calibration_error(logits, labels, t) for t in (1.0, scale)]
         chart = _chart("Share that was right", alt, draw, (340, 350), (48, 20, 40, 48))
         view["calibration"] = {"temperature": scale, "errors": errors, "chart": chart}
+        curve = risk_coverage(logits, labels, scale)
+        draw, alt = partial(plots.draw_risk_coverage, curve=curve), "Share of errors by the share of answered images"
+        at = [(share, *curve[max(0, round(share * len(curve)) - 1)][1:]) for share in (0.5, 0.8, 0.95)]
+        area = sum(risk for _, risk, _ in curve) / len(curve)
+        view["risk"] = {"chart": _chart("Share of errors", alt, draw), "at": at, "area": area}
     return view
 
 
