@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import Ended
 from tlcli.cli import main
@@ -144,3 +146,32 @@ def test_a_reader_that_leaves_ends_it_quietly(
     assert main(["predict", run, str(photos)]) == 1
     sys.stdout.close()  # as Python does at exit: nothing is left that it could not write
     assert capsys.readouterr().err == ""
+
+
+def test_heat_maps_are_a_file_per_image_also_if_names_are_equal(tlcli: Tlcli, run: str, photos: Path) -> None:
+    for name in ("more/a.png", "a.bmp", "a-2.png"):
+        Image.open(photos / "more/c.png").save(photos / name)
+    (photos / "bad.png").write_bytes(b"no image")
+    ended = tlcli("predict", run, "photos", "--heatmaps", "out/maps")
+    rows = lines(ended)
+    files = [row["heatmap"] for row in rows if "error" not in row]
+    assert (ended.code, len(rows), len(set(files))) == (1, 6, 5)
+    assert sorted(map(str, Path("out/maps").iterdir())) == sorted(files)
+    for row in rows:
+        if "error" not in row:
+            assert Path(row["heatmap"]).name.startswith(Path(row["path"]).stem)
+            drawn = np.asarray(Image.open(row["heatmap"])).astype(int)
+            assert drawn.shape == (32, 32, 3) and (drawn[..., 0] - drawn[..., 2]).max() > 60
+    ended = tlcli("predict", run, "photos/a.png", "--heatmaps=more", "--format=csv", "--top=1")
+    assert ended.out.splitlines()[0] == "path,prediction,probability,heatmap,error"
+    assert ended.out.splitlines()[1].endswith(",more/a.jpg,")
+
+
+def test_heat_maps_go_into_a_new_folder(tlcli: Tlcli, run: str, photos: Path) -> None:
+    before = {path: path.read_bytes() for path in photos.rglob("*.png")}
+    ended = tlcli("predict", run, "photos", "--heatmaps", "photos")
+    assert (ended.code, ended.err) == (2, "tlcli predict: --heatmaps photos: already exists; choose another folder\n")
+    assert {path: path.read_bytes() for path in photos.rglob("*.*") if path.is_file()} == before
+    (photos / "bad.png").write_bytes(b"no image")
+    assert tlcli("predict", run, "photos/bad.png", "--heatmaps", "maps").code == 1
+    assert not Path("maps").exists()

@@ -41,11 +41,42 @@ def test_a_run_becomes_one_file_with_its_images(tlcli: Tlcli, trained: Path) -> 
     html = (trained / "report.html").read_text(encoding="utf-8")
     shown = pictures(html)
     predictions = read_predictions(RunDir(trained).test_predictions)
-    assert len(shown) >= int((predictions.logits.argmax(dim=1) != predictions.labels).sum()) > 0
-    first = html.split('<ul class="gallery">')[1].split('class="file" title="')[1].split('"')[0]
+    n_wrong = int((predictions.logits.argmax(dim=1) != predictions.labels).sum())
+    answers = set(predictions.labels[predictions.logits.argmax(dim=1) == predictions.labels].tolist())
+    assert len(shown) >= n_wrong > 0
+    assert html.count('alt="Heat map for') == min(n_wrong, 24) + len(answers)
+    assert "In gray, with a heat map" in html and "not where they were" not in html
+    assert shown[0].std(axis=2).max() > 10 and shown[0].shape == shown[1].shape  # the image, then its map
+    first = html.split('<ul class="gallery')[1].split('class="file" title="')[1].split('"')[0]
     images = {key: read_image(trained.parent / "images" / key).astype(int) for key in predictions.keys}
     assert min(images, key=lambda key: np.abs(shown[0] - images[key]).mean()) == first  # the image of this name
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_images_that_have_moved_are_counted(tlcli: Tlcli, trained: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(trained.parent, tmp_path / "home"))
+    run, predictions = home / trained.name, read_predictions(RunDir(trained).test_predictions)
+    RunDir(run).write_config((run / "config.yaml").read_text().replace(str(trained.parent), str(home)))
+    for key in predictions.keys[1::2]:
+        (home / "images" / key).unlink()
+    assert tlcli("report", str(run)).code == 0
+    words = " ".join((run / "report.html").read_text(encoding="utf-8").split())
+    n_cards = words.count('<span class="file"')
+    n_missing = words.count('<span class="picture none">')
+    assert n_cards > n_missing > 0
+    assert f"{n_missing} of the {n_cards} images on this page are not where they were" in words
+    shutil.rmtree(home / "images")
+    assert tlcli("report", str(run)).code == 0
+    words = (run / "report.html").read_text(encoding="utf-8")
+    assert "The images are not shown, because the dataset cannot be read" in words and "Heat map" not in words
+
+
+def test_a_run_without_its_weights_has_a_report_without_maps(tlcli: Tlcli, trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "checkpoints/best.safetensors").write_bytes(b"damaged")
+    assert tlcli("report", str(run)).code == 0
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "No heat maps:" in html and 'alt="Heat map' not in html and pictures(html)
 
 
 def test_a_relative_output_and_the_browser(tlcli: Tlcli, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,15 @@ def test_an_image_may_be_a_path_a_picture_or_pixels(run: Path, shapes: Path) -> 
     assert len(loaded.predict(file, top=2)) == 2
 
 
+def test_an_explanation_has_the_shape_of_its_picture(run: Path) -> None:
+    loaded, pixels = tlcli.load_run(run), np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8)
+    maps = [np.asarray(loaded.explain(pixels, name, side=45)) for name in loaded.classes]
+    assert {one.shape for one in maps} == {(25, 45, 3)}
+    assert len({one.tobytes() for one in maps}) == 3  # each class has its own
+    with pytest.raises(ValueError, match="'nothing' is not a class of"):
+        loaded.explain(pixels, "nothing")
+
+
 def test_probabilities_are_calibrated_and_only_those_of_the_best_epoch(run: Path, shapes: Path) -> None:
     info = read_json(run / "run.json")
     info["calibration"]["temperature"] = 4.0

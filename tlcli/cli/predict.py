@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -39,6 +40,7 @@ def parser() -> Parser:
         [
             "tlcli predict outputs/2026-11-24/10-15-00 photo.jpg",
             "tlcli predict outputs/2026-11-24/10-15-00 photos --format csv --output all.csv",
+            "tlcli predict outputs/2026-11-24/10-15-00 photos --heatmaps maps",
             "find photos -newer last | tlcli predict outputs/2026-11-24/10-15-00 - --top 1",
         ],
     )
@@ -59,6 +61,12 @@ def parser() -> Parser:
         '"probability", "top": [[class, probability], ...]} or {"path", "error"}',
     )
     add("--output", metavar="FILE", help="write to this new file")
+    add(
+        "--heatmaps",
+        metavar="DIR",
+        help="write into this new folder, per image, a JPEG in gray with a map of where the network found evidence "
+        "for its class; csv and jsonl have the file's path",
+    )
     add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
     add(
         "--precision",
@@ -84,10 +92,11 @@ def run(argv: list[str]) -> int:
     # a table on a terminal, but JSON lines for a stream
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     form = arguments.format or ("table" if is_table else "jsonl")
-    with _output(arguments.output) as file:
+    with _output(arguments.output) as file, _new_folder(arguments.heatmaps) as folder:
         with fast_imports():
+            from tlcli.data.decode import BadImage
             from tlcli.device import find_accelerator, keep_freed_memory
-            from tlcli.predict import Predictor
+            from tlcli.predict import Prediction, Predictor
             from tlcli.runs.load import load_run
         from tlcli.reporter import Reporter
         from tlcli.specs import Accelerator, Precision, Tta
@@ -107,11 +116,21 @@ def run(argv: list[str]) -> int:
             from tlcli.cli.view import TerminalReporter
 
             reporter = TerminalReporter(on_stderr=True)
-        count = n_errors = 0
+        count, n_errors, n_maps = 0, 0, Counter[str]()
         start = time.perf_counter()
-        with _writer(form, file, top) as write, reporter.track("predicting", total) as advance:
+        with _writer(form, file, top, folder is not None) as write, reporter.track("predicting", total) as advance:
             for prediction in predictor.predict(_images(arguments.paths), top=top, total=total, reporter=reporter):
-                write(prediction)
+                map_file = None
+                if folder and prediction.error is None:
+                    stem = Path(prediction.path).stem[:60]  # the name of a file may have 255 bytes
+                    while map_file is None or map_file.exists():  # another image has the same name
+                        n_maps[stem] += 1
+                        map_file = folder / (f"{stem}-{n_maps[stem]}.jpg" if n_maps[stem] > 1 else f"{stem}.jpg")
+                    try:
+                        loaded.explain(prediction.path, prediction.top[0][0]).save(map_file, quality=90)
+                    except BadImage as error:  # the file has changed since it was classified
+                        prediction, map_file = Prediction(prediction.path, error=str(error)), None
+                write(prediction, map_file)
                 count, n_errors = count + 1, n_errors + (prediction.error is not None)
                 advance(1)
     if n_errors:
@@ -163,11 +182,29 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction"], None]]:
+def _new_folder(path: str | None) -> Iterator[Path | None]:
+    """Make a folder, which is removed again if it stays empty. Raises UsageError if there is one, or none can be."""
+    folder = Path(path).expanduser() if path is not None else None
+    try:
+        if folder:
+            folder.mkdir(parents=True)
+    except OSError as error:
+        reason = "already exists" if isinstance(error, FileExistsError) else f"cannot be made ({error.strerror})"
+        raise UsageError(f"--heatmaps {path}: {reason}; choose another folder") from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            if folder:
+                folder.rmdir()
+
+
+@contextmanager
+def _writer(form: str, file: TextIO, top: int, has_maps: bool) -> Iterator[Callable[["Prediction", Path | None], None]]:
     """Yield a function that writes the row of a prediction: at once, or for a table at the end, Ctrl-C included."""
     rows: list[list[object]] = []
 
-    def write(prediction: "Prediction") -> None:
+    def write(prediction: "Prediction", map_file: Path | None) -> None:
         path, error = prediction.path, prediction.error
         top_classes = [(name, round(probability, 8)) for name, probability in prediction.top]
         if form == "table":
@@ -176,13 +213,14 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
             rows.append([path, name, "" if error else f"{p:.3f}", then])
             return
         if form == "csv":
-            cells = [cell for pair in top_classes for cell in pair]
-            file.write(csv_line([path, *cells, *[""] * (2 * top - len(cells)), error or ""]))
+            cells, maps = [cell for pair in top_classes for cell in pair], [str(map_file or "")] * has_maps
+            file.write(csv_line([path, *cells, *[""] * (2 * top - len(cells)), *maps, error or ""]))
         else:  # in ASCII: bytes of a path that are not UTF-8 are escaped
             row: dict[str, Any] = {"path": path, "error": error}
             if error is None:
                 name, p = top_classes[0]
                 row = {"path": path, "prediction": name, "probability": p, "top": top_classes}
+                row |= {"heatmap": str(map_file)} if map_file else {}
             file.write(json.dumps(row) + "\n")
         file.flush()
 
@@ -190,7 +228,7 @@ def _writer(form: str, file: TextIO, top: int) -> Iterator[Callable[["Prediction
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
-        file.write(csv_line(["path", "prediction", "probability", *more, "error"]))
+        file.write(csv_line(["path", "prediction", "probability", *more, *["heatmap"] * has_maps, "error"]))
     try:
         yield write
     finally:

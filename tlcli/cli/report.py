@@ -16,10 +16,11 @@ def parser() -> Parser:
         "report",
         "Write one HTML file that shows what was trained and how good it is: the result\n"
         "with its interval, curves, confusion, metrics per class, the most confident\n"
-        "mistakes and the most uncertain images, calibration, what trained, times,\n"
-        "environment, and the command to train again. For a sweep: the leaderboard, and\n"
-        "each key against validation. The file needs no network and no other file. Runs\n"
-        "that failed have a report, too.",
+        "mistakes and correct answers with heat maps of where the network looked, the\n"
+        "most uncertain images, calibration, what trained, times, environment, and the\n"
+        "command to train again. For a sweep: the leaderboard, and each key against\n"
+        "validation. The file needs no network and no other file. Runs that failed have a\n"
+        "report, too.",
         [
             "tlcli report outputs/2026-11-24/10-15-00",
             "tlcli report outputs/2026-11-24/10-20-00 --output s.html --open",

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
+from tlcli.engine.heat_maps import draw_heat_map, heat_map
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec, options
-from tlcli.text import one_line
+from tlcli.text import join_limited, one_line
 
 CHECKPOINTS = ("best", "last")
 
@@ -63,6 +64,21 @@ class LoadedRun:
             logits = self.model(self.preprocess(image))
         values, indices = calibrated(logits, self.temperature)[0].topk(min(top, len(self.classes)))
         return [(self.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
+
+    def explain(self, image: str | Path | Image.Image | Pixels, name: str, side: int = 1024) -> Image.Image:
+        """Return an image, at most `side` pixels wide and high, with a map of the evidence for a class.
+
+        The map is that of the image as the network sees it: cropped, squashed or padded as in training. Raise as
+        `preprocess`, ValueError for an unknown class, and TlcliError if no layer has positions.
+        """
+        if name not in self.classes:
+            raise ValueError(f"{name!r} is not a class of {self.path}: {join_limited(self.classes)}")
+        pixels = pixels_of(image, self.preprocessing.range)
+        device = next(self.model.parameters()).device
+        heat = heat_map(self.model, self.preprocess(pixels).to(device), self.classes.index(name))
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return draw_heat_map(picture, heat, self.preprocessing.fit)
 
 
 def calibrated(logits: Tensor, temperature: float) -> Tensor:

@@ -24,9 +24,9 @@ from PIL import Image
 from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability, risk_coverage
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.runs import leaderboard, plots
-from tlcli.runs.load import calibrated
+from tlcli.runs.load import LoadedRun, calibrated, load_run
 from tlcli.runs.run_dir import (
     RunDir,
     confusion_matrix,
@@ -49,6 +49,7 @@ ImageReaders = Mapping[str, Callable[[], Pixels]]
 GENERATOR = "tlcli report"  # in a report's generator tag, by which a later report knows that it may replace the file
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_TABLE_CLASSES = 40  # above, the confusion matrix is an image: the cells of a table would be too small to read
+MAX_SHOWN_CLASSES = 40  # whose most confident correct answer is shown
 GALLERY_IMAGES, THUMBNAIL_SIDE = 24, 160
 
 
@@ -182,17 +183,30 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     wrong, close = np.flatnonzero(predicted != truth), np.flatnonzero(margin < 0.5)
     wrong = wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")]
     close = close[np.argsort(margin[close], kind="stable")] if p.shape[1] > 1 else close[:0]
+    right = np.flatnonzero(predicted == truth)
+    right = right[np.argsort(-p[right, predicted[right]], kind="stable")]
+    right = right[np.unique(truth[right], return_index=True)[1]]  # the most confident one of each class
+    loaded, reasons = None, [images_reason] if images_reason else []
+    try:
+        loaded = load_run(run.path) if images else None
+    except TlcliError as exc:
+        reasons.append(f"No heat maps: {exc}.")
 
-    def gallery(order: np.ndarray, guesses: int) -> View:
+    def gallery(order: np.ndarray, guesses: int, network: LoadedRun | None, limit: int = GALLERY_IMAGES) -> View:
         cards = []
-        for i in order[:GALLERY_IMAGES]:
+        for i in order[:limit]:
             best = np.argsort(-p[i], kind="stable")[:guesses]
             card = {"name": saved.keys[i], "truth": saved.classes[truth[i]], "is_right": predicted[i] == truth[i]}
             card["guesses"] = [(saved.classes[k], float(p[i, k])) for k in best]
-            cards.append({**card, **_thumbnail(images, saved.keys[i])})
-        return {"n": len(order), "cards": cards}
+            cards.append({**card, **_thumbnails(images, saved.keys[i], network, saved.classes[predicted[i]])})
+        return {"n": len(order), "cards": cards, "has_maps": any(card["map"] for card in cards)}
 
-    view: View = {"images_reason": images_reason, "mistakes": gallery(wrong, 1), "undecided": gallery(close, 2)}
+    view: View = {"mistakes": gallery(wrong, 1, loaded), "undecided": gallery(close, 2, None)}
+    view["right"] = gallery(right, 1, loaded, MAX_SHOWN_CLASSES)
+    cards = [card for name in ("mistakes", "undecided", "right") for card in view[name]["cards"]]
+    if (missing := sum(card["picture"] is None for card in cards)) and images:
+        reasons.append(f"{missing} of the {len(cards)} images on this page are not where they were, or do not decode.")
+    view["images_reason"] = " ".join(reasons)
     if len(saved.classes) > 1:
         scales = {"scaled": scale} if scale == 1 else {"unscaled": 1.0, "scaled": scale}
         bins = {name: reliability(logits, labels, t) for name, t in scales.items()}
@@ -208,16 +222,28 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     return view
 
 
-def _thumbnail(images: ImageReaders, key: str) -> View:
-    """Return a small JPEG of an image as a data: URI, None if it cannot be read. No metadata of the file goes in."""
+def _thumbnails(images: ImageReaders, key: str, network: LoadedRun | None, name: str) -> View:
+    """Return an image, and its heat map for a class, as small JPEGs in data: URIs; without metadata of the file.
+
+    `picture` is None if the image cannot be read, `map` without a network, or if it has no such map.
+    """
+    view: View = {"picture": None, "map": None}
     try:
-        image = Image.fromarray(images[key]())
+        pixels = images[key]()
     except (KeyError, BadImage, OSError):
-        return {"picture": None}
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    is_small, file = max(image.size) < 96, io.BytesIO()  # small images are shown pixel by pixel
-    image.save(file, "JPEG", quality=95 if is_small else 80, subsampling=0 if is_small else 2, optimize=True)
-    return {"picture": data_uri("image/jpeg", file.getvalue()), "is_small": is_small}
+        return view
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    shown, is_small = {"picture": picture}, max(picture.size) < 96  # small images are shown pixel by pixel
+    if network:
+        with suppress(TlcliError, ValueError):  # a network without positions; a class that the checkpoint lacks
+            shown["map"] = network.explain(pixels, name, THUMBNAIL_SIDE)
+    view["is_small"] = is_small
+    for title, image in shown.items():
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95 if is_small else 80, subsampling=0 if is_small else 2, optimize=True)
+        view[title] = data_uri("image/jpeg", file.getvalue())
+    return view
 
 
 def sweep_view(folder: Path, output: Path) -> View:
