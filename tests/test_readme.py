@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def test_command_runs_after_training(
         words += ["image.size=32", "min_steps=2", "min_epochs=1"]
         read = tune.read_tune_spec
         monkeypatch.setattr(tune, "read_tune_spec", lambda *args: structs.replace(read(*args), trials=1, sizes=()))
+    if words[0] == "demo":  # it would not end; tests/cli/test_demo.py opens the page
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words += ["--port", str(free.getsockname()[1])]
+        monkeypatch.setattr("uvicorn.Server.run", lambda *args, **options: None)
     assert main(words) == 0, capsys.readouterr().err
 
 

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tlcli.data.batches import Preprocessing
-from tlcli.data.decode import read_image
+from tlcli.data.decode import Pixels
 from tlcli.data.images import map_in_threads
 from tlcli.data.listing import MissingPath, Named
 from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_bfloat16
@@ -20,7 +19,7 @@ from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
-from tlcli.runs.load import LoadedRun, calibrated
+from tlcli.runs.load import LoadedRun, calibrated, pixels_of
 from tlcli.runs.run_dir import RunDir, mapping
 from tlcli.specs import Precision, Tta
 from tlcli.store import Store
@@ -74,11 +73,16 @@ class Predictor:
         return f"{DTYPE_NAMES[self.compute_format.dtype]}, {self._extractor.reason or 'not run yet'}"
 
     def predict(
-        self, images: Iterable[Named], *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
+        self,
+        images: Iterable[Named | Pixels],
+        *,
+        top: int = 5,
+        total: int | None = None,
+        reporter: Reporter | None = None,
     ) -> Iterator[Prediction]:
         """Yield a prediction per image, in order, or its error; at most a few batches are read ahead.
 
-        `total` is the number of images if it is known.
+        `total` is the number of images if it is known. The path of pixels is empty.
         """
         reporter, extractor, classes = reporter or Reporter(), self._extractor, self._run.classes
         batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
@@ -173,11 +177,12 @@ def _pipeline(
     return (cut.prefix, cut.suffix, torch.float32, None) if isinstance(cut, Cut) else (*uncut, None)
 
 
-def decode_image(image: Named, preprocessing: Preprocessing) -> tuple[str, Tensor | str]:
+def decode_image(image: Named | Pixels, preprocessing: Preprocessing) -> tuple[str, Tensor | str]:
     """Return a path with the pixels that the network takes, uint8 (3, S, S), or with the reason why there are none."""
     if isinstance(image, MissingPath):
         return image.path, image.reason
+    path = image if isinstance(image, str) else ""
     try:
-        return image, preprocessing.apply(read_image(Path(image), preprocessing.range))
+        return path, preprocessing.apply(pixels_of(image, preprocessing.range))
     except ValueError as error:  # a BadImage, or a NUL in the path
-        return image, str(error)
+        return path, str(error)

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": ("tlcli.cli.predict", "classify images with a finished run"),
     "compare": ("tlcli.cli.compare", "show differences between runs, and whether they are significant"),
     "report": ("tlcli.cli.report", "write an HTML report of a run or a sweep"),
+    "demo": ("tlcli.cli.demo", "show a local page to try a finished run"),
     "list": ("tlcli.cli.list_runs", "list the runs and sweeps under a folder, with their results"),
     "export": ("tlcli.cli.export", "export the model of a run as ONNX, pt2 or for timm"),
     "inspect": ("tlcli.cli.inspect", "show a network's stages, and what each freeze strategy costs"),
