@@ -30,7 +30,8 @@ def commands(page: str) -> Iterator[str]:
 
 
 LINES = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
-TRAIN = [line for line in LINES if line.startswith("tlcli train") and "--resume" not in line]
+FROM_A_RUN = ("--resume", "backbone.weights=outputs")
+TRAIN = [line for line in LINES if line.startswith("tlcli train") and not any(word in line for word in FROM_A_RUN)]
 SOURCE_TARGET = [line for line in TRAIN if "pretrained" in line]
 AFTER_TRAINING = [line for line in LINES if line.startswith("tlcli ") and line not in TRAIN]
 SNIPPETS = [snippet for page in PAGES for snippet in re.findall(r"```python\n(.*?)```", text_of(page), re.S)]
@@ -104,6 +105,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with photos, new images, and two finished runs, of EfficientNet-Lite0 and of ResNet-18."""
     home = tmp_path_factory.mktemp("finished")
     make_folder(home / "photos", {f"photos{k}": 12 for k in range(3)}, seed=0)
+    make_folder(home / "more", {f"photos{k}": 12 for k in range(4)}, seed=2)
     make_folder(home / "new", {f"photos{k}": 2 for k in range(3)}, seed=1)
     Image.open(home / "new/photos0/000.png").save(home / "image.jpg")
     words = ("dataset=imagefolder", "dataset.root=photos", *SMALL)
@@ -122,6 +124,8 @@ def test_command_runs_after_training(
         pytest.importorskip("onnxscript")
     monkeypatch.chdir(finished)
     words = shlex.split(line)[1:]
+    if words[0] == "train" and "--resume" not in words:
+        words += SMALL
     if words[0] in ("data", "inspect"):
         words.append("image.size=32")
     if words[0] == "tune":  # one trial

@@ -15,6 +15,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
+from tlcli.errors import UsageError
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.tensorfile import write_tensors
 from tlcli.reporter import Reporter
@@ -24,6 +25,8 @@ from tlcli.runs.recorder import Recorder
 from tlcli.runs.resume_state import ResumeState
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import HeadInit, ImageSpec, TrainSpec
+from tlcli.text import join_limited
+from tlcli.transfer.freeze import HeadSpec
 
 
 class NewRun:
@@ -163,6 +166,13 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun |
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
     workload = load_workload(spec, data, accelerator, session)
     classifier = workload.classifier
+    lost, dataset = classifier.lost_classes, spec.dataset
+    if lost and classifier.known_rows and isinstance(spec.freeze, HeadSpec) and dataset.classes is None:
+        raise UsageError(
+            f"{getattr(dataset, 'file', None) or dataset.root or dataset.name}: has no images of "
+            f"{join_limited([repr(name) for name in lost])}, which {spec.backbone.weights} knows: add images of all "
+            "its classes, or name the classes that should remain with dataset.classes=[...]"
+        )
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)

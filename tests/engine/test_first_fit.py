@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Compose
+from tests.conftest import Compose, make_folder
 from tlcli.engine import first_fit
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions
+from tlcli.engine.metrics import Predictions, evaluate
 from tlcli.engine.session import Session
+from tlcli.errors import UsageError
+from tlcli.models.tensorfile import write_tensors
 from tlcli.reporter import Reporter
 from tlcli.store import Store
 from tlcli.train import NewRun, _load
@@ -100,3 +102,41 @@ def test_there_is_none_with_validation_images_a_given_share_or_random_weights(lo
 def test_there_is_none_for_large_sets(load, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
     monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)
     assert (load().workload.first_fit is not None) == expected
+
+
+@pytest.fixture
+def known(load, tmp_path: Path) -> dict[str, Tensor]:
+    """Write a run in tmp_path/run, with a probe for the classes `across` and `checks`; return its tensors."""
+    inputs = load("freeze=head", "dataset.classes=[across,checks]")
+    first_fit.fit_head(inputs, Reporter())
+    state, classifier = tensors(inputs), inputs.workload.classifier
+    state["classifier.weight"] += 5  # in all rows, which changes no prediction
+    image = {"size": 32, "mean": classifier.mean, "std": classifier.std}
+    metadata = {"backbone": classifier.name, "classes": ["across", "checks"], "preprocessing": image}
+    write_tensors(tmp_path / "run/checkpoints/best.safetensors", state, metadata)
+    return state
+
+
+def test_rows_of_known_classes_stay_and_new_ones_fit_to_them(load, known: dict[str, Tensor], tmp_path: Path) -> None:
+    inputs = load("freeze=head", f"backbone.weights={tmp_path}/run")
+    assert first_fit.fit_head(inputs, Reporter())
+    assert "rows of 1 new classes are its" in inputs.decisions.reasons["probe"]
+    state, network = tensors(inputs), inputs.workload.classifier.network
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(state[name][:2], known[name]) and len(state[name]) == 3
+    predictions = evaluate(network, inputs.open("train_eval", Reporter()), inputs.device, Reporter(), "")
+    for label in range(3):
+        of_class = predictions.labels == label
+        assert (predictions.predicted[of_class] == label).double().mean() > 0.8
+
+
+@pytest.mark.usefixtures("known")
+def test_a_class_without_images_is_an_error_that_offers_dataset_classes(load, tmp_path: Path) -> None:
+    words = (f"dataset.root={tmp_path}/more", f"backbone.weights={tmp_path}/run")
+    make_folder(tmp_path / "more/train", {"across": 5, "down": 5})
+    make_folder(tmp_path / "more/test", {"across": 2, "down": 2})
+    with pytest.raises(UsageError, match=r"more: has no images of 'checks', which .*/run knows: .* dataset\.classes="):
+        load("freeze=head", *words)
+    chosen = load("freeze=head", "dataset.classes=[across,down]", *words)
+    assert chosen.workload.classifier.known_rows == (0,)
+    load("freeze=last_stages", *words)  # transfer to another task

@@ -64,14 +64,31 @@ def test_same_classes_in_another_order_keep_the_head_by_name(spec: Compose, run:
     assert (model.size, model.mean, model.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
-def test_other_classes_replace_the_head_and_say_so(
-    spec: Compose, run: Path, source: Classifier, classes: tuple[str, ...]
-) -> None:
-    model = build(spec, run, classes=classes)
-    assert same_body(model, source) and not model.head_loaded
+def test_other_classes_replace_the_head_and_say_so(spec: Compose, run: Path, source: Classifier) -> None:
+    model = build(spec, run, classes=("dog", "eel"))
+    assert same_body(model, source) and not model.head_loaded and model.known_rows == ()
     assert any("head: replaced" in note for note in model.notes)
-    assert model.network.fc.weight.shape[0] == len(classes)
+    assert model.network.fc.weight.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "known", "lost", "note"),
+    [
+        (("ant", "asp", "bee", "cat"), (0, 2, 3), (), "head: loaded 3 of the 3 classes of the weights, 1 new: asp"),
+        (("cat", "dog", "ant"), (0, 2), ("bee",), "head: loaded 2 of the 3 classes of the weights, 1 new: dog"),
+        (("cat", "ant"), (0, 1), ("bee",), "head: loaded 2 of the 3 classes of the weights"),
+    ],
+)
+def test_rows_of_known_classes_are_loaded_by_name(
+    spec: Compose, run: Path, source: Classifier, classes: tuple[str, ...], known: tuple[int, ...], lost, note: str
+) -> None:
+    model, head = build(spec, run, classes=classes), source.network.fc
+    assert (model.known_rows, model.lost_classes) == (known, lost) and note in model.notes
+    assert same_body(model, source) and model.head_loaded == (len(known) == len(classes))
+    rows = [CLASSES.index(classes[i]) for i in known]
+    assert torch.equal(model.network.fc.weight[list(known)], head.weight[rows])
+    assert torch.equal(model.network.fc.bias[list(known)], head.bias[rows])
+    assert build(spec, run, "backbone.reinit=[head]", classes=classes).known_rows == ()
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])

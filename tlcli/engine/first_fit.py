@@ -27,7 +27,10 @@ SHARES = (1.0, 0.85, 0.7, 0.5)
 
 
 def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
-    """Fill the head with a linear probe, if it should start from one; return True if it does."""
+    """Fill the head with a linear probe, if it should start from one; return True if it does.
+
+    Rows that the weights have for classes of theirs stay.
+    """
     workload = inputs.workload
     network, head = workload.classifier.network, linear_head(workload.classifier)
     if workload.needs_probe and head is None:
@@ -36,6 +39,7 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
         return False
     loader = inputs.open("train_eval", reporter)
     x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
+    known, initial = list(workload.classifier.known_rows), copy.deepcopy(head.state_dict())
     digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
 
     def fit() -> tuple[str, dict[str, Tensor]]:
@@ -45,7 +49,13 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
         if found:
             n = len(found.correct)
             reason += f", accuracy {found.accuracy:.3f} in {found.folds}-fold cross-validation on {n:,} images"
-        return reason, fit_probe(head, x, y, penalty)
+        state = fit_probe(head, x, y, penalty)
+        if known:
+            reason += f"; rows of {head.out_features - len(known):,} new classes are its"
+            for name, tensor in state.items():
+                own = initial[name][known]  # softmax does not see what is added to all rows, so that is free to choose
+                state[name] = (tensor + (own - tensor[known]).mean(dim=0)).index_copy(0, torch.tensor(known), own)
+        return reason, state
 
     reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
     head.load_state_dict(state)

@@ -20,6 +20,7 @@ from tlcli.files import is_dir, is_file
 from tlcli.models.classifier import Classifier, check_state_dict, match_names
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.specs import BackboneSpec, parse_image_stats
+from tlcli.text import join_limited
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class PretrainedWeights:
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
     """Return a classifier with the weights that the spec names and a head for these classes.
 
-    `size` is the image size in pixels (None: the backbone's own). The head keeps its weights if they are for the same
-    classes, in any order; else it starts random. Raises UsageError naming the tensor if weights do not fit.
+    `size` is the image size in pixels (None: the backbone's own). The rows of the head are taken from the weights by
+    the names of their classes; those of other classes start random. Raises UsageError naming the tensor if weights do
+    not fit.
     """
     torch.manual_seed(seed)
     loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
@@ -56,9 +58,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
             f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone} "
             f"(a model of timm: backbone=timm backbone.name={loaded.backbone})"
         )
-    state, head_note = _match_head_by_class(loaded, classifier)
+    state, known, head_note = _match_head_by_class(loaded, classifier)
     if head & dropped:
-        head_note = f"head: reinitialized, {len(classes)} classes"
+        known, head_note = (), f"head: reinitialized, {len(classes)} classes"
     state = {name: t for name, t in _resample_pos_embed(state, network).items() if name not in dropped}
     check_state_dict(state, network, f"backbone.weights={loaded.source}", optional=dropped | head)
     network.load_state_dict(state, strict=False)
@@ -68,7 +70,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     return replace(
         classifier,
         pretrained=frozenset(state),
-        head_loaded=head <= frozenset(state),
+        head_loaded=head <= frozenset(state) and len(known) == len(classes),
+        known_rows=known,
+        lost_classes=tuple(name for name in loaded.classes or () if name not in classes),
         notes=tuple(notes),
         **(loaded.preprocessing or {}),  # of the images that the weights were trained on
     )
@@ -82,18 +86,32 @@ def tensors_to_reinit(items: Sequence[str], classifier: Classifier) -> frozenset
     return frozenset[str]().union(*matches)
 
 
-def _match_head_by_class(loaded: PretrainedWeights, classifier: Classifier) -> tuple[dict[str, Tensor], str]:
-    """Return the state with the head's rows in the order of these classes, without a head if the classes differ."""
-    head, classes = classifier.stages[-1].tensors, classifier.classes
+def _match_head_by_class(
+    loaded: PretrainedWeights, classifier: Classifier
+) -> tuple[dict[str, Tensor], tuple[int, ...], str]:
+    """Return the state, with the loaded rows of the head for the classes that it knows, their positions, and a note.
+
+    The head is left out if it knows none of the classes.
+    """
+    head, classes, names = classifier.stages[-1].tensors, classifier.classes, loaded.classes or ()
     body = {name: tensor for name, tensor in loaded.state.items() if name not in head}
     if loaded.classes is None or len(body) == len(loaded.state):
-        return body, f"head: new, {len(classes)} classes"
-    if set(loaded.classes) != set(classes):
-        counts = f"{len(loaded.classes)} in the weights, {len(classes)} in the dataset"
-        return body, f"head: replaced, the classes differ ({counts})"
-    rows = torch.tensor([loaded.classes.index(name) for name in classes])
-    state = {n: t[rows] if n in head and t.ndim and len(t) == len(rows) else t for n, t in loaded.state.items()}
-    return state, f"head: loaded, the same {len(classes)} classes"
+        return body, (), f"head: new, {len(classes)} classes"
+    known = tuple(i for i, name in enumerate(classes) if name in names)
+    if not known:
+        counts = f"{len(names)} in the weights, {len(classes)} in the dataset"
+        return body, (), f"head: replaced, the classes differ ({counts})"
+    state, initial = dict(loaded.state), classifier.network.state_dict()
+    rows = [names.index(classes[i]) for i in known]
+    for name in head & state.keys() & initial.keys():
+        old, new = state[name], initial[name]
+        if old.ndim and old.shape[1:] == new.shape[1:] and (len(old), len(new)) == (len(names), len(classes)):
+            state[name] = new.to(old.dtype).index_copy(0, torch.tensor(known), old[rows])
+    if set(names) == set(classes):
+        return state, known, f"head: loaded, the same {len(classes)} classes"
+    new_classes = [name for name in classes if name not in names]
+    added = f", {len(new_classes)} new: {join_limited(new_classes)}" if new_classes else ""
+    return state, known, f"head: loaded {len(known)} of the {len(names)} classes of the weights{added}"
 
 
 def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:

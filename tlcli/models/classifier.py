@@ -28,7 +28,8 @@ class Classifier:
 
     `head` names the modules that map features to logits; `stages` are ordered from input to output, the last is the
     head, and every parameter is in exactly one. `size`, `mean` and `std` are what its weights expect of images.
-    `pretrained` names the tensors that were loaded, and `notes` are lines for the plan.
+    `pretrained` names the tensors that were loaded, `known_rows` are the classes whose rows of the head were, and
+    `lost_classes` those of the weights that are not among `classes`; `notes` are lines for the plan.
     """
 
     name: str
@@ -40,7 +41,9 @@ class Classifier:
     std: tuple[float, float, float]
     classes: tuple[str, ...] = ()
     pretrained: frozenset[str] = frozenset()
-    head_loaded: bool = False  # if the head was among them
+    head_loaded: bool = False  # if the head was among them, with a row for each class
+    known_rows: tuple[int, ...] = ()
+    lost_classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def parameter_names(self) -> frozenset[str]:
