@@ -22,7 +22,7 @@ LAYERS = [
     {"engine"},
     {"runs"},
     {"check", "evaluate", "export", "predict", "train"},
-    {"tune"},
+    {"embed", "tune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

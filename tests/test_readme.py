@@ -122,6 +122,8 @@ def test_command_runs_after_training(
 ) -> None:
     if "onnx" in line:
         pytest.importorskip("onnxscript")
+    if "parquet" in line:
+        pytest.importorskip("pyarrow")
     monkeypatch.chdir(finished)
     words = shlex.split(line)[1:]
     if words[0] == "train" and "--resume" not in words:

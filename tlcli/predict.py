@@ -1,7 +1,7 @@
 """Classify image files with a finished run: a prediction per image, in order, however many there are."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -84,45 +84,28 @@ class Predictor:
 
         `total` is the number of images if it is known. The path of pixels is empty.
         """
-        reporter, extractor, classes = reporter or Reporter(), self._extractor, self._run.classes
-        batch_size = self._batch_size or min(BATCH[self._accelerator.type], max(1, total or BATCH["cuda"]))
-        is_exact = self.compute_format.dtype == torch.float32
-        extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
-        extractor.compiled = bool(self._compiled)
-        extractor.prepare(reporter)
-        decode = partial(decode_image, preprocessing=self._run.preprocessing)
-        decoded = map_in_threads(decode, images, 1, ahead=2 * batch_size)  # decoded while the network is busy
-        n_batches = n_images = 0
-        shortest = float("inf")  # seconds of a batch
-        next_check = 3 if self._compiled is None else None  # batch at which compiling is considered
-        while batch := list(islice(decoded, batch_size)):
-            rows: Iterator[tuple[list[float], list[int]]] = iter(())
-            if pixels := [image for _, image in batch if isinstance(image, Tensor)]:
-                with full_precision(self._run.model), torch.inference_mode():
-                    if n_batches == next_check:
-                        # At this speed compiling may be worthwhile. If the total is unknown, as many images are
-                        # expected as have been read, each time that their number doubles.
-                        speed = extractor.batch_size / shortest
-                        expected = n_images if total is None else max(0, total - n_images)
-                        extractor.compiled |= extractor.estimate_seconds(expected, speed) < expected / speed
-                        extractor.prepare(reporter)
-                        next_check = 2 * n_batches if total is None else None
-                    start = time.perf_counter()
-                    x = torch.stack(pixels)
-                    logits = self._logits(extractor(x))
-                    if self._mirrors:
-                        logits = (logits + self._logits(extractor(x.flip(3)))) / 2
-                    if n_batches > 0:  # the first one is slow
-                        shortest = min(shortest, time.perf_counter() - start)
-                    probabilities = calibrated(logits, self._run.temperature)
-                n_batches, n_images = n_batches + 1, n_images + len(pixels)
-                values, indices = probabilities.topk(min(top, len(classes)))
-                rows = zip(values.tolist(), indices.tolist(), strict=True)
-            for path, image in batch:
-                if isinstance(image, Tensor):
-                    yield Prediction(path, tuple((classes[i], p) for p, i in zip(*next(rows), strict=True)))
-                else:
-                    yield Prediction(path, error=image)
+        classes = self._run.classes
+        for path, _, row in map_images(
+            self._extractor,
+            self._probabilities,
+            images,
+            batch_size=self._batch_size,
+            compiled=self._compiled,
+            total=total,
+            reporter=reporter or Reporter(),
+        ):
+            if isinstance(row, str):
+                yield Prediction(path, error=row)
+            else:
+                values, indices = row.topk(min(top, len(classes)))
+                pairs = zip(indices.tolist(), values.tolist(), strict=True)
+                yield Prediction(path, tuple((classes[i], p) for i, p in pairs))
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        logits = self._logits(self._extractor(images))
+        if self._mirrors:
+            logits = (logits + self._logits(self._extractor(images.flip(3)))) / 2
+        return calibrated(logits, self._run.temperature)
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:
         """Return the logits (B, classes) for the activations at the cut, float32 on the CPU."""
@@ -131,6 +114,53 @@ class Predictor:
         with autocast(self._accelerator, dtype):
             logits: Tensor = self._suffix(*inputs)
         return logits.float().cpu()
+
+
+def map_images(
+    extractor: Extractor,
+    compute: Callable[[Tensor], Tensor],
+    images: Iterable[Named],
+    *,
+    batch_size: int | None,
+    compiled: bool | None,
+    total: int | None,
+    reporter: Reporter,
+) -> Iterator[tuple[str, Tensor | None, Tensor | str]]:
+    """Yield path, pixels uint8 (3, S, S) and row of each image, in order, or path, None and its error.
+
+    `compute` runs the extractor on uint8 (B, 3, S, S) and returns the rows (B, ...). At most a few batches are read
+    ahead. The extractor is compiled if `compiled` is True, or None and that is faster for `total` images.
+    """
+    accelerator = extractor.accelerator.type
+    batch_size = batch_size or min(BATCH[accelerator], max(1, total or BATCH["cuda"]))
+    is_exact = extractor.compute_format.dtype == torch.float32
+    extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
+    extractor.compiled = bool(compiled)
+    extractor.prepare(reporter)
+    decode = partial(decode_image, preprocessing=extractor.preprocessing)
+    decoded = map_in_threads(decode, images, 1, ahead=2 * batch_size)  # decoded while the network is busy
+    n_batches = n_images = 0
+    shortest = float("inf")  # seconds of a batch
+    next_check = 3 if compiled is None else None  # batch at which compiling is considered
+    while batch := list(islice(decoded, batch_size)):
+        rows: Iterator[Tensor] = iter(())
+        if pixels := [image for _, image in batch if isinstance(image, Tensor)]:
+            with full_precision(extractor.prefix), torch.inference_mode():
+                if n_batches == next_check:
+                    # At this speed compiling may be worthwhile. If the total is unknown, as many images are expected as
+                    # have been read, each time that their number doubles.
+                    speed = extractor.batch_size / shortest
+                    expected = n_images if total is None else max(0, total - n_images)
+                    extractor.compiled |= extractor.estimate_seconds(expected, speed) < expected / speed
+                    extractor.prepare(reporter)
+                    next_check = 2 * n_batches if total is None else None
+                start = time.perf_counter()
+                rows = iter(compute(torch.stack(pixels)))
+                if n_batches > 0:  # the first one is slow
+                    shortest = min(shortest, time.perf_counter() - start)
+            n_batches, n_images = n_batches + 1, n_images + len(pixels)
+        for path, image in batch:
+            yield (path, image, next(rows)) if isinstance(image, Tensor) else (path, None, image)
 
 
 def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:

@@ -24,6 +24,8 @@ COMMANDS = {
     "tune": ("tlcli.cli.tune", "spend a time budget on a better recipe than the default one"),
     "eval": ("tlcli.cli.evaluate", "evaluate a finished run on its test set, or on another dataset"),
     "predict": ("tlcli.cli.predict", "classify images with a finished run"),
+    "embed": ("tlcli.cli.embed", "write the feature vectors of images, and draw them as a map"),
+    "similar": ("tlcli.cli.similar", "find the images that are most similar to one"),
     "compare": ("tlcli.cli.compare", "show differences between runs, and whether they are significant"),
     "report": ("tlcli.cli.report", "write an HTML report of a run or a sweep"),
     "demo": ("tlcli.cli.demo", "show a local page to try a finished run"),

@@ -1,7 +1,6 @@
 """`tlcli demo`: a local page that classifies images which are dropped on it, with heat maps."""
 
 import io
-import secrets
 import socket
 from importlib.util import find_spec
 from threading import Lock
@@ -86,11 +85,11 @@ def make_app(loaded: "LoadedRun", predictor: "Predictor") -> "Starlette":
     from tlcli.runs.report import render
     from tlcli.runs.run_dir import RunDir
 
-    nonce, too_large = secrets.token_urlsafe(), f"larger than {size_text(MAX_UPLOAD_BYTES)}"
+    too_large = f"larger than {size_text(MAX_UPLOAD_BYTES)}"
     folder, name = RunDir(loaded.path), loaded.path.resolve().name
     view: dict[str, Any] = {"run_name": name, "title": f"Try {name}", "info": loaded.info, "test": folder.test()}
-    view |= {"config": folder.config(), "nonce": nonce, "max_bytes": MAX_UPLOAD_BYTES, "too_large": too_large}
-    page = render("demo.html.j2", view)
+    view |= {"config": folder.config(), "max_bytes": MAX_UPLOAD_BYTES, "too_large": too_large}
+    page = render("demo.html.j2", view, script="demo.js")
     lock = Lock()  # the network has one image at a time
 
     def answer(content: bytes) -> dict[str, Any]:

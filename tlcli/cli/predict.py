@@ -46,13 +46,7 @@ def parser() -> Parser:
     )
     add = predict_parser.add_argument
     add("run", metavar="RUN", help="directory of the run")
-    add(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="an image, a folder (all images below it), a pattern in quotes, or - for a list of paths on stdin, "
-        "one per line",
-    )
+    add_paths(predict_parser)
     add("--top", type=whole_number, default=5, metavar="K", help="number of most likely classes per image (default: 5)")
     add(
         "--format",
@@ -67,6 +61,28 @@ def parser() -> Parser:
         help="write into this new folder, per image, a JPEG in gray with a map of where the network found evidence "
         "for its class; csv and jsonl have the file's path",
     )
+        "--tta",
+        choices=("none", "flip"),
+        help="flip: mean over each image and its mirror image (default: as in the run)",
+    )
+    add_computing(predict_parser)
+    return predict_parser
+
+
+def add_paths(parser: Parser) -> None:
+    """Add the images that a command reads."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="an image, a folder (all images below it), a pattern in quotes, or - for a list of paths on stdin, "
+        "one per line",
+    )
+
+
+def add_computing(parser: Parser) -> None:
+    """Add the arguments that say with which weights, and how, a command runs a network over images."""
+    add = parser.add_argument
     add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
     add(
         "--precision",
@@ -74,21 +90,13 @@ def parser() -> Parser:
         default="auto",
         help="auto (as the run was evaluated), fp32 (exact), or bf16 (fast on hardware that has it)",
     )
-    add(
-        "--tta",
-        choices=("none", "flip"),
-        help="flip: mean over each image and its mirror image (default: as in the run)",
-    )
     add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    return predict_parser
 
 
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
     arguments = parser().parse_intermixed_args(argv)
-    if arguments.paths.count(STDIN) > 1:
-        raise UsageError("stdin (-) is named twice")
     # a table on a terminal, but JSON lines for a stream
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     form = arguments.format or ("table" if is_table else "jsonl")
@@ -110,7 +118,7 @@ def run(argv: list[str]) -> int:
         store = Store(cache_dir())
         tta, batch_size = arguments.tta and Tta(arguments.tta), arguments.batch_size
         predictor = Predictor(loaded, accelerator, store, precision=precision, tta=tta, batch_size=batch_size)
-        total, top = _count(arguments.paths), min(arguments.top, len(loaded.classes))
+        total, top = count_images(arguments.paths), min(arguments.top, len(loaded.classes))
         reporter = Reporter()
         if sys.stderr.isatty() and (form == "table" or not file.isatty()):
             from tlcli.cli.view import TerminalReporter
@@ -119,7 +127,7 @@ def run(argv: list[str]) -> int:
         count, n_errors, n_maps = 0, 0, Counter[str]()
         start = time.perf_counter()
         with _writer(form, file, top, folder is not None) as write, reporter.track("predicting", total) as advance:
-            for prediction in predictor.predict(_images(arguments.paths), top=top, total=total, reporter=reporter):
+            for prediction in predictor.predict(named_images(arguments.paths), top=top, total=total, reporter=reporter):
                 map_file = None
                 if folder and prediction.error is None:
                     stem = Path(prediction.path).stem[:60]  # the name of a file may have 255 bytes
@@ -141,7 +149,7 @@ def run(argv: list[str]) -> int:
     return 1 if n_errors else 0
 
 
-def _images(paths: Sequence[str]) -> Iterator["Named"]:
+def named_images(paths: Sequence[str]) -> Iterator["Named"]:
     """Yield the images that the arguments name; for -, the lines of stdin."""
     from tlcli.data.listing import expand_image_paths
 
@@ -153,12 +161,14 @@ def _images(paths: Sequence[str]) -> Iterator["Named"]:
             yield from expand_image_paths([path])
 
 
-def _count(paths: Sequence[str]) -> int | None:
+def count_images(paths: Sequence[str]) -> int | None:
     """Return the number of images; None for stdin, and if counting takes more than five seconds."""
+    if paths.count(STDIN) > 1:
+        raise UsageError("stdin (-) is named twice")
     if STDIN in paths:
         return None
     deadline = time.monotonic() + 5
-    count = sum(1 for _ in takewhile(lambda _: time.monotonic() < deadline, _images(paths)))
+    count = sum(1 for _ in takewhile(lambda _: time.monotonic() < deadline, named_images(paths)))
     return count if time.monotonic() < deadline else None
 
 

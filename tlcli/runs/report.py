@@ -338,9 +338,12 @@ PAGES = Environment(
 PAGES.filters.update(FILTERS)
 
 
-def render(template: str, view: View) -> str:
-    """Return the HTML of a page; every value of the view is escaped."""
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    digest = "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()  # CSP Level 3, 2.3.1
-    head = {"style": Markup(style), "style_digest": digest, "generator": f"{GENERATOR} {__version__}"}
+def render(template: str, view: View, generator: str = GENERATOR, script: str | None = None) -> str:
+    """Return the HTML of a page; every value of the view is escaped. `script` names a file beside the template."""
+    parts = {"style": "style.css"} | ({"script": script} if script else {})
+    head: View = {"generator": f"{generator} {__version__}"}
+    for part, name in parts.items():
+        content = (TEMPLATES / name).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()  # CSP Level 3, 2.3.1
+        head |= {part: Markup(content), f"{part}_digest": f"sha256-{digest}"}
     return PAGES.get_template(template).render(view, **head)

@@ -1,0 +1,68 @@
+"""`tlcli embed` and `tlcli similar`: what they write and list, and what they refuse."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import Ended
+
+Tlcli = Callable[..., Ended]
+Trained = Callable[..., Path]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, shapes: Path) -> Path:
+    """Eight images of a class of the run and of another, and a file that is not an image."""
+    shutil.copytree(shapes / "test/down", tmp_path / "photos/down")
+    shutil.copytree(shapes / "test/across", tmp_path / "photos/other")
+    (tmp_path / "photos/bad.png").write_text("x")
+    return tmp_path / "photos"
+
+
+def test_the_command_writes_what_it_says(tlcli: Tlcli, trained: Trained, photos: Path) -> None:
+    run = str(trained("head", "fp32"))
+    ended = tlcli("embed", run, "photos", "none.png", "--to", "f.npz", "--plot", "map.html")
+    assert ended.code == 1
+    assert ended.err.splitlines()[-3:] == [
+        "photos/bad.png: not an image", "none.png: no such file or directory",
+        "tlcli embed: 2 of 18 could not be read",
+    ]  # fmt: skip
+    assert "16 vectors of 512 numbers, 8 of them with a label" in ended.out
+    with np.load("f.npz") as file:
+        assert sorted(set(file["label"])) == ["", "down"] and len(file["path"]) == 16
+    assert "16 images" in Path("map.html").read_text(encoding="utf-8")
+    again = tlcli("embed", run, "photos", "--to", "f.npz")
+    assert (again.code, "--force" in again.err) == (2, True)
+    assert "of them with a label" in tlcli("embed", run, "photos/other", "--to", "f.npz", "--force").out
+    bad = tlcli("embed", run, "photos/bad.png", "--to", "g.npz")
+    assert (bad.code, bad.err.splitlines()[-1]) == (
+        1, "tlcli embed: nothing was written: no image could be read; the first: photos/bad.png: not an image"
+    )  # fmt: skip
+    assert not Path("g.npz").exists()
+    assert "nothing to write" in tlcli("embed", run, "photos").err
+
+
+def test_similar_lists_the_nearest(tlcli: Tlcli, trained: Trained, photos: Path) -> None:
+    run = str(trained("head", "fp32"))
+    Image.open(photos / "down/003.png").save(photos / "copy.png")
+    ended = tlcli("similar", run, "photos/down/003.png", "photos/down", "photos/copy.png", "--top", "3")
+    assert ended.code == 0
+    header, first, *others = ended.out.splitlines()
+    assert header.split() == ["distance", "image"] and first.split()[1] == "photos/copy.png" and len(others) == 2
+    assert abs(float(first.split()[0])) < 1e-4 and "photos/down/003.png" not in ended.out
+    distances = [float(line.split()[0]) for line in (first, *others)]
+    assert distances == sorted(distances)
+    found = tlcli("similar", run, "photos/down/003.png", "photos", "--format=json")
+    assert found.code == 1 and found.out.startswith('[\n  {\n    "path": "photos/copy.png"')
+    bad = tlcli("similar", run, "photos/bad.png", "photos")
+    assert (bad.code, bad.err) == (2, "tlcli similar: photos/bad.png: not an image\n")
+
+
+def test_a_source_that_is_neither_is_a_usage_error(tlcli: Tlcli) -> None:
+    ended = tlcli("embed", "backbone=resnet19", ".", "--to", "f.npz")
+    assert ended.code == 2 and "Did you mean 'resnet18'?" in ended.err
+    assert tlcli("embed", "nowhere", ".", "--to", "f.npz").code == 2

@@ -1,0 +1,151 @@
+"""`tlcli embed`: write the feature vectors of images to a file, and draw them as a map."""
+
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlcli.cli import fast_imports
+from tlcli.cli.parser import Parser
+from tlcli.cli.predict import add_computing, add_paths, count_images, named_images
+from tlcli.errors import TlcliError, UsageError
+from tlcli.files import atomic_write
+from tlcli.reporter import Reporter
+from tlcli.text import duration_text, one_line, size_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tlcli.embed import Embedder
+
+MAX_ERRORS = 10  # lines on stderr
+SOURCE_HELP = "directory of a run, or backbone=NAME for a network as it was published (an option of backbone= of "
+SOURCE_HELP += "`tlcli train`, or backbone=timm/NAME)"
+
+
+def parser() -> Parser:
+    """Return the parser of `tlcli embed`."""
+    embed_parser = Parser(
+        "embed",
+        "Write the feature vector of each image to a file: the input of the head of a\nrun's network, or of a "
+        "published one. Columns: path, label (the parent folder,\nif it is a class of the run; any with backbone=), "
+        "and vector (float32). Files\nthat do not decode are left out and listed. The exit code is then 1.",
+        [
+            "tlcli embed outputs/DATE/TIME photos --to features.parquet",
+            "tlcli embed backbone=efficientnet_lite0 photos --to features.npz --plot map.html",
+        ],
+    )
+    add = embed_parser.add_argument
+    add("source", metavar="RUN|backbone=NAME", help=SOURCE_HELP)
+    embed_parser.known_words = ("backbone=",)
+    add_paths(embed_parser)
+    add(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help=".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for numpy.load, for fewer "
+        "than 100,000 images",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="an .html file with a map of the images by t-SNE, at most 5,000 of them",
+    )
+    add("--force", action="store_true", help="replace files that exist")
+    add_computing(embed_parser)
+    return embed_parser
+
+
+def run(argv: list[str]) -> int:
+    """Embed the images in argv; return the exit code, 1 if some have no vector."""
+    arguments = parser().parse_intermixed_args(argv)
+    if arguments.to is None and arguments.plot is None:
+        raise UsageError("nothing to write: give --to features.parquet, --to features.npz or --plot map.html")
+    with fast_imports():
+        from tlcli.cli.view import TerminalReporter
+        from tlcli.embed import SUFFIXES, Map, check_output, vector_file
+    for path, suffixes in ((arguments.to, SUFFIXES), (arguments.plot, (".html",))):
+        if path is not None:
+            check_output(path, suffixes, force=arguments.force)
+    embedder, classes = load_embedder(arguments)
+    reporter, sample, errors, n = TerminalReporter(on_stderr=True), Map(), list[str](), Counter[str]()
+    source, start = one_line(arguments.source), time.perf_counter()
+    with ExitStack() as stack:
+        write = stack.enter_context(vector_file(arguments.to, source, force=arguments.force)) if arguments.to else None
+        for path, pixels, vector in vectors_of(embedder, arguments.paths, reporter, errors):
+            folder = Path(path).parent.name
+            label = folder if folder and (classes is None or folder in classes) else None
+            n.update(images=1, labels=label is not None, numbers=len(vector))
+            if write is not None:
+                write((path, label, vector))
+            if arguments.plot is not None:
+                sample.add((path, label, vector), pixels)
+    if not n["images"]:
+        raise TlcliError(f"nothing was written: no image could be read; the first: {errors[0]}")
+    seconds, dimensions = time.perf_counter() - start, n["numbers"] // n["images"]
+    print(f"took     {duration_text(seconds)}, {n['images'] / seconds:,.0f} images per second ({embedder.description})")
+    if arguments.to is not None:
+        print(f"wrote    {arguments.to} ({size_text(arguments.to.stat().st_size)})")
+        print(f"holds    {n['images']:,} vectors of {dimensions:,} numbers, {n['labels']:,} of them with a label")
+    if arguments.plot is not None:
+        if len(sample.points) > 1000:
+            reporter.note(f"t-SNE of {len(sample.points):,} images takes up to a minute")
+        page = sample.html(source).encode()
+        check_output(arguments.plot, (".html",), force=arguments.force)
+        atomic_write(arguments.plot, page)
+        print(f"wrote    {arguments.plot} ({size_text(len(page))}): {len(sample.points):,} images")
+    return report_errors("embed", errors, n["images"])
+
+
+def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
+    """Return the embedder of the run or the backbone that the arguments name, and the classes of the run."""
+    from tlcli.device import find_accelerator, keep_freed_memory
+    from tlcli.embed import embedder_of_backbone, embedder_of_run
+    from tlcli.runs.load import load_run
+    from tlcli.specs import Accelerator, Precision
+    from tlcli.store import Store, cache_dir
+
+    accelerator = find_accelerator(Accelerator(arguments.device))
+    if accelerator.type == "cpu":
+        keep_freed_memory()
+    options = accelerator, Store(cache_dir()), Precision(arguments.precision), arguments.batch_size
+    key, equals, name = arguments.source.partition("=")
+    if equals and key == "backbone":
+        from tlcli.cli.job import check_weights
+        from tlcli.cli.rank import find_candidates
+
+        ((_, spec),) = find_candidates([name], [], []).values()
+        check_weights(spec.backbone.weights)
+        return embedder_of_backbone(spec.backbone, *options), None
+    loaded = load_run(arguments.source, arguments.checkpoint)
+    return embedder_of_run(loaded, *options), loaded.classes
+
+
+def vectors_of(
+    embedder: "Embedder", paths: Sequence[str], reporter: Reporter, errors: list[str]
+) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
+    """Yield path, pixels and vector of each image that the paths name; the others add a line to the errors."""
+    total = count_images(paths)
+    with reporter.track("embedding", total) as advance:
+        for path, pixels, vector in embedder.embed(named_images(paths), total=total, reporter=reporter):
+            advance(1)
+            if pixels is None or isinstance(vector, str):
+                errors.append(one_line(f"{path}: {vector}"))
+            else:
+                yield path, pixels, vector
+
+
+def report_errors(command: str, errors: Sequence[str], n_done: int) -> int:
+    """Print the first errors on stderr, and return the exit code."""
+    for line in errors[:MAX_ERRORS]:
+        print(line, file=sys.stderr)
+    if errors:
+        more = f", of which {MAX_ERRORS} are shown" if len(errors) > MAX_ERRORS else ""
+        text = f"{len(errors):,} of {n_done + len(errors):,} could not be read{more}"
+        print(f"tlcli {command}: {text}", file=sys.stderr)
+    return 1 if errors else 0
