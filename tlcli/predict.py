@@ -119,7 +119,7 @@ class Predictor:
 def map_images(
     extractor: Extractor,
     compute: Callable[[Tensor], Tensor],
-    images: Iterable[Named],
+    images: Iterable[Named | Pixels],
     *,
     batch_size: int | None,
     compiled: bool | None,

@@ -61,6 +61,7 @@ def parser() -> Parser:
         help="write into this new folder, per image, a JPEG in gray with a map of where the network found evidence "
         "for its class; csv and jsonl have the file's path",
     )
+    add(
         "--tta",
         choices=("none", "flip"),
         help="flip: mean over each image and its mirror image (default: as in the run)",
