@@ -142,7 +142,7 @@ def patches(n: int, size: int, side: int, random: np.random.Generator) -> tuple[
     ("name", "size", "cell", "n", "epochs", "share"),
     [
         ("tf_efficientnet_lite0", 128, 32, 160, 4, 0.95),  # its ImageNet weights are fine-tuned
-        ("test_resnet", 160, 32, 600, 5, 0.95),
+        ("test_resnet", 128, 32, 320, 5, 0.95),
         ("test_convnext", 160, 32, 600, 6, 0.95),
         ("test_vit", 96, 16, 600, 12, 0.9),  # with a class token
         ("test_vit2", 96, 16, 600, 12, 0.9),  # mean over its tokens
@@ -155,6 +155,7 @@ def test_the_maximum_is_in_the_patch(
     random, side = np.random.default_rng(0), cell * 5 // 2
     if name == "tf_efficientnet_lite0":
         network = build_model(spec().backbone, ("a", "b", "c"), size=size, seed=0).network
+        network.classifier.weight.data.zero_()  # timm's random ones are large, tlcli starts from a probe
     else:
         network = timm.create_model(name, num_classes=3, **({"img_size": size} if "vit" in name else {}))
     images, labels, _ = patches(n, size, side, random)
@@ -171,7 +172,7 @@ def test_the_maximum_is_in_the_patch(
     assert (network(tests).argmax(1) == labels).float().mean() > 0.95
     hits = 0
     for image, label, (row, column) in zip(tests, labels.tolist(), corners, strict=True):
-        large = F.interpolate(heat_map(network, image[None], label)[None, None], (size, size), mode="bilinear")
-        y, x = divmod(int(large.argmax()), size)
+        heat = heat_map(network, image[None], label)
+        y, x = ((place + 0.5) * size / len(heat) for place in divmod(int(heat.argmax()), len(heat)))
         hits += row <= y < row + side and column <= x < column + side
     assert hits >= 100 * share, hits

@@ -31,7 +31,7 @@ def heat_map(network: nn.Module, image: Tensor, label: int) -> Tensor:
     blocks = [module for module in network.modules() if next(module.children(), None) is not None]
     hooks = [block.register_forward_hook(lambda *call: outputs.append(call[2])) for block in blocks]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # gradients, whatever the caller has set
             logit = network(image.clone().requires_grad_())[0, label]
     finally:
         for hook in hooks:
@@ -42,7 +42,7 @@ def heat_map(network: nn.Module, image: Tensor, label: int) -> Tensor:
             (gradient,) = torch.autograd.grad(logit, output, retain_graph=True, allow_unused=True)
             if gradient is not None and (at_positions := _grid(gradient, n_prefix)) is not None and at_positions.any():
                 evidence = (activations * at_positions).relu().sum(dim=2).detach()
-                return (evidence / evidence.max().clamp_min(1e-12)).float().cpu()
+                return (evidence / evidence.max().clamp_min(torch.finfo(torch.float32).tiny)).float().cpu()
     raise TlcliError(f"{type(network).__name__} has no block with a grid of positions")
 
 
