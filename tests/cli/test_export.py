@@ -18,8 +18,20 @@ from torch import Tensor, nn
 from tests.cli.conftest import Ended
 from tests.conftest import finish, make_folder
 from tlcli.data.batches import Preprocessing
+from tlcli.data.dataset import load_dataset
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, export, find_samples, prepare
+from tlcli.export import (
+    FORMATS,
+    METADATA_FILE,
+    PAD_NOTE,
+    SAMPLE_IMAGES,
+    export,
+    export_int8,
+    find_samples,
+    int8_images,
+    prepare,
+)
+from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.specs import Fit
 
@@ -181,6 +193,91 @@ def test_a_network_that_timm_lacks_is_a_usage_error(loaded: LoadedRun, tmp_path:
         with pytest.raises(UsageError, match=f"no network with the tensors of torchvision's {name}: use --to onnx"):
             exported(other, "timm", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- int8
+
+
+def int8_job(run: Path, spec: Callable[..., Any], with_preprocessing: bool = False) -> Any:
+    """Return the job of a run and the images that its model in int8 is calibrated on, judged on, and tested on."""
+    dataset = spec("dataset=imagefolder", f"dataset.root='{run.parent}/images'").dataset
+    loaded, data = load_run(run), load_dataset(dataset, seed=0, reporter=Reporter())
+    return prepare(loaded, None, with_preprocessing), int8_images(loaded, data, Reporter())
+
+
+@pytest.mark.parametrize(
+    ("minimum", "judged"),
+    [(200, "15 other training images (the run has no validation images)"), (1, "3 validation images")],
+)
+def test_int8_is_calibrated_and_judged_on_different_images(
+    minimum: int, judged: str, resnet: Path, spec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", minimum)
+    _, (calibration, held, test) = int8_job(resnet, spec)
+    assert held.name == judged and test.name == "18 test images"
+    assert torch.equal(held.labels.bincount(), torch.full((3,), len(held.labels) // 3))
+    assert calibration.labels.unique().tolist() == [0, 1, 2] and len(calibration.pixels) in (15, 27)
+    pairs = {tuple(image.flatten()[:200].tolist()) for image in (*calibration.pixels, *held.pixels)}
+    assert len(pairs) == len(calibration.pixels) + len(held.pixels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_int8_is_a_smaller_model_for_the_same_input(
+    with_preprocessing: bool, resnet: Path, spec: Callable[..., Any], tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    job, images = int8_job(resnet, spec, with_preprocessing)
+    found = export_int8(job, images, tmp_path / "m.onnx", Reporter(), force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").stat().st_size == found.nbytes[1] < 0.3 * found.nbytes[0]
+    assert list(found.accuracies) == [images[1].name, images[2].name]
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    logits = session.run(None, {"images": job.inputs.numpy()})[0]
+    assert np.corrcoef(logits.ravel(), job.reference.numpy().ravel())[0, 1] > 0.95
+    predicted = session.run(None, {"images": job.take(images[2].pixels).numpy()})[0].argmax(axis=1)
+    assert (predicted == images[2].labels.numpy()).mean() == found.accuracies[images[2].name][1]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(job.run.classes)
+
+
+@pytest.mark.slow
+def test_int8_that_loses_too_much_tries_each_method_and_needs_force(
+    resnet: Path, spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("tlcli.export.MAX_LOSS", -2.0)
+    (job, images), notes = int8_job(resnet, spec), list[str]()
+    monkeypatch.setattr(Reporter, "note", lambda self, text: notes.append(text))
+    with pytest.raises(
+        TlcliError, match=r"int8 loses .* points on 3 validation images .* nothing was written; --force writes it"
+    ):
+        export_int8(job, images, tmp_path / "m.onnx", Reporter(), force=False)
+    assert notes == [f"int8: calibrating by {name}" for name in ("MinMax", "Entropy", "Percentile")]
+    assert list(tmp_path.iterdir()) == []
+    export_int8(job, images, tmp_path / "m.onnx", Reporter(), force=True)
+    assert (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.slow
+def test_the_command_compares_int8_with_float32(resnet: Path, tlcli: Tlcli, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    ended = tlcli("export", str(resnet), "--to", "onnx", "--int8", "--force")
+    assert ended.code == 0, ended.err
+    assert (resnet / "export/model-int8.onnx").is_file()
+    for words in (
+        "size",
+        "images per second",
+        "on 18 test images",
+        "of the bytes",
+        "training images",
+        "InferenceSession",
+    ):
+        assert words in ended.out
+
+
+def test_int8_is_for_onnx(resnet: Path, tlcli: Tlcli) -> None:
+    ended = tlcli("export", str(resnet), "--to", "pt2", "--int8")
+    assert (ended.code, ended.err) == (2, "tlcli export: --int8 needs --to onnx\n")
 
 
 # -- errors

@@ -130,8 +130,7 @@ def test_rows_of_known_classes_stay_and_new_ones_fit_to_them(load, known: dict[s
         assert (predictions.predicted[of_class] == label).double().mean() > 0.8
 
 
-@pytest.mark.usefixtures("known")
-def test_a_class_without_images_is_an_error_that_offers_dataset_classes(load, tmp_path: Path) -> None:
+def test_a_class_without_images_is_an_error_that_offers_dataset_classes(load, known, tmp_path: Path) -> None:
     words = (f"dataset.root={tmp_path}/more", f"backbone.weights={tmp_path}/run")
     make_folder(tmp_path / "more/train", {"across": 5, "down": 5})
     make_folder(tmp_path / "more/test", {"across": 2, "down": 2})
@@ -139,4 +138,6 @@ def test_a_class_without_images_is_an_error_that_offers_dataset_classes(load, tm
         load("freeze=head", *words)
     chosen = load("freeze=head", "dataset.classes=[across,down]", *words)
     assert chosen.workload.classifier.known_rows == (0,)
-    load("freeze=last_stages", *words)  # transfer to another task
+    other = load("freeze=last_stages", f"backbone.weights={tmp_path}/run")  # transfer to another task
+    first_fit.fit_head(other, Reporter())
+    assert not torch.equal(tensors(other)["classifier.bias"][:2], known["classifier.bias"])

@@ -5,8 +5,19 @@ from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
+from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
+from tlcli.export import (
+    FORMATS,
+    INT8_FILE,
+    PAD_NOTE,
+    check_format,
+    check_not_existing,
+    export,
+    export_int8,
+    int8_images,
+    prepare,
+)
 from tlcli.runs.run_dir import open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
@@ -22,7 +33,11 @@ def parser() -> Parser:
         "Write a run's model in another format. What was written is loaded again and\ncompared with PyTorch on test "
         "images of the run. Unless every logit is within\n0.0001 and every class the same, nothing is left behind.\n\n"
         f"formats:\n{formats}\nEach has the classes, the preprocessing and the temperature.",
-        ["tlcli export outputs/DATE/TIME --to onnx", "tlcli export outputs/DATE/TIME --to timm --output my-model"],
+        [
+            "tlcli export outputs/DATE/TIME --to onnx",
+            "tlcli export outputs/DATE/TIME --to onnx --int8",
+            "tlcli export outputs/DATE/TIME --to timm --output my-model",
+        ],
     )
     made.add_argument("run", metavar="RUN", help="directory of a run")
     made.add_argument("--to", required=True, choices=tuple(FORMATS), type=check_format)
@@ -31,6 +46,15 @@ def parser() -> Parser:
         "--with-preprocessing",
         action="store_true",
         help=f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and resize to S pixels before",
+    )
+    made.add_argument(
+        "--int8",
+        action="store_true",
+        help="onnx: weights and activations in 8 bits, calibrated on training images; accuracy, size and speed of both "
+        "models are printed",
+    )
+    made.add_argument(
+        "--force", action="store_true", help="with --int8: write a model that loses more than 1 point of accuracy, too"
     )
     made.add_argument("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
     return made
@@ -42,11 +66,18 @@ def run(argv: list[str]) -> int:
     chosen = FORMATS[arguments.to]
     if arguments.with_preprocessing and not chosen.has_graph:
         raise UsageError(f"--with-preprocessing: {chosen.name} holds weights and no graph; use --to {GRAPHS}")
+    if arguments.int8 and chosen.name != "onnx":
+        raise UsageError("--int8 needs --to onnx")
     folder = open_run(arguments.run)
-    output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / chosen.file_name
+    name = INT8_FILE if arguments.int8 else chosen.file_name
+    output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / name
     check_not_existing(output)  # before torch is imported
     with fast_imports():
+        from msgspec.structs import replace
+
         from tlcli.cli.compose import load_spec
+        from tlcli.cli.view import TerminalReporter
+        from tlcli.engine.session import session_for
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)
@@ -54,6 +85,23 @@ def run(argv: list[str]) -> int:
     with suppress(TlcliError):
         dataset = load_spec(folder).dataset
     job = prepare(loaded, dataset, arguments.with_preprocessing)
+    if arguments.int8:
+        spec, reporter = load_spec(folder), TerminalReporter(on_stderr=True)
+        own = replace(spec.dataset.offline(), range=loaded.preprocessing.range)
+        data = session_for(spec.cache).dataset(own, spec.seed, reporter, spec.folds, spec.fold)
+        images = int8_images(loaded, data, reporter)
+        found = export_int8(job, images, output, reporter, force=arguments.force)
+        print(f"wrote    {output}")
+        print(f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})")
+        print(f"ranges   by {found.method}")
+        rows = [("size", *map(size_text, found.nbytes), f"{found.nbytes[1] / found.nbytes[0]:.2f} of the bytes")]
+        a, b = found.images_per_second
+        rows += [("images per second", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f} times, on this CPU")]
+        rows += [("accuracy", f"{a:.4f}", f"{b:.4f}", f"on {name}") for name, (a, b) in found.accuracies.items()]
+        columns = [TableColumn("", left=True), TableColumn("float32"), TableColumn("int8"), TableColumn("", left=True)]
+        print("\n".join(table_lines(columns, rows, terminal_columns(), wrap=True)))
+        print(f"load it  {chosen.load.format(path=str(output))}")
+        return 0
     difference = export(job, chosen, output)
     nbytes = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
     print(f"wrote    {output} ({size_text(nbytes)})")

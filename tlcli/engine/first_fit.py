@@ -21,6 +21,7 @@ from tlcli.engine.metrics import Predictions, evaluate, features, likely_tempera
 from tlcli.engine.trainer import Trainer
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import linear_head
+from tlcli.transfer.freeze import HeadSpec
 from tlcli.transfer.probe import DEFAULT_PENALTY, choose_penalty, fit_probe
 
 SHARES = (1.0, 0.85, 0.7, 0.5)
@@ -29,7 +30,7 @@ SHARES = (1.0, 0.85, 0.7, 0.5)
 def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     """Fill the head with a linear probe, if it should start from one; return True if it does.
 
-    Rows that the weights have for classes of theirs stay.
+    If only the head trains, rows that the weights have for classes of theirs stay.
     """
     workload = inputs.workload
     network, head = workload.classifier.network, linear_head(workload.classifier)
@@ -39,7 +40,9 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
         return False
     loader = inputs.open("train_eval", reporter)
     x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
-    known, initial = list(workload.classifier.known_rows), copy.deepcopy(head.state_dict())
+    known, initial = list[int](), copy.deepcopy(head.state_dict())
+    if isinstance(workload.spec.freeze, HeadSpec):
+        known += workload.classifier.known_rows
     digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
 
     def fit() -> tuple[str, dict[str, Tensor]]:
@@ -57,7 +60,7 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
                 state[name] = (tensor + (own - tensor[known]).mean(dim=0)).index_copy(0, torch.tensor(known), own)
         return reason, state
 
-    reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
+    reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed, *known), fit)
     head.load_state_dict(state)
     inputs.add_reason("probe", reason)
     return True

@@ -70,7 +70,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     return replace(
         classifier,
         pretrained=frozenset(state),
-        head_loaded=head <= frozenset(state) and len(known) == len(classes),
+        head_loaded=head <= frozenset(state) and set(loaded.classes or ()) == set(classes),
         known_rows=known,
         lost_classes=tuple(name for name in loaded.classes or () if name not in classes),
         notes=tuple(notes),
@@ -110,8 +110,8 @@ def _match_head_by_class(
     if set(names) == set(classes):
         return state, known, f"head: loaded, the same {len(classes)} classes"
     new_classes = [name for name in classes if name not in names]
-    added = f", {len(new_classes)} new: {join_limited(new_classes)}" if new_classes else ""
-    return state, known, f"head: loaded {len(known)} of the {len(names)} classes of the weights{added}"
+    added = f"; new: {join_limited(new_classes)}" if new_classes else ""
+    return state, known, f"head: the weights know {len(known)} of the {len(classes)} classes{added}"
 
 
 def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
