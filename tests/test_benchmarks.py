@@ -28,6 +28,7 @@ from benchmarks import (
     source_target,
     training,
     tutorial_job,
+    unknown,
 )
 from tests.conftest import Compose, make_folder
 
@@ -223,3 +224,10 @@ def test_ranking_is_validated_by_runs(
     ranking.main([*words, "--tables"])
     assert quality.read(tmp_path / "quality.jsonl") == rows
     assert capsys.readouterr().out.count("| tlcli rank |") == 2
+
+
+def test_unknown_compares_three_scores(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown.main([str(data), "--small", "--out", str(tmp_path / "out")])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows][:3] == ["| energy", "| largest probability", "| nearest training images"]
+    assert all(len(row) == 5 for row in rows)

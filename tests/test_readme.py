@@ -111,6 +111,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("dataset=imagefolder", "dataset.root=photos", *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
+        patch.setattr("tlcli.engine.metrics.MIN_KNOWN", 1)  # a threshold for --reject
         finish(Path("outputs/DATE/TIME"), *words)
         finish(Path("outputs/DATE/TIME2"), *words, "backbone=resnet18", "backbone.weights=none")
     return home

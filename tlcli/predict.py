@@ -17,6 +17,7 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_b
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
+from tlcli.engine.metrics import unknown_score
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated, pixels_of
@@ -31,11 +32,16 @@ MIN_BATCH_SIZE = 4  # in bfloat16, padded if there are fewer images: other kerne
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for an image: classes with calibrated probabilities, the most likely first; or its error."""
+    """The prediction for an image: classes with calibrated probabilities, the most likely first; or its error.
+
+    `is_unknown` says that the score is above the threshold of the run, and is None if the run has none.
+    """
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    unknown_score: float | None = None
+    is_unknown: bool | None = None
 
 
 class Predictor:
@@ -84,10 +90,10 @@ class Predictor:
 
         `total` is the number of images if it is known. The path of pixels is empty.
         """
-        classes = self._run.classes
+        classes, threshold = self._run.classes, self._run.threshold
         for path, _, row in map_images(
             self._extractor,
-            self._probabilities,
+            self._score,
             images,
             batch_size=self._batch_size,
             compiled=self._compiled,
@@ -97,15 +103,17 @@ class Predictor:
             if isinstance(row, str):
                 yield Prediction(path, error=row)
             else:
-                values, indices = row.topk(min(top, len(classes)))
-                pairs = zip(indices.tolist(), values.tolist(), strict=True)
-                yield Prediction(path, tuple((classes[i], p) for i, p in pairs))
+                values, indices = row[1:].topk(min(top, len(classes)))
+                named = tuple((classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True))
+                score = row[0].item()
+                yield Prediction(path, named, None, score, None if threshold is None else score > threshold)
 
-    def _probabilities(self, images: Tensor) -> Tensor:
+    def _score(self, images: Tensor) -> Tensor:
+        """Return the unknown score and the probabilities of each image, (B, 1 + classes)."""
         logits = self._logits(self._extractor(images))
         if self._mirrors:
             logits = (logits + self._logits(self._extractor(images.flip(3)))) / 2
-        return calibrated(logits, self._run.temperature)
+        return torch.cat([unknown_score(logits)[:, None], calibrated(logits, self._run.temperature)], dim=1)
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:
         """Return the logits (B, classes) for the activations at the cut, float32 on the CPU."""

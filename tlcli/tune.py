@@ -9,7 +9,7 @@ import torch
 from msgspec import Meta, Struct, structs
 from torch.nn import functional as F
 
-from tlcli.engine.metrics import Predictions, calibrate, likely_temperature, scores
+from tlcli.engine.metrics import Predictions, calibrate, likely_temperature, scores, unknown_threshold
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.evaluate import predict_split
@@ -207,5 +207,6 @@ def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredi
             "averaged": [run.path.name for run in runs],
             "best": {"epoch": metadata["epoch"], **asdict(scores(predictions))},
             "calibration": calibrate(validation.logits, validation.labels),
+            "unknown": unknown_threshold(validation.logits),
         },
     )

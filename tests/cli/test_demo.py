@@ -83,6 +83,8 @@ def test_the_answer_is_that_of_predict(tlcli: Tlcli, run: Path, shapes: Path, ad
     assert status == 200
     assert [name for name, _ in answer["top"]] == [name for name, _ in row["top"]]
     assert [p for _, p in answer["top"]] == pytest.approx([p for _, p in row["top"]], abs=1e-6)
+    assert answer["unknown_score"] == pytest.approx(row["unknown_score"], abs=1e-5)
+    assert answer["unknown"] == row["unknown"]
     picture, heat = picture_of(answer["picture"]), picture_of(answer["map"])
     assert picture.shape == heat.shape == (32, 32, 3)
     assert np.abs(picture - np.asarray(Image.open(file))).mean() < 20

@@ -46,7 +46,7 @@ def test_a_pipe_gets_one_object_per_line(tlcli: Tlcli, run: str, photos: Path) -
     assert (ended.code, ended.err) == (0, "")
     rows = lines(ended)
     assert [row["path"] for row in rows] == ["photos/a.png", "photos/more/c.png"]
-    assert rows[0].keys() == {"path", "prediction", "probability", "top"}
+    assert rows[0].keys() == {"path", "prediction", "probability", "top", "unknown_score", "unknown"}
     top = rows[0]["top"]
     assert [rows[0]["prediction"], rows[0]["probability"]] == top[0]
     assert sum(value for _, value in top) == pytest.approx(1, abs=1e-6)
@@ -68,7 +68,16 @@ def test_csv_has_a_header_and_no_formulas(run: str, photos: Path, monkeypatch: p
     monkeypatch.chdir(photos)
     assert main(["predict", run, "=1+1.png", "a.png", "--format=csv", "--top", "2", "--output=found.csv"]) == 1
     bad, good = csv.DictReader(io.StringIO(Path("found.csv").read_text(encoding="utf-8")))
-    assert list(bad) == ["path", "prediction", "probability", "class_2", "probability_2", "error"]
+    assert list(bad) == [
+        "path",
+        "prediction",
+        "probability",
+        "class_2",
+        "probability_2",
+        "unknown_score",
+        "unknown",
+        "error",
+    ]
     assert (bad["path"], bad["error"]) == ("'=1+1.png", "not an image")
     assert float(good["probability"]) >= float(good["probability_2"]) > 0
 
@@ -175,3 +184,27 @@ def test_heat_maps_go_into_a_new_folder(tlcli: Tlcli, run: str, photos: Path) ->
     (photos / "bad.png").write_bytes(b"no image")
     assert tlcli("predict", run, "photos/bad.png", "--heatmaps", "maps").code == 1
     assert not Path("maps").exists()
+
+
+def test_reject_answers_unknown_above_the_threshold(
+    tlcli: Tlcli, run: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    info = json.loads((own / "run.json").read_text())
+    images = ("photos/a.png", "photos/noise.png")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photos / "noise.png")
+    scores = [row["unknown_score"] for row in lines(tlcli("predict", str(own), *images))]
+    for threshold, unknown in ((max(scores), [False, False]), (np.mean(scores), [s > np.mean(scores) for s in scores])):
+        (own / "run.json").write_text(json.dumps(info | {"unknown": {"threshold": float(threshold)}}))
+        plain, rejected = (lines(tlcli("predict", str(own), *images, *flag)) for flag in ((), ("--reject",)))
+        assert [row["unknown"] for row in plain] == unknown
+        assert [row["prediction"] == "unknown" for row in rejected] == unknown
+        assert all(row["prediction"] == row["top"][0][0] for row in plain)
+    monkeypatch.setattr(sys, "stdout", stdout := Terminal())
+    assert main(["predict", str(own), *images, "--reject"]) == 0
+    assert len([line for line in stdout.getvalue().splitlines() if " unknown " in line]) == 1
+    (own / "run.json").write_text(json.dumps(info | {"unknown": None}))
+    ended = tlcli("predict", str(own), *images, "--reject")
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "has no threshold" in ended.err

@@ -22,6 +22,8 @@ from tlcli.engine.metrics import (
     risk_coverage,
     scores,
     test_report,
+    unknown_score,
+    unknown_threshold,
     wilson,
 )
 from tlcli.specs import KeepBest
@@ -151,3 +153,13 @@ def test_risk_is_that_of_the_most_probable_predictions() -> None:
     assert report["area"] == 0.0625 and report["points"] == risk_coverage(logits, labels, 2.0)
     wrong = confidence_report(-logits.repeat(50, 1), labels.repeat(50), 1.0)["risk_coverage"]
     assert len(wrong["points"]) == 20 and wrong["points"][-1][:2] == (1, 0.75) and wrong["area"] > 0.75
+
+
+def test_the_threshold_accepts_what_looks_known() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known = 3 * torch.randn(400, 5, generator=generator)
+    found = unknown_threshold(known)
+    assert found is not None and found["n"] == 400
+    assert (unknown_score(known) <= found["threshold"]).double().mean() == pytest.approx(0.95, abs=1 / 400)
+    assert (unknown_score(torch.zeros(1, 5)) > unknown_score(known)).double().mean() > 0.9, "no class has evidence"
+    assert unknown_threshold(known[:99]) is None

@@ -117,9 +117,9 @@ def make_app(loaded: "LoadedRun", predictor: "Predictor") -> "Starlette":
 
 
 def classify(loaded: "LoadedRun", predictor: "Predictor", content: bytes) -> dict[str, Any]:
-    """Return the answer of the page to the bytes of an image file: `top`, `picture` and `map`, or its `error`.
+    """Return the answer of the page to the bytes of an image file: what `tlcli predict` says, and two pictures.
 
-    The file is decoded, and its classes are predicted, as by `tlcli predict`. `map` is None if there is none.
+    The keys are `top`, `unknown_score`, `unknown`, `picture` and `map`, which is None if there is none, or `error`.
     """
     from PIL import Image
 
@@ -134,6 +134,7 @@ def classify(loaded: "LoadedRun", predictor: "Predictor", content: bytes) -> dic
     picture = Image.fromarray(pixels)
     picture.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
     answer: dict[str, Any] = {"top": prediction.top, "map": None}
+    answer |= {"unknown_score": prediction.unknown_score, "unknown": prediction.is_unknown}
     images = {"picture": picture}
     try:
         images["map"] = loaded.explain(pixels, prediction.top[0][0])

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from tlcli.predict import Prediction
 
 STDIN = "-"
+UNKNOWN = "unknown"  # the answer of --reject
 COLUMNS = (
     TableColumn("image", left=True),
     TableColumn("prediction", left=True),
     TableColumn("prob."),
+    TableColumn("", left=True),
     TableColumn("then", drop=1, left=True),
 )
 
@@ -52,9 +54,14 @@ def parser() -> Parser:
         "--format",
         choices=("table", "csv", "jsonl"),
         help='table (default on a terminal), csv, or jsonl: one object per line, {"path", "prediction", '
-        '"probability", "top": [[class, probability], ...]} or {"path", "error"}',
+        '"probability", "unknown_score", "unknown", "top": [[class, probability], ...]} or {"path", "error"}',
     )
     add("--output", metavar="FILE", help="write to this new file")
+    add(
+        "--reject",
+        action="store_true",
+        help="answer `unknown` for an image with a higher unknown score than 95 %% of the images that the run held out",
+    )
     add(
         "--heatmaps",
         metavar="DIR",
@@ -105,6 +112,7 @@ def run(argv: list[str]) -> int:
         with fast_imports():
             from tlcli.data.decode import BadImage
             from tlcli.device import find_accelerator, keep_freed_memory
+            from tlcli.engine.metrics import MIN_KNOWN
             from tlcli.predict import Prediction, Predictor
             from tlcli.runs.load import load_run
         from tlcli.reporter import Reporter
@@ -112,6 +120,11 @@ def run(argv: list[str]) -> int:
         from tlcli.store import Store, cache_dir
 
         loaded = load_run(arguments.run, arguments.checkpoint)
+        if arguments.reject and loaded.threshold is None:
+            raise UsageError(
+                f"--reject: {loaded.path} has no threshold, since fewer than {MIN_KNOWN} images were held out of it; "
+                "train with dataset.val_fraction=0.2 or more images"
+            )
         accelerator = find_accelerator(Accelerator(arguments.device))
         if accelerator.type == "cpu":
             keep_freed_memory()
@@ -127,7 +140,10 @@ def run(argv: list[str]) -> int:
             reporter = TerminalReporter(on_stderr=True)
         count, n_errors, n_maps = 0, 0, Counter[str]()
         start = time.perf_counter()
-        with _writer(form, file, top, folder is not None) as write, reporter.track("predicting", total) as advance:
+        with (
+            _writer(form, file, top, arguments.reject, folder is not None) as write,
+            reporter.track("predicting", total) as advance,
+        ):
             for prediction in predictor.predict(named_images(arguments.paths), top=top, total=total, reporter=reporter):
                 map_file = None
                 if folder and prediction.error is None:
@@ -211,26 +227,35 @@ def _new_folder(path: str | None) -> Iterator[Path | None]:
 
 
 @contextmanager
-def _writer(form: str, file: TextIO, top: int, has_maps: bool) -> Iterator[Callable[["Prediction", Path | None], None]]:
+def _writer(
+    form: str, file: TextIO, top: int, rejects: bool, has_maps: bool
+) -> Iterator[Callable[["Prediction", Path | None], None]]:
     """Yield a function that writes the row of a prediction: at once, or for a table at the end, Ctrl-C included."""
     rows: list[list[object]] = []
 
     def write(prediction: "Prediction", map_file: Path | None) -> None:
         path, error = prediction.path, prediction.error
         top_classes = [(name, round(probability, 8)) for name, probability in prediction.top]
+        answer = top_classes[0][0] if top_classes else ""
+        if rejects and prediction.is_unknown:
+            answer = UNKNOWN
         if form == "table":
-            (name, p), *others = top_classes or [(f"error: {error}", 0.0)]
+            others = top_classes if answer == UNKNOWN else top_classes[1:]
             then = ", ".join(f"{other} {probability:.3f}" for other, probability in others)
-            rows.append([path, name, "" if error else f"{p:.3f}", then])
+            p = "" if error or answer == UNKNOWN else f"{top_classes[0][1]:.3f}"
+            mark = UNKNOWN if prediction.is_unknown and not rejects else ""
+            rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
         if form == "csv":
-            cells, maps = [cell for pair in top_classes for cell in pair], [str(map_file or "")] * has_maps
-            file.write(csv_line([path, *cells, *[""] * (2 * top - len(cells)), *maps, error or ""]))
+            cells, maps = [cell for pair in top_classes for cell in pair][1:], [str(map_file or "")] * has_maps
+            unknown = [prediction.unknown_score, prediction.is_unknown]
+            cells += [""] * (2 * top - 1 - len(cells)) + ["" if value is None else value for value in unknown]
+            file.write(csv_line([path, answer, *cells, *maps, error or ""]))
         else:  # in ASCII: bytes of a path that are not UTF-8 are escaped
             row: dict[str, Any] = {"path": path, "error": error}
             if error is None:
-                name, p = top_classes[0]
-                row = {"path": path, "prediction": name, "probability": p, "top": top_classes}
+                row = {"path": path, "prediction": answer, "probability": top_classes[0][1], "top": top_classes}
+                row |= {"unknown_score": prediction.unknown_score, "unknown": prediction.is_unknown}
                 row |= {"heatmap": str(map_file)} if map_file else {}
             file.write(json.dumps(row) + "\n")
         file.flush()
@@ -239,7 +264,8 @@ def _writer(form: str, file: TextIO, top: int, has_maps: bool) -> Iterator[Calla
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
-        file.write(csv_line(["path", "prediction", "probability", *more, *["heatmap"] * has_maps, "error"]))
+        more += ["unknown_score", "unknown", *["heatmap"] * has_maps, "error"]
+        file.write(csv_line(["path", "prediction", "probability", *more]))
     try:
         yield write
     finally:

@@ -25,6 +25,7 @@ from tlcli.specs import KeepBest
 
 BINS = 15  # of the confidence, for calibration errors
 POINTS = 20  # of the risk-coverage curve in a file
+MIN_KNOWN, ACCEPTED = 100, 0.95  # images of known classes, and the share of them below the threshold
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 PRIOR_STD = 0.5  # of log T in its normal prior about T = 1, which weighs as much as a handful of images
 MIN_GAIN = 1e-9  # smallest decrease of the loss that is not rounding
@@ -259,3 +260,22 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tupl
     index, right = (confidence * BINS).ceil().long().clamp(1, BINS), (predicted == labels).double()
     members = [index == i for i in range(1, BINS + 1) if i in index]
     return [(confidence[m].mean().item(), right[m].mean().item(), int(m.sum())) for m in members]
+
+
+# -- unknown images
+
+
+def unknown_score(logits: Tensor) -> Tensor:
+    """Return the energy (N) of logits (N, classes), float64, which is higher for images of no class of the run.
+
+    It is minus the log of the summed exponentials (Liu et al., Energy-based out-of-distribution detection, 2020).
+    """
+    return -logits.double().logsumexp(dim=1)
+
+
+def unknown_threshold(logits: Tensor) -> dict[str, Any] | None:
+    """Return `unknown` of run.json: the score below which 95 % of images held out are; None if these are too few."""
+    if len(logits) < MIN_KNOWN:
+        return None
+    threshold = unknown_score(logits).quantile(ACCEPTED).item()
+    return {"score": "energy", "threshold": threshold, "accepted": ACCEPTED, "n": len(logits)}

@@ -39,6 +39,7 @@ class LoadedRun:
     classifier: Classifier
     preprocessing: Preprocessing
     temperature: float  # divides logits before the softmax (Guo et al. 2017); 1 if not fitted to this epoch
+    threshold: float | None  # of the unknown score; None if no or too few images were held out
 
     @property
     def model(self) -> nn.Module:
@@ -126,12 +127,13 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     network.eval().requires_grad_(False)
     expected = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
-    epoch, temperature = integer(metadata.get("epoch")), 1.0
+    epoch, temperature, threshold = integer(metadata.get("epoch")), 1.0, None
     if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
             raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
-    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature)
+        threshold = number(mapping(run.info.get("unknown")).get("threshold"))
+    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature, threshold)
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:

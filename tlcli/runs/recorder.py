@@ -21,6 +21,7 @@ from tlcli.engine.metrics import (
     most_confused,
     scores,
     test_report,
+    unknown_threshold,
 )
 from tlcli.engine.schedule import steps_per_epoch
 from tlcli.reporter import EpochRow, Reporter, RunPlan
@@ -227,9 +228,11 @@ class Recorder:
         self._reporter.outcome(run.path, result)
 
     def _calibrate(self, validation: Predictions | None, predictions: Predictions | None) -> dict[str, Any]:
-        """Write the temperature of `validation` to run.json; return what test.json has about probabilities."""
+        """Write temperature and unknown threshold to run.json; return what test.json has about probabilities."""
         calibration = None if validation is None else calibrate(validation.logits, validation.labels)
-        self._run.update(calibration=calibration)
+        self._run.update(
+            calibration=calibration, unknown=None if validation is None else unknown_threshold(validation.logits)
+        )
         t, notes = 1.0, []
         if calibration is not None:
             t = calibration["temperature"]

@@ -21,6 +21,10 @@ async function classify(image, name) {
   at("class").textContent = answer.top[0][0];
   at("picture").src = answer.picture;
   at("note").textContent = answer.map_error || note;
+  at("score").textContent = `Unknown score ${answer.unknown_score.toFixed(2)}` + (answer.unknown === null ? "" :
+    answer.unknown ? ": higher than that of 95\u00a0% of the images held out. This looks like none of the classes." :
+    ": as low as that of images of the classes.");
+  at("score").classList.toggle("bad", answer.unknown === true);
   at("map").hidden = !answer.map;
   if (answer.map) at("map").src = answer.map;
   at("top").replaceChildren(...answer.top.map(([label, p]) => {
