@@ -1,6 +1,7 @@
 """`tlcli demo`: a local page that classifies images which are dropped on it, with heat maps."""
 
 import io
+import os
 import socket
 from importlib.util import find_spec
 from threading import Lock
@@ -46,7 +47,8 @@ def run(argv: list[str]) -> int:
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise UsageError("Starlette and uvicorn are not installed: pip install 'tlcli[demo]'")
     with handle_signals(), socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last demo may linger
+        if os.name != "nt":  # connections of the last demo may linger; Windows would share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, arguments.port))
             listener.listen()

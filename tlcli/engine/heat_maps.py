@@ -43,7 +43,7 @@ def heat_map(network: nn.Module, image: Tensor, label: int) -> Tensor:
             if gradient is not None and (at_positions := _grid(gradient, n_prefix)) is not None and at_positions.any():
                 evidence = (activations * at_positions).relu().sum(dim=2).detach()
                 return (evidence / evidence.max().clamp_min(torch.finfo(torch.float32).tiny)).float().cpu()
-    raise TlcliError(f"{type(network).__name__} has no block with a grid of positions")
+    raise TlcliError(f"no heat map: {type(network).__name__} has no block with a grid of positions")
 
 
 def _grid(output: Tensor, n_prefix: int | None) -> Tensor | None:
