@@ -56,6 +56,8 @@ def test_keys_of_yaml() -> None:
         ("tlcli inspect ", {"resnet18 ", "dataset=", "--format "}),
         ("tlcli inspect resnet18 --format ", {"table ", "json "}),
         ("tlcli predict RUN --format j", {"jsonl "}),
+        ("tlcli embed backbone=res", {"backbone=resnet18 "}),
+        ("tlcli similar ", {"backbone=", "--top "}),
     ],
 )
 def test_candidates(line: str, wanted: set[str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.predict import add_computing, add_paths, count_images, named_images
+from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, named_images
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
@@ -104,6 +104,7 @@ def run(argv: list[str]) -> int:
 
 def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
     """Return the embedder of the run or the backbone that the arguments name, and the classes of the run."""
+    check_paths(arguments.paths)
     from tlcli.device import find_accelerator, keep_freed_memory
     from tlcli.embed import embedder_of_backbone, embedder_of_run
     from tlcli.runs.load import load_run

@@ -88,6 +88,12 @@ def add_paths(parser: Parser) -> None:
     )
 
 
+def check_paths(paths: Sequence[str]) -> None:
+    """Raise UsageError if the paths name stdin twice."""
+    if paths.count(STDIN) > 1:
+        raise UsageError("stdin (-) is named twice")
+
+
 def add_computing(parser: Parser) -> None:
     """Add the arguments that say with which weights, and how, a command runs a network over images."""
     add = parser.add_argument
@@ -105,6 +111,7 @@ def add_computing(parser: Parser) -> None:
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
     arguments = parser().parse_intermixed_args(argv)
+    check_paths(arguments.paths)
     # a table on a terminal, but JSON lines for a stream
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     form = arguments.format or ("table" if is_table else "jsonl")
@@ -180,8 +187,6 @@ def named_images(paths: Sequence[str]) -> Iterator["Named"]:
 
 def count_images(paths: Sequence[str]) -> int | None:
     """Return the number of images; None for stdin, and if counting takes more than five seconds."""
-    if paths.count(STDIN) > 1:
-        raise UsageError("stdin (-) is named twice")
     if STDIN in paths:
         return None
     deadline = time.monotonic() + 5

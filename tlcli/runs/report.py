@@ -341,7 +341,7 @@ PAGES.filters.update(FILTERS)
 def render(template: str, view: View, generator: str = GENERATOR, script: str | None = None) -> str:
     """Return the HTML of a page; every value of the view is escaped. `script` names a file beside the template."""
     parts = {"style": "style.css"} | ({"script": script} if script else {})
-    head: View = {"generator": f"{generator} {__version__}"}
+    head: View = {"generator": f"{generator} {__version__}", "script": ""}
     for part, name in parts.items():
         content = (TEMPLATES / name).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()  # CSP Level 3, 2.3.1
