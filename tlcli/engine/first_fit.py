@@ -47,9 +47,12 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
             reason += f", accuracy {found.accuracy:.3f} in {found.folds}-fold cross-validation on {n:,} images"
         return reason, fit_probe(head, x, y, penalty)
 
-    reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
-    head.load_state_dict(state)
-    inputs.add_reason("probe", reason)
+    ranks, reason = inputs.device.ranks, ""
+    if ranks.is_main:
+        reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed), fit)
+        head.load_state_dict(state)
+    ranks.copy_tensors(head.state_dict().values())
+    inputs.add_reason("probe", ranks.broadcast(reason))
     return True
 
 

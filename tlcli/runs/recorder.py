@@ -262,3 +262,25 @@ class Recorder:
         plot_confusion(report, folder / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")
+
+
+class SilentRecorder(Recorder):
+    """Writes and shows nothing, for the ranks of a run other than 0."""
+
+    def __init__(self) -> None:
+        self._seconds = {}
+
+    def plan(self, inputs: Inputs) -> None:
+        pass
+
+    def inputs(self) -> None:
+        pass
+
+    def log_running(self, epoch: int, batch: int, loss: float) -> None:
+        pass
+
+    def log_epoch(self, *args: Any, **settings: Any) -> None:
+        pass
+
+    def log_result(self, *args: Any, **settings: Any) -> None:
+        pass

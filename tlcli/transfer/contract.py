@@ -37,6 +37,12 @@ class FreezeContract:
             if has_nothing_to_train or (keeps_stats and isinstance(module, _NormBase)):
                 self._frozen_modules[name] = module
 
+    @property
+    def updated_norms(self) -> dict[str, _NormBase]:
+        """The BatchNorm layers whose statistics follow the batches of training, by name."""
+        self.train_mode()
+        return {name: m for name, m in self._network.named_modules() if isinstance(m, _NormBase) and m.training}
+
     def seal(self) -> None:
         """Record the digests of the frozen tensors, and the counters that PyTorch increments with each write."""
         self._digests = {name: digest_of_tensor(tensor) for name, tensor in self._frozen()}
