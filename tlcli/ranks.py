@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,18 +88,21 @@ class Ranks:
     def gather(self, batches: Sequence[Tensor], positions: Tensor, n: int) -> Tensor:
         """Return all n rows on the CPU, each at its position, on every rank. `batches` are those of this rank.
 
-        Several ranks return floats as float32, because gloo does not add all types.
+        Several ranks return floats of 16 bits as float32, because gloo does not add them.
 
         Raise TlcliError if a row is missing or there twice.
         """
         if self.size == 1:
             return torch.cat(list(batches)).cpu()
-        kind = (list(batches[0].shape[1:]), batches[0].is_floating_point()) if self.is_main else None
-        shape, is_float = self.broadcast(kind)
-        rows = torch.zeros((n, *shape), dtype=torch.float32 if is_float else torch.int64)
+        own = [batch.float() if batch.dtype in (torch.bfloat16, torch.float16) else batch for batch in batches]
+        kind = (
+            (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
+        )  # a rank may have no batch, but not 0
+        shape, dtype = self.broadcast(kind)
+        rows = torch.zeros((n, *shape), dtype=getattr(torch, dtype.removeprefix("torch.")))
         counts = torch.zeros(n, dtype=torch.int32)
-        if batches:  # a rank may have no batch, but not rank 0
-            rows[positions] = torch.cat(list(batches)).cpu().to(rows.dtype)
+        if own:
+            rows[positions] = torch.cat(own).cpu()
             counts[positions] += 1
         with _exchange():
             dist.all_reduce(rows)
@@ -186,17 +190,16 @@ def leading(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except (LostRankError, KeyboardInterrupt) as error:
-        assert ranks.size == 1 or _store is not None
-        if ranks.size == 1 or _store is None:
+        if _store is None:
             raise
-        seconds = ERROR_SECONDS if isinstance(error, LostRankError) else 0
-        try:
-            _store.wait(["error"], timedelta(seconds=seconds, milliseconds=100))
-        except RuntimeError:  # none was posted
-            if isinstance(error, LostRankError):
+        end = time.monotonic() + (ERROR_SECONDS if isinstance(error, LostRankError) else 0)
+        while not _store.check(["error"]):
+            if time.monotonic() > end and isinstance(error, LostRankError):
                 reason = f"one of the {ranks.size} processes of the run ended without an error; it may have been killed"
                 raise TlcliError(reason) from error
-            raise
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
         code, line = json.loads(_store.get("error"))
         raise (UsageError if code == 2 else TlcliError)(line) from error
     if ranks.size > 1:
