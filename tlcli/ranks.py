@@ -95,13 +95,11 @@ class Ranks:
         if self.size == 1:
             return torch.cat(list(batches)).cpu()
         own = [batch.float() if batch.dtype in (torch.bfloat16, torch.float16) else batch for batch in batches]
-        kind = (
-            (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
-        )  # a rank may have no batch, but not 0
+        kind = (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
         shape, dtype = self.broadcast(kind)
         rows = torch.zeros((n, *shape), dtype=getattr(torch, dtype.removeprefix("torch.")))
         counts = torch.zeros(n, dtype=torch.int32)
-        if own:
+        if own:  # a rank may have no batch, but not rank 0
             rows[positions] = torch.cat(own).cpu()
             counts[positions] += 1
         with _exchange():
@@ -192,13 +190,14 @@ def leading(ranks: Ranks) -> Iterator[None]:
     except (LostRankError, KeyboardInterrupt) as error:
         if _store is None:
             raise
-        end = time.monotonic() + (ERROR_SECONDS if isinstance(error, LostRankError) else 0)
+        is_lost = LostRankError in (type(error), type(error.__context__))  # then the launcher sends SIGTERM, too
+        end = time.monotonic() + (ERROR_SECONDS if is_lost else 0)
         while not _store.check(["error"]):
-            if time.monotonic() > end and isinstance(error, LostRankError):
+            if time.monotonic() > end:
+                if not is_lost:
+                    raise
                 reason = f"one of the {ranks.size} processes of the run ended without an error; it may have been killed"
                 raise TlcliError(reason) from error
-            if time.monotonic() > end:
-                raise
             time.sleep(0.05)
         code, line = json.loads(_store.get("error"))
         raise (UsageError if code == 2 else TlcliError)(line) from error

@@ -19,8 +19,6 @@ from tlcli.errors import UsageError
 if TYPE_CHECKING:
     from tlcli.ranks import Ranks
 
-EXIT_CODES = (1, 2, 130, 143)  # of a rank that has said why it ended
-
 
 def rank_and_size() -> tuple[int, int]:
     """Return the number of this process, and how many torchrun or `launch` has started; (0, 1) by default."""
@@ -47,7 +45,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # rank 0 reports what happens
+    logging.disable()  # of the launcher: rank 0 reports what happens
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds after a signal, to save the state
     debug = ["--debug"] if "--debug" in sys.argv else []
     words = [word.replace("$", "$$") for word in (*argv, *debug)]  # the launcher fills in its macros
@@ -69,9 +67,11 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            if codes.get(0) in EXIT_CODES:
-                return codes[0]
-            rank, code = min(codes.items())
+            killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+            if codes.get(0) in (1, 2) or (codes.get(0) in (130, 143) and not killed):
+                return codes[0]  # rank 0 has said why
+            rank = min(killed or codes)
+            code = codes[rank]
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             print(f"tlcli train: process {rank} of the {processes} processes of the run {reason}", file=sys.stderr)
             return 1
