@@ -33,7 +33,7 @@ class _DeferInterrupts:
         return self._pending is not None
 
     def raise_pending(self) -> None:
-        """Raise what waits for the end of the block; KeyboardInterrupt if nothing does."""
+        """Raise what waits for the end of the block; KeyboardInterrupt if it waits in another process."""
         pending, self._pending = self._pending, None
         raise pending or KeyboardInterrupt
 

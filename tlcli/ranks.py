@@ -98,10 +98,9 @@ class Ranks:
         kind = (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
         shape, dtype = self.broadcast(kind)
         rows = torch.zeros((n, *shape), dtype=getattr(torch, dtype.removeprefix("torch.")))
-        counts = torch.zeros(n, dtype=torch.int32)
+        counts = torch.bincount(positions, minlength=n)
         if own:  # a rank may have no batch, but not rank 0
             rows[positions] = torch.cat(own).cpu()
-            counts[positions] += 1
         with _exchange():
             dist.all_reduce(rows)
             dist.all_reduce(counts)
@@ -127,30 +126,22 @@ class Ranks:
             if self.is_main:
                 yield columns
 
-    def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor) -> Tensor:
-        """Replace gradients by their sums over ranks and return the sums of `values` (N), in one exchange.
+    def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor, *, stop: bool) -> tuple[Tensor, bool]:
+        """Replace gradients by their sums over ranks; return the sums of `values` (N), and `stop` of any rank.
 
         A parameter that has a gradient on no rank has none afterwards.
         """
-        present = values.new_tensor([parameter.grad is not None for parameter in parameters])
+        flags = torch.tensor([stop, *(p.grad is not None for p in parameters)], dtype=torch.int32)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([values, present, *(gradient.flatten() for gradient in gradients)])
+        flat = torch.cat([values, *(gradient.flatten() for gradient in gradients)])
         with _exchange():
+            dist.all_reduce(flags)  # on the CPU: reading them does not wait for an accelerator
             dist.all_reduce(flat)
-        sizes = [len(values), len(present), *map(torch.numel, gradients)]
-        total, present, *sums = torch.split(flat, sizes)
-        for parameter, gradient, part, count in zip(parameters, gradients, sums, present.tolist(), strict=True):
+        total, *sums = torch.split(flat, [len(values), *map(torch.numel, gradients)])
+        stops, *counts = flags.tolist()
+        for parameter, gradient, part, count in zip(parameters, gradients, sums, counts, strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient)) if count else None
-        return total
-
-    def agree(self, flag: bool) -> bool:
-        """Return rank 0's flag."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor(flag, dtype=torch.uint8)
-        with _exchange():
-            dist.broadcast(value, 0)
-        return bool(value)
+        return total, stops > 0
 
 
 ALONE = Ranks()  # of a run with one process

@@ -210,16 +210,13 @@ def _load(
         raise UsageError(f"device.processes={ranks.size} is more than the {len(data.train)} training images")
     workload = load_workload(spec, data, accelerator, session)
     classifier = workload.classifier
-    if ranks.size > 1 and (norms := workload.contract.updated_norms):
+    if ranks.size > 1 and (norms := workload.contract.updated_norms()):
         if accelerator.type != "cuda":
             raise UsageError(
                 f"freeze.bn_stats={spec.freeze.bn_stats}: {len(norms)} BatchNorm layers update their statistics, which "
                 "PyTorch synchronizes on CUDA only: set freeze.bn_stats=frozen or device.processes=1"
             )
-        from timm.layers import convert_sync_batchnorm  # here: a run of one process does not wait for it
-
-        for name, norm in norms.items():
-            classifier.network.set_submodule(name, convert_sync_batchnorm(norm))
+        workload.contract.synchronize_norms()
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)

@@ -32,7 +32,7 @@ class Trainer:
 
     def __init__(self, workload: Workload, device: Device, label: str = "epoch") -> None:
         self._spec, self._device, self._contract, self._label = workload.spec, device, workload.contract, label
-        self._ranks = device.ranks
+        self._ranks, self._stops = device.ranks, False
         self._synchronizes = any(isinstance(m, nn.SyncBatchNorm) for m in workload.classifier.network.modules())
         spec, classes = workload.spec, workload.data.classes
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
@@ -92,7 +92,8 @@ class Trainer:
                     advance(sum(progress.sizes[-len(group) :]))
                     progress.seconds, start = progress.seconds + time.perf_counter() - start, time.perf_counter()
                 after_step()
-                if self._ranks.agree(defer_interrupts.is_pending):
+                if self._stops:
+                    self._stops = False
                     defer_interrupts.raise_pending()
         self._check_losses(progress)
         progress.count()
@@ -142,7 +143,9 @@ class Trainer:
             outputs.append((logits.detach(), y))
         if self._ranks.size > 1:
             n_correct = sum(((logits.argmax(dim=1) == y).sum() for logits, y in outputs), torch.zeros_like(losses[0]))
-            *losses, n_correct = self._ranks.sum_gradients(self._trainable, torch.stack([*losses, n_correct])).unbind()
+            values, stop = torch.stack([*losses, n_correct]), defer_interrupts.is_pending
+            values, self._stops = self._ranks.sum_gradients(self._trainable, values, stop=stop)
+            *losses, n_correct = values.unbind()
             progress.n_correct += n_correct.long()
             outputs = []  # counted
         every = self._spec.log_every
