@@ -133,7 +133,7 @@ def test_a_spec_survives_json(spec: Compose) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_are_the_batches_of_one_process(size: int, words: tuple[str, ...], spec: Compose) -> None:
     def loaders(rank: int, size: int) -> list[Any]:
-        setting = Setting(spec(*words, *NETWORK, "freeze=head", "cache.mode=require", "augment=none"))
+        setting = Setting(spec(*words, *NETWORK, "freeze=last_stages", "cache.mode=require", "augment=none"))
         workload = replace(setting.workload, ranks=Ranks(rank, size))
         decisions = setting.opened.decisions
         ranked = Inputs(decisions, workload)
@@ -243,6 +243,21 @@ def test_the_result_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.M
     assert "first fit" in two.info["seconds"]
 
 
+@pytest.mark.slow
+def test_activations_are_those_of_one_process(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = []
+    monkeypatch.setattr("tlcli.engine.extraction.BATCH", {"cpu": 4})  # 5 batches, the last one smaller
+    for size in (1, 2, 3):
+        monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / f"cache{size}"))
+        out = f"hydra.run.dir='{tmp_path / str(size)}'"
+        own = ("freeze=head", "epochs=1", "augment=basic", "cache.views=1", "interpolate=1")
+        assert train_in_ranks(size, [out, *words, *own], tmp_path)[0] == 0
+        entries.append({entry.key: entry.checksums for entry in Store(tmp_path / f"cache{size}").entries()})
+    assert entries[0] == entries[1] == entries[2] and len(entries[0]) >= 3
+
+
 # -- errors
 
 
@@ -293,11 +308,13 @@ def test_processes_must_see_the_same_images(words: tuple[str, ...], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_not_used_by_any(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_not_used_by_any(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def patch() -> None:
         Store.write = Mock(side_effect=OSError(28, "No space left on device"))  # type: ignore[method-assign]
 
-    os.environ["TLCLI_CACHE"] = str(tmp_path / "cache")
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     code, line = failing(words, tmp_path, patch, rank=0)
     assert code == 0, line
     assert "reading images instead" in (tmp_path / "run/run.log").read_text()

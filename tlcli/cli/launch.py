@@ -45,7 +45,6 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logging.disable()  # of the launcher: rank 0 reports what happens
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds after a signal, to save the state
     debug = ["--debug"] if "--debug" in sys.argv else []
     words = [word.replace("$", "$$") for word in (*argv, *debug)]  # the launcher fills in its macros
@@ -61,6 +60,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             local_addr="localhost",
             max_restarts=0,
         )
+        logging.disable()  # the launcher's: rank 0 reports what happens
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "tlcli", "train", *words)
         except SignalException as error:
@@ -75,6 +75,8 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             print(f"tlcli train: process {rank} of the {processes} processes of the run {reason}", file=sys.stderr)
             return 1
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 

@@ -42,9 +42,14 @@ class ImageLoader:
         return len(self.batches.split)
 
     @property
+    def ranks(self) -> Ranks:
+        """The ranks among which the images of a batch are divided in an epoch."""
+        return self.batches.ranks
+
+    @property
     def positions(self) -> Tensor:
         """The positions in the split of the images of `in_order`: all of them, or this rank's share."""
-        return self.batches.ranks.positions(len(self), self.batches.batch_size)
+        return self.ranks.positions(len(self), self.batches.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches.
@@ -90,6 +95,7 @@ class ActivationLoader:
 
     def __post_init__(self) -> None:
         self.threads = None if self.head is None else 1  # its steps are too short for a second thread
+        self.ranks = self.device.ranks if self.head is None else ALONE  # and shorter than an exchange among ranks
         self.labels = self.device.to_device(self.labels)
         row_bytes = sum(t[0].numel() * t.element_size() for t in self.views[0])
         self._rows_at_once = max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
@@ -107,7 +113,7 @@ class ActivationLoader:
         if self.balanced:
             order = balanced_order(self.labels.cpu().numpy(), self.seed, number) % len(self)
         view = self.views[(number - 1) % len(self.views)]
-        return self._read(view, torch.from_numpy(order), self.batch_size, start, self.device.ranks)
+        return self._read(view, torch.from_numpy(order), self.batch_size, start, self.ranks)
 
     def in_order(self) -> Iterator[Batch]:
         return self._read(self.views[0], self.positions, max(self._rows_at_once, self.batch_size))

@@ -32,7 +32,7 @@ class Trainer:
 
     def __init__(self, workload: Workload, device: Device, label: str = "epoch") -> None:
         self._spec, self._device, self._contract, self._label = workload.spec, device, workload.contract, label
-        self._ranks, self._stops = device.ranks, False
+        self._stops = False  # as all ranks have agreed
         self._synchronizes = any(isinstance(m, nn.SyncBatchNorm) for m in workload.classifier.network.modules())
         spec, classes = workload.spec, workload.data.classes
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
@@ -77,7 +77,7 @@ class Trainer:
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         track = reporter.track(f"{self._label} {epoch}", len(loader))
-        held = defer_interrupts if self._ranks.size > 1 else nullcontext()  # until all ranks stop at the same step
+        held = defer_interrupts if loader.ranks.size > 1 else nullcontext()  # until all ranks stop at the same step
         with limit_threads(loader.threads), held, track as advance:
             advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
@@ -95,6 +95,8 @@ class Trainer:
                 if self._stops:
                     self._stops = False
                     defer_interrupts.raise_pending()
+        if loader.ranks.size < self._device.ranks.size:  # each rank has trained on whole batches
+            self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
@@ -115,10 +117,11 @@ class Trainer:
         if self._spec.l2sp and not self._start:
             self.remember_start()
         sizes, losses, outputs = [len(y) for _, y in group], [], []
-        if self._ranks.size > 1:  # the sizes of whole batches, of which `group` has this rank's share
+        ranks = loader.ranks
+        if ranks.size > 1:  # the sizes of whole batches, of which `group` has this rank's share
             n_done, size = len(progress.sizes), self._spec.batch_size
             sizes = [min(size, len(loader) - i * size) for i in range(n_done, n_done + len(group))]
-            torch.manual_seed(sample_seed(self._spec.seed, self.step, -1 - self._ranks.rank))  # dropout of its own
+            torch.manual_seed(sample_seed(self._spec.seed, self.step, -1 - ranks.rank))  # dropout of its own
         n_images = sum(sizes)
         for (x, y), size in zip(group, sizes, strict=True):
             if not len(y) and not self._synchronizes:  # not of this rank
@@ -141,10 +144,10 @@ class Trainer:
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
             losses.append(loss.detach())
             outputs.append((logits.detach(), y))
-        if self._ranks.size > 1:
+        if ranks.size > 1:
             n_correct = sum(((logits.argmax(dim=1) == y).sum() for logits, y in outputs), torch.zeros_like(losses[0]))
             values, stop = torch.stack([*losses, n_correct]), defer_interrupts.is_pending
-            values, self._stops = self._ranks.sum_gradients(self._trainable, values, stop=stop)
+            values, self._stops = ranks.sum_gradients(self._trainable, values, stop=stop)
             *losses, n_correct = values.unbind()
             progress.n_correct += n_correct.long()
             outputs = []  # counted
