@@ -1,7 +1,7 @@
 """The processes (ranks) of one run on several devices. Rank 0 decides, records and writes; all of them compute.
 
 Whatever ranks tell each other goes through `Ranks`; with one process its methods exchange nothing. Gradients are summed
-here and not by DistributedDataParallel, which averages over ranks instead of images, and expects a backward pass of each
+here and not by DistributedDataParallel, which averages over ranks, not images, and expects a backward pass of each
 rank in each step. Messages are JSON and tensors, over gloo; tensors on CUDA are exchanged over NCCL.
 """
 
