@@ -191,6 +191,11 @@ def leading(ranks: Ranks) -> Iterator[None]:
             time.sleep(0.05)
         code, line = json.loads(_store.get("error"))
         raise (UsageError if code == 2 else TlcliError)(line) from error
+    leave(ranks)
+
+
+def leave(ranks: Ranks) -> None:
+    """Close the connections to the other ranks, after the last exchange."""
     if ranks.size > 1:
         dist.destroy_process_group()
 

@@ -210,13 +210,12 @@ def _load(
         raise UsageError(f"device.processes={ranks.size} is more than the {len(data.train)} training images")
     workload = load_workload(spec, data, accelerator, session)
     classifier = workload.classifier
-    if ranks.size > 1 and (norms := workload.contract.updated_norms()):
-        if accelerator.type != "cuda":
-            raise UsageError(
-                f"freeze.bn_stats={spec.freeze.bn_stats}: {len(norms)} BatchNorm layers update their statistics, which "
-                "PyTorch synchronizes on CUDA only: set freeze.bn_stats=frozen or device.processes=1"
-            )
-        workload.contract.synchronize_norms()
+    norms = workload.contract.updated_norms() if ranks.size > 1 else {}
+    if norms and accelerator.type != "cuda":
+        raise UsageError(
+            f"freeze.bn_stats={spec.freeze.bn_stats}: {len(norms)} BatchNorm layers update their statistics, which "
+            "PyTorch synchronizes on CUDA only: set freeze.bn_stats=frozen or device.processes=1"
+        )
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)
@@ -232,6 +231,9 @@ def _load(
             ranks.broadcast(to_builtins(message))
         for split_name, fingerprints in image_fingerprints(data).items():
             ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))
+        if norms:  # not before rank 0 has decided, alone
+            workload.contract.synchronize_norms()
+            session.forget_cuts()
         workload = replace(workload, ranks=ranks)
     inputs = Inputs(decisions, workload)
     if reason is not None:

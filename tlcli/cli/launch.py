@@ -84,12 +84,13 @@ def follow_main() -> int:
     """Do the part of a rank other than 0, and return its exit code: 0 unless it failed by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes
     with fast_imports():
-        from tlcli.ranks import LostRankError, ignore_signals, join, post_error
+        from tlcli.ranks import LostRankError, ignore_signals, join, leave, post_error
         from tlcli.train import follow
     ranks = join(*rank_and_size())
     ignore_signals()
     try:
         follow(ranks)
+        leave(ranks)
     except (KeyboardInterrupt, LostRankError):  # rank 0 stops, or has ended
         return 0
     except Exception as error:
