@@ -20,14 +20,14 @@ class Settings:
 
     size: int = 224
     batch: int = 32
-    train: int = 32
+    train: int = 62  # with val 640 images, which are whole batches of extraction for each process, as those of test
     val: int = 2
-    test: int = 2
+    test: int = 32
     epochs: int = 3
     rounds: int = 3
 
 
-SMALL = Settings(size=32, batch=8, train=4, epochs=2, rounds=1)
+SMALL = Settings(size=32, batch=8, train=4, test=2, epochs=2, rounds=1)
 RANKS, ONE, TWO = "two processes, one thread each", "one process, one thread", "one process, two threads"
 WORDS = {
     RANKS: ("device.processes=2", "device.threads=1"),
