@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ def in_ranks(size: int, function: Callable[[int], int], folder: Path) -> list[tu
 def _run(rank: int, size: int, port: int, function: Callable[[int], int], folder: Path) -> int:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    signal.alarm(300)  # seconds, in case a rank waits for one that has ended
     torch.set_num_threads(1)  # a forked process has no threads of its parent to wait for
     device.PROCESS_THREADS = 1
     Recorder._plot = lambda *args: None  # type: ignore[method-assign,assignment]
