@@ -256,7 +256,8 @@ def disturbed_in_ranks(out: Path, sizes: tuple[int, int], stops: Stop, *words: s
     (code, text), *others = in_ranks(sizes[0], interrupted, out.parent)
     assert code in (130, 137), text
     assert all(end == (0, "") for end in others), others
-    code, text = train_in_ranks(sizes[1], ["--resume", str(out)], out.parent)
+    other = [f"device.processes={sizes[1]}"] if sizes[1] != sizes[0] else []
+    code, text = train_in_ranks(sizes[1], ["--resume", str(out), *other], out.parent)
     assert code == 0, text
     return text
 

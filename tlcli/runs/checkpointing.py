@@ -190,11 +190,10 @@ class CheckpointManager:
 class NoCheckpoints(CheckpointManager):
     """Writes nothing, for the ranks of a run other than 0."""
 
-    def after_epoch(self, *args: Any, **settings: Any) -> None:
-        pass
+    def save(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
 
-    def save(self) -> None:
-        pass
+    after_epoch = save
 
     def load_best(self, share: float) -> None:
         """Prepare the network for the weights of rank 0."""

@@ -270,17 +270,7 @@ class SilentRecorder(Recorder):
     def __init__(self) -> None:
         self._seconds = {}
 
-    def plan(self, inputs: Inputs) -> None:
-        pass
+    def plan(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
 
-    def inputs(self) -> None:
-        pass
-
-    def log_running(self, epoch: int, batch: int, loss: float) -> None:
-        pass
-
-    def log_epoch(self, *args: Any, **settings: Any) -> None:
-        pass
-
-    def log_result(self, *args: Any, **settings: Any) -> None:
-        pass
+    inputs = log_running = log_epoch = log_result = plan
