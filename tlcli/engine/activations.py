@@ -93,7 +93,8 @@ class SplitActivations:
                 self._extract(extractor, reporter)
         self.found = self.found or self.store.find(self.key)
         if self.found is None:
-            raise TlcliError(f"process {ranks.rank} does not find the activations that process 0 has written")
+            missing = f"process {ranks.rank} does not find the activations that process 0 has written"
+            raise TlcliError(f"{missing}: all processes of a run must use the same cache (TLCLI_CACHE)")
         return self.found
 
     def _extract(self, extractor: Extractor, reporter: Reporter) -> None:
