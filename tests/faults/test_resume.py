@@ -263,8 +263,13 @@ def disturbed_in_ranks(out: Path, sizes: tuple[int, int], stops: Stop, *words: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("own", "stop"), [pytest.param(*case, id=" ".join([*case[0], case[1]])) for case in RANKED])
-@pytest.mark.parametrize("size", [2])
+@pytest.mark.parametrize(
+    ("size", "own", "stop"),
+    [
+        pytest.param(size, *case, id=" ".join([f"{size} processes", *case[0], case[1]]))
+        for size, case in [*((2, case) for case in RANKED), (3, RANKED[9])]  # of three some have fewer images
+    ],
+)
 def test_several_processes_go_on_exactly(
     size: int, own: list[str], stop: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
