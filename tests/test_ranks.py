@@ -244,10 +244,10 @@ def test_the_result_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_activations_are_those_of_one_process(
+def test_activations_and_logits_are_those_of_one_process(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = []
+    entries, predictions = [], []
     monkeypatch.setattr("tlcli.engine.extraction.BATCH", {"cpu": 4})  # 5 batches, the last one smaller
     for size in (1, 2, 3):
         monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / f"cache{size}"))
@@ -255,6 +255,8 @@ def test_activations_are_those_of_one_process(
         own = ("freeze=head", "epochs=1", "augment=basic", "cache.views=1", "interpolate=1")
         assert train_in_ranks(size, [out, *words, *own], tmp_path)[0] == 0
         entries.append({entry.key: entry.checksums for entry in Store(tmp_path / f"cache{size}").entries()})
+        predictions.append(RunDir(tmp_path / str(size)).test_predictions.read_bytes())
+    assert predictions[0] == predictions[1] == predictions[2]
     assert entries[0] == entries[1] == entries[2] and len(entries[0]) >= 3
 
 
