@@ -15,7 +15,7 @@ PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
     {"errors", "interrupts", "reporter", "text"},
     {"files", "specs"},
-    {"store"},
+    {"store", "ranks"},
     {"device"},
     {"data", "models"},
     {"transfer"},

@@ -81,6 +81,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_if(
         [line for line in TRAIN if line not in SOURCE_TARGET],
         *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds=", "experiment=", "manifest"),
+        "processes=",
         # those of docs/transfer.md, of which each has tests of its own
         *("freeze=lora", "tta=", "ema=", "mixup=", "sampler="),
     ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.errors import UsageError
+from tlcli.ranks import ALONE, Ranks
 from tlcli.specs import Accelerator, DeviceSpec, Precision
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -47,6 +48,7 @@ class Device:
     memory_format: torch.memory_format
     compile: bool
     workers: int
+    ranks: Ranks = ALONE
 
     @property
     def description(self) -> str:
@@ -56,7 +58,8 @@ class Device:
         dtypes = f"training in {DTYPE_NAMES[self.train_dtype]}, evaluation in {DTYPE_NAMES[self.eval_dtype]}"
         threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
         decoding = f"{self.workers} decoding workers" if self.workers else "decoding in process"
-        return f"{name}, {dtypes}, {layout}{threads}, {decoding}"
+        processes = f"{self.ranks.size} processes, each with " if self.ranks.size > 1 else ""
+        return f"{processes}{name}, {dtypes}, {layout}{threads}, {decoding}"
 
     def place(self, network: nn.Module) -> None:
         """Move the weights of a network to this device, in this memory format."""
@@ -83,10 +86,10 @@ def limit_threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
-def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
+def setup_process(spec: DeviceSpec, threads: int | None = None, processes: int = 1) -> torch.device:
     """Set this process's threads (of a resumed run: `threads`), determinism and allocator. Return the accelerator."""
-    accelerator = find_accelerator(spec.kind)
-    torch.set_num_threads(threads or spec.threads or PROCESS_THREADS)
+    accelerator = find_accelerator(spec.kind, processes)
+    torch.set_num_threads(threads or spec.threads or max(1, PROCESS_THREADS // processes))
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # always, because cuBLAS reads it once per process
@@ -95,14 +98,22 @@ def setup_process(spec: DeviceSpec, threads: int | None = None) -> torch.device:
     return accelerator
 
 
-def find_accelerator(kind: Accelerator) -> torch.device:
-    """Return the accelerator of this kind (auto: CUDA, then MPS, then CPU), or raise UsageError if there is none."""
+def find_accelerator(kind: Accelerator, processes: int = 1) -> torch.device:
+    """Return the accelerator of this kind (auto: CUDA, then MPS, then CPU).
+
+    Raise UsageError if there is none, or fewer devices than processes.
+    """
     is_usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name in is_usable if is_usable[name]]
     name = names[0] if kind is Accelerator.auto else kind.value
     if name not in names:
         reason = f"PyTorch {torch.__version__} finds no such device. Available: {', '.join(names)}, auto"
         raise UsageError(f"device={name} is not available: {reason}.")
+    n_devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
+    if processes > n_devices:
+        raise UsageError(
+            f"device.processes={processes}: each process needs a device of its own, and {name} has {n_devices} here"
+        )
     return torch.device(name)
 
 

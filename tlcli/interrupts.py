@@ -27,6 +27,16 @@ class _DeferInterrupts:
             pending, self._pending = self._pending, None
             raise pending
 
+    @property
+    def is_pending(self) -> bool:
+        """True if a signal waits for the end of the block."""
+        return self._pending is not None
+
+    def raise_pending(self) -> None:
+        """Raise what waits for the end of the block; KeyboardInterrupt if it waits in another process."""
+        pending, self._pending = self._pending, None
+        raise pending or KeyboardInterrupt
+
     def interrupt(self, exc: BaseException) -> None:
         """Raise the exception of a signal: now, or at the end of the block."""
         if self._depth == 0:
@@ -38,9 +48,10 @@ defer_interrupts = _DeferInterrupts()  # for the main thread, where Python runs 
 
 
 @contextmanager
-def handle_signals() -> Iterator[None]:
+def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
     """Raise KeyboardInterrupt for SIGINT, and Terminated for SIGTERM and SIGHUP, at the end of the present step.
 
+    With `ignore_later` they are ignored after the block: torchrun may send them to a process that is about to end.
     SIGHUP is left alone if it is ignored (nohup). A second SIGINT ends the process at once.
     """
     import threading  # here: it takes a quarter of the time of `tlcli --help`
@@ -68,4 +79,4 @@ def handle_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ignore_later else handler)

@@ -11,8 +11,8 @@ from importlib import import_module
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from msgspec import Meta, Struct, ValidationError, convert
-from msgspec.structs import fields
+from msgspec import Meta, Struct, ValidationError, convert, defstruct
+from msgspec.structs import asdict, fields
 
 from tlcli.errors import UsageError
 
@@ -269,6 +269,7 @@ class DeviceSpec(Spec, frozen=True):
     """The device, and how it computes."""
 
     kind: Accelerator
+    processes: Count
     precision: Precision
     channels_last: bool | None
     compile: bool
@@ -327,6 +328,13 @@ class TrainSpec(Spec, frozen=True):
         if self.folds is not None and (self.early_stop is not None or self.scheduler.reads_validation):
             key = "scheduler=plateau" if self.early_stop is None else f"early_stop={self.early_stop}"
             raise UsageError(f"{key}: the refit of folds={self.folds} has no validation images; leave one of them out")
+        if self.device.processes > 1 and self.folds is not None:
+            raise UsageError(f"device.processes={self.device.processes} does not work with folds; leave one out")
+        if self.device.processes > self.batch_size:
+            raise UsageError(
+                f"device.processes={self.device.processes} is more than batch_size={self.batch_size}, "
+                "the images of a step of all processes together; raise batch_size"
+            )
         if self.folds is not None and self.dataset.val_fraction is not None:
             key = f"dataset.val_fraction={self.dataset.val_fraction:g}"
             raise UsageError(f"{key} has no effect with folds={self.folds}: give one of the two")
@@ -340,6 +348,14 @@ class TrainSpec(Spec, frozen=True):
             )
         if self.tta is Tta.flip and self.dataset.flip == 0:
             raise UsageError("tta=flip: with dataset.flip=0 a mirrored image is another image; leave one of them out")
+
+
+def spec_from(values: Any) -> TrainSpec:
+    """Return the spec with these values, as JSON or YAML has them. Raise msgspec.ValidationError, or UsageError."""
+    groups = {group: Union[tuple(options(group).values())] for group in HOMES}  # noqa: UP007
+    types = [(field.name, groups.get(field.name, field.type)) for field in fields(TrainSpec)]
+    schema = defstruct("Config", types, forbid_unknown_fields=True)
+    return TrainSpec(**asdict(convert(values, schema, strict=False)))
 
 
 def require_ascending(key: str, bounds: tuple[float, float]) -> None:

@@ -1,10 +1,13 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from msgspec import structs
+from msgspec import convert, structs, to_builtins
 
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, load_workload
@@ -13,18 +16,19 @@ from tlcli.engine.first_fit import FirstFit, choose_share, evaluate_shares, fit_
 from tlcli.engine.image_choice import choose_image
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
-from tlcli.engine.session import Session
+from tlcli.engine.session import Session, session_for
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import UsageError
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.tensorfile import write_tensors
+from tlcli.ranks import ALONE, Ranks
 from tlcli.reporter import Reporter
-from tlcli.runs.checkpointing import CheckpointManager
+from tlcli.runs.checkpointing import CheckpointManager, NoCheckpoints, image_fingerprints
 from tlcli.runs.cross_validation import cross_validate
-from tlcli.runs.recorder import Recorder
-from tlcli.runs.resume_state import ResumeState
+from tlcli.runs.recorder import Recorder, SilentRecorder
+from tlcli.runs.resume_state import ResumeState, read_state
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
-from tlcli.specs import HeadInit, ImageSpec, TrainSpec
+from tlcli.specs import HeadInit, ImageSpec, TrainSpec, spec_from
 from tlcli.text import join_limited
 from tlcli.transfer.freeze import HeadSpec
 
@@ -32,7 +36,8 @@ from tlcli.transfer.freeze import HeadSpec
 class NewRun:
     """The start of a new run; `ResumeState` is that of an interrupted one."""
 
-    threads: int | None = None
+    def threads(self, ranks: Ranks) -> int | None:
+        return None
 
     def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
         return choose_image(workload, reporter)
@@ -53,23 +58,51 @@ class NewRun:
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
+class FollowedRun:
+    """The start of a run whose rank 0 has decided: `message` is what it told this rank."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self._message, self.spec, self.run = message, spec_from(message["spec"]), RunDir(Path(message["run"]))
+        state = read_state(self.run) if message["resumed"] else None
+        self._start: NewRun | ResumeState = state or NewRun()
+        self.begin = self._start.begin
+
+    def threads(self, ranks: Ranks) -> int | None:
+        return int(self._message["threads"])
+
+    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
+        return self.spec.image, None
+
+    def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
+        return convert(self._message["decisions"], Decisions)
+
+
+def follow(ranks: Ranks) -> None:
+    """Take part in the run that rank 0 trains, as a rank that writes nothing."""
+    start = FollowedRun(ranks.broadcast())
+    train(start.spec, start.run, Reporter(), session_for(start.spec.cache), start, ranks=ranks)
+
+
 def train(
     spec: TrainSpec,
     run: RunDir,
     reporter: Reporter,
     session: Session,
-    resume: ResumeState | None = None,
+    resume: ResumeState | FollowedRun | None = None,
     *,
     has_test: bool = True,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Fine-tune, test the epoch that is kept once, and return its validation metric; None without validation images.
 
     The validation of a refit is that of its folds, in directories next to the run's. Without `has_test` test images are
-    not read. Jobs share the session. Raises UsageError if the spec cannot be followed and TlcliError if the run fails.
+    not read. Jobs share the session. Several ranks call it at once: each computes its share, and rank 0 writes. Raises
+    UsageError if the spec cannot be followed and TlcliError if the run fails.
     """
-    record, start = Recorder(run, reporter, spec, resumed=resume is not None), resume or NewRun()
+    start = resume or NewRun()
+    record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
     with record.phase("setup"):
-        inputs = _load(spec, session, reporter, start)
+        inputs = _load(spec, run, session, reporter, start, ranks)
         workload, trainer = inputs.workload, Trainer(inputs.workload, inputs.device)
         contract, network = workload.contract, workload.classifier.network
     record.plan(inputs)
@@ -90,18 +123,21 @@ def train(
                     first.trainer.fit(first.loader, epoch, reporter)
                 p = first.decide(reporter)
                 del first  # the memory of its optimizer and activations
-            write_predictions(
-                run.val_predictions, SplitPredictions.of(validated, p.logits, p.labels, part.data.classes)
-            )
-        stored = read_predictions(run.val_predictions)
-        left_out = Predictions(stored.logits, stored.labels)
+            if ranks.is_main:
+                write_predictions(
+                    run.val_predictions, SplitPredictions.of(validated, p.logits, p.labels, part.data.classes)
+                )
+        if ranks.is_main:
+            stored = read_predictions(run.val_predictions)
+            left_out = Predictions(stored.logits, stored.labels)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
     if inputs.device.compile:
         loader.network.compile()  # in place: the names of its tensors stay
 
-    checkpoints = CheckpointManager(run, inputs, trainer, epoch=first_epoch - 1)
+    manager = CheckpointManager if ranks.is_main else NoCheckpoints
+    checkpoints = manager(run, inputs, trainer, epoch=first_epoch - 1)
     best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
@@ -134,6 +170,7 @@ def train(
 
     share = inputs.decisions.interpolate or 1.0
     checkpoints.load_best(share)
+    ranks.copy_tensors(network.state_dict().values())
     n_frozen = contract.verify()
     best_predictions = left_out or best_predictions
     if val_loader is not None and (best_predictions is None or share < 1):  # that epoch was before an interruption
@@ -160,10 +197,19 @@ def train(
     return best_epoch.value
 
 
-def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState) -> Inputs:
-    """Load the data and the network, mark what trains, and decide what `null` leaves open."""
-    accelerator = setup_process(spec.device, start.threads)
+def _load(
+    spec: TrainSpec,
+    run: RunDir,
+    session: Session,
+    reporter: Reporter,
+    start: NewRun | ResumeState | FollowedRun,
+    ranks: Ranks,
+) -> Inputs:
+    """Load the data and the network, mark what trains, and decide what `null` leaves open; rank 0 does for all."""
+    accelerator = setup_process(spec.device, start.threads(ranks), ranks.size)
     data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds, spec.fold)
+    if ranks.size > len(data.train):
+        raise UsageError(f"device.processes={ranks.size} is more than the {len(data.train)} training images")
     workload = load_workload(spec, data, accelerator, session)
     classifier = workload.classifier
     lost, dataset = classifier.lost_classes, spec.dataset
@@ -173,13 +219,32 @@ def _load(spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun |
             f"{join_limited([repr(name) for name in lost])}, which {spec.backbone.weights} knows: add images of all "
             "its classes, or name the classes that should remain with dataset.classes=[...]"
         )
+    norms = workload.contract.updated_norms() if ranks.size > 1 else {}
+    if norms and accelerator.type != "cuda":
+        raise UsageError(
+            f"freeze.bn_stats={spec.freeze.bn_stats}: {len(norms)} BatchNorm layers update their statistics, which "
+            "PyTorch synchronizes on CUDA only: set freeze.bn_stats=frozen or device.processes=1"
+        )
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
     image, reason = start.image(replace(workload, data=pool), reporter)
-    workload = replace(workload, spec=structs.replace(spec, image=image))
-    inputs = Inputs(start.decisions(workload, reporter), workload)
+    spec = structs.replace(spec, image=image)
+    workload = replace(workload, spec=spec)
+    decisions = start.decisions(workload, reporter)
+    if ranks.size > 1:
+        if ranks.is_main:
+            message = {"spec": spec, "run": str(run.path.absolute()), "decisions": decisions}
+            message |= {"resumed": isinstance(start, ResumeState), "threads": torch.get_num_threads()}
+            ranks.broadcast(to_builtins(message))
+        for split_name, fingerprints in image_fingerprints(data).items():
+            ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))
+        if norms:  # not before rank 0 has decided, alone
+            workload.contract.synchronize_norms()
+            session.forget_cuts()
+        workload = replace(workload, ranks=ranks)
+    inputs = Inputs(decisions, workload)
     if reason is not None:
         inputs.add_reason("image", reason)
     inputs.device.place(classifier.network)

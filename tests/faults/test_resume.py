@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from tests.conftest import Compose, make_folder
 from tests.faults.runs_alike import differences, rows
+from tests.processes import in_ranks, train_in_ranks
 from tlcli.cli import main
 from tlcli.cli.compose import load_spec
 from tlcli.engine.trainer import Trainer
@@ -234,6 +235,56 @@ def test_every_way_to_train_goes_on_exactly(disturbed: Run, whole: Run, own: lis
     steps = 4 if "accumulate=2" in own else STEPS_PER_EPOCH
     stops: list[Stop] = [(steps + 2, KeyboardInterrupt) if stop == "within" else (2 * steps + 1, Killed)]
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
+
+
+# -- several processes
+
+
+# every scheduler, precision, number of workers, way to read and place to stop
+RANKED = [CASES[12 * (i % 8) + 2 * (i % 6) + i // 2 % 2] for i in range(12)]
+
+
+def disturbed_in_ranks(out: Path, sizes: tuple[int, int], stops: Stop, *words: str) -> str:
+    """Interrupt a run of several processes and resume it, with another number; return what the latter prints."""
+
+    def interrupted(rank: int) -> int:
+        stopped = stopped_after(*stops) if rank == 0 else nullcontext()
+        with stopped, suppress(Killed):
+            return main(["train", f"hydra.run.dir='{out}'", *words])
+        return 137
+
+    (code, text), *others = in_ranks(sizes[0], interrupted, out.parent)
+    assert code in (130, 137), text
+    assert all(end == (0, "") for end in others), others
+    other = [f"device.processes={sizes[1]}"] if sizes[1] != sizes[0] else []
+    code, text = train_in_ranks(sizes[1], ["--resume", str(out), *other], out.parent)
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "own", "stop"),
+    [
+        pytest.param(size, *case, id=" ".join([f"{size} processes", *case[0], case[1]]))
+        for size, case in [*((2, case) for case in RANKED), (3, RANKED[9])]  # of three some have fewer images
+    ],
+)
+def test_several_processes_go_on_exactly(
+    size: int, own: list[str], stop: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    steps = 4 if "accumulate=2" in own else STEPS_PER_EPOCH
+    stops: Stop = (steps + 2, KeyboardInterrupt) if stop == "within" else (2 * steps + 1, Killed)
+    assert train_in_ranks(size, [f"hydra.run.dir='{tmp_path / 'whole'}'", *words, *own], tmp_path)[0] == 0
+    disturbed_in_ranks(tmp_path / "disturbed", (size, size), stops, *words, *own)
+    assert list(differences(tmp_path / "whole", tmp_path / "disturbed")) == []
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_noted(words: tuple[str, ...], tmp_path: Path) -> None:
+    text = disturbed_in_ranks(tmp_path / "run", (2, 1), (3, KeyboardInterrupt), *words, "freeze=head")
+    assert "the result may differ from that of an uninterrupted run: processes 1, it was 2" in text
+    assert read_json(tmp_path / "run/run.json")["status"] == "done"
 
 
 # -- what else a user meets

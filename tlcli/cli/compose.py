@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 from hydra import initialize_config_dir
@@ -18,7 +18,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
-from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,7 +28,7 @@ from tlcli.cli.trust import check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import HOMES, VAL_FRACTION, TrainSpec, classes_of, leaf_types, options
+from tlcli.specs import HOMES, VAL_FRACTION, TrainSpec, classes_of, leaf_types, options, spec_from
 
 # what Hydra's grammar reads as a number or a truth value
 NOT_TEXT = re.compile(r"(?i)[+-]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[+-]?[\d_]+)?|[+-]?inf|nan|true|false")
@@ -139,7 +138,14 @@ def compose_spec(words: Sequence[str]) -> TrainSpec:
     flags = parse_flags(words)
     if flags.multirun or not flags.runs:
         raise UsageError("this command takes no flags of a sweep: give KEY=VALUE and GROUP=OPTION words only")
-    return build_spec(compose_config(flags)[0], flags.files)
+    return one_process(build_spec(compose_config(flags)[0], flags.files))
+
+
+def one_process(spec: TrainSpec) -> TrainSpec:
+    """Return the spec; raise UsageError if it asks for several processes, for commands other than `tlcli train`."""
+    if spec.device.processes > 1:
+        raise UsageError(f"device.processes={spec.device.processes}: only `tlcli train` runs in several processes")
+    return spec
 
 
 @contextmanager
@@ -193,11 +199,8 @@ def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:
     task.pop("hydra", None)
     with composing(files):
         values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
-    groups = {group: Union[tuple(options(group).values())] for group in HOMES}  # noqa: UP007
-    types = [(field.name, groups.get(field.name, field.type)) for field in structs.fields(TrainSpec)]
-    schema = msgspec.defstruct("Config", types, forbid_unknown_fields=True)
     try:
-        spec = TrainSpec(**structs.asdict(msgspec.convert(values, schema, strict=False)))
+        spec = spec_from(values)
     except msgspec.ValidationError as exc:
         key, message = explain_value(exc, values, files)
         raise UsageError(message + _origin(key, config, files)) from exc

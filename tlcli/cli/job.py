@@ -23,6 +23,7 @@ from tlcli import __version__
 from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
+from tlcli.cli.launch import led_ranks
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
 from tlcli.files import expand_user
@@ -130,6 +131,8 @@ class Command:
             resumed = self._start(run, config, overrides)
             if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
                 spec = build_spec(config, self._files)
+                if spec.device.processes > 1:
+                    raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
                 check_logger(spec.logger)
                 check_weights(spec.backbone.weights)
             state = None
@@ -154,8 +157,9 @@ class Command:
                 from tlcli.engine.session import session_for
                 from tlcli.train import train
             self._session = session_for(spec.cache, self._session)
-            with logged_run(spec, run.path, reporter) as logged:
-                value = train(spec, run, logged, self._session, state, has_test=self._reporter is None)
+            has_test = self._reporter is None
+            with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
+                value = train(spec, run, logged, self._session, state, has_test=has_test, ranks=ranks)
         discard_state(run, spec)
         return value
 

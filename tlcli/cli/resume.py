@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
+from tlcli.cli.launch import launch, led_ranks, rank_and_size
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
@@ -37,8 +38,8 @@ from tlcli.text import flat_keys, shown_path, to_plain
 
 # keys, and groups of keys, that may be given new values, as the error message lists them
 CHANGEABLE = (
-    "epochs (upward), device.workers, log_every, checkpoint, logger, dataset.root (if the images have moved), "
-    "dataset.file, dataset.ram_gb, cache.max_gb, cache.ram_gb"
+    "epochs (upward), device.workers, device.processes, log_every, checkpoint, logger, dataset.root (if the images "
+    "have moved), dataset.file, dataset.ram_gb, cache.max_gb, cache.ram_gb"
 )
 
 
@@ -138,6 +139,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         )
     check_not_running(run.path, info)
     check(spec)
+    if spec.device.processes > 1 and rank_and_size()[1] == 1:
+        return launch(spec.device.processes, ["--resume", str(path), *overrides])
     print(first_line(spec), flush=True)
     with fast_imports():
         from tlcli.engine.session import session_for
@@ -162,8 +165,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                     f"started with epochs={spec.epochs}"
                 )
             log.info(first_line(spec))
-            with logged_run(spec, run.path, reporter) as logged:
-                train(spec, run, logged, session_for(spec.cache), state)
+            with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
+                train(spec, run, logged, session_for(spec.cache), state, ranks=ranks)
         discard_state(run, spec)
     finally:
         leaderboard.update(run)

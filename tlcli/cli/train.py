@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.job import Command, check, finish_sweep, first_line
+from tlcli.cli.launch import follow_main, launch, rank_and_size, with_processes
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
 from tlcli.interrupts import handle_signals
@@ -23,9 +24,13 @@ from tlcli.runs.run_dir import RunDir
 
 def run(argv: list[str]) -> int:
     """Run `tlcli train` and return the exit code. Each job of a sweep checks its own values."""
+    rank, size = rank_and_size()
+    if rank > 0:
+        return follow_main()
+    argv = with_processes(argv)
     path, words = resume_argument(argv)
     if path is not None:
-        with handle_signals():
+        with handle_signals(ignore_later=size > 1):
             return resume(path, words)
     flags = parse_flags(argv)
     if not flags.runs:
@@ -36,7 +41,7 @@ def run(argv: list[str]) -> int:
             show = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=flags.config_name)
             show(lambda _: None)()
         return 0
-    with handle_signals():
+    with handle_signals(ignore_later=size > 1):
         with composing(flags.files):
             config, loader = compose_config(flags)
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
@@ -44,9 +49,13 @@ def run(argv: list[str]) -> int:
             path = Path(str(OmegaConf.select(config, key))).absolute()
             if config.hydra.job.chdir and not is_sweep:
                 resolve_paths(config, Path.cwd())
+        if is_sweep and size > 1:
+            raise UsageError(f"a sweep runs its jobs with one process; these are {size}")
         spec = None if is_sweep else build_spec(config, flags.files)
         if spec:
             check(spec)
+            if spec.device.processes > size:
+                return launch(spec.device.processes, argv)
         is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
         path, made = make_folder(path, key if is_named else None)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)

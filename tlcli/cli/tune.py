@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tlcli.cli import fast_imports
-from tlcli.cli.compose import build_spec, compose_config, parse_flags
+from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.job import check
 from tlcli.cli.parser import Parser
@@ -135,7 +135,7 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
     trial_words = [*flags, *tune_spec.overrides, *others]
     parsed = parse_flags(trial_words)
     config, _ = compose_config(parsed)
-    spec = build_spec(config, parsed.files)
+    spec = one_process(build_spec(config, parsed.files))
     check(spec)
     if spec.fold is not None:
         raise UsageError(f"fold={spec.fold}: a search compares recipes by all folds; leave it out")

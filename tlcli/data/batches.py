@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 from tlcli.data.decode import Pixels, ValueRange
 from tlcli.data.images import Ints, Split, map_in_threads
 from tlcli.errors import TlcliError
+from tlcli.ranks import ALONE, Ranks
 from tlcli.specs import Fit, parse_image_stats
 
 RESIZE_BATCH_BYTES = 2**20  # images resized in one call: calls cost more than small images, copies more than large ones
@@ -153,6 +154,8 @@ class Augmentation:
 
 def apply_transforms(transforms: nn.Module, squares: Tensor, seeds: Sequence[int]) -> Tensor:
     """Return each square as `transforms` change it with its seed: uint8 (batch, 3, size, size), channels_last."""
+    if not len(squares):
+        return squares
     changed = []
     for square, seed in zip(squares, seeds, strict=True):
         with torch.random.fork_rng(devices=[]):
@@ -190,7 +193,8 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     """The images of a split as (x, y): x uint8 (batch, 3, size, size), channels_last, y int64 (batch,), on the CPU.
 
     The last batch may be smaller. Iterating raises BadImagesError if a file can no longer be read. `workers` are
-    processes that read images; with 0, threads of this process do.
+    processes that read images; with 0, threads of this process do. Of several ranks each reads its share: of each batch
+    of an epoch, which may have no image for it, and whole batches in order.
     """
 
     split: Split
@@ -202,13 +206,15 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     seed: int = 0
     balanced: bool = False  # an epoch has classes equally often, instead of each image once
     pin_memory: bool = False
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
     def in_order(self, view: int | None = None) -> Iterator[Batch]:
         """Yield every image once, in the split's order, with the augmentation of a view; None: without."""
-        return self._load(self._chunks(np.arange(len(self.split)), view))
+        order = self.ranks.positions(len(self.split), self.batch_size).numpy()
+        return self._load(self._chunks(order, view, ALONE))
 
     def epoch(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Batch]:
         """Yield the images of an epoch, in its order, augmented by a view (None: its own), from batch `start`."""
@@ -222,11 +228,11 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         order = epoch_order(len(self.split), self.seed, number)
         if self.balanced:
             order = balanced_order(self.split.labels, self.seed, number)
-        return self._chunks(order[start * self.batch_size :], number if view is None else view)
+        return self._chunks(order[start * self.batch_size :], number if view is None else view, self.ranks)
 
-    def _chunks(self, order: Ints, view: int | None) -> Iterator[Chunk]:
+    def _chunks(self, order: Ints, view: int | None, ranks: Ranks) -> Iterator[Chunk]:
         for start in range(0, len(order), self.batch_size):
-            drawn = order[start : start + self.batch_size]
+            drawn = order[start : start + self.batch_size][ranks.rank :: ranks.size]
             seeds = None if view is None else [sample_seed(self.seed, view, i) for i in drawn.tolist()]
             yield (drawn % len(self.split)).tolist(), seeds
 
@@ -252,6 +258,9 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     def __getitem__(self, chunk: Chunk) -> Batch | TlcliError:
         """Return a batch, or the error, so that it is raised as it is in the process that reads the batches."""
         positions, seeds = chunk
+        if not positions:
+            size = (self.augmentation or self).preprocessing.size
+            return torch.empty((0, 3, size, size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         source, indices = self.split.images, self.split.indices[positions].tolist()
         images: Iterator[Pixels] = map(self.split.read, positions)  # one at a time: photographs are large
         if not self.workers and source.memory is not None and not all(i in source.pixels for i in indices):

@@ -11,7 +11,9 @@ A key covers everything that the values depend on, so that an entry is right or 
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -31,7 +33,9 @@ from tlcli.device import DTYPE_NAMES, ComputeFormat, auto_workers, machine_name
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
+from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier, Float32Linear, Head
+from tlcli.ranks import ALONE, Ranks
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, Fit, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
@@ -72,29 +76,58 @@ class SplitActivations:
         return self.store.find(self.key, verify=False) is not None
 
     def entry(self, reporter: Reporter, extractor: Extractor) -> CacheEntry:
-        """Return the entry, extracted first if it is missing or damaged. Raise OSError if it cannot be written."""
-        self.found = self.store.find(self.key)
+        """Return the entry, extracted first if it is missing or damaged. Raise OSError if it cannot be written.
+
+        Several ranks extract it together, and rank 0 writes it.
+        """
+        ranks = self.batches.ranks
+        ranks.check_same("images or weights", self.key)
+        with ExitStack() as held:
+            if ranks.is_main:
+                self.found = self.store.find(self.key)
+                if self.found is None:
+                    waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
+                    held.enter_context(self.store.lock_for_write(self.key, waiting))
+                    self.found = self.store.find(self.key)
+            if not ranks.broadcast(self.found is not None):
+                self._extract(extractor, reporter)
+        self.found = self.found or self.store.find(self.key)
         if self.found is None:
-            waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
-            with self.store.lock_for_write(self.key, waiting):
-                self.found = self.store.find(self.key) or self._extract(extractor, reporter)
+            missing = f"process {ranks.rank} does not find the activations that process 0 has written"
+            raise TlcliError(f"{missing}: all processes of a run must use the same cache (TLCLI_CACHE)")
         return self.found
 
-    def _extract(self, extractor: Extractor, reporter: Reporter) -> CacheEntry:
+    def _extract(self, extractor: Extractor, reporter: Reporter) -> None:
         start = time.perf_counter()
         extractor.prepare(reporter)
         compile_seconds = time.perf_counter() - start
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with reporter.track(label, len(self)) as advance:
+            own = (
+                [t.reshape(-1).view(torch.uint8) for t in extractor(images)]
+                for images, _ in self.batches.in_order(view=self.view)
+            )
+            size, ranks, error = self.batches.batch_size, self.batches.ranks, None
+            counts = [min(size, len(self) - start) for start in range(0, len(self), size)]
+            row = [column.nbytes for column in extractor.columns]
+            batches = ranks.collect(own, [[n * nbytes for nbytes in row] for n in counts])
 
             def rows() -> Iterator[list[memoryview]]:
-                for images, labels in self.batches.in_order(view=self.view):
-                    arrays: list[Any] = [t.reshape(-1).view(torch.uint8).numpy() for t in extractor(images)]
-                    yield [memoryview(array) for array in arrays]
-                    advance(len(labels))
+                for n, columns in zip(counts, batches, strict=True):
+                    yield [memoryview(t.numpy()) for t in columns]  # type: ignore[arg-type]
+                    advance(n)
 
             metadata = {**self.metadata, "computed": extractor.reason}
-            entry = self.store.write(self.key, len(self), extractor.columns, metadata, rows())
+            if ranks.is_main:
+                try:
+                    self.found = self.store.write(self.key, len(self), extractor.columns, metadata, rows())
+                except OSError as exc:
+                    if ranks.size == 1:
+                        raise
+                    error = [exc.errno, exc.strerror or str(exc)]
+            deque(batches, 0)  # what other ranks send, and what is left if rank 0 cannot write
+            if error := ranks.broadcast(error):
+                raise OSError(*error)
         self.extraction = {
             "images": len(self),
             "seconds": time.perf_counter() - start,
@@ -103,7 +136,6 @@ class SplitActivations:
             "memory_format": str(extractor.compute_format.memory_format).removeprefix("torch."),
             "why": extractor.reason,
         }
-        return entry
 
 
 @dataclass(frozen=True)
@@ -134,6 +166,7 @@ class Workload:
     accelerator: torch.device
     session: Session
     needs_probe: bool = False  # the head starts from a linear probe on train_eval
+    ranks: Ranks = ALONE
     _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -163,12 +196,13 @@ class Workload:
             seed=self.spec.seed,
             balanced=self.spec.sampler is Sampler.balanced,
             pin_memory=self.accelerator.type == "cuda",
+            ranks=self.ranks,
         )
 
     @property
     def workers(self) -> int:
         workers = self.spec.device.workers
-        return auto_workers(self.accelerator) if workers is None else workers
+        return auto_workers(self.accelerator) // self.ranks.size if workers is None else workers
 
     @property
     def epochs(self) -> int:

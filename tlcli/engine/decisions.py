@@ -91,6 +91,7 @@ def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: Comput
         memory_format=evaluation.memory_format,
         compile=workload.spec.device.compile,
         workers=workload.workers,
+        ranks=workload.ranks,
     )
 
 

@@ -60,9 +60,12 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
                 state[name] = (tensor + (own - tensor[known]).mean(dim=0)).index_copy(0, torch.tensor(known), own)
         return reason, state
 
-    reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed, *known), fit)
-    head.load_state_dict(state)
-    inputs.add_reason("probe", reason)
+    ranks, reason = inputs.device.ranks, ""
+    if ranks.is_main:
+        reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed, *known), fit)
+        head.load_state_dict(state)
+    ranks.copy_tensors(head.state_dict().values())
+    inputs.add_reason("probe", ranks.broadcast(reason))
     return True
 
 

@@ -68,7 +68,9 @@ class Inputs:
         extractor = self.workload.extractor(cut, self.decisions.eval_format, compiled=compiled)
         try:
             tensors = self.workload.session.tensors(source.entry(reporter, extractor))
-        except FileNotFoundError:  # an entry may be removed between being found and being read
+        except FileNotFoundError as error:  # an entry may be removed between being found and being read
+            if self.device.ranks.size > 1:
+                raise TlcliError(f"cached activations were removed while they were read: {error}") from error
             tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         assert source.found is not None
         # the entry may be an earlier run's, and compiling may have failed

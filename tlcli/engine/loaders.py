@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, balanced_order, epoch_order
 from tlcli.device import Device
+from tlcli.ranks import ALONE, Ranks
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # the inputs of the network, and the labels (B) int64
 ActivationTensors = tuple[Tensor, ...]  # a row per image in each tensor that crosses the cut
@@ -40,8 +41,21 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self.batches.split)
 
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks among which the images of a batch are divided in an epoch."""
+        return self.batches.ranks
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions in the split of the images of `in_order`: all of them, or this rank's share."""
+        return self.ranks.positions(len(self), self.batches.batch_size)
+
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches."""
+        """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches.
+
+        Of several ranks each has a share of each batch, which may be empty.
+        """
         view = (number - 1) % self.views if self.views else None
         batches = prefetch_to_device(self.batches.epoch(number, view, start), self.device)
         if self.transforms is not None:
@@ -81,6 +95,7 @@ class ActivationLoader:
 
     def __post_init__(self) -> None:
         self.threads = None if self.head is None else 1  # its steps are too short for a second thread
+        self.ranks = self.device.ranks if self.head is None else ALONE  # and shorter than an exchange among ranks
         self.labels = self.device.to_device(self.labels)
         row_bytes = sum(t[0].numel() * t.element_size() for t in self.views[0])
         self._rows_at_once = max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
@@ -88,26 +103,40 @@ class ActivationLoader:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def positions(self) -> Tensor:
+        """The positions in the split of the rows of `in_order`: all of them, or this rank's share."""
+        return self.device.ranks.positions(len(self), max(self._rows_at_once, self.batch_size))
+
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         order = epoch_order(len(self), self.seed, number)
         if self.balanced:
             order = balanced_order(self.labels.cpu().numpy(), self.seed, number) % len(self)
-        return self._read(self.views[(number - 1) % len(self.views)], torch.from_numpy(order), self.batch_size, start)
+        view = self.views[(number - 1) % len(self.views)]
+        return self._read(view, torch.from_numpy(order), self.batch_size, start, self.ranks)
 
     def in_order(self) -> Iterator[Batch]:
-        return self._read(self.views[0], torch.arange(len(self)), max(self._rows_at_once, self.batch_size))
+        return self._read(self.views[0], self.positions, max(self._rows_at_once, self.batch_size))
 
-    def _read(self, tensors: ActivationTensors, order: Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on. Chunks begin at the same batches whatever `start` is, so that a
-        batch has the same memory alignment in an interrupted epoch: kernels may round by that."""
+    def _read(
+        self, tensors: ActivationTensors, order: Tensor, batch_size: int, start: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
+        """Yield this rank's share of the batches from number `start` on. Chunks begin at the same batches whatever
+        `start` is, so that a batch has the same memory alignment in an interrupted epoch: kernels may round by that."""
         rows, labels = self.rows[order], self.labels[order.to(self.labels.device)]
         batches_per_chunk = max(1, self._rows_at_once // batch_size)
         for chunk in range(start - start % batches_per_chunk, -(-len(order) // batch_size), batches_per_chunk):
             part = slice(chunk * batch_size, (chunk + batches_per_chunk) * batch_size)
-            stored = [self.device.to_device(t.index_select(0, rows[part])) for t in tensors]
+            sizes: int | list[int] = batch_size
+            chosen, chosen_labels = rows[part], labels[part]
+            if ranks.size > 1:
+                own = torch.arange(len(chosen)) % batch_size % ranks.size == ranks.rank
+                chosen, chosen_labels = chosen[own], chosen_labels[own.to(labels.device)]
+                sizes = [int(batch.sum()) for batch in torch.split(own, batch_size)]
+            stored = [self.device.to_device(t.index_select(0, chosen)) for t in tensors]
             inputs = [from_stored(t, self.dtype, self.device.memory_format) for t in stored]
-            columns = [torch.split(t, batch_size) for t in inputs]
-            batches = zip(zip(*columns, strict=True), torch.split(labels[part], batch_size), strict=True)
+            columns = [torch.split(t, sizes) for t in inputs]
+            batches = zip(zip(*columns, strict=True), torch.split(chosen_labels, sizes), strict=True)
             for x, y in islice(batches, max(0, start - chunk), None):
                 yield tuple(t.detach() for t in x), y  # else autograd objects to a write into one of the views
 

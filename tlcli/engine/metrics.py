@@ -46,9 +46,11 @@ class Predictions:
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
     """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set.
 
-    They are the mean of those of the image and of its mirror image if the loader mirrors.
+    They are the mean of those of the image and of its mirror image if the loader mirrors. Of several ranks each
+    evaluates its share of the images, and all of them get all logits.
     """
-    logits, labels, track = [], [], reporter.track(label, len(loader))
+    positions, n, ranks = loader.positions, len(loader), device.ranks
+    logits, labels, track = [], [], reporter.track(label, len(positions))
     with eval_mode(network), torch.inference_mode(), limit_threads(loader.threads), track as advance:
         for x, y in loader.in_order():
             with autocast(device.accelerator, loader.dtype):
@@ -56,7 +58,7 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
                 logits.append((batch + loader.network(x[0].flip(3))) / 2 if loader.mirrors else batch)
             labels.append(y)
             advance(len(y))
-    return Predictions(torch.cat(logits).float().cpu(), torch.cat(labels).cpu())
+    return Predictions(ranks.gather(logits, positions, n).float(), ranks.gather(labels, positions, n))
 
 
 def features(
@@ -66,7 +68,7 @@ def features(
     batches: list[Tensor] = []
     with head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu())):
         labels = evaluate(network, loader, device, reporter, label).labels
-    return torch.cat(batches), labels
+    return device.ranks.gather(batches, loader.positions, len(loader)), labels
 
 
 # -- metrics

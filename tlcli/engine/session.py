@@ -59,6 +59,10 @@ class Session:
         """Drop the model and what was made for it, for a network that is not of this session."""
         self._model, self._made = None, {}
 
+    def forget_cuts(self) -> None:
+        """Drop what was made for the model, of which modules have been replaced."""
+        self._made = {}
+
     def tensors(self, entry: CacheEntry) -> ActivationTensors:
         """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
         if entry.key in self._in_memory:

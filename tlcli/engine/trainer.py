@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from math import isfinite
 from typing import Any
 
@@ -32,6 +32,8 @@ class Trainer:
 
     def __init__(self, workload: Workload, device: Device, label: str = "epoch") -> None:
         self._spec, self._device, self._contract, self._label = workload.spec, device, workload.contract, label
+        self._stops = False  # as all ranks have agreed
+        self._synchronizes = any(isinstance(m, nn.SyncBatchNorm) for m in workload.classifier.network.modules())
         spec, classes = workload.spec, workload.data.classes
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -74,7 +76,9 @@ class Trainer:
             progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
-        with limit_threads(loader.threads), reporter.track(f"{self._label} {epoch}", len(loader)) as advance:
+        track = reporter.track(f"{self._label} {epoch}", len(loader))
+        held = defer_interrupts if loader.ranks.size > 1 else nullcontext()  # until all ranks stop at the same step
+        with limit_threads(loader.threads), held, track as advance:
             advance(sum(progress.sizes))
             while group := list(islice(batches, self._spec.accumulate)):
                 with defer_interrupts:
@@ -85,9 +89,14 @@ class Trainer:
                         raise
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check_losses(progress)
-                    advance(sum(len(y) for _, y in group))
+                    advance(sum(progress.sizes[-len(group) :]))
                     progress.seconds, start = progress.seconds + time.perf_counter() - start, time.perf_counter()
                 after_step()
+                if self._stops:
+                    self._stops = False
+                    defer_interrupts.raise_pending()
+        if loader.ranks.size < self._device.ranks.size:  # each rank has trained on whole batches
+            self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
@@ -107,27 +116,47 @@ class Trainer:
         self.optimizer.zero_grad()
         if self._spec.l2sp and not self._start:
             self.remember_start()
-        every, n_images = self._spec.log_every, sum(len(y) for _, y in group)
-        for x, y in group:
+        sizes, losses, outputs = [len(y) for _, y in group], [], []
+        ranks = loader.ranks
+        if ranks.size > 1:  # the sizes of whole batches, of which `group` has this rank's share
+            n_done, size = len(progress.sizes), self._spec.batch_size
+            sizes = [min(size, len(loader) - i * size) for i in range(n_done, n_done + len(group))]
+            torch.manual_seed(sample_seed(self._spec.seed, self.step, -1 - ranks.rank))  # dropout of its own
+        n_images = sum(sizes)
+        for (x, y), size in zip(group, sizes, strict=True):
+            if not len(y) and not self._synchronizes:  # not of this rank
+                losses.append(torch.tensor(0.0, device=self._device.accelerator))
+                continue
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
                 if self._linear_loss is None:
                     self._linear_loss = LinearLoss(loader.head, self._spec.label_smoothing, self._class_weights)
                 loss, logits = self._linear_loss.backward(x[0], y, n_images)
             else:
-                if self._mixer is not None:
+                if self._mixer is not None and len(y):
                     images, target = self._mixer(x[0], y)
                     x, y = (images,), target.argmax(dim=1)
                 else:
                     target = y
-                logits = self._forward(loader, x)
+                logits = self._forward(loader, x, is_single=size == 1 < self._spec.batch_size)
                 loss = F.cross_entropy(
                     logits, target, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
                 )
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
-            progress.add(loss.detach(), logits.detach(), y)
+            losses.append(loss.detach())
+            outputs.append((logits.detach(), y))
+        if ranks.size > 1:
+            n_correct = sum(((logits.argmax(dim=1) == y).sum() for logits, y in outputs), torch.zeros_like(losses[0]))
+            values, stop = torch.stack([*losses, n_correct]), defer_interrupts.is_pending
+            values, self._stops = ranks.sum_gradients(self._trainable, values, stop=stop)
+            *losses, n_correct = values.unbind()
+            progress.n_correct += n_correct.long()
+            outputs = []  # counted
+        every = self._spec.log_every
+        for loss, size, output in zip_longest(losses, sizes, outputs):
+            progress.add(loss, size, output)
             if every and len(progress.sizes) % every == 0:  # the mean of each batch's mean, as PyTorch's tutorial has
-                sizes = torch.tensor(progress.sizes[-every:], device=self._device.accelerator)
-                running = (torch.stack(progress.losses[-every:]) / sizes).mean().item()
+                n = torch.tensor(progress.sizes[-every:], device=self._device.accelerator)
+                running = (torch.stack(progress.losses[-every:]) / n).mean().item()
                 on_running(progress.epoch, len(progress.sizes), running)
         if self._spec.clip_grad is not None or self._spec.l2sp:
             self._scaler.unscale_(self.optimizer)
@@ -145,12 +174,11 @@ class Trainer:
                 average.lerp_(parameter.detach(), 1 - self._spec.ema)
         self.step += 1
 
-    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...]) -> Tensor:
-        """Return the logits (B, classes), float32."""
+    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, is_single: bool) -> Tensor:
+        """Return the logits (B, classes), float32. The last image of an epoch alone has no batch statistics."""
         device = self._device  # torch.compile generates its own kernels
         fast = nullcontext() if device.compile else fp32_depthwise_backward(device.accelerator, loader.dtype)
-        is_single = len(x[0]) == 1 < self._spec.batch_size
-        if is_single:  # the last image of an epoch alone has no batch statistics
+        if is_single:
             self._contract.train_mode(update_stats=False)
         with autocast(device.accelerator, loader.dtype), fast:
             logits: Tensor = loader.network(*x)
@@ -280,10 +308,12 @@ class _EpochProgress:
     uncounted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # logits and labels
     n_checked: int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: Tensor, size: int, output: tuple[Tensor, Tensor] | None) -> None:
+        """Add a batch with its summed loss; None as output: its correct predictions have been counted."""
         self.losses.append(loss)
-        self.sizes.append(len(labels))
-        self.uncounted.append((logits, labels))
+        self.sizes.append(size)
+        if output is not None:
+            self.uncounted.append(output)
         if len(self.uncounted) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
             self.count()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
-from tlcli.device import machine_name
+from tlcli.device import Device, machine_name
 from tlcli.engine.activations import Workload
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Scores
@@ -58,11 +58,13 @@ def trainable_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
 
 
-def machine_info(accelerator: torch.device) -> dict[str, Any]:
+def machine_info(device: Device) -> dict[str, Any]:
     """Return what determines rounding: two machines that agree in it are assumed to give the same results."""
+    accelerator = device.accelerator
     return {
         "tlcli": __version__,
         "torch": torch.__version__,
+        "processes": device.ranks.size,
         "threads": torch.get_num_threads(),
         "device": accelerator.type,
         "machine": machine_name(accelerator),
@@ -101,7 +103,7 @@ class CheckpointManager:
         self._run, self._inputs, self._trainer, self._epoch = run, inputs, trainer, epoch
         self._network = inputs.workload.classifier.network
         self._seconds = 60 * inputs.workload.spec.checkpoint.every_minutes
-        self._fixed = {"version": STATE_VERSION, "machine": machine_info(inputs.workload.accelerator)}
+        self._fixed = {"version": STATE_VERSION, "machine": machine_info(inputs.device)}
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # tensors and metadata to be written
         self._written: Mapping[str, Any] = {}  # the metadata of the best weights on the disk
         self._last: Mapping[str, Any] = {}  # the metadata of the last epoch's weights
@@ -183,3 +185,16 @@ class CheckpointManager:
             state = merged(self._network, {**self._network.state_dict(), **tensors})
             write_tensors(self._run.best_checkpoint, state, metadata)
             self._written, self._best = metadata, None
+
+
+class NoCheckpoints(CheckpointManager):
+    """Writes nothing, for the ranks of a run other than 0."""
+
+    def save(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
+
+    after_epoch = save
+
+    def load_best(self, share: float) -> None:
+        """Prepare the network for the weights of rank 0."""
+        remove_low_rank(self._network)

@@ -266,3 +266,15 @@ class Recorder:
         plot_confusion(report, folder / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")
+
+
+class SilentRecorder(Recorder):
+    """Writes and shows nothing, for the ranks of a run other than 0."""
+
+    def __init__(self) -> None:
+        self._seconds = {}
+
+    def plan(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
+
+    inputs = log_running = log_epoch = log_result = plan

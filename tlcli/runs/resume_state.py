@@ -17,6 +17,7 @@ from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
+from tlcli.ranks import Ranks
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir
@@ -33,10 +34,13 @@ class ResumeState:
     recorded: Decisions
     best: tuple[int, Scores | None] | None
 
-    @property
-    def threads(self) -> int:
-        """The number of threads of the run: with another number sums are rounded differently."""
-        return max(1, int(self.state["machine"]["threads"]))
+    def threads(self, ranks: Ranks) -> int | None:
+        """Return the number of threads of the run: with another number sums are rounded differently.
+
+        Return None with another number of ranks, among which the cores are divided anew.
+        """
+        machine = self.state["machine"]
+        return max(1, int(machine["threads"])) if machine.get("processes", 1) == ranks.size else None
 
     def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
         """Return the size and the fit of the run's images; the recorded decisions have the comparison."""
@@ -90,7 +94,7 @@ class ResumeState:
 
     def _differences(self, inputs: Inputs) -> list[str]:
         """Return why the result may not equal that of an uninterrupted run bit for bit."""
-        now, before = machine_info(inputs.workload.accelerator), self.state["machine"]
+        now, before = machine_info(inputs.device), {"processes": 1, **self.state["machine"]}
         differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
         if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
             differences.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")

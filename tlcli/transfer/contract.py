@@ -37,6 +37,18 @@ class FreezeContract:
             if has_nothing_to_train or (keeps_stats and isinstance(module, _NormBase)):
                 self._frozen_modules[name] = module
 
+    def updated_norms(self) -> dict[str, _NormBase]:
+        """Return the BatchNorm layers whose statistics follow the batches of training, by name."""
+        self.train_mode()
+        return {name: m for name, m in self._network.named_modules() if isinstance(m, _NormBase) and m.training}
+
+    def synchronize_norms(self) -> None:
+        """Replace them by layers that take the statistics of a batch over all ranks. Names of tensors stay."""
+        from timm.layers import convert_sync_batchnorm  # here: a run of one process does not wait for it
+
+        for name, norm in self.updated_norms().items():
+            self._network.set_submodule(name, convert_sync_batchnorm(norm))
+
     def seal(self) -> None:
         """Record the digests of the frozen tensors, and the counters that PyTorch increments with each write."""
         self._digests = {name: digest_of_tensor(tensor) for name, tensor in self._frozen()}

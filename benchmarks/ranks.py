@@ -1,0 +1,81 @@
+"""Several processes: python -m benchmarks.ranks DATA [--small]
+
+Images per second of two processes with one thread each, against one process with one thread and with two: training the
+whole of EfficientNet-Lite0 with batches of 32 at 224 px, over the epochs after the first, and extraction on a cold
+cache. Formats are fixed, so that all compute the same. It needs a machine with two idle cores.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
+from benchmarks.images import subset
+from benchmarks.run import BACKBONES, out_folder, parser, publish, publish_measures, tlcli_train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the measurement. `train`, `val`, `test`: images per class (of ten)."""
+
+    size: int = 224
+    batch: int = 32
+    train: int = 62  # with val 640 images, which are whole batches of extraction for each process, as those of test
+    val: int = 2
+    test: int = 32
+    epochs: int = 3
+    rounds: int = 3
+
+
+SMALL = Settings(size=32, batch=8, train=4, test=2, epochs=2, rounds=1)
+RANKS, ONE, TWO = "two processes, one thread each", "one process, one thread", "one process, two threads"
+WORDS = {
+    RANKS: ("device.processes=2", "device.threads=1"),
+    ONE: ("device.threads=1",),
+    TWO: ("device.threads=2",),
+}
+FORMATS = ("device.precision=fp32", "device.channels_last=true", "augment=none", "freeze.head_init=random")
+
+
+def speed(kind: str, how: str, root: Path, out: Path, settings: Settings) -> float:
+    """Return the images per second of `training` or `extraction`."""
+    words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}")
+    own = ("freeze=none", "cache.mode=off", f"epochs={settings.epochs}", f"batch_size={settings.batch}")
+    if kind == "extraction":
+        own = ("freeze=head", "cache.mode=require", "epochs=1")
+    result = tlcli_train(out, *BACKBONES["efficientnet_lite0"], *words, *FORMATS, *own, *WORDS[how])
+    if kind == "extraction":
+        return float(result.facts["extraction"]["images_per_second"])
+    later = result.epochs("train")[1:]
+    return result.facts["n_train"] * len(later) / sum(epoch["seconds"] for epoch in later)
+
+
+def rounds_of(kind: str, root: Path, out: Path, settings: Settings) -> Rounds:
+    """Return images per second of each way to run, by round."""
+    runs = iter(range(len(WORDS) * settings.rounds))
+
+    def timer(how: str) -> Callable[[], float]:
+        return lambda: speed(kind, how, root, out / f"{kind}_{next(runs)}", settings)
+
+    return interleaved({how: timer(how) for how in WORDS}, settings.rounds)
+
+
+def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
+    """Measure training and extraction, print the table of speeds, and return the bars."""
+    settings = SMALL if small else Settings()
+    root = subset(data / "cifar10", out / "images", train=settings.train, val=settings.val, test=settings.test)
+    seen = {kind: rounds_of(kind, root, out, settings) for kind in ("training", "extraction")}
+    rows = [[kind, *row] for kind, rounds in seen.items() for row in table(rounds)]
+    publish("ranks", ["what", "how", "images per second, median", "range"], rows, out, seen)
+    measures = [
+        at_least(f"{kind}, {RANKS}, over {other}", bar, ratios(rounds[RANKS], rounds[other]))
+        for kind, rounds in seen.items()
+        for other, bar in ((ONE, 1.8), (TWO, 1.0))
+    ]
+    publish_measures("ranks_measures", measures, out)
+    return measures
+
+
+if __name__ == "__main__":
+    given = parser(__doc__).parse_args()
+    main(given.data, out_folder(given.out, "ranks"), small=given.small)

@@ -1,0 +1,113 @@
+"""`tlcli train device.processes=N`: start the processes of a run, and what each of them does.
+
+torchrun's launcher starts them, watches them and ends all if one fails. `torchrun --nproc-per-node N -m tlcli train`
+comes to the same: rank 0 runs the command, and the others follow it.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tlcli.cli import exit_status, fast_imports
+from tlcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from tlcli.ranks import Ranks
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process, and how many torchrun or `launch` has started; (0, 1) by default."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in names):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def with_processes(argv: Sequence[str]) -> list[str]:
+    """Return the command line with the number of processes that have been started, as if it had been typed."""
+    size, key = rank_and_size()[1], "device.processes="
+    if size == 1:
+        return list(argv)
+    typed = [word for word in argv if word.startswith(key)]
+    if any(word != f"{key}{size}" for word in typed):
+        raise UsageError(f"{typed[-1]}: {size} processes have been started; leave it out")
+    return [*argv] if typed else [*argv, f"{key}{size}"]
+
+
+def launch(processes: int, argv: Sequence[str]) -> int:
+    """Run `tlcli train` with these words in several processes, and return the exit code of rank 0."""
+    with fast_imports():
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds after a signal, to save the state
+    debug = ["--debug"] if "--debug" in sys.argv else []
+    words = [word.replace("$", "$$") for word in (*argv, *debug)]  # the launcher fills in its macros
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            run_id="tlcli",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+        )
+        logging.disable()  # the launcher's: rank 0 reports what happens
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "tlcli", "train", *words)
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+            if codes.get(0) in (1, 2) or (codes.get(0) in (130, 143) and not killed):
+                return codes[0]  # rank 0 has said why
+            rank = min(killed or codes)
+            code = codes[rank]
+            reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            print(f"tlcli train: process {rank} of the {processes} processes of the run {reason}", file=sys.stderr)
+            return 1
+        finally:
+            logging.disable(logging.NOTSET)
+    return 0
+
+
+def follow_main() -> int:
+    """Do the part of a rank other than 0, and return its exit code: 0 unless it failed by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes
+    with fast_imports():
+        from tlcli.ranks import LostRankError, ignore_signals, join, leave, post_error
+        from tlcli.train import follow
+    ranks = join(*rank_and_size())
+    ignore_signals()
+    try:
+        follow(ranks)
+        leave(ranks)
+    except (KeyboardInterrupt, LostRankError):  # rank 0 stops, or has ended
+        return 0
+    except Exception as error:
+        code, line = exit_status(error)
+        if "--debug" in sys.argv:
+            logging.exception("process %d", ranks.rank)
+        post_error(code, line)
+        return code
+    return 0
+
+
+@contextmanager
+def led_ranks() -> Iterator["Ranks"]:
+    """Lead the ranks of a run, if there are several, within the block; an error of another rank ends it."""
+    from tlcli.ranks import ALONE, join, leading
+
+    rank, size = rank_and_size()
+    ranks = join(rank, size) if size > 1 else ALONE
+    with leading(ranks):
+        yield ranks

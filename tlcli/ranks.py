@@ -1,0 +1,215 @@
+"""The processes (ranks) of one run on several devices. Rank 0 decides, records and writes; all of them compute.
+
+Whatever ranks tell each other goes through `Ranks`; with one process its methods exchange nothing. Gradients are summed
+here and not by DistributedDataParallel, which averages over ranks, not images, and expects a backward pass of each
+rank in each step. Messages are JSON and tensors, over gloo; tensors on CUDA are exchanged over NCCL.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from tlcli.errors import TlcliError, UsageError
+
+TIMEOUT = timedelta(days=7)  # rank 0 measures, decides and saves while the others wait; a rank that dies is noticed
+ERROR_SECONDS = 5  # the time in which a rank that ends says why
+_store: Store | None = None  # holds the error of the first rank that fails
+
+
+class LostRankError(TlcliError):
+    """Another rank of the run has ended."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Return rank 0's value, which JSON can hold."""
+        if self.size == 1:
+            return value
+        data = torch.tensor(list(json.dumps(value).encode()) if self.is_main else [], dtype=torch.uint8)
+        length = torch.tensor(len(data))
+        with _exchange():
+            dist.broadcast(length, 0)
+            data = data if self.is_main else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return json.loads(bytes(data.tolist()))
+
+    def copy_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by those of rank 0, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            own = tensor.detach().contiguous()
+            with _exchange():
+                dist.broadcast(own, 0)
+            tensor.detach().copy_(own)
+
+    def check_same(self, name: str, text: str) -> None:
+        """Raise TlcliError on every rank unless all have the same text."""
+        if self.size == 1:
+            return
+        own = torch.tensor(list(sha256(text.encode()).digest()), dtype=torch.uint8)
+        digests = [torch.empty_like(own) for _ in range(self.size)]
+        with _exchange():
+            dist.all_gather(digests, own)
+        if others := [str(rank) for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]:
+            raise TlcliError(
+                f"process {', '.join(others)} of {self.size} sees other {name} than process 0: "
+                "all processes of a run must read the same files"
+            )
+
+    def positions(self, n: int, batch_size: int) -> Tensor:
+        """Return the positions of n rows that this rank reads in order: every size-th batch."""
+        rows = torch.arange(n)
+        return rows[rows // batch_size % self.size == self.rank] if self.size > 1 else rows
+
+    def gather(self, batches: Sequence[Tensor], positions: Tensor, n: int) -> Tensor:
+        """Return all n rows on the CPU, each at its position, on every rank. `batches` are those of this rank.
+
+        Several ranks return floats of 16 bits as float32, because gloo does not add them.
+
+        Raise TlcliError if a row is missing or there twice.
+        """
+        if self.size == 1:
+            return torch.cat(list(batches)).cpu()
+        own = [batch.float() if batch.dtype in (torch.bfloat16, torch.float16) else batch for batch in batches]
+        kind = (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
+        shape, dtype = self.broadcast(kind)
+        rows = torch.zeros((n, *shape), dtype=getattr(torch, dtype.removeprefix("torch.")))
+        counts = torch.bincount(positions, minlength=n)
+        if own:  # a rank may have no batch, but not rank 0
+            rows[positions] = torch.cat(own).cpu()
+        with _exchange():
+            dist.all_reduce(rows)
+            dist.all_reduce(counts)
+        if not (counts == 1).all():
+            raise TlcliError(f"{int((counts != 1).sum())} of {n} images were not evaluated exactly once")
+        return rows
+
+    def collect(self, batches: Iterator[Sequence[Tensor]], sizes: Iterable[Sequence[int]]) -> Iterator[list[Tensor]]:
+        """Yield the batches of all ranks in turn on rank 0, to which the others send theirs: uint8 columns.
+
+        `sizes` has the bytes of each column of each batch, of all ranks.
+        """
+        for i, nbytes in enumerate(sizes):
+            source = i % self.size
+            is_own = source == self.rank
+            columns = list(next(batches)) if is_own else [torch.empty(n, dtype=torch.uint8) for n in nbytes]
+            for column in columns if source != 0 else ():
+                with _exchange():
+                    if is_own:
+                        dist.send(column, 0)
+                    elif self.is_main:
+                        dist.recv(column, source)
+            if self.is_main:
+                yield columns
+
+    def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor, *, stop: bool) -> tuple[Tensor, bool]:
+        """Replace gradients by their sums over ranks; return the sums of `values` (N), and `stop` of any rank.
+
+        A parameter that has a gradient on no rank has none afterwards.
+        """
+        flags = torch.tensor([stop, *(p.grad is not None for p in parameters)], dtype=torch.int32)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([values, *(gradient.flatten() for gradient in gradients)])
+        with _exchange():
+            dist.all_reduce(flags)  # on the CPU: reading them does not wait for an accelerator
+            dist.all_reduce(flat)
+        total, *sums = torch.split(flat, [len(values), *map(torch.numel, gradients)])
+        stops, *counts = flags.tolist()
+        for parameter, gradient, part, count in zip(parameters, gradients, sums, counts, strict=True):
+            parameter.grad = gradient.copy_(part.view_as(gradient)) if count else None
+        return total, stops > 0
+
+
+ALONE = Ranks()  # of a run with one process
+
+
+def join(rank: int, size: int) -> Ranks:
+    """Connect this process with the other ranks, as the environment variables of torchrun say."""
+    global _store
+    if os.environ.get("LOCAL_WORLD_SIZE") not in (None, str(size)):
+        raise UsageError(f"{size} processes on several machines: a run uses the devices of one machine")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else a host name that does not resolve is an error
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # `setup_process` refuses to share a device
+    try:
+        _store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store = PrefixStore("tlcli", _store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise TlcliError(f"the {size} processes of the run cannot be connected: {error}") from error
+    return Ranks(rank, size)
+
+
+def post_error(code: int, line: str) -> None:
+    """Tell rank 0 the error that ends this rank; of several errors the first counts."""
+    assert _store is not None
+    _store.compare_set("error", "", json.dumps([code, line]))
+
+
+@contextmanager
+def leading(ranks: Ranks) -> Iterator[None]:
+    """Raise the error of another rank, if that is why the block ends, and leave the ranks at its end. For rank 0."""
+    try:
+        yield
+    except (LostRankError, KeyboardInterrupt) as error:
+        if _store is None:
+            raise
+        is_lost = LostRankError in (type(error), type(error.__context__))  # then the launcher sends SIGTERM, too
+        end = time.monotonic() + (ERROR_SECONDS if is_lost else 0)
+        while not _store.check(["error"]):
+            if time.monotonic() > end:
+                if not is_lost:
+                    raise
+                reason = f"one of the {ranks.size} processes of the run ended without an error; it may have been killed"
+                raise TlcliError(reason) from error
+            time.sleep(0.05)
+        code, line = json.loads(_store.get("error"))
+        raise (UsageError if code == 2 else TlcliError)(line) from error
+    leave(ranks)
+
+
+def leave(ranks: Ranks) -> None:
+    """Close the connections to the other ranks, after the last exchange."""
+    if ranks.size > 1:
+        dist.destroy_process_group()
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that end a run: rank 0 handles them, and the other ranks follow it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of errors
+        raise LostRankError(f"another process of the run has ended ({error})") from error
