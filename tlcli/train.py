@@ -62,10 +62,9 @@ class FollowedRun:
     """The start of a run whose rank 0 has decided: `message` is what it told this rank."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
-        self._message, self.spec, self.run = message, spec_from(message["spec"]), RunDir(Path(message["run"]))
-        state = read_state(self.run) if message["resumed"] else None
-        self._start: NewRun | ResumeState = state or NewRun()
-        self.begin = self._start.begin
+        self._message, self.spec = message, spec_from(message["spec"])
+        state = read_state(RunDir(Path(message["resumed"]))) if message["resumed"] else None
+        self.begin = (state or NewRun()).begin
 
     def threads(self, ranks: Ranks) -> int | None:
         return int(self._message["threads"])
@@ -80,7 +79,7 @@ class FollowedRun:
 def follow(ranks: Ranks) -> None:
     """Take part in the run that rank 0 trains, as a rank that writes nothing."""
     start = FollowedRun(ranks.broadcast())
-    train(start.spec, start.run, Reporter(), session_for(start.spec.cache), start, ranks=ranks)
+    train(start.spec, RunDir(Path()), Reporter(), session_for(start.spec.cache), start, ranks=ranks)
 
 
 def train(
@@ -102,7 +101,7 @@ def train(
     start = resume or NewRun()
     record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
     with record.phase("setup"):
-        inputs = _load(spec, run, session, reporter, start, ranks)
+        inputs = _load(spec, session, reporter, start, ranks)
         workload, trainer = inputs.workload, Trainer(inputs.workload, inputs.device)
         contract, network = workload.contract, workload.classifier.network
     record.plan(inputs)
@@ -199,11 +198,10 @@ def train(
 
 def _load(
     spec: TrainSpec,
-    run: RunDir,
     session: Session,
     reporter: Reporter,
     start: NewRun | ResumeState | FollowedRun,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> Inputs:
     """Load the data and the network, mark what trains, and decide what `null` leaves open; rank 0 does for all."""
     accelerator = setup_process(spec.device, start.threads(ranks), ranks.size)
@@ -235,8 +233,8 @@ def _load(
     decisions = start.decisions(workload, reporter)
     if ranks.size > 1:
         if ranks.is_main:
-            message = {"spec": spec, "run": str(run.path.absolute()), "decisions": decisions}
-            message |= {"resumed": isinstance(start, ResumeState), "threads": torch.get_num_threads()}
+            resumed = str(start.run.path.absolute()) if isinstance(start, ResumeState) else None
+            message = {"spec": spec, "decisions": decisions, "threads": torch.get_num_threads(), "resumed": resumed}
             ranks.broadcast(to_builtins(message))
         for split_name, fingerprints in image_fingerprints(data).items():
             ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))

@@ -25,6 +25,7 @@ from tlcli.engine.metrics import evaluate
 from tlcli.engine.metrics import test_report as report_of
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Classifier, Stage
+from tlcli.ranks import ALONE
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import Fit, TrainSpec
@@ -134,7 +135,7 @@ class Exact:
 
     def __init__(self, network: nn.Module, n: int, batch_size: int) -> None:
         generator = torch.Generator().manual_seed(n)
-        self.network, self.threads, self.head = network, None, None
+        self.network, self.threads, self.head, self.ranks = network, None, None, ALONE
         self.dtype = torch.float32  # of autocast, which has nothing to do then
         self._x = torch.randn(n, 12, generator=generator, dtype=torch.float64)
         self._y = torch.randint(3, (n,), generator=generator)

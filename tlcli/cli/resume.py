@@ -38,7 +38,7 @@ from tlcli.text import flat_keys, shown_path, to_plain
 
 # keys, and groups of keys, that may be given new values, as the error message lists them
 CHANGEABLE = (
-    "epochs (upward), device.workers, device.processes, log_every, checkpoint, logger, dataset.root (if the images "
+    "epochs (upward), device.workers, log_every, device.processes, checkpoint, logger, dataset.root (if the images "
     "have moved), dataset.file, dataset.ram_gb, cache.max_gb, cache.ram_gb"
 )
 
