@@ -172,7 +172,7 @@ def test_heat_maps_are_a_file_per_image_also_if_names_are_equal(tlcli: Tlcli, ru
             drawn = np.asarray(Image.open(row["heatmap"])).astype(int)
             assert drawn.shape == (32, 32, 3) and (drawn[..., 0] - drawn[..., 2]).max() > 60
     ended = tlcli("predict", run, "photos/a.png", "--heatmaps=more", "--format=csv", "--top=1")
-    assert ended.out.splitlines()[0] == "path,prediction,probability,heatmap,error"
+    assert ended.out.splitlines()[0] == "path,prediction,probability,unknown_score,unknown,heatmap,error"
     assert ended.out.splitlines()[1].endswith(",more/a.jpg,")
 
 
