@@ -370,7 +370,10 @@ def test_torchrun_says_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, 
     assert with_processes(["epochs=1"]) == ["epochs=1", "device.processes=2"]
     with pytest.raises(UsageError, match=r"device\.processes=3: 2 processes have been started"):
         with_processes(["device.processes=3"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     assert main(["train", "-m", "seed=1,2"]) == 2
+    for number, handler in handlers.items():  # it ignores them to its end
+        signal.signal(number, handler)
     assert "a sweep runs its jobs with one process" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(UsageError, match="a run uses the devices of one machine"):
