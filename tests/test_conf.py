@@ -105,6 +105,7 @@ def test_a_sweep_over_text_takes_it_as_typed(spec: Compose) -> None:
     assert [spec(job).dataset.classes for job in jobs] == [("true", "false"), ("1", "2")]
 
 
+@pytest.mark.slow
 def test_no_number_may_be_infinite() -> None:
     numbers = [key for key in all_keys() if {int, float} & {*leaf_types(key)}]
     assert len(numbers) > 40

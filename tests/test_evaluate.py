@@ -83,6 +83,7 @@ def mirrored(folder: Path, out: Path, *, symmetric: bool) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_tta_flip_is_the_mean_over_each_image_and_its_mirror_image(
     trained: Callable[..., Path], shapes: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_fold_alone_is_what_it_is_in_its_folder(crossed: Path, words: list[str
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_commands_show_the_refit_for_its_folds(
     crossed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_spec_survives_json(spec: Compose) -> None:
 # -- what each rank reads
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shares_are_the_batches_of_one_process(size: int, words: tuple[str, ...], spec: Compose) -> None:
     def loaders(rank: int, size: int) -> list[Any]:
         setting = Setting(spec(*words, *NETWORK, "freeze=last_stages", "cache.mode=require", "augment=none"))
@@ -275,6 +275,7 @@ def failing(words: tuple[str, ...], folder: Path, patch: Callable[[], None], ran
     return code, text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_error_of_another_process_is_one_line_of_the_run(words: tuple[str, ...], tmp_path: Path) -> None:
     def patch() -> None:
         Trainer._step = Mock(side_effect=TlcliError("this process is broken"))  # type: ignore[method-assign]

@@ -118,7 +118,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank", "tlcli tune"))
+@pytest.mark.parametrize(
+    "line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank", "tlcli tune", "--plot", "root=more")
+)
 def test_command_runs_after_training(
     line: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_few_validation_images_do_not_select_unless_asked(
     assert "val_fraction: 0.1" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_final_weights_are_on_the_line_from_the_probe_to_the_last_epoch(train, small: None) -> None:
     run = train("freeze=head", "interpolate=0.5")
     untrained = train("freeze=head", "interpolate=1", "optimizer.lr=1e-12")

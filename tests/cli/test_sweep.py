@@ -80,6 +80,7 @@ def test_jobs_over_folds_are_ranked_by_their_refits(tlcli, training, tmp_path: P
     assert "val_fraction: null" in (tmp_path / "swept/0/fold-1/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_fold_that_fails_fails_its_job_and_the_others_stay(tlcli, training, tmp_path: Path) -> None:
     ran, fails = [], [True]
 

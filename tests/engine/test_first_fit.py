@@ -92,6 +92,7 @@ def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_erro
     assert predictions.logits.diagonal().tolist() == list(margins[first_fit.SHARES.index(share)])
 
 
+@pytest.mark.slow
 def test_there_is_none_with_validation_images_a_given_share_or_random_weights(load) -> None:
     assert load().workload.first_fit is not None
     for words in ("dataset.val_fraction=0.1", "interpolate=1", "interpolate=0.7", "backbone.weights=none"):

@@ -85,6 +85,7 @@ def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
     assert (image.size, image.fit, reason, seen) == (size, fit, None, [])
 
 
+@pytest.mark.slow
 def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:
     own = workload("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none")
     assert [image_choice.takes_size(own, size) for size in (160, 224)] == [False, False]

@@ -33,6 +33,7 @@ def on_shapes(spec: Compose, shapes: Path) -> Callable[..., TrainSpec]:
     return lambda *overrides: spec(*words, "device.channels_last=true", *overrides)  # else the layout is measured
 
 
+@pytest.mark.slow
 def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
     def model_of(*overrides: str, classes: tuple[str, ...] = ("a", "b"), size: int = 32) -> Classifier:
         spec = on_shapes(*overrides)

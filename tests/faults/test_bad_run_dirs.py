@@ -80,6 +80,7 @@ def read_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     run.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_read_only_run_can_be_looked_at(read_only: Path, shapes: Path, tlcli: Tlcli, tmp_path: Path) -> None:
     with untouched(tmp_path):
         assert tlcli("predict", "run", str(shapes / "test/checks/000.png")).code == 0

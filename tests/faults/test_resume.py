@@ -128,6 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_images_goes_on_to_the_same_end(
     disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,13 @@ def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None)
     return build_model(backbone, CLASSES, size=size, seed=0)
 
 
-@pytest.mark.parametrize("name", [*BACKBONES, *(f"timm {name}" for name in TIMM_FAMILIES)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in (*BACKBONES, *(f"timm {name}" for name in TIMM_FAMILIES))
+    ],
+)
 def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: str) -> None:
     model = model_of(spec, name)
     names = [n for stage in model.stages for n in stage.tensors]

@@ -88,11 +88,12 @@ def close(value: Tensor, expected: Tensor, name: str = "") -> None:
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-QUICK = ["efficientnet_lite0", "resnet18", "timm deit_tiny_distilled_patch16_224"]
-
-
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES if name not in QUICK)]
+    "name",
+    [
+        pytest.param(name, marks=() if name == "efficientnet_lite0" else pytest.mark.slow)
+        for name in (*BACKBONES, "timm deit_tiny_distilled_patch16_224")
+    ],
 )
 def test_every_backbone(spec: Compose, name: str) -> None:
     model, size = model_of(spec, name), SMALL.get(name, 64)
