@@ -26,11 +26,10 @@ from tlcli.export import (
     PAD_NOTE,
     SAMPLE_IMAGES,
     export,
-    export_int8,
     find_samples,
-    int8_images,
     prepare,
 )
+from tlcli.quantize import export_int8, int8_images
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.specs import Fit
@@ -245,7 +244,7 @@ def test_int8_that_loses_too_much_tries_each_method_and_needs_force(
     resnet: Path, spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("tlcli.export.MAX_LOSS", -2.0)
+    monkeypatch.setattr("tlcli.quantize.MAX_LOSS", -2.0)
     (job, images), notes = int8_job(resnet, spec), list[str]()
     monkeypatch.setattr(Reporter, "note", lambda self, text: notes.append(text))
     with pytest.raises(

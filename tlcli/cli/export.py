@@ -7,17 +7,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import (
-    FORMATS,
-    INT8_FILE,
-    PAD_NOTE,
-    check_format,
-    check_not_existing,
-    export,
-    export_int8,
-    int8_images,
-    prepare,
-)
+from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
 from tlcli.runs.run_dir import open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
@@ -69,7 +59,7 @@ def run(argv: list[str]) -> int:
     if arguments.int8 and chosen.name != "onnx":
         raise UsageError("--int8 needs --to onnx")
     folder = open_run(arguments.run)
-    name = INT8_FILE if arguments.int8 else chosen.file_name
+    name = "model-int8.onnx" if arguments.int8 else chosen.file_name
     output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / name
     check_not_existing(output)  # before torch is imported
     with fast_imports():
@@ -78,6 +68,7 @@ def run(argv: list[str]) -> int:
         from tlcli.cli.compose import load_spec
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.session import session_for
+        from tlcli.quantize import export_int8, int8_images
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)
