@@ -1,6 +1,7 @@
 """Fixtures of all tests: specs composed from conf/ as users compose them, and small image folders made on the spot."""
 
 import functools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, ignores it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -92,11 +92,7 @@ def test_usage_error_before_training_leaves_nothing(begun: bool, tlcli, training
 @pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])
 def test_a_signal_ends_a_run(number: str, word: str, code: int, tlcli, training, tmp_path: Path) -> None:
     training(lambda spec, run, reporter: signal.raise_signal(signal.Signals[number]))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        ended = tlcli("train")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    ended = tlcli("train")
     (run,) = runs_in(tmp_path)
     hint = f"resume with: tlcli train --resume {run.path.relative_to(tmp_path)}"
     assert (ended.code, ended.err) == (code, f"tlcli train: {word}: {hint}\n")
@@ -106,7 +102,6 @@ def test_a_signal_ends_a_run(number: str, word: str, code: int, tlcli, training,
 STUB = """
 import signal, sys, types
 from tlcli.interrupts import defer_interrupts
-signal.signal(signal.SIGINT, signal.default_int_handler)
 def train(*arguments, **options):
     with defer_interrupts:
         for _ in range(120):

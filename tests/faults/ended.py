@@ -112,7 +112,6 @@ class Forked:
         from tlcli.runs.recorder import Recorder
 
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         with self.log.open("wb") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
