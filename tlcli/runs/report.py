@@ -218,7 +218,11 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         draw, alt = partial(plots.draw_risk_coverage, curve=curve), "Share of errors by the share of answered images"
         at = [(share, *curve[max(0, round(share * len(curve)) - 1)][1:]) for share in (0.5, 0.8, 0.95)]
         area = sum(risk for _, risk, _ in curve) / len(curve)
-        view["risk"] = {"chart": _chart("Share of errors", alt, draw), "at": at, "area": area}
+        view["risk"] = {
+            "chart": _chart("Share of errors", alt, draw, (340, 262), (48, 20, 40, 46)),
+            "at": at,
+            "area": area,
+        }
     return view
 
 
