@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
+from tlcli.cli.predict import device_and_store
 from tlcli.errors import TlcliError, UsageError
 from tlcli.interrupts import handle_signals
 from tlcli.text import size_text
@@ -58,17 +59,11 @@ def run(argv: list[str]) -> int:
         with fast_imports():
             import uvicorn
 
-            from tlcli.device import find_accelerator, keep_freed_memory
             from tlcli.predict import Predictor
             from tlcli.runs.load import load_run
-        from tlcli.specs import Accelerator
-        from tlcli.store import Store, cache_dir
 
         loaded = load_run(arguments.run)
-        accelerator = find_accelerator(Accelerator.auto)
-        if accelerator.type == "cpu":
-            keep_freed_memory()
-        app = make_app(loaded, Predictor(loaded, accelerator, Store(cache_dir())))
+        app = make_app(loaded, Predictor(loaded, *device_and_store("auto")))
         print(f"http://{HOST}:{arguments.port}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listener])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, named_images
+from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, device_and_store, named_images
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
@@ -105,16 +105,11 @@ def run(argv: list[str]) -> int:
 def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
     """Return the embedder of the run or the backbone that the arguments name, and the classes of the run."""
     check_paths(arguments.paths)
-    from tlcli.device import find_accelerator, keep_freed_memory
     from tlcli.embed import embedder_of_backbone, embedder_of_run
     from tlcli.runs.load import load_run
-    from tlcli.specs import Accelerator, Precision
-    from tlcli.store import Store, cache_dir
+    from tlcli.specs import Precision
 
-    accelerator = find_accelerator(Accelerator(arguments.device))
-    if accelerator.type == "cpu":
-        keep_freed_memory()
-    options = accelerator, Store(cache_dir()), Precision(arguments.precision), arguments.batch_size
+    options = *device_and_store(arguments.device), Precision(arguments.precision), arguments.batch_size
     key, equals, name = arguments.source.partition("=")
     if equals and key == "backbone":
         from tlcli.cli.job import check_weights

@@ -18,8 +18,11 @@ from tlcli.errors import UsageError
 from tlcli.text import csv_line
 
 if TYPE_CHECKING:
+    from torch import device
+
     from tlcli.data.listing import Named
     from tlcli.predict import Prediction
+    from tlcli.store import Store
 
 STDIN = "-"
 UNKNOWN = "unknown"  # the answer of --reject
@@ -118,13 +121,11 @@ def run(argv: list[str]) -> int:
     with _output(arguments.output) as file, _new_folder(arguments.heatmaps) as folder:
         with fast_imports():
             from tlcli.data.decode import BadImage
-            from tlcli.device import find_accelerator, keep_freed_memory
             from tlcli.engine.metrics import MIN_KNOWN
             from tlcli.predict import Prediction, Predictor
             from tlcli.runs.load import load_run
         from tlcli.reporter import Reporter
-        from tlcli.specs import Accelerator, Precision, Tta
-        from tlcli.store import Store, cache_dir
+        from tlcli.specs import Precision, Tta
 
         loaded = load_run(arguments.run, arguments.checkpoint)
         if arguments.reject and loaded.threshold is None:
@@ -132,11 +133,8 @@ def run(argv: list[str]) -> int:
                 f"--reject: {loaded.path} has no threshold, since fewer than {MIN_KNOWN} images were held out of it; "
                 "train with dataset.val_fraction=0.2 or more images"
             )
-        accelerator = find_accelerator(Accelerator(arguments.device))
-        if accelerator.type == "cpu":
-            keep_freed_memory()
+        accelerator, store = device_and_store(arguments.device)
         precision = Precision(arguments.precision)
-        store = Store(cache_dir())
         tta, batch_size = arguments.tta and Tta(arguments.tta), arguments.batch_size
         predictor = Predictor(loaded, accelerator, store, precision=precision, tta=tta, batch_size=batch_size)
         total, top = count_images(arguments.paths), min(arguments.top, len(loaded.classes))
@@ -171,6 +169,18 @@ def run(argv: list[str]) -> int:
         speed = count / (time.perf_counter() - start)
         print(f"{count:,} images, {speed:,.0f} per second ({predictor.description})", file=sys.stderr)
     return 1 if n_errors else 0
+
+
+def device_and_store(name: str) -> tuple["device", "Store"]:
+    """Return the accelerator of this name, set up to run a network, and the user's cache."""
+    from tlcli.device import find_accelerator, keep_freed_memory
+    from tlcli.specs import Accelerator
+    from tlcli.store import Store, cache_dir
+
+    accelerator = find_accelerator(Accelerator(name))
+    if accelerator.type == "cpu":
+        keep_freed_memory()
+    return accelerator, Store(cache_dir())
 
 
 def named_images(paths: Sequence[str]) -> Iterator["Named"]:
@@ -241,13 +251,12 @@ def _writer(
     def write(prediction: "Prediction", map_file: Path | None) -> None:
         path, error = prediction.path, prediction.error
         top_classes = [(name, round(probability, 8)) for name, probability in prediction.top]
-        answer = top_classes[0][0] if top_classes else ""
-        if rejects and prediction.is_unknown:
-            answer = UNKNOWN
+        is_rejected = rejects and prediction.is_unknown  # a class may have the name `unknown`, too
+        answer = UNKNOWN if is_rejected else top_classes[0][0] if top_classes else ""
         if form == "table":
-            others = top_classes if answer == UNKNOWN else top_classes[1:]
+            others = top_classes if is_rejected else top_classes[1:]
             then = ", ".join(f"{other} {probability:.3f}" for other, probability in others)
-            p = "" if error or answer == UNKNOWN else f"{top_classes[0][1]:.3f}"
+            p = "" if error or is_rejected else f"{top_classes[0][1]:.3f}"
             mark = UNKNOWN if prediction.is_unknown and not rejects else ""
             rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
