@@ -165,7 +165,9 @@ def machine() -> str:
     if bfloat16 := sorted(flags & {"avx512_bf16", "amx_bf16"}):
         processor += f" ({', '.join(bfloat16)})"
     packages = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "torchvision", "timm"))
-    return f"{len(names) or '?'} cores of {processor}, Python {platform.python_version()}, {packages}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else len(names)
+    cores = f"{usable} of {len(names)}" if usable < len(names) else f"{len(names) or '?'}"
+    return f"{cores} cores of {processor}, Python {platform.python_version()}, {packages}"
 
 
 def publish(
