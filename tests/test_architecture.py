@@ -15,7 +15,7 @@ PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
     {"errors", "interrupts", "reporter", "text"},
     {"files", "specs"},
-    {"store", "ranks"},
+    {"store", "ranks", "ray_tasks"},
     {"device"},
     {"data", "models"},
     {"transfer"},

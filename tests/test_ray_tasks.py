@@ -1,0 +1,40 @@
+"""Tasks of Ray: results as they finish, errors as results, no statistics sent, and Ray as an extra."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tlcli import ray_tasks
+from tlcli.errors import UsageError
+from tlcli.ray_tasks import check_ray, ray_cluster, run_tasks
+
+
+def invert(number: float, folder: str) -> float:
+    """Return 1 / number; 1 kills the process the first time, and 2 always."""
+    file = Path(folder) / "killed"
+    if number == 2 or (number == 1 and not file.exists()):
+        file.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1 / number
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_tasks, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'tlcli\[ray\]'"):
+        check_ray()
+
+
+@pytest.mark.slow
+def test_tasks(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    handler = signal.getsignal(signal.SIGTERM)
+    with ray_cluster() as cpus:
+        assert cpus >= 1 and signal.getsignal(signal.SIGTERM) is handler
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        arguments = [(n, str(tmp_path)) for n in (4, 0, 1, 2)]
+        results = dict(run_tasks(invert, arguments, max_retries=1))
+        (index, first), *_ = run_tasks(invert, arguments[:1])
+    assert results[0] == 0.25 and results[2] == 1 and (index, first) == (0, 0.25)
+    assert isinstance(results[1], ZeroDivisionError) and isinstance(results[3], ray.exceptions.WorkerCrashedError)

@@ -1,0 +1,86 @@
+"""Functions as tasks of Ray, on a cluster or in processes of this machine (extra `ray`)."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from tlcli.errors import TlcliError, UsageError
+
+CANCEL_SECONDS = 60  # tasks that run when the command is interrupted save their state
+
+
+def check_ray() -> None:
+    """Raise UsageError unless Ray is installed."""
+    if find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install 'tlcli[ray]'")
+
+
+@contextmanager
+def ray_cluster() -> Iterator[int]:
+    """Connect to the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray; yield its CPUs.
+
+    Ray sends no usage statistics, and its dashboard is off. Output of the tasks is not shown.
+    """
+    check_ray()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        try:
+            ray.init(address="auto", **options)
+        except ConnectionError:
+            if os.environ.get("RAY_ADDRESS"):
+                raise
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TlcliError(f"cannot connect to Ray: {error}") from error
+    if handler != signal.getsignal(signal.SIGTERM):
+        signal.signal(signal.SIGTERM, handler)  # Ray's ends the process at once
+    try:
+        yield int(ray.cluster_resources().get("CPU", 0))
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[Sequence[Any]],
+    *,
+    cpus: float = 1,
+    gpus: float = 0,
+    max_retries: int = 0,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index of its arguments, result) of each task as it finishes, inside `ray_cluster`.
+
+    The function belongs to a module that the nodes can import. The result is the exception if a task fails, or Ray's if
+    its process is killed more than `max_retries` times. If the caller stops, running tasks get a KeyboardInterrupt.
+    """
+    import ray
+
+    # a worker imports the module by name: nothing of this process is copied to it but the arguments
+    task = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
+    pending = {task.remote(*args): i for i, args in enumerate(arguments)}
+    try:
+        while pending:
+            (ref,), _ = ray.wait([*pending])
+            index = pending.pop(ref)
+            try:
+                result = ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                result = error.cause
+            except ray.exceptions.RayError as error:
+                result = error
+            yield index, result
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+        if pending:
+            ray.wait([*pending], num_returns=len(pending), timeout=CANCEL_SECONDS)
