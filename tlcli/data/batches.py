@@ -228,6 +228,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         order = epoch_order(len(self.split), self.seed, number)
         if self.balanced:
             order = balanced_order(self.split.labels, self.seed, number)
+        order = self.split.order_by_buffer(order, self.seed, number)
         return self._chunks(order[start * self.batch_size :], number if view is None else view, self.ranks)
 
     def _chunks(self, order: Ints, view: int | None, ranks: Ranks) -> Iterator[Chunk]:

@@ -14,7 +14,6 @@ from msgspec import ValidationError, convert, to_builtins
 from tlcli.data.decode import BadImage, DeepImages, Pixels, RawImage, ValueRange, decoder
 from tlcli.data.images import (
     ConcatSplits,
-    DigestRecord,
     ImageArrays,
     ImageFiles,
     ImageSource,
@@ -175,7 +174,7 @@ def _set_up_images(
     """Give the images their memory, record of digests and range. Return the range; auto is that of the first split."""
     files = [s.images for s in splits.values() if isinstance(s.images, ImageFiles)]
     memory = MemoryBudget(int(spec.ram_gb * 1e9))
-    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full) if store and files else None
+    record = files[0].new_record(store, verify_all=spec.verify is Verify.full) if store and files else None
     for split in splits.values():
         if not isinstance(split.images, ImageArrays):
             split.images.memory, split.images.record = memory, record

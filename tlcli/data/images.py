@@ -91,6 +91,10 @@ class ImageSource(ABC):
             self._digests[index] = self._or_name(self.compute_digest, index)
         return self._digests[index]
 
+    def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
+        """Return a random order of an epoch, in which the images have `indices`, changed if many are read at once."""
+        return order
+
     def _or_name(self, read: Callable[[int], T], index: int) -> T:
         try:
             return read(index)
@@ -179,6 +183,13 @@ class ImageFiles(ImageSource):
     def key(self, index: int) -> str:
         return self.keys[index]
 
+    def join(self, splits: Iterable["Split"]) -> "ImageFiles":
+        """Return the images of several splits, whose files are below the same folder, in one source."""
+        return ImageFiles(self.root, [split.key(i) for split in splits for i in range(len(split))])
+
+    def new_record(self, store: Store, *, verify_all: bool) -> DigestRecord:
+        return DigestRecord(store, self.root, verify_all=verify_all)
+
     def compute_digest(self, index: int) -> bytes:
         path = self.root / self.keys[index]
         return digest_of_file(path) if self.record is None else self.record.digest(path, self.keys[index])
@@ -247,6 +258,10 @@ class Split:
         """Return `ImageSource.fingerprint` of the images at these positions (None: all). Labels do not count."""
         indices = self.indices if positions is None else self.indices[positions]
         return self.images.fingerprint(indices.tolist(), Reporter())
+
+    def order_by_buffer(self, order: Ints, seed: int, epoch: int) -> Ints:
+        """Return `ImageSource.order_by_buffer` of positions that are in the order of an epoch."""
+        return self.images.order_by_buffer(order, self.indices[order % len(self)], seed, epoch)
 
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         return tuple(np.bincount(self.labels, minlength=n_classes).tolist())
@@ -331,7 +346,7 @@ def join_splits(splits: ConcatSplits) -> Split:
     """Return the images of several splits as one; their files are below one folder."""
     first = splits.places[0][0]
     if isinstance(first, ImageFiles):
-        return full_split(ImageFiles(first.root, [splits.key(i) for i in range(len(splits))]), splits.labels)
+        return full_split(first.join(splits.splits.values()), splits.labels)
     return full_split(splits, splits.labels)
 
 

@@ -8,7 +8,7 @@ import glob
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", 
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
 _ONE_PER_CLASS = "Expected one subfolder per class."
-_SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
+SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
 FilesByClass = dict[str, dict[str, list[str]]]  # split -> class -> paths relative to the root, with slashes
 
@@ -57,6 +57,34 @@ def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where:
     return tuple(name for name in known if name in chosen)
 
 
+def check_classes(
+    where: Path,
+    known: Sequence[str],
+    images: Mapping[str, Mapping[str, Sized]],
+    selected: Sequence[str] | None,
+    for_training: bool,
+    problems: list[str] | None,
+    hint: str = "",
+) -> tuple[str, ...]:
+    """Return the known classes to use, given the images of each split and class. Raise UsageError for a mistake.
+
+    With `problems`, those of classes are added to it, and the classes left out if two remain. `hint` follows an error.
+    """
+    if for_training and "all" not in images and "train" not in images:
+        raise UsageError(f"{where}: has {' and '.join(images)} but no train: nothing to train on")
+    classes = resolve_classes(known, selected, str(where))
+    found = list(_problems(images, classes, for_training))
+    bad = {name for _, names in found for name in names}
+    if found and (problems is None or len(classes) - len(bad) < 2):
+        raise UsageError(f"{where}: {found[0][0]}")
+    if problems is not None:
+        problems += [text for text, _ in found]
+    classes = tuple(name for name in classes if name not in bad)
+    if for_training and len(classes) < 2:
+        raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {hint}".rstrip())
+    return classes
+
+
 def _make_listing(
     root: Path,
     where: Path,
@@ -66,18 +94,9 @@ def _make_listing(
     problems: list[str] | None,
     ignored: Counter[str],
 ) -> Listing:
-    if for_training and "all" not in files and "train" not in files:
-        raise UsageError(f"{where}: has {' and '.join(files)} but no train: nothing to train on")
-    classes = resolve_classes(sorted({name for by_class in files.values() for name in by_class}), selected, str(where))
-    found = list(_problems(files, classes, for_training))
-    bad = {name for _, names in found for name in names}
-    if found and (problems is None or len(classes) - len(bad) < 2):
-        raise UsageError(f"{where}: {found[0][0]}")
-    if problems is not None:
-        problems += [text for text, _ in found]
-    classes = tuple(name for name in classes if name not in bad)
-    if for_training and len(classes) < 2:
-        raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {_ONE_PER_CLASS}")
+    known = sorted({name for by_class in files.values() for name in by_class})
+    hint = _ONE_PER_CLASS if where == root else ""
+    classes = check_classes(where, known, files, selected, for_training, problems, hint)
     label = {name: i for i, name in enumerate(classes)}
     splits = {
         split: [(key, label[c]) for c in classes for key in sorted(by_class.get(c, ()), key=lambda k: k.split("/"))]
@@ -86,7 +105,9 @@ def _make_listing(
     return Listing(root, classes, splits, ignored)
 
 
-def _problems(files: FilesByClass, classes: Sequence[str], for_training: bool) -> Iterator[tuple[str, set[str]]]:
+def _problems(
+    files: Mapping[str, Mapping[str, Sized]], classes: Sequence[str], for_training: bool
+) -> Iterator[tuple[str, set[str]]]:
     """Yield each problem of the classes, and the classes without which it is gone."""
     for split, by_class in files.items():
         for name in classes:
@@ -112,11 +133,11 @@ def _problems(files: FilesByClass, classes: Sequence[str], for_training: bool) -
 def _walk(folder: str | Path, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder from `folder` down with its visible files, sorted. Links to folders are not followed."""
     for where, subfolders, names in os.walk(folder, onerror=errors.append):
-        subfolders[:] = sorted(filter(_is_visible, subfolders))
-        yield where, sorted(filter(_is_visible, names))
+        subfolders[:] = sorted(filter(is_visible, subfolders))
+        yield where, sorted(filter(is_visible, names))
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _SYSTEM_FILES
 
 
@@ -197,7 +218,7 @@ def _scan_classes(
 def _subfolders(folder: Path) -> list[Path]:
     """Return visible subfolders, links to folders included, sorted by name. Links that form a circle are left out."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if _is_visible(e.name) and is_dir(e.path))
+        return sorted(folder / e.name for e in entries if is_visible(e.name) and is_dir(e.path))
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -222,7 +243,8 @@ def list_manifest(
     if not is_dir(root):
         raise UsageError(f"{root}: no such folder. dataset.root names the folder to which the paths are relative")
     rows = _read_rows(file)
-    _check_labels(file, {label: line for line, _, label, _ in rows})
+    lines = {label: line for line, _, label, _ in rows}
+    check_labels({label: f"{file}, line {line}" for label, line in lines.items()})
     real_root = resolve_links(root)
     first_rows: dict[str, tuple[int, str]] = {}
     missing: list[str] = []
@@ -237,7 +259,7 @@ def list_manifest(
         first_line, first_label = first_rows.setdefault(key, (line, label))
         if first_label != label:
             labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
-            raise UsageError(f"{file}: {name} has two labels: {labels}. {_SINGLE_LABEL}")
+            raise UsageError(f"{file}: {name} has two labels: {labels}. {SINGLE_LABEL}")
         if first_line != line:
             raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
         if not is_file(path):
@@ -280,19 +302,19 @@ def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:
     return rows
 
 
-def _check_labels(file: Path, labels: Mapping[str, int]) -> None:
-    """Raise UsageError for labels of a regression or of a multi-label dataset, given a line of each."""
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise UsageError for labels of a regression or of a multi-label dataset, given the place of each."""
     parts = {label: [p.strip() for p in label.replace(";", "|").replace(",", "|").split("|")] for label in labels}
     uses = Counter(part for names in parts.values() for part in set(names))
-    for label, line in labels.items():
+    for label, place in labels.items():
         is_list = label[0] + label[-1] in ("[]", "{}", "()")
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
-            raise UsageError(f"{file}, line {line}: label {label!r} is a list. {_SINGLE_LABEL}")
+            raise UsageError(f"{place}: label {label!r} is a list. {SINGLE_LABEL}")
     with suppress(ValueError):  # a label is not a number
         list(map(float, labels))
-        for label, line in labels.items():
+        for label, place in labels.items():
             if not label.lstrip("+-").isdecimal():
-                raise UsageError(f"{file}, line {line}: labels are numbers ({label}). {_SINGLE_LABEL}, not a value")
+                raise UsageError(f"{place}: labels are numbers ({label}). {SINGLE_LABEL}, not a value")
 
 
 # -- images named on the command line ---------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Inputs:
             batch_size=self.workload.spec.batch_size,
             seed=self.workload.spec.seed,
             balanced=self.workload.spec.sampler is Sampler.balanced,
+            split=self.workload.split(split_name),
         )
 
     def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, balanced_order, epoch_order
+from tlcli.data.images import Split
 from tlcli.device import Device
 from tlcli.ranks import ALONE, Ranks
 
@@ -91,6 +92,7 @@ class ActivationLoader:
     batch_size: int
     seed: int
     balanced: bool = False
+    split: Split | None = None  # for the order of an epoch, which depends on how its images are stored
     mirrors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -112,6 +114,8 @@ class ActivationLoader:
         order = epoch_order(len(self), self.seed, number)
         if self.balanced:
             order = balanced_order(self.labels.cpu().numpy(), self.seed, number) % len(self)
+        if self.split is not None:
+            order = self.split.order_by_buffer(order, self.seed, number)
         view = self.views[(number - 1) % len(self.views)]
         return self._read(view, torch.from_numpy(order), self.batch_size, start, self.ranks)
 
