@@ -31,7 +31,7 @@ def test_tasks(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     handler = signal.getsignal(signal.SIGTERM)
     with ray_cluster() as cpus:
-        assert cpus >= 1 and signal.getsignal(signal.SIGTERM) is handler
+        assert sum(cpus) >= 1 and signal.getsignal(signal.SIGTERM) is handler
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         arguments = [(n, str(tmp_path)) for n in (4, 0, 1, 2)]
         results = dict(run_tasks(invert, arguments, max_retries=1))

@@ -20,8 +20,8 @@ def check_ray() -> None:
 
 
 @contextmanager
-def ray_cluster() -> Iterator[int]:
-    """Connect to the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray; yield its CPUs.
+def ray_cluster() -> Iterator[list[int]]:
+    """Connect to the cluster of RAY_ADDRESS or of this machine, else start Ray; yield the CPUs of each node.
 
     Ray sends no usage statistics, and its dashboard is off. Output of the tasks is not shown.
     """
@@ -45,7 +45,7 @@ def ray_cluster() -> Iterator[int]:
     if handler != signal.getsignal(signal.SIGTERM):
         signal.signal(signal.SIGTERM, handler)  # Ray's ends the process at once
     try:
-        yield int(ray.cluster_resources().get("CPU", 0))
+        yield [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
 

@@ -101,7 +101,7 @@ def train(
     start = resume or NewRun()
     record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
     with record.phase("setup"):
-        inputs = _load(spec, session, reporter, start, ranks)
+        inputs = load_inputs(spec, session, reporter, start, ranks)
         workload, trainer = inputs.workload, Trainer(inputs.workload, inputs.device)
         contract, network = workload.contract, workload.classifier.network
     record.plan(inputs)
@@ -196,7 +196,7 @@ def train(
     return best_epoch.value
 
 
-def _load(
+def load_inputs(
     spec: TrainSpec,
     session: Session,
     reporter: Reporter,

@@ -16,7 +16,7 @@ from tlcli.errors import UsageError
 from tlcli.models.tensorfile import write_tensors
 from tlcli.reporter import Reporter
 from tlcli.store import Store
-from tlcli.train import NewRun, _load
+from tlcli.train import NewRun, load_inputs
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def load(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def make(*words: str) -> Inputs:
         words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *words)
-        return _load(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())
+        return load_inputs(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())
 
     return make
 

@@ -13,7 +13,7 @@ from tlcli.engine.image_choice import choose_image
 from tlcli.engine.session import Session
 from tlcli.reporter import Reporter
 from tlcli.store import Store
-from tlcli.train import NewRun, _load
+from tlcli.train import NewRun, load_inputs
 from tlcli.transfer.probe import CrossValidation
 
 
@@ -32,7 +32,7 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                     Image.fromarray(pixels).save(folder / f"{i}.png")
         own = spec("dataset=imagefolder", f"dataset.root={root}", *words)
         monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
-        return _load(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
+        return load_inputs(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
 
     return make
 

@@ -207,6 +207,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     balanced: bool = False  # an epoch has classes equally often, instead of each image once
     pin_memory: bool = False
     ranks: Ranks = ALONE
+    first: int = 0  # position of the first image in the split of which these are a part
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -234,7 +235,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     def _chunks(self, order: Ints, view: int | None, ranks: Ranks) -> Iterator[Chunk]:
         for start in range(0, len(order), self.batch_size):
             drawn = order[start : start + self.batch_size][ranks.rank :: ranks.size]
-            seeds = None if view is None else [sample_seed(self.seed, view, i) for i in drawn.tolist()]
+            seeds = None if view is None else [sample_seed(self.seed, view, self.first + i) for i in drawn.tolist()]
             yield (drawn % len(self.split)).tolist(), seeds
 
     def _load(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:

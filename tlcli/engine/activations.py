@@ -294,12 +294,13 @@ class Workload:
             splits, label = (data.train, data.val), "train+val"  # also for other folds, or a val split of another seed
             indices, positions = np.unique(np.concatenate([s.indices for s in splits]), return_index=True)
             pool = Split(pool.images, indices, np.concatenate([s.labels for s in splits])[positions])
-        found = [self._activations(cut, option, pool, label, view) for view in views]
+        found = [self.activations(cut, option, pool, label, view) for view in views]
         return CachedSplit(cut, tuple(found), torch.from_numpy(np.searchsorted(pool.indices, split.indices)))
 
-    def _activations(
-        self, cut: Cut, option: ComputeFormat, pool: Split, label: str, view: int | None
+    def activations(
+        self, cut: Cut, option: ComputeFormat, pool: Split, label: str, view: int | None, images: str | None = None
     ) -> SplitActivations:
+        """Return the activations of images at a cut; `images` is their fingerprint if it is known."""
         spec, preprocessing, extractor = self.spec, self.preprocessing, self.extractor(cut, option)
         memo = (id(extractor), label, view)
         if memo in self._splits:
@@ -310,7 +311,7 @@ class Workload:
         ingredients = {
             "prefix": self.session.get_or_create(("digest", id(cut)), cut.digest),
             "preprocessing": preprocessing.to_json(),
-            "images": pool.fingerprint(),
+            "images": images or pool.fingerprint(),
             "decoder": decoder(),
             "rows": 1,  # version: increase it with the rules by which an image becomes a row
             "view": None if view is None else to_plain(augmented),

@@ -107,7 +107,7 @@ class Inputs:
             uncached = [f"training reads images: {reasons['train']}"]
         if not self.cached:
             return "; ".join(uncached)
-        sources = self._sources()
+        sources = self.sources()
         missing = [source for source in sources if not source.filled]
         splits = f" ({', '.join(self.cached)})" if "train" not in self.cached else ""
         shown, done = missing or sources, "computed once and cached" if missing else "read from cache"
@@ -119,12 +119,12 @@ class Inputs:
 
     def checksums(self) -> dict[str, list[str]]:
         """Return the checksums of the activations that have been opened, by key."""
-        entries = [source.found for source in self._sources() if source.found is not None]
+        entries = [source.found for source in self.sources() if source.found is not None]
         return {entry.key: list(entry.checksums) for entry in entries}
 
     def extraction(self) -> dict[str, Any] | None:
         """Return how the extractions of this run went, for run.json; None if there were none."""
-        done = [source.extraction for source in self._sources() if source.extraction is not None]
+        done = [source.extraction for source in self.sources() if source.extraction is not None]
         if not done:
             return None
         totals = {key: sum(extraction[key] for extraction in done) for key in ("images", "seconds", "compile_seconds")}
@@ -133,8 +133,8 @@ class Inputs:
         why = "; ".join(dict.fromkeys(extraction["why"] for extraction in done))
         return {**done[0], **totals, "images_per_second": round(speed, 1), "why": why}
 
-    def _sources(self) -> list[SplitActivations]:
-        """Each of the activations once; several splits may read the same."""
+    def sources(self) -> list[SplitActivations]:
+        """Return each of the activations once; several splits may read the same."""
         return list({source.key: source for split in self.cached.values() for source in split.views}.values())
 
 
