@@ -14,7 +14,7 @@ from tlcli.specs import HOMES
 PACKAGE = Path(tlcli.__file__).parent
 LAYERS = [
     {"errors", "interrupts", "reporter", "text"},
-    {"files", "specs"},
+    {"files", "locks", "specs"},
     {"store", "ranks", "ray_tasks"},
     {"device"},
     {"data", "models"},
@@ -33,6 +33,7 @@ LIGHT = {
     "tlcli.cli.cache",
     "tlcli.cli.doctor",
     "tlcli.export",
+    "tlcli.locks",
     "tlcli.store",
     "tlcli.runs.index",
     "tlcli.runs.leaderboard",

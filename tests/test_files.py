@@ -1,7 +1,6 @@
 """A file is the old one or the new one, wherever its writing ends."""
 
 import errno
-import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from tlcli.errors import UsageError
 from tlcli.files import (
     atomic_write,
     expand_user,
-    lock,
     remove_temp_files,
     replace_with_hardlink,
 )
@@ -108,21 +106,6 @@ def test_a_second_name_that_cannot_be_leaves_the_old_file(
     assert not replace_with_hardlink(file, name)
     assert name.read_bytes() == b"before"
     assert {path.name for path in file.parent.iterdir()} == {file.name, name.name}
-
-
-def test_a_shared_lock_is_taken_again_if_its_file_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, flock = tmp_path / "lock", fcntl.flock
-
-    def deleted_first(*args: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", flock)
-        file.unlink()  # by another process that released it
-        flock(*args)
-
-    monkeypatch.setattr(fcntl, "flock", deleted_first)
-    with lock(file, shared=True), pytest.raises(TimeoutError), lock(file, timeout=0):
-        pass
-    with lock(file, timeout=0):
-        pass
 
 
 def test_an_unknown_home_is_a_usage_error() -> None:

@@ -1,5 +1,6 @@
 """The store of activations: what comes back is what was written, whole, whoever else is at work."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 from tests.faults.programs import scale
 from tlcli import store as module
 from tlcli.errors import UsageError
+from tlcli.locks import Observer, owner_text
 from tlcli.store import GB, META, CacheEntry, Column, Store, cache_dir
 
 fork = multiprocessing.get_context("fork")
@@ -34,8 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def release() -> None:
     """Hold no entry any longer, as if this process had ended."""
-    while module._held:
-        module._held.popitem()[1].__exit__(None, None, None)
+    module.release_entries()
 
 
 def nobody() -> None:
@@ -380,3 +381,65 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("TLCLI_CACHE", "~nobody-of-this-name/x")
     with pytest.raises(UsageError):
         cache_dir()
+
+
+# --- Processes of other machines
+
+ELSEWHERE = b'{"host": "another", "pid": 1}'
+
+
+def test_a_writer_that_lost_its_lock_does_not_replace_the_entry_of_another(store: Store) -> None:
+    lock, entry = store.root / "locks" / f"{KEY}.lock", store.activations / KEY
+
+    def suspended() -> Iterator[list[memoryview]]:
+        yield BATCHES[0]
+        lock.unlink()
+        (store.activations / OTHER).rename(entry)  # another process has taken the lock, and is done
+        meta = json.loads((entry / META).read_text())
+        del meta["meta_checksum"]
+        (entry / META).write_text(module._with_checksum({**meta, "key": KEY}))
+        yield BATCHES[1]
+
+    fill(store, OTHER)
+    inode = (store.activations / OTHER).stat().st_ino
+    with store.lock_for_write(KEY, nobody):
+        written = store.write(KEY, ROWS, COLUMNS, FACTS, suspended())
+    assert written.path.stat().st_ino == inode
+    assert everything(store.activations) == [KEY, *(f"{KEY}/{name}" for name in ("0.bin", "1.bin", "2.bin", META))]
+    assert not lock.exists()
+
+
+def test_a_writer_that_lost_its_lock_to_one_that_failed_writes_after_it(store: Store) -> None:
+    lock = store.root / "locks" / f"{KEY}.lock"
+
+    def suspended() -> Iterator[list[memoryview]]:
+        lock.write_bytes(owner_text().replace(b'"pid"', b'"pid": 1073741824, "was"'))  # of a process that has ended
+        yield from BATCHES
+
+    with store.lock_for_write(KEY, nobody):
+        assert store.write(KEY, ROWS, COLUMNS, FACTS, suspended()).rows == ROWS
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("is_touched", [True, False])
+def test_an_entry_in_use_on_another_machine_stays_until_that_process_has_ended(
+    store: Store, is_touched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.max_gb, now = SIZE / GB, [0.0]
+    add(store, KEY)
+    mark = store.root / "locks" / f"{KEY}.use.0"
+    mark.write_bytes(ELSEWHERE)
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if is_touched:
+            os.utime(mark, (now[0], now[0]))
+
+    monkeypatch.setattr(module, "observer", Observer(lambda: now[0], sleep))
+    if is_touched:
+        with pytest.raises(OSError, match="entries in use"):
+            write(store, OTHER)
+    else:
+        write(store, OTHER)
+    assert keys(store) == [KEY if is_touched else OTHER]
+    assert mark.exists() == is_touched

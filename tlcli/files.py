@@ -1,11 +1,8 @@
-"""Crash-safe file replacement, locks, YAML from any source, and checks of paths that do not raise."""
+"""Crash-safe file replacement, YAML from any source, and checks of paths that do not raise."""
 
-import errno
 import os
 import re
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,36 +87,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not a config (keys and values)")
     return content
-
-
-@contextmanager
-def lock(file: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock among all threads and processes, which ends with the process.
-
-    `timeout` are seconds to wait for an exclusive lock. Raises TimeoutError, or OSError if the lock cannot be made.
-    """
-    from filelock import FileLock  # here, because it imports asyncio
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()  # with the permissions of the umask, so that a group can share a cache; filelock 3 would use 0644
-    if shared and os.name == "nt":
-        yield  # Windows deletes no mapped file
-    elif shared:
-        import fcntl
-
-        with file.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            is_deleted = os.fstat(handle.fileno()).st_nlink == 0  # as some releases of filelock do when they let go
-            with lock(file, shared=True) if is_deleted else nullcontext():
-                yield
-    else:
-        exclusive = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
-        try:
-            held = exclusive.acquire(timeout=timeout)
-        except NotImplementedError as error:  # filelock 3, on a file system without locks
-            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
-        with held:
-            yield
 
 
 def expand_user(path: str) -> Path:

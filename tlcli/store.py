@@ -1,15 +1,17 @@
-"""Cache of activations: raw tensors in entries, each under a key, shared by all runs and processes of a machine.
+"""Cache of activations: raw tensors in entries, each under a key, shared by processes of one or several machines.
 
     ROOT/activations/KEY/              an entry: meta.json, and one file per column: 0.bin, 1.bin ...
     ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written; its files have their final sizes from the start
     ROOT/locks/KEY.lock                held while the entry is written
-    ROOT/locks/KEY.use                 shared by the processes that use the entry; they hold it until they end
+    ROOT/locks/KEY.use.RANDOM          says that a process uses the entry, until that process ends
+    ROOT/locks/KEY.gate                held while such a file is made, or the entry is evicted because there is none
     ROOT/locks/space.lock              held while room is made
     ROOT/NAME.json                     notes, such as measured speeds
 
 This module imports without torch, so that `tlcli cache list` is fast.
 """
 
+import atexit
 import errno
 import json
 import math
@@ -20,7 +22,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +30,8 @@ from typing import Any, BinaryIO
 
 import platformdirs
 
-from tlcli.files import atomic_write, expand_user, lock, sync_folder
+from tlcli.files import atomic_write, expand_user, sync_folder
+from tlcli.locks import Lock, heartbeat, observer, owner_text
 from tlcli.text import size_text
 
 FORMAT = 1  # of meta.json and of the files next to it
@@ -42,7 +45,20 @@ _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
 _verified: dict[Path, tuple[object, ...]] = {}  # file times of entries when this process verified them
-_held: dict[Path, AbstractContextManager[None]] = {}  # shared locks of this process
+_held: dict[Path, Path] = {}  # by the folder of an entry: the file that says that this process uses it
+_filling: dict[Path, Lock] = {}  # by the folder of an entry
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
+
+
+@atexit.register
+def release_entries() -> None:
+    """Hold no entry any longer."""
+    while _held:
+        mark = _held.popitem()[1]
+        heartbeat.drop(mark)
+        with suppress(OSError):
+            mark.unlink()
 
 
 def cache_dir() -> Path:
@@ -125,17 +141,20 @@ class Store:
     @contextmanager
     def lock_for_write(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Hold the right to fill a key; call `on_wait` if another process has it, which may have filled it by then."""
-        file = self._lock_file(self._folder(key))
+        folder = self._folder(key)
+        lock = self._lock(folder)
         with ExitStack() as held:
             try:
-                held.enter_context(lock(file, timeout=0))
+                held.enter_context(lock.held(timeout=0))
             except TimeoutError:
                 on_wait()
-                held.enter_context(lock(file))
+                held.enter_context(lock.held())
             for draft in self._folders(_DRAFT):
-                if self._lock_file(draft) == file:  # this process has the lock, so the writer of the draft was killed
+                if self._lock(draft).path == lock.path:  # this process has the lock, so the draft's writer was killed
                     with suppress(OSError):
                         _delete(draft)
+            held.callback(_filling.pop, folder, None)
+            _filling[folder] = lock
             yield
 
     def write(
@@ -149,7 +168,7 @@ class Store:
         """Write an entry, completely or not at all, inside `lock_for_write(key)`. A damaged entry is replaced.
 
         Each batch has per column the C-contiguous bytes of the same number of whole rows. Raises OSError if there is no
-        room, or a write fails.
+        room, or a write fails. A process that was suspended, and lost its lock, returns the entry of another.
         """
         final = self._folder(key)
         draft = final.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -177,6 +196,11 @@ class Store:
                 meta["checksums"] = _write_rows(files, sizes, rows, batches)
             atomic_write(draft / META, _with_checksum(meta).encode(), durable=True)
             self._hold(key)
+            if (lock := _filling.get(final)) and not lock.owned():
+                lock.acquire()
+                if entry := self.find(key):
+                    _delete(draft)
+                    return entry
             draft.rename(final)
             sync_folder(self.activations)
             return _read_entry(final)
@@ -223,7 +247,7 @@ class Store:
 
     def add_note(self, name: str, key: str, value: Any) -> None:
         """Add a note in one atomic step among all processes. Does nothing if the cache cannot be written."""
-        with suppress(OSError), lock(self.root / "locks" / f"{name}.json.lock", timeout=10):
+        with suppress(OSError), Lock(self.root / "locks" / f"{name}.json.lock").held(timeout=10):
             self.write_notes(name, {**self.read_notes(name), key: value})
 
     def write_notes(self, name: str, notes: Mapping[str, Any]) -> None:
@@ -235,8 +259,8 @@ class Store:
             raise ValueError(f"{key!r} is not a key: a key is a lower-case hex string")
         return self.activations / key
 
-    def _lock_file(self, folder: Path, suffix: str = "lock") -> Path:
-        return self.root / "locks" / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}"
+    def _lock(self, folder: Path, suffix: str = "lock") -> Lock:
+        return Lock(self.root / "locks" / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}")
 
     def _folders(self, *patterns: re.Pattern[str]) -> list[Path]:
         """Return the folders of entries, complete or damaged (_KEY), or drafts (_DRAFT), without third-party files."""
@@ -245,16 +269,17 @@ class Store:
         return [path for path in folders if all(_OWN_FILE.fullmatch(file.name) for file in _children(path))]
 
     def _hold(self, key: str) -> None:
-        file = self._lock_file(self._folder(key), "use")
-        if file not in _held:
-            with suppress(OSError):  # a read-only cache: nothing is evicted either
-                held = lock(file, shared=True)
-                held.__enter__()
-                _held[file] = held
+        folder = self._folder(key)
+        if folder not in _held:
+            with suppress(OSError), self._lock(folder, "gate").held():  # a read-only cache: nothing is evicted either
+                mark = self.root / "locks" / f"{key}.use.{secrets.token_hex(8)}"
+                mark.write_bytes(owner_text())
+                heartbeat.add(mark)
+                _held[folder] = mark
 
     @contextmanager
     def _lock_space(self) -> Iterator[None]:
-        with lock(self.root / "locks" / "space.lock"):
+        with Lock(self.root / "locks" / "space.lock").held():
             self.activations.mkdir(parents=True, exist_ok=True)
             yield
 
@@ -271,10 +296,14 @@ class Store:
             for folder in sorted(self._folders(_KEY), key=lambda folder: last_use.get(folder, 0.0)):
                 if freed >= excess:
                     break
-                with suppress(OSError):  # a process holds it
-                    locks.enter_context(lock(self._lock_file(folder, "use"), timeout=0))
-                    freed += _bytes_in(folder)
-                    evicted.append(folder)
+                with suppress(OSError):
+                    locks.enter_context(self._lock(folder, "gate").held(timeout=0))
+                    marks = set((self.root / "locks").glob(f"{folder.name}.use.*"))
+                    for mark in marks - (living := observer.living(marks)):
+                        mark.unlink(missing_ok=True)  # of a process that was killed
+                    if not living:
+                        freed += _bytes_in(folder)
+                        evicted.append(folder)
             if used - freed + nbytes > self.max_gb * GB:
                 beside = f" in addition to {size_text(used - freed)} of entries in use" if used > freed else ""
                 return f"{size_text(nbytes)}{beside} is over cache.max_gb={self.max_gb:g}"
@@ -289,7 +318,7 @@ class Store:
     def _remove_stale_drafts(self) -> int:
         nbytes = 0
         for draft in self._folders(_DRAFT):
-            with suppress(OSError), lock(self._lock_file(draft), timeout=0):  # else it is being written
+            with suppress(OSError), self._lock(draft).held(timeout=0):  # else it is being written
                 nbytes += _delete(draft)
         return nbytes
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tlcli.locks import host_digest
 from tlcli.runs.index import Entry, read_entry, read_index
-from tlcli.runs.run_dir import RunDir, host_digest, write_json
+from tlcli.runs.run_dir import RunDir, write_json
 
 BEST = {"epoch": 2, "accuracy": 0.9, "macro_f1": 0.8, "loss": 0.3}
 

@@ -18,18 +18,17 @@ from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
+from tlcli.locks import host_digest, runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import (
     REFIT,
     RunDir,
     has_folds,
-    host_digest,
     integer,
     is_sweep,
     number,
     open_run,
-    process_has_exited,
     rerun_command,
     strings,
 )
@@ -115,7 +114,7 @@ def _resume_sweep(path: Path) -> int:
 
 def check_not_running(path: Path, info: Mapping[str, Any]) -> None:
     """Raise UsageError if the process of a run still runs on this machine."""
-    if info.get("status") == "running" and info.get("host") == host_digest() and not process_has_exited(info):
+    if info.get("status") == "running" and runs_on_this_machine(info):
         raise UsageError(f"{path}: process {info.get('pid')} is still running it; stop it first, or wait")
 
 

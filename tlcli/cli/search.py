@@ -20,9 +20,10 @@ from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import StoppedError
 from tlcli.interrupts import defer_interrupts
+from tlcli.locks import host_digest
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import REFIT, RunDir, host_digest, write_json
+from tlcli.runs.run_dir import REFIT, RunDir, write_json
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, shown_path
 

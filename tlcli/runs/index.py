@@ -15,6 +15,7 @@ from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
+from tlcli.locks import runs_on_this_machine
 from tlcli.runs.run_dir import (
     FOLD,
     REFIT,
@@ -24,7 +25,6 @@ from tlcli.runs.run_dir import (
     mapping,
     number,
     pair,
-    process_has_exited,
     strings,
     text,
 )
@@ -141,7 +141,7 @@ def read_entry(path: Path) -> Entry:
     dataset = text(info.get("dataset")) or settings.get("dataset.name")
     place = settings.get("dataset.file") or settings.get("dataset.root") or ""
     status = str(info.get("status", "damaged"))
-    status = "died" if status == "running" and process_has_exited(info) else status
+    status = "died" if status == "running" and runs_on_this_machine(info) is False else status
     started, ended = _time(info.get("started")), _time(info.get("ended"))
     seconds = number(mapping(info.get("seconds")).get("total"))
     if status == "running" or seconds is None:

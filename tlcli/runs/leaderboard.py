@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.files import atomic_write
+from tlcli.locks import Lock
 from tlcli.runs.index import rank, read_entry
 from tlcli.runs.run_dir import RunDir, read_json, text, write_json
 from tlcli.text import csv_line, natural_order
@@ -51,16 +52,21 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path) -> dict[str, Any]:
     """Write leaderboard.csv and sweep.json into a sweep's folder, each in one atomic step; return the leaderboard."""
-    board = read(folder)
-    write_json(folder / "sweep.json", board)
+    with Lock(folder / ".leaderboard.lock").held():
+        board = read(folder)
+        write_json(folder / "sweep.json", board)
+        _write_csv(folder / "leaderboard.csv", board)
+    return board
+
+
+def _write_csv(file: Path, board: dict[str, Any]) -> None:
     head = ["rank", "job", "status", *board["keys"], f"val_{board['figure']}", "epoch"]
     rows: list[list[object]] = [[*head, "test_accuracy", "test_low", "test_high", "seconds", "error"]]
     for job in board["jobs"]:
         cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
         cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
         rows.append([*cells, job["seconds"], job["error"]])
-    atomic_write(folder / "leaderboard.csv", "".join(map(csv_line, rows)).encode())
-    return board
+    atomic_write(file, "".join(map(csv_line, rows)).encode())
 
 
 def update(run: RunDir) -> None:

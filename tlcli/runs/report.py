@@ -25,6 +25,7 @@ from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability, risk_coverage
 from tlcli.errors import TlcliError, UsageError
+from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import LoadedRun, calibrated, load_run
 from tlcli.runs.run_dir import (
@@ -34,7 +35,6 @@ from tlcli.runs.run_dir import (
     mapping,
     number,
     pair,
-    process_has_exited,
     read_json,
     read_predictions,
     rerun_command,
@@ -60,7 +60,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
     """
     info, test, config = run.info, run.test(), run.config()
     status = text(info.get("status")) or "damaged"
-    if status == "running" and process_has_exited(info):
+    if status == "running" and runs_on_this_machine(info) is False:
         status = "killed"
     name, accuracy = text(info.get("name")) or run.path.resolve().name, number(test.get("accuracy"))
     freeze = text(info.get("freeze")) or text(mapping(config.get("freeze")).get("kind")) or ""

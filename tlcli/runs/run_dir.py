@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml
+from tlcli.locks import host_digest
 from tlcli.text import csv_line, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -200,18 +201,6 @@ def rerun_command(info: Mapping[str, Any]) -> str:
     return shlex.join([*flags, *overrides])
 
 
-def process_has_exited(info: Mapping[str, Any]) -> bool:
-    """Return True if the process that wrote this run.json has ended, False if it runs or ran on another machine."""
-    pid = info.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or info.get("host") != host_digest() or platform.system() == "Windows":
-        return False  # on Windows signal 0 is Ctrl-C
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, ProcessLookupError)  # otherwise it is another user's process
-    return False
-
-
 @dataclass(frozen=True, eq=False)
 class SplitPredictions:
     """Logits (N, C) float32 and labels (N) int64 of a split, in its order, with a key and a name per row.
@@ -330,13 +319,6 @@ def installed_version(package: str) -> str | None:
 def now() -> str:
     """Return the current time, UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def host_digest() -> str:
-    """Return a digest of the machine's name: a pid in run.json has a meaning only on the same machine."""
-    import hashlib
-
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""Locks and signs of life as files, for processes of several machines that share a file system.
+
+A process touches its files every 10 s. Clocks of two machines are never compared: a file is stale if its mtime, as the
+file system reports it, has not changed for 60 s of the observer's monotonic clock. If the file names its owner (`host`
+and `pid`, in JSON), it is stale as soon as that process of the same machine has ended.
+"""
+
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+MAX_POLL_SECONDS = 0.1
+
+
+class Heartbeat:
+    """Touches files every `interval` seconds from a daemon thread, as long as this process lives."""
+
+    def __init__(self, interval: float = BEAT_SECONDS) -> None:
+        self._interval, self._pid = interval, 0
+        self._files: dict[Path, Callable[[], bool]] = {}
+
+    def add(self, path: Path, is_owned: Callable[[], bool] = lambda: True) -> None:
+        """Touch a file from now on, while `is_owned()`. A missing one is not made."""
+        import threading  # here: it takes a quarter of the time of `tlcli --help`
+
+        if self._pid != os.getpid():  # a forked process has no thread, and owns nothing
+            self._pid, self._files = os.getpid(), {}
+            threading.Thread(target=self._run, daemon=True).start()
+        self._files[path] = is_owned
+
+    def drop(self, path: Path) -> None:
+        """Touch a file no longer."""
+        self._files.pop(path, None)
+
+    def beat(self) -> None:
+        """Touch all files once."""
+        for path, is_owned in list(self._files.items()):
+            with suppress(OSError):  # it is missing, or its file system does not answer
+                if is_owned():
+                    os.utime(path)  # with the time of the file system
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._interval)
+            self.beat()
+
+
+class Observer:
+    """Tells by the monotonic clock of this process which files are still touched."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.clock, self.sleep = clock, sleep
+        self._seen: dict[Path, tuple[int, bytes, float, bool]] = {}  # mtime, content, since when, has it changed
+
+    def is_alive(self, path: Path) -> bool | None:
+        """Return False if a file is stale or missing, True if its owner lives, None if that is not known yet.
+
+        An owner lives if the file has changed since the first call, or if it runs on this machine.
+        """
+        try:
+            with path.open("rb") as file:  # unless it is opened, NFS may report the mtime of a minute ago
+                content, mtime = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return False
+        now = self.clock()
+        *before, since, has_changed = self._seen.get(path, (mtime, content, now, False))
+        if before != [mtime, content]:
+            since, has_changed = now, True
+        self._seen[path] = mtime, content, since, has_changed
+        owner: Any = None
+        with suppress(ValueError, RecursionError):
+            owner = json.loads(content)
+        runs_here = runs_on_this_machine(owner) if isinstance(owner, dict) else None
+        if runs_here is False or now - since >= STALE_SECONDS:
+            return False
+        return has_changed or runs_here
+
+    def living(self, paths: Collection[Path]) -> set[Path]:
+        """Return the files whose owners live. It takes up to 60 s for those of other machines."""
+        while True:
+            states = {path: self.is_alive(path) for path in paths}
+            if None not in states.values():
+                return {path for path, is_alive in states.items() if is_alive}
+            self.sleep(1)
+
+
+heartbeat, observer = Heartbeat(), Observer()  # of this process
+
+
+class Lock:
+    """A lock among all threads and processes: a file that names its owner and is touched while it is held.
+
+    A process that was suspended may have lost it: it checks `owned()` before it moves a result into place.
+    """
+
+    def __init__(self, path: Path, observer: Observer = observer) -> None:
+        self.path, self._observer, self._content = path, observer, owner_text()
+
+    def owned(self) -> bool:
+        """Return True if this object holds the lock."""
+        with suppress(OSError):
+            return self.path.read_bytes() == self._content
+        return False
+
+    @contextmanager
+    def held(self, timeout: float = -1) -> Iterator[None]:
+        """Hold the lock within the block. Raise TimeoutError after `timeout` seconds, OSError if it cannot be made."""
+        self.acquire(timeout)
+        heartbeat.add(self.path, self.owned)
+        try:
+            yield
+        finally:
+            heartbeat.drop(self.path)
+            if self.owned():
+                self.path.unlink(missing_ok=True)
+
+    def acquire(self, timeout: float = -1) -> None:
+        """Wait for the lock, also for one that was lost within `held`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        start, pause = self._observer.clock(), 0.001
+        while not self.owned():
+            try:
+                with open(self.path, "xb", buffering=0) as file:  # noqa: PTH123  atomic, also on NFS
+                    try:
+                        file.write(self._content)
+                    except BaseException:  # the disk is full
+                        self.path.unlink()
+                        raise
+                return
+            except FileExistsError:
+                if self._remove_stale():
+                    continue
+            if 0 <= timeout <= self._observer.clock() - start:
+                raise TimeoutError(f"{self.path}: another process holds it")
+            self._observer.sleep(pause)
+            pause = min(2 * pause, MAX_POLL_SECONDS)
+
+    def _remove_stale(self) -> bool:
+        """Remove the file of an owner that has ended. Return False if the owner may live."""
+        with suppress(FileNotFoundError):  # it was released, or another process is faster
+            content = self.path.read_bytes()
+            if self._observer.is_alive(self.path) is not False:
+                return False
+            aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+            self.path.rename(aside)
+            if aside.read_bytes() != content:  # that of a process that was faster, and holds the lock now
+                with suppress(OSError):
+                    self.path.hardlink_to(aside)
+            aside.unlink()
+        return True
+
+
+def owner_text() -> bytes:
+    """Return the content of a file that this process owns: its machine and pid, and a random id."""
+    return json.dumps({"host": host_digest(), "pid": os.getpid(), "id": secrets.token_hex(8)}).encode()
+
+
+def host_digest() -> str:
+    """Return a digest of the machine's name and of the namespace in which a pid has a meaning."""
+    import hashlib
+
+    namespace = Path("/proc/self/ns/pid")  # that of a container, which may have the name of another one
+    name = f"{platform.node()} {namespace.readlink()}" if namespace.is_symlink() else platform.node()
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def runs_on_this_machine(owner: Mapping[str, Any]) -> bool | None:
+    """Return True if the process with this `pid` on this `host` runs, False if it has ended, None if not known here."""
+    pid = owner.get("pid")
+    if type(pid) is not int or pid <= 0 or owner.get("host") != host_digest() or platform.system() == "Windows":
+        return None  # on Windows signal 0 is Ctrl-C
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)  # otherwise it is another user's process
+    return True
