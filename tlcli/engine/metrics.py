@@ -24,7 +24,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import KeepBest
 
 BINS = 15  # of the confidence, for calibration errors
-POINTS = 20  # of the risk-coverage curve in a file
+POINTS = 200  # of a risk-coverage curve
 MIN_KNOWN, ACCEPTED = 100, 0.95  # images of known classes, and the share of them below the threshold
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 PRIOR_STD = 0.5  # of log T in its normal prior about T = 1, which weighs as much as a handful of images
@@ -228,32 +228,29 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
 def confidence_report(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
     """Return `calibration` and `risk_coverage` of test.json and eval.json: how far probabilities can be trusted.
 
-    The first is the effect of a temperature on these images. The second has points of `risk_coverage` at every
-    twentieth of the images, and the area under the whole curve.
+    The first is the effect of a temperature on these images.
     """
     before, after = (expected_calibration_error(logits, labels, t) for t in (1.0, temperature))
-    curve = risk_coverage(logits, labels, temperature)
-    positions = [-(-len(curve) * k // POINTS) - 1 for k in range(1, POINTS + 1)]
     return {
         "calibration": {"temperature": temperature, "ece_before": before, "ece_after": after, "bins": BINS},
-        "risk_coverage": {
-            "area": sum(risk for _, risk, _ in curve) / max(1, len(curve)),
-            "points": [curve[i] for i in dict.fromkeys(positions) if i >= 0],
-        },
+        "risk_coverage": risk_coverage(logits, labels, temperature),
     }
 
 
-def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> list[tuple[float, float, float]]:
-    """Return (coverage, risk, probability) for the k images with the most probable predictions, for each k.
+def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
+    """Return `area`, the mean risk over the k images with the most probable predictions, for each k, and `points`.
 
-    Coverage is the share of the images, risk the share of errors among them, and the probability that of the least
-    probable prediction (Geifman and El-Yaniv, Selective classification for deep neural networks, 2017).
+    A point is (coverage, risk, probability): the share of the images, the share of errors among them, and the
+    probability of the least probable prediction (Geifman and El-Yaniv, Selective classification for deep neural
+    networks, 2017). There is one at each POINTS-th of the images.
     """
     confidence, predicted = torch.softmax(logits.double() / temperature, dim=1).max(dim=1)
-    order = torch.argsort(confidence, descending=True, stable=True)
-    counts = torch.arange(1, len(labels) + 1, dtype=torch.float64)
+    order, n = torch.argsort(confidence, descending=True, stable=True), len(labels)
+    counts = torch.arange(1, n + 1, dtype=torch.float64)
     risk = (predicted != labels)[order].double().cumsum(0) / counts
-    return list(zip((counts / len(labels)).tolist(), risk.tolist(), confidence[order].tolist(), strict=True))
+    chosen = torch.tensor([-(-n * k // POINTS) - 1 for k in range(1, POINTS + 1)] if n else []).long().unique()
+    points = torch.stack([counts / max(1, n), risk, confidence[order]], dim=1)[chosen]
+    return {"area": risk.sum().item() / max(1, n), "points": list(map(tuple, points.tolist()))}
 
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tuple[float, float, int]]:

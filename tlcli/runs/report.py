@@ -214,14 +214,13 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         errors = [expected_calibration_error(logits, labels, t) for t in (1.0, scale)]
         chart = _chart("Share that was right", alt, draw, (340, 350), (48, 20, 40, 48))
         view["calibration"] = {"temperature": scale, "errors": errors, "chart": chart}
-        curve = risk_coverage(logits, labels, scale)
-        draw, alt = partial(plots.draw_risk_coverage, curve=curve), "Share of errors by the share of answered images"
-        at = [(share, *curve[max(0, round(share * len(curve)) - 1)][1:]) for share in (0.5, 0.8, 0.95)]
-        area = sum(risk for _, risk, _ in curve) / len(curve)
+        curve, alt = risk_coverage(logits, labels, scale), "Share of errors by the share of answered images"
+        draw = partial(plots.draw_risk_coverage, curve=curve["points"])
+        at = [(share, *next(p[1:] for p in curve["points"] if p[0] >= share)) for share in (0.5, 0.8, 0.95)]
         view["risk"] = {
             "chart": _chart("Share of errors", alt, draw, (340, 262), (48, 20, 40, 46)),
             "at": at,
-            "area": area,
+            "area": curve["area"],
         }
     return view
 
