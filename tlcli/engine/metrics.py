@@ -248,7 +248,7 @@ def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> dict[st
     order, n = torch.argsort(confidence, descending=True, stable=True), len(labels)
     counts = torch.arange(1, n + 1, dtype=torch.float64)
     risk = (predicted != labels)[order].double().cumsum(0) / counts
-    chosen = torch.tensor([-(-n * k // POINTS) - 1 for k in range(1, POINTS + 1)] if n else []).long().unique()
+    chosen = sorted({-(-n * k // POINTS) - 1 for k in range(1, POINTS + 1)} if n else ())
     points = torch.stack([counts / max(1, n), risk, confidence[order]], dim=1)[chosen]
     return {"area": risk.sum().item() / max(1, n), "points": list(map(tuple, points.tolist()))}
 
