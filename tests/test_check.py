@@ -76,7 +76,10 @@ def found(folder: Path, images: list[Image.Image], exact: tuple[list[int], ...] 
     files = ImageFiles(folder, [f"{i}.png" for i in range(len(images))])
     features = np.random.default_rng(0).normal(size=(len(images), 4)).astype(np.float32)
     splits = ConcatSplits({"train": full_split(files, [0] * len(images))})
-    return [group for _, group in near_duplicates(splits, exact, features, Reporter())[0]]
+    first = np.arange(len(images))
+    for group in exact:
+        first[group] = group[0]
+    return [group for _, group in near_duplicates(splits, first, features, Reporter())[0]]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
     lap("reading")
-    exact = images.exact_duplicates(reporter)
+    first = images.first_copies(reporter)
     lap("exact duplicates")
     notes, near = list(data.notes), list[tuple[float, list[int]]]()
     suspects, labels = list[Suspect](), dict[str, Any]()
@@ -86,11 +86,18 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     else:
         checked = {"checked": True}
         lap("features")
-        near, group_of = near_duplicates(images, exact, inputs.float().numpy(), reporter)
+        near, group_of = near_duplicates(images, first, inputs.float().numpy(), reporter)
         lap("near duplicates")
         suspects, labels = check_labels(inputs, images.labels, data.classes, group_of, spec.seed, reporter)
         lap("labels")
-    duplicates = [*(("exact", 1.0, group) for group in exact), *(("near", *group) for group in near)]
+    n_copies = np.bincount(first, minlength=len(images))
+    copies = np.flatnonzero(n_copies[first] > 1)
+    exact = np.split(copies[np.argsort(first[copies], kind="stable")], np.cumsum(n_copies[n_copies > 1])[:-1])
+    duplicates = [("exact", 1.0, group.tolist()) for group in exact if len(group)]
+    duplicates += [("near", *group) for group in near]
+    near_first = np.arange(len(images))
+    for _, group in near:
+        near_first[group] = group[0]
     _write_files(folder, images, data, duplicates, suspects)
     lap("contact sheet")
     root, n_classes = spec.dataset.root, len(data.classes)
@@ -106,8 +113,8 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         "imbalance": round(max(by_split["train"]) / max(1, min(by_split["train"])), 2),
         "n_bad_files": len(data.bad_files),
         "layout": list(problems),
-        "exact": _count_duplicates(images, exact),
-        "near": _count_duplicates(images, [group for _, group in near]) | checked,
+        "exact": _count_duplicates(images, first),
+        "near": _count_duplicates(images, near_first) | checked,
         "labels": checked | labels,
         "notes": notes,
         "seconds": {part: round(s, 3) for part, s in {**seconds, "total": sum(seconds.values())}.items()},
@@ -139,17 +146,17 @@ def _features(
 
 
 def near_duplicates(
-    images: ConcatSplits, exact: Sequence[Sequence[int]], features: Floats, reporter: Reporter
+    images: ConcatSplits, first: Ints, features: Floats, reporter: Reporter
 ) -> tuple[list[tuple[float, list[int]]], Ints]:
     """Find images that are one image in another size, format, compression or brightness, by features (N, D).
 
-    One image of each group of exact copies is compared. Return the lowest correlation and the positions of each group,
-    with exact copies; and for each image (N) the number of its group of near or exact duplicates. Raise BadImagesError.
+    Of exact copies the first is compared, whose position is in `first` (N). Return the lowest correlation and the
+    positions of each group, with exact copies; and for each image (N) the number of its group of near or exact
+    duplicates. Raise BadImagesError.
     """
     n = len(images)
-    copies = np.array([(group[0], i) for group in exact for i in group[1:]], dtype=np.int64).reshape(-1, 2)
-    pairs, correlations = _near_pairs(images, np.setdiff1d(np.arange(n), copies[:, 1]), features, reporter)
-    edges = np.concatenate([copies, pairs])
+    pairs, correlations = _near_pairs(images, np.unique(first), features, reporter)
+    edges = np.concatenate([np.stack([first, np.arange(n)], axis=1), pairs])
     group_of: Ints = connected_components(coo_array((np.ones(len(edges)), edges.T), shape=(n, n)), directed=False)[1]
     members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
     numbers, lowest = group_of[pairs[:, 0]], np.ones(n)
@@ -290,15 +297,16 @@ def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequen
     return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
 
 
-def _count_duplicates(images: ConcatSplits, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    in_train = [sum(images.split_names[i] == "train" for i in group) for group in groups]
+def _count_duplicates(images: ConcatSplits, first: Ints) -> dict[str, Any]:
+    """Return the numbers of duplicates; `first` (N) is the same for the images of a group: the first one's position."""
+    n_copies, in_train = np.bincount(first), first[images.split_names == "train"]
     return {
-        "groups": len(groups),
-        "images": sum(map(len, groups)),
-        "test_in_train_or_val": len(images.duplicates_across(groups, "test", ("train", "val"))),
-        "val_in_train": len(images.duplicates_across(groups, "val", ("train",))),
-        "extra_in_train": sum(max(0, n - 1) for n in in_train),
-        "several_labels": len(images.label_conflicts(groups)),
+        "groups": int((n_copies > 1).sum()),
+        "images": int(n_copies[n_copies > 1].sum()),
+        "test_in_train_or_val": len(images.duplicates_across(first, "test", ("train", "val"))),
+        "val_in_train": len(images.duplicates_across(first, "val", ("train",))),
+        "extra_in_train": len(in_train) - len(np.unique(in_train)),
+        "several_labels": len(np.unique(first[images.label_conflicts(first)])),
     }
 
 

@@ -89,6 +89,9 @@ def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
     class Photos(ImageSource):
         alive = 0
 
+        def __len__(self) -> int:
+            return 8
+
         def decode(self, index: int) -> np.ndarray:
             image = np.zeros((700, 600, 3), dtype=np.uint8)
             Photos.alive += 1

@@ -1,6 +1,5 @@
 """A fingerprint is of names and contents: a moved folder keeps it, nothing else does."""
 
-import json
 import os
 import shutil
 import time
@@ -133,21 +132,26 @@ def test_files_that_just_changed_are_not_remembered(make_folder: MakeFolder, tmp
     assert len(reads) == 16
 
 
-def test_files_that_are_gone_are_forgotten(old_files: Path, tmp_path: Path) -> None:
+def test_digests_that_are_not_used_are_forgotten_first(
+    old_files: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     remembered(old_files, tmp_path / "cache")
-    (old_files / "a" / "000.png").rename(old_files / "a" / "new.png")
-    remembered(old_files, tmp_path / "cache", classes=("a", "b"), train_per_class=4)
-    (file,) = (tmp_path / "cache").glob("digests-*.json")
-    names = {path.relative_to(old_files).as_posix() for path in old_files.rglob("*.png")}
-    assert set(json.loads(file.read_text())["notes"]) == names
+    monkeypatch.setattr(images, "MAX_RECORDED", 6)
+    few = {"train_per_class": 2, "test_per_class": 1}
+    remembered(old_files, tmp_path / "cache", **few, verify=Verify.full)
+    reads.clear()
+    remembered(old_files, tmp_path / "cache", **few)
+    assert not reads
+    remembered(old_files, tmp_path / "cache")
+    assert len(reads) == 12 - 6
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"format": "tlcli notes 1", "notes": {"a/000.png": 3}}', None])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\0" * 64, None])
 def test_a_record_that_cannot_be_read_or_written_is_ignored(
     old_files: Path, tmp_path: Path, content: bytes | None
 ) -> None:
     first = remembered(old_files, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").glob("digests-*.json")
+    (file,) = (tmp_path / "cache").glob("digests-*.bin")
     if content is None:
         (tmp_path / "file").touch()
         assert remembered(old_files, tmp_path / "file") == first

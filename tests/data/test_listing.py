@@ -19,7 +19,7 @@ MakeFolder = Callable[..., Path]
 
 
 def keys(listing: Listing, split: str = "all") -> list[tuple[str, str]]:
-    return [(key, listing.classes[label]) for key, label in listing.splits[split]]
+    return [(key, listing.classes[label]) for key, label in zip(*listing.splits[split], strict=True)]
 
 
 def assert_refused(spec: DatasetSpec, *words: str, keeps: Path) -> None:
@@ -145,7 +145,7 @@ def test_selected_classes(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 1, "train/b": 0, "train/c": 2, "val/a": 1, "val/c": 1})
     listing = folder_spec(root, classes=["c", "a"]).list_files()
     assert listing.classes == ("a", "c")
-    assert [label for _, label in listing.splits["train"]] == [0, 1, 1]
+    assert list(listing.splits["train"][1]) == [0, 1, 1]
     assert_refused(folder_spec(root, classes=["c", "b"]), "photos: train/b: no images in this class", keeps=root)
 
 
@@ -204,7 +204,7 @@ def test_manifest(write: Write, text: str) -> None:
 def test_manifest_with_splits_and_root(write: Write, tmp_path: Path) -> None:
     text = 'path,label,split\nm/0.png,x,train\nm/1.png,y,TRAIN\n"m/c, d.png",x,valid\noutside.png,y,test\n'
     listing = write(text, root=str(tmp_path)).list_files()
-    assert {split: len(rows) for split, rows in listing.splits.items()} == {"train": 2, "val": 1, "test": 1}
+    assert {split: len(rows) for split, (rows, _) in listing.splits.items()} == {"train": 2, "val": 1, "test": 1}
     absolute = f"path,label\n{tmp_path}/outside.png,x\nm/0.png,y\n"
     assert keys(write(absolute, root=str(tmp_path)).list_files()) == [("outside.png", "x"), ("m/0.png", "y")]
 

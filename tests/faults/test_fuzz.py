@@ -167,7 +167,9 @@ def read_manifest(content: bytes) -> None:
     spec = manifest_spec(file_of(content, "labels.csv"))
     listing = list_manifest(spec.file, spec.root, spec.classes)
     for rows in listing.splits.values():
-        assert all((place() / path).is_file() and 0 <= label < len(listing.classes) for path, label in rows)
+        assert all(
+            (place() / path).is_file() and 0 <= label < len(listing.classes) for path, label in zip(*rows, strict=True)
+        )
 
 
 def read_pixels(content: bytes) -> None:

@@ -14,6 +14,7 @@ from msgspec import ValidationError, convert, to_builtins
 from tlcli.data.decode import BadImage, DeepImages, Pixels, RawImage, ValueRange, decoder
 from tlcli.data.images import (
     ConcatSplits,
+    DigestRecord,
     ImageArrays,
     ImageFiles,
     ImageSource,
@@ -23,6 +24,7 @@ from tlcli.data.images import (
     Split,
     join_splits,
     map_in_threads,
+    positions_by_class,
     tracked_map,
 )
 from tlcli.errors import BadImagesError, UsageError
@@ -36,7 +38,7 @@ MIN_VALIDATION_IMAGES = 200  # with fewer, choosing an epoch by them costs more 
 DECODE_CHUNK = 4  # images per task: its cost is small, and large photographs do not fill the memory
 PERCENTILES = (0.1, 99.9)
 PERCENTILE_SAMPLE = 1 << 24  # pixels of all training images from which the percentiles are computed
-ImageSelections = Sequence[tuple[ImageSource, list[int]]]
+ImageSelections = Sequence[tuple[ImageSource, Ints]]
 DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 
 
@@ -174,7 +176,7 @@ def _set_up_images(
     """Give the images their memory, record of digests and range. Return the range; auto is that of the first split."""
     files = [s.images for s in splits.values() if isinstance(s.images, ImageFiles)]
     memory = MemoryBudget(int(spec.ram_gb * 1e9))
-    record = files[0].new_record(store, verify_all=spec.verify is Verify.full) if store and files else None
+    record = DigestRecord(store, files[0].root, verify_all=spec.verify is Verify.full) if store and files else None
     for split in splits.values():
         if not isinstance(split.images, ImageArrays):
             split.images.memory, split.images.record = memory, record
@@ -246,9 +248,7 @@ def _assign_folds(pool: Split, folds: int, classes: Sequence[str], seed: int, re
         raise UsageError(
             f"folds={folds}: class {smallest!r} has only {n} images; add some, leave it out, or use fewer folds"
         )
-    groups, result = np.arange(len(pool)), np.empty(len(pool), dtype=np.int64)
-    for positions in ConcatSplits({"train": pool}).exact_duplicates(reporter):
-        groups[positions] = positions[0]
+    groups, result = ConcatSplits({"train": pool}).first_copies(reporter), np.empty(len(pool), dtype=np.int64)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
         result[held] = fold
@@ -279,14 +279,13 @@ def stratified_split(
 
 
 def _shuffled_by_class(labels: Ints, classes: Sequence[str], seed: int, purpose: str) -> Iterator[Ints]:
-    for c, name in enumerate(classes):
-        random = np.random.default_rng([seed, zlib.crc32(f"{purpose}/{name}".encode())])
-        yield random.permutation(np.flatnonzero(labels == c))
+    for name, part in zip(classes, positions_by_class(labels, len(classes)), strict=True):
+        yield np.random.default_rng([seed, zlib.crc32(f"{purpose}/{name}".encode())]).permutation(part)
 
 
 def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> ValueRange | None:
     """Return PERCENTILES of the values of the deep images in a split; None if there are none."""
-    images, indices = train.images, train.indices.tolist()
+    images, indices = train.images, train.indices
     if not isinstance(images, ImageFiles):
         return None
     size = max(1, PERCENTILE_SAMPLE // max(1, len(indices)))
@@ -300,7 +299,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         return np.empty(0, dtype=np.float32)
 
     def compute() -> ValueRange | None:
-        values = np.concatenate(list(tracked_map(sample, indices, DECODE_CHUNK, reporter, "values")))
+        values = np.concatenate(list(tracked_map(sample, indices.data, DECODE_CHUNK, reporter, "values")))
         if not len(values):
             return None
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
@@ -316,11 +315,11 @@ def _without_bad(
 
     All images are decoded, unless the store knows the result. Raise BadImagesError if bad images are errors.
     """
-    by_source: dict[ImageSource, list[int]] = {}
+    by_source: dict[ImageSource, list[Ints]] = {}
     for split in splits.values():
         if not isinstance(split.images, ImageArrays):
-            by_source.setdefault(split.images, []).extend(split.indices.tolist())
-    used = [(images, sorted(indices)) for images, indices in by_source.items()]
+            by_source.setdefault(split.images, []).append(split.indices)
+    used = [(images, np.sort(np.concatenate(indices))) for images, indices in by_source.items()]
 
     def decode_all() -> DecodeResult:
         bad: dict[str, str] = {}
@@ -337,7 +336,8 @@ def _without_bad(
         return splits, [], DeepImages()
     result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter)
     bad = result["bad"]
-    files = [(images.name(i), bad[images.key(i)]) for images, indices in used for i in indices if images.key(i) in bad]
+    everything = ((images, i) for images, indices in used if bad for i in indices.tolist())
+    files = [(images.name(i), bad[images.key(i)]) for images, i in everything if images.key(i) in bad]
     if files and spec.on_bad is OnBad.error:
         count = "1 file does not decode" if len(files) == 1 else f"{len(files):,} files do not decode"
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
@@ -376,8 +376,8 @@ def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
     """
     for split in splits:
         images = split.images
-        missing = [index for index in split.indices.tolist() if index not in images.pixels]
-        if missing and images.memory is not None and images.memory.left > 0:
+        missing = np.setdiff1d(split.indices, list(images.pixels))
+        if len(missing) and images.memory is not None and images.memory.left > 0:
             with reporter.track("decoding", len(missing)) as advance:
                 for index, pixels in _decode(images, missing, DeepImages()):
                     if isinstance(pixels, BadImage):
@@ -387,7 +387,7 @@ def preload_images(splits: Iterable[Split], reporter: Reporter) -> None:
                     advance(1)
 
 
-def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> Iterator[tuple[int, Pixels | BadImage]]:
+def _decode(images: ImageSource, indices: Ints, deep: DeepImages) -> Iterator[tuple[int, Pixels | BadImage]]:
     """Yield each image or its fault, in order. Images are kept in that order too, while there is memory."""
 
     def decode(index: int) -> tuple[RawImage | None, Pixels | BadImage]:
@@ -399,7 +399,8 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
         except BadImage as error:
             return None, error
 
-    for index, (raw, pixels) in zip(indices, map_in_threads(decode, indices, DECODE_CHUNK), strict=True):
+    decoded = map_in_threads(decode, indices.data, DECODE_CHUNK)
+    for index, (raw, pixels) in zip(indices.data, decoded, strict=True):
         if not isinstance(pixels, BadImage):
             if raw is not None:
                 deep.add(raw, pixels)
@@ -410,19 +411,21 @@ def _decode(images: ImageSource, indices: Sequence[int], deep: DeepImages) -> It
 def _duplicate_notes(splits: Mapping[str, Split], classes: Sequence[str], reporter: Reporter) -> Iterator[str]:
     """Yield a line for each way in which exact duplicates make a metric of a run wrong."""
     images = ConcatSplits(splits)
-    groups = images.exact_duplicates(reporter)
+    first = images.first_copies(reporter)
     for split, others, metric in (("test", ("train", "val"), "test"), ("val", ("train",), "validation")):
-        if rows := images.duplicates_across(groups, split, others):
-            sources = [o for o in others if any(images.split_names[i] == o for row in rows for i in row[1:])]
+        if len(rows := images.duplicates_across(first, split, others)):
+            sources = [o for o in others if len(images.duplicates_across(first, o, (split,)))]
             count = f"{len(rows):,} image{'s' * (len(rows) > 1)} of {split}"
-            example = f"e.g. {images.key(rows[0][0])} = {images.key(rows[0][1])}"
+            i = rows[np.argmin(first[rows])]
+            copy = np.flatnonzero((first == first[i]) & np.isin(images.split_names, others))[0]
+            example = f"e.g. {images.key(i)} = {images.key(copy)}"
             remedy = f"{metric} accuracy is too high; `tlcli data check` lists them"
             yield f"{count} also in {' and '.join(sources)} (exact duplicates), {example}: {remedy}"
-    in_train = [[i for i in group if images.split_names[i] == "train"] for group in groups]
-    if conflicts := images.label_conflicts(in_train):
-        count = f"{len(conflicts):,} image{'s' * (len(conflicts) > 1)} of train"
-        first = conflicts[0][0]
-        other = next(i for i in conflicts[0] if images.labels[i] != images.labels[first])
-        example = " = ".join(f"{images.key(i)} ({classes[images.labels[i]]})" for i in (first, other))
+    rows = images.label_conflicts(first)
+    rows = rows[images.split_names[rows] == "train"]  # the first copy is in train, too
+    if n := len(np.unique(first[rows])):
+        i = rows[np.argmin(first[rows])]
+        example = " = ".join(f"{images.key(i)} ({classes[images.labels[i]]})" for i in (first[i], i))
         remedy = "at most one is right; `tlcli data check` lists them"
+        count = f"{n:,} image{'s' * (n > 1)} of train"
         yield f"{count} with several labels (exact duplicates), e.g. {example}: {remedy}"

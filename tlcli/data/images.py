@@ -3,7 +3,9 @@
 import hashlib
 import os
 import time
+import zlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, raw_image, read_bytes, read_raw
-from tlcli.data.listing import Listing, resolve_classes
+from tlcli.data.listing import Listing, Names, resolve_classes
 from tlcli.errors import BadImagesError
+from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
 from tlcli.store import Store
 from tlcli.text import join_limited, one_line
@@ -26,8 +29,11 @@ from tlcli.text import join_limited, one_line
 S = TypeVar("S")
 T = TypeVar("T")
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Digests = np.ndarray[Any, np.dtype[np.uint64]]  # (N, 2): 16 bytes per image
 
 DIGEST_BYTES = 16  # enough that no two images share a digest by chance
+CHUNK = 1024  # images per task of small work, and per update of a fingerprint
+MAX_RECORDED = 20_000_000  # digests of a folder that are remembered, in 640 MB; those not used now are the last
 SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change: the clock of FAT has steps of 2 s
 
 
@@ -58,7 +64,12 @@ class ImageSource(ABC):
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
         self.pixels: dict[int, Pixels] = {}
-        self._digests: dict[int, bytes] = {}
+        self._digests: Digests = np.empty((0, 2), dtype=np.uint64)  # zeros: not known
+        self._has_digest: np.ndarray[Any, np.dtype[np.bool_]] = np.empty(0, dtype=np.bool_)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
 
     @abstractmethod
     def decode(self, index: int) -> Pixels:
@@ -85,11 +96,24 @@ class ImageSource(ABC):
         if self.memory is not None and index not in self.pixels and self.memory.take(pixels.nbytes):
             self.pixels[index] = pixels
 
+    def digests(self, indices: Ints, reporter: Reporter) -> Digests:
+        """Return BLAKE2b of each file's bytes, or of shape and pixels. Raise BadImagesError."""
+        if not len(self._has_digest):
+            self._digests, self._has_digest = np.zeros((len(self), 2), np.uint64), np.zeros(len(self), np.bool_)
+        missing = np.unique(indices[~self._has_digest[indices]])
+        if len(missing):
+            self._digests[missing] = self.compute_digests(missing, reporter)
+            self._has_digest[missing] = True
+        return self._digests[indices]
+
+    def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
+        """Return `digests`, computed."""
+        digests = tracked_map(self.digest, indices.data, 64, reporter, "reading files")
+        return _from_bytes(digests, len(indices))
+
     def digest(self, index: int) -> bytes:
-        """Return BLAKE2b of the file's bytes, or of shape and pixels. Raise BadImagesError."""
-        if index not in self._digests:
-            self._digests[index] = self._or_name(self.compute_digest, index)
-        return self._digests[index]
+        """Return the digest of an image, computed. Raise BadImagesError."""
+        return self._or_name(self.compute_digest, index)
 
     def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
         """Return a random order of an epoch, in which the images have `indices`, changed if many are read at once."""
@@ -107,68 +131,99 @@ class ImageSource(ABC):
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
 
-    def fingerprint(self, indices: Sequence[int], reporter: Reporter) -> str:
+    def fingerprint(self, indices: Ints, reporter: Reporter) -> str:
         """Return SHA-256 over key and digest of each of these images, in order. Raise BadImagesError.
 
         It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
         """
-        total = hashlib.sha256()
-        digests = digests_of([(self, index) for index in indices], reporter)
-        for index, digest in zip(indices, digests, strict=True):
-            key = os.fsencode(self.key(index))  # a file's name need not be UTF-8
-            total.update(len(key).to_bytes(8, "little") + key + digest)
+        total, digests = hashlib.sha256(), self.digests(indices, reporter).tobytes()
+        for start in range(0, len(indices), CHUNK):
+            keys = [os.fsencode(self.key(index)) for index in indices[start : start + CHUNK].tolist()]
+            parts = (  # a file's name need not be UTF-8
+                len(key).to_bytes(8, "little") + key + digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
+                for i, key in enumerate(keys, start)
+            )
+            total.update(b"".join(parts))
         return total.hexdigest()
 
 
 class DigestRecord:
-    """Digests of the files below one folder, in the notes of a store.
+    """Digests of images below one folder, in a file of the folder of a store.
 
-    A digest is reused if size, inode and modification time match, and the file was at least 2 s old when it was read;
-    with `verify_all` every file is read.
+    A digest is reused if the image's key and the size, inode and modification time of its file match, and the file was
+    at least 2 s old when it was read; with `verify_all` every file is read. The record has four numbers per image,
+    sorted: two are a hash of what must match, two the digest. Before them are three zeros and the CRC-32 of all.
     """
 
     def __init__(self, store: Store, root: Path, *, verify_all: bool) -> None:
-        self._store = store
-        self._name = "digests-" + hashlib.blake2b(os.fsencode(root.absolute()), digest_size=DIGEST_BYTES).hexdigest()
-        self._entries = store.read_notes(self._name)
-        self._root, self._verify_all, self._changed = root, verify_all, False
+        self._file = store.root / f"digests-{digest_of(os.fsencode(root.absolute())).hex()}.bin"
+        self._verify_all = verify_all
 
-    def digest(self, path: Path, key: str) -> bytes:
-        """Return the digest of a file. Raise BadImage."""
+    def digests(self, images: "ImageFiles", indices: Ints, reporter: Reporter) -> Digests:
+        """Return the digests of images. Raise BadImagesError."""
+
+        def state(index: int) -> bytes:
+            with suppress(OSError, ValueError):  # reading it says what is wrong
+                found = os.stat(images.file(index))  # noqa: PTH116 - a Path would take longer than the call
+                if time.time_ns() - found.st_mtime_ns >= SETTLED_NS:
+                    match = f" {found.st_size} {found.st_ino} {found.st_mtime_ns}"
+                    return digest_of(os.fsencode(images.key(index) + match))
+            return bytes(DIGEST_BYTES)  # not to be found or remembered
+
+        states = _from_bytes(tracked_map(state, indices.data, CHUNK, reporter, "checking files"), len(indices))
+        known, is_settled = self._read(), (states != 0).any(axis=1)
+        rows = known[np.minimum(np.searchsorted(known[:, 0], states[:, 0]), len(known) - 1)]
+        is_known: np.ndarray[Any, np.dtype[np.bool_]] = (rows[:, :2] == states).all(axis=1) & is_settled
+        is_known &= not self._verify_all
+        digests, missing, n_read = rows[:, 2:].copy(), np.flatnonzero(~is_known), 0
         try:
-            state = path.stat()
-        except (OSError, ValueError):
-            return digest_of_file(path)  # which says what is wrong
-        identity = [state.st_size, state.st_ino, state.st_mtime_ns]
-        with suppress(LookupError, TypeError, ValueError):  # no entry, or a damaged one
-            if not self._verify_all and self._entries[key][:3] == identity:
-                return bytes.fromhex(self._entries[key][3])
-        digest = digest_of_file(path)
-        if time.time_ns() - state.st_mtime_ns >= SETTLED_NS:
-            self._entries[key] = [*identity, digest.hex()]
-            self._changed = True
-        return digest
+            for digest in tracked_map(images.digest, indices[missing].data, 64, reporter, "reading files"):
+                digests[missing[n_read]] = np.frombuffer(digest, dtype=np.uint64)
+                n_read += 1
+        finally:
+            new = missing[:n_read][is_settled[missing[:n_read]]]
+            if len(new):
+                self._write(np.concatenate([np.hstack([states[new], digests[new]]), rows[is_known], known[1:]]))
+        return digests
 
-    def save(self) -> None:
-        """Write the record if it changed and the cache is writable, without files that are gone."""
-        if self._changed:
-            self._changed = False
-            self._entries = {k: v for k, v in self._entries.items() if (self._root / k).exists()}
-            with suppress(OSError):
-                self._store.write_notes(self._name, self._entries)
+    def _read(self) -> Digests:
+        with suppress(OSError, ValueError):
+            known: Digests = np.frombuffer(self._file.read_bytes(), dtype="<u8").reshape(-1, 4)
+            if len(known) and known[0].tolist() == [0, 0, 0, zlib.crc32(known[1:].data)]:
+                return known
+        return np.zeros((1, 4), dtype=np.uint64)
+
+    def _write(self, rows: Digests) -> None:
+        """Replace the record by the first of these rows, without repetition, if the cache is writable."""
+        rows = rows[np.unique(rows[:MAX_RECORDED, 0], return_index=True)[1]]
+        head = np.array([0, 0, 0, zlib.crc32(rows.data)], dtype="<u8")
+        with suppress(OSError):
+            atomic_write(self._file, head.tobytes() + rows.tobytes())
 
 
-def digest_of_file(path: Path) -> bytes:
-    """Return BLAKE2b of the bytes of a file. Raise BadImage."""
-    return hashlib.blake2b(read_bytes(path), digest_size=DIGEST_BYTES).digest()
+def digest_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def _from_bytes(digests: Iterable[bytes], n: int) -> Digests:
+    # as text of 16 bytes, which is equal if all bytes are
+    return np.fromiter(digests, dtype=f"S{DIGEST_BYTES}", count=n).view(np.uint64).reshape(n, 2)
 
 
 class ImageFiles(ImageSource):
     """Images in files below a folder; `keys` are paths relative to it, with slashes."""
 
-    def __init__(self, root: Path, keys: Sequence[str], value_range: ValueRange | None = None) -> None:
+    def __init__(self, root: Path, keys: Iterable[str], value_range: ValueRange | None = None) -> None:
         super().__init__()
-        self.root, self.keys, self.value_range = root, keys, value_range
+        self.root, self.value_range = root, value_range
+        self.keys = keys if isinstance(keys, Names) else Names(keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def file(self, index: int) -> str:
+        """Return the path of the file that has the image."""
+        return f"{self.root}/{self.key(index)}"
 
     def read_raw(self, index: int) -> RawImage:
         """Return an image before its values are mapped to 8 bits. Raise BadImage."""
@@ -181,18 +236,18 @@ class ImageFiles(ImageSource):
         return str(self.root / self.keys[index])
 
     def key(self, index: int) -> str:
-        return self.keys[index]
+        return self.keys[index]  # type: ignore[no-any-return]
 
     def join(self, splits: Iterable["Split"]) -> "ImageFiles":
         """Return the images of several splits, whose files are below the same folder, in one source."""
-        return ImageFiles(self.root, [split.key(i) for split in splits for i in range(len(split))])
-
-    def new_record(self, store: Store, *, verify_all: bool) -> DigestRecord:
-        return DigestRecord(store, self.root, verify_all=verify_all)
+        return ImageFiles(self.root, (split.key(i) for split in splits for i in range(len(split))))
 
     def compute_digest(self, index: int) -> bytes:
-        path = self.root / self.keys[index]
-        return digest_of_file(path) if self.record is None else self.record.digest(path, self.keys[index])
+        return digest_of(read_bytes(self.root / self.keys[index]))
+
+    def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
+        record = self.record
+        return super().compute_digests(indices, reporter) if record is None else record.digests(self, indices, reporter)
 
 
 class TorchvisionImages(ImageSource):
@@ -201,6 +256,9 @@ class TorchvisionImages(ImageSource):
     def __init__(self, items: Any, prefix: str) -> None:
         super().__init__(prefix)
         self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
 
     def decode(self, index: int) -> Pixels:
         try:
@@ -219,18 +277,11 @@ class ImageArrays(ImageSource):
         super().__init__(prefix)
         self.arrays = arrays
 
+    def __len__(self) -> int:
+        return len(self.arrays)
+
     def decode(self, index: int) -> Pixels:
         return self.arrays[index]  # type: ignore[no-any-return]
-
-
-def digests_of(places: Sequence[tuple[ImageSource, int]], reporter: Reporter) -> Iterator[bytes]:
-    """Yield the digest of the image at each source and index. Raise BadImagesError for an unreadable file."""
-    try:
-        yield from tracked_map(lambda place: place[0].digest(place[1]), places, 64, reporter, "reading files")
-    finally:
-        for record in {images.record for images, _ in places}:
-            if record is not None:
-                record.save()
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +308,7 @@ class Split:
     def fingerprint(self, positions: Ints | None = None) -> str:
         """Return `ImageSource.fingerprint` of the images at these positions (None: all). Labels do not count."""
         indices = self.indices if positions is None else self.indices[positions]
-        return self.images.fingerprint(indices.tolist(), Reporter())
+        return self.images.fingerprint(indices, Reporter())
 
     def order_by_buffer(self, order: Ints, seed: int, epoch: int) -> Ints:
         """Return `ImageSource.order_by_buffer` of positions that are in the order of an epoch."""
@@ -268,6 +319,11 @@ class Split:
 
     def take(self, positions: Ints) -> "Split":
         return Split(self.images, self.indices[positions], self.labels[positions])
+
+
+def positions_by_class(labels: Ints, n_classes: int) -> list[Ints]:
+    """Return the positions of each class, ascending."""
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=n_classes))[:-1])
 
 
 def full_split(images: ImageSource, labels: Iterable[int]) -> Split:
@@ -294,8 +350,7 @@ class Source:
 
 def source_of_files(listing: Listing) -> Source:
     splits = {
-        split: full_split(ImageFiles(listing.root, [key for key, _ in rows]), (label for _, label in rows))
-        for split, rows in listing.splits.items()
+        split: full_split(ImageFiles(listing.root, keys), labels) for split, (keys, labels) in listing.splits.items()
     }
     endings = join_limited([f"{ending} ({n:,})" for ending, n in listing.ignored.most_common()])
     notes = [f"files that are not images by their names are left out: {endings}"] if endings else []
@@ -309,42 +364,56 @@ class ConcatSplits(ImageSource):
         super().__init__()
         self.splits = splits
         self.labels: Ints = np.concatenate([split.labels for split in splits.values()])
-        self.split_names = [name for name, split in splits.items() for _ in range(len(split))]
-        self.places = [(split.images, i) for split in splits.values() for i in split.indices.tolist()]
+        self.split_names = np.repeat(list(splits), [len(split) for split in splits.values()])
+        self._ends = np.cumsum([len(split) for split in splits.values()]).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def _find(self, position: int) -> tuple[ImageSource, int]:
+        """Return the source of an image, and its index there."""
+        k = bisect_right(self._ends, position)
+        split = list(self.splits.values())[k]
+        return split.images, int(split.indices[position - self._ends[k] + len(split)])
+
     def name(self, position: int) -> str:
-        return self.places[position][0].name(self.places[position][1])
+        images, index = self._find(position)
+        return images.name(index)
 
     def key(self, position: int) -> str:
-        return self.places[position][0].key(self.places[position][1])
+        images, index = self._find(position)
+        return images.key(index)
 
     def decode(self, position: int) -> Pixels:
-        images, index = self.places[position]
+        images, index = self._find(position)
         return images.pixels[index] if index in images.pixels else images.decode(index)
 
-    def exact_duplicates(self, reporter: Reporter) -> list[list[int]]:
-        """Return the positions of images with equal digests, two or more per group. Raise BadImagesError."""
-        groups: dict[bytes, list[int]] = {}
-        for position, digest in enumerate(digests_of(self.places, reporter)):
-            groups.setdefault(digest, []).append(position)
-        return [group for group in groups.values() if len(group) > 1]
+    def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
+        digests, starts = [], [0, *self._ends[:-1]]
+        for start, split in zip(starts, self.splits.values(), strict=True):  # indices are ascending
+            own = indices[(indices >= start) & (indices < start + len(split))] - start
+            digests.append(split.images.digests(split.indices[own], reporter))
+        return np.concatenate(digests)
 
-    def duplicates_across(self, groups: Iterable[Sequence[int]], split: str, others: Sequence[str]) -> list[list[int]]:
-        """Return for each image of a split that is in another one too: its position, then those of its copies there."""
-        copies = [(group, [i for i in group if self.split_names[i] in others]) for group in groups]
-        return [[i, *there] for group, there in copies if there for i in group if self.split_names[i] == split]
+    def first_copies(self, reporter: Reporter) -> Ints:
+        """Return for each image the position of the first one with the same digest. Raise BadImagesError."""
+        digests = self.digests(np.arange(len(self)), reporter).view(f"S{DIGEST_BYTES}")[:, 0]
+        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        return first[group]
 
-    def label_conflicts(self, groups: Iterable[Sequence[int]]) -> list[list[int]]:
-        """Return the groups whose images have several labels."""
-        return [list(group) for group in groups if len({int(self.labels[i]) for i in group}) > 1]
+    def duplicates_across(self, first: Ints, split: str, others: Sequence[str]) -> Ints:
+        """Return the images of a split that have a copy in others. Copies have the same number in `first`."""
+        in_others = np.isin(first, first[np.isin(self.split_names, others)])
+        return np.flatnonzero((self.split_names == split) & in_others)
+
+    def label_conflicts(self, first: Ints) -> Ints:
+        """Return the images whose label is not that of the first of its copies."""
+        return np.flatnonzero(self.labels != self.labels[first])
 
 
 def join_splits(splits: ConcatSplits) -> Split:
     """Return the images of several splits as one; their files are below one folder."""
-    first = splits.places[0][0]
+    first = next(iter(splits.splits.values())).images
     if isinstance(first, ImageFiles):
         return full_split(first.join(splits.splits.values()), splits.labels)
     return full_split(splits, splits.labels)

@@ -1,17 +1,19 @@
 """Lists the files of a dataset with their classes. Finds every mistake of layout before anything is decoded.
 
-Imports neither torch nor numpy, so that a wrong folder is reported at once.
+Imports neither torch nor, for folders, numpy, so that a wrong folder is reported at once.
 """
 
 import csv
 import glob
 import os
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
@@ -28,20 +30,50 @@ _SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
 _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
-FilesByClass = dict[str, dict[str, list[str]]]  # split -> class -> paths relative to the root, with slashes
+
+class Names(Sequence[str]):
+    """Names in one buffer of bytes, with the end of each: a million of them are no million Python objects."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.data, self.ends = bytearray(), array("q")
+        self.extend(names)
+
+    def append(self, name: str) -> None:
+        self.data += os.fsencode(name)  # a file's name need not be UTF-8
+        self.ends.append(len(self.data))
+
+    def extend(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.append(name)
+
+    def raw(self, index: int) -> bytes:
+        """Return a name as the file system has it. `index` is not negative."""
+        return bytes(self.data[self.ends[index - 1] if index else 0 : self.ends[index]])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return os.fsdecode(self.raw(range(len(self))[index]))  # IndexError ends an iteration
+
+
+FilesByClass = dict[str, dict[str, Names]]  # split -> class -> paths relative to the root, with slashes
 
 
 @dataclass(frozen=True)
 class Listing:
     """Files by split ("train", "val", "test", or "all" for a dataset without splits).
 
-    A file is its path relative to `root`, with slashes, and its position in `classes`. Classes are sorted by name, the
-    files of a split by class, then by path. `ignored` counts files that are not images by their names, by ending.
+    A split has the path of each file relative to `root`, with slashes, and its position in `classes`. Classes are
+    sorted by name, the files of a split by class, then by path. `ignored` counts files that are not images by their
+    names, by ending.
     """
 
     root: Path
     classes: tuple[str, ...]
-    splits: Mapping[str, Sequence[tuple[str, int]]]
+    splits: Mapping[str, tuple[Names, "array[int]"]]
     ignored: Counter[str]
 
 
@@ -97,11 +129,12 @@ def _make_listing(
     known = sorted({name for by_class in files.values() for name in by_class})
     hint = _ONE_PER_CLASS if where == root else ""
     classes = check_classes(where, known, files, selected, for_training, problems, hint)
-    label = {name: i for i, name in enumerate(classes)}
-    splits = {
-        split: [(key, label[c]) for c in classes for key in sorted(by_class.get(c, ()), key=lambda k: k.split("/"))]
-        for split, by_class in files.items()
-    }
+    splits = {split: (Names(), array("q")) for split in files}
+    for split, (keys, labels) in splits.items():
+        for label, name in enumerate(classes):
+            in_class = sorted(files[split].get(name, ()), key=lambda key: key.split("/"))
+            keys.extend(in_class)
+            labels.extend([label] * len(in_class))
     return Listing(root, classes, splits, ignored)
 
 
@@ -193,20 +226,18 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _scan_classes(
-    folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]
-) -> dict[str, list[str]]:
+def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]) -> dict[str, Names]:
     """Return the images of each class folder, as paths relative to root, and count the other files."""
     errors: list[OSError] = []
-    classes: dict[str, list[str]] = {}
+    classes: dict[str, Names] = {}
     for path in _subfolders(folder):
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
-        images = classes[path.name] = []
+        images = classes[path.name] = Names()
         for where, names in _walk(path, errors) if selected is None or path.name in selected else ():
             prefix = Path(os.path.relpath(where, root)).as_posix()
-            images += [f"{prefix}/{name}" for name in names if _is_image(name)]
+            images.extend(f"{prefix}/{name}" for name in names if _is_image(name))
             ignored.update(Path(name).suffix.lower() or "no ending" for name in names if not _is_image(name))
     if errors:
         raise errors[0]
@@ -242,38 +273,40 @@ def list_manifest(
     root = file.parent if root_text is None else expand_user(root_text)
     if not is_dir(root):
         raise UsageError(f"{root}: no such folder. dataset.root names the folder to which the paths are relative")
-    rows = _read_rows(file)
-    lines = {label: line for line, _, label, _ in rows}
-    check_labels({label: f"{file}, line {line}" for label, line in lines.items()})
     real_root = resolve_links(root)
-    first_rows: dict[str, tuple[int, str]] = {}
-    missing: list[str] = []
+
+    def key_of(name: str, line: int) -> str:
+        relative = Path(name)
+        if not relative.is_absolute() and ".." not in relative.parts:
+            return relative.as_posix()
+        real = resolve_links((root / relative).parent) / relative.name  # behind a link, .. is another folder
+        if not real.is_relative_to(real_root):
+            raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
+        return real.relative_to(real_root).as_posix()
+
+    lines: dict[str, str] = {}
+    first_missing, n_missing = "", 0
     files: FilesByClass = {}
-    for line, name, label, split in rows:
-        path, key = root / name, Path(name).as_posix()
-        if Path(name).is_absolute() or ".." in Path(name).parts:  # behind a link, .. is another folder than it seems
-            real = resolve_links(path.parent) / path.name
-            if not real.is_relative_to(real_root):
-                raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
-            key = real.relative_to(real_root).as_posix()
-        first_line, first_label = first_rows.setdefault(key, (line, label))
-        if first_label != label:
-            labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
-            raise UsageError(f"{file}: {name} has two labels: {labels}. {SINGLE_LABEL}")
-        if first_line != line:
-            raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
-        if not is_file(path):
-            missing.append(f"{file}, line {line}: {path}: no such file")
-        files.setdefault(split or "all", {}).setdefault(label, []).append(key)
-    if missing:
-        more = f" ({len(missing) - 1} more rows name missing files)" if len(missing) > 1 else ""
-        raise UsageError(missing[0] + more)
+    hashes = array("q")
+    for line, name, label, split in _read_rows(file):
+        lines[label] = f"{file}, line {line}"
+        key = key_of(name, line)
+        hashes.append(hash(key))
+        files.setdefault(split or "all", {}).setdefault(label, Names()).append(key)
+        if not is_file(root / name):
+            n_missing += 1
+            first_missing = first_missing or f"{file}, line {line}: {root / name}: no such file"
+    check_labels(lines)
+    _check_repeated(file, hashes, key_of)
+    if n_missing:
+        more = f" ({n_missing - 1} more rows name missing files)" if n_missing > 1 else ""
+        raise UsageError(first_missing + more)
     return _make_listing(root, file, files, selected, for_training, problems, Counter())
 
 
-def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:
-    """Return line, path, label and split ("" without) of each row."""
-    rows: list[tuple[int, str, str, str]] = []
+def _read_rows(file: Path) -> Iterator[tuple[int, str, str, str]]:
+    """Yield line, path, label and split ("" without) of each row."""
+    has_split: bool | None = None
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -292,14 +325,32 @@ def _read_rows(file: Path) -> list[tuple[int, str, str, str]]:
                         raise UsageError(f"{where}: the {name} is empty or contains a NUL character")
                 if split and split.lower() not in SPLITS:
                     raise UsageError(f"{where}: split {split!r} is not one of train, val, test")
-                if rows and bool(split) != bool(rows[0][3]):
+                if has_split not in (None, bool(split)):
                     raise UsageError(f"{where}: either all rows have a split or none has")
-                rows.append((reader.line_num, path, label, SPLITS.get(split.lower(), "")))
+                has_split = bool(split)
+                yield reader.line_num, path, label, SPLITS.get(split.lower(), "")
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{file}: cannot read this as CSV in UTF-8 ({error})") from error
-    if not rows:
+    if has_split is None:
         raise UsageError(f"{file}: no data rows; add one row per image")
-    return rows
+
+
+def _check_repeated(file: Path, hashes: "array[int]", key_of: Callable[[str, int], str]) -> None:
+    """Raise UsageError for the first image that two rows name, given the hash of the key of each row."""
+    import numpy as np
+
+    values, counts = np.unique(np.frombuffer(hashes, dtype=np.int64), return_counts=True)
+    if (counts == 1).all():
+        return
+    repeated, first_rows = set(values[counts > 1].tolist()), dict[str, tuple[int, str]]()
+    for (line, name, label, _), value in zip(_read_rows(file), hashes, strict=True):
+        if value in repeated:
+            first_line, first_label = first_rows.setdefault(key_of(name, line), (line, label))
+            if first_label != label:
+                labels = f"{first_label!r} (line {first_line}) and {label!r} (line {line})"
+                raise UsageError(f"{file}: {name} has two labels: {labels}. {SINGLE_LABEL}")
+            if first_line != line:
+                raise UsageError(f"{file}: {name} is named twice (lines {first_line} and {line}); remove one")
 
 
 def check_labels(labels: Mapping[str, str]) -> None:

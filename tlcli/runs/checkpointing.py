@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tlcli import __version__
 from tlcli.data.dataset import Dataset
+from tlcli.data.images import positions_by_class
 from tlcli.device import Device, machine_name
 from tlcli.engine.activations import Workload
 from tlcli.engine.inputs import Inputs
@@ -76,7 +76,7 @@ def image_fingerprints(data: Dataset) -> dict[str, Any]:
     fingerprints: dict[str, Any] = {"classes": list(data.classes)}
     for name in SPLITS:
         split = getattr(data, name)
-        by_class = [np.flatnonzero(split.labels == label) for label in range(len(data.classes))]
+        by_class = positions_by_class(split.labels, len(data.classes))
         fingerprints[name] = [[len(indices), split.fingerprint(indices)[:16]] for indices in by_class]
     return fingerprints
 
