@@ -250,7 +250,7 @@ def _note_known_images(loaded: LoadedRun, split: Split, reporter: Reporter) -> N
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
-    arguments = [getattr(spec, name, None) for name in ("name", "class_name", "train", "val", "test")]
+    arguments = [getattr(spec, name, None) for name in ("name", "class_name", "train", "val", "test", "label_column")]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
     return (spec.kind, *arguments, *(path and Path(path).expanduser().resolve() for path in locations))
 

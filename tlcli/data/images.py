@@ -6,7 +6,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -341,7 +341,10 @@ class Source:
 
     def select_classes(self, selected: Iterable[str] | None, where: str) -> "Source":
         """Return the source with the selected classes only. Raise UsageError for an unknown name."""
-        classes = resolve_classes(self.classes, selected, where)
+        return self.keep_classes(resolve_classes(self.classes, selected, where))
+
+    def keep_classes(self, classes: tuple[str, ...]) -> "Source":
+        """Return the source with these of its classes only."""
         position = {name: i for i, name in enumerate(classes)}
         new_label = np.array([position.get(name, -1) for name in self.classes], dtype=np.int64)
         relabeled = {k: Split(s.images, s.indices, new_label[s.labels]) for k, s in self.splits.items()}
@@ -352,9 +355,13 @@ def source_of_files(listing: Listing) -> Source:
     splits = {
         split: full_split(ImageFiles(listing.root, keys), labels) for split, (keys, labels) in listing.splits.items()
     }
-    endings = join_limited([f"{ending} ({n:,})" for ending, n in listing.ignored.most_common()])
-    notes = [f"files that are not images by their names are left out: {endings}"] if endings else []
-    return Source(listing.classes, splits, tuple(notes))
+    return Source(listing.classes, splits, ignored_notes(listing.ignored))
+
+
+def ignored_notes(ignored: Counter[str]) -> tuple[str, ...]:
+    """Return the line for the plan about files that are not images, given their number by ending; none without any."""
+    endings = join_limited([f"{ending} ({n:,})" for ending, n in ignored.most_common()])
+    return (f"files that are not images by their names are left out: {endings}",) if endings else ()
 
 
 class ConcatSplits(ImageSource):

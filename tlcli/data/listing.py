@@ -10,7 +10,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,21 +194,28 @@ def list_folder(
         raise UsageError("dataset.root is not set: name the folder that holds the images")
     root = expand_user(root_text)
     ignored: Counter[str] = Counter()
-    try:
+    with reading_folder(root, _ONE_PER_CLASS):
         folders = _split_folders(root) or {"all": root}
         files = {split: _scan_classes(folder, root, selected, ignored) for split, folder in folders.items()}
+    if len(files.get("all", ())) == 1:
+        ((name, keys),) = files["all"].items()
+        if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
+            raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
+    return _make_listing(root, root, files, selected, for_training, problems, ignored)
+
+
+@contextmanager
+def reading_folder(root: Path, expected: str) -> Iterator[None]:
+    """Turn errors of the system into a UsageError, which says what is expected."""
+    try:
+        yield
     except (OSError, ValueError) as error:  # a ValueError if there is a NUL in the name
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         problem = f"cannot read this folder ({reason})."
         if isinstance(error, FileNotFoundError):
             known = [p.name for p in _subfolders(root.parent)] if is_dir(root.parent) else []
             problem = f"no such folder.{did_you_mean(root.name, known)}"
-        raise UsageError(f"{getattr(error, 'filename', None) or root}: {problem} {_ONE_PER_CLASS}") from error
-    if len(files.get("all", ())) == 1:
-        ((name, keys),) = files["all"].items()
-        if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
-            raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
-    return _make_listing(root, root, files, selected, for_training, problems, ignored)
+        raise UsageError(f"{getattr(error, 'filename', None) or root}: {problem} {expected}") from error
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The kinds of datasets: folders, CSV files, torchvision's datasets and digits. Imports without torch and numpy."""
+"""The kinds of datasets: files, shards, torchvision's datasets and digits. Imports without torch and numpy."""
 
 import contextlib
 import inspect
@@ -15,7 +15,7 @@ from msgspec import structs
 from tlcli.data.listing import Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, option
+from tlcli.specs import DatasetSpec, Verify, option
 from tlcli.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
 
 
 class _FilesSpec(DatasetSpec, frozen=True):
-    """A dataset of files that are listed before any is opened."""
+    """A dataset of files that are listed, images in shards as a Source, before any image is read."""
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Listing | Source":
         raise NotImplementedError
 
     def check(self, *, for_training: bool = True) -> None:
@@ -55,7 +55,8 @@ class _FilesSpec(DatasetSpec, frozen=True):
     def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
         from tlcli.data.images import source_of_files
 
-        return source_of_files(self.list_files(for_training=for_training))
+        found = self.list_files(for_training=for_training)
+        return source_of_files(found) if isinstance(found, Listing) else found
 
     def without_bad_classes(self) -> tuple[DatasetSpec, list[str]]:
         problems: list[str] = []
@@ -79,6 +80,30 @@ class ManifestSpec(_FilesSpec, frozen=True, tag="manifest"):
 
     def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
         return list_manifest(self.file, self.root, self.classes, for_training, problems)
+
+
+@option
+class ParquetSpec(_FilesSpec, frozen=True, tag="parquet"):
+    """Parquet files with a column of image bytes and one of labels, as on the Hugging Face Hub."""
+
+    image_column: str
+    label_column: str
+
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Source":
+        from tlcli.data.parquet import list_parquet
+
+        columns = self.image_column, self.label_column
+        return list_parquet(self.root, *columns, self.classes, for_training, problems)
+
+
+@option
+class WebDatasetSpec(_FilesSpec, frozen=True, tag="webdataset"):
+    """Tar archives in which each image NAME.jpg has its label in NAME.cls or NAME.txt."""
+
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Source":
+        from tlcli.data.shards import list_tars
+
+        return list_tars(self.root, self.classes, for_training, problems, verify_all=self.verify is Verify.full)
 
 
 @option

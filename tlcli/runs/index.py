@@ -134,7 +134,7 @@ def read_entry(path: Path) -> Entry:
     overrides = strings(info.get("overrides"))
     # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
     settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
-    is_folder = info.get("dataset") in ("imagefolder", "manifest")
+    is_folder = info.get("dataset") in ("imagefolder", "manifest", "parquet", "webdataset")
     if not info.get("backbone") or (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
         groups = {name: mapping(group) for name, group in run.config().items()}
         settings = {f"{name}.{key}": text(v) for name, group in groups.items() for key, v in group.items()}

@@ -1,0 +1,285 @@
+"""Images in shards, files that hold many; tar archives, from which nothing is extracted. See parquet.py too."""
+
+import io
+import os
+import re
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import ValidationError, convert
+
+from tlcli.data.decode import BadImage, RawImage, read_raw
+from tlcli.data.images import (
+    SETTLED_NS,
+    ImageFiles,
+    Ints,
+    Source,
+    Split,
+    digest_of,
+    full_split,
+    ignored_notes,
+    positions_by_class,
+)
+from tlcli.data.listing import (
+    EXTENSIONS,
+    SINGLE_LABEL,
+    SPLITS,
+    Names,
+    check_classes,
+    check_labels,
+    is_visible,
+    reading_folder,
+)
+from tlcli.errors import UsageError
+from tlcli.files import expand_user, is_dir, is_file
+from tlcli.store import Store, cache_dir
+from tlcli.text import one_line
+
+MAX_LABEL_BYTES = 1000
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+Index = tuple[list[str], list[int], list[int], list[str], dict[str, int]]
+"""Name, offset, bytes and label of each image of an archive, and the number of its other files by ending."""
+
+
+class ShardTable:
+    """All images of the shards below a folder: rows, in the order of the shards. `counts` has the images of each."""
+
+    def __init__(self, root: Path, shards: Iterable[str], counts: Sequence[int]) -> None:
+        self.root, self.shards = root, list(shards)
+        self.starts: Ints = np.cumsum([0, *counts])
+
+    def find(self, row: int) -> tuple[str, int]:
+        """Return the shard of a row, and the row's number in it."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shards[shard], row - int(self.starts[shard])
+
+    def key(self, row: int) -> str:
+        return "{} row {}".format(*self.find(row))
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of an image as it would be in a file. Raise BadImage."""
+        raise NotImplementedError
+
+    def order_by_buffer(self, order: Ints, rows: Ints, seed: int, epoch: int) -> Ints:
+        return order
+
+
+class ShardImages(ImageFiles):
+    """The images at some rows of a table. A key is the shard and what the table adds: "train.tar a.jpg"."""
+
+    def __init__(self, table: ShardTable, rows: Ints) -> None:
+        super().__init__(table.root, ())
+        self.table, self.rows = table, rows
+
+    def read_raw(self, index: int) -> RawImage:
+        return read_raw(io.BytesIO(self.table.read(int(self.rows[index]))))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def file(self, index: int) -> str:
+        return f"{self.root}/{self.table.find(int(self.rows[index]))[0]}"
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.key(index))
+
+    def key(self, index: int) -> str:
+        return self.table.key(int(self.rows[index]))
+
+    def join(self, splits: Iterable[Split]) -> ImageFiles:
+        parts = [split.images.rows[split.indices] for split in splits if isinstance(split.images, ShardImages)]
+        return ShardImages(self.table, np.concatenate(parts))
+
+    def compute_digest(self, index: int) -> bytes:
+        return digest_of(self.table.read(int(self.rows[index])))
+
+    def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
+        return self.table.order_by_buffer(order, self.rows[indices], seed, epoch)
+
+
+def find_shards(root_text: str | None, pattern: str, kind: str) -> tuple[Path, dict[str, str]]:
+    """Return a folder, and by path relative to it the split of each file with this ending, sorted.
+
+    The root is the folder, in which those that stand for splits are searched too, or one file. The split is the first
+    word of the file's name that stands for one, else its folder; "all" if no file has one. Raise UsageError.
+    """
+    expected = f"dataset.root names a {kind} file, or the folder that holds such files"
+    if root_text is None:
+        raise UsageError(f"dataset.root is not set: {expected}")
+    root = where = expand_user(root_text)
+    if is_file(where):
+        root, paths = where.parent, [where]
+    else:
+        with reading_folder(root, f"{expected}."):
+            folders = [root, *(path for path in root.iterdir() if path.name.lower() in SPLITS and is_dir(path))]
+            paths = [path for folder in folders for path in folder.iterdir() if is_visible(path.name) and is_file(path)]
+    names = sorted(path.relative_to(root).as_posix() for path in paths if re.search(pattern, path.name.lower()))
+    if not names:
+        nearer = sorted(path.parent for path in root.glob(f"*/*{kind}"))
+        raise UsageError(f"{where}: no {kind} file. " + (f"Did you mean {nearer[0]}?" if nearer else expected))
+    splits = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        splits[name] = next((SPLITS[w] for w in re.findall("[a-z]+", f"{file} {folder}".lower()) if w in SPLITS), "all")
+    if "all" in splits.values() and len(set(splits.values())) > 1:
+        name = next(name for name in names if splits[name] == "all")
+        raise UsageError(f"{root / name}: its name has neither train, val nor test, which others have; rename it")
+    return root, splits
+
+
+def source_of_shards(
+    table: ShardTable,
+    splits: Mapping[str, str],
+    labels: Ints,
+    names: Sequence[str],
+    order: Ints,
+    selected: Sequence[str] | None,
+    for_training: bool,
+    problems: list[str] | None,
+    notes: tuple[str, ...] = (),
+) -> Source:
+    """Return the images of a table, given the split of each shard and the position in `names` of each row's class.
+
+    The images of a split come in `order`, the classes in that of `names`. See `list_folder` for the rest.
+    """
+    split_of = np.repeat(list(splits.values()), np.diff(table.starts))[order]
+    rows = {split: part for split in dict.fromkeys(splits.values()) if len(part := order[split_of == split])}
+    counts = {split: enumerate(np.bincount(labels[part]).tolist()) for split, part in rows.items()}
+    images = {split: {names[i]: range(n) for i, n in pairs if n} for split, pairs in counts.items()}
+    in_use = [name for name in names if any(name in by_class for by_class in images.values())]
+    if not in_use:
+        raise UsageError(f"{table.root}: no images in {table.shards[0]}" + " and the others" * (len(splits) > 1))
+    classes = check_classes(table.root, in_use, images, selected, for_training, problems)
+    parts = {split: full_split(ShardImages(table, part), labels[part]) for split, part in rows.items()}
+    return Source(tuple(names), parts, notes).keep_classes(classes)
+
+
+# -- tar archives -----------------------------------------------------------------------------------------------------
+
+
+class TarTable(ShardTable):
+    """Images of tar archives, each read at its offset."""
+
+    def __init__(self, root: Path, indexes: Mapping[str, Index]) -> None:
+        super().__init__(root, indexes, [len(index[0]) for index in indexes.values()])
+        self.members = Names(name for index in indexes.values() for name in index[0])
+        places = [np.array(index[1:3], dtype=np.int64) for index in indexes.values()]
+        self._offsets, self._sizes = np.concatenate(places, axis=1)
+
+    def key(self, row: int) -> str:
+        return f"{self.find(row)[0]} {self.members[row]}"
+
+    def read(self, row: int) -> bytes:
+        try:
+            with (self.root / self.find(row)[0]).open("rb") as stream:
+                stream.seek(int(self._offsets[row]))
+                return stream.read(int(self._sizes[row]))
+        except OSError as error:
+            raise BadImage((error.strerror or str(error)).lower()) from error
+
+
+def list_tars(root_text: str | None, *listing: Any, verify_all: bool) -> Source:
+    """Return the images of tar archives, sorted by class, name and archive. See `list_folder` for `listing`.
+
+    The cache keeps the index of an archive, which is used again, unless `verify_all`, if size and time are the same.
+    """
+    root, splits = find_shards(root_text, r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", ".tar")
+    store, notes = Store(cache_dir()), "tars-" + digest_of(os.fsencode(root.absolute())).hex()
+    known = {} if verify_all else store.read_notes(notes)
+    indexes, entries, has_changed = dict[str, Index](), dict[str, Any](), False
+    for shard in splits:
+        stat = (root / shard).stat()
+        state = [stat.st_size, stat.st_mtime_ns]
+        with suppress(KeyError, ValidationError):  # not known, or damaged
+            indexed, index = convert(known[shard], tuple[list[int], Index])
+            if indexed == state:
+                indexes[shard] = index
+        if shard not in indexes:
+            indexes[shard], has_changed = index_tar(root / shard), True
+        if time.time_ns() - stat.st_mtime_ns >= SETTLED_NS:
+            entries[shard] = (state, indexes[shard])
+    with suppress(OSError):
+        if has_changed:
+            store.write_notes(notes, entries)
+    table, ignored = TarTable(root, indexes), Counter[str]()
+    for index in indexes.values():
+        ignored.update(index[4])
+    texts = [label for index in indexes.values() for label in index[3]]
+    row_of = {label: row for row, label in enumerate(texts)}
+    check_labels({label: table.key(row) for label, row in row_of.items()})
+    code = {name: i for i, name in enumerate(sorted(row_of))}
+    labels = np.array([code[text] for text in texts], dtype=np.int64)
+    by_class = positions_by_class(labels, len(code))
+    rows = [row for part in by_class for row in sorted(part.tolist(), key=lambda row: table.members[row].split("/"))]
+    order = np.array(rows, dtype=np.int64)
+    return source_of_shards(table, splits, labels, list(code), order, *listing, ignored_notes(ignored))
+
+
+def index_tar(path: Path) -> Index:
+    """Return the index of an archive, in its order. Links and paths with .. are no images. Raise UsageError."""
+    images: dict[str, tuple[str, int, int]] = {}  # by the name without its ending, as labels are
+    labels: dict[str, list[tuple[str, bytes]]] = {}
+    ignored: Counter[str] = Counter()
+    end = 0
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(6)
+            if packed := [name for magic, name in _MAGIC.items() if head.startswith(magic)]:
+                reason = "its images cannot be read at random; decompress it to a plain .tar"
+                raise UsageError(f"{path}: compressed ({packed[0]}), so {reason}")
+            stream.seek(0)
+            archive: Any = tarfile.TarFile(fileobj=stream, encoding="utf-8")
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # it would keep them all
+                if archive.offset <= end:
+                    raise tarfile.ReadError("a size is negative")
+                end = archive.offset
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                name = "/".join(parts)
+                ending, stem = Path(name).suffix, name.removesuffix(Path(name).suffix)
+                if ".." in parts or "\0" in name or member.issparse() or not (member.isreg() or member.isdir()):
+                    ignored["link or .."] += 1
+                elif member.isdir() or not all(map(is_visible, parts)):
+                    continue
+                elif ending.lower() in (".cls", ".txt"):
+                    stream.seek(member.offset_data)
+                    labels.setdefault(stem, []).append((name, stream.read(min(member.size, MAX_LABEL_BYTES + 1))))
+                elif not ending.lower().endswith(EXTENSIONS):
+                    ignored[ending.lower() or "no ending"] += 1
+                elif stem in images:
+                    raise UsageError(f"{path} {name}: has the label of {images[stem][0]} too: rename one of them")
+                else:
+                    images[stem] = (name, member.offset_data, member.size)
+            stream.seek(archive.offset)
+            tail = stream.read(2**20)
+            if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):  # which tarfile takes for the end
+                raise tarfile.ReadError(f"no header and no end mark at byte {archive.offset:,}")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot read this tar archive ({one_line(error)}); copy or make it again") from error
+    texts = [_label_of(f"{path} {image[0]}", stem, labels.pop(stem, [])) for stem, image in images.items()]
+    ignored.update(Path(name).suffix.lower() for found in labels.values() for name, _ in found)
+    names, offsets, sizes = ([image[k] for image in images.values()] for k in range(3))
+    return names, offsets, sizes, texts, dict(ignored)  # type: ignore[return-value]  # the columns have one type each
+
+
+def _label_of(image: str, stem: str, found: Sequence[tuple[str, bytes]]) -> str:
+    if not found:
+        raise UsageError(f"{image}: no label: add {stem}.cls or {stem}.txt, or remove the image")
+    if len(found) > 1:
+        texts = " and ".join(f"{name} ({one_line(text.decode(errors='replace'))[:40]})" for name, text in found)
+        raise UsageError(f"{image}: two labels: {texts}. {SINGLE_LABEL}")
+    name, content = found[0]
+    with suppress(UnicodeDecodeError):
+        text = content.decode().strip()
+        if text and text.isprintable() and len(content) <= MAX_LABEL_BYTES:
+            return text
+    raise UsageError(
+        f"{image}: {name} is not the name of a class: one line, in UTF-8, of {MAX_LABEL_BYTES:,} bytes at most"
+    )
