@@ -43,7 +43,7 @@ def test_with_freeze_head_they_equal_the_cache(trained: Trained, precision: str)
     store = Store(cache_dir())
     (entry,) = [entry for entry in store.entries() if entry.key == key]
     (cached,) = Session(store, 0).tensors(store.find(entry.key))
-    names = list(read_predictions(RunDir(run).test_predictions).names)
+    names = read_predictions(RunDir(run).test_predictions).names
     assert torch.equal(vectors(embedder(run, batch_size=32), names), cached.float())
 
 

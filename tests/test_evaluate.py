@@ -67,7 +67,7 @@ def test_it_reproduces_the_test_to_the_last_digit(
     files = (result.folder / "predictions.safetensors", run / "test_predictions.safetensors")
     ours, tested = map(read_predictions, files)
     assert torch.equal(ours.logits, tested.logits)
-    assert (ours.keys, ours.classes) == (tested.keys, tested.classes)
+    assert (ours.names, ours.classes) == (tested.names, tested.classes)
     after = files_of(run)
     assert {name: after[name] for name in before} == before
 

@@ -46,7 +46,7 @@ def test_it_is_the_runs_own_test(trained: Callable[..., Path], precision: str, f
     n = 6 if batch_size == 1 else len(tested.names)
     expected = torch.softmax(tested.logits[:n].double() / 1.7, dim=1)
     predictions = list(predictor(run, batch_size=batch_size).predict(tested.names[:n]))
-    assert [prediction.path for prediction in predictions] == list(tested.names[:n])
+    assert [prediction.path for prediction in predictions] == tested.names[:n]
     assert [prediction.top[0][0] for prediction in predictions] == [run.classes[i] for i in expected.argmax(dim=1)]
     for prediction, row in zip(predictions, expected.tolist(), strict=True):
         assert dict(prediction.top) == pytest.approx(dict(zip(run.classes, row, strict=True)), abs=1e-5)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def _find_images(
     """Return the images, labeled by the run's classes, with a description; and if they are of the run's own dataset."""
     wanted, trained = target.dataset, own.dataset
     file = RunDir(loaded.path).test_predictions
-    tested = list(read_predictions(file).keys) if file.is_file() else None
+    tested = read_predictions(file).keys if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
     spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
@@ -211,7 +212,8 @@ def _find_images(
         spec, addition = structs.replace(spec, **location), ": the same images in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
             moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
-            data = moved if [moved.test.key(i) for i in range(len(moved.test))] == tested else None
+            own_keys = (moved.test.key(i) for i in range(len(moved.test)))
+            data = moved if len(moved.test) == len(tested) and all(map(eq, own_keys, tested)) else None
     if data is not None:
         split_name = split_name or "test"
         split: Split = getattr(data, split_name)

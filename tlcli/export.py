@@ -220,8 +220,8 @@ def find_samples(run: "LoadedRun", dataset: "DatasetSpec | None") -> tuple["Tens
         images = images_by_key(dataset, value_range) if dataset is not None else {}
     try:
         tested = read_predictions(RunDir(run.path).test_predictions)
-        samples = evenly_spaced(list(zip(tested.keys, tested.names, strict=True)), SAMPLE_IMAGES)
-        pixels = [images[key]() if key in images else read_image(Path(name), value_range) for key, name in samples]
+        keys = evenly_spaced(tested.keys, SAMPLE_IMAGES)
+        pixels = [images[k]() if k in images else read_image(Path(tested.root + k), value_range) for k in keys]
         return run.preprocessing.apply_batch(pixels).contiguous(), f"{len(pixels)} test images of the run"
     except (TlcliError, OSError, ValueError, IndexError):  # BadImage is a ValueError; IndexError: no image was tested
         shape, generator = (SAMPLE_IMAGES, 3, *[run.preprocessing.size] * 2), torch.Generator().manual_seed(0)

@@ -4,10 +4,13 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
 import textwrap
 import unicodedata
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,3 +106,35 @@ def csv_line(cells: Iterable[object]) -> str:
     escaped = [f"'{c}" if isinstance(c, str) and c.startswith(FORMULA_PREFIXES) else c for c in cells]
     csv.writer(text, lineterminator="\r\n").writerow(escaped)
     return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+class Names(Sequence[str]):
+    """Names in one buffer of bytes, with the end of each: a million of them are not a million Python objects."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.data, self.ends = bytearray(), array("q")
+        self.extend(names)
+
+    def extend(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.data += os.fsencode(name)  # a file's name need not be UTF-8
+            self.ends.append(len(self.data))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, ends: bytes) -> "Names":
+        """Return the names of these bytes, given the ends as 64-bit integers. Raise ValueError if they do not fit."""
+        names = cls()
+        names.data, names.ends = bytearray(data), array("q", ends)
+        is_ascending = all(a <= b for a, b in pairwise(chain([0], names.ends, [len(data)])))
+        if not is_ascending or (names.ends[-1] if names.ends else 0) < len(data):
+            raise ValueError("the ends of names are not those of their bytes")
+        return names
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]  # IndexError ends an iteration
+        return os.fsdecode(bytes(self.data[self.ends[i - 1] if i else 0 : self.ends[i]]))

@@ -162,7 +162,7 @@ def test_weights_that_are_not_there(make: Callable[[Path], None], words: str, tm
 def test_predictions_that_do_not_hang_together(
     changes: dict[str, Any], tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    own = {"classes": SOME.classes, "keys": SOME.keys, "names": SOME.names}
+    own = {"classes": SOME.classes, "keys": list(SOME.keys), "names": SOME.names}
     file = tmp_path / "p.safetensors"
     metadata = {"tlcli": json.dumps({**own, **changes})}
     file.write_bytes(save({"logits": SOME.logits, "labels": SOME.labels, **tensors}, metadata=metadata))

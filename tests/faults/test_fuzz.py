@@ -129,7 +129,7 @@ HEADERS = st.one_of(
 WEIGHTS = {"w": torch.ones(2, 3), "b": torch.zeros(3, dtype=torch.float16), "n": torch.tensor(1)}
 PREPROCESSING = {"size": 8, "fit": "squash", "mean": [0, 0, 0], "std": [1, 1, 1]}
 FACTS = {"backbone": "x", "backbone_kind": "timm", "classes": ["a", "b"], "epoch": 1, "preprocessing": PREPROCESSING}
-NAMES = {"classes": list(SOME.classes), "keys": list(SOME.keys), "names": list(SOME.names)}
+NAMES = {"classes": list(SOME.classes), "keys": list(SOME.keys), "names": SOME.names}
 RECORD = {"schema_version": 1, "status": "done", "best": {"accuracy": 0.5}, "overrides": ["a=1"], "pid": 1, "host": "x",
           "started": "2026-01-01", "seconds": {"total": 3.0}, "dataset": "digits", "keep_best": "accuracy"}  # fmt: skip
 CONFIG = b"seed: 3\nepochs: 2\ndataset: {kind: digits, name: digits, classes: ['1', '2']}\nfreeze:\n  kind: head\n"

@@ -36,9 +36,7 @@ def make_run(
     if predictions:
         names = tuple(keys or (f"test/{i}.png" for i in range(n)))
         logits = torch.nn.functional.one_hot(torch.tensor(said), len(classes)).float()
-        write_predictions(
-            run.test_predictions, SplitPredictions(logits, torch.tensor(true), tuple(classes), names, names)
-        )
+        write_predictions(run.test_predictions, SplitPredictions(logits, torch.tensor(true), tuple(classes), names))
     return path
 
 

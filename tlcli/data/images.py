@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from tlcli.data.decode import BadImage, Pixels, RawImage, ValueRange, raw_image, read_bytes, read_raw
-from tlcli.data.listing import Listing, Names, resolve_classes
+from tlcli.data.listing import Listing, resolve_classes
 from tlcli.errors import BadImagesError
 from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
 from tlcli.store import Store
-from tlcli.text import join_limited, one_line
+from tlcli.text import Names, join_limited, one_line
 
 S = TypeVar("S")
 T = TypeVar("T")

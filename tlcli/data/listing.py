@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file, resolve_links
-from tlcli.text import did_you_mean, join_limited
+from tlcli.text import Names, did_you_mean, join_limited
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif"),
@@ -29,35 +28,6 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
 _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
-
-
-class Names(Sequence[str]):
-    """Names in one buffer of bytes, with the end of each: a million of them are no million Python objects."""
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self.data, self.ends = bytearray(), array("q")
-        self.extend(names)
-
-    def append(self, name: str) -> None:
-        self.data += os.fsencode(name)  # a file's name need not be UTF-8
-        self.ends.append(len(self.data))
-
-    def extend(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.append(name)
-
-    def raw(self, index: int) -> bytes:
-        """Return a name as the file system has it. `index` is not negative."""
-        return bytes(self.data[self.ends[index - 1] if index else 0 : self.ends[index]])
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return os.fsdecode(self.raw(range(len(self))[index]))  # IndexError ends an iteration
-
 
 FilesByClass = dict[str, dict[str, Names]]  # split -> class -> paths relative to the root, with slashes
 
@@ -256,7 +226,8 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
 def _subfolders(folder: Path) -> list[Path]:
     """Return visible subfolders, links to folders included, sorted by name. Links that form a circle are left out."""
     with os.scandir(folder) as entries:
-        return sorted(folder / e.name for e in entries if is_visible(e.name) and is_dir(e.path))
+        found = (e.name for e in entries if is_visible(e.name) and (is_dir(e.path) if e.is_symlink() else e.is_dir()))
+        return sorted(folder / name for name in found)
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -299,7 +270,7 @@ def list_manifest(
         lines[label] = f"{file}, line {line}"
         key = key_of(name, line)
         hashes.append(hash(key))
-        files.setdefault(split or "all", {}).setdefault(label, Names()).append(key)
+        files.setdefault(split or "all", {}).setdefault(label, Names()).extend([key])
         if not is_file(root / name):
             n_missing += 1
             first_missing = first_missing or f"{file}, line {line}: {root / name}: no such file"

@@ -19,7 +19,7 @@ from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml
 from tlcli.locks import host_digest
-from tlcli.text import csv_line, did_you_mean, one_line
+from tlcli.text import Names, csv_line, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
-MAX_METADATA_CHARS = 60_000_000  # of predictions; above it names are left out, since safetensors takes 100 MB
 FOLD, REFIT = "fold-{}", "best"  # names of the directories of a run with folds
 SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job ends, and by Hydra at the start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
@@ -203,32 +202,45 @@ def rerun_command(info: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """Logits (N, C) float32 and labels (N) int64 of a split, in its order, with a key and a name per row.
+    """Logits (N, C) float32 and labels (N) int64 of a split, in its order, with a key per row.
 
-    A key stays if the data moves: the path below the root of the dataset, or digits/17. A name is its path then.
+    A key stays if the data moves: the path below the root of the dataset, or digits/17. `root` precedes it in a name.
     """
 
     logits: "Tensor"
     labels: "Tensor"
     classes: tuple[str, ...]
-    keys: tuple[str, ...]
-    names: tuple[str, ...]
+    keys: Sequence[str]
+    root: str = ""
 
     @classmethod
     def of(cls, split: "Split", logits: "Tensor", labels: "Tensor", classes: Sequence[str]) -> "SplitPredictions":
         """Return the predictions of a split."""
-        keys, names = (tuple(of(i) for i in range(len(split))) for of in (split.key, split.name))
-        return cls(logits, labels, tuple(classes), keys, names)
+        keys = Names(split.key(i) for i in range(len(split)))
+        return cls(logits, labels, tuple(classes), keys, _root_of(split.name(0), keys[0]) if len(split) else "")
+
+    @property
+    def names(self) -> list[str]:
+        """The path of each image when it was predicted, or its key if it was not a file."""
+        return [self.root + key for key in self.keys]
+
+
+def _root_of(name: str, key: str) -> str:
+    path = Path(name).as_posix()
+    return path.removesuffix(key) if path.endswith(key) else ""
 
 
 def write_predictions(path: Path, predictions: SplitPredictions) -> None:
-    """Write predictions as safetensors, in one atomic step."""
+    """Write predictions as safetensors, in one atomic step; keys are bytes, and the end of each in them."""
+    import numpy as np
+    from torch import from_numpy
+
     from tlcli.models.tensorfile import write_tensors
 
-    metadata: dict[str, Any] = {"classes": predictions.classes, "keys": predictions.keys, "names": predictions.names}
-    if len(json.dumps(metadata)) > MAX_METADATA_CHARS:
-        metadata["names"] = None
-    write_tensors(path, {"logits": predictions.logits.float(), "labels": predictions.labels}, metadata)
+    keys = Names(predictions.keys)
+    tensors = {"keys": from_numpy(np.asarray(keys.data)), "key_ends": from_numpy(np.asarray(keys.ends))}
+    tensors |= {"logits": predictions.logits.float(), "labels": predictions.labels}
+    write_tensors(path, tensors, {"classes": predictions.classes, "root": predictions.root})
 
 
 def read_predictions(path: Path) -> SplitPredictions:
@@ -243,17 +255,23 @@ def read_predictions(path: Path) -> SplitPredictions:
     try:
         tensors, metadata = read_tensors(path)
         logits, labels = tensors["logits"], tensors["labels"]
-        classes, keys = (convert(metadata[name], tuple[str, ...]) for name in ("classes", "keys"))
-        names = keys if metadata["names"] is None else convert(metadata["names"], tuple[str, ...])
+        classes = convert(metadata["classes"], tuple[str, ...])
+        if "keys" in metadata:  # of tlcli 0.12 and earlier
+            keys = Names(convert(metadata["keys"], list[str]))
+            names = convert(metadata["names"] or (), list[str])
+            root = _root_of(names[0], keys[0]) if names else ""
+        else:
+            keys = Names.from_bytes(*(tensors[name].numpy().tobytes() for name in ("keys", "key_ends")))
+            root = convert(metadata["root"], str)
         n, n_classes = len(keys), len(classes)
-        is_valid = (logits.shape, labels.shape, len(names)) == ((n, n_classes), (n,), n) and labels.dtype == int64
+        is_valid = (logits.shape, labels.shape) == ((n, n_classes), (n,)) and labels.dtype == int64
         if not is_valid or not logits.is_floating_point() or ((labels < 0) | (labels >= n_classes)).any():
             raise ValueError(f"{tuple(logits.shape)} {logits.dtype} for {n} images and {n_classes} classes")
     except TlcliError as error:
         raise UsageError(str(error)) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: damaged, or not predictions of tlcli ({type(error).__name__}: {error})") from error
-    return SplitPredictions(logits, labels, classes, keys, names)
+    return SplitPredictions(logits, labels, classes, keys, root)
 
 
 def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":
