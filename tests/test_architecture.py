@@ -22,7 +22,7 @@ LAYERS = [
     {"engine"},
     {"runs"},
     {"check", "evaluate", "export", "predict", "train"},
-    {"embed", "quantize", "tune"},
+    {"embed", "fill", "quantize", "tune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

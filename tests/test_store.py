@@ -250,6 +250,21 @@ def test_the_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
     assert nbytes_of(store) <= 3 * SIZE
 
 
+def test_shards_are_not_evicted_before_their_entry_is_complete(tmp_path: Path) -> None:
+    store = Store(tmp_path, 3 * SIZE / GB)
+    for used, key in enumerate(["aa", "bb"], 1):
+        store.write(key, 2, [Column("float32", (1024,))], {"part_of": "ee"}, [[bytes(8192)]])
+        os.utime(store.activations / key / META, (used, used))
+        store.release(key)
+    for used, key in enumerate(["cc", "dd"], 3):
+        add(store, key, used)
+    assert keys(store) == ["aa", "bb", "dd"]
+    add(store, "ee", 5)  # complete
+    assert keys(store) == ["aa", "bb", "ee"]
+    add(store, "ff", 6)
+    assert keys(store) == ["bb", "ee", "ff"]
+
+
 def test_what_does_not_fit_evicts_nothing_and_says_so(tmp_path: Path) -> None:
     store = Store(tmp_path, SIZE / GB)
     add(store, "aa")

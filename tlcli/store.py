@@ -6,7 +6,10 @@
     ROOT/locks/KEY.use.RANDOM          says that a process uses the entry, until that process ends
     ROOT/locks/KEY.gate                held while such a file is made, or the entry is evicted because there is none
     ROOT/locks/space.lock              held while room is made
+    ROOT/plans/ID.json, IMAGES.jsonl   plans of entries that are filled in shards, and the images of an entry
     ROOT/NAME.json                     notes, such as measured speeds
+
+A shard is an entry whose metadata name the entry that it is a part of; it is not evicted before that is complete.
 
 This module imports without torch, so that `tlcli cache list` is fast.
 """
@@ -111,6 +114,10 @@ class Store:
     @property
     def activations(self) -> Path:
         return self.root / "activations"
+
+    @property
+    def plans(self) -> Path:
+        return self.root / "plans"
 
     def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
         """Return an entry and hold it until this process ends; None if there is none or it is damaged.
@@ -217,6 +224,11 @@ class Store:
         except OSError as error:
             return f"{self.root} cannot be written ({error.strerror})"
 
+    def release(self, key: str) -> None:
+        """Let other processes evict an entry that this one has found."""
+        if held := _held.pop(self._lock_file(self._folder(key), "use"), None):
+            held.__exit__(None, None, None)
+
     def entries(self) -> list[CacheEntry]:
         """Return all complete entries, the most recently used first, without reading their columns."""
         entries = []
@@ -230,7 +242,7 @@ class Store:
         _delete(self._folder(key))
 
     def clear(self) -> tuple[int, int]:
-        """Remove all entries, stale drafts and notes; return the number of entries and of all bytes."""
+        """Remove all entries, stale drafts, notes and plans; return the number of entries and of all bytes."""
         nbytes, count = self._remove_stale_drafts(), 0
         for folder in self._folders(_KEY):
             with suppress(FileNotFoundError):  # another process removed it
@@ -238,6 +250,9 @@ class Store:
                 count += 1
         for file in _children(self.root):  # not the lock files: two processes could hold one that vanishes
             if re.fullmatch(r"\..+\.json\.\d+", file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
+                file.unlink(missing_ok=True)
+        for file in _children(self.plans):
+            if re.fullmatch(r"\.?[0-9a-f]{32,64}\.jsonl?(\.\d+)?", file.name):
                 file.unlink(missing_ok=True)
         return count, nbytes
 
@@ -290,10 +305,13 @@ class Store:
         total, _, disk_free = shutil.disk_usage(self.activations)
         reserve = max(GB, min(total // 20, 10 * GB))  # 5 % of a disk stay free
         freed, excess = 0, max(used + nbytes - self.max_gb * GB, nbytes + reserve - disk_free)
-        last_use = {entry.path: entry.used for entry in self.entries()}  # damaged entries go first
+        entries = {entry.path: entry for entry in self.entries()}
+        last_use = {path: entry.used for path, entry in entries.items()}  # damaged entries go first
+        wholes = {path: self.activations / entry.metadata.get("part_of", "") for path, entry in entries.items()}
+        evictable = [folder for folder in self._folders(_KEY) if wholes.get(folder, folder).is_dir()]
         evicted = []
         with ExitStack() as locks:
-            for folder in sorted(self._folders(_KEY), key=lambda folder: last_use.get(folder, 0.0)):
+            for folder in sorted(evictable, key=lambda folder: last_use.get(folder, 0.0)):
                 if freed >= excess:
                     break
                 with suppress(OSError):

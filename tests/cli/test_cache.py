@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tlcli import ray_tasks
 from tlcli.cli.completion import candidates
 from tlcli.store import META, CacheEntry, Column, Store
 
 NAMES = (("hymenoptera", "efficientnet_lite0", "classifier"), ("digits", "resnet18", "layer4.1"))
 KEYS = ("ab01" * 16, "ab02" * 16)
+FLAGS = ["--help ", "--shards ", "--engine ", "--shard ", "--config-dir ", "--format "]
 LONG = "a folder_with_a_name_that_is_far_too_long_for_a_terminal"
 
 
@@ -96,11 +98,23 @@ WRONG = {
     "remove ab01 ab03": "'ab03' is the start of 0 keys",
     "remove ab01ab02": "Did you mean 'ab01ab01'?",
     "remove ab01 cdcd": "'cdcd' is the start of 2 keys",
+    "list --shards 2": "--shards goes with `tlcli cache fill`",
+    "fill --shards 0": "--shards: must be a whole number from 1",
+    "fill --shard 64/64": "--shard: 64/64: 64 shards have the numbers 0 to 63",
+    "fill --shard 3": "--shard: must be I/N, such as 0/64",
+    "fill --shard 3/64 --engine ray": "leave out --shards and --engine",
+    "fill --shard 3/64": "no plan of these overrides and this number of shards",
+    "fill epochs=2 --engine ray --shards 3": "pip install 'tlcli[ray]'",
+    "fill freeze=head cache.mode=off": "cache.mode=off: there is nothing to fill",
+    "fill epoch=2": "Did you mean 'epochs'?",
+    "fill freeze=early --shards 2": "is random in each epoch",
+    "fill -m freeze=head,none": "unknown flag '-m'",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_is_wrong_is_one_line_and_removes_nothing(line, two, store, tlcli) -> None:
+def test_what_is_wrong_is_one_line_and_removes_nothing(line, two, store, tlcli, monkeypatch) -> None:
+    monkeypatch.setattr(ray_tasks, "find_spec", lambda name: None)
     for n in (1, 2):
         add(store, "cdcd" * 15 + f"{n:04}")
     ended = tlcli("cache", *line.split())
@@ -125,7 +139,10 @@ def test_what_the_system_does_not_let_go_is_one_line(two, tlcli, monkeypatch: py
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("tlcli cache ", ["list ", "remove ", "clear ", "--help ", "--format "]),
+        ("tlcli cache ", ["list ", "remove ", "clear ", "fill ", *FLAGS]),
+        ("tlcli cache fill --engine ", ["here ", "ray ", "slurm "]),
+        ("tlcli cache fill freeze=hea", ["freeze=head "]),
+        ("tlcli cache fill ab", []),
         ("tlcli cache list --format ", ["table ", "json "]),
         ("tlcli cache remove ab", [f"{KEYS[0]} ", f"{KEYS[1]} "]),
         (f"tlcli cache remove {KEYS[0]} ab", [f"{KEYS[1]} "]),

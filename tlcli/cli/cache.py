@@ -1,48 +1,91 @@
-"""`tlcli cache`: list and remove cached activations."""
+"""`tlcli cache`: list, remove and fill cached activations."""
 
+import argparse
 import json
+import re
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tlcli.cli.parser import Parser
+from tlcli.cli import exit_status, fast_imports
+from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import TableColumn, table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
+from tlcli.interrupts import handle_signals
 from tlcli.store import CacheEntry, Store, cache_dir
-from tlcli.text import did_you_mean, size_text
+from tlcli.text import did_you_mean, duration_text, size_text
+
+if TYPE_CHECKING:
+    from tlcli.specs import TrainSpec
 
 MIN_KEY_CHARS = 4  # name an entry if only one key starts with them
+SLURM_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name=tlcli-fill
+#SBATCH --array=0-{last}
+#SBATCH --cpus-per-task={threads}{gpus}
+#SBATCH --requeue
+cd {folder} && export TLCLI_CACHE={cache}
+exec {python} -P -m tlcli cache fill {words} --shard "$SLURM_ARRAY_TASK_ID/{shards}"
+"""
 
 
 def parser() -> Parser:
     """Return the parser of `tlcli cache`."""
     parser = Parser(
         "cache",
-        "List or remove the cached activations of frozen layers, which later runs read. They can be removed at any "
-        "time:\na run that needs them computes them again. The folder is $TLCLI_CACHE, or tlcli in the user's cache.",
-        ("tlcli cache list", "tlcli cache remove 3f2a 9c01", "tlcli cache clear"),
+        "List or remove the cached activations of frozen layers, which later runs read.\n"
+        "They can be removed at any time: a run that needs them computes them again.\n"
+        "The folder is $TLCLI_CACHE, or tlcli in the user's cache.\n\n"
+        "fill computes what `tlcli train` with the same words reads (with freeze=head,\n"
+        "unless they say otherwise), in shards, which may run on machines that share\n"
+        "images and cache. With --shards it checks the images, writes a plan, and runs\n"
+        "the shards that are missing: one after the other here, or as tasks of Ray; with\n"
+        "--engine slurm it runs none, and prints an array job for sbatch. --shard runs\n"
+        "one shard of a plan, on any scheduler. The last shard writes the entries.",
+        (
+            "tlcli cache list",
+            "tlcli cache remove 3f2a 9c01",
+            "tlcli cache clear",
+            "tlcli cache fill dataset=imagefolder dataset.root=photos",
+            "tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine ray",
+            "tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine slurm | sbatch",
+            "tlcli cache fill dataset=imagefolder dataset.root=photos --shard 0/64",
+        ),
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "action",
-        choices=("list", "remove", "clear"),
+        choices=("list", "remove", "clear", "fill"),
         help="clear removes all entries, what killed runs left, and measured speeds",
     )
-    parser.add_argument(
-        "keys", nargs="*", metavar="KEY", help=f"entries to remove; {MIN_KEY_CHARS} unambiguous characters are enough"
-    )
+    keys = f"entries to remove, of which {MIN_KEY_CHARS} unambiguous characters are enough; fill: as for `tlcli train`"
+    add("keys", nargs="*", metavar="KEY|KEY=VALUE", help=keys)
+    add("--shards", type=whole_number, metavar="N", help="parts of the images that fill computes (default: 1)")
+    add("--engine", choices=("here", "ray", "slurm"), help="what runs the shards (default: here)")
+    add("--shard", type=_shard, metavar="I/N", help="run this one of N shards, from 0 to N-1, of a plan")
+    parser.add_config_dir()
     parser.add_format()
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Do one action of `tlcli cache`; return the exit status."""
-    arguments = parser().parse_args(argv or ["--help"])
+    arguments = parser().parse_intermixed_args(argv or ["--help"])
+    flags = [name for name in ("shards", "engine", "shard", "config_dir") if getattr(arguments, name) is not None]
+    if flags and arguments.action != "fill":
+        raise UsageError(f"--{flags[0].replace('_', '-')} goes with `tlcli cache fill`")
     store, keys = Store(cache_dir()), arguments.keys
-    if keys and arguments.action != "remove":
+    if keys and arguments.action in ("list", "clear"):
         raise UsageError(f"{arguments.action} takes no KEY. Did you mean 'tlcli cache remove {keys[0]}'?")
-    entries = store.entries()
     try:
+        if arguments.action == "fill":
+            return _fill(arguments)
+        entries = store.entries()
         if arguments.action == "list" and arguments.format == "json":
             print(json.dumps([_record(entry) for entry in entries], indent=2))
         elif arguments.action == "list":
@@ -66,6 +109,92 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0
+
+
+def _shard(value: str) -> tuple[int, int]:
+    """Return the number of a shard and how many there are."""
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)):
+        raise argparse.ArgumentTypeError(f"must be I/N, such as 0/64, not {value!r}")
+    shard, shards = int(match[1]), int(match[2])
+    if shard >= shards:
+        raise argparse.ArgumentTypeError(f"{value}: {shards} shards have the numbers 0 to {shards - 1}")
+    return shard, shards
+
+
+def _fill(arguments: argparse.Namespace) -> int:
+    """Write a plan and run its shards, or run one shard of a plan; return the exit status."""
+    if arguments.shard and (arguments.shards or arguments.engine):
+        raise UsageError("--shard runs one shard of a plan here: leave out --shards and --engine")
+    with fast_imports():
+        import torch
+
+        from tlcli.cli.job import check
+        from tlcli.cli.view import TerminalReporter
+        from tlcli.engine.session import session_for
+        from tlcli.fill import complete, plan_file, read_plan, run_shards, write_plan
+        from tlcli.ray_tasks import check_ray
+
+    if arguments.engine == "ray":
+        check_ray()
+    words, spec = _spec_to_fill(arguments)
+    session, reporter = session_for(spec.cache), TerminalReporter(on_stderr=True)
+    shard, shards = arguments.shard or (None, arguments.shards or 1)
+    store, file, failed = session.store, plan_file(session.store, spec, shards), 0
+    try:
+        with handle_signals():
+            if shard is None:
+                check(spec)
+                reporter.note(write_plan(spec, shards, session, reporter).summary)
+            plan = read_plan(file)
+            if arguments.engine == "slurm":
+                paths = {"folder": Path.cwd(), "cache": store.root, "python": sys.executable}
+                values = {name: shlex.quote(str(path)) for name, path in paths.items()}
+                values["gpus"] = "\n#SBATCH --gpus-per-task=1" if plan.spec["device"]["kind"] == "cuda" else ""
+                numbers = {"last": shards - 1, "shards": shards, "threads": torch.get_num_threads()}
+                print(SLURM_SCRIPT.format(**values, **numbers, words=shlex.join(words)), end="")
+                return 0
+            todo = complete(plan, store) if shard is None else [shard]
+            for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
+                if isinstance(result, Exception):
+                    failed += 1
+                    print(f"shard {done}/{shards} failed: {exit_status(result)[1]}", file=sys.stderr, flush=True)
+                elif (rows := result[0]) or shard is not None:
+                    print(f"shard {done}/{shards}: {rows:,} rows in {duration_text(result[1])}", flush=True)
+            missing = complete(plan, store)
+    except KeyboardInterrupt as exc:
+        exc.args = ("the same command computes the shards that are missing",)
+        raise
+    if missing and shard is None:
+        reason = f"{failed} failed" if failed else f"nodes must share the cache, {store.root}"
+        raise TlcliError(f"{len(missing)} of {shards} shards are missing ({reason}); the same command computes them")
+    if missing:
+        print(f"{len(missing)} of {shards} shards are missing")
+        return 0
+    entries = [entry for planned in plan.entries if (entry := store.find(planned.key, verify=False))]
+    print(f"the cache has {_total(len(entries), sum(entry.nbytes for entry in entries))}, in {store.root}; next:")
+    print(f"  tlcli train {shlex.join(words)}")
+    return 0
+
+
+def _spec_to_fill(arguments: argparse.Namespace) -> tuple[list[str], "TrainSpec"]:
+    """Return the words of the run that reads what is filled, and its spec with absolute paths."""
+    from msgspec import structs, to_builtins
+
+    from tlcli.cli.compose import compose_spec, resolve_paths
+    from tlcli.cli.conf_files import files_for
+    from tlcli.specs import CacheMode, spec_from
+
+    words = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    words, default = [*words, *arguments.keys], files_for(words).defaults["freeze"]
+    spec = compose_spec(words)
+    if spec.freeze.kind == default and f"freeze={default}" not in words:  # no experiment names another one either
+        words.append("freeze=head")
+        spec = compose_spec(words)
+    if spec.cache.mode is CacheMode.off:
+        raise UsageError("cache.mode=off: there is nothing to fill")
+    values = to_builtins(structs.replace(spec, cache=structs.replace(spec.cache, mode=CacheMode.require)))
+    resolve_paths(values, Path.cwd())
+    return words, spec_from(values)
 
 
 def _total(count: int, nbytes: int) -> str:

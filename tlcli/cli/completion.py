@@ -178,11 +178,11 @@ def _values_of(action: argparse.Action, command: Parser, word: str, before: list
             yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
         elif kind == "BACKBONE":
             yield from (option for option in ConfFiles().groups["backbone"] if option != "timm")
-        elif kind == "KEY":
+        elif kind == "KEY" and "fill" not in before:
             from tlcli.store import Store, cache_dir
 
             yield from (entry.key for entry in Store(cache_dir()).entries())
-        elif "=" in kind:
+        elif "=" in kind and "remove" not in before:
             names = {known.partition("=")[0] for known in command.known_words}
             words = _config_words(word, files_for(before), before)
             yield from command.known_words

@@ -1,0 +1,146 @@
+"""Entries that are filled in shards equal those of one process, and no shard reads more than its own images."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Compose, make_folder
+from tlcli.engine import activations, extraction
+from tlcli.engine.session import Session
+from tlcli.errors import TlcliError, UsageError
+from tlcli.fill import Plan, complete, fill_shard, plan_file, read_plan, write_plan
+from tlcli.reporter import Reporter
+from tlcli.specs import TrainSpec
+from tlcli.store import Store
+from tlcli.train import NewRun, load_inputs
+
+NETWORK = ("backbone=mobilenet_v3_small", "backbone.weights=none", "image.size=32", "device.precision=fp32")
+VIEWS = ("augment=basic", "cache.views=2")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(extraction.BATCH, "cpu", 4)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Make 17 images of train, a prime, and 5 of test."""
+    make_folder(tmp_path / "photos/train", {"across": 9, "checks": 8}, seed=0)
+    make_folder(tmp_path / "photos/test", {"across": 3, "checks": 2}, seed=2)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def make_spec(spec: Compose, photos: Path) -> Callable[..., TrainSpec]:
+    folder = ("dataset=imagefolder", f"dataset.root='{photos}'")
+
+    def make(*words: str) -> TrainSpec:
+        data = () if any(word.startswith("dataset=") for word in words) else folder
+        return spec(*data, *NETWORK, "freeze=head", "cache.mode=require", "freeze.head_init=random", *words)
+
+    return make
+
+
+@pytest.fixture
+def planned(make_spec: Callable[..., TrainSpec], tmp_path: Path) -> Callable[..., tuple[Path, Plan, Store]]:
+    """planned(3): the file of a plan with three shards, the plan and its store."""
+
+    def make(shards: int, *words: str) -> tuple[Path, Plan, Store]:
+        spec, session = make_spec(*words), Session(Store(tmp_path / "cache"), 0)
+        write_plan(spec, shards, session, Reporter())
+        file = plan_file(session.store, spec, shards)
+        return file, read_plan(file), session.store
+
+    return make
+
+
+def bytes_of(store: Store) -> dict[str, list[bytes]]:
+    """Return the columns of all entries by key."""
+    return {e.key: [e.file(i).read_bytes() for i in range(len(e.columns))] for e in store.entries()}
+
+
+@pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        (3, ()),
+        (3, VIEWS),
+        pytest.param(1, (), marks=pytest.mark.slow),
+        pytest.param(64, (), marks=pytest.mark.slow),
+        pytest.param(2, ("dataset=digits", "dataset.train_per_class=3"), marks=pytest.mark.slow),
+    ],
+)
+def test_shards_are_the_entry_of_one_process(
+    shards: int, words: tuple[str, ...], planned, make_spec: Callable[..., TrainSpec], tmp_path: Path
+) -> None:
+    one = Session(Store(tmp_path / "one"), 0)
+    inputs = load_inputs(make_spec(*words), one, Reporter(), NewRun())
+    for name in sorted(inputs.cached):
+        inputs.open(name, Reporter())
+    file, plan, store = planned(shards, *words)
+    order = random.Random(shards).sample(range(shards), shards)
+    assert complete(plan, store) == [i for i in range(shards) if any(i in e.shard_keys for e in plan.entries)]
+    rows = [fill_shard(file, shard, 1.0)[0] for shard in order]
+    assert sum(rows) == sum(entry.bounds[-1] for entry in plan.entries) == sum(map(len, inputs.sources()))
+    assert complete(plan, store) == []
+    assert bytes_of(store) == bytes_of(one.store)  # and nothing is left of the shards
+    assert {e.key: e.metadata for e in store.entries()} == {e.key: e.metadata for e in one.store.entries()}
+
+
+def test_a_shard_reads_the_images_of_its_own(planned, photos: Path) -> None:
+    file, plan, _ = planned(3)
+    for entry in plan.entries:  # keep the images of shard 1 alone
+        listing = file.with_name(f"{entry.images}.jsonl").read_text().splitlines()
+        own = [line.split('"')[1] for line in listing[entry.bounds[1] : entry.bounds[2]]]
+        for path in (photos / entry.split.split("+")[0]).rglob("*.png"):
+            if path.relative_to(photos).as_posix() not in own:
+                path.unlink()
+    assert fill_shard(file, 1, 1.0)[0] > 0
+    with pytest.raises(TlcliError, match="no such file"):
+        fill_shard(file, 0, 1.0)
+
+
+def test_shards_that_exist_are_skipped_and_damaged_ones_are_not(planned) -> None:
+    file, plan, store = planned(3)
+    assert [bool(fill_shard(file, shard, 1.0)[0]) for shard in (0, 1, 0, 1)] == [True, True, False, False]
+    assert complete(plan, store) == [2]
+    entry = store.find(plan.entries[0].shard_keys[1])
+    fill_shard(file, 2, 1.0)
+    data = entry.file(0).read_bytes()
+    entry.file(0).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert complete(plan, store) == [1]
+    assert fill_shard(file, 1, 1.0)[0] == entry.rows
+    assert complete(plan, store) == []
+    assert fill_shard(file, 1, 1.0)[0] == 0
+
+
+def test_images_that_change_end_the_shard_and_the_next_plan_has_no_shards_of_them(planned, photos: Path) -> None:
+    file, plan, store = planned(3)
+    fill_shard(file, 0, 1.0)
+    assert len(store.entries()) == len([e for e in plan.entries if 0 in e.shard_keys]) > 0
+    last = sorted((photos / "train/checks").iterdir())[-1]
+    shutil.copy(photos / "train/across/000.png", last)
+    with pytest.raises(TlcliError, match="have changed since the plan was written"):
+        fill_shard(file, 2, 1.0)
+    _, other, _ = planned(3)
+    kept = {key for entry in other.entries for key in entry.shard_keys.values()}
+    assert {entry.key for entry in store.entries()} <= kept
+
+
+def test_a_machine_that_would_compute_other_rows_is_refused(planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _, store = planned(2)
+    version = activations.version
+    monkeypatch.setattr(activations, "version", lambda name: version(name) + ("+other" if name == "timm" else ""))
+    with pytest.raises(TlcliError, match="are not those of the plan"):
+        fill_shard(file, 0, 1.0)
+    assert store.entries() == []
+
+
+def test_room_is_checked_for_the_shards_and_the_entry(make_spec: Callable[..., TrainSpec], tmp_path: Path) -> None:
+    spec = make_spec()
+    nbytes = sum(s.nbytes for s in load_inputs(spec, Session(Store(tmp_path), 0), Reporter(), NewRun()).sources())
+    with pytest.raises(UsageError, match="have no room"):
+        write_plan(spec, 2, Session(Store(tmp_path / "small", 1.2 * nbytes / 1e9), 0), Reporter())

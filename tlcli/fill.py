@@ -1,0 +1,263 @@
+"""Cache entries that are filled in shards: a plan, what a shard does anywhere, and the entries made of all shards.
+
+The plan has what a run decides before it extracts. A shard reads the plan, its part of the list of images, and these
+images, and computes their rows with the code of a run. Its bounds are multiples of the batch, so that the batches are
+those of a run.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cache
+from itertools import groupby, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from msgspec import DecodeError, Struct, convert, structs, to_builtins
+
+from tlcli.data.dataset import Dataset
+from tlcli.data.decode import ValueRange
+from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split, digests_of, full_split
+from tlcli.device import setup_process
+from tlcli.engine.activations import load_workload
+from tlcli.engine.decisions import Decisions
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.session import Session
+from tlcli.errors import TlcliError, UsageError
+from tlcli.files import atomic_write
+from tlcli.ray_tasks import ray_cluster, run_tasks
+from tlcli.reporter import Reporter
+from tlcli.specs import Accelerator, TrainSpec, spec_from
+from tlcli.store import CacheEntry, Store
+from tlcli.train import NewRun, load_inputs
+from tlcli.transfer.cut import Cut
+
+MAX_RETRIES = 3  # of a shard whose Ray worker was killed
+BLOCK_BYTES = 1 << 24  # read at once when shards become an entry
+
+
+class PlannedEntry(Struct, frozen=True):
+    """An entry: `images` is the fingerprint of its images, `root` their folder if they are plain files.
+
+    Shard i has the rows from bounds[i] to bounds[i + 1]; the listing has its images from byte offsets[i] on.
+    """
+
+    key: str
+    split: str
+    view: int | None
+    images: str
+    root: str | None
+    bounds: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def shard_keys(self) -> dict[int, str]:
+        """The key of each shard that has rows."""
+        texts = {i: f"{self.key} {a} {b}" for i, (a, b) in enumerate(pairwise(self.bounds)) if a < b}
+        return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
+
+
+class Plan(Struct, frozen=True):
+    """What all shards share; `spec` has absolute paths, the chosen image size and the kind of device."""
+
+    spec: dict[str, Any]
+    shards: int
+    decisions: Decisions
+    classes: tuple[str, ...]
+    value_range: ValueRange | None
+    entries: tuple[PlannedEntry, ...]
+
+
+def plan_file(store: Store, spec: TrainSpec, shards: int) -> Path:
+    """Return the file of the plan of a spec, whose paths are absolute, for this number of shards."""
+    text = json.dumps([to_builtins(spec), shards], sort_keys=True)
+    return store.plans / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def read_plan(file: Path) -> Plan:
+    """Return the plan in a file. Raise UsageError if there is none."""
+    try:
+        return convert(json.loads(file.read_bytes()), Plan)
+    except (OSError, ValueError, DecodeError) as error:
+        raise UsageError(
+            f"{file.parent} has no plan of these overrides and this number of shards: `tlcli cache fill` with the same "
+            "words and --shards, in the same folder, writes it"
+        ) from error
+
+
+def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporter) -> Inputs:
+    """Load the data, decide as a run with cache.mode=require does, and write the plan; return the inputs of the run.
+
+    Raise UsageError if training cannot read activations, or if there is no room for them.
+    """
+    try:
+        inputs = load_inputs(spec, session, reporter, NewRun())
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("cache.mode=require: ")) from error
+    store, workload = session.store, inputs.workload
+    file, entries = plan_file(store, spec, shards), list[PlannedEntry]()
+    missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
+    present = sum(entry.nbytes for entry in store.entries() if entry.metadata.get("part_of") in missing)
+    if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
+        raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
+    store.plans.mkdir(parents=True, exist_ok=True)
+    for source in inputs.sources():
+        split, n_batches = source.batches.split, len(source.batches)
+        bounds = [min(len(split), i * n_batches // shards * source.batches.batch_size) for i in range(shards + 1)]
+        fingerprint, offsets = split.fingerprint(), []
+        listing = store.plans / f"{fingerprint}.jsonl"
+        with (temp := listing.with_name(f".{file.name}.{len(entries)}")).open("wb") as lines:
+            for start, stop in pairwise(bounds):
+                offsets.append(lines.tell())
+                for i in split.indices[start:stop].tolist():
+                    lines.write(json.dumps([split.images.key(i), split.images.digest(i).hex()]).encode() + b"\n")
+        temp.replace(listing)
+        root = str(split.images.root.absolute()) if type(split.images) is ImageFiles else None
+        facts = str(source.metadata["split"]), source.view, fingerprint, root, tuple(bounds), tuple(offsets)
+        entries.append(PlannedEntry(source.key, *facts))
+    with suppress(UsageError):  # shards of images that have changed since an earlier plan
+        outdated = {key for entry in read_plan(file).entries for key in entry.shard_keys.values()}
+        for key in outdated.difference(*(entry.shard_keys.values() for entry in entries)):
+            with suppress(OSError):
+                store.remove(key)
+    device = structs.replace(spec.device, kind=Accelerator(workload.accelerator.type))
+    values, data = to_builtins(structs.replace(workload.spec, device=device)), workload.data
+    plan = Plan(values, shards, inputs.decisions, data.classes, data.value_range, tuple(entries))
+    atomic_write(file, json.dumps(to_builtins(plan)).encode())
+    return inputs
+
+
+def fill_shard(file: Path, shard: int, max_gb: float, reporter: Reporter | None = None) -> tuple[int, float]:
+    """Compute the rows of one shard that the store of a plan does not have; return their number and the seconds.
+
+    Raise TlcliError if an image has changed since the plan was written, or if rows computed here would differ.
+    """
+    began, count, plan, session = time.perf_counter(), 0, read_plan(file), _session(file.parent.parent, max_gb)
+    spec, store, option = spec_from(plan.spec), session.store, plan.decisions.eval_format
+    for entry in plan.entries:
+        key = entry.shard_keys.get(shard)
+        if key is None or store.find(entry.key, verify=False):
+            continue
+        if store.find(key) is None:
+            split = _images_of(plan, entry, shard, store)
+            empty = split.take(np.arange(0))
+            data = Dataset(spec.dataset.name, plan.classes, split, empty, empty, (), (), plan.value_range)
+            workload = load_workload(spec, data, setup_process(spec.device), session)
+            cut = workload.cut
+            assert isinstance(cut, Cut)
+            source = workload.activations(cut, option, split, entry.split, entry.view, entry.images)
+            if source.key != entry.key:
+                raise TlcliError(
+                    f"shard {shard}/{plan.shards}: the weights, the device or the versions of torch, torchvision, timm "
+                    "or Pillow are not those of the plan: use the same ones, or write the plan again with --shards"
+                )
+            batches = replace(source.batches, first=entry.bounds[shard])
+            metadata = {**source.metadata, "part_of": entry.key, "shard": f"{shard}/{plan.shards}"}
+            extractor = workload.extractor(cut, option, compiled=bool(plan.decisions.compiled))
+            replace(source, key=key, batches=batches, metadata=metadata).entry(reporter or Reporter(), extractor)
+            count += len(split)
+        store.release(key)
+    return count, time.perf_counter() - began
+
+
+def run_shards(
+    file: Path, todo: Sequence[int], store: Store, reporter: Reporter, *, on_ray: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yield each shard with the result of `fill_shard`, here or as tasks of Ray; there, the exception if it failed."""
+    device = read_plan(file).spec["device"]
+    if not on_ray or not todo:
+        yield from ((shard, fill_shard(file, shard, store.max_gb, reporter)) for shard in todo)
+        return
+    with ray_cluster() as nodes:
+        cpus = device["threads"] or min(torch.get_num_threads(), max(nodes))
+        if cpus > max(nodes):
+            raise UsageError(f"device.threads={cpus}: the largest node of the Ray cluster has {max(nodes)} CPUs")
+        arguments, gpus = [(file, shard, store.max_gb) for shard in todo], float(device["kind"] == "cuda")
+        for i, result in run_tasks(fill_shard, arguments, cpus=cpus, gpus=gpus, max_retries=MAX_RETRIES):
+            yield todo[i], result
+
+
+@cache
+def _session(root: Path, max_gb: float) -> Session:
+    """Return the session of all shards of a process, which load and compile the network once."""
+    return Session(Store(root, max_gb), 0)
+
+
+def _images_of(plan: Plan, entry: PlannedEntry, shard: int, store: Store) -> Split:
+    """Return the images of a shard of an entry, without labels. Raise TlcliError if one has changed."""
+    try:
+        with (store.plans / f"{entry.images}.jsonl").open("rb") as lines:
+            lines.seek(entry.offsets[shard])
+            rows = [json.loads(line) for line in islice(lines, entry.bounds[shard + 1] - entry.bounds[shard])]
+    except OSError as error:
+        raise TlcliError(f"{error.filename}: cannot be read; write the plan again with --shards") from error
+    keys, digests = [key for key, _ in rows], [digest for _, digest in rows]
+    images: ImageSource = ImageFiles(Path(entry.root or ""), keys, plan.value_range)
+    places = [(images, i) for i in range(len(keys))]
+    if entry.root is None:
+        by_key: dict[str, tuple[ImageSource, int] | None] = dict.fromkeys(keys)
+        for split in _splits(json.dumps(plan.spec)):
+            if isinstance(split.images, ImageFiles):
+                split.images.value_range = plan.value_range
+            for i in split.indices.tolist():
+                if (key := split.images.key(i)) in by_key:
+                    by_key[key] = split.images, i
+        places = [place for place in by_key.values() if place is not None]
+    if [digest.hex() for digest in digests_of(places, Reporter())] != digests:
+        raise TlcliError(
+            f"shard {shard}: images from {keys[0]} to {keys[-1]} have changed since the plan was written: write it "
+            "again with --shards"
+        )
+    if entry.root is None:
+        parts = [(source, np.array([i for _, i in part])) for source, part in groupby(places, lambda place: place[0])]
+        images = ConcatSplits({str(n): Split(source, i, np.zeros_like(i)) for n, (source, i) in enumerate(parts)})
+    images.memory = MemoryBudget(0)  # it decodes in threads, and keeps nothing
+    return full_split(images, [0] * len(keys))
+
+
+@cache
+def _splits(spec: str) -> tuple[Split, ...]:
+    """Return the splits of a dataset that is not in plain files, of which no image is read."""
+    return tuple(spec_from(json.loads(spec)).dataset.offline().load(Reporter()).splits.values())
+
+
+def complete(plan: Plan, store: Store) -> list[int]:
+    """Write the entries of which all shards are there, and remove these; return the shards that are missing."""
+    missing: set[int] = set()
+    for entry in plan.entries:
+        keys = entry.shard_keys
+        with store.lock_for_write(entry.key, lambda: None):
+            is_there = store.find(entry.key, verify=False) is not None
+            for verify in (False, True) if not is_there else ():  # checksums only if no shard is missing
+                parts = {shard: store.find(key, verify=verify) for shard, key in keys.items()}
+                if lost := {shard for shard, part in parts.items() if part is None}:
+                    missing |= lost
+                    break
+            else:
+                if not is_there:
+                    found = [part for part in parts.values() if part is not None]
+                    metadata = {k: v for k, v in found[0].metadata.items() if k not in ("part_of", "shard")}
+                    store.write(entry.key, entry.bounds[-1], found[0].columns, metadata, _rows(found))
+                for key in keys.values():
+                    with suppress(OSError):
+                        store.remove(key)
+        for key in keys.values():
+            store.release(key)
+    return sorted(missing)
+
+
+def _rows(parts: Sequence[CacheEntry]) -> Iterator[list[bytes]]:
+    """Yield the rows of entries in order, as `Store.write` takes them."""
+    sizes = [column.nbytes for column in parts[0].columns]
+    step = max(1, BLOCK_BYTES // sum(sizes))
+    for part in parts:
+        with ExitStack() as stack:
+            files = [stack.enter_context(part.file(i).open("rb")) for i in range(len(sizes))]
+            for start in range(0, part.rows, step):
+                n = min(step, part.rows - start)
+                yield [file.read(n * size) for file, size in zip(files, sizes, strict=True)]
