@@ -22,7 +22,7 @@ from msgspec import DecodeError, Struct, convert, structs, to_builtins
 
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange
-from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split, digests_of, full_split
+from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split, full_split
 from tlcli.device import setup_process
 from tlcli.engine.activations import load_workload
 from tlcli.engine.decisions import Decisions
@@ -109,13 +109,14 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
     for source in inputs.sources():
         split, n_batches = source.batches.split, len(source.batches)
         bounds = [min(len(split), i * n_batches // shards * source.batches.batch_size) for i in range(shards + 1)]
-        fingerprint, offsets = split.fingerprint(), []
+        fingerprint, offsets = split.fingerprint(), list[int]()
+        digests = split.images.digests(split.indices, reporter)
         listing = store.plans / f"{fingerprint}.jsonl"
         with (temp := listing.with_name(f".{file.name}.{len(entries)}")).open("wb") as lines:
             for start, stop in pairwise(bounds):
                 offsets.append(lines.tell())
-                for i in split.indices[start:stop].tolist():
-                    lines.write(json.dumps([split.images.key(i), split.images.digest(i).hex()]).encode() + b"\n")
+                for i in range(start, stop):
+                    lines.write(json.dumps([split.key(i), digests[i].tobytes().hex()]).encode() + b"\n")
         temp.replace(listing)
         root = str(split.images.root.absolute()) if type(split.images) is ImageFiles else None
         facts = str(source.metadata["split"]), source.view, fingerprint, root, tuple(bounds), tuple(offsets)
@@ -198,25 +199,24 @@ def _images_of(plan: Plan, entry: PlannedEntry, shard: int, store: Store) -> Spl
         raise TlcliError(f"{error.filename}: cannot be read; write the plan again with --shards") from error
     keys, digests = [key for key, _ in rows], [digest for _, digest in rows]
     images: ImageSource = ImageFiles(Path(entry.root or ""), keys, plan.value_range)
-    places = [(images, i) for i in range(len(keys))]
     if entry.root is None:
-        by_key: dict[str, tuple[ImageSource, int] | None] = dict.fromkeys(keys)
+        wanted, places = set(keys), dict[str, tuple[ImageSource, int]]()
         for split in _splits(json.dumps(plan.spec)):
             if isinstance(split.images, ImageFiles):
                 split.images.value_range = plan.value_range
-            for i in split.indices.tolist():
-                if (key := split.images.key(i)) in by_key:
-                    by_key[key] = split.images, i
-        places = [place for place in by_key.values() if place is not None]
-    if [digest.hex() for digest in digests_of(places, Reporter())] != digests:
+            named = ((split.images.key(i), i) for i in split.indices.tolist())
+            places |= {key: (split.images, i) for key, i in named if key in wanted}
+        if lost := wanted - places.keys():
+            raise TlcliError(f"{min(lost)}: no such image, but the plan has it; write it again with --shards")
+        found = (places[key] for key in keys)
+        parts = [(source, np.array([i for _, i in part])) for source, part in groupby(found, lambda place: place[0])]
+        images = ConcatSplits({str(n): Split(source, i, np.zeros_like(i)) for n, (source, i) in enumerate(parts)})
+    images.memory = MemoryBudget(0)  # it decodes in threads, and keeps nothing
+    if images.digests(np.arange(len(images)), Reporter()).tobytes().hex() != "".join(digests):
         raise TlcliError(
             f"shard {shard}: images from {keys[0]} to {keys[-1]} have changed since the plan was written: write it "
             "again with --shards"
         )
-    if entry.root is None:
-        parts = [(source, np.array([i for _, i in part])) for source, part in groupby(places, lambda place: place[0])]
-        images = ConcatSplits({str(n): Split(source, i, np.zeros_like(i)) for n, (source, i) in enumerate(parts)})
-    images.memory = MemoryBudget(0)  # it decodes in threads, and keeps nothing
     return full_split(images, [0] * len(keys))
 
 

@@ -57,8 +57,12 @@ if hasattr(os, "register_at_fork"):
 @atexit.register
 def release_entries() -> None:
     """Hold no entry any longer."""
-    while _held:
-        mark = _held.popitem()[1]
+    for folder in list(_held):
+        _release(folder)
+
+
+def _release(folder: Path) -> None:
+    if mark := _held.pop(folder, None):
         heartbeat.drop(mark)
         with suppress(OSError):
             mark.unlink()
@@ -226,8 +230,7 @@ class Store:
 
     def release(self, key: str) -> None:
         """Let other processes evict an entry that this one has found."""
-        if held := _held.pop(self._lock_file(self._folder(key), "use"), None):
-            held.__exit__(None, None, None)
+        _release(self._folder(key))
 
     def entries(self) -> list[CacheEntry]:
         """Return all complete entries, the most recently used first, without reading their columns."""
