@@ -1,5 +1,7 @@
 """The study of a search: its first recipes, the values that it tries, and which trials it stops."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,58 +22,103 @@ SPEC = TuneSpec(
 DEFAULTS = {"optimizer.lr": 0.05, "augment": "trivial"}
 
 
-def study_of(*trials: dict[str, Any], current: dict[str, Any] | None = None, minimize: bool = False) -> Study:
-    return Study(SPEC, DEFAULTS, trials, current, seed=0, minimize=minimize)
+@pytest.fixture
+def study_of(tmp_path: Path) -> Callable[..., Study]:
+    """study_of(): the study in one file, as each worker opens it."""
+    return lambda minimize=False: Study(SPEC, DEFAULTS, tmp_path / "study.journal", seed=0, minimize=minimize)
 
 
-def test_the_first_recipes_are_the_defaults_and_those_given() -> None:
+def recipe_of(trial: Any) -> dict[str, Any]:
+    return trial.user_attrs["recipe"]
+
+
+def test_the_first_recipes_are_the_defaults_and_those_given(study_of: Callable[..., Study]) -> None:
     study = study_of()
-    recipes = [study.recipe(study.next_trial()) for _ in range(12)]
+    recipes = [recipe_of(study.next_trial("a")) for _ in range(12)]
     assert recipes[:2] == [DEFAULTS, {**DEFAULTS, "augment": "none"}]
     assert {recipe["augment"] for recipe in recipes[2:]} == {"basic", "none", "trivial"}
     assert all(1e-4 <= recipe["optimizer.lr"] <= 0.05 for recipe in recipes[2:])
 
 
-def test_it_continues_with_the_trial_that_was_interrupted() -> None:
-    done = {"status": "done", "value": 0.5, "recipe": DEFAULTS, "reports": {"50": 0.4}}
-    stopped = {"status": "stopped", "value": None, "recipe": DEFAULTS, "reports": {"50": 0.1}}
-    failed = {"status": "failed", "value": None, "recipe": DEFAULTS, "reports": {}}
-    current = {"optimizer.lr": 0.001, "augment": "basic"}
-    study = study_of(done, stopped, failed, current=current)
-    trial = study.next_trial()
-    assert (trial.number, study.recipe(trial)) == (3, current)
-    study = study_of(done)
-    trial = study.next_trial()
-    assert (trial.number, study.recipe(trial)) == (1, {**DEFAULTS, "augment": "none"})
+def test_workers_share_numbers_and_draw_different_recipes(study_of: Callable[..., Study]) -> None:
+    workers = [study_of(), study_of(), study_of()]
+    trials = [worker.next_trial(str(i)) for _ in range(4) for i, worker in enumerate(workers)]
+    assert [trial.number for trial in trials] == list(range(12))
+    assert len({recipe_of(trial)["optimizer.lr"] for trial in trials[2:]}) == 10
+    assert all(study.running() == {i: str(i % 3) for i in range(12)} for study in workers)
+
+
+def test_it_continues_with_the_trial_that_was_interrupted(study_of: Callable[..., Study]) -> None:
+    study = study_of()
+    for status, value in (("done", 0.5), ("stopped", None), ("failed", None)):
+        assert study.tell(study.next_trial("a").number, value, status, seconds=2.0, error="why")
+    trial = study.next_trial("a")
+    study.put_back(trial.number)
+    study = study_of()
+    again = study.next_trial("b")
+    assert (again.number, recipe_of(again)) == (3, recipe_of(trial))
+    assert study.running() == {3: "b"}
+    trials = study.ended()
+    assert [(t["name"], t["status"], t["value"]) for t in trials] == [
+        ("0", "done", 0.5),
+        ("1", "stopped", None),
+        ("2", "failed", None),
+    ]
+    assert trials[0]["recipe"] == DEFAULTS and trials[0]["seconds"] == 2.0 and trials[2]["error"] == "why"
+
+
+@pytest.mark.parametrize("n_before", [0, 5])
+def test_a_lost_trial_is_queued_again_under_another_number(study_of: Callable[..., Study], n_before: int) -> None:
+    study, other = study_of(), study_of()
+    for _ in range(n_before):
+        study.tell(study.next_trial("a").number, 0.5, "done")
+    lost = study.next_trial("a")
+    assert other.tell(lost.number, None, "lost")
+    assert not study.tell(lost.number, 0.9, "done"), "its worker was only suspended"
+    study.put_back(lost.number)
+    trials = [other.next_trial("b") for _ in range(2)]
+    again = [trial for trial in trials if recipe_of(trial) == recipe_of(lost)]
+    assert len(again) == 1 and again[0].number > lost.number
+    assert other.ended()[n_before]["status"] == "lost" and other.ended()[n_before]["value"] is None
+    assert lost.number not in study.running()
+
+
+def test_a_damaged_journal_is_named(study_of: Callable[..., Study], tmp_path: Path) -> None:
+    study_of().next_trial("a")
+    file = tmp_path / "study.journal"
+    file.write_text("{]\n" + file.read_text())
+    with pytest.raises(UsageError, match=r"study\.journal: damaged"):
+        study_of()
 
 
 @pytest.mark.parametrize("minimize", [False, True])
-def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(minimize: bool) -> None:
+def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(
+    study_of: Callable[..., Study], minimize: bool
+) -> None:
     study, sign = study_of(minimize=minimize), -1 if minimize else 1
     for i in range(STARTUP_TRIALS + 1):
-        trial = study.next_trial()
-        study.recipe(trial)
+        trial = study.next_trial("a")
         is_last = i == STARTUP_TRIALS
         for percent in range(10, 100, 10):
             trial.report(sign * (0.1 if is_last else 0.5 + 0.1 * i), percent)
             assert trial.should_prune() == (is_last and percent >= WARMUP_PERCENT), percent
             if trial.should_prune():
                 break
-        study.tell(trial, None if is_last else sign * 0.5, "stopped" if is_last else "done")
+        study.tell(trial.number, None if is_last else sign * 0.5, "stopped" if is_last else "done")
 
 
-def test_importances_need_some_trials() -> None:
+def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:
     study = study_of()
     assert study.importances() == {}
     for _ in range(12):
-        trial = study.next_trial()
-        study.tell(trial, 0.9 if study.recipe(trial)["augment"] == "basic" else 0.1, "done")
+        trial = study.next_trial("a")
+        study.tell(trial.number, 0.9 if recipe_of(trial)["augment"] == "basic" else 0.1, "done")
     shares = study.importances()
     assert list(shares) == ["augment", "optimizer.lr"] and sum(shares.values()) == pytest.approx(1)
 
 
-def test_bounds_need_a_number() -> None:
+def test_bounds_need_a_number(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no number"):
-        Study(SPEC, {**DEFAULTS, "optimizer.lr": None}, [], None, seed=0, minimize=False)
+        Study(SPEC, {**DEFAULTS, "optimizer.lr": None}, tmp_path / "study.journal", seed=0, minimize=False)
     with pytest.raises(ValueError, match="low=0 must be below high=1, and above 0"):
         Bounds(0, 1, log=True)

@@ -1,8 +1,10 @@
 """A search for a better recipe: what is searched, the study, and the mean of the weights of the best recipes."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -72,27 +74,22 @@ def require_optuna() -> None:
 
 
 class Study:
-    """Optuna's study of a search: it suggests the recipe of the next trial, and stops one without hope."""
+    """Optuna's study of a search, which workers share through a file: the recipes of trials, and how they ended.
 
-    def __init__(
-        self,
-        spec: TuneSpec,
-        defaults: Mapping[str, Value],
-        trials: Sequence[Mapping[str, Any]],
-        current: Mapping[str, Value] | None,
-        *,
-        seed: int,
-        minimize: bool,
-    ) -> None:
-        """Start with the `trials` so far, as tune.json has them, then `current`, which was interrupted, if any.
+    A trial ends as `done`, `stopped` or `failed`, or as `lost` if its worker died; then it is queued again.
+    """
 
-        Then come the recipes of `spec.first`. `defaults` are the values of the keys in a run with default settings.
+    def __init__(self, spec: TuneSpec, defaults: Mapping[str, Value], file: Path, *, seed: int, minimize: bool) -> None:
+        """Open the study in `file`, or begin it there with the recipes of `spec.first`.
+
+        `defaults` are the values of the keys in a run with default settings. One worker at a time may do this.
         """
         import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
-        self._optuna = optuna
+        self._optuna, self._seed = optuna, seed
+        self._sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
         self._distributions: dict[str, Any] = {}
         for key, values in spec.space.items():
             default = defaults[key]
@@ -104,31 +101,28 @@ class Study:
             else:
                 choices = dict.fromkeys((default, *values))
                 self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))
-        self._study: optuna.Study = optuna.create_study(
-            direction="minimize" if minimize else "maximize",
-            sampler=sampler(seed=seed + len(trials)),
-            pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS, WARMUP_PERCENT),
-        )
-        for trial in trials:
-            self._study.add_trial(
-                optuna.trial.create_trial(
-                    state=self._state(trial["status"]),
-                    value=trial["value"],
-                    params=dict(trial["recipe"]),
-                    distributions=self._distributions,
-                    intermediate_values={int(percent): value for percent, value in trial["reports"].items()},
-                )
+        try:
+            backend = JournalFileBackend(str(file), JournalFileOpenLock(str(file)))
+            self._storage = optuna.storages.JournalStorage(backend)
+            self._study: optuna.Study = optuna.create_study(
+                storage=self._storage,
+                study_name="tlcli",
+                load_if_exists=True,
+                direction="minimize" if minimize else "maximize",
+                pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS, WARMUP_PERCENT),
             )
-        n_tried = len(trials) + (current is not None)
-        for recipe in (*([current] if current else []), *spec.first[n_tried:]):
+        except (ValueError, KeyError, TypeError, AssertionError) as exc:
+            raise UsageError(f"{file}: damaged ({type(exc).__name__}); start the search again") from exc
+        n_queued = len(self._study.get_trials(deepcopy=False))
+        for recipe in spec.first[n_queued:]:
             self._study.enqueue_trial({key: recipe.get(key, defaults[key]) for key in self._distributions})
 
-    def next_trial(self) -> "optuna.trial.Trial":
-        """Return a new trial."""
-        return self._study.ask()
-
-    def recipe(self, trial: "optuna.trial.Trial") -> dict[str, Value]:
-        """Return the values that a trial tries, by key."""
+    def next_trial(self, worker: str) -> "optuna.trial.Trial":
+        """Return a new trial of a worker. One worker at a time may do this."""
+        seed = self._seed + len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = self._sampler(seed=seed)  # no two workers draw the same
+        trial = self._study.ask()
+        trial.set_user_attr("worker", worker)
         recipe: dict[str, Value] = {}
         for key, values in self._distributions.items():
             if isinstance(values, self._optuna.distributions.FloatDistribution):
@@ -136,22 +130,58 @@ class Study:
                 recipe[key] = min(max(float(f"{number:.3g}"), values.low), values.high)
             else:
                 recipe[key] = trial.suggest_categorical(key, values.choices)
-        return recipe
+        trial.set_user_attr("recipe", recipe)
+        return trial
 
-    def tell(self, trial: "optuna.trial.Trial", value: float | None, status: str) -> None:
-        """Record how a trial ended: `done` with its validation metric, `stopped` or `failed`."""
-        self._study.tell(trial, value, state=self._state(status))
+    def tell(self, number: int, value: float | None, status: str, *, seconds: float = 0.0, error: str = "") -> bool:
+        """Record how a trial ended, if `done` with its validation metric. Return False if it was lost by then.
+
+        The recipe of a trial that is `lost` is queued as a new trial.
+        """
+        states = self._optuna.trial.TrialState
+        names = {"done": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL, "lost": states.FAIL}
+        trial = self._study.get_trials(deepcopy=False)[number]
+        try:
+            for key, attribute in (("status", status), ("seconds", seconds), ("error", error)):
+                self._storage.set_trial_user_attr(trial._trial_id, key, attribute)
+            self._study.tell(number, value, state=names[status])
+        except RuntimeError:  # another worker has ended it
+            return False
+        if status == "lost":
+            self._study.enqueue_trial({**trial.params, **trial.system_attrs.get("fixed_params", {})})
+        return True
+
+    def put_back(self, number: int) -> None:
+        """Queue a trial that was interrupted again, under its number."""
+        trial, waiting = self._study.get_trials(deepcopy=False)[number], self._optuna.trial.TrialState.WAITING
+        with suppress(RuntimeError):  # another worker has ended it
+            self._storage.set_trial_state_values(trial._trial_id, waiting)
+
+    def running(self) -> dict[int, str | None]:
+        """Return the worker of each trial that runs, by its number; None if it died before it could be recorded."""
+        trials = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,))
+        return {trial.number: trial.user_attrs.get("worker") for trial in trials}
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Return the trials that have ended, as tune.json has them."""
+        return [
+            {
+                "name": str(trial.number),
+                "value": trial.value if trial.user_attrs["status"] == "done" else None,
+                "recipe": {},
+                "reports": trial.intermediate_values,
+                **trial.user_attrs,  # worker, recipe, status, seconds and error
+            }
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state.is_finished()
+        ]
 
     def importances(self) -> dict[str, float]:
         """Return the share of each key in the variance of the metric (fANOVA, Hutter et al. 2014), highest first."""
-        done = self._study.get_trials(deepcopy=False, states=(self._state("done"),))
-        if len(done) <= STARTUP_TRIALS or len({trial.value for trial in done}) < 2:
+        done = [trial["value"] for trial in self.ended() if trial["value"] is not None]
+        if len(done) <= STARTUP_TRIALS or len(set(done)) < 2:
             return {}
         return dict(self._optuna.importance.get_param_importances(self._study))
-
-    def _state(self, status: str) -> Any:
-        states = self._optuna.trial.TrialState
-        return {"done": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL}[status]
 
 
 def mean_weights(runs: Sequence[RunDir]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def words(shapes: Path, space: list[str]) -> list[str]:
         "backbone=efficientnet_lite0",
         "device.precision=fp32",
     ]
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a file exists, or the process has ended."""
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.02)
 
 
 def jobs(folder: Path) -> dict[str, dict]:
@@ -137,16 +144,19 @@ def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith("trial 0"))
+        wait_for(folder / "1/run.json", process)
+        os.kill(process.pid, signal.SIGSTOP)
         ended = tlcli("tune", "--resume", str(folder))
         assert ended.code == 2 and "is still running it" in ended.err
-        os.kill(process.pid, signal.SIGKILL)  # in the next trial
+        os.kill(process.pid, signal.SIGKILL)
     spent = json.loads((folder / "tune.json").read_text())["seconds"]
     ended = tlcli("train", "--resume", str(folder))
     assert ended.code == 2 and f"tlcli tune --resume {folder}" in ended.err
     ended = tlcli("tune", "--resume", str(folder))
     assert ended.code == 0, ended.err
     state = json.loads((folder / "tune.json").read_text())
-    assert [trial["name"] for trial in state["trials"]] == ["0", "1", "2"]
+    statuses = [(trial["name"], trial["status"]) for trial in state["trials"]]
+    assert statuses == [("0", "done"), ("1", "lost"), ("2", "done"), ("3", "done")]
     assert state["seconds"] > spent
     ended = tlcli("tune", "--resume", str(folder))
     assert ended.code == 2 and "its budget is spent" in ended.err

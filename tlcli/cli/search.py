@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -18,36 +19,41 @@ from tlcli.cli import exit_status
 from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
-from tlcli.errors import StoppedError
+from tlcli.errors import StoppedError, TlcliError
 from tlcli.interrupts import defer_interrupts
-from tlcli.locks import host_digest
+from tlcli.locks import Lock, heartbeat, host_digest, observer
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import REFIT, RunDir, write_json
+from tlcli.runs.run_dir import REFIT, RunDir, read_json, write_json
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, shown_path
 
 if TYPE_CHECKING:
+    import optuna
+
     from tlcli.engine.session import Session
     from tlcli.tune import Study
 
 STATE_FILE = "tune.json"
+JOURNAL_FILE = "study.journal"  # of Optuna
 MEAN = "mean"  # name of the job with the mean of weights
 SAVE_SECONDS = 5.0  # between updates of the time spent, so that a search that is killed knows it
+WAIT_SECONDS = 1.0  # between two looks at the trials of other workers
 MARGIN = 1.1  # for what is estimated
 FINAL_SECONDS = 5.0  # of the end, besides evaluation
 MAX_FAILURES = 3  # in a row, after which the cause is not the recipe
+LOST = "its worker died; the recipe is queued again"
 
 
 class TrialReporter(TerminalReporter):
     """Writes a trial to its log and shows its bars alone. Raises StoppedError when its time is up or it is hopeless."""
 
     def __init__(
-        self, search: "Search", label: str, deadline: float, is_hopeless: Callable[[int, float], bool] | None
+        self, search: "Search", label: str, is_hopeless: Callable[[int, float], bool] | None = None, *, is_trial: bool
     ) -> None:
         super().__init__()
         self._screen.quiet = True
-        self._search, self._label, self._deadline, self._is_hopeless = search, label, deadline, is_hopeless
+        self._search, self._label, self._is_hopeless, self._is_trial = search, label, is_hopeless, is_trial
 
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
@@ -55,8 +61,8 @@ class TrialReporter(TerminalReporter):
 
             def advance_in_time(n: int) -> None:
                 advance(n)
-                self._search.tick()
-                if self._search.left < self._deadline:
+                self._search.tick(is_trial=self._is_trial)
+                if self._is_trial and self._search.left < self._search.deadline:
                     raise StoppedError("the time of the trials was up")
 
             yield advance_in_time
@@ -76,7 +82,13 @@ def words_of(recipe: Mapping[str, Any]) -> list[str]:
 
 
 class Search:
-    """A search in a folder. Its state is in tune.json, from which it can be resumed."""
+    """A search in a folder, as one of its workers sees it. It can be resumed from tune.json and study.journal.
+
+    Workers take turns, under a lock, to decide on the next trial and to do what comes after the trials. tune.json is
+    written under this lock alone. Each worker has a file, too, in which it records the time spent.
+    """
+
+    _study: "Study"  # once `run` has opened it
 
     def __init__(
         self,
@@ -87,84 +99,188 @@ class Search:
         session: "Session | None" = None,
     ) -> None:
         from tlcli.engine.session import session_for
-        from tlcli.tune import TuneSpec
 
         self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
         self._spent, self._saved = float(state["seconds"]), 0.0
-        self._spec = msgspec.convert(state["space"], TuneSpec)
-        self._config, self._base = self._compose(state["image"])
-        self.metric = self._base.keep_best.value
+        self.deadline = -math.inf  # seconds that must be left while trials run
+        self._lock, self._workers = Lock(folder / ".tune.lock"), folder / ".workers"
+        self._worker_file = self._workers / f"{token_hex(4)}.json"
+        self._trial: optuna.trial.Trial | None = None  # that runs here
+        self._shown: set[str] = set()  # trials whose line has been shown
+        self._read_space()
         self._session = session or session_for(self._base.cache)
 
     @property
     def left(self) -> float:
         """Seconds of the budget that are left."""
-        return float(self._state["budget"]) - self._spent - (time.monotonic() - self._start)
+        return float(self._state["budget"]) - self._spent_now()
 
     def save(self, status: str = "running") -> None:
-        """Write tune.json."""
-        spent = round(self._spent + time.monotonic() - self._start, 3)
+        """Write tune.json. The caller has the lock, or no other worker runs."""
+        spent = round(self._spent_now(), 3)
         self._state |= {"status": status, "seconds": spent, "pid": os.getpid(), "host": host_digest()}
         write_json(self.folder / STATE_FILE, self._state)
-        self._saved = time.monotonic()
 
-    def tick(self) -> None:
-        """Write tune.json if the last time was some seconds ago."""
+    def tick(self, *, is_trial: bool) -> None:
+        """Record the time spent and show what other workers did, if the last time was some seconds ago."""
         if time.monotonic() > self._saved + SAVE_SECONDS:
-            self.save()
+            self._sign()
+            self._read_trials()
+            if not is_trial:
+                self._check_lock()
 
     def run(self) -> None:
         """Try recipes while there is time, train the best ones again, average them, and test the result."""
-        self.save()
         data, network, budget = self._base.dataset.name, self._base.backbone.name, self._state["budget"]
         self.reporter.show(f"tlcli {__version__}: {data} -> {network}, a search of {duration_text(budget)}")
-        if self._state["members"] is None:
-            self._search_recipes()
-        final = self._finish()
-        self._state["best"] = final.path.relative_to(self.folder).as_posix()
-        if not os.path.lexists(self.folder / REFIT):
-            with suppress(OSError):  # a file system without links
-                (self.folder / REFIT).symlink_to(self._state["best"], target_is_directory=True)
-        self.save("done")
-        self._show(final, leaderboard.write(self.folder))
+        self._sign()
+        heartbeat.add(self._worker_file)
+        with self._lock.held():
+            self._open()
+        while self._state["best"] is None:
+            with self._lock.held():
+                self._catch_up()
+                self._decide()
+            if self._trial is not None:
+                self._run_trial(self._trial)
+            elif self._state["best"] is None:
+                time.sleep(WAIT_SECONDS)
+        self._sign_off()
+        self._show(RunDir(self.folder / self._state["best"]), leaderboard.read(self.folder))
+
+    def leave(self, status: str) -> bool:
+        """End this worker before the search ends; return True if another one may be running."""
+        if self._trial is not None:
+            self._study.put_back(self._trial.number)
+        has_others = self._sign_off()
+        if not has_others:
+            self._state = read_json(self.folder / STATE_FILE)
+            self.save(status)
+        return has_others
+
+    def _spent_now(self) -> float:
+        return self._spent + time.monotonic() - self._start
+
+    def _check_lock(self) -> None:
+        if not self._lock.owned():
+            raise TlcliError(f"{self.folder}: this worker was suspended, and another one took its place")
+
+    def _sign(self) -> None:
+        owner = {"host": host_digest(), "pid": os.getpid()}
+        write_json(self._worker_file, {**owner, "seconds": self._spent_now()})
+        self._saved = time.monotonic()
+
+    def _sign_off(self) -> bool:
+        """Remove the files of this worker and of dead ones; return True if another one may be running."""
+        heartbeat.drop(self._worker_file)
+        self._worker_file.unlink(missing_ok=True)
+        for file in self._workers.glob("*.json"):
+            if observer.is_alive(file) is False:
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty
+            self._workers.rmdir()
+        return self._workers.exists()
+
+    def _open(self) -> None:
+        """Read the state and open the study, which the first worker makes."""
+        from tlcli.tune import Study
+
+        self._state = read_json(self.folder / STATE_FILE)
+        self._read_space()
+        if self._state["defaults"] is None:
+            self._set_defaults()
+        file, minimize = self.folder / JOURNAL_FILE, self.metric == "loss"
+        self._study = Study(self._spec, self._state["defaults"], file, seed=self._base.seed, minimize=minimize)
+        self._shown = {trial["name"] for trial in self._study.ended()}
+
+    def _catch_up(self) -> None:
+        """Read what other workers did, and end the trials of those that died."""
+        self._state = read_json(self.folder / STATE_FILE)
+        for file in (self.folder / STATE_FILE, *self._workers.glob("*.json")):
+            with suppress(OSError, ValueError, KeyError):  # of a worker that has just ended
+                self._spent += max(0.0, read_json(file)["seconds"] - self._spent_now())
+        for number, worker in self._study.running().items():
+            if worker is None or observer.is_alive(self._workers / worker) is False:
+                job = self._job_of(str(number))
+                info = job.info if job.info_file.exists() else {}
+                if info.get("status") == "done":
+                    self._study.tell(number, info["best"][self.metric], "done")
+                else:
+                    self._study.tell(number, None, "lost", error=LOST)
+                    self._end_lost_job(str(number))
+        self._read_trials()
+        self.save()
+        leaderboard.write(self.folder)
+
+    def _read_trials(self) -> None:
+        """Read the trials that have ended, and show a line of each new one."""
+        self._state["trials"] = trials = self._study.ended()
+        values = [t["value"] for t in trials if t["value"] is not None]
+        for trial in trials:
+            if trial["name"] not in self._shown:
+                text = f"{trial['status']}: {trial['error']}"
+                if trial["value"] is not None:
+                    best = (min if self.metric == "loss" else max)(values)
+                    text = f"validation {self.metric} {trial['value']:.4f}, best {best:.4f}"
+                defaults = self._state["defaults"]
+                changes = [f"{key}={value}" for key, value in trial["recipe"].items() if value != defaults[key]]
+                title, left = " ".join(changes) or "default settings", duration_text(max(0.0, self.left))
+                self.reporter.show(f"trial {trial['name']}  {title}: {text}; {left} left")
+                self._shown.add(trial["name"])
+        if values:
+            self.deadline = self._reserve(1)
+
+    def _job_of(self, name: str) -> RunDir:
+        return RunDir(self.folder / name / (REFIT if self._base.folds else ""))
+
+    def _end_lost_job(self, name: str) -> None:
+        for file in (self.folder / name).rglob("run.json"):
+            RunDir(file.parent).end("failed", LOST)
+
+    def _decide(self) -> None:
+        """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
+        n_running, n_members = len(self._study.running()), self._state["n_members"] or self._spec.average
+        if self._state["members"] is None and self._has_time(min(n_members, len(self._ranked()) + n_running + 1)):
+            self._trial = self._study.next_trial(self._worker_file.name)
+        elif n_running == 0 and (self._state["members"] is not None or self._choose(n_members)):
+            final = self._finish()
+            self._state["best"] = final.path.relative_to(self.folder).as_posix()
+            if not os.path.lexists(self.folder / REFIT):
+                with suppress(OSError):  # a file system without links
+                    (self.folder / REFIT).symlink_to(self._state["best"], target_is_directory=True)
+            self.save("done")
+            leaderboard.write(self.folder)
+
+    def _choose(self, n_members: int) -> bool:
+        """Choose the recipes whose weights are averaged; return False if fewer of them leave time for a trial."""
+        from tlcli.tune import choose_members
+
+        ranked = self._ranked()
+        if self._base.folds is not None:
+            members = ranked[:1]
+        else:
+            reader = load_spec(ranked[0])
+            members = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
+            if len(members) < n_members and self._has_time(len(members)):
+                self._state["n_members"] = len(members)
+                self.save()
+                return False
+        self._state["importances"] = self._study.importances()
+        self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
+        self.save()
+        return True
+
+    def _read_space(self) -> None:
+        from tlcli.tune import TuneSpec
+
+        self._spec = msgspec.convert(self._state["space"], TuneSpec)
+        self._config, self._base = self._compose(self._state["image"])
+        self.metric = self._base.keep_best.value
 
     def _compose(self, words: list[str]) -> tuple[Any, TrainSpec]:
         flags = parse_flags([*self._state["words"], *words])
         config, _ = compose_config(flags)
         return config, build_spec(config, flags.files)
-
-    def _search_recipes(self) -> None:
-        """Run trials while there is time, and choose the recipes whose weights are averaged."""
-        from tlcli.tune import Study, choose_members
-
-        if self._state["defaults"] is None:
-            self._set_defaults()
-        trials = self._state["trials"]
-        study = Study(
-            self._spec,
-            self._state["defaults"],
-            trials,
-            self._state["current"],
-            seed=self._base.seed,
-            minimize=self.metric == "loss",
-        )
-        n_members = self._spec.average
-        while True:
-            while not trials or self._has_time(min(n_members, len(self._ranked()) + 1)):
-                self._run_trial(study)
-                leaderboard.write(self.folder)
-            ranked = self._ranked()
-            if self._base.folds is not None:
-                members = ranked[:1]
-                break
-            reader = load_spec(ranked[0])
-            members = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
-            if len(members) >= n_members or not self._has_time(len(members)):
-                break
-            n_members = len(members)  # which leaves time for another trial
-        self._state["importances"] = study.importances()
-        self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
-        self.save()
 
     def _set_defaults(self) -> None:
         """Choose the image of all trials, which the mean of weights needs, and the values that the space has."""
@@ -198,7 +314,7 @@ class Search:
         """Return the finished trials, the best first."""
         done = [trial for trial in self._state["trials"] if trial["value"] is not None]
         done.sort(key=lambda trial: trial["value"], reverse=self.metric != "loss")
-        return [RunDir(self.folder / trial["name"] / (REFIT if self._base.folds else "")) for trial in done]
+        return [self._job_of(trial["name"]) for trial in done]
 
     def _trial_of(self, run: RunDir) -> dict[str, Any]:
         trial: dict[str, Any] = next(t for t in self._state["trials"] if t["name"] == run.path.name)
@@ -236,51 +352,37 @@ class Search:
 
     def _has_time(self, n_members: int) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""
-        limit, n = self._spec.trials, len(self._state["trials"])
-        if not self._spec.space:
-            limit = 1
-        return (limit is None or n < limit) and self.left > MARGIN * self._cost() + self._reserve(n_members)
+        limit = self._spec.trials if self._spec.space else 1
+        n = sum(t["status"] != "lost" for t in self._state["trials"]) + len(self._study.running())
+        is_first = n == 0
+        has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(n_members)
+        return has_time and (limit is None or n < limit)
 
-    def _run_trial(self, study: "Study") -> None:
-        """Train the next recipe, and record how it ended. Raise the error of the first one, or of several in a row."""
-        trials, trial = self._state["trials"], study.next_trial()
-        recipe, name = study.recipe(trial), str(trial.number)
-        self._state["current"] = recipe
-        self.save()
+    def _run_trial(self, trial: "optuna.trial.Trial") -> None:
+        """Train a recipe, and record how it ended. Raise the error of the first trial, or of several in a row."""
+        recipe, name = trial.user_attrs["recipe"], str(trial.number)
         words = [*self._state["image"], *words_of(recipe)]
         if self._state["val_fraction"] is not None:
             words.append(f"dataset.val_fraction={self._state['val_fraction']}")
-        reports: dict[int, float] = {}
 
         def is_hopeless(percent: int, value: float) -> bool:
-            reports[percent] = value
             trial.report(value, percent)
             return trial.should_prune()
 
-        deadline = self._reserve(1) if self._ranked() else -math.inf
-        reporter = TrialReporter(self, f"trial {name}", deadline, None if self._base.folds else is_hopeless)
+        reporter = TrialReporter(self, f"trial {name}", None if self._base.folds else is_hopeless, is_trial=True)
         start, value, status, error = self.left, None, "done", ""
         try:
             value = float(self._train(name, words, reporter).info["best"][self.metric])
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
-            last = [t["status"] for t in trials[1 - MAX_FAILURES :]]
-            if not trials or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
+            last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][1 - MAX_FAILURES :]
+            if not last or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
                 raise
         with defer_interrupts:
-            study.tell(trial, value, status)
-            record = {"name": name, "status": status, "value": value, "recipe": recipe, "seconds": start - self.left}
-            trials.append({**record, "reports": reports})
-            self._state["current"] = None
-            self.save()
-        values = [t["value"] for t in trials if t["value"] is not None]
-        best = (min if self.metric == "loss" else max)(values)
-        text = f"{status}: {error}"
-        if value is not None:
-            text = f"validation {self.metric} {value:.4f}, best {best:.4f}"
-        changes = [f"{key}={value}" for key, value in recipe.items() if value != self._state["defaults"][key]]
-        title = " ".join(changes) or "default settings"
-        self.reporter.show(f"trial {name}  {title}: {text}; {duration_text(max(0.0, self.left))} left")
+            is_told = self._study.tell(trial.number, value, status, seconds=start - self.left, error=error)
+            self._trial = None
+        if not is_told:
+            self._end_lost_job(name)
 
     def _train(self, name: str, words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
@@ -316,19 +418,20 @@ class Search:
                 words = [*self._state["image"], *words_of(self._trial_of(run)["recipe"])]
                 if self._base.interpolate is None:
                     words.append("interpolate=1")  # the mean has the same effect, and no first fit is needed
-                reporter = TrialReporter(self, label, -math.inf, None)
+                reporter = TrialReporter(self, label, is_trial=False)
                 refits.append(self._train(f"refit-{run.path.name}", words, reporter))
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
             average_runs(refits or members, final, validation)
         spec = load_spec(final)
         test = self._session.dataset(spec.dataset, spec.seed, self.reporter, spec.folds).test
+        self._check_lock()
         if len(test) and not final.test_file.exists():
             add_test(final.path, spec, self._session, self.reporter)
         return RunDir(final.path)
 
     def _show(self, final: RunDir, board: Mapping[str, Any]) -> None:
         trials, info = self._state["trials"], final.info
-        counts = {s: sum(trial["status"] == s for trial in trials) for s in ("done", "stopped", "failed")}
+        counts = {s: sum(trial["status"] == s for trial in trials) for s in ("done", "stopped", "failed", "lost")}
         validation = f"{self.metric} {info['best'][self.metric]:.4f}, chosen as the best of {counts['done']} trials"
         test = "no test split"
         if info.get("test"):

@@ -1,10 +1,16 @@
 """`tlcli tune`: search for a better recipe within a time budget."""
 
+import argparse
 import os
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +22,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.job import check
-from tlcli.cli.parser import Parser
+from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import check_not_running
 from tlcli.cli.search import STATE_FILE, Search
@@ -32,6 +38,7 @@ from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 if TYPE_CHECKING:
     from tlcli.tune import TuneSpec
 
+SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 RANK_RUNS = 4  # in the budget, at least, for other backbones to be tried: they take longer
@@ -49,7 +56,9 @@ def parser() -> Parser:
         [
             "tlcli tune dataset=imagefolder dataset.root=photos budget=10m",
             "tlcli tune dataset=imagefolder dataset.root=photos budget=90s tune=quick",
+            "tlcli tune dataset=imagefolder dataset.root=photos budget=10m --workers 4",
             "tlcli tune --resume outputs/DATE/TIME",
+            "tlcli tune --join outputs/DATE/TIME",
         ],
     )
     tune_parser.add_argument(
@@ -60,33 +69,82 @@ def parser() -> Parser:
         "--config-dir); the other words are those of `tlcli train`, and keys that they set are not searched",
     )
     tune_parser.add_config_dir()
-    tune_parser.add_argument("--resume", metavar="SWEEP", help="continue a search with the rest of its budget")
+    tune_parser.add_argument(
+        "--workers", type=whole_number, default=1, metavar="N", help="run N trials at a time here, each in a process"
+    )
+    earlier = tune_parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", metavar="SWEEP", help="continue a search with the rest of its budget")
+    earlier.add_argument("--join", metavar="SWEEP", help="work on a search that runs, also from another machine")
     return tune_parser
 
 
 def run(argv: list[str]) -> int:
-    """Start a search or resume one; return the exit code."""
+    """Start a search, resume one or join one; return the exit code."""
     arguments, start = parser().parse_intermixed_args(argv), time.monotonic()
     with handle_signals():
-        if arguments.resume is None:
+        if arguments.workers > 1:
+            with fast_imports():
+                from tlcli import device
+            device.PROCESS_THREADS = max(1, device.PROCESS_THREADS // arguments.workers)
+        if arguments.resume is None and arguments.join is None:
             search, made = _new_search(arguments.words, arguments.config_dir, start)
-        elif arguments.words:
-            raise UsageError(f"{arguments.words[0]}: a search is resumed as it was started; leave it out")
+            search.save()
         else:
-            search, made = _earlier_search(Path(arguments.resume).expanduser().absolute(), start), []
+            search, made = _earlier_search(arguments, start), []
         try:
-            search.run()
+            with _joiners(search.folder, arguments.workers - 1):
+                search.run()
         except BaseException as exc:
             if not any(search.folder.rglob("run.json")):
                 discard_folders(search.folder, made)
             if search.folder.exists():
-                search.save("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed")
+                has_others = search.leave("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed")
                 leaderboard.write(search.folder)
                 if isinstance(exc, KeyboardInterrupt):
-                    command = ["tlcli", "tune", "--resume", shown_path(search.folder)]
-                    exc.args = (f"resume with: {shlex.join(command)}",)
+                    flag, hint = "--resume", "resume with"
+                    if has_others:
+                        flag, hint = "--join", "other workers continue; join them with"
+                    exc.args = (f"{hint}: {shlex.join(['tlcli', 'tune', flag, shown_path(search.folder)])}",)
             raise
     return 0
+
+
+@contextmanager
+def _joiners(folder: Path, n: int) -> Iterator[None]:
+    """Run n more workers of a search beside the block. If it fails they stop, else they end with the search."""
+    import torch
+
+    from tlcli import device
+
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    command = [sys.executable, "-P", "-m", "tlcli", "tune", "--join", str(folder)]
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(n + 1))
+        processes = []
+        for i in range(1, n + 1):
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            own = {"OMP_NUM_THREADS": str(device.PROCESS_THREADS), "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the first worker shows the trials of all
+                stderr=errors,
+                process_group=0,  # a terminal's Ctrl-C reaches the first worker alone
+                env={**os.environ, **own},
+            )
+            processes.append((process, errors, pool.submit(process.wait)))  # else a killed one remains as a zombie
+        try:
+            yield
+        except BaseException:
+            for process, _, _ in processes:
+                process.terminate()
+            raise
+        for process, errors, end in processes:
+            if end.result() not in (0, 130, 143):
+                errors.seek(0)
+                reason = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+                code = f"ended with exit code {process.returncode}"
+                print(f"tlcli tune: worker {process.pid} {code}: {reason or 'it was killed'}", file=sys.stderr)
 
 
 def read_tune_spec(name: str, folder: Path | None) -> "TuneSpec":
@@ -175,7 +233,7 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
     folder = Path(str(OmegaConf.select(config, key))).absolute()
     folder, made = make_folder(folder, key if any(word.startswith(f"{key}=") for word in others) else None)
     state = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["tlcli", "tune", *([f"--config-dir={config_dir}"] if config_dir else []), *words]),
         "cwd": str(Path.cwd()),
         "budget": budget,
@@ -186,8 +244,8 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
         "space": msgspec.to_builtins(tune_spec.without(given)),
         "defaults": None,  # values of the keys of the space in a run with default settings
         "image": [],  # words that choose the image size and fit of all trials
-        "trials": [],
-        "current": None,  # the recipe of the trial that runs
+        "trials": [],  # that have ended; study.journal has all
+        "n_members": None,  # the most recipes that are averaged, if fewer than in the file of the space
         "members": None,  # trials whose recipes are averaged
         "importances": {},
         "best": None,
@@ -195,13 +253,22 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
     return Search(folder, state, start, reporter, session), made
 
 
-def _earlier_search(folder: Path, start: float) -> Search:
+def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
+    """Return the search of --resume or --join. Raise UsageError if it cannot be, or was started in another way."""
+    folder = Path(arguments.resume or arguments.join).expanduser().absolute()
     try:
         state = read_json(folder / STATE_FILE)
-        for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
-            with suppress(OSError, ValueError):
-                check_not_running(file.parent, read_json(file))
-        if state["best"] is not None:
+        if state["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(f"{folder}: was started by another version of tlcli; finish it with that one")
+        config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+        for word in [*config_dir, *arguments.words]:
+            if word not in shlex.split(state["command"]):
+                raise UsageError(f"{word}: a search continues as it was started; leave it out")
+        if arguments.resume:
+            for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
+                with suppress(OSError, ValueError):
+                    check_not_running(file.parent, read_json(file))
+        if arguments.resume and state["best"] is not None:
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
         os.chdir(state["cwd"])
         with fast_imports():
