@@ -51,7 +51,7 @@ def test_workers_share_numbers_and_draw_different_recipes(study_of: Callable[...
 def test_it_continues_with_the_trial_that_was_interrupted(study_of: Callable[..., Study]) -> None:
     study = study_of()
     for status, value in (("done", 0.5), ("stopped", None), ("failed", None)):
-        assert study.tell(study.next_trial("a").number, value, status, seconds=2.0, error="why")
+        assert study.tell(study.next_trial("a").number, value, status, seconds=2.0, error="why") == status
     trial = study.next_trial("a")
     study.put_back(trial.number)
     study = study_of()
@@ -73,8 +73,8 @@ def test_a_lost_trial_is_queued_again_under_another_number(study_of: Callable[..
     for _ in range(n_before):
         study.tell(study.next_trial("a").number, 0.5, "done")
     lost = study.next_trial("a")
-    assert other.tell(lost.number, None, "lost")
-    assert not study.tell(lost.number, 0.9, "done"), "its worker was only suspended"
+    assert other.tell(lost.number, None, "lost") == "lost"
+    assert study.tell(lost.number, 0.9, "done") == "lost", "its worker was only suspended"
     study.put_back(lost.number)
     trials = [other.next_trial("b") for _ in range(2)]
     again = [trial for trial in trials if recipe_of(trial) == recipe_of(lost)]

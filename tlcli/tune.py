@@ -133,8 +133,8 @@ class Study:
         trial.set_user_attr("recipe", recipe)
         return trial
 
-    def tell(self, number: int, value: float | None, status: str, *, seconds: float = 0.0, error: str = "") -> bool:
-        """Record how a trial ended, if `done` with its validation metric. Return False if it was lost by then.
+    def tell(self, number: int, value: float | None, status: str, *, seconds: float = 0.0, error: str = "") -> str:
+        """Record how a trial ended, if `done` with its validation metric. Return what another worker recorded, if any.
 
         The recipe of a trial that is `lost` is queued as a new trial.
         """
@@ -145,11 +145,11 @@ class Study:
             for key, attribute in (("status", status), ("seconds", seconds), ("error", error)):
                 self._storage.set_trial_user_attr(trial._trial_id, key, attribute)
             self._study.tell(number, value, state=names[status])
-        except RuntimeError:  # another worker has ended it
-            return False
+        except RuntimeError:  # it has ended
+            return str(trial.user_attrs["status"])
         if status == "lost":
             self._study.enqueue_trial({**trial.params, **trial.system_attrs.get("fixed_params", {})})
-        return True
+        return status
 
     def put_back(self, number: int) -> None:
         """Queue a trial that was interrupted again, under its number."""

@@ -140,7 +140,8 @@ class Search:
         while self._state["best"] is None:
             with self._lock.held():
                 self._catch_up()
-                self._decide()
+                if self._state["best"] is None:
+                    self._decide()
             if self._trial is not None:
                 self._run_trial(self._trial)
             elif self._state["best"] is None:
@@ -209,8 +210,9 @@ class Search:
                     self._study.tell(number, None, "lost", error=LOST)
                     self._end_lost_job(str(number))
         self._read_trials()
-        self.save()
-        leaderboard.write(self.folder)
+        if self._state["best"] is None:
+            self.save()
+            leaderboard.write(self.folder)
 
     def _read_trials(self) -> None:
         """Read the trials that have ended, and show a line of each new one."""
@@ -379,9 +381,9 @@ class Search:
             if not last or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
                 raise
         with defer_interrupts:
-            is_told = self._study.tell(trial.number, value, status, seconds=start - self.left, error=error)
+            status = self._study.tell(trial.number, value, status, seconds=start - self.left, error=error)
             self._trial = None
-        if not is_told:
+        if status == "lost":  # while this worker was suspended
             self._end_lost_job(name)
 
     def _train(self, name: str, words: list[str], reporter: TrialReporter) -> RunDir:

@@ -1,0 +1,185 @@
+"""Workers of one search: they share numbers, trials and time, and one takes over what another one left."""
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from tlcli import locks, tune
+from tlcli.cli import search
+from tlcli.cli.compose import compose_spec
+from tlcli.cli.search import LOST, STATE_FILE, Search
+from tlcli.cli.view import TerminalReporter
+from tlcli.errors import TlcliError
+from tlcli.runs.run_dir import RunDir, read_json, write_json
+
+N_TRIALS = 7
+SPACE = {
+    "overrides": [],
+    "val_fraction": 0.2,
+    "average": 2,
+    "trials": N_TRIALS,
+    "sampler": "random",
+    "first": [{}, {"augment": "none"}],
+    "sizes": [],
+    "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "augment": ["basic", "none"]},
+}
+STATE = {
+    "budget": 3600.0,
+    "seconds": 0.0,
+    "words": ["dataset=digits", "backbone=resnet18"],
+    "val_fraction": 0.2,
+    "space": SPACE,
+    "defaults": {"optimizer.lr": 0.001, "augment": "basic"},
+    "image": [],
+    "trials": [],
+    "n_members": None,
+    "members": None,
+    "importances": {},
+    "best": None,
+}
+
+
+class Worker(Search):
+    """A worker whose trainings take no time, and whose search ends with the first trial as the best."""
+
+    trained: list[tuple[int, str]]
+
+    def _train(self, name: str, words: list[str], reporter: Any) -> RunDir:
+        self.trained.append((id(self), name))
+        return job(self.folder / name, "done")
+
+    def _reserve(self, n_members: int) -> float:
+        return 10.0 * n_members
+
+    def _finish(self) -> RunDir:
+        self.trained.append((id(self), "test"))
+        return RunDir(self.folder / "0")
+
+    def _show(self, final: RunDir, board: Any) -> None:
+        pass
+
+
+def job(path: Path, status: str) -> RunDir:
+    run = RunDir(path)
+    run.start(command="tlcli train", overrides=[], config="")
+    run.update(status=status, keep_best="accuracy", best={"accuracy": 0.5, "epoch": 1}, n_train=1, n_val=1, epochs=1)
+    return run
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Worker]:
+    """worker(): another worker of one search."""
+    monkeypatch.setattr(search, "WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(search, "load_spec", lambda run: None)
+    monkeypatch.setattr(tune, "choose_members", lambda ranked, limit, *args: ranked[:limit])
+    config, spec = None, compose_spec(STATE["words"])
+    monkeypatch.setattr(Search, "_compose", lambda self, words: (config, spec))
+    write_json(tmp_path / STATE_FILE, STATE)
+    Worker.trained = []
+    return lambda: Worker(tmp_path, read_json(tmp_path / STATE_FILE), search.time.monotonic(), TerminalReporter())
+
+
+def trials(folder: Path) -> list[tuple[str, str]]:
+    return [(trial["name"], trial["status"]) for trial in read_json(folder / STATE_FILE)["trials"]]
+
+
+def test_workers_share_numbers_and_the_number_of_trials(
+    worker: Callable[[], Worker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers = [worker() for _ in range(3)]
+    threads = [Thread(target=one.run) for one in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(name for _, name in Worker.trained) == [*(str(i) for i in range(N_TRIALS)), "test"]
+    assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
+    state = read_json(tmp_path / STATE_FILE)
+    assert (state["status"], state["best"], len(state["members"])) == ("done", "0", 2)
+    assert not list(tmp_path.glob(".*")), "no lock and no file of a worker remains"
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
+    assert {lines.count(str(i)) for i in range(N_TRIALS)} <= {1, 2, 3}, "each worker shows a trial once"
+
+
+def begin(one: Worker) -> None:
+    """Start the first trial of a worker, which then does nothing more."""
+    one._sign()
+    with one._lock.held():
+        one._open()
+        one._catch_up()
+        one._decide()
+    assert one._trial is not None
+
+
+def test_the_time_is_that_of_the_worker_that_knows_most(worker: Callable[[], Worker]) -> None:
+    first, second = worker(), worker()
+    begin(first)
+    first._spent, first._saved = 3500.0, -10.0
+    first.tick(is_trial=True)
+    begin(second)
+    assert second.left < 110
+    assert second._has_time(1)
+    first._spent, first._saved = 3595.0, -10.0
+    first.tick(is_trial=True)
+    with second._lock.held():
+        second._catch_up()
+    assert 0 < second.left < 10 and not second._has_time(1)
+
+
+@pytest.mark.parametrize(("status", "told"), [(None, "lost"), ("running", "lost"), ("done", "done")])
+def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
+    worker: Callable[[], Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str | None, told: str
+) -> None:
+    dead, other = worker(), worker()
+    begin(dead)
+    run = job(tmp_path / "0", status) if status else None
+    now = [0.0]
+    monkeypatch.setattr(search, "observer", locks.Observer(lambda: now[0]))
+    monkeypatch.setattr(locks, "runs_on_this_machine", lambda owner: None)  # it is of another one
+    begin(other)
+    assert trials(tmp_path) == []
+    now[0] = locks.STALE_SECONDS
+    other._trial = None
+    other._study.put_back(1)
+    other.run()
+    again = [] if told == "done" else [(str(N_TRIALS), "done")]
+    assert trials(tmp_path) == [("0", told), *((str(i), "done") for i in range(1, N_TRIALS)), *again]
+    recipes = [trial["recipe"] for trial in read_json(tmp_path / STATE_FILE)["trials"]]
+    assert (recipes[0] in recipes[1:]) == (told == "lost")
+    if run:
+        error = LOST if told == "lost" else None
+        assert (RunDir(run.path).info["status"], RunDir(run.path).info.get("error")) == (
+            "failed" if error else "done",
+            error,
+        )
+    # it was only suspended
+    dead._run_trial(dead._trial)  # type: ignore[arg-type]
+    dead.run()
+    assert RunDir(tmp_path / "0").info["status"] == ("failed" if told == "lost" else "done")
+    assert trials(tmp_path)[0] == ("0", told)
+
+
+def test_a_worker_that_leaves_puts_its_trial_back(worker: Callable[[], Worker], tmp_path: Path) -> None:
+    first, second = worker(), worker()
+    begin(first)
+    begin(second)
+    assert first.leave("interrupted")
+    assert not second.leave("interrupted")
+    assert read_json(tmp_path / STATE_FILE)["status"] == "interrupted"
+    worker().run()
+    assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
+
+
+def test_one_that_lost_the_lock_stops(worker: Callable[[], Worker]) -> None:
+    first = worker()
+    begin(first)
+    first._saved = -10.0
+    with first._lock.held():
+        first.tick(is_trial=False)
+        first._saved = -10.0
+        first._lock.path.write_text("another one")
+        with pytest.raises(TlcliError, match="this worker was suspended"):
+            first.tick(is_trial=False)
