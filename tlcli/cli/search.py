@@ -106,6 +106,7 @@ class Search:
         self._lock, self._workers = Lock(folder / ".tune.lock"), folder / ".workers"
         self._worker_file = self._workers / f"{token_hex(4)}.json"
         self._trial: optuna.trial.Trial | None = None  # that runs here
+        self._n_running = 0  # trials, of all workers
         self._shown: set[str] = set()  # trials whose line has been shown
         self._read_space()
         self._session = session or session_for(self._base.cache)
@@ -209,6 +210,7 @@ class Search:
                 else:
                     self._study.tell(number, None, "lost", error=LOST)
                     self._end_lost_job(str(number))
+        self._n_running = len(self._study.running())  # before those that have ended: none is in neither
         self._read_trials()
         if self._state["best"] is None:
             self.save()
@@ -241,10 +243,10 @@ class Search:
 
     def _decide(self) -> None:
         """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
-        n_running, n_members = len(self._study.running()), self._state["n_members"] or self._spec.average
-        if self._state["members"] is None and self._has_time(min(n_members, len(self._ranked()) + n_running + 1)):
+        n_members = self._state["n_members"] or self._spec.average
+        if self._state["members"] is None and self._has_time(min(n_members, len(self._ranked()) + self._n_running + 1)):
             self._trial = self._study.next_trial(self._worker_file.name)
-        elif n_running == 0 and (self._state["members"] is not None or self._choose(n_members)):
+        elif self._n_running == 0 and (self._state["members"] is not None or self._choose(n_members)):
             final = self._finish()
             self._state["best"] = final.path.relative_to(self.folder).as_posix()
             if not os.path.lexists(self.folder / REFIT):
@@ -355,7 +357,7 @@ class Search:
     def _has_time(self, n_members: int) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""
         limit = self._spec.trials if self._spec.space else 1
-        n = sum(t["status"] != "lost" for t in self._state["trials"]) + len(self._study.running())
+        n = sum(t["status"] != "lost" for t in self._state["trials"]) + self._n_running
         is_first = n == 0
         has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(n_members)
         return has_time and (limit is None or n < limit)
