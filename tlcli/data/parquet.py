@@ -122,7 +122,7 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, *l
     code = {name: i for i, name in enumerate(names)}
     positions = np.array([code[str(value)] for value in values], dtype=np.int64)[np.concatenate(codes)]
     order = np.arange(len(positions), dtype=np.int64)
-    return source_of_shards(ParquetTable(root, files), splits, positions, names, order, *listing)
+    return source_of_shards(ParquetTable(root, files), splits, positions, names, order, (), *listing)
 
 
 def _class_names(path: Path, metadata: Mapping[bytes, bytes], column: str) -> list[str] | None:

@@ -140,10 +140,10 @@ def source_of_shards(
     labels: Ints,
     names: Sequence[str],
     order: Ints,
+    notes: tuple[str, ...],
     selected: Sequence[str] | None,
     for_training: bool,
     problems: list[str] | None,
-    notes: tuple[str, ...] = (),
 ) -> Source:
     """Return the images of a table, given the split of each shard and the position in `names` of each row's class.
 
@@ -219,7 +219,7 @@ def list_tars(root_text: str | None, *listing: Any, verify_all: bool) -> Source:
     by_class = positions_by_class(labels, len(code))
     rows = [row for part in by_class for row in sorted(part.tolist(), key=lambda row: table.members[row].split("/"))]
     order = np.array(rows, dtype=np.int64)
-    return source_of_shards(table, splits, labels, list(code), order, *listing, ignored_notes(ignored))
+    return source_of_shards(table, splits, labels, list(code), order, ignored_notes(ignored), *listing)
 
 
 def index_tar(path: Path) -> Index:
