@@ -30,7 +30,6 @@ from tlcli.data.listing import (
     EXTENSIONS,
     SINGLE_LABEL,
     SPLITS,
-    Names,
     check_classes,
     check_labels,
     is_visible,
@@ -39,7 +38,7 @@ from tlcli.data.listing import (
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file
 from tlcli.store import Store, cache_dir
-from tlcli.text import one_line
+from tlcli.text import Names, one_line
 
 MAX_LABEL_BYTES = 1000
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
