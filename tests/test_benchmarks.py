@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from benchmarks import (
     ranking,
     run,
     scaling,
+    shards,
     source_target,
     training,
     tutorial_job,
@@ -66,6 +68,7 @@ def test_the_table_of_source_and_target_has_a_row_per_run(
 
 
 PARTS = {extraction: 2, training: 2, cached: 5, tutorial_job: 2, scaling: 1, memory: 1, prediction: 2, photographs: 2}
+PARTS |= {shards: 1} if find_spec("ray") else {}
 
 
 @pytest.mark.parametrize(("benchmark", "rows"), PARTS.items())

@@ -1,18 +1,26 @@
 """Entries that are filled in shards equal those of one process, and no shard reads more than its own images."""
 
+import os
 import random
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import Compose, make_folder
+from tests.conftest import Compose, finish, make_folder
+from tlcli import fill
+from tlcli.cli import main
 from tlcli.engine import activations, extraction
 from tlcli.engine.session import Session
 from tlcli.errors import TlcliError, UsageError
-from tlcli.fill import Plan, complete, fill_shard, plan_file, read_plan, write_plan
+from tlcli.fill import Plan, complete, fill_shard, plan_file, read_plan, run_shards, write_plan
 from tlcli.reporter import Reporter
+from tlcli.runs.run_dir import read_json
 from tlcli.specs import TrainSpec
 from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
@@ -144,3 +152,71 @@ def test_room_is_checked_for_the_shards_and_the_entry(make_spec: Callable[..., T
     nbytes = sum(s.nbytes for s in load_inputs(spec, Session(Store(tmp_path), 0), Reporter(), NewRun()).sources())
     with pytest.raises(UsageError, match="have no room"):
         write_plan(spec, 2, Session(Store(tmp_path / "small", 1.2 * nbytes / 1e9), 0), Reporter())
+
+
+def fill_or_die(file: Path, shard: int, max_gb: float) -> tuple[int, float]:
+    """Fill a shard; the process that is the first to fill shard 1 is killed after its first batch."""
+    log = file.with_suffix(".log")
+    with log.open("a") as lines:
+        lines.write(f"{shard}\n")
+    if shard == 1 and log.read_text().split().count("1") == 1:
+        extract, calls = extraction.Extractor.__call__, count()
+
+        def die(self: extraction.Extractor, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return extract(self, images)
+
+        extraction.Extractor.__call__ = die  # type: ignore[method-assign]
+    return fill_shard(file, shard, max_gb)
+
+
+@pytest.mark.slow
+def test_a_killed_ray_worker_costs_its_shard_and_no_more(
+    planned, make_spec: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two nodes of one core each."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    one = Session(Store(tmp_path / "one"), 0)
+    inputs = load_inputs(make_spec(), one, Reporter(), NewRun())
+    for name in sorted(inputs.cached):
+        inputs.open(name, Reporter())
+    file, plan, store = planned(2)
+    monkeypatch.setattr(fill, "fill_shard", fill_or_die)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        rows = dict(run_shards(file, [0, 1], store, Reporter(), on_ray=True))
+    finally:
+        cluster.shutdown()
+    assert sorted(file.with_suffix(".log").read_text().split()) == ["0", "1", "1"]
+    assert {shard: result[0] for shard, result in rows.items()} == {
+        shard: sum(e.bounds[shard + 1] - e.bounds[shard] for e in plan.entries) for shard in (0, 1)
+    }
+    assert complete(plan, store) == []
+    assert bytes_of(store) == bytes_of(one.store)
+
+
+@pytest.mark.slow
+def test_a_run_reads_what_an_array_job_has_filled(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["dataset=imagefolder", "dataset.root=photos", "backbone.weights=none", "image.size=32", "epochs=1"]
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "own cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", "fill", *words, "--shards", "3", "--engine", "slurm"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2\n" in script
+    for shard in (2, 0, 1):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(shard)}
+        done = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+    assert f"tlcli train {' '.join(words)} freeze=head" in done.stdout
+    monkeypatch.setattr(activations.SplitActivations, "_extract", lambda *args: pytest.fail("a run extracts"))
+    run = finish(tmp_path / "run", *words, "freeze=head")
+    info = read_json(run / "run.json")
+    assert info["extraction"] is None
+    keys = {key for keys in info["cache"]["entries"].values() for key in keys}
+    assert keys == {entry.key for entry in Store(tmp_path / "own cache").entries()}
