@@ -1,9 +1,9 @@
 """Extraction on a cluster: python -m benchmarks.shards DATA [--small]
 
-Images per second of `tlcli cache fill --engine ray` on two Ray nodes of one core each, against one such node, on images
-of CIFAR-10 with EfficientNet-Lite0 in float32 and a cold cache. Each node is bound to a core of its own. The start of the
-cluster and the plan are not counted; the start of the workers, and writing the entries, are. It needs a machine with two
-idle cores.
+Images per second of `tlcli cache fill --engine ray` on two Ray nodes of one core each, against one such node, on
+images of CIFAR-10 with EfficientNet-Lite0 in float32 and a cold cache. Each node is bound to a core of its own. The
+start of the cluster and the plan are not counted; the start of the workers, and writing the entries, are. It needs a
+machine with two idle cores.
 """
 
 import os

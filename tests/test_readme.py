@@ -134,7 +134,7 @@ def test_command_runs_after_training(
         words += SMALL
     if "--int8" in words:
         words.append("--force")  # one of few images is more than a point
-    if words[0] in ("data", "inspect"):
+    if words[0] in ("data", "inspect") or "fill" in words:
         words.append("image.size=32")
     if words[0] == "tune":  # one trial
         words += ["image.size=32", "min_steps=2", "min_epochs=1"]

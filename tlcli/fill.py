@@ -158,7 +158,7 @@ def fill_shard(file: Path, shard: int, max_gb: float, reporter: Reporter | None 
                     "or Pillow are not those of the plan: use the same ones, or write the plan again with --shards"
                 )
             batches = replace(source.batches, first=entry.bounds[shard])
-            metadata = {**source.metadata, "part_of": entry.key, "shard": f"{shard}/{plan.shards}"}
+            metadata = {**source.metadata, "part_of": entry.key, "shard": f"shard {shard}/{plan.shards}"}
             extractor = workload.extractor(cut, option, compiled=bool(plan.decisions.compiled))
             replace(source, key=key, batches=batches, metadata=metadata).entry(reporter or Reporter(), extractor)
             count += len(split)

@@ -34,7 +34,7 @@ COMMANDS = {
     "inspect": ("tlcli.cli.inspect", "show a network's stages, and what each freeze strategy costs"),
     "data": ("tlcli.cli.data_check", "find problems of a dataset: duplicates, labels, files, balance"),
     "doctor": ("tlcli.cli.doctor", "show versions, devices and free space, and what does not work"),
-    "cache": ("tlcli.cli.cache", "list or remove cached activations"),
+    "cache": ("tlcli.cli.cache", "list or remove cached activations, or fill them in shards"),
     "completion": ("tlcli.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 

@@ -221,7 +221,7 @@ def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
     rows = []
     for entry in entries:
         metadata, images, size = entry.metadata, f"{entry.rows:,}", size_text(entry.nbytes)
-        dataset = " ".join(str(metadata[name]) for name in ("dataset", "split") if name in metadata) or None
+        dataset = " ".join(str(metadata[name]) for name in ("dataset", "split", "shard") if name in metadata) or None
         minutes = max(0, round(time.time() - entry.used)) // 60
         used = f"{minutes}m" if minutes < 60 else f"{minutes // 60}h" if minutes < 2880 else f"{minutes // 1440}d"
         network = metadata.get("backbone"), metadata.get("at")
