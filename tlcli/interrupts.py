@@ -11,6 +11,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM was received. It is a KeyboardInterrupt, so that `except Exception` does not catch it."""
 
 
+class Preempted(Terminated):
+    """SIGUSR2 was received, with which submitit tells that its scheduler needs the machine: the job is queued again."""
+
+
 class _DeferInterrupts:
     """A block at whose end pending signals are raised. Blocks may be nested: the outermost one raises."""
 
@@ -51,6 +55,7 @@ defer_interrupts = _DeferInterrupts()  # for the main thread, where Python runs 
 def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
     """Raise KeyboardInterrupt for SIGINT, and Terminated for SIGTERM and SIGHUP, at the end of the present step.
 
+    Raise Preempted for SIGUSR2 if a handler of submitit is there, which is for the caller to call.
     With `ignore_later` they are ignored after the block: torchrun may send them to a process that is about to end.
     SIGHUP is left alone if it is ignored (nohup). A second SIGINT ends the process at once.
     """
@@ -69,14 +74,25 @@ def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
             return
         if received and number == signal.SIGINT:
             os._exit(130)
+        if received:  # the launcher of a sweep passes on what the terminal has sent
+            return
         received = True
-        defer_interrupts.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+        kinds = {signal.SIGINT: KeyboardInterrupt, preemption: Preempted}
+        defer_interrupts.interrupt(kinds.get(number, Terminated)())
 
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     numbers = {signal.SIGINT, signal.SIGTERM, hangup}
+    if (preemption := preemption_signal()) is not None:
+        numbers.add(preemption)
     previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if ignore_later else handler)
+
+
+def preemption_signal() -> int | None:
+    """Return the signal before a pre-emption, for which submitit has installed a handler; None if it has not."""
+    number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), None)
+    return number if number is not None and callable(signal.getsignal(number)) else None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.cli.conftest import finished, runs_in
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
+from tlcli.locks import heartbeat
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, read_json, rerun_command
 from tlcli.specs import TrainSpec
@@ -218,15 +220,58 @@ def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) ->
     assert "no job has a run.json" in ended.err
 
 
-def test_a_running_sweep_is_not_resumed(tlcli, training, tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", ["this machine", "another machine", "a machine that is down"])
+def test_a_job_that_still_runs_is_left_alone(owner: str, tlcli, training, tmp_path: Path, monkeypatch) -> None:
     training(finished)
-    tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
-    RunDir(tmp_path / "swept/1").update(status="running")  # by this process
-    before = (tmp_path / "swept/1/run.json").read_bytes()
+    tlcli("train", "-m", "seed=1,2,3", "hydra.sweep.dir=swept")
+    RunDir(tmp_path / "swept/0").update(status="failed")
+    running = RunDir(tmp_path / "swept/1")
+    running.update(status="running", **({} if owner == "this machine" else {"host": "another"}))
+    before, now, mtime = running.info_file.read_bytes(), 0.0, 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now, mtime
+        now, mtime = now + seconds, mtime + 1
+        if owner == "another machine":
+            os.utime(running.info_file, (mtime, mtime))  # whatever its clock says
+
+    monkeypatch.setattr("tlcli.locks.observer.clock", lambda: now)
+    monkeypatch.setattr("tlcli.locks.observer.sleep", sleep)
     ended = tlcli("train", "--resume", "swept")
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "swept/1: process" in ended.err and "is still running it; stop it first, or wait" in ended.err
-    assert (tmp_path / "swept/1/run.json").read_bytes() == before
+    if owner == "a machine that is down":
+        assert (ended.code, running.info["status"]) == (0, "running")
+        assert RunDir(running.path).info["status"] == "done"
+        assert 60 <= now < 65
+    else:
+        assert (ended.code, ended.err) == (
+            1,
+            "tlcli train: 1 of 3 jobs did not finish:\n  1  running: in another process\n",
+        )
+        assert "[1] seed=2: another process is running it" in ended.out
+        assert running.info_file.read_bytes() == before
+        assert now <= 2
+    assert RunDir(tmp_path / "swept/0").info["status"] == "done"
+    ended = tlcli("train", "--resume", "swept/1")
+    assert (
+        "nothing to resume" if owner == "a machine that is down" else "is still running it"
+    ) in ended.out + ended.err
+
+
+def test_run_json_is_touched_while_the_job_runs(tlcli, training, tmp_path: Path) -> None:
+    touched = []
+
+    def train(spec, run, reporter):
+        os.utime(run.info_file, (0, 0))
+        heartbeat.beat()
+        touched.append(run.info_file.stat().st_mtime > 0)
+        return finished(spec, run, reporter)
+
+    training(train)
+    assert tlcli("train", "hydra.run.dir=run").code == 0
+    os.utime(tmp_path / "run/run.json", (0, 0))
+    heartbeat.beat()
+    assert touched == [True]
+    assert (tmp_path / "run/run.json").stat().st_mtime == 0
 
 
 def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:

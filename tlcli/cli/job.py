@@ -1,10 +1,12 @@
 """Jobs of `tlcli train`: Hydra starts each one, and run.json records how it ended."""
 
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +26,12 @@ from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.launch import led_ranks
+from tlcli.cli.launchers import other_processes, running_jobs
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
 from tlcli.files import expand_user
+from tlcli.interrupts import Preempted, handle_signals, preemption_signal
+from tlcli.locks import heartbeat, observer
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
@@ -37,12 +42,15 @@ if TYPE_CHECKING:
     from tlcli.engine.session import Session
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+_session: "Session | None" = None  # of a process that a launcher has started, for all its jobs
+_is_interrupted = False  # such a process starts no job any longer
 
 
 class Command:
     """Hydra's task function: runs one job, with what the jobs of a command share.
 
-    `sweep` is the folder of a sweep, None for a single run, which has `spec`. With `resume`, jobs that are done stay.
+    `sweep` is the folder of a sweep, None for a single run, which has `spec`. A job that is in its directory already is
+    resumed; with `resume`, also one that is damaged. Launchers copy this object into other processes.
     A trial of a search has a `reporter`, and a `session` that it shares with others; its test images are not read.
     """
 
@@ -59,7 +67,7 @@ class Command:
     ) -> None:
         self.error: Exception | None = None
         self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
-        self._reporter, self._session = reporter, session
+        self._reporter, self._session, self._pid = reporter, session, os.getpid()
         self._owner: str | None = None  # the reason why the directory is not the job's own, if so
         self._output_subdir: str | None = None
 
@@ -83,19 +91,49 @@ class Command:
             config.hydra.overrides.hydra.append(f"hydra.{key}={value}")
         callbacks.on_multirun_start(config=config, config_name=name)
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
-        sweeper.sweep(arguments=_as_typed(config.hydra))
+        launcher = config.hydra.launcher._target_.rpartition(".")[2]
+        is_here = launcher == "BasicLauncher"
+        words = _as_typed(config.hydra)
+        with nullcontext() if is_here else other_processes(folder, words, is_joblib=launcher == "JoblibLauncher"):
+            sweeper.sweep(arguments=words)
         callbacks.on_multirun_end(config=config, config_name=name)
 
     def __call__(self, config: DictConfig) -> float | None:
         """Train, and return the validation metric that selected the epoch; None if the job failed.
 
-        A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
+        A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run. In a
+        process that a launcher has started, a signal is recorded, too, and the jobs after this one do not start.
         """
+        global _session, _is_interrupted
+        if self._pid == os.getpid():
+            return self._job(config)
+        if _is_interrupted:
+            return None
+        self._session = _session
+        try:
+            with handle_signals():
+                return self._job(config)
+        except Preempted:
+            number = preemption_signal()
+            if number is not None:
+                self._session = None  # submitit pickles this object for the job that it queues
+                signal.getsignal(number)(number, None)  # type: ignore[misc, operator]
+            raise
+        except KeyboardInterrupt:
+            if "SUBMITIT_EXECUTOR" in os.environ:
+                raise  # with a result the job would be done
+            _is_interrupted = True
+            return None
+        finally:
+            _session, self._session = self._session, None
+
+    def _job(self, config: DictConfig) -> float | None:
+        is_quiet = self._pid != os.getpid()
         job = HydraConfig.get()
         folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
         backbone = [word for word in overrides if word.startswith("backbone.name=")]
         reporter = self._reporter or TerminalReporter(
-            " ".join([f"backbone={job.runtime.choices['backbone']}", *backbone])
+            " ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]), quiet=is_quiet
         )
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
@@ -108,14 +146,17 @@ class Command:
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
+                if run.info_file in observer.living(running_jobs(run.path)):
+                    reporter.heading(f"{title}: another process is running it")
+                    return None
                 reporter.heading(title)
             return self._run(run, config, overrides, reporter, self._spec)
         except Exception as exc:
             self.error = exc
-            if self._sweep is not None:
+            if self._sweep is not None and not is_quiet:
                 print(f"[{job.job.num}] failed: {exit_status(exc)[1]}", file=sys.stderr, flush=True)
-                if not run.info_file.exists():
-                    raise  # the leaderboard will not list this job
+            if self._sweep is not None and not run.info_file.exists():
+                raise  # the leaderboard will not list this job
             return None
         finally:
             for listed in ([run.path.parent] if has_folds else []) + ([self._sweep] if self._sweep else []):
@@ -145,7 +186,7 @@ class Command:
                 for fold in range(spec.folds):
                     leaderboard.write(run.path.parent)  # it has the refit, which has started
                     part, own = RunDir(run.path.with_name(FOLD.format(fold))), config.copy()
-                    own.fold, earlier = fold, _earlier_value(part) if self._resume else None
+                    own.fold, earlier = fold, _earlier_value(part)
                     done = "" if earlier is None else f": done before, validation {earlier:.4f}"
                     reporter.heading(f"fold {fold + 1} of {spec.folds}{done}")
                     if earlier is None:
@@ -168,7 +209,7 @@ class Command:
         job = HydraConfig.get()
         if job.job.chdir:
             resolve_paths(config, Path(job.runtime.cwd))
-        resumed = self._resume and self._owner is None and run.info_file.exists()
+        resumed = self._owner is None and run.info_file.exists()
         if not resumed:
             try:
                 text = OmegaConf.to_yaml(config, resolve=True)
@@ -202,7 +243,7 @@ class Command:
                 owner: tuple[str, ...] = ()
                 with suppress(UsageError):
                     owner = strings(run.info.get("overrides"))[: len(overrides)]  # as typed
-                if self._resume and owner in ((), tuple(overrides)):
+                if owner == tuple(overrides) or (self._resume and not owner):
                     break
                 error = error or f"{path.name} is the directory of the job {' '.join(owner) or 'that started before'}"
         return run, error
@@ -223,7 +264,8 @@ def _as_typed(hydra: Any) -> list[str]:
 
 @contextmanager
 def record_status(run: RunDir) -> Iterator[None]:
-    """Write logs and warnings of the block to run.log, and its final status to run.json."""
+    """Write logs and warnings of the block to run.log, and its final status to run.json, which is touched meanwhile."""
+    heartbeat.add(run.info_file)
     handler = logging.FileHandler(run.log_file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
@@ -248,6 +290,7 @@ def record_status(run: RunDir) -> Iterator[None]:
             logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
+        heartbeat.drop(run.info_file)
     run.end("done")
 
 
@@ -259,7 +302,8 @@ def finish_sweep(folder: Path) -> int:
     if failed:
         print(f"tlcli train: {len(failed)} of {len(board['jobs'])} jobs did not finish:", file=sys.stderr)
     for job in failed:
-        print(f"  {job['name']}  {job['status']}: {job['error'] or 'no reason recorded'}", file=sys.stderr)
+        unknown = "in another process" if job["status"] == "running" else "no reason recorded"
+        print(f"  {job['name']}  {job['status']}: {job['error'] or unknown}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -14,11 +14,12 @@ from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, led_ranks, rank_and_size
+from tlcli.cli.launchers import running_jobs
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.locks import host_digest, runs_on_this_machine
+from tlcli.locks import observer, runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
 from tlcli.runs.run_dir import (
@@ -88,14 +89,16 @@ def _resume_sweep(path: Path) -> int:
             words = shlex.split(str(info.get("command")))
         except (UsageError, ValueError):
             continue  # damaged: this job starts again
-        check_not_running(file.parent, info)
         if words[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
             starts.append((RunDir(file.parent), info))
     if not starts:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
     run, info = starts[0]
     command, is_one_run = info["command"], has_folds(path)
+    living = _living_runs(path)
     if is_one_run:
+        for part in living:
+            raise _still_running(part.path, part.info)
         if run.path.name == REFIT and info["status"] == "done":
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
@@ -115,7 +118,22 @@ def _resume_sweep(path: Path) -> int:
 def check_not_running(path: Path, info: Mapping[str, Any]) -> None:
     """Raise UsageError if the process of a run still runs on this machine."""
     if info.get("status") == "running" and runs_on_this_machine(info):
-        raise UsageError(f"{path}: process {info.get('pid')} is still running it; stop it first, or wait")
+        raise _still_running(path, info)
+
+
+def _still_running(path: Path, info: Mapping[str, Any]) -> UsageError:
+    where = "" if runs_on_this_machine(info) else " of another machine"
+    return UsageError(f"{path}: process {info.get('pid')}{where} is still running it; stop it first, or wait")
+
+
+def _living_runs(path: Path) -> list[RunDir]:
+    """Return the runs at or under a folder that are still running, here or elsewhere. It takes up to 60 s to know."""
+    runs = [RunDir(file.parent) for file in running_jobs(path)]
+    if elsewhere := [run for run in runs if runs_on_this_machine(run.info) is None]:
+        names = ", ".join(run.path.name for run in elsewhere)
+        print(f"{names}: not of this machine; within 60 s it will be known if it still runs", flush=True)
+    living = observer.living([run.info_file for run in runs])
+    return [run for run in runs if run.info_file in living]
 
 
 def _resume_run(path: Path, overrides: Sequence[str]) -> int:
@@ -136,7 +154,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             f"{run.path}: has no checkpoints/state.safetensors to resume from, which checkpoint.keep_state=true keeps "
             f"in a finished run; to train its weights further, start a run with backbone.weights={path}"
         )
-    check_not_running(run.path, info)
+    for part in _living_runs(run.path):
+        raise _still_running(part.path, part.info)
     check(spec)
     if spec.device.processes > 1 and rank_and_size()[1] == 1:
         return launch(spec.device.processes, ["--resume", str(path), *overrides])
@@ -153,8 +172,6 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             if spec != before:
                 run.write_config(OmegaConf.to_yaml(to_plain(spec)))
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
-            if info.get("status") == "running" and info.get("host") != host_digest():
-                reporter.note("run.json says that this run is running on another machine: if it is, stop it there")
             ends = [10 * (s.epochs or 0) for s in (before, spec)]  # as if an epoch had ten steps
             factors = [[lr_factor(spec.scheduler, i, end, 10) for i in range(ends[0])] for end in ends]
             if factors[0] != factors[1]:

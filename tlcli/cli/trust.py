@@ -22,7 +22,7 @@ ALLOWED_CLASSES = frozenset(
         f"{_PLUGINS}joblib_launcher.joblib_launcher.JoblibLauncher",
         f"{_PLUGINS}submitit_launcher.submitit_launcher.LocalLauncher",
         f"{_PLUGINS}submitit_launcher.submitit_launcher.SlurmLauncher",
-        f"{_PLUGINS}ray_launcher.ray_launcher.RayLauncher",
+        "hydra_plugins.tlcli.RayLauncher",
         f"{_PLUGINS}rq_launcher.rq_launcher.RQLauncher",
         f"{_PLUGINS}optuna_sweeper.optuna_sweeper.OptunaSweeper",
         f"{_PLUGINS}ax_sweeper.ax_sweeper.AxSweeper",

@@ -72,11 +72,22 @@ class RateColumn(ProgressColumn):
 
 
 class TerminalReporter(Reporter):
-    """Shows a run on stdout or stderr, and in the log. `backbone` has the words that choose its backbone again."""
+    """Shows a run on stdout or stderr, and in the log. `backbone` has the words that choose its backbone again.
 
-    def __init__(self, backbone: str = "backbone=...", width: int | None = None, *, on_stderr: bool = False) -> None:
+    With `quiet` the log alone has it.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "backbone=...",
+        width: int | None = None,
+        *,
+        on_stderr: bool = False,
+        quiet: bool = False,
+    ) -> None:
         self._backbone = backbone
         self._screen = Screen(width, on_stderr=on_stderr)
+        self._screen.quiet = quiet
         # lines in a file are not wrapped, so that paths stay whole
         self._wrap = self._screen.width if self._screen.is_terminal else None
         is_narrow = self._screen.width < 60
@@ -89,7 +100,7 @@ class TerminalReporter(Reporter):
             console=self._screen,
             transient=True,
             refresh_per_second=4,  # drawing must not take time from two busy cores
-            disable=not self._screen.live_bars,
+            disable=quiet or not self._screen.live_bars,
         )
         self._header_shown = False
 

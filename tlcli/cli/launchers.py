@@ -1,0 +1,141 @@
+"""Launchers of sweeps that run the jobs in other processes: Hydra's plugins for joblib and submitit, and Ray."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from tlcli.cli.view import TerminalReporter
+from tlcli.errors import TlcliError, UsageError
+from tlcli.interrupts import defer_interrupts
+from tlcli.locks import observer, runs_on_this_machine
+from tlcli.ray_tasks import ray_cluster, run_tasks
+from tlcli.runs import leaderboard
+from tlcli.runs.run_dir import RunDir, read_json, strings
+from tlcli.text import natural_order, one_line, shown_path
+
+WATCH_SECONDS = 1.0
+ENVIRONMENT = ("TLCLI_CACHE", "HF_HUB_OFFLINE")  # that a job on another node needs
+
+
+class RayLauncher(Launcher):
+    """Runs each job as a task of Ray, once: `--resume` is for jobs whose process was killed."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self._cpus, self._gpus = cpus, gpus
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what the jobs need, as Hydra asks."""
+        self._context, self._task, self._config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs, and return their results. Raise TlcliError at the end if a process of one was killed."""
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        shared = (self._context, self._config, self._task, Singleton.get_state(), str(Path.cwd()), environment)
+        arguments = [(initial_job_idx + i, list(words), *shared) for i, words in enumerate(job_overrides)]
+        with ray_cluster():
+            results = dict(run_tasks(run_ray_job, arguments, cpus=self._cpus, gpus=self._gpus, max_retries=0))
+        if errors := [result for result in results.values() if isinstance(result, BaseException)]:
+            raise TlcliError(f"{len(errors)} jobs ended without a result: {one_line(errors[0])}")
+        return [results[i] for i in sorted(results)]
+
+
+def run_ray_job(
+    number: int,
+    overrides: list[str],
+    context: HydraContext,
+    config: DictConfig,
+    task: TaskFunction,
+    singletons: Mapping[Any, Any],
+    cwd: str,
+    environment: Mapping[str, str],
+) -> JobReturn:
+    """Run one job in a process of Ray, as Hydra's own launcher does in this one."""
+    os.environ.update(environment)
+    with suppress(OSError):  # another node may not have it
+        os.chdir(cwd)
+    setup_globals()
+    Singleton.set_state(singletons)
+    job = context.config_loader.load_sweep_config(config, overrides)
+    job.hydra.job.id, job.hydra.job.num = f"{job.hydra.job.name}_{number}", number
+    return run_job(task, job, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+
+
+Plugins.instance().class_name_to_class["hydra_plugins.tlcli.RayLauncher"] = (
+    RayLauncher  # Hydra takes this package alone
+)
+
+
+@contextmanager
+def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> Iterator[None]:
+    """Show a line per job that ends in the block, which runs the jobs of a sweep with these words in other processes.
+
+    Raise TlcliError if one of these was killed, after the others have ended. Those of joblib end with this one: its
+    first signal is passed on, and raised when they have saved their states.
+    """
+    reporter, is_over = TerminalReporter(), threading.Event()
+    overrides = OverridesParser.create().parse_overrides([*words])
+    keys = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    reporter.show_labelled(("sweep", f"{shown_path(folder)}: jobs run in other processes; a line for each that ends"))
+
+    def ended_jobs() -> dict[str, list[Any]]:
+        with suppress(OSError, ValueError):  # it is not there yet
+            jobs = [job for job in read_json(folder / "sweep.json")["jobs"] if job["status"] not in ("running", "died")]
+            columns = ("status", "error", "seconds", "validation", "test_accuracy")
+            return {job["name"]: [job[column] for column in columns] for job in jobs}
+        return {}
+
+    def watch(shown: dict[str, list[Any]]) -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(WATCH_SECONDS)
+            jobs = ended_jobs()
+            for name in sorted((name for name in jobs if jobs[name] != shown.get(name)), key=natural_order):
+                status, error, _, validation, accuracy = jobs[name]
+                own = strings(RunDir(folder / name).info.get("overrides"))
+                results = {"validation": validation, "test accuracy": accuracy}
+                texts = [f"{label} {value:.4f}" for label, value in results.items() if value is not None]
+                title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in keys)])
+                reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")
+            shown = jobs
+            if is_joblib and defer_interrupts.is_pending:
+                for info in (RunDir(file.parent).info for file in running_jobs(folder)):
+                    if runs_on_this_machine(info):
+                        os.kill(info["pid"], signal.SIGTERM)
+
+    watcher = threading.Thread(target=watch, args=(ended_jobs(),), daemon=True)
+    watcher.start()
+    try:
+        with defer_interrupts if is_joblib else nullcontext():
+            yield
+    except TlcliError:
+        raise
+    except Exception as exc:
+        while observer.living(running_jobs(folder)):
+            observer.sleep(WATCH_SECONDS)
+        raise TlcliError(f"a job ended without a result: {one_line(exc) or type(exc).__name__}") from exc
+    finally:
+        leaderboard.write(folder)
+        is_over.set()
+        watcher.join()
+
+
+def running_jobs(folder: Path) -> list[Path]:
+    """Return the run.json of each job that it says is running, which may be wrong."""
+    files = []
+    for file in folder.rglob("run.json"):
+        with suppress(UsageError):
+            if RunDir(file.parent).info.get("status") == "running":
+                files.append(file)
+    return files
