@@ -11,6 +11,7 @@ from msgspec import structs
 from PIL import Image
 
 from tests.conftest import finish, make_folder
+from tests.data.samples import pack_parquet, pack_tar
 from tlcli.cli import COMMANDS, main, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +46,13 @@ def slow_if(lines: list[str], *words: str) -> list[object]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Enter a folder with what the commands name: photos, source, target and labels.csv."""
+    """Enter a folder with what the commands name: photos, source, target, labels.csv, flowers and shards."""
     for number, name in enumerate(("photos", "source", "target")):
         make_folder(tmp_path / name, {f"{name}{k}": 12 for k in range(3)}, seed=number)
     rows = [f"{p.relative_to(tmp_path)},{p.parent.name}" for p in sorted((tmp_path / "photos").rglob("*.png"))]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    pack_parquet(tmp_path / "photos", tmp_path / "flowers/train-00000.parquet")
+    pack_tar(tmp_path / "photos", tmp_path / "shards/train-00000.tar")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -81,6 +84,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_if(
         [line for line in TRAIN if line not in SOURCE_TARGET],
         *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds=", "experiment=", "manifest"),
+        *("parquet", "webdataset"),
         "processes=",
         # those of docs/transfer.md, of which each has tests of its own
         *("freeze=lora", "tta=", "ema=", "mixup=", "sampler="),

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ from tests.data.samples import (
     write_tar,
 )
 from tests.faults.refusals import refused, untouched
-from tlcli.data import shards
+from tlcli.data import parquet, shards
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.images import Split
@@ -34,9 +35,6 @@ from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Fit, OnBad, Verify
 from tlcli.store import Store
-
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("tlcli.data.parquet")
 
 MakeFolder = Callable[..., Path]
 EIGHT = Preprocessing(size=8, fit=Fit.squash, mean=(0.5,) * 3, std=(0.5,) * 3)
