@@ -21,7 +21,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from safetensors.torch import save
 
-from tests.data.samples import manifest_spec
+from tests.data.samples import manifest_spec, parquet_spec, tar_spec, write_parquet, write_tar
 from tests.faults.programs import scale
 from tests.runs.test_predictions import SOME
 from tlcli.cli.compose import load_spec
@@ -29,6 +29,7 @@ from tlcli.data.decode import BadImage, read_image
 from tlcli.data.listing import list_manifest
 from tlcli.errors import TlcliError
 from tlcli.models.build import read_weights
+from tlcli.reporter import Reporter
 from tlcli.runs.index import read_entry
 from tlcli.runs.run_dir import RunDir, open_run, read_predictions
 from tlcli.specs import TrainSpec
@@ -201,11 +202,33 @@ def read_config(content: bytes) -> None:
     assert isinstance(load_spec(RunDir(place() / "run")), TrainSpec)
 
 
+def read_shards(content: bytes, name: str) -> None:
+    spec = tar_spec if name.endswith(".tar") else parquet_spec
+    for split in spec(file_of(content, name)).load(Reporter()).splits.values():
+        for i in range(len(split)):
+            with ours():
+                assert split.read(i).ndim == 3
+
+
+@cache
+def shards(ending: str) -> list[bytes]:
+    """Return archives, with a name that needs a header of its own, or parquet files, of three images."""
+    files, names = images()[:3], ["a", "b", "c" * 120]
+    if ending == ".tar":
+        labels = {f"{name}.cls": name[:1].encode() for name in names}
+        members = [*zip((f"{name}.png" for name in names), files, strict=True), *labels.items()]
+        return [write_tar(place() / "sound.tar", members).read_bytes()]
+    labelled = ([0, 1, 1], ["x", "y"]), (["x", "y", "y"], None)
+    return [write_parquet(place() / "y.parquet", files, *own, rows_per_group=2).read_bytes() for own in labelled]
+
+
 ANYTHING = st.binary(max_size=300)
 LOGITS = {"logits": SOME.logits, "labels": SOME.labels}
 TRIED: dict[str, tuple[Callable[[bytes], None], st.SearchStrategy[bytes]]] = {
     "manifests": (read_manifest, MANIFESTS | damaged(lambda: [b"path,label\n0.png,x\n1.png,y\n"])),
     "images": (read_pixels, damaged(images) | ANYTHING | HEADERS),
+    "archives": (lambda content: read_shards(content, "x.tar"), damaged(lambda: shards(".tar")) | ANYTHING),
+    "parquet": (lambda content: read_shards(content, "x.parquet"), damaged(lambda: shards(".parquet")) | ANYTHING),
     "checkpoints": (
         lambda content: read_tensors(content, "w.safetensors"),
         damaged(lambda: [save(WEIGHTS), packed(WEIGHTS, json.dumps(FACTS))])
