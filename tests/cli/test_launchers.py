@@ -196,10 +196,13 @@ def test_a_worker_that_is_killed_loses_no_finished_job(launcher: Start, shapes: 
 def test_a_job_that_is_pre_empted_is_queued_again_and_goes_on(launcher: Start, shapes: Path, tmp_path: Path) -> None:
     sweep, folder = launcher(*WORDS, f"dataset.root='{shapes}'", "epochs=1,500"), tmp_path / "swept"
     signal_second_job(sweep, folder, signal.SIGUSR2)
+    first = (folder / "1/metrics.jsonl").read_text().splitlines()[0]
     _, err = sweep.communicate(timeout=300)
     assert (sweep.returncode, statuses(folder)) == (0, {"0": "done", "1": "done"}), err
     info = RunDir(folder / "1").info
     assert len(info["resumed"]) == 1
-    rows = [json.loads(line) for line in (folder / "1/metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "1/metrics.jsonl").read_text().splitlines()
+    assert lines[0] == first  # with its seconds: it did not start again
+    rows = [json.loads(line) for line in lines]
     epochs = [row["epoch"] for row in rows if row["split"] == "train"]
     assert epochs == list(range(1, 501))
