@@ -2,8 +2,9 @@
 
 DATA has cifar10/{train,test}/CLASS/*. Three runs with default settings know five classes of CIFAR-10 each, from 500
 images per class. The area under the ROC curve (AUROC) of the test images of the five classes against those of the other
-five compares three scores: the energy of the logits, which `tlcli predict` has, the largest probability, and the
-similarity to the five nearest training images. A run whose folder exists is not trained again.
+five compares four scores: the one of `tlcli predict`, which is energy and distance, the energy of the logits alone, the
+largest probability, and the similarity to the five nearest training images. A run whose folder exists is not trained
+again.
 """
 
 import sys
@@ -22,6 +23,7 @@ SPLITS = {
     "every second": "airplane,bird,deer,frog,ship",
     "vehicles and horse": "airplane,automobile,horse,ship,truck",
 }
+SCORE = "energy and distance"
 TRAIN, NEIGHBORS, TEST = 500, 300, 200  # images per class: of the run, for the nearest neighbors, and of the test
 NEAREST = 5
 SAMPLES = 1000  # of the bootstrap
@@ -33,22 +35,29 @@ def files(data: Path, split: str, classes: list[str], n: int) -> list[str]:
 
 
 def scores(run: Path, known: list[str], unknown: list[str], train: list[str]) -> dict[str, np.ndarray]:
-    """Return three scores (known, then unknown images), each higher for images that look unknown."""
+    """Return four scores (known, then unknown images), each higher for images that look unknown."""
     from tlcli.embed import embedder_of_run
+    from tlcli.engine.metrics import energy
     from tlcli.predict import Predictor
     from tlcli.runs.load import load_run
     from tlcli.specs import Precision
     from tlcli.store import Store, cache_dir
+    from tlcli.transfer.contract import linear_head
 
     cpu, store, images = torch.device("cpu"), Store(cache_dir()), [*known, *unknown]
     predictions = list(Predictor(load_run(run), cpu, store).predict(images, total=len(images)))
     embedder = embedder_of_run(load_run(run), cpu, store, Precision.auto, None)
     rows: list[Any] = [row for _, _, row in embedder.embed([*train, *images], total=len(train) + len(images))]
     x = torch.stack(rows)
+    loaded = load_run(run)
+    assert (head := linear_head(loaded.classifier)) is not None
+    with torch.inference_mode():
+        logits = head(x[len(train) :])
     x = F.normalize(x - x[: len(train)].mean(dim=0))
     nearest = (x[len(train) :] @ x[: len(train)].T).topk(min(NEAREST, len(train))).values.mean(dim=1)
     return {
-        "energy": np.array([p.unknown_score for p in predictions]),
+        SCORE: np.array([p.unknown_score for p in predictions]),
+        "energy": energy(logits).numpy(),
         "largest probability": np.array([-p.top[0][1] for p in predictions]),
         "nearest training images": -nearest.numpy(),
     }
@@ -85,8 +94,8 @@ def main(words: list[str]) -> None:
 
     tables = {score: np.array(by_split) for score, by_split in areas.items()}
     rows = [[score, *map(cell, by_split), cell(by_split.mean(axis=0))] for score, by_split in tables.items()]
-    gain = tables["energy"] - tables["largest probability"]
-    rows.append(["energy above largest probability", *map(cell, gain), cell(gain.mean(axis=0))])
+    gain = tables[SCORE] - tables["largest probability"]
+    rows.append([f"{SCORE} above largest probability", *map(cell, gain), cell(gain.mean(axis=0))])
     publish("unknown", ["AUROC (95 %)", *SPLITS, "mean"], rows, out)
 
 

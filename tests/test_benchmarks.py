@@ -227,8 +227,9 @@ def test_ranking_is_validated_by_runs(
     assert capsys.readouterr().out.count("\n| tlcli rank |") == 1
 
 
-def test_unknown_compares_three_scores(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_compares_four_scores(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unknown.main([str(data), "--small", "--out", str(tmp_path / "out")])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows][:3] == ["| energy", "| largest probability", "| nearest training images"]
+    names = ["energy and distance", "energy", "largest probability", "nearest training images"]
+    assert [row[0] for row in rows][:4] == [f"| {name}" for name in names]
     assert all(len(row) == 5 for row in rows)

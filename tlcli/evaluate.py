@@ -67,7 +67,7 @@ class SplitResult:
     def rows(self) -> SplitPredictions:
         """The predictions with the names of the images."""
         p, images = self.predictions, self.images
-        return SplitPredictions.of(images.split, p.logits, p.labels, images.classes)
+        return SplitPredictions.of(images.split, p, images.classes)
 
 
 def predict_split(

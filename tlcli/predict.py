@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,13 +18,14 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_b
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
-from tlcli.engine.metrics import unknown_score
+from tlcli.engine.metrics import energy
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, calibrated, pixels_of
 from tlcli.runs.run_dir import RunDir, mapping
 from tlcli.specs import Precision, Tta
 from tlcli.store import Store
+from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
 
@@ -70,6 +72,8 @@ class Predictor:
         self.compute_format = form = choose_format(run, accelerator, precision)
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         prefix, self._suffix, self._suffix_dtype, self._compiled = _pipeline(run, precision, form.dtype)
+        if run.unknown is not None and isinstance(prefix, _UncutNetwork):
+            self._compiled = False  # else the head that `_score` listens to would be a copy
         name = f"predict {run.classifier.name}"
         self._extractor = Extractor(name, prefix, run.preprocessing, accelerator, form, store)
 
@@ -110,10 +114,14 @@ class Predictor:
 
     def _score(self, images: Tensor) -> Tensor:
         """Return the unknown score and the probabilities of each image, (B, 1 + classes)."""
-        logits = self._logits(self._extractor(images))
+        unknown, head, inputs = self._run.unknown, linear_head(self._run.classifier), list[Tensor]()
+        with head.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) if head else nullcontext():
+            logits = self._logits(self._extractor(images))
         if self._mirrors:
             logits = (logits + self._logits(self._extractor(images.flip(3)))) / 2
-        return torch.cat([unknown_score(logits)[:, None], calibrated(logits, self._run.temperature)], dim=1)
+        n = len(images)  # inputs may have more rows, which fill a batch
+        score = energy(logits) if unknown is None else unknown(inputs[0][:n].float().cpu(), logits)
+        return torch.cat([score[:, None], calibrated(logits, self._run.temperature)], dim=1)
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:
         """Return the logits (B, classes) for the activations at the cut, float32 on the CPU."""

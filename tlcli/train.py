@@ -18,6 +18,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
 from tlcli.engine.session import Session, session_for
 from tlcli.engine.trainer import Trainer
+from tlcli.engine.unknown import fit_unknown_score, with_unknown_score
 from tlcli.errors import UsageError
 from tlcli.interrupts import defer_interrupts
 from tlcli.models.tensorfile import write_tensors
@@ -123,12 +124,10 @@ def train(
                 p = first.decide(reporter)
                 del first  # the memory of its optimizer and activations
             if ranks.is_main:
-                write_predictions(
-                    run.val_predictions, SplitPredictions.of(validated, p.logits, p.labels, part.data.classes)
-                )
+                write_predictions(run.val_predictions, SplitPredictions.of(validated, p, part.data.classes))
         if ranks.is_main:
             stored = read_predictions(run.val_predictions)
-            left_out = Predictions(stored.logits, stored.labels)
+            left_out = Predictions(stored.logits, stored.labels, stored.unknown)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -172,8 +171,15 @@ def train(
     ranks.copy_tensors(network.state_dict().values())
     n_frozen = contract.verify()
     best_predictions = left_out or best_predictions
-    if val_loader is not None and (best_predictions is None or share < 1):  # that epoch was before an interruption
-        best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation of the best epoch")
+    with record.phase("unknown"):
+        unknown = fit_unknown_score(inputs, reporter)
+        if unknown is not None and ranks.is_main:
+            unknown.write(run.unknown_file)
+        if val_loader is not None:
+            if unknown is not None:
+                best_predictions = with_unknown_score(unknown, val_loader, inputs, reporter)
+            elif best_predictions is None or share < 1:  # that epoch was before an interruption
+                best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation, best epoch")
     if val_loader is not None and workload.compares_shares:
         by_share = evaluate_shares(trainer, network, val_loader, inputs.device, reporter)
         write_tensors(run.val_shares, {"logits": torch.stack([p.logits for p in by_share])}, {})

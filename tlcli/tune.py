@@ -237,6 +237,6 @@ def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredi
             "averaged": [run.path.name for run in runs],
             "best": {"epoch": metadata["epoch"], **asdict(scores(predictions))},
             "calibration": calibrate(validation.logits, validation.labels),
-            "unknown": unknown_threshold(validation.logits),
+            "unknown": unknown_threshold(predictions),
         },
     )

@@ -7,6 +7,7 @@ the final weights are from the initial ones (WiSE-FT, Wortsman et al. 2022), and
 import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from msgspec import structs
@@ -19,6 +20,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import BatchLoader
 from tlcli.engine.metrics import Predictions, evaluate, features, likely_temperature
 from tlcli.engine.trainer import Trainer
+from tlcli.engine.unknown import fit_unknown_score, with_unknown_score
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.freeze import HeadSpec
@@ -39,7 +41,8 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     if not workload.needs_probe or head is None:
         return False
     loader = inputs.open("train_eval", reporter)
-    x, y = features(network, head, loader, inputs.device, reporter, "features for the probe")
+    x, predictions = features(network, head, loader, inputs.device, reporter, "features for the probe")
+    y = predictions.labels
     known, initial = list[int](), copy.deepcopy(head.state_dict())
     if isinstance(workload.spec.freeze, HeadSpec):
         known += workload.classifier.known_rows
@@ -88,9 +91,15 @@ class FirstFit:
         """Decide on the share, restore the network, and return the predictions of the images left out at that share."""
         network = self._part.workload.classifier.network
         with self.trainer.averaged():
-            predictions = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
+            by_share = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
+            chosen = choose_share(by_share, self._inputs, reporter)
+            self.trainer.interpolate(SHARES[chosen] / SHARES[-1])
+            predictions = by_share[chosen]
+            if (score := fit_unknown_score(self._part, reporter)) is not None:
+                scored = with_unknown_score(score, self._val_loader, self._part, reporter)
+                predictions = replace(predictions, unknown=scored.unknown)
         network.load_state_dict(self._before)
-        return predictions[choose_share(predictions, self._inputs, reporter)]
+        return predictions
 
 
 def evaluate_shares(

@@ -108,5 +108,5 @@ def cross_validate_probe(
     inputs = Inputs(decisions, workload)
     label = f"features at {image.size} px, {image.fit}"
     loader = inputs.open("train_eval", reporter)
-    x, y = features(workload.classifier.network, head, loader, inputs.device, reporter, label)
-    return choose_penalty(x, y, spec.seed, max_images)
+    x, predictions = features(workload.classifier.network, head, loader, inputs.device, reporter, label)
+    return choose_penalty(x, predictions.labels, spec.seed, max_images)

@@ -26,6 +26,7 @@ from tlcli.specs import KeepBest
 BINS = 15  # of the confidence, for calibration errors
 POINTS = 200  # of a risk-coverage curve
 MIN_KNOWN, ACCEPTED = 100, 0.95  # images of known classes, and the share of them below the threshold
+ENERGY, ENERGY_AND_DISTANCE = "energy", "energy and distance"  # names of unknown scores
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 PRIOR_STD = 0.5  # of log T in its normal prior about T = 1, which weighs as much as a handful of images
 MIN_GAIN = 1e-9  # smallest decrease of the loss that is not rounding
@@ -33,10 +34,11 @@ MIN_GAIN = 1e-9  # smallest decrease of the loss that is not rounding
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits (N, classes) float32 and labels (N) int64 of a split, in its order, on the CPU."""
+    """Logits (N, classes) float32, labels (N) int64 and unknown scores (N) of a split, in its order, on the CPU."""
 
     logits: Tensor
     labels: Tensor
+    unknown: Tensor | None = None
 
     @property
     def predicted(self) -> Tensor:
@@ -63,12 +65,16 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
 
 def features(
     network: nn.Module, head: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str
-) -> tuple[Tensor, Tensor]:
-    """Return the input of `head` for every image, (N, D) float32 on the CPU, and the labels (N)."""
+) -> tuple[Tensor, Predictions]:
+    """Return the input of `head` for every image, (N, D) float32 on the CPU, and the predictions.
+
+    If the loader mirrors, it is that of the image as it is.
+    """
     batches: list[Tensor] = []
     with head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu())):
-        labels = evaluate(network, loader, device, reporter, label).labels
-    return device.ranks.gather(batches, loader.positions, len(loader)), labels
+        predictions = evaluate(network, loader, device, reporter, label)
+    batches = batches[:: 2 if loader.mirrors else 1]
+    return device.ranks.gather(batches, loader.positions, len(loader)), predictions
 
 
 # -- metrics
@@ -264,7 +270,7 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tupl
 # -- unknown images
 
 
-def unknown_score(logits: Tensor) -> Tensor:
+def energy(logits: Tensor) -> Tensor:
     """Return the energy (N) of logits (N, classes), float64, which is higher for images of no class of the run.
 
     It is minus the log of the summed exponentials (Liu et al., Energy-based out-of-distribution detection, 2020).
@@ -272,9 +278,15 @@ def unknown_score(logits: Tensor) -> Tensor:
     return -logits.double().logsumexp(dim=1)
 
 
-def unknown_threshold(logits: Tensor) -> dict[str, Any] | None:
-    """Return `unknown` of run.json: the score below which 95 % of images held out are; None if these are too few."""
-    if len(logits) < MIN_KNOWN:
+def unknown_threshold(predictions: Predictions) -> dict[str, Any] | None:
+    """Return `unknown` of run.json: the score below which 95 % of images held out are; None if these are too few.
+
+    Without scores it is that of the energy.
+    """
+    if len(predictions.labels) < MIN_KNOWN:
         return None
-    threshold = unknown_score(logits).quantile(ACCEPTED).item()
-    return {"score": "energy", "threshold": threshold, "accepted": ACCEPTED, "n": len(logits)}
+    name, scores = ENERGY_AND_DISTANCE, predictions.unknown
+    if scores is None:
+        name, scores = ENERGY, energy(predictions.logits)
+    threshold = scores.double().quantile(ACCEPTED).item()
+    return {"score": name, "threshold": threshold, "accepted": ACCEPTED, "n": len(scores)}

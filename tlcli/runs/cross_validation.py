@@ -1,6 +1,7 @@
 """Cross-validation: the predictions of the folds, in directories next to that of the refit, as those of one run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -35,7 +36,8 @@ def cross_validate(
     labels = torch.cat([part.labels for part in parts])[order]
     pools = [Predictions(torch.cat(pool)[order], labels) for pool in zip(*by_share, strict=True)]
     chosen = choose(pools) if len(pools) > 1 else 0
-    pooled = pools[chosen]
+    scores = [part.unknown for part in parts if part.unknown is not None]
+    pooled = replace(pools[chosen], unknown=torch.cat(scores)[order] if len(scores) == len(parts) else None)
     report = test_report(pooled, data.classes)
     rights = [fold[chosen].argmax(dim=1) == part.labels for fold, part in zip(by_share, parts, strict=True)]
     accuracies = [right.double().mean().item() for right in rights]

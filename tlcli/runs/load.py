@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.engine.heat_maps import draw_heat_map, heat_map
+from tlcli.engine.metrics import ENERGY
+from tlcli.engine.unknown import UnknownScore
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
@@ -24,6 +26,7 @@ from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec, options
 from tlcli.text import join_limited, one_line
+from tlcli.transfer.contract import linear_head
 
 CHECKPOINTS = ("best", "last")
 
@@ -39,6 +42,7 @@ class LoadedRun:
     classifier: Classifier
     preprocessing: Preprocessing
     temperature: float  # divides logits before the softmax (Guo et al. 2017); 1 if not fitted to this epoch
+    unknown: UnknownScore | None  # None: the energy is the score
     threshold: float | None  # of the unknown score; None if no or too few images were held out
 
     @property
@@ -127,13 +131,22 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     network.eval().requires_grad_(False)
     expected = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
-    epoch, temperature, threshold = integer(metadata.get("epoch")), 1.0, None
+    epoch, temperature, unknown, threshold = integer(metadata.get("epoch")), 1.0, None, None
     if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
             raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
-        threshold = number(mapping(run.info.get("unknown")).get("threshold"))
-    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature, threshold)
+        head = linear_head(classifier)
+        if head is not None and run.unknown_file.is_file():
+            try:
+                unknown = UnknownScore.read(run.unknown_file, head.in_features)
+            except TlcliError as error:
+                raise UsageError(str(error)) from error
+        recorded = mapping(run.info.get("unknown"))
+        if (recorded.get("score") == ENERGY) == (unknown is None):
+            threshold = number(recorded.get("threshold"))
+    facts = run.path, run.info, checkpoint, epoch, classifier, preprocessing
+    return LoadedRun(*facts, temperature, unknown, threshold)
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:

@@ -205,7 +205,7 @@ class Recorder:
                 (data.test, run.test_predictions, predictions),
             ):
                 if p is not None:
-                    write_predictions(file, SplitPredictions.of(split, p.logits, p.labels, data.classes))
+                    write_predictions(file, SplitPredictions.of(split, p, data.classes))
             report |= self._calibrate(validation, predictions)
         stored = {**report, "checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
         if predictions is not None:
@@ -230,9 +230,7 @@ class Recorder:
     def _calibrate(self, validation: Predictions | None, predictions: Predictions | None) -> dict[str, Any]:
         """Write temperature and unknown threshold to run.json; return what test.json has about probabilities."""
         calibration = None if validation is None else calibrate(validation.logits, validation.labels)
-        self._run.update(
-            calibration=calibration, unknown=None if validation is None else unknown_threshold(validation.logits)
-        )
+        self._run.update(calibration=calibration, unknown=None if validation is None else unknown_threshold(validation))
         t, notes = 1.0, []
         if calibration is not None:
             t = calibration["temperature"]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tlcli.data.images import Split
+    from tlcli.engine.metrics import Predictions
 
 SCHEMA_VERSION = 1
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
@@ -49,6 +50,7 @@ class RunDir:
     val_predictions = _path_in_run("val_predictions.safetensors")
     val_shares = _path_in_run("val_shares.safetensors")
     test_predictions = _path_in_run("test_predictions.safetensors")
+    unknown_file = _path_in_run("unknown.safetensors")
     log_file = _path_in_run("run.log")
     bad_files_file = _path_in_run("bad_files.csv")
     best_checkpoint = _path_in_run("checkpoints/best.safetensors")
@@ -202,7 +204,7 @@ def rerun_command(info: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """Logits (N, C) float32 and labels (N) int64 of a split, in its order, with a key per row.
+    """Logits (N, C) float32, labels (N) int64 and unknown scores (N) of a split, in its order, with a key per row.
 
     A key stays if the data moves: the path below the root of the dataset, or digits/17. `root` precedes it in a name.
     """
@@ -212,12 +214,14 @@ class SplitPredictions:
     classes: tuple[str, ...]
     keys: Sequence[str]
     root: str = ""
+    unknown: "Tensor | None" = None
 
     @classmethod
-    def of(cls, split: "Split", logits: "Tensor", labels: "Tensor", classes: Sequence[str]) -> "SplitPredictions":
+    def of(cls, split: "Split", predictions: "Predictions", classes: Sequence[str]) -> "SplitPredictions":
         """Return the predictions of a split."""
         keys = Names(split.key(i) for i in range(len(split)))
-        return cls(logits, labels, tuple(classes), keys, _root_of(split.name(0), keys[0]) if len(split) else "")
+        root = _root_of(split.name(0), keys[0]) if len(split) else ""
+        return cls(predictions.logits, predictions.labels, tuple(classes), keys, root, predictions.unknown)
 
     @property
     def names(self) -> list[str]:
@@ -240,6 +244,8 @@ def write_predictions(path: Path, predictions: SplitPredictions) -> None:
     keys = Names(predictions.keys)
     tensors = {"keys": from_numpy(np.asarray(keys.data)), "key_ends": from_numpy(np.asarray(keys.ends))}
     tensors |= {"logits": predictions.logits.float(), "labels": predictions.labels}
+    if predictions.unknown is not None:
+        tensors["unknown"] = predictions.unknown
     write_tensors(path, tensors, {"classes": predictions.classes, "root": predictions.root})
 
 
@@ -254,7 +260,7 @@ def read_predictions(path: Path) -> SplitPredictions:
         raise UsageError(f"{path}: no such file; runs of tlcli 0.3.0 and later write it when they are tested")
     try:
         tensors, metadata = read_tensors(path)
-        logits, labels = tensors["logits"], tensors["labels"]
+        logits, labels, unknown = tensors["logits"], tensors["labels"], tensors.get("unknown")
         classes = convert(metadata["classes"], tuple[str, ...])
         if "keys" in metadata:  # of tlcli 0.12 and earlier
             keys = Names(convert(metadata["keys"], list[str]))
@@ -265,13 +271,14 @@ def read_predictions(path: Path) -> SplitPredictions:
             root = convert(metadata["root"], str)
         n, n_classes = len(keys), len(classes)
         is_valid = (logits.shape, labels.shape) == ((n, n_classes), (n,)) and labels.dtype == int64
+        is_valid &= unknown is None or unknown.shape == (n,)
         if not is_valid or not logits.is_floating_point() or ((labels < 0) | (labels >= n_classes)).any():
             raise ValueError(f"{tuple(logits.shape)} {logits.dtype} for {n} images and {n_classes} classes")
     except TlcliError as error:
         raise UsageError(str(error)) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: damaged, or not predictions of tlcli ({type(error).__name__}: {error})") from error
-    return SplitPredictions(logits, labels, classes, keys, root)
+    return SplitPredictions(logits, labels, classes, keys, root, unknown)
 
 
 def confusion_matrix(test: Mapping[str, Any]) -> "np.ndarray | None":

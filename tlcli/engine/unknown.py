@@ -1,0 +1,115 @@
+"""The unknown score: how far an image is from what a network has learned, by its logits and by the input of its head.
+
+The energy of the logits alone misses images that are confidently taken for a class; the distance to the classes alone
+misses those between classes. The score is the sum of both, each in its standard deviations over training images.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlcli.data.dataset import limit_per_class
+from tlcli.engine.inputs import Inputs, image_loader
+from tlcli.engine.loaders import ActivationLoader, BatchLoader
+from tlcli.engine.metrics import Predictions, energy, features
+from tlcli.models.tensorfile import damaged, read_tensors, write_tensors
+from tlcli.reporter import Reporter
+from tlcli.transfer.contract import linear_head
+
+MIN_IMAGES, PER_CLASS, MAX_IMAGES = 500, 20, 10_000  # training images that it is fitted to, half of them for its scales
+
+
+@dataclass(frozen=True, eq=False)
+class UnknownScore:
+    """Class means (C, D) of whitened features, the whitening (D, D), and mean and standard deviation of both parts.
+
+    The distance is that of Mahalanobis to the nearest class mean, with one covariance for all classes (Lee et al., A
+    simple unified framework for detecting out-of-distribution samples, 2018), shrunk as Ledoit and Wolf (2004) do.
+    """
+
+    means: Tensor
+    whitening: Tensor
+    scales: Tensor  # (2, 2): of the energy, and of the distance
+
+    @classmethod
+    def fit(cls, features: Tensor, predictions: Predictions) -> "UnknownScore | None":
+        """Return the score for features (N, D) and predictions of training images; None if they are too few.
+
+        Every second image of a class is for the scales: those that fit the covariance are nearer than others.
+        """
+        from sklearn.covariance import ledoit_wolf  # here, because it takes a second
+
+        labels = predictions.labels
+        order = torch.argsort(labels, stable=True)
+        own, others = order[::2], order[1::2]
+        present, index = np.unique(labels[own].numpy(), return_inverse=True)
+        if len(own) < 2 * len(present) or len(others) < 2:
+            return None
+        x = features[own].double()
+        means = torch.stack([x[index == i].mean(dim=0) for i in range(len(present))])
+        covariance = torch.from_numpy(ledoit_wolf((x - means[index]).numpy(), assume_centered=True)[0])
+        if not covariance.trace() > 0:
+            return None
+        whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T.bfloat16()
+        score = cls((means @ whitening.double()).float(), whitening, torch.tensor([[0.0, 1.0], [0.0, 1.0]]).double())
+        parts = score._parts(features[others], predictions.logits[others])
+        return replace(score, scales=torch.stack([parts.mean(dim=1), parts.std(dim=1).clamp(min=1e-6)], dim=1))
+
+    def __call__(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Return the score (N), float64, of features (N, D) and logits (N, classes)."""
+        return ((self._parts(features, logits) - self.scales[:, :1]) / self.scales[:, 1:]).sum(dim=0)
+
+    def _parts(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Return energy and distance (2, N), float64."""
+        white = features.float() @ self.whitening.float()
+        exact = "donot_use_mm_for_euclid_dist"  # the other way rounds by the size of the batch
+        distances = torch.cdist(white, self.means, compute_mode=exact)
+        return torch.stack([energy(logits), distances.min(dim=1).values.double()])
+
+    def write(self, path: Path) -> None:
+        """Write the score to a file."""
+        write_tensors(path, vars(self), {})
+
+    @classmethod
+    def read(cls, path: Path, n_features: int) -> "UnknownScore":
+        """Return the score of a file for a head with so many inputs. Raise TlcliError if it is damaged."""
+        tensors = read_tensors(path)[0]
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        n = len(tensors.get("means", ()))
+        if shapes != {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}:
+            raise damaged(path, f"{shapes} for a head with {n_features:,} inputs")
+        return cls(**tensors)
+
+
+def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None:
+    """Return the score of a trained network; None if its head is not one linear layer, or if images are too few."""
+    workload = inputs.workload
+    data, classifier, n_classes = workload.data, workload.classifier, len(workload.data.classes)
+    head = linear_head(classifier)
+    if head is None:
+        return None
+    limit = min(max(PER_CLASS, -(-MIN_IMAGES // n_classes)), max(1, MAX_IMAGES // n_classes))
+    sample = limit_per_class(data.train, data.classes, limit, workload.spec.seed, "unknown score")
+    loader: BatchLoader
+    if {"train", "train_eval"} <= inputs.cached.keys():  # else train_eval has features of the network as it was
+        loader = inputs.open("train_eval", reporter)
+        assert isinstance(loader, ActivationLoader)
+        chosen = torch.from_numpy(np.flatnonzero(np.isin(data.train.indices, sample.indices)))
+        loader = replace(loader, rows=loader.rows[chosen], labels=loader.labels.cpu()[chosen], split=None)
+    else:
+        part = replace(workload, data=replace(data, train=sample))
+        loader = image_loader(part, inputs.device, "train_eval", reporter)
+    network, label = classifier.network, "features for the unknown score"
+    return UnknownScore.fit(*features(network, head, loader, inputs.device, reporter, label))
+
+
+def with_unknown_score(score: UnknownScore, loader: BatchLoader, inputs: Inputs, reporter: Reporter) -> Predictions:
+    """Return the predictions of images that the network has not trained on, with their unknown score."""
+    classifier = inputs.workload.classifier
+    head = linear_head(classifier)
+    assert head is not None
+    x, predictions = features(classifier.network, head, loader, inputs.device, reporter, "images held out")
+    return replace(predictions, unknown=score(x, predictions.logits))
