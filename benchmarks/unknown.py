@@ -50,7 +50,8 @@ def scores(run: Path, known: list[str], unknown: list[str], train: list[str]) ->
     rows: list[Any] = [row for _, _, row in embedder.embed([*train, *images], total=len(train) + len(images))]
     x = torch.stack(rows)
     loaded = load_run(run)
-    assert (head := linear_head(loaded.classifier)) is not None
+    head = linear_head(loaded.classifier)
+    assert head is not None
     with torch.inference_mode():
         logits = head(x[len(train) :])
     x = F.normalize(x - x[: len(train)].mean(dim=0))

@@ -2,6 +2,7 @@
 number of images allows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from tlcli.engine.metrics import (
     Scores,
     calibrate,
     confidence_report,
+    energy,
     expected_calibration_error,
     most_confused,
     reliability,
     risk_coverage,
     scores,
     test_report,
-    unknown_score,
     unknown_threshold,
     wilson,
 )
@@ -157,9 +158,12 @@ def test_risk_is_that_of_the_most_probable_predictions() -> None:
 
 def test_the_threshold_accepts_what_looks_known() -> None:
     generator = torch.Generator().manual_seed(0)
-    known = 3 * torch.randn(400, 5, generator=generator)
-    found = unknown_threshold(known)
-    assert found is not None and found["n"] == 400
-    assert (unknown_score(known) <= found["threshold"]).double().mean() == pytest.approx(0.95, abs=1 / 400)
-    assert (unknown_score(torch.zeros(1, 5)) > unknown_score(known)).double().mean() > 0.9, "no class has evidence"
-    assert unknown_threshold(known[:99]) is None
+    known = Predictions(3 * torch.randn(400, 5, generator=generator), torch.zeros(400, dtype=torch.int64))
+    found, scores = unknown_threshold(known), energy(known.logits)
+    assert found is not None and (found["n"], found["score"]) == (400, "energy")
+    assert (scores <= found["threshold"]).double().mean() == pytest.approx(0.95, abs=1 / 400)
+    assert (energy(torch.zeros(1, 5)) > scores).double().mean() > 0.9, "no class has evidence"
+    scored = replace(known, unknown=-scores)
+    assert (found := unknown_threshold(scored)) is not None and found["score"] == "energy and distance"
+    assert (-scores <= found["threshold"]).double().mean() == pytest.approx(0.95, abs=1 / 400)
+    assert unknown_threshold(Predictions(known.logits[:99], known.labels[:99])) is None
