@@ -95,3 +95,28 @@ def test_a_format_that_the_machine_lacks_is_float32(run: LoadedRun, monkeypatch:
     monkeypatch.setattr("tlcli.predict.cpu_has_bfloat16", lambda: False)
     assert choose_format(run, CPU, Precision.auto).dtype == torch.float32
     assert choose_format(run, CPU, Precision.bf16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("head", "fp32"),
+        *(
+            pytest.param(*names, marks=pytest.mark.slow)
+            for names in (("none", "fp32"), ("stage", "bf16"), ("none", "bf16"))
+        ),
+    ],
+)
+def test_images_held_out_have_the_unknown_score_of_the_run(
+    trained: Callable[..., Path], strategy: str, precision: str
+) -> None:
+    """Each way to divide the network finds the input of the head."""
+    if precision == "bf16" and not cpu_has_bfloat16():
+        pytest.skip("this CPU has no bfloat16")
+    run = trained(strategy, precision)
+    stored = read_predictions(RunDir(run).val_predictions)
+    loaded = load_run(run)
+    assert loaded.unknown is not None and stored.unknown is not None
+    predictions = predictor(loaded, batch_size=7).predict(stored.names)
+    found = torch.tensor([p.unknown_score for p in predictions], dtype=torch.float64)
+    torch.testing.assert_close(found, stored.unknown, rtol=0, atol=1e-3 if precision == "fp32" else 0.5)
