@@ -17,7 +17,7 @@ from tests.cli.conftest import Ended
 from tlcli import evaluate, tune
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.load import load_run
-from tlcli.runs.run_dir import RunDir, read_predictions
+from tlcli.runs.run_dir import RunDir, read_predictions, write_json
 
 Run = Callable[..., Ended]
 
@@ -160,6 +160,111 @@ def test_a_killed_search_is_resumed(tlcli: Run, words: list[str], tmp_path: Path
     assert state["seconds"] > spent
     ended = tlcli("tune", "--resume", str(folder))
     assert ended.code == 2 and "its budget is spent" in ended.err
+
+
+def running_job(folder: Path, process: subprocess.Popen[str], *, is_its: bool) -> tuple[RunDir, int]:
+    """Wait for a trial of a process, or of another one; stop it there. Return its run, and the process that runs it."""
+    while process.poll() is None:
+        for file in folder.glob("[0-9]*/run.json"):
+            info = json.loads(file.read_text())
+            if info["status"] == "running" and (info["pid"] == process.pid) == is_its:
+                os.kill(info["pid"], signal.SIGSTOP)
+                if json.loads(file.read_text())["status"] == "running":
+                    return RunDir(file.parent), info["pid"]
+                os.kill(info["pid"], signal.SIGCONT)
+        time.sleep(0.02)
+    raise AssertionError("the search has ended")
+
+
+def check_whole(tlcli: Run, folder: Path, n_lost: int = 0) -> list[dict]:
+    """Assert that a search has its trials, leaderboard, report and one test; return the trials."""
+    state = json.loads((folder / "tune.json").read_text())
+    names = {trial["name"] for trial in state["trials"]}
+    assert state["status"] == "done" and len(names) == len(state["trials"])
+    statuses = {job["name"]: job["status"] for job in jobs(folder).values() if job["name"] in names}
+    assert statuses == {t["name"]: t["status"].replace("lost", "failed") for t in state["trials"]}
+    rows = (folder / "leaderboard.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[1] for row in rows} == {*jobs(folder)} >= names
+    tested = [file.parent.name for file in folder.glob("*/test.json") if not file.parent.is_symlink()]
+    assert tested == [state["best"]]
+    ended = tlcli("report", str(folder))
+    assert ended.code == 0 and "History" in (folder / "report.html").read_text(), ended.err
+    assert sum(t["status"] == "lost" for t in state["trials"]) == n_lost
+    assert not list(folder.glob(".*")), "no lock remains"
+    return state["trials"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_the_trial_of_a_killed_worker_runs_again(tlcli: Run, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 7"))
+    folder = tmp_path / "search"
+    command = [sys.executable, "-m", "tlcli", "tune", *words, "budget=1h", f"hydra.sweep.dir={folder}", "--workers=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        run, pid = running_job(folder, process, is_its=False)
+        os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate()
+    assert process.returncode == 0 and err.count("\n") == 1, err
+    assert f"worker {pid} ended with exit code -9" in err
+    trials = check_whole(tlcli, folder, n_lost=1)
+    assert len(trials) == 8, "the lost one does not count"
+    lost = next(trial for trial in trials if trial["status"] == "lost")
+    assert lost["name"] == run.path.name and RunDir(run.path).info["status"] == "failed"
+    again = [t["name"] for t in trials if t["recipe"] == lost["recipe"] and t["status"] != "lost"]
+    assert len(again) == 1 and int(again[0]) > int(lost["name"])
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("trial ")].count(again[0]) == 1
+    assert sum(line.startswith("trial ") for line in out.splitlines()) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_workers_join_a_search_and_share_its_budget(tlcli: Run, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 5"))
+    folder = tmp_path / "search"
+    tune = [sys.executable, "-m", "tlcli", "tune"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*tune, *words, "budget=1h", f"hydra.sweep.dir={folder}"], **pipes) as first:
+        wait_for(folder / "tune.json", first)
+        joiners = [subprocess.Popen([*tune, "--join", str(folder)], **pipes) for _ in range(2)]
+        run, pid = running_job(folder, first, is_its=True)
+        while len(list(folder.glob(".workers/*.json"))) < 3 and all(joiner.poll() is None for joiner in joiners):
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
+        _, err = first.communicate()
+        assert (first.returncode, err.count("\n")) == (143, 1), err
+        assert "other workers continue; join them with: tlcli tune --join" in err
+        outs = [joiner.communicate() for joiner in joiners]
+    assert [joiner.returncode for joiner in joiners] == [0, 0], outs
+    trials = check_whole(tlcli, folder)
+    assert [trial["name"] for trial in trials] == ["0", "1", "2", "3", "4"]
+    assert all(RunDir(folder / t["name"]).info["pid"] in {j.pid for j in joiners} | {first.pid} for t in trials)
+    assert RunDir(run.path).info["pid"] != first.pid, "another worker continued the trial that was interrupted"
+    for out, _ in outs:
+        shown = [line.split()[1] for line in out.splitlines() if line.startswith("trial ")]
+        assert len(shown) == len(set(shown)) and "best of" in out
+    ended = tlcli("tune", "--join", str(folder))
+    assert ended.code == 0 and "best of" in ended.out, "it shows the result"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--workers", "0"), "--workers: must be a whole number from 1, not '0'"),
+        (("--join", "{folder}", "--resume", "{folder}"), "not allowed with"),
+        (("--join", "{folder}/none"), "not the file of a search, or damaged (No such file or directory)"),
+        (
+            ("--join", "{folder}", "optimizer.lr=1"),
+            "optimizer.lr=1: a search continues as it was started; leave it out",
+        ),
+        (("--join", "{folder}", "-cd", "own"), "--config-dir=own: a search continues as it was started; leave it out"),
+        (("--join", "{folder}", "budget=1h"), "was started by another version of tlcli"),
+    ],
+)
+def test_usage_errors_of_workers(tlcli: Run, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
+    write_json(tmp_path / "tune.json", {"schema_version": 1, "command": "tlcli tune budget=1h", "best": None})
+    ended = tlcli("tune", *(word.format(folder=tmp_path) for word in words))
+    assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
 
 
 @pytest.mark.slow

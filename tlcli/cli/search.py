@@ -57,7 +57,11 @@ class TrialReporter(TerminalReporter):
 
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        with self._search.reporter.track(f"{self._label}: {label}", total, unit) as advance:
+        if self._is_trial and not self._screen.live_bars:  # workers show one line per trial
+            track = super().track(label, total, unit)
+        else:
+            track = self._search.reporter.track(f"{self._label}: {label}", total, unit)
+        with track as advance:
 
             def advance_in_time(n: int) -> None:
                 advance(n)
@@ -206,9 +210,9 @@ class Search:
                 job = self._job_of(str(number))
                 info = job.info if job.info_file.exists() else {}
                 if info.get("status") == "done":
-                    self._study.tell(number, info["best"][self.metric], "done")
-                else:
-                    self._study.tell(number, None, "lost", error=LOST)
+                    seconds = float(info.get("seconds", {}).get("total", 0.0))
+                    self._study.tell(number, info["best"][self.metric], "done", seconds=seconds)
+                elif self._study.tell(number, None, "lost", error=LOST) == "lost":
                     self._end_lost_job(str(number))
         self._n_running = len(self._study.running())  # before those that have ended: none is in neither
         self._read_trials()
@@ -220,18 +224,18 @@ class Search:
         """Read the trials that have ended, and show a line of each new one."""
         self._state["trials"] = trials = self._study.ended()
         values = [t["value"] for t in trials if t["value"] is not None]
-        for trial in trials:
-            if trial["name"] not in self._shown:
-                text = f"{trial['status']}: {trial['error']}"
-                if trial["value"] is not None:
-                    best = (min if self.metric == "loss" else max)(values)
-                    text = f"validation {self.metric} {trial['value']:.4f}, best {best:.4f}"
-                defaults = self._state["defaults"]
-                changes = [f"{key}={value}" for key, value in trial["recipe"].items() if value != defaults[key]]
-                title, left = " ".join(changes) or "default settings", duration_text(max(0.0, self.left))
-                self.reporter.show(f"trial {trial['name']}  {title}: {text}; {left} left")
-                self._shown.add(trial["name"])
-        if values:
+        new = [trial for trial in trials if trial["name"] not in self._shown]
+        for trial in new:
+            text = f"{trial['status']}: {trial['error']}"
+            if trial["value"] is not None:
+                best = (min if self.metric == "loss" else max)(values)
+                text = f"validation {self.metric} {trial['value']:.4f}, best {best:.4f}"
+            defaults = self._state["defaults"]
+            changes = [f"{key}={value}" for key, value in trial["recipe"].items() if value != defaults[key]]
+            title, left = " ".join(changes) or "default settings", duration_text(max(0.0, self.left))
+            self.reporter.show(f"trial {trial['name']}  {title}: {text}; {left} left")
+            self._shown.add(trial["name"])
+        if values and (new or self.deadline == -math.inf):
             self.deadline = self._reserve(1)
 
     def _job_of(self, name: str) -> RunDir:

@@ -88,10 +88,11 @@ def run(argv: list[str]) -> int:
             device.PROCESS_THREADS = max(1, device.PROCESS_THREADS // arguments.workers)
         if arguments.resume is None and arguments.join is None:
             search, made = _new_search(arguments.words, arguments.config_dir, start)
-            search.save()
         else:
             search, made = _earlier_search(arguments, start), []
         try:
+            if not (search.folder / STATE_FILE).exists():
+                search.save()
             with _joiners(search.folder, arguments.workers - 1):
                 search.run()
         except BaseException as exc:
@@ -258,12 +259,12 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
     folder = Path(arguments.resume or arguments.join).expanduser().absolute()
     try:
         state = read_json(folder / STATE_FILE)
-        if state["schema_version"] != SCHEMA_VERSION:
-            raise UsageError(f"{folder}: was started by another version of tlcli; finish it with that one")
         config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
         for word in [*config_dir, *arguments.words]:
             if word not in shlex.split(state["command"]):
                 raise UsageError(f"{word}: a search continues as it was started; leave it out")
+        if state["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(f"{folder}: was started by another version of tlcli; finish it with that one")
         if arguments.resume:
             for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
                 with suppress(OSError, ValueError):
