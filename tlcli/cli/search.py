@@ -160,8 +160,9 @@ class Search:
             self._study.put_back(self._trial.number)
         has_others = self._sign_off()
         if not has_others:
-            self._state = read_json(self.folder / STATE_FILE)
-            self.save(status)
+            with suppress(OSError, ValueError):  # a full disk must not hide the error that it caused
+                self._state = read_json(self.folder / STATE_FILE)
+                self.save(status)
         return has_others
 
     def _spent_now(self) -> float:
@@ -180,10 +181,10 @@ class Search:
         """Remove the files of this worker and of dead ones; return True if another one may be running."""
         heartbeat.drop(self._worker_file)
         self._worker_file.unlink(missing_ok=True)
-        for file in self._workers.glob("*.json"):
-            if observer.is_alive(file) is False:
-                file.unlink(missing_ok=True)
-        with suppress(OSError):  # it is not empty
+        with suppress(OSError):  # another worker is in the folder, or has removed it
+            for file in self._workers.glob("*.json"):
+                if observer.is_alive(file) is False:
+                    file.unlink(missing_ok=True)
             self._workers.rmdir()
         return self._workers.exists()
 
