@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import Compose, finish, make_folder
+from tests.data.samples import pack_parquet, pack_tar
 from tlcli import fill
 from tlcli.cli import main
 from tlcli.engine import activations, extraction
@@ -48,6 +49,12 @@ def make_spec(spec: Compose, photos: Path) -> Callable[..., TrainSpec]:
 
     def make(*words: str) -> TrainSpec:
         data = () if any(word.startswith("dataset=") for word in words) else folder
+        if form := {"webdataset", "parquet"} & {word.removeprefix("dataset=") for word in words}:
+            pack = {"webdataset": pack_tar, "parquet": pack_parquet}[min(form)]
+            root = photos.parent / min(form)
+            for split in ("train", "test") if not root.exists() else ():
+                pack(photos / split, root / f"{split}.{'tar' if pack is pack_tar else 'parquet'}")
+            data = (f"dataset.root='{root}'",)
         return spec(*data, *NETWORK, "freeze=head", "cache.mode=require", "freeze.head_init=random", *words)
 
     return make
@@ -79,6 +86,8 @@ def bytes_of(store: Store) -> dict[str, list[bytes]]:
         pytest.param(1, (), marks=pytest.mark.slow),
         pytest.param(64, (), marks=pytest.mark.slow),
         pytest.param(2, ("dataset=digits", "dataset.train_per_class=3"), marks=pytest.mark.slow),
+        pytest.param(3, ("dataset=webdataset",), marks=pytest.mark.slow),
+        pytest.param(3, ("dataset=parquet", "folds=2"), marks=pytest.mark.slow),
     ],
 )
 def test_shards_are_the_entry_of_one_process(
