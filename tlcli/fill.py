@@ -7,9 +7,10 @@ those of a run.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import groupby, islice, pairwise
@@ -33,12 +34,11 @@ from tlcli.files import atomic_write
 from tlcli.ray_tasks import ray_cluster, run_tasks
 from tlcli.reporter import Reporter
 from tlcli.specs import Accelerator, TrainSpec, spec_from
-from tlcli.store import CacheEntry, Store
+from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
 from tlcli.transfer.cut import Cut
 
 MAX_RETRIES = 3  # of a shard whose Ray worker was killed
-BLOCK_BYTES = 1 << 24  # read at once when shards become an entry
 
 
 class PlannedEntry(Struct, frozen=True):
@@ -112,7 +112,7 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
         fingerprint, offsets = split.fingerprint(), list[int]()
         digests = split.images.digests(split.indices, reporter)
         listing = store.plans / f"{fingerprint}.jsonl"
-        with (temp := listing.with_name(f".{file.name}.{len(entries)}")).open("wb") as lines:
+        with (temp := listing.with_name(f".{listing.name}.{os.getpid()}")).open("wb") as lines:
             for start, stop in pairwise(bounds):
                 offsets.append(lines.tell())
                 for i in range(start, stop):
@@ -242,22 +242,13 @@ def complete(plan: Plan, store: Store) -> list[int]:
                 if not is_there:
                     found = [part for part in parts.values() if part is not None]
                     metadata = {k: v for k, v in found[0].metadata.items() if k not in ("part_of", "shard")}
-                    store.write(entry.key, entry.bounds[-1], found[0].columns, metadata, _rows(found))
+                    columns = found[0].columns
+                    files = ([part.file(i) for i in range(len(columns))] for part in found)
+                    rows = ([np.memmap(file, np.uint8, "r").data for file in names] for names in files)
+                    store.write(entry.key, entry.bounds[-1], columns, metadata, rows)
                 for key in keys.values():
                     with suppress(OSError):
                         store.remove(key)
         for key in keys.values():
             store.release(key)
     return sorted(missing)
-
-
-def _rows(parts: Sequence[CacheEntry]) -> Iterator[list[bytes]]:
-    """Yield the rows of entries in order, as `Store.write` takes them."""
-    sizes = [column.nbytes for column in parts[0].columns]
-    step = max(1, BLOCK_BYTES // sum(sizes))
-    for part in parts:
-        with ExitStack() as stack:
-            files = [stack.enter_context(part.file(i).open("rb")) for i in range(len(sizes))]
-            for start in range(0, part.rows, step):
-                n = min(step, part.rows - start)
-                yield [file.read(n * size) for file, size in zip(files, sizes, strict=True)]
