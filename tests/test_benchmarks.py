@@ -20,6 +20,7 @@ from benchmarks import (
     extraction,
     limits,
     memory,
+    million,
     photographs,
     prediction,
     quality,
@@ -233,3 +234,23 @@ def test_unknown_compares_four_scores(data: Path, tmp_path: Path, capsys: pytest
     names = ["energy and distance", "energy", "largest probability", "nearest training images"]
     assert [row[0] for row in rows][:4] == [f"| {name}" for name in names]
     assert all(len(row) == 5 for row in rows)
+
+
+def test_a_million_files_are_planned_trained_and_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measures = million.main(tmp_path, small=True, files=600)
+    assert [measure.holds for measure in measures] == [True] * 4
+    out = capsys.readouterr().out
+    assert [out.count(f"| {name}") for name in ("first plan", "second plan", "epoch of", "predict")] == [1, 1, 1, 2]
+    assert (
+        len(list(tmp_path.glob("images/*/*"))) == 600 and len({f.stat().st_ino for f in tmp_path.rglob("*.jpg")}) == 500
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 7, 64])
+def test_a_queue_takes_as_long_as_its_workers_allow(shards: int) -> None:
+    even = million.queue_hours(36_000, 1.0, 4, 4 * shards, slow=0.0)
+    assert 2.5 <= even <= 2.5 * (1 + 1.6 / shards)  # all workers end within one shard, which varies by 10 %
+    slow = [million.queue_hours(36_000, 1.0, 40, 40 * shards, slow=0.3, seed=seed) for seed in range(3)]
+    assert all(hours > 0.25 for hours in slow)
+    finer = [million.queue_hours(36_000, 1.0, 40, 4000 * shards, slow=0.3, seed=seed) for seed in range(3)]
+    assert all(b <= a for a, b in zip(slow, finer, strict=True))

@@ -345,7 +345,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     (store.activations / KEY / ".DS_Store").touch()
     (store.activations / OTHER / META).unlink()
     store.add_note("choices", "a", 1)
-    (store.root / ".choices.json.4194304").touch()
+    for name in (".choices.json.4194304", f"digests-{0:032}.bin", f".digests-{0:032}.bin.4194304"):
+        (store.root / name).touch()
     before = everything(store.root)
     for name in FOREIGN:
         (store.root / name).parent.mkdir(parents=True, exist_ok=True)

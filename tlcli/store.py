@@ -8,6 +8,7 @@
     ROOT/locks/space.lock              held while room is made
     ROOT/plans/ID.json, IMAGES.jsonl   plans of entries that are filled in shards, and the images of an entry
     ROOT/NAME.json                     notes, such as measured speeds
+    ROOT/digests-FOLDER.bin            digests of the images below a folder
 
 A shard is an entry whose metadata name the entry that it is a part of; it is not evicted before that is complete.
 
@@ -245,14 +246,15 @@ class Store:
         _delete(self._folder(key))
 
     def clear(self) -> tuple[int, int]:
-        """Remove all entries, stale drafts, notes and plans; return the number of entries and of all bytes."""
+        """Remove all entries, stale drafts, notes, digests and plans; return the number of entries and of all bytes."""
         nbytes, count = self._remove_stale_drafts(), 0
         for folder in self._folders(_KEY):
             with suppress(FileNotFoundError):  # another process removed it
                 nbytes += _delete(folder)
                 count += 1
         for file in _children(self.root):  # not the lock files: two processes could hold one that vanishes
-            if re.fullmatch(r"\..+\.json\.\d+", file.name) or (file.suffix == ".json" and _notes_in(file) is not None):
+            is_own = re.fullmatch(r"\..+\.json\.\d+|\.?digests-[0-9a-f]{32}\.bin(\.\d+)?", file.name)
+            if is_own or (file.suffix == ".json" and _notes_in(file) is not None):
                 file.unlink(missing_ok=True)
         for file in _children(self.plans):
             if re.fullmatch(r"\.?[0-9a-f]{32,64}\.jsonl?(\.\d+)?", file.name):
