@@ -55,12 +55,13 @@ def unlike(one: Path, other: Path) -> list[str]:
     return [line for line in differences(one, other) if "predictions: " not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "own",
     [
         ("freeze=head",),
-        pytest.param((*LIVE, "device.workers=2"), marks=pytest.mark.slow),
-        pytest.param(("freeze=head", "sampler=balanced", "dataset.train_per_class=12"), marks=pytest.mark.slow),
+        (*LIVE, "device.workers=2"),
+        ("freeze=head", "sampler=balanced", "dataset.train_per_class=12"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
@@ -83,7 +84,8 @@ def test_folds_of_archives_are_those_of_folders(sets: Sets, tmp_path: Path) -> N
     assert len({key for keys in held_out for key in keys}) == 60
 
 
-@pytest.mark.parametrize("own", [LIVE, pytest.param(("freeze=head",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [LIVE, ("freeze=head",)])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_run_on_parquet_goes_on_exactly(own: tuple[str, ...], sets: Sets, tmp_path: Path) -> None:
     words = (*sets["parquet"], *SMALL, *own)
@@ -104,7 +106,7 @@ def test_two_ranks_read_the_same_batches(kind: str, sets: Sets, tmp_path: Path) 
     one, two = (read_tensors(RunDir(run).last_checkpoint)[0] for run in runs)
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
     predictions = [read_predictions(RunDir(run).test_predictions) for run in runs]
-    assert predictions[0].keys == predictions[1].keys
+    assert list(predictions[0].keys) == list(predictions[1].keys)
 
 
 @pytest.fixture(scope="module", params=["webdataset", "parquet"])
@@ -115,6 +117,7 @@ def run(request: pytest.FixtureRequest, sets: Sets, tmp_path_factory: pytest.Tem
     )
 
 
+@pytest.mark.slow
 def test_other_commands_read_the_images_of_a_run(run: Path, sets: Sets, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run)]) == 0
     assert "the run's own test split" in capsys.readouterr().out
