@@ -14,6 +14,7 @@ from tests.data.samples import folder_spec, manifest_spec
 from tlcli.data.batches import epoch_order
 from tlcli.data.dataset import load_dataset
 from tlcli.data.images import ConcatSplits, positions_by_class
+from tlcli.engine.metrics import Predictions
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import SplitPredictions, read_predictions, write_predictions
 from tlcli.specs import DatasetSpec
@@ -50,8 +51,8 @@ def test_images_are_no_objects(tmp_path: Path, kind: str) -> None:
     def make() -> object:
         data = load_dataset(spec, seed=0, reporter=Reporter(), store=Store(tmp_path / "cache"), decode=False)
         splits = {"train": data.train, "val": data.val, "test": data.test}
-        p = torch.zeros(len(data.test), 2)
-        predictions = SplitPredictions.of(data.test, p, torch.from_numpy(data.test.labels), data.classes)
+        p = Predictions(torch.zeros(len(data.test), 2), torch.from_numpy(data.test.labels))
+        predictions = SplitPredictions.of(data.test, p, data.classes)
         write_predictions(tmp_path / "p.safetensors", predictions)
         rest = ConcatSplits(splits).first_copies(Reporter()), epoch_order(len(data.train), 0, 1)
         return data, data.train.fingerprint(), rest, read_predictions(tmp_path / "p.safetensors")
