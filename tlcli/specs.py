@@ -308,6 +308,7 @@ class TrainSpec(Spec, frozen=True):
     folds: Annotated[int, Meta(ge=2)] | None
     fold: Annotated[int, Meta(ge=0)] | None
     interpolate: FractionAboveZero | None
+    fits: Count | None
     tta: Tta
     label_smoothing: FractionBelowOne
     class_weights: ClassWeights
@@ -342,6 +343,15 @@ class TrainSpec(Spec, frozen=True):
             raise UsageError(
                 f"interpolate={self.interpolate:g} does not work with freeze={self.freeze.kind}; leave one of them out"
             )
+        if (self.fits or 1) > 1:
+            reasons = {
+                f"freeze={self.freeze.kind}": not self.freeze.interpolates,
+                f"ema={self.ema}": self.ema is not None,
+                f"early_stop={self.early_stop}": self.early_stop is not None,
+                f"scheduler={self.scheduler.kind}": self.scheduler.reads_validation,
+            }
+            if words := [word for word, holds in reasons.items() if holds]:
+                raise UsageError(f"fits={self.fits} does not work with {words[0]}; leave one of them out")
         if self.sampler is Sampler.balanced and self.class_weights is ClassWeights.balanced:
             raise UsageError(
                 "sampler=balanced and class_weights=balanced correct for rare classes twice: give one of them"

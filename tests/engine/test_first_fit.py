@@ -99,6 +99,14 @@ def test_there_is_none_with_validation_images_a_given_share_or_random_weights(lo
         assert load(words).workload.first_fit is None, words
 
 
+def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
+    workload = load("epochs=3").workload
+    assert (workload.fits, workload.epochs, workload.first_fit.epochs) == (2, 6, 3)
+    for words in (("fits=1",), ("interpolate=1",), ("ema=0.9",), ("freeze.bn_stats=update",)):
+        assert load(*words, "epochs=3").workload.epochs == 3, words
+    assert load("interpolate=1", "fits=4", "epochs=3").workload.epochs == 12
+
+
 @pytest.mark.parametrize(("most", "expected"), [(60, True), (59, False)])
 def test_there_is_none_for_large_sets(load, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
     monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)

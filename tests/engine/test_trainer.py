@@ -231,6 +231,23 @@ def test_the_average_is_of_all_steps_and_with_decay_0_the_weights_themselves(sma
     assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights(average).items()), "as trained again"
 
 
+def test_fits_start_alike_and_their_weights_are_averaged(small) -> None:
+    """The second one has the schedule of the first, and the order and the crops of later epochs."""
+    words = ("freeze=last_stages", "optimizer.lr=0.01")
+    both, first, second = small(*words, "fits=2"), small(*words, "fits=1"), small(*words, "fits=1")
+    for epoch in (1, 2):
+        rates = [setting.fit(epoch)["lr"] for setting in (both, first)]
+    one = weights(first)
+    assert all(torch.equal(tensor, one[name]) for name, tensor in weights(both).items())
+    for epoch in (3, 4):
+        rates += [setting.fit(epoch)["lr"] for setting in (both, second)]
+    assert rates[0] == rates[-1] == rates[-2]
+    other = weights(second)
+    assert any(not torch.equal(tensor, one[name]) for name, tensor in other.items())
+    for name, tensor in weights(both).items():
+        torch.testing.assert_close(tensor, (one[name] + other[name]) / 2, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "words", [("augment.mixup=0.4",), ("augment.cutmix=1",), ("augment.mixup=0.4", "augment.cutmix=1")]
 )

@@ -118,6 +118,11 @@ LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
             [(3, KeyboardInterrupt), (STEPS_PER_EPOCH + 2, KeyboardInterrupt)],
             id="average, penalty and mixtures",
         ),
+        pytest.param(
+            (*LIVE, "freeze=last_stages", "fits=2", "epochs=1"),
+            [(2, KeyboardInterrupt), (STEPS_PER_EPOCH, Killed), (STEPS_PER_EPOCH + 2, KeyboardInterrupt)],
+            id="two fits",
+        ),
         pytest.param((*LIVE, "freeze=lora", "epochs=2"), [(3, KeyboardInterrupt)], id="low rank"),
         pytest.param(("freeze=head", "sampler=balanced", "ema=0.5"), [(3, KeyboardInterrupt)], id="balanced"),
     ],

@@ -92,8 +92,11 @@ class Schedule:
         self.plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
 
     def before_step(self, step: int) -> None:
-        """Set the learning rates for step 0, 1, 2, ..."""
-        factor = lr_factor(self._spec, step, self._steps, self._steps_per_epoch) * self.plateau["plateau_factor"]
+        """Set the learning rates for step 0, 1, 2, ..., which begin again for another fit."""
+        factor = (
+            lr_factor(self._spec, step % self._steps, self._steps, self._steps_per_epoch)
+            * self.plateau["plateau_factor"]
+        )
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * factor
 

@@ -39,7 +39,9 @@ class Trainer:
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         class_counts = workload.data.train.class_counts(len(classes))
         self.steps_per_epoch = steps_per_epoch(spec, sum(class_counts))
-        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, workload.epochs)
+        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, workload.epochs_per_fit)
+        self._fits, self._epochs_per_fit = workload.fits, workload.epochs_per_fit
+        self._ends: list[Tensor] = []  # sum of the weights at the ends of earlier fits
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
@@ -75,6 +77,8 @@ class Trainer:
             n_correct = torch.tensor(0, device=self._device.accelerator)
             progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
+            if self._fits > 1 and epoch % self._epochs_per_fit == 1 % self._epochs_per_fit:
+                self._begin_fit()
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         track = reporter.track(f"{self._label} {epoch}", len(loader))
         held = defer_interrupts if loader.ranks.size > 1 else nullcontext()  # until all ranks stop at the same step
@@ -98,6 +102,9 @@ class Trainer:
         if loader.ranks.size < self._device.ranks.size:  # each rank has trained on whole batches
             self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
+        if self._ends and epoch == self._fits * self._epochs_per_fit:
+            self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._trainable, strict=True)])
+            self._ends = []
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
         lr, seconds = {group["name"]: group["lr"] for group in self.optimizer.param_groups}, progress.seconds
@@ -221,6 +228,20 @@ class Trainer:
             f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
         )
 
+    def _begin_fit(self) -> None:
+        """Start again from the remembered weights, in the order of other epochs, if a fit has ended.
+
+        The mean of several fits is a uniform soup (Wortsman et al., Model soups, 2022): as fast as one network.
+        """
+        if self.step:
+            own = [parameter.detach() for parameter in self._trainable]
+            ends = self._ends or [torch.zeros_like(p) for p in own]
+            self._ends = [end + p for end, p in zip(ends, own, strict=True)]
+            self._set(self._start)
+            self.optimizer.state.clear()
+        elif not self._start:
+            self.remember_start()
+
     def remember_start(self) -> None:
         """Keep a copy of what trains, from which `interpolate` starts."""
         self._start = [parameter.detach().clone() for parameter in self._trainable]
@@ -262,6 +283,7 @@ class Trainer:
             "step": self.step,
             "start": self._start,
             "average": self._average,
+            "ends": self._ends,
             "random": [generator.get_state() for generator in _generators()],
             "pass": self._progress and self._progress.state(),
         }
@@ -281,7 +303,8 @@ class Trainer:
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
         saved, device = state["pass"], self._device.accelerator
-        self._start, self._average = ([t.to(device) for t in state[name]] for name in ("start", "average"))
+        names = "start", "average", "ends"
+        self._start, self._average, self._ends = ([t.to(device) for t in state.get(name, ())] for name in names)
         self._progress = saved and _EpochProgress(
             epoch=int(saved["epoch"]),
             first_step=int(saved["first_step"]),
