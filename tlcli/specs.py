@@ -322,6 +322,18 @@ class TrainSpec(Spec, frozen=True):
     name: str
     out: str
 
+    @property
+    def no_average(self) -> str | None:
+        """The first setting with which weights of several fits cannot be averaged."""
+        reasons = {
+            f"freeze={self.freeze.kind}": not self.freeze.interpolates,
+            f"freeze.bn_stats={self.freeze.bn_stats}": self.freeze.bn_stats is BnStats.update,
+            f"ema={self.ema}": self.ema is not None,
+            f"early_stop={self.early_stop}": self.early_stop is not None,
+            f"scheduler={self.scheduler.kind}": self.scheduler.reads_validation,
+        }
+        return next((word for word, holds in reasons.items() if holds), None)
+
     def __post_init__(self) -> None:
         if self.fold is not None and self.fold >= (self.folds or 0):
             reason = f"must be below folds={self.folds}" if self.folds else "give folds=N, too"
@@ -343,15 +355,8 @@ class TrainSpec(Spec, frozen=True):
             raise UsageError(
                 f"interpolate={self.interpolate:g} does not work with freeze={self.freeze.kind}; leave one of them out"
             )
-        if (self.fits or 1) > 1:
-            reasons = {
-                f"freeze={self.freeze.kind}": not self.freeze.interpolates,
-                f"ema={self.ema}": self.ema is not None,
-                f"early_stop={self.early_stop}": self.early_stop is not None,
-                f"scheduler={self.scheduler.kind}": self.scheduler.reads_validation,
-            }
-            if words := [word for word, holds in reasons.items() if holds]:
-                raise UsageError(f"fits={self.fits} does not work with {words[0]}; leave one of them out")
+        if (self.fits or 1) > 1 and (word := self.no_average):
+            raise UsageError(f"fits={self.fits} does not work with {word}; leave one of them out")
         if self.sampler is Sampler.balanced and self.class_weights is ClassWeights.balanced:
             raise UsageError(
                 "sampler=balanced and class_weights=balanced correct for rare classes twice: give one of them"

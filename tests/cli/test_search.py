@@ -35,7 +35,7 @@ STATE = {
     "defaults": {"optimizer.lr": 0.001, "augment": "basic"},
     "image": [],
     "trials": [],
-    "n_members": None,
+    "fits": 1,
     "members": None,
     "importances": {},
     "best": None,
@@ -51,8 +51,11 @@ class Worker(Search):
         self.trained.append((id(self), name))
         return job(self.folder / name, "done")
 
-    def _reserve(self, n_members: int) -> float:
-        return 10.0 * n_members
+    def _refit_seconds(self, run: RunDir) -> float:
+        return 10.0
+
+    def _reserve(self, n_fits: int) -> float:
+        return 10.0 * n_fits
 
     def _finish(self) -> RunDir:
         self.trained.append((id(self), "test"))
@@ -121,12 +124,24 @@ def test_the_time_is_that_of_the_worker_that_knows_most(worker: Callable[[], Wor
     first.tick(is_trial=True)
     begin(second)
     assert second.left < 110
-    assert second._has_time(1)
+    assert second._has_time()
     first._spent, first._saved = 3595.0, -10.0
     first.tick(is_trial=True)
     with second._lock.held():
         second._catch_up()
-    assert 0 < second.left < 10 and not second._has_time(1)
+    assert 0 < second.left < 10 and not second._has_time()
+
+
+@pytest.mark.parametrize(("n_members", "left", "fits"), [(1, 60.0, 2), (1, 24.0, 1), (1, 3.0, 1), (2, 60.0, 1)])
+def test_few_recipes_are_trained_several_times_if_there_is_time(
+    worker: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch, n_members: int, left: float, fits: int
+) -> None:
+    monkeypatch.setattr(tune, "choose_members", lambda ranked, *args: ranked[:n_members])
+    one = worker()
+    one.run()
+    one._spent += one.left - left
+    one._choose()
+    assert (len(one._state["members"]), one._state["fits"]) == (n_members, fits)
 
 
 @pytest.mark.parametrize(("status", "told"), [(None, "lost"), ("running", "lost"), ("done", "done")])

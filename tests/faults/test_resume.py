@@ -120,7 +120,7 @@ LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
         ),
         pytest.param(
             (*LIVE, "freeze=last_stages", "fits=2", "epochs=1"),
-            [(2, KeyboardInterrupt), (STEPS_PER_EPOCH, Killed), (STEPS_PER_EPOCH + 2, KeyboardInterrupt)],
+            [(2, KeyboardInterrupt), (STEPS_PER_EPOCH, Killed), (3, KeyboardInterrupt)],
             id="two fits",
         ),
         pytest.param((*LIVE, "freeze=lora", "epochs=2"), [(3, KeyboardInterrupt)], id="low rank"),

@@ -248,10 +248,11 @@ class Search:
 
     def _decide(self) -> None:
         """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
-        n_members = self._state["n_members"] or self._spec.average
-        if self._state["members"] is None and self._has_time(min(n_members, len(self._ranked()) + self._n_running + 1)):
+        if self._state["members"] is None and self._has_time():
             self._trial = self._study.next_trial(self._worker_file.name)
-        elif self._n_running == 0 and (self._state["members"] is not None or self._choose(n_members)):
+        elif self._n_running == 0:
+            if self._state["members"] is None:
+                self._choose()
             final = self._finish()
             self._state["best"] = final.path.relative_to(self.folder).as_posix()
             if not os.path.lexists(self.folder / REFIT):
@@ -260,24 +261,21 @@ class Search:
             self.save("done")
             leaderboard.write(self.folder)
 
-    def _choose(self, n_members: int) -> bool:
-        """Choose the recipes whose weights are averaged; return False if fewer of them leave time for a trial."""
+    def _choose(self) -> None:
+        """Choose the recipes whose weights are averaged, and how often each is trained again in the time left."""
         from tlcli.tune import choose_members
 
-        ranked = self._ranked()
-        if self._base.folds is not None:
-            members = ranked[:1]
-        else:
-            reader = load_spec(ranked[0])
-            members = choose_members(ranked[: 2 * n_members], n_members, reader, self._session, self.reporter)
-            if len(members) < n_members and self._has_time(len(members)):
-                self._state["n_members"] = len(members)
-                self.save()
-                return False
+        ranked, n = self._ranked(), self._spec.average
+        members = ranked[:1]
+        if self._base.folds is None:
+            members = choose_members(ranked[: 2 * n], n, load_spec(ranked[0]), self._session, self.reporter)
+            if self._state["val_fraction"] is not None:
+                seconds = mean(self._refit_seconds(run) for run in members)
+                n = min(n, int(self.left - FINAL_SECONDS) // math.ceil(seconds))
+                self._state["fits"] = max(1, n // len(members))
         self._state["importances"] = self._study.importances()
         self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
         self.save()
-        return True
 
     def _read_space(self) -> None:
         from tlcli.tune import TuneSpec
@@ -344,27 +342,25 @@ class Search:
         seconds = trial["seconds"] if trial["name"] != "0" else min(trial["seconds"], self._cost())
         return float(MARGIN * seconds * n_seen / (info["epochs"] * info["n_train"]))
 
-    def _reserve(self, n_members: int) -> float:
-        """Return the seconds that the end takes with this number of recipes: refits, comparisons and the test."""
+    def _reserve(self, n_fits: int) -> float:
+        """Return the seconds that the end takes with this number of fits: these, comparisons and the test."""
         ranked = self._ranked()
         if not ranked:
             return 0.0
         info, refits = ranked[0].info, [0.0]
         if self._state["val_fraction"] is not None:
-            refits = [self._refit_seconds(run) for run in ranked[:n_members]]
-            refits += [mean(refits)] * (n_members - len(refits))
-        n_evaluated = (
-            info["n_test"] + (2 * n_members + 1) * info["n_val"]
-        )  # twice as many are compared, and then the mean
+            refits = [self._refit_seconds(run) for run in ranked[:n_fits]]
+            refits += [mean(refits)] * (n_fits - len(refits))
+        n_evaluated = info["n_test"] + (2 * n_fits + 1) * info["n_val"]  # twice as many are compared, then the mean
         speed = float(self._state["images_per_second"] or math.inf)
         return float(sum(refits) + n_evaluated / speed + FINAL_SECONDS)
 
-    def _has_time(self, n_members: int) -> bool:
+    def _has_time(self) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""
         limit = self._spec.trials if self._spec.space else 1
         n = sum(t["status"] != "lost" for t in self._state["trials"]) + self._n_running
         is_first = n == 0
-        has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(n_members)
+        has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(self._spec.average)
         return has_time and (limit is None or n < limit)
 
     def _run_trial(self, trial: "optuna.trial.Trial") -> None:
@@ -421,12 +417,14 @@ class Search:
             validation = predict_mean(members, load_spec(members[0]), self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
-                if refits and self.left < self._refit_seconds(run) + FINAL_SECONDS:
+                if refits and self.left < self._state["fits"] * self._refit_seconds(run) + FINAL_SECONDS:
                     break
                 label = f"refit of trial {run.path.name}"
                 words = [*self._state["image"], *words_of(self._trial_of(run)["recipe"])]
                 if self._base.interpolate is None:
                     words.append("interpolate=1")  # the mean has the same effect, and no first fit is needed
+                if self._base.fits is None and load_spec(run).no_average is None:
+                    words.append(f"fits={self._state['fits']}")
                 reporter = TrialReporter(self, label, is_trial=False)
                 refits.append(self._train(f"refit-{run.path.name}", words, reporter))
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")

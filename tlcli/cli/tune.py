@@ -246,7 +246,7 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
         "defaults": None,  # values of the keys of the space in a run with default settings
         "image": [],  # words that choose the image size and fit of all trials
         "trials": [],  # that have ended; study.journal has all
-        "n_members": None,  # the most recipes that are averaged, if fewer than in the file of the space
+        "fits": 1,  # trainings on all images of each recipe that is averaged
         "members": None,  # trials whose recipes are averaged
         "importances": {},
         "best": None,

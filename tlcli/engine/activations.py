@@ -37,7 +37,7 @@ from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier, Float32Linear, Head
 from tlcli.ranks import ALONE, Ranks
 from tlcli.reporter import Reporter
-from tlcli.specs import BnStats, CacheMode, Fit, Sampler, TrainSpec
+from tlcli.specs import CacheMode, Fit, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, apply_freeze, linear_head
@@ -220,8 +220,7 @@ class Workload:
         spec = self.spec
         if spec.fits is not None:
             return spec.fits
-        can_average = spec.ema is None and spec.freeze.bn_stats is not BnStats.update
-        return FITS if self.first_fit is not None and can_average else 1
+        return FITS if self.first_fit is not None and spec.no_average is None else 1
 
     @cached_property
     def first_fit(self) -> "Workload | None":
