@@ -26,7 +26,7 @@ from tlcli.data.decode import ValueRange
 from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split, full_split
 from tlcli.device import setup_process
 from tlcli.engine.activations import load_workload
-from tlcli.engine.decisions import Decisions
+from tlcli.engine.decisions import Decisions, device_with
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.session import Session
 from tlcli.errors import TlcliError, UsageError
@@ -149,6 +149,7 @@ def fill_shard(file: Path, shard: int, max_gb: float, reporter: Reporter | None 
             empty = split.take(np.arange(0))
             data = Dataset(spec.dataset.name, plan.classes, split, empty, empty, (), (), plan.value_range)
             workload = load_workload(spec, data, setup_process(spec.device), session)
+            device_with(workload, plan.decisions.train_dtype, option).place(workload.classifier.network)
             cut = workload.cut
             assert isinstance(cut, Cut)
             source = workload.activations(cut, option, split, entry.split, entry.view, entry.images)

@@ -50,7 +50,7 @@ class Command:
     """Hydra's task function: runs one job, with what the jobs of a command share.
 
     `sweep` is the folder of a sweep, None for a single run, which has `spec`. A job that is in its directory already is
-    resumed; with `resume`, also one that is damaged. Launchers copy this object into other processes.
+    resumed; with `resume`, also one that is damaged. A launcher may copy this object into other processes.
     A trial of a search has a `reporter`, and a `session` that it shares with others; its test images are not read.
     """
 
@@ -67,9 +67,13 @@ class Command:
     ) -> None:
         self.error: Exception | None = None
         self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
-        self._reporter, self._session, self._pid = reporter, session, os.getpid()
+        self._reporter, self._session = reporter, session
         self._owner: str | None = None  # the reason why the directory is not the job's own, if so
         self._output_subdir: str | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__class__ = CopiedCommand
 
     def launch(self, config: DictConfig, loader: ConfigLoader, folder: Path) -> None:
         """Run the one job of a composed config, or all jobs of a sweep, in a folder."""
@@ -101,34 +105,9 @@ class Command:
     def __call__(self, config: DictConfig) -> float | None:
         """Train, and return the validation metric that selected the epoch; None if the job failed.
 
-        A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run. In a
-        process that a launcher has started, a signal is recorded, too, and the jobs after this one do not start.
+        A failure is recorded in run.json and kept as `error`, not raised, so that the other jobs of a sweep run.
         """
-        global _session, _is_interrupted
-        if self._pid == os.getpid():
-            return self._job(config)
-        if _is_interrupted:
-            return None
-        self._session = _session
-        try:
-            with handle_signals():
-                return self._job(config)
-        except Preempted:
-            number = preemption_signal()
-            if number is not None:
-                self._session = None  # submitit pickles this object for the job that it queues
-                signal.getsignal(number)(number, None)  # type: ignore[misc, operator]
-            raise
-        except KeyboardInterrupt:
-            if "SUBMITIT_EXECUTOR" in os.environ:
-                raise  # with a result the job would be done
-            _is_interrupted = True
-            return None
-        finally:
-            _session, self._session = self._session, None
-
-    def _job(self, config: DictConfig) -> float | None:
-        is_quiet = self._pid != os.getpid()
+        is_quiet = isinstance(self, CopiedCommand)
         job = HydraConfig.get()
         folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
         backbone = [word for word in overrides if word.startswith("backbone.name=")]
@@ -247,6 +226,36 @@ class Command:
                     break
                 error = error or f"{path.name} is the directory of the job {' '.join(owner) or 'that started before'}"
         return run, error
+
+
+class CopiedCommand(Command):
+    """The task function in a process that a launcher has started.
+
+    A signal is recorded as the end of the job, and the jobs after it do not start.
+    """
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Train as `Command` does."""
+        global _session, _is_interrupted
+        if _is_interrupted:
+            return None
+        self._session = _session
+        try:
+            with handle_signals():
+                return super().__call__(config)
+        except Preempted:
+            number = preemption_signal()
+            if number is not None:
+                self._session = None  # submitit pickles this object for the job that it queues
+                signal.getsignal(number)(number, None)  # type: ignore[misc, operator]
+            raise
+        except KeyboardInterrupt:
+            if "SUBMITIT_EXECUTOR" in os.environ:
+                raise  # with a result the job would be done
+            _is_interrupted = True
+            return None
+        finally:
+            _session, self._session = self._session, None
 
 
 def _earlier_value(run: RunDir) -> float | None:
