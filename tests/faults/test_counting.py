@@ -126,7 +126,9 @@ class Small(nn.Module):
 def trainer_for(spec: TrainSpec, model: Classifier, counts: tuple[int, ...]) -> Trainer:
     train = SimpleNamespace(class_counts=lambda n: counts)
     data, contract = SimpleNamespace(train=train, classes=CLASSES), apply_freeze(spec.freeze, model)
-    workload = SimpleNamespace(spec=spec, data=data, classifier=model, contract=contract, epochs=spec.epochs or 1)
+    workload = SimpleNamespace(
+        spec=spec, data=data, classifier=model, contract=contract, epochs_per_fit=spec.epochs or 1, fits=1
+    )
     return Trainer(workload, CPU)  # type: ignore[arg-type]
 
 
