@@ -71,7 +71,8 @@ def features(
     If the loader mirrors, it is that of the image as it is.
     """
     batches: list[Tensor] = []
-    with head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu())):
+    hook = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))
+    with hook, torch.compiler.set_stance("force_eager"):  # a compiled network would not call the hook
         predictions = evaluate(network, loader, device, reporter, label)
     batches = batches[:: 2 if loader.mirrors else 1]
     return device.ranks.gather(batches, loader.positions, len(loader)), predictions
