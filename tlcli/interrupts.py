@@ -93,6 +93,6 @@ def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
 
 
 def preemption_signal() -> int | None:
-    """Return the signal before a pre-emption, for which submitit has installed a handler; None if it has not."""
+    """Return the signal before a preemption, for which submitit has installed a handler; None if it has not."""
     number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), None)
     return number if number is not None and callable(signal.getsignal(number)) else None

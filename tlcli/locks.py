@@ -1,4 +1,4 @@
-"""Locks and signs of life as files, for processes of several machines that share a file system.
+"""Lock files and heartbeats, for processes on machines that share a file system.
 
 A process touches its files every 10 s. Clocks of two machines are never compared: a file is stale if its mtime, as the
 file system reports it, has not changed for 60 s of the observer's monotonic clock. If the file names its owner (`host`
@@ -37,7 +37,7 @@ class Heartbeat:
         self._files[path] = is_owned
 
     def drop(self, path: Path) -> None:
-        """Touch a file no longer."""
+        """Stop touching a file."""
         self._files.pop(path, None)
 
     def beat(self) -> None:

@@ -57,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def release_entries() -> None:
-    """Hold no entry any longer."""
+    """Release all entries that this process holds."""
     for folder in list(_held):
         _release(folder)
 

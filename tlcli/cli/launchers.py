@@ -72,9 +72,8 @@ def run_ray_job(
     return run_job(task, job, "hydra.sweep.dir", "hydra.sweep.subdir", context)
 
 
-Plugins.instance().class_name_to_class["hydra_plugins.tlcli.RayLauncher"] = (
-    RayLauncher  # Hydra takes this package alone
-)
+# Hydra loads only launchers whose name starts with hydra_plugins
+Plugins.instance().class_name_to_class["hydra_plugins.tlcli.RayLauncher"] = RayLauncher
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def features(
 ) -> tuple[Tensor, Predictions]:
     """Return the input of `head` for every image, (N, D) float32 on the CPU, and the predictions.
 
-    If the loader mirrors, it is that of the image as it is.
+    If the loader mirrors, it is the input for the image that is not mirrored.
     """
     batches: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))

@@ -92,7 +92,7 @@ class Schedule:
         self.plateau: dict[str, float] = {"plateau_factor": 1.0, "best_loss": math.inf, "epochs_without": 0}
 
     def before_step(self, step: int) -> None:
-        """Set the learning rates for step 0, 1, 2, ..., which begin again for another fit."""
+        """Set the learning rates for a step, counted from 0 through all fits; each fit repeats the schedule."""
         factor = (
             lr_factor(self._spec, step % self._steps, self._steps, self._steps_per_epoch)
             * self.plateau["plateau_factor"]

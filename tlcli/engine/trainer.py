@@ -77,7 +77,7 @@ class Trainer:
             n_correct = torch.tensor(0, device=self._device.accelerator)
             progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
             torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
-            if self._fits > 1 and epoch % self._epochs_per_fit == 1 % self._epochs_per_fit:
+            if self._fits > 1 and (epoch - 1) % self._epochs_per_fit == 0:
                 self._begin_fit()
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         track = reporter.track(f"{self._label} {epoch}", len(loader))
@@ -229,7 +229,7 @@ class Trainer:
         )
 
     def _begin_fit(self) -> None:
-        """Start again from the remembered weights, in the order of other epochs, if a fit has ended.
+        """Begin a fit: add the weights of the fit that has ended, if any, to their sum, and restore the initial ones.
 
         The mean of several fits is a uniform soup (Wortsman et al., Model soups, 2022): as fast as one network.
         """

@@ -38,24 +38,24 @@ class UnknownScore:
     def fit(cls, features: Tensor, predictions: Predictions) -> "UnknownScore | None":
         """Return the score for features (N, D) and predictions of training images; None if they are too few.
 
-        Every second image of a class is for the scales: those that fit the covariance are nearer than others.
+        The covariance is fitted to every second image of a class, and the scales to the rest: fitted images are nearer.
         """
         from sklearn.covariance import ledoit_wolf  # here, because it takes a second
 
         labels = predictions.labels
         order = torch.argsort(labels, stable=True)
-        own, others = order[::2], order[1::2]
-        present, index = np.unique(labels[own].numpy(), return_inverse=True)
-        if len(own) < 2 * len(present) or len(others) < 2:
+        fitted, scaled = order[::2], order[1::2]
+        present, index = np.unique(labels[fitted].numpy(), return_inverse=True)
+        if len(fitted) < 2 * len(present) or len(scaled) < 2:
             return None
-        x = features[own].double()
+        x = features[fitted].double()
         means = torch.stack([x[index == i].mean(dim=0) for i in range(len(present))])
         covariance = torch.from_numpy(ledoit_wolf((x - means[index]).numpy(), assume_centered=True)[0])
         if not covariance.trace() > 0:
             return None
         whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T.bfloat16()
-        score = cls((means @ whitening.double()).float(), whitening, torch.tensor([[0.0, 1.0], [0.0, 1.0]]).double())
-        parts = score._parts(features[others], predictions.logits[others])
+        score = cls((means @ whitening.double()).float(), whitening, torch.zeros(2, 2))
+        parts = score._parts(features[scaled], predictions.logits[scaled])
         return replace(score, scales=torch.stack([parts.mean(dim=1), parts.std(dim=1).clamp(min=1e-6)], dim=1))
 
     def __call__(self, features: Tensor, logits: Tensor) -> Tensor:

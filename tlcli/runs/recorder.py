@@ -95,8 +95,8 @@ class Recorder:
         epochs = f"{workload.epochs} epoch" + ("s" if workload.epochs > 1 else "")
         if workload.fits > 1:
             epochs += f" ({workload.fits} fits of {workload.epochs_per_fit})"
-        kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else "the last epoch"
-        kept = "the mean of the fits" if workload.fits > 1 and not workload.selects_epoch else kept
+        last = "the mean of the fits" if workload.fits > 1 else "the last epoch"
+        kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else last
         batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
         steps = workload.epochs * steps_per_epoch(spec, len(data.train))
         fits = [workload] if workload.first_fit is None else [workload, workload.first_fit]
