@@ -70,8 +70,10 @@ class Observer:
         try:
             with path.open("rb") as file:  # unless it is opened, NFS may report the mtime of a minute ago
                 content, mtime = file.read(), os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:  # it was replaced while it was read (ESTALE), or its server does not answer
+            mtime, content = self._seen.get(path, (0, b"", 0.0, False))[:2]
         now = self.clock()
         *before, since, has_changed = self._seen.get(path, (mtime, content, now, False))
         if before != [mtime, content]:
@@ -115,13 +117,13 @@ class Lock:
     @contextmanager
     def held(self, timeout: float = -1) -> Iterator[None]:
         """Hold the lock within the block. Raise TimeoutError after `timeout` seconds, OSError if it cannot be made."""
-        self.acquire(timeout)
-        heartbeat.add(self.path, self.owned)
         try:
+            self.acquire(timeout)
+            heartbeat.add(self.path, self.owned)
             yield
-        finally:
-            heartbeat.drop(self.path)
+        finally:  # also after an interrupt while it was acquired
             if self.owned():
+                heartbeat.drop(self.path)
                 self.path.unlink(missing_ok=True)
 
     def acquire(self, timeout: float = -1) -> None:

@@ -315,6 +315,8 @@ class Store:
         wholes = {path: self.activations / entry.metadata.get("part_of", "") for path, entry in entries.items()}
         evictable = [folder for folder in self._folders(_KEY) if wholes.get(folder, folder).is_dir()]
         evicted = []
+        if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
+            observer.living(set((self.root / "locks").glob("*.use.*")))
         with ExitStack() as locks:
             for folder in sorted(evictable, key=lambda folder: last_use.get(folder, 0.0)):
                 if freed >= excess:

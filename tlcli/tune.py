@@ -145,8 +145,8 @@ class Study:
             for key, attribute in (("status", status), ("seconds", seconds), ("error", error)):
                 self._storage.set_trial_user_attr(trial._trial_id, key, attribute)
             self._study.tell(number, value, state=names[status])
-        except RuntimeError:  # it has ended
-            return str(trial.user_attrs["status"])
+        except (self._optuna.exceptions.UpdateFinishedTrialError, ValueError):  # it has ended
+            return str(self._study.get_trials(deepcopy=False)[number].user_attrs.get("status", "lost"))
         if status == "lost":
             self._study.enqueue_trial({**trial.params, **trial.system_attrs.get("fixed_params", {})})
         return status

@@ -123,6 +123,11 @@ LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
             [(2, KeyboardInterrupt), (STEPS_PER_EPOCH, Killed), (3, KeyboardInterrupt)],
             id="two fits",
         ),
+        pytest.param(
+            (*LIVE, "freeze=last_stages", "fits=2", "epochs=null", "min_epochs=1", "min_steps=1"),
+            [(2, KeyboardInterrupt), (STEPS_PER_EPOCH, KeyboardInterrupt)],
+            id="two fits of as many epochs as the images need",
+        ),
         pytest.param((*LIVE, "freeze=lora", "epochs=2"), [(3, KeyboardInterrupt)], id="low rank"),
         pytest.param(("freeze=head", "sampler=balanced", "ema=0.5"), [(3, KeyboardInterrupt)], id="balanced"),
     ],
@@ -162,6 +167,14 @@ def test_weights_are_interpolated_once(
             disturbed(*own, stops=[])
     assert main(["train", "--resume", str(tmp_path / "disturbed")]) == 0
     assert list(differences(whole(*own), tmp_path / "disturbed")) == []
+
+
+@pytest.mark.slow
+def test_the_epochs_of_two_fits_cannot_change(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = whole(*LIVE, "freeze=last_stages", "fits=2", "epochs=1", "checkpoint.keep_state=true")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "epochs=2"]) == 2
+    assert "averages 2 fits, whose number of epochs cannot change" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def _fill(arguments: argparse.Namespace) -> int:
                 return 0
             todo = complete(plan, store) if shard is None else [shard]
             for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
-                if isinstance(result, Exception):
+                if isinstance(result, BaseException):
                     failed += 1
                     print(f"shard {done}/{shards} failed: {exit_status(result)[1]}", file=sys.stderr, flush=True)
                 elif (rows := result[0]) or shard is not None:

@@ -88,6 +88,13 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     keys = {override.key_or_group for override in overrides if override.is_sweep_override()}
     reporter.show_labelled(("sweep", f"{shown_path(folder)}: jobs run in other processes; a line for each that ends"))
 
+    def process_of(file: Path) -> tuple[Path, Any]:
+        with suppress(UsageError):
+            return file, RunDir(file.parent).info.get("pid")
+        return file, None
+
+    others = set(map(process_of, running_jobs(folder)))  # not started by this command
+
     def ended_jobs() -> dict[str, list[Any]]:
         with suppress(OSError, ValueError):  # it is not there yet
             jobs = [job for job in read_json(folder / "sweep.json")["jobs"] if job["status"] not in ("running", "died")]
@@ -109,9 +116,11 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
                 reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")
             shown = jobs
             if is_joblib and defer_interrupts.is_pending:
-                for info in (RunDir(file.parent).info for file in running_jobs(folder)):
-                    if runs_on_this_machine(info):
-                        os.kill(info["pid"], signal.SIGTERM)
+                for file in running_jobs(folder):
+                    with suppress(OSError, UsageError):  # it has just ended
+                        info = RunDir(file.parent).info
+                        if process_of(file) not in others and runs_on_this_machine(info):
+                            os.kill(info["pid"], signal.SIGTERM)
 
     watcher = threading.Thread(target=watch, args=(ended_jobs(),), daemon=True)
     watcher.start()

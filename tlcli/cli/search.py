@@ -272,7 +272,7 @@ class Search:
             if self._state["val_fraction"] is not None:
                 seconds = mean(self._refit_seconds(run) for run in members)
                 n = min(n, int(self.left - FINAL_SECONDS) // math.ceil(seconds))
-                self._state["fits"] = max(1, n // len(members))
+                self._state["fits"] = 1 if self._base.fits else max(1, n // len(members))
         self._state["importances"] = self._study.importances()
         self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
         self.save()
@@ -340,7 +340,7 @@ class Search:
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
         seconds = trial["seconds"] if trial["name"] != "0" else min(trial["seconds"], self._cost())
-        return float(MARGIN * seconds * n_seen / (info["epochs"] * info["n_train"]))
+        return float(MARGIN * seconds * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"]))
 
     def _reserve(self, n_fits: int) -> float:
         """Return the seconds that the end takes with this number of fits: these, comparisons and the test."""

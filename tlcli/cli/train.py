@@ -83,7 +83,13 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    files += [run.best_checkpoint.parent, path / ".hydra", path / "sweep.json", path / "multirun.yaml"]
+    files += [
+        run.best_checkpoint.parent,
+        path / ".hydra",
+        path / "sweep.json",
+        path / "multirun.yaml",
+        path / "tune.json",
+    ]
     try:
         if key and (existing := next((file for file in files if file.exists()), None)):
             raise UsageError(f"{key}={path}: {existing.name} already exists there; choose an empty directory")

@@ -122,19 +122,19 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(n + 1))
         processes = []
-        for i in range(1, n + 1):
-            errors = stack.enter_context(tempfile.TemporaryFile())
-            own = {"OMP_NUM_THREADS": str(device.PROCESS_THREADS), "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the first worker shows the trials of all
-                stderr=errors,
-                process_group=0,  # a terminal's Ctrl-C reaches the first worker alone
-                env={**os.environ, **own},
-            )
-            processes.append((process, errors, pool.submit(process.wait)))  # else a killed one remains as a zombie
         try:
+            for i in range(1, n + 1):
+                errors = stack.enter_context(tempfile.TemporaryFile())
+                own = {"OMP_NUM_THREADS": str(device.PROCESS_THREADS), "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # the first worker shows the trials of all
+                    stderr=errors,
+                    process_group=0,  # a terminal's Ctrl-C reaches the first worker alone
+                    env={**os.environ, **own},
+                )
+                processes.append((process, errors, pool.submit(process.wait)))  # else a killed one remains as a zombie
             yield
         except BaseException:
             for process, _, _ in processes:

@@ -75,10 +75,11 @@ class Trainer:
         progress = self._progress
         if progress is None or progress.epoch != epoch:
             n_correct = torch.tensor(0, device=self._device.accelerator)
-            progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
-            torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
-            if self._fits > 1 and (epoch - 1) % self._epochs_per_fit == 0:
-                self._begin_fit()
+            with defer_interrupts:  # a state that is saved has all of it, or nothing
+                progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
+                torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
+                if self._fits > 1 and (epoch - 1) % self._epochs_per_fit == 0:
+                    self._begin_fit()
         batches, start = loader.epoch(epoch, len(progress.sizes)), time.perf_counter()
         track = reporter.track(f"{self._label} {epoch}", len(loader))
         held = defer_interrupts if loader.ranks.size > 1 else nullcontext()  # until all ranks stop at the same step
@@ -103,8 +104,9 @@ class Trainer:
             self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
         if self._ends and epoch == self._fits * self._epochs_per_fit:
-            self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._trainable, strict=True)])
-            self._ends = []
+            with defer_interrupts:
+                self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._trainable, strict=True)])
+                self._ends = []
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
         lr, seconds = {group["name"]: group["lr"] for group in self.optimizer.param_groups}, progress.seconds

@@ -20,6 +20,7 @@ from tlcli.reporter import Reporter
 from tlcli.transfer.contract import linear_head
 
 MIN_IMAGES, PER_CLASS, MAX_IMAGES = 500, 20, 10_000  # training images that it is fitted to, half of them for its scales
+ROWS = 4096  # scored at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,9 @@ class UnknownScore:
 
     def __call__(self, features: Tensor, logits: Tensor) -> Tensor:
         """Return the score (N), float64, of features (N, D) and logits (N, classes)."""
-        return ((self._parts(features, logits) - self.scales[:, :1]) / self.scales[:, 1:]).sum(dim=0)
+        pairs = zip(torch.split(features, ROWS), torch.split(logits, ROWS), strict=True)
+        parts = torch.cat([self._parts(*pair) for pair in pairs], dim=1)
+        return ((parts - self.scales[:, :1]) / self.scales[:, 1:]).sum(dim=0)
 
     def _parts(self, features: Tensor, logits: Tensor) -> Tensor:
         """Return energy and distance (2, N), float64."""
@@ -78,8 +81,13 @@ class UnknownScore:
         """Return the score of a file for a head with so many inputs. Raise TlcliError if it is damaged."""
         tensors = read_tensors(path)[0]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        n = len(tensors.get("means", ()))
-        if shapes != {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}:
+        n = next(iter(shapes.get("means", ())), 0)
+        is_float = all(tensor.is_floating_point() for tensor in tensors.values())
+        if (
+            n < 1
+            or not is_float
+            or shapes != {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}
+        ):
             raise damaged(path, f"{shapes} for a head with {n_features:,} inputs")
         return cls(**tensors)
 

@@ -75,6 +75,7 @@ class Recorder:
             dataset=spec.dataset.name,
             freeze=spec.freeze.kind,
             epochs=workload.epochs,
+            fits=workload.fits,
             tta=spec.tta.value,
             keep_best=spec.keep_best.value,
             **weights_metadata(workload),
