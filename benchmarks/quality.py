@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -32,6 +31,7 @@ from benchmarks import tuned_loop
 from benchmarks.comparison import Row, tables
 from benchmarks.images import count
 from benchmarks.run import ROOT, alone, machine, out_folder, parser, whole_process
+from tlcli.runs.run_dir import read_predictions
 
 DEFAULT, TUNED = "default", "tuned loop"
 TUNE, RANDOM = "tune", "random search"
@@ -179,10 +179,9 @@ class Recipe:
         for checkpoints in [run / "checkpoints", *run.glob("*/checkpoints")]:  # 50 MB that nothing reads
             shutil.rmtree(checkpoints, ignore_errors=True)
         run = run if budget is None else run / "best"
-        with safe_open(run / "test_predictions.safetensors", framework="numpy") as file:
-            info = json.loads(file.metadata()["tlcli"])
-            classes = [info["classes"][index] for index in file.get_tensor("logits").argmax(1)]
-        return is_correct(dict(zip(info["keys"], classes, strict=True))), ended.seconds
+        stored = read_predictions(run / "test_predictions.safetensors")
+        classes = [stored.classes[index] for index in stored.logits.argmax(dim=1)]
+        return is_correct(dict(zip(stored.keys, classes, strict=True))), ended.seconds
 
 
 def is_correct(predicted: Mapping[str, str]) -> dict[str, bool]:

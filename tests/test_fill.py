@@ -187,12 +187,13 @@ def test_a_killed_ray_worker_costs_its_shard_and_no_more(
     planned, make_spec: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On two nodes of one core each."""
+    words, n_threads = ("device.threads=1",), torch.get_num_threads()
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     one = Session(Store(tmp_path / "one"), 0)
-    inputs = load_inputs(make_spec(), one, Reporter(), NewRun())
+    inputs = load_inputs(make_spec(*words), one, Reporter(), NewRun())
     for name in sorted(inputs.cached):
         inputs.open(name, Reporter())
-    file, plan, store = planned(2)
+    file, plan, store = planned(2, *words)
     monkeypatch.setattr(fill, "fill_shard", fill_or_die)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -202,6 +203,7 @@ def test_a_killed_ray_worker_costs_its_shard_and_no_more(
         rows = dict(run_shards(file, [0, 1], store, Reporter(), on_ray=True))
     finally:
         cluster.shutdown()
+        torch.set_num_threads(n_threads)
     assert sorted(file.with_suffix(".log").read_text().split()) == ["0", "1", "1"]
     assert {shard: result[0] for shard, result in rows.items()} == {
         shard: sum(e.bounds[shard + 1] - e.bounds[shard] for e in plan.entries) for shard in (0, 1)

@@ -265,7 +265,7 @@ def read_predictions(path: Path) -> SplitPredictions:
         if "keys" in metadata:  # of tlcli 0.12 and earlier
             keys = Names(convert(metadata["keys"], list[str]))
             names = convert(metadata["names"] or (), list[str])
-            root = _root_of(names[0], keys[0]) if names else ""
+            root = _root_of(names[0], keys[0]) if names and len(keys) else ""
         else:
             keys = Names.from_bytes(*(tensors[name].numpy().tobytes() for name in ("keys", "key_ends")))
             root = convert(metadata["root"], str)
