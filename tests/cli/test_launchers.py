@@ -71,11 +71,16 @@ def test_a_killed_process_of_an_engine_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_signal_reaches_the_jobs_of_joblib_and_waits_for_them(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as job:
-        end(tmp_path / "0", 1, pid=job.pid)
+    """Jobs that ran before are of another command, or their pid is that of another program."""
+    waiting = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(waiting, stdin=subprocess.PIPE) as job, subprocess.Popen(waiting, stdin=-1) as other:
+        end(tmp_path / "1", 1, pid=other.pid)
+        code = None
         with pytest.raises(KeyboardInterrupt), other_processes(tmp_path, [], is_joblib=True):
+            end(tmp_path / "0", 1, pid=job.pid)
             defer_interrupts.interrupt(KeyboardInterrupt())
-            assert job.wait(60) == -signal.SIGTERM
+            code = job.wait(60)
+        assert (code, other.poll()) == (-signal.SIGTERM, None)
 
 
 def finish_jobs(folder: Path, seeds: range) -> None:
