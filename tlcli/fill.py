@@ -228,28 +228,27 @@ def _splits(spec: str) -> tuple[Split, ...]:
 
 
 def complete(plan: Plan, store: Store) -> list[int]:
-    """Write the entries of which all shards are there, and remove these; return the shards that are missing."""
+    """Join the shards of each entry that has all of them, and remove these; return the missing shards."""
     missing: set[int] = set()
     for entry in plan.entries:
-        keys = entry.shard_keys
+        keys, lost = entry.shard_keys, set[int]()
         with store.lock_for_write(entry.key, lambda: None):
-            is_there = store.find(entry.key, verify=False) is not None
-            for verify in (False, True) if not is_there else ():  # checksums only if no shard is missing
-                parts = {shard: store.find(key, verify=verify) for shard, key in keys.items()}
-                if lost := {shard for shard, part in parts.items() if part is None}:
-                    missing |= lost
-                    break
-            else:
-                if not is_there:
-                    found = [part for part in parts.values() if part is not None]
-                    metadata = {k: v for k, v in found[0].metadata.items() if k not in ("part_of", "shard")}
-                    columns = found[0].columns
-                    files = ([part.file(i) for i in range(len(columns))] for part in found)
+            if store.find(entry.key, verify=False) is None:
+                for verify in (False, True):  # checksums only if no shard is missing
+                    found = {shard: store.find(key, verify=verify) for shard, key in keys.items()}
+                    if lost := {shard for shard, part in found.items() if part is None}:
+                        break
+                else:
+                    parts = [part for part in found.values() if part is not None]
+                    metadata = {k: v for k, v in parts[0].metadata.items() if k not in ("part_of", "shard")}
+                    columns = parts[0].columns
+                    files = ([part.file(i) for i in range(len(columns))] for part in parts)
                     rows = ([np.memmap(file, np.uint8, "r").data for file in names] for names in files)
                     store.write(entry.key, entry.bounds[-1], columns, metadata, rows)
-                for key in keys.values():
-                    with suppress(OSError):
-                        store.remove(key)
+            for key in () if lost else keys.values():
+                with suppress(OSError):
+                    store.remove(key)
+        missing |= lost
         for key in keys.values():
             store.release(key)
     return sorted(missing)

@@ -51,12 +51,7 @@ def ray_cluster() -> Iterator[list[int]]:
 
 
 def run_tasks(
-    function: Callable[..., Any],
-    arguments: Sequence[Sequence[Any]],
-    *,
-    cpus: float = 1,
-    gpus: float = 0,
-    max_retries: int = 0,
+    function: Callable[..., Any], arguments: Sequence[Sequence[Any]], *, cpus: float, gpus: float, max_retries: int
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index of its arguments, result) of each task as it finishes, inside `ray_cluster`.
 

@@ -13,11 +13,7 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.specs import HOMES, all_keys, choices, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
-EXTRAS = {
-    "hydra/launcher/joblib": "joblib",
-    "hydra/launcher/submitit_local": "submitit",
-    "hydra/launcher/submitit_slurm": "submitit",
-}  # by config of a plugin of Hydra
+EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}  # by launcher of Hydra
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -99,8 +95,8 @@ def _missing_config(missing: str, text: str, files: ConfFiles) -> str:
     if known := next((known for known in files.groups if f"{group}/".startswith(f"{known}/")), None):
         options, option = list(files.groups[known]), missing.lstrip("/").removeprefix(f"{known}/")
         return f"{known} has no option {option!r}.{did_you_mean(option, options)} Choose from {', '.join(options)}"
-    if missing.lstrip("/") in EXTRAS:
-        return f"{group}={option} is not installed: pip install 'tlcli[{EXTRAS[missing.lstrip('/')]}]'"
+    if group == "hydra/launcher" and option in EXTRAS:
+        return f"{group}={option} is not installed: pip install 'tlcli[{EXTRAS[option]}]'"
     if group.startswith("hydra/"):
         return f"{group} has no option {option!r}: is its plugin installed?"
     return f"there is no config {missing!r}" if missing else text

@@ -125,7 +125,7 @@ class Command:
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
-                if run.info_file in observer.living(running_jobs(run.path)):
+                if run.info_file in observer.living([other.info_file for other in running_jobs(run.path)]):
                     reporter.heading(f"{title}: another process is running it")
                     return None
                 reporter.heading(title)

@@ -88,12 +88,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     keys = {override.key_or_group for override in overrides if override.is_sweep_override()}
     reporter.show_labelled(("sweep", f"{shown_path(folder)}: jobs run in other processes; a line for each that ends"))
 
-    def process_of(file: Path) -> tuple[Path, Any]:
-        with suppress(UsageError):
-            return file, RunDir(file.parent).info.get("pid")
-        return file, None
-
-    others = set(map(process_of, running_jobs(folder)))  # not started by this command
+    others = {(run.path, run.info.get("pid")) for run in running_jobs(folder)}  # not started by this command
 
     def ended_jobs() -> dict[str, list[Any]]:
         with suppress(OSError, ValueError):  # it is not there yet
@@ -116,11 +111,10 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
                 reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")
             shown = jobs
             if is_joblib and defer_interrupts.is_pending:
-                for file in running_jobs(folder):
-                    with suppress(OSError, UsageError):  # it has just ended
-                        info = RunDir(file.parent).info
-                        if process_of(file) not in others and runs_on_this_machine(info):
-                            os.kill(info["pid"], signal.SIGTERM)
+                for run in running_jobs(folder):
+                    if (run.path, run.info.get("pid")) not in others and runs_on_this_machine(run.info):
+                        with suppress(OSError):  # it has just ended
+                            os.kill(run.info["pid"], signal.SIGTERM)
 
     watcher = threading.Thread(target=watch, args=(ended_jobs(),), daemon=True)
     watcher.start()
@@ -130,7 +124,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     except TlcliError:
         raise
     except Exception as exc:
-        while observer.living(running_jobs(folder)):
+        while observer.living([run.info_file for run in running_jobs(folder)]):
             observer.sleep(WATCH_SECONDS)
         raise TlcliError(f"a job ended without a result: {one_line(exc) or type(exc).__name__}") from exc
     finally:
@@ -139,11 +133,11 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
         watcher.join()
 
 
-def running_jobs(folder: Path) -> list[Path]:
-    """Return the run.json of each job that it says is running, which may be wrong."""
-    files = []
+def running_jobs(folder: Path) -> list[RunDir]:
+    """Return the jobs whose run.json says that they are running, which may be wrong."""
+    runs = []
     for file in folder.rglob("run.json"):
         with suppress(UsageError):
-            if RunDir(file.parent).info.get("status") == "running":
-                files.append(file)
-    return files
+            if (run := RunDir(file.parent)).info.get("status") == "running":
+                runs.append(run)
+    return runs

@@ -128,7 +128,7 @@ def _still_running(path: Path, info: Mapping[str, Any]) -> UsageError:
 
 def _living_runs(path: Path) -> list[RunDir]:
     """Return the runs at or under a folder that are still running, here or elsewhere. It takes up to 60 s to know."""
-    runs = [RunDir(file.parent) for file in running_jobs(path)]
+    runs = running_jobs(path)
     if elsewhere := [run for run in runs if runs_on_this_machine(run.info) is None]:
         names = ", ".join(run.path.name for run in elsewhere)
         print(f"{names}: not of this machine; within 60 s it will be known if it still runs", flush=True)

@@ -372,7 +372,8 @@ class ConcatSplits(ImageSource):
         self.splits = splits
         self.labels: Ints = np.concatenate([split.labels for split in splits.values()])
         self.split_names = np.repeat(list(splits), [len(split) for split in splits.values()])
-        self._ends = np.cumsum([len(split) for split in splits.values()]).tolist()
+        self._parts = list(splits.values())
+        self._ends = np.cumsum([len(split) for split in self._parts]).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -380,7 +381,7 @@ class ConcatSplits(ImageSource):
     def _find(self, position: int) -> tuple[ImageSource, int]:
         """Return the source of an image, and its index there."""
         k = bisect_right(self._ends, position)
-        split = list(self.splits.values())[k]
+        split = self._parts[k]
         return split.images, int(split.indices[position - self._ends[k] + len(split)])
 
     def name(self, position: int) -> str:
@@ -397,7 +398,7 @@ class ConcatSplits(ImageSource):
 
     def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
         digests, starts = [], [0, *self._ends[:-1]]
-        for start, split in zip(starts, self.splits.values(), strict=True):  # indices are ascending
+        for start, split in zip(starts, self._parts, strict=True):  # indices are ascending
             own = indices[(indices >= start) & (indices < start + len(split))] - start
             digests.append(split.images.digests(split.indices[own], reporter))
         return np.concatenate(digests)

@@ -55,18 +55,14 @@ def write(folder: Path) -> dict[str, Any]:
     with Lock(folder / ".leaderboard.lock").held():
         board = read(folder)
         write_json(folder / "sweep.json", board)
-        _write_csv(folder / "leaderboard.csv", board)
+        head = ["rank", "job", "status", *board["keys"], f"val_{board['figure']}", "epoch"]
+        rows: list[list[object]] = [[*head, "test_accuracy", "test_low", "test_high", "seconds", "error"]]
+        for job in board["jobs"]:
+            cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
+            cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
+            rows.append([*cells, job["seconds"], job["error"]])
+        atomic_write(folder / "leaderboard.csv", "".join(map(csv_line, rows)).encode())
     return board
-
-
-def _write_csv(file: Path, board: dict[str, Any]) -> None:
-    head = ["rank", "job", "status", *board["keys"], f"val_{board['figure']}", "epoch"]
-    rows: list[list[object]] = [[*head, "test_accuracy", "test_low", "test_high", "seconds", "error"]]
-    for job in board["jobs"]:
-        cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
-        cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
-        rows.append([*cells, job["seconds"], job["error"]])
-    atomic_write(file, "".join(map(csv_line, rows)).encode())
 
 
 def update(run: RunDir) -> None:
