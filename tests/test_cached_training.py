@@ -33,7 +33,7 @@ PATTERN = {LITE0: ("freeze=pattern", "freeze.train=['blocks\\.5']")}
 PATTERN |= dict.fromkeys((RESNET, UPDATING), ("freeze=pattern", "freeze.train=['layer3']"))
 PLAIN = ("augment=none",)
 SGD = ("optimizer=sgd", "optimizer.lr=0.01", "device.precision=fp32", "device.channels_last=true")
-VIEWS = ("augment=basic", "cache.views=2")
+VIEWS = ("augment=basic", "cache.views=2", "image.train_size=48")
 
 
 @pytest.fixture

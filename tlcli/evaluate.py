@@ -103,7 +103,7 @@ def predict_split(
     inputs.device.place(network)
     loader = inputs.open("test", reporter)
     if inputs.device.compile:
-        cut = workload.cut if "train" in inputs.decisions.cached else None
+        cut = workload.for_training.cut if "train" in inputs.decisions.cached else None
         (cut.suffix if isinstance(cut, Cut) else network).compile()  # the module that training compiled
     predictions = evaluate(network, loader, inputs.device, reporter, images.split_name)
     return SplitResult(predictions, images, dataset, is_own, description)

@@ -149,6 +149,7 @@ def fill_shard(file: Path, shard: int, max_gb: float, reporter: Reporter | None 
             empty = split.take(np.arange(0))
             data = Dataset(spec.dataset.name, plan.classes, split, empty, empty, (), (), plan.value_range)
             workload = load_workload(spec, data, setup_process(spec.device), session)
+            workload = workload if entry.view is None else workload.for_training
             device_with(workload, plan.decisions.train_dtype, option).place(workload.classifier.network)
             cut = workload.cut
             assert isinstance(cut, Cut)

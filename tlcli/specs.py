@@ -259,7 +259,7 @@ class CacheSpec(Spec, frozen=True):
     """Caching of the frozen layers' output; `max_gb` of disk, `ram_gb` of memory."""
 
     mode: CacheMode
-    views: Count | None
+    views: Annotated[int, Meta(ge=0)] | None
     dtype: CacheDtype
     max_gb: NotNegative
     ram_gb: NotNegative

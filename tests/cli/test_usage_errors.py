@@ -40,7 +40,7 @@ TRAIN = {
     "device.kind=gpu": "device.kind=gpu is none of auto, cpu, cuda, mps",
     "dataset.kind=foo": "choose one with dataset=...",
     "epochs=0": "epochs=0: expected a whole number >= 1",
-    "image.train_size=96 cache.views=2": "image.train_size has no effect with cache.views",
+    "cache.views=-1": "cache.views=-1: expected a whole number >= 0",
     "folds=1": "folds=1: expected a whole number >= 2",
     "fold=1": "fold=1: give folds=N, too",
     "tta=flip dataset.flip=0": "tta=flip: with dataset.flip=0 a mirrored image is another image",

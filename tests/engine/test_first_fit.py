@@ -107,6 +107,23 @@ def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
     assert load("interpolate=1", "fits=4", "epochs=3").workload.epochs == 12
 
 
+def test_its_fits_share_stored_views_that_are_read_at_least_twice(load) -> None:
+    words = ("freeze=last_stages", "epochs=6", "image.train_size=48")
+    inputs = load(*words)
+    whole, part, option = inputs.workload, inputs.workload.first_fit, inputs.decisions.eval_format
+    assert (whole.views, part.views, inputs.decisions.views) == (8, 8, 8)
+    own, shared = (workload.cached_split("train", inputs.decisions.cached, option) for workload in (whole, part))
+    assert [view.key for view in own.views[:6]] == [view.key for view in shared.views], "as many as it has epochs"
+    assert {view.batches.preprocessing.size for view in own.views} == {48}
+    assert torch.equal(own.rows, torch.arange(60))
+    assert shared.rows.tolist() == [whole.data.train.indices.tolist().index(i) for i in part.data.train.indices]
+    without = [("epochs=5",), ("cache.views=0",), ("augment=trivial",), ("augment.mixup=0.2",), ("freeze=none",)]
+    for others in (*without, ("cache.mode=off",)):
+        inputs = load(*words, *others)
+        assert (inputs.workload.views, inputs.decisions.views) == (None, None), others
+        assert "train" not in inputs.decisions.cached
+
+
 @pytest.mark.parametrize(("most", "expected"), [(60, True), (59, False)])
 def test_there_is_none_for_large_sets(load, monkeypatch: pytest.MonkeyPatch, most: int, expected: bool) -> None:
     monkeypatch.setattr("tlcli.engine.activations.MAX_FIRST_FIT", most)

@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tlcli.engine.gradients import LinearLoss, _Depthwise, fp32_depthwise_backward
+from tlcli.engine.gradients import LinearLoss, _Depthwise, fast_depthwise_backward
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def gradients(network: nn.Module, x: Tensor, *, dtype: torch.dtype, quick: bool)
     """Return the output and the gradients of its weighted sum by x and by the parameters."""
     network.zero_grad()
     x = x.detach().requires_grad_()
-    fast = fp32_depthwise_backward(CPU, dtype) if quick else nullcontext()
+    fast = fast_depthwise_backward(CPU, dtype) if quick else nullcontext()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), fast:
         out = network(x)
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
@@ -62,7 +62,7 @@ def test_only_depthwise_convolutions_in_bfloat16_that_need_gradients(monkeypatch
     network = nn.Sequential(*parts)
     x = torch.randn(2, 4, 12, 12)
     gradients(network, x, dtype=torch.float32, quick=True)
-    with torch.no_grad(), fp32_depthwise_backward(CPU, torch.bfloat16):
+    with torch.no_grad(), fast_depthwise_backward(CPU, torch.bfloat16):
         network(x)
     assert seen == []
     gradients(network, x, dtype=torch.bfloat16, quick=True)
@@ -100,7 +100,7 @@ def test_frozen_weights_get_no_gradient() -> None:
         module.weight.requires_grad_(False)
     LinearLoss(layer, 0.0, None).backward(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), 4)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), fp32_depthwise_backward(CPU, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), fast_depthwise_backward(CPU, torch.bfloat16):
         conv(x).sum().backward()
     assert layer.weight.grad is None and conv.weight.grad is None
     assert layer.bias.grad is not None and conv.bias is not None and conv.bias.grad is not None and x.grad is not None

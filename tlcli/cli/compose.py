@@ -210,8 +210,6 @@ def build_spec(config: DictConfig, files: ConfFiles) -> TrainSpec:
     for word in map(str, HydraConfig.get().overrides.task):
         if spec.epochs is not None and word.lstrip("+").startswith(("min_epochs=", "min_steps=")):
             raise UsageError(f"{word} has no effect with epochs={spec.epochs}: give one of the two")
-    if spec.cache.views is not None and spec.image.train_size is not None:
-        raise UsageError("image.train_size has no effect with cache.views: cached views have the size of evaluation")
     return spec
 
 

@@ -310,7 +310,7 @@ class Search:
                 continue  # the chosen options do not have this key
             defaults[key], space[key] = default, values
         size = image.train_size or image.size
-        if self._spec.sizes and size is not None and self._base.cache.views is None:
+        if self._spec.sizes and size is not None:
             sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
             defaults[SIZE_KEY], space[SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
         self._spec = msgspec.structs.replace(self._spec, sizes=(), space=space)

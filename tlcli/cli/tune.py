@@ -225,7 +225,7 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
             best = choose(found)
             speed = best.images_per_second
             choice = [*candidates[best.backbone][0], f"image.size={best.size}"]
-            choice += [] if spec.cache.views else [f"image.train_size={best.train_size}"]
+            choice.append(f"image.train_size={best.train_size}")
             reporter.note(
                 f"backbone: {best.backbone} at {best.size} px, probe accuracy {best.probe.accuracy:.3f}, the fastest "
                 f"of those tied with the best of {len(found)} with which a run fits into a third of the budget"

@@ -45,6 +45,7 @@ from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 MAX_FIRST_FIT = 1000  # training images: with 500 a first fit gained nothing in accuracy, and it doubles the time
 FITS = 2  # after a first fit
+VIEWS = 8  # of each of few training images, if it is read at least twice as often
 
 
 @dataclass(eq=False)
@@ -143,6 +144,7 @@ class SplitActivations:
 class CachedSplit:
     """A split that is read from activations at a cut."""
 
+    workload: "Workload"  # with the size of these images
     cut: Cut
     views: tuple[SplitActivations, ...]  # one if not augmented
     rows: Tensor  # of the views that belong to the split
@@ -183,8 +185,28 @@ class Workload:
 
     @property
     def train_size(self) -> int:
-        """The size in pixels of augmented training images; views are as large as the images of evaluation."""
-        return (None if self.spec.cache.views else self.spec.image.train_size) or self.preprocessing.size
+        """The size in pixels of augmented training images."""
+        return self.spec.image.train_size or self.preprocessing.size
+
+    @cached_property
+    def for_training(self) -> "Workload":
+        """The same, in which all images have the size of augmented training images."""
+        if not self.augments or self.train_size == self.preprocessing.size:
+            return self
+        image = structs.replace(self.spec.image, size=self.train_size)
+        return replace(self, spec=structs.replace(self.spec, image=image))
+
+    @cached_property
+    def views(self) -> int | None:
+        """The stored views of each augmented training image, one per epoch in turn; None: each epoch has its own."""
+        spec, augmentation = self.spec, self.spec.augment.build(self.preprocessing)
+        if spec.cache.views is not None:
+            return spec.cache.views or None
+        only_crops = augmentation is not None and augmentation.transforms is None and not spec.augment.mixes
+        n_reads = self.epochs_per_fit * (self.fits + self.has_first_fit)
+        if not only_crops or len(self.data.train) > MAX_FIRST_FIT or n_reads < 2 * VIEWS:
+            return None
+        return VIEWS if isinstance(self.for_training.cut, Cut) else None
 
     def batches(self, split: Split, batch_size: int, augmentation: Augmentation | None) -> ImageBatches:
         """Return the images of a split in batches, read as suits this machine."""
@@ -220,19 +242,24 @@ class Workload:
         spec = self.spec
         if spec.fits is not None:
             return spec.fits
-        return FITS if self.first_fit is not None and spec.no_average is None else 1
+        return FITS if self.has_first_fit and spec.no_average is None else 1
+
+    @property
+    def has_first_fit(self) -> bool:
+        """True if a fit without some images decides how far the final weights are from the initial ones."""
+        spec, data = self.spec, self.data
+        if len(data.val) or spec.folds or spec.interpolate or not self.interpolates:
+            return False
+        return len(data.train) <= MAX_FIRST_FIT and min(data.train.class_counts(len(data.classes))) >= 2
 
     @cached_property
     def first_fit(self) -> "Workload | None":
         """The same without a fifth of the training images, which are its val; None if there is no first fit."""
-        spec, data = self.spec, self.data
-        if len(data.val) or spec.folds or spec.interpolate or not self.interpolates:
+        if not self.has_first_fit:
             return None
-        if len(data.train) > MAX_FIRST_FIT or min(data.train.class_counts(len(data.classes))) < 2:
-            return None
-        return replace(
-            self, data=data.without_fifth(spec.seed), spec=structs.replace(spec, epochs=self.epochs_per_fit, fits=1)
-        )
+        cache = structs.replace(self.spec.cache, views=self.views or 0)
+        spec = structs.replace(self.spec, epochs=self.epochs_per_fit, fits=1, cache=cache)
+        return replace(self, data=self.data.without_fifth(spec.seed), spec=spec)
 
     @property
     def interpolates(self) -> bool:
@@ -297,21 +324,22 @@ class Workload:
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
         """Return where the rows of a split are if the splits in `cached` are read from activations of this format."""
-        spec, data = self.spec, self.data
-        # if training reads images, train_eval serves the probe alone
-        cut = self.features_cut if split_name == "train_eval" and "train" not in cached else self.cut
-        assert isinstance(cut, Cut)
+        data, workload, views = self.data, self, list[int | None]([None])
         pool = split = self.split(split_name)
-        label, views = split_name.removesuffix("_eval"), [None]
+        label = split_name.removesuffix("_eval")
         reads_both = {"train", "train_eval"} <= set(cached) or (split_name == "train_eval" and data.folds is not None)
         if split_name == "train" and self.augments:
-            views = list(range(min(spec.cache.views or 0, self.epochs)))  # type: ignore[arg-type] # no epoch reads more
-        elif split_name != "test" and reads_both and data.train.images is data.val.images:
+            workload, views = self.for_training, list(range(min(self.views or 0, self.epochs)))  # no epoch reads more
+            reads_both = data.folds is not None
+        # if training reads images, train_eval serves the probe alone
+        cut = self.features_cut if split_name == "train_eval" and "train" not in cached else workload.cut
+        assert isinstance(cut, Cut)
+        if split_name != "test" and reads_both and data.train.images is data.val.images:
             splits, label = (data.train, data.val), "train+val"  # also for other folds, or a val split of another seed
             indices, positions = np.unique(np.concatenate([s.indices for s in splits]), return_index=True)
             pool = Split(pool.images, indices, np.concatenate([s.labels for s in splits])[positions])
-        found = [self.activations(cut, option, pool, label, view) for view in views]
-        return CachedSplit(cut, tuple(found), torch.from_numpy(np.searchsorted(pool.indices, split.indices)))
+        found = [workload.activations(cut, option, pool, label, view) for view in views]
+        return CachedSplit(workload, cut, tuple(found), torch.from_numpy(np.searchsorted(pool.indices, split.indices)))
 
     def activations(
         self, cut: Cut, option: ComputeFormat, pool: Split, label: str, view: int | None, images: str | None = None

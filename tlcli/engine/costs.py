@@ -121,7 +121,8 @@ class CostMeter:
         images) include validation. `total` is of one run with an empty cache, as it `takes` its images: cached or live.
         If the network cannot be cut the cached values are None, and `why_live` is the reason.
         """
-        data, spec, cut = workload.data, workload.spec, workload.cut
+        data, spec, sized = workload.data, workload.spec, workload.for_training
+        cut = sized.cut
         n_train, n_val, n_test = len(data.train), len(data.val), len(data.test)
         n_evaluated = n_val + n_test + (n_train if workload.needs_probe else 0)
 
@@ -135,12 +136,12 @@ class CostMeter:
         total = decoding + live_run
         cached: dict[str, Any] = dict.fromkeys(("at", "row_bytes", "cache_bytes", "first_pass", "cached_epoch"))
         if isinstance(cut, Cut):
-            prefix_format = workload.session.get_or_create("prefix", lambda: measure_extraction(workload, cut))
-            extractor = workload.extractor(cut, prefix_format)
+            prefix_format = workload.session.get_or_create("prefix", lambda: measure_extraction(sized, cut))
+            extractor = sized.extractor(cut, prefix_format)
             n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
-            if workload.augments and spec.cache.views is not None:
-                n_rows += n_train * (min(spec.cache.views, workload.epochs) + workload.needs_probe - 1)
-            extraction, train, evaluation = self._cached(workload, cut, extractor)
+            if workload.augments and workload.views is not None:
+                n_rows += n_train * (min(workload.views, workload.epochs) + workload.needs_probe - 1)
+            extraction, train, evaluation = self._cached(sized, cut, extractor)
             cached_epoch, cached_run = epoch_and_run(train, evaluation)
             first_pass = decoding + extractor.estimate_seconds(n_rows, extraction)
             reason = reason or not_worthwhile_reason(workload, prefix_format, n_rows, row_bytes)

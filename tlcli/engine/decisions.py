@@ -32,6 +32,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     Args:
         eval_precision: of evaluation and of the frozen prefix.
         train_size: pixels of augmented training images; None up to tlcli 0.6: as in evaluation.
+        views: stored views of each augmented training image, one per epoch in turn; None: each epoch has its own.
         interpolate: the share of the way from the initial to the trained weights at which the run ends; None: 1.
         train_images_per_second: as measured for a few steps; None if there was nothing to choose.
         cut: names of the first modules after the cut; None if nothing is cut off.
@@ -45,6 +46,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
     eval_precision: DtypeName
     channels_last: bool
     train_size: int | None = None
+    views: int | None = None
     interpolate: float | None = None
     train_images_per_second: float | None = None
     cut: str | None = None
@@ -117,10 +119,10 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
 
 def decide(workload: Workload) -> Decisions:
     """Measure formats, and decide for each split. Raises UsageError if cache.mode=require cannot be followed."""
-    cut, dtype_names = workload.cut, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
-    reason = uncacheable_reason(workload)
+    sized, dtype_names = workload.for_training, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
+    cut, reason = sized.cut, uncacheable_reason(workload)
     if isinstance(cut, Cut) and reason is None:
-        evaluation = measure_extraction(workload, cut)
+        evaluation = measure_extraction(sized, cut)
         cached = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
         cached = {name for name in cached if len(workload.split(name))}
         missing = sum(map(len, _missing(workload, cached, evaluation)))
@@ -128,7 +130,7 @@ def decide(workload: Workload) -> Decisions:
         reason = not_worthwhile_reason(workload, evaluation, missing, row_bytes)
     if reason is None:
         assert isinstance(cut, Cut)
-        train = measure_suffix(workload, cut, evaluation)
+        train = measure_suffix(sized, cut, evaluation)
         reason = f"what comes before {cut.suffix_start} is frozen"
     elif workload.spec.cache.mode is CacheMode.require:
         raise UsageError(f"cache.mode=require: {reason}")
@@ -140,10 +142,11 @@ def decide(workload: Workload) -> Decisions:
         eval_precision=dtype_names[evaluation.dtype],
         channels_last=evaluation.memory_format == torch.channels_last,
         train_size=workload.train_size,
+        views=workload.views if "train" in cached else workload.spec.cache.views or None,
         interpolate=workload.spec.interpolate,
         train_images_per_second=train.images_per_second,
         cut=cut.suffix_start if isinstance(cut, Cut) else None,
-        extraction_batch=workload.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
+        extraction_batch=sized.extractor(cut, evaluation).batch_size if isinstance(cut, Cut) else None,
         cached=frozenset(cached),
         compiled=_worth_compiling(workload, cached, evaluation),
         reasons={**reasons, "training": train.reason, "evaluation": evaluation.reason, "train": reason},
@@ -152,12 +155,13 @@ def decide(workload: Workload) -> Decisions:
 
 def uncacheable_reason(workload: Workload) -> str | None:
     """Return why training reads images at any cost; None if it could read activations."""
-    cut, spec = workload.cut, workload.spec
-    if isinstance(cut, NoCut):
-        return cut.reason
+    spec = workload.spec
+    for cut in (workload.for_training.cut, workload.cut):
+        if isinstance(cut, NoCut):
+            return cut.reason
     if spec.augment.mixes:
         return "augment.mixup and augment.cutmix mix images"
-    if workload.augments and spec.cache.views is None:
+    if workload.augments and workload.views is None:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
     return None
 
@@ -229,8 +233,8 @@ def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat
     by_cut = [cached] if "train" in cached else [cached & {"train_eval"}, cached - {"train_eval"}]
     for names in filter(None, by_cut):
         images = sum(map(len, _missing(workload, names, option)))
-        cut = workload.cached_split(min(names), names, option).cut
-        if images and workload.extractor(cut, option).estimate_seconds(images, speed) < images / speed:
+        split = workload.cached_split(min(names), names, option)
+        if images and split.workload.extractor(split.cut, option).estimate_seconds(images, speed) < images / speed:
             compiled |= names
     return frozenset(compiled)
 

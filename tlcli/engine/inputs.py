@@ -36,7 +36,9 @@ class Inputs:
         """Return the loader of a split; nothing runs on its images before. Missing activations are computed."""
         split = self.cached.get(split_name)
         if split is None:
-            return image_loader(self.workload, self.device, split_name, reporter)
+            return image_loader(self.workload, self.device, split_name, reporter, self.decisions.views)
+        if len(missing := [view for view in split.views if not view.filled]) > 1:
+            preload_images([missing[0].batches.split], reporter)
         try:
             views = [self._tensors(source, split_name, reporter) for source in split.views]
         except OSError as error:  # the disk is full, or its folder was removed
@@ -55,7 +57,7 @@ class Inputs:
             split.rows,
             torch.from_numpy(self.workload.split(split_name).labels),
             network=split.cut.suffix,
-            head=self.workload.plain_head(split.cut),
+            head=split.workload.plain_head(split.cut),
             dtype=self.decisions.suffix_dtype,
             device=self.device,
             batch_size=self.workload.spec.batch_size,
@@ -65,8 +67,8 @@ class Inputs:
         )
 
     def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:
-        cut, compiled = self.cached[split_name].cut, split_name in self.decisions.compiled
-        extractor = self.workload.extractor(cut, self.decisions.eval_format, compiled=compiled)
+        split, compiled = self.cached[split_name], split_name in self.decisions.compiled
+        extractor = split.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
         try:
             tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         except FileNotFoundError as error:  # an entry may be removed between being found and being read
@@ -138,7 +140,9 @@ class Inputs:
         return list({source.key: source for split in self.cached.values() for source in split.views}.values())
 
 
-def image_loader(workload: Workload, device: Device, split_name: str, reporter: Reporter) -> ImageLoader:
+def image_loader(
+    workload: Workload, device: Device, split_name: str, reporter: Reporter, views: int | None = None
+) -> ImageLoader:
     """Return the loader of a split that is read from images, of which as many as fit are decoded into memory."""
     spec, is_train, split = workload.spec, split_name == "train", workload.split(split_name)
     preload_images([split], reporter)
@@ -153,7 +157,7 @@ def image_loader(workload: Workload, device: Device, split_name: str, reporter: 
         device,
         network=workload.classifier.network,
         dtype=device.train_dtype if is_train else device.eval_dtype,
-        views=spec.cache.views if is_train else None,
+        views=views if is_train else None,
         transforms=transforms,
         mirrors=split_name in ("val", "test") and spec.tta is Tta.flip,
     )

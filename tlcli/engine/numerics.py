@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tlcli.device import ComputeFormat, allowed_formats, autocast, machine_name, synchronize
 from tlcli.engine.activations import Workload
-from tlcli.engine.gradients import fp32_depthwise_backward
+from tlcli.engine.gradients import fast_depthwise_backward
 from tlcli.transfer.cut import Cut
 
 MEASURE_BATCH_SIZE = 8  # images per measured step: enough to tell the formats apart in a second or two
@@ -121,7 +121,7 @@ def _measure(
     times: list[float] = []
     for _ in range(6):
         start = time.perf_counter()
-        mode = fp32_depthwise_backward(accelerator, option.dtype) if trains else torch.inference_mode()
+        mode = fast_depthwise_backward(accelerator, option.dtype) if trains else torch.inference_mode()
         with torch.random.fork_rng(devices=[]), autocast(accelerator, option.dtype), mode:
             logits = module(*x)
         if trains:

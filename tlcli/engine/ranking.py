@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 
 from msgspec import structs
 
@@ -10,13 +10,14 @@ from tlcli.data.dataset import limit_per_class
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size, load_workload
 from tlcli.engine.image_choice import candidate_sizes, cross_validate_probe
-from tlcli.engine.numerics import measure_network
+from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit, TrainSpec
 from tlcli.transfer.contract import linear_head
+from tlcli.transfer.cut import Cut
 from tlcli.transfer.probe import CrossValidation
 
 
@@ -60,7 +61,12 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     is_head = spec.freeze.kind == "head" and not run.augments  # the features are stored, and a step takes no time
     n_trained = 0 if is_head else sum(fit.epochs * len(fit.data.train) for fit in fits)
     n_evaluated = len(data.train) + (1 if is_head else run.epochs) * len(data.val) + len(data.test)  # of the probe, too
-    return (n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
+    seconds, cut = 0.0, run.for_training.cut
+    if run.augments and run.views and isinstance(cut, Cut):
+        extraction = measure_extraction(run.for_training, cut)
+        seconds = run.views * len(data.train) / (extraction.images_per_second or inf)
+        train = measure_suffix(run.for_training, cut, extraction).images_per_second
+    return (seconds + n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
 
 
 def score(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tlcli.data.batches import sample_seed
 from tlcli.device import Device, autocast, limit_threads
 from tlcli.engine.activations import Workload
-from tlcli.engine.gradients import LinearLoss, fp32_depthwise_backward
+from tlcli.engine.gradients import LinearLoss, fast_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule, steps_per_epoch
 from tlcli.errors import NonFiniteLossError, TlcliError, is_out_of_memory
@@ -186,7 +186,7 @@ class Trainer:
     def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, is_single: bool) -> Tensor:
         """Return the logits (B, classes), float32. The last image of an epoch alone has no batch statistics."""
         device = self._device  # torch.compile generates its own kernels
-        fast = nullcontext() if device.compile else fp32_depthwise_backward(device.accelerator, loader.dtype)
+        fast = nullcontext() if device.compile else fast_depthwise_backward(device.accelerator, loader.dtype)
         if is_single:
             self._contract.train_mode(update_stats=False)
         with autocast(device.accelerator, loader.dtype), fast:

@@ -119,9 +119,11 @@ class Recorder:
             few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
             notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
         notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
-        preprocessing, train_size = workload.preprocessing, ""
-        if workload.augments and "train" not in inputs.cached and workload.train_size != preprocessing.size:
+        preprocessing, train_size, views = workload.preprocessing, "", inputs.decisions.views
+        if workload.augments and workload.train_size != preprocessing.size:
             train_size = f"{workload.train_size} px, "
+        if workload.augments and views:
+            augment += f", {views} views of each"
         self._reporter.plan(
             RunPlan(
                 run=self._run.path,
