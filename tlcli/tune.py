@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -67,12 +66,6 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
         return structs.replace(self, first=tuple(map(rest, self.first)), sizes=sizes, space=rest(self.space))
 
 
-def require_optuna() -> None:
-    """Raise UsageError if Optuna is not installed."""
-    if find_spec("optuna") is None:
-        raise UsageError("Optuna is not installed: pip install 'tlcli[tune]'")
-
-
 class Study:
     """Optuna's study of a search, which workers share through a file: the recipes of trials, and how they ended.
 
@@ -121,15 +114,12 @@ class Study:
         """Return a new trial of a worker. One worker at a time may do this."""
         seed = self._seed + len(self._study.get_trials(deepcopy=False))
         self._study.sampler = self._sampler(seed=seed)  # no two workers draw the same
-        trial = self._study.ask()
+        trial = self._study.ask(self._distributions)
         trial.set_user_attr("worker", worker)
-        recipe: dict[str, Value] = {}
+        recipe: dict[str, Value] = trial.params
         for key, values in self._distributions.items():
             if isinstance(values, self._optuna.distributions.FloatDistribution):
-                number = trial.suggest_float(key, values.low, values.high, log=values.log)
-                recipe[key] = min(max(float(f"{number:.3g}"), values.low), values.high)
-            else:
-                recipe[key] = trial.suggest_categorical(key, values.choices)
+                recipe[key] = min(max(float(f"{recipe[key]:.3g}"), values.low), values.high)
         trial.set_user_attr("recipe", recipe)
         return trial
 

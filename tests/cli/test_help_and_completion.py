@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import fields
 
-from tlcli.cli.completion import SCRIPTS, candidates, train_help, train_parser
+from tlcli.cli.completion import SCRIPTS, TRAIN, candidates, train_help
 from tlcli.cli.conf_files import ConfFiles, keys_in
 from tlcli.specs import TrainSpec
 
@@ -80,7 +80,7 @@ def test_run_directories_complete(line: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_flags_come_from_the_parser() -> None:
-    flags = {flag for action in train_parser()._actions for flag in action.option_strings if action.help != SUPPRESS}
+    flags = {flag for action in TRAIN._actions for flag in action.option_strings if action.help != SUPPRESS}
     assert {f"{flag} " for flag in flags if flag.startswith("--")} <= set(candidates("tlcli train --"))
     assert all(flag in train_help(ConfFiles(), 80) for flag in flags)
 

@@ -47,7 +47,7 @@ class Worker(Search):
 
     trained: list[tuple[int, str]]
 
-    def _train(self, name: str, words: list[str], reporter: Any) -> RunDir:
+    def _train(self, name: str, recipe: Any, words: list[str], reporter: Any) -> RunDir:
         self.trained.append((id(self), name))
         return job(self.folder / name, "done")
 
@@ -82,7 +82,8 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Work
     monkeypatch.setattr(Search, "_compose", lambda self, words: (config, spec))
     write_json(tmp_path / STATE_FILE, STATE)
     Worker.trained = []
-    return lambda: Worker(tmp_path, read_json(tmp_path / STATE_FILE), search.time.monotonic(), TerminalReporter())
+    state, start = tmp_path / STATE_FILE, search.time.monotonic
+    return lambda: Worker(tmp_path, read_json(state), start(), TerminalReporter(), None)
 
 
 def trials(folder: Path) -> list[tuple[str, str]]:
@@ -114,19 +115,19 @@ def begin(one: Worker) -> None:
         one._open()
         one._catch_up()
         one._decide()
-    assert one._trial is not None
+    assert one.trial is not None
 
 
 def test_the_time_is_that_of_the_worker_that_knows_most(worker: Callable[[], Worker]) -> None:
     first, second = worker(), worker()
     begin(first)
     first._spent, first._saved = 3500.0, -10.0
-    first.tick(is_trial=True)
+    first.tick()
     begin(second)
     assert second.left < 110
     assert second._has_time()
     first._spent, first._saved = 3595.0, -10.0
-    first.tick(is_trial=True)
+    first.tick()
     with second._lock.held():
         second._catch_up()
     assert 0 < second.left < 10 and not second._has_time()
@@ -157,7 +158,7 @@ def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
     begin(other)
     assert trials(tmp_path) == []
     now[0] = locks.STALE_SECONDS
-    other._trial = None
+    other.trial = None
     other._study.put_back(1)
     other.run()
     again = [] if told == "done" else [(str(N_TRIALS), "done")]
@@ -171,7 +172,7 @@ def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
             error,
         )
     # it was only suspended
-    dead._run_trial(dead._trial)  # type: ignore[arg-type]
+    dead._run_trial(dead.trial)  # type: ignore[arg-type]
     dead.run()
     assert RunDir(tmp_path / "0").info["status"] == ("failed" if told == "lost" else "done")
     assert trials(tmp_path)[0] == ("0", told)
@@ -191,10 +192,10 @@ def test_a_worker_that_leaves_puts_its_trial_back(worker: Callable[[], Worker], 
 def test_one_that_lost_the_lock_stops(worker: Callable[[], Worker]) -> None:
     first = worker()
     begin(first)
-    first._saved = -10.0
+    first.trial, first._saved = None, -10.0  # after the trials
     with first._lock.held():
-        first.tick(is_trial=False)
+        first.tick()
         first._saved = -10.0
         first._lock.path.write_text("another one")
         with pytest.raises(TlcliError, match="this worker was suspended"):
-            first.tick(is_trial=False)
+            first.tick()

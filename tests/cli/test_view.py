@@ -92,9 +92,10 @@ def test_plain_lines_if_stdout_is_no_terminal(capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("classes", [2, 100])
 @pytest.mark.parametrize("width", [40, 80])
-def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
+def test_fits_the_terminal(width: int, classes: int, terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = terminal()
-    show(TerminalReporter("backbone=efficientnet_lite0", width=width), classes)
+    monkeypatch.setenv("COLUMNS", str(width))
+    show(TerminalReporter("backbone=efficientnet_lite0"), classes)
     assert ESCAPE in stdout.getvalue() and "decoding" in stdout.getvalue()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stdout.getvalue())
     shown = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
@@ -102,10 +103,11 @@ def test_fits_the_terminal(width: int, classes: int, terminal) -> None:
     assert (("train 1,200 to 1,299" in text), ("class 1 " in text)) == (classes == 100, classes == 2)
 
 
-def test_everything_shown_is_logged(caplog, terminal) -> None:
+def test_everything_shown_is_logged(caplog, terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal()
+    monkeypatch.setenv("COLUMNS", "80")
     caplog.set_level(logging.INFO, "tlcli")
-    show(TerminalReporter(width=80))
+    show(TerminalReporter())
     logged = "\n".join(record.message for record in caplog.records)
     assert ESCAPE not in logged
     for text in ("[red]class 3", "23,508,032", "best", "early stop", "95 % interval", "training: 10 images"):

@@ -1,4 +1,18 @@
-"""`tlcli cache`: list, remove and fill cached activations."""
+"""List or remove the cached activations of frozen layers, which a run that needs
+them computes again. The folder is $TLCLI_CACHE, or tlcli in the user's cache.
+
+fill computes what `tlcli train` with the same words reads (with freeze=head,
+unless they say otherwise), in shards, which may run on machines that share
+images and cache. It writes a plan and runs the shards that are missing: here, or
+as tasks of Ray; with --engine slurm it prints an array job for sbatch instead.
+--shard runs one shard of a plan, on any scheduler.
+
+examples:
+  tlcli cache remove 3f2a 9c01
+  tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine ray
+  tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine slurm | sbatch
+  tlcli cache fill dataset=imagefolder dataset.root=photos --shard 0/64
+"""
 
 import argparse
 import json
@@ -9,17 +23,18 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.interrupts import handle_signals
 from tlcli.store import CacheEntry, Store, cache_dir
 from tlcli.text import did_you_mean, duration_text, size_text
 
 if TYPE_CHECKING:
+    from tlcli.fill import Plan
     from tlcli.specs import TrainSpec
 
 MIN_KEY_CHARS = 4  # name an entry if only one key starts with them
@@ -34,49 +49,33 @@ exec {python} -P -m tlcli cache fill {words} --shard "$SLURM_ARRAY_TASK_ID/{shar
 """
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli cache`."""
-    parser = Parser(
-        "cache",
-        "List or remove the cached activations of frozen layers, which later runs read.\n"
-        "They can be removed at any time: a run that needs them computes them again.\n"
-        "The folder is $TLCLI_CACHE, or tlcli in the user's cache.\n\n"
-        "fill computes what `tlcli train` with the same words reads (with freeze=head,\n"
-        "unless they say otherwise), in shards, which may run on machines that share\n"
-        "images and cache. With --shards it checks the images, writes a plan, and runs\n"
-        "the shards that are missing: one after the other here, or as tasks of Ray; with\n"
-        "--engine slurm it runs none, and prints an array job for sbatch. --shard runs\n"
-        "one shard of a plan, on any scheduler. The last shard writes the entries.",
-        (
-            "tlcli cache list",
-            "tlcli cache remove 3f2a 9c01",
-            "tlcli cache clear",
-            "tlcli cache fill dataset=imagefolder dataset.root=photos",
-            "tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine ray",
-            "tlcli cache fill dataset=imagefolder dataset.root=photos --shards 64 --engine slurm | sbatch",
-            "tlcli cache fill dataset=imagefolder dataset.root=photos --shard 0/64",
-        ),
-    )
-    add = parser.add_argument
-    add(
-        "action",
-        choices=("list", "remove", "clear", "fill"),
-        help="clear removes all entries, what killed runs left, and measured speeds",
-    )
-    keys = f"entries to remove, of which {MIN_KEY_CHARS} unambiguous characters are enough; fill: as for `tlcli train`"
-    add("keys", nargs="*", metavar="KEY|KEY=VALUE", help=keys)
-    add("--shards", type=whole_number, metavar="N", help="parts of the images that fill computes (default: 1)")
-    add("--engine", choices=("here", "ray", "slurm"), help="what runs the shards (default: here)")
-    add("--shard", type=_shard, metavar="I/N", help="run this one of N shards, from 0 to N-1, of a plan")
-    parser.add_config_dir()
-    parser.add_format()
-    return parser
+def _shard(value: str) -> tuple[int, int]:
+    """Return the number of a shard and how many there are."""
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)):
+        raise argparse.ArgumentTypeError(f"must be I/N, such as 0/64, not {value!r}")
+    shard, shards = int(match[1]), int(match[2])
+    if shard >= shards:
+        raise argparse.ArgumentTypeError(f"{value}: {shards} shards have the numbers 0 to {shards - 1}")
+    return shard, shards
+
+
+PARSER = Parser("cache", __doc__)
+add = PARSER.add_argument
+actions = ("list", "remove", "clear", "fill")
+add("action", choices=actions, help="clear removes all entries, what killed runs left, and measured speeds")
+keys = f"entries to remove, of which {MIN_KEY_CHARS} unambiguous characters are enough; fill: as for `tlcli train`"
+add("keys", nargs="*", metavar="KEY|KEY=VALUE", help=keys)
+add("--shards", type=whole_number, metavar="N", help="parts of the images that fill computes (default: 1)")
+add("--engine", choices=("here", "ray", "slurm"), help="what runs the shards (default: here)")
+add("--shard", type=_shard, metavar="I/N", help="run this one of N shards, from 0 to N-1, of a plan")
+PARSER.add_config_dir()
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Do one action of `tlcli cache`; return the exit status."""
-    arguments = parser().parse_intermixed_args(argv or ["--help"])
-    flags = [name for name in ("shards", "engine", "shard", "config_dir") if getattr(arguments, name) is not None]
+    arguments = PARSER.parse_intermixed_args(argv or ["--help"])
+    flags = [name for name in ("shards", "engine", "shard", "config_dir") if getattr(arguments, name)]
     if flags and arguments.action != "fill":
         raise UsageError(f"--{flags[0].replace('_', '-')} goes with `tlcli cache fill`")
     store, keys = Store(cache_dir()), arguments.keys
@@ -86,10 +85,8 @@ def run(argv: list[str]) -> int:
         if arguments.action == "fill":
             return _fill(arguments)
         entries = store.entries()
-        if arguments.action == "list" and arguments.format == "json":
-            print(json.dumps([_record(entry) for entry in entries], indent=2))
-        elif arguments.action == "list":
-            _print_table(store, entries)
+        if arguments.action == "list":
+            _list(store, entries, as_json=arguments.format == "json")
         elif arguments.action == "remove":
             if not keys:
                 raise UsageError("name the entries: tlcli cache remove KEY ... (`tlcli cache list` shows the keys)")
@@ -111,23 +108,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _shard(value: str) -> tuple[int, int]:
-    """Return the number of a shard and how many there are."""
-    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)):
-        raise argparse.ArgumentTypeError(f"must be I/N, such as 0/64, not {value!r}")
-    shard, shards = int(match[1]), int(match[2])
-    if shard >= shards:
-        raise argparse.ArgumentTypeError(f"{value}: {shards} shards have the numbers 0 to {shards - 1}")
-    return shard, shards
-
-
 def _fill(arguments: argparse.Namespace) -> int:
     """Write a plan and run its shards, or run one shard of a plan; return the exit status."""
     if arguments.shard and (arguments.shards or arguments.engine):
         raise UsageError("--shard runs one shard of a plan here: leave out --shards and --engine")
     with fast_imports():
-        import torch
-
         from tlcli.cli.job import check
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.session import session_for
@@ -147,11 +132,7 @@ def _fill(arguments: argparse.Namespace) -> int:
                 reporter.note(write_plan(spec, shards, session, reporter).summary)
             plan = read_plan(file)
             if arguments.engine == "slurm":
-                paths = {"folder": Path.cwd(), "cache": store.root, "python": sys.executable}
-                values = {name: shlex.quote(str(path)) for name, path in paths.items()}
-                values["gpus"] = "\n#SBATCH --gpus-per-task=1" if plan.spec["device"]["kind"] == "cuda" else ""
-                numbers = {"last": shards - 1, "shards": shards, "threads": torch.get_num_threads()}
-                print(SLURM_SCRIPT.format(**values, **numbers, words=shlex.join(words)), end="")
+                print(_slurm_script(plan, words, store), end="")
                 return 0
             todo = complete(plan, store) if shard is None else [shard]
             for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
@@ -176,6 +157,16 @@ def _fill(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _slurm_script(plan: "Plan", words: Sequence[str], store: Store) -> str:
+    """Return an array job for sbatch, with a task per shard of a plan."""
+    import torch
+
+    folder, cache, python = (shlex.quote(str(path)) for path in (Path.cwd(), store.root, sys.executable))
+    values = {"folder": folder, "cache": cache, "python": python, "words": shlex.join(words)}
+    values["gpus"] = "\n#SBATCH --gpus-per-task=1" if plan.spec["device"]["kind"] == "cuda" else ""
+    return SLURM_SCRIPT.format(**values, last=plan.shards - 1, shards=plan.shards, threads=torch.get_num_threads())
+
+
 def _spec_to_fill(arguments: argparse.Namespace) -> tuple[list[str], "TrainSpec"]:
     """Return the words of the run that reads what is filled, and its spec with absolute paths."""
     from msgspec import structs, to_builtins
@@ -184,8 +175,7 @@ def _spec_to_fill(arguments: argparse.Namespace) -> tuple[list[str], "TrainSpec"
     from tlcli.cli.conf_files import files_for
     from tlcli.specs import CacheMode, spec_from
 
-    words = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-    words, default = [*words, *arguments.keys], files_for(words).defaults["freeze"]
+    words, default = [*arguments.config_dir, *arguments.keys], files_for(arguments.config_dir).defaults["freeze"]
     spec = compose_spec(words)
     if spec.freeze.kind == default and f"freeze={default}" not in words:  # no experiment names another one either
         words.append("freeze=head")
@@ -201,20 +191,23 @@ def _total(count: int, nbytes: int) -> str:
     return f"{count:,} {'entry' if count == 1 else 'entries'}, {size_text(nbytes)}"
 
 
-def _record(entry: CacheEntry) -> dict[str, Any]:
-    return {
-        "key": entry.key,
-        "path": str(entry.path),
-        "bytes": entry.nbytes,
-        "rows": entry.rows,
-        "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
-        "created": entry.created,
-        "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
-        "facts": dict(entry.metadata),
-    }
-
-
-def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
+def _list(store: Store, entries: Sequence[CacheEntry], *, as_json: bool) -> None:
+    if as_json:
+        records = [
+            {
+                "key": entry.key,
+                "path": str(entry.path),
+                "bytes": entry.nbytes,
+                "rows": entry.rows,
+                "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in entry.columns],
+                "created": entry.created,
+                "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
+                "facts": dict(entry.metadata),
+            }
+            for entry in entries
+        ]
+        print(json.dumps(records, indent=2))
+        return
     if not entries:
         print(f"the cache is empty: {store.root}")
         return
@@ -226,8 +219,7 @@ def _print_table(store: Store, entries: Sequence[CacheEntry]) -> None:
         used = f"{minutes}m" if minutes < 60 else f"{minutes // 60}h" if minutes < 2880 else f"{minutes // 1440}d"
         network = metadata.get("backbone"), metadata.get("at")
         rows.append((entry.key[:8], dataset, *network, images, size, f"{used} ago"))
-    left, drop = ("dataset", "backbone", "at"), {"dataset": 1, "backbone": 2, "used": 3, "at": 4, "images": 5}
-    titles = ("key", "dataset", "backbone", "at", "images", "size", "used")
-    columns = [TableColumn(title, drop.get(title, 0), left=title in left) for title in titles]
-    print(*table_lines(columns, rows, terminal_columns()), sep="\n")
+    titles = ("key", "<dataset", "<backbone", "<at", "images", "size", "used")
+    less_important = ("images", "at", "used", "backbone", "dataset")
+    print(*table_lines(titles, rows, terminal_columns(), less_important), sep="\n")
     print(f"{_total(len(entries), sum(entry.nbytes for entry in entries))}, in {store.root}")

@@ -1,4 +1,13 @@
-"""`tlcli compare`: the differences between runs, and whether two of them differ significantly."""
+"""Compare finished runs: the config keys that differ, and test accuracies with
+95 % intervals. Two runs that were tested on the same images are compared image
+by image (McNemar's exact test, about other test images, not other seeds). For
+runs that differ only in the seed: mean, standard deviation and Student's interval.
+If a run with folds has no test, the cross-validated accuracies are compared.
+
+examples:
+  tlcli compare outputs/2026-05-04/12-30-00 outputs/2026-05-04/12-45-00
+  tlcli compare outputs/2026-05-04/13-00-00 --format json > compared.json
+"""
 
 import json
 import textwrap
@@ -8,34 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import UNLIMITED_WIDTH, TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import UNLIMITED_WIDTH, number_text, table_lines, terminal_columns
 from tlcli.text import shown_path, strip_control_chars
 
-
-def parser() -> Parser:
-    """Return the parser of `tlcli compare`."""
-    compare_parser = Parser(
-        "compare",
-        "Compare finished runs: the config keys that differ, and test accuracies with\n"
-        "95 % intervals. Two runs that were tested on the same images are compared image\n"
-        "by image (McNemar's exact test), which detects smaller differences than the\n"
-        "intervals do. For runs that differ only in the seed: mean, standard deviation\n"
-        "and Student's interval. The test is about other test images, not other seeds.\n"
-        "If a run with folds has no test, the cross-validated accuracies are compared.",
-        [
-            "tlcli compare outputs/2026-05-04/12-30-00 outputs/2026-05-04/12-45-00",
-            "tlcli compare outputs/2026-05-04/13-00-00 --format json > compared.json",
-        ],
-    )
-    help_text = "directory of a run (with folds, too), or of a sweep, which stands for its tested jobs"
-    compare_parser.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help=help_text)
-    compare_parser.add_format()
-    return compare_parser
+PARSER = Parser("compare", __doc__)
+PARSER.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help="a run, or a sweep, which stands for its tested jobs")
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Compare the runs in argv; return the exit code."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     from tlcli.cli import fast_imports
 
     with fast_imports():
@@ -55,25 +47,25 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
     # A, B, ... Z, R27, R28, ...
     letters = {run["path"]: chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i, run in enumerate(comparison["runs"])}
     is_crossed = any(run["result"] == "cross_validation" for run in comparison["runs"])
-    titles = ("cross-validated accuracy" if is_crossed else "accuracy", "95 % interval", "loss", "macro F1", "images")
-    columns = [TableColumn("run", left=True), *map(TableColumn, titles), TableColumn("path", left=True)]
+    accuracy = "cross-validated accuracy" if is_crossed else "accuracy"
+    titles = ("<run", accuracy, "95 % interval", "loss", "macro F1", "images", "<path")
     rows = []
     for run in comparison["runs"]:
         low, high = run["accuracy_ci95"]
-        f1 = None if run["macro_f1"] is None else f"{run['macro_f1']:.4f}"
-        metrics = f"{run['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{run['loss']:.4f}", f1, f"{run['n']:,}"
-        rows.append([letters[run["path"]], *metrics, shown_path(Path(run["path"]))])
-    yield "\n".join(table_lines(columns, rows, width))
-    columns = [TableColumn("differs", left=True), TableColumn("values", left=True)]
-    rows = []
+        accuracy, loss, f1 = (number_text(run[key]) for key in ("accuracy", "loss", "macro_f1"))
+        metrics = accuracy, f"{low:.4f} to {high:.4f}", loss, f1, f"{run['n']:,}"
+        rows.append((letters[run["path"]], *metrics, shown_path(Path(run["path"]))))
+    yield "\n".join(table_lines(titles, rows, width))
+    different = []
     for key, values in (comparison["config"] | comparison["setting"]).items():
         holders: dict[str, list[str]] = {}  # runs without the key have a dash
         for path, letter in letters.items():
             value = values.get(path, "-")
             as_yaml = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
             holders.setdefault(as_yaml, []).append(letter)
-        rows.append([key, ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())])
-    yield "\n".join(table_lines(columns, rows, width)) if rows else "the configs are the same"
+        different.append((key, ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())))
+    lines = table_lines(("<differs", "<values"), different, width)
+    yield "\n".join(lines) if different else "the configs are the same"
     for group in comparison["seeds"]:
         low, high = group["mean_ci95"]
         text = (

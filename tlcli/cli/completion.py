@@ -1,6 +1,8 @@
-"""Help of `tlcli train` and shell completion, from the parsers, the YAML files and the schema, without Hydra.
+"""Print a script that completes tlcli's commands, groups, options, keys and values on Tab.
 
-`tlcli completion bash|zsh|fish` prints a script, which calls `tlcli completion query LINE`.
+bash  eval "$(tlcli completion bash)"            in ~/.bashrc
+zsh   eval "$(tlcli completion zsh)"             in ~/.zshrc
+fish  tlcli completion fish | source             in ~/.config/fish/config.fish
 """
 
 import argparse
@@ -35,48 +37,46 @@ compdef _tlcli tlcli
 }
 
 
-def train_parser() -> Parser:
-    """Return the parser of `tlcli train`. Flags without help are for those who know Hydra."""
-    parser = Parser(
-        "train",
-        "Fine-tune one pretrained network on one set of images, then test it on images it has not seen.",
-        [
-            "tlcli train",
-            "tlcli train dataset=imagefolder dataset.root=photos",
-            "tlcli train freeze=head backbone=resnet50 optimizer.lr=0.01",
-            "tlcli train backbone=resnet18 backbone.weights=outputs/DATE/TIME",
-            "tlcli train experiment=cifar10_resnet18",
-            "tlcli train -m freeze=head,none optimizer.lr=1e-3,1e-2",
-            "tlcli train --resume outputs/DATE/TIME",
-        ],
-    )
-    parser.usage = (
-        "tlcli train [-m] [GROUP=OPTION ...] [KEY=VALUE ...]\n       tlcli train --resume DIR [KEY=VALUE ...]"
-    )
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="GROUP=OPTION")
-    add("--multirun", "-m", action="store_true", help="sweep: a run for each combination of the values given")
-    add("--resume", metavar="RUN|SWEEP", help="resume an interrupted run or sweep")
-    add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop")
-    add("--config-dir", "-cd", metavar="DIR", help="a folder with groups and options of your own")
-    add("--config-name", "-cn", default="train", metavar="NAME", help="the main file in that folder; default: train")
-    sources = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-    add("--info", "-i", nargs="?", const="all", choices=sources, help="print what the config is composed of and stop")
-    add("--hydra-help", action="store_true", help="the flags and settings of Hydra, which composes the config")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    for flags in (("--resolve",), ("--run", "-r"), ("--shell-completion", "-sc")):
-        add(*flags, action="store_true", help=argparse.SUPPRESS)
-    add("--package", "-p", help=argparse.SUPPRESS)
-    return parser
+PARSER = Parser("completion", __doc__)
+PARSER.add_argument("shell", choices=tuple(SCRIPTS))
+
+TRAIN = Parser(  # here, since the module of `tlcli train` imports Hydra
+    "train",
+    """Fine-tune one pretrained network on one set of images, then test it on images it has not seen.
+
+examples:
+  tlcli train
+  tlcli train dataset=imagefolder dataset.root=photos
+  tlcli train freeze=head backbone=resnet50 optimizer.lr=0.01
+  tlcli train backbone=resnet18 backbone.weights=outputs/DATE/TIME
+  tlcli train experiment=cifar10_resnet18
+  tlcli train -m freeze=head,none optimizer.lr=1e-3,1e-2
+  tlcli train --resume outputs/DATE/TIME
+""",
+)
+TRAIN.usage = "tlcli train [-m] [GROUP=OPTION ...] [KEY=VALUE ...]\n       tlcli train --resume DIR [KEY=VALUE ...]"
+add = TRAIN.add_argument
+add("overrides", nargs="*", metavar="GROUP=OPTION")
+add("--multirun", "-m", action="store_true", help="sweep: a run for each combination of the values given")
+add("--resume", metavar="RUN|SWEEP", help="resume an interrupted run or sweep")
+add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop")
+add("--config-dir", "-cd", metavar="DIR", help="a folder with groups and options of your own")
+add("--config-name", "-cn", default="train", metavar="NAME", help="the main file in that folder; default: train")
+sources = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+add("--info", "-i", nargs="?", const="all", choices=sources, help="print what the config is composed of and stop")
+add("--hydra-help", action="store_true", help="the flags and settings of Hydra, which composes the config")
+add("--debug", action="store_true", help="show the traceback of an error")
+for flags in (("--resolve",), ("--run", "-r"), ("--shell-completion", "-sc")):  # for those who know Hydra
+    add(*flags, action="store_true", help=argparse.SUPPRESS)
+add("--package", "-p", help=argparse.SUPPRESS)
 
 
 def train_help(files: ConfFiles, width: int | None = None) -> str:
     """Return the text of `tlcli train --help`, at most `width` columns wide (the terminal's, at most 100)."""
     width = width or min(shutil.get_terminal_size().columns, 100)
-    parser = train_parser()
     parts = [
-        f"usage: {parser.usage}\n",
-        textwrap.fill(str(parser.description), width) + "\n",
+        f"usage: {TRAIN.usage}\n",
+        textwrap.fill(str(TRAIN.description), width) + "\n",
         "groups and their options (* is the default):",
     ]
     for group, options in files.groups.items():
@@ -91,12 +91,12 @@ def train_help(files: ConfFiles, width: int | None = None) -> str:
     parts += _rows([(f"{key.name}={key.default}", key.comment) for key in files.top_level], width)
     parts.append("\nflags:")
     rows = []
-    for action in parser._actions:
+    for action in TRAIN._actions:
         if action.option_strings and action.help != argparse.SUPPRESS:
             value = action.metavar or ("|".join(action.choices) if action.choices and action.const is None else "")
             rows.append((f"{', '.join(sorted(action.option_strings, key=len))} {value}".rstrip(), str(action.help)))
     parts += _rows(rows, width)
-    return "\n".join([*parts, "", str(parser.epilog)])
+    return "\n".join([*parts, "", str(TRAIN.epilog)])
 
 
 def _rows(rows: list[tuple[str, str]], width: int, indent: int = 2) -> Iterator[str]:
@@ -112,25 +112,12 @@ def _rows(rows: list[tuple[str, str]], width: int, indent: int = 2) -> Iterator[
         yield from lines or [head.rstrip()]
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli completion`."""
-    made = Parser(
-        "completion",
-        "Print a script that completes tlcli's commands, groups, options, keys and values on Tab.\n\n"
-        '  bash  eval "$(tlcli completion bash)"            in ~/.bashrc\n'
-        '  zsh   eval "$(tlcli completion zsh)"             in ~/.zshrc\n'
-        "  fish  tlcli completion fish | source             in ~/.config/fish/config.fish",
-    )
-    made.add_argument("shell", choices=tuple(SCRIPTS))
-    return made
-
-
 def run(argv: list[str]) -> int:
     """Print a script, or the candidates for the last word of a command line; return the exit code."""
     if len(argv) == 2 and argv[0] == "query":
         print("\n".join(candidates(argv[1])))
     else:
-        print(SCRIPTS[parser().parse_args(argv).shell], end="")
+        print(SCRIPTS[PARSER.parse_args(argv).shell], end="")
     return 0
 
 
@@ -145,8 +132,8 @@ def candidates(line: str) -> list[str]:
         found = [*COMMANDS, "--help", "--version"]
     elif words[1] not in COMMANDS:
         found = []
-    else:  # the module of train imports Hydra
-        command = train_parser() if words[1] == "train" else import_module(COMMANDS[words[1]][0]).parser()
+    else:
+        command = TRAIN if words[1] == "train" else import_module(COMMANDS[words[1]][0]).PARSER
         positional = [action for action in command._actions if not action.option_strings]
         flags = {flag: action for action in command._actions for flag in action.option_strings}
         action: argparse.Action | None = None  # whose value is next

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tlcli.cli.completion import train_parser
+from tlcli.cli.completion import TRAIN
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import check_folder, leaves, refuse_code
@@ -52,7 +52,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     for word in argv:  # KEY=~/PLACE with the home directory, which shells write out only at the start of a word
         key, equals, value = word.partition("=")
         words.append(f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word)
-    args = train_parser().parse_intermixed_args(words)
+    args = TRAIN.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
     folders = [Path(args.config_dir).absolute()] if args.config_dir else []

@@ -1,4 +1,10 @@
-"""`tlcli demo`: a local page that classifies images which are dropped on it, with heat maps."""
+"""Show a page to try a finished run with files or the camera: probabilities, and
+where the network looked. Only this machine can open it, it asks nothing from the
+network, and images are not stored. Ctrl-C ends it.
+
+examples:
+  tlcli demo outputs/2026-11-24/10-15-00 --port 8080
+"""
 
 import io
 import os
@@ -27,24 +33,14 @@ MAX_UPLOAD_BYTES = 64_000_000
 TOP = 10  # classes on the page
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli demo`."""
-    made = Parser(
-        "demo",
-        "Show a page on this machine to try a finished run: drop an image on it, choose a\n"
-        "file, or use the camera, and see the probabilities and where the network looked.\n"
-        "Only this machine can open it, it asks nothing from the network, and images are\n"
-        "not stored. Ctrl-C ends it.",
-        ["tlcli demo outputs/2026-11-24/10-15-00", "tlcli demo outputs/2026-11-24/10-15-00 --port 8080"],
-    )
-    made.add_argument("run", metavar="RUN", help="directory of the run")
-    made.add_argument("--port", type=whole_number, default=8000, metavar="N", help="port of the page (default: 8000)")
-    return made
+PARSER = Parser("demo", __doc__)
+PARSER.add_argument("run", metavar="RUN", help="directory of the run")
+PARSER.add_argument("--port", type=whole_number, default=8000, metavar="N", help="port of the page (default: 8000)")
 
 
 def run(argv: list[str]) -> int:
     """Serve the page of a run until a signal ends it; return the exit code."""
-    arguments = parser().parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv or ["--help"])
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise UsageError("Starlette and uvicorn are not installed: pip install 'tlcli[demo]'")
     with handle_signals(), socket.socket() as listener:

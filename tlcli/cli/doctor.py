@@ -1,4 +1,11 @@
-"""`tlcli doctor`: show what is installed on this machine and what does not work. A check that fails hides no other."""
+"""Show versions, devices, free space, the weights on this machine, and what does not
+work. Nothing is downloaded or left behind. The output has neither your name nor
+your home directory in it. The exit code is 0 if tlcli can train, otherwise 1.
+
+examples:
+  tlcli doctor
+  tlcli doctor --format json > doctor.json
+"""
 
 import getpass
 import json
@@ -14,18 +21,10 @@ from typing import Any, NamedTuple
 
 from tlcli import __version__
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.runs.run_dir import PACKAGES, installed_version
 from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
-
-SUMMARY = """\
-Show versions, processor, memory and GPUs, free space for runs and for the cache,
-which backbones have their weights on this machine, and what does not work.
-Nothing is downloaded or left behind. The output has neither your name nor your
-home directory in it and can be pasted into an issue.
-
-The exit code is 0 if tlcli can train, and 1 if it cannot."""
 
 OPTIONAL_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif")
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TLCLI_CACHE", "TORCH_HOME")
@@ -41,16 +40,13 @@ class Problem(NamedTuple):
 Findings = Iterator[tuple[str, str, Any] | Problem]  # topic, name and value, or what is wrong
 
 
-def parser() -> Parser:
-    """Return the parser of the command."""
-    made = Parser("doctor", SUMMARY, ["tlcli doctor", "tlcli doctor --format json > doctor.json"])
-    made.add_format()
-    return made
+PARSER = Parser("doctor", __doc__)
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Examine this machine; return 0, or 1 if tlcli cannot train on it."""
-    arguments = parser().parse_args(argv)
+    arguments = PARSER.parse_args(argv)
     from tlcli.cli import fast_imports
 
     facts: dict[str, dict[str, Any]] = {}  # the values that all checks report, by topic and name
@@ -75,9 +71,8 @@ def run(argv: list[str]) -> int:
     if arguments.format == "json":
         print(json.dumps({**facts, "problems": [p._asdict() for p in problems], "can_train": can_train}, indent=2))
         return 0 if can_train else 1
-    columns = [TableColumn(title, left=True) for title in ("topic", "name", "found here")]
     rows = [(topic, name, _text(value)) for topic, values in facts.items() for name, value in values.items()]
-    print(*table_lines(columns, rows, terminal_columns(), wrap=True), "", sep="\n")
+    print(*table_lines(("<topic", "<name", "<found here"), rows, terminal_columns(), wrap=True), "", sep="\n")
     for problem in problems:
         print(("cannot train: " if problem.fails else "warning: ") + problem.text)
     if can_train:

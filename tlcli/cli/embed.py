@@ -1,4 +1,12 @@
-"""`tlcli embed`: write the feature vectors of images to a file, and draw them as a map."""
+"""Write the feature vector of each image to a file: the input of the head of a
+run's network, or of a published one. Columns: path, label (the parent folder,
+if it is a class of the run; any with backbone=), and vector (float32). Files
+that do not decode are left out and listed. The exit code is then 1.
+
+examples:
+  tlcli embed outputs/DATE/TIME photos --to features.parquet
+  tlcli embed backbone=efficientnet_lite0 photos --to features.npz --plot map.html
+"""
 
 import sys
 import time
@@ -12,9 +20,11 @@ from typing import TYPE_CHECKING
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, device_and_store, named_images
+from tlcli.cli.rank import find_candidates
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 from tlcli.reporter import Reporter
+from tlcli.specs import Precision
 from tlcli.text import duration_text, one_line, size_text
 
 if TYPE_CHECKING:
@@ -23,47 +33,30 @@ if TYPE_CHECKING:
     from tlcli.embed import Embedder
 
 MAX_ERRORS = 10  # lines on stderr
-SOURCE_HELP = "directory of a run, or backbone=NAME for a network as it was published (an option of backbone= of "
-SOURCE_HELP += "`tlcli train`, or backbone=timm/NAME)"
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli embed`."""
-    embed_parser = Parser(
-        "embed",
-        "Write the feature vector of each image to a file: the input of the head of a\nrun's network, or of a "
-        "published one. Columns: path, label (the parent folder,\nif it is a class of the run; any with backbone=), "
-        "and vector (float32). Files\nthat do not decode are left out and listed. The exit code is then 1.",
-        [
-            "tlcli embed outputs/DATE/TIME photos --to features.parquet",
-            "tlcli embed backbone=efficientnet_lite0 photos --to features.npz --plot map.html",
-        ],
-    )
-    add = embed_parser.add_argument
-    add("source", metavar="RUN|backbone=NAME", help=SOURCE_HELP)
-    embed_parser.known_words = ("backbone=",)
-    add_paths(embed_parser)
-    add(
-        "--to",
-        type=Path,
-        metavar="FILE",
-        help=".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for numpy.load, for fewer "
-        "than 100,000 images",
-    )
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="an .html file with a map of the images by t-SNE, at most 5,000 of them",
-    )
-    add("--force", action="store_true", help="replace files that exist")
-    add_computing(embed_parser)
-    return embed_parser
+def add_source(parser: Parser) -> None:
+    """Add the network whose features a command computes, and the images that it reads."""
+    options = "an option of backbone= of `tlcli train`, or backbone=timm/NAME"
+    text = f"directory of a run, or backbone=NAME for a network as it was published ({options})"
+    parser.add_argument("source", metavar="RUN|backbone=NAME", help=text)
+    parser.known_words = ("backbone=",)
+
+
+PARSER = Parser("embed", __doc__)
+add = PARSER.add_argument
+add_source(PARSER)
+add_paths(PARSER)
+vectors = ".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for less than 100,000 images"
+add("--to", type=Path, metavar="FILE", help=vectors)
+add("--plot", type=Path, metavar="FILE", help="an .html file with a map of at most 5,000 of the images, by t-SNE")
+add("--force", action="store_true", help="replace files that exist")
+add_computing(PARSER)
 
 
 def run(argv: list[str]) -> int:
     """Embed the images in argv; return the exit code, 1 if some have no vector."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     if arguments.to is None and arguments.plot is None:
         raise UsageError("nothing to write: give --to features.parquet, --to features.npz or --plot map.html")
     with fast_imports():
@@ -107,15 +100,13 @@ def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | N
     check_paths(arguments.paths)
     from tlcli.embed import embedder_of_backbone, embedder_of_run
     from tlcli.runs.load import load_run
-    from tlcli.specs import Precision
 
     options = *device_and_store(arguments.device), Precision(arguments.precision), arguments.batch_size
     key, equals, name = arguments.source.partition("=")
     if equals and key == "backbone":
         from tlcli.cli.job import check_weights
-        from tlcli.cli.rank import find_candidates
 
-        ((_, spec),) = find_candidates([name], [], []).values()
+        ((_, spec),) = find_candidates([name], []).values()
         check_weights(spec.backbone.weights)
         return embedder_of_backbone(spec.backbone, *options), None
     loaded = load_run(arguments.source, arguments.checkpoint)

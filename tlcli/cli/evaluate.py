@@ -1,12 +1,20 @@
-"""`tlcli eval`: evaluate a finished run on its own test split, or on another dataset."""
+"""Evaluate a finished run on its own test split, as it was tested, or on another
+dataset. Classes are matched by name; a subset of the run's classes is enough.
+The metrics are written to RUN/eval-1 (eval-2, ...): eval.json,
+predictions.safetensors and the config of the dataset. Existing files stay.
+
+examples:
+  tlcli eval outputs/2026-05-04/12-30-00
+  tlcli eval outputs/2026-05-04/12-30-00 dataset=imagefolder dataset.root=new
+"""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import fast_imports
-from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn
+from tlcli.cli.parser import Parser, values_of
+from tlcli.cli.table import number_text
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
 from tlcli.reporter import Reporter
@@ -23,62 +31,40 @@ FIXED_KEYS = ("dataset.val_fraction", "dataset.test_fraction", "dataset.train_pe
 MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli eval`."""
-    eval_parser = Parser(
-        "eval",
-        "Evaluate a finished run on its own test split, as it was tested, or on another\n"
-        "dataset. Classes are matched by name; a subset of the run's classes is enough.\n"
-        "The metrics are written to RUN/eval-1 (eval-2, ...): eval.json,\n"
-        "predictions.safetensors and the config of the dataset. Existing files stay.",
-        [
-            "tlcli eval outputs/2026-05-04/12-30-00",
-            "tlcli eval outputs/2026-05-04/12-30-00 dataset=imagefolder dataset.root=new",
-        ],
-    )
-    eval_parser.add_argument("run", metavar="RUN", help="directory of the run")
-    eval_parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="split=test|val|train; checkpoint=best|last (default: best, the epoch that the run kept); dataset=... "
-        "and its keys as in `tlcli train`: another dataset, of which the test split, else the val split, else all of "
-        "it is evaluated; device=..., device.KEY=..., cache.KEY=...: where and how to compute; tta=flip: the mean over "
-        "each image and its mirror image",
-    )
-    eval_parser.known_words = (
-        *(f"{key}={value}" for key, values in CHOICES.items() for value in values),
-        *(f"{group}=" for group in GROUPS),
-    )
-    eval_parser.add_format()
-    return eval_parser
+PARSER = Parser("eval", __doc__)
+PARSER.known_words = [f"{key}={value}" for key, values in CHOICES.items() for value in values]
+PARSER.known_words += [f"{group}=" for group in GROUPS]
+PARSER.add_argument("run", metavar="RUN", help="directory of the run")
+words = (
+    "split=test|val|train; checkpoint=best|last (default: best); dataset=... and its keys as in `tlcli train`: another "
+    "dataset, of which the test split, else the val split, else all of it is evaluated; device=..., device.KEY=..., "
+    "cache.KEY=...: where and how to compute; tta=flip: the mean over each image and its mirror image"
+)
+PARSER.add_argument("words", nargs="*", metavar="KEY=VALUE", help=words)
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
     from tlcli.cli.compose import load_spec
 
-    arguments = parser().parse_intermixed_args(argv)
-    chosen: dict[str, str] = {}
-    overrides = []
+    arguments = PARSER.parse_intermixed_args(argv)
     words = [arguments.run, *arguments.words]
     run_word = next((word for word in words if "=" not in word or is_dir(word)), words[0])
     words.remove(run_word)
-    for word in words:
-        key, equals, value = word.partition("=")
-        name = key.lstrip("+~")
-        if key in CHOICES:
-            chosen[key] = value
-            if value not in CHOICES[key]:
-                raise UsageError(f"{word}: choose from {', '.join(CHOICES[key])}.{did_you_mean(value, CHOICES[key])}")
-        elif name.split(".")[0] in GROUPS and name not in FIXED_KEYS:
-            overrides.append(word)
-        elif not equals:
+    chosen, overrides = values_of(words, [*CHOICES])
+    for key, value in ((key, value) for key, values in chosen.items() for value in values):
+        if value not in CHOICES[key]:
+            near = did_you_mean(value, CHOICES[key])
+            raise UsageError(f"{key}={value}: choose from {', '.join(CHOICES[key])}.{near}")
+    for word in overrides:
+        name, known = word.lstrip("+~").partition("=")[0], [*GROUPS, *CHOICES]
+        if name.split(".")[0] in GROUPS and name not in FIXED_KEYS:
+            continue
+        if "=" not in word:
             raise UsageError(f"{word}: not KEY=VALUE; name one run: tlcli eval RUN [KEY=VALUE ...]")
-        else:
-            known = [*GROUPS, *CHOICES]
-            hint = did_you_mean(name, known) or f" eval takes {', '.join(known)}" if name not in FIXED_KEYS else ""
-            raise UsageError(f"{word}: cannot be changed after training.{hint}")
+        hint = did_you_mean(name, known) or f" eval takes {', '.join(known)}" if name not in FIXED_KEYS else ""
+        raise UsageError(f"{word}: cannot be changed after training.{hint}")
     run_dir = open_run(run_word)
     trained = load_spec(run_dir)
     spec = load_spec(run_dir, overrides) if overrides else trained
@@ -87,13 +73,13 @@ def run(argv: list[str]) -> int:
         from tlcli.evaluate import evaluate_run
     from tlcli.cli.view import TerminalReporter
 
-    checkpoint, split = chosen.get("checkpoint", "best"), chosen.get("split")
-    if arguments.format == "json":
-        evaluation = evaluate_run(run_dir.path, checkpoint, split, spec, trained, Reporter())
-        print(json.dumps({**evaluation.report, "folder": str(evaluation.folder)}, indent=2))
+    checkpoint, split = ["best", *chosen["checkpoint"]][-1], [None, *chosen["split"]][-1]
+    shown = TerminalReporter() if arguments.format == "table" else None
+    evaluation = evaluate_run(run_dir.path, checkpoint, split, spec, trained, shown or Reporter())
+    if shown:
+        _show(evaluation, shown)
     else:
-        reporter = TerminalReporter()
-        _show(evaluate_run(run_dir.path, checkpoint, split, spec, trained, reporter), reporter)
+        print(json.dumps({**evaluation.report, "folder": str(evaluation.folder)}, indent=2))
     return 0
 
 
@@ -121,12 +107,11 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
     matrix: Any = confusion_matrix(report)  # None only if it is damaged
     rows = []
     for (name, metrics), predicted in zip(report["per_class"].items(), matrix.sum(axis=0), strict=True):
-        if metrics["support"] or predicted:
-            recall, f1 = (f"{metrics[key]:.4f}" if metrics["support"] else None for key in ("recall", "f1"))
-            rows.append((name, f"{metrics['precision']:.4f}", recall, f1, f"{metrics['support']:,}"))
+        if (n := metrics["support"]) or predicted:
+            recall, f1 = (number_text(metrics[key] if n else None) for key in ("recall", "f1"))
+            rows.append((name, number_text(metrics["precision"]), recall, f1, f"{n:,}"))
     if 0 < len(rows) <= MAX_CLASS_ROWS:
-        columns = [TableColumn("class", left=True), *map(TableColumn, ("precision", "recall", "F1", "images"))]
         reporter.show("")
-        reporter.show_table(columns, rows)
+        reporter.show_table(("<class", "precision", "recall", "F1", "images"), rows)
         reporter.show("")
     reporter.show_labelled(("written", shown_path(evaluation.folder)))

@@ -14,14 +14,8 @@ from tlcli.specs import HOMES, all_keys, choices, classes_of, leaf_types
 from tlcli.text import did_you_mean, one_line
 
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}  # by launcher of Hydra
-TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "array": "a list",
-    "object": "keys of its own",
-}  # msgspec's names of types
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}  # by msgspec's names
+TYPES |= {"array": "a list", "object": "keys of its own"}
 
 
 def error_message(exc: BaseException, files: ConfFiles) -> str | None:

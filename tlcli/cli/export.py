@@ -1,11 +1,19 @@
-"""`tlcli export`: write the model of a run in another format."""
+"""Write a run's model in another format. What was written is loaded again and
+compared with PyTorch on test images of the run. Unless every logit is within
+0.0001 and every class the same, nothing is left behind. Each format has the
+classes, the preprocessing and the temperature.
+
+examples:
+  tlcli export outputs/DATE/TIME --to onnx --int8
+  tlcli export outputs/DATE/TIME --to timm --output my-model
+"""
 
 from contextlib import suppress
 from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
 from tlcli.runs.run_dir import open_run
@@ -15,44 +23,24 @@ from tlcli.text import size_text
 GRAPHS = ", ".join(chosen.name for chosen in FORMATS.values() if chosen.has_graph)
 
 
-def parser() -> Parser:
-    """Return the parser of the command."""
-    formats = "".join(f"  {name:<8} {chosen.summary}\n" for name, chosen in FORMATS.items())
-    made = Parser(
-        "export",
-        "Write a run's model in another format. What was written is loaded again and\ncompared with PyTorch on test "
-        "images of the run. Unless every logit is within\n0.0001 and every class the same, nothing is left behind.\n\n"
-        f"formats:\n{formats}\nEach has the classes, the preprocessing and the temperature.",
-        [
-            "tlcli export outputs/DATE/TIME --to onnx",
-            "tlcli export outputs/DATE/TIME --to onnx --int8",
-            "tlcli export outputs/DATE/TIME --to timm --output my-model",
-        ],
-    )
-    made.add_argument("run", metavar="RUN", help="directory of a run")
-    made.add_argument("--to", required=True, choices=tuple(FORMATS), type=check_format)
-    made.add_argument("--output", metavar="PATH", help="default: export/ in the run; nothing is overwritten")
-    made.add_argument(
-        "--with-preprocessing",
-        action="store_true",
-        help=f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and resize to S pixels before",
-    )
-    made.add_argument(
-        "--int8",
-        action="store_true",
-        help="onnx: weights and activations in 8 bits, calibrated on training images; accuracy, size and speed of both "
-        "models are printed",
-    )
-    made.add_argument(
-        "--force", action="store_true", help="with --int8: write a model that loses more than 1 point of accuracy, too"
-    )
-    made.add_argument("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
-    return made
+PARSER = Parser("export", __doc__)
+PARSER.epilog = (
+    "formats:\n" + "".join(f"  {name:<8} {form.summary}\n" for name, form in FORMATS.items()) + f"\n{PARSER.epilog}"
+)
+add = PARSER.add_argument
+add("run", metavar="RUN", help="directory of a run")
+add("--to", required=True, choices=tuple(FORMATS), type=check_format)
+add("--output", metavar="PATH", help="default: export/ in the run; nothing is overwritten")
+inside = f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and resize to S pixels before"
+add("--with-preprocessing", action="store_true", help=inside)
+add("--int8", action="store_true", help="onnx: in 8 bits; accuracy, size and speed of both models are printed")
+add("--force", action="store_true", help="with --int8: also if it loses more than 1 point of accuracy")
+add("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
 
 
 def run(argv: list[str]) -> int:
     """Export one run; return the exit code."""
-    arguments = parser().parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv or ["--help"])
     chosen = FORMATS[arguments.to]
     if arguments.with_preprocessing and not chosen.has_graph:
         raise UsageError(f"--with-preprocessing: {chosen.name} holds weights and no graph; use --to {GRAPHS}")
@@ -89,8 +77,7 @@ def run(argv: list[str]) -> int:
         a, b = found.images_per_second
         rows += [("images per second", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f} times, on this CPU")]
         rows += [("accuracy", f"{a:.4f}", f"{b:.4f}", f"on {name}") for name, (a, b) in found.accuracies.items()]
-        columns = [TableColumn("", left=True), TableColumn("float32"), TableColumn("int8"), TableColumn("", left=True)]
-        print("\n".join(table_lines(columns, rows, terminal_columns(), wrap=True)))
+        print(*table_lines(("<", "float32", "int8", "<"), rows, terminal_columns(), wrap=True), sep="\n")
         print(f"load it  {chosen.load.format(path=str(output))}")
         return 0
     difference = export(job, chosen, output)

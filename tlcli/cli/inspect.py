@@ -1,4 +1,19 @@
-"""`tlcli inspect`: show a network's stages, and measure the cost of each freeze strategy before it is paid."""
+"""Show a network's stages and parameters, and for each freeze strategy what
+trains, where the network is cut, how large the cached activations are, and
+how long training takes on this data and this machine: a few batches are
+measured. Nothing is downloaded, and only measured choices are stored.
+
+  each     activations of one image at the cut
+  cache    of all images, on disk
+  first    seconds of the first pass over all images, with decoding
+  then     seconds of each later epoch, on activations
+  uncached seconds of each epoch on images
+  run      seconds of one whole run with an empty cache, in the way it takes
+
+examples:
+  tlcli inspect resnet18
+  tlcli inspect timm/vit_small_patch16_224 dataset=imagefolder dataset.root=photos
+"""
 
 import json
 import sys
@@ -10,61 +25,40 @@ from msgspec import structs
 
 from tlcli.cli.conf_files import files_for
 from tlcli.cli.parser import Parser
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.rank import backbone_words
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
-from tlcli.text import did_you_mean, duration_text, labelled, size_text
+from tlcli.text import duration_text, labelled, size_text
 
 if TYPE_CHECKING:
     from tlcli.specs import AugmentSpec, TrainSpec
 
-COLUMNS: tuple[tuple[TableColumn, str, Callable[[Any], str]], ...] = (
-    (TableColumn("freeze", left=True), "freeze", str),
-    (TableColumn("trainable", drop=4), "trainable", "{:,}".format),
-    (TableColumn("cut at", drop=5, left=True), "at", str),
-    (TableColumn("each", drop=6), "row_bytes", size_text),
-    (TableColumn("cache", drop=2), "cache_bytes", size_text),
-    (TableColumn("first"), "first_pass", duration_text),
-    (TableColumn("then"), "cached_epoch", duration_text),
-    (TableColumn("uncached"), "live_epoch", duration_text),
-    (TableColumn("run"), "total", duration_text),
-    (TableColumn("takes", drop=3, left=True), "takes", {"live": "uncached", "cached": "cached"}.__getitem__),
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # by title
+    "<freeze": ("freeze", str),
+    "trainable": ("trainable", "{:,}".format),
+    "<cut at": ("at", str),
+    "each": ("row_bytes", size_text),
+    "cache": ("cache_bytes", size_text),
+    "first": ("first_pass", duration_text),
+    "then": ("cached_epoch", duration_text),
+    "uncached": ("live_epoch", duration_text),
+    "run": ("total", duration_text),
+    "<takes": ("takes", {"live": "uncached", "cached": "cached"}.__getitem__),
+}
+
+PARSER = Parser("inspect", __doc__)
+words = (
+    "first an option of backbone= of `tlcli train`, or timm/NAME for any model of timm, or the directory of a run for "
+    "its network, data and settings; then KEY=VALUE words as for `tlcli train`, with the same defaults"
 )
-
-
-def parser() -> Parser:
-    """Return the parser of `tlcli inspect`."""
-    inspect_parser = Parser(
-        "inspect",
-        "Show a network's stages and parameters, and for each freeze strategy what\n"
-        "trains, where the network is cut, how large the cached activations are, and\n"
-        "how long training takes on this data and this machine: a few batches are\n"
-        "measured. Nothing is downloaded, and only measured choices are stored.\n\n"
-        "  each     activations of one image at the cut\n"
-        "  cache    of all images, on disk\n"
-        "  first    seconds of the first pass over all images, with decoding\n"
-        "  then     seconds of each later epoch, on activations\n"
-        "  uncached seconds of each epoch on images\n"
-        "  run      seconds of one whole run with an empty cache, in the way it takes",
-        [
-            "tlcli inspect resnet18",
-            "tlcli inspect timm/vit_small_patch16_224 dataset=imagefolder dataset.root=photos",
-        ],
-    )
-    inspect_parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="BACKBONE|RUN|KEY=VALUE",
-        help="first an option of backbone= of `tlcli train`, or timm/NAME for any model of timm, or the directory of a "
-        "run for its network, data and settings; then KEY=VALUE words as for `tlcli train`, with the same defaults",
-    )
-    inspect_parser.add_config_dir()
-    inspect_parser.add_format()
-    return inspect_parser
+PARSER.add_argument("words", nargs="*", metavar="BACKBONE|RUN|KEY=VALUE", help=words)
+PARSER.add_config_dir()
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Inspect the network and the data that argv names; return the exit code."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     spec, head_augment = specs(arguments.words, arguments.config_dir)
     from tlcli.cli import fast_imports
     from tlcli.cli.view import TerminalReporter
@@ -81,7 +75,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSpec, AugmentSpec]":
+def specs(words: Sequence[str], config_dir: Sequence[str] = ()) -> "tuple[TrainSpec, AugmentSpec]":
     """Return the spec for these words, and the augmentation that freeze=head would have with them."""
     name, overrides = (words[0], list(words[1:])) if words and "=" not in words[0] else (None, list(words))
     if others := [word for word in overrides if "=" not in word]:
@@ -90,8 +84,7 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
     from tlcli.cli.job import check
     from tlcli.runs.run_dir import RunDir
 
-    folder = [f"--config-dir={config_dir}"] if config_dir else []
-    options = files_for(folder).groups["backbone"]
+    options = files_for(config_dir).groups["backbone"]
     run = RunDir(Path(name or "").expanduser())
     if name is not None and run.path.is_dir() and (name not in options or run.info_file.is_file()):
         if not run.config_file.is_file():
@@ -102,17 +95,11 @@ def specs(words: Sequence[str], config_dir: str | None = None) -> "tuple[TrainSp
         check(spec)
         chooses_augment = any(word.startswith(("augment=", "augment.")) for word in overrides)
         return spec, spec.augment if chooses_augment else load_spec(run, [*overrides, "augment=none"]).augment
-    backbone = [] if name is None else [f"backbone={name}"]
-    if name and name.startswith("timm/"):
-        backbone = ["backbone=timm", f"backbone.name={name.removeprefix('timm/')}"]
-    elif name is not None and name not in options:
-        choices = ", ".join(option for option in options if option != "timm")
-        near = did_you_mean(name, options)
-        raise UsageError(f"{name}: neither a backbone nor a run directory.{near} Choose from {choices}, or timm/NAME")
-    spec = compose_spec([*folder, *backbone, *overrides])
+    words = [*config_dir, *(backbone_words(name, options) if name else [])]
+    spec = compose_spec([*words, *overrides])
     check(spec)
     others = [word for word in overrides if not word.lstrip("+~").startswith(("freeze=", "freeze."))]
-    return spec, compose_spec([*folder, *backbone, *others, "freeze=head"]).augment
+    return spec, compose_spec([*words, *others, "freeze=head"]).augment
 
 
 def page(inspection: Mapping[str, Any], width: int | None) -> list[str]:
@@ -126,9 +113,8 @@ def page(inspection: Mapping[str, Any], width: int | None) -> list[str]:
         ("training", f"{inspection['epochs']:,} epochs, batches of {inspection['batch_size']:,}"),
         ("device", inspection["device"]),
     ]
-    stage_columns = [TableColumn("stage", left=True), TableColumn("parameters"), TableColumn("share")]
     stage_rows = [(stage["name"], f"{stage['parameters']:,}", f"{stage['share']:.1%}") for stage in stages]
-    costs = [[None if cost[key] is None else form(cost[key]) for _, key, form in COLUMNS] for cost in strategies]
+    costs = [[None if cost[key] is None else form(cost[key]) for key, form in COLUMNS.values()] for cost in strategies]
     notes = []
     for reason in dict.fromkeys(cost["why_live"] for cost in strategies if cost["why_live"]):
         names = ", ".join(cost["freeze"] for cost in strategies if cost["why_live"] == reason)
@@ -140,9 +126,9 @@ def page(inspection: Mapping[str, Any], width: int | None) -> list[str]:
     return [
         *(line for label, value in facts for line in labelled(label, value, width)),
         "",
-        *table_lines(stage_columns, stage_rows, width),
+        *table_lines(("<stage", "parameters", "share"), stage_rows, width),
         "",
-        *table_lines([column for column, *_ in COLUMNS], costs, width),
+        *table_lines([*COLUMNS], costs, width, drop=("each", "cut at", "trainable", "takes", "cache")),
         "",
         *(line for label, value in notes for line in labelled(label, value, width)),
     ]

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,12 @@ from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.launch import led_ranks
-from tlcli.cli.launchers import other_processes, running_jobs
+from tlcli.cli.launchers import living_jobs, other_processes
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.interrupts import Preempted, handle_signals, preemption_signal
-from tlcli.locks import heartbeat, observer
+from tlcli.locks import heartbeat
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
@@ -46,6 +47,7 @@ _session: "Session | None" = None  # of a process that a launcher has started, f
 _is_interrupted = False  # such a process starts no job any longer
 
 
+@dataclass(eq=False)
 class Command:
     """Hydra's task function: runs one job, with what the jobs of a command share.
 
@@ -54,22 +56,16 @@ class Command:
     A trial of a search has a `reporter`, and a `session` that it shares with others; its test images are not read.
     """
 
-    def __init__(
-        self,
-        line: str,
-        files: ConfFiles,
-        sweep: Path | None,
-        *,
-        spec: TrainSpec | None = None,
-        resume: bool = False,
-        reporter: Reporter | None = None,
-        session: "Session | None" = None,
-    ) -> None:
-        self.error: Exception | None = None
-        self._line, self._files, self._sweep, self._spec, self._resume = line, files, sweep, spec, resume
-        self._reporter, self._session = reporter, session
-        self._owner: str | None = None  # the reason why the directory is not the job's own, if so
-        self._output_subdir: str | None = None
+    line: str
+    files: ConfFiles
+    sweep: Path | None
+    spec: TrainSpec | None = None
+    resume: bool = False
+    reporter: Reporter | None = None
+    session: "Session | None" = None
+    error: Exception | None = None
+    _owner: str | None = None  # the reason why the directory is not the job's own, if so
+    _output_subdir: str | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -81,7 +77,7 @@ class Command:
         callbacks, name = Callbacks(config), config.hydra.job.config_name
         context = HydraContext(config_loader=loader, callbacks=callbacks)
         self._output_subdir = config.hydra.output_subdir
-        if self._sweep is None:
+        if self.sweep is None:
             config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
             callbacks.on_run_start(config=config, config_name=name)
             job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
@@ -95,10 +91,9 @@ class Command:
             config.hydra.overrides.hydra.append(f"hydra.{key}={value}")
         callbacks.on_multirun_start(config=config, config_name=name)
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
-        launcher = config.hydra.launcher._target_.rpartition(".")[2]
-        is_here = launcher == "BasicLauncher"
-        words = _as_typed(config.hydra)
-        with nullcontext() if is_here else other_processes(folder, words, is_joblib=launcher == "JoblibLauncher"):
+        launcher, words = config.hydra.launcher._target_.rpartition(".")[2], _as_typed(config.hydra)
+        others = other_processes(folder, words, is_joblib=launcher == "JoblibLauncher")
+        with nullcontext() if launcher == "BasicLauncher" else others:
             sweeper.sweep(arguments=words)
         callbacks.on_multirun_end(config=config, config_name=name)
 
@@ -110,14 +105,13 @@ class Command:
         is_quiet = isinstance(self, CopiedCommand)
         job = HydraConfig.get()
         folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
-        backbone = [word for word in overrides if word.startswith("backbone.name=")]
-        reporter = self._reporter or TerminalReporter(
-            " ".join([f"backbone={job.runtime.choices['backbone']}", *backbone]), quiet=is_quiet
-        )
+        named = [word for word in overrides if word.startswith("backbone.name=")]
+        backbone = " ".join([f"backbone={job.runtime.choices['backbone']}", *named])
+        reporter = self.reporter or TerminalReporter(backbone, quiet=is_quiet)
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
         try:
-            if self._sweep is not None:
+            if self.sweep is not None:
                 run, self._owner = self._claim(folder, overrides, REFIT if has_folds else "")
                 title = f"[{job.job.num}] {' '.join(overrides)}"
                 if fill_val_fraction(config, is_sweep=True):  # recorded, so that the job's own command repeats it
@@ -125,20 +119,20 @@ class Command:
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
-                if run.info_file in observer.living([other.info_file for other in running_jobs(run.path)]):
+                if living_jobs(run.path):
                     reporter.heading(f"{title}: another process is running it")
                     return None
                 reporter.heading(title)
-            return self._run(run, config, overrides, reporter, self._spec)
+            return self._run(run, config, overrides, reporter, self.spec)
         except Exception as exc:
             self.error = exc
-            if self._sweep is not None and not is_quiet:
+            if self.sweep is not None and not is_quiet:
                 print(f"[{job.job.num}] failed: {exit_status(exc)[1]}", file=sys.stderr, flush=True)
-            if self._sweep is not None and not run.info_file.exists():
+            if self.sweep is not None and not run.info_file.exists():
                 raise  # the leaderboard will not list this job
             return None
         finally:
-            for listed in ([run.path.parent] if has_folds else []) + ([self._sweep] if self._sweep else []):
+            for listed in ([run.path.parent] if has_folds else []) + ([self.sweep] if self.sweep else []):
                 with suppress(OSError):
                     leaderboard.write(listed)
 
@@ -150,7 +144,7 @@ class Command:
         with record_status(run):
             resumed = self._start(run, config, overrides)
             if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
-                spec = build_spec(config, self._files)
+                spec = build_spec(config, self.files)
                 if spec.device.processes > 1:
                     raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
                 check_logger(spec.logger)
@@ -160,7 +154,7 @@ class Command:
                 with fast_imports():
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
-                prepare_resume(run, state, self._line)
+                prepare_resume(run, state, self.line)
             if spec.folds is not None and spec.fold is None:
                 for fold in range(spec.folds):
                     leaderboard.write(run.path.parent)  # it has the refit, which has started
@@ -176,10 +170,10 @@ class Command:
             with fast_imports():
                 from tlcli.engine.session import session_for
                 from tlcli.train import train
-            self._session = session_for(spec.cache, self._session)
-            has_test = self._reporter is None
+            self.session = session_for(spec.cache, self.session)
+            has_test = self.reporter is None
             with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
-                value = train(spec, run, logged, self._session, state, has_test=has_test, ranks=ranks)
+                value = train(spec, run, logged, self.session, state, has_test=has_test, ranks=ranks)
         discard_state(run, spec)
         return value
 
@@ -194,7 +188,7 @@ class Command:
                 text = OmegaConf.to_yaml(config, resolve=True)
             except OmegaConfBaseException:  # build_spec reports it
                 text = OmegaConf.to_yaml(config)
-            run.start(command=self._line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+            run.start(command=self.line, overrides=overrides, config=text, cwd=job.runtime.cwd)
         if self._owner is not None:
             raise TlcliError(f"{self._owner}: hydra.sweep.subdir must give each job a directory of its own")
         if self._output_subdir is not None:  # what Hydra would write
@@ -222,7 +216,7 @@ class Command:
                 owner: tuple[str, ...] = ()
                 with suppress(UsageError):
                     owner = strings(run.info.get("overrides"))[: len(overrides)]  # as typed
-                if owner == tuple(overrides) or (self._resume and not owner):
+                if owner == tuple(overrides) or (self.resume and not owner):
                     break
                 error = error or f"{path.name} is the directory of the job {' '.join(owner) or 'that started before'}"
         return run, error
@@ -239,14 +233,14 @@ class CopiedCommand(Command):
         global _session, _is_interrupted
         if _is_interrupted:
             return None
-        self._session = _session
+        self.session = _session
         try:
             with handle_signals():
                 return super().__call__(config)
         except Preempted:
             number = preemption_signal()
             if number is not None:
-                self._session = None  # submitit pickles this object for the job that it queues
+                self.session = None  # submitit pickles this object for the job that it queues
                 signal.getsignal(number)(number, None)  # type: ignore[misc, operator]
             raise
         except KeyboardInterrupt:
@@ -255,7 +249,7 @@ class CopiedCommand(Command):
             _is_interrupted = True
             return None
         finally:
-            _session, self._session = self._session, None
+            _session, self.session = self.session, None
 
 
 def _earlier_value(run: RunDir) -> float | None:

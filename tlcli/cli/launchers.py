@@ -85,10 +85,8 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     """
     reporter, is_over = TerminalReporter(), threading.Event()
     overrides = OverridesParser.create().parse_overrides([*words])
-    keys = {override.key_or_group for override in overrides if override.is_sweep_override()}
-    reporter.show_labelled(("sweep", f"{shown_path(folder)}: jobs run in other processes; a line for each that ends"))
-
-    others = {(run.path, run.info.get("pid")) for run in running_jobs(folder)}  # not started by this command
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    earlier = {(run.path, run.info.get("pid")) for run in running_jobs(folder)}  # not started by this command
 
     def ended_jobs() -> dict[str, list[Any]]:
         with suppress(OSError, ValueError):  # it is not there yet
@@ -100,22 +98,21 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     def watch(shown: dict[str, list[Any]]) -> None:
         is_last = False
         while not is_last:
-            is_last = is_over.wait(WATCH_SECONDS)
-            jobs = ended_jobs()
+            is_last, jobs = is_over.wait(WATCH_SECONDS), ended_jobs()
             for name in sorted((name for name in jobs if jobs[name] != shown.get(name)), key=natural_order):
                 status, error, _, validation, accuracy = jobs[name]
                 own = strings(RunDir(folder / name).info.get("overrides"))
+                title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in swept)])
                 results = {"validation": validation, "test accuracy": accuracy}
                 texts = [f"{label} {value:.4f}" for label, value in results.items() if value is not None]
-                title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in keys)])
                 reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")
             shown = jobs
-            if is_joblib and defer_interrupts.is_pending:
-                for run in running_jobs(folder):
-                    if (run.path, run.info.get("pid")) not in others and runs_on_this_machine(run.info):
-                        with suppress(OSError):  # it has just ended
-                            os.kill(run.info["pid"], signal.SIGTERM)
+            for run in running_jobs(folder) if is_joblib and defer_interrupts.is_pending else ():
+                if (run.path, run.info.get("pid")) not in earlier and runs_on_this_machine(run.info):
+                    with suppress(OSError):  # it has just ended
+                        os.kill(run.info["pid"], signal.SIGTERM)
 
+    reporter.show_labelled(("sweep", f"{shown_path(folder)}: jobs run in other processes; a line for each that ends"))
     watcher = threading.Thread(target=watch, args=(ended_jobs(),), daemon=True)
     watcher.start()
     try:
@@ -124,7 +121,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
     except TlcliError:
         raise
     except Exception as exc:
-        while observer.living([run.info_file for run in running_jobs(folder)]):
+        while living_jobs(folder):
             observer.sleep(WATCH_SECONDS)
         raise TlcliError(f"a job ended without a result: {one_line(exc) or type(exc).__name__}") from exc
     finally:
@@ -141,3 +138,10 @@ def running_jobs(folder: Path) -> list[RunDir]:
             if (run := RunDir(file.parent)).info.get("status") == "running":
                 runs.append(run)
     return runs
+
+
+def living_jobs(folder: Path) -> list[RunDir]:
+    """Return the jobs at or under a folder that are running, here or elsewhere. It takes up to 60 s to know."""
+    runs = running_jobs(folder)
+    living = observer.living([run.info_file for run in runs])
+    return [run for run in runs if run.info_file in living]

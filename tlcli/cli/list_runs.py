@@ -1,4 +1,12 @@
-"""`tlcli list`: the runs and sweeps under a folder, as a table, CSV or JSON."""
+"""List the runs and sweeps under a folder, newest first. A sweep is one line:
+its best job by validation. val and test are accuracies. status is done,
+running, failed, interrupted, died (the process of a running run has ended)
+or damaged (run.json cannot be read).
+
+examples:
+  tlcli list --sort test
+  tlcli list experiments --jobs --format csv > runs.csv
+"""
 
 import json
 import os
@@ -13,7 +21,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
 from tlcli.runs.index import Entry, read_index
@@ -24,42 +32,18 @@ MAX_NAME_COLUMNS = 24  # at which a name is cut on a terminal, so that the numbe
 KEYS = ("status", "when", "dataset", "backbone", "freeze", "seed", "val", "test", "minutes", "name", "path")
 HIGHEST_FIRST = frozenset({"seed", "val", "test", "minutes", "when"})
 
-COLUMNS = (
-    TableColumn("status", left=True),
-    TableColumn("when", drop=6, left=True),
-    TableColumn("dataset", drop=4, left=True),
-    TableColumn("backbone", drop=3, left=True),
-    TableColumn("freeze", drop=5, left=True),
-    TableColumn("swept", drop=2, left=True),
-    TableColumn("val", drop=1),
-    TableColumn("test"),
-    TableColumn("minutes", drop=7),
-    TableColumn("path", left=True),
-)
+TITLES = ("<status", "<when", "<dataset", "<backbone", "<freeze", "<swept", "val", "test", "minutes", "<path")
+LESS_IMPORTANT = ("minutes", "when", "freeze", "dataset", "backbone", "swept", "val")
 
-
-def parser() -> Parser:
-    """Return the parser of `tlcli list`."""
-    list_parser = Parser(
-        "list",
-        "List the runs and sweeps under a folder, newest first. A sweep is one line:\n"
-        "its best job by validation. val and test are accuracies. status is done,\n"
-        "running, failed, interrupted, died (the process of a running run has ended)\n"
-        "or damaged (run.json cannot be read).",
-        ["tlcli list --sort test", "tlcli list experiments --jobs --format csv > runs.csv"],
-    )
-    list_parser.add_argument("folders", nargs="*", metavar="FOLDER", default=["outputs"], help="default: outputs")
-    list_parser.add_argument("--jobs", action="store_true", help="also list the jobs of a sweep, below it")
-    list_parser.add_argument(
-        "--sort",
-        choices=[*KEYS, *(f"-{key}" for key in KEYS)],
-        metavar="KEY",
-        help=f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}",
-    )
-    list_parser.add_argument("--limit", type=whole_number, metavar="N", help="list the first N entries")
-    list_parser.add_argument("--filter", nargs="?", const="", help=SUPPRESS)  # of tlcli 0.5 and earlier
-    list_parser.add_format(("table", "csv", "json"))
-    return list_parser
+PARSER = Parser("list", __doc__)
+add = PARSER.add_argument
+add("folders", nargs="*", metavar="FOLDER", default=["outputs"], help="default: outputs")
+add("--jobs", action="store_true", help="also list the jobs of a sweep, below it")
+order = f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}"
+add("--sort", choices=[*KEYS, *(f"-{key}" for key in KEYS)], metavar="KEY", help=order)
+add("--limit", type=whole_number, metavar="N", help="list the first N entries")
+add("--filter", nargs="?", const="", help=SUPPRESS)  # of tlcli 0.5 and earlier
+PARSER.add_format(("table", "csv", "json"))
 
 
 def run(argv: list[str]) -> int:
@@ -68,7 +52,7 @@ def run(argv: list[str]) -> int:
     if "--sort" in words[:-1]:  # argparse would take -test for a flag
         i = words.index("--sort")
         words[i : i + 2] = [f"--sort={words[i + 1]}"]
-    arguments = parser().parse_intermixed_args(words)
+    arguments = PARSER.parse_intermixed_args(words)
     if arguments.filter is not None:
         raise UsageError("--filter was removed; use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
     entries: dict[Path, Entry] = {}
@@ -145,8 +129,9 @@ def _print_table(entries: Sequence[Entry], folders: str, jobs: bool) -> None:
             shares[1] = "not tested"
         minutes = None if entry["minutes"] is None else f"{entry['minutes']:.1f}"
         rows.append([status, *names, swept or None, *shares, minutes, _value(entry, "path")])
-    used = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]
-    print("\n".join(table_lines([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], width)))
+    used = [i for i in range(len(TITLES)) if any(row[i] is not None for row in rows)]
+    cells = ([row[i] for i in used] for row in rows)
+    print(*table_lines([TITLES[i] for i in used], cells, width, LESS_IMPORTANT), sep="\n")
     sweeps = [entry["jobs"] for entry in entries if entry["kind"] == "sweep"]
     numbers = {"run": len(entries) - len(sweeps), "sweep": len(sweeps), "job": sum(sweeps)}
     counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items() if n]

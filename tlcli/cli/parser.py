@@ -10,27 +10,29 @@ from tlcli.text import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command. An error is a UsageError that names the nearest flag.
+    """A parser of one command; `text` is the docstring of its module, with `examples:` at the end.
 
-    Shell completion offers an argument's choices, or what its metavar names, separated by |: RUN, SWEEP, FOLDER,
-    BACKBONE, KEY (of the cache), or KEY=VALUE: words of `tlcli train`, only `known_words` if the command has these.
+    An error is a UsageError that names the nearest flag. Shell completion offers an argument's choices, or what its
+    metavar names, separated by |: RUN, SWEEP, FOLDER, BACKBONE, KEY (of the cache), or KEY=VALUE: words of
+    `tlcli train`, only `known_words` if the command has these.
     """
 
     known_words: Sequence[str] = ()
 
-    def __init__(self, command: str, summary: str, examples: Sequence[str] = ()) -> None:
-        lines = "".join(f"  {line}\n" for line in examples)
+    def __init__(self, command: str, text: str | None) -> None:
+        summary, title, examples = (text or "").partition("examples:\n")
         super().__init__(
             prog=f"tlcli {command}",
-            description=summary,
-            epilog=f"examples:\n{lines}" if examples else None,
+            description=summary.rstrip(),
+            epilog=title + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def add_config_dir(self) -> None:
-        """Add --config-dir."""
-        self.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with your own options")
+        """Add --config-dir, as a list of words of `tlcli train`."""
+        names, text = ("-cd", "--config-dir"), "folder with your own options"
+        self.add_argument(*names, type=lambda path: [f"--config-dir={path}"], default=[], metavar="DIR", help=text)
 
     def add_format(self, formats: Sequence[str] = ("table", "json")) -> None:
         """Add --format; the first format is the default."""
@@ -55,3 +57,9 @@ def whole_number(value: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{,8}", value):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {value!r}")
     return int(value)
+
+
+def values_of(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the values that KEY=VALUE words give to some keys, and the other words."""
+    values = {key: [word.partition("=")[2] for word in words if word.startswith(f"{key}=")] for key in keys}
+    return values, [word for word in words if not word.startswith(tuple(f"{key}=" for key in keys))]

@@ -1,4 +1,12 @@
-"""`tlcli predict`: classify images with a finished run, as a table, CSV or JSON lines."""
+"""Classify images with a finished run. Images are read and preprocessed as in
+training. Probabilities are calibrated if the run held images out. A file
+that does not decode is a row with its error. The exit code is then 1.
+
+examples:
+  tlcli predict outputs/2026-11-24/10-15-00 photo.jpg --heatmaps maps
+  tlcli predict outputs/2026-11-24/10-15-00 photos --format csv --output all.csv
+  find photos -newer last | tlcli predict outputs/2026-11-24/10-15-00 - --top 1
+"""
 
 import json
 import os
@@ -13,8 +21,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
+from tlcli.reporter import Reporter
+from tlcli.specs import Accelerator, Precision, Tta
+from tlcli.store import Store, cache_dir
 from tlcli.text import csv_line
 
 if TYPE_CHECKING:
@@ -22,73 +33,42 @@ if TYPE_CHECKING:
 
     from tlcli.data.listing import Named
     from tlcli.predict import Prediction
-    from tlcli.store import Store
 
 STDIN = "-"
 UNKNOWN = "unknown"  # the answer of --reject
-COLUMNS = (
-    TableColumn("image", left=True),
-    TableColumn("prediction", left=True),
-    TableColumn("prob."),
-    TableColumn("", left=True),
-    TableColumn("then", drop=1, left=True),
-)
-
-
-def parser() -> Parser:
-    """Return the parser of `tlcli predict`."""
-    predict_parser = Parser(
-        "predict",
-        "Classify images with a finished run. Images are read and preprocessed as in\n"
-        "training. Probabilities are calibrated if the run held images out. A file\n"
-        "that does not decode is a row with its error. The exit code is then 1.",
-        [
-            "tlcli predict outputs/2026-11-24/10-15-00 photo.jpg",
-            "tlcli predict outputs/2026-11-24/10-15-00 photos --format csv --output all.csv",
-            "tlcli predict outputs/2026-11-24/10-15-00 photos --heatmaps maps",
-            "find photos -newer last | tlcli predict outputs/2026-11-24/10-15-00 - --top 1",
-        ],
-    )
-    add = predict_parser.add_argument
-    add("run", metavar="RUN", help="directory of the run")
-    add_paths(predict_parser)
-    add("--top", type=whole_number, default=5, metavar="K", help="number of most likely classes per image (default: 5)")
-    add(
-        "--format",
-        choices=("table", "csv", "jsonl"),
-        help='table (default on a terminal), csv, or jsonl: one object per line, {"path", "prediction", '
-        '"probability", "unknown_score", "unknown", "top": [[class, probability], ...]} or {"path", "error"}',
-    )
-    add("--output", metavar="FILE", help="write to this new file")
-    add(
-        "--reject",
-        action="store_true",
-        help="answer `unknown` for an image with a higher unknown score than 95 %% of the images that the run held out",
-    )
-    add(
-        "--heatmaps",
-        metavar="DIR",
-        help="write into this new folder, per image, a JPEG in gray with a map of where the network found evidence "
-        "for its class; csv and jsonl have the file's path",
-    )
-    add(
-        "--tta",
-        choices=("none", "flip"),
-        help="flip: mean over each image and its mirror image (default: as in the run)",
-    )
-    add_computing(predict_parser)
-    return predict_parser
 
 
 def add_paths(parser: Parser) -> None:
     """Add the images that a command reads."""
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="an image, a folder (all images below it), a pattern in quotes, or - for a list of paths on stdin, "
-        "one per line",
-    )
+    text = "an image, a folder (all images below it), a pattern in quotes, or - for a list of paths on stdin"
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=text)
+
+
+def add_computing(parser: Parser) -> None:
+    """Add the arguments that say with which weights, and how, a command runs a network over images."""
+    add = parser.add_argument
+    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: as the run was evaluated")
+    add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+
+
+PARSER = Parser("predict", __doc__)
+add = PARSER.add_argument
+add("run", metavar="RUN", help="directory of the run")
+add_paths(PARSER)
+add("--top", type=whole_number, default=5, metavar="K", help="number of most likely classes per image (default: 5)")
+formats = (
+    'table (default on a terminal), csv, or jsonl: one object per line, {"path", "prediction", "probability", '
+    '"unknown_score", "unknown", "top": [[class, probability], ...]} or {"path", "error"}'
+)
+add("--format", choices=("table", "csv", "jsonl"), help=formats)
+add("--output", metavar="FILE", help="write to this new file")
+add("--reject", action="store_true", help="answer `unknown` above the unknown score of 95 %% of the images held out")
+maps = "write a gray JPEG per image into this new folder, with a map of where the network found evidence for its class"
+add("--heatmaps", metavar="DIR", help=f"{maps}; csv and jsonl have the file's path")
+add("--tta", choices=("none", "flip"), help="flip: mean over each image and its mirror image (default: as in the run)")
+add_computing(PARSER)
 
 
 def check_paths(paths: Sequence[str]) -> None:
@@ -97,54 +77,32 @@ def check_paths(paths: Sequence[str]) -> None:
         raise UsageError("stdin (-) is named twice")
 
 
-def add_computing(parser: Parser) -> None:
-    """Add the arguments that say with which weights, and how, a command runs a network over images."""
-    add = parser.add_argument
-    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto (as the run was evaluated), fp32 (exact), or bf16 (fast on hardware that has it)",
-    )
-    add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-
-
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     check_paths(arguments.paths)
     # a table on a terminal, but JSON lines for a stream
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     form = arguments.format or ("table" if is_table else "jsonl")
     with _output(arguments.output) as file, _new_folder(arguments.heatmaps) as folder:
         with fast_imports():
+            from tlcli.cli.view import TerminalReporter
             from tlcli.data.decode import BadImage
             from tlcli.engine.metrics import MIN_KNOWN
             from tlcli.predict import Prediction, Predictor
             from tlcli.runs.load import load_run
-        from tlcli.reporter import Reporter
-        from tlcli.specs import Precision, Tta
 
         loaded = load_run(arguments.run, arguments.checkpoint)
         if arguments.reject and loaded.threshold is None:
-            raise UsageError(
-                f"--reject: {loaded.path} has no threshold, since fewer than {MIN_KNOWN} images were held out of it; "
-                "train with dataset.val_fraction=0.2 or more images"
-            )
-        accelerator, store = device_and_store(arguments.device)
-        precision = Precision(arguments.precision)
-        tta, batch_size = arguments.tta and Tta(arguments.tta), arguments.batch_size
-        predictor = Predictor(loaded, accelerator, store, precision=precision, tta=tta, batch_size=batch_size)
+            reason = f"has no threshold, since it held out fewer than {MIN_KNOWN} images"
+            raise UsageError(f"--reject: {loaded.path} {reason}; train with dataset.val_fraction=0.2 or more images")
+        tta, precision = arguments.tta and Tta(arguments.tta), Precision(arguments.precision)
+        options = {"precision": precision, "tta": tta, "batch_size": arguments.batch_size}
+        predictor = Predictor(loaded, *device_and_store(arguments.device), **options)
         total, top = count_images(arguments.paths), min(arguments.top, len(loaded.classes))
-        reporter = Reporter()
-        if sys.stderr.isatty() and (form == "table" or not file.isatty()):
-            from tlcli.cli.view import TerminalReporter
-
-            reporter = TerminalReporter(on_stderr=True)
-        count, n_errors, n_maps = 0, 0, Counter[str]()
-        start = time.perf_counter()
+        has_bar = sys.stderr.isatty() and (form == "table" or not file.isatty())
+        reporter = TerminalReporter(on_stderr=True) if has_bar else Reporter()
+        count, n_errors, n_maps, start = 0, 0, Counter[str](), time.perf_counter()
         with (
             _writer(form, file, top, arguments.reject, folder is not None) as write,
             reporter.track("predicting", total) as advance,
@@ -171,11 +129,9 @@ def run(argv: list[str]) -> int:
     return 1 if n_errors else 0
 
 
-def device_and_store(name: str) -> tuple["device", "Store"]:
+def device_and_store(name: str) -> tuple["device", Store]:
     """Return the accelerator of this name, set up to run a network, and the user's cache."""
     from tlcli.device import find_accelerator, keep_freed_memory
-    from tlcli.specs import Accelerator
-    from tlcli.store import Store, cache_dir
 
     accelerator = find_accelerator(Accelerator(name))
     if accelerator.type == "cpu":
@@ -284,5 +240,6 @@ def _writer(
         yield write
     finally:
         if rows:
+            titles = ("<image", "<prediction", "prob.", "<", "<then")
             width = terminal_columns() if file.isatty() else None
-            file.writelines(f"{line}\n" for line in table_lines(COLUMNS, rows, width, wrap=True))
+            file.writelines(f"{line}\n" for line in table_lines(titles, rows, width, ("then",), wrap=True))

@@ -1,16 +1,29 @@
-"""`tlcli rank`: say which backbone, at which image size, suits a dataset, before anything is trained."""
+"""Rank backbones and image sizes for a dataset before anything is trained: a
+linear probe on the features of a sample of the training images is cross-
+validated. The test images are not read.
+
+  accuracy  in cross-validation, with its standard error
+  tied      the difference to the best one is within its standard error
+  ImageNet  published accuracy in percent
+  images/s  in evaluation, on this machine
+  run       expected time of a run of `tlcli train`, on this machine
+
+examples:
+  tlcli rank dataset=imagefolder dataset.root=photos
+  tlcli rank dataset=imagefolder dataset.root=photos backbone=efficientnet_lite0,efficientnet_lite1
+"""
 
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import fast_imports
 from tlcli.cli.conf_files import files_for
-from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.parser import Parser, values_of, whole_number
+from tlcli.cli.table import number_text, table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, duration_text, size_text
 
@@ -18,66 +31,34 @@ if TYPE_CHECKING:
     from tlcli.engine.ranking import Score
     from tlcli.specs import TrainSpec
 
-LISTS = ("backbone", "image.size")  # keys whose value may be a list
-COLUMNS = (
-    TableColumn("backbone", left=True),
-    TableColumn("px"),
-    TableColumn("accuracy", left=True),
-    TableColumn("", left=True),
-    TableColumn("ImageNet", drop=2),
-    TableColumn("weights", drop=3),
-    TableColumn("license", drop=4, left=True),
-    TableColumn("images/s", drop=1),
-    TableColumn("run"),
+TITLES = ("<backbone", "px", "<accuracy", "<", "ImageNet", "weights", "<license", "images/s", "run")
+LESS_IMPORTANT = ("license", "weights", "ImageNet", "images/s")
+
+PARSER = Parser("rank", __doc__)
+add = PARSER.add_argument
+words = (
+    "as for `tlcli train`. backbone=A,B: options of backbone=, timm/NAME, or directories of runs (default: all options "
+    "whose weights are on this machine; others are downloaded); image.size=A,B: image sizes (default: that of the "
+    "backbone, and 5/7 of it)"
 )
-
-
-def parser() -> Parser:
-    """Return the parser of `tlcli rank`."""
-    rank_parser = Parser(
-        "rank",
-        "Rank backbones and image sizes for a dataset before anything is trained: a\n"
-        "linear probe on the features of a sample of the training images is cross-\n"
-        "validated. The test images are not read.\n\n"
-        "  accuracy  in cross-validation, with its standard error\n"
-        "  tied      the difference to the best one is within its standard error\n"
-        "  ImageNet  published accuracy in percent\n"
-        "  images/s  in evaluation, on this machine\n"
-        "  run       expected time of a run of `tlcli train`, on this machine",
-        [
-            "tlcli rank dataset=imagefolder dataset.root=photos",
-            "tlcli rank dataset=imagefolder dataset.root=photos backbone=efficientnet_lite0,efficientnet_lite1",
-        ],
-    )
-    add = rank_parser.add_argument
-    add(
-        "words",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="as for `tlcli train`. backbone=A,B: options of backbone=, timm/NAME, or directories of runs (default: "
-        "all options whose weights are on this machine; others are downloaded); image.size=A,B: image sizes (default: "
-        "that of the backbone, and 5/7 of it)",
-    )
-    add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
-    add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
-    add("--plot", metavar="FILE", help="draw accuracy against images per second to this new file (.png or .svg)")
-    rank_parser.add_config_dir()
-    rank_parser.add_format()
-    return rank_parser
+add("words", nargs="*", metavar="KEY=VALUE", help=words)
+add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
+add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
+add("--plot", metavar="FILE", help="draw accuracy against images per second to this new file (.png or .svg)")
+PARSER.add_config_dir()
+PARSER.add_format()
 
 
 def run(argv: list[str]) -> int:
     """Rank the backbones that argv names, print the ranking and the command to type next; return the exit code."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     plot = Path(arguments.plot) if arguments.plot else None
-    if plot is not None and (plot.exists() or plot.suffix not in (".png", ".svg")):
-        raise UsageError(
-            f"--plot {plot}: " + ("exists; name a new file" if plot.exists() else "must be a .png or .svg")
-        )
-    values = {key: [w.partition("=")[2] for w in arguments.words if w.startswith(f"{key}=")] for key in LISTS}
-    names, sizes = ([item for value in values[key] for item in value.split(",") if item] for key in LISTS)
-    others = [word for word in arguments.words if not word.startswith(tuple(f"{key}=" for key in LISTS))]
-    folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    if plot and plot.exists():
+        raise UsageError(f"--plot {plot}: exists; name a new file")
+    if plot and plot.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {plot}: must be a .png or .svg")
+    lists, others = values_of(arguments.words, ("backbone", "image.size"))
+    names, sizes = ([item for value in values for item in value.split(",") if item] for values in lists.values())
     if bad := [size for size in sizes if not size.isdigit() or int(size) < 8]:
         raise UsageError(f"image.size={bad[0]}: must be a number of pixels from 8")
     with fast_imports():
@@ -87,11 +68,9 @@ def run(argv: list[str]) -> int:
         from tlcli.engine.session import session_for
         from tlcli.reporter import Reporter
 
-    candidates = find_candidates(names, folder, others)
+    candidates = find_candidates(names, [*arguments.config_dir, *others])
     if not candidates:
-        raise UsageError(
-            "rank: no backbone's weights are on this machine; name one with backbone=NAME to download them"
-        )
+        raise UsageError("no backbone's weights are on this machine; name one with backbone=NAME to download them")
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
     for name, (_, spec) in candidates.items():
         check(spec)
@@ -109,16 +88,37 @@ def run(argv: list[str]) -> int:
     own = others if chosen.train_size == chosen.size else [*others, f"image.train_size={chosen.train_size}"]
     command = shlex.join(["tlcli", "train", *candidates[chosen.backbone][0], f"image.size={chosen.size}", *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
-    rows = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
+    ranking: list[dict[str, Any]] = [
+        {
+            "backbone": s.backbone,
+            "size": s.size,
+            "accuracy": s.probe.accuracy,
+            "standard_error": s.standard_error,
+            "tied": s.ties_with(scores[0]),
+            "imagenet_top1": candidates[s.backbone][1].backbone.imagenet_top1,
+            "license": candidates[s.backbone][1].backbone.license,
+            "weights_bytes": 4 * s.parameters,
+            "images_per_second": s.images_per_second,
+            "run_seconds": s.seconds,
+        }
+        for s in scores
+    ]
     if plot is not None:
         from tlcli.runs.plots import plot_ranking
 
-        plot_ranking(rows, plot)
+        plot_ranking(ranking, plot)
     if arguments.format == "json":
-        print(json.dumps({"ranking": rows, "next": command}, indent=2))
+        print(json.dumps({"ranking": ranking, "next": command}, indent=2))
         return 0
+    rows = []
+    for row in ranking:
+        accuracy = f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}", "tied" if row["tied"] else ""
+        network = number_text(row["imagenet_top1"], ".1f"), size_text(row["weights_bytes"]), row["license"]
+        seconds = None if row["run_seconds"] is None else duration_text(row["run_seconds"])
+        speed = number_text(row["images_per_second"], ",.0f")
+        rows.append((row["backbone"], row["size"], *accuracy, *network, speed, seconds))
     n, folds = len(scores[0].probe.correct), scores[0].probe.folds
-    print("\n".join(table_lines(COLUMNS, map(_row, rows), terminal_columns())))
+    print(*table_lines(TITLES, rows, terminal_columns(), LESS_IMPORTANT), sep="\n")
     print(f"\n{folds}-fold cross-validation of a linear probe on {n:,} training images")
     fastest = "" if chosen is scores[0] else ", the fastest of those tied with the best"
     print(f"next{fastest}:\n  {command}")
@@ -131,65 +131,35 @@ def has_weights(spec: "TrainSpec") -> bool:
     return backbone.weights != "default" or backbone.is_local(backbone.name)
 
 
-def find_candidates(
-    names: Sequence[str], folder: Sequence[str], others: Sequence[str]
-) -> dict[str, tuple[list[str], "TrainSpec"]]:
-    """Return for each name the overrides that choose its backbone, and the spec of a run with `others` behind them.
+def backbone_words(name: str, options: Collection[str]) -> list[str]:
+    """Return the overrides that choose a backbone: an option, or timm/NAME. Raise UsageError if it is neither."""
+    if name.startswith("timm/"):
+        return ["backbone=timm", f"backbone.name={name.removeprefix('timm/')}"]
+    if name not in options:
+        near = did_you_mean(name, options) or f" Choose from {', '.join(options)}."
+        raise UsageError(f"backbone={name}: neither an option, nor timm/NAME, nor a run directory.{near}")
+    return [f"backbone={name}"]
+
+
+def find_candidates(names: Sequence[str], words: Sequence[str]) -> dict[str, tuple[list[str], "TrainSpec"]]:
+    """Return for each name the overrides that choose its backbone, and the spec of a run with `words` behind them.
 
     Without names these are the options that name one network, if its weights are on this machine.
     """
     from tlcli.cli.compose import compose_spec
+    from tlcli.runs.run_dir import open_run
 
-    options = files_for(folder).groups["backbone"]
-    found: dict[str, list[str]] = {}
-    for name in names or [
-        name for name, option in options.items() if ("name", "???") not in [k[:2] for k in option.keys]
-    ]:
-        path = Path(name).expanduser()
-        if name.startswith("timm/"):
-            found[name] = ["backbone=timm", f"backbone.name={name.removeprefix('timm/')}"]
-        elif name in options:
-            found[name] = [f"backbone={name}"]
-        elif path.is_dir():
-            from tlcli.runs.run_dir import open_run
-
-            run = open_run(path)
+    options = files_for(words).groups["backbone"]
+    of_one_network = [name for name, option in options.items() if ("name", "???") not in [k[:2] for k in option.keys]]
+    candidates = {}
+    for name in names or of_one_network:
+        is_option = name in options or name.startswith("timm/")
+        if not is_option and Path(name).expanduser().is_dir():
+            run = open_run(name)
             network = str(run.info.get("backbone"))
-            own = [f"backbone={network}"] if network in options else ["backbone=timm", f"backbone.name={network}"]
-            found[name] = [*own, f"backbone.weights={run.path}"]
+            own = backbone_words(network if network in options else f"timm/{network}", options)
+            own.append(f"backbone.weights={run.path}")
         else:
-            near = did_you_mean(name, options) or f" Choose from {', '.join(options)}."
-            raise UsageError(f"backbone={name}: neither an option, nor timm/NAME, nor a run directory.{near}")
-    candidates = {name: (own, compose_spec([*folder, *own, *others])) for name, own in found.items()}
+            own = backbone_words(name, options)
+        candidates[name] = own, compose_spec([*own, *words])
     return {name: candidate for name, candidate in candidates.items() if names or has_weights(candidate[1])}
-
-
-def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:
-    """Return an object of --format json."""
-    return {
-        "backbone": score.backbone,
-        "size": score.size,
-        "accuracy": score.probe.accuracy,
-        "standard_error": score.standard_error,
-        "tied": score.ties_with(best),
-        "imagenet_top1": spec.backbone.imagenet_top1,
-        "license": spec.backbone.license,
-        "weights_bytes": 4 * score.parameters,
-        "images_per_second": score.images_per_second,
-        "run_seconds": score.seconds,
-    }
-
-
-def _row(facts: dict[str, Any]) -> list[object]:
-    top1, speed, seconds = facts["imagenet_top1"], facts["images_per_second"], facts["run_seconds"]
-    return [
-        facts["backbone"],
-        facts["size"],
-        f"{facts['accuracy']:.3f} ± {facts['standard_error']:.3f}",
-        "tied" if facts["tied"] else "",
-        None if top1 is None else f"{top1:.1f}",
-        size_text(facts["weights_bytes"]),
-        facts["license"],
-        None if speed is None else f"{speed:,.0f}",
-        None if seconds is None else duration_text(seconds),
-    ]

@@ -1,4 +1,12 @@
-"""`tlcli report`: write one HTML file about a run or a sweep."""
+"""Write one HTML file about a run, also one that failed: results with intervals,
+curves, confusion, metrics per class, mistakes with heat maps of where the network
+looked, calibration, settings and times. For a sweep: the leaderboard, and each key
+against validation. The file needs no network and no other file.
+
+examples:
+  tlcli report outputs/2026-11-24/10-15-00
+  tlcli report outputs/2026-11-24/10-20-00 --output s.html --open
+"""
 
 import os
 from pathlib import Path
@@ -9,34 +17,16 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write
 from tlcli.runs.run_dir import RunDir, is_sweep, mapping, pair
 
-
-def parser() -> Parser:
-    """Return the parser of the command."""
-    made = Parser(
-        "report",
-        "Write one HTML file that shows what was trained and how good it is: the result\n"
-        "with its interval, curves, confusion, metrics per class, the most confident\n"
-        "mistakes and correct answers with heat maps of where the network looked, the\n"
-        "most uncertain images, calibration, what trained, times, environment, and the\n"
-        "command to train again. For a sweep: the leaderboard, and each key against\n"
-        "validation. The file needs no network and no other file. Runs that failed have a\n"
-        "report, too.",
-        [
-            "tlcli report outputs/2026-11-24/10-15-00",
-            "tlcli report outputs/2026-11-24/10-20-00 --output s.html --open",
-        ],
-    )
-    made.add_argument("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
-    made.add_argument(
-        "-o", "--output", metavar="FILE", help="default: report.html in RUN; only an earlier report is replaced"
-    )
-    made.add_argument("--open", action="store_true", help="show the report in the browser")
-    return made
+PARSER = Parser("report", __doc__)
+add = PARSER.add_argument
+add("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
+add("-o", "--output", metavar="FILE", help="default: report.html in RUN; only an earlier report is replaced")
+add("--open", action="store_true", help="show the report in the browser")
 
 
 def run(argv: list[str]) -> int:
     """Write the report of a run or a sweep and print its path; return the exit code."""
-    arguments = parser().parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv or ["--help"])
     folder = Path(arguments.run)
     output = Path(arguments.output) if arguments.output else folder / "report.html"
     if not folder.is_dir():
@@ -47,12 +37,12 @@ def run(argv: list[str]) -> int:
         from tlcli.cli.compose import load_spec
         from tlcli.data.dataset import images_by_key
         from tlcli.runs.report import GENERATOR, render, run_view, sweep_view
-    remedy = "choose another file with --output FILE"
+    remedy, sign = "choose another file with --output FILE", f'<meta name="generator" content="{GENERATOR}'.encode()
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"--output {output}: not a file in an existing directory; {remedy}")
     if os.path.lexists(output):
         is_readable = output.is_file() and not output.is_symlink() and os.access(output, os.R_OK)
-        if not is_readable or f'<meta name="generator" content="{GENERATOR}'.encode() not in output.read_bytes()[:2048]:
+        if not is_readable or sign not in output.read_bytes()[:2048]:
             raise UsageError(f"{output} already exists and is not a report of tlcli; {remedy}")
     if is_sweep(folder):
         page = render("sweep.html.j2", sweep_view(folder, output))

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,15 @@ from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, led_ranks, rank_and_size
-from tlcli.cli.launchers import running_jobs
+from tlcli.cli.launchers import living_jobs, running_jobs
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.locks import observer, runs_on_this_machine
+from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import (
-    REFIT,
-    RunDir,
-    has_folds,
-    integer,
-    is_sweep,
-    number,
-    open_run,
-    rerun_command,
-    strings,
-)
+from tlcli.runs.run_dir import REFIT, RunDir, has_folds, integer, is_sweep, number, open_run, rerun_command, strings
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -82,23 +72,19 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 
 def _resume_sweep(path: Path) -> int:
     """Run what is not done of a sweep or of a run with folds, as some job recorded its command line and folder."""
-    starts = []
     for file in sorted(path.rglob("run.json")):
-        try:
-            info = RunDir(file.parent).info
-            words = shlex.split(str(info.get("command")))
-        except (UsageError, ValueError):
-            continue  # damaged: this job starts again
-        if words[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
-            starts.append((RunDir(file.parent), info))
-    if not starts:
+        run = RunDir(file.parent)
+        with suppress(UsageError, ValueError):  # damaged: this job starts again
+            info = run.info
+            if shlex.split(str(info.get("command")))[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
+                break
+    else:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
-    run, info = starts[0]
     command, is_one_run = info["command"], has_folds(path)
-    living = _living_runs(path)
+    living = _living_jobs(path)
     if is_one_run:
         for part in living:
-            raise _still_running(part.path, part.info)
+            raise still_running(part.path, part.info)
         if run.path.name == REFIT and info["status"] == "done":
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
@@ -115,25 +101,18 @@ def _resume_sweep(path: Path) -> int:
     return code
 
 
-def check_not_running(path: Path, info: Mapping[str, Any]) -> None:
-    """Raise UsageError if the process of a run still runs on this machine."""
-    if info.get("status") == "running" and runs_on_this_machine(info):
-        raise _still_running(path, info)
-
-
-def _still_running(path: Path, info: Mapping[str, Any]) -> UsageError:
+def still_running(path: Path, info: Mapping[str, Any]) -> UsageError:
+    """Return the error for a run that is still running."""
     where = "" if runs_on_this_machine(info) else " of another machine"
     return UsageError(f"{path}: process {info.get('pid')}{where} is still running it; stop it first, or wait")
 
 
-def _living_runs(path: Path) -> list[RunDir]:
-    """Return the runs at or under a folder that are still running, here or elsewhere. It takes up to 60 s to know."""
-    runs = running_jobs(path)
-    if elsewhere := [run for run in runs if runs_on_this_machine(run.info) is None]:
+def _living_jobs(path: Path) -> list[RunDir]:
+    """Return the jobs at or under a folder that are running. Say so if it takes long to know."""
+    if elsewhere := [run for run in running_jobs(path) if runs_on_this_machine(run.info) is None]:
         names = ", ".join(run.path.name for run in elsewhere)
         print(f"{names}: not of this machine; within 60 s it will be known if it still runs", flush=True)
-    living = observer.living([run.info_file for run in runs])
-    return [run for run in runs if run.info_file in living]
+    return living_jobs(path)
 
 
 def _resume_run(path: Path, overrides: Sequence[str]) -> int:
@@ -153,12 +132,10 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         return _nothing_to_resume(run)
     is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier
     if not run.state_file.is_file() and (is_done or is_old):
-        raise UsageError(
-            f"{run.path}: has no checkpoints/state.safetensors to resume from, which checkpoint.keep_state=true keeps "
-            f"in a finished run; to train its weights further, start a run with backbone.weights={path}"
-        )
-    for part in _living_runs(run.path):
-        raise _still_running(part.path, part.info)
+        reason = "has no checkpoints/state.safetensors to resume from (checkpoint.keep_state=true keeps it)"
+        raise UsageError(f"{run.path}: {reason}; to train its weights further, start with backbone.weights={path}")
+    for part in _living_jobs(run.path):
+        raise still_running(part.path, part.info)
     check(spec)
     if spec.device.processes > 1 and rank_and_size()[1] == 1:
         return launch(spec.device.processes, ["--resume", str(path), *overrides])
@@ -178,11 +155,9 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
             ends = [10 * (s.epochs or 0) for s in (before, spec)]  # as if an epoch had ten steps
             factors = [[lr_factor(spec.scheduler, i, end, 10) for i in range(ends[0])] for end in ends]
             if factors[0] != factors[1]:
-                reporter.note(
-                    f"epochs={spec.epochs}, was {before.epochs}: from here on the learning rate follows the "
-                    f"{spec.scheduler.kind} schedule of {spec.epochs} epochs, so the result is not that of a run "
-                    f"started with epochs={spec.epochs}"
-                )
+                schedule = f"the {spec.scheduler.kind} schedule of {spec.epochs} epochs"
+                change = f"from here on the learning rate follows {schedule}, unlike in a run started with it"
+                reporter.note(f"epochs={spec.epochs}, was {before.epochs}: {change}")
             log.info(first_line(spec))
             with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state, ranks=ranks)

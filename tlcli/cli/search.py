@@ -15,7 +15,7 @@ import msgspec
 from omegaconf import OmegaConf
 
 from tlcli import __version__
-from tlcli.cli import exit_status
+from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
@@ -48,16 +48,13 @@ LOST = "its worker died; the recipe is queued again"
 class TrialReporter(TerminalReporter):
     """Writes a trial to its log and shows its bars alone. Raises StoppedError when its time is up or it is hopeless."""
 
-    def __init__(
-        self, search: "Search", label: str, is_hopeless: Callable[[int, float], bool] | None = None, *, is_trial: bool
-    ) -> None:
-        super().__init__()
-        self._screen.quiet = True
-        self._search, self._label, self._is_hopeless, self._is_trial = search, label, is_hopeless, is_trial
+    def __init__(self, search: "Search", label: str, is_hopeless: Callable[[int, float], bool] | None = None) -> None:
+        super().__init__(quiet=True)
+        self._search, self._label, self._is_hopeless = search, label, is_hopeless
 
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
-        if self._is_trial and not self._screen.live_bars:  # workers show one line per trial
+        if self._search.trial and not self._screen.live_bars:  # workers show one line per trial
             track = super().track(label, total, unit)
         else:
             track = self._search.reporter.track(f"{self._label}: {label}", total, unit)
@@ -65,24 +62,18 @@ class TrialReporter(TerminalReporter):
 
             def advance_in_time(n: int) -> None:
                 advance(n)
-                self._search.tick(is_trial=self._is_trial)
-                if self._is_trial and self._search.left < self._search.deadline:
+                self._search.tick()
+                if self._search.trial and self._search.left < self._search.deadline:
                     raise StoppedError("the time of the trials was up")
 
             yield advance_in_time
 
     def epoch(self, row: EpochRow) -> None:
         super().epoch(row)
-        value = getattr(row, f"val_{self._search.metric}")
-        if self._is_hopeless and value is not None and 0 < row.epoch < row.epochs:
-            percent = round(100 * row.epoch / row.epochs)
-            if self._is_hopeless(percent, value):
-                raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
-
-
-def words_of(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the overrides of a recipe."""
-    return [f"{key}={'null' if value is None else value}" for key, value in recipe.items()]
+        value, percent = getattr(row, f"val_{self._search.metric}"), round(100 * row.epoch / row.epochs)
+        is_within = value is not None and 0 < row.epoch < row.epochs
+        if is_within and self._is_hopeless and self._is_hopeless(percent, value):
+            raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
 
 
 class Search:
@@ -95,21 +86,17 @@ class Search:
     _study: "Study"  # once `run` has opened it
 
     def __init__(
-        self,
-        folder: Path,
-        state: dict[str, Any],
-        start: float,
-        reporter: TerminalReporter,
-        session: "Session | None" = None,
+        self, folder: Path, state: dict[str, Any], start: float, reporter: TerminalReporter, session: "Session | None"
     ) -> None:
-        from tlcli.engine.session import session_for
+        with fast_imports():
+            from tlcli.engine.session import session_for
 
         self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
         self._spent, self._saved = float(state["seconds"]), 0.0
         self.deadline = -math.inf  # seconds that must be left while trials run
         self._lock, self._workers = Lock(folder / ".tune.lock"), folder / ".workers"
         self._worker_file = self._workers / f"{token_hex(4)}.json"
-        self._trial: optuna.trial.Trial | None = None  # that runs here
+        self.trial: optuna.trial.Trial | None = None  # that runs here; None before and after the trials
         self._n_running = 0  # trials, of all workers
         self._shown: set[str] = set()  # trials whose line has been shown
         self._read_space()
@@ -126,12 +113,12 @@ class Search:
         self._state |= {"status": status, "seconds": spent, "pid": os.getpid(), "host": host_digest()}
         write_json(self.folder / STATE_FILE, self._state)
 
-    def tick(self, *, is_trial: bool) -> None:
+    def tick(self) -> None:
         """Record the time spent and show what other workers did, if the last time was some seconds ago."""
         if time.monotonic() > self._saved + SAVE_SECONDS:
             self._sign()
             self._read_trials()
-            if not is_trial:
+            if self.trial is None:
                 self._check_lock()
 
     def run(self) -> None:
@@ -147,8 +134,8 @@ class Search:
                 self._catch_up()
                 if self._state["best"] is None:
                     self._decide()
-            if self._trial is not None:
-                self._run_trial(self._trial)
+            if self.trial is not None:
+                self._run_trial(self.trial)
             elif self._state["best"] is None:
                 time.sleep(WAIT_SECONDS)
         self._sign_off()
@@ -156,8 +143,8 @@ class Search:
 
     def leave(self, status: str) -> bool:
         """End this worker before the search ends; return True if another one may be running."""
-        if self._trial is not None:
-            self._study.put_back(self._trial.number)
+        if self.trial is not None:
+            self._study.put_back(self.trial.number)
         has_others = self._sign_off()
         if not has_others:
             with suppress(OSError, ValueError):  # a full disk must not hide the error that it caused
@@ -249,7 +236,7 @@ class Search:
     def _decide(self) -> None:
         """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
         if self._state["members"] is None and self._has_time():
-            self._trial = self._study.next_trial(self._worker_file.name)
+            self.trial = self._study.next_trial(self._worker_file.name)
         elif self._n_running == 0:
             if self._state["members"] is None:
                 self._choose()
@@ -281,7 +268,7 @@ class Search:
         from tlcli.tune import TuneSpec
 
         self._spec = msgspec.convert(self._state["space"], TuneSpec)
-        self._config, self._base = self._compose(self._state["image"])
+        self._base = self._compose(self._state["image"])[1]
         self.metric = self._base.keep_best.value
 
     def _compose(self, words: list[str]) -> tuple[Any, TrainSpec]:
@@ -302,10 +289,10 @@ class Search:
         words = [f"image.size={image.size}", f"image.fit={image.fit}"]
         if image.train_size is not None:
             words.append(f"image.train_size={image.train_size}")
-        self._config, self._base = self._compose(words)
-        choices, defaults, space = self._config.hydra.runtime.choices, {}, {}
+        config, self._base = self._compose(words)
+        choices, defaults, space = config.hydra.runtime.choices, {}, {}
         for key, values in self._spec.space.items():
-            default = choices[key] if key in choices else OmegaConf.select(self._config, key, default=...)
+            default = choices[key] if key in choices else OmegaConf.select(config, key, default=...)
             if default is ... or (key in ("min_steps", "min_epochs") and self._base.epochs is not None):
                 continue  # the chosen options do not have this key
             defaults[key], space[key] = default, values
@@ -323,9 +310,8 @@ class Search:
         done.sort(key=lambda trial: trial["value"], reverse=self.metric != "loss")
         return [self._job_of(trial["name"]) for trial in done]
 
-    def _trial_of(self, run: RunDir) -> dict[str, Any]:
-        trial: dict[str, Any] = next(t for t in self._state["trials"] if t["name"] == run.path.name)
-        return trial
+    def _trial_of(self, run: RunDir) -> Any:
+        return next(trial for trial in self._state["trials"] if trial["name"] == run.path.name)
 
     def _cost(self) -> float:
         """Return the mean seconds of a trial, as far as is known: those of the first one include what is done once."""
@@ -365,19 +351,17 @@ class Search:
 
     def _run_trial(self, trial: "optuna.trial.Trial") -> None:
         """Train a recipe, and record how it ended. Raise the error of the first trial, or of several in a row."""
-        recipe, name = trial.user_attrs["recipe"], str(trial.number)
-        words = [*self._state["image"], *words_of(recipe)]
-        if self._state["val_fraction"] is not None:
-            words.append(f"dataset.val_fraction={self._state['val_fraction']}")
+        recipe, name, held_out = trial.user_attrs["recipe"], str(trial.number), self._state["val_fraction"]
+        words = [] if held_out is None else [f"dataset.val_fraction={held_out}"]
 
         def is_hopeless(percent: int, value: float) -> bool:
             trial.report(value, percent)
             return trial.should_prune()
 
-        reporter = TrialReporter(self, f"trial {name}", None if self._base.folds else is_hopeless, is_trial=True)
+        reporter = TrialReporter(self, f"trial {name}", None if self._base.folds else is_hopeless)
         start, value, status, error = self.left, None, "done", ""
         try:
-            value = float(self._train(name, words, reporter).info["best"][self.metric])
+            value = float(self._train(name, recipe, words, reporter).info["best"][self.metric])
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
             last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][1 - MAX_FAILURES :]
@@ -385,25 +369,25 @@ class Search:
                 raise
         with defer_interrupts:
             status = self._study.tell(trial.number, value, status, seconds=start - self.left, error=error)
-            self._trial = None
+            self.trial = None
         if status == "lost":  # while this worker was suspended
             self._end_lost_job(name)
 
-    def _train(self, name: str, words: list[str], reporter: TrialReporter) -> RunDir:
+    def _train(self, name: str, recipe: Mapping[str, Any], words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
-        typed, path = [*self._state["words"], *words], self.folder / name
-        flags = parse_flags(typed)
+        overrides = [f"{key}={'null' if value is None else value}" for key, value in recipe.items()]
+        words = [*self._state["words"], *self._state["image"], *overrides, *words]
+        flags, path = parse_flags(words), self.folder / name
         config, loader = compose_config(flags)
         spec = build_spec(config, flags.files)
         run = RunDir(path / REFIT if spec.folds else path)
         if run.info_file.exists() and run.info.get("status") == "done":
             return run
-        line = shlex.join(["tlcli", "train", *typed])
         path.mkdir(exist_ok=True)
+        line = shlex.join(["tlcli", "train", *words])
+        command = Command(line, flags.files, None, spec, resume=True, reporter=reporter, session=self._session)
         with composing(flags.files):
-            Command(line, flags.files, None, spec=spec, resume=True, reporter=reporter, session=self._session).launch(
-                config, loader, path
-            )
+            command.launch(config, loader, path)
         return RunDir(run.path)
 
     def _finish(self) -> RunDir:
@@ -419,14 +403,13 @@ class Search:
             for run in members if self._state["val_fraction"] is not None else ():
                 if refits and self.left < self._state["fits"] * self._refit_seconds(run) + FINAL_SECONDS:
                     break
-                label = f"refit of trial {run.path.name}"
-                words = [*self._state["image"], *words_of(self._trial_of(run)["recipe"])]
-                if self._base.interpolate is None:
-                    words.append("interpolate=1")  # the mean has the same effect, and no first fit is needed
+                name, recipe = run.path.name, self._trial_of(run)["recipe"]
+                label = f"refit of trial {name}"
+                # the mean has the effect of interpolation, and no first fit is needed
+                words = ["interpolate=1"] if self._base.interpolate is None else []
                 if self._base.fits is None and load_spec(run).no_average is None:
                     words.append(f"fits={self._state['fits']}")
-                reporter = TrialReporter(self, label, is_trial=False)
-                refits.append(self._train(f"refit-{run.path.name}", words, reporter))
+                refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
             average_runs(refits or members, final, validation)
         spec = load_spec(final)

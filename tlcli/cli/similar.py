@@ -1,4 +1,12 @@
-"""`tlcli similar`: find the images that are most similar to one, by the features of a network."""
+"""List the images whose features are nearest to those of an image, the nearest
+first. The distance is 1 minus the cosine of the angle between the vectors of
+`tlcli embed`: 0 for the same direction, 1 for a right angle. The image itself is
+left out.
+
+examples:
+  tlcli similar outputs/DATE/TIME image.jpg photos
+  tlcli similar backbone=efficientnet_lite0 image.jpg photos --top 3 --format json
+"""
 
 import heapq
 import json
@@ -6,43 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tlcli.cli import fast_imports
-from tlcli.cli.embed import SOURCE_HELP, load_embedder, report_errors, vectors_of
+from tlcli.cli.embed import add_source, load_embedder, report_errors, vectors_of
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.predict import add_computing, add_paths
-from tlcli.cli.table import TableColumn, table_lines, terminal_columns
+from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import resolve_links
 from tlcli.reporter import Reporter
 
-COLUMNS = (TableColumn("distance"), TableColumn("image", left=True))
-
-
-def parser() -> Parser:
-    """Return the parser of `tlcli similar`."""
-    similar_parser = Parser(
-        "similar",
-        "List the images whose features are nearest to those of an image, the nearest\nfirst. The distance is "
-        "1 minus the cosine of the angle between the vectors of\n`tlcli embed`: 0 for the same direction, 1 for a "
-        "right angle. The image itself is\nleft out.",
-        [
-            "tlcli similar outputs/DATE/TIME image.jpg photos",
-            "tlcli similar backbone=efficientnet_lite0 image.jpg photos --top 3 --format json",
-        ],
-    )
-    similar_parser.known_words = ("backbone=",)
-    add = similar_parser.add_argument
-    add("source", metavar="RUN|backbone=NAME", help=SOURCE_HELP)
-    add("image", metavar="IMAGE", help="the image to compare with")
-    add_paths(similar_parser)
-    add("--top", type=whole_number, default=10, metavar="K", help="number of images to list (default: 10)")
-    similar_parser.add_format()
-    add_computing(similar_parser)
-    return similar_parser
+PARSER = Parser("similar", __doc__)
+add_source(PARSER)
+PARSER.add_argument("image", metavar="IMAGE", help="the image to compare with")
+add_paths(PARSER)
+PARSER.add_argument("--top", type=whole_number, default=10, metavar="K", help="images to list (default: 10)")
+PARSER.add_format()
+add_computing(PARSER)
 
 
 def run(argv: list[str]) -> int:
     """List the images in argv that are nearest to one; return the exit code, 1 if some could not be read."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = PARSER.parse_intermixed_args(argv)
     with fast_imports():
         from torch.nn.functional import normalize
 
@@ -67,5 +58,5 @@ def run(argv: list[str]) -> int:
         print(json.dumps([{"path": path, "distance": distance} for distance, path in nearest], indent=2))
     else:
         rows = [(f"{distance:.4f}", path) for distance, path in nearest]
-        print("\n".join(table_lines(COLUMNS, rows, terminal_columns(), wrap=True)))
+        print(*table_lines(("distance", "<image"), rows, terminal_columns(), wrap=True), sep="\n")
     return report_errors("similar", errors, n)

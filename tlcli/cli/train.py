@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 import hydra
@@ -83,25 +82,21 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    files += [
-        run.best_checkpoint.parent,
-        path / ".hydra",
-        path / "sweep.json",
-        path / "multirun.yaml",
-        path / "tune.json",
-    ]
+    names = (".hydra", "sweep.json", "multirun.yaml", "tune.json")
+    files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
         if key and (existing := next((file for file in files if file.exists()), None)):
             raise UsageError(f"{key}={path}: {existing.name} already exists there; choose an empty directory")
         made = [parent for parent in reversed(path.parents) if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        for n in count(1):
-            numbered = path if n == 1 else path.with_name(f"{path.name}-{n}")
+        n, numbered = 1, path
+        while True:
             try:
                 numbered.mkdir()  # atomic: of two runs that start in the same second only one creates it
                 made.append(numbered)
             except FileExistsError:
                 if not key:
+                    n, numbered = n + 1, path.with_name(f"{path.name}-{n + 1}")
                     continue
                 if not path.is_dir():
                     raise
@@ -111,7 +106,6 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     except OSError as exc:
         hint = f"choose another folder with {key or 'out'}=..."
         raise UsageError(f"cannot create {path}: {exc.strerror}; {hint}") from exc
-    raise AssertionError("unreachable")
 
 
 def discard_folders(path: Path, made: list[Path]) -> None:

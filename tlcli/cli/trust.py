@@ -14,22 +14,20 @@ from tlcli.files import read_yaml
 
 _PLUGINS = "hydra_plugins.hydra_"
 _SAMPLERS = "TPE Random Grid CmaEs NSGAII NSGAIII QMC GP BruteForce MOTPE PartialFixed"
-ALLOWED_CLASSES = frozenset(
-    {
-        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-        "hydra.experimental.callbacks.LogJobReturnCallback",
-        f"{_PLUGINS}joblib_launcher.joblib_launcher.JoblibLauncher",
-        f"{_PLUGINS}submitit_launcher.submitit_launcher.LocalLauncher",
-        f"{_PLUGINS}submitit_launcher.submitit_launcher.SlurmLauncher",
-        "hydra_plugins.tlcli.RayLauncher",
-        f"{_PLUGINS}rq_launcher.rq_launcher.RQLauncher",
-        f"{_PLUGINS}optuna_sweeper.optuna_sweeper.OptunaSweeper",
-        f"{_PLUGINS}ax_sweeper.ax_sweeper.AxSweeper",
-        f"{_PLUGINS}nevergrad_sweeper.nevergrad_sweeper.NevergradSweeper",
-        *(f"optuna.samplers.{name}Sampler" for name in _SAMPLERS.split()),
-    }
-)  # that the config may name for Hydra itself: launchers, sweepers, samplers and callbacks
+ALLOWED_CLASSES = (  # that the config may name for Hydra itself: launchers, sweepers, samplers and callbacks
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra.experimental.callbacks.LogJobReturnCallback",
+    f"{_PLUGINS}joblib_launcher.joblib_launcher.JoblibLauncher",
+    f"{_PLUGINS}submitit_launcher.submitit_launcher.LocalLauncher",
+    f"{_PLUGINS}submitit_launcher.submitit_launcher.SlurmLauncher",
+    "hydra_plugins.tlcli.RayLauncher",
+    f"{_PLUGINS}rq_launcher.rq_launcher.RQLauncher",
+    f"{_PLUGINS}optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    f"{_PLUGINS}ax_sweeper.ax_sweeper.AxSweeper",
+    f"{_PLUGINS}nevergrad_sweeper.nevergrad_sweeper.NevergradSweeper",
+    *(f"optuna.samplers.{name}Sampler" for name in _SAMPLERS.split()),
+)
 
 # All that a file may say to Hydra. The choices of output and logging are those of train.yaml, for copies of it.
 _ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output: *tlcli|(job|hydra)_logging: *none)")
@@ -72,16 +70,12 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
     values = list(leaves(content))
     refused += [key for key, value in values if re.match("hydra", key) and not _ALLOWED.fullmatch(f"{key}={value}")]
     if refused:
-        raise UsageError(
-            f"{file}: {refused[0]} is refused: of Hydra's own settings a file may give the choice of hydra/launcher, "
-            "numbers and names under hydra.launcher, and hydra.sweeper.params; give the rest on the command line"
-        )
+        allowed = "the choice of hydra/launcher, numbers and names under hydra.launcher, and hydra.sweeper.params"
+        raise UsageError(f"{file}: {refused[0]} is refused: of Hydra's own settings a file may give {allowed}")
     for key, value in values:
         if isinstance(value, str) and re.search(r"(?s)\$\{.*:", _HARMLESS_CALL.sub("", value)):
-            raise UsageError(
-                f"{file}: {key}={value} is refused: a function that a file calls could save a secret with the run; "
-                "give the value on the command line"
-            )
+            reason = "a function that a file calls could save a secret with the run"
+            raise UsageError(f"{file}: {key}={value} is refused: {reason}; give the value on the command line")
 
 
 def refuse_code(values: Any) -> None:

@@ -1,4 +1,14 @@
-"""`tlcli tune`: search for a better recipe within a time budget."""
+"""Spend a time budget on a better recipe than the default one: choose a backbone
+and an image size, try recipes on validation images, train the best ones again
+on all training images, average their weights, and test the result once. The
+folder is that of a sweep; `best` in it is the run to use.
+
+examples:
+  tlcli tune dataset=imagefolder dataset.root=photos budget=10m --workers 4
+  tlcli tune dataset=imagefolder dataset.root=photos budget=90s tune=quick
+  tlcli tune --resume outputs/DATE/TIME
+  tlcli tune --join outputs/DATE/TIME
+"""
 
 import argparse
 import os
@@ -8,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,20 +33,24 @@ from tlcli.cli import fast_imports
 from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.job import check
-from tlcli.cli.parser import Parser, whole_number
+from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
-from tlcli.cli.resume import check_not_running
+from tlcli.cli.resume import still_running
 from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import UsageError
 from tlcli.interrupts import handle_signals
+from tlcli.locks import runs_on_this_machine
+from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import read_json
-from tlcli.specs import all_keys
+from tlcli.specs import TrainSpec, all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 
 if TYPE_CHECKING:
+    from tlcli.engine.ranking import Score
+    from tlcli.engine.session import Session
     from tlcli.tune import TuneSpec
 
 SCHEMA_VERSION = 2
@@ -45,49 +60,31 @@ RANK_RUNS = 4  # in the budget, at least, for other backbones to be tried: they 
 MAX_SHARE = 1 / 3  # of the budget that a run with another backbone may take
 
 
-def parser() -> Parser:
-    """Return the parser of `tlcli tune`."""
-    tune_parser = Parser(
-        "tune",
-        "Spend a time budget on a better recipe than the default one: choose a backbone\n"
-        "and an image size, try recipes on validation images, train the best ones again\n"
-        "on all training images, average their weights, and test the result once. The\n"
-        "folder is that of a sweep; `best` in it is the run to use.",
-        [
-            "tlcli tune dataset=imagefolder dataset.root=photos budget=10m",
-            "tlcli tune dataset=imagefolder dataset.root=photos budget=90s tune=quick",
-            "tlcli tune dataset=imagefolder dataset.root=photos budget=10m --workers 4",
-            "tlcli tune --resume outputs/DATE/TIME",
-            "tlcli tune --join outputs/DATE/TIME",
-        ],
-    )
-    tune_parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="budget=90s|10m|2h: the time; tune=NAME: what is searched (default, quick, or tune/NAME.yaml in "
-        "--config-dir); the other words are those of `tlcli train`, and keys that they set are not searched",
-    )
-    tune_parser.add_config_dir()
-    tune_parser.add_argument(
-        "--workers", type=whole_number, default=1, metavar="N", help="run N trials at a time here, each in a process"
-    )
-    earlier = tune_parser.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", metavar="SWEEP", help="continue a search with the rest of its budget")
-    earlier.add_argument("--join", metavar="SWEEP", help="work on a search that runs, also from another machine")
-    return tune_parser
+PARSER = Parser("tune", __doc__)
+words = (
+    "budget=90s|10m|2h: the time; tune=NAME: what is searched (default, quick, or tune/NAME.yaml in --config-dir); the "
+    "other words are those of `tlcli train`, and keys that they set are not searched"
+)
+PARSER.add_argument("words", nargs="*", metavar="KEY=VALUE", help=words)
+PARSER.add_config_dir()
+PARSER.add_argument("--workers", type=whole_number, default=1, metavar="N", help="run N trials at a time, in processes")
+earlier = PARSER.add_mutually_exclusive_group()
+earlier.add_argument("--resume", metavar="SWEEP", help="continue a search with the rest of its budget")
+earlier.add_argument("--join", metavar="SWEEP", help="work on a search that runs, also from another machine")
 
 
 def run(argv: list[str]) -> int:
     """Start a search, resume one or join one; return the exit code."""
-    arguments, start = parser().parse_intermixed_args(argv), time.monotonic()
+    arguments, start = PARSER.parse_intermixed_args(argv), time.monotonic()
+    if find_spec("optuna") is None:
+        raise UsageError("Optuna is not installed: pip install 'tlcli[tune]'")
     with handle_signals():
         if arguments.workers > 1:
             with fast_imports():
                 from tlcli import device
             device.PROCESS_THREADS = max(1, device.PROCESS_THREADS // arguments.workers)
         if arguments.resume is None and arguments.join is None:
-            search, made = _new_search(arguments.words, arguments.config_dir, start)
+            search, made = _new_search(arguments, start)
         else:
             search, made = _earlier_search(arguments, start), []
         try:
@@ -119,9 +116,8 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
 
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     command = [sys.executable, "-P", "-m", "tlcli", "tune", "--join", str(folder)]
+    processes = []
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(n + 1))
-        processes = []
         try:
             for i in range(1, n + 1):
                 errors = stack.enter_context(tempfile.TemporaryFile())
@@ -134,26 +130,25 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
                     process_group=0,  # a terminal's Ctrl-C reaches the first worker alone
                     env={**os.environ, **own},
                 )
-                processes.append((process, errors, pool.submit(process.wait)))  # else a killed one remains as a zombie
+                processes.append((stack.enter_context(process), errors))
+                Thread(target=process.wait, daemon=True).start()  # else a killed one remains as a zombie
             yield
         except BaseException:
-            for process, _, _ in processes:
+            for process, _ in processes:
                 process.terminate()
             raise
-        for process, errors, end in processes:
-            if end.result() not in (0, 130, 143):
+        for process, errors in processes:
+            if (code := process.wait()) not in (0, 130, 143):
                 errors.seek(0)
-                reason = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                code = f"ended with exit code {process.returncode}"
-                print(f"tlcli tune: worker {process.pid} {code}: {reason or 'it was killed'}", file=sys.stderr)
+                reason = errors.read().decode(errors="replace").strip().rpartition("\n")[2] or "it was killed"
+                print(f"tlcli tune: worker {process.pid} ended with exit code {code}: {reason}", file=sys.stderr)
 
 
-def read_tune_spec(name: str, folder: Path | None) -> "TuneSpec":
-    """Return the search space of conf/tune/NAME.yaml, or of the user's own folder."""
+def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
+    """Return the search space of conf/tune/NAME.yaml, or of the user's own folder, if there is one."""
     from tlcli.tune import TuneSpec
 
-    folders = [path / "tune" for path in (conf_dir(), *([folder] if folder else []))]
-    files = {file.stem: file for path in reversed(folders) for file in sorted(path.glob("*.yaml"))}
+    files = {file.stem: file for path in (*folders, conf_dir()) for file in sorted(path.glob("tune/*.yaml"))}
     if name not in files:
         hint = did_you_mean(name, files) or f" Choose from {', '.join(sorted(files))}."
         raise UsageError(f"tune={name}: there is no such search space.{hint}")
@@ -161,44 +156,37 @@ def read_tune_spec(name: str, folder: Path | None) -> "TuneSpec":
         spec = msgspec.convert(OmegaConf.to_container(OmegaConf.load(files[name])), TuneSpec)
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
-    known = [*all_keys(), *ConfFiles(*([folder] if folder else [])).groups]
-    for key in {**spec.space, **{key: None for recipe in spec.first for key in recipe}}:
+    known = [*all_keys(), *ConfFiles(*folders).groups]
+    for key in dict.fromkeys(key for recipe in (spec.space, *spec.first) for key in recipe):
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
     return spec
 
 
-def _seconds_of(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None or float(found[1]) == 0:
-        raise UsageError(f"budget={text}: must be a duration: 90s, 10m or 2h")
-    return float(found[1]) * UNITS[found[2]]
-
-
-def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple[Search, list[Path]]:
+def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, list[Path]]:
     """Check the words and the budget, choose the backbone; return the search, and the folders that were made for it."""
-    own = {key: [w.partition("=")[2] for w in words if w.startswith(f"{key}=")] for key in ("budget", "tune")}
-    others = [word for word in words if not word.startswith(("budget=", "tune="))]
-    if not own["budget"]:
+    values, words = values_of(arguments.words, ("budget", "tune"))
+    if not values["budget"]:
         raise UsageError("budget is missing: give budget=90s, budget=10m or budget=2h")
-    budget = _seconds_of(own["budget"][-1])
-    flags = [f"--config-dir={Path(config_dir).absolute()}"] if config_dir else []
+    text = values["budget"][-1]
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or (budget := float(found[1]) * UNITS[found[2]]) == 0:
+        raise UsageError(f"budget={text}: must be a duration: 90s, 10m or 2h")
     with fast_imports():
         from tlcli.engine.activations import image_size
         from tlcli.engine.image_choice import candidate_sizes
-        from tlcli.engine.ranking import choose, expected_seconds, new_workload, score
+        from tlcli.engine.ranking import expected_seconds, new_workload
         from tlcli.engine.session import session_for
-        from tlcli.tune import require_optuna
-    require_optuna()
-    tune_spec = read_tune_spec(["default", *own["tune"]][-1], Path(config_dir) if config_dir else None)
-    trial_words = [*flags, *tune_spec.overrides, *others]
-    parsed = parse_flags(trial_words)
-    config, _ = compose_config(parsed)
-    spec = one_process(build_spec(config, parsed.files))
+    folders = [Path(word.partition("=")[2]).absolute() for word in arguments.config_dir]
+    tune_spec = read_tune_spec(["default", *values["tune"]][-1], folders)
+    words = [*(f"--config-dir={folder}" for folder in folders), *tune_spec.overrides, *words]
+    flags = parse_flags(words)
+    config, _ = compose_config(flags)
+    spec = one_process(build_spec(config, flags.files))
     check(spec)
     if spec.fold is not None:
         raise UsageError(f"fold={spec.fold}: a search compares recipes by all folds; leave it out")
-    given = {word.lstrip("+").partition("=")[0] for word in trial_words}
+    given = {word.lstrip("+").partition("=")[0] for word in words}
     reporter, session = TerminalReporter(), session_for(spec.cache)
     workload = new_workload(spec, session, reporter)
     has_val = len(workload.data.val) > 0 or spec.folds is not None
@@ -210,37 +198,21 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
     n_runs = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
     need, choice = n_runs * (seconds or 0.0) + time.monotonic() - start, list[str]()
     if budget < need:
-        raise UsageError(
-            f"budget={own['budget'][-1]}: one run takes about {duration_text(need)} on this machine; "
-            "give a longer budget"
-        )
+        one_run = f"one run takes about {duration_text(need)} on this machine"
+        raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
-        candidates = find_candidates([], flags, [*tune_spec.overrides, *others])
-        found = [
-            one
-            for name, (_, candidate) in candidates.items()
-            for one in score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
-        ]
-        if len({one.backbone for one in found}) > 1:
-            best = choose(found)
-            speed = best.images_per_second
-            choice = [*candidates[best.backbone][0], f"image.size={best.size}"]
-            choice.append(f"image.train_size={best.train_size}")
-            reporter.note(
-                f"backbone: {best.backbone} at {best.size} px, probe accuracy {best.probe.accuracy:.3f}, the fastest "
-                f"of those tied with the best of {len(found)} with which a run fits into a third of the budget"
-            )
+        choice, speed = _choose_backbone(words, budget, session, reporter) or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
-    folder, made = make_folder(folder, key if any(word.startswith(f"{key}=") for word in others) else None)
+    folder, made = make_folder(folder, key if key in given else None)
     state = {
         "schema_version": SCHEMA_VERSION,
-        "command": shlex.join(["tlcli", "tune", *([f"--config-dir={config_dir}"] if config_dir else []), *words]),
+        "command": shlex.join(["tlcli", "tune", *arguments.config_dir, *arguments.words]),
         "cwd": str(Path.cwd()),
         "budget": budget,
         "seconds": 0.0,
         "images_per_second": speed,  # of evaluation
-        "words": [*trial_words, *choice],
+        "words": [*words, *choice],
         "val_fraction": val_fraction,
         "space": msgspec.to_builtins(tune_spec.without(given)),
         "defaults": None,  # values of the keys of the space in a run with default settings
@@ -254,13 +226,31 @@ def _new_search(words: list[str], config_dir: str | None, start: float) -> tuple
     return Search(folder, state, start, reporter, session), made
 
 
+def _choose_backbone(
+    words: Sequence[str], budget: float, session: "Session", reporter: Reporter
+) -> tuple[list[str], float | None] | None:
+    """Return words that choose the backbone and its size, and its images per second; None if there is no choice."""
+    from tlcli.engine.ranking import choose, score
+
+    candidates = find_candidates([], words)
+    scores: list[Score] = []
+    for name, (_, candidate) in candidates.items():
+        scores += score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
+    if len({one.backbone for one in scores}) <= 1:
+        return None
+    best = choose(scores)
+    tied = f"the fastest of those tied with the best of {len(scores)} with which a run fits into a third of the budget"
+    reporter.note(f"backbone: {best.backbone} at {best.size} px, probe accuracy {best.probe.accuracy:.3f}, {tied}")
+    choice = [*candidates[best.backbone][0], f"image.size={best.size}", f"image.train_size={best.train_size}"]
+    return choice, best.images_per_second
+
+
 def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
     """Return the search of --resume or --join. Raise UsageError if it cannot be, or was started in another way."""
     folder = Path(arguments.resume or arguments.join).expanduser().absolute()
     try:
         state = read_json(folder / STATE_FILE)
-        config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-        for word in [*config_dir, *arguments.words]:
+        for word in [*arguments.config_dir, *arguments.words]:
             if word not in shlex.split(state["command"]):
                 raise UsageError(f"{word}: a search continues as it was started; leave it out")
         if state["schema_version"] != SCHEMA_VERSION:
@@ -268,14 +258,12 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
         if arguments.resume:
             for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
                 with suppress(OSError, ValueError):
-                    check_not_running(file.parent, read_json(file))
+                    if (info := read_json(file)).get("status") == "running" and runs_on_this_machine(info):
+                        raise still_running(file.parent, info)
         if arguments.resume and state["best"] is not None:
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
         os.chdir(state["cwd"])
-        with fast_imports():
-            from tlcli.tune import require_optuna
-        require_optuna()
-        return Search(folder, state, start, TerminalReporter())
+        return Search(folder, state, start, TerminalReporter(), None)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         reason = getattr(exc, "strerror", None) or f"{type(exc).__name__}: {one_line(exc)}"
         raise UsageError(f"{folder / STATE_FILE}: not the file of a search, or damaged ({reason})") from exc

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
-from tlcli.cli.table import TableColumn, table_lines
+from tlcli.cli.table import number_text, table_lines
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.text import duration_text, labelled, shown_path
 
@@ -26,42 +26,36 @@ log.setLevel(logging.INFO)
 MIN_SHOWN_SECONDS = 2.0  # without bars, shorter work gets no line
 MAX_CLASS_ROWS = 12  # with more classes, the plan shows the range of their counts
 
-# title, width, priority (columns with a higher one go first if the terminal is narrow; 0 stays), text
-EPOCH_COLUMNS: tuple[tuple[str, int, int, Callable[[EpochRow], str]], ...] = (
-    ("epoch", 6, 0, lambda row: f"{row.epoch}/{row.epochs}"),
-    ("train loss", 10, 3, lambda row: _number(row.train_loss)),
-    ("train acc", 9, 4, lambda row: _number(row.train_accuracy)),
-    ("val loss", 8, 2, lambda row: _number(row.val_loss)),
-    ("val acc", 7, 0, lambda row: _number(row.val_accuracy)),
-    ("val f1", 6, 5, lambda row: _number(row.val_macro_f1)),
-    ("lr", 8, 7, lambda row: _number(row.lr, ".2g")),
-    ("img/s", 6, 6, lambda row: _number(row.images_per_second, ".1f" if (row.images_per_second or 0) < 10 else ",.0f")),
-    ("time", 6, 1, lambda row: duration_text(row.seconds)),
-    ("", 4, 0, lambda row: "best" if row.best else ""),
-)
+EPOCH_COLUMNS: dict[str, tuple[int, Callable[[EpochRow], str]]] = {  # width and text, by title
+    "epoch": (6, lambda row: f"{row.epoch}/{row.epochs}"),
+    "train loss": (10, lambda row: number_text(row.train_loss)),
+    "train acc": (9, lambda row: number_text(row.train_accuracy)),
+    "val loss": (8, lambda row: number_text(row.val_loss)),
+    "val acc": (7, lambda row: number_text(row.val_accuracy)),
+    "val f1": (6, lambda row: number_text(row.val_macro_f1)),
+    "lr": (8, lambda row: number_text(row.lr, ".2g")),
+    "img/s": (
+        6,
+        lambda row: number_text(row.images_per_second, ".1f" if (row.images_per_second or 0) < 10 else ",.0f"),
+    ),
+    "time": (6, lambda row: duration_text(row.seconds)),
+    "": (4, lambda row: "best" if row.best else ""),
+}
+NARROW = ("lr", "img/s", "val f1", "train acc", "train loss", "val loss", "time")  # left out in this order
 
 
 class Screen(Console):
     """The console on stdout, or on stderr. Strings are shown as they are: a class may be called `[red]` or `:fire:`."""
 
-    def __init__(self, width: int | None = None, *, on_stderr: bool = False) -> None:
+    def __init__(self, *, on_stderr: bool) -> None:
         terminal = (sys.stderr if on_stderr else sys.stdout).isatty()
-        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-        super().__init__(width=width, stderr=on_stderr, force_terminal=terminal, **plain)
+        super().__init__(stderr=on_stderr, force_terminal=terminal, markup=False, emoji=False, highlight=False)
         self.live_bars = terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
         """Stop writing to stdout, whose reader has gone. The run continues: run.log has everything."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class DoneColumn(ProgressColumn):
-    """Percent, or the number of units if the total is unknown."""
-
-    def render(self, task: Task) -> Text:
-        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:3.0f}%"
-        return Text(done, style="progress.percentage")
 
 
 class RateColumn(ProgressColumn):
@@ -77,16 +71,9 @@ class TerminalReporter(Reporter):
     With `quiet` the log alone has it.
     """
 
-    def __init__(
-        self,
-        backbone: str = "backbone=...",
-        width: int | None = None,
-        *,
-        on_stderr: bool = False,
-        quiet: bool = False,
-    ) -> None:
+    def __init__(self, backbone: str = "backbone=...", *, on_stderr: bool = False, quiet: bool = False) -> None:
         self._backbone = backbone
-        self._screen = Screen(width, on_stderr=on_stderr)
+        self._screen = Screen(on_stderr=on_stderr)
         self._screen.quiet = quiet
         # lines in a file are not wrapped, so that paths stay whole
         self._wrap = self._screen.width if self._screen.is_terminal else None
@@ -94,7 +81,7 @@ class TerminalReporter(Reporter):
         self._bars = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=6 if is_narrow else 20),
-            DoneColumn(),
+            TaskProgressColumn("{task.percentage:3.0f}%", "{task.completed:,.0f}", style="progress.percentage"),
             *([] if is_narrow else [RateColumn()]),
             TimeRemainingColumn(compact=True),
             console=self._screen,
@@ -153,24 +140,25 @@ class TerminalReporter(Reporter):
             self.show_labelled(("per class", "; ".join(ranges)))
         else:
             numbers = [[f"{n:,}" for n in counts] for counts in plan.counts.values()]
-            columns = [TableColumn("class", left=True), *map(TableColumn, plan.counts)]
-            self.show_table(columns, zip(plan.classes, *numbers, strict=True))
+            self.show_table(("<class", *plan.counts), zip(plan.classes, *numbers, strict=True))
         self.show("")
-        stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", _number(s.lr, ".2g")) for s in plan.stages]
+        stages = [(s.name, f"{s.parameters:,}", f"{s.trainable:,}", number_text(s.lr, ".2g")) for s in plan.stages]
         total, trainable = sum(s.parameters for s in plan.stages), sum(s.trainable for s in plan.stages)
-        columns = [TableColumn("stage", left=True), *map(TableColumn, ("parameters", "trainable", "lr"))]
-        self.show_table(columns, [*stages, ("total", f"{total:,}", f"{trainable:,}", "")])
+        stages.append(("total", f"{total:,}", f"{trainable:,}", ""))
+        self.show_table(("<stage", "parameters", "trainable", "lr"), stages)
         self.show("")
 
     def epoch(self, row: EpochRow) -> None:
-        columns = [c for c in EPOCH_COLUMNS if row.val_loss is not None or not c[0].startswith("val")]
-        while sum(column[1] + 2 for column in columns) - 2 > self._screen.width and any(c[2] for c in columns):
-            columns.remove(max(columns, key=lambda column: column[2]))
+        has_val = row.val_loss is not None
+        columns = {title: c for title, c in EPOCH_COLUMNS.items() if has_val or not title.startswith("val")}
+        for title in NARROW:
+            if sum(width + 2 for width, _ in columns.values()) - 2 > self._screen.width:
+                columns.pop(title, None)
         if not self._header_shown:
-            header = "  ".join(title.rjust(width) for title, width, _, _ in columns)
+            header = "  ".join(title.rjust(width) for title, (width, _) in columns.items())
             self.show(Text(header.rstrip(), style="dim"))
             self._header_shown = True
-        line = "  ".join(text(row).rjust(width) for _, width, _, text in columns)
+        line = "  ".join(text(row).rjust(width) for width, text in columns.values())
         self.show(Text(line.rstrip(), style="green" if row.best else ""))
 
     def outcome(self, run: Path, result: Mapping[str, Any]) -> None:
@@ -207,17 +195,17 @@ class TerminalReporter(Reporter):
     def leaderboard(self, folder: Path, board: Mapping[str, Any]) -> None:
         """Show the ranked jobs of sweep.json at the end of a sweep."""
         metric = board["figure"].replace("_", " ")
-        titles = [*board["keys"], f"val {metric}", "test accuracy", "95 % interval", "status"]
+        titles = ["rank", "<job", *board["keys"], f"val {metric}", "test accuracy", "95 % interval", "status"]
         rows = []
         for job in board["jobs"]:
             values = [job["values"].get(key, "") for key in board["keys"]]
             interval = "{:.4f} to {:.4f}".format(*job["test_ci95"]) if job["test_ci95"] else None
             is_untested = job["status"] == "done" and job["test_accuracy"] is None
-            test = "not tested" if is_untested else _number(job["test_accuracy"])
-            metrics = [_number(job["validation"]), test, interval]
+            test = "not tested" if is_untested else number_text(job["test_accuracy"])
+            metrics = [number_text(job["validation"]), test, interval]
             rows.append([job["rank"], job["name"], *values, *metrics, job["status"]])
         self.show("")
-        self.show_table([TableColumn("rank"), TableColumn("job", left=True), *map(TableColumn, titles)], rows)
+        self.show_table(titles, rows)
         self.show_labelled(("sweep", shown_path(folder)))
 
     def show_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
@@ -225,9 +213,9 @@ class TerminalReporter(Reporter):
         for line in (line for label, value in rows if value for line in labelled(label, value, self._wrap)):
             self.show(Text(line, style=style))
 
-    def show_table(self, columns: Sequence[TableColumn], rows: Iterable[Sequence[object]]) -> None:
+    def show_table(self, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Show a table, wrapped to the width of a terminal."""
-        self.show("\n".join(table_lines(columns, rows, self._wrap, wrap=True)))
+        self.show("\n".join(table_lines(titles, rows, self._wrap, wrap=True)))
 
     def show(self, content: str | Text) -> None:
         """Print lines, and log them without colors."""
@@ -236,7 +224,3 @@ class TerminalReporter(Reporter):
         for line in str(content).splitlines():
             if line.strip():
                 log.info(line.rstrip())
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
