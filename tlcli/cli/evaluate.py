@@ -53,10 +53,10 @@ def run(argv: list[str]) -> int:
     run_word = next((word for word in words if "=" not in word or is_dir(word)), words[0])
     words.remove(run_word)
     chosen, overrides = values_of(words, [*CHOICES])
-    for key, value in ((key, value) for key, values in chosen.items() for value in values):
-        if value not in CHOICES[key]:
-            near = did_you_mean(value, CHOICES[key])
-            raise UsageError(f"{key}={value}: choose from {', '.join(CHOICES[key])}.{near}")
+    for key, values in chosen.items():
+        if wrong := [value for value in values if value not in CHOICES[key]]:
+            near = did_you_mean(wrong[0], CHOICES[key])
+            raise UsageError(f"{key}={wrong[0]}: choose from {', '.join(CHOICES[key])}.{near}")
     for word in overrides:
         name, known = word.lstrip("+~").partition("=")[0], [*GROUPS, *CHOICES]
         if name.split(".")[0] in GROUPS and name not in FIXED_KEYS:

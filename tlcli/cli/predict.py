@@ -217,10 +217,9 @@ def _writer(
             rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
         if form == "csv":
-            cells, maps = [cell for pair in top_classes for cell in pair][1:], [str(map_file or "")] * has_maps
-            unknown = [prediction.unknown_score, prediction.is_unknown]
-            cells += [""] * (2 * top - 1 - len(cells)) + ["" if value is None else value for value in unknown]
-            file.write(csv_line([path, answer, *cells, *maps, error or ""]))
+            cells: list[object] = [cell for pair in top_classes for cell in pair][1:]
+            cells += [None] * (2 * top - 1 - len(cells)) + [prediction.unknown_score, prediction.is_unknown]
+            file.write(csv_line([path, answer, *cells, *[str(map_file or "")] * has_maps, error]))
         else:  # in ASCII: bytes of a path that are not UTF-8 are escaped
             row: dict[str, Any] = {"path": path, "error": error}
             if error is None:

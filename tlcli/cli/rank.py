@@ -88,21 +88,7 @@ def run(argv: list[str]) -> int:
     own = others if chosen.train_size == chosen.size else [*others, f"image.train_size={chosen.train_size}"]
     command = shlex.join(["tlcli", "train", *candidates[chosen.backbone][0], f"image.size={chosen.size}", *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
-    ranking: list[dict[str, Any]] = [
-        {
-            "backbone": s.backbone,
-            "size": s.size,
-            "accuracy": s.probe.accuracy,
-            "standard_error": s.standard_error,
-            "tied": s.ties_with(scores[0]),
-            "imagenet_top1": candidates[s.backbone][1].backbone.imagenet_top1,
-            "license": candidates[s.backbone][1].backbone.license,
-            "weights_bytes": 4 * s.parameters,
-            "images_per_second": s.images_per_second,
-            "run_seconds": s.seconds,
-        }
-        for s in scores
-    ]
+    ranking = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
     if plot is not None:
         from tlcli.runs.plots import plot_ranking
 
@@ -123,6 +109,22 @@ def run(argv: list[str]) -> int:
     fastest = "" if chosen is scores[0] else ", the fastest of those tied with the best"
     print(f"next{fastest}:\n  {command}")
     return 0
+
+
+def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:
+    """Return an object of --format json."""
+    return {
+        "backbone": score.backbone,
+        "size": score.size,
+        "accuracy": score.probe.accuracy,
+        "standard_error": score.standard_error,
+        "tied": score.ties_with(best),
+        "imagenet_top1": spec.backbone.imagenet_top1,
+        "license": spec.backbone.license,
+        "weights_bytes": 4 * score.parameters,
+        "images_per_second": score.images_per_second,
+        "run_seconds": score.seconds,
+    }
 
 
 def has_weights(spec: "TrainSpec") -> bool:

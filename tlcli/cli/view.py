@@ -34,10 +34,7 @@ EPOCH_COLUMNS: dict[str, tuple[int, Callable[[EpochRow], str]]] = {  # width and
     "val acc": (7, lambda row: number_text(row.val_accuracy)),
     "val f1": (6, lambda row: number_text(row.val_macro_f1)),
     "lr": (8, lambda row: number_text(row.lr, ".2g")),
-    "img/s": (
-        6,
-        lambda row: number_text(row.images_per_second, ".1f" if (row.images_per_second or 0) < 10 else ",.0f"),
-    ),
+    "img/s": (6, lambda r: number_text(r.images_per_second, ".1f" if (r.images_per_second or 0) < 10 else ",.0f")),
     "time": (6, lambda row: duration_text(row.seconds)),
     "": (4, lambda row: "best" if row.best else ""),
 }
