@@ -130,12 +130,14 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
                     process_group=0,  # a terminal's Ctrl-C reaches the first worker alone
                     env={**os.environ, **own},
                 )
-                processes.append((stack.enter_context(process), errors))
+                processes.append((process, errors))
                 Thread(target=process.wait, daemon=True).start()  # else a killed one remains as a zombie
             yield
         except BaseException:
             for process, _ in processes:
                 process.terminate()
+            for process, _ in processes:
+                process.wait()
             raise
         for process, errors in processes:
             if (code := process.wait()) not in (0, 130, 143):
