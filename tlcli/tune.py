@@ -39,9 +39,8 @@ class Bounds(Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(
-                f"low={self.low:g} must be below high={self.high:g}" + (", and above 0" if self.log else "")
-            )
+            above = ", and above 0" if self.log else ""
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}{above}")
 
 
 class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -214,19 +213,12 @@ def choose_members(
 def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions) -> None:
     """Write a run with the mean of the runs' weights, and with the validation result of their recipes."""
     first, predictions = runs[0], Predictions(validation.logits, validation.labels)
-    info = first.info
     state, metadata = mean_weights(runs)
     average.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(average.best_checkpoint, state, metadata)
     write_predictions(average.val_predictions, validation)
     average.write_config(first.config_file.read_text(encoding="utf-8"))
-    write_json(
-        average.info_file,
-        {
-            **info,
-            "averaged": [run.path.name for run in runs],
-            "best": {"epoch": metadata["epoch"], **asdict(scores(predictions))},
-            "calibration": calibrate(validation.logits, validation.labels),
-            "unknown": unknown_threshold(predictions),
-        },
-    )
+    best = {"epoch": metadata["epoch"], **asdict(scores(predictions))}
+    info = {**first.info, "averaged": [run.path.name for run in runs], "best": best}
+    info["calibration"] = calibrate(validation.logits, validation.labels)
+    write_json(average.info_file, {**info, "unknown": unknown_threshold(predictions)})

@@ -64,28 +64,25 @@ def run(argv: list[str]) -> int:
     with suppress(TlcliError):
         dataset = load_spec(folder).dataset
     job = prepare(loaded, dataset, arguments.with_preprocessing)
+    holds = f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})"
     if arguments.int8:
         spec, reporter = load_spec(folder), TerminalReporter(on_stderr=True)
         own = replace(spec.dataset.offline(), range=loaded.preprocessing.range)
         data = session_for(spec.cache).dataset(own, spec.seed, reporter, spec.folds, spec.fold)
         images = int8_images(loaded, data, reporter)
         found = export_int8(job, images, output, reporter, force=arguments.force)
-        print(f"wrote    {output}")
-        print(f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})")
-        print(f"ranges   by {found.method}")
+        print(f"wrote    {output}\n{holds}\nranges   by {found.method}")
         rows = [("size", *map(size_text, found.nbytes), f"{found.nbytes[1] / found.nbytes[0]:.2f} of the bytes")]
         a, b = found.images_per_second
         rows += [("images per second", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f} times, on this CPU")]
         rows += [("accuracy", f"{a:.4f}", f"{b:.4f}", f"on {name}") for name, (a, b) in found.accuracies.items()]
         print(*table_lines(("<", "float32", "int8", "<"), rows, terminal_columns(), wrap=True), sep="\n")
-        print(f"load it  {chosen.load.format(path=str(output))}")
-        return 0
-    difference = export(job, chosen, output)
-    nbytes = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
-    print(f"wrote    {output} ({size_text(nbytes)})")
-    print(f"holds    {job.metadata['input']} -> logits (N, {len(loaded.classes)})")
-    print(f"checked  against PyTorch on {job.source}: every class equal,")
-    print(f"         largest difference of a logit {difference:.2g}")
+    else:
+        difference = export(job, chosen, output)
+        nbytes = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
+        print(f"wrote    {output} ({size_text(nbytes)})\n{holds}")
+        print(f"checked  against PyTorch on {job.source}: every class equal,")
+        print(f"         largest difference of a logit {difference:.2g}")
     if not chosen.has_graph and loaded.preprocessing.fit is Fit.pad:
         print(f"note     {PAD_NOTE}")
     print(f"load it  {chosen.load.format(path=str(output))}")
