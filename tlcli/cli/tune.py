@@ -45,7 +45,7 @@ from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import read_json
-from tlcli.specs import TrainSpec, all_keys
+from tlcli.specs import all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 
 if TYPE_CHECKING:
