@@ -217,7 +217,7 @@ def _writer(
             rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
         if form == "csv":
-            cells: list[object] = [cell for pair in top_classes for cell in pair][1:]
+            cells: list[Any] = [cell for pair in top_classes for cell in pair][1:]
             cells += [None] * (2 * top - 1 - len(cells)) + [prediction.unknown_score, prediction.is_unknown]
             file.write(csv_line([path, answer, *cells, *[str(map_file or "")] * has_maps, error]))
         else:  # in ASCII: bytes of a path that are not UTF-8 are escaped

@@ -159,7 +159,7 @@ def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
     known = [*all_keys(), *ConfFiles(*folders).groups]
-    for key in dict.fromkeys(key for recipe in (spec.space, *spec.first) for key in recipe):
+    for key in [*spec.space, *(key for recipe in spec.first for key in recipe)]:
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
     return spec
