@@ -156,8 +156,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
         seen = rounds_of(Bench(data, out, settings, Path(caches)))
     publish("cached", ["what", "median", "range"], table(seen), out, seen)
     measures = measures_of(seen, settings)
-    publish_measures("cached_measures", measures, out)
-    return measures
+    return publish_measures("cached_measures", measures, out)
 
 
 def rounds_of(bench: Bench) -> Rounds:

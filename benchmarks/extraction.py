@@ -9,7 +9,7 @@ takes to decode as many in one process is added before the bars are computed. Co
 compiles; the wall time of the whole phase, with compilation and writing the cache, has its own row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def rounds_of(model: str, root: Path, out: Path, settings: Settings) -> Rounds:
     train = str(root / "train")
 
     def one_pass() -> float:
-        runs.append(extraction(model, root, out / f"{model}_{len(runs)}", settings))
+        words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
+        words += ("epochs=1", "cache.mode=require")
+        runs.append(tlcli_train(out / f"{model}_{len(runs)}", *BACKBONES[model], *words))
         return float(runs[-1].facts["extraction"]["images_per_second"])
 
     def tutorial() -> float:
@@ -62,18 +64,8 @@ def rounds_of(model: str, root: Path, out: Path, settings: Settings) -> Rounds:
     timers: dict[str, Callable[[], float]] = {TUTORIAL: tutorial, PASS: one_pass, DECODING: decoding}
     seen = interleaved({LIMIT: limit, **timers} if model == "resnet18" else timers, settings.rounds)
     phase = [run.facts["extraction"]["images"] / run.phases("extract") for run in runs]
-    return {**seen, OURS: one_after_the_other(seen[PASS], seen[DECODING]), PHASE: phase}
-
-
-def one_after_the_other(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Return the rate of two stages run one after the other, by round."""
-    return [1 / (1 / a + 1 / b) for a, b in zip(first, second, strict=True)]
-
-
-def extraction(model: str, root: Path, out: Path, settings: Settings) -> Result:
-    """Return a run with a cold cache."""
-    overrides = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
-    return tlcli_train(out, *BACKBONES[model], *overrides, "epochs=1", "cache.mode=require")
+    ours = [1 / (1 / a + 1 / b) for a, b in zip(seen[PASS], seen[DECODING], strict=True)]  # one after the other
+    return {**seen, OURS: ours, PHASE: phase}
 
 
 def measures_of(model: str, seen: Rounds) -> list[Measure]:
@@ -92,8 +84,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
     rows = [[model, *row] for model, rounds in seen.items() for row in table(rounds)]
     publish("extraction", ["network", "what", "images per second, median", "range"], rows, out, seen)
     measures = [measure for model, rounds in seen.items() for measure in measures_of(model, rounds)]
-    publish_measures("extraction_measures", measures, out)
-    return measures
+    return publish_measures("extraction_measures", measures, out)
 
 
 if __name__ == "__main__":

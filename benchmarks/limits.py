@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import out_folder, publish
@@ -23,19 +22,14 @@ def matrix_gflops(size: int = SIZE, repeats: int = REPEATS) -> dict[str, float]:
     """Return GFLOP/s of a (size, size) matrix product in float32 and bfloat16: medians after two warm-up products."""
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        seconds = _median_seconds(a, b, repeats)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e9
+        a, b, out = (torch.randn(size, size).to(dtype) for _ in range(3))
+        seconds = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            torch.mm(a, b, out=out)
+            seconds.append(time.perf_counter() - began)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / statistics.median(seconds[2:]) / 1e9
     return rates
-
-
-def _median_seconds(a: Tensor, b: Tensor, repeats: int) -> float:
-    out, seconds = torch.empty_like(a), []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
 
 
 def forward_gflop(size: int) -> float:

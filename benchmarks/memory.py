@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.figures import Measure, at_most
 from benchmarks.images import subset
-from benchmarks.run import BACKBONES, Result, out_folder, parser, publish, publish_measures, tlcli_train
+from benchmarks.run import BACKBONES, out_folder, parser, publish, publish_measures, tlcli_train
 
 BACKBONE = "efficientnet_lite0"
 
@@ -27,34 +27,20 @@ class Settings:
 SMALL = Settings(size=32, train=4, test=2)
 
 
-def frozen_run(data: Path, out: Path, settings: Settings, backbone: str) -> Result:
-    """Return a frozen run with a cold cache."""
-    source = data / "cifar10"
-    n = settings.train
-    root = source if n is None else subset(source, out / "images", train=n, test=settings.test)
-    return tlcli_train(
-        out / "run",
-        *BACKBONES[backbone],
-        "dataset=imagefolder",
-        f"dataset.root='{root}'",
-        f"dataset.test_per_class={settings.test}",
-        f"image.size={settings.size}",
-        "freeze=head",
-        f"epochs={settings.epochs}",
-        "cache.mode=require",
-    )
-
-
 def main(data: Path, out: Path, *, small: bool = False, backbone: str = BACKBONE) -> list[Measure]:
-    """Measure one run, print its memory and time, and return the bar."""
-    result = frozen_run(data, out, SMALL if small else Settings(), backbone)
+    """Measure one frozen run with a cold cache, print its memory and time, and return the bar."""
+    settings, root = SMALL if small else Settings(), data / "cifar10"
+    if settings.train is not None:
+        root = subset(root, out / "images", train=settings.train, test=settings.test)
+    words = ("dataset=imagefolder", f"dataset.root='{root}'", f"dataset.test_per_class={settings.test}")
+    words += (f"image.size={settings.size}", "freeze=head", f"epochs={settings.epochs}", "cache.mode=require")
+    result = tlcli_train(out / "run", *BACKBONES[backbone], *words)
     images = result.facts["n_train"] + result.facts["n_val"]
     row = [backbone, f"{images:,}", f"{result.peak_gb:.2f} GB", f"{result.seconds:.0f} s"]
     figures = {"peak_gb": result.peak_gb, "seconds": result.seconds, "phases": result.facts["seconds"]}
     publish("memory", ["network", "images", "peak resident memory", "whole process"], [row], out, figures)
     measures = [at_most(f"S8 peak resident memory, {images:,} images frozen, {backbone}", 2.5, [result.peak_gb], " GB")]
-    publish_measures("memory_measures", measures, out)
-    return measures
+    return publish_measures("memory_measures", measures, out)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
         at_least("photographs of 12 megapixels, over decoding all of them", 1, ratios(seen[TLCLI], seen[WHOLE])),
         at_least("the same, over Pillow, Resize, CenterCrop", 1, ratios(seen[TLCLI], seen[TRANSFORMS])),
     ]
-    publish_measures("photographs_measures", measures, out)
-    return measures
+    return publish_measures("photographs_measures", measures, out)
 
 
 if __name__ == "__main__":

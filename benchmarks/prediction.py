@@ -44,18 +44,13 @@ def rates(root: Path, out: Path, settings: Settings) -> Rounds:
         return whole_process(command, {"TLCLI_CACHE": str(out / "cache")}).seconds
 
     seconds(one)  # dtypes are measured once and remembered
+    script = {"model": MODEL, "folder": str(folder), "size": settings.size, "batch": settings.batch}
     timers = {
         PREDICT: lambda: (images - 1) / (seconds(folder) - seconds(one)),
-        TIMM: lambda: timm(folder, settings),
+        TIMM: lambda: float(alone(baselines.timm_inference, **script)["images_per_second"]),
         EXTRACTION: lambda: float(run.facts["extraction"]["images_per_second"]),
     }
     return interleaved(timers, settings.rounds)
-
-
-def timm(folder: Path, settings: Settings) -> float:
-    """Return images per second of timm's script."""
-    found = alone(baselines.timm_inference, model=MODEL, folder=str(folder), size=settings.size, batch=settings.batch)
-    return float(found["images_per_second"])
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
@@ -69,8 +64,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
         at_least("predict over timm's inference.py, images per second", 2, ratios(seen[PREDICT], seen[TIMM])),
         at_least("predict, of tlcli's extraction", 0.8, ratios(seen[PREDICT], seen[EXTRACTION])),
     ]
-    publish_measures("prediction_measures", measures, out)
-    return measures
+    return publish_measures("prediction_measures", measures, out)
 
 
 if __name__ == "__main__":

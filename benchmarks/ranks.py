@@ -29,11 +29,7 @@ class Settings:
 
 SMALL = Settings(size=32, batch=8, train=4, test=2, epochs=2, rounds=1)
 RANKS, ONE, TWO = "two processes, one thread each", "one process, one thread", "one process, two threads"
-WORDS = {
-    RANKS: ("device.processes=2", "device.threads=1"),
-    ONE: ("device.threads=1",),
-    TWO: ("device.threads=2",),
-}
+WORDS = {RANKS: ("device.processes=2", "device.threads=1"), ONE: ("device.threads=1",), TWO: ("device.threads=2",)}
 FORMATS = ("device.precision=fp32", "device.channels_last=true", "augment=none", "freeze.head_init=random")
 
 
@@ -46,8 +42,7 @@ def speed(kind: str, how: str, root: Path, out: Path, settings: Settings) -> flo
     result = tlcli_train(out, *BACKBONES["efficientnet_lite0"], *words, *FORMATS, *own, *WORDS[how])
     if kind == "extraction":
         return float(result.facts["extraction"]["images_per_second"])
-    later = result.epochs("train")[1:]
-    return result.facts["n_train"] * len(later) / sum(epoch["seconds"] for epoch in later)
+    return result.training_speed()
 
 
 def rounds_of(kind: str, root: Path, out: Path, settings: Settings) -> Rounds:
@@ -72,8 +67,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
         for kind, rounds in seen.items()
         for other, bar in ((ONE, 1.8), (TWO, 1.0))
     ]
-    publish_measures("ranks_measures", measures, out)
-    return measures
+    return publish_measures("ranks_measures", measures, out)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ class Result:
         """Return the seconds of these phases together; a missing phase counts 0."""
         return sum(self.facts["seconds"].get(name, 0.0) for name in names)
 
+    def training_speed(self) -> float:
+        """Return images per second in training, over all epochs except the first."""
+        later = self.epochs("train")[1:]
+        return float(self.facts["n_train"] * len(later) / sum(epoch["seconds"] for epoch in later))
+
     def epochs(self, split: str) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl of this split, one per epoch."""
         lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -185,6 +190,7 @@ def publish(
     print(f"written to {file}", file=sys.stderr, flush=True)
 
 
-def publish_measures(name: str, measures: Sequence[Measure], folder: Path) -> None:
-    """Print bars with their measurements, and write them as JSON."""
+def publish_measures(name: str, measures: list[Measure], folder: Path) -> list[Measure]:
+    """Print bars with their measurements, write them as JSON, and return them."""
     publish(name, HEADER, [m.row for m in measures], folder, {"measures": [m.to_json() for m in measures]})
+    return measures

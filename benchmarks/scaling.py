@@ -28,29 +28,19 @@ class Settings:
 SMALL = Settings(size=32, images=(40, 80), test=2, rounds=1)
 
 
-def cost(root: Path, out: Path, settings: Settings) -> float:
-    """Return milliseconds per image."""
-    words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
-    result = tlcli_train(out, *BACKBONES[settings.model], *words, "cache.mode=require")
-    images = sum(result.facts[f"n_{split}"] for split in ("train", "val", "test"))
-    seconds = result.phases("extract", "probe", "train", "validate") - result.facts["extraction"]["compile_seconds"]
-    return 1000 * seconds / images
-
-
 def costs(data: Path, out: Path, settings: Settings) -> Rounds:
     """Return milliseconds per image for each number of images, by round."""
     runs = iter(range(settings.rounds * len(settings.images)))
 
     def timer(n: int) -> float:
         root = subset(data / "cifar10", out / f"images_{n}", train=n // 10, test=settings.test)
-        return cost(root, out / f"run_{next(runs)}", settings)
+        words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}", "freeze=head")
+        result = tlcli_train(out / f"run_{next(runs)}", *BACKBONES[settings.model], *words, "cache.mode=require")
+        images = sum(result.facts[f"n_{split}"] for split in ("train", "val", "test"))
+        seconds = result.phases("extract", "probe", "train", "validate")
+        return 1000 * (seconds - result.facts["extraction"]["compile_seconds"]) / images
 
     return interleaved({f"{n:,} images": lambda n=n: timer(n) for n in settings.images}, settings.rounds)
-
-
-def excess(seen: Rounds) -> list[float]:
-    """Return the difference between the most and the least expensive image in percent, by round."""
-    return [100 * (max(turn) / min(turn) - 1) for turn in zip(*seen.values(), strict=True)]
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
@@ -59,11 +49,9 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
     seen = costs(data, out, settings)
     publish("scaling", ["data", "milliseconds per image, median", "range"], table(seen), out, seen)
     low, high = settings.images[0], settings.images[-1]
-    measures = [
-        at_most(f"S7 cost per image, {low:,} to {high:,} images: most over least expensive", 10, excess(seen), " %")
-    ]
-    publish_measures("scaling_measures", measures, out)
-    return measures
+    excess = [100 * (max(turn) / min(turn) - 1) for turn in zip(*seen.values(), strict=True)]
+    measures = [at_most(f"S7 cost per image, {low:,} to {high:,} images: most over least expensive", 10, excess, " %")]
+    return publish_measures("scaling_measures", measures, out)
 
 
 if __name__ == "__main__":

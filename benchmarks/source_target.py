@@ -21,15 +21,8 @@ def main(data: Path) -> None:
     """Pretrain once, transfer three times, train once from random weights, and print the table."""
     out = Path(tempfile.mkdtemp(prefix="source_target_"))
     root = f"dataset.root='{data / 'cifar10'}'"
-    source = tlcli_train(
-        out / "source",
-        *COMMON,
-        root,
-        f"dataset.classes=[{SOURCE}]",
-        *SCRATCH,
-        "dataset.train_per_class=500",
-        "epochs=10",
-    )
+    words = (*COMMON, root, f"dataset.classes=[{SOURCE}]", *SCRATCH, "dataset.train_per_class=500", "epochs=10")
+    source = tlcli_train(out / "source", *words)
     few = (*COMMON, root, f"dataset.classes=[{TARGET}]", "dataset.train_per_class=50", "epochs=20")
     pretrained = (*few, f"backbone.weights='{source.run}'")
     runs = {

@@ -49,7 +49,9 @@ def jobs(root: Path, out: Path, settings: Settings) -> tuple[Rounds, Rounds]:
         return float(result["process_seconds"])
 
     def ours() -> float:
-        result = tlcli_train(out / f"tlcli_{len(accuracy[OURS])}", *recipe(root), *settings.recipe)
+        words = ("dataset.train_per_class=null", "dataset.test_per_class=null", *settings.recipe)
+        data = ("experiment=cifar10_fast", "dataset=imagefolder", f"dataset.root='{root}'")
+        result = tlcli_train(out / f"tlcli_{len(accuracy[OURS])}", *data, *words)
         accuracy[OURS].append(result.test["accuracy"])
         return result.seconds
 
@@ -57,21 +59,12 @@ def jobs(root: Path, out: Path, settings: Settings) -> tuple[Rounds, Rounds]:
     return interleaved(timers, settings.rounds), accuracy
 
 
-def recipe(root: Path) -> tuple[str, ...]:
-    """Return the overrides of the recipe on all images of this folder."""
-    everything = ("dataset.train_per_class=null", "dataset.test_per_class=null")
-    return ("experiment=cifar10_fast", "dataset=imagefolder", f"dataset.root='{root}'", *everything)
-
-
 def measures_of(seconds: Rounds, accuracy: Rounds) -> list[Measure]:
     """Return the bars of these rounds."""
     gain = [100 * (ours - theirs) for ours, theirs in zip(accuracy[OURS], accuracy[SCRIPT], strict=True)]
+    job = "S6 the tutorial's job, time of its script over `cifar10_fast` (128 px, two stages)"
     return [
-        at_least(
-            "S6 the tutorial's job, time of its script over `cifar10_fast` (128 px, two stages)",
-            20,
-            ratios(seconds[SCRIPT], seconds[OURS]),
-        ),
+        at_least(job, 20, ratios(seconds[SCRIPT], seconds[OURS])),
         at_least("S6 test accuracy, `cifar10_fast` less the script", 0, gain, " points"),
     ]
 
@@ -86,8 +79,7 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
     header = [f"{10 * settings.train:,} training images", "whole process", f"accuracy on {10 * settings.test:,}"]
     publish("tutorial_job", header, rows, out, figures)
     measures = measures_of(seconds, accuracy)
-    publish_measures("tutorial_job_measures", measures, out)
-    return measures
+    return publish_measures("tutorial_job_measures", measures, out)
 
 
 if __name__ == "__main__":
