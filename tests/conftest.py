@@ -1,21 +1,51 @@
-"""Fixtures of all tests: specs composed from conf/ as users compose them, and small image folders made on the spot."""
+"""Fixtures of all tests: specs composed from conf/ as users compose them, small image folders, and a small network."""
 
+import copy
 import functools
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
 from PIL import Image
 
 from tlcli.cli import main, quiet_libraries
 from tlcli.cli.compose import compose_spec
-from tlcli.cli.conf_files import ConfFiles
+from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
 
 quiet_libraries()  # before torch is imported: two processes of tests share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, ignores it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compute with one thread in each process of the default tests; slow tests use as many as there are cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr == "not slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def conf_is_read_once() -> Iterator[None]:
+    """Keep the parsed files of conf/: for each command line Hydra reads some twenty of them, in Python."""
+    load, parsed = FileConfigSource.load_config, dict[tuple[str, str], ConfigResult]()
+
+    def load_once(source: FileConfigSource, config_path: str) -> ConfigResult:
+        if Path(source.path) != conf_dir():
+            return load(source, config_path)
+        if (source.provider, config_path) not in parsed:
+            parsed[source.provider, config_path] = load(source, config_path)
+        return copy.deepcopy(parsed[source.provider, config_path])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", load_once)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,16 +68,24 @@ def small_scale() -> Iterator[None]:
 
 
 Compose = Callable[..., TrainSpec]
+TINY = ("backbone=timm", "backbone.name=test_efficientnet", "backbone.weights=none")
+"""Overrides of a network of 0.4 M parameters, for what does not depend on the network."""
+
+
+class Notes(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")
 def spec() -> Compose:
     """spec("freeze=head", "epochs=1"): the TrainSpec that these overrides compose."""
-
-    def make(*overrides: str) -> TrainSpec:
-        return compose_spec(overrides)
-
-    return make
+    return functools.cache(lambda *overrides: compose_spec(overrides))
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +95,41 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, n in (("train", 20), ("test", 8)):
         make_folder(root / split, {"across": n, "checks": n, "down": n}, seed=n)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """TINY with a file of weights: it counts as pretrained, so that first stages are frozen and probes are fitted."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("tiny") / "tiny.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), file)
+    return (*TINY[:2], f"backbone.weights='{file}'")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots of a run, which take longer than its training."""
+    monkeypatch.setattr("tlcli.runs.recorder.Recorder._plot", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start Chromium, with a stand-in for a camera."""
+    if (path := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("Chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=flags) as opened:
+        yield opened
+
+
+def slow(*values: object) -> list[Any]:
+    """Mark values of a parameter as slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def freeze_words(strategy: str, stage: str) -> list[str]:
@@ -87,7 +160,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     @functools.cache
     def run(freeze: str, precision: str) -> Path:
         words = ["dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "device.workers=0"]
-        words += ["backbone=resnet18", "backbone.weights=none", f"device.precision={precision}", *freezes[freeze]]
+        words += [*TINY, f"device.precision={precision}", *freezes[freeze]]
         return finish(tmp_path_factory.mktemp("runs") / freeze, *words)
 
     return run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs.test_report import browser  # noqa: F401  a fixture
+from tests.conftest import slow
 from tlcli import embed
 from tlcli.device import cpu_has_bfloat16
 from tlcli.embed import Embedder, Map, check_output, embedder_of_backbone, embedder_of_run, vector_file
@@ -34,7 +34,7 @@ def vectors(source: Embedder, images: list[str]) -> torch.Tensor:
     return torch.stack([vector for _, _, vector in source.embed(images) if isinstance(vector, torch.Tensor)])
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", *slow("bf16")])
 def test_with_freeze_head_they_equal_the_cache(trained: Trained, precision: str) -> None:
     if precision == "bf16" and not cpu_has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
@@ -47,14 +47,12 @@ def test_with_freeze_head_they_equal_the_cache(trained: Trained, precision: str)
     assert torch.equal(vectors(embedder(run, batch_size=32), names), cached.float())
 
 
-def test_a_network_without_a_cut_has_the_same_vectors(
-    trained: Trained, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_without_a_cut_has_the_same_vectors(trained: Trained, shapes: Path, monkeypatch) -> None:
     run, images = trained("head", "fp32"), sorted(map(str, shapes.glob("test/*/00*.png")))
     expected = vectors(embedder(run), images)
     monkeypatch.setattr(embed, "split_frozen", lambda *args: NoCut("for the test"))
     assert torch.allclose(vectors(embedder(run), images), expected, atol=1e-5)
-    assert expected.shape == (len(images), 512)
+    assert expected.shape == (len(images), 256)
 
 
 def test_a_backbone_needs_no_run(spec: Any, shapes: Path) -> None:
@@ -158,7 +156,7 @@ def test_a_map_keeps_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_map_shows_neighbors_and_their_images(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_map_shows_neighbors_and_their_images(browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "map.html"
     file.write_text(clusters(40).html("<b>run"), encoding="utf-8")
     for width, scheme, color in [(390, "light", "rgb(255, 255, 255)"), (1280, "dark", "rgb(20, 22, 26)")]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import finish, make_folder
+from tests.conftest import TINY, Notes, finish, make_folder
 from tlcli.cli.compose import load_spec
 from tlcli.errors import UsageError
 from tlcli.evaluate import Evaluation, evaluate_run
@@ -51,9 +51,7 @@ def files_of(run: Path) -> dict[str, bytes]:
         pytest.param("stage", "cold", marks=pytest.mark.slow),
     ],
 )
-def test_it_reproduces_the_test_to_the_last_digit(
-    trained: Callable[..., Path], freeze: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_reproduces_the_test_to_the_last_digit(trained, freeze, activations, tmp_path, monkeypatch) -> None:
     run = Path(shutil.copytree(trained(freeze, "auto"), tmp_path / "run"))
     before = files_of(run)
     was_cached = "test" in read_json(run / "run.json")["cache"]["entries"]
@@ -84,9 +82,7 @@ def mirrored(folder: Path, out: Path, *, symmetric: bool) -> Path:
 
 
 @pytest.mark.slow
-def test_tta_flip_is_the_mean_over_each_image_and_its_mirror_image(
-    trained: Callable[..., Path], shapes: Path, tmp_path: Path
-) -> None:
+def test_tta_flip_is_the_mean_over_each_image_and_its_mirror_image(trained, shapes, tmp_path) -> None:
     run = Path(shutil.copytree(trained("head", "fp32"), tmp_path / "run"))
     plain, mirror, both = (
         read_predictions(evaluated(run, *words).folder / "predictions.safetensors").logits
@@ -192,7 +188,7 @@ def unsplit(tmp_path: Path) -> Path:
     """Return a run on a folder without splits, with sampled test images."""
     make_folder(tmp_path / "photos", {"across": 10, "down": 10})
     words = [f"dataset.root='{tmp_path / 'photos'}'", "image.size=32", "epochs=1", "freeze=head", "device.workers=0"]
-    return finish(tmp_path / "unsplit", "dataset=imagefolder", "backbone=resnet18", "backbone.weights=none", *words)
+    return finish(tmp_path / "unsplit", "dataset=imagefolder", *TINY, *words)
 
 
 @pytest.mark.slow
@@ -209,11 +205,9 @@ def test_a_dataset_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path:
 def test_a_note_says_that_the_dataset_has_grown(unsplit: Path, tmp_path: Path) -> None:
     for i in range(10):
         shutil.copy(tmp_path / "photos/across/000.png", tmp_path / f"photos/across/a{i}.png")
-    notes: list[str] = []
-    reporter = Reporter()
-    reporter.note = notes.append  # type: ignore[method-assign]
+    reporter = Notes()
     assert evaluated(unsplit, reporter=reporter).same is False
-    assert any("the dataset has changed since the run" in note for note in notes)
+    assert any("the dataset has changed since the run" in note for note in reporter.notes)
 
 
 def test_a_failure_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

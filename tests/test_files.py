@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from tlcli.errors import UsageError
-from tlcli.files import (
-    atomic_write,
-    expand_user,
-    remove_temp_files,
-    replace_with_hardlink,
-)
+from tlcli.files import atomic_write, expand_user, remove_temp_files, replace_with_hardlink
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -94,9 +89,7 @@ def test_a_second_name_keeps_the_old_contents(file: Path) -> None:
 
 @pytest.mark.parametrize("step", ["hardlink_to", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.EPERM, "not permitted"), NotImplementedError("os.link()")])
-def test_a_second_name_that_cannot_be_leaves_the_old_file(
-    file: Path, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_name_that_cannot_be_leaves_the_old_file(file: Path, step: str, error: Exception, monkeypatch) -> None:
     def refuse(*args: object) -> None:
         raise error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Compose, finish, make_folder
+from tests.conftest import TINY, Compose, finish, make_folder
 from tests.data.samples import pack_parquet, pack_tar
 from tlcli import fill
 from tlcli.cli import main
@@ -27,7 +27,7 @@ from tlcli.specs import TrainSpec
 from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
 
-NETWORK = ("backbone=mobilenet_v3_small", "backbone.weights=none", "image.size=32", "device.precision=fp32")
+NETWORK = (*TINY, "image.size=32", "device.precision=fp32")
 VIEWS = ("augment=basic", "cache.views=2")
 
 
@@ -92,9 +92,7 @@ def digests_of(store: Store) -> dict[str, list[str]]:
         pytest.param(3, ("dataset=parquet", "folds=2"), marks=pytest.mark.slow),
     ],
 )
-def test_shards_are_the_entry_of_one_process(
-    shards: int, words: tuple[str, ...], planned, make_spec: Callable[..., TrainSpec], tmp_path: Path
-) -> None:
+def test_shards_are_the_entry_of_one_process(shards: int, words: tuple[str, ...], planned, make_spec, tmp_path) -> None:
     one = Session(Store(tmp_path / "one"), 0)
     inputs = load_inputs(make_spec(*words), one, Reporter(), NewRun())
     for name in sorted(inputs.cached):
@@ -183,9 +181,7 @@ def fill_or_die(file: Path, shard: int, max_gb: float) -> tuple[int, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_ray_worker_costs_its_shard_and_no_more(
-    planned, make_spec: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_ray_worker_costs_its_shard_and_no_more(planned, make_spec, tmp_path, monkeypatch) -> None:
     """On two nodes of one core each."""
     words, n_threads = ("device.threads=1",), torch.get_num_threads()
     cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -213,9 +209,7 @@ def test_a_killed_ray_worker_costs_its_shard_and_no_more(
 
 
 @pytest.mark.slow
-def test_a_run_reads_what_an_array_job_has_filled(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_reads_what_an_array_job_has_filled(photos: Path, tmp_path, monkeypatch, capsys) -> None:
     words = ["dataset=imagefolder", "dataset.root=photos", "backbone.weights=none", "image.size=32", "epochs=1"]
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "own cache"))
     monkeypatch.chdir(tmp_path)

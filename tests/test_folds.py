@@ -21,7 +21,6 @@ from tlcli.engine.metrics import Predictions
 from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs import checkpointing
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, SplitPredictions, confusion_matrix, read_json, read_predictions
 
 K, PARTS = 3, ("fold-0", "fold-1", "fold-2", "best")
@@ -38,9 +37,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(images: Path) -> list[str]:
+def words(images: Path, tiny: tuple[str, ...]) -> list[str]:
     words = ["dataset=imagefolder", f"dataset.root='{images}'", "image.size=32", "epochs=2", "batch_size=8", "seed=3"]
-    return [*words, "freeze=head", "device.precision=fp32", "device.channels_last=true"]
+    return [*words, *tiny, "freeze=head", "device.precision=fp32", "device.channels_last=true"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,17 +115,10 @@ def test_a_fold_alone_is_what_it_is_in_its_folder(crossed: Path, words: list[str
 
 
 @pytest.mark.slow
-def test_commands_show_the_refit_for_its_folds(
-    crossed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_show_the_refit_for_its_folds(crossed: Path, tmp_path, capsys) -> None:
     folder = Path(shutil.copytree(crossed, tmp_path / "run"))
     jobs = read_json(folder / "sweep.json")["jobs"]
-    assert [(job["name"], job["rank"]) for job in jobs] == [
-        ("best", 1),
-        ("fold-0", None),
-        ("fold-1", None),
-        ("fold-2", None),
-    ]
+    assert {job["name"]: job["rank"] for job in jobs} == {"best": 1, "fold-0": None, "fold-1": None, "fold-2": None}
     assert main(["list", str(folder), "--format", "json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     accuracy = read_json(folder / "best/run.json")["cross_validation"]["accuracy"]
@@ -153,9 +145,7 @@ def test_commands_show_the_refit_for_its_folds(
 
 
 @pytest.mark.slow
-def test_without_a_test_split_nothing_is_held_out_for_it(
-    images: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_test_split_nothing_is_held_out_for_it(images: Path, words, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cold"))
     one_stage = ("freeze=last_stages", "freeze.n=1", "augment=basic")  # trains on images, from a probe on activations
     run = finish(tmp_path / "run", *words, *one_stage, f"dataset.root='{images / 'train'}'", "folds=2", "epochs=1")
@@ -178,12 +168,11 @@ def test_without_a_test_split_nothing_is_held_out_for_it(
     assert "18 of the 18 images have the paths of images that trained the run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.slow), K])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [1, K])
 def test_an_interrupted_run_over_folds_goes_on_to_the_same_end(
-    part: int, crossed: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
+    part: int, crossed: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, no_plots: None
+) -> None:
     monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
     out = tmp_path / "run"
     steps = [-(-info["n_train"] // 8) * 2 for info in infos(crossed).values()]

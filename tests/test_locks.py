@@ -122,9 +122,7 @@ def test_an_owner_that_lost_its_lock_does_not_own_touch_or_remove_it(path: Path)
     assert path.read_bytes() == ELSEWHERE
 
 
-def test_of_two_that_find_a_lock_stale_the_slower_one_gives_it_back(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_that_find_a_lock_stale_the_slower_one_gives_it_back(path: Path, monkeypatch) -> None:
     path.write_bytes(ELSEWHERE)
     clock, faster, rename = Clock(), owner_text(), Path.rename
 

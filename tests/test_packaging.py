@@ -6,6 +6,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import tlcli
 from tlcli.cli.conf_files import conf_dir
 
@@ -17,6 +19,7 @@ def listing() -> set[str]:
     return {line for line in done.stdout.splitlines() if "__pycache__" not in line}
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_package_with_its_conf_and_nothing_else(tmp_path: Path) -> None:
     before = listing()
     command = [sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

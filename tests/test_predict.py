@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tlcli.data.listing import MissingPath
+from tests.conftest import slow
 from tlcli.device import cpu_has_bfloat16
 from tlcli.predict import Predictor, choose_format
 from tlcli.runs.load import LoadedRun, load_run
@@ -61,19 +61,6 @@ def test_float32_is_available_for_a_run_in_another_format(trained: Callable[...,
         assert dict(prediction.top) == pytest.approx(dict(again.predict(prediction.path)), abs=1e-5)
 
 
-def test_a_bad_file_yields_its_error_in_its_place(run: LoadedRun, shapes: Path, tmp_path: Path) -> None:
-    good, bad = str(shapes / "test/checks/000.png"), tmp_path / "bad.png"
-    bad.write_bytes(b"not an image")
-    missing = ["missing.png", MissingPath("x*", "no file matches"), "a\0b"]
-    answers = list(predictor(run, batch_size=2).predict([str(bad), good, *missing, good]))
-    assert [answer.path for answer in answers] == [str(bad), good, "missing.png", "x*", "a\0b", good]
-    assert [a.error for a in answers[:4]] == ["not an image", None, "no such file or directory", "no file matches"]
-    assert answers[4].error
-    assert dict(answers[1].top) == pytest.approx(dict(answers[5].top))
-    values = [value for _, value in answers[1].top]
-    assert len(values) == 3 and values == sorted(values, reverse=True)
-
-
 def test_a_stream_is_read_only_a_little_ahead(run: LoadedRun, shapes: Path) -> None:
     taken = 0
 
@@ -97,20 +84,10 @@ def test_a_format_that_the_machine_lacks_is_float32(run: LoadedRun, monkeypatch:
     assert choose_format(run, CPU, Precision.bf16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("strategy", "precision"),
-    [
-        ("head", "fp32"),
-        *(
-            pytest.param(*names, marks=pytest.mark.slow)
-            for names in (("none", "fp32"), ("stage", "bf16"), ("none", "bf16"))
-        ),
-    ],
-)
-def test_images_held_out_have_the_unknown_score_of_the_run(
-    trained: Callable[..., Path], strategy: str, precision: str
-) -> None:
+@pytest.mark.parametrize("how", ["head fp32", *slow("none fp32", "stage bf16", "none bf16")])
+def test_images_held_out_have_the_unknown_score_of_the_run(trained: Callable[..., Path], how: str) -> None:
     """Each way to divide the network finds the input of the head."""
+    strategy, precision = how.split()
     if precision == "bf16" and not cpu_has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
     run = trained(strategy, precision)

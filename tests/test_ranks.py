@@ -20,7 +20,7 @@ from msgspec import structs, to_builtins
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.conftest import Compose, make_folder
+from tests.conftest import Compose, make_folder, slow
 from tests.engine.test_trainer import Setting
 from tests.faults.runs_alike import rows
 from tests.processes import in_ranks, train_in_ranks
@@ -112,25 +112,16 @@ def test_ranks_exchange_values_rows_and_gradients(tmp_path: Path) -> None:
     assert [code for code, _ in ends] == [0, 0, 0], ends
 
 
-def test_one_rank_exchanges_nothing() -> None:
-    batches, value = [torch.zeros(2, 1), torch.ones(1, 1)], object()
-    assert torch.equal(ALONE.gather(batches, ALONE.positions(3, 2), 3), torch.cat(batches))
-    assert ALONE.broadcast(value) is value
-    assert list(ALONE.collect(iter([batches]), [[8, 4]])) == [batches]
-
-
 def test_a_spec_survives_json(spec: Compose) -> None:
-    for own in (
-        spec(),
-        spec("freeze=lora", "dataset=manifest", "dataset.file=a.csv", "dataset.range=[0,1]", "ema=0.9"),
-    ):
+    for words in ((), ("freeze=lora", "dataset=manifest", "dataset.file=a.csv", "dataset.range=[0,1]", "ema=0.9")):
+        own = spec(*words)
         assert spec_from(json.loads(json.dumps(to_builtins(own)))) == own
 
 
 # -- what each rank reads
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *slow(3)])
 def test_shares_are_the_batches_of_one_process(size: int, words: tuple[str, ...], spec: Compose) -> None:
     def loaders(rank: int, size: int) -> list[Any]:
         setting = Setting(spec(*words, *NETWORK, "freeze=last_stages", "cache.mode=require", "augment=none"))
@@ -198,9 +189,7 @@ def train_in_float64(spec: TrainSpec, folder: Path, cached: bool) -> int:
         pytest.param(("freeze=head", "augment=basic", "cache.views=2", "sampler=balanced"), True, id="head"),
     ],
 )
-def test_weights_are_those_of_one_process(
-    own: tuple[str, ...], cached: bool, words: tuple[str, ...], spec: Compose, tmp_path: Path
-) -> None:
+def test_weights_are_those_of_one_process(own: tuple[str, ...], cached: bool, words, spec, tmp_path) -> None:
     job = spec(*words, *NETWORK, "epochs=20", *own)
     for size in (1, 2, 3):
         ends = in_ranks(size, lambda rank: train_in_float64(job, tmp_path, cached), tmp_path)
@@ -212,8 +201,8 @@ def test_weights_are_those_of_one_process(
             assert max((found[name] - tensor).abs().max() for name, tensor in alone.items()) <= 1e-10
 
 
-def test_two_processes_write_one_run(words: tuple[str, ...], tmp_path: Path) -> None:
-    own = ("backbone=efficientnet_lite0", "freeze=head", "epochs=1", "interpolate=1")
+def test_two_processes_write_one_run(words: tuple[str, ...], tiny: tuple[str, ...], tmp_path: Path) -> None:
+    own = (*tiny, "freeze=head", "epochs=1", "interpolate=1")
     code, text = train_in_ranks(2, [f"out='{tmp_path / 'runs'}'", *words, *own], tmp_path)
     assert code == 0, text
     (folder,) = {file.parent for file in tmp_path.rglob("run.json")}
@@ -244,9 +233,7 @@ def test_the_result_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_activations_and_logits_are_those_of_one_process(
-    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_and_logits_are_those_of_one_process(words: tuple[str, ...], tmp_path, monkeypatch) -> None:
     entries, predictions = [], []
     monkeypatch.setattr("tlcli.engine.extraction.BATCH", {"cpu": 4})  # 5 batches, the last one smaller
     for size in (1, 2, 3):
@@ -311,9 +298,7 @@ def test_processes_must_see_the_same_images(words: tuple[str, ...], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_not_used_by_any(
-    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_not_used_by_any(words: tuple[str, ...], tmp_path, monkeypatch) -> None:
     def patch() -> None:
         Store.write = Mock(side_effect=OSError(28, "No space left on device"))  # type: ignore[method-assign]
 
@@ -331,9 +316,7 @@ def test_a_cache_that_cannot_be_written_is_not_used_by_any(
         ("folds=3", r"device\.processes=2 does not work with folds"),
     ],
 )
-def test_words_that_cannot_be_followed(
-    own: str, said: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_words_that_cannot_be_followed(own: str, said: str, words: tuple[str, ...], capsys, tmp_path) -> None:
     out = f"hydra.run.dir='{tmp_path / 'run'}'"
     assert main(["train", out, *words, "device.processes=2", own]) == 2
     assert re.search(said, capsys.readouterr().err)
@@ -382,12 +365,14 @@ def test_torchrun_says_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_each_process_needs_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"device=mps is not available: .* Available: .*cpu, auto\."):
+        find_accelerator(Accelerator.mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_accelerator(Accelerator.auto, 2).type == "cuda"
-    with pytest.raises(
-        UsageError, match=r"device\.processes=3: each process needs a device of its own, and cuda has 2"
-    ):
+    words = r"device\.processes=3: each process needs a device of its own, and cuda has 2"
+    with pytest.raises(UsageError, match=words):
         find_accelerator(Accelerator.auto, 3)
 
 
@@ -409,9 +394,7 @@ def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], spec: C
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["launch", "torchrun"])
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
-def test_processes_are_started_and_stopped(
-    start: str, number: signal.Signals | None, words: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_processes_are_started_and_stopped(start: str, number: signal.Signals | None, words, tmp_path) -> None:
     run, argv = RunDir(tmp_path / "run"), [*words, "freeze=head", "interpolate=1"]
     argv += ["epochs=2" if number is None else "epochs=100000", f"hydra.run.dir='{run.path}'"]
     command = [sys.executable, "-m", "tlcli", "train", *argv, "device.processes=2"]
@@ -426,11 +409,8 @@ def test_processes_are_started_and_stopped(
     line = err.splitlines()[-1] if err else ""
     if start == "launch":
         assert process.returncode == {None: 0, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-        expected = {
-            None: "",
-            signal.SIGINT: "tlcli train: interrupted: resume",
-            signal.SIGTERM: "tlcli train: terminated",
-        }
-        assert line.startswith(expected[number]) and err.count("\n") == (number is not None)
+        expected = {None: "", signal.SIGINT: "interrupted: resume", signal.SIGTERM: "terminated"}
+        assert line.removeprefix("tlcli train: ").startswith(expected[number])
+        assert err.count("\n") == (number is not None)
     assert run.info["status"] == ("done" if number is None else "interrupted"), (out, err)
     assert number is None or run.state_file.exists()

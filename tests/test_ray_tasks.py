@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcli import ray_tasks
-from tlcli.errors import UsageError
-from tlcli.ray_tasks import check_ray, ray_cluster, run_tasks
+from tlcli.ray_tasks import ray_cluster, run_tasks
 
 
 def invert(number: float, folder: str) -> float:
@@ -18,12 +16,6 @@ def invert(number: float, folder: str) -> float:
         file.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return 1 / number
-
-
-def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_tasks, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'tlcli\[ray\]'"):
-        check_ray()
 
 
 @pytest.mark.slow

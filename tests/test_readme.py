@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 from PIL import Image
 
-from tests.conftest import finish, make_folder
+from tests.conftest import finish, make_folder, slow
 from tests.data.samples import pack_parquet, pack_tar
 from tlcli.cli import COMMANDS, main, tune
 
@@ -38,10 +38,11 @@ AFTER_TRAINING = [line for line in LINES if line.startswith("tlcli ") and line n
 SNIPPETS = [snippet for page in PAGES for snippet in re.findall(r"```python\n(.*?)```", text_of(page), re.S)]
 
 
-def slow_if(lines: list[str], *words: str) -> list[object]:
-    """Mark the lines that contain one of the words as slow."""
-    marked = lambda line: any(word in line for word in words)  # noqa: E731
-    return [pytest.param(line, marks=pytest.mark.slow) if marked(line) else line for line in lines]
+def marked(lines: list[str], *words: str) -> list[object]:
+    """Mark lines as slow that contain one of the words, and those that are not in README.md, unless they print help."""
+    own = {*commands("README.md")}
+    quick = [line for line in lines if (line in own or "--help" in line) and not any(word in line for word in words)]
+    return [*quick, *slow(*(line for line in lines if line not in quick))]
 
 
 @pytest.fixture
@@ -72,23 +73,9 @@ def adapted(line: str, home: Path) -> list[str]:
     return [*words, *SMALL]
 
 
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots, which take longer than such a training."""
-    monkeypatch.setattr("tlcli.runs.recorder.Recorder._plot", lambda *args: None)
-
-
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
-    "line",
-    slow_if(
-        [line for line in TRAIN if line not in SOURCE_TARGET],
-        *(" -m ", "freeze.n=2", "views=", "lite2", "on_bad", "mode=off", "folds=", "experiment=", "manifest"),
-        *("parquet", "webdataset"),
-        "processes=",
-        # those of docs/transfer.md, of which each has tests of its own
-        *("freeze=lora", "tta=", "ema=", "mixup=", "sampler="),
-    ),
+    "line", marked([line for line in TRAIN if line not in SOURCE_TARGET], " -m ", "freeze.n=2", "lite2")
 )
 def test_command_runs(line: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "launcher=joblib" in line:
@@ -124,12 +111,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(
-    "line", slow_if(AFTER_TRAINING, "tlcli export", "tlcli inspect", "tlcli rank", "tlcli tune", "--plot", "root=more")
-)
-def test_command_runs_after_training(
-    line: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("line", marked(AFTER_TRAINING, "tlcli export", "tlcli tune"))
+def test_command_runs_after_training(line: str, finished: Path, monkeypatch, capsys) -> None:
     if "onnx" in line:
         pytest.importorskip("onnxscript")
     if "parquet" in line:
@@ -155,9 +138,7 @@ def test_command_runs_after_training(
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["tlcli", "torch alone"])
-def test_snippet_runs(
-    snippet: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_snippet_runs(snippet: str, finished: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(finished)
     exec(compile(snippet.replace("new/image.jpg", "image.jpg"), "README.md", "exec"), {})
     assert "photos0" in capsys.readouterr().out

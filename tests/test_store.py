@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.programs import scale
+from tests.faults.programs import scale, together
 from tlcli import store as module
 from tlcli.errors import UsageError
 from tlcli.locks import Observer, owner_text
@@ -25,7 +27,7 @@ KEY = "0123456789abcdef"
 OTHER = "fedcba9876543210"
 COLUMNS = (Column("float32", (3, 4)), Column("bfloat16", (5,)), Column("float16", ()))
 FACTS = {"dataset": "shapes", "split": "train", "view": 0}
-ROWS = 7
+ROWS = 12
 
 
 @pytest.fixture
@@ -130,9 +132,7 @@ DAMAGES: dict[str, Callable[[CacheEntry], object]] = {
 
 @pytest.mark.parametrize("verified", [False, True], ids=["new", "verified before"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_entry_is_removed_and_can_be_refilled(
-    store: Store, damage: Callable[[CacheEntry], object], verified: bool
-) -> None:
+def test_a_damaged_entry_is_removed_and_can_be_refilled(store: Store, damage, verified) -> None:
     entry = fill(store)
     age(entry)
     if verified:
@@ -205,6 +205,41 @@ def child(store: Store) -> Iterator[Callable[..., Child]]:
     yield start
     for one in children:
         one.kill()
+
+
+def test_of_sixteen_processes_on_a_cold_cache_one_fills_and_none_reads_a_wrong_row(store: Store) -> None:
+    def member(key: str, number: int, wait: Callable[[], object]) -> tuple[bool, bool]:
+        wait()
+        entry, fills = store.find(key), False
+        if entry is None:
+            with store.lock_for_write(key, lambda: None):
+                fills = (entry := store.find(key)) is None
+                entry = entry or store.write(key, ROWS, COLUMNS, FACTS, BATCHES)
+        return fills, [entry.file(i).read_bytes() for i in range(3)] == [array.tobytes() for array in arrays()]
+
+    for i in range(scale(1, 100)):
+        found = together(partial(member, f"{i:04x}"), 16)
+        assert sum(fills for fills, _ in found) == 1 and all(is_right for _, is_right in found)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(store: Store) -> None:
+    def rows(n: int) -> Iterator[list[memoryview]]:
+        yield from ([memoryview(array[i : i + 1]) for array in arrays()] for i in range(n))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies(n: int) -> None:
+        with store.lock_for_write(KEY, nobody):
+            store.write(KEY, ROWS, COLUMNS, FACTS, rows(n))
+
+    for n in range(ROWS):
+        writer = fork.Process(target=dies, args=(n,))
+        writer.start()
+        writer.join()
+        assert (writer.exitcode, store.find(KEY)) == (-signal.SIGKILL, None)
+        entry = fill(store)
+        assert [entry.file(i).read_bytes() for i in range(3)] == [array.tobytes() for array in arrays()]
+        assert everything(store.activations) == [KEY, *(f"{KEY}/{name}" for name in ("0.bin", "1.bin", "2.bin", META))]
+        store.remove(KEY)
 
 
 # --- Room and eviction
@@ -438,9 +473,7 @@ def test_a_writer_that_lost_its_lock_to_one_that_failed_writes_after_it(store: S
 
 
 @pytest.mark.parametrize("is_touched", [True, False])
-def test_an_entry_in_use_on_another_machine_stays_until_that_process_has_ended(
-    store: Store, is_touched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_in_use_on_another_machine_stays_until_that_process_has_ended(store, is_touched, monkeypatch) -> None:
     store.max_gb, now = SIZE / GB, [0.0]
     add(store, KEY)
     mark = store.root / "locks" / f"{KEY}.use.0"

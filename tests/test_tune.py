@@ -92,9 +92,7 @@ def test_a_damaged_journal_is_named(study_of: Callable[..., Study], tmp_path: Pa
 
 
 @pytest.mark.parametrize("minimize", [False, True])
-def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(
-    study_of: Callable[..., Study], minimize: bool
-) -> None:
+def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(study_of, minimize) -> None:
     study, sign = study_of(minimize=minimize), -1 if minimize else 1
     for i in range(STARTUP_TRIALS + 1):
         trial = study.next_trial("a")

@@ -27,6 +27,9 @@ class Ended:
     err: str
 
 
+Tlcli = Callable[..., Ended]
+
+
 @pytest.fixture
 def root_logger() -> Iterator[None]:
     """Undo the logging setup of some of Hydra's flags."""
@@ -38,9 +41,7 @@ def root_logger() -> Iterator[None]:
 
 
 @pytest.fixture
-def tlcli(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], root_logger: None
-) -> Callable[..., Ended]:
+def tlcli(monkeypatch, tmp_path, capsys, root_logger: None) -> Callable[..., Ended]:
     """Run one command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
 

@@ -15,7 +15,6 @@ from tlcli.store import META, CacheEntry, Column, Store
 NAMES = (("hymenoptera", "efficientnet_lite0", "classifier"), ("digits", "resnet18", "layer4.1"))
 KEYS = ("ab01" * 16, "ab02" * 16)
 FLAGS = ["--help ", "--shards ", "--engine ", "--shard ", "--config-dir ", "--format "]
-LONG = "a folder_with_a_name_that_is_far_too_long_for_a_terminal"
 
 
 @pytest.fixture
@@ -47,11 +46,6 @@ def test_list_shows_a_line_an_entry(two, store, tlcli) -> None:
     assert re.split(" {2,}", first) == ["ab01ab01", *cells, "2h ago"]
     assert re.split(" {2,}", second)[::6] == ["ab02ab02", "3d ago"]
     assert total == f"2 entries, 80.4 kB, in {store.root}"
-
-
-def test_a_pipe_gets_whole_lines(store, tlcli) -> None:
-    add(store, KEYS[0], dataset=LONG, backbone=LONG, at=LONG)
-    assert tlcli("cache", "list").out.splitlines()[1].count(LONG) == 3
 
 
 def test_list_as_json(two, store, tlcli) -> None:

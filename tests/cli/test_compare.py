@@ -1,16 +1,13 @@
 """`tlcli compare`: what it prints, and what is in its JSON."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 from tests.runs.test_compare import make_run
 from tlcli.cli.completion import candidates
-
-Tlcli = Callable[..., Ended]
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 from tlcli.cli import doctor
-
-Tlcli = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -21,9 +18,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, name, lambda *args: iter(()))
 
 
-def test_everything_is_examined_and_nothing_left_behind(
-    monkeypatch: pytest.MonkeyPatch, tlcli: Tlcli, tmp_path: Path
-) -> None:
+def test_everything_is_examined_and_nothing_left_behind(monkeypatch, tlcli: Tlcli, tmp_path) -> None:
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
     ended = tlcli("doctor", "--format=json")
     assert ended.code == 0
@@ -54,9 +49,7 @@ def test_a_broken_torch_is_the_answer(monkeypatch: pytest.MonkeyPatch, tlcli: Tl
 
 
 @pytest.mark.usefixtures("light")
-def test_problems_are_warnings_and_a_check_that_fails_hides_no_other(
-    monkeypatch: pytest.MonkeyPatch, tlcli: Tlcli
-) -> None:
+def test_problems_are_warnings_and_a_check_that_fails_hides_no_other(monkeypatch, tlcli: Tlcli) -> None:
     refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr("joblib.cpu_count", Mock(side_effect=RuntimeError("odd")))

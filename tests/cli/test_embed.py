@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 
-Tlcli = Callable[..., Ended]
 Trained = Callable[..., Path]
 
 
@@ -31,7 +30,7 @@ def test_the_command_writes_what_it_says(tlcli: Tlcli, trained: Trained, photos:
         "photos/bad.png: not an image", "none.png: no such file or directory",
         "tlcli embed: 2 of 18 could not be read",
     ]  # fmt: skip
-    assert "16 vectors of 512 numbers, 8 of them with a label" in ended.out
+    assert "16 vectors of 256 numbers, 8 of them with a label" in ended.out
     with np.load("f.npz") as file:
         assert sorted(set(file["label"])) == ["", "down"] and len(file["path"]) == 16
     assert "16 images" in Path("map.html").read_text(encoding="utf-8")

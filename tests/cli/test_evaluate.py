@@ -1,18 +1,15 @@
 """`tlcli eval`: its words, what it prints, and its errors before anything is computed."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 from tests.runs.test_compare import make_run
 from tlcli.cli.completion import candidates
 from tlcli.evaluate import Evaluation
-
-Tlcli = Callable[..., Ended]
 
 
 @pytest.fixture

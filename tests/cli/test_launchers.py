@@ -26,7 +26,6 @@ WORDS = (
     *("cache.mode=require", "cache.dtype=fp32"),
 )
 LAUNCHERS = ["joblib", "submitit_local", "ray"]
-engines = [pytest.mark.slow, pytest.mark.parametrize("launcher", LAUNCHERS, indirect=True)]
 
 
 @pytest.mark.parametrize(("option", "extra"), [("joblib", "joblib"), ("submitit_slurm", "submitit")])
@@ -58,10 +57,8 @@ def test_each_job_that_ends_in_another_process_is_one_line(tmp_path: Path, capsy
         end(tmp_path / "1", 2, status="failed", error="no luck")
         end(tmp_path / "2", 3)
         end(tmp_path / "2", 3, status="done", best=best, keep_best="accuracy")
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "[1] seed=2: failed: no luck",
-        "[2] seed=3: done, validation 0.5000",
-    ]
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:] == ["[1] seed=2: failed: no luck", "[2] seed=3: done, validation 0.5000"]
 
 
 def test_a_killed_process_of_an_engine_is_one_line(tmp_path: Path) -> None:

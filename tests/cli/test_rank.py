@@ -2,22 +2,17 @@
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 from tlcli.cli.compose import compose_spec
 from tlcli.data.images import ImageFiles
 
-Run = Callable[..., Ended]
-
 
 @pytest.mark.slow
-def test_a_ranking_of_networks_and_runs(
-    tlcli: Run, shapes: Path, trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ranking_of_networks_and_runs(tlcli: Tlcli, shapes: Path, trained, tmp_path, monkeypatch) -> None:
     own, read = trained("head", "fp32"), ImageFiles.decode
 
     def decode(images: ImageFiles, index: int):
@@ -44,9 +39,7 @@ def test_a_ranking_of_networks_and_runs(
 
 
 @pytest.mark.slow
-def test_only_what_is_here_is_ranked_and_a_download_is_announced(
-    tlcli: Run, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_here_is_ranked_and_a_download_is_announced(tlcli: Tlcli, shapes: Path, monkeypatch) -> None:
     words = ["dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "--per-class=5"]
     monkeypatch.setattr("tlcli.models.backbones.find_spec", lambda name: "lite0" in name or None)
     ended = tlcli("rank", *words)
@@ -60,16 +53,13 @@ def test_only_what_is_here_is_ranked_and_a_download_is_announced(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (
-            ["backbone=resnet81"],
-            "resnet81: neither an option, nor timm/NAME, nor a run directory. Did you",
-        ),
+        (["backbone=resnet81"], "resnet81: neither an option, nor timm/NAME, nor a run directory. Did you"),
         (["image.size=big"], "image.size=big: must be a number of pixels from 8"),
         (["--plot=ranking.pdf"], "--plot ranking.pdf: must be a .png or .svg"),
         (["--plot=there.png"], "--plot there.png: exists; name a new file"),
     ],
 )
-def test_bad_input_has_one_line(tlcli: Run, words: list[str], reason: str) -> None:
+def test_bad_input_has_one_line(tlcli: Tlcli, words: list[str], reason: str) -> None:
     Path("there.png").write_bytes(b"mine")
     ended = tlcli("rank", *words)
     assert ended.code == 2

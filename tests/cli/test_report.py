@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ import pytest
 from jinja2 import StrictUndefined
 from PIL import Image
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Tlcli
 from tests.cli.test_export import small_run
+from tests.conftest import TINY
 from tlcli.data.decode import read_image
 from tlcli.runs.report import PAGES, render, run_view, sweep_view
 from tlcli.runs.run_dir import RunDir, read_predictions
 
-Tlcli = Callable[..., Ended]
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory.mktemp("report"), "backbone=resnet18")
+    return small_run(tmp_path_factory.mktemp("report"), *TINY)
 
 
 def pictures(html: str) -> list[np.ndarray]:
@@ -104,9 +102,7 @@ def test_nothing_else_is_overwritten(tlcli: Tlcli, trained: Path, tmp_path: Path
     assert output.read_bytes() == before
 
 
-def test_templates_name_nothing_that_a_complete_run_lacks(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_templates_name_nothing_that_a_complete_run_lacks(trained: Path, tmp_path, monkeypatch) -> None:
     class Missing(StrictUndefined):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -141,7 +137,7 @@ def test_mistakes_are_one_line(tlcli: Tlcli, trained: Path, words: list[str], me
     assert not Path("damaged/report.html").exists()
 
 
-@pytest.mark.parametrize("bounds", [5, [1, 1], ["a"], {}])
+@pytest.mark.parametrize("bounds", [5, ["a"]])
 def test_a_hostile_range_in_run_json_is_ignored(tlcli: Tlcli, trained: Path, tmp_path: Path, bounds: object) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     RunDir(run).update(preprocessing=RunDir(run).info["preprocessing"] | {"range": bounds})

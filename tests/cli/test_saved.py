@@ -111,13 +111,9 @@ def test_a_mistake_in_the_file_names_file_and_key(saved: Saved, values: dict[str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00", None])
-def test_a_file_that_is_no_config(saved: Saved, text: str | None) -> None:
-    run = saved()
-    run.config_file.unlink()
-    if text is not None:
-        run.config_file.write_text(text)
-    with pytest.raises(UsageError, match=r"config\.yaml: |no config\.yaml here"):
+def test_a_run_without_its_config(saved: Saved) -> None:
+    (run := saved()).config_file.unlink()
+    with pytest.raises(UsageError, match=r"no config\.yaml here"):
         load_spec(run)
 
 

@@ -90,9 +90,7 @@ def trials(folder: Path) -> list[tuple[str, str]]:
     return [(trial["name"], trial["status"]) for trial in read_json(folder / STATE_FILE)["trials"]]
 
 
-def test_workers_share_numbers_and_the_number_of_trials(
-    worker: Callable[[], Worker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_workers_share_numbers_and_the_number_of_trials(worker: Callable[[], Worker], tmp_path, capsys) -> None:
     workers = [worker() for _ in range(3)]
     threads = [Thread(target=one.run) for one in workers]
     for thread in threads:
@@ -134,9 +132,7 @@ def test_the_time_is_that_of_the_worker_that_knows_most(worker: Callable[[], Wor
 
 
 @pytest.mark.parametrize(("n_members", "left", "fits"), [(1, 60.0, 2), (1, 24.0, 1), (1, 3.0, 1), (2, 60.0, 1)])
-def test_few_recipes_are_trained_several_times_if_there_is_time(
-    worker: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch, n_members: int, left: float, fits: int
-) -> None:
+def test_few_recipes_are_trained_several_times_if_there_is_time(worker, monkeypatch, n_members, left, fits) -> None:
     monkeypatch.setattr(tune, "choose_members", lambda ranked, *args: ranked[:n_members])
     one = worker()
     one.run()
@@ -166,11 +162,8 @@ def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
     recipes = [trial["recipe"] for trial in read_json(tmp_path / STATE_FILE)["trials"]]
     assert (recipes[0] in recipes[1:]) == (told == "lost")
     if run:
-        error = LOST if told == "lost" else None
-        assert (RunDir(run.path).info["status"], RunDir(run.path).info.get("error")) == (
-            "failed" if error else "done",
-            error,
-        )
+        info = RunDir(run.path).info
+        assert (info["status"], info.get("error")) == (("failed", LOST) if told == "lost" else ("done", None))
     # it was only suspended
     dead._run_trial(dead.trial)  # type: ignore[arg-type]
     dead.run()

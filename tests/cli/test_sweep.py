@@ -5,11 +5,13 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import finished, runs_in
+from tests.faults.programs import together
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
 from tlcli.locks import heartbeat
@@ -46,9 +48,7 @@ def test_ranked_by_validation(tlcli, training, tmp_path: Path) -> None:
         (("-m", "dataset.val_fraction=0.3"), "0.3"),
     ],
 )
-def test_what_reads_validation_images_holds_them_out(
-    words: tuple[str, ...], recorded: str, tlcli, training, tmp_path: Path
-) -> None:
+def test_what_reads_validation_images_holds_them_out(words, recorded, tlcli, training, tmp_path) -> None:
     fractions = []
     training(lambda spec, run, reporter: fractions.append(spec.dataset.val_fraction) or finished(spec, run, reporter))
     assert tlcli("train", *words).code == 0
@@ -243,18 +243,15 @@ def test_a_job_that_still_runs_is_left_alone(owner: str, tlcli, training, tmp_pa
         assert RunDir(running.path).info["status"] == "done"
         assert 60 <= now < 65
     else:
-        assert (ended.code, ended.err) == (
-            1,
-            "tlcli train: 1 of 3 jobs did not finish:\n  1  running: in another process\n",
-        )
+        error = "tlcli train: 1 of 3 jobs did not finish:\n  1  running: in another process\n"
+        assert (ended.code, ended.err) == (1, error)
         assert "[1] seed=2: another process is running it" in ended.out
         assert running.info_file.read_bytes() == before
         assert now <= 2
     assert RunDir(tmp_path / "swept/0").info["status"] == "done"
     ended = tlcli("train", "--resume", "swept/1")
-    assert (
-        "nothing to resume" if owner == "a machine that is down" else "is still running it"
-    ) in ended.out + ended.err
+    said = "nothing to resume" if owner == "a machine that is down" else "is still running it"
+    assert said in ended.out + ended.err
 
 
 def test_run_json_is_touched_while_the_job_runs(tlcli, training, tmp_path: Path) -> None:
@@ -290,6 +287,15 @@ def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
     assert tlcli("train", "--resume", "swept").code == 1
     assert {path.name for path in (tmp_path / "swept").glob("lr*")} == {path.parent.name for path in before}
     assert all(path.read_bytes() == text for path, text in before.items() if not path.parent.name.endswith("-2"))
+
+
+def test_fifty_runs_that_begin_at_once_have_fifty_directories(tmp_path: Path) -> None:
+    def member(number: int, wait: Callable[[], object]) -> str:
+        wait()
+        return make_folder(tmp_path / "2026-11-24/10-15-00")[0].name
+
+    found = {"10-15-00", *(f"10-15-00-{number}" for number in range(2, 51))}
+    assert {*together(member, 50)} == found == {path.name for path in tmp_path.glob("2026-11-24/*")}
 
 
 def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

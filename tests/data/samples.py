@@ -92,12 +92,7 @@ def _mixed(folder: Path) -> list[Path]:
 
 
 def write_parquet(
-    path: Path,
-    images: Sequence[bytes | None],
-    labels: Sequence[Any],
-    names: Sequence[str] | None = None,
-    *,
-    rows_per_group: int = 3,
+    path: Path, images: Sequence[bytes | None], labels: Sequence[Any], names: Any = None, *, rows_per_group: int = 3
 ) -> Path:
     """Write a file as the Hugging Face Hub has them, with the names of a ClassLabel in its metadata."""
     import pyarrow as pa

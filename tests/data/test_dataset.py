@@ -84,10 +84,8 @@ def test_folds_are_a_stratified_partition_of_train_and_val_with_duplicates_toget
 
 def test_images_of_several_sources_keep_their_names_and_pixels_when_joined() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
-    one, other = (
-        full_split(ImageArrays(pixels[:3], "x/train"), [0, 1, 0]),
-        full_split(ImageArrays(pixels[3:], "x/val"), [1, 0]),
-    )
+    one = full_split(ImageArrays(pixels[:3], "x/train"), [0, 1, 0])
+    other = full_split(ImageArrays(pixels[3:], "x/val"), [1, 0])
     joined = join_splits(ConcatSplits({"train": one.take(np.array([2, 0])), "val": other}))
     assert [joined.key(i) for i in range(4)] == ["x/train/2", "x/train/0", "x/val/0", "x/val/1"] == names(joined)
     assert np.array_equal([joined.read(i) for i in range(4)], pixels[[2, 0, 3, 4]])

@@ -154,27 +154,17 @@ def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("size", "want"),
-    [
-        ((40, 31), (40, 31)),
-        ((40, 32), (20, 16)),
-        ((131, 129), (17, 17)),
-        ((4000, 1), (4000, 1)),
-    ],
+    ("size", "want"), [((40, 31), (40, 31)), ((40, 32), (20, 16)), ((131, 129), (17, 17)), ((4000, 1), (4000, 1))]
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_large_jpeg_is_decoded_to_as_much_as_is_enough(
-    tmp_path: Path, enough: int, size: tuple[int, int], want: tuple[int, int], mode: str
-) -> None:
+def test_a_large_jpeg_is_decoded_to_as_much_as_is_enough(tmp_path: Path, enough: int, size, want, mode) -> None:
     rgb = read_image(saved(tmp_path, photograph(*size, mode=mode), "a.jpg", quality=95))
     assert rgb.shape == (want[1], want[0], 3)
     assert min(want) >= min(enough, *size)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_reduced_is_what_shrinking_the_whole_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_reduced_is_what_shrinking_the_whole_gives(tmp_path, monkeypatch, options: dict[str, Any]) -> None:
     path = saved(tmp_path, photograph(256, 192), "a.jpg", quality=95, **options)
     whole = Image.fromarray(read_image(path))
     monkeypatch.setattr(decode, "MIN_REDUCED_SIDE", 48)

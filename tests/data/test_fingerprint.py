@@ -94,9 +94,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("change", ["nothing", "size", "time", "inode"])
-def test_files_are_read_again_only_if_they_changed(
-    old_files: Path, tmp_path: Path, reads: list[str], change: str
-) -> None:
+def test_files_are_read_again_only_if_they_changed(old_files: Path, tmp_path, reads: list[str], change: str) -> None:
     path = old_files / "a" / "000.png"
     first = remembered(old_files, tmp_path / "cache")
     assert len(reads) == 12
@@ -132,9 +130,7 @@ def test_files_that_just_changed_are_not_remembered(make_folder: MakeFolder, tmp
     assert len(reads) == 16
 
 
-def test_digests_that_are_not_used_are_forgotten_first(
-    old_files: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digests_that_are_not_used_are_forgotten_first(old_files: Path, tmp_path: Path, reads, monkeypatch) -> None:
     remembered(old_files, tmp_path / "cache")
     monkeypatch.setattr(images, "MAX_RECORDED", 6)
     few = {"train_per_class": 2, "test_per_class": 1}
@@ -147,9 +143,7 @@ def test_digests_that_are_not_used_are_forgotten_first(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\0" * 64, None])
-def test_a_record_that_cannot_be_read_or_written_is_ignored(
-    old_files: Path, tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_record_that_cannot_be_read_or_written_is_ignored(old_files: Path, tmp_path, content: bytes | None) -> None:
     first = remembered(old_files, tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob("digests-*.bin")
     if content is None:

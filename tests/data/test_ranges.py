@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Compose
+from tests.conftest import Compose, Notes
 from tests.data.samples import folder_spec
 from tests.data.test_decode import png
 from tlcli.data.batches import Preprocessing
@@ -57,9 +57,7 @@ def test_the_plan_says_that_12_bits_in_16_leave_few_levels(tmp_path: Path) -> No
     ],
     ids=["PNG", "TIFF", "negative", "float"],
 )
-def test_an_explicit_range_keeps_all_levels(
-    tmp_path: Path, dtype: type, ending: str, offset: int, scale: float, low: float, high: float
-) -> None:
+def test_an_explicit_range_keeps_all_levels(tmp_path: Path, dtype: type, ending: str, offset, scale, low, high) -> None:
     root = make_scans(tmp_path / "photos", dtype, ending, offset, scale)
     data = load(root, range=(low, high))
     assert f"mapped from {low:g} to {high:g}" in note(data)
@@ -122,11 +120,9 @@ def test_all_readers_use_the_range(tmp_path: Path) -> None:
     root, value_range = make_scans(tmp_path / "photos"), (0.0, 4095.0)
     data = load(root, range=value_range)
     path, want = Path(data.test.name(0)), data.test.read(0)
-    notes: list[str] = []
-    reporter = Reporter()
-    reporter.note = notes.append  # type: ignore[method-assign, assignment]
+    reporter = Notes()
     split = load_evaluation_split(folder_spec(root, range=value_range), None, seed=0, reporter=reporter).split
-    assert "mapped from 0 to 4095" in notes[0]
+    assert "mapped from 0 to 4095" in reporter.notes[0]
     assert np.array_equal(next(split.read(i) for i in range(len(split)) if split.name(i) == str(path)), want)
     assert np.array_equal(images_by_key(folder_spec(root), value_range)[data.test.key(0)](), want)
     assert np.array_equal(pixels_of(path, value_range), want)

@@ -117,9 +117,7 @@ def test_archives_have_the_splits_of_folders(make_folder: MakeFolder, folds: int
         (["one", "two", ".hidden-test"], {"all": 8}),
     ],
 )
-def test_names_of_files_and_folders_say_the_split(
-    make_folder: MakeFolder, form: str, names: list[str], splits: dict[str, int]
-) -> None:
+def test_names_of_files_and_folders_say_the_split(make_folder: MakeFolder, form: str, names: list[str], splits) -> None:
     source = FORMS[form][1](pack(make_folder({"a": 7, "b": 5}), form, names)).load(Reporter())
     assert {name: len(split) for name, split in source.splits.items()} == splits
 
@@ -158,9 +156,7 @@ def test_classes_that_cannot_be_used_are_left_out_by_the_check(tmp_path: Path, p
 
 
 @both_forms
-def test_what_is_known_of_a_shard_is_not_read_again(
-    make_folder: MakeFolder, form: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_known_of_a_shard_is_not_read_again(make_folder: MakeFolder, form: str, cache, monkeypatch) -> None:
     root, spec = pack(make_folder({"a": 6, "b": 6}), form), FORMS[form][1]
     before = load(spec(root), store=Store(cache)).train.fingerprint()
     table = type(everything(spec(root)).images.table)  # type: ignore[attr-defined]
@@ -228,10 +224,8 @@ def test_deep_images_in_shards_have_a_range(tmp_path: Path) -> None:
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(stream.getvalue())
     pack_tar(tmp_path, tmp_path / "tar/all.tar")
-    one, other = (
-        load(folder_spec(tmp_path, range="auto", classes=("a", "b"))),
-        load(tar_spec(tmp_path / "tar", range="auto")),
-    )
+    one = load(folder_spec(tmp_path, range="auto", classes=("a", "b")))
+    other = load(tar_spec(tmp_path / "tar", range="auto"))
     assert one.value_range == other.value_range is not None
     assert [one.train.read(i).max() for i in range(4)] == [other.train.read(i).max() for i in range(4)]
 
@@ -296,6 +290,7 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
+NO_HEADER = "x.tar: cannot read this tar archive (no header and no end mark at byte 4,096)"
 A, B = (("a.jpg", b"image"), ("a.cls", b"cat")), (("b.jpg", b"image"), ("b.txt", b"dog"))
 SOUND = tar_of(*A, *B)
 TARS = {
@@ -314,15 +309,9 @@ TARS = {
     "empty": (b"", "x.tar: cannot read this tar archive (empty file)"),
     "no archive": (b"PK\3\4" + bytes(2000), "x.tar: cannot read this tar archive"),
     "truncated": (SOUND[:1030], "x.tar: cannot read this tar archive"),
-    "without its end": (
-        SOUND[: 8 * 512],
-        "x.tar: cannot read this tar archive (no header and no end mark at byte 4,096)",
-    ),
-    "damaged": (
-        SOUND[:2048] + b"\1" + SOUND[2049:],
-        "x.tar: cannot read this tar archive (no header and no end mark at",
-    ),
-    "two archives": (SOUND + SOUND, "x.tar: cannot read this tar archive (no header and no end mark at byte 4,096)"),
+    "without its end": (SOUND[: 8 * 512], NO_HEADER),
+    "damaged": (SOUND[:2048] + b"\1" + SOUND[2049:], NO_HEADER.removesuffix(" byte 4,096)")),
+    "two archives": (SOUND + SOUND, NO_HEADER),
     "gzip": (b"\x1f\x8b\x08\0" + SOUND, "x.tar: compressed (gzip), so its images cannot be read at random"),
 }
 
@@ -378,11 +367,7 @@ def hugging_face(names: Any) -> dict[str, str]:
 
 TABLES = {
     "no image column": ({"img": [b""], "label": [0]}, {}, "no column 'image' (columns: img, label)."),
-    "no label column": (
-        {"image": [b""], "labels": [0]},
-        {},
-        "no column 'label' (columns: image, labels). Did you mean",
-    ),
+    "no label column": ({"image": [b""], "labels": [0]}, {}, "no column 'label' (columns: image, labels). Did you"),
     "texts for images": ({"image": ["a.jpg"], "label": [0]}, {}, "column 'image' has string, not images"),
     "regression": (image_rows(0.5, 1.5), {}, "x.parquet: the labels are of type double"),
     "several labels": (image_rows([0, 1], [2]), {}, "x.parquet: the labels are of type list"),
@@ -395,18 +380,12 @@ TABLES = {
     "no names": (image_rows(0, 1), hugging_face(None) | {}, ""),
     "not JSON": (image_rows(0, 1), {"huggingface": "{"}, "cannot read the Hugging Face metadata of 'label'"),
     "one class": (image_rows(0, 0), hugging_face(["a", "b"]), "only one class, 'a'"),
-    "no rows": (
-        image_rows(label=pa.array([], pa.int64()), image=pa.array([], pa.binary())),
-        {},
-        "no images in x.parquet",
-    ),
+    "no rows": ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, {}, "no images in x.parquet"),
 }
 
 
 @pytest.mark.parametrize(("columns", "metadata", "words"), TABLES.values(), ids=TABLES)
-def test_a_parquet_file_that_is_refused(
-    columns: dict[str, Any], metadata: dict[str, str], words: str, tmp_path: Path
-) -> None:
+def test_a_parquet_file_that_is_refused(columns: dict[str, Any], metadata: dict[str, str], words, tmp_path) -> None:
     table = pa.table(columns).replace_schema_metadata(metadata)
     parquet.pq.write_table(table, tmp_path / "x.parquet")
     if words:
@@ -429,9 +408,8 @@ def test_a_damaged_row_group_is_of_bad_images(tmp_path: Path, png: bytes) -> Non
     start = place.dictionary_page_offset or place.data_page_offset
     content[start : start + 20] = b"\xff" * 20
     file.write_bytes(content)
-    with pytest.raises(
-        BadImagesError, match=r"4 files do not decode: .*x\.parquet row 4 \(its row group cannot be read"
-    ):
+    words = r"4 files do not decode: .*x\.parquet row 4 \(its row group cannot be read"
+    with pytest.raises(BadImagesError, match=words):
         load(parquet_spec(tmp_path))
 
 
@@ -485,6 +463,5 @@ def test_a_root_without_shards_is_refused(form: str, root: str, tmp_path: Path) 
 def test_pyarrow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "tlcli.data.parquet")
-    refused(
-        parquet_spec(tmp_path).check, 2, "dataset=parquet needs pyarrow: pip install 'tlcli[parquet]'", keeps=tmp_path
-    )
+    words = "dataset=parquet needs pyarrow: pip install 'tlcli[parquet]'"
+    refused(parquet_spec(tmp_path).check, 2, words, keeps=tmp_path)

@@ -91,9 +91,7 @@ def test_what_cannot_be_read_is_not_remembered(root: Path, store: Store) -> None
 
 @pytest.mark.parametrize("preloads", [False, True])
 @pytest.mark.parametrize(("room", "kept"), [(0, 0), (5.5, 5), (14, 14), (100, 20)])
-def test_what_fits_in_memory_is_decoded_once(
-    root: Path, decoded: list[Path], room: float, kept: int, store: Store, preloads: bool
-) -> None:
+def test_what_fits_in_memory_is_decoded_once(root: Path, decoded: list[Path], room, kept, store, preloads) -> None:
     spec = folder_spec(root, ram_gb=room * IMAGE / 1e9)
     first = read_all(load(spec, store))
     data = load(spec, store)

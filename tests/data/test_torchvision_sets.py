@@ -121,9 +121,7 @@ class Named(datasets.VisionDataset):
         ({"targets": [0, 1, 0, 1], "classes": [("tench", "Tinca tinca"), ("ray",)]}, ("tench, Tinca tinca", "ray")),
     ],
 )
-def test_names_of_labels_and_classes(
-    attributes: dict[str, Any], classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_labels_and_classes(attributes: dict[str, Any], classes, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tlcli.data.sources.dataset_class", lambda name: Named)
     monkeypatch.setattr(Named, "__init__", lambda self, root: self.__dict__.update({"root": root, **attributes}))
     source = torchvision_spec("Named", tmp_path).load(Reporter())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from tests.conftest import Compose
+from tests.conftest import Compose, Notes
 from tlcli.data.batches import Preprocessing
 from tlcli.device import ComputeFormat
 from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm, _PixelPrefix
@@ -23,16 +23,6 @@ from tlcli.transfer.cut import Cut, split_frozen
 CPU = torch.device("cpu")
 SMALL = Preprocessing(size=32, fit=Fit.crop, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.4))
 PIXELS = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def cut_of(spec: Compose, *overrides: str) -> Cut:
@@ -237,9 +227,7 @@ def test_what_compiles_gives_the_same_and_is_compiled_once(make, store: Store, r
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_does_not_compile_runs_as_it_is(
-    change, reason: str, dtype: torch.dtype, make, store: Store, resnet18: Cut, compiler
-) -> None:
+def test_what_does_not_compile_runs_as_it_is(change, reason: str, dtype, make, store, resnet18, compiler) -> None:
     """It is not tried again for the next split: it would cost as long again."""
     compiled = compiler(change)
     extractor, plain = make(resnet18, dtype=dtype, compiled=True), make(resnet18, dtype=dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Compose, make_folder
+from tests.conftest import Compose, make_folder, slow
 from tlcli.engine import first_fit
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions, evaluate
@@ -20,13 +20,14 @@ from tlcli.train import NewRun, load_inputs
 
 
 @pytest.fixture
-def load(spec: Compose, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def load(spec: Compose, shapes: Path, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """load("epochs=1"): 60 training images of three classes at 32 px, none of them held out."""
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+    base = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *tiny)
 
     def make(*words: str) -> Inputs:
-        words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *words)
-        return load_inputs(spec(*words), Session(Store(tmp_path / "cache", 1.0), 10**9), Reporter(), NewRun())
+        session = Session(Store(tmp_path / "cache", 1.0), 10**9)
+        return load_inputs(spec(*base, *words), session, Reporter(), NewRun())
 
     return make
 
@@ -39,21 +40,11 @@ def decide(inputs: Inputs) -> Predictions:
     return first_fit.FirstFit(inputs, inputs.workload.first_fit, Reporter()).decide(Reporter())
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(("freeze=last_stages",), id="uncached", marks=pytest.mark.slow),
-        pytest.param(("freeze=head",), id="cached"),
-    ],
-)
+@pytest.mark.parametrize("words", [*slow("freeze=last_stages"), "freeze=head"])  # uncached, and cached
 def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(load, words) -> None:
-    inputs = load(*words)
-    before, whole, fit = (
-        tensors(inputs),
-        inputs.workload,
-        first_fit.FirstFit(inputs, inputs.workload.first_fit, Reporter()),
-    )
-    part = whole.first_fit
+    inputs = load(words)
+    before, whole, part = tensors(inputs), inputs.workload, inputs.workload.first_fit
+    fit = first_fit.FirstFit(inputs, part, Reporter())
     fit.trainer.fit(fit.loader, 1, Reporter())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
     predictions = fit.decide(Reporter())
@@ -153,7 +144,7 @@ def test_rows_of_known_classes_stay_and_new_ones_fit_to_them(load, known: dict[s
     predictions = evaluate(network, inputs.open("train_eval", Reporter()), inputs.device, Reporter(), "")
     for label in range(3):
         of_class = predictions.labels == label
-        assert (predictions.predicted[of_class] == label).double().mean() > 0.8
+        assert (predictions.predicted[of_class] == label).double().mean() > 0.6  # chance is 0.33
 
 
 def test_a_class_without_images_is_an_error_that_offers_dataset_classes(load, known, tmp_path: Path) -> None:

@@ -55,9 +55,8 @@ def test_the_map_is_put_back_at_its_place(fit: Fit, height: int, width: int, top
         size = round(width * scale), round(height * scale)
         drawn = np.asarray(draw_heat_map(Image.fromarray(pixels).resize(size), heat, fit)).astype(int)
         assert drawn.shape[:2] == size[::-1]
-        row, column = (
-            np.argwhere((strength := drawn[..., 0] - drawn[..., 2]) > strength.max() - 12).mean(axis=0) / scale
-        )
+        strength = drawn[..., 0] - drawn[..., 2]
+        row, column = np.argwhere(strength > strength.max() - 12).mean(axis=0) / scale
         assert abs(row - top - 20) < 10 and abs(column - left - 20) < 10, (row, column)
 
 
@@ -93,14 +92,7 @@ def test_it_is_the_formula_of_layer_cam_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [
-        ("test_vit", 6),
-        ("test_vit2", 6),
-        ("test_vit4", 6),
-        ("test_convnext", 3),
-        ("test_maxvit", 3),
-        ("test_mambaout", 3),
-    ],
+    [("test_vit", 6), ("test_vit4", 6), ("test_convnext", 3), ("test_maxvit", 3), ("test_mambaout", 3)],
 )
 def test_kinds_of_networks_have_a_map_that_varies(name: str, side: int) -> None:
     torch.manual_seed(0)
@@ -148,9 +140,7 @@ def patches(n: int, size: int, side: int, random: np.random.Generator) -> tuple[
         ("test_vit2", 96, 16, 600, 12, 0.9),  # mean over its tokens
     ],
 )
-def test_the_maximum_is_in_the_patch(
-    name: str, size: int, cell: int, n: int, epochs: int, share: float, spec: Compose
-) -> None:
+def test_the_maximum_is_in_the_patch(name: str, size: int, cell: int, n: int, epochs: int, share: float, spec) -> None:
     torch.manual_seed(0)
     random, side = np.random.default_rng(0), cell * 5 // 2
     if name == "tf_efficientnet_lite0":

@@ -30,7 +30,7 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 for i in range(n):
                     pixels = random.integers(0, 255, (*side, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{i}.png")
-        own = spec("dataset=imagefolder", f"dataset.root={root}", *words)
+        own = spec("dataset=imagefolder", f"dataset.root={root}", "cache.mode=off", *words)
         monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
         return load_inputs(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
 
@@ -77,9 +77,7 @@ def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_la
         (("backbone.weights=none",), 224, "crop"),
     ],
 )
-def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(
-    words: tuple[str, ...], size: int, fit: str, workload, probed
-) -> None:
+def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(words, size, fit, workload, probed) -> None:
     seen = probed({})
     image, reason = choose_image(workload(*words), Reporter())
     assert (image.size, image.fit, reason, seen) == (size, fit, None, [])

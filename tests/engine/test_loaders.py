@@ -16,9 +16,7 @@ from tlcli.reporter import Reporter
 
 @pytest.mark.parametrize("augment", ["basic", "trivial", "randaugment", "none"])
 @pytest.mark.parametrize(("views", "start"), [(None, 0), (2, 2)])
-def test_changes_on_the_device_are_those_of_the_cpu(
-    spec: Compose, augment: str, views: int | None, start: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_on_the_device_are_those_of_the_cpu(spec: Compose, augment: str, views, start, monkeypatch) -> None:
     words = (f"augment={augment}", *(("augment.erasing=0.9",) if augment != "none" else ()), "batch_size=4")
     wanted = spec(*words, *((f"cache.views={views}",) if views else ()))
     split = coded(11)

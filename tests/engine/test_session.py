@@ -15,7 +15,6 @@ from tlcli.engine import first_fit
 from tlcli.engine.session import Session
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 from tlcli.store import Store
@@ -54,9 +53,8 @@ def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shape
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunDir]:
+def train(tmp_path: Path, no_plots: None) -> Callable[..., RunDir]:
     """train(spec, session): a finished run."""
-    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
     names = (f"run{i}" for i in count())
 
     def run(spec: TrainSpec, session: Session) -> RunDir:
@@ -69,9 +67,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunD
 
 
 @pytest.mark.slow
-def test_runs_of_a_session_give_what_they_give_alone(
-    session: Session, on_shapes, tmp_path: Path, train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_of_a_session_give_what_they_give_alone(session: Session, on_shapes, tmp_path, train, monkeypatch) -> None:
     """The second one reads what the first computed, and fits no second probe."""
     fitted: list[int] = []
     fit = first_fit.fit_probe

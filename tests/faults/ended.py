@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_folder
+from tests.faults.programs import together
 from tests.faults.runs_alike import differences, unreadable
 from tlcli.cli import main, quiet_libraries
 from tlcli.runs.run_dir import RunDir, read_json
@@ -140,19 +141,7 @@ class Forked:
 
 def apart(lines: Callable[..., Iterable[str]], *arguments: Path) -> list[str]:
     """Call a function in a forked process and return its result."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, json.dumps(list(lines(*arguments))).encode()[:60_000])
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        content = pipe.read()
-    os.waitpid(pid, 0)
-    found: list[str] = json.loads(content)
-    return found
+    return together(lambda number, wait: list(lines(*arguments)), 1)[0]
 
 
 def import_torch() -> None:

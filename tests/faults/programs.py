@@ -1,11 +1,13 @@
-"""Start the programs beside this file in an interpreter of their own; how often they try, and where they may mount."""
+"""Start the programs beside this file in an interpreter of their own, or a function in several forked processes; how
+often they try, and where they may mount."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,19 @@ def output(module: str, *words: object, before: Sequence[str] = (), **environmen
 def program(module: str, *words: object, **environment: str) -> Any:
     """Return the output of one of them, which is JSON."""
     return json.loads(output(module, *words, **environment))
+
+
+def together(work: Callable[[int, Callable[[], object]], Any], n: int, timeout: float = 300) -> list[Any]:
+    """Return the results of n processes. Each gets its number, and a function that waits for all of them."""
+    fork = multiprocessing.get_context("fork")
+    gate, results = fork.Barrier(n, timeout=timeout), fork.Queue()
+    members = [fork.Process(target=lambda number=number: results.put(work(number, gate.wait))) for number in range(n)]
+    for member in members:
+        member.start()
+    found = [results.get(timeout=timeout) for _ in members]
+    for member in members:
+        member.join()
+    return found
 
 
 def scale(quick: int, full: int) -> int:

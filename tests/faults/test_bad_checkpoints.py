@@ -117,17 +117,13 @@ def test_other_precisions_are_taken(dtype: torch.dtype, state: dict[str, Tensor]
         ({"classes": ["ant", "bee"]}, "does not fit test_resnet with 2 classes"),
     ],
 )
-def test_a_checkpoint_of_another_network(
-    change: dict[str, Any], words: str, run: RunDir, state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_network(change: dict[str, Any], words: str, run: RunDir, state, tmp_path) -> None:
     run.best_checkpoint.write_bytes(save(state, metadata={"tlcli": json.dumps({**METADATA, **change})}))
     refused(lambda: load_run(run.path), 2, words, keeps=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{a: '('}", "{a: 3}", "&x {a: *x}", "!!python/object/apply:os.getcwd []"])
-def test_a_config_that_does_not_describe_the_network(
-    text: str, run: RunDir, state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_config_that_does_not_describe_the_network(text: str, run: RunDir, state, tmp_path) -> None:
     run.config_file.write_text(f"backbone:\n  head: fc\n  stages: {text}\n")
     words = "is not a regular expression" if "(" in text else "config.yaml: does not describe the backbone"
     claims = json.dumps({**METADATA, "backbone": "resnet18", "backbone_kind": "torchvision"})
@@ -159,9 +155,7 @@ def test_weights_that_are_not_there(make: Callable[[Path], None], words: str, tm
         ({"keys": [1, 2, 3]}, {}),
     ],
 )
-def test_predictions_that_do_not_hang_together(
-    changes: dict[str, Any], tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_predictions_that_do_not_hang_together(changes: dict[str, Any], tensors: dict[str, Tensor], tmp_path) -> None:
     own = {"classes": SOME.classes, "keys": list(SOME.keys), "names": SOME.names}
     file = tmp_path / "p.safetensors"
     metadata = {"tlcli": json.dumps({**own, **changes})}

@@ -1,7 +1,7 @@
 """Third-party config files: what would read a secret, run code, or never end is refused before anything is written."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,13 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from tests.cli.conftest import Ended, finished, runs_in
+from tests.cli.conftest import Ended, Tlcli, finished, runs_in
 from tests.faults.refusals import refused, tree, untouched, yaml_bomb
 from tlcli.cli.compose import compose_config, load_spec, parse_flags
 from tlcli.cli.trust import check_folder
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 
-Tlcli = Callable[..., Ended]
 SECRET = "s3cret-value"
 FUNCTION = " is refused: a function that a file calls "
 OF_HYDRA = " is refused: of Hydra's own settings a file may give the choice of hydra/launcher"
@@ -92,9 +91,7 @@ EXPERIMENTS: dict[str | bytes, str] = {
 
 
 @pytest.mark.parametrize("text", EXPERIMENTS, ids=range(len(EXPERIMENTS)))
-def test_an_experiment_is_refused_in_one_line(
-    text: str | bytes, tlcli: Tlcli, training: Any, tmp_path: Path, leak: list[str]
-) -> None:
+def test_an_experiment_is_refused_in_one_line(text: str | bytes, tlcli: Tlcli, training: Any, tmp_path, leak) -> None:
     training(lambda spec, run, reporter: pytest.fail("training began"))
     write(tmp_path, text)
     with untouched(tmp_path):
@@ -112,9 +109,7 @@ def test_an_experiment_is_refused_in_one_line(
         ("experiment/y.yaml", "hydra: {sweep: {dir: elsewhere}}"),
     ],
 )
-def test_a_file_that_no_word_names_cannot_change_how_hydra_runs(
-    name: str, text: str, tlcli: Tlcli, training: Any, tmp_path: Path
-) -> None:
+def test_a_file_that_no_word_names_cannot_change_how_hydra_runs(name: str, text, tlcli, training, tmp_path) -> None:
     training(lambda spec, run, reporter: pytest.fail("training began"))
     write(tmp_path, "epochs: 2\n")
     write(tmp_path, text, name)
@@ -137,9 +132,7 @@ def test_a_file_may_choose_a_launcher_and_give_its_numbers(text: str, tmp_path: 
     check_folder(tmp_path / "mine")
 
 
-def test_typed_references_are_followed_and_so_are_those_within_a_file(
-    tlcli: Tlcli, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_typed_references_are_followed_and_so_are_those_within_a_file(tlcli, training, tmp_path, monkeypatch) -> None:
     training(finished)
     monkeypatch.setenv("WHO", "me")
     write(tmp_path, "out: runs-${seed}\n")

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Ended
+from tests.cli.conftest import Ended, Tlcli
 from tests.faults.refusals import tree, untouched
 from tlcli.runs.run_dir import RunDir
-
-Tlcli = Callable[..., Ended]
 
 
 @pytest.fixture

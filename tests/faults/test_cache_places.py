@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import TINY, slow
 from tests.faults.programs import UNSHARE, can_mount
 from tlcli.cli import main
 from tlcli.engine.session import Session
@@ -22,7 +23,7 @@ from tlcli.store import Store
 ROOT = Path(__file__).parents[2]
 WORDS = (
     *("dataset=imagefolder", "image.size=32", "epochs=1", "freeze=head", "device.precision=fp32"),
-    *("device.channels_last=true", "device.workers=0"),
+    *("device.channels_last=true", "device.workers=0", *TINY),
 )
 
 
@@ -64,10 +65,8 @@ def live(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return run(tmp_path_factory.mktemp("live") / "unused", shapes, "cache.mode=off")
 
 
-@pytest.mark.parametrize("path", ["file", *(pytest.param(p, marks=pytest.mark.slow) for p in ("file/cache", "link"))])
-def test_a_cache_that_cannot_be_a_folder_means_uncached_and_one_line(
-    path: str, live: Ended, shapes: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("path", ["file", *slow("file/cache", "link")])
+def test_a_cache_that_cannot_be_a_folder_means_uncached_and_one_line(path: str, live: Ended, shapes, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "file" / "nowhere")
     ended = run(tmp_path / path, shapes, out=tmp_path / "run")
@@ -78,7 +77,7 @@ def test_a_cache_that_cannot_be_a_folder_means_uncached_and_one_line(
     assert ended.test == live.test
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, *slow(99)])
 def test_an_entry_that_is_removed_when_it_was_found_is_filled_once_more_or_means_uncached(
     times: int, live: Ended, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

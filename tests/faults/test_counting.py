@@ -1,8 +1,8 @@
 """Every image counts once: in evaluation and in an epoch, live and cached, and in the mean over accumulated batches.
-And what must not matter does not: workers, progress bars, and runs that begin in the same second."""
+And what must not matter does not: workers and progress bars."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.cli.test_predict import Terminal
-from tests.conftest import Compose, finish
-from tests.faults.programs import program
+from tests.conftest import TINY, Compose, finish, slow
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.images import ImageArrays, Split
 from tlcli.device import Device
@@ -91,10 +90,8 @@ KINDS_OF_FEED = {"live": live, "cached": cached}
 
 
 @pytest.mark.parametrize("feed", KINDS_OF_FEED.values(), ids=KINDS_OF_FEED)
-@pytest.mark.parametrize("sizes", [SOME, pytest.param(range(1, 258), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_every_image_counts_once_whatever_the_sizes(
-    feed: Callable[[Split, int], BatchLoader], sizes: Iterable[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("sizes", [SOME, *slow(range(1, 258))], ids=["some", "all"])
+def test_every_image_counts_once_whatever_the_sizes(feed, sizes, monkeypatch) -> None:
     """Most of the time the batches do not divide the images."""
     monkeypatch.setattr(loaders, "READ_ROWS", 1)  # else they are all read at once
     for n in sizes:
@@ -157,10 +154,7 @@ class Exact:
 def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides: str) -> tuple[dict[str, Tensor], int]:
     """Return the weights after two epochs, and the number of steps."""
     network = Small()
-    stages = (
-        Stage("body", frozenset({"body.weight", "body.bias"})),
-        Stage("head", frozenset({"head.weight", "head.bias"})),
-    )
+    stages = tuple(Stage(name, frozenset({f"{name}.weight", f"{name}.bias"})) for name in ("body", "head"))
     model = Classifier("small", network, ("head",), stages, 1, (0.0,) * 3, (1.0,) * 3, CLASSES)
     own = spec(f"batch_size={batch_size}", f"accumulate={accumulate}", "epochs=2", "device.precision=fp32", *overrides)
     trainer = trainer_for(own, model, (n // 3, n // 3, n - 2 * (n // 3)))
@@ -178,9 +172,7 @@ def trained(spec: Compose, n: int, batch_size: int, accumulate: int, *overrides:
         (7, 2, 4, ("optimizer=adamw", "clip_grad=0.1")),
     ],
 )
-def test_accumulated_batches_are_the_large_batch(
-    n: int, batch_size: int, accumulate: int, overrides: tuple[str, ...], spec: Compose
-) -> None:
+def test_accumulated_batches_are_the_large_batch(n: int, batch_size: int, accumulate: int, overrides, spec) -> None:
     """A last group that is short, of one batch or more, and whose last batch is short, included."""
     words = ("label_smoothing=0.1", "optimizer.lr=0.1", *overrides)
     once, steps = trained(spec, n, batch_size * accumulate, 1, *words)
@@ -195,12 +187,6 @@ def test_accumulated_batches_are_the_large_batch(
 # -- what must not matter
 
 
-def test_fifty_runs_that_begin_at_once_have_fifty_directories(tmp_path: Path) -> None:
-    found = program("filling", "folders", tmp_path, 50)
-    assert set(found) == {path.name for path in (tmp_path / "2026-11-24").iterdir()}
-    assert set(found) == {"10-15-00", *(f"10-15-00-{number}" for number in range(2, 51))}
-
-
 def weights(out: Path, shapes: Path, *words: str, stdout: io.StringIO | None = None) -> tuple[bytes, dict[str, Any]]:
     """Return the last checkpoint and test.json of a run with its own cache."""
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", *EXACT, *words)
@@ -213,7 +199,7 @@ def weights(out: Path, shapes: Path, *words: str, stdout: io.StringIO | None = N
     return (out / "checkpoints/last.safetensors").read_bytes(), read_json(out / "test.json")
 
 
-EXACT = ("device.precision=fp32", "device.channels_last=true", "freeze.head_init=random")
+EXACT = ("device.precision=fp32", "device.channels_last=true", "freeze.head_init=random", *TINY)
 KINDS = {"live": ("freeze=none", "augment=basic", "cache.mode=off"), "cached": ("freeze=head",)}
 
 

@@ -168,9 +168,8 @@ def read_manifest(content: bytes) -> None:
     spec = manifest_spec(file_of(content, "labels.csv"))
     listing = list_manifest(spec.file, spec.root, spec.classes)
     for rows in listing.splits.values():
-        assert all(
-            (place() / path).is_file() and 0 <= label < len(listing.classes) for path, label in zip(*rows, strict=True)
-        )
+        for path, label in zip(*rows, strict=True):
+            assert (place() / path).is_file() and 0 <= label < len(listing.classes)
 
 
 def read_pixels(content: bytes) -> None:
@@ -252,9 +251,7 @@ TRIED: dict[str, tuple[Callable[[bytes], None], st.SearchStrategy[bytes]]] = {
     "how_often", [pytest.param(FEW, id="few"), pytest.param(MANY, marks=pytest.mark.slow, id="many")]
 )
 @pytest.mark.parametrize("name", TRIED)
-def test_any_bytes_are_read_or_refused_in_one_line(
-    name: str, how_often: settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_bytes_are_read_or_refused_in_one_line(name: str, how_often: settings, monkeypatch) -> None:
     # what says that it has more pixels is not unpacked, so that an example takes milliseconds
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
     reads, examples = TRIED[name]

@@ -22,7 +22,6 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs import checkpointing
 from tlcli.runs.checkpointing import CheckpointManager, load_state
-from tlcli.runs.recorder import Recorder
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.transfer.contract import FreezeContract
 
@@ -34,9 +33,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, no_plots: None) -> None:
     """No plots, and a checkpoint after every epoch."""
-    monkeypatch.setattr(Recorder, "_plot", lambda *args: None)
     monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
 
 
@@ -59,8 +57,8 @@ def stopped_after(step: int, exc: type[BaseException]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def words(shapes: Path) -> tuple[str, ...]:
-    return ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=3", "batch_size=8")
+def words(shapes: Path, tiny: tuple[str, ...]) -> tuple[str, ...]:
+    return ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=3", "batch_size=8", *tiny)
 
 
 @pytest.fixture
@@ -132,16 +130,12 @@ LIVE = ("device.precision=fp32", "cache.mode=off", "backbone.dropout=0.3")
         pytest.param(("freeze=head", "sampler=balanced", "ema=0.5"), [(3, KeyboardInterrupt)], id="balanced"),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_end(
-    disturbed: Run, whole: Run, own: tuple[str, ...], stops: list[Stop]
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_end(disturbed: Run, whole: Run, own: tuple[str, ...], stops) -> None:
     assert list(differences(whole(*own), disturbed(*own, stops=stops))) == []
 
 
 @pytest.mark.slow
-def test_a_run_without_validation_images_goes_on_to_the_same_end(
-    disturbed: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_validation_images_goes_on_to_the_same_end(disturbed: Run, whole: Run, monkeypatch) -> None:
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
     monkeypatch.setattr("tlcli.engine.first_fit.SHARES", (0.5,))
     own, first_fit = ("freeze=head", "epochs=2"), 2 * 6  # steps of 48 images
@@ -155,9 +149,7 @@ def test_a_run_without_validation_images_goes_on_to_the_same_end(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["load_best", "verify"])
-def test_weights_are_interpolated_once(
-    method: str, disturbed: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_interpolated_once(method: str, disturbed: Run, whole: Run, tmp_path, monkeypatch) -> None:
     """A run that is killed before or after its last weights are replaced replaces them once."""
     own = ("freeze=head", "epochs=1", "interpolate=0.5")
     owners = {"load_best": CheckpointManager, "verify": FreezeContract}
@@ -178,20 +170,11 @@ def test_the_epochs_of_two_fits_cannot_change(whole: Run, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_choice_of_image_and_epochs(
-    disturbed: Run, whole: Run, spec: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_its_choice_of_image_and_epochs(disturbed: Run, whole: Run, spec: Compose, monkeypatch) -> None:
     chosen = iter([spec("image.size=40", "image.fit=squash", "image.train_size=32").image] * 2)  # one per new run
     monkeypatch.setattr("tlcli.train.choose_image", lambda *args: (next(chosen), "the reason"))
-    own = (
-        *LIVE,
-        "freeze=last_stages",
-        "augment=basic",
-        "image.size=null",
-        "epochs=null",
-        "min_epochs=1",
-        "min_steps=8",
-    )
+    steps = ("epochs=null", "min_epochs=1", "min_steps=8")
+    own = (*LIVE, "freeze=last_stages", "augment=basic", "image.size=null", *steps)
     ends = whole(*own), disturbed(*own, stops=[(9, KeyboardInterrupt)])
     assert list(differences(*ends)) == []
     for run in map(RunDir, ends):
@@ -200,9 +183,7 @@ def test_a_run_keeps_its_choice_of_image_and_epochs(
         assert run.info["decisions"]["reasons"]["image"] == "the reason"
 
 
-def test_a_run_that_ended_as_it_began_can_go_on(
-    tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ended_as_it_began_can_go_on(tmp_path, words: tuple[str, ...], monkeypatch) -> None:
     start = RunDir.start
 
     def killed(run: RunDir, **arguments: Any) -> None:
@@ -289,9 +270,7 @@ def disturbed_in_ranks(out: Path, sizes: tuple[int, int], stops: Stop, *words: s
         for size, case in [*((2, case) for case in RANKED), (3, RANKED[9])]  # of three some have fewer images
     ],
 )
-def test_several_processes_go_on_exactly(
-    size: int, own: list[str], stop: str, words: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_several_processes_go_on_exactly(size: int, own: list[str], stop: str, words, tmp_path) -> None:
     steps = 4 if "accumulate=2" in own else STEPS_PER_EPOCH
     stops: Stop = (steps + 2, KeyboardInterrupt) if stop == "within" else (2 * steps + 1, Killed)
     assert train_in_ranks(size, [f"hydra.run.dir='{tmp_path / 'whole'}'", *words, *own], tmp_path)[0] == 0
@@ -310,16 +289,17 @@ def test_another_number_of_processes_is_noted(words: tuple[str, ...], tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped_once(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> Path:
     """Return a run on its own images, interrupted in its second epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     for split, n in (("train", 20), ("test", 4)):
         make_folder(folder / "images" / split, {"across": n, "checks": n}, seed=n)
     argv = ["train", f"hydra.run.dir='{folder / 'run'}'", "dataset=imagefolder", f"dataset.root='{folder / 'images'}'"]
+    argv += [*tiny, "image.size=32", "batch_size=8", "epochs=3", "freeze=head", "log_every=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
         with stopped_after(7, KeyboardInterrupt):
-            assert main([*argv, "image.size=32", "batch_size=8", "epochs=3", "freeze=head", "log_every=1"]) == 130
+            assert main(argv) == 130
     return folder
 
 
@@ -355,9 +335,7 @@ def test_metrics_have_each_epoch_once_with_more_epochs_and_images_that_moved(sto
         ("epochs=2", "cannot change epochs=2, less than 3"),
     ],
 )
-def test_what_makes_another_run_is_refused(
-    stopped: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
-) -> None:
+def test_what_makes_another_run_is_refused(stopped: Path, capsys, word: str, said: str) -> None:
     before = (stopped / "run.json").read_bytes()
     assert main(["train", "--resume", str(stopped), word]) == 2
     error = capsys.readouterr().err
@@ -391,9 +369,7 @@ def test_a_damaged_state_is_one_line_that_says_what_to_do(stopped: Path, capsys:
     assert [row["epoch"] for row in rows(RunDir(stopped)) if row["split"] == "val"] == [0, 1, 2, 3]
 
 
-def test_the_number_of_threads_is_taken_over_and_another_torch_is_noted(
-    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_threads_is_taken_over_and_another_torch_is_noted(stopped: Path, capsys, monkeypatch) -> None:
     before, state = torch.get_num_threads(), stopped / "checkpoints/state.safetensors"
     assert load_state(state)["machine"]["threads"] == before
     monkeypatch.setattr(torch, "__version__", "9.9.9")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conftest import Compose, freeze_words
+from tests.conftest import Compose, freeze_words, slow
 from tests.faults.programs import scale
 from tlcli.cli.conf_files import conf_dir
 from tlcli.models.build import build_model
@@ -15,8 +15,8 @@ from tlcli.models.classifier import Classifier
 from tlcli.specs import options
 from tlcli.transfer.contract import apply_freeze, parameter_groups
 
-BACKBONES = sorted(path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml"))
-QUICK = {"efficientnet_lite0", "timm"}
+QUICK = ("efficientnet_lite0", "timm")
+OTHERS = sorted({path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml")} - {*QUICK})
 FIXED_SIZES = {"vit_b_16": 32, "vit_little": 32, "vit_base_dinov2": 28, "eva02_small": 28}  # small ones
 CLASSES = ("ant", "bee", "cat")
 TIMM_FAMILIES = ["vit_tiny_patch16_224", "convnextv2_atto", "deit_tiny_distilled_patch16_224", "levit_128s"]
@@ -29,13 +29,7 @@ def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None)
     return build_model(backbone, CLASSES, size=size, seed=0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in (*BACKBONES, *(f"timm {name}" for name in TIMM_FAMILIES))
-    ],
-)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*OTHERS, *(f"timm {name}" for name in TIMM_FAMILIES))])
 def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: str) -> None:
     model = model_of(spec, name)
     names = [n for stage in model.stages for n in stage.tensors]
@@ -50,9 +44,7 @@ def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: s
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BACKBONES]
-)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*OTHERS)])
 def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
     """Through some steps (50 with TLCLI_FAULTS=full) under each strategy, with momentum and weight decay: what takes no
     gradient, and the statistics of the modules that have nothing else to train."""
@@ -70,7 +62,7 @@ def test_frozen_tensors_keep_their_bits(spec: Compose, name: str) -> None:
         before = {n: t.clone() for n, t in model.network.state_dict().items()}
         optimizer = own.optimizer.build(parameter_groups(own.optimizer, model))
         contract.train_mode()
-        for _ in range(scale(3 if name in QUICK else 1, 50)):
+        for _ in range(scale(2 if name in QUICK else 1, 50)):
             optimizer.zero_grad()
             F.cross_entropy(model.network(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 0])).backward()
             optimizer.step()
@@ -93,12 +85,8 @@ def frozen_names(model: Classifier) -> set[str]:
 
 def test_backbone_size_is_that_of_images_unless_they_have_one(spec: Compose) -> None:
     words = ("timm vit_tiny_patch16_224", "backbone.size=64")
-    assert [
-        (m.size, m.network.patch_embed.img_size) for m in (model_of(spec, *words), model_of(spec, *words, size=32))
-    ] == [
-        (64, (64, 64)),
-        (64, (32, 32)),
-    ]
+    models = model_of(spec, *words), model_of(spec, *words, size=32)
+    assert [(m.size, m.network.patch_embed.img_size) for m in models] == [(64, (64, 64)), (64, (32, 32))]
     assert spec("backbone=vit_base_dinov2").backbone.size == 224
 
 

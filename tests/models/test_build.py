@@ -22,13 +22,7 @@ RESNET = ("backbone=resnet18",)
 
 
 def build(
-    spec: Compose,
-    weights: str | Path,
-    *overrides: str,
-    backbone: tuple[str, ...] = SMALL,
-    size: int | None = None,
-    classes: tuple[str, ...] = CLASSES,
-    seed: int = 1,
+    spec: Compose, weights: str | Path, *overrides: str, backbone=SMALL, size=None, classes=CLASSES, seed=1
 ) -> Classifier:
     words = (*backbone, f"backbone.weights='{weights}'", *overrides)
     return build_model(spec(*words).backbone, classes, size=size, seed=seed)
@@ -79,9 +73,7 @@ def test_other_classes_replace_the_head_and_say_so(spec: Compose, run: Path, sou
         (("cat", "ant"), (0, 1), ("bee",), "head: the weights know 2 of the 2 classes"),
     ],
 )
-def test_rows_of_known_classes_are_loaded_by_name(
-    spec: Compose, run: Path, source: Classifier, classes: tuple[str, ...], known: tuple[int, ...], lost, note: str
-) -> None:
+def test_rows_of_known_classes_are_loaded_by_name(spec: Compose, run: Path, source, classes, known, lost, note) -> None:
     model, head = build(spec, run, classes=classes), source.network.fc
     assert (model.known_rows, model.lost_classes) == (known, lost) and note in model.notes
     assert same_body(model, source) and not model.head_loaded

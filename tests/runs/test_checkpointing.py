@@ -9,32 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
+from tests.conftest import slow
 from tlcli.cli import main
-from tlcli.models.tensorfile import write_tensors
-from tlcli.runs import checkpointing, recorder
-from tlcli.runs.checkpointing import load_state, trainable_state
+from tlcli.runs import checkpointing
+from tlcli.runs.checkpointing import load_state
 from tlcli.runs.run_dir import read_json
-
-
-def test_weights_of_an_earlier_epoch_are_written_when_the_network_has_moved_on(tmp_path: Path) -> None:
-    """The parameters that train and the buffers are copied."""
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    network[0].requires_grad_(False)
-    wanted = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    taken = {name: tensor.clone() for name, tensor in trainable_state(network).items()}
-    assert wanted.keys() - taken.keys() == {"0.weight", "0.bias"}
-    with torch.no_grad():
-        for tensor in trainable_state(network).values():
-            tensor.add_(1)
-    write_tensors(tmp_path / "then.safetensors", {**network.state_dict(), **taken}, {"epoch": 3})
-    write_tensors(tmp_path / "now.safetensors", network.state_dict(), {"epoch": 4})
-    then, now = (load_file(tmp_path / f"{name}.safetensors") for name in ("then", "now"))
-    assert then.keys() == now.keys() == wanted.keys()
-    assert all(torch.equal(then[name], wanted[name]) for name in wanted)
-    assert all(torch.equal(now[name], tensor) for name, tensor in network.state_dict().items())
-    assert {path.name for path in tmp_path.iterdir()} == {"then.safetensors", "now.safetensors"}
 
 
 def epoch_of(checkpoint: Path) -> int:
@@ -47,12 +27,11 @@ WORDS = ("image.size=32", "device.precision=fp32", "freeze=head", "optimizer=sgd
 
 
 @pytest.fixture
-def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> Callable[..., Path]:
     """Return a run whose epochs are shorter than the writing of a checkpoint, which may take `share` of the time."""
 
     def run(share: float, *overrides: str) -> Path:
         written: list[Any] = []
-        monkeypatch.setattr(recorder.Recorder, "_plot", lambda *args: None)
         monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", share)
         save = checkpointing.write_tensors
         with monkeypatch.context() as patch:
@@ -82,10 +61,8 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(quick: Callable[...
     assert state["trainer"]["step"] == other_state["trainer"]["step"]
 
 
-@pytest.mark.parametrize("links", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_last_is_best_where_the_last_epoch_was(
-    quick: Callable[..., Path], links: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("links", [True, *slow(False)])
+def test_last_is_best_where_the_last_epoch_was(quick: Callable[..., Path], links: bool, monkeypatch) -> None:
     """One file of two names; two files with the same weights where the file system has no such names."""
     if not links:
         monkeypatch.setattr(checkpointing, "replace_with_hardlink", lambda path, name: False)

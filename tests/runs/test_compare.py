@@ -16,14 +16,7 @@ CLASSES = ("ant", "bee", "fly")
 
 
 def make_run(
-    path: Path,
-    said: Sequence[int],
-    true: Sequence[int],
-    *,
-    classes: Sequence[str] = CLASSES,
-    keys: Sequence[str] | None = None,
-    predictions: bool = True,
-    **config: object,
+    path: Path, said: Sequence[int], true: Sequence[int], *, classes=CLASSES, keys=None, predictions=True, **config
 ) -> Path:
     """Write the files of a finished run that a comparison reads."""
     run = RunDir(path)
@@ -86,10 +79,8 @@ def test_no_paired_test_if_the_test_sets_differ(tmp_path: Path, other: dict[str,
 
 
 def test_seeds_of_one_configuration(tmp_path: Path) -> None:
-    true = [0] * 10
-    runs = [
-        make_run(tmp_path / str(seed), [0] * n + [1] * (10 - n), true, seed=seed) for seed, n in enumerate((7, 8, 9))
-    ]
+    true, said = [0] * 10, [[0] * n + [1] * (10 - n) for n in (7, 8, 9)]
+    runs = [make_run(tmp_path / str(seed), said[seed], true, seed=seed) for seed in range(3)]
     other = make_run(tmp_path / "other", [0] * 10, true, freeze={"kind": "none"})
     [group] = compare([*runs, other])["seeds"]
     assert group["runs"] == list(map(str, runs))

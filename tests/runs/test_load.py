@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 import tlcli
-from tests.conftest import finish
+from tests.conftest import TINY, finish, slow
 from tlcli.errors import UsageError
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
 
 BACKBONES = {
     "lite": ("backbone=efficientnet_lite0",),
-    "torchvision": ("backbone=resnet18", "epochs=4", "keep_best=loss"),
-    "timm": ("backbone=timm", "backbone.name=mobilenetv3_small_050"),
+    "torchvision": ("backbone=mobilenet_v3_small", "epochs=4", "keep_best=loss"),
+    "timm": TINY,
     "vit": ("backbone=timm", "backbone.name=vit_tiny_patch16_224"),
 }
 EXACT = ("device.precision=fp32", "cache.mode=off")
@@ -45,12 +45,8 @@ def run(trained: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained("torchvision"), tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    "kind", ["torchvision", "timm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lite", "vit"))]
-)
-def test_the_loaded_network_gives_the_logits_of_the_test(
-    kind: str, trained: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["torchvision", "timm", *slow("lite", "vit")])
+def test_the_loaded_network_gives_the_logits_of_the_test(kind: str, trained, monkeypatch) -> None:
     path = trained(kind)
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("it asked the network"))
     loaded = load_run(path)

@@ -66,9 +66,7 @@ def report_run(reporter: Reporter) -> None:
     reporter.outcome(RUN, RESULT)
 
 
-def test_a_logger_gets_plan_metrics_and_result(
-    chosen: TrainSpec, tracker: Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_logger_gets_plan_metrics_and_result(chosen: TrainSpec, tracker: Mock, monkeypatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     shown = Mock(spec=Reporter)
     with logged_run(chosen, RUN, shown) as reporter:
@@ -96,9 +94,7 @@ def test_the_end_of_a_run_is_logged(chosen: TrainSpec, tracker: Mock, error: Bas
 
 @pytest.mark.parametrize(("raising", "calls"), [("start", 1), ("log", 2)])
 @pytest.mark.parametrize("error", [ConnectionError("the server is down\nand more lines"), RuntimeError()])
-def test_a_logger_that_fails_is_a_note_and_then_off(
-    chosen: TrainSpec, tracker: Mock, raising: str, calls: int, error: Exception
-) -> None:
+def test_a_logger_that_fails_is_a_note_and_then_off(chosen: TrainSpec, tracker: Mock, raising, calls, error) -> None:
     getattr(tracker, raising).side_effect = error
     shown = Mock(spec=Reporter)
     with logged_run(chosen, RUN, shown) as reporter:
@@ -109,9 +105,7 @@ def test_a_logger_that_fails_is_a_note_and_then_off(
     assert (shown.note.call_count, len(tracker.mock_calls)) == (1, calls)
 
 
-def test_a_missing_package_ends_a_command_before_it_leaves_anything(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_package_ends_a_command_before_it_leaves_anything(shapes, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     for kind in ("tensorboard", "mlflow", "wandb"):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 
-from tests.cli.conftest import Ended, root_logger, tlcli  # noqa: F401 - fixtures
+from tests.cli.conftest import Tlcli, root_logger, tlcli  # noqa: F401 - fixtures
 from tlcli.runs.run_dir import open_run
-
-Tlcli = Callable[..., Ended]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tlcli.data.images import ImageArrays, Split
-from tlcli.runs.plots import DPI, GAP, THUMBNAIL, TITLE, plot_confusion, plot_curves, plot_samples
+from tlcli.runs.plots import GAP, THUMBNAIL, TITLE, plot_samples
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -38,21 +38,3 @@ def test_samples_are_in_their_places_with_a_title_above(tmp_path: Path, n: int, 
     wrong = [bool(predicted[i]) for i in shown]
     assert wrong == sorted(wrong, reverse=True)  # the wrong ones first
     assert sum(wrong) >= min(n // 2, 8)
-
-
-def test_curves_and_confusion(tmp_path: Path) -> None:
-    rows = [
-        {"split": split, "epoch": epoch, "loss": 1 / (1 + epoch), "accuracy": 1 - 1 / (2 + epoch)}
-        for split in ("train", "val")
-        for epoch in range(4)
-    ]
-    plot_curves(rows, 3, tmp_path / "curves.png")
-    curves = pixels(tmp_path / "curves.png")
-    assert curves.shape == (round(3.6 * DPI), 9 * DPI, 3)
-    assert ((curves - [0x1F, 0x5F, 0xA5]) == 0).all(axis=2).any(), "no blue line"
-    report = {"confusion": [[9, 1], [0, 10]], "classes": ["a", "b"], "n": 20}
-    plot_confusion(report, tmp_path / "confusion.png")
-    matrix = pixels(tmp_path / "confusion.png")
-    dark, light = matrix.reshape(-1, 3).min(axis=0), matrix.reshape(-1, 3).max(axis=0)
-    assert (dark < 60).all()
-    assert (light == 255).all()

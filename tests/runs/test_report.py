@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from tlcli.engine.metrics import Predictions
 from tlcli.engine.metrics import test_report as figures_of
@@ -149,13 +147,19 @@ OTHER_TYPES: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize("file", ["run.json", "test.json"])
-def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw_only(draw: Callable[[Any], None], *sizes: object) -> tuple[str, str]:  # writing SVG takes most of the time
+@pytest.fixture
+def no_svg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw charts without writing them, which takes most of the time."""
+
+    def draw_only(draw: Callable[[Any], None], *sizes: object) -> tuple[str, str]:
         draw(Figure().add_axes((0, 0, 1, 1)))
         return "<svg/>", "<svg/>"
 
     monkeypatch.setattr(plots, "svg", draw_only)
+
+
+@pytest.mark.parametrize("file", ["run.json", "test.json"])
+def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, no_svg: None) -> None:
     run = make_run(tmp_path, n=12)
     whole = json.loads((tmp_path / file).read_text())
     damaged = [{**whole, key: OTHER_TYPES[n % len(OTHER_TYPES)]} for n, key in enumerate(whole)]
@@ -165,7 +169,7 @@ def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, monkeypa
 
 
 @pytest.mark.slow
-def test_cross_validation_is_shown_without_values_of_another_type(tmp_path: Path) -> None:
+def test_cross_validation_is_shown_without_values_of_another_type(tmp_path: Path, no_svg: None) -> None:
     run = make_run(tmp_path, n=12)
     test = json.loads(run.test_file.read_text())
     folds = {"folds": 2, "fold_accuracies": [0.5, 0.7], "mean": 0.6, "standard_deviation": 0.1}
@@ -180,7 +184,7 @@ def test_cross_validation_is_shown_without_values_of_another_type(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff", '{"loss": NaN, "split": "val", "epoch": 1}'])
-def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
+def test_damaged_files_are_left_out(tmp_path: Path, content: str, no_svg: None) -> None:
     run = make_run(tmp_path)
     for file in (run.test_file, run.metrics_file, run.config_file, run.test_predictions):
         file.write_text(content, encoding="utf-8")
@@ -192,7 +196,7 @@ def test_damaged_files_are_left_out(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:A single label:UserWarning")  # scikit-learn's, of the figures of one class
 @pytest.mark.parametrize("n", [1, 2, 41, 110])
-def test_any_number_of_classes(tmp_path: Path, n: int) -> None:
+def test_any_number_of_classes(tmp_path: Path, n: int, no_svg: None) -> None:
     classes = tuple(f"class {i}" for i in range(n))
     run = make_run(tmp_path, classes, n=3 * n + 10)
     page, view, test = drawn(run), run_view(run, {}), json.loads(run.test_file.read_text())
@@ -207,7 +211,7 @@ def test_any_number_of_classes(tmp_path: Path, n: int) -> None:
         assert np.array_equal(np.asarray(image)[..., 3] > 0, counts > 0)  # one pixel per cell
 
 
-def test_the_result_comes_first_with_its_interval(tmp_path: Path) -> None:
+def test_the_result_comes_first_with_its_interval(tmp_path: Path, no_svg: None) -> None:
     run = make_run(tmp_path, ("ants", "bees"))
     test = json.loads(run.test_file.read_text())
     words = drawn(run).words.replace("\xa0", " ")
@@ -217,7 +221,7 @@ def test_the_result_comes_first_with_its_interval(tmp_path: Path) -> None:
     assert "net, trained on 90 images of digits (2 classes: ants, bees); what trained: only its head" in words
 
 
-def test_mistakes_are_the_most_confident_first(tmp_path: Path) -> None:
+def test_mistakes_are_the_most_confident_first(tmp_path: Path, no_svg: None) -> None:
     run = make_run(tmp_path, ("a", "b", "c"), n=200)
     view = run_view(run, {})
     mistakes, undecided = view["mistakes"], view["undecided"]
@@ -233,7 +237,7 @@ def test_mistakes_are_the_most_confident_first(tmp_path: Path) -> None:
     assert all(card["is_right"] == (card["truth"] == card["guesses"][0][0]) for card in undecided["cards"])
 
 
-def test_thumbnails_are_small_jpegs_and_missing_images_have_their_names(tmp_path: Path) -> None:
+def test_thumbnails_are_small_jpegs_and_missing_images_have_their_names(tmp_path: Path, no_svg: None) -> None:
     run = make_run(tmp_path)
     present, missing = (card["name"] for card in run_view(run, {})["mistakes"]["cards"][:2])
     pixels = np.full((400, 1000, 3), (200, 30, 30), dtype=np.uint8)
@@ -310,7 +314,7 @@ def test_a_sweep_has_a_leaderboard_and_one_chart_per_key(sweep: Path) -> None:
     assert all(words in page.words for words in ("Failed", "it broke", SCRIPT))
 
 
-def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> None:
+def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path, no_svg: None) -> None:
     folder, elsewhere = tmp_path / "a sweep", tmp_path / "elsewhere"
     elsewhere.mkdir()
     names = ["javascript:alert(1)", 'x"><b>', "plain"]
@@ -325,15 +329,6 @@ def test_links_lead_to_the_jobs_from_wherever_the_report_is(tmp_path: Path) -> N
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("Chromium is not installed")
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,7 @@ def test_a_confusion_matrix_of_many_classes_is_stored_as_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    "stored",
-    [None, 3, [[1, 2, 3]], [[1, 2], [3]], [[1, -2], [0, 1]], [["x", "y"], [1, 2]], [[1e400, 0], [0, 1]]],
+    "stored", [None, 3, [[1, 2, 3]], [[1, 2], [3]], [[1, -2], [0, 1]], [["x", "y"], [1, 2]], [[1e400, 0], [0, 1]]]
 )
 def test_a_damaged_confusion_matrix_is_none(stored: Any) -> None:
     assert confusion_matrix({"classes": ["a", "b"], "confusion": stored}) is None

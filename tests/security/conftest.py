@@ -5,14 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import finish
+from tests.conftest import TINY, finish
 from tlcli.runs.run_dir import RunDir
 
-SMALL = (
-    *("image.size=32", "epochs=1", "freeze=head", "backbone=timm", "backbone.name=mobilenetv3_small_050"),
-    *("backbone.weights=none", "device.precision=fp32", "device.channels_last=true"),
-)
+SMALL = ("image.size=32", "epochs=1", "freeze=head", *TINY, "device.precision=fp32", "device.channels_last=true")
 """The words of a run that takes a second, on any data."""
+
+
+COMMANDS = {
+    "list": "list .",
+    "predict": "predict {run} {image}",
+    "eval": "eval {run}",
+    "report": "report {run} --output page.html",
+    "compare": "compare {run} {other}",
+    "inspect": "inspect {run}",
+    "export as a graph": "export {run} --to pt2 --output model.pt2",
+}
+"""Commands that read a run, as words to format."""
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import io
 import tarfile
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,9 +32,7 @@ TRICKS = {
 
 
 @pytest.mark.parametrize("members", TRICKS.values(), ids=TRICKS)
-def test_an_archive_stays_in_its_folder(
-    members: list[tarfile.TarInfo] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_stays_in_its_folder(members: list[tarfile.TarInfo] | None, tmp_path, monkeypatch) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/there").write_text("mine")
     archive = tmp_path / ("a.zip" if members is None else "a.tar.gz")

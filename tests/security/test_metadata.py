@@ -77,9 +77,7 @@ WRONG: dict[str, Callable[[Facts], object]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_value_that_cannot_be_is_refused(
-    wrong: Callable[[Facts], object], run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_that_cannot_be_is_refused(wrong: Callable[[Facts], object], run: RunDir, monkeypatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("it asked the network"))
     change(run.best_checkpoint, wrong)
     with pytest.raises(UsageError) as caught:

@@ -11,24 +11,18 @@ from typing import Any
 import pytest
 from torchvision import datasets
 
+from tests.conftest import slow
 from tests.data.samples import CONF
-from tests.security.conftest import SMALL
+from tests.security.conftest import COMMANDS, SMALL
 from tlcli.cli import main
 
-COMMANDS = {
-    "list": "list .",
-    "predict": "predict {run} {image}",
-    "eval": "eval {run}",
-    "report": "report {run} --output page.html",
-    "compare": "compare {run} {other}",
-    "export": "export {run} --to pt2 --output model.pt2",
+COMMANDS = COMMANDS | {
     "data check": "data check dataset=imagefolder dataset.root='{shapes}' --quick --output found",
-    "inspect": "inspect {run}",
     "doctor": "doctor",
     "train on a folder": "train hydra.run.dir=folder dataset=imagefolder dataset.root='{shapes}' " + " ".join(SMALL),
     "sweep": "train -m hydra.sweep.dir=sweep seed=0,1 " + " ".join(SMALL),
 }
-SLOW = ("inspect", "doctor", "train on a folder", "sweep", "export")
+SLOW = ("inspect", "doctor", "train on a folder", "sweep", "export as a graph")
 
 
 WATCHED = {f"socket.{name}" for name in ("connect", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "getnameinfo")}
@@ -55,12 +49,8 @@ def refused() -> Iterator[list[object]]:
         asked = None
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
-)
-def test_no_command_asks_the_network(
-    command: str, finished: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - SLOW), *slow(*SLOW)])
+def test_no_command_asks_the_network(command: str, finished: Path, shapes: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     names = {"other": finished, "image": next((shapes / "test").rglob("*.png")), "shapes": shapes}
@@ -80,10 +70,8 @@ def test_a_download_that_is_asked_for_is_tried(tmp_path: Path, monkeypatch: pyte
 SETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml") if "class_name" in path.read_text())
 
 
-@pytest.mark.parametrize("name", [SETS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SETS[1:])])
-def test_every_archive_of_a_data_set_is_compared_with_its_digest(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", [SETS[0], *slow(*SETS[1:])])
+def test_every_archive_of_a_data_set_is_compared_with_its_digest(name: str, tmp_path, monkeypatch) -> None:
     digests: list[object] = []
 
     def note(*arguments: object, md5: object = None, **more: object) -> None:

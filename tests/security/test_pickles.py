@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import TINY, slow
 from tests.data.samples import torchvision_spec
+from tests.security.conftest import COMMANDS
 from tlcli.cli import main
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.build import read_weights
@@ -75,37 +77,20 @@ def test_a_torchscript_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.Mo
             read_weights(tmp_path / "script.pt")
 
 
-COMMANDS = {
-    "predict": ("predict", "{run}", "{image}"),
-    "eval": ("eval", "{run}"),
-    "report": ("report", "{run}", "--output", "{run}/../page.html"),
-    "compare": ("compare", "{run}", "{other}"),
-    "export": ("export", "{run}", "--to", "timm"),
-    "export as a graph": ("export", "{run}", "--to", "pt2"),
-    "inspect": ("inspect", "{run}"),
-    "list": ("list", "{run}"),
-    "train from it": ("train", "backbone=timm", "backbone.name=mobilenetv3_small_050", "backbone.weights='{run}'"),
-    "resume": ("train", "--resume", "{run}"),
+COMMANDS = COMMANDS | {
+    "export": "export {run} --to timm",
+    "train from it": f"train {TINY[0]} {TINY[1]} backbone.weights='{{run}}' epochs=1 dataset.train_per_class=5",
+    "resume": "train --resume {run}",
 }
 READS_NO_WEIGHTS = {"report", "compare", "list", "inspect", "resume"}
 """Commands that may succeed on a run without usable weights; a finished run is not resumed."""
-SLOW = {"inspect", "export as a graph", "train from it"}
+SLOW = ("inspect", "export as a graph", "train from it")
 
 
-@pytest.mark.parametrize("spoilt", ["config.yaml", "torch.save", pytest.param("pickle", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
-)
+@pytest.mark.parametrize("spoilt", ["config.yaml", "torch.save", *slow("pickle")])
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - SLOW), *slow(*SLOW)])
 def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
-    command: str,
-    spoilt: str,
-    run: RunDir,
-    finished: Path,
-    shapes: Path,
-    canary: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: str, spoilt: str, run: RunDir, finished: Path, shapes: Path, canary: Path, tmp_path, monkeypatch, capsys
 ) -> None:
     """Spoil its config, or all its files of tensors with a payload that is packed in this way."""
     monkeypatch.chdir(tmp_path)
@@ -120,7 +105,7 @@ def test_no_command_runs_what_a_run_directory_has_instead_of_its_files(
         for path in tensors:
             WAYS[spoilt](Payload(canary), path)
     image = next((shapes / "test").rglob("*.png"))
-    code = main([word.format(run=run.path, other=finished, image=image) for word in COMMANDS[command]])
+    code = main([word.format(run=run.path, other=finished, image=image) for word in COMMANDS[command].split()])
     error = capsys.readouterr().err
     assert not canary.exists()
     assert "Traceback" not in error

@@ -12,11 +12,7 @@ import pytest
 from tests.security.conftest import SMALL
 from tlcli.cli import main
 
-TOKENS = {
-    "HF_TOKEN": "hf_canary0123456789",
-    "WANDB_API_KEY": "wandbcanary0123456789",
-    "PASSWORD": "canary0123456789!",
-}
+TOKENS = {"HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "wandbcanary0123456789", "PASSWORD": "canary0123456789!"}
 
 
 UMASK = 0o027

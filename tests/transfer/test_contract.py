@@ -9,7 +9,7 @@ from tlcli.specs import options
 from tlcli.transfer.contract import apply_freeze, freeze_table, linear_head, parameter_groups
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(spec: Compose) -> Classifier:
     return build_model(spec("backbone=resnet18", "backbone.weights=none").backbone, ("a", "b"), size=None, seed=0)
 
@@ -48,7 +48,7 @@ def test_biases_and_norms_do_not_decay_unless_asked(spec: Compose, model: Classi
     ("words", "expected"),
     [
         (["backbone=timm", "backbone.name=test_vit"], {"cls_token", "pos_embed", "reg_token"}),
-        (["backbone=vit_b_16"], {"class_token", "encoder.pos_embedding"}),
+        pytest.param(["backbone=vit_b_16"], {"class_token", "encoder.pos_embedding"}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_and_positions_do_not_decay(spec: Compose, words: list[str], expected: set[str]) -> None:

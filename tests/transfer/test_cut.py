@@ -11,8 +11,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import Compose
-from tests.models.test_backbones import BACKBONES, FIXED_SIZES
+from tests.conftest import Compose, slow
+from tests.models.test_backbones import FIXED_SIZES, OTHERS, QUICK
 from tests.models.test_backbones import model_of as backbone_of
 from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
@@ -88,13 +88,7 @@ def close(value: Tensor, expected: Tensor, name: str = "") -> None:
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "efficientnet_lite0" else pytest.mark.slow)
-        for name in (*BACKBONES, "timm deit_tiny_distilled_patch16_224")
-    ],
-)
+@pytest.mark.parametrize("name", [QUICK[0], *slow(QUICK[1], *OTHERS, "timm deit_tiny_distilled_patch16_224")])
 def test_every_backbone(spec: Compose, name: str) -> None:
     model, size = model_of(spec, name), SMALL.get(name, 64)
     strategies = [["freeze=head"], ["freeze=last_stages", "freeze.n=1"]]
@@ -320,10 +314,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         Net(way=lambda n, x: n.whole(x) if x.sum() > 0 else n.head(n.features(x))),
         "cannot be traced: TraceError: symbolically traced variables",
     ),
-    "one batch size": (
-        Net(way=lambda n, x: logits(n, n.first(x).reshape(3, -1).reshape(-1, 8, 4, 4))),
-        "cannot be split",
-    ),
+    "one batch size": (Net(way=lambda n, x: logits(n, n.first(x).reshape(3, -1).view(-1, 8, 4, 4))), "cannot be split"),
     "place in the batch": (
         Net(way=lambda n, x: n.head(n.features(x).cumsum(0))),
         "the frozen part's values for an image depend on the other images of the batch",
@@ -337,10 +328,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         Net(way=lambda n, x: n.whole(x) * (0.0 if random.random() < 0.5 and n.training else 1.0)),
         "cannot be traced: forward draws random numbers",
     ),
-    "other values in training": (
-        Net(between=Differs()),
-        "the frozen part gives other values in training than in evaluation",
-    ),
+    "training differs": (Net(between=Differs()), "the frozen part gives other values in training than in evaluation"),
 }
 
 

@@ -1,6 +1,8 @@
 """Freeze strategies, and the contract that proves that frozen tensors do not change."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +17,16 @@ from tlcli.transfer.contract import apply_freeze
 CLASSES = ("a", "b")
 
 
-@pytest.fixture
-def model(spec: Compose) -> Classifier:
+@pytest.fixture(scope="module")
+def built(spec: Compose) -> Classifier:
     """Lite0 with its pretrained weights."""
     return build_model(spec().backbone, CLASSES, size=32, seed=0)
+
+
+@pytest.fixture
+def model(built: Classifier) -> Classifier:
+    """Copy it, to change it."""
+    return replace(built, network=copy.deepcopy(built.network))
 
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -50,16 +58,10 @@ def test_what_trains(spec: Compose, model: Classifier, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "frozen"),
-    [
-        ("backbone.weights=none", ()),
-        ("backbone.reinit=[blocks.0]", ("conv_stem", "bn1")),
-        ("backbone.reinit=[head]", EARLY),
-    ],
+    [("weights=none", ()), ("reinit=[blocks.0]", ("conv_stem", "bn1")), ("reinit=[head]", EARLY)],
 )
-def test_early_stages_train_from_the_first_one_that_is_not_pretrained(
-    spec: Compose, words: str, frozen: tuple[str, ...]
-) -> None:
-    model = build_model(spec(words).backbone, CLASSES, size=32, seed=0)
+def test_early_stages_train_from_the_first_one_that_is_not_pretrained(spec: Compose, words: str, frozen) -> None:
+    model = build_model(spec(f"backbone.{words}").backbone, CLASSES, size=32, seed=0)
     names = {name for name, _ in model.network.named_parameters()}
     assert names - spec().freeze.trainable(model) == {name for name in names if name.startswith(frozen)}
 
@@ -80,9 +82,7 @@ def test_a_strategy_that_does_not_suit_the_network_says_so(spec: Compose, model:
 
 
 @pytest.mark.parametrize(("bn_stats", "updates"), [("auto", False), ("frozen", False), ("update", True)])
-def test_statistics_of_layers_that_train_and_of_frozen_ones(
-    spec: Compose, model: Classifier, bn_stats: str, updates: bool
-) -> None:
+def test_statistics_of_layers_that_train_and_of_frozen_ones(spec: Compose, model, bn_stats, updates) -> None:
     model.network.get_submodule("blocks.0").add_module("noise", nn.Dropout(0.5))
     contract = apply_freeze(spec("freeze=last_stages", f"freeze.bn_stats={bn_stats}").freeze, model)
     contract.seal()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Compose, finish
+from tests.conftest import Compose, finish, slow
 from tlcli.cli.compose import load_spec
 from tlcli.errors import UsageError
 from tlcli.models.build import build_model
@@ -19,12 +19,10 @@ from tlcli.specs import FreezeSpec
 from tlcli.transfer.contract import apply_freeze, freeze_table, parameter_groups
 from tlcli.transfer.lora import merged
 
+OTHERS = ("vit_b_16", "vit_little", "tiny_vit_21m", "convnext_tiny_in12k", "vit_base_dinov2", "eva02_small")
 NETWORKS = [
     ("backbone=efficientnet_lite0",),
-    *(
-        pytest.param((f"backbone={name}", "backbone.weights=none"), marks=pytest.mark.slow)
-        for name in ("vit_b_16", "vit_little", "tiny_vit_21m", "convnext_tiny_in12k", "vit_base_dinov2", "eva02_small")
-    ),
+    *slow(*((f"backbone={name}", "backbone.weights=none") for name in OTHERS)),
 ]
 
 
@@ -91,9 +89,7 @@ def test_stages_have_updates_or_are_named(built) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_tested_with_the_weights_of_its_checkpoint(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_tested_with_the_weights_of_its_checkpoint(shapes: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)  # the last epoch is kept
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=lora")
     run = RunDir(finish(tmp_path / "run", *words, "device.precision=fp32", "optimizer.lr=0.01"))
