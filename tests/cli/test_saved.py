@@ -1,5 +1,6 @@
 """A spec from a run's config.yaml: the one that it was trained with, and nothing that is not a value."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +25,19 @@ def saved(tmp_path: Path) -> Saved:
     """saved("freeze=head"): a run of these overrides, as far as its config.yaml and run.json."""
 
     def make(*overrides: str) -> RunDir:
-        config = compose_config(parse_flags(list(overrides)))[0]
-        OmegaConf.set_struct(config, False)
-        config.pop("hydra")
         run = RunDir(tmp_path / "run")
-        run.start(command="tlcli train", overrides=overrides, config=OmegaConf.to_yaml(config, resolve=True))
+        run.start(command="tlcli train", overrides=overrides, config=config_of(*overrides))
         return run
 
     return make
+
+
+@functools.cache
+def config_of(*overrides: str) -> str:
+    config = compose_config(parse_flags(list(overrides)))[0]
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return OmegaConf.to_yaml(config, resolve=True)
 
 
 def change(run: RunDir, **values: Any) -> None:

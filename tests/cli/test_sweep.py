@@ -5,13 +5,11 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import finished, runs_in
-from tests.faults.programs import together
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
 from tlcli.locks import heartbeat
@@ -287,15 +285,6 @@ def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
     assert tlcli("train", "--resume", "swept").code == 1
     assert {path.name for path in (tmp_path / "swept").glob("lr*")} == {path.parent.name for path in before}
     assert all(path.read_bytes() == text for path, text in before.items() if not path.parent.name.endswith("-2"))
-
-
-def test_fifty_runs_that_begin_at_once_have_fifty_directories(tmp_path: Path) -> None:
-    def member(number: int, wait: Callable[[], object]) -> str:
-        wait()
-        return make_folder(tmp_path / "2026-11-24/10-15-00")[0].name
-
-    found = {"10-15-00", *(f"10-15-00-{number}" for number in range(2, 51))}
-    assert {*together(member, 50)} == found == {path.name for path in tmp_path.glob("2026-11-24/*")}
 
 
 def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Every image counts once: in evaluation and in an epoch, live and cached, and in the mean over accumulated batches.
-And what must not matter does not: workers and progress bars."""
+And what must not matter does not: workers, progress bars, and runs that begin in the same second."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tests.cli.test_predict import Terminal
 from tests.conftest import TINY, Compose, finish, slow
+from tests.faults.programs import scale, together
+from tlcli.cli.train import make_folder
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.images import ImageArrays, Split
 from tlcli.device import Device
@@ -185,6 +187,16 @@ def test_accumulated_batches_are_the_large_batch(n: int, batch_size: int, accumu
 
 
 # -- what must not matter
+
+
+def test_runs_that_begin_at_once_have_a_directory_each(tmp_path: Path) -> None:
+    def member(number: int, wait: Callable[[], object]) -> str:
+        wait()
+        return make_folder(tmp_path / "2026-11-24/10-15-00")[0].name
+
+    n = scale(8, 50)
+    found = {"10-15-00", *(f"10-15-00-{number}" for number in range(2, n + 1))}
+    assert {*together(member, n)} == found == {path.name for path in tmp_path.glob("2026-11-24/*")}
 
 
 def weights(out: Path, shapes: Path, *words: str, stdout: io.StringIO | None = None) -> tuple[bytes, dict[str, Any]]:
