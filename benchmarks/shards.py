@@ -9,8 +9,8 @@ machine with two idle cores.
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def fill(root: str, nodes: int, size: int, shards: int) -> dict[str, Any]:
         write_plan(spec, shards, session, Reporter())
         file = plan_file(session.store, spec, shards)
         plan, cores = read_plan(file), sorted(os.sched_getaffinity(0))
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for node in range(nodes):
             os.sched_setaffinity(0, {cores[node % len(cores)]})  # the processes of the node inherit it
             cluster.add_node(num_cpus=1)
@@ -67,20 +67,19 @@ def fill(root: str, nodes: int, size: int, shards: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         cluster.shutdown()
     assert not missing, results
-    images = sum(entry.bounds[-1] for entry in plan.entries)
-    return {"images": images, "images_per_second": images / seconds}
+    return {"images_per_second": sum(entry.bounds[-1] for entry in plan.entries) / seconds}
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
     """Measure both clusters, print the table of speeds, and return the bar."""
     settings = SMALL if small else Settings()
     root = subset(data / "cifar10", out / "images", train=settings.train, test=settings.test)
-    options = {"root": str(root), "size": settings.size, "shards": settings.shards}
 
-    def timer(nodes: int) -> Callable[[], float]:
-        return lambda: float(alone(fill, nodes=nodes, **options)["images_per_second"])
+    def speed(nodes: int) -> float:
+        result = alone(fill, root=str(root), nodes=nodes, size=settings.size, shards=settings.shards)
+        return float(result["images_per_second"])
 
-    seen = interleaved({name: timer(nodes) for name, nodes in NODES.items()}, settings.rounds)
+    seen = interleaved({name: partial(speed, nodes) for name, nodes in NODES.items()}, settings.rounds)
     publish("shards", ["cluster", "images per second, median", "range"], table(seen), out, seen)
     two, one = NODES
     measures = [at_least(f"extraction, {two}, over {one}", 1.7, ratios(seen[two], seen[one]))]

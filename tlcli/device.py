@@ -23,8 +23,7 @@ LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """A dtype for arithmetic and a memory format for images; a speed if it was measured, a batch size of extraction if
-    it is not the default."""
+    """A dtype and a memory format; a speed if it was measured, a batch size of extraction if not the default."""
 
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -111,9 +110,8 @@ def find_accelerator(kind: Accelerator, processes: int = 1) -> torch.device:
         raise UsageError(f"device={name} is not available: {reason}.")
     n_devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
     if processes > n_devices:
-        raise UsageError(
-            f"device.processes={processes}: each process needs a device of its own, and {name} has {n_devices} here"
-        )
+        reason = f"each process needs a device of its own, and {name} has {n_devices} here"
+        raise UsageError(f"device.processes={processes}: {reason}")
     return torch.device(name)
 
 
@@ -146,8 +144,7 @@ def cpu_has_bfloat16() -> bool:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step: page faults would cost up to a third of the time."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        for option in (m_mmap_threshold, m_trim_threshold):
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 

@@ -7,13 +7,12 @@ those of a run.
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from itertools import groupby, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from msgspec import DecodeError, Struct, convert, structs, to_builtins
 
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange
-from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split, full_split
+from tlcli.data.images import ConcatSplits, ImageFiles, ImageSource, MemoryBudget, Split
 from tlcli.device import setup_process
 from tlcli.engine.activations import load_workload
 from tlcli.engine.decisions import Decisions, device_with
@@ -35,7 +34,6 @@ from tlcli.ray_tasks import ray_cluster, run_tasks
 from tlcli.reporter import Reporter
 from tlcli.specs import Accelerator, TrainSpec, spec_from
 from tlcli.store import Store
-from tlcli.train import NewRun, load_inputs
 from tlcli.transfer.cut import Cut
 
 MAX_RETRIES = 3  # of a shard whose Ray worker was killed
@@ -44,7 +42,7 @@ MAX_RETRIES = 3  # of a shard whose Ray worker was killed
 class PlannedEntry(Struct, frozen=True):
     """An entry: `images` is the fingerprint of its images, `root` their folder if they are plain files.
 
-    Shard i has the rows from bounds[i] to bounds[i + 1]; the listing has its images from byte offsets[i] on.
+    Shard i has the rows from bounds[i] to bounds[i + 1].
     """
 
     key: str
@@ -53,7 +51,6 @@ class PlannedEntry(Struct, frozen=True):
     images: str
     root: str | None
     bounds: tuple[int, ...]
-    offsets: tuple[int, ...]
 
     @property
     def shard_keys(self) -> dict[int, str]:
@@ -95,32 +92,26 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
 
     Raise UsageError if training cannot read activations, or if there is no room for them.
     """
-    try:
-        inputs = load_inputs(spec, session, reporter, NewRun())
-    except UsageError as error:
-        raise UsageError(str(error).removeprefix("cache.mode=require: ")) from error
+    from tlcli.train import NewRun, load_inputs  # here: a shard has no time for what training imports
+
+    inputs = load_inputs(spec, session, reporter, NewRun())
     store, workload = session.store, inputs.workload
     file, entries = plan_file(store, spec, shards), list[PlannedEntry]()
     missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
     present = sum(entry.nbytes for entry in store.entries() if entry.metadata.get("part_of") in missing)
     if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
         raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
-    store.plans.mkdir(parents=True, exist_ok=True)
     for source in inputs.sources():
         split, n_batches = source.batches.split, len(source.batches)
         bounds = [min(len(split), i * n_batches // shards * source.batches.batch_size) for i in range(shards + 1)]
-        fingerprint, offsets = split.fingerprint(), list[int]()
-        digests = split.images.digests(split.indices, reporter)
-        listing = store.plans / f"{fingerprint}.jsonl"
-        with (temp := listing.with_name(f".{listing.name}.{os.getpid()}")).open("wb") as lines:
-            for start, stop in pairwise(bounds):
-                offsets.append(lines.tell())
-                for i in range(start, stop):
-                    lines.write(json.dumps([split.key(i), digests[i].tobytes().hex()]).encode() + b"\n")
-        temp.replace(listing)
         root = str(split.images.root.absolute()) if type(split.images) is ImageFiles else None
-        facts = str(source.metadata["split"]), source.view, fingerprint, root, tuple(bounds), tuple(offsets)
-        entries.append(PlannedEntry(source.key, *facts))
+        facts = str(source.metadata["split"]), source.view, split.fingerprint(), root, tuple(bounds)
+        entries.append(entry := PlannedEntry(source.key, *facts))
+        digests = split.images.digests(split.indices, reporter)
+        for shard, key in entry.shard_keys.items():
+            rows = slice(bounds[shard], bounds[shard + 1])
+            keys = [split.key(i) for i in range(rows.start, rows.stop)]
+            atomic_write(store.plans / f"{key}.json", json.dumps([keys, digests[rows].tobytes().hex()]).encode())
     with suppress(UsageError):  # shards of images that have changed since an earlier plan
         outdated = {key for entry in read_plan(file).entries for key in entry.shard_keys.values()}
         for key in outdated.difference(*(entry.shard_keys.values() for entry in entries)):
@@ -193,39 +184,35 @@ def _session(root: Path, max_gb: float) -> Session:
 
 def _images_of(plan: Plan, entry: PlannedEntry, shard: int, store: Store) -> Split:
     """Return the images of a shard of an entry, without labels. Raise TlcliError if one has changed."""
+    listing = store.plans / f"{entry.shard_keys[shard]}.json"
     try:
-        with (store.plans / f"{entry.images}.jsonl").open("rb") as lines:
-            lines.seek(entry.offsets[shard])
-            rows = [json.loads(line) for line in islice(lines, entry.bounds[shard + 1] - entry.bounds[shard])]
+        keys, digests = json.loads(listing.read_bytes())
     except OSError as error:
-        raise TlcliError(f"{error.filename}: cannot be read; write the plan again with --shards") from error
-    keys, digests = [key for key, _ in rows], [digest for _, digest in rows]
+        raise TlcliError(f"{listing}: cannot be read; write the plan again with --shards") from error
     images: ImageSource = ImageFiles(Path(entry.root or ""), keys, plan.value_range)
+    indices = np.arange(len(keys))
     if entry.root is None:
-        wanted, places = set(keys), dict[str, tuple[ImageSource, int]]()
-        for split in _splits(json.dumps(plan.spec)):
+        splits, wanted = _splits(json.dumps(plan.spec)), set(keys)
+        for split in splits.values():
             if isinstance(split.images, ImageFiles):
                 split.images.value_range = plan.value_range
-            named = ((split.images.key(i), i) for i in split.indices.tolist())
-            places |= {key: (split.images, i) for key, i in named if key in wanted}
+        images = ConcatSplits(splits)
+        places = {key: i for i in range(len(images)) if (key := images.key(i)) in wanted}
         if lost := wanted - places.keys():
             raise TlcliError(f"{min(lost)}: no such image, but the plan has it; write it again with --shards")
-        found = (places[key] for key in keys)
-        parts = [(source, np.array([i for _, i in part])) for source, part in groupby(found, lambda place: place[0])]
-        images = ConcatSplits({str(n): Split(source, i, np.zeros_like(i)) for n, (source, i) in enumerate(parts)})
+        indices = np.array([places[key] for key in keys])
     images.memory = MemoryBudget(0)  # it decodes in threads, and keeps nothing
-    if images.digests(np.arange(len(images)), Reporter()).tobytes().hex() != "".join(digests):
-        raise TlcliError(
-            f"shard {shard}: images from {keys[0]} to {keys[-1]} have changed since the plan was written: write it "
-            "again with --shards"
-        )
-    return full_split(images, [0] * len(keys))
+    if images.digests(indices, Reporter()).tobytes().hex() != digests:
+        changed = f"images from {keys[0]} to {keys[-1]} have changed since the plan was written"
+        raise TlcliError(f"shard {shard}: {changed}: write it again with --shards")
+    return Split(images, indices, np.zeros_like(indices))
 
 
 @cache
-def _splits(spec: str) -> tuple[Split, ...]:
+def _splits(spec: str) -> Mapping[str, Split]:
     """Return the splits of a dataset that is not in plain files, of which no image is read."""
-    return tuple(spec_from(json.loads(spec)).dataset.offline().load(Reporter()).splits.values())
+    splits: Mapping[str, Split] = spec_from(json.loads(spec)).dataset.offline().load(Reporter()).splits
+    return splits
 
 
 def complete(plan: Plan, store: Store) -> list[int]:
@@ -243,8 +230,8 @@ def complete(plan: Plan, store: Store) -> list[int]:
                     parts = [part for part in found.values() if part is not None]
                     metadata = {k: v for k, v in parts[0].metadata.items() if k not in ("part_of", "shard")}
                     columns = parts[0].columns
-                    files = ([part.file(i) for i in range(len(columns))] for part in parts)
-                    rows = ([np.memmap(file, np.uint8, "r").data for file in names] for names in files)
+                    numbers = range(len(columns))
+                    rows = ([np.memmap(part.file(i), np.uint8, "r").data for i in numbers] for part in parts)
                     store.write(entry.key, entry.bounds[-1], columns, metadata, rows)
             for key in () if lost else keys.values():
                 with suppress(OSError):

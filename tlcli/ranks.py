@@ -67,17 +67,11 @@ class Ranks:
 
     def check_same(self, name: str, text: str) -> None:
         """Raise TlcliError on every rank unless all have the same text."""
-        if self.size == 1:
-            return
-        own = torch.tensor(list(sha256(text.encode()).digest()), dtype=torch.uint8)
-        digests = [torch.empty_like(own) for _ in range(self.size)]
-        with _exchange():
-            dist.all_gather(digests, own)
+        own = torch.tensor([list(sha256(text.encode()).digest())], dtype=torch.uint8)
+        digests = self.gather([own], torch.tensor([self.rank]), self.size)
         if others := [str(rank) for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]:
-            raise TlcliError(
-                f"process {', '.join(others)} of {self.size} sees other {name} than process 0: "
-                "all processes of a run must read the same files"
-            )
+            problem = f"process {', '.join(others)} of {self.size} sees other {name} than process 0"
+            raise TlcliError(f"{problem}: all processes of a run must read the same files")
 
     def positions(self, n: int, batch_size: int) -> Tensor:
         """Return the positions of n rows that this rank reads in order: every size-th batch."""
@@ -87,9 +81,8 @@ class Ranks:
     def gather(self, batches: Sequence[Tensor], positions: Tensor, n: int) -> Tensor:
         """Return all n rows on the CPU, each at its position, on every rank. `batches` are those of this rank.
 
-        Several ranks return floats of 16 bits as float32, because gloo does not add them.
-
-        Raise TlcliError if a row is missing or there twice.
+        Several ranks return floats of 16 bits as float32, because gloo does not add them. Raise TlcliError if a row is
+        missing or there twice.
         """
         if self.size == 1:
             return torch.cat(list(batches)).cpu()

@@ -6,13 +6,11 @@
     ROOT/locks/KEY.use.RANDOM          says that a process uses the entry, until that process ends
     ROOT/locks/KEY.gate                held while such a file is made, or the entry is evicted because there is none
     ROOT/locks/space.lock              held while room is made
-    ROOT/plans/ID.json, IMAGES.jsonl   plans of entries that are filled in shards, and the images of an entry
+    ROOT/plans/ID.json, KEY.json       plans of entries that are filled in shards, and the images of a shard
     ROOT/NAME.json                     notes, such as measured speeds
     ROOT/digests-FOLDER.bin            digests of the images below a folder
 
 A shard is an entry whose metadata name the entry that it is a part of; it is not evicted before that is complete.
-
-This module imports without torch, so that `tlcli cache list` is fast.
 """
 
 import atexit
@@ -188,7 +186,7 @@ class Store:
             "format": FORMAT,
             "key": key,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "facts": json.loads(json.dumps(dict(metadata), allow_nan=False)),
+            "facts": dict(metadata),
             "rows": rows,
             "columns": [{"dtype": column.dtype, "shape": list(column.shape)} for column in columns],
             "checksums": ["00000000"] * len(columns),
@@ -252,12 +250,11 @@ class Store:
             with suppress(FileNotFoundError):  # another process removed it
                 nbytes += _delete(folder)
                 count += 1
-        for file in _children(self.root):  # not the lock files: two processes could hold one that vanishes
-            is_own = re.fullmatch(r"\..+\.json\.\d+|\.?digests-[0-9a-f]{32}\.bin(\.\d+)?", file.name)
+        # not the lock files: two processes could hold one that vanishes
+        own = r"\..+\.json\.\d+|\.?digests-[0-9a-f]{32}\.bin(\.\d+)?|plans/\.?[0-9a-f]{32,64}\.jsonl?(\.\d+)?"
+        for file in [*_children(self.root), *_children(self.plans)]:
+            is_own = re.fullmatch(own, file.relative_to(self.root).as_posix())
             if is_own or (file.suffix == ".json" and _notes_in(file) is not None):
-                file.unlink(missing_ok=True)
-        for file in _children(self.plans):
-            if re.fullmatch(r"\.?[0-9a-f]{32,64}\.jsonl?(\.\d+)?", file.name):
                 file.unlink(missing_ok=True)
         return count, nbytes
 
@@ -333,8 +330,8 @@ class Store:
                 beside = f" in addition to {size_text(used - freed)} of entries in use" if used > freed else ""
                 return f"{size_text(nbytes)}{beside} is over cache.max_gb={self.max_gb:g}"
             if freed < excess:
-                free, least = size_text(disk_free + freed), size_text(reserve)
-                return f"{size_text(nbytes)} of the disk's free {free} would leave less than {least}"
+                free = size_text(disk_free + freed)
+                return f"{size_text(nbytes)} of the disk's free {free} would leave less than {size_text(reserve)}"
             for folder in evicted if evict else ():
                 with suppress(OSError):  # it is gone, or on Windows in use
                     _delete(folder)
@@ -371,7 +368,7 @@ def _write_rows(
 
 
 def _with_checksum(meta: Mapping[str, Any]) -> str:
-    """Return the text of meta.json; its last line is the checksum of the rest."""
+    """Return the text of meta.json, with a checksum of the rest."""
     crc = zlib.crc32((json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
     return json.dumps({**meta, "meta_checksum": f"{crc:08x}"}, indent=2, allow_nan=False) + "\n"
 
@@ -383,26 +380,19 @@ def _read_entry(folder: Path) -> CacheEntry:
     del meta["meta_checksum"]
     if text != _with_checksum(meta) or (meta["format"], meta["key"]) != (FORMAT, folder.name):
         raise ValueError(f"{folder / META} is damaged")
-    entry = CacheEntry(
-        path=folder,
-        key=folder.name,
-        rows=meta["rows"],
-        columns=tuple(Column(column["dtype"], tuple(column["shape"])) for column in meta["columns"]),
-        metadata=meta["facts"],
-        created=meta["created"],
-        used=(folder / META).stat().st_mtime,
-        checksums=tuple(meta["checksums"]),
-    )
+    columns = tuple(Column(column["dtype"], tuple(column["shape"])) for column in meta["columns"])
+    used, checksums = (folder / META).stat().st_mtime, tuple(meta["checksums"])
+    entry = CacheEntry(folder, folder.name, meta["rows"], columns, meta["facts"], meta["created"], used, checksums)
     if any(entry.file(i).stat().st_size != entry.rows * column.nbytes for i, column in enumerate(entry.columns)):
         raise ValueError(f"{folder}: a file has a wrong size")
     return entry
 
 
 def _crc_of(path: Path) -> str:
-    block, crc = memoryview(bytearray(1 << 20)), 0  # 256 kB to 4 MB are equally fast
+    crc = 0
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            crc = zlib.crc32(block[:size], crc)
+        while block := file.read(1 << 20):  # 256 kB to 4 MB are equally fast
+            crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
 

@@ -159,9 +159,9 @@ def test_classes_that_cannot_be_used_are_left_out_by_the_check(tmp_path: Path, p
 def test_what_is_known_of_a_shard_is_not_read_again(make_folder: MakeFolder, form: str, cache, monkeypatch) -> None:
     root, spec = pack(make_folder({"a": 6, "b": 6}), form), FORMS[form][1]
     before = load(spec(root), store=Store(cache)).train.fingerprint()
-    table = type(everything(spec(root)).images.table)  # type: ignore[attr-defined]
-    read, index = Mock(wraps=table.read), Mock(wraps=shards.index_tar)
-    monkeypatch.setattr(table, "read", lambda *args: read(*args))
+    images = type(everything(spec(root)).images)
+    read, index = Mock(wraps=images.content), Mock(wraps=shards.index_tar)  # type: ignore[attr-defined]
+    monkeypatch.setattr(images, "content", lambda *args: read(*args))
     monkeypatch.setattr(shards, "index_tar", index)
 
     def reads(**changes: Any) -> tuple[int, int]:
@@ -238,7 +238,7 @@ def in_groups(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> Split
     """Return 40 images in 10 row groups, of which three are in memory at once."""
     root = make_folder({"a": 20, "b": 20})
     split = everything(parquet_spec(pack(root, "parquet", rows_per_group=4)))
-    monkeypatch.setattr(parquet, "BUFFER_BYTES", int(split.images.table._nbytes.max() * 2.2))  # type: ignore[attr-defined]
+    monkeypatch.setattr(parquet, "BUFFER_BYTES", int(split.images._nbytes.max() * 2.2))  # type: ignore[attr-defined]
     return split
 
 

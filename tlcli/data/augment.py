@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _AugmentOption(AugmentSpec, frozen=True):
-    def transforms(self) -> "list[nn.Module]":
+    def transforms(self, v2: Any) -> "list[nn.Module]":
         return []
 
     def build(self, preprocessing: "Preprocessing") -> "Augmentation | None":
@@ -25,7 +25,7 @@ class _AugmentOption(AugmentSpec, frozen=True):
         from tlcli.data.batches import Augmentation
 
         draw_box, flip = (self.draw_box, self.flip) if isinstance(self, CropSpec) else (None, 0.0)
-        transforms = self.transforms()
+        transforms = self.transforms(v2)
         if self.erasing > 0:
             transforms.append(v2.RandomErasing(self.erasing, value=[round(255 * m) for m in preprocessing.mean]))
         if draw_box is None and not transforms:
@@ -79,9 +79,7 @@ class CropSpec(_AugmentOption, frozen=True, tag="crop"):
 class TrivialAugmentSpec(CropSpec, frozen=True, tag="trivial"):
     """Crop, then TrivialAugmentWide: one random operation of random strength (Mueller and Hutter 2021)."""
 
-    def transforms(self) -> "list[nn.Module]":
-        from torchvision.transforms import v2
-
+    def transforms(self, v2: Any) -> "list[nn.Module]":
         return [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
 
 
@@ -92,7 +90,5 @@ class RandAugmentSpec(CropSpec, frozen=True, tag="randaugment"):
     n: Annotated[int, Meta(ge=1)]
     magnitude: Annotated[int, Meta(ge=0, le=30)]
 
-    def transforms(self) -> "list[nn.Module]":
-        from torchvision.transforms import v2
-
+    def transforms(self, v2: Any) -> "list[nn.Module]":
         return [v2.RandAugment(self.n, self.magnitude, interpolation=v2.InterpolationMode.BILINEAR)]

@@ -50,8 +50,7 @@ class Preprocessing:
         squash resizes both sides, crop keeps the central square, pad keeps everything and fills with black. The result
         of an image does not depend on the others. At most RESIZE_BATCH_BYTES of an iterator's images are in memory.
         """
-        squares: list[Tensor] = []
-        group: list[Pixels] = []  # small images of one shape that follow each other
+        squares, group = list[Tensor](), list[Pixels]()  # a group is small images of one shape that follow each other
         for image in images:
             if group and (image.shape != group[0].shape or (len(group) + 1) * image.nbytes > RESIZE_BATCH_BYTES):
                 squares.append(self._squares(group))

@@ -46,8 +46,7 @@ DECODE_NOTES, RANGE_NOTES = "images", "ranges"
 class Dataset:
     """Three disjoint splits, lines for the plan, (file, reason) of images left out, and the range of deep images.
 
-    A small dataset has no validation images: val is empty. With `folds`, the fold of each training image, val is empty
-    too, and test is that of the source, if it has one.
+    Val is empty for a small dataset, and with `folds`, the fold of each training image.
     """
 
     name: str
@@ -108,10 +107,10 @@ def load_dataset(
 
     Every one decodes, unless `decode` is False; then none is read here, except for range=auto. Which image is in which
     split is a function of the seed and of the sorted names of each class's files. With `folds`, the source's train and
-    val are one pool in that many folds, and nothing is held out.
+    val are one pool in that many folds, stratified by class and with exact duplicates in the same one.
     """
     source: Source = spec.load(reporter)
-    bad: list[tuple[str, str]] = []
+    bad, fold_of = list[tuple[str, str]](), np.empty(0, dtype=np.int64)
     splits, notes = _divide(source, spec, seed) if folds is None else _pool(source, spec, seed)
     value_range = _set_up_images(splits, spec, reporter, store)
     if decode:
@@ -120,10 +119,19 @@ def load_dataset(
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name)
         notes += _duplicate_notes(splits, source.classes, reporter)
-    fold_of = None
     if folds is not None:
-        fold_of = _assign_folds(splits["train"], folds, source.classes, seed, reporter)
-        notes.append(f"folds={folds}: each of the {len(fold_of):,} images is held out once; the last epoch is kept")
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        pool = splits["train"]
+        n, smallest = min(zip(pool.class_counts(len(source.classes)), source.classes, strict=True))
+        if n < folds:
+            remedy = "add some, leave it out, or use fewer folds"
+            raise UsageError(f"folds={folds}: class {smallest!r} has only {n} images; {remedy}")
+        groups, fold_of = ConcatSplits({"train": pool}).first_copies(reporter), np.empty(len(pool), dtype=np.int64)
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
+            fold_of[held] = fold
+        notes.append(f"folds={folds}: each of the {len(pool):,} images is held out once; the last epoch is kept")
     empty = splits["train"].take(np.arange(0))
     return Dataset(
         spec.name,
@@ -132,7 +140,7 @@ def load_dataset(
         notes=tuple(notes),
         bad_files=tuple(bad),
         value_range=value_range,
-        folds=fold_of,
+        folds=None if folds is None else fold_of,
     )
 
 
@@ -200,9 +208,8 @@ def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str
 
 def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split], list[str]]:
     """Return train, test and, unless the set is too small, val; and a note for each that the source does not have."""
-    train = source.splits["all"] if "all" in source.splits else source.splits["train"]
-    val, test = source.splits.get("val"), source.splits.get("test")
-    notes = list(source.notes)
+    train = source.splits["all" if "all" in source.splits else "train"]
+    val, test, notes = source.splits.get("val"), source.splits.get("test"), list(source.notes)
     if test is None and val is not None:
         test, val = val, None
         notes.append("no test split: the val split is the test set")
@@ -217,10 +224,8 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
     fraction = VAL_FRACTION if spec.val_fraction is None else spec.val_fraction
     stay, held = stratified_split(train.labels, source.classes, fraction, seed=seed, purpose="val")
     if spec.val_fraction is None and len(held) < MIN_VALIDATION_IMAGES:
-        notes.append(
-            f"no val split: all {len(train):,} training images train, and the last epoch is kept "
-            f"(dataset.val_fraction={fraction:g} holds images out)"
-        )
+        remedy = f"dataset.val_fraction={fraction:g} holds images out"
+        notes.append(f"no val split: all {len(train):,} training images train, and the last epoch is kept ({remedy})")
         return {"train": train, "test": test}, notes
     notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")
     return {"train": train.take(stay), "val": train.take(held), "test": test}, notes
@@ -237,22 +242,6 @@ def _pool(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Split
     else:
         splits["test"] = limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
     return splits, notes
-
-
-def _assign_folds(pool: Split, folds: int, classes: Sequence[str], seed: int, reporter: Reporter) -> Ints:
-    """Return the fold of each image, stratified by class; exact duplicates are in the same one. Raise UsageError."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    n, smallest = min(zip(pool.class_counts(len(classes)), classes, strict=True))
-    if n < folds:
-        raise UsageError(
-            f"folds={folds}: class {smallest!r} has only {n} images; add some, leave it out, or use fewer folds"
-        )
-    groups, result = ConcatSplits({"train": pool}).first_copies(reporter), np.empty(len(pool), dtype=np.int64)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
-        result[held] = fold
-    return result
 
 
 def limit_per_class(split: Split, classes: Sequence[str], limit: int | None, seed: int, purpose: str) -> Split:
@@ -322,8 +311,7 @@ def _without_bad(
     used = [(images, np.sort(np.concatenate(indices))) for images, indices in by_source.items()]
 
     def decode_all() -> DecodeResult:
-        bad: dict[str, str] = {}
-        deep = DeepImages()
+        bad, deep = dict[str, str](), DeepImages()
         with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
             for images, indices in used:
                 for index, pixels in _decode(images, indices, deep):

@@ -32,7 +32,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Digests = np.ndarray[Any, np.dtype[np.uint64]]  # (N, 2): 16 bytes per image
 
 DIGEST_BYTES = 16  # enough that no two images share a digest by chance
-CHUNK = 1024  # images per task of small work, and per update of a fingerprint
+CHUNK = 1024  # images per task of small work
 MAX_RECORDED = 20_000_000  # digests of a folder that are remembered, in 640 MB; those not used now are the last
 SETTLED_NS = 2_000_000_000  # age of a file from which its time reveals a change: the clock of FAT has steps of 2 s
 
@@ -65,7 +65,6 @@ class ImageSource(ABC):
         self.prefix = prefix
         self.pixels: dict[int, Pixels] = {}
         self._digests: Digests = np.empty((0, 2), dtype=np.uint64)  # zeros: not known
-        self._has_digest: np.ndarray[Any, np.dtype[np.bool_]] = np.empty(0, dtype=np.bool_)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -98,12 +97,11 @@ class ImageSource(ABC):
 
     def digests(self, indices: Ints, reporter: Reporter) -> Digests:
         """Return BLAKE2b of each file's bytes, or of shape and pixels. Raise BadImagesError."""
-        if not len(self._has_digest):
-            self._digests, self._has_digest = np.zeros((len(self), 2), np.uint64), np.zeros(len(self), np.bool_)
-        missing = np.unique(indices[~self._has_digest[indices]])
+        if not len(self._digests):
+            self._digests = np.zeros((len(self), 2), dtype=np.uint64)
+        missing = np.unique(indices[~self._digests[indices].any(axis=1)])
         if len(missing):
             self._digests[missing] = self.compute_digests(missing, reporter)
-            self._has_digest[missing] = True
         return self._digests[indices]
 
     def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
@@ -136,14 +134,10 @@ class ImageSource(ABC):
 
         It stays when the data moves, and changes with each byte, name and size, and with the choice of images.
         """
-        total, digests = hashlib.sha256(), self.digests(indices, reporter).tobytes()
-        for start in range(0, len(indices), CHUNK):
-            keys = [os.fsencode(self.key(index)) for index in indices[start : start + CHUNK].tolist()]
-            parts = (  # a file's name need not be UTF-8
-                len(key).to_bytes(8, "little") + key + digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
-                for i, key in enumerate(keys, start)
-            )
-            total.update(b"".join(parts))
+        total = hashlib.sha256()
+        for index, digest in zip(indices.data, self.digests(indices, reporter), strict=True):
+            key = os.fsencode(self.key(index))  # a file's name need not be UTF-8
+            total.update(len(key).to_bytes(8, "little") + key + digest.tobytes())
         return total.hexdigest()
 
 
@@ -160,7 +154,7 @@ class DigestRecord:
         self._verify_all = verify_all
 
     def digests(self, images: "ImageFiles", indices: Ints, reporter: Reporter) -> Digests:
-        """Return the digests of images. Raise BadImagesError."""
+        """Return the digests of images, and record new ones. Raise BadImagesError."""
 
         def state(index: int) -> bytes:
             with suppress(OSError, ValueError):  # reading it says what is wrong
@@ -183,7 +177,11 @@ class DigestRecord:
         finally:
             new = missing[:n_read][is_settled[missing[:n_read]]]
             if len(new):
-                self._write(np.concatenate([np.hstack([states[new], digests[new]]), rows[is_known], known[1:]]))
+                all_rows = np.concatenate([np.hstack([states[new], digests[new]]), rows[is_known], known[1:]])
+                kept = all_rows[np.unique(all_rows[:MAX_RECORDED, 0], return_index=True)[1]]  # without repetition
+                head = np.array([0, 0, 0, zlib.crc32(kept.data)], dtype="<u8")
+                with suppress(OSError):  # the cache is read-only
+                    atomic_write(self._file, head.tobytes() + kept.tobytes())
         return digests
 
     def _read(self) -> Digests:
@@ -192,13 +190,6 @@ class DigestRecord:
             if len(known) and known[0].tolist() == [0, 0, 0, zlib.crc32(known[1:].data)]:
                 return known
         return np.zeros((1, 4), dtype=np.uint64)
-
-    def _write(self, rows: Digests) -> None:
-        """Replace the record by the first of these rows, without repetition, if the cache is writable."""
-        rows = rows[np.unique(rows[:MAX_RECORDED, 0], return_index=True)[1]]
-        head = np.array([0, 0, 0, zlib.crc32(rows.data)], dtype="<u8")
-        with suppress(OSError):
-            atomic_write(self._file, head.tobytes() + rows.tobytes())
 
 
 def digest_of(content: bytes) -> bytes:
@@ -233,14 +224,10 @@ class ImageFiles(ImageSource):
         return self.read_raw(index).to_pixels(self.value_range)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.keys[index])
+        return str(self.root / self.key(index))
 
     def key(self, index: int) -> str:
         return self.keys[index]  # type: ignore[no-any-return]
-
-    def join(self, splits: Iterable["Split"]) -> "ImageFiles":
-        """Return the images of several splits, whose files are below the same folder, in one source."""
-        return ImageFiles(self.root, (split.key(i) for split in splits for i in range(len(split))))
 
     def compute_digest(self, index: int) -> bytes:
         return digest_of(read_bytes(self.root / self.keys[index]))
@@ -352,9 +339,7 @@ class Source:
 
 
 def source_of_files(listing: Listing) -> Source:
-    splits = {
-        split: full_split(ImageFiles(listing.root, keys), labels) for split, (keys, labels) in listing.splits.items()
-    }
+    splits = {k: full_split(ImageFiles(listing.root, keys), labels) for k, (keys, labels) in listing.splits.items()}
     return Source(listing.classes, splits, ignored_notes(listing.ignored))
 
 
@@ -379,7 +364,6 @@ class ConcatSplits(ImageSource):
         return len(self.labels)
 
     def _find(self, position: int) -> tuple[ImageSource, int]:
-        """Return the source of an image, and its index there."""
         k = bisect_right(self._ends, position)
         split = self._parts[k]
         return split.images, int(split.indices[position - self._ends[k] + len(split)])
@@ -421,9 +405,13 @@ class ConcatSplits(ImageSource):
 
 def join_splits(splits: ConcatSplits) -> Split:
     """Return the images of several splits as one; their files are below one folder."""
-    first = next(iter(splits.splits.values())).images
+    parts = list(splits.splits.values())
+    first = parts[0].images
+    if all(part.images is first for part in parts):
+        return Split(first, np.concatenate([part.indices for part in parts]), splits.labels)
     if isinstance(first, ImageFiles):
-        return full_split(first.join(splits.splits.values()), splits.labels)
+        files = ImageFiles(first.root, (part.key(i) for part in parts for i in range(len(part))))
+        return full_split(files, splits.labels)
     return full_split(splits, splits.labels)
 
 
@@ -434,9 +422,7 @@ def map_in_threads(work: Callable[[S], T], items: Iterable[S], chunk: int, ahead
     """
     threads = min(16, os.cpu_count() or 1)
     max_tasks = 2 * threads if ahead is None else ahead
-    tasks: deque[Future[list[T]]] = deque()
-    source = iter(items)
-    pool = ThreadPoolExecutor(threads)
+    tasks, source, pool = deque[Future[list[T]]](), iter(items), ThreadPoolExecutor(threads)
     try:
         while part := list(islice(source, chunk)):
             tasks.append(pool.submit(lambda part: [work(item) for item in part], part))

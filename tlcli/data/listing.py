@@ -30,15 +30,15 @@ _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
 FilesByClass = dict[str, dict[str, Names]]  # split -> class -> paths relative to the root, with slashes
+ImagesByClass = Mapping[str, Mapping[str, Sized]]  # split -> class -> images of any kind
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files by split ("train", "val", "test", or "all" for a dataset without splits).
+    """Files by split ("train", "val", "test", or "all" for a dataset without splits), sorted by class, then by path.
 
-    A split has the path of each file relative to `root`, with slashes, and its position in `classes`. Classes are
-    sorted by name, the files of a split by class, then by path. `ignored` counts files that are not images by their
-    names, by ending.
+    A split has the path of each file relative to `root`, with slashes, and its position in `classes`, which are sorted.
+    `ignored` counts files that are not images by their names, by ending.
     """
 
     root: Path
@@ -59,46 +59,38 @@ def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where:
     return tuple(name for name in known if name in chosen)
 
 
-def check_classes(
-    where: Path,
-    known: Sequence[str],
-    images: Mapping[str, Mapping[str, Sized]],
-    selected: Sequence[str] | None,
-    for_training: bool,
-    problems: list[str] | None,
-    hint: str = "",
-) -> tuple[str, ...]:
-    """Return the known classes to use, given the images of each split and class. Raise UsageError for a mistake.
+@dataclass(frozen=True)
+class ClassChoice:
+    """Says which classes are used: the `selected` ones (None: all).
 
-    With `problems`, those of classes are added to it, and the classes left out if two remain. `hint` follows an error.
+    With `problems`, those of classes are added to it, and the classes left out if two remain. Data to evaluate on
+    (`for_training=False`) needs no training images and no second class.
     """
-    if for_training and "all" not in images and "train" not in images:
-        raise UsageError(f"{where}: has {' and '.join(images)} but no train: nothing to train on")
-    classes = resolve_classes(known, selected, str(where))
-    found = list(_problems(images, classes, for_training))
-    bad = {name for _, names in found for name in names}
-    if found and (problems is None or len(classes) - len(bad) < 2):
-        raise UsageError(f"{where}: {found[0][0]}")
-    if problems is not None:
-        problems += [text for text, _ in found]
-    classes = tuple(name for name in classes if name not in bad)
-    if for_training and len(classes) < 2:
-        raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {hint}".rstrip())
-    return classes
+
+    selected: Sequence[str] | None = None
+    for_training: bool = True
+    problems: list[str] | None = None
+
+    def apply(self, where: Path, known: Sequence[str], images: ImagesByClass, hint: str = "") -> tuple[str, ...]:
+        """Return the known classes to use. Raise UsageError for a mistake, which `hint` follows."""
+        if self.for_training and "all" not in images and "train" not in images:
+            raise UsageError(f"{where}: has {' and '.join(images)} but no train: nothing to train on")
+        classes = resolve_classes(known, self.selected, str(where))
+        found = list(_problems(images, classes, self.for_training))
+        bad = {name for _, names in found for name in names}
+        if found and (self.problems is None or len(classes) - len(bad) < 2):
+            raise UsageError(f"{where}: {found[0][0]}")
+        if self.problems is not None:
+            self.problems.extend(text for text, _ in found)
+        classes = tuple(name for name in classes if name not in bad)
+        if self.for_training and len(classes) < 2:
+            raise UsageError(f"{where}: only one class, {classes[0]!r}: at least two are needed. {hint}".rstrip())
+        return classes
 
 
-def _make_listing(
-    root: Path,
-    where: Path,
-    files: FilesByClass,
-    selected: Sequence[str] | None,
-    for_training: bool,
-    problems: list[str] | None,
-    ignored: Counter[str],
-) -> Listing:
+def _make_listing(root: Path, where: Path, files: FilesByClass, choice: ClassChoice, ignored: Counter[str]) -> Listing:
     known = sorted({name for by_class in files.values() for name in by_class})
-    hint = _ONE_PER_CLASS if where == root else ""
-    classes = check_classes(where, known, files, selected, for_training, problems, hint)
+    classes = choice.apply(where, known, files, _ONE_PER_CLASS if where == root else "")
     splits = {split: (Names(), array("q")) for split in files}
     for split, (keys, labels) in splits.items():
         for label, name in enumerate(classes):
@@ -108,9 +100,7 @@ def _make_listing(
     return Listing(root, classes, splits, ignored)
 
 
-def _problems(
-    files: Mapping[str, Mapping[str, Sized]], classes: Sequence[str], for_training: bool
-) -> Iterator[tuple[str, set[str]]]:
+def _problems(files: ImagesByClass, classes: Sequence[str], for_training: bool) -> Iterator[tuple[str, set[str]]]:
     """Yield each problem of the classes, and the classes without which it is gone."""
     for split, by_class in files.items():
         for name in classes:
@@ -151,14 +141,11 @@ def _is_image(name: str) -> bool:
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def list_folder(
-    root_text: str | None, selected: Sequence[str] | None, for_training: bool = True, problems: list[str] | None = None
-) -> Listing:
+def list_folder(root_text: str | None, choice: ClassChoice) -> Listing:
     """List the images of root/CLASS, or of root/train/CLASS, root/val/CLASS and root/test/CLASS, at any depth below.
 
     Hidden and system files are skipped. A class folder may be a link; links to folders below it are not followed. Raise
-    UsageError for a mistake; with `problems`, those of classes are added to it, and the classes left out if two remain.
-    Data to evaluate on (`for_training=False`) needs no training images and no second class.
+    UsageError for a mistake.
     """
     if root_text is None:
         raise UsageError("dataset.root is not set: name the folder that holds the images")
@@ -166,12 +153,12 @@ def list_folder(
     ignored: Counter[str] = Counter()
     with reading_folder(root, _ONE_PER_CLASS):
         folders = _split_folders(root) or {"all": root}
-        files = {split: _scan_classes(folder, root, selected, ignored) for split, folder in folders.items()}
+        files = {split: _scan_classes(folder, root, choice.selected, ignored) for split, folder in folders.items()}
     if len(files.get("all", ())) == 1:
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
             raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
-    return _make_listing(root, root, files, selected, for_training, problems, ignored)
+    return _make_listing(root, root, files, choice, ignored)
 
 
 @contextmanager
@@ -205,8 +192,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]) -> dict[str, Names]:
     """Return the images of each class folder, as paths relative to root, and count the other files."""
-    errors: list[OSError] = []
-    classes: dict[str, Names] = {}
+    errors, classes = list[OSError](), dict[str, Names]()
     for path in _subfolders(folder):
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
@@ -233,17 +219,11 @@ def _subfolders(folder: Path) -> list[Path]:
 # -- manifest ---------------------------------------------------------------------------------------------------------
 
 
-def list_manifest(
-    file_text: str,
-    root_text: str | None,
-    selected: Sequence[str] | None,
-    for_training: bool = True,
-    problems: list[str] | None = None,
-) -> Listing:
+def list_manifest(file_text: str, root_text: str | None, choice: ClassChoice) -> Listing:
     """List the images that a CSV file names in its columns path, label and, optionally, split.
 
     Paths are relative to the root, or to the file's folder, and may not leave it. Raise UsageError with the line of a
-    mistake. `problems` is as in `list_folder`.
+    mistake.
     """
     file = expand_user(file_text)
     if not is_file(file):
@@ -262,10 +242,8 @@ def list_manifest(
             raise UsageError(f"{file}, line {line}: {name} lies outside {root}; set dataset.root to its folder")
         return real.relative_to(real_root).as_posix()
 
-    lines: dict[str, str] = {}
-    first_missing, n_missing = "", 0
+    lines, hashes, first_missing, n_missing = dict[str, str](), array("q"), "", 0
     files: FilesByClass = {}
-    hashes = array("q")
     for line, name, label, split in _read_rows(file):
         lines[label] = f"{file}, line {line}"
         key = key_of(name, line)
@@ -273,13 +251,13 @@ def list_manifest(
         files.setdefault(split or "all", {}).setdefault(label, Names()).extend([key])
         if not is_file(root / name):
             n_missing += 1
-            first_missing = first_missing or f"{file}, line {line}: {root / name}: no such file"
+            first_missing = first_missing or f"{lines[label]}: {root / name}: no such file"
     check_labels(lines)
     _check_repeated(file, hashes, key_of)
     if n_missing:
         more = f" ({n_missing - 1} more rows name missing files)" if n_missing > 1 else ""
         raise UsageError(first_missing + more)
-    return _make_listing(root, file, files, selected, for_training, problems, Counter())
+    return _make_listing(root, file, files, choice, Counter())
 
 
 def _read_rows(file: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -367,24 +345,20 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
     `patterns`, what does not exist may be a pattern, ** included.
     """
     for argument in arguments:
-        if is_dir(argument):
-            yield from _expand_folder(argument)
-        elif patterns and glob.has_magic(argument) and not os.path.lexists(argument):
-            matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-            if not matches:
+        paths = [argument]
+        if patterns and glob.has_magic(argument) and not os.path.lexists(argument):
+            paths = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            if not paths:
                 yield MissingPath(argument, "no file matches")
-            for path in matches:
-                if not is_dir(path):
-                    yield path
-                elif "**" not in argument:  # ** already matches the contents of folders
-                    yield from _expand_folder(path)
-        else:
-            yield argument
+        for path in paths:
+            if not is_dir(path):
+                yield path
+            elif path == argument or "**" not in argument:  # ** already matches the contents of folders
+                yield from _expand_folder(path)
 
 
 def _expand_folder(folder: str) -> Iterator[Named]:
-    errors: list[OSError] = []
-    is_empty = True
+    errors, is_empty = list[OSError](), True
     for where, names in _walk(folder, errors):
         for name in filter(_is_image, names):
             is_empty = False

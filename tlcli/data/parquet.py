@@ -12,8 +12,8 @@ import numpy as np
 
 from tlcli.data.decode import BadImage
 from tlcli.data.images import Ints, Source
-from tlcli.data.listing import SINGLE_LABEL, check_labels
-from tlcli.data.shards import ShardTable, find_shards, source_of_shards
+from tlcli.data.listing import SINGLE_LABEL, ClassChoice, check_labels
+from tlcli.data.shards import ShardImages, find_shards, source_of_shards
 from tlcli.errors import UsageError
 from tlcli.text import did_you_mean, join_limited, one_line
 
@@ -28,10 +28,10 @@ BUFFER_BYTES = 2**28  # row groups in the memory of each process, whose images a
 _ERRORS = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
 
-class ParquetTable(ShardTable):
-    """Rows of parquet files. A row group is read as a whole, and the last ones that were used stay in memory.
+class ParquetImages(ShardImages):
+    """Rows of parquet files, given the metadata of each file and the path of its column of bytes.
 
-    `files` has the metadata of each file and the path of its column of bytes.
+    A row group is read as a whole, and the last ones that were used stay in memory.
     """
 
     def __init__(self, root: Path, files: Mapping[str, tuple[Any, str]]) -> None:
@@ -46,15 +46,9 @@ class ParquetTable(ShardTable):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": None, "_lock": None, "_buffer": None}  # another process gets its own
 
-    def read(self, row: int) -> bytes:
+    def content(self, index: int) -> bytes:
+        row = int(self.rows[index])
         group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-        content = self._column(group)[row - int(self._group_starts[group])].as_py()
-        if content is None:
-            raise BadImage("its bytes are not in the file")
-        return bytes(content)
-
-    def _column(self, group: int) -> Any:
-        """Return the bytes of a row group's images, an Arrow array. Raise BadImage."""
         if self._process != os.getpid():  # forked, maybe while another thread held the lock
             self._process, self._lock, self._buffer = os.getpid(), Lock(), OrderedDict()
         with self._lock:
@@ -72,18 +66,22 @@ class ParquetTable(ShardTable):
                     self._buffer.popitem(last=False)
                 self._buffer[group] = table.flatten().column(0)
             self._buffer.move_to_end(group)
-            return self._buffer[group]
+            content = self._buffer[group][row - int(self._group_starts[group])].as_py()
+        if content is None:
+            raise BadImage("its bytes are not in the file")
+        return bytes(content)
 
-    def order_by_buffer(self, order: Ints, rows: Ints, seed: int, epoch: int) -> Ints:
+    def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
         """Return the order by buffers, of row groups in random order; within a buffer, rows keep the order given."""
         groups = np.random.default_rng([seed, epoch, 1]).permutation(len(self._groups))
         buffers: Ints = np.empty_like(groups)
         buffers[groups] = (np.cumsum(self._nbytes[groups]) - self._nbytes[groups]) // BUFFER_BYTES
-        return order[np.argsort(buffers[np.searchsorted(self._group_starts, rows, side="right") - 1], kind="stable")]
+        group_of = np.searchsorted(self._group_starts, self.rows[indices], side="right") - 1
+        return order[np.argsort(buffers[group_of], kind="stable")]
 
 
-def list_parquet(root_text: str | None, image_column: str, label_column: str, *listing: Any) -> Source:
-    """Return the images of parquet files, in the order of files and rows. See `list_folder` for `listing`.
+def list_parquet(root_text: str | None, image_column: str, label_column: str, choice: ClassChoice) -> Source:
+    """Return the images of parquet files, in the order of files and rows.
 
     The classes are the names of the ClassLabel in the Hugging Face metadata, else the distinct labels, sorted.
     """
@@ -98,16 +96,14 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, *l
                 for key, name in (("image_column", image_column), ("label_column", label_column)):
                     if schema.names.count(name) != 1:
                         hint = did_you_mean(name, schema.names) or f" Set dataset.{key}"
-                        raise UsageError(
-                            f"{path}: no column {name!r} (columns: {join_limited(schema.names, 8)}).{hint}"
-                        )
+                        columns = join_limited(schema.names, 8)
+                        raise UsageError(f"{path}: no column {name!r} (columns: {columns}).{hint}")
                 column, kind = image_column, schema.field(image_column).type
                 if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                     column, kind = f"{column}.bytes", kind.field("bytes").type
                 if not (types.is_binary(kind) or types.is_large_binary(kind)):
-                    raise UsageError(
-                        f"{path}: column {image_column!r} has {kind}, not images: set dataset.image_column"
-                    )
+                    problem = f"column {image_column!r} has {kind}, not images"
+                    raise UsageError(f"{path}: {problem}: set dataset.image_column")
                 files[shard], labels = (file.metadata, column), file.read([label_column], use_threads=False).column(0)
         except _ERRORS as error:
             raise UsageError(f"{path}: cannot read this parquet file ({one_line(error)[:200]})") from error
@@ -122,7 +118,7 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, *l
     code = {name: i for i, name in enumerate(names)}
     positions = np.array([code[str(value)] for value in values], dtype=np.int64)[np.concatenate(codes)]
     order = np.arange(len(positions), dtype=np.int64)
-    return source_of_shards(ParquetTable(root, files), splits, positions, names, order, (), *listing)
+    return source_of_shards(ParquetImages(root, files), splits, positions, names, order, (), choice)
 
 
 def _class_names(path: Path, metadata: Mapping[bytes, bytes], column: str) -> list[str] | None:
@@ -134,9 +130,8 @@ def _class_names(path: Path, metadata: Mapping[bytes, bytes], column: str) -> li
             return names
         raise ValueError("names of classes are missing or occur twice")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: cannot read the Hugging Face metadata of {column!r} ({one_line(error)[:80]})"
-        ) from error
+        reason = one_line(error)[:80]
+        raise UsageError(f"{path}: cannot read the Hugging Face metadata of {column!r} ({reason})") from error
 
 
 def _labels(path: Path, column: Any, names: list[str] | None) -> tuple[list[Any], Ints]:

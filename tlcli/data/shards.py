@@ -15,26 +15,8 @@ import numpy as np
 from msgspec import ValidationError, convert
 
 from tlcli.data.decode import BadImage, RawImage, read_raw
-from tlcli.data.images import (
-    SETTLED_NS,
-    ImageFiles,
-    Ints,
-    Source,
-    Split,
-    digest_of,
-    full_split,
-    ignored_notes,
-    positions_by_class,
-)
-from tlcli.data.listing import (
-    EXTENSIONS,
-    SINGLE_LABEL,
-    SPLITS,
-    check_classes,
-    check_labels,
-    is_visible,
-    reading_folder,
-)
+from tlcli.data.images import SETTLED_NS, ImageFiles, Ints, Source, Split, digest_of, ignored_notes, positions_by_class
+from tlcli.data.listing import EXTENSIONS, SINGLE_LABEL, SPLITS, ClassChoice, check_labels, is_visible, reading_folder
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file
 from tlcli.store import Store, cache_dir
@@ -47,60 +29,42 @@ Index = tuple[list[str], list[int], list[int], list[str], dict[str, int]]
 """Name, offset, bytes and label of each image of an archive, and the number of its other files by ending."""
 
 
-class ShardTable:
-    """All images of the shards below a folder: rows, in the order of the shards. `counts` has the images of each."""
+class ShardImages(ImageFiles):
+    """Images in shards below a folder, of which `counts` has the number of images. A key is the shard and a name in it.
+
+    A row is the number of an image among all, in the order of the shards. `rows` are those of the images by position.
+    """
 
     def __init__(self, root: Path, shards: Iterable[str], counts: Sequence[int]) -> None:
-        self.root, self.shards = root, list(shards)
+        super().__init__(root, ())
+        self.shards = list(shards)
         self.starts: Ints = np.cumsum([0, *counts])
-
-    def find(self, row: int) -> tuple[str, int]:
-        """Return the shard of a row, and the row's number in it."""
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.shards[shard], row - int(self.starts[shard])
-
-    def key(self, row: int) -> str:
-        return "{} row {}".format(*self.find(row))
-
-    def read(self, row: int) -> bytes:
-        """Return the bytes of an image as it would be in a file. Raise BadImage."""
-        raise NotImplementedError
-
-    def order_by_buffer(self, order: Ints, rows: Ints, seed: int, epoch: int) -> Ints:
-        return order
-
-
-class ShardImages(ImageFiles):
-    """The images at some rows of a table. A key is the shard and what the table adds: "train.tar a.jpg"."""
-
-    def __init__(self, table: ShardTable, rows: Ints) -> None:
-        super().__init__(table.root, ())
-        self.table, self.rows = table, rows
-
-    def read_raw(self, index: int) -> RawImage:
-        return read_raw(io.BytesIO(self.table.read(int(self.rows[index]))))
+        self.rows: Ints = np.arange(self.starts[-1])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def file(self, index: int) -> str:
-        return f"{self.root}/{self.table.find(int(self.rows[index]))[0]}"
+    def find(self, index: int) -> tuple[str, int]:
+        """Return the shard of an image, and its number in it."""
+        row = int(self.rows[index])
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shards[shard], row - int(self.starts[shard])
 
-    def name(self, index: int) -> str:
-        return str(self.root / self.key(index))
+    def content(self, index: int) -> bytes:
+        """Return the bytes of an image as it would be in a file. Raise BadImage."""
+        raise NotImplementedError
+
+    def read_raw(self, index: int) -> RawImage:
+        return read_raw(io.BytesIO(self.content(index)))
+
+    def file(self, index: int) -> str:
+        return f"{self.root}/{self.find(index)[0]}"
 
     def key(self, index: int) -> str:
-        return self.table.key(int(self.rows[index]))
-
-    def join(self, splits: Iterable[Split]) -> ImageFiles:
-        parts = [split.images.rows[split.indices] for split in splits if isinstance(split.images, ShardImages)]
-        return ShardImages(self.table, np.concatenate(parts))
+        return "{} row {}".format(*self.find(index))
 
     def compute_digest(self, index: int) -> bytes:
-        return digest_of(self.table.read(int(self.rows[index])))
-
-    def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
-        return self.table.order_by_buffer(order, self.rows[indices], seed, epoch)
+        return digest_of(self.content(index))
 
 
 def find_shards(root_text: str | None, pattern: str, kind: str) -> tuple[Path, dict[str, str]]:
@@ -134,36 +98,37 @@ def find_shards(root_text: str | None, pattern: str, kind: str) -> tuple[Path, d
 
 
 def source_of_shards(
-    table: ShardTable,
+    images: ShardImages,
     splits: Mapping[str, str],
     labels: Ints,
     names: Sequence[str],
     order: Ints,
     notes: tuple[str, ...],
-    selected: Sequence[str] | None,
-    for_training: bool,
-    problems: list[str] | None,
+    choice: ClassChoice,
 ) -> Source:
-    """Return the images of a table, given the split of each shard and the position in `names` of each row's class.
+    """Return the images, given the split of each shard and the position in `names` of each row's class.
 
-    The images of a split come in `order`, the classes in that of `names`. See `list_folder` for the rest.
+    The images of a split come in this order of rows, the classes in that of `names`.
     """
-    split_of = np.repeat(list(splits.values()), np.diff(table.starts))[order]
-    rows = {split: part for split in dict.fromkeys(splits.values()) if len(part := order[split_of == split])}
+    split_of = np.repeat(list(splits.values()), np.diff(images.starts))[order]
+    rows = {split: part for split in ("all", "train", "val", "test") if len(part := order[split_of == split])}
     counts = {split: enumerate(np.bincount(labels[part]).tolist()) for split, part in rows.items()}
-    images = {split: {names[i]: range(n) for i, n in pairs if n} for split, pairs in counts.items()}
-    in_use = [name for name in names if any(name in by_class for by_class in images.values())]
+    by_class = {split: {names[i]: range(n) for i, n in pairs if n} for split, pairs in counts.items()}
+    in_use = [name for name in names if any(name in known for known in by_class.values())]
     if not in_use:
-        raise UsageError(f"{table.root}: no images in {table.shards[0]}" + " and the others" * (len(splits) > 1))
-    classes = check_classes(table.root, in_use, images, selected, for_training, problems)
-    parts = {split: full_split(ShardImages(table, part), labels[part]) for split, part in rows.items()}
+        raise UsageError(f"{images.root}: no images in {images.shards[0]}" + " and the others" * (len(splits) > 1))
+    classes = choice.apply(images.root, in_use, by_class)
+    images.rows = np.concatenate(list(rows.values()))
+    positions = np.split(np.arange(len(images)), np.cumsum([len(part) for part in rows.values()])[:-1])
+    pairs = zip(rows.items(), positions, strict=True)
+    parts = {split: Split(images, indices, labels[part]) for (split, part), indices in pairs}
     return Source(tuple(names), parts, notes).keep_classes(classes)
 
 
 # -- tar archives -----------------------------------------------------------------------------------------------------
 
 
-class TarTable(ShardTable):
+class TarImages(ShardImages):
     """Images of tar archives, each read at its offset."""
 
     def __init__(self, root: Path, indexes: Mapping[str, Index]) -> None:
@@ -172,20 +137,21 @@ class TarTable(ShardTable):
         places = [np.array(index[1:3], dtype=np.int64) for index in indexes.values()]
         self._offsets, self._sizes = np.concatenate(places, axis=1)
 
-    def key(self, row: int) -> str:
-        return f"{self.find(row)[0]} {self.members[row]}"
+    def key(self, index: int) -> str:
+        return f"{self.find(index)[0]} {self.members[self.rows[index]]}"
 
-    def read(self, row: int) -> bytes:
+    def content(self, index: int) -> bytes:
+        row = self.rows[index]
         try:
-            with (self.root / self.find(row)[0]).open("rb") as stream:
+            with (self.root / self.find(index)[0]).open("rb") as stream:
                 stream.seek(int(self._offsets[row]))
                 return stream.read(int(self._sizes[row]))
         except OSError as error:
             raise BadImage((error.strerror or str(error)).lower()) from error
 
 
-def list_tars(root_text: str | None, *listing: Any, verify_all: bool) -> Source:
-    """Return the images of tar archives, sorted by class, name and archive. See `list_folder` for `listing`.
+def list_tars(root_text: str | None, choice: ClassChoice, *, verify_all: bool) -> Source:
+    """Return the images of tar archives, sorted by class, name and archive.
 
     The cache keeps the index of an archive, which is used again, unless `verify_all`, if size and time are the same.
     """
@@ -207,18 +173,17 @@ def list_tars(root_text: str | None, *listing: Any, verify_all: bool) -> Source:
     with suppress(OSError):
         if has_changed:
             store.write_notes(notes, entries)
-    table, ignored = TarTable(root, indexes), Counter[str]()
+    images, ignored = TarImages(root, indexes), Counter[str]()
     for index in indexes.values():
         ignored.update(index[4])
     texts = [label for index in indexes.values() for label in index[3]]
     row_of = {label: row for row, label in enumerate(texts)}
-    check_labels({label: table.key(row) for label, row in row_of.items()})
-    code = {name: i for i, name in enumerate(sorted(row_of))}
-    labels = np.array([code[text] for text in texts], dtype=np.int64)
-    by_class = positions_by_class(labels, len(code))
-    rows = [row for part in by_class for row in sorted(part.tolist(), key=lambda row: table.members[row].split("/"))]
+    check_labels({label: images.key(row) for label, row in row_of.items()})
+    names, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    by_class = positions_by_class(labels, len(names))
+    rows = [row for part in by_class for row in sorted(part.tolist(), key=lambda row: images.members[row].split("/"))]
     order = np.array(rows, dtype=np.int64)
-    return source_of_shards(table, splits, labels, list(code), order, ignored_notes(ignored), *listing)
+    return source_of_shards(images, splits, labels, names.tolist(), order, ignored_notes(ignored), choice)
 
 
 def index_tar(path: Path) -> Index:
@@ -279,6 +244,5 @@ def _label_of(image: str, stem: str, found: Sequence[tuple[str, bytes]]) -> str:
         text = content.decode().strip()
         if text and text.isprintable() and len(content) <= MAX_LABEL_BYTES:
             return text
-    raise UsageError(
-        f"{image}: {name} is not the name of a class: one line, in UTF-8, of {MAX_LABEL_BYTES:,} bytes at most"
-    )
+    expected = f"one line, in UTF-8, of {MAX_LABEL_BYTES:,} bytes at most"
+    raise UsageError(f"{image}: {name} is not the name of a class: {expected}")

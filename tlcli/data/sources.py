@@ -1,18 +1,15 @@
 """The kinds of datasets: files, shards, torchvision's datasets and digits. Imports without torch and numpy."""
 
-import contextlib
 import inspect
-import io
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from tlcli.data.listing import Listing, list_folder, list_manifest, resolve_classes
+from tlcli.data.listing import ClassChoice, Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Verify, option
@@ -46,8 +43,11 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
 class _FilesSpec(DatasetSpec, frozen=True):
     """A dataset of files that are listed, images in shards as a Source, before any image is read."""
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Listing | Source":
+    def list_chosen(self, choice: ClassChoice) -> "Listing | Source":
         raise NotImplementedError
+
+    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Listing | Source":
+        return self.list_chosen(ClassChoice(self.classes, for_training, problems))
 
     def check(self, *, for_training: bool = True) -> None:
         self.list_files(for_training=for_training)
@@ -68,8 +68,8 @@ class _FilesSpec(DatasetSpec, frozen=True):
 class ImageFolderSpec(_FilesSpec, frozen=True, tag="imagefolder"):
     """A folder with one subfolder per class, or with train/, val/ and test/ folders of these."""
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
-        return list_folder(self.root, self.classes, for_training, problems)
+    def list_chosen(self, choice: ClassChoice) -> Listing:
+        return list_folder(self.root, choice)
 
 
 @option
@@ -78,8 +78,8 @@ class ManifestSpec(_FilesSpec, frozen=True, tag="manifest"):
 
     file: str
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> Listing:
-        return list_manifest(self.file, self.root, self.classes, for_training, problems)
+    def list_chosen(self, choice: ClassChoice) -> Listing:
+        return list_manifest(self.file, self.root, choice)
 
 
 @option
@@ -89,21 +89,20 @@ class ParquetSpec(_FilesSpec, frozen=True, tag="parquet"):
     image_column: str
     label_column: str
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Source":
+    def list_chosen(self, choice: ClassChoice) -> "Source":
         from tlcli.data.parquet import list_parquet
 
-        columns = self.image_column, self.label_column
-        return list_parquet(self.root, *columns, self.classes, for_training, problems)
+        return list_parquet(self.root, self.image_column, self.label_column, choice)
 
 
 @option
 class WebDatasetSpec(_FilesSpec, frozen=True, tag="webdataset"):
     """Tar archives in which each image NAME.jpg has its label in NAME.cls or NAME.txt."""
 
-    def list_files(self, *, for_training: bool = True, problems: list[str] | None = None) -> "Source":
+    def list_chosen(self, choice: ClassChoice) -> "Source":
         from tlcli.data.shards import list_tars
 
-        return list_tars(self.root, self.classes, for_training, problems, verify_all=self.verify is Verify.full)
+        return list_tars(self.root, choice, verify_all=self.verify is Verify.full)
 
 
 @option
@@ -175,40 +174,24 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
         if spec.root is None:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
         arguments["root"] = str(Path(spec.root).expanduser())
-    can_download = "download" in takes
     try:
-        try:
-            return make(**arguments)
-        except (RuntimeError, OSError) as error:  # missing or incomplete
-            if not can_download or not spec.download:
-                remedy = "set dataset.download=true" if can_download else "torchvision cannot download it"
-                problem = f"not found under {spec.root} ({one_line(error).split('. ')[0][:100]})"
-                raise UsageError(f"{spec.name}: {problem}: {remedy}, or put it there") from error
-        reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
-        try:
-            with _safe_download():
-                return make(download=True, **arguments)
-        except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-            reason = one_line(error)[:100] or type(error).__name__
-            remedy = f"Offline, put the data under {arguments.get('root')}, or use dataset=imagefolder"
-            raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
+        return make(**arguments)
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"dataset {spec.name}: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _safe_download() -> Iterator[None]:
-    """Hide torchvision's progress bars unless stderr is a terminal, and extract tar files safely."""
-    import tarfile
-
-    # torchvision uses Python's default, which before 3.14 lets archives write anywhere
-    previous = tarfile.TarFile.extraction_filter
+    except (RuntimeError, OSError) as error:  # missing or incomplete
+        if "download" not in takes or not spec.download:
+            remedy = "set dataset.download=true" if "download" in takes else "torchvision cannot download it"
+            problem = f"not found under {spec.root} ({one_line(error).split('. ')[0][:100]})"
+            raise UsageError(f"{spec.name}: {problem}: {remedy}, or put it there") from error
+    reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
+    # torchvision extracts as Python does by default, which before 3.14 lets archives write anywhere
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        tarfile.TarFile.extraction_filter = previous
+        return make(download=True, **arguments)
+    except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+        reason = one_line(error)[:100] or type(error).__name__
+        remedy = f"Offline, put the data under {arguments.get('root')}, or use dataset=imagefolder"
+        raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
 
 
 def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":
