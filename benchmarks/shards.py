@@ -26,7 +26,7 @@ class Settings:
     size: int = 160
     train: int = 1000
     test: int = 32
-    shards: int = 20
+    shards: int = 60
     rounds: int = 3
 
 
