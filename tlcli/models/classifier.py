@@ -24,27 +24,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network of images (B, 3, S, S) to logits (B, classes), and what is known of it.
-
-    `head` names the modules that map features to logits; `stages` are ordered from input to output, the last is the
-    head, and every parameter is in exactly one. `size`, `mean` and `std` are what its weights expect of images.
-    `pretrained` names the tensors that were loaded, `known_rows` are the classes whose rows of the head were, and
-    `lost_classes` those of the weights that are not among `classes`; `notes` are lines for the plan.
-    """
+    """A network of images (B, 3, S, S) to logits (B, classes), and what is known of it."""
 
     name: str
     network: nn.Module
-    head: tuple[str, ...]
-    stages: tuple[Stage, ...]
-    size: int
+    head: tuple[str, ...]  # the modules that map features to logits
+    stages: tuple[Stage, ...]  # from input to output, the last is the head; every parameter is in exactly one
+    size: int  # as mean and std, what its weights expect of images
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     classes: tuple[str, ...] = ()
-    pretrained: frozenset[str] = frozenset()
+    pretrained: frozenset[str] = frozenset()  # the tensors that were loaded
     head_loaded: bool = False  # if the head was among them, with a row for each class
-    known_rows: tuple[int, ...] = ()
-    lost_classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    known_rows: tuple[int, ...] = ()  # the classes whose rows of the head were among them
+    lost_classes: tuple[str, ...] = ()  # classes of the weights that are not among `classes`
+    notes: tuple[str, ...] = ()  # lines for the plan
 
     def parameter_names(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.network.named_parameters())
@@ -138,7 +132,6 @@ def check_state_dict(state: dict[str, Tensor], network: nn.Module, source: str, 
 
 
 def count(parameters: Iterable[Tensor]) -> int:
-    """Return the number of values in all tensors."""
     return sum(p.numel() for p in parameters)
 
 

@@ -19,10 +19,7 @@ EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed"
 
 
 class FreezeContract:
-    """Keeps frozen parts in eval mode while the rest trains, and proves that they do not change by a bit.
-
-    What trains is fixed when a contract is made. `check`, after each epoch, relies on PyTorch's version counters.
-    """
+    """Keeps frozen parts in eval mode while the rest trains, and proves that they do not change by a bit."""
 
     def __init__(self, classifier: Classifier, bn_stats: BnStats) -> None:
         self._network = classifier.network
@@ -55,7 +52,6 @@ class FreezeContract:
         self._versions = {name: tensor._version for name, tensor in self._frozen()}
 
     def digest(self) -> str:
-        """Return the sha256 of all recorded digests."""
         text = "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -66,16 +62,15 @@ class FreezeContract:
         that keeps its statistics is in eval mode even if its scale and shift train; without `update_stats` all are.
         """
         self._network.train()
-        for name, module in self._frozen_modules.items():
-            if name.rpartition(".")[0] not in self._frozen_modules:  # else a module around it is set
-                module.eval()
+        for module in self._frozen_modules.values():
+            module.eval()
         if not update_stats:
             for module in self._network.modules():
                 if isinstance(module, _NormBase):
                     module.eval()
 
     def check(self) -> None:
-        """Compare the tensors that were written to since the last check."""
+        """Compare the tensors that were written to since the last check, by PyTorch's version counters."""
         self._compare({name for name, tensor in self._frozen() if tensor._version != self._versions[name]})
 
     def verify(self) -> int:
@@ -100,10 +95,7 @@ class FreezeContract:
 
 
 def apply_freeze(spec: FreezeSpec, classifier: Classifier) -> FreezeContract:
-    """Set requires_grad as the strategy says; return the contract to train under and to verify.
-
-    Nothing else is changed, except that LoRA adds parameters.
-    """
+    """Set requires_grad as the strategy says (LoRA adds parameters); return the contract to train under."""
     remove_low_rank(classifier.network)  # of an earlier job
     names = spec.trainable(classifier)
     if not names:

@@ -48,15 +48,13 @@ MIN_ROW_BYTES = 16384  # smaller rows are read as slowly: the input of a head cr
 class Cut:
     """A network in two for images of one size: suffix(*prefix(images)) are the network's logits.
 
-    `prefix` maps images (B, 3, S, S) to a tuple of tensors (B, ...), always in eval mode; call it without gradients.
-    `suffix` maps these to logits, in the network's present mode. Their tensors are the network's: move it before it is
-    cut. `suffix_start` names the first modules of the suffix; `shapes` are those of the boundary for one image.
+    Their tensors are the network's: move it before it is cut.
     """
 
-    prefix: fx.GraphModule
-    suffix: nn.Module
-    suffix_start: str
-    shapes: tuple[tuple[int, ...], ...]
+    prefix: fx.GraphModule  # (B, 3, S, S) to a tuple of tensors (B, ...), always in eval mode; without gradients
+    suffix: nn.Module  # these to logits, in the network's present mode
+    suffix_start: str  # the names of the first modules of the suffix
+    shapes: tuple[tuple[int, ...], ...]  # of the tensors between them, for one image
 
     def digest(self) -> str:
         """Return the sha256 of the prefix, the same in every process."""
@@ -76,11 +74,8 @@ def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None
     The network is in the mode that it trains in (FreezeContract.train_mode()) and on its device; it is not changed.
     `trainable`, names of parameters, replaces requires_grad; all modules count as in eval mode then: for features.
     """
-    trained = frozenset(
-        id(parameter)
-        for name, parameter in network.named_parameters(remove_duplicate=False)
-        if (parameter.requires_grad if trainable is None else name in trainable)
-    )
+    named = network.named_parameters(remove_duplicate=False)
+    trained = {id(p) for name, p in named if (p.requires_grad if trainable is None else name in trainable)}
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(len(FIRST_BATCH), 3, size, size, generator=torch.Generator().manual_seed(0))
     images = noise.to(like.device, like.dtype)
@@ -93,9 +88,6 @@ def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None
         return NoCut(str(error))
     except Exception as error:  # the trace does not run, or not at another batch size
         return NoCut(f"cannot be split: {type(error).__name__}: {one_line(error)}"[:160])
-
-
-# --- The operations that are frozen in training and in evaluation
 
 
 class PerImage(NamedTuple):
@@ -159,9 +151,6 @@ def _fold(two: Any, three: Any) -> Any:
     return NOT_CONSTANT
 
 
-# --- The boundary
-
-
 def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     """Return the frozen tensors that cross: few bytes, and little work for the suffix to repeat; or raise CutError."""
     images = graphs.training.images
@@ -181,9 +170,6 @@ def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     raise CutError(f"no frozen layers at the input: {reason}")
 
 
-# --- The two halves
-
-
 class _Prefix(fx.GraphModule):
     """The frozen part: images to the tensors of the boundary, always in eval mode."""
 
@@ -194,15 +180,14 @@ class _Prefix(fx.GraphModule):
 class _Suffix(nn.Module):
     """The rest: the tensors of the boundary to logits, in the mode that the network is in."""
 
-    def __init__(self, network: nn.Module, functions: dict[bool, Callable[..., Any]], copied: set[int]) -> None:
+    def __init__(self, network: nn.Module, functions: dict[bool, Callable[..., Any]]) -> None:
         super().__init__()
         self._network = (network,)  # in a tuple: its parameters are the network's, not the suffix's
-        self._functions, self._copied = functions, copied  # functions by `network.training`
+        self._functions = functions  # by `network.training`
 
     def forward(self, *activations: Tensor) -> Any:
-        """(B, ...) each to logits (B, classes). The given tensors are not changed."""
-        function = self._functions[self._network[0].training]
-        return function(*(a.clone() if i in self._copied else a for i, a in enumerate(activations)))
+        """(B, ...) each to logits (B, classes). The given tensors are not changed, even if layers work in place."""
+        return self._functions[self._network[0].training](*(a.clone() for a in activations))
 
 
 def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tensor) -> Cut:
@@ -217,6 +202,7 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
     train_suffix = _function(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
     constants = {same: value for node, value in graphs.constants.items() for same in graphs.eval_nodes[node]}
     eval_suffix = _function(evaluation, eval_boundary, [evaluation.output], constants)
+    suffix = _Suffix(network, {True: train_suffix, False: eval_suffix})
     few = images[list(SECOND_BATCH)]
     results = []
     with eval_mode(network):
@@ -224,20 +210,13 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
             results.append(prefix(batch.clone()))
             if any(a.shape[:1] != batch.shape[:1] for a in results[-1]):
                 raise CutError("the frozen part does not give one row per image")
-            if not _close(eval_suffix(*(a.clone() for a in results[-1])), network(batch.clone())):
+            if not _close(suffix(*results[-1]), network(batch.clone())):
                 raise CutError("prefix and suffix do not give the network's logits")
     activations, few_activations = results
     if not _close([a[list(SECOND_BATCH)] for a in activations], few_activations):
         raise CutError("the frozen part's values for an image depend on the other images of the batch")
     if not _close(train_prefix(few), few_activations):
         raise CutError("the frozen part gives other values in training than in evaluation")
-    copied = set()
-    for function in (train_suffix, eval_suffix):
-        clones = [a.clone() for a in activations]
-        versions = [a._version for a in clones]
-        function(*clones)
-        copied |= {i for i, a in enumerate(clones) if a._version != versions[i]}  # changed in place
-    suffix = _Suffix(network, {True: train_suffix, False: eval_suffix}, copied)
     if network.training:
         with preserve_state(network):
             torch.manual_seed(0)

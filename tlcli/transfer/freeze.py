@@ -1,7 +1,4 @@
-"""The options of `freeze`: a new one is a decorated class here, which imports without torch, and a YAML file.
-
-The order is that of `tlcli inspect`, which measures the whole network first and shows it last.
-"""
+"""The options of `freeze`, in the order of `tlcli inspect`: classes, which import without torch, and YAML files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -139,10 +136,7 @@ class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
 
 @option
 class EarlySpec(FreezeSpec, frozen=True, tag="early"):
-    """The early stages are frozen: those at the input with at most `share` of the body's parameters, if pretrained.
-
-    They hold edges and textures, and take most of the time of a training step, because their maps are the largest.
-    """
+    """The early stages are frozen: those at the input with at most `share` of the body's parameters, if pretrained."""
 
     share: OpenFraction
 

@@ -6,7 +6,7 @@ import math
 import operator
 import random
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,9 +22,6 @@ from tlcli.text import one_line
 
 class CutError(Exception):
     """Raised if there is no cut; the message is the reason."""
-
-
-# --- Tracing
 
 
 class Traced(NamedTuple):
@@ -49,7 +46,6 @@ class Traced(NamedTuple):
         return first if inplace else None
 
     def parameters_of(self, node: fx.Node) -> list[Tensor]:
-        """Return the parameters that an operation uses."""
         if node.op == "get_attr":
             return [operator.attrgetter(str(node.target))(self.root)]
         return list(self.root.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else []
@@ -67,21 +63,17 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str = "") -> bool:
         return m in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_module(m, *args, **kwargs)
         except Exception:
             if not self.is_leaf_module(m):
                 self.failed.append(m)
             raise
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return (fn, args[:2]) if fn is root_fn else (fn, args)  # fx has replaced fn if it takes *args
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        fn, inputs = super().create_args_for_root(root_fn, *args, **kwargs)
+        return (fn, inputs[:2]) if fn is root_fn else (fn, inputs)  # fx has replaced fn if it takes *args
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         self.param_shapes_constant = not isinstance(attr_val, Tensor) or isinstance(attr_val, nn.Parameter)
@@ -183,9 +175,6 @@ def minimum_cut(
     algorithm = networkx.algorithms.flow.boykov_kolmogorov
     _, (early, late) = networkx.minimum_cut(flow, "source", "sink", flow_func=algorithm)
     return [node for node in users if (node, "in") in early and (node, "out") in late]
-
-
-# --- Running
 
 
 class _DispatchRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -302,9 +291,6 @@ def rng_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         return torch.cuda.get_rng_state(device)
     return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-# --- Digests that are the same in every process
 
 
 def digest_of_graph(module: fx.GraphModule) -> str:

@@ -1,7 +1,6 @@
 """Low-rank updates of linear layers and 1x1 convolutions: LoRA (Hu et al. 2021).
 
-A layer's weight W becomes W + alpha / rank * B A, in which only A and B train. B starts at zero, so that the network
-starts as it was. torch.nn.utils.parametrize computes the sum; checkpoints have it in the place of W.
+A layer's weight W becomes W + alpha / rank * B A, of which A and B train; B starts at zero. Checkpoints have the sum.
 """
 
 import zlib
@@ -32,10 +31,8 @@ def add_low_rank(network: nn.Module, tensors: Collection[str], rank: int, alpha:
     """Add updates to the layers whose weights are among these tensors; return the names of what trains in them."""
     names = set()
     for name, layer in list(network.named_modules()):
-        is_linear = isinstance(layer, nn.Linear) or (
-            isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
-        )
-        if is_linear and f"{name}.weight" in tensors:
+        is_pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+        if (isinstance(layer, nn.Linear) or is_pointwise) and f"{name}.weight" in tensors:
             parametrize.register_parametrization(layer, "weight", LowRank(name, layer.weight, rank, alpha))
             names |= {f"{name}{_PARTS}a", f"{name}{_PARTS}b"}
     return frozenset(names)

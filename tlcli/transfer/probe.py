@@ -29,6 +29,11 @@ class CrossValidation:
     def accuracy(self) -> float:
         return float(self.correct.mean())
 
+    def beats(self, other: "CrossValidation") -> bool:
+        """Return True if the images that only this one classifies right are more by over one standard error."""
+        gains, losses = (self.correct & ~other.correct).sum(), (other.correct & ~self.correct).sum()
+        return bool(gains - losses > np.sqrt(gains + losses))
+
 
 def choose_penalty(
     features: Tensor, labels: Tensor, seed: int, max_images: int | None = None
@@ -82,10 +87,7 @@ def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor, penalty: float 
 
 
 def _scaled(features: Any) -> tuple[Floats, Floats, float]:
-    """Return features centered and divided by one number, so that one penalty suits every backbone; mean and number.
-
-    One number per feature would give nearly constant ones huge weights.
-    """
+    """Return features centered and divided by one number, so that one penalty suits every backbone; mean and number."""
     x = features.astype(np.float32)
     mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
     return (x - mean) / scale, mean, scale
