@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tlcli.engine.metrics import (
     unknown_threshold,
 )
 from tlcli.engine.schedule import steps_per_epoch
-from tlcli.reporter import EpochRow, Reporter, RunPlan
+from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
 from tlcli.runs.run_dir import (
@@ -64,9 +65,9 @@ class Recorder:
     def plan(self, inputs: Inputs) -> None:
         """Write what is known before training of data, model and machine, and show the plan."""
         self._inputs, workload, device = inputs, inputs.workload, inputs.device
-        spec, data, classifier = self._spec, workload.data, workload.classifier
+        spec, data = self._spec, workload.data
         splits = {"train": data.train, "val": data.val, "test": data.test}
-        stages = freeze_table(spec.optimizer, classifier)
+        stages = freeze_table(spec.optimizer, workload.classifier)
         reasons = {use: inputs.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
         self._run.write_bad_files(data.bad_files)
         self._run.update(
@@ -89,58 +90,10 @@ class Recorder:
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
         )
+        if (part := workload.first_fit) is not None:
+            self._run.update(first_fit={"n_train": len(part.data.train), "n_val": len(part.data.val)})
         self.inputs()
-        options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
-        values = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
-        augment = f"{spec.augment.kind} ({values})" if values else "without augmentation"
-        epochs = f"{workload.epochs} epoch" + ("s" if workload.epochs > 1 else "")
-        if workload.fits > 1:
-            epochs += f" ({workload.fits} fits of {workload.epochs_per_fit})"
-        last = "the mean of the fits" if workload.fits > 1 else "the last epoch"
-        kept = f"the epoch best in validation {spec.keep_best.value}" if workload.selects_epoch else last
-        batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
-        steps = workload.epochs * steps_per_epoch(spec, len(data.train))
-        fits = [workload] if workload.first_fit is None else [workload, workload.first_fit]
-        passes, speed = sum(fit.epochs * len(fit.data.train) for fit in fits), inputs.decisions.train_images_per_second
-        about = f" (about {duration_text(passes / speed)})" if speed else ""
-        notes = [*classifier.notes, *data.notes]
-        if "image" in inputs.decisions.reasons:
-            notes.append(f"image: {inputs.decisions.reasons['image']}")
-        if workload.first_fit is not None:
-            n = len(workload.first_fit.data.val)
-            self._run.update(first_fit={"n_train": len(workload.first_fit.data.train), "n_val": n})
-            notes.append(
-                f"first fit: without {n:,} of the images, whose loss says how much of the change of weights is kept, "
-                "and with what temperature (interpolate=1 does without)"
-            )
-        elif not len(data.val) and spec.folds is None:
-            notes.append("no images are held out: probabilities are not calibrated")
-        if len(data.val) and spec.fold is None and not workload.selects_epoch:
-            few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
-            notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
-        notes += [f"{use}: {reason}" for use, reason in reasons.items() if "measured" in reason]
-        preprocessing, train_size, views = workload.preprocessing, "", inputs.decisions.views
-        if workload.augments and workload.train_size != preprocessing.size:
-            train_size = f"{workload.train_size} px, "
-        if workload.augments and views:
-            augment += f", {views} views of each"
-        self._reporter.plan(
-            RunPlan(
-                run=self._run.path,
-                name=spec.name,
-                dataset=data.name,
-                classes=data.classes,
-                counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
-                model=classifier.name,
-                image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {train_size}{augment}",
-                stages=stages,
-                training=f"{epochs}, {steps:,} steps{about}, {batches}, {spec.optimizer.kind} lr "
-                f"{spec.optimizer.lr:g}, {spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
-                device=device.description,
-                activations=inputs.summary,
-                notes=tuple(notes),
-            )
-        )
+        self._reporter.plan(_run_plan(self._run.path, inputs, stages))
 
     def inputs(self) -> None:
         """Write how each split is read, and how the extractions so far went."""
@@ -270,6 +223,65 @@ class Recorder:
         plot_confusion(report, folder / "confusion.png")
         probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")
+
+
+def _run_plan(run: Path, inputs: Inputs, stages: tuple[StageRow, ...]) -> RunPlan:
+    """Return the texts of a plan."""
+    workload, data, speed = inputs.workload, inputs.workload.data, inputs.decisions.train_images_per_second
+    spec, preprocessing = workload.spec, workload.preprocessing
+    options = {key: value for key, value in to_plain(spec.augment).items() if key not in ("kind", "name") and value}
+    values = ", ".join(key if value is True else f"{key} {value}" for key, value in options.items())
+    augment = f"{spec.augment.kind} ({values})" if values else "without augmentation"
+    if workload.augments and workload.train_size != preprocessing.size:
+        augment = f"{workload.train_size} px, {augment}"
+    if workload.augments and inputs.decisions.views:
+        augment += f", {inputs.decisions.views} views of each"
+    epochs, kept = f"{workload.epochs} epoch" + ("s" if workload.epochs > 1 else ""), "the last epoch"
+    if workload.fits > 1:
+        epochs, kept = f"{epochs} ({workload.fits} fits of {workload.epochs_per_fit})", "the mean of the fits"
+    if workload.selects_epoch:
+        kept = f"the epoch best in validation {spec.keep_best.value}"
+    steps = workload.epochs * steps_per_epoch(spec, len(data.train))
+    fits = [workload] if workload.first_fit is None else [workload, workload.first_fit]
+    n_images = sum(fit.epochs * len(fit.data.train) for fit in fits)
+    about = f" (about {duration_text(n_images / speed)})" if speed else ""
+    batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return RunPlan(
+        run=run,
+        name=spec.name,
+        dataset=data.name,
+        classes=data.classes,
+        counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
+        model=workload.classifier.name,
+        image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {augment}",
+        stages=stages,
+        training=f"{epochs}, {steps:,} steps{about}, {batches}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}, "
+        f"{spec.scheduler.kind}, head from {spec.freeze.head_init.value}, keeps {kept}",
+        device=inputs.device.description,
+        activations=inputs.summary,
+        notes=_plan_notes(inputs),
+    )
+
+
+def _plan_notes(inputs: Inputs) -> tuple[str, ...]:
+    """Return what is worth a line of its own in a plan."""
+    workload, spec, data = inputs.workload, inputs.workload.spec, inputs.workload.data
+    reasons, notes = inputs.decisions.reasons, [*workload.classifier.notes, *data.notes]
+    if "image" in reasons:
+        notes.append(f"image: {reasons['image']}")
+    if workload.first_fit is not None:
+        notes.append(
+            f"first fit: without {len(workload.first_fit.data.val):,} of the images, whose loss says how much of the "
+            "change of weights is kept, and with what temperature (interpolate=1 does without)"
+        )
+    elif not len(data.val) and spec.folds is None:
+        notes.append("no images are held out: probabilities are not calibrated")
+    if len(data.val) and spec.fold is None and not workload.selects_epoch:
+        few = f"fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
+        notes.append(f"val has {len(data.val)} images: the last epoch is kept, since {few}")
+    measured = [use for use in ("training", "evaluation") if "measured" in reasons.get(use, "")]
+    return *notes, *(f"{use}: {reasons[use]}" for use in measured)
 
 
 class SilentRecorder(Recorder):
