@@ -63,18 +63,18 @@ def candidates(data: Path, out: Path, small: bool) -> dict[str, tuple[str, ...]]
 def score_all(root: str, overrides: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Return the candidate that `tlcli rank` chooses, its seconds, and three scores per candidate."""
     from tlcli.cli.compose import compose_spec
-    from tlcli.engine import image_choice, ranking
+    from tlcli.engine import ranking
     from tlcli.engine.session import session_for
     from tlcli.reporter import Reporter
 
     taken: list[tuple[np.ndarray, np.ndarray]] = []
-    choose_penalty = image_choice.choose_penalty
+    choose_penalty = ranking.choose_penalty
 
     def keep_features(x: Any, y: Any, *rest: Any) -> Any:
         taken.append((x.numpy(), y.numpy()))
         return choose_penalty(x, y, *rest)
 
-    image_choice.choose_penalty = keep_features  # LogME and H-score need the features that the probe gets
+    ranking.choose_penalty = keep_features  # LogME and H-score need the features that the probe gets
     words, reporter = ["dataset=imagefolder", f"dataset.root='{root}'"], Reporter()
     specs = {name: compose_spec([*words, *own]) for name, own in overrides.items()}
     session, began = session_for(next(iter(specs.values())).cache), time.perf_counter()

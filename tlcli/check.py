@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import Dataset
 from tlcli.data.images import ConcatSplits, Ints, tracked_map
 from tlcli.device import setup_process
-from tlcli.engine.activations import Workload, image_size
+from tlcli.engine.activations import load_workload
 from tlcli.engine.decisions import decide
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
@@ -28,7 +29,7 @@ from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import write_json
 from tlcli.specs import HeadInit, OnBad, TrainSpec
 from tlcli.text import csv_line, join_limited, strip_control_chars
-from tlcli.transfer.contract import apply_freeze, linear_head
+from tlcli.transfer.contract import linear_head
 from tlcli.transfer.freeze import HeadSpec
 from tlcli.transfer.probe import fit_probe
 
@@ -129,20 +130,17 @@ def _features(
     spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session, reporter: Reporter, notes: list[str]
 ) -> Tensor | None:
     """Return the input (N, D) of the head, in order; None if it is not one linear layer."""
-    classifier = session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
+    workload = replace(load_workload(spec, data, accelerator, session), needs_probe=True)
+    classifier = workload.classifier
     if not classifier.pretrained:
         notes.append("the features are of random weights: they say little about labels")
-    head = linear_head(classifier)
-    if head is None:
+    if linear_head(classifier) is None:
         return None
-    classifier.network.to(accelerator)
-    contract = apply_freeze(spec.freeze, classifier)
-    workload = Workload(data, classifier, contract, spec, accelerator, session, needs_probe=True)
     inputs = Inputs(decide(workload), workload)
     inputs.device.place(classifier.network)
     names = [name for name in ("train_eval", "val", "test") if len(workload.split(name))]
     loaders = [inputs.open(name, reporter) for name in names]
-    return torch.cat([features(classifier.network, head, x, inputs.device, reporter, "features")[0] for x in loaders])
+    return torch.cat([features(inputs, x, reporter, "features")[0] for x in loaders])
 
 
 def near_duplicates(

@@ -12,10 +12,10 @@ from msgspec import convert, structs, to_builtins
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, load_workload
 from tlcli.engine.decisions import Decisions, decide
-from tlcli.engine.first_fit import FirstFit, choose_share, evaluate_shares, fit_head
-from tlcli.engine.image_choice import choose_image
+from tlcli.engine.first_fit import choose_share, evaluate_shares, fit_head, run_first_fit
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import BestEpochTracker, Predictions, evaluate, scores
+from tlcli.engine.ranking import choose_image
 from tlcli.engine.session import Session, session_for
 from tlcli.engine.trainer import Trainer
 from tlcli.engine.unknown import fit_unknown_score, with_unknown_score
@@ -118,11 +118,7 @@ def train(
         validated = part.data.val
         if inputs.decisions.interpolate is None:  # a new run
             with record.phase("first fit"):
-                first = FirstFit(inputs, part, reporter)
-                for epoch in range(1, part.epochs + 1):
-                    first.trainer.fit(first.loader, epoch, reporter)
-                p = first.decide(reporter)
-                del first  # the memory of its optimizer and activations
+                p = run_first_fit(inputs, part, reporter)
             if ranks.is_main:
                 write_predictions(run.val_predictions, SplitPredictions.of(validated, p, part.data.classes))
         if ranks.is_main:
@@ -157,7 +153,7 @@ def train(
                         averaged = best_epoch.rank(scores(val_predictions)) > best_epoch.rank(scores(own))
                         val_predictions = val_predictions if averaged else own
                     validation = scores(val_predictions)
-                trainer.check_finite(validation.loss, epoch, "validation loss")
+                trainer.check_validation_loss(validation.loss, epoch)
             with defer_interrupts:
                 if validation is not None:
                     trainer.schedule.after_epoch(validation.loss)
@@ -181,7 +177,7 @@ def train(
             elif best_predictions is None or share < 1:  # that epoch was before an interruption
                 best_predictions = evaluate(network, val_loader, inputs.device, reporter, "validation, best epoch")
     if val_loader is not None and workload.compares_shares:
-        by_share = evaluate_shares(trainer, network, val_loader, inputs.device, reporter)
+        by_share = evaluate_shares(trainer, inputs, val_loader, reporter)
         write_tensors(run.val_shares, {"logits": torch.stack([p.logits for p in by_share])}, {})
     predictions: Predictions | None = None
     if has_test and len(workload.data.test):
@@ -246,7 +242,7 @@ def load_inputs(
             ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))
         if norms:  # not before rank 0 has decided, alone
             workload.contract.synchronize_norms()
-            session.forget_cuts()
+            session.forget_model()
         workload = replace(workload, ranks=ranks)
     inputs = Inputs(decisions, workload)
     if reason is not None:

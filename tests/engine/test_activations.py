@@ -186,7 +186,7 @@ def both(spec: Compose, split: Split, *, views: int | None = None) -> tuple[Imag
         for view in (range(views) if views else [None])
     ]
     options = {"network": nn.Identity(), "dtype": torch.float32}
-    live = ImageLoader(batches, EIGHT, device(), views=views, **options)
+    live = ImageLoader(batches, device(), views=views, **options)
     rows, labels = torch.arange(len(split)), torch.from_numpy(split.labels)
     return live, ActivationLoader(tables, rows, labels, head=None, device=device(), batch_size=5, seed=3, **options)
 

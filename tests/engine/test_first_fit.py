@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,18 +37,20 @@ def tensors(inputs: Inputs) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in inputs.workload.classifier.network.state_dict().items()}
 
 
-def decide(inputs: Inputs) -> Predictions:
-    return first_fit.FirstFit(inputs, inputs.workload.first_fit, Reporter()).decide(Reporter())
-
-
 @pytest.mark.parametrize("words", [*slow("freeze=last_stages"), "freeze=head"])  # uncached, and cached
-def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(load, words) -> None:
+def test_the_network_is_as_before_and_the_images_left_out_are_a_fifth_of_each_class(
+    load, words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = load(words)
     before, whole, part = tensors(inputs), inputs.workload, inputs.workload.first_fit
-    fit = first_fit.FirstFit(inputs, part, Reporter())
-    fit.trainer.fit(fit.loader, 1, Reporter())
-    assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
-    predictions = fit.decide(Reporter())
+    choose_share = first_fit.choose_share
+
+    def choose(*args: Any) -> int:
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
+        return choose_share(*args)
+
+    monkeypatch.setattr(first_fit, "choose_share", choose)
+    predictions = first_fit.run_first_fit(inputs, part, Reporter())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(inputs).items())
     assert part.data.val.class_counts(3) == (4, 4, 4) and part.data.train.class_counts(3) == (16, 16, 16)
     assert sorted([*part.data.train.indices, *part.data.val.indices]) == sorted(whole.data.train.indices)
@@ -78,7 +81,7 @@ def test_the_share_of_lowest_loss_is_taken_if_it_gains_more_than_a_standard_erro
     inputs = load("freeze=head")
     monkeypatch.setattr(first_fit, "fit_head", lambda *args: True)
     monkeypatch.setattr(first_fit, "evaluate", evaluate)
-    predictions = decide(inputs)
+    predictions = first_fit.run_first_fit(inputs, inputs.workload.first_fit, Reporter())
     assert inputs.decisions.interpolate == share
     assert predictions.logits.diagonal().tolist() == list(margins[first_fit.SHARES.index(share)])
 

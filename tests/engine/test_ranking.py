@@ -1,12 +1,105 @@
-"""A ranking scores each backbone by a probe, and chooses the fastest of those that the images cannot tell apart."""
+"""The size and the fit of images: as given, or the cheapest of those that a probe cannot tell from the best. A ranking
+scores each backbone by a probe, and chooses the fastest of those that the images cannot tell apart."""
 
-from types import SimpleNamespace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tlcli.engine.ranking import Score, choose
+from tests.conftest import Compose
+from tlcli.engine import ranking
+from tlcli.engine.activations import Workload
+from tlcli.engine.ranking import Score, choose, choose_image
+from tlcli.engine.session import Session
+from tlcli.reporter import Reporter
+from tlcli.store import Store
+from tlcli.train import NewRun, load_inputs
 from tlcli.transfer.probe import CrossValidation
+
+
+@pytest.fixture
+def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """workload("image.size=128", side=(40, 60)): of a folder of 24 images of this height and width."""
+
+    def make(*words: str, side: tuple[int, int] = (40, 40)) -> Workload:
+        random, root = np.random.default_rng(0), tmp_path / f"images-{side[0]}-{side[1]}"
+        for split, n in (("train", 12), ("test", 2)):
+            for name in "ab":
+                folder = root / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(n):
+                    pixels = random.integers(0, 255, (*side, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        own = spec("dataset=imagefolder", f"dataset.root={root}", "cache.mode=off", *words)
+        monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
+        return load_inputs(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
+
+    return make
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch):
+    """probed({(128, "crop"): 50, ...}): probes get so many of 100 images right. Return the list of those compared."""
+
+    def use(right: dict[tuple[int, str], int]) -> list[tuple[int, str]]:
+        seen: list[tuple[int, str]] = []
+
+        def result(workload: Workload, image, reporter: Reporter) -> CrossValidation:
+            seen.append((image.size, str(image.fit)))
+            return CrossValidation(0.1, 5, np.arange(100) < right[seen[-1]])
+
+        monkeypatch.setattr(ranking, "cross_validate_probe", result)
+        return seen
+
+    return use
+
+
+@pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 51), 160), ((50, 60), 224), ((60, 50), 160)])
+def test_the_larger_size_is_taken_if_it_gains_more_than_a_standard_error(right, size: int, workload, probed) -> None:
+    seen = probed({(s, "crop"): n for s, n in zip((160, 224), right, strict=True)})
+    image, reason = choose_image(workload(), Reporter())
+    assert (image.size, image.fit, image.train_size) == (size, "crop", 160)
+    assert seen == [(160, "crop"), (224, "crop")]  # squares need no other fit
+    assert f"160 px crop 0.{right[0]}0, 224 px crop 0.{right[1]}0" in str(reason)
+
+
+def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
+    seen = probed({(160, "crop"): 50, (160, "squash"): 60, (160, "pad"): 55, (224, "squash"): 61})
+    assert choose_image(workload(side=(40, 60)), Reporter())[0].fit == "squash"
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "fit"),
+    [
+        (("image.size=96", "image.fit=pad"), 96, "pad"),
+        (("dataset.image_size=64",), 64, "crop"),
+        (("backbone.weights=none",), 224, "crop"),
+    ],
+)
+def test_nothing_is_compared_if_nothing_is_open_or_a_probe_says_nothing(words, size, fit, workload, probed) -> None:
+    seen = probed({})
+    image, reason = choose_image(workload(*words), Reporter())
+    assert (image.size, image.fit, reason, seen) == (size, fit, None, [])
+
+
+@pytest.mark.slow
+def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:
+    own = workload("backbone=timm", "backbone.name=vit_tiny_patch16_224", "backbone.weights=none")
+    assert [ranking.takes_size(own, size) for size in (160, 224)] == [False, False]
+    assert ranking.takes_size(workload(), 160)
+
+
+def test_a_session_chooses_once(workload, probed) -> None:
+    seen = probed({(160, "crop"): 50, (224, "crop"): 50})
+    own = workload()
+    assert choose_image(own, Reporter()) == choose_image(own, Reporter())
+    assert len(seen) == 2
+
+
+# -- backbones
 
 
 def scored(n_right: int, seconds: float, n: int = 100) -> Score:
@@ -19,19 +112,18 @@ def test_the_error_is_that_of_a_share() -> None:
 
 
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:
-    best = scored(90, 100)
-    assert scored(89, 10).ties_with(best)
-    assert not scored(88, 10).ties_with(best), "two images, of which none the other way"
-    mixed = scored(90, 10)
-    mixed.probe.correct[:4] = False  # four worse, against 2 better
-    mixed.probe.correct[90:92] = True
-    assert mixed.ties_with(best)
-    assert best.ties_with(scored(50, 1)), "a better one ties with any"
+    best, mixed = scored(90, 100).probe, scored(90, 10).probe
+    assert not best.beats(scored(89, 10).probe)
+    assert best.beats(scored(88, 10).probe), "two images, of which none the other way"
+    mixed.correct[:4] = False  # four worse, against 2 better
+    mixed.correct[90:92] = True
+    assert not best.beats(mixed)
+    assert not scored(50, 1).probe.beats(best), "a better one ties with any"
 
 
 def test_the_fastest_of_those_that_tie_is_chosen() -> None:
     slow, fast, worse = scored(90, 100), scored(89, 10), scored(80, 1)
     assert choose([slow, fast, worse]) is fast
     assert choose([slow, worse]) is slow
-    unknown = SimpleNamespace(**{**vars(fast), "seconds": None}, ties_with=fast.ties_with)
-    assert choose([slow, unknown]) is unknown  # type: ignore[list-item]
+    unknown = replace(fast, seconds=None)
+    assert choose([slow, unknown]) is unknown

@@ -59,7 +59,7 @@ PLAIN = Preprocessing(size=1, fit=Fit.squash, mean=(0.0, 0.0, 0.0), std=(1.0, 1.
 
 def live(split: Split, batch_size: int, workers: int = 0) -> BatchLoader:
     batches = ImageBatches(split, PLAIN, batch_size=batch_size, workers=workers)
-    return ImageLoader(batches, PLAIN, CPU, network=Numbers(), dtype=torch.float32)
+    return ImageLoader(batches, CPU, network=Numbers(), dtype=torch.float32)
 
 
 def cached(split: Split, batch_size: int) -> BatchLoader:

@@ -118,7 +118,7 @@ def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:
         "size": score.size,
         "accuracy": score.probe.accuracy,
         "standard_error": score.standard_error,
-        "tied": score.ties_with(best),
+        "tied": not best.probe.beats(score.probe),
         "imagenet_top1": spec.backbone.imagenet_top1,
         "license": spec.backbone.license,
         "weights_bytes": 4 * score.parameters,

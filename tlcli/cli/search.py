@@ -278,8 +278,7 @@ class Search:
 
     def _set_defaults(self) -> None:
         """Choose the image of all trials, which the mean of weights needs, and the values that the space has."""
-        from tlcli.engine.image_choice import STEP, choose_image, takes_size
-        from tlcli.engine.ranking import new_workload
+        from tlcli.engine.ranking import STEP, choose_image, new_workload, takes_size
         from tlcli.tune import SIZE_KEY
 
         workload = new_workload(self._base, self._session, self.reporter)

@@ -176,8 +176,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         raise UsageError(f"budget={text}: must be a duration: 90s, 10m or 2h")
     with fast_imports():
         from tlcli.engine.activations import image_size
-        from tlcli.engine.image_choice import candidate_sizes
-        from tlcli.engine.ranking import expected_seconds, new_workload
+        from tlcli.engine.ranking import candidate_sizes, expected_seconds, new_workload
         from tlcli.engine.session import session_for
     folders = [Path(word.partition("=")[2]).absolute() for word in arguments.config_dir]
     tune_spec = read_tune_spec(["default", *values["tune"]][-1], folders)

@@ -1,12 +1,4 @@
-"""Activations: the output of the frozen prefix per image, computed once and read from then on.
-
-A key covers everything that the values depend on, so that an entry is right or is not found:
-    the prefix: its operations, and the digest of every tensor that it uses (this says where the cut is, too)
-    the images: names, sizes and content digests, in order; the preprocessing; the rules and library that decode
-    the view: none, or its number with the augmentation and the seed
-    the dtypes of arithmetic and of storage, the memory layout, the kind of device
-    the versions of torch, torchvision, timm and Pillow
-"""
+"""Activations: the output of the frozen prefix per image, computed once and read from then on."""
 
 import hashlib
 import json
@@ -74,14 +66,10 @@ class SplitActivations:
 
     @property
     def filled(self) -> bool:
-        """True if the store has them, as far as a quick check tells."""
-        return self.store.find(self.key, verify=False) is not None
+        return self.store.find(self.key, verify=False) is not None  # by a quick check
 
     def entry(self, reporter: Reporter, extractor: Extractor) -> CacheEntry:
-        """Return the entry, extracted first if it is missing or damaged. Raise OSError if it cannot be written.
-
-        Several ranks extract it together, and rank 0 writes it.
-        """
+        """Return the entry, extracted by all ranks if missing or damaged. Raise OSError if it cannot be written."""
         ranks = self.batches.ranks
         ranks.check_same("images or weights", self.key)
         with ExitStack() as held:
@@ -105,10 +93,8 @@ class SplitActivations:
         compile_seconds = time.perf_counter() - start
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with reporter.track(label, len(self)) as advance:
-            own = (
-                [t.reshape(-1).view(torch.uint8) for t in extractor(images)]
-                for images, _ in self.batches.in_order(view=self.view)
-            )
+            images = (x for x, _ in self.batches.in_order(view=self.view))
+            own = ([t.reshape(-1).view(torch.uint8) for t in extractor(x)] for x in images)
             size, ranks, error = self.batches.batch_size, self.batches.ranks, None
             counts = [min(size, len(self) - start) for start in range(0, len(self), size)]
             row = [column.nbytes for column in extractor.columns]
@@ -157,10 +143,7 @@ def image_size(spec: TrainSpec) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """The data, the network and the machine of a run: what decisions are made about.
-
-    Splits are named train, train_eval (train as evaluation sees it), val and test.
-    """
+    """Data, network and machine of a run. Splits are train, train_eval (train as evaluation sees it), val and test."""
 
     data: Dataset
     classifier: Classifier
@@ -175,13 +158,9 @@ class Workload:
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """How images become the network's input: by the spec and the data's range, else as its weights expect."""
-        return Preprocessing(
-            size=image_size(self.spec) or self.classifier.size,
-            fit=self.spec.image.fit or Fit.crop,
-            mean=self.spec.image.mean or self.classifier.mean,
-            std=self.spec.image.std or self.classifier.std,
-            range=self.data.value_range,
-        )
+        image, own = self.spec.image, self.classifier
+        size, mean, std = image_size(self.spec) or own.size, image.mean or own.mean, image.std or own.std
+        return Preprocessing(size, image.fit or Fit.crop, mean, std, self.data.value_range)
 
     @property
     def train_size(self) -> int:
@@ -209,7 +188,6 @@ class Workload:
         return VIEWS if isinstance(self.for_training.cut, Cut) else None
 
     def batches(self, split: Split, batch_size: int, augmentation: Augmentation | None) -> ImageBatches:
-        """Return the images of a split in batches, read as suits this machine."""
         return ImageBatches(
             split,
             self.preprocessing,
@@ -239,10 +217,7 @@ class Workload:
     @cached_property
     def fits(self) -> int:
         """The trainings from the same start whose weights are averaged."""
-        spec = self.spec
-        if spec.fits is not None:
-            return spec.fits
-        return FITS if self.has_first_fit and spec.no_average is None else 1
+        return self.spec.fits or (FITS if self.has_first_fit and self.spec.no_average is None else 1)
 
     @property
     def has_first_fit(self) -> bool:
@@ -283,13 +258,11 @@ class Workload:
         return self.spec.augment.build(self.preprocessing) is not None
 
     def split(self, split_name: str) -> Split:
-        """Return the images of a split."""
         split: Split = getattr(self.data, split_name.removesuffix("_eval"))
         return split
 
     @property
     def cut(self) -> Cut | NoCut:
-        """The cut after the frozen prefix."""
         self.contract.train_mode()  # the cut depends on the modes in which the network trains
         return self._cut(None)
 
@@ -352,7 +325,7 @@ class Workload:
         augmentation = None if view is None else spec.augment.build(preprocessing)
         batches = self.batches(pool, extractor.batch_size, augmentation)
         augmented = {"kind": spec.augment.kind, "number": view, "seed": spec.seed, "augment": spec.augment}
-        ingredients = {
+        ingredients = {  # all that the values depend on, so that an entry is right or is not found
             "prefix": self.session.get_or_create(("digest", id(cut)), cut.digest),
             "preprocessing": preprocessing.to_json(),
             "images": images or pool.fingerprint(),

@@ -1,7 +1,4 @@
-"""The cost of training on this machine, measured on a few batches with the code that trains, before it is paid.
-
-Weights may be random, because time does not depend on them, and nothing is downloaded. No weight is changed.
-"""
+"""The cost of training on this machine, measured on a few batches with the code that trains; no weight is changed."""
 
 import itertools
 import os
@@ -34,7 +31,7 @@ from tlcli.models.build import build_model
 from tlcli.models.classifier import count
 from tlcli.reporter import Reporter
 from tlcli.specs import AugmentSpec, HeadInit, TrainSpec, options
-from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.contract import apply_freeze, freeze_table
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec
 
@@ -49,14 +46,13 @@ MAX_STEP_SECONDS, MAX_UNCACHED_STEP_SECONDS = 0.5, 1.5
 def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> dict[str, Any]:
     """Return the JSON of `tlcli inspect`: the stages of the network and the cost of each freeze strategy on the data.
 
-    `head_augment` is the augmentation of freeze=head. Raises UsageError if the spec cannot be followed, BadImagesError
-    if an image of the sample does not decode.
+    `head_augment` is the augmentation of freeze=head. Raises UsageError, and BadImagesError of the sample.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
     data = load_dataset(spec.dataset, seed=spec.seed, reporter=reporter, decode=False)
     backbone = spec.backbone
-    is_random = backbone.weights == "default" and not backbone.is_packaged  # nothing is downloaded
+    is_random = backbone.weights == "default" and not backbone.is_packaged  # no download: time does not depend on them
     if is_random:
         backbone = structs.replace(backbone, weights="none", reinit=())
     classifier = build_model(backbone, data.classes, size=image_size(spec), seed=spec.seed)
@@ -86,8 +82,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
             workload = replace(workload, contract=contract, spec=own, needs_probe=needs_probe)
             strategies.insert(0, meter.cost(workload))
             advance(1)
-    parameters = dict(classifier.network.named_parameters())
-    sizes = {stage.name: count(parameters[n] for n in stage.tensors & parameters.keys()) for stage in classifier.stages}
+    sizes = {row.name: row.parameters for row in freeze_table(spec.optimizer, classifier)}
     return {
         "backbone": classifier.name,
         "dataset": f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
@@ -159,7 +154,6 @@ class CostMeter:
         }
 
     def device(self, workload: Workload) -> Device:
-        """Return the device with the formats of training on images."""
         train, evaluation = workload.session.get_or_create("network", lambda: measure_network(workload))
         return device_with(workload, train.dtype, evaluation)
 

@@ -1,7 +1,6 @@
 """Decisions of a run on precision, layout, caching and the cut: made once, recorded in run.json, then followed.
 
-Rounding differs between dtypes, memory formats, batch sizes, and cached and uncached splits, so that only the same
-decisions give the same metrics to the last digit. Deciding runs one small batch through the network to time it.
+Rounding depends on dtype, memory format, batch size, and on caching: only the same decisions give the same metrics.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -27,33 +26,20 @@ _DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in DTYPES.values()}
 
 
 class Decisions(Struct, frozen=True, kw_only=True):
-    """The choices of a run, each with its reason, as run.json stores them.
-
-    Args:
-        eval_precision: of evaluation and of the frozen prefix.
-        train_size: pixels of augmented training images; None up to tlcli 0.6: as in evaluation.
-        views: stored views of each augmented training image, one per epoch in turn; None: each epoch has its own.
-        interpolate: the share of the way from the initial to the trained weights at which the run ends; None: 1.
-        train_images_per_second: as measured for a few steps; None if there was nothing to choose.
-        cut: names of the first modules after the cut; None if nothing is cut off.
-        extraction_batch: images per forward pass of the prefix; None if nothing is cut off.
-        cached: the splits (train, train_eval, val, test) that are read from activations.
-        compiled: those of them whose activations a compiled prefix computes.
-        reasons: text by name: training, evaluation (precision and layout), train (cached or not), uncached splits.
-    """
+    """The choices of a run, each with its reason, as run.json stores them. Splits are train, train_eval, val, test."""
 
     train_precision: DtypeName
-    eval_precision: DtypeName
+    eval_precision: DtypeName  # of evaluation and of the frozen prefix
     channels_last: bool
-    train_size: int | None = None
-    views: int | None = None
-    interpolate: float | None = None
-    train_images_per_second: float | None = None
-    cut: str | None = None
-    extraction_batch: Annotated[int, Meta(ge=1, le=4096)] | None = None
-    cached: frozenset[str] = frozenset()
-    compiled: frozenset[str] = frozenset()
-    reasons: dict[str, str] = {}
+    train_size: int | None = None  # pixels of augmented training images; None up to tlcli 0.6: as in evaluation
+    views: int | None = None  # of each augmented training image, one per epoch in turn; None: each epoch has its own
+    interpolate: float | None = None  # the share of the way from initial to trained weights at which the run ends
+    train_images_per_second: float | None = None  # as measured for a few steps, if there was something to choose
+    cut: str | None = None  # names of the first modules after the cut
+    extraction_batch: Annotated[int, Meta(ge=1, le=4096)] | None = None  # images per forward pass of the prefix
+    cached: frozenset[str] = frozenset()  # the splits that are read from activations
+    compiled: frozenset[str] = frozenset()  # those of them whose activations a compiled prefix computes
+    reasons: dict[str, str] = {}  # of training, evaluation (precision and layout), train (cached or not), other splits
 
     @property
     def suffix_dtype(self) -> torch.dtype:
@@ -66,35 +52,19 @@ class Decisions(Struct, frozen=True, kw_only=True):
 
     @property
     def eval_format(self) -> ComputeFormat:
-        return ComputeFormat(
-            _DTYPES[self.eval_precision],
-            torch.channels_last if self.channels_last else torch.contiguous_format,
-            reason=self.reasons.get("evaluation", ""),
-            batch_size=self.extraction_batch,
-        )
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        reason = self.reasons.get("evaluation", "")
+        return ComputeFormat(_DTYPES[self.eval_precision], layout, reason=reason, batch_size=self.extraction_batch)
 
     def without(self, split_names: Iterable[str], reason: str) -> "Decisions":
-        """Return the same with these splits uncached, for a reason."""
         names = self.cached.intersection(split_names)
-        return structs.replace(
-            self,
-            cached=self.cached - names,
-            compiled=self.compiled - names,
-            reasons={**self.reasons, **dict.fromkeys(sorted(names), reason)},
-        )
+        reasons = {**self.reasons, **dict.fromkeys(sorted(names), reason)}
+        return structs.replace(self, cached=self.cached - names, compiled=self.compiled - names, reasons=reasons)
 
 
 def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: ComputeFormat) -> Device:
-    """Return the device of a workload with this dtype of training and format of evaluation."""
-    return Device(
-        accelerator=workload.accelerator,
-        train_dtype=train_dtype,
-        eval_dtype=evaluation.dtype,
-        memory_format=evaluation.memory_format,
-        compile=workload.spec.device.compile,
-        workers=workload.workers,
-        ranks=workload.ranks,
-    )
+    formats = train_dtype, evaluation.dtype, evaluation.memory_format
+    return Device(workload.accelerator, *formats, workload.spec.device.compile, workload.workers, workload.ranks)
 
 
 def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
@@ -112,9 +82,6 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
         }
         return convert(content, Decisions)
     return None
-
-
-# -- deciding
 
 
 def decide(workload: Workload) -> Decisions:
@@ -167,18 +134,11 @@ def uncacheable_reason(workload: Workload) -> str | None:
 
 
 def not_worthwhile_reason(
-    workload: Workload,
-    option: ComputeFormat,
-    images: int,
-    row_bytes: int,
-    *,
-    reads: int | None = None,
-    pending: int = 0,
+    workload: Workload, option: ComputeFormat, images: int, row_bytes: int, reads: int | None = None, pending: int = 0
 ) -> str | None:
     """Return why activations should not be used, with `images` of them missing: no space, or no gain.
 
-    `reads` is the number of rows read (None: of training, which cache.mode=require caches anyway), `pending` the bytes
-    to be written before.
+    `reads`: the rows read (None: by training, which cache.mode=require caches anyway); `pending`: bytes written before.
     """
     spec, data, nbytes = workload.spec, workload.data, images * row_bytes
     reason = workload.session.store.no_room_reason(pending + nbytes) if images else None
@@ -211,9 +171,7 @@ def _add_evaluated_splits(workload: Workload, option: ComputeFormat, cached: set
             continue
         (source,) = workload.cached_split(name, cached | {name}, option).views
         images, pending = 0 if source.filled else len(source), sum(s.nbytes for s in _missing(workload, cached, option))
-        reason = not_worthwhile_reason(
-            workload, option, images, source.row_bytes, reads=n * len(source), pending=pending
-        )
+        reason = not_worthwhile_reason(workload, option, images, source.row_bytes, n * len(source), pending)
         if reason is None:
             cached.add(name)
         else:
@@ -237,9 +195,6 @@ def _worth_compiling(workload: Workload, cached: set[str], option: ComputeFormat
         if images and split.workload.extractor(split.cut, option).estimate_seconds(images, speed) < images / speed:
             compiled |= names
     return frozenset(compiled)
-
-
-# -- following
 
 
 def follow(recorded: Decisions, workload: Workload, reporter: Reporter, split_names: Iterable[str]) -> Decisions:

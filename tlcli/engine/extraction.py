@@ -56,7 +56,6 @@ class Extractor:
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """The dtype and shape of each tensor of a row."""
         size = self.preprocessing.size
         rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
         return tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
@@ -130,11 +129,9 @@ class Extractor:
         x = x.contiguous(memory_format=self.compute_format.memory_format)
         with torch.inference_mode(), autocast(self.accelerator, dtype or self.compute_format.dtype):
             rows = network(x)
-        return tuple(self._as_stored(t) for t in rows)
-
-    def _as_stored(self, t: Tensor) -> Tensor:
-        t = t if self.stored is CacheDtype.auto else t.to(DTYPES[Precision(self.stored.value)])
-        return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).contiguous()
+        if self.stored is not CacheDtype.auto:
+            rows = [t.to(DTYPES[Precision(self.stored.value)]) for t in rows]
+        return tuple((t.permute(0, 2, 3, 1) if t.ndim == 4 else t).contiguous() for t in rows)
 
 
 class _PixelPrefix(nn.Module):
@@ -159,12 +156,8 @@ def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
             continue
         names = str(previous.target), str(node.target)
         conv, norm = (prefix.get_submodule(name) for name in names)
-        if (
-            isinstance(norm, nn.BatchNorm2d)
-            and norm.track_running_stats
-            and type(conv).__name__ in ("Conv2d", "Conv2dSame")
-            and calls[names[0]] == calls[names[1]] == 1
-        ):
+        is_conv = type(conv).__name__ in ("Conv2d", "Conv2dSame") and calls[names[0]] == calls[names[1]] == 1
+        if is_conv and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             activations = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms
             prefix.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
             prefix.set_submodule(names[1], nn.Sequential(*activations))

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import torch
 from msgspec import structs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from tlcli.device import Device
 from tlcli.engine.activations import Workload
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import BatchLoader
@@ -34,14 +33,12 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
 
     If only the head trains, rows that the weights have for classes of theirs stay.
     """
-    workload = inputs.workload
-    network, head = workload.classifier.network, linear_head(workload.classifier)
+    workload, head = inputs.workload, linear_head(inputs.workload.classifier)
     if workload.needs_probe and head is None:
         reporter.note("head starts random: a probe needs a head of one linear layer")
     if not workload.needs_probe or head is None:
         return False
-    loader = inputs.open("train_eval", reporter)
-    x, predictions = features(network, head, loader, inputs.device, reporter, "features for the probe")
+    x, predictions = features(inputs, inputs.open("train_eval", reporter), reporter, "features for the probe")
     y = predictions.labels
     known, initial = list[int](), copy.deepcopy(head.state_dict())
     if isinstance(workload.spec.freeze, HeadSpec):
@@ -72,44 +69,40 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     return True
 
 
-class FirstFit:
-    """Training on a part of the images, which decides how far the final weights are from the initial ones."""
+def run_first_fit(inputs: Inputs, part: Workload, reporter: Reporter) -> Predictions:
+    """Train on the images of `part`, decide on the share by its val, and restore the network.
 
-    def __init__(self, inputs: Inputs, workload: Workload, reporter: Reporter) -> None:
-        """Fit the probe on the images of `workload`, whose val are the images left out."""
-        decisions, network = inputs.decisions, workload.classifier.network
-        if "train" in decisions.cached:
-            decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
-        self._inputs, self._part = inputs, Inputs(decisions, workload)
-        self._before = copy.deepcopy(network.state_dict())
-        self.trainer = Trainer(workload, self._part.device, label="first fit, epoch")
-        fit_head(self._part, reporter)
-        self.trainer.remember_start()
-        self.loader, self._val_loader = self._part.open("train", reporter), self._part.open("val", reporter)
-
-    def decide(self, reporter: Reporter) -> Predictions:
-        """Decide on the share, restore the network, and return the predictions of the images left out at that share."""
-        network = self._part.workload.classifier.network
-        with self.trainer.averaged():
-            by_share = evaluate_shares(self.trainer, network, self._val_loader, self._part.device, reporter)
-            chosen = choose_share(by_share, self._inputs, reporter)
-            self.trainer.interpolate(SHARES[chosen] / SHARES[-1])
-            predictions = by_share[chosen]
-            if (score := fit_unknown_score(self._part, reporter)) is not None:
-                scored = with_unknown_score(score, self._val_loader, self._part, reporter)
-                predictions = replace(predictions, unknown=scored.unknown)
-        network.load_state_dict(self._before)
-        return predictions
+    Return the predictions of val, the images left out, at that share.
+    """
+    decisions, network = inputs.decisions, part.classifier.network
+    if "train" in decisions.cached:
+        decisions = structs.replace(decisions, cached=decisions.cached | {"val"})
+    own, before = Inputs(decisions, part), copy.deepcopy(network.state_dict())
+    trainer = Trainer(part, own.device, label="first fit, epoch")
+    fit_head(own, reporter)
+    trainer.remember_start()
+    loader, val_loader = own.open("train", reporter), own.open("val", reporter)
+    for epoch in range(1, part.epochs + 1):
+        trainer.fit(loader, epoch, reporter)
+    with trainer.averaged():
+        by_share = evaluate_shares(trainer, own, val_loader, reporter)
+        chosen = choose_share(by_share, inputs, reporter)
+        trainer.interpolate(SHARES[chosen] / SHARES[-1])
+        predictions = by_share[chosen]
+        if (score := fit_unknown_score(own, reporter)) is not None:
+            scored = with_unknown_score(score, val_loader, own, reporter)
+            predictions = replace(predictions, unknown=scored.unknown)
+    network.load_state_dict(before)
+    return predictions
 
 
-def evaluate_shares(
-    trainer: Trainer, network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter
-) -> list[Predictions]:
+def evaluate_shares(trainer: Trainer, inputs: Inputs, loader: BatchLoader, reporter: Reporter) -> list[Predictions]:
     """Return the predictions at each of SHARES of the way to the trained weights; those of the last one stay."""
+    network = inputs.workload.classifier.network
     predictions = []
     for share, previous in zip(SHARES, (1.0, *SHARES), strict=False):
         trainer.interpolate(share / previous)
-        predictions.append(evaluate(network, loader, device, reporter, "images left out"))
+        predictions.append(evaluate(network, loader, inputs.device, reporter, "images left out"))
     return predictions
 
 

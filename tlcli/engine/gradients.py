@@ -63,15 +63,8 @@ class _FastDepthwise(TorchFunctionMode):
 
 
 def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
-    """Compute torch.conv2d, with fast gradients if the convolution is depthwise."""
     is_depthwise = groups > 1 and weight.shape[1] == 1 and not isinstance(padding, str)
     if not is_depthwise or input.ndim != 4 or not (input.requires_grad or weight.requires_grad):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)

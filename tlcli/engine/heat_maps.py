@@ -1,6 +1,7 @@
 """Heat maps: where in an image a network found evidence for a class, and their place over the image."""
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,16 @@ def heat_map(network: nn.Module, image: Tensor, label: int) -> Tensor:
     """Return the evidence for a class by position, (side, side) from 0 to 1, float32 on the CPU.
 
     `image` is the input of a network in eval mode, (1, 3, S, S). It is LayerCAM (Jiang et al. 2021) of the last block
-    with a grid of positions on which the logit depends: activations times their gradients, of which the positive ones
-    are summed over the channels. If activations are not negative, as after a ReLU, that is the paper's formula. The
-    last block of a transformer with a class token passes nothing on from its patches: then the one before is taken.
-    Raise TlcliError if there is no such block.
+    with a grid of positions on which the logit depends (in a transformer with a class token that is not the last one):
+    activations times their gradients, of which the positive ones are summed over the channels. Raise TlcliError if
+    there is no such block.
     """
     outputs: list[Any] = []
     blocks = [module for module in network.modules() if next(module.children(), None) is not None]
-    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[2])) for block in blocks]
-    try:
-        with torch.inference_mode(False):  # gradients, whatever the caller has set
-            logit = network(image.clone().requires_grad_())[0, label]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.inference_mode(False):  # gradients, whatever the caller has set
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda *call: outputs.append(call[2])))
+        logit = network(image.clone().requires_grad_())[0, label]
     n_prefix = getattr(network, "num_prefix_tokens", None)
     for output in reversed(outputs):
         if isinstance(output, Tensor) and (activations := _grid(output, n_prefix)) is not None:

@@ -151,16 +151,11 @@ def image_loader(
     if augmentation is not None and transforms_on_device(device.accelerator):
         augmentation, transforms = replace(augmentation, transforms=None), augmentation.transforms
     batch_size = spec.batch_size if is_train else min(MAX_EVALUATION_BATCH, 4 * spec.batch_size)
-    return ImageLoader(
-        workload.batches(split, batch_size, augmentation),
-        workload.preprocessing,
-        device,
-        network=workload.classifier.network,
-        dtype=device.train_dtype if is_train else device.eval_dtype,
-        views=views if is_train else None,
-        transforms=transforms,
-        mirrors=split_name in ("val", "test") and spec.tta is Tta.flip,
-    )
+    batches, network = workload.batches(split, batch_size, augmentation), workload.classifier.network
+    if is_train:
+        return ImageLoader(batches, device, network, device.train_dtype, views, transforms)
+    mirrors = split_name in ("val", "test") and spec.tta is Tta.flip
+    return ImageLoader(batches, device, network, device.eval_dtype, mirrors=mirrors)
 
 
 def transforms_on_device(accelerator: torch.device) -> bool:

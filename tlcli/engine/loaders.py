@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches, Preprocessing, apply_transforms, balanced_order, epoch_order
+from tlcli.data.batches import ImageBatches, apply_transforms, balanced_order, epoch_order
 from tlcli.data.images import Split
 from tlcli.device import Device
 from tlcli.ranks import ALONE, Ranks
@@ -21,23 +21,17 @@ READ_BYTES, READ_ROWS = 4 * 1024 * 1024, 1024  # read at once if a batch is smal
 
 @dataclass(eq=False)
 class ImageLoader:
-    """Batches of images that are decoded, augmented and normalized on demand: x (B, 3, S, S) float32.
-
-    `views` is the number of augmented views per image, one per epoch in turn (None: a new one in each epoch).
-    `transforms` of training images run on the device; `batches` has not applied them. If it `mirrors`, evaluation
-    takes the mean over an image and its mirror image.
-    """
+    """Batches of images that are decoded, augmented and normalized on demand: x (B, 3, S, S) float32."""
 
     batches: ImageBatches
-    preprocessing: Preprocessing
     device: Device
     network: nn.Module
     dtype: torch.dtype
-    views: int | None = None
-    transforms: nn.Module | None = None
-    mirrors: bool = False
-    threads: int | None = None
-    head: nn.Linear | None = None
+    views: int | None = None  # augmented views per image, one per epoch in turn; None: a new one in each epoch
+    transforms: nn.Module | None = None  # of training images, on the device: `batches` has not applied them
+    mirrors: bool = False  # evaluation takes the mean over an image and its mirror image
+    threads: ClassVar[None] = None
+    head: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.batches.split)
@@ -53,10 +47,7 @@ class ImageLoader:
         return self.ranks.positions(len(self), self.batches.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield each image once, in the order of this epoch (1, 2, ...), without the first `start` batches.
-
-        Of several ranks each has a share of each batch, which may be empty.
-        """
+        """Yield the batches of an epoch (1, 2, ...) from `start` on; of several ranks each has a share, maybe empty."""
         view = (number - 1) % self.views if self.views else None
         batches = prefetch_to_device(self.batches.epoch(number, view, start), self.device)
         if self.transforms is not None:
@@ -71,22 +62,18 @@ class ImageLoader:
     def _normalized(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         for images, labels in batches:
             x = images.contiguous(memory_format=self.device.memory_format)
-            yield (self.preprocessing.normalize(x),), labels
+            yield (self.batches.preprocessing.normalize(x),), labels
 
 
 @dataclass(eq=False)
 class ActivationLoader:
-    """Batches of activations, in the order in which an ImageLoader would yield their images.
+    """Batches of activations, in the order in which an ImageLoader would yield their images."""
 
-    `views` has the tensors of each augmented view, or of the images as they are; `rows` has the index of each image of
-    the split in them. `network` is the suffix of the cut, `head` too if it is one plain linear layer.
-    """
-
-    views: Sequence[ActivationTensors]
-    rows: Tensor
+    views: Sequence[ActivationTensors]  # of each augmented view, or of the images as they are
+    rows: Tensor  # the index of each image of the split in them
     labels: Tensor
-    network: nn.Module
-    head: nn.Linear | None
+    network: nn.Module  # the suffix of the cut
+    head: nn.Linear | None  # the same if it is one plain linear layer
     dtype: torch.dtype
     device: Device
     batch_size: int
@@ -107,7 +94,6 @@ class ActivationLoader:
 
     @property
     def positions(self) -> Tensor:
-        """The positions in the split of the rows of `in_order`: all of them, or this rank's share."""
         return self.device.ranks.positions(len(self), max(self._rows_at_once, self.batch_size))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:

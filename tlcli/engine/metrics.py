@@ -1,8 +1,4 @@
-"""Predictions of a split, their metrics, the epoch that is best by them, and the temperature that calibrates them.
-
-Temperature scaling (Guo et al. 2017) divides the logits by one number, so that probabilities can be trusted; it never
-changes the most likely class. It is fitted on the validation split and judged on the test split.
-"""
+"""Predictions of a split, their metrics, the epoch that is best by them, and the temperature that calibrates them."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlcli.device import Device, autocast, limit_threads
+from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import BatchLoader
 from tlcli.models.classifier import eval_mode
 from tlcli.reporter import Reporter
 from tlcli.specs import KeepBest
+from tlcli.transfer.contract import linear_head
 
 BINS = 15  # of the confidence, for calibration errors
 POINTS = 200  # of a risk-coverage curve
@@ -46,10 +44,9 @@ class Predictions:
 
 
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
-    """Return the logits of every image of a split, in order; `network` is the whole one, whose modes are set.
+    """Return the logits of every image of a split, in order, on all ranks; `network` is the whole one.
 
-    They are the mean of those of the image and of its mirror image if the loader mirrors. Of several ranks each
-    evaluates its share of the images, and all of them get all logits.
+    If the loader mirrors, they are the mean of those of the image and of its mirror image.
     """
     positions, n, ranks = loader.positions, len(loader), device.ranks
     logits, labels, track = [], [], reporter.track(label, len(positions))
@@ -63,22 +60,17 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
     return Predictions(ranks.gather(logits, positions, n).float(), ranks.gather(labels, positions, n))
 
 
-def features(
-    network: nn.Module, head: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str
-) -> tuple[Tensor, Predictions]:
-    """Return the input of `head` for every image, (N, D) float32 on the CPU, and the predictions.
-
-    If the loader mirrors, it is the input for the image that is not mirrored.
-    """
+def features(inputs: Inputs, loader: BatchLoader, reporter: Reporter, label: str) -> tuple[Tensor, Predictions]:
+    """Return the input of the linear head for every image (not mirrored), (N, D) float32 on the CPU; predictions."""
+    classifier, device = inputs.workload.classifier, inputs.device
+    head = linear_head(classifier)
+    assert head is not None
     batches: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))
     with hook, torch.compiler.set_stance("force_eager"):  # a compiled network would not call the hook
-        predictions = evaluate(network, loader, device, reporter, label)
+        predictions = evaluate(classifier.network, loader, device, reporter, label)
     batches = batches[:: 2 if loader.mirrors else 1]
     return device.ranks.gather(batches, loader.positions, len(loader)), predictions
-
-
-# -- metrics
 
 
 @dataclass(frozen=True)
@@ -136,27 +128,21 @@ def most_confused(report: dict[str, Any], limit: int = 3) -> tuple[tuple[str, st
 
 def _per_class(predictions: Predictions) -> tuple[np.ndarray, ...]:
     """Return precision, recall, F1 and support per class; 0 for a class never predicted or without images."""
-    labels, classes = predictions.labels.numpy(), range(predictions.logits.shape[1])
-    table: tuple[np.ndarray, ...] = precision_recall_fscore_support(
-        labels, predictions.predicted.numpy(), labels=classes, zero_division=0.0
-    )
+    true, predicted, labels = predictions.labels, predictions.predicted, range(predictions.logits.shape[1])
+    table: tuple[np.ndarray, ...] = precision_recall_fscore_support(true, predicted, labels=labels, zero_division=0.0)
     return table
 
 
 @dataclass
 class BestEpochTracker:
-    """The best epoch so far by one validation metric; the lower loss decides between equal accuracies or F1 scores.
-
-    Without `selects` each epoch takes the place of the one before, so that the last is kept. `early_stop` is the number
-    of epochs without a better one after which training should stop; None: never.
-    """
+    """The best epoch so far by one validation metric; the lower loss decides between equal accuracies or F1 scores."""
 
     by: KeepBest
-    early_stop: int | None
+    early_stop: int | None  # the number of epochs without a better one after which training should stop
     epoch: int | None = None
     scores: Scores | None = None
     last_epoch: int = 0
-    selects: bool = True
+    selects: bool = True  # False: the last epoch is kept
 
     def update(self, epoch: int, scores: Scores | None) -> bool:
         """Record an epoch with its validation scores, if there are any; return True if it is the best so far."""
@@ -181,11 +167,8 @@ class BestEpochTracker:
         return 0.0 if self.by is KeepBest.loss else getattr(scores, self.by.value), -scores.loss
 
 
-# -- calibration
-
-
 def likely_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T that is most probable by the loss of labels (N) under softmax(logits / T).
+    """Return the T that is most probable by the loss of labels (N) under softmax(logits / T) (Guo et al. 2017).
 
     With few images the likelihood follows the one that is wrong, and if all are right it has no optimum. So log T has a
     normal prior about 0 (maximum a posteriori).
@@ -233,10 +216,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
 
 
 def confidence_report(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
-    """Return `calibration` and `risk_coverage` of test.json and eval.json: how far probabilities can be trusted.
-
-    The first is the effect of a temperature on these images.
-    """
+    """Return `calibration`, the effect of a temperature on these images, and `risk_coverage` of test.json."""
     before, after = (expected_calibration_error(logits, labels, t) for t in (1.0, temperature))
     return {
         "calibration": {"temperature": temperature, "ece_before": before, "ece_after": after, "bins": BINS},
@@ -248,8 +228,7 @@ def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> dict[st
     """Return `area`, the mean risk over the k images with the most probable predictions, for each k, and `points`.
 
     A point is (coverage, risk, probability): the share of the images, the share of errors among them, and the
-    probability of the least probable prediction (Geifman and El-Yaniv, Selective classification for deep neural
-    networks, 2017). There is one at each POINTS-th of the images.
+    probability of the least probable prediction (Geifman and El-Yaniv 2017). There is one at each POINTS-th of them.
     """
     confidence, predicted = torch.softmax(logits.double() / temperature, dim=1).max(dim=1)
     order, n = torch.argsort(confidence, descending=True, stable=True), len(labels)
@@ -268,22 +247,13 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tupl
     return [(confidence[m].mean().item(), right[m].mean().item(), int(m.sum())) for m in members]
 
 
-# -- unknown images
-
-
 def energy(logits: Tensor) -> Tensor:
-    """Return the energy (N) of logits (N, classes), float64, which is higher for images of no class of the run.
-
-    It is minus the log of the summed exponentials (Liu et al., Energy-based out-of-distribution detection, 2020).
-    """
+    """Return the energy (N), float64, of logits (N, classes): higher for images of no class (Liu et al. 2020)."""
     return -logits.double().logsumexp(dim=1)
 
 
 def unknown_threshold(predictions: Predictions) -> dict[str, Any] | None:
-    """Return `unknown` of run.json: the score below which 95 % of images held out are; None if these are too few.
-
-    Without scores it is that of the energy.
-    """
+    """Return `unknown` of run.json: the score (or the energy) below which 95 % of the images are; None if too few."""
     if len(predictions.labels) < MIN_KNOWN:
         return None
     name, scores = ENERGY_AND_DISTANCE, predictions.unknown

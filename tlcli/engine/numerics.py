@@ -1,14 +1,13 @@
 """The fastest dtype and memory format on this machine: a few steps of each are measured, and the choice is stored.
 
-Rules of thumb fail both ways. Depthwise convolutions train faster in float32 on one processor with bfloat16 arithmetic,
-and in bfloat16 on the next; convolutions that gain most from bfloat16 in one memory format lose in the other.
+Rules of thumb fail: what is faster on one processor with bfloat16 arithmetic is slower on the next.
 """
 
 import copy
 import hashlib
 import json
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,14 +20,13 @@ from tlcli.transfer.cut import Cut
 
 MEASURE_BATCH_SIZE = 8  # images per measured step: enough to tell the formats apart in a second or two
 MIN_SPEEDUP = 1.1  # of a format that is chosen before an earlier one: similar ones must not change between runs
-MAX_SLOWDOWN = 1.5  # a format whose first step is this much slower than the fastest format is not measured further
 MEASURE_SECONDS = 0.25  # of steps, after which a format has been measured enough
 NOTES = "numerics"  # name of the store's notes on choices
 
 
 def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     """Return the fastest format of the prefix, with its speed."""
-    return _fastest(workload, f"extraction up to {cut.suffix_start}", cut.prefix, _noise(workload))
+    return _fastest(workload, f"extraction up to {cut.suffix_start}", cut.prefix)
 
 
 def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
@@ -36,48 +34,45 @@ def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> C
     if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
         dtype = allowed_formats(workload.spec.device, workload.accelerator)[0].dtype
         return replace(extraction, dtype=dtype, images_per_second=None, reason="a linear layer")
-    what, inputs = f"training from {cut.suffix_start}", _noise(workload, *cut.shapes)
-    return _fastest(workload, what, cut.suffix, inputs, extraction.memory_format, trains=True)
+    what = f"training from {cut.suffix_start}"
+    return _fastest(workload, what, cut.suffix, cut.shapes, extraction.memory_format, trains=True)
 
 
 def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
     network, size = workload.classifier.network, workload.train_size
-    train = _fastest(workload, "training", network, _noise(workload, (3, size, size)), trains=True)
-    return train, _fastest(workload, "evaluation", network, _noise(workload), train.memory_format)
-
-
-def _noise(workload: Workload, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Return a batch of random tensors of these shapes; without any, of images."""
-    n, generator = min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), torch.Generator()
-    shapes = shapes or ((3, *[workload.preprocessing.size] * 2),)
-    return tuple(torch.rand(n, *shape, generator=generator.manual_seed(0)) for shape in shapes)
+    train = _fastest(workload, "training", network, [(3, size, size)], trains=True)
+    return train, _fastest(workload, "evaluation", network, layout=train.memory_format)
 
 
 def _fastest(
     workload: Workload,
     what: str,
     module: nn.Module,
-    inputs: tuple[Tensor, ...],
+    shapes: Sequence[tuple[int, ...]] = (),
     layout: torch.memory_format | None = None,
     *,
     trains: bool = False,
 ) -> ComputeFormat:
-    """Return the fastest format for `what`: steps of `module`, which is the network or a part of it, on these inputs.
+    """Return the fastest format for `what`: steps of `module`, which is the network or a part of it.
 
-    A stored measurement is used again, so that a result does not depend on a race. A single format is measured only in
-    evaluation, where its speed is needed to estimate the cost of the prefix.
+    `shapes` are those of its inputs for one image; without any it takes images. A stored measurement is used again, so
+    that a result does not depend on a race. A single format is measured only in evaluation, where its speed is needed
+    to estimate the cost of the prefix.
     """
     options = allowed_formats(workload.spec.device, workload.accelerator)
     options = [option for option in options if layout in (None, option.memory_format)]
     if len(options) == 1 and trains:
         return replace(options[0], reason="the only choice here")
-    images, names = len(inputs[0]), [option.description for option in options]
+    images, generator = min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), torch.Generator()
+    shapes = shapes or [(3, *[workload.preprocessing.size] * 2)]
+    inputs = tuple(torch.rand(images, *shape, generator=generator.manual_seed(0)) for shape in shapes)
+    names = [option.description for option in options]
     trainable = sorted(name for name, p in workload.classifier.network.named_parameters() if p.requires_grad)
     subject = {
         "backbone": f"{workload.spec.backbone.kind}/{workload.spec.backbone.name}",
-        "shape": list(inputs[0].shape[1:]),
+        "shape": list(shapes[0]),
         "trains": hashlib.sha256(" ".join(trainable).encode()).hexdigest(),
         "machine": machine_name(workload.accelerator),
         "torch": torch.__version__,
@@ -91,27 +86,21 @@ def _fastest(
     if not isinstance(speeds, dict) or speeds.keys() != set(names):
         speeds, origin = {}, "measured"
         for option in options:
-            limit = MAX_SLOWDOWN * images / max(speeds.values()) if speeds else math.inf
-            seconds = _measure(workload, option, module, inputs, limit, trains=trains)
+            seconds = _measure(workload, option, module, inputs, trains=trains)
             speeds[option.description] = round(images / seconds, 2)
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())
     chosen = next(option for option in options if speeds[option.description] * MIN_SPEEDUP >= fastest)
     reason = f"{origin}: {', '.join(f'{name} {speeds[name]:.0f}' for name in names)} images/s"
-    reason = reason if len(options) > 1 else "the only choice here"
+    if len(options) == 1:
+        reason = "the only choice here"
     return replace(chosen, images_per_second=speeds[chosen.description], reason=reason)
 
 
 def _measure(
-    workload: Workload,
-    option: ComputeFormat,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    max_seconds: float,
-    *,
-    trains: bool,
+    workload: Workload, option: ComputeFormat, module: nn.Module, inputs: tuple[Tensor, ...], *, trains: bool
 ) -> float:
-    """Return the seconds of the shortest of a few steps after a first one; only one if it takes over `max_seconds`."""
+    """Return the seconds of the shortest of a few steps after a first one."""
     accelerator, layout = workload.accelerator, option.memory_format
     module, network = copy.deepcopy((module, workload.classifier.network if trains else module))
     network.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
@@ -119,7 +108,7 @@ def _measure(
     if not trains:
         module.eval()
     times: list[float] = []
-    for _ in range(6):
+    while len(times) < 6 and sum(times[1:]) <= MEASURE_SECONDS:
         start = time.perf_counter()
         mode = fast_depthwise_backward(accelerator, option.dtype) if trains else torch.inference_mode()
         with torch.random.fork_rng(devices=[]), autocast(accelerator, option.dtype), mode:
@@ -129,6 +118,4 @@ def _measure(
             network.zero_grad(set_to_none=True)
         synchronize(accelerator)
         times.append(time.perf_counter() - start)
-        if sum(times[1:]) > MEASURE_SECONDS or (len(times) == 2 and times[1] > max_seconds):
-            break
     return min(times[1:])

@@ -22,10 +22,8 @@ class AdamWSpec(OptimizerSpec, frozen=True, tag="adamw"):
 
 
 @option
-class AdamSpec(OptimizerSpec, frozen=True, tag="adam"):
+class AdamSpec(AdamWSpec, frozen=True, tag="adam"):
     """Adam (Kingma and Ba 2015)."""
-
-    betas: tuple[FractionBelowOne, FractionBelowOne]
 
     def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from torch.optim import Adam

@@ -93,10 +93,8 @@ class Schedule:
 
     def before_step(self, step: int) -> None:
         """Set the learning rates for a step, counted from 0 through all fits; each fit repeats the schedule."""
-        factor = (
-            lr_factor(self._spec, step % self._steps, self._steps, self._steps_per_epoch)
-            * self.plateau["plateau_factor"]
-        )
+        factor = lr_factor(self._spec, step % self._steps, self._steps, self._steps_per_epoch)
+        factor *= self.plateau["plateau_factor"]
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * factor
 

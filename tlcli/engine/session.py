@@ -41,10 +41,7 @@ class Session:
     def model(
         self, spec: BackboneSpec, classes: tuple[str, ...], *, size: int | None, seed: int, computing: Hashable = None
     ) -> Classifier:
-        """Return `build_model`'s classifier with its initial weights; that of the previous job if it is the same.
-
-        `computing` says where and how it computes: a job inherits nothing from one that computes differently.
-        """
+        """Return `build_model`'s classifier with its initial weights, that of a previous job that computes alike."""
         key = (spec, classes, size, seed, computing)
         if self._model is None or self._model[0] != key:
             self._model, self._made = None, {}
@@ -56,12 +53,8 @@ class Session:
         return self._model[1]
 
     def forget_model(self) -> None:
-        """Drop the model and what was made for it, for a network that is not of this session."""
+        """Drop the model and what was made for it, for another network or one with other modules."""
         self._model, self._made = None, {}
-
-    def forget_cuts(self) -> None:
-        """Drop what was made for the model, of which modules have been replaced."""
-        self._made = {}
 
     def tensors(self, entry: CacheEntry) -> ActivationTensors:
         """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import islice
 from math import isfinite
 from typing import Any
 
@@ -24,6 +24,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights
 from tlcli.transfer.contract import parameter_groups
 
+OnRunning = Callable[[int, int, float], None]  # receives epoch, batch, and mean loss of the last `log_every` batches
 STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for an accelerator, and is a tenth of a small step on a CPU
 
 
@@ -50,8 +51,7 @@ class Trainer:
         self._linear_loss: LinearLoss | None = None
         self._mixer = spec.augment.mixer(len(classes)) if spec.augment.mixes else None
         head = workload.classifier.head_parameters()
-        body = {id(p) for name, p in workload.classifier.network.named_parameters() if name not in head}
-        self._is_body = [id(parameter) in body for parameter in self._trainable]
+        self._body = {id(p) for name, p in workload.classifier.network.named_parameters() if name not in head}
         self._average: list[Tensor] = []
         self._progress: _EpochProgress | None = None
         self._start: list[Tensor] = []
@@ -62,21 +62,20 @@ class Trainer:
         loader: BatchLoader,
         epoch: int,
         reporter: Reporter,
-        on_running: Callable[[int, int, float], None] = lambda *running: None,
+        on_running: OnRunning = lambda *running: None,
         after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train on every image once, or on the images that are left of an epoch that `load` restored.
 
-        Return the row of metrics.jsonl: means over images as they were when each was trained on. `on_running` receives
-        the epoch, the batch, and the mean loss of the last `log_every` batches. Interrupts wait for the end of a step.
-        Raises NonFiniteLossError if the loss becomes NaN or infinite, and TlcliError if a step needs too much memory.
+        Return the row of metrics.jsonl: means over images as they were when each was trained on. Interrupts wait for
+        the end of a step. Raises NonFiniteLossError, and TlcliError if a step needs too much memory.
         """
         self._contract.train_mode()
         progress = self._progress
         if progress is None or progress.epoch != epoch:
-            n_correct = torch.tensor(0, device=self._device.accelerator)
             with defer_interrupts:  # a state that is saved has all of it, or nothing
-                progress = self._progress = _EpochProgress(epoch, self.step, n_correct)
+                progress = _EpochProgress(epoch, self.step, torch.tensor(0, device=self._device.accelerator))
+                self._progress = progress
                 torch.manual_seed(sample_seed(self._spec.seed, epoch, 0))  # dropout depends on the epoch and its steps
                 if self._fits > 1 and (epoch - 1) % self._epochs_per_fit == 0:
                     self._begin_fit()
@@ -94,6 +93,7 @@ class Trainer:
                         raise
                     if self.step % STEPS_BETWEEN_CHECKS == 0:
                         self._check_losses(progress)
+                        progress.count()
                     advance(sum(progress.sizes[-len(group) :]))
                     progress.seconds, start = progress.seconds + time.perf_counter() - start, time.perf_counter()
                 after_step()
@@ -113,43 +113,32 @@ class Trainer:
         means = {"loss": loss / n, "accuracy": progress.n_correct.item() / n}
         return {**means, "step": self.step, "seconds": seconds, "images_per_second": n / seconds, "lr": lr}
 
-    def _step(
-        self,
-        loader: BatchLoader,
-        group: list[Batch],
-        progress: "_EpochProgress",
-        on_running: Callable[[int, int, float], None],
-    ) -> None:
+    def _step(self, loader: BatchLoader, group: list[Batch], progress: "_EpochProgress", on_running: OnRunning) -> None:
         """Make one optimizer step with the gradient of the mean loss over all images of `group`."""
+        spec, ranks, first = self._spec, loader.ranks, len(progress.sizes)
         self.schedule.before_step(self.step)
         self.optimizer.zero_grad()
-        if self._spec.l2sp and not self._start:
-            self.remember_start()
-        sizes, losses, outputs = [len(y) for _, y in group], [], []
-        ranks = loader.ranks
-        if ranks.size > 1:  # the sizes of whole batches, of which `group` has this rank's share
-            n_done, size = len(progress.sizes), self._spec.batch_size
-            sizes = [min(size, len(loader) - i * size) for i in range(n_done, n_done + len(group))]
-            torch.manual_seed(sample_seed(self._spec.seed, self.step, -1 - ranks.rank))  # dropout of its own
-        n_images = sum(sizes)
+        if ranks.size > 1:
+            torch.manual_seed(sample_seed(spec.seed, self.step, -1 - ranks.rank))  # dropout of its own
+        # of whole batches, of which `group` has this rank's share
+        sizes = [min(spec.batch_size, len(loader) - (first + i) * spec.batch_size) for i in range(len(group))]
+        n_images, losses, outputs = sum(sizes), [], []
         for (x, y), size in zip(group, sizes, strict=True):
             if not len(y) and not self._synchronizes:  # not of this rank
                 losses.append(torch.tensor(0.0, device=self._device.accelerator))
                 continue
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
                 if self._linear_loss is None:
-                    self._linear_loss = LinearLoss(loader.head, self._spec.label_smoothing, self._class_weights)
+                    self._linear_loss = LinearLoss(loader.head, spec.label_smoothing, self._class_weights)
                 loss, logits = self._linear_loss.backward(x[0], y, n_images)
             else:
+                target = y
                 if self._mixer is not None and len(y):
                     images, target = self._mixer(x[0], y)
                     x, y = (images,), target.argmax(dim=1)
-                else:
-                    target = y
-                logits = self._forward(loader, x, is_single=size == 1 < self._spec.batch_size)
-                loss = F.cross_entropy(
-                    logits, target, self._class_weights, reduction="sum", label_smoothing=self._spec.label_smoothing
-                )
+                logits = self._forward(loader, x, is_single=size == 1 < spec.batch_size)
+                options: Any = {"reduction": "sum", "label_smoothing": spec.label_smoothing}
+                loss = F.cross_entropy(logits, target, self._class_weights, **options)
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
             losses.append(loss.detach())
             outputs.append((logits.detach(), y))
@@ -159,29 +148,38 @@ class Trainer:
             values, self._stops = ranks.sum_gradients(self._trainable, values, stop=stop)
             *losses, n_correct = values.unbind()
             progress.n_correct += n_correct.long()
-            outputs = []  # counted
-        every = self._spec.log_every
-        for loss, size, output in zip_longest(losses, sizes, outputs):
-            progress.add(loss, size, output)
-            if every and len(progress.sizes) % every == 0:  # the mean of each batch's mean, as PyTorch's tutorial has
-                n = torch.tensor(progress.sizes[-every:], device=self._device.accelerator)
-                running = (torch.stack(progress.losses[-every:]) / n).mean().item()
-                on_running(progress.epoch, len(progress.sizes), running)
-        if self._spec.clip_grad is not None or self._spec.l2sp:
+        else:
+            progress.uncounted += outputs
+        progress.losses += losses
+        progress.sizes += sizes
+        every = spec.log_every
+        for done in range(first + 1, len(progress.sizes) + 1):
+            if every and done % every == 0:  # the mean of each batch's mean, as PyTorch's tutorial has
+                last = slice(done - every, done)
+                n = torch.tensor(progress.sizes[last], device=self._device.accelerator)
+                on_running(progress.epoch, done, (torch.stack(progress.losses[last]) / n).mean().item())
+        self._update()
+        self.step += 1
+
+    def _update(self) -> None:
+        """Change the weights by their gradients, and the moving average by the weights."""
+        spec = self._spec
+        if spec.clip_grad is not None or spec.l2sp:
             self._scaler.unscale_(self.optimizer)
-        if self._spec.l2sp:  # the gradient of l2sp / 2 times the squared distance (Li et al. 2018)
-            for parameter, start, is_body in zip(self._trainable, self._start, self._is_body, strict=True):
-                if is_body and parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - start, alpha=self._spec.l2sp)
-        if self._spec.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self._trainable, self._spec.clip_grad)
+        if spec.l2sp:  # the gradient of l2sp / 2 times the squared distance (Li et al. 2018)
+            if not self._start:
+                self.remember_start()
+            for parameter, start in zip(self._trainable, self._start, strict=True):
+                if id(parameter) in self._body and parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - start, alpha=spec.l2sp)
+        if spec.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self._trainable, spec.clip_grad)
         self._scaler.step(self.optimizer)  # a disabled scaler calls optimizer.step()
         self._scaler.update()
-        if self._spec.ema is not None:
+        if spec.ema is not None:
             self._average = self._average or [parameter.detach().clone() for parameter in self._trainable]
             for average, parameter in zip(self._average, self._trainable, strict=True):
-                average.lerp_(parameter.detach(), 1 - self._spec.ema)
-        self.step += 1
+                average.lerp_(parameter.detach(), 1 - spec.ema)
 
     def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, is_single: bool) -> Tensor:
         """Return the logits (B, classes), float32. The last image of an epoch alone has no batch statistics."""
@@ -199,10 +197,8 @@ class Trainer:
         """Raise an error that says what to change after `error` ended a step, if that is known."""
         size, accumulate = self._spec.batch_size, self._spec.accumulate
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
-            raise TlcliError(
-                f"batch_size={size}: BatchNorm cannot update its statistics from one value per channel; "
-                f"set batch_size=2 or more, or freeze.bn_stats=frozen"
-            ) from error
+            reason = "BatchNorm cannot update its statistics from one value per channel"
+            raise TlcliError(f"batch_size={size}: {reason}; set batch_size=2 or freeze.bn_stats=frozen") from error
         if is_out_of_memory(error):
             smaller = f"batch_size={size // 2} accumulate={2 * accumulate}, which keeps the size of a step, or "
             advice = f"set {smaller if size > 1 else ''}a smaller image.size"
@@ -217,28 +213,21 @@ class Trainer:
             raise self._non_finite_error(f"the loss is not finite at epoch {progress.epoch}, batch {batch + 1}", step)
         progress.n_checked = len(progress.losses)
 
-    def check_finite(self, loss: float, epoch: int, name: str) -> None:
-        """Raise NonFiniteLossError if this loss is NaN or infinite after an epoch."""
+    def check_validation_loss(self, loss: float, epoch: int) -> None:
         if not isfinite(loss):
-            raise self._non_finite_error(f"the {name} is not finite after epoch {epoch}", self.step - 1)
+            raise self._non_finite_error(f"the validation loss is not finite after epoch {epoch}", self.step - 1)
 
     def _non_finite_error(self, text: str, step: int) -> NonFiniteLossError:
         self.schedule.before_step(max(0, step))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return NonFiniteLossError(
-            f"{text} (step {step + 1}, lr {lr:.3g}): "
-            f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
-        )
+        advice = f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
+        return NonFiniteLossError(f"{text} (step {step + 1}, lr {lr:.3g}): {advice}")
 
     def _begin_fit(self) -> None:
-        """Begin a fit: add the weights of the fit that has ended, if any, to their sum, and restore the initial ones.
-
-        The mean of several fits is a uniform soup (Wortsman et al., Model soups, 2022): as fast as one network.
-        """
+        """Restore the initial weights; add those of the last fit to a sum: a uniform soup (Wortsman et al. 2022)."""
         if self.step:
-            own = [parameter.detach() for parameter in self._trainable]
-            ends = self._ends or [torch.zeros_like(p) for p in own]
-            self._ends = [end + p for end, p in zip(ends, own, strict=True)]
+            ends = self._ends or [torch.zeros_like(p) for p in self._trainable]
+            self._ends = [end + p.detach() for end, p in zip(ends, self._trainable, strict=True)]
             self._set(self._start)
             self.optimizer.state.clear()
         elif not self._start:
@@ -250,9 +239,7 @@ class Trainer:
 
     def interpolate(self, share: float) -> None:
         """Replace what trains by its interpolation from the remembered weights (0) to the present ones (1)."""
-        with torch.no_grad():
-            for parameter, start in zip(self._trainable, self._start, strict=True):
-                parameter.copy_(start.lerp(parameter, share))
+        self._set([start.lerp(p.detach(), share) for start, p in zip(self._start, self._trainable, strict=True)])
 
     @contextmanager
     def averaged(self, *, use: bool = True) -> Iterator[None]:
@@ -277,7 +264,6 @@ class Trainer:
         return self._progress is None or self._progress.epoch <= last
 
     def state(self) -> dict[str, Any]:
-        """Return the state of training between two steps, without the weights."""
         return {
             "optimizer": {str(index): values for index, values in self.optimizer.state_dict()["state"].items()},
             "schedule": dict(self.schedule.plateau),
@@ -304,8 +290,7 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
-        saved, device = state["pass"], self._device.accelerator
-        names = "start", "average", "ends"
+        saved, device, names = state["pass"], self._device.accelerator, ("start", "average", "ends")
         self._start, self._average, self._ends = ([t.to(device) for t in state.get(name, ())] for name in names)
         self._progress = saved and _EpochProgress(
             epoch=int(saved["epoch"]),
@@ -333,17 +318,8 @@ class _EpochProgress:
     uncounted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # logits and labels
     n_checked: int = 0
 
-    def add(self, loss: Tensor, size: int, output: tuple[Tensor, Tensor] | None) -> None:
-        """Add a batch with its summed loss; None as output: its correct predictions have been counted."""
-        self.losses.append(loss)
-        self.sizes.append(size)
-        if output is not None:
-            self.uncounted.append(output)
-        if len(self.uncounted) == STEPS_BETWEEN_CHECKS:  # a few operations for many batches, not for each
-            self.count()
-
     def count(self) -> None:
-        if self.uncounted:
+        if self.uncounted:  # a few operations for many batches, not for each
             logits, labels = (torch.cat(part) for part in zip(*self.uncounted, strict=True))
             self.n_correct += (logits.argmax(dim=1) == labels).sum()
             self.uncounted.clear()

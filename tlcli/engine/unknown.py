@@ -1,7 +1,7 @@
-"""The unknown score: how far an image is from what a network has learned, by its logits and by the input of its head.
+"""The unknown score: how far an image is from what a network has learned.
 
-The energy of the logits alone misses images that are confidently taken for a class; the distance to the classes alone
-misses those between classes. The score is the sum of both, each in its standard deviations over training images.
+It is the sum of the energy of its logits, which misses images that are confidently taken for a class, and its distance
+to the classes, which misses those between classes, each in its standard deviations over training images.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ ROWS = 4096  # scored at once
 class UnknownScore:
     """Class means (C, D) of whitened features, the whitening (D, D), and mean and standard deviation of both parts.
 
-    The distance is that of Mahalanobis to the nearest class mean, with one covariance for all classes (Lee et al., A
-    simple unified framework for detecting out-of-distribution samples, 2018), shrunk as Ledoit and Wolf (2004) do.
+    The distance is that of Mahalanobis to the nearest class mean, with one covariance for all classes (Lee et al.
+    2018), shrunk as Ledoit and Wolf (2004) do.
     """
 
     means: Tensor
@@ -73,7 +73,6 @@ class UnknownScore:
         return torch.stack([energy(logits), distances.min(dim=1).values.double()])
 
     def write(self, path: Path) -> None:
-        """Write the score to a file."""
         write_tensors(path, vars(self), {})
 
     @classmethod
@@ -83,21 +82,16 @@ class UnknownScore:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         n = next(iter(shapes.get("means", ())), 0)
         is_float = all(tensor.is_floating_point() for tensor in tensors.values())
-        if (
-            n < 1
-            or not is_float
-            or shapes != {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}
-        ):
+        expected = {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}
+        if n < 1 or not is_float or shapes != expected:
             raise damaged(path, f"{shapes} for a head with {n_features:,} inputs")
         return cls(**tensors)
 
 
 def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None:
     """Return the score of a trained network; None if its head is not one linear layer, or if images are too few."""
-    workload = inputs.workload
-    data, classifier, n_classes = workload.data, workload.classifier, len(workload.data.classes)
-    head = linear_head(classifier)
-    if head is None:
+    workload, data, n_classes = inputs.workload, inputs.workload.data, len(inputs.workload.data.classes)
+    if linear_head(workload.classifier) is None:
         return None
     limit = min(max(PER_CLASS, -(-MIN_IMAGES // n_classes)), max(1, MAX_IMAGES // n_classes))
     sample = limit_per_class(data.train, data.classes, limit, workload.spec.seed, "unknown score")
@@ -110,14 +104,10 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
     else:
         part = replace(workload, data=replace(data, train=sample))
         loader = image_loader(part, inputs.device, "train_eval", reporter)
-    network, label = classifier.network, "features for the unknown score"
-    return UnknownScore.fit(*features(network, head, loader, inputs.device, reporter, label))
+    return UnknownScore.fit(*features(inputs, loader, reporter, "features for the unknown score"))
 
 
 def with_unknown_score(score: UnknownScore, loader: BatchLoader, inputs: Inputs, reporter: Reporter) -> Predictions:
     """Return the predictions of images that the network has not trained on, with their unknown score."""
-    classifier = inputs.workload.classifier
-    head = linear_head(classifier)
-    assert head is not None
-    x, predictions = features(classifier.network, head, loader, inputs.device, reporter, "images held out")
+    x, predictions = features(inputs, loader, reporter, "images held out")
     return replace(predictions, unknown=score(x, predictions.logits))
