@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from msgspec import structs
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -18,17 +17,19 @@ from torch import Tensor, nn
 from tlcli import __version__
 from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import Dataset
-from tlcli.data.images import ConcatSplits, Ints, tracked_map
+from tlcli.data.images import ConcatSplits, Ints, positions_by_class, tracked_map
 from tlcli.device import setup_process
 from tlcli.engine.activations import load_workload
 from tlcli.engine.decisions import decide
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
 from tlcli.engine.session import Session
+from tlcli.files import write_csv
 from tlcli.reporter import Reporter
+from tlcli.runs.plots import draw_sheet
 from tlcli.runs.run_dir import write_json
 from tlcli.specs import HeadInit, OnBad, TrainSpec
-from tlcli.text import csv_line, join_limited, strip_control_chars
+from tlcli.text import join_limited
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.freeze import HeadSpec
 from tlcli.transfer.probe import fit_probe
@@ -45,20 +46,18 @@ of brightness and contrast (copies in another size or quality had 2.5 or less in
 or more), and the correlation, which keeps plain images apart."""
 
 MAX_GROUPS, MAX_SUSPECTS = 12, 30  # on the contact sheet
-CELLS_PER_ROW, CELL_WIDTH, CELL_HEIGHT = 5, 200, 260  # in pixels
+CELLS_PER_ROW = 5
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Table = list[Sequence[object]]
-TableAndSheet = tuple[Table, list[list[tuple[int, str]]]]  # and rows of images with their captions
 Duplicates = tuple[str, float, list[int]]  # exact or near, the lowest correlation of connecting pairs, positions
 Suspect = tuple[int, int, float, float, bool]  # position, suggested class, its own and that one's probability, likely
 
 
 def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Path, *, quick: bool) -> dict[str, Any]:
-    """Check every image of the dataset of a spec, write the findings into a folder and return the summary.
+    """Check every image of a dataset, write the findings into a folder and return the summary, or raise UsageError.
 
-    With `quick` no network runs, so neither near duplicates nor wrong labels are found. Raise UsageError if the data is
-    unusable.
+    With `quick` no network runs, so neither near duplicates nor wrong labels are found.
     """
     start, seconds = time.perf_counter(), dict[str, float]()
 
@@ -67,12 +66,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
 
     accelerator = setup_process(spec.device)
     dataset, problems = spec.dataset.without_bad_classes()
-    spec = structs.replace(
-        spec,
-        dataset=structs.replace(dataset, on_bad=OnBad.skip),
-        freeze=HeadSpec(bn_stats=spec.freeze.bn_stats, head_init=HeadInit.random),
-        augment=AugmentNoneSpec(erasing=0.0, mixup=0.0, cutmix=0.0),
-    )
+    spec = structs.replace(spec, dataset=structs.replace(dataset, on_bad=OnBad.skip))
     data = session.dataset(spec.dataset, spec.seed, reporter)
     images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
     lap("reading")
@@ -81,28 +75,26 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     notes, near = list(data.notes), list[tuple[float, list[int]]]()
     suspects, labels = list[Suspect](), dict[str, Any]()
     inputs = None if quick else _features(spec, data, accelerator, session, reporter, notes)
+    checked: dict[str, Any] = {"checked": inputs is not None}
     if inputs is None:
         no_features = "the head of this network is not one linear layer, so there are no features"
-        checked = {"checked": False, "why": "left out (--quick)" if quick else no_features}
+        checked["why"] = "left out (--quick)" if quick else no_features
     else:
-        checked = {"checked": True}
         lap("features")
-        near, group_of = near_duplicates(images, first, inputs.float().numpy(), reporter)
+        near, group_of = near_duplicates(images, first, inputs.numpy(), reporter)
         lap("near duplicates")
         suspects, labels = check_labels(inputs, images.labels, data.classes, group_of, spec.seed, reporter)
         lap("labels")
-    n_copies = np.bincount(first, minlength=len(images))
-    copies = np.flatnonzero(n_copies[first] > 1)
-    exact = np.split(copies[np.argsort(first[copies], kind="stable")], np.cumsum(n_copies[n_copies > 1])[:-1])
-    duplicates = [("exact", 1.0, group.tolist()) for group in exact if len(group)]
+    copies = (group.tolist() for group in positions_by_class(first, len(images)))
+    duplicates = [("exact", 1.0, group) for group in copies if len(group) > 1]
     duplicates += [("near", *group) for group in near]
     near_first = np.arange(len(images))
     for _, group in near:
         near_first[group] = group[0]
     _write_files(folder, images, data, duplicates, suspects)
     lap("contact sheet")
-    root, n_classes = spec.dataset.root, len(data.classes)
-    by_split = {name: split.class_counts(n_classes) for name, split in images.splits.items()}
+    root = spec.dataset.root
+    by_split = {name: split.class_counts(len(data.classes)) for name, split in images.splits.items()}
     summary = {
         "schema_version": SCHEMA_VERSION,
         "tlcli": __version__,
@@ -130,6 +122,8 @@ def _features(
     spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session, reporter: Reporter, notes: list[str]
 ) -> Tensor | None:
     """Return the input (N, D) of the head, in order; None if it is not one linear layer."""
+    freeze = HeadSpec(bn_stats=spec.freeze.bn_stats, head_init=HeadInit.random)
+    spec = structs.replace(spec, freeze=freeze, augment=AugmentNoneSpec(erasing=0.0, mixup=0.0, cutmix=0.0))
     workload = replace(load_workload(spec, data, accelerator, session), needs_probe=True)
     classifier = workload.classifier
     if not classifier.pretrained:
@@ -155,8 +149,9 @@ def near_duplicates(
     n = len(images)
     pairs, correlations = _near_pairs(images, np.unique(first), features, reporter)
     edges = np.concatenate([np.stack([first, np.arange(n)], axis=1), pairs])
-    group_of: Ints = connected_components(coo_array((np.ones(len(edges)), edges.T), shape=(n, n)), directed=False)[1]
-    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(n, n))
+    n_groups, group_of = connected_components(graph, directed=False)
+    members = positions_by_class(group_of, n_groups)
     numbers, lowest = group_of[pairs[:, 0]], np.ones(n)
     np.minimum.at(lowest, numbers, correlations)
     return [(float(lowest[g]), members[g].tolist()) for g in np.unique(numbers)], group_of
@@ -247,52 +242,33 @@ def check_labels(
 def _write_files(
     folder: Path, images: ConcatSplits, data: Dataset, duplicates: Sequence[Duplicates], suspects: Sequence[Suspect]
 ) -> None:
-    duplicates_table, groups = _duplicates(images, data.classes, duplicates)
-    labels_table: Table = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")]
-    cells = []
-    for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
-        names = data.classes[images.labels[i]], data.classes[suggested]
-        chances = f"{p_label:.4f}", f"{p_suggested:.4f}", "yes" if likely else "no"
-        labels_table.append((rank, images.name(i), images.split_names[i], *names, *chances))
-        cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
-    starts = range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)
-    bad_files: Table = [("file", "reason"), *data.bad_files]
-    for name, table in {"duplicates": duplicates_table, "labels": labels_table, "bad_files": bad_files}.items():
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.writelines(map(csv_line, table))
-    if not (rows := [*groups, *(cells[n : n + CELLS_PER_ROW] for n in starts)]):
-        return
-    # this font has more alphabets than Pillow's own
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
-    side = CELL_WIDTH - 10  # of an image; its caption and name are below
-    sheet = Image.new("RGB", (CELLS_PER_ROW * CELL_WIDTH, len(rows) * CELL_HEIGHT), "white")
-    for y, row in enumerate(rows):
-        for x, (i, caption) in enumerate(row):
-            cell = Image.new("RGB", (side, CELL_HEIGHT), "white")  # it clips long names
-            image = Image.fromarray(images.read(i))
-            kernel = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.BILINEAR
-            cell.paste(ImageOps.pad(image, (side, side), kernel, color="white"))
-            lines = [*caption.split("\n"), images.key(i).rpartition("/")[2]]
-            ImageDraw.Draw(cell).text((0, side + 3), "\n".join(map(strip_control_chars, lines)), "black", font)
-            sheet.paste(cell, (x * CELL_WIDTH, y * CELL_HEIGHT))
-    sheet.save(folder / "contact_sheet.png")
-
-
-def _duplicates(images: ConcatSplits, classes: Sequence[str], duplicates: Sequence[Duplicates]) -> TableAndSheet:
-    """Return duplicates.csv and rows of the contact sheet, groups across splits or with several classes first."""
+    """Write the tables, and a contact sheet with groups across splits or with several classes first."""
     table: Table = [("group", "kind", "similarity", "splits", "labels", "file", "split", "label")]
     ranked = []
     for number, (kind, similarity, group) in enumerate(duplicates, start=1):
-        places = {i: (images.split_names[i], classes[images.labels[i]]) for i in group}
+        places = {i: (images.split_names[i], data.classes[images.labels[i]]) for i in group}
         n_splits, n_labels = (len(set(values)) for values in zip(*places.values(), strict=True))
         about = number, kind, f"{similarity:.3f}", n_splits, n_labels
         table += [(*about, images.name(i), *place) for i, place in places.items()]
         one_each = {place: i for i, place in reversed(places.items())}
         shown = list(dict.fromkeys([*one_each.values(), *group]))[:CELLS_PER_ROW]
         title = f"{kind} {number}: {len(group):,} images, {about[2]}"
-        row = [(i, f"{title}\n{': '.join(places[i])}") for i in shown]
-        ranked.append(((n_splits == 1, n_labels == 1, kind == "exact", number), row))
-    return table, [row for _, row in sorted(ranked)[:MAX_GROUPS]]
+        cells = [(i, f"{title}\n{': '.join(places[i])}") for i in shown]
+        ranked.append(((n_splits == 1, n_labels == 1, kind == "exact", number), cells))
+    write_csv(folder / "duplicates.csv", table)
+    table, cells = [("rank", "file", "split", "label", "suggested", "p_label", "p_suggested", "likely")], []
+    for rank, (i, suggested, p_label, p_suggested, likely) in enumerate(suspects, start=1):
+        names = data.classes[images.labels[i]], data.classes[suggested]
+        chances = f"{p_label:.4f}", f"{p_suggested:.4f}", "yes" if likely else "no"
+        table.append((rank, images.name(i), images.split_names[i], *names, *chances))
+        cells.append((i, f"{rank}. {names[0]} {p_label:.0%}\nlooks like {names[1]} {p_suggested:.0%}"))
+    write_csv(folder / "labels.csv", table)
+    write_csv(folder / "bad_files.csv", [("file", "reason"), *data.bad_files])
+    rows = [row for _, row in sorted(ranked)[:MAX_GROUPS]]
+    rows += [cells[n : n + CELLS_PER_ROW] for n in range(0, min(MAX_SUSPECTS, len(cells)), CELLS_PER_ROW)]
+    if rows:
+        named = [[(i, f"{text}\n{images.key(i).rpartition('/')[2]}", "black") for i, text in row] for row in rows]
+        draw_sheet(images.read, named, folder / "contact_sheet.png")
 
 
 def _count_duplicates(images: ConcatSplits, first: Ints) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tlcli.errors import UsageError
+from tlcli.text import csv_line
 
 
 def atomic_write(path: Path, content: bytes, *, durable: bool = False) -> None:
@@ -30,6 +32,11 @@ def atomic_write(path: Path, content: bytes, *, durable: bool = False) -> None:
         sync_folder(path.parent)
 
 
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Replace a file by rows of CSV; bytes of file names that are not UTF-8 stay."""
+    atomic_write(path, "".join(map(csv_line, rows)).encode(errors="surrogateescape"))
+
+
 def replace_with_hardlink(path: Path, name: Path) -> bool:
     """Give a file a second name in the same folder. Return False if the file system has no hard links."""
     temp = _temp_path(name)
@@ -37,11 +44,11 @@ def replace_with_hardlink(path: Path, name: Path) -> bool:
         temp.unlink(missing_ok=True)
         temp.hardlink_to(path)
         temp.replace(name)
-        temp.unlink(missing_ok=True)  # rename does nothing if both are names of one file
     except (OSError, NotImplementedError):
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
         return False
+    finally:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)  # after a rename, too: it does nothing if both are names of one file
     sync_folder(name.parent)
     return True
 

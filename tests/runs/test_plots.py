@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tlcli.data.images import ImageArrays, Split
-from tlcli.runs.plots import GAP, THUMBNAIL, TITLE, plot_samples
+from tlcli.runs.plots import CELL_HEIGHT, CELL_WIDTH, plot_samples
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -17,7 +17,7 @@ def pixels(file: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "rows"), [(3, 1), (9, 3), (40, 4)])
-def test_samples_are_in_their_places_with_a_title_above(tmp_path: Path, n: int, rows: int) -> None:
+def test_samples_are_in_their_places_with_a_caption_below(tmp_path: Path, n: int, rows: int) -> None:
     """Each image is of one colour that says its position; every second one is classified wrongly."""
     colours = np.array([[5 * i, 100, 200] for i in range(n)], dtype=np.uint8)
     images = np.broadcast_to(colours[:, None, None], (n, 20, 30, 3)).copy()
@@ -25,15 +25,15 @@ def test_samples_are_in_their_places_with_a_title_above(tmp_path: Path, n: int, 
     predicted = np.arange(n) % 2
     plot_samples(split, predicted, np.full(n, 0.9), ("this", "that"), tmp_path / "s.png")
     sheet = pixels(tmp_path / "s.png")
-    assert sheet.shape == (rows * (THUMBNAIL + TITLE), 4 * (THUMBNAIL + GAP), 3)
+    assert sheet.shape == (rows * CELL_HEIGHT, min(n, 4) * CELL_WIDTH, 3)
     shown = []
     for place in range(min(n, 16)):
         row, column = divmod(place, 4)
-        top, left = (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL, column * (THUMBNAIL + GAP)
-        middle = sheet[top + 90, left + (THUMBNAIL + GAP) // 2]
+        cell = sheet[row * CELL_HEIGHT : (row + 1) * CELL_HEIGHT, column * CELL_WIDTH : (column + 1) * CELL_WIDTH]
+        middle = cell[CELL_WIDTH // 2, CELL_WIDTH // 2]
         assert middle[1:].tolist() == [100, 200]
         shown.append(middle[0] // 5)
-        assert sheet[top - TITLE : top, left : left + THUMBNAIL + GAP].min() < 200, "no title"
+        assert cell[CELL_WIDTH - 10 :].min() < 200, "no caption"
     assert len(set(shown)) == min(n, 16)
     wrong = [bool(predicted[i]) for i in shown]
     assert wrong == sorted(wrong, reverse=True)  # the wrong ones first

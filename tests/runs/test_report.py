@@ -260,7 +260,7 @@ def test_charts_are_the_same_bytes_each_time_and_have_dark_colors(tmp_path: Path
         assert "epoch" in light and "validation" in light  # text stays text
 
 
-@pytest.mark.parametrize(("status", "word"), [("failed", "Failed"), ("running", "Killed")])
+@pytest.mark.parametrize(("status", "word"), [("failed", "Failed"), ("running", "Died")])
 def test_runs_that_ended_early_have_a_report(tmp_path: Path, status: str, word: str) -> None:
     run = RunDir(tmp_path)
     run.start(command="tlcli train", overrides=[], config="")

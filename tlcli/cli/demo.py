@@ -117,7 +117,7 @@ def classify(loaded: "LoadedRun", predictor: "Predictor", content: bytes) -> dic
     from PIL import Image
 
     from tlcli.data.decode import BadImage, read_image
-    from tlcli.runs.report import data_uri
+    from tlcli.runs.report import image_uri
 
     try:
         pixels = read_image(io.BytesIO(content), loaded.preprocessing.range)
@@ -126,15 +126,10 @@ def classify(loaded: "LoadedRun", predictor: "Predictor", content: bytes) -> dic
     (prediction,) = predictor.predict([pixels], top=TOP, total=1)
     picture = Image.fromarray(pixels)
     picture.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
-    answer: dict[str, Any] = {"top": prediction.top, "map": None}
+    answer: dict[str, Any] = {"top": prediction.top, "picture": image_uri(picture, "JPEG", quality=90), "map": None}
     answer |= {"unknown_score": prediction.unknown_score, "unknown": prediction.is_unknown}
-    images = {"picture": picture}
     try:
-        images["map"] = loaded.explain(pixels, prediction.top[0][0])
+        answer["map"] = image_uri(loaded.explain(pixels, prediction.top[0][0]), "JPEG", quality=90)
     except TlcliError as error:  # a network without positions
         answer["map_error"] = str(error)
-    for name, image in images.items():
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=90)
-        answer[name] = data_uri("image/jpeg", file.getvalue())
     return answer

@@ -77,7 +77,7 @@ class UnknownScore:
 
     @classmethod
     def read(cls, path: Path, n_features: int) -> "UnknownScore":
-        """Return the score of a file for a head with so many inputs. Raise TlcliError if it is damaged."""
+        """Return the score of a file for a head with so many inputs. Raise UsageError if it is damaged."""
         tensors = read_tensors(path)[0]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         n = next(iter(shapes.get("means", ())), 0)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tlcli.errors import TlcliError
+from tlcli.errors import UsageError
 from tlcli.files import atomic_write
 
 KEY, CHECKSUM = "tlcli", "crc32"
@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file and tlcli's metadata ({} if third-party). Raise TlcliError if it is damaged."""
+    """Return the tensors of a file and tlcli's metadata ({} if third-party). Raise UsageError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as content:
             text = (content.metadata() or {}).get(KEY)
@@ -57,9 +57,9 @@ def class_names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def damaged(path: Path, reason: str) -> TlcliError:
+def damaged(path: Path, reason: str) -> UsageError:
     """Return the error of a file that is not as it was written."""
-    return TlcliError(f"{path}: damaged, or not a safetensors file ({' '.join(reason.split())})")
+    return UsageError(f"{path}: damaged, or not a safetensors file ({' '.join(reason.split())})")
 
 
 def _checksum(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

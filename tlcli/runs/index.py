@@ -1,8 +1,4 @@
-"""An index of the runs and sweeps under a folder, read from run.json and test.json.
-
-A list of 2,000 runs has to take a fraction of a second: torch and rich are not imported, and a directory with a run is
-not searched further.
-"""
+"""An index of the runs and sweeps under a folder. A list of 2,000 runs has to take a fraction of a second."""
 
 import os
 import re
@@ -15,46 +11,22 @@ from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.locks import runs_on_this_machine
-from tlcli.runs.run_dir import (
-    FOLD,
-    REFIT,
-    SWEEP_FILES,
-    RunDir,
-    integer,
-    mapping,
-    number,
-    pair,
-    strings,
-    text,
-)
+from tlcli.runs.run_dir import FOLD, REFIT, SWEEP_FILES, RunDir, integer, mapping, number, pair, strings, text
 from tlcli.text import natural_order
 
-WORST_FIRST = (
-    "running",
-    "died",
-    "damaged",
-    "failed",
-    "interrupted",
-    "done",
-    "stopped",
-)  # a sweep has the first that a job has
-
+# of a sweep: the first that a job has
+WORST_FIRST = ("running", "died", "damaged", "failed", "interrupted", "done", "stopped")
 
 Entry = dict[str, Any]
 """A run or a sweep, as `tlcli list --format json` prints it. What is not known is None.
 
-The status of a run is that of run.json, `died` if that says running and the process has ended, or `damaged` if run.json
-cannot be read. `val` and `test` are accuracies; `data` names the folder or file with the images, or the dataset. A
-sweep has the accuracies of its best job, and the distinct names of all its jobs, which are in `runs`.
+`val` and `test` are accuracies; `data` names the folder or file with the images, or the dataset. A sweep has the
+accuracies of its best job, and the distinct names of all its jobs, which are in `runs`.
 """
 
 
 def rank(runs: Sequence[Entry]) -> tuple[str, list[Entry]]:
-    """Return the metric that selected the epochs (accuracy if it varies), and the finished runs by it, best first.
-
-    Folds have no rank.
-    """
+    """Return the metric that selected the epochs (accuracy if it varies), and finished runs but folds, best first."""
     metrics = {run["keep_best"] for run in runs if run["keep_best"]}
     metric = metrics.pop() if len(metrics) == 1 else "accuracy"
     done = [run for run in runs if run["status"] == "done" and not run["is_fold"] and metric in (run["best"] or {})]
@@ -62,10 +34,7 @@ def rank(runs: Sequence[Entry]) -> tuple[str, list[Entry]]:
 
 
 def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
-    """Return the runs and sweeps at or under a folder, in no particular order, and the folders that cannot be read.
-
-    Links are followed, each folder once.
-    """
+    """Return the runs and sweeps at or under a folder, or behind links, unordered, and folders that cannot be read."""
     runs: list[Entry] = []
     jobs: dict[str, list[Entry]] = {}  # by the path of the sweep
     unreadable: list[str] = []
@@ -128,20 +97,19 @@ def read_entry(path: Path) -> Entry:
     """Return the run in a directory. Damaged files do not raise."""
     run = RunDir(path)
     try:
-        info = run.info
+        info, status = run.info, run.status
     except UsageError as error:
-        info = {"status": "damaged", "error": str(error)}
+        info, status = {"error": str(error)}, "damaged"
     overrides = strings(info.get("overrides"))
     # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
     settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    is_fold = path.name == FOLD.format(settings.get("fold"))
     is_folder = info.get("dataset") in ("imagefolder", "manifest", "parquet", "webdataset")
     if not info.get("backbone") or (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
         groups = {name: mapping(group) for name, group in run.config().items()}
         settings = {f"{name}.{key}": text(v) for name, group in groups.items() for key, v in group.items()}
     dataset = text(info.get("dataset")) or settings.get("dataset.name")
     place = settings.get("dataset.file") or settings.get("dataset.root") or ""
-    status = str(info.get("status", "damaged"))
-    status = "died" if status == "running" and runs_on_this_machine(info) is False else status
     started, ended = _time(info.get("started")), _time(info.get("ended"))
     seconds = number(mapping(info.get("seconds")).get("total"))
     if status == "running" or seconds is None:
@@ -168,7 +136,7 @@ def read_entry(path: Path) -> Entry:
         "best": best or None,
         "test_ci95": test_ci95,
         "error": text(info.get("error")),
-        "is_fold": path.name in [FOLD.format(word.partition("=")[2]) for word in overrides if word.startswith("fold=")],
+        "is_fold": is_fold,
         "overrides": overrides,
     }
 

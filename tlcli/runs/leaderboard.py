@@ -4,11 +4,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tlcli.files import atomic_write
+from tlcli.files import write_csv
 from tlcli.locks import Lock
 from tlcli.runs.index import rank, read_entry
 from tlcli.runs.run_dir import RunDir, read_json, text, write_json
-from tlcli.text import csv_line, natural_order
+from tlcli.text import natural_order
 
 SCHEMA_VERSION = 1
 
@@ -16,9 +16,8 @@ SCHEMA_VERSION = 1
 def read(folder: Path) -> dict[str, Any]:
     """Return the contents of sweep.json for the runs under a folder.
 
-    `figure` is the validation metric that ranks; `keys` are those that vary, and `values` those of a job; `jobs` has
-    the best job first. A job that did not finish has no rank and comes last. Folds have no rank; those of a sweep's job
-    are not listed.
+    `figure` is the validation metric that ranks; `keys` are those that vary, and `values` those of a job. The best job
+    is the first; without a rank are jobs that did not finish, and folds, of which those of a sweep's job are left out.
     """
     names = sorted((file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")), key=natural_order)
     entries = {name: read_entry(folder / name) for name in names}
@@ -61,7 +60,7 @@ def write(folder: Path) -> dict[str, Any]:
             cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
             cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
             rows.append([*cells, job["seconds"], job["error"]])
-        atomic_write(folder / "leaderboard.csv", "".join(map(csv_line, rows)).encode())
+        write_csv(folder / "leaderboard.csv", rows)
     return board
 
 

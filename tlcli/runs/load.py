@@ -1,7 +1,4 @@
-"""Load a finished run: its network with its weights, its classes, and its preprocessing.
-
-The network is rebuilt from the record of the run. Files cannot name code to run, and nothing is downloaded.
-"""
+"""Load a finished run: its network is rebuilt from its record. No code from files runs, and nothing is downloaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +16,7 @@ from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.engine.heat_maps import draw_heat_map, heat_map
 from tlcli.engine.metrics import ENERGY
 from tlcli.engine.unknown import UnknownScore
-from tlcli.errors import TlcliError, UsageError
+from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
@@ -118,8 +115,6 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
         state, metadata = read_tensors(file)
         preprocessing = Preprocessing.from_json(metadata["preprocessing"])
         classes = class_names(metadata["classes"])
-    except TlcliError as exc:
-        raise UsageError(str(exc)) from exc
     except (OSError, KeyError, TypeError, ValueError) as exc:
         raise UsageError(f"{file}: damaged, or not a checkpoint of tlcli ({type(exc).__name__}: {exc})") from exc
     spec = _backbone(run, metadata)
@@ -138,15 +133,11 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
             raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
         head = linear_head(classifier)
         if head is not None and run.unknown_file.is_file():
-            try:
-                unknown = UnknownScore.read(run.unknown_file, head.in_features)
-            except TlcliError as error:
-                raise UsageError(str(error)) from error
+            unknown = UnknownScore.read(run.unknown_file, head.in_features)
         recorded = mapping(run.info.get("unknown"))
         if (recorded.get("score") == ENERGY) == (unknown is None):
             threshold = number(recorded.get("threshold"))
-    facts = run.path, run.info, checkpoint, epoch, classifier, preprocessing
-    return LoadedRun(*facts, temperature, unknown, threshold)
+    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature, unknown, threshold)
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:

@@ -1,4 +1,4 @@
-"""Charts of a run or a sweep: PNG files in plots/, and SVG for the report."""
+"""Charts of a run or a sweep: PNG files, such as those in plots/, and SVG for the report."""
 
 import io
 import re
@@ -9,14 +9,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from PIL import Image
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from tlcli.data.decode import Pixels
 from tlcli.data.images import Split
-from tlcli.text import evenly_spaced
+from tlcli.text import evenly_spaced, strip_control_chars
 
 matplotlib.rcParams["text.parse_math"] = False  # names are text, never formulas
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -28,9 +28,9 @@ DARK = {PAPER: "#14161a", INK: "#e9e9e7", SOFT: "#9ca1a8", GRID: "#2d3137", BLUE
 
 LABELS = {"train": "train", "val": "validation"}
 DPI = 120
-PNG: dict[str, Any] = {"compress_level": 1, "dpi": (DPI, DPI)}  # more compression takes as long as drawing
+PNG: dict[str, Any] = {"compress_level": 1}  # more compression takes as long as drawing
 SAMPLES, COLUMNS = 16, 4
-THUMBNAIL, TITLE, GAP = 270, 52, 14  # pixels
+CELL_WIDTH, CELL_HEIGHT = 200, 260  # of a sheet of images, in pixels
 MAX_NAMED_CLASSES = 40  # above, a matrix has no names: they would be too small to read
 
 
@@ -95,7 +95,7 @@ def draw_jobs(axes: Any, jobs: Sequence[tuple[str, float, bool]], *, is_share: b
             axes.xaxis.set_minor_locator(NullLocator())
         if len(distinct) <= 5:
             axes.set_xticks(distinct)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.07)
     else:
         names = sorted({value for value, *_ in jobs})
@@ -153,7 +153,7 @@ def _style_axes(axes: Any, values: Sequence[float], *, is_share: bool) -> None:
     axes.set_ylim(max(low - margin, 0.0) if low >= 0 else low - margin, top)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     if is_share:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=6, labelcolor=SOFT)
@@ -171,8 +171,7 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
     for text in figure.findobj(Text):
         text.set_fontsize(12)
     file = io.StringIO()
-    with warnings.catch_warnings(action="ignore"):  # of glyphs that the font lacks: the browser chooses the fonts
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    _save(figure, file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = file.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     light = light.replace("<svg ", '<svg preserveAspectRatio="none" ', 1)
     return light, re.sub("|".join(DARK), lambda color: DARK[color[0]], light)
@@ -197,11 +196,11 @@ def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     )
     axes.margins(x=0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images per second", color=SOFT)
     axes.set_ylabel("accuracy of a linear probe in cross-validation", color=SOFT)
-    figure.savefig(file)
+    _save(figure, file, pil_kwargs=PNG)
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
@@ -212,7 +211,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) 
         points = {split: [(row["epoch"], row[key]) for row in rows if row["split"] == split] for split in LABELS}
         draw_curve(axes, {split: values for split, values in points.items() if values}, key, best_epoch)
         axes.set_title(key, loc="left", pad=22)  # above the label of the epoch
-    _render(figure).save(file, **PNG)
+    _save(figure, file, pil_kwargs=PNG)
 
 
 def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
@@ -235,34 +234,41 @@ def plot_confusion(report: Mapping[str, Any], file: Path) -> None:
     if n <= 20:
         for t, p in np.argwhere(counts > 0):
             axes.text(p, t, counts[t, p], ha="center", va="center", color="white" if shares[t, p] > 0.5 else "black")
-    _render(figure).save(file, **PNG)
+    _save(figure, file, pil_kwargs=PNG)
 
 
 def plot_samples(
     split: Split, predicted: np.ndarray, probability: np.ndarray, classes: Sequence[str], file: Path
 ) -> None:
-    """Draw sixteen test images with true and predicted names; half of them are wrong if there are enough."""
+    """Draw sixteen test images with predicted and true names; half of them are wrong if there are enough."""
     is_right = predicted == split.labels
     wrong, right = np.flatnonzero(~is_right).tolist(), np.flatnonzero(is_right).tolist()
     chosen = evenly_spaced(wrong, max(SAMPLES // 2, SAMPLES - len(right)))
     chosen += evenly_spaced(right, SAMPLES - len(chosen))
-    height, width = -(-len(chosen) // COLUMNS) * (THUMBNAIL + TITLE), COLUMNS * (THUMBNAIL + GAP)
-    # pixels, from the left and the top, of the middle of each thumbnail's upper edge; the title is above
-    places = [divmod(position, COLUMNS) for position in range(len(chosen))]
-    tops = [((column + 0.5) * (THUMBNAIL + GAP), (row + 1) * (THUMBNAIL + TITLE) - THUMBNAIL) for row, column in places]
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    for i, (x, y) in zip(chosen, tops, strict=True):
-        text, color = f"{shorten(classes[predicted[i]], 22)} {probability[i]:.0%}", "black"
+    cells = []
+    for i in chosen:
+        text, color = f"{shorten(classes[predicted[i]], 20)} {probability[i]:.0%}", "black"
         if not is_right[i]:
-            text, color = f"{text}\nis {shorten(classes[split.labels[i]], 24)}", ORANGE
-        figure.text(x / width, 1 - (y - 6) / height, text, fontsize=9, color=color, ha="center", va="bottom")
-    sheet = _render(figure)
-    for i, (x, y) in zip(chosen, tops, strict=True):  # matplotlib would take five times as long
-        image = Image.fromarray(split.read(i))
-        scale = THUMBNAIL / max(image.size)
-        resample = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST  # small images: each pixel
-        image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
-        sheet.paste(image, (int(x) - image.width // 2, y))
+            text, color = f"{text}\nis {shorten(classes[split.labels[i]], 22)}", ORANGE
+        cells.append((i, text, color))
+    draw_sheet(split.read, [cells[n : n + COLUMNS] for n in range(0, len(cells), COLUMNS)], file)
+
+
+def draw_sheet(read: Callable[[int], Pixels], rows: Sequence[Sequence[tuple[int, str, str]]], file: Path) -> None:
+    """Draw rows of images, from (position, caption, color of the caption); `read` returns the pixels at a position."""
+    # this font has more alphabets than Pillow's own
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+    side = CELL_WIDTH - 10  # of an image; its caption is below
+    sheet = Image.new("RGB", (max(map(len, rows)) * CELL_WIDTH, len(rows) * CELL_HEIGHT), "white")
+    for y, row in enumerate(rows):
+        for x, (i, caption, color) in enumerate(row):
+            cell = Image.new("RGB", (side, CELL_HEIGHT), "white")  # it clips long names
+            image = Image.fromarray(read(i))
+            kernel = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.BILINEAR
+            cell.paste(ImageOps.pad(image, (side, side), kernel, color="white"))
+            text = "\n".join(map(strip_control_chars, caption.split("\n")))
+            ImageDraw.Draw(cell).text((0, side + 3), text, color, font)
+            sheet.paste(cell, (x * CELL_WIDTH, y * CELL_HEIGHT))
     sheet.save(file, **PNG)
 
 
@@ -271,8 +277,6 @@ def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _render(figure: Figure) -> Image.Image:
-    canvas = FigureCanvasAgg(figure)
+def _save(figure: Figure, file: Any, **options: Any) -> None:
     with warnings.catch_warnings(action="ignore"):  # of a name in a script that the font lacks
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        figure.savefig(file, **options)

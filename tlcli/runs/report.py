@@ -25,7 +25,6 @@ from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
 from tlcli.engine.metrics import expected_calibration_error, reliability, risk_coverage
 from tlcli.errors import TlcliError, UsageError
-from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import LoadedRun, calibrated, load_run
 from tlcli.runs.run_dir import (
@@ -58,14 +57,11 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
 
     `images` has functions that decode the images of the run's dataset, by key; `images_reason` says why it is empty.
     """
-    info, test, config = run.info, run.test(), run.config()
-    status = text(info.get("status")) or "damaged"
-    if status == "running" and runs_on_this_machine(info) is False:
-        status = "killed"
+    info, test, config, status = run.info, run.test(), run.config(), run.status
     name, accuracy = text(info.get("name")) or run.path.resolve().name, number(test.get("accuracy"))
     freeze = text(info.get("freeze")) or text(mapping(config.get("freeze")).get("kind")) or ""
     strategy = options("freeze").get(freeze)
-    seconds = {key: number(value) for key, value in mapping(info.get("seconds")).items() if key != "total"}
+    seconds = [(phase, number(value)) for phase, value in mapping(info.get("seconds")).items() if phase != "total"]
     rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
     for row in rows:
         row["f1"], row["support"] = number(row.get("f1")), integer(row.get("support"))
@@ -82,7 +78,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "folds": None,
         # the lowest F1 first; classes without test images come last
         "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
-        "phases": {key: value for key, value in seconds.items() if value is not None},
+        "phases": {phase: value for phase, value in seconds if value is not None},
         "command": rerun_command(info),
         "left_out": integer(mapping(info.get("first_fit")).get("n_val")),
     }
@@ -92,8 +88,8 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         baseline = max(support) / sum(support) if is_known else None  # of always naming the most frequent class
         view["result"] = {"accuracy": accuracy, "baseline": baseline, "interval": pair(test.get("accuracy_ci95"))}
         if interval := view["result"]["interval"]:
-            draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
             alt = f"Accuracy {percent(accuracy)} and its interval on a scale from 0 to 100 %"
+            draw = partial(plots.draw_interval, value=accuracy, interval=interval, baseline=baseline)
             view["result"]["chart"] = _chart("", alt, draw, (1000, 28), (0, 0, 0, 0))
     if folds := mapping(info.get("cross_validation")):
         accuracies, matrix = folds.get("fold_accuracies"), _matrix({**folds, "classes": info.get("classes")})
@@ -106,11 +102,18 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
 def _chart(
     title: str, alt: str, draw: Callable[[Any], None], size: Any = (420, 262), margins: Any = (48, 14, 40, 46)
 ) -> View:
-    light, dark = (data_uri("image/svg+xml", image.encode()) for image in plots.svg(draw, size, margins))
+    light, dark = (_data_uri("image/svg+xml", image.encode()) for image in plots.svg(draw, size, margins))
     return {"title": title, "alt": alt, "light": light, "dark": dark}
 
 
-def data_uri(media_type: str, content: bytes) -> str:
+def image_uri(image: Image.Image, form: str, **options: Any) -> str:
+    """Return an image as a data: URI, in a format of Pillow with its options."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return _data_uri(f"image/{form.lower()}", file.getvalue())
+
+
+def _data_uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
@@ -157,9 +160,7 @@ def _matrix(test: View) -> View | None:
     else:  # one pixel per cell, transparent, so that it suits light and dark mode
         rgb = np.where(diagonal[..., None], (52, 110, 182), (200, 100, 30))
         alpha = np.where(levels > 0, 55 + 20 * levels, 0)[..., None]
-        file = io.BytesIO()
-        Image.fromarray(np.concatenate([rgb, alpha], axis=2).astype(np.uint8)).save(file, "PNG")
-        view["image"] = data_uri("image/png", file.getvalue())
+        view["image"] = image_uri(Image.fromarray(np.concatenate([rgb, alpha], axis=2).astype(np.uint8)), "PNG")
     return view
 
 
@@ -178,14 +179,11 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 1.0
     scale = temperature if temperature > 0 else 1.0
     p, truth = calibrated(logits, scale).numpy(), labels.numpy()
-    top = np.sort(p, axis=1)[:, -2:]
-    predicted, margin = p.argmax(axis=1), top[:, -1] - top[:, 0]
-    wrong, close = np.flatnonzero(predicted != truth), np.flatnonzero(margin < 0.5)
-    wrong = wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")]
-    close = close[np.argsort(margin[close], kind="stable")] if p.shape[1] > 1 else close[:0]
-    right = np.flatnonzero(predicted == truth)
-    right = right[np.argsort(-p[right, predicted[right]], kind="stable")]
-    right = right[np.unique(truth[right], return_index=True)[1]]  # the most confident one of each class
+    top, predicted = np.sort(p, axis=1)[:, -2:], p.argmax(axis=1)
+    order, margin = np.argsort(-top[:, -1], kind="stable"), top[:, -1] - top[:, 0]  # the most confident first
+    wrong, right = order[predicted[order] != truth[order]], order[predicted[order] == truth[order]]
+    right = right[np.unique(truth[right], return_index=True)[1]]  # one of each class
+    close = np.argsort(margin, kind="stable")[: (margin < 0.5).sum() if p.shape[1] > 1 else 0]
     loaded, reasons = None, [images_reason] if images_reason else []
     try:
         loaded = load_run(run.path) if images else None
@@ -226,10 +224,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
 
 
 def _thumbnails(images: ImageReaders, key: str, network: LoadedRun | None, name: str) -> View:
-    """Return an image, and its heat map for a class, as small JPEGs in data: URIs; without metadata of the file.
-
-    `picture` is None if the image cannot be read, `map` without a network, or if it has no such map.
-    """
+    """Return an image, and its heat map for a class, as small JPEGs in data: URIs; None if there is none."""
     view: View = {"picture": None, "map": None}
     try:
         pixels = images[key]()
@@ -237,15 +232,12 @@ def _thumbnails(images: ImageReaders, key: str, network: LoadedRun | None, name:
         return view
     picture = Image.fromarray(pixels)
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    shown, is_small = {"picture": picture}, max(picture.size) < 96  # small images are shown pixel by pixel
+    view["is_small"] = max(picture.size) < 96  # shown pixel by pixel
+    options = {"quality": 95, "subsampling": 0} if view["is_small"] else {"quality": 80, "subsampling": 2}
+    view["picture"] = image_uri(picture, "JPEG", optimize=True, **options)
     if network:
         with suppress(TlcliError, ValueError):  # a network without positions; a class that the checkpoint lacks
-            shown["map"] = network.explain(pixels, name, THUMBNAIL_SIDE)
-    view["is_small"] = is_small
-    for title, image in shown.items():
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=95 if is_small else 80, subsampling=0 if is_small else 2, optimize=True)
-        view[title] = data_uri("image/jpeg", file.getvalue())
+            view["map"] = image_uri(network.explain(pixels, name, THUMBNAIL_SIDE), "JPEG", optimize=True, **options)
     return view
 
 
@@ -264,9 +256,8 @@ def sweep_view(folder: Path, output: Path) -> View:
     title = FILTERS["percent" if is_share else "decimal"](best["validation"]) if best else ""
     done, charts = [job for job in jobs if job["rank"] is not None], []
     for key in board["keys"]:
-        values = [(job["values"].get(key), number(job["validation"]), job["rank"] == 1) for job in done]
-        points = [(printable(value), v, is_best) for value, v, is_best in values if value is not None and v is not None]
-        if points:
+        having = [job for job in done if key in job["values"]]
+        if points := [(printable(job["values"][key]), job["validation"], job["rank"] == 1) for job in having]:
             draw = partial(plots.draw_jobs, jobs=points, is_share=is_share)
             alt = f"Validation {metric} of {len(points)} jobs against {key}"
             charts.append(_chart(key, alt, draw, (420, 244), (48, 14, 34, 30)))

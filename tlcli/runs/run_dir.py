@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
-from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml
-from tlcli.locks import host_digest
-from tlcli.text import Names, csv_line, did_you_mean, one_line
+from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml, write_csv
+from tlcli.locks import host_digest, runs_on_this_machine
+from tlcli.text import Names, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,12 @@ class RunDir:
             return read_json(self.info_file)
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.info_file}: damaged ({one_line(error)})") from error
+
+    @property
+    def status(self) -> str:
+        """`status` of run.json; `died` if that is running and the process has ended, `damaged` if there is none."""
+        status = text(self.info.get("status")) or "damaged"
+        return "died" if status == "running" and runs_on_this_machine(self.info) is False else status
 
     def config(self) -> dict[str, Any]:
         """Return the values of config.yaml; an empty dict if it is missing or damaged."""
@@ -133,11 +139,16 @@ class RunDir:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def write_test(self, report: Mapping[str, Any], predictions: "SplitPredictions") -> None:
+        """Write test.json, the predictions, and what a leaderboard shows of them into run.json."""
+        write_predictions(self.test_predictions, predictions)
+        write_json(self.test_file, report)
+        self.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
+
     def write_bad_files(self, files: Sequence[tuple[str, str]]) -> None:
         """Write bad_files.csv: the files that do not decode, each with its reason. Without any, write nothing."""
         if files:
-            with self.bad_files_file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(csv_line(row) for row in [("file", "reason"), *files])
+            write_csv(self.bad_files_file, [("file", "reason"), *files])
 
     def add_evaluation(self, write: Callable[[Path], None]) -> Path:
         """Return a new directory eval-1, eval-2, ... that has the files that `write` writes as soon as it exists."""
@@ -186,9 +197,8 @@ def is_sweep(path: Path) -> bool:
 def has_folds(path: Path) -> bool:
     """Return True if the directory is that of a run with folds: its refit or first fold is in it."""
     parts = (RunDir(path / name) for name in (REFIT, FOLD.format(0)))
-    if (path / REFIT).is_symlink():  # of a search
-        return False
-    return is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
+    is_search = (path / REFIT).is_symlink()
+    return not is_search and is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
 
 
 def rerun_command(info: Mapping[str, Any]) -> str:
@@ -274,8 +284,6 @@ def read_predictions(path: Path) -> SplitPredictions:
         is_valid &= unknown is None or unknown.shape == (n,)
         if not is_valid or not logits.is_floating_point() or ((labels < 0) | (labels >= n_classes)).any():
             raise ValueError(f"{tuple(logits.shape)} {logits.dtype} for {n} images and {n_classes} classes")
-    except TlcliError as error:
-        raise UsageError(str(error)) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: damaged, or not predictions of tlcli ({type(error).__name__}: {error})") from error
     return SplitPredictions(logits, labels, classes, keys, root, unknown)
