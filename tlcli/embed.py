@@ -1,7 +1,5 @@
 """Embeddings: the input of a network's head per image, as files, as a map in two dimensions, and by distance."""
 
-import base64
-import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +16,16 @@ from torch import Tensor, nn
 from tlcli import __version__
 from tlcli.data.batches import Preprocessing
 from tlcli.data.listing import Named
-from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat
+from tlcli.device import DTYPES, ComputeFormat
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import Extractor
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
-from tlcli.predict import choose_format, map_images
+from tlcli.predict import ImageMapper, choose_format
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun
-from tlcli.runs.report import render
+from tlcli.runs.report import image_uri, render
 from tlcli.specs import BackboneSpec, Fit, Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
@@ -56,11 +54,8 @@ class _HeadInput(nn.Module):
         return tuple(self._inputs)
 
 
-class Embedder:
-    """Computes vectors (D) float32 of images: what the head of a network takes, whose network is moved to a device.
-
-    A vector depends on the batch by rounding only, in float32 of about 1e-6.
-    """
+class Embedder(ImageMapper):
+    """Computes the input of a network's head, (D) float32, per image; the batch changes it by rounding only."""
 
     def __init__(
         self,
@@ -76,26 +71,19 @@ class Embedder:
         network: Any = classifier.network.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         cut = split_frozen(network.eval(), preprocessing.size, classifier.head_parameters())
         prefix, place = (cut.prefix, cut.suffix_start) if isinstance(cut, Cut) else (_HeadInput(classifier), "")
-        self._compiled = compiled_at.get(place) if place else False
-        name = f"{classifier.name} {place}"
-        self._extractor = Extractor(name, prefix, preprocessing, accelerator, form, store)
-        self._batch_size = batch_size
-
-    @property
-    def description(self) -> str:
-        """The dtype and the optimizations in use."""
-        return f"{DTYPE_NAMES[self._extractor.compute_format.dtype]}, {self._extractor.reason or 'not run yet'}"
+        compiled = compiled_at.get(place) if place else False
+        extractor = Extractor(f"{classifier.name} {place}", prefix, preprocessing, accelerator, form, store)
+        super().__init__(extractor, batch_size, compiled)
 
     def embed(
         self, images: Iterable[Named], *, total: int | None = None, reporter: Reporter | None = None
     ) -> Iterator[tuple[str, Tensor | None, Tensor | str]]:
         """Yield path, pixels uint8 (3, S, S) and vector (D) of each image, in order, or path, None and its error."""
-        options: dict[str, Any] = {"batch_size": self._batch_size, "compiled": self._compiled, "total": total}
-        return map_images(self._extractor, self._vectors, images, reporter=reporter or Reporter(), **options)
+        return self._map(images, total, reporter or Reporter())
 
-    def _vectors(self, images: Tensor) -> Tensor:
-        rows = self._extractor(images)
-        return torch.cat([t.float().mean((1, 2)) if t.ndim == 4 else t.float().flatten(1) for t in rows], dim=1)
+    def _rows(self, images: Tensor) -> Tensor:
+        inputs = self._extractor(images)
+        return torch.cat([t.float().mean((1, 2)) if t.ndim == 4 else t.float().flatten(1) for t in inputs], dim=1)
 
 
 def embedder_of_run(
@@ -141,7 +129,7 @@ Row = tuple[str, str | None, Tensor]  # path, label if it is known, vector (D)
 @contextmanager
 def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[Row], None]]:
     """Yield a function that writes a row. The file appears at the end, and not after an error or without rows."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft, is_parquet = path.with_name(f".{path.name}.draft"), path.suffix.lower() == ".parquet"
     rows: list[Row] = []
     writer: Any = None
 
@@ -165,21 +153,20 @@ def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[R
 
     def write(row: Row) -> None:
         rows.append(row)
-        if path.suffix.lower() == ".parquet":
-            if len(rows) == ROW_GROUP:
-                write_parquet()
-        elif len(rows) == MAX_NPZ:
+        if is_parquet and len(rows) == ROW_GROUP:
+            write_parquet()
+        if len(rows) == MAX_NPZ:
             raise UsageError(f"{path}: holds fewer than {MAX_NPZ:,} images; write a .parquet file")
 
     try:
         yield write
-        if path.suffix.lower() == ".npz" and rows:
+        if rows and is_parquet:
+            write_parquet()
+        elif rows:
             paths, labels, vectors = zip(*rows, strict=True)
             with draft.open("wb") as file:  # arrays of text, without pickled objects
                 label = np.array([label or "" for label in labels])
                 np.savez(file, path=np.array(paths), label=label, vector=torch.stack(vectors).numpy())
-        elif rows:
-            write_parquet()
         if writer is not None:
             writer.close()
         if rows or writer is not None:
@@ -205,9 +192,8 @@ class Map:
         self.seen += 1
         place = len(self.points) if self.seen <= MAX_POINTS else self._random.randrange(self.seen)
         if place < MAX_POINTS:
-            thumbnail, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-            thumbnail.resize((THUMBNAIL, THUMBNAIL)).save(file, "JPEG", quality=75)
-            self.points[place : place + 1] = [(row, base64.b64encode(file.getvalue()).decode())]
+            thumbnail = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((THUMBNAIL, THUMBNAIL))
+            self.points[place : place + 1] = [(row, image_uri(thumbnail, "JPEG", quality=75))]
 
     def html(self, source: str) -> str:
         """Return a page with the points by t-SNE (van der Maaten and Hinton 2008) of their directions, after PCA."""

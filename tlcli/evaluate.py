@@ -29,7 +29,6 @@ from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
     RunDir,
     SplitPredictions,
-    confusion_matrix,
     read_predictions,
     stored_confusion,
     write_json,
@@ -71,12 +70,7 @@ class SplitResult:
 
 
 def predict_split(
-    loaded: LoadedRun,
-    split_name: str | None,
-    spec: TrainSpec,
-    trained: TrainSpec,
-    session: Session,
-    reporter: Reporter,
+    loaded: LoadedRun, split_name: str | None, spec: TrainSpec, trained: TrainSpec, session: Session, reporter: Reporter
 ) -> SplitResult:
     """Evaluate the network of a run on a split, as it was tested; None is test, or else what the dataset has."""
     own = loaded.preprocessing  # whatever size another dataset suggests
@@ -114,7 +108,9 @@ def add_test(path: Path, spec: TrainSpec, session: Session, reporter: Reporter) 
     loaded = load_run(path)
     result = predict_split(loaded, "test", spec, spec, session, reporter)
     report = _report(loaded, result)
-    _write_test(RunDir(loaded.path), report, result)
+    run = RunDir(loaded.path)
+    run.write_test(report, result.rows)
+    leaderboard.update(run)
     return report
 
 
@@ -127,13 +123,6 @@ def _report(loaded: LoadedRun, result: SplitResult) -> dict[str, Any]:
         "checkpoint": f"checkpoints/{loaded.checkpoint}.safetensors",
         "epoch": loaded.epoch,
     }
-
-
-def _write_test(run: RunDir, report: Mapping[str, Any], result: SplitResult) -> None:
-    write_predictions(run.test_predictions, result.rows)
-    write_json(run.test_file, report)
-    run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
-    leaderboard.update(run)
 
 
 def evaluate_run(
@@ -166,11 +155,10 @@ def evaluate_run(
     same, limits = None, [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
     if is_test and limits[0] == limits[1]:
         if not run.test_file.exists():
-            _write_test(run, report, result)
+            run.write_test(report, result.rows)
+            leaderboard.update(run)
         test = run.test()
-        matrices: list[Any] = [confusion_matrix(test), confusion_matrix(report)]
-        has_metrics = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1"))
-        same = has_metrics and np.array_equal(*matrices) if test else None
+        same = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1")) if test else None
     return Evaluation(full_report, run.add_evaluation(write), result.description, same)
 
 
@@ -221,10 +209,8 @@ def _find_images(
             raise UsageError(f"split={split_name}: the run has no {split_name} images")
         new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
         if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
-            reporter.note(
-                f"the dataset has changed since the run: {new:,} of {len(split):,} test images are not those that it "
-                "was tested on, and it may have been trained on them"
-            )
+            some = f"{new:,} of {len(split):,} test images are others, and it may have been trained on them"
+            reporter.note(f"the dataset has changed since the run: {some}")
         images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
         description = f"the run's own {split_name} split{addition}"
     else:
@@ -244,10 +230,8 @@ def _note_known_images(loaded: LoadedRun, split: Split, reporter: Reporter) -> N
     known = set(read_predictions(file).keys) if file.is_file() else set()
     if n := sum(split.key(i) in known for i in range(len(split))):
         use = "trained" if loaded.info.get("cross_validation") else "validated"
-        reporter.note(
-            f"{n:,} of the {len(split):,} images have the paths of images that {use} the run: if they are the same, "
-            "this is no test of it"
-        )
+        some = f"{n:,} of the {len(split):,} images have the paths of images that {use} the run"
+        reporter.note(f"{some}: if they are the same, this is no test of it")
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
@@ -263,11 +247,9 @@ def _with_labels_of(run_classes: Sequence[str], images: EvaluationSplit, spec: D
     if unknown := [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]:
         similar = {name.casefold(): f" (did you mean {name!r}?)" for name in run_classes}
         shown = [repr(name) + similar.get(name.casefold(), "") for name in unknown]
-        raise UsageError(
-            f"{spec.name} {getattr(spec, 'file', None) or spec.root or ''}: has classes that the run does not have: "
-            f"{join_limited(shown, 10)}. The run's classes: {join_limited(run_classes, 10)}; dataset.classes=[...] "
-            "selects the classes to evaluate"
-        )
+        place = f"{spec.name} {getattr(spec, 'file', None) or spec.root or ''}"
+        reason = f"has classes that the run ({join_limited(run_classes, 10)}) does not have: {join_limited(shown, 10)}"
+        raise UsageError(f"{place}: {reason}; dataset.classes=[...] selects classes")
     label_of = [run_classes.index(name) if name in run_classes else -1 for name in names]
     labels = np.array(label_of, dtype=np.int64)[split.labels]
     return replace(images, classes=tuple(run_classes), split=Split(split.images, split.indices, labels))

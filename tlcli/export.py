@@ -1,7 +1,4 @@
-"""Export of a run's model: the formats, and the check that an export computes what PyTorch does.
-
-A format is one function with the decorator `ExportFormat`. This module imports without torch.
-"""
+"""Export of a run's model: the formats, and the check that an export computes what PyTorch does. Imports no torch."""
 
 import json
 import math
@@ -233,25 +230,18 @@ def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing:
     """Return the job that exports a run; with preprocessing, the model takes uint8 (N, S, S, 3) RGB."""
     import torch
 
+    from tlcli.runs.checkpointing import weights_metadata
+
     images, source = find_samples(run, dataset)
     size, normalize = run.preprocessing.size, run.preprocessing.normalize
     network, contents = run.model, f"images float32 (N, 3, {size}, {size}) normalized"
     take: Model = lambda pixels: normalize(pixels).contiguous()  # noqa: E731
     if with_preprocessing:
         network = _with_normalization(run.model, run.preprocessing.mean, run.preprocessing.std).eval()
-        take, contents = (
-            lambda pixels: pixels.permute(0, 2, 3, 1).contiguous(),
-            f"images uint8 (N, {size}, {size}, 3) RGB",
-        )
-    metadata = {
-        "tlcli": __version__,
-        "backbone": run.classifier.name,
-        "backbone_kind": run.info["backbone_kind"],
-        "classes": list(run.classes),
-        "preprocessing": run.preprocessing.to_json(),
-        "temperature": run.temperature,
-        "input": contents,
-    }
+        contents = f"images uint8 (N, {size}, {size}, 3) RGB"
+        take = lambda pixels: pixels.permute(0, 2, 3, 1).contiguous()  # noqa: E731
+    metadata = weights_metadata(run.classifier, run.info["backbone_kind"], run.preprocessing)
+    metadata |= {"temperature": run.temperature, "input": contents}
     with torch.inference_mode():
         return ExportJob(run, network, take(images), run.model(normalize(images)), source, metadata, take)
 
@@ -313,8 +303,6 @@ def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: st
     expected = torch.cat([reference, reference[:1]])
     largest = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf  # or NaN
     if not largest <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
-        raise TlcliError(
-            f"{description}: classes differ from PyTorch's, or logits by more than {TOLERANCE:g}: by {largest:.2g}; "
-            "nothing was written"
-        )
+        reason = f"classes differ from PyTorch's, or logits by more than {TOLERANCE:g}: by {largest:.2g}"
+        raise TlcliError(f"{description}: {reason}; nothing was written")
     return largest

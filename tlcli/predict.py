@@ -1,7 +1,8 @@
 """Classify image files with a finished run: a prediction per image, in order, however many there are."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,28 +32,80 @@ from tlcli.transfer.graph import full_precision
 
 MIN_BATCH_SIZE = 4  # in bfloat16, padded if there are fewer images: other kernels, for one image, round differently
 
+Images = Iterable[Named | Pixels]
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for an image: classes with calibrated probabilities, the most likely first; or its error.
-
-    `is_unknown` says that the score is above the threshold of the run, and is None if the run has none.
-    """
+    """The prediction for an image: classes with calibrated probabilities, the most likely first; or its error."""
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     unknown_score: float | None = None
-    is_unknown: bool | None = None
+    is_unknown: bool | None = None  # the score is above the run's threshold; None if the run has none
 
 
-class Predictor:
+class ImageMapper(ABC):
+    """Computes a row per image with an extractor, in batches, of which at most a few are read ahead.
+
+    The extractor is compiled if `compiled` is True, or None and that is faster for the number of images.
+    """
+
+    def __init__(self, extractor: Extractor, batch_size: int | None, compiled: bool | None) -> None:
+        self._extractor, self._batch_size, self._compiled = extractor, batch_size, compiled
+
+    @property
+    def description(self) -> str:
+        """The dtype and the optimizations in use."""
+        return f"{DTYPE_NAMES[self._extractor.compute_format.dtype]}, {self._extractor.reason or 'not run yet'}"
+
+    @abstractmethod
+    def _rows(self, images: Tensor) -> Tensor:
+        """Return the rows (B, ...) of images, uint8 (B, 3, S, S)."""
+
+    def _map(
+        self, images: Images, total: int | None, reporter: Reporter
+    ) -> Iterator[tuple[str, Tensor | None, Tensor | str]]:
+        """Yield path, pixels uint8 (3, S, S) and row of each image, in order, or path, None and its error."""
+        extractor = self._extractor
+        batch_size = self._batch_size or min(BATCH[extractor.accelerator.type], max(1, total or BATCH["cuda"]))
+        is_exact = extractor.compute_format.dtype == torch.float32
+        extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
+        extractor.compiled = bool(self._compiled)
+        extractor.prepare(reporter)
+        decode = partial(decode_image, preprocessing=extractor.preprocessing)
+        decoded = map_in_threads(decode, images, 1, ahead=2 * batch_size)  # decoded while the network is busy
+        n_batches = n_images = 0
+        shortest = float("inf")  # seconds of a batch
+        next_check = 3 if self._compiled is None else None  # batch at which compiling is considered
+        while batch := list(islice(decoded, batch_size)):
+            rows: Iterator[Tensor] = iter(())
+            if pixels := [image for _, image in batch if isinstance(image, Tensor)]:
+                with full_precision(extractor.prefix), torch.inference_mode():
+                    if n_batches == next_check:
+                        # At this speed compiling may be worthwhile. If the total is unknown, as many images are
+                        # expected as have been read, each time that their number doubles.
+                        speed = extractor.batch_size / shortest
+                        expected = n_images if total is None else max(0, total - n_images)
+                        extractor.compiled |= extractor.estimate_seconds(expected, speed) < expected / speed
+                        extractor.prepare(reporter)
+                        next_check = 2 * n_batches if total is None else None
+                    start = time.perf_counter()
+                    rows = iter(self._rows(torch.stack(pixels)))
+                    if n_batches > 0:  # the first one is slow
+                        shortest = min(shortest, time.perf_counter() - start)
+                n_batches, n_images = n_batches + 1, n_images + len(pixels)
+            for path, image in batch:
+                yield (path, image, next(rows)) if isinstance(image, Tensor) else (path, None, image)
+
+
+class Predictor(ImageMapper):
     """A run's classifier, whose network is moved to an accelerator.
 
     In float32 the probabilities of an image depend on the batch by rounding only, of about 1e-6. In bfloat16 the order
     of operations changes them by a few percent if the network is unsure: `auto` computes as the run was evaluated, if
-    this machine has the dtype, and so predicts the same classes. `tta` is that of the run's test unless given. The
-    store records how long compiling takes.
+    this machine has the dtype, and so predicts the same classes. `tta` is that of the run's test unless given.
     """
 
     def __init__(
@@ -65,45 +118,24 @@ class Predictor:
         tta: Tta | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self._run, self._accelerator, self._batch_size = run, accelerator, batch_size
+        self._run = run
         self._mirrors = (tta or run.info.get("tta")) == Tta.flip
         if self._mirrors and mapping(RunDir(run.path).config().get("dataset")).get("flip") == 0:
             raise UsageError(f"--tta flip: {run.path} was trained with dataset.flip=0, for which mirror images differ")
-        self.compute_format = form = choose_format(run, accelerator, precision)
+        form = choose_format(run, accelerator, precision)
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
-        prefix, self._suffix, self._suffix_dtype, self._compiled = _pipeline(run, precision, form.dtype)
+        prefix, self._suffix, self._suffix_dtype, compiled = _pipeline(run, precision, form.dtype)
         if run.unknown is not None and isinstance(prefix, _UncutNetwork):
-            self._compiled = False  # else the head that `_score` listens to would be a copy
+            compiled = False  # else the head that `_rows` listens to would be a copy
         name = f"predict {run.classifier.name}"
-        self._extractor = Extractor(name, prefix, run.preprocessing, accelerator, form, store)
-
-    @property
-    def description(self) -> str:
-        """The dtype and the optimizations in use."""
-        return f"{DTYPE_NAMES[self.compute_format.dtype]}, {self._extractor.reason or 'not run yet'}"
+        super().__init__(Extractor(name, prefix, run.preprocessing, accelerator, form, store), batch_size, compiled)
 
     def predict(
-        self,
-        images: Iterable[Named | Pixels],
-        *,
-        top: int = 5,
-        total: int | None = None,
-        reporter: Reporter | None = None,
+        self, images: Images, *, top: int = 5, total: int | None = None, reporter: Reporter | None = None
     ) -> Iterator[Prediction]:
-        """Yield a prediction per image, in order, or its error; at most a few batches are read ahead.
-
-        `total` is the number of images if it is known. The path of pixels is empty.
-        """
+        """Yield a prediction per image, in order, or its error. The path of pixels is empty."""
         classes, threshold = self._run.classes, self._run.threshold
-        for path, _, row in map_images(
-            self._extractor,
-            self._score,
-            images,
-            batch_size=self._batch_size,
-            compiled=self._compiled,
-            total=total,
-            reporter=reporter or Reporter(),
-        ):
+        for path, _, row in self._map(images, total, reporter or Reporter()):
             if isinstance(row, str):
                 yield Prediction(path, error=row)
             else:
@@ -112,7 +144,7 @@ class Predictor:
                 score = row[0].item()
                 yield Prediction(path, named, None, score, None if threshold is None else score > threshold)
 
-    def _score(self, images: Tensor) -> Tensor:
+    def _rows(self, images: Tensor) -> Tensor:
         """Return the unknown score and the probabilities of each image, (B, 1 + classes)."""
         unknown, head, inputs = self._run.unknown, linear_head(self._run.classifier), list[Tensor]()
         with head.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) if head else nullcontext():
@@ -125,58 +157,12 @@ class Predictor:
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:
         """Return the logits (B, classes) for the activations at the cut, float32 on the CPU."""
-        dtype, layout = self._suffix_dtype, self.compute_format.memory_format
-        inputs = [from_stored(rows.to(self._accelerator), dtype, layout) for rows in activations]
-        with autocast(self._accelerator, dtype):
+        dtype, accelerator = self._suffix_dtype, self._extractor.accelerator
+        layout = self._extractor.compute_format.memory_format
+        inputs = [from_stored(rows.to(accelerator), dtype, layout) for rows in activations]
+        with autocast(accelerator, dtype):
             logits: Tensor = self._suffix(*inputs)
         return logits.float().cpu()
-
-
-def map_images(
-    extractor: Extractor,
-    compute: Callable[[Tensor], Tensor],
-    images: Iterable[Named | Pixels],
-    *,
-    batch_size: int | None,
-    compiled: bool | None,
-    total: int | None,
-    reporter: Reporter,
-) -> Iterator[tuple[str, Tensor | None, Tensor | str]]:
-    """Yield path, pixels uint8 (3, S, S) and row of each image, in order, or path, None and its error.
-
-    `compute` runs the extractor on uint8 (B, 3, S, S) and returns the rows (B, ...). At most a few batches are read
-    ahead. The extractor is compiled if `compiled` is True, or None and that is faster for `total` images.
-    """
-    accelerator = extractor.accelerator.type
-    batch_size = batch_size or min(BATCH[accelerator], max(1, total or BATCH["cuda"]))
-    is_exact = extractor.compute_format.dtype == torch.float32
-    extractor.batch_size = batch_size if is_exact else max(MIN_BATCH_SIZE, batch_size)
-    extractor.compiled = bool(compiled)
-    extractor.prepare(reporter)
-    decode = partial(decode_image, preprocessing=extractor.preprocessing)
-    decoded = map_in_threads(decode, images, 1, ahead=2 * batch_size)  # decoded while the network is busy
-    n_batches = n_images = 0
-    shortest = float("inf")  # seconds of a batch
-    next_check = 3 if compiled is None else None  # batch at which compiling is considered
-    while batch := list(islice(decoded, batch_size)):
-        rows: Iterator[Tensor] = iter(())
-        if pixels := [image for _, image in batch if isinstance(image, Tensor)]:
-            with full_precision(extractor.prefix), torch.inference_mode():
-                if n_batches == next_check:
-                    # At this speed compiling may be worthwhile. If the total is unknown, as many images are expected as
-                    # have been read, each time that their number doubles.
-                    speed = extractor.batch_size / shortest
-                    expected = n_images if total is None else max(0, total - n_images)
-                    extractor.compiled |= extractor.estimate_seconds(expected, speed) < expected / speed
-                    extractor.prepare(reporter)
-                    next_check = 2 * n_batches if total is None else None
-                start = time.perf_counter()
-                rows = iter(compute(torch.stack(pixels)))
-                if n_batches > 0:  # the first one is slow
-                    shortest = min(shortest, time.perf_counter() - start)
-            n_batches, n_images = n_batches + 1, n_images + len(pixels)
-        for path, image in batch:
-            yield (path, image, next(rows)) if isinstance(image, Tensor) else (path, None, image)
 
 
 def choose_format(run: LoadedRun, accelerator: torch.device, precision: Precision) -> ComputeFormat:

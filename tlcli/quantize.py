@@ -76,17 +76,54 @@ def export_int8(
     that loses at most MAX_LOSS of accuracy on images to judge on. If all lose more, the best is written with `force`,
     and else TlcliError is raised (Nagel et al., A white paper on neural network quantization, 2021).
     """
-    import numpy as np
     import onnx
     from onnxruntime import InferenceSession
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     calibration, judged, test = images
     cpu = {"providers": ["CPUExecutionProvider"]}
+    with draft_folder(path, "int8") as folder, redirect_stdout(io.StringIO()):  # onnxruntime prints its progress
+        exact, prepared, draft = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
+        export(job, FORMATS["onnx"], exact)
+        quant_pre_process(exact, prepared, skip_symbolic_shape=True)
+        own, found = InferenceSession(exact, **cpu), dict[str, float]()
+        reference = _accuracy(own, job, judged)
+        for name in METHODS:
+            reporter.note(f"int8: calibrating by {name}")
+            _quantize(prepared, folder / f"{name}.onnx", _batches(job, calibration), name)
+            found[name] = _accuracy(InferenceSession(folder / f"{name}.onnx", **cpu), job, judged)
+            if is_good := found[name] >= reference - MAX_LOSS - 1e-9:
+                break
+        method, best = max(found.items(), key=lambda item: item[1])
+        if not is_good and not force:
+            lost = f"{100 * (reference - best):.1f} points on {judged.name} ({reference:.4f} to {best:.4f})"
+            raise TlcliError(f"int8 loses {lost}; nothing was written; --force writes it")
+        model = onnx.load(folder / f"{method}.onnx")
+        onnx.helper.set_model_props(model, {item.key: item.value for item in onnx.load(exact).metadata_props})
+        onnx.save(model, draft)
+        sessions = own, InferenceSession(draft, **cpu)
+        accuracies = {judged.name: (reference, best)}
+        if test is not None:
+            accuracies[test.name] = _accuracy(own, job, test), _accuracy(sessions[1], job, test)
+        speeds = _images_per_second(sessions, next(_batches(job, judged)))
+        nbytes = exact.stat().st_size, draft.stat().st_size
+        check_not_existing(path)
+        draft.rename(path)
+    return Int8Result(f"{method} on {calibration.name}", nbytes, speeds, accuracies)
 
-    def batches(images: Labeled) -> Iterator[dict[str, Any]]:
-        return ({"images": job.take(part).numpy()} for part in torch.split(images.pixels, BATCH_SIZE))
+
+def _batches(job: ExportJob, images: Labeled) -> Iterator[dict[str, Any]]:
+    return ({"images": job.take(part).numpy()} for part in torch.split(images.pixels, BATCH_SIZE))
+
+
+def _accuracy(session: Any, job: ExportJob, images: Labeled) -> float:
+    logits = [torch.from_numpy(session.run(None, batch)[0]) for batch in _batches(job, images)]
+    return (torch.cat(logits).argmax(dim=1) == images.labels).double().mean().item()
+
+
+def _quantize(file: Path, output: Path, batches: Iterator[dict[str, Any]], method: str) -> None:
+    """Write an ONNX file in int8, with ranges of activations from batches by a method of onnxruntime."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     class Reader(list[dict[str, Any]]):  # as onnxruntime asks for batches: one at a time, or all activations add up
         def set_range(self, start_index: int, end_index: int) -> None:
@@ -95,49 +132,17 @@ def export_int8(
         def get_next(self) -> dict[str, Any] | None:
             return self.rest.pop(0) if self.rest else None
 
-    def accuracy(session: Any, images: Labeled) -> float:
-        predicted = np.concatenate([session.run(None, batch)[0] for batch in batches(images)]).argmax(axis=1)
-        return float((predicted == images.labels.numpy()).mean())
-
-    with draft_folder(path, "int8") as folder, redirect_stdout(io.StringIO()):  # onnxruntime prints its progress
-        exact, prepared, draft = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
-        export(job, FORMATS["onnx"], exact)
-        quant_pre_process(exact, prepared, skip_symbolic_shape=True)
-        own = InferenceSession(exact, **cpu)
-        reference, best, method = accuracy(own, judged), -1.0, ""
-        for name in METHODS:
-            reporter.note(f"int8: calibrating by {name}")
-            quantize_static(
-                prepared,
-                folder / f"{name}.onnx",
-                Reader(batches(calibration)),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                activation_type=QuantType.QUInt8,
-                calibrate_method=CalibrationMethod[name],
-                extra_options={"CalibStridedMinMax": 1},
-            )
-            if (found := accuracy(InferenceSession(folder / f"{name}.onnx", **cpu), judged)) > best:
-                best, method = found, name
-            if best >= reference - MAX_LOSS - 1e-9:
-                break
-        else:
-            if not force:
-                lost = f"{100 * (reference - best):.1f} points on {judged.name} ({reference:.4f} to {best:.4f})"
-                raise TlcliError(f"int8 loses {lost}; nothing was written; --force writes it")
-        model = onnx.load(folder / f"{method}.onnx")
-        onnx.helper.set_model_props(model, {item.key: item.value for item in onnx.load(exact).metadata_props})
-        onnx.save(model, draft)
-        sessions = own, InferenceSession(draft, **cpu)
-        accuracies = {judged.name: (reference, best)}
-        if test is not None:
-            accuracies[test.name] = accuracy(own, test), accuracy(sessions[1], test)
-        speeds = _images_per_second(sessions, next(batches(judged)))
-        nbytes = exact.stat().st_size, draft.stat().st_size
-        check_not_existing(path)
-        draft.rename(path)
-    return Int8Result(f"{method} on {calibration.name}", nbytes, speeds, accuracies)
+    quantize_static(
+        file,
+        output,
+        Reader(batches),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8,
+        calibrate_method=CalibrationMethod[method],
+        extra_options={"CalibStridedMinMax": 1},
+    )
 
 
 def _images_per_second(sessions: tuple[Any, Any], batch: dict[str, Any]) -> tuple[float, float]:

@@ -335,34 +335,26 @@ class TrainSpec(Spec, frozen=True):
         return next((word for word, holds in reasons.items() if holds), None)
 
     def __post_init__(self) -> None:
-        if self.fold is not None and self.fold >= (self.folds or 0):
-            reason = f"must be below folds={self.folds}" if self.folds else "give folds=N, too"
-            raise UsageError(f"fold={self.fold}: {reason}")
-        if self.folds is not None and (self.early_stop is not None or self.scheduler.reads_validation):
+        folds, processes, interpolate = self.folds, self.device.processes, self.interpolate or 1
+        if self.fold is not None and self.fold >= (folds or 0):
+            raise UsageError(f"fold={self.fold}: {f'must be below folds={folds}' if folds else 'give folds=N, too'}")
+        if folds and (self.early_stop is not None or self.scheduler.reads_validation):
             key = "scheduler=plateau" if self.early_stop is None else f"early_stop={self.early_stop}"
-            raise UsageError(f"{key}: the refit of folds={self.folds} has no validation images; leave one of them out")
-        if self.device.processes > 1 and self.folds is not None:
-            raise UsageError(f"device.processes={self.device.processes} does not work with folds; leave one out")
-        if self.device.processes > self.batch_size:
-            raise UsageError(
-                f"device.processes={self.device.processes} is more than batch_size={self.batch_size}, "
-                "the images of a step of all processes together; raise batch_size"
-            )
-        if self.folds is not None and self.dataset.val_fraction is not None:
-            key = f"dataset.val_fraction={self.dataset.val_fraction:g}"
-            raise UsageError(f"{key} has no effect with folds={self.folds}: give one of the two")
-        if not self.freeze.interpolates and (self.interpolate or 1) < 1:
-            raise UsageError(
-                f"interpolate={self.interpolate:g} does not work with freeze={self.freeze.kind}; leave one of them out"
-            )
+            raise UsageError(f"{key}: the refit of folds={folds} has no validation images; leave one out")
+        if folds and processes > 1:
+            raise UsageError(f"device.processes={processes} does not work with folds; leave one out")
+        if processes > self.batch_size:
+            raise UsageError(f"device.processes={processes} is more than batch_size={self.batch_size}: raise it")
+        if folds and (fraction := self.dataset.val_fraction):
+            raise UsageError(f"dataset.val_fraction={fraction} has no effect with folds={folds}; leave one out")
+        if not self.freeze.interpolates and interpolate < 1:
+            raise UsageError(f"interpolate={interpolate} does not work with freeze={self.freeze.kind}; leave one out")
         if (self.fits or 1) > 1 and (word := self.no_average):
-            raise UsageError(f"fits={self.fits} does not work with {word}; leave one of them out")
+            raise UsageError(f"fits={self.fits} does not work with {word}; leave one out")
         if self.sampler is Sampler.balanced and self.class_weights is ClassWeights.balanced:
-            raise UsageError(
-                "sampler=balanced and class_weights=balanced correct for rare classes twice: give one of them"
-            )
+            raise UsageError("sampler=balanced and class_weights=balanced correct for rare classes twice: give one")
         if self.tta is Tta.flip and self.dataset.flip == 0:
-            raise UsageError("tta=flip: with dataset.flip=0 a mirrored image is another image; leave one of them out")
+            raise UsageError("tta=flip: with dataset.flip=0 a mirrored image is another image; leave one out")
 
 
 def spec_from(values: Any) -> TrainSpec:

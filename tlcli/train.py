@@ -1,6 +1,5 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from msgspec import convert, structs, to_builtins
 
+from tlcli.data.images import Split
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, load_workload
 from tlcli.engine.decisions import Decisions, decide
@@ -59,28 +59,28 @@ class NewRun:
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
-class FollowedRun:
-    """The start of a run whose rank 0 has decided: `message` is what it told this rank."""
+class FollowedRun(NewRun):
+    """The start of a run whose rank 0 has decided, also on the image; `state` is that of an interrupted run."""
 
-    def __init__(self, message: Mapping[str, Any]) -> None:
-        self._message, self.spec = message, spec_from(message["spec"])
-        state = read_state(RunDir(Path(message["resumed"]))) if message["resumed"] else None
-        self.begin = (state or NewRun()).begin
+    def __init__(self, decisions: Decisions, threads: int, state: ResumeState | None) -> None:
+        self._decisions, self._threads, self._state = decisions, threads, state
 
     def threads(self, ranks: Ranks) -> int | None:
-        return int(self._message["threads"])
-
-    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
-        return self.spec.image, None
+        return self._threads
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
-        return convert(self._message["decisions"], Decisions)
+        return self._decisions
+
+    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
+        return (self._state or NewRun()).begin(inputs, trainer, reporter)
 
 
 def follow(ranks: Ranks) -> None:
     """Take part in the run that rank 0 trains, as a rank that writes nothing."""
-    start = FollowedRun(ranks.broadcast())
-    train(start.spec, RunDir(Path()), Reporter(), session_for(start.spec.cache), start, ranks=ranks)
+    spec, decisions, threads, resumed = ranks.broadcast()
+    state, spec = read_state(RunDir(Path(resumed))) if resumed else None, spec_from(spec)
+    start = FollowedRun(convert(decisions, Decisions), threads, state)
+    train(spec, RunDir(Path()), Reporter(), session_for(spec.cache), start, ranks=ranks)
 
 
 def train(
@@ -109,21 +109,7 @@ def train(
     with record.phase("extract"):
         loader = inputs.open("train", reporter)
         val_loader = inputs.open("val", reporter) if len(workload.data.val) else None
-    validated, left_out, cross_validation = workload.data.val, None, None
-    if spec.folds is not None and spec.fold is None:
-        choose = partial(choose_share, inputs=inputs, reporter=reporter)
-        validated = workload.data.train
-        left_out, cross_validation = cross_validate(run, spec.folds, workload.data, choose)
-    elif (part := workload.first_fit) is not None:
-        validated = part.data.val
-        if inputs.decisions.interpolate is None:  # a new run
-            with record.phase("first fit"):
-                p = run_first_fit(inputs, part, reporter)
-            if ranks.is_main:
-                write_predictions(run.val_predictions, SplitPredictions.of(validated, p, part.data.classes))
-        if ranks.is_main:
-            stored = read_predictions(run.val_predictions)
-            left_out = Predictions(stored.logits, stored.labels, stored.unknown)
+    validated, best_predictions, cross_validation = _predict_left_out(run, inputs, record, reporter)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
     record.inputs()
@@ -132,7 +118,6 @@ def train(
 
     manager = CheckpointManager if ranks.is_main else NoCheckpoints
     checkpoints = manager(run, inputs, trainer, epoch=first_epoch - 1)
-    best_predictions: Predictions | None = None  # for validation
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
             if best_epoch.should_stop:
@@ -158,7 +143,8 @@ def train(
                 if validation is not None:
                     trainer.schedule.after_epoch(validation.loss)
                 is_best = best_epoch.update(epoch, validation)
-                best_predictions = val_predictions if is_best else best_predictions
+                if is_best and val_predictions is not None:
+                    best_predictions = val_predictions
                 record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
                 checkpoints.after_epoch(epoch, validation, is_best=is_best, averaged=averaged)
 
@@ -166,7 +152,6 @@ def train(
     checkpoints.load_best(share)
     ranks.copy_tensors(network.state_dict().values())
     n_frozen = contract.verify()
-    best_predictions = left_out or best_predictions
     with record.phase("unknown"):
         unknown = fit_unknown_score(inputs, reporter)
         if unknown is not None and ranks.is_main:
@@ -187,23 +172,38 @@ def train(
             predictions = evaluate(network, test, inputs.device, reporter, "test")
     record.inputs()
     record.log_result(
-        validated,
-        best_predictions,
-        predictions,
-        best_epoch,
-        cross_validation,
-        step=trainer.step,
-        n_frozen=n_frozen,
+        validated, best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen
     )
     return best_epoch.value
 
 
+def _predict_left_out(
+    run: RunDir, inputs: Inputs, record: Recorder, reporter: Reporter
+) -> tuple[Split, Predictions | None, dict[str, Any] | None]:
+    """Return the images that validate a run, with their predictions by its folds or first fit, and `cross_validation`.
+
+    Folds or first fit decide on the share of the weights. There are no predictions yet if val validates each epoch.
+    """
+    spec, data, part = inputs.workload.spec, inputs.workload.data, inputs.workload.first_fit
+    if spec.folds is not None and spec.fold is None:
+        choose = partial(choose_share, inputs=inputs, reporter=reporter)
+        return data.train, *cross_validate(run, spec.folds, data, choose)
+    if part is None:
+        return data.val, None, None
+    is_main = inputs.device.ranks.is_main
+    if inputs.decisions.interpolate is None:  # a new run
+        with record.phase("first fit"):
+            predictions = run_first_fit(inputs, part, reporter)
+        if is_main:
+            write_predictions(run.val_predictions, SplitPredictions.of(part.data.val, predictions, data.classes))
+    if not is_main:
+        return part.data.val, None, None
+    stored = read_predictions(run.val_predictions)
+    return part.data.val, Predictions(stored.logits, stored.labels, stored.unknown), None
+
+
 def load_inputs(
-    spec: TrainSpec,
-    session: Session,
-    reporter: Reporter,
-    start: NewRun | ResumeState | FollowedRun,
-    ranks: Ranks = ALONE,
+    spec: TrainSpec, session: Session, reporter: Reporter, start: NewRun | ResumeState, ranks: Ranks = ALONE
 ) -> Inputs:
     """Load the data and the network, mark what trains, and decide what `null` leaves open; rank 0 does for all."""
     accelerator = setup_process(spec.device, start.threads(ranks), ranks.size)
@@ -214,17 +214,13 @@ def load_inputs(
     classifier = workload.classifier
     lost, dataset = classifier.lost_classes, spec.dataset
     if lost and classifier.known_rows and isinstance(spec.freeze, HeadSpec) and dataset.classes is None:
-        raise UsageError(
-            f"{getattr(dataset, 'file', None) or dataset.root or dataset.name}: has no images of "
-            f"{join_limited([repr(name) for name in lost])}, which {spec.backbone.weights} knows: add images of all "
-            "its classes, or name the classes that should remain with dataset.classes=[...]"
-        )
+        place = getattr(dataset, "file", None) or dataset.root or dataset.name
+        known = f"{join_limited([repr(name) for name in lost])}, which {spec.backbone.weights} knows"
+        raise UsageError(f"{place}: has no images of {known}: add some, or leave them out with dataset.classes=[...]")
     norms = workload.contract.updated_norms() if ranks.size > 1 else {}
     if norms and accelerator.type != "cuda":
-        raise UsageError(
-            f"freeze.bn_stats={spec.freeze.bn_stats}: {len(norms)} BatchNorm layers update their statistics, which "
-            "PyTorch synchronizes on CUDA only: set freeze.bn_stats=frozen or device.processes=1"
-        )
+        some = f"{len(norms)} BatchNorm layers update statistics, which PyTorch synchronizes on CUDA only"
+        raise UsageError(f"{some}: set freeze.bn_stats=frozen or device.processes=1")
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)
@@ -236,8 +232,7 @@ def load_inputs(
     if ranks.size > 1:
         if ranks.is_main:
             resumed = str(start.run.path.absolute()) if isinstance(start, ResumeState) else None
-            message = {"spec": spec, "decisions": decisions, "threads": torch.get_num_threads(), "resumed": resumed}
-            ranks.broadcast(to_builtins(message))
+            ranks.broadcast(to_builtins([spec, decisions, torch.get_num_threads(), resumed]))
         for split_name, fingerprints in image_fingerprints(data).items():
             ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))
         if norms:  # not before rank 0 has decided, alone

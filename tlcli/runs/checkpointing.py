@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tlcli import __version__
+from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset
 from tlcli.data.images import positions_by_class
 from tlcli.device import Device, machine_name
-from tlcli.engine.activations import Workload
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Scores
 from tlcli.engine.trainer import Trainer
 from tlcli.files import replace_with_hardlink
+from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
 from tlcli.transfer.lora import merged, remove_low_rank
@@ -81,14 +82,13 @@ def image_fingerprints(data: Dataset) -> dict[str, Any]:
     return fingerprints
 
 
-def weights_metadata(workload: Workload) -> dict[str, Any]:
-    classifier = workload.classifier
+def weights_metadata(classifier: Classifier, backbone_kind: str, preprocessing: Preprocessing) -> dict[str, Any]:
     return {
         "tlcli": __version__,
         "backbone": classifier.name,
-        "backbone_kind": workload.spec.backbone.kind,
+        "backbone_kind": backbone_kind,
         "classes": list(classifier.classes),
-        "preprocessing": workload.preprocessing.to_json(),
+        "preprocessing": preprocessing.to_json(),
     }
 
 
@@ -116,7 +116,8 @@ class CheckpointManager:
         If it is the best one, its weights are kept, or their moving average if that was `averaged` and validated.
         """
         self._epoch, self._has_changes = epoch, True
-        metadata = weights_metadata(self._inputs.workload)
+        workload = self._inputs.workload
+        metadata = weights_metadata(workload.classifier, workload.spec.backbone.kind, workload.preprocessing)
         self._last = {**metadata, "epoch": epoch, "validation": validation and asdict(validation)}
         if is_best:
             with self._trainer.averaged(use=averaged):

@@ -1,8 +1,4 @@
-"""Experiment trackers that a run can also be written to: TensorBoard, MLflow, Weights & Biases.
-
-Each is an extra that is imported only if it is chosen. A tracker cannot end a run or change its results: the run
-directory is complete without it.
-"""
+"""Experiment trackers that a run can also be written to, each an extra. They cannot end a run or change its results."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """Write the results of a run while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,14 +28,7 @@ from tlcli.engine.schedule import steps_per_epoch
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
-from tlcli.runs.run_dir import (
-    RunDir,
-    SplitPredictions,
-    environment,
-    stored_confusion,
-    write_json,
-    write_predictions,
-)
+from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_predictions
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, to_plain
 from tlcli.transfer.contract import freeze_table
@@ -79,7 +72,7 @@ class Recorder:
             fits=workload.fits,
             tta=spec.tta.value,
             keep_best=spec.keep_best.value,
-            **weights_metadata(workload),
+            **weights_metadata(workload.classifier, spec.backbone.kind, workload.preprocessing),
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
@@ -149,7 +142,6 @@ class Recorder:
         """
         run, data, epoch = self._run, self._inputs.workload.data, best_epoch.epoch
         assert epoch is not None
-        report: dict[str, Any] = {}
         if validation is not None:
             best_epoch.scores = scores(validation)
             run.update(best={"epoch": epoch, **asdict(best_epoch.scores)})
@@ -157,45 +149,42 @@ class Recorder:
             run.update(cross_validation=cross_validation)
         if predictions is not None:
             self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
-            report = test_report(predictions, data.classes)
         with self.phase("calibrate"):
-            for split, file, p in (
-                (validated, run.val_predictions, validation),
-                (data.test, run.test_predictions, predictions),
-            ):
-                if p is not None:
-                    write_predictions(file, SplitPredictions.of(split, p, data.classes))
-            report |= self._calibrate(validation, predictions)
-        stored = {**report, "checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
-        if predictions is not None:
-            write_json(run.test_file, {**stored, "confusion": stored_confusion(report["confusion"])})
+            if validation is not None:
+                write_predictions(run.val_predictions, SplitPredictions.of(validated, validation, data.classes))
+            report = self._calibrate(validation, predictions, data.classes)
+            report |= {"checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
+            if predictions is not None:
+                stored = {**report, "confusion": stored_confusion(report["confusion"])}
+                run.write_test(stored, SplitPredictions.of(data.test, predictions, data.classes))
         with self.phase("plots"):
             self._plot(data, predictions, report, epoch)
         spent = self._seconds_so_far()
         run.update(seconds=spent, frozen_tensors_verified=n_frozen)
         result = {
-            **stored,
+            **report,
             "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy,
             "left_out": None if validated is data.val else len(validated),
             "cross_validation": cross_validation,
             "seconds": spent["total"] + (cross_validation["seconds"] if cross_validation else 0.0),
         }
         if predictions is not None:
-            # the leaderboard of a sweep need not read test.json of each job
-            run.update(test={key: report[key] for key in ("accuracy", "accuracy_ci95")})
             result["confused"] = most_confused(report)
         self._reporter.outcome(run.path, result)
 
-    def _calibrate(self, validation: Predictions | None, predictions: Predictions | None) -> dict[str, Any]:
-        """Write temperature and unknown threshold to run.json; return what test.json has about probabilities."""
+    def _calibrate(
+        self, validation: Predictions | None, predictions: Predictions | None, classes: Sequence[str]
+    ) -> dict[str, Any]:
+        """Write temperature and unknown threshold to run.json; return what test.json has about the predictions."""
         calibration = None if validation is None else calibrate(validation.logits, validation.labels)
         self._run.update(calibration=calibration, unknown=None if validation is None else unknown_threshold(validation))
         t, notes = 1.0, []
         if calibration is not None:
             t = calibration["temperature"]
             notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} held-out images")
-        report = {} if predictions is None else confidence_report(predictions.logits, predictions.labels, t)
-        if report:
+        report: dict[str, Any] = {}
+        if predictions is not None:
+            report = test_report(predictions, classes) | confidence_report(predictions.logits, predictions.labels, t)
             effect = report["calibration"]
             after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
             notes.append(f"expected calibration error on test {effect['ece_before']:.4f}, {after}")
@@ -271,10 +260,8 @@ def _plan_notes(inputs: Inputs) -> tuple[str, ...]:
     if "image" in reasons:
         notes.append(f"image: {reasons['image']}")
     if workload.first_fit is not None:
-        notes.append(
-            f"first fit: without {len(workload.first_fit.data.val):,} of the images, whose loss says how much of the "
-            "change of weights is kept, and with what temperature (interpolate=1 does without)"
-        )
+        n = len(workload.first_fit.data.val)
+        notes.append(f"first fit: without {n:,} images, which say how far weights change (interpolate=1: none)")
     elif not len(data.val) and spec.folds is None:
         notes.append("no images are held out: probabilities are not calibrated")
     if len(data.val) and spec.fold is None and not workload.selects_epoch:

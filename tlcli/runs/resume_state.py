@@ -35,10 +35,7 @@ class ResumeState:
     best: tuple[int, Scores | None] | None
 
     def threads(self, ranks: Ranks) -> int | None:
-        """Return the number of threads of the run: with another number sums are rounded differently.
-
-        Return None with another number of ranks, among which the cores are divided anew.
-        """
+        """Return the number of threads of the run, since it changes rounding; None with another number of ranks."""
         machine = self.state["machine"]
         return max(1, int(machine["threads"])) if machine.get("processes", 1) == ranks.size else None
 
@@ -61,10 +58,8 @@ class ResumeState:
                 elif old[1] != new[1]:
                     changes.append(f"images of {name} in {split} have other names or contents")
         if changes:
-            raise UsageError(
-                f"{self.run.path}: the dataset is not the one that the run started with: "
-                f"{join_limited(changes, 3)}. Restore it, or start a new run"
-            )
+            some = join_limited(changes, 3)
+            raise UsageError(f"{self.run.path}: the dataset has changed: {some}. Restore it, or start a new run")
         return follow(self.recorded, workload, reporter, SPLIT_NAMES)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
@@ -79,29 +74,22 @@ class ResumeState:
             raise damaged(self.run.state_file, str(error)) from error
         workload.contract.seal()
         if workload.contract.digest() != state["frozen"]:
-            raise TlcliError(
-                f"{self.run.path}: the frozen layers are not those that the run started with: the file or package that "
-                f"backbone.weights names has other weights now. Restore it, or start a new run"
-            )
+            reason = "backbone.weights has other frozen layers than when the run started"
+            raise TlcliError(f"{self.run.path}: {reason}. Restore it, or start a new run")
         epoch, unfinished = int(state["epoch"]) + 1, state["trainer"]["pass"]
         is_within = unfinished is not None and unfinished["epoch"] == epoch
         reporter.note(f"resumed at epoch {epoch}" + (f", batch {unfinished['batches'] + 1:,}" if is_within else ""))
-        if differences := self._differences(inputs):
+        now, before = machine_info(inputs.device), {"processes": 1, **state["machine"]}
+        differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
+        if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
+            differences.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
+        if any(state["activations"].get(key, sums) != sums for key, sums in inputs.checksums().items()):
+            differences.append("activations were recomputed with different rounding")
+        if differences:
             reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
         # the best epoch may be later than the state: training then comes to it again
         (best, scores), spec, selects = self.best or (None, None), workload.spec, workload.selects_epoch
         return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1), selects)
-
-    def _differences(self, inputs: Inputs) -> list[str]:
-        """Return why the result may not equal that of an uninterrupted run bit for bit."""
-        now, before = machine_info(inputs.device), {"processes": 1, **self.state["machine"]}
-        differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
-        if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
-            differences.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
-        previous = self.state["activations"]
-        if any(previous.get(key, sums) != sums for key, sums in inputs.checksums().items()):
-            differences.append("activations were recomputed with different rounding")
-        return differences
 
 
 def read_state(run: RunDir) -> ResumeState | None:
@@ -114,9 +102,7 @@ def read_state(run: RunDir) -> ResumeState | None:
         raise TlcliError(f"{error}; without that file the run starts again") from error
     version = str(run.info.get("tlcli", "another version"))
     if state.get("version") != STATE_VERSION or version.split(".")[:2] != __version__.split(".")[:2]:
-        raise TlcliError(
-            f"{run.path}: was started with tlcli {version}, this is {__version__}: resume it with that one"
-        )
+        raise TlcliError(f"{run.path}: was started with tlcli {version}, this is {__version__}: resume it with that")
     recorded, best = recorded_decisions(run.info), None
     if recorded is None:
         raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")

@@ -42,7 +42,7 @@ function show(event) {
   card.hidden = current < 0;
   draw();
   if (current < 0) return;
-  card.querySelector("img").src = "data:image/jpeg;base64," + data.image[current];
+  card.querySelector("img").src = data.image[current];
   card.querySelector("strong").textContent = data.classes[data.label[current]] || "";
   card.querySelector("bdi").textContent = data.path[current];
   const [x, y] = place(current), below = y < canvas.clientHeight / 2;
