@@ -1,6 +1,5 @@
 """Fixtures of all tests: specs composed from conf/ as users compose them, small image folders, and a small network."""
 
-import copy
 import functools
 import os
 import shutil
@@ -11,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.plugins.config_source import ConfigResult
 from PIL import Image
 
 from tlcli.cli import main, quiet_libraries
 from tlcli.cli.compose import compose_spec
-from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.conf_files import ConfFiles
 from tlcli.reporter import Reporter
 from tlcli.specs import TrainSpec
 
@@ -29,23 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compute with one thread in each process of the default tests; slow tests use as many as there are cores."""
     if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr == "not slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def conf_is_read_once() -> Iterator[None]:
-    """Keep the parsed files of conf/: for each command line Hydra reads some twenty of them, in Python."""
-    load, parsed = FileConfigSource.load_config, dict[tuple[str, str], ConfigResult]()
-
-    def load_once(source: FileConfigSource, config_path: str) -> ConfigResult:
-        if Path(source.path) != conf_dir():
-            return load(source, config_path)
-        if (source.provider, config_path) not in parsed:
-            parsed[source.provider, config_path] = load(source, config_path)
-        return copy.deepcopy(parsed[source.provider, config_path])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileConfigSource, "load_config", load_once)
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
