@@ -29,7 +29,7 @@ from tlcli.runs.cross_validation import cross_validate
 from tlcli.runs.recorder import Recorder, SilentRecorder
 from tlcli.runs.resume_state import ResumeState, read_state
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_predictions
-from tlcli.specs import HeadInit, ImageSpec, TrainSpec, spec_from
+from tlcli.specs import HeadInit, TrainSpec, spec_from
 from tlcli.text import join_limited
 from tlcli.transfer.freeze import HeadSpec
 
@@ -40,8 +40,10 @@ class NewRun:
     def threads(self, ranks: Ranks) -> int | None:
         return None
 
-    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
-        return choose_image(workload, reporter)
+    def complete_spec(self, workload: Workload, reporter: Reporter) -> tuple[TrainSpec, str | None]:
+        """Return the spec with the size and the fit of images, and the comparison if they were chosen."""
+        image, reason = choose_image(workload, reporter)
+        return structs.replace(workload.spec, image=image), reason
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         return decide(workload)
@@ -225,8 +227,7 @@ def load_inputs(
     needs_probe = spec.freeze.head_init is HeadInit.probe and is_new
     workload = replace(workload, needs_probe=needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
-    image, reason = start.image(replace(workload, data=pool), reporter)
-    spec = structs.replace(spec, image=image)
+    spec, reason = start.complete_spec(replace(workload, data=pool), reporter)
     workload = replace(workload, spec=spec)
     decisions = start.decisions(workload, reporter)
     if ranks.size > 1:

@@ -183,6 +183,16 @@ def test_a_run_keeps_its_choice_of_image_and_epochs(disturbed: Run, whole: Run, 
         assert run.info["decisions"]["reasons"]["image"] == "the reason"
 
 
+def test_a_run_keeps_its_stored_views_if_its_epochs_change(whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcli.engine.activations.VIEWS", 1)
+    run = whole("freeze=last_stages", "augment=basic", "epochs=2", "checkpoint.keep_state=true")
+    assert read_json(run / "run.json")["decisions"]["views"] == 1
+    monkeypatch.setattr("tlcli.engine.activations.VIEWS", 8)
+    assert main(["train", "--resume", str(run), "epochs=3"]) == 0
+    info = read_json(run / "run.json")
+    assert (info["epochs"], info["decisions"]["views"], info["cache"]["used"]) == (3, 1, True)
+
+
 def test_a_run_that_ended_as_it_began_can_go_on(tmp_path, words: tuple[str, ...], monkeypatch) -> None:
     start = RunDir.start
 

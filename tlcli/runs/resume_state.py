@@ -21,7 +21,7 @@ from tlcli.ranks import Ranks
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir
-from tlcli.specs import ImageSpec
+from tlcli.specs import TrainSpec
 from tlcli.text import join_limited
 
 
@@ -39,11 +39,12 @@ class ResumeState:
         machine = self.state["machine"]
         return max(1, int(machine["threads"])) if machine.get("processes", 1) == ranks.size else None
 
-    def image(self, workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
-        """Return the size and the fit of the run's images; the recorded decisions have the comparison."""
-        own = Preprocessing.from_json(self.run.info["preprocessing"])
-        train_size = self.recorded.train_size
-        return structs.replace(workload.spec.image, size=own.size, fit=own.fit, train_size=train_size), None
+    def complete_spec(self, workload: Workload, reporter: Reporter) -> tuple[TrainSpec, str | None]:
+        """Return the spec with the images and views of the run; the recorded decisions have the comparison."""
+        own, spec = Preprocessing.from_json(self.run.info["preprocessing"]), workload.spec
+        image = structs.replace(spec.image, size=own.size, fit=own.fit, train_size=self.recorded.train_size)
+        cache = structs.replace(spec.cache, views=self.recorded.views or 0)
+        return structs.replace(spec, image=image, cache=cache), None
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""
