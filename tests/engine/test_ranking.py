@@ -33,7 +33,7 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                     pixels = random.integers(0, 255, (*side, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{i}.png")
         own = spec("dataset=imagefolder", f"dataset.root={root}", "cache.mode=off", *words)
-        monkeypatch.setattr(NewRun, "image", lambda self, workload, reporter: (own.image, None))
+        monkeypatch.setattr(NewRun, "complete_spec", lambda self, workload, reporter: (own, None))
         return load_inputs(own, Session(Store(tmp_path / "cache"), 10**9), Reporter(), NewRun()).workload
 
     return make

@@ -200,7 +200,7 @@ def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images per second", color=SOFT)
     axes.set_ylabel("accuracy of a linear probe in cross-validation", color=SOFT)
-    _save(figure, file, pil_kwargs=PNG)
+    _save(figure, file)
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
