@@ -178,9 +178,10 @@ class Workload:
     @cached_property
     def views(self) -> int | None:
         """The stored views of each augmented training image, one per epoch in turn; None: each epoch has its own."""
-        spec, augmentation = self.spec, self.spec.augment.build(self.preprocessing)
+        spec = self.spec
         if spec.cache.views is not None:
             return spec.cache.views or None
+        augmentation = spec.augment.build(self.preprocessing)
         only_crops = augmentation is not None and augmentation.transforms is None and not spec.augment.mixes
         n_reads = self.epochs_per_fit * (self.fits + self.has_first_fit)
         if not only_crops or len(self.data.train) > MAX_FIRST_FIT or n_reads < 2 * VIEWS:

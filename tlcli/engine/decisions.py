@@ -86,8 +86,9 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
 
 def decide(workload: Workload) -> Decisions:
     """Measure formats, and decide for each split. Raises UsageError if cache.mode=require cannot be followed."""
-    sized, dtype_names = workload.for_training, cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
-    cut, reason = sized.cut, uncacheable_reason(workload)
+    reason, dtype_names = uncacheable_reason(workload), cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
+    sized = workload if reason else workload.for_training  # whose cut is not needed if images are read
+    cut = sized.cut
     if isinstance(cut, Cut) and reason is None:
         evaluation = measure_extraction(sized, cut)
         cached = {"train", "val"} | ({"train_eval"} if workload.needs_probe or not workload.augments else set())
@@ -122,15 +123,15 @@ def decide(workload: Workload) -> Decisions:
 
 def uncacheable_reason(workload: Workload) -> str | None:
     """Return why training reads images at any cost; None if it could read activations."""
-    spec = workload.spec
-    for cut in (workload.for_training.cut, workload.cut):
-        if isinstance(cut, NoCut):
-            return cut.reason
+    spec, cut = workload.spec, workload.cut
+    if isinstance(cut, NoCut):
+        return cut.reason
     if spec.augment.mixes:
         return "augment.mixup and augment.cutmix mix images"
     if workload.augments and workload.views is None:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
-    return None
+    cut = workload.for_training.cut
+    return cut.reason if isinstance(cut, NoCut) else None
 
 
 def not_worthwhile_reason(

@@ -144,8 +144,8 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     is_head = spec.freeze.kind == "head" and not run.augments  # the features are stored, and a step takes no time
     n_trained = 0 if is_head else sum(fit.epochs * len(fit.data.train) for fit in fits)
     n_evaluated = len(data.train) + (1 if is_head else run.epochs) * len(data.val) + len(data.test)  # of the probe, too
-    seconds, cut = 0.0, run.for_training.cut
-    if run.augments and run.views and isinstance(cut, Cut):
+    seconds = 0.0
+    if run.augments and run.views and isinstance(cut := run.for_training.cut, Cut):
         extraction = measure_extraction(run.for_training, cut)
         seconds = run.views * len(data.train) / (extraction.images_per_second or inf)
         train = measure_suffix(run.for_training, cut, extraction).images_per_second
