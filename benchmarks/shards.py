@@ -23,8 +23,8 @@ from benchmarks.run import BACKBONES, alone, out_folder, parser, publish, publis
 class Settings:
     """Sizes of the measurement. `train`, `test`: images per class (of ten)."""
 
-    size: int = 160
-    train: int = 1000
+    size: int = 224
+    train: int = 1500
     test: int = 32
     shards: int = 60
     rounds: int = 3

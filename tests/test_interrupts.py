@@ -1,6 +1,7 @@
 """An interrupt waits for the end of a step, and is never lost."""
 
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -9,7 +10,7 @@ from tlcli.interrupts import Preempted, Terminated, defer_interrupts, handle_sig
 
 def test_it_waits_for_the_end_of_the_outermost_step() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), handle_signals():
         with defer_interrupts:
             with defer_interrupts:
                 defer_interrupts.interrupt(KeyboardInterrupt())
@@ -25,8 +26,35 @@ def test_it_waits_for_the_end_of_the_outermost_step() -> None:
 def test_it_comes_at_once_outside_of_a_step_and_a_step_that_fails_is_over() -> None:
     with pytest.raises(ValueError, match="broken"), defer_interrupts:
         raise ValueError("broken")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), handle_signals():
         defer_interrupts.interrupt(KeyboardInterrupt())
+
+
+def test_one_that_a_library_swallows_comes_again_but_not_in_code_that_handles_it() -> None:
+    done = []
+    with pytest.raises(Terminated), handle_signals():
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        done.append("swallowed")
+        try:
+            with defer_interrupts:
+                done.append("step")
+        finally:
+            with suppress(KeyError):
+                with defer_interrupts:
+                    done.append("saved")
+                {}["an error while it is handled"]
+            try:
+                raise ValueError("another error while it is handled")
+            except ValueError:
+                with defer_interrupts:
+                    done.append("saved")
+        done.append("not reached")
+    assert done == ["swallowed", "step", "saved", "saved"]
+    with pytest.raises(KeyboardInterrupt), handle_signals(), suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+    with handle_signals(), defer_interrupts:
+        done.append("the next block is not interrupted")
 
 
 def test_the_signal_of_a_pre_emption_counts_if_submitit_handles_it(monkeypatch: pytest.MonkeyPatch) -> None:

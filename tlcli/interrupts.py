@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,36 +17,40 @@ class Preempted(Terminated):
 
 
 class _DeferInterrupts:
-    """A block at whose end pending signals are raised. Blocks may be nested: the outermost one raises."""
+    """A block at whose end the signal that was received meanwhile is raised. Blocks may be nested: the outermost raises.
+
+    Code of a library may swallow the exception (a bare `except`). Then the end of the next block raises it again.
+    """
 
     def __init__(self) -> None:
         self._depth = 0
-        self._pending: BaseException | None = None
+        self.received: BaseException | None = None  # in the present block of handle_signals
 
     def __enter__(self) -> None:
         self._depth += 1
 
     def __exit__(self, *exc_info: object) -> None:
         self._depth -= 1
-        if self._depth == 0 and self._pending is not None:
-            pending, self._pending = self._pending, None
-            raise pending
+        if self._depth == 0 and self.is_pending:
+            self.raise_pending()
 
     @property
     def is_pending(self) -> bool:
-        """True if a signal waits for the end of the block."""
-        return self._pending is not None
+        """True if a signal was received and the present code does not handle it."""
+        handled = sys.exc_info()[1]
+        while handled is not None and handled is not self.received:
+            handled = handled.__context__
+        return handled is not self.received
 
     def raise_pending(self) -> None:
         """Raise what waits for the end of the block; KeyboardInterrupt if it waits in another process."""
-        pending, self._pending = self._pending, None
-        raise pending or KeyboardInterrupt
+        raise self.received or KeyboardInterrupt
 
     def interrupt(self, exc: BaseException) -> None:
         """Raise the exception of a signal: now, or at the end of the block."""
+        self.received = exc
         if self._depth == 0:
             raise exc
-        self._pending = exc
 
 
 defer_interrupts = _DeferInterrupts()  # for the main thread, where Python runs the handlers of signals
@@ -87,7 +92,10 @@ def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
     previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
+        if defer_interrupts.is_pending:
+            defer_interrupts.raise_pending()
     finally:
+        defer_interrupts.received = None
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if ignore_later else handler)
 

@@ -16,7 +16,7 @@ from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.explain import error_message
 from tlcli.cli.launchers import other_processes
 from tlcli.errors import TlcliError
-from tlcli.interrupts import defer_interrupts
+from tlcli.interrupts import defer_interrupts, handle_signals
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import RunDir, read_json
 
@@ -73,7 +73,7 @@ def test_a_signal_reaches_the_jobs_of_joblib_and_waits_for_them(tmp_path: Path) 
     with subprocess.Popen(waiting, stdin=subprocess.PIPE) as job, subprocess.Popen(waiting, stdin=-1) as other:
         end(tmp_path / "1", 1, pid=other.pid)
         code = None
-        with pytest.raises(KeyboardInterrupt), other_processes(tmp_path, [], is_joblib=True):
+        with pytest.raises(KeyboardInterrupt), handle_signals(), other_processes(tmp_path, [], is_joblib=True):
             end(tmp_path / "0", 1, pid=job.pid)
             defer_interrupts.interrupt(KeyboardInterrupt())
             code = job.wait(60)

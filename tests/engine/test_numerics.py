@@ -113,6 +113,12 @@ def test_the_first_of_nearly_equal_ones_is_chosen(choose) -> None:
     assert choose([SLOW, FAST], 0.12, 0.1, "far").dtype == torch.bfloat16
 
 
+def test_another_program_that_disturbs_one_round_does_not_change_the_choice(choose, monkeypatch) -> None:
+    seconds = iter([0.2, 0.4, 0.2, 0.1] * 2)  # the fast one's first round was disturbed
+    monkeypatch.setattr(numerics, "_measure", lambda *args, **settings: next(seconds))
+    assert choose([SLOW, FAST], 0.2, 0.1).dtype == torch.bfloat16
+
+
 def test_a_choice_is_stored(choose) -> None:
     """It is used even if the steps would be different now: no result depends on a race."""
     first, again = choose([SLOW, FAST], 0.2, 0.1), choose([SLOW, FAST], 0.1, 0.2)

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-RANK_RUNS = 4  # in the budget, at least, for other backbones to be tried: they take longer
-MAX_SHARE = 1 / 3  # of the budget that a run with another backbone may take
+RANK_RUNS = 2.5  # in the budget, at least, for other backbones to be tried: they take longer
+MAX_SHARE = 0.75  # of the budget that a run with another backbone may take
 
 
 PARSER = Parser("tune", __doc__)
@@ -231,7 +231,7 @@ def _choose_backbone(
     words: Sequence[str], budget: float, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
     """Return words that choose the backbone and its size, and its images per second; None if there is no choice."""
-    from tlcli.engine.ranking import choose, score
+    from tlcli.engine.ranking import best_of, score
 
     candidates = find_candidates([], words)
     scores: list[Score] = []
@@ -239,8 +239,9 @@ def _choose_backbone(
         scores += score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
     if len({one.backbone for one in scores}) <= 1:
         return None
-    best = choose(scores)
-    tied = f"the fastest of those tied with the best of {len(scores)} with which a run fits into a third of the budget"
+    top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}
+    best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
+    tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into {MAX_SHARE:.0%} of the budget"
     reporter.note(f"backbone: {best.backbone} at {best.size} px, probe accuracy {best.probe.accuracy:.3f}, {tied}")
     choice = [*candidates[best.backbone][0], f"image.size={best.size}", f"image.train_size={best.train_size}"]
     return choice, best.images_per_second

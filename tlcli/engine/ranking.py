@@ -186,8 +186,12 @@ def score(
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
 
 
+def best_of(scores: Sequence[Score]) -> list[Score]:
+    """Return the most accurate one and those that tie with it."""
+    best = max(scores, key=lambda s: s.probe.accuracy)
+    return [s for s in scores if not best.probe.beats(s.probe)]
+
+
 def choose(scores: Sequence[Score]) -> Score:
     """Return the fastest to train of those that tie with the most accurate one."""
-    best = max(scores, key=lambda s: s.probe.accuracy)
-    tied = [s for s in scores if not best.probe.beats(s.probe)]
-    return min(tied, key=lambda s: (s.seconds or 0.0, -s.probe.accuracy))
+    return min(best_of(scores), key=lambda s: (s.seconds or 0.0, -s.probe.accuracy))
