@@ -26,7 +26,7 @@ from tlcli.predict import ImageMapper, choose_format
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun
 from tlcli.runs.report import image_uri, render
-from tlcli.specs import BackboneSpec, Fit, Precision
+from tlcli.specs import BackboneSpec, Precision
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
 
@@ -102,7 +102,7 @@ def embedder_of_backbone(
 ) -> Embedder:
     """Return the embedder of a backbone with its weights, at its image size; `auto` is float32."""
     classifier = build_model(spec, ("", " "), size=None, seed=0)
-    preprocessing = Preprocessing(classifier.size, Fit.crop, classifier.mean, classifier.std)
+    preprocessing = Preprocessing(classifier.size, classifier.fit, classifier.mean, classifier.std)
     layout = torch.contiguous_format if accelerator.type == "mps" else torch.channels_last
     form = ComputeFormat(DTYPES.get(precision, torch.float32), layout)
     return Embedder(classifier, preprocessing, accelerator, form, store, {}, batch_size)

@@ -17,9 +17,9 @@ class Preempted(Terminated):
 
 
 class _DeferInterrupts:
-    """A block at whose end the signal that was received meanwhile is raised. Blocks may be nested: the outermost raises.
+    """A block at whose end pending signals are raised. Blocks may be nested: the outermost one raises.
 
-    Code of a library may swallow the exception (a bare `except`). Then the end of the next block raises it again.
+    A library may swallow the exception of a signal (a bare `except`). Then the end of the next block raises it again.
     """
 
     def __init__(self) -> None:

@@ -372,7 +372,7 @@ def require_ascending(key: str, bounds: tuple[float, float]) -> None:
 
 
 def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size, mean and std of a network's input from a file of unknown origin; or KeyError, or ValueError."""
+    """Return size, fit, mean and std of a network's input from a file of unknown origin; or KeyError, or ValueError."""
     try:
         size = convert(data["size"], Annotated[int, Meta(ge=1, le=16_384)])  # the largest takes 3 GB as float32
         mean, std = (convert(data[key], tuple[float, float, float]) for key in ("mean", "std"))
@@ -380,7 +380,7 @@ def parse_image_stats(data: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(str(exc)) from exc
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"mean={mean} and std={std} must be finite, and std above 0")
-    return {"size": size, "mean": mean, "std": std}
+    return {"size": size, "fit": Fit(data["fit"]), "mean": mean, "std": std}
 
 
 def classes_of(part: str) -> dict[str, type[Spec]]:

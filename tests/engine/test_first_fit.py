@@ -131,7 +131,7 @@ def known(load, tmp_path: Path) -> dict[str, Tensor]:
     first_fit.fit_head(inputs, Reporter())
     state, classifier = tensors(inputs), inputs.workload.classifier
     state["classifier.weight"] += 5  # in all rows, which changes no prediction
-    image = {"size": 32, "mean": classifier.mean, "std": classifier.std}
+    image = {"size": 32, "fit": "crop", "mean": classifier.mean, "std": classifier.std}
     metadata = {"backbone": classifier.name, "classes": ["across", "checks"], "preprocessing": image}
     write_tensors(tmp_path / "run/checkpoints/best.safetensors", state, metadata)
     return state

@@ -55,7 +55,7 @@ def test_same_classes_in_another_order_keep_the_head_by_name(spec: Compose, run:
     assert same_body(model, source) and model.head_loaded
     assert torch.equal(model.network.fc.weight, source.network.fc.weight[[2, 0, 1]])
     assert torch.equal(model.network.fc.bias, source.network.fc.bias[[2, 0, 1]])
-    assert (model.size, model.mean, model.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (model.size, model.fit, model.mean, model.std) == (64, "squash", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_other_classes_replace_the_head_and_say_so(spec: Compose, run: Path, source: Classifier) -> None:

@@ -81,14 +81,14 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """Return what `to_json` stored; up to 0.5.0 without a range. Raise KeyError, TypeError or ValueError."""
-        fit, stats = Fit(data["fit"]), parse_image_stats(data)
+        stats = parse_image_stats(data)
         value_range = data.get("range")
         if value_range is not None:
             low, high = value_range
             if not -3e38 <= low < high <= 3e38:
                 raise ValueError(f"range is {value_range!r:.40}, not two ascending numbers")
             value_range = float(low), float(high)
-        return cls(fit=fit, range=value_range, **stats)
+        return cls(range=value_range, **stats)
 
 
 @lru_cache(maxsize=8)

@@ -29,7 +29,7 @@ from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier, Float32Linear, Head
 from tlcli.ranks import ALONE, Ranks
 from tlcli.reporter import Reporter
-from tlcli.specs import CacheMode, Fit, Sampler, TrainSpec
+from tlcli.specs import CacheMode, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, apply_freeze, linear_head
@@ -160,7 +160,7 @@ class Workload:
         """How images become the network's input: by the spec and the data's range, else as its weights expect."""
         image, own = self.spec.image, self.classifier
         size, mean, std = image_size(self.spec) or own.size, image.mean or own.mean, image.std or own.std
-        return Preprocessing(size, image.fit or Fit.crop, mean, std, self.data.value_range)
+        return Preprocessing(size, image.fit or own.fit, mean, std, self.data.value_range)
 
     @property
     def train_size(self) -> int:

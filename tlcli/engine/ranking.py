@@ -38,7 +38,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
     """
     spec, classifier = workload.spec, workload.classifier
     image, size = spec.image, image_size(spec) or classifier.size
-    given = structs.replace(image, size=size, fit=image.fit or Fit.crop)
+    given = structs.replace(image, size=size, fit=image.fit or classifier.fit)
     train_size = image.train_size or size
     if train_size != size and not takes_size(workload, train_size):
         raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
@@ -178,7 +178,7 @@ def score(
         seconds, evaluation = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
             continue
-        image = structs.replace(spec.image, size=size, fit=spec.image.fit or Fit.crop, train_size=train_size)
+        image = structs.replace(spec.image, size=size, fit=spec.image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, len(sample.train))
         if probe is None:
             raise UsageError("rank: fewer than two classes have two training images each; there is nothing to compare")

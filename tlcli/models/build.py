@@ -31,7 +31,7 @@ class PretrainedWeights:
     state: Mapping[str, Tensor]
     backbone: str | None = None
     classes: tuple[str, ...] | None = None
-    preprocessing: Mapping[str, Any] | None = None  # size, mean and std
+    preprocessing: Mapping[str, Any] | None = None  # size, fit, mean and std
 
 
 def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None, seed: int) -> Classifier:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlcli.errors import UsageError
+from tlcli.specs import Fit
 from tlcli.text import did_you_mean
 
 
@@ -30,9 +31,10 @@ class Classifier:
     network: nn.Module
     head: tuple[str, ...]  # the modules that map features to logits
     stages: tuple[Stage, ...]  # from input to output, the last is the head; every parameter is in exactly one
-    size: int  # as mean and std, what its weights expect of images
+    size: int  # as mean, std and fit, what its weights expect of images
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Fit = Fit.crop
     classes: tuple[str, ...] = ()
     pretrained: frozenset[str] = frozenset()  # the tensors that were loaded
     head_loaded: bool = False  # if the head was among them, with a row for each class

@@ -124,7 +124,7 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     check_state_dict(state, network, f"{file}: does not fit {spec.name} with {len(classes)} classes")
     network.load_state_dict(state, strict=False)
     network.eval().requires_grad_(False)
-    expected = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
+    expected = {key: getattr(preprocessing, key) for key in ("size", "fit", "mean", "std")}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
     epoch, temperature, unknown, threshold = integer(metadata.get("epoch")), 1.0, None, None
     if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
