@@ -21,7 +21,7 @@ from tlcli.interrupts import Terminated
 COMMANDS = {
     "train": ("tlcli.cli.train", "fine-tune a pretrained network on your images, and test it"),
     "rank": ("tlcli.cli.rank", "compare backbones and image sizes on your images, before training"),
-    "tune": ("tlcli.cli.tune", "spend a time budget on a better recipe than the default one"),
+    "tune": ("tlcli.cli.tune", "search for a better recipe within a time budget"),
     "eval": ("tlcli.cli.evaluate", "evaluate a finished run on its test set, or on another dataset"),
     "predict": ("tlcli.cli.predict", "classify images with a finished run"),
     "embed": ("tlcli.cli.embed", "write the feature vectors of images, and draw them as a map"),

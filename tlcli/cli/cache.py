@@ -1,11 +1,12 @@
-"""List or remove the cached activations of frozen layers, which a run that needs
-them computes again. The folder is $TLCLI_CACHE, or tlcli in the user's cache.
+"""List or remove the cached activations of frozen layers. A run computes removed
+activations again if it needs them. The folder is $TLCLI_CACHE, or tlcli in the
+user's cache directory.
 
-fill computes what `tlcli train` with the same words reads (with freeze=head,
-unless they say otherwise), in shards, which may run on machines that share
-images and cache. It writes a plan and runs the shards that are missing: here, or
-as tasks of Ray; with --engine slurm it prints an array job for sbatch instead.
---shard runs one shard of a plan, on any scheduler.
+fill computes the activations that `tlcli train` with the same overrides reads
+(default: freeze=head), in shards, which may run on machines that share images and
+cache. It writes a plan, then runs the missing shards here or as tasks of Ray. With
+--engine slurm it prints an array job for sbatch instead. --shard runs one shard of
+a plan, on any scheduler.
 
 examples:
   tlcli cache remove 3f2a 9c01
@@ -62,12 +63,12 @@ def _shard(value: str) -> tuple[int, int]:
 PARSER = Parser("cache", __doc__)
 add = PARSER.add_argument
 actions = ("list", "remove", "clear", "fill")
-add("action", choices=actions, help="clear removes all entries, what killed runs left, and measured speeds")
-keys = f"entries to remove, of which {MIN_KEY_CHARS} unambiguous characters are enough; fill: as for `tlcli train`"
+add("action", choices=actions, help="clear removes all entries, leftovers of killed runs, and measured speeds")
+keys = f"remove: the first {MIN_KEY_CHARS} or more characters of an entry's key; fill: overrides as for `tlcli train`"
 add("keys", nargs="*", metavar="KEY|KEY=VALUE", help=keys)
-add("--shards", type=whole_number, metavar="N", help="parts of the images that fill computes (default: 1)")
-add("--engine", choices=("here", "ray", "slurm"), help="what runs the shards (default: here)")
-add("--shard", type=_shard, metavar="I/N", help="run this one of N shards, from 0 to N-1, of a plan")
+add("--shards", type=whole_number, metavar="N", help="fill: number of shards (default: 1)")
+add("--engine", choices=("here", "ray", "slurm"), help="fill: where the shards run (default: here)")
+add("--shard", type=_shard, metavar="I/N", help="fill: run shard I, from 0 to N-1, of a plan with N shards")
 PARSER.add_config_dir()
 PARSER.add_format()
 

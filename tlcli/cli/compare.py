@@ -1,8 +1,9 @@
 """Compare finished runs: the config keys that differ, and test accuracies with
 95 % intervals. Two runs that were tested on the same images are compared image
-by image (McNemar's exact test, about other test images, not other seeds). For
-runs that differ only in the seed: mean, standard deviation and Student's interval.
-If a run with folds has no test, the cross-validated accuracies are compared.
+by image with McNemar's exact test, which accounts for other test images, but not
+for other seeds. Runs that differ only in the seed are summarized by their mean,
+standard deviation and Student's interval. If a run with folds has no test, the
+cross-validated accuracies are compared.
 
 examples:
   tlcli compare outputs/2026-05-04/12-30-00 outputs/2026-05-04/12-45-00
@@ -21,7 +22,7 @@ from tlcli.cli.table import UNLIMITED_WIDTH, number_text, table_lines, terminal_
 from tlcli.text import shown_path, strip_control_chars
 
 PARSER = Parser("compare", __doc__)
-PARSER.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help="a run, or a sweep, which stands for its tested jobs")
+PARSER.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help="a run, or a sweep for all its tested jobs")
 PARSER.add_format()
 
 

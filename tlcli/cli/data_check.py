@@ -1,8 +1,8 @@
-"""Check every image of a dataset, with the keys and defaults of `tlcli train`, for
-files that do not decode, exact and near duplicates within and across splits,
-labels that a probe on the backbone's features finds likely wrong, and class
-balance. The data is not changed. Tables and a contact sheet are written to a new
-folder, outputs/data-check/DATE/TIME.
+"""Check every image of a dataset. The command finds files that do not decode, exact
+and near duplicates within and across splits, labels that are likely wrong by a
+probe on the backbone's features, and small or empty classes. Keys and defaults are
+those of `tlcli train`. The data is not changed. Tables and a contact sheet are
+written to a new folder, outputs/data-check/DATE/TIME.
 
 examples:
   tlcli data check dataset=imagefolder dataset.root=photos

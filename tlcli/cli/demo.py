@@ -1,6 +1,6 @@
 """Show a page to try a finished run with files or the camera: probabilities, and
-where the network looked. Only this machine can open it, it asks nothing from the
-network, and images are not stored. Ctrl-C ends it.
+where the network looked. Only this machine can open the page. It needs no network,
+and images are not stored. Ctrl-C stops the command.
 
 examples:
   tlcli demo outputs/2026-11-24/10-15-00 --port 8080

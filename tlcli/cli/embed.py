@@ -1,7 +1,7 @@
 """Write the feature vector of each image to a file: the input of the head of a
 run's network, or of a published one. Columns: path, label (the parent folder,
 if it is a class of the run; any with backbone=), and vector (float32). Files
-that do not decode are left out and listed. The exit code is then 1.
+that do not decode are left out and listed, and the exit code is 1.
 
 examples:
   tlcli embed outputs/DATE/TIME photos --to features.parquet
@@ -47,7 +47,7 @@ PARSER = Parser("embed", __doc__)
 add = PARSER.add_argument
 add_source(PARSER)
 add_paths(PARSER)
-vectors = ".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for less than 100,000 images"
+vectors = ".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for fewer than 100,000 images"
 add("--to", type=Path, metavar="FILE", help=vectors)
 add("--plot", type=Path, metavar="FILE", help="an .html file with a map of at most 5,000 of the images, by t-SNE")
 add("--force", action="store_true", help="replace files that exist")

@@ -1,7 +1,7 @@
 """Evaluate a finished run on its own test split, as it was tested, or on another
 dataset. Classes are matched by name; a subset of the run's classes is enough.
 The metrics are written to RUN/eval-1 (eval-2, ...): eval.json,
-predictions.safetensors and the config of the dataset. Existing files stay.
+predictions.safetensors and the config of the dataset. Nothing is overwritten.
 
 examples:
   tlcli eval outputs/2026-05-04/12-30-00
@@ -37,7 +37,7 @@ PARSER.known_words += [f"{group}=" for group in GROUPS]
 PARSER.add_argument("run", metavar="RUN", help="directory of the run")
 words = (
     "split=test|val|train; checkpoint=best|last (default: best); dataset=... and its keys as in `tlcli train`: another "
-    "dataset, of which the test split, else the val split, else all of it is evaluated; device=..., device.KEY=..., "
+    "dataset (its test split, or else its val split, or else all of it); device=..., device.KEY=..., "
     "cache.KEY=...: where and how to compute; tta=flip: the mean over each image and its mirror image"
 )
 PARSER.add_argument("words", nargs="*", metavar="KEY=VALUE", help=words)

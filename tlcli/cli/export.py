@@ -1,7 +1,7 @@
-"""Write a run's model in another format. What was written is loaded again and
-compared with PyTorch on test images of the run. Unless every logit is within
-0.0001 and every class the same, nothing is left behind. Each format has the
-classes, the preprocessing and the temperature.
+"""Write a run's model in another format, with its classes, preprocessing and
+temperature. The file is loaded again and compared with PyTorch on test images of
+the run. It is removed unless every logit is within 0.0001 and every class is the
+same.
 
 examples:
   tlcli export outputs/DATE/TIME --to onnx --int8
@@ -33,8 +33,8 @@ add("--to", required=True, choices=tuple(FORMATS), type=check_format)
 add("--output", metavar="PATH", help="default: export/ in the run; nothing is overwritten")
 inside = f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and resize to S pixels before"
 add("--with-preprocessing", action="store_true", help=inside)
-add("--int8", action="store_true", help="onnx: in 8 bits; accuracy, size and speed of both models are printed")
-add("--force", action="store_true", help="with --int8: also if it loses more than 1 point of accuracy")
+add("--int8", action="store_true", help="onnx: write an 8-bit model; print accuracy, size and speed of both models")
+add("--force", action="store_true", help="with --int8: write it even if it loses more than 1 point of accuracy")
 add("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
 
 

@@ -3,12 +3,12 @@ trains, where the network is cut, how large the cached activations are, and
 how long training takes on this data and this machine: a few batches are
 measured. Nothing is downloaded, and only measured choices are stored.
 
-  each     activations of one image at the cut
-  cache    of all images, on disk
+  each     size of the activations of one image at the cut
+  cache    size of the activations of all images, on disk
   first    seconds of the first pass over all images, with decoding
   then     seconds of each later epoch, on activations
   uncached seconds of each epoch on images
-  run      seconds of one whole run with an empty cache, in the way it takes
+  run      seconds of one whole run with an empty cache
 
 examples:
   tlcli inspect resnet18

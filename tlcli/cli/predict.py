@@ -1,6 +1,6 @@
 """Classify images with a finished run. Images are read and preprocessed as in
 training. Probabilities are calibrated if the run held images out. A file
-that does not decode is a row with its error. The exit code is then 1.
+that does not decode is a row with its error, and the exit code is 1.
 
 examples:
   tlcli predict outputs/2026-11-24/10-15-00 photo.jpg --heatmaps maps
@@ -47,7 +47,7 @@ def add_paths(parser: Parser) -> None:
 def add_computing(parser: Parser) -> None:
     """Add the arguments that say with which weights, and how, a command runs a network over images."""
     add = parser.add_argument
-    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the kept epoch or of the last one")
+    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the best epoch or of the last one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: as the run was evaluated")
     add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -64,7 +64,7 @@ formats = (
 )
 add("--format", choices=("table", "csv", "jsonl"), help=formats)
 add("--output", metavar="FILE", help="write to this new file")
-add("--reject", action="store_true", help="answer `unknown` above the unknown score of 95 %% of the images held out")
+add("--reject", action="store_true", help="answer `unknown` if the score is above that of 95 %% of held-out images")
 maps = "write a gray JPEG per image into this new folder, with a map of where the network found evidence for its class"
 add("--heatmaps", metavar="DIR", help=f"{maps}; csv and jsonl have the file's path")
 add("--tta", choices=("none", "flip"), help="flip: mean over each image and its mirror image (default: as in the run)")

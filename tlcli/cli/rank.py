@@ -1,6 +1,6 @@
-"""Rank backbones and image sizes for a dataset before anything is trained: a
-linear probe on the features of a sample of the training images is cross-
-validated. The test images are not read.
+"""Rank backbones and image sizes for a dataset before training. A linear probe is
+cross-validated on the features of a sample of the training images. The test
+images are not read.
 
   accuracy  in cross-validation, with its standard error
   tied      the difference to the best one is within its standard error

@@ -1,4 +1,4 @@
-"""Write one HTML file about a run, also one that failed: results with intervals,
+"""Write one HTML file about a run, even a failed one: results with intervals,
 curves, confusion, metrics per class, mistakes with heat maps of where the network
 looked, calibration, settings and times. For a sweep: the leaderboard, and each key
 against validation. The file needs no network and no other file.
