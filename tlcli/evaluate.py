@@ -154,7 +154,8 @@ def evaluate_run(
     is_test = result.is_own and images.split_name == "test" and checkpoint == "best" and spec.tta is trained.tta
     same, limits = None, [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]
     if is_test and limits[0] == limits[1]:
-        if not run.test_file.exists():
+        is_over = run.info.get("status") not in ("running", "interrupted")  # else its best weights may change
+        if is_over and not run.test_file.exists():
             run.write_test(report, result.rows)
             leaderboard.update(run)
         test = run.test()

@@ -69,19 +69,17 @@ def handle_signals(*, ignore_later: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set a handler
         return
-    owner, received = os.getpid(), False
+    owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal received
         if os.getpid() != owner:  # a forked worker does not record the run; SIGINT reaches its parent too
             if number != signal.SIGINT:
                 os._exit(128 + number)
             return
-        if received and number == signal.SIGINT:
-            os._exit(130)
-        if received:  # the launcher of a sweep passes on what the terminal has sent
-            return
-        received = True
+        if defer_interrupts.received is not None:
+            if number == signal.SIGINT:
+                os._exit(130)
+            return  # the launcher of a sweep passes on what the terminal has sent
         kinds = {signal.SIGINT: KeyboardInterrupt, preemption: Preempted}
         defer_interrupts.interrupt(kinds.get(number, Terminated)())
 

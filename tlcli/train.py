@@ -151,9 +151,10 @@ def train(
                 checkpoints.after_epoch(epoch, validation, is_best=is_best, averaged=averaged)
 
     share = inputs.decisions.interpolate or 1.0
+    n_frozen = contract.verify()  # before low-rank updates are merged
     checkpoints.load_best(share)
     ranks.copy_tensors(network.state_dict().values())
-    n_frozen = contract.verify()
+    contract.verify()
     with record.phase("unknown"):
         unknown = fit_unknown_score(inputs, reporter)
         if unknown is not None and ranks.is_main:

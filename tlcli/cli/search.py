@@ -195,8 +195,9 @@ class Search:
                 self._spent += max(0.0, read_json(file)["seconds"] - self._spent_now())
         for number, worker in self._study.running().items():
             if worker is None or observer.is_alive(self._workers / worker) is False:
-                job = self._job_of(str(number))
-                info = job.info if job.info_file.exists() else {}
+                info: dict[str, Any] = {}
+                with suppress(OSError, ValueError):  # it may have none, or a damaged one
+                    info = read_json(self._job_of(str(number)).info_file)
                 if info.get("status") == "done":
                     seconds = float(info.get("seconds", {}).get("total", 0.0))
                     self._study.tell(number, info["best"][self.metric], "done", seconds=seconds)
@@ -231,7 +232,8 @@ class Search:
 
     def _end_lost_job(self, name: str) -> None:
         for file in (self.folder / name).rglob("run.json"):
-            RunDir(file.parent).end("failed", LOST)
+            with suppress(OSError, ValueError):
+                RunDir(file.parent).end("failed", LOST)
 
     def _decide(self) -> None:
         """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
@@ -358,16 +360,19 @@ class Search:
             return trial.should_prune()
 
         reporter = TrialReporter(self, f"trial {name}", None if self._base.folds else is_hopeless)
-        start, value, status, error = self.left, None, "done", ""
+        start, value, status, error, total = self.left, None, "done", "", 0.0
         try:
-            value = float(self._train(name, recipe, words, reporter).info["best"][self.metric])
+            info = self._train(name, recipe, words, reporter).info
+            value = float(info["best"][self.metric])
+            total = info["seconds"]["total"] + (info.get("cross_validation") or {}).get("seconds", 0.0)
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
             last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][1 - MAX_FAILURES :]
             if not last or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
                 raise
         with defer_interrupts:
-            status = self._study.tell(trial.number, value, status, seconds=start - self.left, error=error)
+            seconds = max(start - self.left, total)  # part of it may have been before an interruption
+            status = self._study.tell(trial.number, value, status, seconds=seconds, error=error)
             self.trial = None
         if status == "lost":  # while this worker was suspended
             self._end_lost_job(name)

@@ -196,13 +196,15 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
     size = image_size(spec) or candidate_sizes(workload)[0]
     seconds, speed = expected_seconds(workload, size, spec.image.train_size or size)
-    n_runs = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
+    n_runs: float = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
+    if val_fraction is not None and workload.first_fit is None:
+        n_runs = 2 - val_fraction  # a trial and its refit
     need, choice = n_runs * (seconds or 0.0) + time.monotonic() - start, list[str]()
     if budget < need:
         one_run = f"one run takes about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
-        choice, speed = _choose_backbone(words, budget, session, reporter) or (choice, speed)
+        choice, speed = _choose_backbone(words, budget / n_runs, session, reporter) or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
     folder, made = make_folder(folder, key if key in given else None)
@@ -236,7 +238,8 @@ def _choose_backbone(
     candidates = find_candidates([], words)
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
-        scores += score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
+        with suppress(UsageError):  # a word may not suit another backbone: freeze.stages, image.train_size
+            scores += score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
     if len({one.backbone for one in scores}) <= 1:
         return None
     top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}

@@ -229,6 +229,8 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         if self.balanced:
             order = balanced_order(self.split.labels, self.seed, number)
         order = self.split.order_by_buffer(order, self.seed, number)
+        if view is not None:  # one that may be stored: a repeated image has the same
+            order = order % len(self.split)
         return self._chunks(order[start * self.batch_size :], number if view is None else view, self.ranks)
 
     def _chunks(self, order: Ints, view: int | None, ranks: Ranks) -> Iterator[Chunk]:

@@ -148,7 +148,7 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     if run.augments and run.views and isinstance(cut := run.for_training.cut, Cut):
         extraction = measure_extraction(run.for_training, cut)
         seconds = run.views * len(data.train) / (extraction.images_per_second or inf)
-        train = measure_suffix(run.for_training, cut, extraction).images_per_second
+        train = measure_suffix(run.for_training, cut, extraction).images_per_second or inf  # a linear layer
     return (seconds + n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
 
 
@@ -174,11 +174,16 @@ def score(
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
     own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
     for size in own:
+        image = structs.replace(spec.image, size=size)
+        if sizes:  # a table of positions is for one size
+            workload = new_workload(structs.replace(spec, image=image), session, reporter)
         train_size = spec.image.train_size or (size if sizes else own[0])
+        if train_size != size and not takes_size(workload, train_size):
+            raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
         seconds, evaluation = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
             continue
-        image = structs.replace(spec.image, size=size, fit=spec.image.fit or classifier.fit, train_size=train_size)
+        image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, len(sample.train))
         if probe is None:
             raise UsageError("rank: fewer than two classes have two training images each; there is nothing to compare")

@@ -39,8 +39,8 @@ class Trainer:
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         class_counts = workload.data.train.class_counts(len(classes))
-        self.steps_per_epoch = steps_per_epoch(spec, sum(class_counts))
-        self.schedule = Schedule(spec.scheduler, self.optimizer, self.steps_per_epoch, workload.epochs_per_fit)
+        steps = steps_per_epoch(spec, sum(class_counts))
+        self.schedule = Schedule(spec.scheduler, self.optimizer, steps, workload.epochs_per_fit)
         self._fits, self._epochs_per_fit = workload.fits, workload.epochs_per_fit
         self._ends: list[Tensor] = []  # sum of the weights at the ends of earlier fits
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
@@ -155,6 +155,7 @@ class Trainer:
         every = spec.log_every
         for done in range(first + 1, len(progress.sizes) + 1):
             if every and done % every == 0:  # the mean of each batch's mean, as PyTorch's tutorial has
+                self._check_losses(progress)
                 last = slice(done - every, done)
                 n = torch.tensor(progress.sizes[last], device=self._device.accelerator)
                 on_running(progress.epoch, done, (torch.stack(progress.losses[last]) / n).mean().item())
@@ -252,7 +253,8 @@ class Trainer:
             self._set(self._average)
             yield
         finally:
-            self._set(own)
+            with defer_interrupts:  # a state that is saved has no mixture
+                self._set(own)
 
     def _set(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -291,7 +293,7 @@ class Trainer:
         self.step = int(state["step"])
         self.schedule.before_step(max(0, self.step - 1))  # an epoch that has no steps left reports these rates
         saved, device, names = state["pass"], self._device.accelerator, ("start", "average", "ends")
-        self._start, self._average, self._ends = ([t.to(device) for t in state.get(name, ())] for name in names)
+        self._start, self._average, self._ends = ([t.to(device) for t in state[name]] for name in names)
         self._progress = saved and _EpochProgress(
             epoch=int(saved["epoch"]),
             first_step=int(saved["first_step"]),
@@ -327,7 +329,7 @@ class _EpochProgress:
     def state(self) -> dict[str, Any]:
         self.count()
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        counts = {"losses": losses, "n_correct": self.n_correct.item(), "batches": len(self.sizes), "sizes": self.sizes}
+        counts = {"losses": losses, "n_correct": self.n_correct.item(), "sizes": self.sizes}
         return {**counts, "epoch": self.epoch, "first_step": self.first_step, "seconds": self.seconds}
 
 

@@ -100,7 +100,7 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
         loader = inputs.open("train_eval", reporter)
         assert isinstance(loader, ActivationLoader)
         chosen = torch.from_numpy(np.flatnonzero(np.isin(data.train.indices, sample.indices)))
-        loader = replace(loader, rows=loader.rows[chosen], labels=loader.labels.cpu()[chosen], split=None)
+        loader = replace(loader, rows=loader.rows[chosen], labels=loader.labels.cpu()[chosen])
     else:
         part = replace(workload, data=replace(data, train=sample))
         loader = image_loader(part, inputs.device, "train_eval", reporter)

@@ -37,7 +37,7 @@ class ResumeState:
     def threads(self, ranks: Ranks) -> int | None:
         """Return the number of threads of the run, since it changes rounding; None with another number of ranks."""
         machine = self.state["machine"]
-        return max(1, int(machine["threads"])) if machine.get("processes", 1) == ranks.size else None
+        return max(1, int(machine["threads"])) if machine["processes"] == ranks.size else None
 
     def complete_spec(self, workload: Workload, reporter: Reporter) -> tuple[TrainSpec, str | None]:
         """Return the spec with the images and views of the run; the recorded decisions have the comparison."""
@@ -79,8 +79,8 @@ class ResumeState:
             raise TlcliError(f"{self.run.path}: {reason}. Restore it, or start a new run")
         epoch, unfinished = int(state["epoch"]) + 1, state["trainer"]["pass"]
         is_within = unfinished is not None and unfinished["epoch"] == epoch
-        reporter.note(f"resumed at epoch {epoch}" + (f", batch {unfinished['batches'] + 1:,}" if is_within else ""))
-        now, before = machine_info(inputs.device), {"processes": 1, **state["machine"]}
+        reporter.note(f"resumed at epoch {epoch}" + (f", batch {len(unfinished['sizes']) + 1:,}" if is_within else ""))
+        now, before = machine_info(inputs.device), state["machine"]
         differences = [f"{key} {now[key]}, it was {before.get(key)}" for key in now if before.get(key) != now[key]]
         if lost := self.recorded.cached - inputs.decisions.cached - {"train_eval"}:
             differences.append(f"{' and '.join(sorted(lost))} cannot be read from activations, as before")
