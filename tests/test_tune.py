@@ -40,6 +40,13 @@ def test_the_first_recipes_are_the_defaults_and_those_given(study_of: Callable[.
     assert all(1e-4 <= recipe["optimizer.lr"] <= 0.05 for recipe in recipes[2:])
 
 
+def test_first_recipes_that_are_alike_without_the_keys_that_were_given_are_tried_once(tmp_path: Path) -> None:
+    spec, defaults = SPEC.without(["augment"]), {"optimizer.lr": 0.05}
+    for number in range(2):
+        study = Study(spec, defaults, tmp_path / "study.journal", seed=0, minimize=False)
+        assert (recipe_of(study.next_trial("a")) == defaults) == (number == 0)
+
+
 def test_workers_share_numbers_and_draw_different_recipes(study_of: Callable[..., Study]) -> None:
     workers = [study_of(), study_of(), study_of()]
     trials = [worker.next_trial(str(i)) for _ in range(4) for i, worker in enumerate(workers)]

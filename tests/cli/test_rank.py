@@ -56,6 +56,7 @@ def test_only_what_is_here_is_ranked_and_a_download_is_announced(tlcli: Tlcli, s
         (["backbone=resnet81"], "resnet81: neither an option, nor timm/NAME, nor a run directory. Did you"),
         (["image.size=big"], "image.size=big: must be a number of pixels from 8"),
         (["--plot=ranking.pdf"], "--plot ranking.pdf: must be a .png or .svg"),
+        (["--plot=nowhere/x.png"], "--plot nowhere/x.png: nowhere is not a folder; make it first"),
         (["--plot=there.png"], "--plot there.png: exists; name a new file"),
     ],
 )

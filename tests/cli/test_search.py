@@ -141,13 +141,17 @@ def test_few_recipes_are_trained_several_times_if_there_is_time(worker, monkeypa
     assert (len(one._state["members"]), one._state["fits"]) == (n_members, fits)
 
 
-@pytest.mark.parametrize(("status", "told"), [(None, "lost"), ("running", "lost"), ("done", "done")])
+@pytest.mark.parametrize(
+    ("status", "told"), [(None, "lost"), ("damaged", "lost"), ("running", "lost"), ("done", "done")]
+)
 def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
     worker: Callable[[], Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str | None, told: str
 ) -> None:
     dead, other = worker(), worker()
     begin(dead)
     run = job(tmp_path / "0", status) if status else None
+    if status == "damaged":
+        RunDir(tmp_path / "0").info_file.write_bytes(b"")
     now = [0.0]
     monkeypatch.setattr(search, "observer", locks.Observer(lambda: now[0]))
     monkeypatch.setattr(locks, "runs_on_this_machine", lambda owner: None)  # it is of another one
@@ -161,7 +165,7 @@ def test_the_trial_of_a_dead_worker_is_queued_again_unless_it_is_done(
     assert trials(tmp_path) == [("0", told), *((str(i), "done") for i in range(1, N_TRIALS)), *again]
     recipes = [trial["recipe"] for trial in read_json(tmp_path / STATE_FILE)["trials"]]
     assert (recipes[0] in recipes[1:]) == (told == "lost")
-    if run:
+    if run and status != "damaged":
         info = RunDir(run.path).info
         assert (info["status"], info.get("error")) == (("failed", LOST) if told == "lost" else ("done", None))
     # it was only suspended

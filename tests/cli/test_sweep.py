@@ -150,6 +150,7 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["done", "failed", "interrupted"]
 
+    (sweep / "2/run.json").write_bytes(b"")  # by a power failure
     training(lambda spec, run, reporter: ran.append(spec.seed) or finished(spec, run, reporter))
     ended = tlcli("train", f"resume={sweep}")
     assert (ended.code, ended.err) == (0, "")

@@ -84,6 +84,18 @@ def test_a_balanced_epoch_has_each_class_equally_often_and_repeats_an_image_only
     assert torch.cat([y for _, y in batches.epoch(1)]).tolist() == labels[orders[0] % 11].tolist()
 
 
+def test_a_repeated_image_of_a_balanced_epoch_has_its_view() -> None:
+    split = Split(SPLIT.images, SPLIT.indices, np.array([0] * 9 + [1, 1]))
+    crop = CropSpec(erasing=0.0, mixup=0.0, cutmix=0.0, **CROP).build(PREPROCESSING)
+    batches = ImageBatches(split, PREPROCESSING, batch_size=4, workers=0, balanced=True, seed=3, augmentation=crop)
+    stored = torch.cat([x for x, _ in batches.in_order(1)])
+    order = balanced_order(split.labels, 3, 5) % 11
+    assert torch.equal(torch.cat([x for x, _ in batches.epoch(5, view=1)]), stored[order.tolist()])
+    assert not torch.equal(
+        torch.cat([x for x, _ in batches.epoch(1)]), stored[(balanced_order(split.labels, 3, 1) % 11).tolist()]
+    )
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_images_are_decoded_one_at_a_time(workers: int) -> None:
     class Photos(ImageSource):

@@ -113,6 +113,11 @@ def test_the_first_of_nearly_equal_ones_is_chosen(choose) -> None:
     assert choose([SLOW, FAST], 0.12, 0.1, "far").dtype == torch.bfloat16
 
 
+def test_the_speed_of_a_single_format_is_known(choose) -> None:
+    found = choose([FAST], 0.2, 0.1)
+    assert (found.images_per_second, found.reason) == (pytest.approx(80), "the only choice here")
+
+
 def test_another_program_that_disturbs_one_round_does_not_change_the_choice(choose, monkeypatch) -> None:
     seconds = iter([0.2, 0.4, 0.2, 0.1] * 2)  # the fast one's first round was disturbed
     monkeypatch.setattr(numerics, "_measure", lambda *args, **settings: next(seconds))

@@ -1,6 +1,8 @@
 """The loop: the classic tutorial's, accumulation, what stops it, what it does with one image left over."""
 
 import math
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -8,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from msgspec import structs
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from tests.conftest import Compose, make_folder, slow
@@ -21,6 +23,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import NonFiniteLossError, TlcliError
+from tlcli.interrupts import handle_signals
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier, eval_mode
 from tlcli.reporter import Reporter
@@ -103,12 +106,15 @@ def test_training_learns(small) -> None:
     assert setting.contract.verify() > 0
 
 
-def test_not_finite_stops_the_run_and_says_where(small) -> None:
-    setting = small("optimizer=sgd", "optimizer.lr=1e12", "scheduler=constant", "augment=none", "batch_size=8")
+@pytest.mark.parametrize("log_every", ["null", "1"])
+def test_not_finite_stops_the_run_and_says_where(log_every: str, small) -> None:
+    own = ("optimizer=sgd", "optimizer.lr=1e12", "scheduler=constant", "augment=none", "batch_size=8")
+    setting = small(*own, f"log_every={log_every}")
     words = r"epoch 1, batch \d+ \(step \d+, lr 1e\+12\).*try optimizer.lr=1e\+11"
     with pytest.raises(NonFiniteLossError, match=words):
         for epoch in (1, 2):
             setting.fit(epoch)
+    assert all(math.isfinite(loss) for _, loss in setting.running)
 
 
 def test_augmented_images_are_of_the_size_of_training_and_others_of_that_of_evaluation(small) -> None:
@@ -213,6 +219,22 @@ def test_the_average_is_of_all_steps_and_with_decay_0_the_weights_themselves(sma
             expected = 0.75 * (0.75 * seen[0][name] + 0.25 * seen[1][name]) + 0.25 * seen[2][name]
             assert torch.allclose(tensor, expected, atol=1e-6)
     assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights(average).items()), "as trained again"
+
+
+def test_a_signal_while_the_average_is_replaced_waits_for_all_weights(small, monkeypatch) -> None:
+    setting, replace = small(*ONE_STEP, "augment=none", "ema=0.75"), Trainer._set
+    setting.fit(1)
+    setting.fit(2)
+    before = weights(setting)
+
+    def interrupted(trainer: Trainer, tensors: Sequence[Tensor]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(trainer, tensors)
+
+    with pytest.raises(KeyboardInterrupt), handle_signals(), setting.trainer.averaged():
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(setting).items())
+        monkeypatch.setattr(Trainer, "_set", interrupted)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(setting).items())
 
 
 def test_fits_start_alike_and_their_weights_are_averaged(small) -> None:

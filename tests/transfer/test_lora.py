@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Compose, finish, slow
+from tlcli.cli import main
 from tlcli.cli.compose import load_spec
+from tlcli.engine.trainer import Trainer
 from tlcli.errors import UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -86,6 +88,23 @@ def test_stages_have_updates_or_are_named(built) -> None:
         classifier, freeze = built(words)
         with pytest.raises(UsageError, match=reason):
             apply_freeze(freeze, classifier)
+
+
+@pytest.mark.slow
+def test_the_weights_below_the_updates_are_compared(shapes: Path, tmp_path: Path, monkeypatch) -> None:
+    fit = Trainer.fit
+
+    def spoiling(trainer: Trainer, *arguments: object, **more: object) -> object:
+        row = fit(trainer, *arguments, **more)  # type: ignore[arg-type]
+        for name, tensor in trainer._contract._frozen():
+            if name.endswith("conv_pwl.parametrizations.weight.original"):
+                tensor.data.add_(1)  # which PyTorch does not count
+        return row
+
+    monkeypatch.setattr(Trainer, "fit", spoiling)
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=lora")
+    assert main(["train", f"hydra.run.dir='{tmp_path}/run'", *words, "device.precision=fp32"]) == 1
+    assert "conv_pwl.parametrizations.weight.original changed in training" in RunDir(tmp_path / "run").info["error"]
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ WAIT_SECONDS = 1.0  # between two looks at the trials of other workers
 MARGIN = 1.1  # for what is estimated
 FINAL_SECONDS = 5.0  # of the end, besides evaluation
 MAX_FAILURES = 3  # in a row, after which the cause is not the recipe
+SECONDS = (("seconds", "total"), ("cross_validation", "seconds"))  # in run.json
 LOST = "its worker died; the recipe is queued again"
 
 
@@ -199,8 +200,7 @@ class Search:
                 with suppress(OSError, ValueError):  # it may have none, or a damaged one
                     info = read_json(self._job_of(str(number)).info_file)
                 if info.get("status") == "done":
-                    seconds = float(info.get("seconds", {}).get("total", 0.0))
-                    self._study.tell(number, info["best"][self.metric], "done", seconds=seconds)
+                    self._study.tell(number, info["best"][self.metric], "done", seconds=_seconds_of(info))
                 elif self._study.tell(number, None, "lost", error=LOST) == "lost":
                     self._end_lost_job(str(number))
         self._n_running = len(self._study.running())  # before those that have ended: none is in neither
@@ -364,7 +364,7 @@ class Search:
         try:
             info = self._train(name, recipe, words, reporter).info
             value = float(info["best"][self.metric])
-            total = info["seconds"]["total"] + (info.get("cross_validation") or {}).get("seconds", 0.0)
+            total = _seconds_of(info)
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
             last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][1 - MAX_FAILURES :]
@@ -442,3 +442,8 @@ class Search:
             ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
             ("best", f"{shown_path(place)}: {made}{', trained on all images' if refit else ''}"),
         )
+
+
+def _seconds_of(info: Mapping[str, Any]) -> float:
+    """Return the seconds of a run that is done, with its folds and with those before an interruption."""
+    return sum(float((info.get(key) or {}).get(name, 0.0)) for key, name in SECONDS)
