@@ -51,8 +51,8 @@ class Worker(Search):
         self.trained.append((id(self), name))
         return job(self.folder / name, "done")
 
-    def _refit_seconds(self, run: RunDir) -> float:
-        return 10.0
+    def _refit_seconds(self, run: RunDir) -> tuple[float, float]:
+        return 0.0, 10.0
 
     def _reserve(self, n_fits: int) -> float:
         return 10.0 * n_fits

@@ -259,8 +259,8 @@ class Search:
         if self._base.folds is None:
             members = choose_members(ranked[: 2 * n], n, load_spec(ranked[0]), self._session, self.reporter)
             if self._state["val_fraction"] is not None:
-                seconds = mean(self._refit_seconds(run) for run in members)
-                n = min(n, int(self.left - FINAL_SECONDS) // math.ceil(seconds))
+                once, fits = zip(*map(self._refit_seconds, members), strict=True)
+                n = min(n, int((self.left - FINAL_SECONDS - sum(once)) / mean(fits)))
                 self._state["fits"] = 1 if self._base.fits else max(1, n // len(members))
         self._state["importances"] = self._study.importances()
         self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
@@ -319,28 +319,29 @@ class Search:
         seconds = [trial["seconds"] for trial in self._state["trials"] if trial["value"] is not None]
         return float(mean(seconds[1:] or seconds or [0.0]))
 
-    def _refit_seconds(self, run: RunDir) -> float:
-        """Return the expected seconds of training the recipe of a trial again on all images."""
+    def _refit_seconds(self, run: RunDir) -> tuple[float, float]:
+        """Return the expected seconds of training the recipe of a trial again on all images: once, and for each fit."""
         from tlcli.engine.schedule import number_of_epochs
 
-        info, trial = run.info, self._trial_of(run)
+        info = run.info
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
-        seconds = trial["seconds"] if trial["name"] != "0" else min(trial["seconds"], self._cost())
-        return float(MARGIN * seconds * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"]))
+        train = float(info["seconds"]["train"])
+        once = float(self._trial_of(run)["seconds"]) - train
+        return MARGIN * once, MARGIN * train * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
 
     def _reserve(self, n_fits: int) -> float:
         """Return the seconds that the end takes with this number of fits: these, comparisons and the test."""
         ranked = self._ranked()
         if not ranked:
             return 0.0
-        info, refits = ranked[0].info, [0.0]
+        info, refits = ranked[0].info, 0.0
         if self._state["val_fraction"] is not None:
-            refits = [self._refit_seconds(run) for run in ranked[:n_fits]]
-            refits += [mean(refits)] * (n_fits - len(refits))
+            once, fits = zip(*map(self._refit_seconds, ranked[:n_fits]), strict=True)
+            refits = sum(once) + n_fits * mean(fits)
         n_evaluated = info["n_test"] + (2 * n_fits + 1) * info["n_val"]  # twice as many are compared, then the mean
         speed = float(self._state["images_per_second"] or math.inf)
-        return float(sum(refits) + n_evaluated / speed + FINAL_SECONDS)
+        return float(refits + n_evaluated / speed + FINAL_SECONDS)
 
     def _has_time(self) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""
@@ -405,7 +406,8 @@ class Search:
             validation = predict_mean(members, load_spec(members[0]), self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
-                if refits and self.left < self._state["fits"] * self._refit_seconds(run) + FINAL_SECONDS:
+                once, fit = self._refit_seconds(run)
+                if refits and self.left < once + self._state["fits"] * fit + FINAL_SECONDS:
                     break
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-RANK_RUNS = 2.5  # in the budget, at least, for other backbones to be tried: they take longer
+RANK_RUNS = 2  # in the budget, at least, for other backbones to be tried: they take longer
 MAX_SHARE = 0.75  # of the budget that a run with another backbone may take
 
 
