@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-RANK_RUNS = 2  # in the budget, at least, for other backbones to be tried: they take longer
-MAX_SHARE = 0.75  # of the budget that a run with another backbone may take
+# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one of them may take:
+# four fits of the default one gain more than one fit of a larger one
+RANK_RUNS, MAX_SHARE = 5, 0.45
 
 
 PARSER = Parser("tune", __doc__)
