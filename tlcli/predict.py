@@ -19,10 +19,10 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_b
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
-from tlcli.engine.metrics import energy
+from tlcli.engine.metrics import calibrated, energy
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
-from tlcli.runs.load import LoadedRun, calibrated, pixels_of
+from tlcli.runs.load import LoadedRun, pixels_of
 from tlcli.runs.run_dir import RunDir, mapping
 from tlcli.specs import Precision, Tta
 from tlcli.store import Store

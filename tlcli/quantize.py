@@ -54,6 +54,8 @@ def int8_images(run: LoadedRun, data: Dataset, reporter: Reporter) -> tuple[Labe
         labels = torch.from_numpy(split.labels)[list(rows)]
         return Labeled(f"{len(rows):,} {name}", torch.stack(pixels), labels)
 
+    if data.classes != run.classes:
+        raise UsageError(f"--int8: the classes of {data.name} have changed since {run.path} was trained; restore them")
     n = len(data.train)
     chosen = evenly_spaced(range(n), min(CALIBRATION_IMAGES, n if len(data.val) else n // 2))
     others = evenly_spaced(sorted(set(range(n)) - set(chosen)), MAX_JUDGED)

@@ -205,6 +205,14 @@ def test_int8_is_calibrated_and_judged_on_different_images(minimum: int, judged,
     assert len(pairs) == len(calibration.pixels) + len(held.pixels)
 
 
+def test_int8_needs_the_classes_of_the_run(resnet: Path, spec: Callable[..., Any]) -> None:
+    loaded = load_run(resnet)
+    dataset = spec("dataset=imagefolder", f"dataset.root='{resnet.parent}/images'").dataset
+    data = replace(load_dataset(dataset, seed=0, reporter=Reporter()), classes=("a", *loaded.classes[1:]))
+    with pytest.raises(UsageError, match="the classes of imagefolder have changed"):
+        int8_images(loaded, data, Reporter())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 def test_int8_is_a_smaller_model_for_the_same_input(with_preprocessing: bool, resnet: Path, spec, tmp_path) -> None:

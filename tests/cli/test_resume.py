@@ -44,6 +44,12 @@ def test_addresses_of_loggers_stay(uri: str, resolved: str) -> None:
     assert values["backbone"] == {"weights": "default"} and values["dataset"] == {"root": "~/photos"}
 
 
+def test_a_folder_may_have_the_name_of_an_option() -> None:
+    values = {"backbone": {"weights": "none"}, "dataset": {"root": "none"}}
+    resolve_paths(values, Path("/start"))
+    assert values == {"backbone": {"weights": "none"}, "dataset": {"root": "/start/none"}}
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_finished_run_keeps_its_state_if_it_is_told_to(keeps: bool, tlcli, training, tmp_path: Path) -> None:
     def train(spec, run, reporter):

@@ -95,6 +95,10 @@ def test_an_image_that_fits_no_box_gets_the_middle_as_in_torchvision(height: int
     assert crop((1.5, 2.0)).draw_box(height, width, random.Random(0)) == want  # no box is larger than the image
 
 
+def test_a_box_is_never_empty() -> None:
+    assert crop((1.0, 1.0), (0.1, 0.2)).draw_box(2, 10, random.Random(0)) == (0, 4, 2, 1)
+
+
 def test_flips_are_as_often_as_asked() -> None:
     spec = crop((0.1, 1.0), (0.5, 2.0), flip=0.3)
     image = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 30, 0).repeat(3, 2)

@@ -120,6 +120,12 @@ def test_classes_that_look_the_same(make_folder: MakeFolder, one: str, other: st
     assert_refused(folder_spec(root), *words, keeps=root)
 
 
+@pytest.mark.skipif(os.uname().sysname == "Darwin", reason="names of files are UTF-8 on this system")
+def test_a_class_whose_name_is_not_utf_8(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 2, "caf\udce9": 2})
+    assert_refused(folder_spec(root), r"the name of class 'caf\udce9' is not UTF-8: rename its folder", keeps=root)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_folder(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 1, "b": 1})
@@ -285,6 +291,7 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
         (["photos/*.jpg"], ["photos/b.jpg"]),
         (["photos/**/*.jpg"], ["photos/b.jpg", "photos/sub/c.jpg"]),
         (["*.bmp"], [MissingPath("*.bmp", "no file matches")]),
+        (["photos/**/sub"], [MissingPath("photos/**/sub", "no file matches")]),  # it matches a folder
         (["empty"], [MissingPath("empty", "no images in this folder")]),
         (["loop"], [MissingPath("loop", "no images in this folder")]),
         (["a[1].jpg"], ["a[1].jpg"]),  # a file of this name

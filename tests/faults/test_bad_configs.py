@@ -87,6 +87,11 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "defaults: [/experiment/y@hydra.callbacks]": OF_HYDRA,
     "# @package hydra.callbacks\nx: 3": OF_HYDRA,
     "defaults: [../../evil/x]": OF_HYDRA,
+    "defaults: [multirun]": OF_HYDRA,
+    # what Hydra's loader reads and the one of the check does not
+    "out: 2024-13-45\nhydra: {run: {dir: elsewhere}}": "x.yaml: month must be in 1..12",
+    "name: !!python/object/apply:pathlib.PosixPath [made]\nhydra: {run: {dir: elsewhere}}": "x.yaml",
+    "%YAML 1.3\n---\nhydra: {run: {dir: elsewhere}}": "x.yaml",
 }
 
 
@@ -130,6 +135,17 @@ def test_a_file_may_choose_a_launcher_and_give_its_numbers(text: str, tmp_path: 
     write(tmp_path, text)
     write(tmp_path, "hydra: {run: {dir: elsewhere}}", "outputs/1/.hydra/hydra.yaml")  # the record of an earlier run
     check_folder(tmp_path / "mine")
+
+
+def test_the_record_of_a_sweep_is_no_option(tlcli: Tlcli, training: Any, tmp_path: Path) -> None:
+    training(lambda spec, run, reporter: pytest.fail("training began"))
+    write(tmp_path, "# @package _global_\nhydra: {run: {dir: elsewhere}}", "experiment/multirun.yaml")
+    write(tmp_path, "epochs: 2\n")
+    (tmp_path / "mine/experiment/sweep.json").write_text("{}")
+    assert tlcli("train", "--config-dir", "mine", "experiment=x", "--cfg", "job").code == 0
+    with untouched(tmp_path):
+        for word in ("experiment=multirun", "experiment=x,multirun"):
+            one_line(tlcli("train", "--config-dir", "mine", "-m", word), word)
 
 
 def test_typed_references_are_followed_and_so_are_those_within_a_file(tlcli, training, tmp_path, monkeypatch) -> None:

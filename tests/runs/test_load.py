@@ -69,6 +69,15 @@ def test_an_image_may_be_a_path_a_picture_or_pixels(run: Path, shapes: Path) -> 
     assert len(loaded.predict(file, top=2)) == 2
 
 
+def test_a_run_that_was_tested_with_mirror_images_predicts_with_them(run: Path, shapes: Path) -> None:
+    image = np.asarray(Image.open(next(shapes.rglob("*.png"))).convert("RGB"))
+    plain, mirrored = load_run(run).predict(image), load_run(run).predict(image[:, ::-1].copy())
+    RunDir(run).update(tta="flip")
+    both = [load_run(run).predict(i) for i in (image, image[:, ::-1].copy())]
+    assert dict(both[0]) == pytest.approx(dict(both[1]))
+    assert dict(both[0]) != pytest.approx(dict(plain)) and dict(plain) != pytest.approx(dict(mirrored))
+
+
 def test_an_explanation_has_the_shape_of_its_picture(run: Path) -> None:
     loaded, pixels = tlcli.load_run(run), np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8)
     maps = [np.asarray(loaded.explain(pixels, name, side=45)) for name in loaded.classes]

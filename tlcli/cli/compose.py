@@ -94,7 +94,8 @@ def resolve_paths(values: Any, folder: Path) -> None:
             continue
         scheme, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
         is_path = scheme or key != "logger.uri" or not re.match(r"[A-Za-z][\w+.-]+:|databricks", text)
-        if path not in ("", "default", "none") and "://" not in path and is_path:
+        is_word = key == "backbone.weights" and path in ("default", "none")
+        if path and not is_word and "://" not in path and is_path:
             node[name] = f"{scheme}{folder / path}"
 
 
@@ -109,6 +110,8 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
         overrides, folders = [], [f"file://{folder}" for folder in flags.files.folders[1:]]
         for word in flags.overrides:
             override = parse_override(word, flags.files)
+            if override.key_or_group in flags.files.groups and re.search(r"[=/,]multirun\b", word):
+                raise UsageError(f"{word}: multirun.yaml is the record of a sweep, not an option")
             if override.key_or_group == "hydra.searchpath":
                 value = override.value()
                 folders += map(str, value if isinstance(value, list) else [value])

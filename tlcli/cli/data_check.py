@@ -18,6 +18,7 @@ from typing import Any
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.text import duration_text, labelled, shown_path, strip_control_chars
 
 MAX_TABLE_CLASSES = 12
@@ -36,7 +37,7 @@ PARSER.add_format()
 def run(argv: list[str]) -> int:
     """Run `tlcli data check`; return the exit code."""
     arguments = PARSER.parse_intermixed_args(argv or ["--help"])
-    if wrong := next((word for word in arguments.words if "=" not in word and word[0] != "~"), None):
+    if (wrong := next((w for w in arguments.words if "=" not in w and w[:1] != "~"), None)) is not None:
         raise UsageError(f"cannot read {wrong!r}: write KEY=VALUE, as in dataset=imagefolder dataset.root={wrong}")
     from tlcli.cli import fast_imports
     from tlcli.cli.compose import compose_spec
@@ -51,8 +52,8 @@ def run(argv: list[str]) -> int:
         check_weights(spec.backbone.weights)
     output: Path | None = arguments.output
     folder = output or Path(spec.out) / "data-check" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    folder = folder.expanduser().absolute()
-    if spec.dataset.root and folder.resolve().is_relative_to(Path(spec.dataset.root).expanduser().resolve()):
+    folder = expand_user(str(folder)).absolute()
+    if spec.dataset.root and folder.resolve().is_relative_to(expand_user(spec.dataset.root).resolve()):
         raise UsageError(f"{folder}: is inside the dataset, which is not changed; give another --output FOLDER")
     if output and folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--output={output}: already exists and is not empty; name a new folder")

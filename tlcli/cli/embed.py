@@ -73,18 +73,19 @@ def run(argv: list[str]) -> int:
         for path, pixels, vector in vectors_of(embedder, arguments.paths, reporter, errors):
             folder = Path(path).parent.name
             label = folder if folder and (classes is None or folder in classes) else None
-            n.update(images=1, labels=label is not None, numbers=len(vector))
+            n.update(images=1, labels=label is not None)
             if write is not None:
                 write((path, label, vector))
             if arguments.plot is not None:
                 sample.add((path, label, vector), pixels)
     if not n["images"]:
-        raise TlcliError(f"nothing was written: no image could be read; the first: {errors[0]}")
-    seconds, dimensions = time.perf_counter() - start, n["numbers"] // n["images"]
+        reason = f"no image could be read; the first: {errors[0]}" if errors else "no image was named"
+        raise TlcliError(f"nothing was written: {reason}")
+    seconds = time.perf_counter() - start
     print(f"took     {duration_text(seconds)}, {n['images'] / seconds:,.0f} images per second ({embedder.description})")
     if arguments.to is not None:
         print(f"wrote    {arguments.to} ({size_text(arguments.to.stat().st_size)})")
-        print(f"holds    {n['images']:,} vectors of {dimensions:,} numbers, {n['labels']:,} of them with a label")
+        print(f"holds    {n['images']:,} vectors of {len(vector):,} numbers, {n['labels']:,} of them with a label")
     if arguments.plot is not None:
         if len(sample.points) > 1000:
             reporter.note(f"t-SNE of {len(sample.points):,} images takes up to a minute")

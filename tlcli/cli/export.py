@@ -9,13 +9,13 @@ examples:
 """
 
 from contextlib import suppress
-from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
+from tlcli.files import expand_user
 from tlcli.runs.run_dir import open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("--int8 needs --to onnx")
     folder = open_run(arguments.run)
     name = "model-int8.onnx" if arguments.int8 else chosen.file_name
-    output = Path(arguments.output).expanduser() if arguments.output else folder.path / "export" / name
+    output = expand_user(arguments.output) if arguments.output else folder.path / "export" / name
     check_not_existing(output)  # before torch is imported
     with fast_imports():
         from msgspec.structs import replace

@@ -18,7 +18,6 @@ examples:
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -28,6 +27,7 @@ from tlcli.cli.parser import Parser
 from tlcli.cli.rank import backbone_words
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.text import duration_text, labelled, size_text
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def specs(words: Sequence[str], config_dir: Sequence[str] = ()) -> "tuple[TrainS
     from tlcli.runs.run_dir import RunDir
 
     options = files_for(config_dir).groups["backbone"]
-    run = RunDir(Path(name or "").expanduser())
+    run = RunDir(expand_user(name or ""))
     if name is not None and run.path.is_dir() and (name not in options or run.info_file.is_file()):
         if not run.config_file.is_file():
             raise UsageError(f"{name}: not a run directory: config.yaml not found")

@@ -23,6 +23,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.reporter import Reporter
 from tlcli.specs import Accelerator, Precision, Tta
 from tlcli.store import Store, cache_dir
@@ -182,7 +183,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
 @contextmanager
 def _new_folder(path: str | None) -> Iterator[Path | None]:
     """Make a folder, which is removed again if it stays empty. Raises UsageError if there is one, or none can be."""
-    folder = Path(path).expanduser() if path is not None else None
+    folder = expand_user(path) if path is not None else None
     try:
         if folder:
             folder.mkdir(parents=True)

@@ -25,6 +25,7 @@ from tlcli.cli.conf_files import files_for
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.table import number_text, table_lines, terminal_columns
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.text import did_you_mean, duration_text, size_text
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def find_candidates(names: Sequence[str], words: Sequence[str]) -> dict[str, tup
     candidates = {}
     for name in names or of_one_network:
         is_option = name in options or name.startswith("timm/")
-        if not is_option and Path(name).expanduser().is_dir():
+        if not is_option and expand_user(name).is_dir():
             run = open_run(name)
             network = str(run.info.get("backbone"))
             own = backbone_words(network if network in options else f"timm/{network}", options)

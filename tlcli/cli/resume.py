@@ -18,7 +18,7 @@ from tlcli.cli.launchers import living_jobs, running_jobs
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
-from tlcli.files import is_dir
+from tlcli.files import expand_user, is_dir
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
@@ -43,7 +43,7 @@ def resume_argument(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
             folder, words = word.partition("=")[2], [*argv[:i], *argv[i + 1 :]]
     if folder == "":
         raise UsageError("--resume needs the directory of a run or a sweep: --resume outputs/DATE/TIME")
-    return (Path(folder).expanduser() if folder is not None else None), words
+    return (expand_user(folder) if folder is not None else None), words
 
 
 def resume_hint(path: Path) -> str:

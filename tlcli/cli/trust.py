@@ -6,8 +6,11 @@ A config, like a checkpoint, can come from anyone. It cannot name code, read the
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
@@ -53,7 +56,11 @@ def check_folder(folder: Path) -> None:
                 reason = (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else "not UTF-8 text"
                 raise UsageError(f"{file}: cannot be read as YAML: {reason}") from exc
             except ValueError as exc:
-                if " alias *" in str(exc):
+                tree = None
+                with suppress(yaml.YAMLError, RecursionError):
+                    tree = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+                # Hydra's loader takes mappings that this one refuses: dates of no calendar, pathlib's tags, %YAML 1.3
+                if " alias *" in str(exc) or isinstance(tree, yaml.MappingNode):
                     raise UsageError(f"{file}: {exc}") from exc
                 continue  # an error only if Hydra reads it, which reports it
             _check_content(file, file.relative_to(folder), content)
@@ -66,6 +73,7 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
     for entry in entries if isinstance(entries, list) else [entries]:
         pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
         named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
+        named += [f"hydra's {pair}" for pair in pairs if re.search(r"\bmultirun(\.yaml)?(@|$)", pair)]
     refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]]
     values = list(leaves(content))
     refused += [key for key, value in values if re.match("hydra", key) and not _ALLOWED.fullmatch(f"{key}={value}")]

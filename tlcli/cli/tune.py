@@ -40,6 +40,7 @@ from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one of them may take:
-# four fits of the default one gain more than one fit of a larger one
+# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one of them may
+# take: four fits of the default backbone gain more than one fit of a larger one
 RANK_RUNS, MAX_SHARE = 5, 0.45
 
 
@@ -253,7 +254,7 @@ def _choose_backbone(
 
 def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
     """Return the search of --resume or --join. Raise UsageError if it cannot be, or was started in another way."""
-    folder = Path(arguments.resume or arguments.join).expanduser().absolute()
+    folder = expand_user(arguments.resume or arguments.join).absolute()
     try:
         state = read_json(folder / STATE_FILE)
         for word in [*arguments.config_dir, *arguments.words]:

@@ -70,8 +70,8 @@ class CropSpec(_AugmentOption, frozen=True, tag="crop"):
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
-        h = min(height, round(width / self.ratio[0]))
-        w = min(width, round(height * self.ratio[1]))
+        h = min(height, max(1, round(width / self.ratio[0])))
+        w = min(width, max(1, round(height * self.ratio[1])))
         return (height - h) // 2, (width - w) // 2, h, w
 
 

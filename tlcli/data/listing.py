@@ -111,6 +111,8 @@ def _problems(files: ImagesByClass, classes: Sequence[str], for_training: bool) 
     for split, by_class in files.items() if for_training else ():
         if strange := [name for name in classes if name in by_class and name not in files[main]]:
             yield f"{split} has classes that {main} lacks: {join_limited(strange)}", set(strange)
+    if undecoded := {name for name in classes if name.encode(errors="replace").decode() != name}:
+        yield f"the name of class {min(undecoded)!r} is not UTF-8: rename its folder", undecoded
     spelled: dict[str, list[str]] = {}
     for name in classes:
         normalized = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -348,13 +350,15 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
         paths = [argument]
         if patterns and glob.has_magic(argument) and not os.path.lexists(argument):
             paths = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            if "**" in argument:  # it matches the contents of folders, too
+                paths = [path for path in paths if not is_dir(path)]
             if not paths:
                 yield MissingPath(argument, "no file matches")
         for path in paths:
-            if not is_dir(path):
-                yield path
-            elif path == argument or "**" not in argument:  # ** already matches the contents of folders
+            if is_dir(path):
                 yield from _expand_folder(path)
+            else:
+                yield path
 
 
 def _expand_folder(folder: str) -> Iterator[Named]:

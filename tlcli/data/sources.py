@@ -11,6 +11,7 @@ from msgspec import structs
 
 from tlcli.data.listing import ClassChoice, Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
+from tlcli.files import expand_user
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Verify, option
 from tlcli.text import did_you_mean, one_line
@@ -139,7 +140,7 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
         plain = [name if isinstance(name, str) else ", ".join(name) for name in names]  # all synonyms of ImageNet's
         uses = Counter(plain)  # classes of the same name get their numbers
         classes = tuple(name if uses[name] == 1 else f"{name} ({i})" for i, name in enumerate(plain))
-        root = Path(self.root or "").expanduser()
+        root = expand_user(self.root or "")
         splits = {k: full_split(_images(s, root, f"{self.name}/{k}"), labels[k]) for k, s in sets.items()}
         # some name classes that no image has, as EMNIST's letters do with "N/A"
         in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
@@ -173,7 +174,7 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
     if "root" in takes:
         if spec.root is None:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
-        arguments["root"] = str(Path(spec.root).expanduser())
+        arguments["root"] = str(expand_user(spec.root))
     try:
         return make(**arguments)
     except (TypeError, ValueError, ImportError) as error:

@@ -117,11 +117,11 @@ def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, A
     }
 
 
-def most_confused(report: dict[str, Any], limit: int = 3) -> tuple[tuple[str, str, int], ...]:
-    """Return (true class, predicted class, count) of the largest off-diagonal entries, largest first."""
+def most_confused(report: dict[str, Any]) -> tuple[tuple[str, str, int], ...]:
+    """Return (true class, predicted class, count) of the three largest off-diagonal entries, largest first."""
     confusion, names = np.array(report["confusion"]), report["classes"]
     np.fill_diagonal(confusion, 0)
-    largest = np.argsort(-confusion, axis=None, kind="stable")[:limit]
+    largest = np.argsort(-confusion, axis=None, kind="stable")[:3]
     pairs = [divmod(int(index), len(names)) for index in largest]
     return tuple((names[t], names[p], int(confusion[t, p])) for t, p in pairs if confusion[t, p] > 0)
 
@@ -224,13 +224,18 @@ def confidence_report(logits: Tensor, labels: Tensor, temperature: float) -> dic
     }
 
 
+def calibrated(logits: Tensor, temperature: float) -> Tensor:
+    """Return softmax(logits / temperature) of logits (N, classes), float64."""
+    return torch.softmax(logits.double() / temperature, dim=1)
+
+
 def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
     """Return `area`, the mean risk over the k images with the most probable predictions, for each k, and `points`.
 
     A point is (coverage, risk, probability): the share of the images, the share of errors among them, and the
     probability of the least probable prediction (Geifman and El-Yaniv 2017). There is one at each POINTS-th of them.
     """
-    confidence, predicted = torch.softmax(logits.double() / temperature, dim=1).max(dim=1)
+    confidence, predicted = calibrated(logits, temperature).max(dim=1)
     order, n = torch.argsort(confidence, descending=True, stable=True), len(labels)
     counts = torch.arange(1, n + 1, dtype=torch.float64)
     risk = (predicted != labels)[order].double().cumsum(0) / counts
@@ -241,7 +246,7 @@ def risk_coverage(logits: Tensor, labels: Tensor, temperature: float) -> dict[st
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> list[tuple[float, float, int]]:
     """Return (mean confidence, accuracy, images) of each of the bins (0, 1/15], (1/15, 2/15], ... that has images."""
-    confidence, predicted = torch.softmax(logits.double() / temperature, dim=1).max(dim=1)
+    confidence, predicted = calibrated(logits, temperature).max(dim=1)
     index, right = (confidence * BINS).ceil().long().clamp(1, BINS), (predicted == labels).double()
     members = [index == i for i in range(1, BINS + 1) if i in index]
     return [(confidence[m].mean().item(), right[m].mean().item(), int(m.sum())) for m in members]

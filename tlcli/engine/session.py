@@ -85,5 +85,6 @@ class Session:
 def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
     """Return the session of the previous job, or a new one if the cache is another."""
     store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
-    is_same = previous is not None and (previous.store, previous.ram_bytes) == (store, ram_bytes)
-    return previous if previous is not None and is_same else Session(store, ram_bytes)
+    if previous is not None and (previous.store, previous.ram_bytes) == (store, ram_bytes):
+        return previous
+    return Session(store, ram_bytes)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tlcli.data.batches import Preprocessing
 from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.engine.heat_maps import draw_heat_map, heat_map
-from tlcli.engine.metrics import ENERGY
+from tlcli.engine.metrics import ENERGY, calibrated
 from tlcli.engine.unknown import UnknownScore
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
-from tlcli.specs import BackboneSpec, options
+from tlcli.specs import BackboneSpec, Tta, options
 from tlcli.text import join_limited, one_line
 from tlcli.transfer.contract import linear_head
 
@@ -63,7 +63,10 @@ class LoadedRun:
     def predict(self, image: str | Path | Image.Image | Pixels, top: int = 5) -> list[tuple[str, float]]:
         """Return the most likely classes of an image with their calibrated probabilities, in descending order."""
         with torch.inference_mode():
-            logits = self.model(self.preprocess(image))
+            x = self.preprocess(image)
+            logits = self.model(x)
+            if self.info.get("tta") == Tta.flip:
+                logits = (logits + self.model(x.flip(3))) / 2
         values, indices = calibrated(logits, self.temperature)[0].topk(min(top, len(self.classes)))
         return [(self.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
@@ -81,11 +84,6 @@ class LoadedRun:
         picture = Image.fromarray(pixels)
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         return draw_heat_map(picture, heat, self.preprocessing.fit)
-
-
-def calibrated(logits: Tensor, temperature: float) -> Tensor:
-    """Return softmax(logits / temperature) of logits (N, classes), float64."""
-    return torch.softmax(logits.double() / temperature, dim=1)
 
 
 def pixels_of(image: str | Path | Image.Image | Pixels, value_range: ValueRange | None = None) -> Pixels:

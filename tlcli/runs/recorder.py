@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from msgspec import to_builtins
 
 from tlcli.data.dataset import MIN_VALIDATION_IMAGES, Dataset
@@ -18,6 +17,7 @@ from tlcli.engine.metrics import (
     Predictions,
     Scores,
     calibrate,
+    calibrated,
     confidence_report,
     most_confused,
     scores,
@@ -210,7 +210,7 @@ class Recorder:
         if predictions is None:
             return
         plot_confusion(report, folder / "confusion.png")
-        probability, predicted = torch.softmax(predictions.logits, dim=1).max(dim=1)
+        probability, predicted = calibrated(predictions.logits, report["calibration"]["temperature"]).max(dim=1)
         plot_samples(data.test, predicted.numpy(), probability.numpy(), data.classes, folder / "samples.png")
 
 

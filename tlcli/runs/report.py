@@ -23,10 +23,10 @@ from PIL import Image
 
 from tlcli import __version__
 from tlcli.data.decode import BadImage, Pixels
-from tlcli.engine.metrics import expected_calibration_error, reliability, risk_coverage
+from tlcli.engine.metrics import calibrated, expected_calibration_error, reliability, risk_coverage
 from tlcli.errors import TlcliError, UsageError
 from tlcli.runs import leaderboard, plots
-from tlcli.runs.load import LoadedRun, calibrated, load_run
+from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
     RunDir,
     confusion_matrix,

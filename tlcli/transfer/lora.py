@@ -47,7 +47,8 @@ def remove_low_rank(network: nn.Module) -> None:
 
 def plain_name(name: str) -> str:
     """Return the name of the weight that a parameter of an update belongs to; of others, their own."""
-    return name.partition(".parametrizations.weight.")[0] + ".weight" if _PARTS in name or _ORIGINAL in name else name
+    place, inside, _ = name.partition(".parametrizations.weight.")
+    return f"{place}.weight" if inside else name
 
 
 def merged(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
