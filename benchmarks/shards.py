@@ -27,7 +27,7 @@ class Settings:
     train: int = 1500
     test: int = 32
     shards: int = 60
-    rounds: int = 3
+    rounds: int = 2
 
 
 SMALL = Settings(size=32, train=8, test=4, shards=2, rounds=1)
