@@ -204,9 +204,6 @@ def test_the_trial_of_a_killed_worker_runs_again(tlcli: Tlcli, words: list[str],
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False, reason="known defect: SIGTERM at the very start of a trial is lost in about one of five runs"
-)
 def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 5"))
     folder = tmp_path / "search"
