@@ -326,7 +326,7 @@ class Search:
         info = run.info
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
-        train = float(info["seconds"]["train"])
+        train = max(float(info["seconds"]["train"]), 1e-3)  # of a head on stored features almost nothing
         once = float(self._trial_of(run)["seconds"]) - train
         return MARGIN * once, MARGIN * train * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
 
