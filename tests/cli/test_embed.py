@@ -1,5 +1,6 @@
 """`tlcli embed` and `tlcli similar`: what they write and list, and what they refuse."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_the_command_writes_what_it_says(tlcli: Tlcli, trained: Trained, photos:
         1, "tlcli embed: nothing was written: no image could be read; the first: photos/bad.png: not an image"
     )  # fmt: skip
     assert not Path("g.npz").exists()
+
+
+def test_a_list_without_images_is_said_to_be_empty(tlcli: Tlcli, trained: Trained, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    ended = tlcli("embed", str(trained("head", "fp32")), "-", "--to", "g.npz")
+    assert (ended.code, ended.err.splitlines()[-1]) == (1, "tlcli embed: nothing was written: no image was named")
 
 
 def test_similar_lists_the_nearest(tlcli: Tlcli, trained: Trained, photos: Path) -> None:
