@@ -88,6 +88,7 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "# @package hydra.callbacks\nx: 3": OF_HYDRA,
     "defaults: [../../evil/x]": OF_HYDRA,
     "defaults: [multirun]": OF_HYDRA,
+    "defaults: [{/experiment: [y, multirun]}]": OF_HYDRA,
     # what Hydra's loader reads and the one of the check does not
     "out: 2024-13-45\nhydra: {run: {dir: elsewhere}}": "x.yaml: month must be in 1..12",
     "name: !!python/object/apply:pathlib.PosixPath [made]\nhydra: {run: {dir: elsewhere}}": "x.yaml",
@@ -144,7 +145,7 @@ def test_the_record_of_a_sweep_is_no_option(tlcli: Tlcli, training: Any, tmp_pat
     (tmp_path / "mine/experiment/sweep.json").write_text("{}")
     assert tlcli("train", "--config-dir", "mine", "experiment=x", "--cfg", "job").code == 0
     with untouched(tmp_path):
-        for word in ("experiment=multirun", "experiment=x,multirun"):
+        for word in ("experiment=multirun", "experiment=x,multirun", "experiment='multirun'", "experiment=[multirun]"):
             one_line(tlcli("train", "--config-dir", "mine", "-m", word), word)
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tlcli.cli.completion import TRAIN
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.explain import error_message, explain_value
-from tlcli.cli.trust import check_folder, leaves, refuse_code
+from tlcli.cli.trust import RECORD, check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.runs.run_dir import RunDir
@@ -110,7 +110,7 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
         overrides, folders = [], [f"file://{folder}" for folder in flags.files.folders[1:]]
         for word in flags.overrides:
             override = parse_override(word, flags.files)
-            if override.key_or_group in flags.files.groups and re.search(r"[=/,]multirun\b", word):
+            if override.key_or_group in flags.files.groups and RECORD.search(word):
                 raise UsageError(f"{word}: multirun.yaml is the record of a sweep, not an option")
             if override.key_or_group == "hydra.searchpath":
                 value = override.value()

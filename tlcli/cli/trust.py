@@ -35,6 +35,7 @@ ALLOWED_CLASSES = (  # that the config may name for Hydra itself: launchers, swe
 # All that a file may say to Hydra. The choices of output and logging are those of train.yaml, for copies of it.
 _ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output: *tlcli|(job|hydra)_logging: *none)")
 _ALLOWED = re.compile(r"(?s)hydra\.launcher\.[^_.=][^.=]*=[\w.-]*|hydra\.sweeper\.params\.((?!hydra).)+=.*")
+RECORD = re.compile(r"(?i)(?<![\w-])multirun(\.yaml)?(?![\w./-])")  # names multirun.yaml, which `check_folder` skips
 _HARMLESS_CALL = re.compile(r"\$\{(now|hydra|oc\.select|oc\.dict\.(keys|values)):[^${}]*\}")
 
 
@@ -69,12 +70,13 @@ def check_folder(folder: Path) -> None:
 def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
     """Raise UsageError if a file has to do with Hydra, wherever in the config its keys end up, or calls a function."""
     entries = content.pop("defaults", None)
-    named = [str(path.parent), *re.findall(r"@package.*", file.read_text(encoding="utf-8"))]
+    named, records = [str(path.parent), *re.findall(r"@package.*", file.read_text(encoding="utf-8"))], list[str]()
     for entry in entries if isinstance(entries, list) else [entries]:
         pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
         named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
-        named += [f"hydra's {pair}" for pair in pairs if re.search(r"\bmultirun(\.yaml)?(@|$)", pair)]
+        records += filter(RECORD.search, pairs)
     refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]]
+    refused += records
     values = list(leaves(content))
     refused += [key for key, value in values if re.match("hydra", key) and not _ALLOWED.fullmatch(f"{key}={value}")]
     if refused:
