@@ -24,7 +24,7 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, host_digest, observer
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import REFIT, RunDir, read_json, write_json
+from tlcli.runs.run_dir import REFIT, RunDir, mapping, read_json, write_json
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, shown_path
 
@@ -42,7 +42,6 @@ WAIT_SECONDS = 1.0  # between two looks at the trials of other workers
 MARGIN = 1.1  # for what is estimated
 FINAL_SECONDS = 5.0  # of the end, besides evaluation
 MAX_FAILURES = 3  # in a row, after which the cause is not the recipe
-SECONDS = (("seconds", "total"), ("cross_validation", "seconds"))  # in run.json
 LOST = "its worker died; the recipe is queued again"
 
 
@@ -448,4 +447,5 @@ class Search:
 
 def _seconds_of(info: Mapping[str, Any]) -> float:
     """Return the seconds of a run that is done, with its folds and with those before an interruption."""
-    return sum(float((info.get(key) or {}).get(name, 0.0)) for key, name in SECONDS)
+    own, folds = mapping(info.get("seconds")), mapping(info.get("cross_validation"))
+    return float(own.get("total", 0.0) + folds.get("seconds", 0.0))

@@ -40,8 +40,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
     image, size = spec.image, image_size(spec) or classifier.size
     given = structs.replace(image, size=size, fit=image.fit or classifier.fit)
     train_size = image.train_size or size
-    if train_size != size and not takes_size(workload, train_size):
-        raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
+    check_train_size(workload, size, train_size)
     is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
     n = MAX_IMAGES // len(workload.data.classes)
     if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
@@ -92,6 +91,13 @@ def takes_size(workload: Workload, size: int) -> bool:
         network(torch.zeros(1, 3, size, size, device=workload.accelerator))
         return True
     return False
+
+
+def check_train_size(workload: Workload, size: int, train_size: int) -> None:
+    """Raise UsageError if a network for images of one size cannot train on those of another."""
+    if train_size != size and not takes_size(workload, train_size):
+        name = workload.classifier.name
+        raise UsageError(f"image.train_size={train_size}: {name} takes images of {size} px only")
 
 
 def cross_validate_probe(
@@ -178,8 +184,7 @@ def score(
         if sizes:  # a table of positions is for one size
             workload = new_workload(structs.replace(spec, image=image), session, reporter)
         train_size = spec.image.train_size or (size if sizes else own[0])
-        if train_size != size and not takes_size(workload, train_size):
-            raise UsageError(f"image.train_size={train_size}: {classifier.name} takes images of {size} px only")
+        check_train_size(workload, size, train_size)
         seconds, evaluation = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
             continue
