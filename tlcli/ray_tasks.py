@@ -21,9 +21,10 @@ def check_ray() -> None:
 
 @contextmanager
 def ray_cluster() -> Iterator[list[int]]:
-    """Connect to the cluster of RAY_ADDRESS or of this machine, else start Ray; yield the CPUs of each node.
+    """Connect to the cluster of RAY_ADDRESS or of `ray start` on this machine, else start one; yield the CPUs per node.
 
-    Ray sends no usage statistics, and its dashboard is off. Output of the tasks is not shown.
+    A cluster that another program has started for itself is left alone, since it ends with that program. Ray sends no
+    usage statistics, and its dashboard is off. Output of the tasks is not shown.
     """
     check_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -35,11 +36,9 @@ def ray_cluster() -> Iterator[list[int]]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(address="auto", **options)
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+            ray.init(num_cpus=cores, include_dashboard=False, **options)
+        except ValueError:  # there is a cluster, which has its own number of CPUs
+            ray.init(**options)
     except Exception as error:  # Ray raises a plain one if a node does not start in time
         raise TlcliError(f"cannot connect to Ray: {error}") from error
     if handler != signal.getsignal(signal.SIGTERM):
