@@ -205,7 +205,7 @@ def test_a_dataset_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path:
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     result = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
     assert result.same is True
-    assert result.description == "the run's own test split: the same images in another folder"
+    assert result.description == "the run's own test split: images of the same names in another folder"
     make_folder(tmp_path / "new", {"across": 3, "down": 4})
     assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
 

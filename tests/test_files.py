@@ -20,7 +20,7 @@ def write(path: Path) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.bin"
+    path = tmp_path / "weights.safetensors"
     path.write_bytes(OLD)
     return path
 
@@ -69,7 +69,7 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(file: Path, step: str, monke
 
 
 def test_files_that_are_not_drafts_stay(tmp_path: Path) -> None:
-    names = [".hidden", ".a.1x", "plain", ".version.1.2b"]
+    names = [".hidden", ".env.20240101", ".a.1x", "plain", ".version.1.2b"]
     for name in (*names, ".run.json.123"):
         (tmp_path / name).touch()
     (tmp_path / ".folder.7").mkdir()

@@ -123,6 +123,12 @@ def check_output(path: Path, suffixes: Sequence[str], *, force: bool) -> None:
         raise UsageError(f"{path} already exists: choose another file, or replace it with --force")
 
 
+def check_number(path: Path, n: int) -> None:
+    """Raise UsageError if a file of this kind does not hold the vectors of so many images."""
+    if path.suffix.lower() == ".npz" and n >= MAX_NPZ:
+        raise UsageError(f"{path}: holds fewer than {MAX_NPZ:,} images; write a .parquet file")
+
+
 Row = tuple[str, str | None, Tensor]  # path, label if it is known, vector (D)
 
 
@@ -139,10 +145,13 @@ def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[R
         from pyarrow.parquet import ParquetWriter
 
         paths, labels, vectors = zip(*rows, strict=True)
+        escaped = [  # names need not be UTF-8
+            [text and text.encode(errors="backslashreplace").decode() for text in texts] for texts in (paths, labels)
+        ]
         values = torch.stack(vectors).numpy()
         columns = {
-            "path": pa.array([text.encode(errors="backslashreplace").decode() for text in paths], pa.string()),
-            "label": pa.array(labels, pa.string()),
+            "path": pa.array(escaped[0], pa.string()),
+            "label": pa.array(escaped[1], pa.string()),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
         }
         metadata = {"tlcli": __version__, "source": source}
@@ -155,8 +164,7 @@ def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[R
         rows.append(row)
         if is_parquet and len(rows) == ROW_GROUP:
             write_parquet()
-        if len(rows) == MAX_NPZ:
-            raise UsageError(f"{path}: holds fewer than {MAX_NPZ:,} images; write a .parquet file")
+        check_number(path, len(rows))
 
     try:
         yield write
@@ -207,7 +215,7 @@ class Map:
         x = torch.nn.functional.normalize(torch.stack([vector for _, _, vector in rows]), dim=1).numpy()
         x = PCA(min(COMPONENTS, *x.shape), random_state=0).fit_transform(x)
         perplexity = min(PERPLEXITY, (n - 1) / 3)
-        xy = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
+        xy = np.nan_to_num(TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x))  # of equal images
         xy = (xy - xy.min(axis=0)) / max(float(np.ptp(xy[:, 0])), 1e-9)  # x from 0 to 1, and y in the same unit
         classes = sorted({label for _, label, _ in rows if label is not None})
         data = {

@@ -12,7 +12,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from msgspec import structs
 
-from tlcli.data.dataset import Dataset, EvaluationSplit, load_evaluation_split
+from tlcli.data.dataset import Dataset, EvaluationSplit, load_dataset, load_evaluation_split
 from tlcli.data.images import Split
 from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
@@ -198,11 +198,13 @@ def _find_images(
         data = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
     elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
         location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
-        spec, addition = structs.replace(spec, **location), ": the same images in another folder"
+        spec, addition = structs.replace(spec, **location), ": images of the same names in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
-            own_keys = (moved.test.key(i) for i in range(len(moved.test)))
-            data = moved if len(moved.test) == len(tested) and all(map(eq, own_keys, tested)) else None
+            listed = load_dataset(spec, seed=own.seed, reporter=reporter, store=session.store, decode=False).test
+            if {listed.key(i) for i in range(len(listed))}.issuperset(tested):  # else do not read all of it
+                moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
+                own_keys = (moved.test.key(i) for i in range(len(moved.test)))
+                data = moved if len(moved.test) == len(tested) and all(map(eq, own_keys, tested)) else None
     if data is not None:
         split_name = split_name or "test"
         split: Split = getattr(data, split_name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
-from tlcli.runs.run_dir import RunDir, mapping, number, pair, read_predictions
+from tlcli.runs.run_dir import RunDir, number, pair, read_predictions
 from tlcli.specs import DatasetSpec, Fit
 from tlcli.text import evenly_spaced, one_line
 
@@ -184,7 +184,7 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
         n=test.get("n"),
         classes=json.dumps(list(run.classes), ensure_ascii=False, indent=2),
         pad_note=PAD_NOTE,
-        is_calibrated=bool(run.info.get("calibration")) and run.epoch == mapping(run.info.get("best")).get("epoch"),
+        is_calibrated=bool(run.info.get("calibration")) and run.is_kept,
     )
     return card
 

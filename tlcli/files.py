@@ -60,7 +60,7 @@ def _temp_path(path: Path) -> Path:
 def remove_temp_files(folder: Path) -> None:
     """Remove what killed writers left in a folder. No process may be writing there."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(csv|html|json|png|safetensors|yaml)\.\d+", path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 

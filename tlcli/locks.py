@@ -164,7 +164,12 @@ class Lock:
 
 def owner_text() -> bytes:
     """Return the content of a file that this process owns: its machine and pid, and a random id."""
-    return json.dumps({"host": host_digest(), "pid": os.getpid(), "id": secrets.token_hex(8)}).encode()
+    return json.dumps({**this_process(), "id": secrets.token_hex(8)}).encode()
+
+
+def this_process() -> dict[str, Any]:
+    """Return what `runs_on_this_machine` needs to know of the process that calls it."""
+    return {"host": host_digest(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
 
 
 def host_digest() -> str:
@@ -185,4 +190,12 @@ def runs_on_this_machine(owner: Mapping[str, Any]) -> bool | None:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:
         return not isinstance(error, ProcessLookupError)  # otherwise it is another user's process
-    return True
+    known, now = owner.get("process_start"), _process_start(pid)
+    return known is None or now is None or known == now  # else, after a restart, another process has this pid
+
+
+def _process_start(pid: int) -> int | None:
+    """Return when a process began, in clock ticks since the machine started (man 5 proc); None if not known here."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    return None

@@ -10,6 +10,7 @@ from typing import Any
 
 from tlcli.errors import TlcliError, UsageError
 
+ENVIRONMENT = ("TLCLI_CACHE", "HF_HUB_OFFLINE", "HF_HOME", "TORCH_HOME")  # that a task on another node needs
 CANCEL_SECONDS = 60  # tasks that run when the command is interrupted save their state
 
 
@@ -34,10 +35,11 @@ def ray_cluster() -> Iterator[list[int]]:
     options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     handler = signal.getsignal(signal.SIGTERM)
+    named = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     try:
         try:
-            ray.init(num_cpus=cores, include_dashboard=False, **options)
-        except ValueError:  # there is a cluster, which has its own number of CPUs
+            ray.init(**options, **({} if named else {"num_cpus": cores, "include_dashboard": False}))
+        except ValueError:  # a cluster of `ray start` has its own number of CPUs
             ray.init(**options)
     except Exception as error:  # Ray raises a plain one if a node does not start in time
         raise TlcliError(f"cannot connect to Ray: {error}") from error
@@ -59,8 +61,10 @@ def run_tasks(
     """
     import ray
 
-    # a worker imports the module by name: nothing of this process is copied to it but the arguments
-    task = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
+    # a worker imports the module by name: nothing of this process is copied to it but the arguments and these variables
+    environment = {"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": max_retries, "runtime_env": environment}
+    task = ray.remote(function).options(**options)
     pending = {task.remote(*args): i for i, args in enumerate(arguments)}
     try:
         while pending:

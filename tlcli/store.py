@@ -313,17 +313,16 @@ class Store:
         evictable = [folder for folder in self._folders(_KEY) if wholes.get(folder, folder).is_dir()]
         evicted = []
         if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
-            observer.living(set((self.root / "locks").glob("*.use.*")))
+            marks = set((self.root / "locks").glob("*.use.*"))
+            for mark in marks - observer.living(marks):
+                mark.unlink(missing_ok=True)  # of a process that was killed
         with ExitStack() as locks:
             for folder in sorted(evictable, key=lambda folder: last_use.get(folder, 0.0)):
                 if freed >= excess:
                     break
                 with suppress(OSError):
                     locks.enter_context(self._lock(folder, "gate").held(timeout=0))
-                    marks = set((self.root / "locks").glob(f"{folder.name}.use.*"))
-                    for mark in marks - (living := observer.living(marks)):
-                        mark.unlink(missing_ok=True)  # of a process that was killed
-                    if not living:
+                    if not observer.living(set((self.root / "locks").glob(f"{folder.name}.use.*"))):
                         freed += _bytes_in(folder)
                         evicted.append(folder)
             if used - freed + nbytes > self.max_gb * GB:

@@ -37,6 +37,8 @@ from tlcli.transfer.freeze import HeadSpec
 class NewRun:
     """The start of a new run; `ResumeState` is that of an interrupted one."""
 
+    views: int | None = None  # of each training image that are stored; None: see Workload.views
+
     def threads(self, ranks: Ranks) -> int | None:
         return None
 
@@ -66,6 +68,7 @@ class FollowedRun(NewRun):
 
     def __init__(self, decisions: Decisions, threads: int, state: ResumeState | None) -> None:
         self._decisions, self._threads, self._state = decisions, threads, state
+        self.views = state.views if state else None
 
     def threads(self, ranks: Ranks) -> int | None:
         return self._threads
@@ -229,7 +232,7 @@ def load_inputs(
     workload = replace(workload, needs_probe=needs_probe)
     pool = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)  # one choice for all folds
     spec, reason = start.complete_spec(replace(workload, data=pool), reporter)
-    workload = replace(workload, spec=spec)
+    workload = replace(workload, spec=spec, stored_views=start.views)
     decisions = start.decisions(workload, reporter)
     if ranks.size > 1:
         if ranks.is_main:

@@ -46,7 +46,7 @@ def end(run: Path, seed: int, **values: object) -> None:
     """Write the files of a job of a sweep over seeds, and its leaderboard."""
     job = RunDir(run)
     job.start(command="tlcli train -m seed=1,2,3 epochs=2", overrides=[f"seed={seed}", "epochs=2"], config="")
-    job.update(**values)
+    job.update(process_start=None, **values)
     leaderboard.write(run.parent)
 
 

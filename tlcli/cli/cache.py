@@ -79,6 +79,8 @@ def run(argv: list[str]) -> int:
     flags = [name for name in ("shards", "engine", "shard", "config_dir") if getattr(arguments, name)]
     if flags and arguments.action != "fill":
         raise UsageError(f"--{flags[0].replace('_', '-')} goes with `tlcli cache fill`")
+    if arguments.format == "json" and arguments.action != "list":
+        raise UsageError("--format goes with `tlcli cache list`")
     store, keys = Store(cache_dir()), arguments.keys
     if keys and arguments.action in ("list", "clear"):
         raise UsageError(f"{arguments.action} takes no KEY. Did you mean 'tlcli cache remove {keys[0]}'?")

@@ -22,7 +22,7 @@ from tlcli.cli.parser import Parser
 from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, device_and_store, named_images
 from tlcli.cli.rank import find_candidates
 from tlcli.errors import TlcliError, UsageError
-from tlcli.files import atomic_write
+from tlcli.files import atomic_write, expand_user
 from tlcli.reporter import Reporter
 from tlcli.specs import Precision
 from tlcli.text import duration_text, one_line, size_text
@@ -48,8 +48,8 @@ add = PARSER.add_argument
 add_source(PARSER)
 add_paths(PARSER)
 vectors = ".parquet, written as it is computed (pip install 'tlcli[parquet]'), or .npz, for fewer than 100,000 images"
-add("--to", type=Path, metavar="FILE", help=vectors)
-add("--plot", type=Path, metavar="FILE", help="an .html file with a map of at most 5,000 of the images, by t-SNE")
+add("--to", type=expand_user, metavar="FILE", help=vectors)
+add("--plot", type=expand_user, metavar="FILE", help="an .html file with a map of at most 5,000 images, by t-SNE")
 add("--force", action="store_true", help="replace files that exist")
 add_computing(PARSER)
 
@@ -61,10 +61,12 @@ def run(argv: list[str]) -> int:
         raise UsageError("nothing to write: give --to features.parquet, --to features.npz or --plot map.html")
     with fast_imports():
         from tlcli.cli.view import TerminalReporter
-        from tlcli.embed import SUFFIXES, Map, check_output, vector_file
+        from tlcli.embed import SUFFIXES, Map, check_number, check_output, vector_file
     for path, suffixes in ((arguments.to, SUFFIXES), (arguments.plot, (".html",))):
         if path is not None:
             check_output(path, suffixes, force=arguments.force)
+    if arguments.to is not None:
+        check_number(arguments.to, count_images(arguments.paths) or 0)
     embedder, classes = load_embedder(arguments)
     reporter, sample, errors, n = TerminalReporter(on_stderr=True), Map(), list[str](), Counter[str]()
     source, start = one_line(arguments.source), time.perf_counter()

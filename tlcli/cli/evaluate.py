@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
 GROUPS = ("dataset", "device", "cache", "tta")
-FIXED_KEYS = ("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class", "dataset.range")
+FIXED_KEYS = (
+    *("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class", "dataset.range"),
+    *("dataset.image_size", "dataset.min_crop"),
+)
 MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
 
 
@@ -46,7 +49,7 @@ PARSER.add_format()
 
 def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
-    from tlcli.cli.compose import load_spec
+    from tlcli.cli.compose import load_spec, one_process
 
     arguments = PARSER.parse_intermixed_args(argv)
     words = [arguments.run, *arguments.words]
@@ -67,7 +70,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{word}: cannot be changed after training.{hint}")
     run_dir = open_run(run_word)
     trained = load_spec(run_dir)
-    spec = load_spec(run_dir, overrides) if overrides else trained
+    spec = one_process(load_spec(run_dir, overrides)) if overrides else trained
     spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import evaluate_run

@@ -30,7 +30,7 @@ PARSER.epilog = (
 add = PARSER.add_argument
 add("run", metavar="RUN", help="directory of a run")
 add("--to", required=True, choices=tuple(FORMATS), type=check_format)
-add("--output", metavar="PATH", help="default: export/ in the run; nothing is overwritten")
+add("--output", type=expand_user, metavar="PATH", help="default: export/ in the run; nothing is overwritten")
 inside = f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and resize to S pixels before"
 add("--with-preprocessing", action="store_true", help=inside)
 add("--int8", action="store_true", help="onnx: write an 8-bit model; print accuracy, size and speed of both models")
@@ -46,9 +46,11 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--with-preprocessing: {chosen.name} holds weights and no graph; use --to {GRAPHS}")
     if arguments.int8 and chosen.name != "onnx":
         raise UsageError("--int8 needs --to onnx")
+    if arguments.force and not arguments.int8:
+        raise UsageError("--force goes with --int8; nothing is overwritten")
     folder = open_run(arguments.run)
     name = "model-int8.onnx" if arguments.int8 else chosen.file_name
-    output = expand_user(arguments.output) if arguments.output else folder.path / "export" / name
+    output = arguments.output or folder.path / "export" / name
     check_not_existing(output)  # before torch is imported
     with fast_imports():
         from msgspec.structs import replace

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tlcli import __version__
 from tlcli.cli import exit_status, fast_imports
-from tlcli.cli.compose import build_spec, fill_val_fraction, quoted, resolve_paths
+from tlcli.cli.compose import build_spec, fill_val_fraction, load_spec, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.launch import led_ranks
 from tlcli.cli.launchers import living_jobs, other_processes
@@ -155,6 +155,8 @@ class Command:
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
                 prepare_resume(run, state, self.line)
+            if state is not None:  # it continues as it was started, even if a config file has changed since
+                spec = load_spec(run)
             if spec.folds is not None and spec.fold is None:
                 for fold in range(spec.folds):
                     leaderboard.write(run.path.parent)  # it has the refit, which has started
@@ -190,12 +192,14 @@ class Command:
         if is_damaged:  # the run starts again
             run.info_file.unlink()
             run.state_file.unlink(missing_ok=True)
+        try:
+            text = OmegaConf.to_yaml(config, resolve=True)
+        except OmegaConfBaseException:  # build_spec reports it
+            text = OmegaConf.to_yaml(config)
         if not resumed or is_damaged:
-            try:
-                text = OmegaConf.to_yaml(config, resolve=True)
-            except OmegaConfBaseException:  # build_spec reports it
-                text = OmegaConf.to_yaml(config)
             run.start(command=self.line, overrides=overrides, config=text, cwd=job.runtime.cwd)
+        elif not run.state_file.exists():  # it starts again, with what the config files say now
+            run.write_config(text)
         if self._owner is not None:
             raise TlcliError(f"{self._owner}: hydra.sweep.subdir must give each job a directory of its own")
         if self._output_subdir is not None:  # what Hydra would write

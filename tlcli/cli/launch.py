@@ -60,11 +60,13 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             local_addr="localhost",
             max_restarts=0,
         )
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        config.signals_to_handle = ",".join(n.name for n in numbers)  # nohup ignores SIGHUP
         logging.disable()  # the launcher's: rank 0 reports what happens
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "tlcli", "train", *words)
         except SignalException as error:
-            return 128 + int(error.sigval)
+            return 130 if error.sigval == signal.SIGINT else 143
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]

@@ -22,11 +22,11 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.locks import observer, runs_on_this_machine
 from tlcli.ray_tasks import ray_cluster, run_tasks
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import RunDir, read_json, strings
+from tlcli.runs.index import read_entry
+from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.text import natural_order, one_line, shown_path
 
 WATCH_SECONDS = 1.0
-ENVIRONMENT = ("TLCLI_CACHE", "HF_HUB_OFFLINE")  # that a job on another node needs
 
 
 class RayLauncher(Launcher):
@@ -41,8 +41,7 @@ class RayLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, and return their results. Raise TlcliError at the end if a process of one was killed."""
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        shared = (self._context, self._config, self._task, Singleton.get_state(), str(Path.cwd()), environment)
+        shared = (self._context, self._config, self._task, Singleton.get_state(), str(Path.cwd()))
         arguments = [(initial_job_idx + i, list(words), *shared) for i, words in enumerate(job_overrides)]
         with ray_cluster():
             results = dict(run_tasks(run_ray_job, arguments, cpus=self._cpus, gpus=self._gpus, max_retries=0))
@@ -59,10 +58,8 @@ def run_ray_job(
     task: TaskFunction,
     singletons: Mapping[Any, Any],
     cwd: str,
-    environment: Mapping[str, str],
 ) -> JobReturn:
     """Run one job in a process of Ray, as Hydra's own launcher does in this one."""
-    os.environ.update(environment)
     with suppress(OSError):  # another node may not have it
         os.chdir(cwd)
     setup_globals()
@@ -101,7 +98,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
             is_last, jobs = is_over.wait(WATCH_SECONDS), ended_jobs()
             for name in sorted((name for name in jobs if jobs[name] != shown.get(name)), key=natural_order):
                 status, error, _, validation, accuracy = jobs[name]
-                own = strings(RunDir(folder / name).info.get("overrides"))
+                own = read_entry(folder / name)["overrides"]  # if its run.json is damaged, none
                 title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in swept)])
                 results = {"validation": validation, "test accuracy": accuracy}
                 texts = [f"{label} {value:.4f}" for label, value in results.items() if value is not None]

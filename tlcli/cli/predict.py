@@ -23,7 +23,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
-from tlcli.files import expand_user
+from tlcli.files import expand_user, resolve_links
 from tlcli.reporter import Reporter
 from tlcli.specs import Accelerator, Precision, Tta
 from tlcli.store import Store, cache_dir
@@ -64,10 +64,10 @@ formats = (
     '"unknown_score", "unknown", "top": [[class, probability], ...]} or {"path", "error"}'
 )
 add("--format", choices=("table", "csv", "jsonl"), help=formats)
-add("--output", metavar="FILE", help="write to this new file")
+add("--output", type=expand_user, metavar="FILE", help="write to this new file")
 add("--reject", action="store_true", help="answer `unknown` if the score is above that of 95 %% of held-out images")
 maps = "write a gray JPEG per image into this new folder, with a map of where the network found evidence for its class"
-add("--heatmaps", metavar="DIR", help=f"{maps}; csv and jsonl have the file's path")
+add("--heatmaps", type=expand_user, metavar="DIR", help=f"{maps}; csv and jsonl have the file's path")
 add("--tta", choices=("none", "flip"), help="flip: mean over each image and its mirror image (default: as in the run)")
 add_computing(PARSER)
 
@@ -108,7 +108,11 @@ def run(argv: list[str]) -> int:
             _writer(form, file, top, arguments.reject, folder is not None) as write,
             reporter.track("predicting", total) as advance,
         ):
-            for prediction in predictor.predict(named_images(arguments.paths), top=top, total=total, reporter=reporter):
+            images = named_images(arguments.paths)
+            if folder:  # which may be inside a folder of images
+                own = resolve_links(folder)
+                images = (image for image in images if own not in resolve_links(Path(str(image))).parents)
+            for prediction in predictor.predict(images, top=top, total=total, reporter=reporter):
                 map_file = None
                 if folder and prediction.error is None:
                     stem = Path(prediction.path).stem[:60]  # the name of a file may have 255 bytes
@@ -162,34 +166,34 @@ def count_images(paths: Sequence[str]) -> int | None:
 
 
 @contextmanager
-def _output(path: str | None) -> Iterator[TextIO]:
+def _output(path: Path | None) -> Iterator[TextIO]:
     """Open a new file, or use stdout. Raises UsageError if the file exists or cannot be created."""
     if path is None:
         yield sys.stdout
         return
     try:
-        file = Path(path).open("x", encoding="utf-8", newline="", errors="surrogateescape")  # noqa: SIM115
+        file = path.open("x", encoding="utf-8", newline="", errors="surrogateescape")
     except OSError as error:
         reason = "already exists" if isinstance(error, FileExistsError) else f"cannot be written ({error.strerror})"
         raise UsageError(f"--output={path}: {reason}; choose another file") from error
     try:
         with file:
             yield file
-    finally:
-        if Path(path).stat().st_size == 0:
-            Path(path).unlink()  # after a failure the name is free for the next try
+    except BaseException:
+        if path.stat().st_size == 0:
+            path.unlink()  # the name is free for the next try
+        raise
 
 
 @contextmanager
-def _new_folder(path: str | None) -> Iterator[Path | None]:
+def _new_folder(folder: Path | None) -> Iterator[Path | None]:
     """Make a folder, which is removed again if it stays empty. Raises UsageError if there is one, or none can be."""
-    folder = expand_user(path) if path is not None else None
     try:
         if folder:
             folder.mkdir(parents=True)
     except OSError as error:
         reason = "already exists" if isinstance(error, FileExistsError) else f"cannot be made ({error.strerror})"
-        raise UsageError(f"--heatmaps {path}: {reason}; choose another folder") from error
+        raise UsageError(f"--heatmaps {folder}: {reason}; choose another folder") from error
     try:
         yield folder
     finally:
@@ -204,27 +208,31 @@ def _writer(
 ) -> Iterator[Callable[["Prediction", Path | None], None]]:
     """Yield a function that writes the row of a prediction: at once, or for a table at the end, Ctrl-C included."""
     rows: list[list[object]] = []
+    header: list[str] = []  # until the first row
 
     def write(prediction: "Prediction", map_file: Path | None) -> None:
         path, error = prediction.path, prediction.error
         top_classes = [(name, round(probability, 8)) for name, probability in prediction.top]
         is_rejected = rejects and prediction.is_unknown  # a class may have the name `unknown`, too
         answer = UNKNOWN if is_rejected else top_classes[0][0] if top_classes else ""
+        certainty = None if error or is_rejected else top_classes[0][1]
         if form == "table":
             others = top_classes if is_rejected else top_classes[1:]
             then = ", ".join(f"{other} {probability:.3f}" for other, probability in others)
-            p = "" if error or is_rejected else f"{top_classes[0][1]:.3f}"
+            p = "" if certainty is None else f"{certainty:.3f}"
             mark = UNKNOWN if prediction.is_unknown and not rejects else ""
             rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
         if form == "csv":
-            cells: list[Any] = [cell for pair in top_classes for cell in pair][1:]
+            cells: list[Any] = [certainty, *(cell for pair in top_classes[1:] for cell in pair)]
             cells += [None] * (2 * top - 1 - len(cells)) + [prediction.unknown_score, prediction.is_unknown]
-            file.write(csv_line([path, answer, *cells, *[str(map_file or "")] * has_maps, error]))
+            header.append(csv_line([path, answer, *cells, *[str(map_file or "")] * has_maps, error]))
+            file.writelines(header)
+            header.clear()
         else:  # in ASCII: bytes of a path that are not UTF-8 are escaped
             row: dict[str, Any] = {"path": path, "error": error}
             if error is None:
-                row = {"path": path, "prediction": answer, "probability": top_classes[0][1], "top": top_classes}
+                row = {"path": path, "prediction": answer, "probability": certainty, "top": top_classes}
                 row |= {"unknown_score": prediction.unknown_score, "unknown": prediction.is_unknown}
                 row |= {"heatmap": str(map_file)} if map_file else {}
             file.write(json.dumps(row) + "\n")
@@ -235,9 +243,10 @@ def _writer(
             file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
         more += ["unknown_score", "unknown", *["heatmap"] * has_maps, "error"]
-        file.write(csv_line(["path", "prediction", "probability", *more]))
+        header.append(csv_line(["path", "prediction", "probability", *more]))
     try:
         yield write
+        file.writelines(header)
     finally:
         if rows:
             titles = ("<image", "<prediction", "prob.", "<", "<then")

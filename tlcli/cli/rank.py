@@ -17,7 +17,6 @@ import json
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import fast_imports
@@ -45,7 +44,12 @@ words = (
 add("words", nargs="*", metavar="KEY=VALUE", help=words)
 add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
 add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
-add("--plot", metavar="FILE", help="draw accuracy against images per second to this new file (.png or .svg)")
+add(
+    "--plot",
+    type=expand_user,
+    metavar="FILE",
+    help="draw accuracy against images per second to this new file (.png or .svg)",
+)
 PARSER.add_config_dir()
 PARSER.add_format()
 
@@ -53,7 +57,7 @@ PARSER.add_format()
 def run(argv: list[str]) -> int:
     """Rank the backbones that argv names, print the ranking and the command to type next; return the exit code."""
     arguments = PARSER.parse_intermixed_args(argv)
-    plot = Path(arguments.plot) if arguments.plot else None
+    plot = arguments.plot
     if plot and plot.exists():
         raise UsageError(f"--plot {plot}: exists; name a new file")
     if plot and not plot.parent.is_dir():

@@ -14,13 +14,19 @@ from pathlib import Path
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.errors import TlcliError, UsageError
-from tlcli.files import atomic_write
+from tlcli.files import atomic_write, expand_user
 from tlcli.runs.run_dir import RunDir, is_sweep, mapping, pair
 
 PARSER = Parser("report", __doc__)
 add = PARSER.add_argument
 add("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
-add("-o", "--output", metavar="FILE", help="default: report.html in RUN; only an earlier report is replaced")
+add(
+    "-o",
+    "--output",
+    type=expand_user,
+    metavar="FILE",
+    help="default: report.html in RUN; only an earlier report is replaced",
+)
 add("--open", action="store_true", help="show the report in the browser")
 
 
@@ -28,7 +34,7 @@ def run(argv: list[str]) -> int:
     """Write the report of a run or a sweep and print its path; return the exit code."""
     arguments = PARSER.parse_args(argv or ["--help"])
     folder = Path(arguments.run)
-    output = Path(arguments.output) if arguments.output else folder / "report.html"
+    output = arguments.output or folder / "report.html"
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give a run or a sweep (`tlcli list` shows them)")
     if not RunDir(folder).info_file.exists() and not is_sweep(folder):

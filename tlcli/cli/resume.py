@@ -85,7 +85,7 @@ def _resume_sweep(path: Path) -> int:
     if is_one_run:
         for part in living:
             raise still_running(part.path, part.info)
-        if run.path.name == REFIT and info["status"] == "done":
+        if run.path.name == REFIT and info.get("status") == "done":
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})

@@ -21,7 +21,7 @@ from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import StoppedError, TlcliError
 from tlcli.interrupts import defer_interrupts
-from tlcli.locks import Lock, heartbeat, host_digest, observer
+from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import REFIT, RunDir, mapping, read_json, write_json
@@ -110,7 +110,7 @@ class Search:
     def save(self, status: str = "running") -> None:
         """Write tune.json. The caller has the lock, or no other worker runs."""
         spent = round(self._spent_now(), 3)
-        self._state |= {"status": status, "seconds": spent, "pid": os.getpid(), "host": host_digest()}
+        self._state |= {"status": status, "seconds": spent, **this_process()}
         write_json(self.folder / STATE_FILE, self._state)
 
     def tick(self) -> None:
@@ -160,8 +160,7 @@ class Search:
             raise TlcliError(f"{self.folder}: this worker was suspended, and another one took its place")
 
     def _sign(self) -> None:
-        owner = {"host": host_digest(), "pid": os.getpid()}
-        write_json(self._worker_file, {**owner, "seconds": self._spent_now()})
+        write_json(self._worker_file, {**this_process(), "seconds": self._spent_now()})
         self._saved = time.monotonic()
 
     def _sign_off(self) -> bool:
@@ -326,7 +325,7 @@ class Search:
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
         train = max(float(info["seconds"]["train"]), 1e-3)  # of a head on stored features almost nothing
-        once = float(self._trial_of(run)["seconds"]) - train
+        once = float(self._trial_of(run)["seconds"]) - train - float(info["seconds"].get("extract", 0.0))
         return MARGIN * once, MARGIN * train * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
 
     def _reserve(self, n_fits: int) -> float:

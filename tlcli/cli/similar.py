@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
         for path, _, other in vectors_of(embedder, arguments.paths, reporter, errors):
             n += 1
             if resolve_links(Path(path)) != own:
-                yield 1 - float(direction @ normalize(other, dim=0)), path
+                yield max(0.0, 1 - float(direction @ normalize(other, dim=0))), path
 
     nearest = heapq.nsmallest(arguments.top, distances())
     if arguments.format == "json":

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -57,6 +58,7 @@ def run(argv: list[str]) -> int:
                 return launch(spec.device.processes, argv)
         is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
         path, made = make_folder(path, key if is_named else None)
+        run = RunDir(path)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
             if spec:
@@ -66,6 +68,8 @@ def run(argv: list[str]) -> int:
         except BaseException as exc:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             if not any(path.rglob(sign)):
+                for file in (run.log_file, run.config_file, run.info_file) if is_named and not is_sweep else ():
+                    file.unlink(missing_ok=True)  # they did not exist, and would be in the way of the next try
                 discard_folders(path, made)
             elif is_sweep:
                 finish_sweep(path)
@@ -85,7 +89,8 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     names = (".hydra", "sweep.json", "multirun.yaml", "tune.json")
     files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
-        if key and (existing := next((file for file in files if file.exists()), None)):
+        below = path.rglob("run.json") if key == "hydra.sweep.dir" else ()  # they would be jobs of the sweep
+        if key and (existing := next(chain((file for file in files if file.exists()), below), None)):
             raise UsageError(f"{key}={path}: {existing.name} already exists there; choose an empty directory")
         made = [parent for parent in reversed(path.parents) if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)

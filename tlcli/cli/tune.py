@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -57,9 +58,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one of them may
-# take: four fits of the default backbone gain more than one fit of a larger one
-RANK_RUNS, MAX_SHARE = 5, 0.45
+# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one may take
+RANK_RUNS, MAX_SHARE = 2, 0.7
 
 
 PARSER = Parser("tune", __doc__)
@@ -234,22 +234,22 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
 def _choose_backbone(
     words: Sequence[str], budget: float, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
-    """Return words that choose the backbone and its size, and its images per second; None if there is no choice."""
+    """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice."""
     from tlcli.engine.ranking import best_of, score
 
     candidates = find_candidates([], words)
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
         with suppress(UsageError):  # a word may not suit another backbone: freeze.stages, image.train_size
-            scores += score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget)
+            # at one size; that of evaluation is chosen later
+            scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget), 1)
     if len({one.backbone for one in scores}) <= 1:
         return None
     top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
     tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into {MAX_SHARE:.0%} of the budget"
-    reporter.note(f"backbone: {best.backbone} at {best.size} px, probe accuracy {best.probe.accuracy:.3f}, {tied}")
-    choice = [*candidates[best.backbone][0], f"image.size={best.size}", f"image.train_size={best.train_size}"]
-    return choice, best.images_per_second
+    reporter.note(f"backbone: {best.backbone}, probe accuracy {best.probe.accuracy:.3f} at {best.size} px, {tied}")
+    return candidates[best.backbone][0], best.images_per_second
 
 
 def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -117,7 +117,7 @@ def load_dataset(
         splits, bad, deep = _without_bad(splits, spec, reporter, store)
         notes += [f"files that do not decode are left out: {len(bad):,}, see bad_files.csv"] if bad else []
         notes += deep.notes(value_range)
-        notes += _check_counts(splits, source.classes, spec.name)
+        notes += _check_counts(splits, source.classes, spec.name, bad)
         notes += _duplicate_notes(splits, source.classes, reporter)
     if folds is not None:
         from sklearn.model_selection import StratifiedGroupKFold
@@ -162,7 +162,7 @@ def load_evaluation_split(
     for note in deep.notes(value_range):
         reporter.note(note)
     if len(splits[chosen]) == 0:
-        raise UsageError(f"{spec.name}: no image is left to evaluate on")
+        raise UsageError(f"{spec.name}: no image is left to evaluate on{_first_of(bad)}")
     return EvaluationSplit(source.classes, chosen, splits[chosen], tuple(bad))
 
 
@@ -194,14 +194,22 @@ def _set_up_images(
     return value_range
 
 
-def _check_counts(splits: Mapping[str, Split], classes: Sequence[str], name: str) -> Iterator[str]:
+def _first_of(bad: Sequence[tuple[str, str]]) -> str:
+    return f"; {len(bad):,} files do not decode, such as {bad[0][0]} ({bad[0][1]})" if bad else ""
+
+
+def _check_counts(
+    splits: Mapping[str, Split], classes: Sequence[str], name: str, bad: Sequence[tuple[str, str]] = ()
+) -> Iterator[str]:
     """Yield a note for each split that lacks classes. Raise UsageError if training or evaluation is impossible."""
     for split_name, split in splits.items():
         absent = [c for c, n in zip(classes, split.class_counts(len(classes)), strict=True) if n == 0]
         if absent and split_name == "train":
-            raise UsageError(f"{name}: class {absent[0]!r} has no training image left; add some, or leave it out")
+            remedy = f"add some, or leave it out{_first_of(bad)}"
+            raise UsageError(f"{name}: class {absent[0]!r} has no training image left; {remedy}")
         if len(split) == 0:
-            raise UsageError(f"{name}: too few images, none is left for {split_name}; give each class at least three")
+            remedy = f"give each class at least three{_first_of(bad)}"
+            raise UsageError(f"{name}: too few images, none is left for {split_name}; {remedy}")
         if absent:
             yield f"{split_name} has no images of {join_limited(absent)}"
 
@@ -310,6 +318,8 @@ def _without_bad(
             by_source.setdefault(split.images, []).append(split.indices)
     used = [(images, np.sort(np.concatenate(indices))) for images, indices in by_source.items()]
 
+    passing = list[BadImage]()
+
     def decode_all() -> DecodeResult:
         bad, deep = dict[str, str](), DeepImages()
         with reporter.track("decoding", sum(len(indices) for _, indices in used)) as advance:
@@ -317,12 +327,13 @@ def _without_bad(
                 for index, pixels in _decode(images, indices, deep):
                     if isinstance(pixels, BadImage):
                         bad[images.key(index)] = str(pixels)
+                        passing.extend([pixels] if pixels.may_pass else [])
                     advance(1)
         return {"bad": bad, "deep": deep}
 
     if not used:
         return splits, [], DeepImages()
-    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter)
+    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter, unless=passing)
     bad = result["bad"]
     everything = ((images, i) for images, indices in used if bad for i in indices.tolist())
     files = [(images.name(i), bad[images.key(i)]) for images, i in everything if images.key(i) in bad]
@@ -337,9 +348,19 @@ def _without_bad(
 
 
 def _remembered(
-    compute: Callable[[], T], kind: Any, store: Store | None, notes: str, used: ImageSelections, reporter: Reporter
+    compute: Callable[[], T],
+    kind: Any,
+    store: Store | None,
+    notes: str,
+    used: ImageSelections,
+    reporter: Reporter,
+    *,
+    unless: Sized = (),
 ) -> T:
-    """Return what the store knows of these bytes and names, decoder and range, else what `compute` returns."""
+    """Return what the store knows of these bytes and names, decoder and range, else what `compute` returns.
+
+    That is stored, unless `compute` fills `unless`.
+    """
     if store is None:
         return compute()
     value_range = next((images.value_range for images, _ in used if isinstance(images, ImageFiles)), None)
@@ -353,7 +374,8 @@ def _remembered(
         result: T = convert(store.read_notes(notes)[digest.hexdigest()], kind)
         return result
     result = compute()
-    store.add_note(notes, digest.hexdigest(), to_builtins(result))
+    if not unless:
+        store.add_note(notes, digest.hexdigest(), to_builtins(result))
     return result
 
 

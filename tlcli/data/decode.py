@@ -35,6 +35,12 @@ _IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # an entry 
 class BadImage(ValueError):
     """A file is not an image, or is damaged; the message is the reason in a few words."""
 
+    @property
+    def may_pass(self) -> bool:
+        """True if the system's error may not come again, as of memory, permissions or a network's disk."""
+        cause = self.__cause__
+        return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class RawImage:

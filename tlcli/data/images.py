@@ -250,8 +250,8 @@ class TorchvisionImages(ImageSource):
     def decode(self, index: int) -> Pixels:
         try:
             image = self.items[index][0]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(one_line(error)[:80]) from error
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise BadImage(one_line(error)[:80] or type(error).__name__) from error
         if not isinstance(image, Image.Image):
             raise BadImage(f"a {type(image).__name__}, not an image")
         return raw_image(image).to_pixels(None)

@@ -237,6 +237,8 @@ def list_manifest(file_text: str, root_text: str | None, choice: ClassChoice) ->
 
     def key_of(name: str, line: int) -> str:
         relative = Path(name)
+        if relative.is_relative_to(root.absolute()):  # also if a folder of it is a link to another place
+            relative = relative.relative_to(root.absolute())
         if not relative.is_absolute() and ".." not in relative.parts:
             return relative.as_posix()
         real = resolve_links((root / relative).parent) / relative.name  # behind a link, .. is another folder
@@ -316,7 +318,9 @@ def check_labels(labels: Mapping[str, str]) -> None:
     parts = {label: [p.strip() for p in label.replace(";", "|").replace(",", "|").split("|")] for label in labels}
     uses = Counter(part for names in parts.values() for part in set(names))
     for label, place in labels.items():
-        is_list = label[0] + label[-1] in ("[]", "{}", "()")
+        inner = label[1:-1].strip()
+        is_item = not inner or inner.isdecimal() or inner[0] in "'\""  # a class may be `(none)`
+        is_list = label[0] + label[-1] in ("[]", "{}", "()") and (is_item or len(parts[label]) > 1)
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
             raise UsageError(f"{place}: label {label!r} is a list. {SINGLE_LABEL}")
     with suppress(ValueError):  # a label is not a number

@@ -110,7 +110,10 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, ch
         class_names[shard] = names = _class_names(path, schema.metadata or {}, label_column)
         if (first := next(iter(class_names.values()))) != names:
             raise UsageError(f"{path}: has other classes in its metadata than {next(iter(class_names))}")
-        texts, own_codes = _labels(path, labels, names)
+        try:
+            texts, own_codes = _labels(path, labels, names)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: column {label_column!r} has labels that are not UTF-8") from error
         codes.append(own_codes + len(values))
         values += texts
     # numbers come before texts, and 2 before 10

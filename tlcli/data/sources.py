@@ -169,7 +169,11 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
     make = dataset_class(spec.class_name)
     takes = inspect.signature(make).parameters
     for name in arguments:
-        if name not in takes or name in ("root", "download") or name.endswith("transform"):
+        if (
+            name not in takes
+            or name in ("root", "download")
+            or name.endswith(("transform", "target_type", "target_types"))
+        ):
             raise UsageError(f"dataset: torchvision's {spec.class_name} takes no {name!r}.{did_you_mean(name, takes)}")
     if "root" in takes:
         if spec.root is None:

@@ -37,7 +37,7 @@ from tlcli.transfer.cut import Cut, NoCut, split_frozen
 
 MAX_FIRST_FIT = 1000  # training images: with 500 a first fit gained nothing in accuracy, and it doubles the time
 FITS = 2  # after a first fit
-VIEWS = 8  # of each of few training images, if it is read at least twice as often
+VIEWS = 8  # of each of few training images, if it is read at least as often
 
 
 @dataclass(eq=False)
@@ -153,6 +153,7 @@ class Workload:
     session: Session
     needs_probe: bool = False  # the head starts from a linear probe on train_eval
     ranks: Ranks = ALONE
+    stored_views: int | None = None  # those of a run that is resumed, or 0
     _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -179,12 +180,13 @@ class Workload:
     def views(self) -> int | None:
         """The stored views of each augmented training image, one per epoch in turn; None: each epoch has its own."""
         spec = self.spec
-        if spec.cache.views is not None:
-            return spec.cache.views or None
+        given = spec.cache.views if self.stored_views is None else self.stored_views
+        if given is not None:
+            return given or None
         augmentation = spec.augment.build(self.preprocessing)
         only_crops = augmentation is not None and augmentation.transforms is None and not spec.augment.mixes
         n_reads = self.epochs_per_fit * (self.fits + self.has_first_fit)
-        if not only_crops or len(self.data.train) > MAX_FIRST_FIT or n_reads < 2 * VIEWS:
+        if not only_crops or len(self.data.train) > MAX_FIRST_FIT or n_reads < VIEWS:
             return None
         return VIEWS if isinstance(self.for_training.cut, Cut) else None
 
@@ -298,13 +300,14 @@ class Workload:
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
         """Return where the rows of a split are if the splits in `cached` are read from activations of this format."""
-        data, workload, views = self.data, self, list[int | None]([None])
+        spec, data, workload, views = self.spec, self.data, self, list[int | None]([None])
         pool = split = self.split(split_name)
         label = split_name.removesuffix("_eval")
         reads_both = {"train", "train_eval"} <= set(cached) or (split_name == "train_eval" and data.folds is not None)
         if split_name == "train" and self.augments:
             workload, views = self.for_training, list(range(min(self.views or 0, self.epochs)))  # no epoch reads more
-            reads_both = data.folds is not None
+            # images that a small set holds out may be trained on later: by another fold, or by a refit
+            reads_both = data.folds is not None or spec.cache.views is None
         # if training reads images, train_eval serves the probe alone
         cut = self.features_cut if split_name == "train_eval" and "train" not in cached else workload.cut
         assert isinstance(cut, Cut)

@@ -50,7 +50,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     accelerator, session = setup_process(spec.device), session_for(spec.cache)
-    data = load_dataset(spec.dataset, seed=spec.seed, reporter=reporter, decode=False)
+    data = load_dataset(spec.dataset.offline(), seed=spec.seed, reporter=reporter, decode=False)
     backbone = spec.backbone
     is_random = backbone.weights == "default" and not backbone.is_packaged  # no download: time does not depend on them
     if is_random:

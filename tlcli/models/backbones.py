@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlcli.errors import UsageError
 from tlcli.specs import BackboneSpec, option
-from tlcli.text import did_you_mean
+from tlcli.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -156,10 +156,17 @@ def _timm_network(
     if not timm.is_model(name):
         raise UsageError(f"backbone.name={name}: timm has no such model.{did_you_mean(name, timm.list_models())}")
     options: dict[str, Any] = {"num_classes": n_classes, "drop_rate": spec.dropout}
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tagged = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise UsageError(f"backbone.name={name}: timm has no such weights.{did_you_mean(name, tagged)}") from error
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size  # such a model holds a table of positions, one per patch
-    network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    except AssertionError as error:
+        raise UsageError(f"image.size={size}: does not suit {name} ({one_line(error)[:80]})") from error
     return network
 
 

@@ -10,7 +10,6 @@ from urllib.error import URLError
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE  # timm depends on it
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -128,7 +127,9 @@ def published_weights(spec: BackboneSpec, classifier: Classifier, n_classes: int
     """Return the weights that were published with this backbone. Raise TlcliError if they cannot be downloaded."""
     try:
         source, state = spec.published(classifier, n_classes, size)
-    except (OSError, RuntimeError, SafetensorError) as error:  # both libraries and the hub client raise these
+    except TlcliError:
+        raise
+    except Exception as error:  # of both libraries, the hub's client, its HTTP library, safetensors and unpickling
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
         advice = "Offline, set backbone.weights=FILE or backbone=efficientnet_lite0, whose weights are installed."
         raise TlcliError(f"cannot download the weights of {spec.name} ({reason}). {advice}") from error

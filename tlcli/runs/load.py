@@ -19,7 +19,7 @@ from tlcli.engine.unknown import UnknownScore
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
-from tlcli.models.tensorfile import class_names, read_tensors
+from tlcli.models.tensorfile import class_names, read_metadata, read_tensors
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec, Tta, options
 from tlcli.text import join_limited, one_line
@@ -38,9 +38,10 @@ class LoadedRun:
     epoch: int | None
     classifier: Classifier
     preprocessing: Preprocessing
-    temperature: float  # divides logits before the softmax (Guo et al. 2017); 1 if not fitted to this epoch
+    temperature: float  # divides logits before the softmax (Guo et al. 2017); 1 if not fitted to these weights
     unknown: UnknownScore | None  # None: the energy is the score
     threshold: float | None  # of the unknown score; None if no or too few images were held out
+    is_kept: bool  # the weights are those that the run validated
 
     @property
     def model(self) -> nn.Module:
@@ -125,7 +126,10 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     expected = {key: getattr(preprocessing, key) for key in ("size", "fit", "mean", "std")}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
     epoch, temperature, unknown, threshold = integer(metadata.get("epoch")), 1.0, None, None
-    if epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch:
+    # the last epoch's weights may be those before averaging or interpolation
+    is_kept = checkpoint == "best" or read_metadata(run.best_checkpoint) == metadata
+    is_kept = is_kept and epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch
+    if is_kept:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
             raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
@@ -135,7 +139,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
         recorded = mapping(run.info.get("unknown"))
         if (recorded.get("score") == ENERGY) == (unknown is None):
             threshold = number(recorded.get("threshold"))
-    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, temperature, unknown, threshold)
+    calibration = temperature, unknown, threshold, is_kept
+    return LoadedRun(run.path, run.info, checkpoint, epoch, classifier, preprocessing, *calibration)
 
 
 def _backbone(run: RunDir, metadata: Mapping[str, Any]) -> BackboneSpec:

@@ -40,11 +40,15 @@ class ResumeState:
         return max(1, int(machine["threads"])) if machine["processes"] == ranks.size else None
 
     def complete_spec(self, workload: Workload, reporter: Reporter) -> tuple[TrainSpec, str | None]:
-        """Return the spec with the images and views of the run; the recorded decisions have the comparison."""
+        """Return the spec with the images of the run; the recorded decisions have the comparison."""
         own, spec = Preprocessing.from_json(self.run.info["preprocessing"]), workload.spec
         image = structs.replace(spec.image, size=own.size, fit=own.fit, train_size=self.recorded.train_size)
-        cache = structs.replace(spec.cache, views=self.recorded.views or 0)
-        return structs.replace(spec, image=image, cache=cache), None
+        return structs.replace(spec, image=image), None
+
+    @property
+    def views(self) -> int | None:
+        """The stored views of each training image, or 0; they do not follow from other epochs."""
+        return self.recorded.views or 0
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml, write_csv
-from tlcli.locks import host_digest, runs_on_this_machine
+from tlcli.locks import runs_on_this_machine, this_process
 from tlcli.text import Names, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ class RunDir:
             cwd=cwd or str(Path.cwd()),
             overrides=list(overrides),
             started=now(),
-            pid=os.getpid(),
-            host=host_digest(),
+            **this_process(),
         )
 
     def write_config(self, config: str) -> None:
@@ -122,7 +121,7 @@ class RunDir:
     def mark_resumed(self, command: str) -> None:
         """Write a run.json with the status `running` for an interrupted run."""
         resumed = [*self.info.get("resumed", []), {"command": command, "started": now()}]
-        self.update(status="running", error=None, ended=None, pid=os.getpid(), host=host_digest(), resumed=resumed)
+        self.update(status="running", error=None, ended=None, resumed=resumed, **this_process())
 
     def update(self, **values: Any) -> None:
         """Add values to run.json, in one atomic step."""
@@ -208,7 +207,9 @@ def rerun_command(info: Mapping[str, Any]) -> str:
         words = shlex.split(command)
     except ValueError:
         return command
-    flags = [w for w in words if (w.startswith("-") or "=" not in w) and w not in ("-m", "--multirun", *overrides)]
+    search_path = ("hydra.searchpath=", "+hydra.searchpath=")  # other words of Hydra are for one directory
+    flags = [w for w in words if w.startswith(("-", *search_path)) or "=" not in w]
+    flags = [w for w in flags if w not in ("-m", "--multirun", *overrides)]
     return shlex.join([*flags, *overrides])
 
 

@@ -63,6 +63,7 @@ document.ondrop = event => {
 };
 at("stop").onclick = stop;
 at("camera").onclick = async () => {
+  if (video.srcObject && !video.videoWidth) return;  // it has no picture yet
   if (video.srcObject) {
     const canvas = document.createElement("canvas");
     canvas.width = video.videoWidth;
