@@ -1,5 +1,6 @@
 """Embeddings are what the head of a run takes, and what is written of them can be read without tlcli."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,7 +80,7 @@ def test_a_loaded_run_is_not_changed(trained: Trained, shapes: Path) -> None:
 
 
 def rows(n: int) -> list[embed.Row]:
-    return [(f"{i}/\udc80.png", "odd" if i % 2 else None, torch.full((3,), float(i))) for i in range(n)]
+    return [(f"{i}/\udc80.png", "odd\udc80" if i % 2 else None, torch.full((3,), float(i))) for i in range(n)]
 
 
 def write(path: Path, n: int, *, force: bool = False) -> None:
@@ -95,7 +96,7 @@ def test_parquet_is_written_by_row_groups(tmp_path: Path, monkeypatch: pytest.Mo
     file = parquet.ParquetFile(tmp_path / "f.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 1]
     table = file.read().to_pydict()
-    assert table["path"][3] == "3/\\udc80.png" and table["label"][:2] == [None, "odd"]
+    assert table["path"][3] == "3/\\udc80.png" and table["label"][:2] == [None, "odd\\udc80"]
     assert table["vector"] == [[float(i)] * 3 for i in range(9)]
     assert file.schema_arrow.metadata[b"source"] == b"a run"
     assert [path.name for path in tmp_path.iterdir()] == ["f.parquet"]
@@ -105,7 +106,7 @@ def test_npz_has_no_pickled_objects_and_a_limit(tmp_path: Path, monkeypatch: pyt
     write(tmp_path / "f.npz", 5)
     with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
         assert list(file["path"]) == [path for path, _, _ in rows(5)]
-        assert list(file["label"]) == ["", "odd", "", "odd", ""]
+        assert list(file["label"]) == ["", "odd\udc80", "", "odd\udc80", ""]
         assert file["vector"].dtype == np.float32 and file["vector"][4].tolist() == [4, 4, 4]
     monkeypatch.setattr(embed, "MAX_NPZ", 5)
     with pytest.raises(UsageError, match=r"fewer than 5 images; write a \.parquet file"):
@@ -153,6 +154,13 @@ def test_a_map_keeps_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a random sample of 200" in made.html("x")
     with pytest.raises(TlcliError, match="at least 5 images, and there are 4"):
         clusters(4).html("x")
+
+
+def test_a_map_has_coordinates_if_tsne_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for images that are all equal."""
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda _, x: np.full((len(x), 2), np.nan))
+    data = json.loads(re.findall(r'id="points">(.*?)</script>', clusters(6).html("x"))[0])
+    assert data["x"] == data["y"] == [0] * 6
 
 
 @pytest.mark.slow

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from tlcli import locks
-from tlcli.locks import STALE_SECONDS, Heartbeat, Lock, Observer, host_digest, owner_text
+from tlcli.locks import (
+    STALE_SECONDS,
+    Heartbeat,
+    Lock,
+    Observer,
+    host_digest,
+    owner_text,
+    runs_on_this_machine,
+    this_process,
+)
 
 ELSEWHERE = json.dumps({"host": "another", "pid": 1, "id": "0"}).encode()
 HOUR_NS = 3_600_000_000_000
@@ -80,6 +89,17 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_free_at_once(path: Path
     owner.start()
     owner.join(60)
     assert path.exists()
+    with Lock(path, observer_of(Clock(lambda: pytest.fail("it waited")))).held(timeout=0):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is not known when a process began")
+def test_an_owner_whose_pid_another_process_has_now_has_ended(path: Path) -> None:
+    owner = this_process()
+    assert runs_on_this_machine(owner) is True
+    owner["process_start"] -= 1
+    assert runs_on_this_machine(owner) is False
+    path.write_text(json.dumps(owner))
     with Lock(path, observer_of(Clock(lambda: pytest.fail("it waited")))).held(timeout=0):
         pass
 

@@ -25,7 +25,7 @@ from tests.engine.test_trainer import Setting
 from tests.faults.runs_alike import rows
 from tests.processes import in_ranks, train_in_ranks
 from tlcli.cli import main
-from tlcli.cli.launch import rank_and_size, with_processes
+from tlcli.cli.launch import launch, rank_and_size, with_processes
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.device import find_accelerator, setup_process
@@ -389,6 +389,19 @@ def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], spec: C
 
 
 # -- the launcher
+
+
+@pytest.mark.parametrize(("handler", "handled"), [(signal.SIG_IGN, False), (signal.SIG_DFL, True)])
+def test_the_launcher_leaves_a_hangup_alone_that_nohup_ignores(handler, handled, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # which it sets otherwise
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", start := Mock())
+    previous = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert launch(2, ["epochs=1"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    names = start.call_args.args[0].signals_to_handle.split(",")
+    assert ("SIGTERM" in names, "SIGHUP" in names) == (True, handled)
 
 
 @pytest.mark.slow

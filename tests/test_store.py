@@ -244,6 +244,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(store
 
 # --- Room and eviction
 
+ENDED = owner_text().replace(b'"pid"', b'"pid": 1073741824, "was"')  # what a process that has ended has written
 SIZE = 10_000
 """Bytes: one entry of a child, or of `add`, fits; two do not."""
 
@@ -298,6 +299,16 @@ def test_shards_are_not_evicted_before_their_entry_is_complete(tmp_path: Path) -
     assert keys(store) == ["aa", "bb", "ee"]
     add(store, "ff", 6)
     assert keys(store) == ["bb", "ee", "ff"]
+
+
+def test_marks_of_killed_processes_are_removed_also_those_of_entries_that_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path, 2 * SIZE / GB)
+    marks = [tmp_path / "locks" / f"{key}.use.0" for key in ("aa", "bb")]
+    for used, mark in enumerate(marks, 1):
+        add(store, mark.name[:2], used)
+        mark.write_bytes(ENDED)
+    add(store, "cc", 3)
+    assert (keys(store), [mark.exists() for mark in marks]) == (["bb", "cc"], [False, False])
 
 
 def test_what_does_not_fit_evicts_nothing_and_says_so(tmp_path: Path) -> None:
@@ -464,7 +475,7 @@ def test_a_writer_that_lost_its_lock_to_one_that_failed_writes_after_it(store: S
     lock = store.root / "locks" / f"{KEY}.lock"
 
     def suspended() -> Iterator[list[memoryview]]:
-        lock.write_bytes(owner_text().replace(b'"pid"', b'"pid": 1073741824, "was"'))  # of a process that has ended
+        lock.write_bytes(ENDED)
         yield from BATCHES
 
     with store.lock_for_write(KEY, nobody):

@@ -1,6 +1,7 @@
 """Embeddings: the input of a network's head per image, as files, as a map in two dimensions, and by distance."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,9 +214,10 @@ class Map:
             raise TlcliError(f"a map needs at least {MIN_POINTS} images, and there are {n}")
         rows = [row for row, _ in self.points]
         x = torch.nn.functional.normalize(torch.stack([vector for _, _, vector in rows]), dim=1).numpy()
-        x = PCA(min(COMPONENTS, *x.shape), random_state=0).fit_transform(x)
         perplexity = min(PERPLEXITY, (n - 1) / 3)
-        xy = np.nan_to_num(TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x))  # of equal images
+        with warnings.catch_warnings(action="ignore"):  # equal images have no variance
+            x = PCA(min(COMPONENTS, *x.shape), random_state=0).fit_transform(x)
+            xy = np.nan_to_num(TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x))
         xy = (xy - xy.min(axis=0)) / max(float(np.ptp(xy[:, 0])), 1e-9)  # x from 0 to 1, and y in the same unit
         classes = sorted({label for _, label, _ in rows if label is not None})
         data = {

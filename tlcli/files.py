@@ -106,7 +106,10 @@ def expand_user(path: str) -> Path:
 
 def resolve_links(path: Path) -> Path:
     """Return the path with links followed as far as possible."""
-    return Path(os.path.realpath(path))
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # it has a NUL character
+        return path
 
 
 # pathlib's checks and resolve() raise for names that are too long and for links that form a circle; these do not

@@ -86,6 +86,7 @@ WRONG = {
     "list --format": "expected one argument",
     "list --format jsn": "Did you mean 'json'?",
     "clear ab01": "Did you mean 'tlcli cache remove ab01'?",
+    "clear --format json": "--format goes with `tlcli cache list`",
     "remove": "name the entries",
     "remove ab0": "Give 4 or more characters of one key",
     "remove ../..": "'../..' is the start of 0 keys",

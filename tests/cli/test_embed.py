@@ -51,6 +51,12 @@ def test_a_list_without_images_is_said_to_be_empty(tlcli: Tlcli, trained: Traine
     assert (ended.code, ended.err.splitlines()[-1]) == (1, "tlcli embed: nothing was written: no image was named")
 
 
+def test_too_many_images_for_npz_are_refused_before_a_network_is_built(tlcli: Tlcli, photos: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tlcli.embed.MAX_NPZ", 16)
+    ended = tlcli("embed", "nowhere", "photos", "--to", "f.npz")
+    assert (ended.code, ended.err) == (2, "tlcli embed: f.npz: holds fewer than 16 images; write a .parquet file\n")
+
+
 def test_similar_lists_the_nearest(tlcli: Tlcli, trained: Trained, photos: Path) -> None:
     run = str(trained("head", "fp32"))
     Image.open(photos / "down/003.png").save(photos / "copy.png")

@@ -73,6 +73,8 @@ def test_errors_come_without_torch(tlcli: Tlcli, run: Path) -> None:
     assert (done.code, "Did you mean 'dataset.root'?" in done.err) == (2, True)
     done = tlcli("eval", str(run), "dataset=imagefolder", "dataset.root=nowhere")
     assert (done.code, "nowhere: no such folder" in done.err) == (2, True)
+    done = tlcli("eval", str(run), "device.processes=2")
+    assert (done.code, "only `tlcli train` runs in several processes" in done.err) == (2, True)
 
 
 def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
@@ -84,3 +86,8 @@ def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
     assert candidates("tlcli eval x sp") == ["split=test ", "split=val ", "split=train "]
     assert "dataset=imagefolder " in candidates("tlcli eval x dataset=")
     assert candidates("tlcli eval x ep") == [], "a key of train that eval does not take"
+
+
+def test_a_run_of_several_processes_is_evaluated_in_one(run: Path, tlcli: Tlcli, asked: list[Any]) -> None:
+    (run / "config.yaml").write_text("seed: 3\ndevice: {kind: auto, processes: 2}\n")
+    assert tlcli("eval", str(run), "tta=flip").code == 0

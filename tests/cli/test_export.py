@@ -20,7 +20,7 @@ from tests.conftest import finish, make_folder
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import load_dataset
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, export, find_samples, prepare
+from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, _model_card, export, find_samples, prepare
 from tlcli.quantize import export_int8, int8_images
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
@@ -171,6 +171,7 @@ def test_the_model_card_cannot_be_broken_by_a_class(loaded: LoadedRun, resnet: P
     uncalibrated = replace(odd, checkpoint="last", info={**loaded.info, "calibration": None})
     card = (exported(uncalibrated, "timm", tmp_path / "2") / "README.md").read_text(encoding="utf-8")
     assert "temperature" not in card and "the weights of the kept epoch were tested." in card
+    assert "temperature" not in _model_card(replace(odd, checkpoint="last", is_kept=False), "resnet18")
 
 
 def test_a_network_that_timm_lacks_is_a_usage_error(loaded: LoadedRun, tmp_path: Path) -> None:

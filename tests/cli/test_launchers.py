@@ -54,11 +54,14 @@ def test_each_job_that_ends_in_another_process_is_one_line(tmp_path: Path, capsy
     best = {"epoch": 1, "accuracy": 0.5}
     end(tmp_path / "0", 1, status="done", best=best, keep_best="accuracy")  # before
     with other_processes(tmp_path, ["seed=1,2,3", "epochs=2"], is_joblib=False):
-        end(tmp_path / "1", 2, status="failed", error="no luck")
-        end(tmp_path / "2", 3)
-        end(tmp_path / "2", 3, status="done", best=best, keep_best="accuracy")
+        end(tmp_path / "1", 2)
+        (tmp_path / "1/run.json").write_text("{")
+        end(tmp_path / "2", 2, status="failed", error="no luck")
+        end(tmp_path / "3", 3)
+        end(tmp_path / "3", 3, status="done", best=best, keep_best="accuracy")
     out = capsys.readouterr().out.splitlines()
-    assert out[1:] == ["[1] seed=2: failed: no luck", "[2] seed=3: done, validation 0.5000"]
+    assert out[1].startswith("[1]: damaged: ")
+    assert out[2:] == ["[2] seed=2: failed: no luck", "[3] seed=3: done, validation 0.5000"]
 
 
 def test_a_killed_process_of_an_engine_is_one_line(tmp_path: Path) -> None:

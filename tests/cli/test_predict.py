@@ -136,6 +136,20 @@ def test_a_file_that_exists_is_not_written_to(tlcli: Tlcli, run: str, photos: Pa
     assert (photos / "mine.csv").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("form", "first"), [("csv", "path"), ("jsonl", "")])
+def test_an_empty_list_makes_a_file_and_a_failure_none(tlcli, run, form, first, tmp_path, monkeypatch) -> None:
+    def fail(*args: Any, **options: Any) -> Iterator[Prediction]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    words = ("predict", run, "-", f"--format={form}")
+    assert tlcli(*words, "--output=~/all").code == 0
+    assert Path("all").read_text(encoding="utf-8").partition(",")[0] == first
+    monkeypatch.setattr(Predictor, "predict", fail)
+    assert (tlcli(*words, "--output=none").code, Path("none").exists()) == (130, False)
+
+
 def test_a_reader_that_leaves_ends_it_quietly(run: str, photos: Path, monkeypatch, capsys) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -164,6 +178,13 @@ def test_heat_maps_are_a_file_per_image_also_if_names_are_equal(tlcli: Tlcli, ru
     assert ended.out.splitlines()[1].endswith(",more/a.jpg,")
 
 
+def test_heat_maps_are_not_classified_in_a_folder_of_images(tlcli: Tlcli, run: str, photos: Path) -> None:
+    for name in ("b", "c", "d"):  # the maps are listed after them, when there are some
+        shutil.copy(photos / "a.png", photos / f"{name}.png")
+    ended = tlcli("predict", run, "photos", "--heatmaps", "photos/maps", "--batch-size=1")
+    assert [row["path"] for row in lines(ended)] == [f"photos/{name}.png" for name in ("a", "b", "c", "d", "more/c")]
+
+
 def test_heat_maps_go_into_a_new_folder(tlcli: Tlcli, run: str, photos: Path) -> None:
     before = {path: path.read_bytes() for path in photos.rglob("*.png")}
     ended = tlcli("predict", run, "photos", "--heatmaps", "photos")
@@ -188,6 +209,9 @@ def test_reject_answers_unknown_above_the_threshold(tlcli: Tlcli, run: str, phot
         assert [row["unknown"] for row in plain] == unknown
         assert [row["prediction"] == "unknown" for row in rejected] == unknown
         assert all(row["prediction"] == row["top"][0][0] for row in plain)
+        assert [row["probability"] is None for row in rejected] == unknown
+        table = csv.DictReader(io.StringIO(tlcli("predict", str(own), *images, "--reject", "--format=csv").out))
+        assert [row["probability"] == "" for row in table] == unknown
     monkeypatch.setattr(sys, "stdout", stdout := Terminal())
     assert main(["predict", str(own), *images, "--reject"]) == 0
     assert len([line for line in stdout.getvalue().splitlines() if " unknown " in line]) == 1

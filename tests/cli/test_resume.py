@@ -91,6 +91,26 @@ def test_more_epochs_are_another_schedule_and_a_note_says_so(scheduler, tlcli, t
     assert "epochs: 5" in run.config_file.read_text()
 
 
+@pytest.mark.parametrize(("has_state", "rate"), [(True, 0.25), (False, 0.5)])
+def test_a_job_of_a_sweep_goes_on_as_it_was_started_if_it_has_a_state(
+    has_state: bool, rate: float, tlcli, training, tmp_path: Path, monkeypatch
+) -> None:
+    """Without one it starts again, with what its config files say now."""
+    file, run, rates = tmp_path / "mine/optimizer/slow.yaml", RunDir(tmp_path / "swept/0"), list[float]()
+    file.parent.mkdir(parents=True)
+    file.write_text("# Slow\ndefaults:\n  - sgd\n  - _self_\nlr: 0.25\n")
+    training(stops)
+    assert tlcli("train", "-m", "optimizer=slow", "--config-dir=mine", "hydra.sweep.dir=swept").code == 130
+    file.write_text(file.read_text().replace("0.25", "0.5"))
+    if has_state:
+        run.state_file.parent.mkdir()
+        run.state_file.touch()
+        monkeypatch.setattr("tlcli.runs.resume_state.read_state", lambda run: Mock(state={"metrics_bytes": 0}))
+    training(lambda spec, run, reporter: rates.append(spec.optimizer.lr) or finished(spec, run, reporter))
+    assert tlcli("train", "--resume", "swept").code == 0
+    assert (rates, run.config()["optimizer"]["lr"]) == ([rate], rate)
+
+
 def test_the_epochs_of_a_run_without_a_state_follow_from_its_images_again(tlcli, training, tmp_path: Path) -> None:
     def begin(spec, run, reporter):
         run.update(epochs=17)

@@ -36,11 +36,14 @@ def test_done(tlcli, training, tmp_path: Path) -> None:
     assert record["cwd"] == str(Path.cwd()) == str(tmp_path)
 
 
-@pytest.mark.parametrize("argv", [("hydra.run.dir=mine",), ("-m", "seed=1,2", "hydra.sweep.dir=mine")])
-def test_a_named_directory_is_not_overwritten(argv, tlcli, training, tmp_path: Path) -> None:
+RUN, SWEEP = ("hydra.run.dir=mine",), ("-m", "seed=1,2", "hydra.sweep.dir=mine")
+
+
+@pytest.mark.parametrize(("first", "argv"), [(RUN, RUN), (SWEEP, SWEEP), (("hydra.run.dir=mine/old",), SWEEP)])
+def test_a_named_directory_is_not_overwritten(first, argv, tlcli, training, tmp_path: Path) -> None:
     training(finished)
     assert tlcli("train", "hydra.run.dir=it's here").code == 2  # not readable as an override
-    assert tlcli("train", *argv).code == 0
+    assert tlcli("train", *first).code == 0
     before = [run.info_file.read_text() for run in runs_in(tmp_path)]
     ended = tlcli("train", *argv)
     assert ended.code == 2
@@ -55,6 +58,9 @@ def test_a_named_directory_is_not_overwritten(argv, tlcli, training, tmp_path: P
         (NonFiniteLossError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
         (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
         (MemoryError(), 1, "tlcli train: out of memory: try a smaller batch_size"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "was killed: set device.workers=0, or"),
+        (RuntimeError("unable to open shared memory object </torch_7>"), 1, "was killed: set device.workers=0, or"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), 1, "internal error: Runtime"),
         (OSError(28, "No space left on device", "x/y"), 1, "tlcli train: the disk is full: no space left for x/y"),
     ],
 )
@@ -87,6 +93,19 @@ def test_usage_error_before_training_leaves_nothing(begun: bool, tlcli, training
     assert (ended.code, ended.err) == (2, "tlcli train: fc.weight does not fit\n")
     assert len(runs_in(tmp_path)) == begun
     assert (tmp_path / "outputs" / "notes.txt").exists() and (begun or len(list(tmp_path.rglob("*"))) == 2)
+
+
+def test_a_named_folder_is_free_again_after_a_usage_error(tlcli, training, tmp_path: Path) -> None:
+    def misfit(spec, run, reporter):
+        raise UsageError("fc.weight does not fit")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    training(misfit)
+    assert tlcli("train", *RUN).err == "tlcli train: fc.weight does not fit\n"
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    training(finished)
+    assert tlcli("train", *RUN).code == 0
 
 
 @pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])

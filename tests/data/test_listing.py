@@ -210,6 +210,8 @@ def test_manifest_with_splits_and_root(write: Write, tmp_path: Path) -> None:
     assert {split: len(rows) for split, (rows, _) in listing.splits.items()} == {"train": 2, "val": 1, "test": 1}
     absolute = f"path,label\n{tmp_path}/outside.png,x\nm/0.png,y\n"
     assert keys(write(absolute, root=str(tmp_path)).list_files()) == [("outside.png", "x"), ("m/0.png", "y")]
+    linked = f"path,label\n{tmp_path}/m/up/outside.png,x\n0.png,y\n"  # the root is m, and up leads out of it
+    assert keys(write(linked).list_files()) == [("up/outside.png", "x"), ("0.png", "y")]
 
 
 ONE_PATH, ONE_LABEL = (f"its first line needs one column '{name}' (columns: " for name in ("path", "label"))
@@ -250,6 +252,9 @@ MISTAKES: list[tuple[str | bytes, str]] = [
             ("12.5", "13", "nan", "2: labels are numbers (12.5). tlcli does single-label classification"),
             ("cat;dog", "cat", "dog", "2: label 'cat;dog' is a list. tlcli does single-label classification"),
             ("x", "[0, 1]", "y", "3: label '[0, 1]' is a list"),
+            ("x", "[a, b]", "y", "3: label '[a, b]' is a list"),
+            ("x", "['cat']", "y", "3: label \"['cat']\" is a list"),
+            ("x", "[3]", "y", "3: label '[3]' is a list"),
         )
     ),
 ]
@@ -270,7 +275,15 @@ def test_a_manifest_that_is_no_file(name: str, write: Write, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "labels", [("3", "7"), ("tench, Tinca tinca", "-1"), ("=1+1", "-"), ("a/b", ".."), ("new\nline", "<b>")]
+    "labels",
+    [
+        ("3", "7"),
+        ("tench, Tinca tinca", "-1"),
+        ("=1+1", "-"),
+        ("a/b", ".."),
+        ("new\nline", "<b>"),
+        ("(none)", "[unknown]"),
+    ],
 )
 def test_any_other_label_will_do(write: Write, tmp_path: Path, labels: tuple[str, str]) -> None:
     spec = write("path,label\n" + "".join(f'{i}.png,"{labels[i % 2]}"\n' for i in range(8)))

@@ -365,6 +365,7 @@ def hugging_face(names: Any) -> dict[str, str]:
     return {"huggingface": json.dumps({"info": {"features": features}})}
 
 
+LATIN_1 = pa.array([b"caf\xe9", b"b"]).view(pa.string())  # a column of texts whose bytes are not checked
 TABLES = {
     "no image column": ({"img": [b""], "label": [0]}, {}, "no column 'image' (columns: img, label)."),
     "no label column": ({"image": [b""], "labels": [0]}, {}, "no column 'label' (columns: image, labels). Did you"),
@@ -372,6 +373,7 @@ TABLES = {
     "regression": (image_rows(0.5, 1.5), {}, "x.parquet: the labels are of type double"),
     "several labels": (image_rows([0, 1], [2]), {}, "x.parquet: the labels are of type list"),
     "lists in texts": (image_rows("a,b", "a", "b,a"), {}, "x.parquet row 0: label 'a,b' is a list"),
+    "not UTF-8": (image_rows(0, 1, label=LATIN_1), {}, "x.parquet: column 'label' has labels that are not UTF-8"),
     "no label": (image_rows(0, 1, None), {}, "x.parquet row 2: no label"),
     "an empty label": (image_rows("a", " ", "b"), {}, "x.parquet row 1: no label"),
     "a hidden label": (image_rows(0, 1, -1), hugging_face(["a", "b"]), "x.parquet row 2: no label"),

@@ -1,7 +1,9 @@
 """Images that an earlier run decoded are not decoded again, and images that are read stay in memory."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,6 +89,15 @@ def test_what_cannot_be_read_is_not_remembered(root: Path, store: Store) -> None
         data = load(folder_spec(root, on_bad=OnBad.skip), store)
         assert data.bad_files == ((str(root / "a/new.png"), "no such file or directory"),)
     assert bad_files(store) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()], ids=repr)
+def test_an_error_of_the_system_that_has_passed_is_forgotten(root: Path, store: Store, monkeypatch, error) -> None:
+    with monkeypatch.context() as patch, pytest.raises(BadImagesError, match="20 files do not decode"):
+        patch.setattr("PIL.Image.open", Mock(side_effect=error))
+        load(folder_spec(root), store)
+    assert load(folder_spec(root), store).bad_files == ()
+    assert bad_files(store) == [[]]
 
 
 @pytest.mark.parametrize("preloads", [False, True])

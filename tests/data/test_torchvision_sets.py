@@ -5,6 +5,7 @@ import urllib.error
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torchvision import datasets
 
 from tests.data.samples import CONF, save_image, torchvision_spec
 from tests.data.test_dataset import load
+from tlcli.data.decode import BadImage
+from tlcli.data.images import TorchvisionImages
 from tlcli.data.sources import TorchvisionDatasetSpec
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
@@ -42,6 +45,8 @@ def test_missing_data_of_each_dataset_is_one_line(name: str, tmp_path: Path) -> 
         ("os", {}, "has no 'os'"),
         ("CIFAR10", {"trian": True}, "takes no 'trian'. Did you mean 'train'?"),
         ("CIFAR10", {"transform": None}, "takes no 'transform'"),
+        ("CelebA", {"target_type": "identity"}, "takes no 'target_type'"),
+        ("OxfordIIITPet", {"target_types": "binary-category"}, "takes no 'target_types'"),
         ("DTD", {"split": "dev"}, "dataset set: "),
         ("FakeData", {"size": 4}, "FakeData does not give each image one class"),
     ],
@@ -63,6 +68,14 @@ def test_a_failed_download(error: Exception, tmp_path: Path, monkeypatch: pytest
         load(from_conf("cifar10", tmp_path, download=True))
     assert not isinstance(caught.value, UsageError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack requires a buffer"), AssertionError()], ids=repr)
+def test_whatever_decoding_raises_is_a_bad_image(error: Exception) -> None:
+    items = MagicMock()
+    items.__getitem__.side_effect = error
+    with pytest.raises(BadImage, match=f"^{str(error) or 'AssertionError'}$"):
+        TorchvisionImages(items, "set").decode(0)
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

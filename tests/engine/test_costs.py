@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tlcli.engine import costs
 from tlcli.engine.activations import Workload
 from tlcli.engine.costs import inspect
 from tlcli.engine.session import session_for
+from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import apply_freeze
 
@@ -91,3 +93,12 @@ def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
     after = model.network.state_dict()
     moved = {name for name, t in before.items() if not torch.allclose(after[name].float(), t.float(), atol=1e-8)}
     assert {name.rpartition(".")[2] for name in moved} == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_nothing_is_downloaded(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "setup_process", lambda device: torch.device("cpu"))
+    download = Mock()
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    with pytest.raises(UsageError, match="cifar10: not found under"):
+        inspect(spec("dataset=cifar10", f"dataset.root='{tmp_path}'"), NONE, Reporter())
+    download.assert_not_called()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.tensorfile import write_tensors
 from tlcli.reporter import Reporter
+from tlcli.runs.checkpointing import image_fingerprints
+from tlcli.runs.resume_state import ResumeState
 from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
 
@@ -26,9 +29,9 @@ def load(spec: Compose, shapes: Path, tiny: tuple[str, ...], tmp_path: Path, mon
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
     base = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "image.fit=crop", "epochs=1", *tiny)
 
-    def make(*words: str) -> Inputs:
+    def make(*words: str, start: NewRun | ResumeState | None = None) -> Inputs:
         session = Session(Store(tmp_path / "cache", 1.0), 10**9)
-        return load_inputs(spec(*base, *words), session, Reporter(), NewRun())
+        return load_inputs(spec(*base, *words), session, Reporter(), start or NewRun())
 
     return make
 
@@ -116,6 +119,31 @@ def test_its_fits_share_stored_views_that_are_read_often_enough(load) -> None:
         inputs = load(*words, *others)
         assert (inputs.workload.views, inputs.decisions.views) == (None, None), others
         assert "train" not in inputs.decisions.cached
+
+
+def start_of(begun: Inputs) -> ResumeState:
+    """Return the start of a run that goes on with what it has decided, in another number of processes."""
+    info = {"preprocessing": begun.workload.preprocessing.to_json()}
+    state = {"machine": {"processes": 2}, "images": image_fingerprints(begun.workload.data)}
+    return ResumeState(Mock(info=info), state, begun.decisions, None)
+
+
+def test_a_run_on_all_images_shares_the_stored_views_of_a_trial_also_of_one_that_was_resumed(load) -> None:
+    words = ("freeze=last_stages", "epochs=16", "image.train_size=48")
+    whole, trial = load(*words), load(*words, "dataset.val_fraction=0.2")
+    runs = [whole, trial, load(*words, "dataset.val_fraction=0.2", start=start_of(trial))]
+    splits = [run.workload.cached_split("train", run.decisions.cached, run.decisions.eval_format) for run in runs]
+    first, *others = [[view.key for view in split.views] for split in splits]
+    assert len(first) == 8 and others == [first, first]
+    assert [len(split.rows) for split in splits] == [60, 48, 48]
+
+
+def test_a_resumed_run_has_as_many_stored_views_as_it_recorded_whatever_its_epochs_are_now(load) -> None:
+    words = ("freeze=last_stages", "dataset.val_fraction=0.2")
+    few, many = load(*words, "epochs=7"), load(*words, "epochs=8")
+    assert (few.workload.views, many.workload.views) == (None, 8)
+    resumed = [load(*words, f"epochs={epochs}", start=start_of(begun)) for begun, epochs in ((few, 8), (many, 7))]
+    assert [run.workload.views for run in resumed] == [None, 8]
 
 
 @pytest.mark.parametrize(("most", "expected"), [(60, True), (59, False)])

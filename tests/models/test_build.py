@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import Compose
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.models import backbones
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
@@ -110,6 +111,14 @@ def test_a_missing_package_is_one_line_with_the_command(spec: Compose, monkeypat
         build(spec, "default", backbone=("backbone=efficientnet_lite1",))
 
 
+def test_whatever_a_download_raises_has_the_advice_for_those_offline(spec: Compose, monkeypatch) -> None:
+    error = ValueError("Unknown scheme for proxy URL")
+    monkeypatch.setattr(backbones.TimmBackboneSpec, "published", Mock(side_effect=error))
+    words = r"cannot download the weights of test_resnet \(Unknown scheme .*\)\. Offline, set backbone\.weights=FILE"
+    with pytest.raises(TlcliError, match=words):
+        build(spec, "default")
+
+
 def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: Path) -> None:
     backbone, file = ("backbone=timm", "backbone.name=test_vit"), tmp_path / "v.safetensors"
     write_tensors(
@@ -128,6 +137,8 @@ def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: P
         (["backbone=vit_b_16"], r"image\.size=100 does not suit vit_b_16"),
         ([*RESNET, "backbone.reinit=[layer44]"], "Did you mean 'layer4'"),
         ([*RESNET, "backbone.name=resnet81"], "torchvision has no such model. Did you mean 'resnet18'"),
+        (["backbone=timm", "backbone.name=resnet18.a1_in1"], "has no such weights. Did you mean 'resnet18.a1_in1k'"),
+        (["backbone=timm", "backbone.name=nest_tiny"], r"image\.size=100.* does not suit nest_tiny \("),
         ([*RESNET, "backbone.head=fcc"], "no module of that name"),
         ([*RESNET, "backbone.head=conv1"], "is not a linear layer, but Conv2d"),
         ([*RESNET, "backbone.stages.stem='('"], "is not a regular expression"),

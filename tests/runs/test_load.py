@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import tlcli
 from tests.conftest import TINY, finish, slow
+from tlcli.engine.metrics import ENERGY
 from tlcli.errors import UsageError
+from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
 
@@ -110,6 +112,19 @@ def test_probabilities_are_calibrated_and_only_those_of_the_best_epoch(run: Path
     assert load_run(run, "last").temperature == (4.0 if info["best"]["epoch"] == 4 else 1.0)
     write_json(run / "run.json", {**info, "best": {**info["best"], "epoch": 7}})
     assert load_run(run).temperature == 1.0
+
+
+def test_the_last_weights_are_calibrated_only_if_they_are_those_that_were_kept(run: Path) -> None:
+    files = RunDir(run)
+    files.update(calibration={"temperature": 4.0}, unknown={"score": ENERGY, "threshold": 2.0})
+    files.unknown_file.unlink(missing_ok=True)
+    state, metadata = read_tensors(files.best_checkpoint)
+    write_tensors(files.last_checkpoint, state, metadata)
+    for interpolated, expected in (({}, (4.0, 2.0, True)), ({"interpolate": 0.5}, (1.0, None, False))):
+        write_tensors(files.best_checkpoint, state, {**metadata, **interpolated})
+        last = load_run(run, "last")
+        assert (last.temperature, last.threshold, last.is_kept) == expected
+        assert load_run(run).is_kept
 
 
 def test_a_run_that_cannot_be_loaded_is_one_line(run: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tlcli.errors import TlcliError
 from tlcli.files import read_yaml
-from tlcli.runs.run_dir import RunDir, confusion_matrix, stored_confusion
+from tlcli.runs.run_dir import RunDir, confusion_matrix, rerun_command, stored_confusion
 
 
 def test_damaged_files_are_empty(tmp_path: Path) -> None:
@@ -19,6 +19,24 @@ def test_damaged_files_are_empty(tmp_path: Path) -> None:
     run.test_file.write_text("[" * 100_000)
     run.metrics_file.write_text('{"epoch": 1}\n7\n{"epoch": 2}\n{"epo')
     assert (run.config(), run.test(), run.metrics()) == ({}, {}, [{"epoch": 1}, {"epoch": 2}])
+
+
+def test_a_run_whose_pid_another_process_has_now_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, starts = RunDir(tmp_path), [1]
+    monkeypatch.setattr("tlcli.locks._process_start", lambda pid: starts[-1])
+    run.start(command="tlcli train", overrides=[], config="")
+    assert run.status == "running"
+    starts.append(2)  # this machine has restarted
+    assert run.status == "died"
+    run.mark_resumed("tlcli train --resume run")
+    assert run.status == "running"
+
+
+@pytest.mark.parametrize("place", ["hydra.searchpath=[/conf]", "+hydra.searchpath=[/conf]"])
+def test_the_command_of_one_job_keeps_where_options_are_and_leaves_out_where_the_sweep_was(place: str) -> None:
+    command = f"tlcli train -m --config-dir mine seed=1,2 hydra.sweep.dir=swept '{place}'"
+    again = rerun_command({"command": command, "overrides": ["seed=2"]})
+    assert again == f"tlcli train --config-dir mine '{place}' seed=2"
 
 
 @pytest.mark.parametrize("text", ["a: &a [*a]", "- " * 5000, "a: !!python/name:os.system", "7", "\x00"])

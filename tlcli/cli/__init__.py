@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a run failed, 2 a usage error, 130 interrupted (SIGINT), 1
 import errno
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,6 +131,9 @@ def exit_status(exc: BaseException) -> tuple[int, str]:
             return 1, f"the disk is full: no space left{where}"
     if is_out_of_memory(exc):
         return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
+    if isinstance(exc, RuntimeError) and re.search(r"^unable to .*shared memory|DataLoader worker \(pid", str(exc)):
+        remedy = "set device.workers=0, or give the container more shared memory (docker run --shm-size=8g)"
+        return 1, f"a process that decodes images was killed: {remedy}"
     text = f"{type(exc).__name__}: {one_line(exc)}".rstrip(": ")
     return 1, f"internal error: {text} (rerun with --debug for the traceback)"
 

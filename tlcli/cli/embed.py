@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     for path, suffixes in ((arguments.to, SUFFIXES), (arguments.plot, (".html",))):
         if path is not None:
             check_output(path, suffixes, force=arguments.force)
-    if arguments.to is not None:
+    if arguments.to is not None and arguments.to.suffix.lower() == ".npz":
         check_number(arguments.to, count_images(arguments.paths) or 0)
     embedder, classes = load_embedder(arguments)
     reporter, sample, errors, n = TerminalReporter(on_stderr=True), Map(), list[str](), Counter[str]()

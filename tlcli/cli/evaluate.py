@@ -70,7 +70,9 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{word}: cannot be changed after training.{hint}")
     run_dir = open_run(run_word)
     trained = load_spec(run_dir)
-    spec = one_process(load_spec(run_dir, overrides)) if overrides else trained
+    spec = load_spec(run_dir, overrides) if overrides else trained
+    if spec.device.processes != trained.device.processes:
+        one_process(spec)
     spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import evaluate_run

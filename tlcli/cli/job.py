@@ -143,12 +143,6 @@ class Command:
         run.path.mkdir(parents=True, exist_ok=True)
         with record_status(run):
             resumed = self._start(run, config, overrides)
-            if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
-                spec = build_spec(config, self.files)
-                if spec.device.processes > 1:
-                    raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
-                check_logger(spec.logger)
-                check_weights(spec.backbone.weights)
             state = None
             if resumed:
                 with fast_imports():
@@ -156,7 +150,17 @@ class Command:
                 state = read_state(run)
                 prepare_resume(run, state, self.line)
             if state is not None:  # it continues as it was started, even if a config file has changed since
-                spec = load_spec(run)
+                composed = HydraConfig.instance().cfg
+                try:
+                    spec = load_spec(run)
+                finally:
+                    HydraConfig.instance().cfg = composed
+            if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
+                spec = build_spec(config, self.files)
+                if spec.device.processes > 1:
+                    raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
+                check_logger(spec.logger)
+                check_weights(spec.backbone.weights)
             if spec.folds is not None and spec.fold is None:
                 for fold in range(spec.folds):
                     leaderboard.write(run.path.parent)  # it has the refit, which has started

@@ -60,8 +60,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             local_addr="localhost",
             max_restarts=0,
         )
-        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        config.signals_to_handle = ",".join(n.name for n in numbers)  # nohup ignores SIGHUP
+        ended_by = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
+        handled = {number.name for number in ended_by if signal.getsignal(number) != signal.SIG_IGN}
+        config.signals_to_handle = ",".join(handled)  # nohup ignores SIGHUP
         logging.disable()  # the launcher's: rank 0 reports what happens
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "tlcli", "train", *words)

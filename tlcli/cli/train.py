@@ -70,6 +70,8 @@ def run(argv: list[str]) -> int:
             if not any(path.rglob(sign)):
                 for file in (run.log_file, run.config_file, run.info_file) if is_named and not is_sweep else ():
                     file.unlink(missing_ok=True)  # they did not exist, and would be in the way of the next try
+                if is_named and not is_sweep:
+                    shutil.rmtree(path / ".hydra", ignore_errors=True)
                 discard_folders(path, made)
             elif is_sweep:
                 finish_sweep(path)

@@ -19,7 +19,6 @@ from tlcli.data.images import Ints, Split, map_in_threads
 from tlcli.errors import TlcliError
 from tlcli.ranks import ALONE, Ranks
 from tlcli.specs import Fit, parse_image_stats
-from tlcli.text import one_line
 
 RESIZE_BATCH_BYTES = 2**20  # images resized in one call: calls cost more than small images, copies more than large ones
 MAX_PADDED_SIZES = 4  # an image is shrunk to so many input sizes before padding: 20,000 by 1 would be 400 megapixels
@@ -253,17 +252,11 @@ class ImageBatches(Dataset[Batch | TlcliError]):
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
                 generator=torch.Generator(),  # else every pass would advance torch's global generator
             )
-        try:
-            for batch in batches:
-                if isinstance(batch, TlcliError):
-                    raise batch
-                x, y = batch
-                yield (x.pin_memory(), y.pin_memory()) if self.pin_memory and not self.workers else (x, y)
-        except RuntimeError as error:  # torch has no class for it
-            if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-                raise
-            remedy = "set device.workers=0, or give the container more shared memory (docker run --shm-size=8g)"
-            raise TlcliError(f"a process that decodes images ended ({one_line(error)[:80]}): {remedy}") from error
+        for batch in batches:
+            if isinstance(batch, TlcliError):
+                raise batch
+            x, y = batch
+            yield (x.pin_memory(), y.pin_memory()) if self.pin_memory and not self.workers else (x, y)
 
     def __getitem__(self, chunk: Chunk) -> Batch | TlcliError:
         """Return a batch, or the error, so that it is raised as it is in the process that reads the batches."""

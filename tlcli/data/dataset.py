@@ -195,7 +195,8 @@ def _set_up_images(
 
 
 def _first_of(bad: Sequence[tuple[str, str]]) -> str:
-    return f"; {len(bad):,} files do not decode, such as {bad[0][0]} ({bad[0][1]})" if bad else ""
+    """Return text about files that do not decode, for an error that they may explain; "" if all do."""
+    return f"; {len(bad):,} of the files do not decode, one is {bad[0][0]} ({bad[0][1]})" if bad else ""
 
 
 def _check_counts(
@@ -285,14 +286,16 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
     images, indices = train.images, train.indices
     if not isinstance(images, ImageFiles):
         return None
-    size = max(1, PERCENTILE_SAMPLE // max(1, len(indices)))
+    size, passing = max(1, PERCENTILE_SAMPLE // max(1, len(indices))), list[BadImage]()
 
     def sample(index: int) -> np.ndarray[Any, Any]:
-        with suppress(BadImage):
+        try:
             raw = images.read_raw(index)
             if raw.is_deep:
                 values: np.ndarray[Any, Any] = raw.values[np.isfinite(raw.values)]
                 return values[:: max(1, -(-len(values) // size))].astype(np.float32)
+        except BadImage as error:
+            passing.extend([error] if error.may_pass else [])
         return np.empty(0, dtype=np.float32)
 
     def compute() -> ValueRange | None:
@@ -302,7 +305,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
         return low, high if high > low else low + max(1.0, abs(low) * 1e-6)
 
-    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter)
+    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter, unless=passing)
 
 
 def _without_bad(

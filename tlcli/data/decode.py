@@ -1,5 +1,6 @@
 """Decodes image files to RGB pixels, here only, so that training, evaluation and prediction see the same image."""
 
+import errno
 import hashlib
 import inspect
 import re
@@ -39,7 +40,8 @@ class BadImage(ValueError):
     def may_pass(self) -> bool:
         """True if the system's error may not come again, as of memory, permissions or a network's disk."""
         cause = self.__cause__
-        return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+        errors = (None, errno.EINVAL)  # without a number it is Pillow's; a damaged file may lead before its own start
+        return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno not in errors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -233,12 +233,12 @@ def list_manifest(file_text: str, root_text: str | None, choice: ClassChoice) ->
     root = file.parent if root_text is None else expand_user(root_text)
     if not is_dir(root):
         raise UsageError(f"{root}: no such folder. dataset.root names the folder to which the paths are relative")
-    real_root = resolve_links(root)
+    real_root, full_root = resolve_links(root), root.absolute()
 
     def key_of(name: str, line: int) -> str:
         relative = Path(name)
-        if relative.is_relative_to(root.absolute()):  # also if a folder of it is a link to another place
-            relative = relative.relative_to(root.absolute())
+        if relative.is_absolute() and relative.is_relative_to(full_root):  # maybe through a link to another place
+            relative = relative.relative_to(full_root)
         if not relative.is_absolute() and ".." not in relative.parts:
             return relative.as_posix()
         real = resolve_links((root / relative).parent) / relative.name  # behind a link, .. is another folder
@@ -319,7 +319,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
     uses = Counter(part for names in parts.values() for part in set(names))
     for label, place in labels.items():
         inner = label[1:-1].strip()
-        is_item = not inner or inner.isdecimal() or inner[0] in "'\""  # a class may be `(none)`
+        is_item = not inner or inner[0] in "'\"+-.0123456789"  # a class may be `(none)`
         is_list = label[0] + label[-1] in ("[]", "{}", "()") and (is_item or len(parts[label]) > 1)
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
             raise UsageError(f"{place}: label {label!r} is a list. {SINGLE_LABEL}")

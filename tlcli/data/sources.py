@@ -169,12 +169,10 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
     make = dataset_class(spec.class_name)
     takes = inspect.signature(make).parameters
     for name in arguments:
-        if (
-            name not in takes
-            or name in ("root", "download")
-            or name.endswith(("transform", "target_type", "target_types"))
-        ):
-            raise UsageError(f"dataset: torchvision's {spec.class_name} takes no {name!r}.{did_you_mean(name, takes)}")
+        is_own = name in ("root", "download", "target_type", "target_types") or name.endswith("transform")
+        if name not in takes or is_own:
+            near = did_you_mean(name, set(takes) - {name})
+            raise UsageError(f"dataset: torchvision's {spec.class_name} takes no {name!r}.{near}")
     if "root" in takes:
         if spec.root is None:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
@@ -185,7 +183,9 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
         raise UsageError(f"dataset {spec.name}: {one_line(error)}") from error
     except (RuntimeError, OSError) as error:  # missing or incomplete
         if "download" not in takes or not spec.download:
-            remedy = "set dataset.download=true" if "download" in takes else "torchvision cannot download it"
+            remedy = "torchvision cannot download it"
+            if "download" in takes:
+                remedy = "`tlcli train` with dataset.download=true downloads it"
             problem = f"not found under {spec.root} ({one_line(error).split('. ')[0][:100]})"
             raise UsageError(f"{spec.name}: {problem}: {remedy}, or put it there") from error
     reporter.note(f"downloading {spec.name} to {arguments.get('root')}")

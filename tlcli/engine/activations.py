@@ -307,7 +307,8 @@ class Workload:
         if split_name == "train" and self.augments:
             workload, views = self.for_training, list(range(min(self.views or 0, self.epochs)))  # no epoch reads more
             # images that a small set holds out may be trained on later: by another fold, or by a refit
-            reads_both = data.folds is not None or spec.cache.views is None
+            is_small = len(data.train) + len(data.val) <= MAX_FIRST_FIT
+            reads_both = data.folds is not None or (spec.cache.views is None and is_small)
         # if training reads images, train_eval serves the probe alone
         cut = self.features_cut if split_name == "train_eval" and "train" not in cached else workload.cut
         assert isinstance(cut, Cut)

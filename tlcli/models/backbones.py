@@ -166,7 +166,7 @@ def _timm_network(
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except AssertionError as error:
-        raise UsageError(f"image.size={size}: does not suit {name} ({one_line(error)[:80]})") from error
+        raise UsageError(f"image.size={size} does not suit {name} ({one_line(error)[:80] or 'timm'})") from error
     return network
 
 
