@@ -21,6 +21,7 @@ from tlcli.transfer.cut import Cut
 MEASURE_BATCH_SIZE = 8  # images per measured step: enough to tell the formats apart in a second or two
 MIN_SPEEDUP = 1.1  # of a format that is chosen before an earlier one: similar ones must not change between runs
 MEASURE_SECONDS = 0.15  # of steps, after which a format has been measured enough in a round
+BATCH_SECONDS = 1.0  # of steps of whole batches, which tell how long a run takes
 ROUNDS = 2  # in which formats take turns: another program may disturb one of them
 NOTES = "numerics"  # name of the store's notes on choices
 
@@ -47,6 +48,20 @@ def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     return train, _fastest(workload, "evaluation", network, layout=train.memory_format)
 
 
+def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = None) -> float | None:
+    """Return the images per second of training in a format, with whole batches, which take less time per image.
+
+    Training is on images, or on activations at a cut; then it is None if that takes next to no time.
+    """
+    if cut is None:
+        module, size = workload.classifier.network, workload.train_size
+        return _fastest(workload, "training", module, [(3, size, size)], trains=True, only=option).images_per_second
+    if workload.plain_head(cut) is not None:
+        return None
+    what = f"training from {cut.suffix_start}"
+    return _fastest(workload, what, cut.suffix, cut.shapes, trains=True, only=option).images_per_second
+
+
 def _fastest(
     workload: Workload,
     what: str,
@@ -55,15 +70,18 @@ def _fastest(
     layout: torch.memory_format | None = None,
     *,
     trains: bool = False,
+    only: ComputeFormat | None = None,
 ) -> ComputeFormat:
     """Return the fastest format for `what`: steps of `module`, which is the network or a part of it.
 
     `shapes` are those of its inputs for one image; without any it takes images. A stored measurement is used again, so
-    that a result does not depend on a race. A single format is measured, too: its speed tells how long a run takes.
+    that a result does not depend on a race. `only` is measured with whole batches.
     """
-    options = allowed_formats(workload.spec.device, workload.accelerator)
+    options = [only] if only else allowed_formats(workload.spec.device, workload.accelerator)
     options = [option for option in options if layout in (None, option.memory_format)]
-    images, generator = min(MEASURE_BATCH_SIZE, max(2, workload.spec.batch_size)), torch.Generator()
+    images, generator = max(2, workload.spec.batch_size), torch.Generator()
+    if only is None:
+        images = min(MEASURE_BATCH_SIZE, images)
     shapes = shapes or [(3, *[workload.preprocessing.size] * 2)]
     inputs = tuple(torch.rand(images, *shape, generator=generator.manual_seed(0)) for shape in shapes)
     names = [option.description for option in options]
@@ -84,7 +102,8 @@ def _fastest(
     if not isinstance(speeds, dict) or speeds.keys() != set(names):
         speeds, origin = dict.fromkeys(names, 0.0), "measured"
         for name, option in [*zip(names, options, strict=True)] * (ROUNDS if len(options) > 1 else 1):
-            seconds = _measure(workload, option, module, inputs, trains=trains)
+            limit = BATCH_SECONDS if only else MEASURE_SECONDS
+            seconds = _measure(workload, option, module, inputs, limit, trains=trains)
             speeds[name] = max(speeds[name], round(images / seconds, 2))
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())
@@ -96,9 +115,15 @@ def _fastest(
 
 
 def _measure(
-    workload: Workload, option: ComputeFormat, module: nn.Module, inputs: tuple[Tensor, ...], *, trains: bool
+    workload: Workload,
+    option: ComputeFormat,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    limit: float,
+    *,
+    trains: bool,
 ) -> float:
-    """Return the seconds of the shortest of a few steps after a first one."""
+    """Return the seconds of the shortest of a few steps after a first one: of six, or of those in `limit` seconds."""
     accelerator, layout = workload.accelerator, option.memory_format
     module, network = copy.deepcopy((module, workload.classifier.network if trains else module))
     network.to(device=accelerator, memory_format=layout)  # type: ignore[call-overload]
@@ -106,7 +131,7 @@ def _measure(
     if not trains:
         module.eval()
     times: list[float] = []
-    while len(times) < 6 and sum(times[1:]) <= MEASURE_SECONDS:
+    while len(times) < 6 and sum(times[1:]) <= limit:
         start = time.perf_counter()
         mode = fast_depthwise_backward(accelerator, option.dtype) if trains else torch.inference_mode()
         with torch.random.fork_rng(devices=[]), autocast(accelerator, option.dtype), mode:

@@ -14,7 +14,7 @@ from tlcli.engine.activations import Workload, image_size, load_workload
 from tlcli.engine.decisions import Decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
-from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix
+from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix, training_speed
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
@@ -145,17 +145,21 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     spec, data = workload.spec, workload.data
     image = structs.replace(spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(spec, image=image))
-    train, evaluation = (form.images_per_second for form in measure_network(run))
+    training, evaluating = measure_network(run)
     fits = [run] if run.first_fit is None else [run, run.first_fit]
-    is_head = spec.freeze.kind == "head" and not run.augments  # the features are stored, and a step takes no time
-    n_trained = 0 if is_head else sum(fit.epochs * len(fit.data.train) for fit in fits)
-    n_evaluated = len(data.train) + (1 if is_head else run.epochs) * len(data.val) + len(data.test)  # of the probe, too
-    seconds = 0.0
-    if run.augments and run.views and isinstance(cut := run.for_training.cut, Cut):
+    n_trained, seconds = sum(fit.epochs * len(fit.data.train) for fit in fits), 0.0
+    if spec.freeze.kind == "head" and not run.augments:  # the features are stored, and a step takes no time
+        n_trained, train = 0, None
+    elif run.augments and run.views and isinstance(cut := run.for_training.cut, Cut):
         extraction = measure_extraction(run.for_training, cut)
         seconds = run.views * len(data.train) / (extraction.images_per_second or inf)
-        train = measure_suffix(run.for_training, cut, extraction).images_per_second or inf  # a linear layer
-    return (seconds + n_trained / train + n_evaluated / evaluation if train and evaluation else None), evaluation
+        train = training_speed(run.for_training, measure_suffix(run.for_training, cut, extraction), cut)
+    else:
+        train = training_speed(run, training)
+    n_epochs = run.epochs if n_trained else 1
+    n_evaluated = len(data.train) + n_epochs * len(data.val) + len(data.test)  # of the probe, too
+    evaluation = evaluating.images_per_second
+    return (seconds + n_trained / (train or inf) + n_evaluated / evaluation if evaluation else None), evaluation
 
 
 def score(
