@@ -3,7 +3,6 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,14 +18,13 @@ from tlcli.device import DTYPE_NAMES, DTYPES, ComputeFormat, autocast, cpu_has_b
 from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
-from tlcli.engine.metrics import calibrated, energy
+from tlcli.engine.metrics import calibrated, energy, without_positions
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, pixels_of
 from tlcli.runs.run_dir import RunDir, mapping
 from tlcli.specs import Precision, Tta
 from tlcli.store import Store
-from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut, split_frozen
 from tlcli.transfer.graph import full_precision
 
@@ -126,7 +124,7 @@ class Predictor(ImageMapper):
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         prefix, self._suffix, self._suffix_dtype, compiled = _pipeline(run, precision, form.dtype)
         if run.unknown is not None and isinstance(prefix, _UncutNetwork):
-            compiled = False  # else the head that `_rows` listens to would be a copy
+            compiled = False  # else the layer that `_rows` listens to would be a copy
         name = f"predict {run.classifier.name}"
         super().__init__(Extractor(name, prefix, run.preprocessing, accelerator, form, store), batch_size, compiled)
 
@@ -146,13 +144,14 @@ class Predictor(ImageMapper):
 
     def _rows(self, images: Tensor) -> Tensor:
         """Return the unknown score and the probabilities of each image, (B, 1 + classes)."""
-        unknown, head, inputs = self._run.unknown, linear_head(self._run.classifier), list[Tensor]()
-        with head.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) if head else nullcontext():
+        unknown, inputs = self._run.unknown, list[Tensor]()
+        layer = self._run.model.get_submodule(unknown.layer) if unknown else nn.Identity()
+        with layer.register_forward_pre_hook(lambda _, x: inputs.append(without_positions(x[0]))):
             logits = self._logits(self._extractor(images))
         if self._mirrors:
             logits = (logits + self._logits(self._extractor(images.flip(3)))) / 2
         n = len(images)  # inputs may have more rows, which fill a batch
-        score = energy(logits) if unknown is None else unknown(inputs[0][:n].float().cpu(), logits)
+        score = energy(logits) if unknown is None else unknown(inputs[0][:n].cpu(), logits)
         return torch.cat([score[:, None], calibrated(logits, self._run.temperature)], dim=1)
 
     def _logits(self, activations: Iterable[Tensor]) -> Tensor:

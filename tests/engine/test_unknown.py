@@ -1,12 +1,15 @@
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcli.engine.metrics import Predictions
 from tlcli.engine.unknown import UnknownScore
 from tlcli.errors import TlcliError
+from tlcli.models.tensorfile import read_tensors, write_tensors
 
 N, D, CLASSES = 400, 12, 3
 
@@ -24,7 +27,7 @@ CENTERS = torch.eye(CLASSES, D) * 6
 
 @pytest.fixture(scope="module")
 def score() -> UnknownScore:
-    found = UnknownScore.fit(*images(CENTERS, seed=0))
+    found = UnknownScore.fit("head", *images(CENTERS, seed=0))
     assert found is not None
     return found
 
@@ -58,16 +61,26 @@ def test_a_score_does_not_depend_on_the_batch(score: UnknownScore) -> None:
     torch.testing.assert_close(alone, score(x, predictions.logits)[:9], rtol=0, atol=1e-5)
 
 
+def classifier(n_features: int) -> Any:
+    network = nn.ModuleDict({"head": nn.Linear(n_features, CLASSES), "other": nn.Linear(n_features, CLASSES)})
+    return Mock(network=network, head=("head",))
+
+
 def test_too_few_images_give_no_score() -> None:
     x, predictions = images(CENTERS, seed=0, n=3 * CLASSES)
-    assert UnknownScore.fit(x, predictions) is None
+    assert UnknownScore.fit("head", x, predictions) is None
     same = torch.ones(N, D), Predictions(torch.zeros(N, CLASSES), torch.arange(N) % CLASSES)
-    assert UnknownScore.fit(*same) is None, "no covariance"
+    assert UnknownScore.fit("head", *same) is None, "no covariance"
 
 
 def test_a_file_has_the_score(score: UnknownScore, tmp_path: Path) -> None:
     score.write(file := tmp_path / "unknown.safetensors")
     x, predictions = images(CENTERS, seed=2)
-    assert torch.equal(UnknownScore.read(file, D)(x, predictions.logits), score(x, predictions.logits))
-    with pytest.raises(TlcliError, match=r"unknown.safetensors: damaged, .* for a head with 13 inputs"):
-        UnknownScore.read(file, D + 1)
+    assert torch.equal(UnknownScore.read(file, classifier(D))(x, predictions.logits), score(x, predictions.logits))
+    with pytest.raises(TlcliError, match=r"unknown.safetensors: damaged, .* for a layer head with 13 inputs"):
+        UnknownScore.read(file, classifier(D + 1))
+    write_tensors(file, read_tensors(file)[0], {})
+    assert UnknownScore.read(file, classifier(D)).layer == "head", "of a run of an earlier version"
+    write_tensors(file, read_tensors(file)[0], {"layer": "other"})
+    with pytest.raises(TlcliError, match=r"unknown.safetensors: damaged"):
+        UnknownScore.read(file, classifier(D))

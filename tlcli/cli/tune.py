@@ -59,7 +59,7 @@ SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 # Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one may take
-RANK_RUNS, MAX_SHARE = 2, 0.9
+RANK_RUNS, MAX_SHARE = 1.5, 1.0
 
 
 PARSER = Parser("tune", __doc__)

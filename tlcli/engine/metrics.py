@@ -60,17 +60,27 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
     return Predictions(ranks.gather(logits, positions, n).float(), ranks.gather(labels, positions, n))
 
 
-def features(inputs: Inputs, loader: BatchLoader, reporter: Reporter, label: str) -> tuple[Tensor, Predictions]:
-    """Return the input of the linear head for every image (not mirrored), (N, D) float32 on the CPU; predictions."""
+def features(
+    inputs: Inputs, loader: BatchLoader, reporter: Reporter, label: str, layer: nn.Module | None = None
+) -> tuple[Tensor, Predictions]:
+    """Return the input of a layer for every image (not mirrored), (N, D) float32 on the CPU; predictions.
+
+    The layer is the linear head unless given. Maps are averaged over their positions.
+    """
     classifier, device = inputs.workload.classifier, inputs.device
-    head = linear_head(classifier)
-    assert head is not None
+    layer = layer or linear_head(classifier)
+    assert layer is not None
     batches: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: batches.append(args[0].float().cpu()))
+    hook = layer.register_forward_pre_hook(lambda module, args: batches.append(without_positions(args[0]).cpu()))
     with hook, torch.compiler.set_stance("force_eager"):  # a compiled network would not call the hook
         predictions = evaluate(classifier.network, loader, device, reporter, label)
     batches = batches[:: 2 if loader.mirrors else 1]
     return device.ranks.gather(batches, loader.positions, len(loader)), predictions
+
+
+def without_positions(x: Tensor) -> Tensor:
+    """Return vectors (N, D) as they are, and maps (N, D, H, W) averaged over their positions, float32."""
+    return x.float().mean(dim=(2, 3)) if x.ndim == 4 else x.float()
 
 
 @dataclass(frozen=True)

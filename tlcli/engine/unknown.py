@@ -9,18 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcli.data.dataset import limit_per_class
 from tlcli.engine.inputs import Inputs, image_loader
 from tlcli.engine.loaders import ActivationLoader, BatchLoader
 from tlcli.engine.metrics import Predictions, energy, features
+from tlcli.models.classifier import Classifier
 from tlcli.models.tensorfile import damaged, read_tensors, write_tensors
 from tlcli.reporter import Reporter
 from tlcli.transfer.contract import linear_head
+from tlcli.transfer.cut import NoCut
 
 MIN_IMAGES, PER_CLASS, MAX_IMAGES = 500, 20, 10_000  # training images that it is fitted to, half of them for its scales
 ROWS = 4096  # scored at once
+# In EfficientNets and MobileNets of timm it widens the output of the last block, which tells unknown images better than
+# the input of the head: AUROC 0.863 against 0.852 on held-out training images of three splits of CIFAR-10
+LAST_CONVOLUTION = "conv_head"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +39,10 @@ class UnknownScore:
     means: Tensor
     whitening: Tensor
     scales: Tensor  # (2, 2): of the energy, and of the distance
+    layer: str  # of the network, whose input has the features
 
     @classmethod
-    def fit(cls, features: Tensor, predictions: Predictions) -> "UnknownScore | None":
+    def fit(cls, layer: str, features: Tensor, predictions: Predictions) -> "UnknownScore | None":
         """Return the score for features (N, D) and predictions of training images; None if they are too few.
 
         The covariance is fitted to every second image of a class, and the scales to the rest: fitted images are nearer.
@@ -55,7 +61,7 @@ class UnknownScore:
         if not covariance.trace() > 0:
             return None
         whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T.bfloat16()
-        score = cls((means @ whitening.double()).float(), whitening, torch.zeros(2, 2))
+        score = cls((means @ whitening.double()).float(), whitening, torch.zeros(2, 2), layer)
         parts = score._parts(features[scaled], predictions.logits[scaled])
         return replace(score, scales=torch.stack([parts.mean(dim=1), parts.std(dim=1).clamp(min=1e-6)], dim=1))
 
@@ -73,19 +79,25 @@ class UnknownScore:
         return torch.stack([energy(logits), distances.min(dim=1).values.double()])
 
     def write(self, path: Path) -> None:
-        write_tensors(path, vars(self), {})
+        tensors = {name: value for name, value in vars(self).items() if name != "layer"}
+        write_tensors(path, tensors, {"layer": self.layer})
 
     @classmethod
-    def read(cls, path: Path, n_features: int) -> "UnknownScore":
-        """Return the score of a file for a head with so many inputs. Raise UsageError if it is damaged."""
-        tensors = read_tensors(path)[0]
+    def read(cls, path: Path, classifier: Classifier) -> "UnknownScore":
+        """Return the score of a file for a classifier. Raise UsageError if it is damaged."""
+        tensors, metadata = read_tensors(path)
+        layer = str(metadata.get("layer", classifier.head[0]))  # without it, it is of tlcli 0.14 or earlier
+        module = dict(classifier.network.named_modules()).get(layer)
+        if layer not in (LAST_CONVOLUTION, classifier.head[0]):
+            module = None
+        n_features = getattr(module, "in_channels", getattr(module, "in_features", 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         n = next(iter(shapes.get("means", ())), 0)
         is_float = all(tensor.is_floating_point() for tensor in tensors.values())
         expected = {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}
         if n < 1 or not is_float or shapes != expected:
-            raise damaged(path, f"{shapes} for a head with {n_features:,} inputs")
-        return cls(**tensors)
+            raise damaged(path, f"{shapes} for a layer {layer} with {n_features:,} inputs")
+        return cls(**tensors, layer=layer)
 
 
 def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None:
@@ -93,6 +105,10 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
     workload, data, n_classes = inputs.workload, inputs.workload.data, len(inputs.workload.data.classes)
     if linear_head(workload.classifier) is None:
         return None
+    network, cut, layer = workload.classifier.network, workload.cut, workload.classifier.head[0]
+    last = getattr(network, LAST_CONVOLUTION, None)
+    if isinstance(last, nn.Conv2d) and (isinstance(cut, NoCut) or any(m is last for m in cut.suffix.modules())):
+        layer = LAST_CONVOLUTION
     limit = min(max(PER_CLASS, -(-MIN_IMAGES // n_classes)), max(1, MAX_IMAGES // n_classes))
     sample = limit_per_class(data.train, data.classes, limit, workload.spec.seed, "unknown score")
     loader: BatchLoader
@@ -104,10 +120,12 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
     else:
         part = replace(workload, data=replace(data, train=sample))
         loader = image_loader(part, inputs.device, "train_eval", reporter)
-    return UnknownScore.fit(*features(inputs, loader, reporter, "features for the unknown score"))
+    module = network.get_submodule(layer)
+    return UnknownScore.fit(layer, *features(inputs, loader, reporter, "features for the unknown score", module))
 
 
 def with_unknown_score(score: UnknownScore, loader: BatchLoader, inputs: Inputs, reporter: Reporter) -> Predictions:
     """Return the predictions of images that the network has not trained on, with their unknown score."""
-    x, predictions = features(inputs, loader, reporter, "images held out")
+    module = inputs.workload.classifier.network.get_submodule(score.layer)
+    x, predictions = features(inputs, loader, reporter, "images held out", module)
     return replace(predictions, unknown=score(x, predictions.logits))

@@ -133,9 +133,8 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
             raise UsageError(f"{run.info_file}: damaged (calibration.temperature: {temperature!r:.40} is not above 0)")
-        head = linear_head(classifier)
-        if head is not None and run.unknown_file.is_file():
-            unknown = UnknownScore.read(run.unknown_file, head.in_features)
+        if linear_head(classifier) is not None and run.unknown_file.is_file():
+            unknown = UnknownScore.read(run.unknown_file, classifier)
         recorded = mapping(run.info.get("unknown"))
         if (recorded.get("score") == ENERGY) == (unknown is None):
             threshold = number(recorded.get("threshold"))
