@@ -86,7 +86,7 @@ def test_a_format_that_the_machine_lacks_is_float32(run: LoadedRun, monkeypatch:
 
 @pytest.mark.parametrize("how", ["head fp32", *slow("none fp32", "stage bf16", "none bf16")])
 def test_images_held_out_have_the_unknown_score_of_the_run(trained: Callable[..., Path], how: str) -> None:
-    """Each way to divide the network finds the input of the head."""
+    """Each way to divide the network finds the features; if it is divided at the head, they are those of the head."""
     strategy, precision = how.split()
     if precision == "bf16" and not cpu_has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
@@ -94,6 +94,7 @@ def test_images_held_out_have_the_unknown_score_of_the_run(trained: Callable[...
     stored = read_predictions(RunDir(run).val_predictions)
     loaded = load_run(run)
     assert loaded.unknown is not None and stored.unknown is not None
+    assert loaded.unknown.layer == ("classifier" if strategy == "head" else "conv_head")
     predictions = predictor(loaded, batch_size=7).predict(stored.names)
     found = torch.tensor([p.unknown_score for p in predictions], dtype=torch.float64)
     torch.testing.assert_close(found, stored.unknown, rtol=0, atol=1e-3 if precision == "fp32" else 0.5)
