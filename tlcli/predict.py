@@ -204,7 +204,11 @@ def _pipeline(
             cut = split_frozen(run.model, run.preprocessing.size, names)
             if isinstance(cut, Cut) and cut.suffix_start == run.info["cache"].get("at"):
                 return cut.prefix, cut.suffix, decisions.suffix_dtype, "test" in decisions.compiled
-    cut = split_frozen(run.model, run.preprocessing.size, run.classifier.head_parameters())
+    names = run.classifier.head_parameters()
+    if run.unknown is not None:  # its layer must be in the suffix, where it is no copy
+        ordered = [name for name, _ in run.model.named_parameters()]
+        names = frozenset(ordered[next(i for i, n in enumerate(ordered) if n.startswith(f"{run.unknown.layer}.")) :])
+    cut = split_frozen(run.model, run.preprocessing.size, names)
     return (cut.prefix, cut.suffix, torch.float32, None) if isinstance(cut, Cut) else (*uncut, None)
 
 
