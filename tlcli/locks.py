@@ -197,5 +197,7 @@ def runs_on_this_machine(owner: Mapping[str, Any]) -> bool | None:
 def _process_start(pid: int) -> int | None:
     """Return when a process began, in clock ticks since the machine started (man 5 proc); None if not known here."""
     with suppress(OSError, ValueError, IndexError):
+        if str(Path("/proc/self").readlink()) != str(os.getpid()):  # that of another namespace
+            return None
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
     return None

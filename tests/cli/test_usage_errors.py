@@ -115,7 +115,7 @@ OTHERS = {
     "similar r x": "required: PATH",
     "similar nowhere x y": "nowhere: no such run directory",
     "export nowhere --to pt2 --int8": "--int8 needs --to onnx",
-    "export nowhere --to onnx --force": "--force goes with --int8",
+    "export nowhere --to timm --force": "--force goes with --int8",
     "eval": "required: RUN",
     "eval nowhere": "nowhere: no such run directory",
     "eval a b": "name one run",

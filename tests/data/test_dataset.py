@@ -156,7 +156,9 @@ def test_bad_files_are_an_error_of_five_names(make_folder: MakeFolder) -> None:
 def test_a_class_that_loses_all_is_an_error_that_names_a_bad_file(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 2, "train/b": 4, "test/a": 2, "test/b": 2})
     damage(root, "train/a/000.png", "train/a/001.png")
-    words = r"class 'a' has no training image left; .*; 2 files do not decode, .*train/a/000\.png \(not an image\)"
+    words = (
+        r"class 'a' has no training image left; .*; 2 of the files do not decode, .*train/a/000\.png \(not an image\)"
+    )
     with pytest.raises(UsageError, match=words):
         load(folder_spec(root, on_bad=OnBad.skip))
 
@@ -164,7 +166,10 @@ def test_a_class_that_loses_all_is_an_error_that_names_a_bad_file(make_folder: M
 def test_a_split_that_loses_all_is_an_error_that_names_a_bad_file(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     damage(root, "test/a/000.png", "test/b/000.png")
-    spec, found = folder_spec(root, on_bad=OnBad.skip), r".*; 2 files do not decode, .*test/a/000\.png \(not an image\)"
+    spec, found = (
+        folder_spec(root, on_bad=OnBad.skip),
+        r".*; 2 of the files do not decode, .*test/a/000\.png \(not an image\)",
+    )
     with pytest.raises(UsageError, match=f"none is left for test{found}"):
         load(spec)
     with pytest.raises(UsageError, match=f"no image is left to evaluate on{found}"):

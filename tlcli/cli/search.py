@@ -319,13 +319,16 @@ class Search:
 
     def _refit_seconds(self, run: RunDir) -> tuple[float, float]:
         """Return the expected seconds of training the recipe of a trial again on all images: once, and for each fit."""
+        from tlcli.engine.activations import MAX_FIRST_FIT
         from tlcli.engine.schedule import number_of_epochs
 
         info = run.info
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
         train = max(float(info["seconds"]["train"]), 1e-3)  # of a head on stored features almost nothing
-        once = float(self._trial_of(run)["seconds"]) - train - float(info["seconds"].get("extract", 0.0))
+        once = float(self._trial_of(run)["seconds"]) - train
+        if self._base.cache.views is None and n_all <= MAX_FIRST_FIT:  # then a refit reads what the trial has stored
+            once -= float(info["seconds"].get("extract", 0.0))
         return MARGIN * once, MARGIN * train * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
 
     def _reserve(self, n_fits: int) -> float:
@@ -411,6 +414,8 @@ class Search:
                 label = f"refit of trial {name}"
                 # the mean has the effect of interpolation, and no first fit is needed
                 words = ["interpolate=1"] if self._base.interpolate is None else []
+                if views := run.info["decisions"]["views"]:  # even if the refit alone would read them less often
+                    words.append(f"cache.views={views}")
                 if self._base.fits is None and load_spec(run).no_average is None:
                     words.append(f"fits={self._state['fits']}")
                 refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))

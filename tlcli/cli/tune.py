@@ -58,8 +58,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-# Runs in the budget, at least, for other backbones to be tried, and the share of it that a run with one may take
-RANK_RUNS, MAX_SHARE = 1.5, 1.0
+RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried
 
 
 PARSER = Parser("tune", __doc__)
@@ -206,7 +205,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         one_run = f"one run takes about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
-        choice, speed = _choose_backbone(words, budget / n_runs, session, reporter) or (choice, speed)
+        chosen = _choose_backbone(words, start + budget, n_runs, session, reporter)
+        choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
     folder, made = make_folder(folder, key if key in given else None)
@@ -232,22 +232,26 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
 
 
 def _choose_backbone(
-    words: Sequence[str], budget: float, session: "Session", reporter: Reporter
+    words: Sequence[str], end: float, n_runs: float, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
-    """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice."""
+    """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice.
+
+    So many runs with it must fit into the time until `end`.
+    """
     from tlcli.engine.ranking import best_of, score
 
     candidates = find_candidates([], words)
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
         with suppress(UsageError):  # a word may not suit another backbone: freeze.stages, image.train_size
+            max_seconds = (end - time.monotonic()) / n_runs
             # at one size; that of evaluation is chosen later
-            scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, MAX_SHARE * budget), 1)
+            scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
     if len({one.backbone for one in scores}) <= 1:
         return None
     top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
-    tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into {MAX_SHARE:.0%} of the budget"
+    tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into the budget"
     reporter.note(f"backbone: {best.backbone}, probe accuracy {best.probe.accuracy:.3f} at {best.size} px, {tied}")
     return candidates[best.backbone][0], best.images_per_second
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tlcli.device import ComputeFormat, allowed_formats, autocast, machine_name, synchronize
 from tlcli.engine.activations import Workload
 from tlcli.engine.gradients import fast_depthwise_backward
+from tlcli.errors import is_out_of_memory
 from tlcli.transfer.cut import Cut
 
 MEASURE_BATCH_SIZE = 8  # images per measured step: enough to tell the formats apart in a second or two
@@ -53,13 +54,18 @@ def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = 
 
     Training is on images, or on activations at a cut; then it is None if that takes next to no time.
     """
-    if cut is None:
-        module, size = workload.classifier.network, workload.train_size
-        return _fastest(workload, "training", module, [(3, size, size)], trains=True, only=option).images_per_second
-    if workload.plain_head(cut) is not None:
-        return None
-    what = f"training from {cut.suffix_start}"
-    return _fastest(workload, what, cut.suffix, cut.shapes, trains=True, only=option).images_per_second
+    module, what, size = workload.classifier.network, "training", workload.train_size
+    shapes: Sequence[tuple[int, ...]] = [(3, size, size)]
+    if cut is not None:
+        if workload.plain_head(cut) is not None:
+            return None
+        module, what, shapes = cut.suffix, f"training from {cut.suffix_start}", cut.shapes
+    try:
+        return _fastest(workload, what, module, shapes, trains=True, only=option).images_per_second
+    except Exception as error:
+        if is_out_of_memory(error):  # a run would fail, too, but others are to be compared
+            return option.images_per_second
+        raise
 
 
 def _fastest(
@@ -79,9 +85,8 @@ def _fastest(
     """
     options = [only] if only else allowed_formats(workload.spec.device, workload.accelerator)
     options = [option for option in options if layout in (None, option.memory_format)]
-    images, generator = max(2, workload.spec.batch_size), torch.Generator()
-    if only is None:
-        images = min(MEASURE_BATCH_SIZE, images)
+    limit = len(workload.data.train) if only else MEASURE_BATCH_SIZE
+    images, generator = min(limit, max(2, workload.spec.batch_size)), torch.Generator()
     shapes = shapes or [(3, *[workload.preprocessing.size] * 2)]
     inputs = tuple(torch.rand(images, *shape, generator=generator.manual_seed(0)) for shape in shapes)
     names = [option.description for option in options]
@@ -102,8 +107,8 @@ def _fastest(
     if not isinstance(speeds, dict) or speeds.keys() != set(names):
         speeds, origin = dict.fromkeys(names, 0.0), "measured"
         for name, option in [*zip(names, options, strict=True)] * (ROUNDS if len(options) > 1 else 1):
-            limit = BATCH_SECONDS if only else MEASURE_SECONDS
-            seconds = _measure(workload, option, module, inputs, limit, trains=trains)
+            enough = BATCH_SECONDS if only else MEASURE_SECONDS
+            seconds = _measure(workload, option, module, inputs, enough, trains=trains)
             speeds[name] = max(speeds[name], round(images / seconds, 2))
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())

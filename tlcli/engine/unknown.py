@@ -21,7 +21,7 @@ from tlcli.reporter import Reporter
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import NoCut
 
-MIN_IMAGES, PER_CLASS, MAX_IMAGES = 1000, 20, 10_000  # training images that it is fitted to, half of them for its scales
+MIN_IMAGES, PER_CLASS, MAX_IMAGES = 1000, 20, 10_000  # training images that it is fitted to, half for its scales
 ROWS = 4096  # scored at once
 # In EfficientNets and MobileNets of timm it widens the output of the last block, which tells unknown images better than
 # the input of the head: AUROC 0.863 against 0.852 on held-out training images of three splits of CIFAR-10
@@ -95,7 +95,7 @@ class UnknownScore:
         n = next(iter(shapes.get("means", ())), 0)
         is_float = all(tensor.is_floating_point() for tensor in tensors.values())
         expected = {"means": (n, n_features), "whitening": (n_features, n_features), "scales": (2, 2)}
-        if n < 1 or not is_float or shapes != expected:
+        if min(n, n_features) < 1 or not is_float or shapes != expected:
             raise damaged(path, f"{shapes} for a layer {layer} with {n_features:,} inputs")
         return cls(**tensors, layer=layer)
 
