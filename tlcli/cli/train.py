@@ -58,7 +58,6 @@ def run(argv: list[str]) -> int:
                 return launch(spec.device.processes, argv)
         is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
         path, made = make_folder(path, key if is_named else None)
-        run = RunDir(path)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
             if spec:
@@ -68,9 +67,10 @@ def run(argv: list[str]) -> int:
         except BaseException as exc:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             if not any(path.rglob(sign)):
-                for file in (run.log_file, run.config_file, run.info_file) if is_named and not is_sweep else ():
-                    file.unlink(missing_ok=True)  # they did not exist, and would be in the way of the next try
-                if is_named and not is_sweep:
+                if is_named and not is_sweep:  # these did not exist, and would be in the way of the next try
+                    run = RunDir(path)
+                    for file in (run.log_file, run.config_file, run.info_file):
+                        file.unlink(missing_ok=True)
                     shutil.rmtree(path / ".hydra", ignore_errors=True)
                 discard_folders(path, made)
             elif is_sweep:

@@ -300,7 +300,7 @@ class Workload:
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
         """Return where the rows of a split are if the splits in `cached` are read from activations of this format."""
-        spec, data, workload, views = self.spec, self.data, self, list[int | None]([None])
+        data, workload, views = self.data, self, list[int | None]([None])
         pool = split = self.split(split_name)
         label = split_name.removesuffix("_eval")
         reads_both = {"train", "train_eval"} <= set(cached) or (split_name == "train_eval" and data.folds is not None)
@@ -308,7 +308,7 @@ class Workload:
             workload, views = self.for_training, list(range(min(self.views or 0, self.epochs)))  # no epoch reads more
             # images that a small set holds out may be trained on later: by another fold, or by a refit
             is_small = len(data.train) + len(data.val) <= MAX_FIRST_FIT
-            reads_both = data.folds is not None or (spec.cache.views is None and is_small)
+            reads_both = data.folds is not None or (self.spec.cache.views is None and is_small)
         # if training reads images, train_eval serves the probe alone
         cut = self.features_cut if split_name == "train_eval" and "train" not in cached else workload.cut
         assert isinstance(cut, Cut)

@@ -87,9 +87,8 @@ class UnknownScore:
         """Return the score of a file for a classifier. Raise UsageError if it is damaged."""
         tensors, metadata = read_tensors(path)
         layer = str(metadata.get("layer", classifier.head[0]))  # without it, it is of tlcli 0.14 or earlier
-        module = dict(classifier.network.named_modules()).get(layer)
-        if layer not in (LAST_CONVOLUTION, classifier.head[0]):
-            module = None
+        modules = dict(classifier.network.named_modules())
+        module = modules.get(layer) if layer in (LAST_CONVOLUTION, classifier.head[0]) else None
         n_features = getattr(module, "in_channels", getattr(module, "in_features", 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         n = next(iter(shapes.get("means", ())), 0)
