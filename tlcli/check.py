@@ -288,7 +288,7 @@ def _verdicts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what to do, the most important first, as (fix, look or note, text)."""
     exact, near, labels, in_train = summary["exact"], summary["near"], summary["labels"], summary["counts"]["train"]
     yield from (("fix", text) for text in summary["layout"])
-    copies = "byte for byte: its accuracy is too high; remove them from one of the splits (duplicates.csv)"
+    copies = "byte for byte: its accuracy is too high; keep one of the copies (duplicates.csv)"
     alike = "(contact_sheet.png): if it is the same image, remove one"
     counted = [
         ("fix", summary["n_bad_files"], "of the files do not decode: see bad_files.csv; replace or remove them"),

@@ -22,7 +22,6 @@ from tlcli.engine.metrics import Predictions, confidence_report, evaluate, test_
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
 from tlcli.models.build import tensors_to_reinit
-from tlcli.models.classifier import Head
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
 from tlcli.runs.load import LoadedRun, load_run
@@ -81,9 +80,6 @@ def predict_split(
     session.forget_model()
     dataset, images, description, is_own = _find_images(loaded, split_name, spec, trained, session, reporter)
     classifier = loaded.classifier
-    for module in classifier.network.modules():
-        if isinstance(module, Head):
-            module.dropout = spec.backbone.dropout
     # as the network was cut in training: its pretrained tensors decide which BatchNorm is frozen
     random = tensors_to_reinit(spec.backbone.reinit, classifier) | classifier.stages[-1].tensors
     names = frozenset(classifier.network.state_dict()) - random

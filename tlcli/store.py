@@ -417,7 +417,7 @@ def _delete(folder: Path) -> int:
         folder = folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"))
     for file in _children(folder):
         file.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # on NFS an open file stays under another name; _remove_stale_drafts removes it later
         folder.rmdir()
     return nbytes
 

@@ -223,8 +223,11 @@ def load_inputs(
         place = getattr(dataset, "file", None) or dataset.root or dataset.name
         known = f"{join_limited([repr(name) for name in lost])}, which {spec.backbone.weights} knows"
         raise UsageError(f"{place}: has no images of {known}: add some, or leave them out with dataset.classes=[...]")
-    norms = workload.contract.updated_norms() if ranks.size > 1 else {}
-    if norms and accelerator.type != "cuda":
+    norms = workload.contract.updated_norms()
+    if norms and (spec.fits or 1) > 1:
+        some = f"{len(norms)} BatchNorm layers update statistics, which have no mean"
+        raise UsageError(f"fits={spec.fits}: {some}: set freeze.bn_stats=frozen or leave fits out")
+    if norms and ranks.size > 1 and accelerator.type != "cuda":
         some = f"{len(norms)} BatchNorm layers update statistics, which PyTorch synchronizes on CUDA only"
         raise UsageError(f"{some}: set freeze.bn_stats=frozen or device.processes=1")
     is_new = bool(classifier.pretrained) and not classifier.head_loaded  # features of random weights are no use

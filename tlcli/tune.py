@@ -1,5 +1,6 @@
 """A search for a better recipe: what is searched, the study, and the mean of the weights of the best recipes."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -91,10 +92,16 @@ class Study:
                 low, high = min(values.low, default), max(values.high, default)
                 self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
             else:
-                choices = dict.fromkeys((default, *values))
+                choices = dict.fromkeys((default, *values, *(recipe[key] for recipe in spec.first if key in recipe)))
                 self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))
+        lock = JournalFileOpenLock(str(file))
+        if file.exists():  # a disk that was full leaves half a line, to which Optuna would append the next one
+            lock.acquire()
+            text = file.read_bytes()
+            os.truncate(file, text.rfind(b"\n") + 1)
+            lock.release()
         try:
-            backend = JournalFileBackend(str(file), JournalFileOpenLock(str(file)))
+            backend = JournalFileBackend(str(file), lock)
             self._storage = optuna.storages.JournalStorage(backend)
             self._study: optuna.Study = optuna.create_study(
                 storage=self._storage,

@@ -126,11 +126,12 @@ def exit_status(exc: BaseException) -> tuple[int, str]:
             return 2, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}; choose another path")
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS) if exc.filename:
             return 1, one_line(f"{exc.filename}: {(exc.strerror or '').lower()}: tlcli cannot read or write there")
-        case OSError(errno=errno.ENOSPC):
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             where = f" for {exc.filename}" if exc.filename else ""
-            return 1, f"the disk is full: no space left{where}"
+            return 1, f"the disk is full, or your quota of it: no space left{where}"
     if is_out_of_memory(exc):
-        return 1, "out of memory: try a smaller batch_size, with accumulate=2 or more to keep the size of a step"
+        remedy = "set a smaller image.size or device=cpu, or with predict and embed a smaller --batch-size"
+        return 1, f"out of memory: close other programs, or {remedy}"
     if isinstance(exc, RuntimeError) and re.search(r"^unable to .*shared memory|DataLoader worker \(pid", str(exc)):
         remedy = "set device.workers=0, or give the container more shared memory (docker run --shm-size=8g)"
         return 1, f"a process that decodes images was killed: {remedy}"

@@ -73,6 +73,8 @@ def _text_as_typed(override: str) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~").partition("@")[0]
     types = leaf_types(name) or leaf_types(name.rpartition(".")[0])  # backbone.stages.stem is an entry of a dict
+    if name in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+        types = [str]
     if not equals or str not in types:
         return override
     words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)

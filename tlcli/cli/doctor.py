@@ -26,7 +26,10 @@ from tlcli.runs.run_dir import PACKAGES, installed_version
 from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
 
-OPTIONAL_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif")
+OPTIONAL_PACKAGES = (
+    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "mlflow", "wandb", "pi-heif", "optuna", "pyarrow"),
+    *("hydra-joblib-launcher", "hydra-submitit-launcher", "submitit", "ray", "starlette", "uvicorn"),
+)
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TLCLI_CACHE", "TORCH_HOME")
 LONG_BUILD_FIELDS = ("pip_packages", "conda_packages", "cpu_info")  # of torch.utils.collect_env
 MIN_FREE_BYTES = 2 * 10**9  # of disk or memory, below which there is a warning

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.text import did_you_mean
 
 
@@ -31,8 +32,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_config_dir(self) -> None:
         """Add --config-dir, as a list of words of `tlcli train`."""
+
+        def word(path: str) -> list[str]:
+            if not (folder := expand_user(path).absolute()).is_dir():
+                raise UsageError(f"--config-dir={path}: no such folder")
+            return [f"--config-dir={folder}"]
+
         names, text = ("-cd", "--config-dir"), "folder with your own options"
-        self.add_argument(*names, type=lambda path: [f"--config-dir={path}"], default=[], metavar="DIR", help=text)
+        self.add_argument(*names, type=word, default=[], metavar="DIR", help=text)
 
     def add_format(self, formats: Sequence[str] = ("table", "json")) -> None:
         """Add --format; the first format is the default."""

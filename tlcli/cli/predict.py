@@ -214,6 +214,7 @@ def _writer(
     """Yield a function that writes the row of a prediction: at once, or for a table at the end, Ctrl-C included."""
     rows: list[list[object]] = []
     header: list[str] = []  # until the first row
+    first = 0 if rejects else 1  # of the classes with columns of their own; that of `unknown` is not the prediction
 
     def write(prediction: "Prediction", map_file: Path | None) -> None:
         path, error = prediction.path, prediction.error
@@ -229,8 +230,8 @@ def _writer(
             rows.append([path, f"error: {error}" if error else answer, p, mark, then])
             return
         if form == "csv":
-            cells: list[Any] = [certainty, *(cell for pair in top_classes[1:] for cell in pair)]
-            cells += [None] * (2 * top - 1 - len(cells)) + [prediction.unknown_score, prediction.is_unknown]
+            cells: list[Any] = [certainty, *(cell for pair in top_classes[first:] for cell in pair)]
+            cells += [None] * (2 * (top - first) + 1 - len(cells)) + [prediction.unknown_score, prediction.is_unknown]
             header.append(csv_line([path, answer, *cells, *[str(map_file or "")] * has_maps, error]))
             file.writelines(header)
             header.clear()
@@ -246,7 +247,7 @@ def _writer(
     if form == "csv":
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-        more = [title for n in range(2, top + 1) for title in (f"class_{n}", f"probability_{n}")]
+        more = [title for n in range(first + 1, top + 1) for title in (f"class_{n}", f"probability_{n}")]
         more += ["unknown_score", "unknown", *["heatmap"] * has_maps, "error"]
         header.append(csv_line(["path", "prediction", "probability", *more]))
     try:

@@ -23,7 +23,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.conf_files import files_for
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.table import number_text, table_lines, terminal_columns
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.text import did_you_mean, duration_text, size_text
 
@@ -89,11 +89,17 @@ def run(argv: list[str]) -> int:
     with reporter.track("ranking", len(candidates), "backbones") as advance:
         for name, (_, spec) in candidates.items():
             limits = arguments.per_class, arguments.max_images
-            scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
+            try:
+                scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
+            except TlcliError as exc:
+                if names or (not scores and name == list(candidates)[-1]):
+                    raise
+                print(f"{name}: {exc}", file=sys.stderr, flush=True)
             advance(1)
     chosen = choose(scores)
     own = others if chosen.train_size == chosen.size else [*others, f"image.train_size={chosen.train_size}"]
-    command = shlex.join(["tlcli", "train", *candidates[chosen.backbone][0], f"image.size={chosen.size}", *own])
+    size = f"image.size={chosen.size}"
+    command = shlex.join(["tlcli", "train", *arguments.config_dir, *candidates[chosen.backbone][0], size, *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
     ranking = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
     if plot is not None:
@@ -120,14 +126,15 @@ def run(argv: list[str]) -> int:
 
 def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:
     """Return an object of --format json."""
+    is_published = spec.backbone.weights == "default"
     return {
         "backbone": score.backbone,
         "size": score.size,
         "accuracy": score.probe.accuracy,
         "standard_error": score.standard_error,
         "tied": not best.probe.beats(score.probe),
-        "imagenet_top1": spec.backbone.imagenet_top1,
-        "license": spec.backbone.license,
+        "imagenet_top1": spec.backbone.imagenet_top1 if is_published else None,
+        "license": spec.backbone.license if is_published else None,
         "weights_bytes": 4 * score.parameters,
         "images_per_second": score.images_per_second,
         "run_seconds": score.seconds,

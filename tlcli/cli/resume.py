@@ -11,7 +11,7 @@ from msgspec import structs
 from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
-from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags
+from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags, resolve_paths
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, led_ranks, rank_and_size
 from tlcli.cli.launchers import living_jobs, running_jobs
@@ -150,7 +150,9 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         with record_status(run):
             prepare_resume(run, state, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
             if spec != before:
-                run.write_config(OmegaConf.to_yaml(to_plain(spec)))
+                values = to_plain(spec)
+                resolve_paths(values, Path.cwd())  # of words of this command; the run may have begun elsewhere
+                run.write_config(OmegaConf.to_yaml(values))
             reporter = TerminalReporter(f"backbone={spec.backbone.name}")
             ends = [10 * (s.epochs or 0) for s in (before, spec)]  # as if an epoch had ten steps
             factors = [[lr_factor(spec.scheduler, i, end, 10) for i in range(ends[0])] for end in ends]

@@ -70,7 +70,8 @@ class TrialReporter(TerminalReporter):
 
     def epoch(self, row: EpochRow) -> None:
         super().epoch(row)
-        value, percent = getattr(row, f"val_{self._search.metric}"), round(100 * row.epoch / row.epochs)
+        # in steps of ten percent, because Optuna compares values of the same step
+        value, percent = getattr(row, f"val_{self._search.metric}"), 10 * (10 * row.epoch // row.epochs)
         is_within = value is not None and 0 < row.epoch < row.epochs
         if is_within and self._is_hopeless and self._is_hopeless(percent, value):
             raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
@@ -100,7 +101,7 @@ class Search:
         self._n_running = 0  # trials, of all workers
         self._shown: set[str] = set()  # trials whose line has been shown
         self._read_space()
-        self._session = session or session_for(self._base.cache)
+        self._session = session or session_for(self.base.cache)
 
     @property
     def left(self) -> float:
@@ -123,7 +124,7 @@ class Search:
 
     def run(self) -> None:
         """Try recipes while there is time, train the best ones again, average them, and test the result."""
-        data, network, budget = self._base.dataset.name, self._base.backbone.name, self._state["budget"]
+        data, network, budget = self.base.dataset.name, self.base.backbone.name, self._state["budget"]
         self.reporter.show(f"tlcli {__version__}: {data} -> {network}, a search of {duration_text(budget)}")
         self._sign()
         heartbeat.add(self._worker_file)
@@ -144,12 +145,14 @@ class Search:
     def leave(self, status: str) -> bool:
         """End this worker before the search ends; return True if another one may be running."""
         if self.trial is not None:
-            self._study.put_back(self.trial.number)
+            with suppress(OSError):  # a full disk, as below
+                self._study.put_back(self.trial.number)
         has_others = self._sign_off()
         if not has_others:
             with suppress(OSError, ValueError):  # a full disk must not hide the error that it caused
                 self._state = read_json(self.folder / STATE_FILE)
                 self.save(status)
+                leaderboard.write(self.folder)
         return has_others
 
     def _spent_now(self) -> float:
@@ -183,7 +186,7 @@ class Search:
         if self._state["defaults"] is None:
             self._set_defaults()
         file, minimize = self.folder / JOURNAL_FILE, self.metric == "loss"
-        self._study = Study(self._spec, self._state["defaults"], file, seed=self._base.seed, minimize=minimize)
+        self._study = Study(self._spec, self._state["defaults"], file, seed=self.base.seed, minimize=minimize)
         self._shown = {trial["name"] for trial in self._study.ended()}
 
     def _catch_up(self) -> None:
@@ -226,7 +229,7 @@ class Search:
             self.deadline = self._reserve(1)
 
     def _job_of(self, name: str) -> RunDir:
-        return RunDir(self.folder / name / (REFIT if self._base.folds else ""))
+        return RunDir(self.folder / name / (REFIT if self.base.folds else ""))
 
     def _end_lost_job(self, name: str) -> None:
         for file in (self.folder / name).rglob("run.json"):
@@ -254,12 +257,12 @@ class Search:
 
         ranked, n = self._ranked(), self._spec.average
         members = ranked[:1]
-        if self._base.folds is None:
+        if self.base.folds is None:
             members = choose_members(ranked[: 2 * n], n, load_spec(ranked[0]), self._session, self.reporter)
             if self._state["val_fraction"] is not None:
                 once, fits = zip(*map(self._refit_seconds, members), strict=True)
                 n = min(n, int((self.left - FINAL_SECONDS - sum(once)) / mean(fits)))
-                self._state["fits"] = 1 if self._base.fits else max(1, n // len(members))
+                self._state["fits"] = 1 if self.base.fits else max(1, n // len(members))
         self._state["importances"] = self._study.importances()
         self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
         self.save()
@@ -268,8 +271,8 @@ class Search:
         from tlcli.tune import TuneSpec
 
         self._spec = msgspec.convert(self._state["space"], TuneSpec)
-        self._base = self._compose(self._state["image"])[1]
-        self.metric = self._base.keep_best.value
+        self.base = self._compose(self._state["image"])[1]
+        self.metric = self.base.keep_best.value
 
     def _compose(self, words: list[str]) -> tuple[Any, TrainSpec]:
         flags = parse_flags([*self._state["words"], *words])
@@ -281,18 +284,20 @@ class Search:
         from tlcli.engine.ranking import STEP, choose_image, new_workload, takes_size
         from tlcli.tune import SIZE_KEY
 
-        workload = new_workload(self._base, self._session, self.reporter)
+        workload = new_workload(self.base, self._session, self.reporter)
         image, reason = choose_image(workload, self.reporter)
         if reason is not None:
             self.reporter.note(f"image: {image.size} px, {image.fit}: {reason}")
         words = [f"image.size={image.size}", f"image.fit={image.fit}"]
         if image.train_size is not None:
             words.append(f"image.train_size={image.train_size}")
-        config, self._base = self._compose(words)
+        if self.base.fits is None and workload.contract.updated_norms():  # statistics of BatchNorm have no mean
+            words.append("fits=1")
+        config, self.base = self._compose(words)
         choices, defaults, space = config.hydra.runtime.choices, {}, {}
         for key, values in self._spec.space.items():
             default = choices[key] if key in choices else OmegaConf.select(config, key, default=...)
-            if default is ... or (key in ("min_steps", "min_epochs") and self._base.epochs is not None):
+            if default is ... or (key in ("min_steps", "min_epochs") and self.base.epochs is not None):
                 continue  # the chosen options do not have this key
             defaults[key], space[key] = default, values
         size = image.train_size or image.size
@@ -327,9 +332,9 @@ class Search:
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
         train = max(float(info["seconds"]["train"]), 1e-3)  # of a head on stored features almost nothing
         once = float(self._trial_of(run)["seconds"]) - train
-        if self._base.cache.views is None and n_all <= MAX_FIRST_FIT:  # then a refit reads what the trial has stored
+        if self.base.cache.views is None and n_all <= MAX_FIRST_FIT:  # then a refit reads what the trial has stored
             once -= float(info["seconds"].get("extract", 0.0))
-        return MARGIN * once, MARGIN * train * (self._base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
+        return MARGIN * once, MARGIN * train * (self.base.fits or 1) * n_seen / (info["epochs"] * info["n_train"])
 
     def _reserve(self, n_fits: int) -> float:
         """Return the seconds that the end takes with this number of fits: these, comparisons and the test."""
@@ -350,10 +355,14 @@ class Search:
         n = sum(t["status"] != "lost" for t in self._state["trials"]) + self._n_running
         is_first = n == 0
         has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(self._spec.average)
-        return has_time and (limit is None or n < limit)
+        return has_time and (limit is None or n < limit) and not (self._ranked() and self._keeps_failing())
+
+    def _keeps_failing(self) -> bool:
+        last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][-MAX_FAILURES:]
+        return last == ["failed"] * MAX_FAILURES
 
     def _run_trial(self, trial: "optuna.trial.Trial") -> None:
-        """Train a recipe, and record how it ended. Raise the error of the first trial, or of several in a row."""
+        """Train a recipe, and record how it ended. Raise the error of the first, or of several if none is done."""
         recipe, name, held_out = trial.user_attrs["recipe"], str(trial.number), self._state["val_fraction"]
         words = [] if held_out is None else [f"dataset.val_fraction={held_out}"]
 
@@ -361,16 +370,16 @@ class Search:
             trial.report(value, percent)
             return trial.should_prune()
 
-        reporter = TrialReporter(self, f"trial {name}", None if self._base.folds else is_hopeless)
+        reporter = TrialReporter(self, f"trial {name}", None if self.base.folds else is_hopeless)
         start, value, status, error, total = self.left, None, "done", "", 0.0
+        failure: Exception | None = None
         try:
             info = self._train(name, recipe, words, reporter).info
             value = float(info["best"][self.metric])
             total = _seconds_of(info)
         except Exception as exc:
-            status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
-            last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][1 - MAX_FAILURES :]
-            if not last or (status == "failed" and last == ["failed"] * (MAX_FAILURES - 1)):
+            status, error, failure = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1], exc
+            if all(trial["status"] == "lost" for trial in self._study.ended()):
                 raise
         with defer_interrupts:
             seconds = max(start - self.left, total)  # part of it may have been before an interruption
@@ -378,6 +387,9 @@ class Search:
             self.trial = None
         if status == "lost":  # while this worker was suspended
             self._end_lost_job(name)
+        self._read_trials()
+        if failure is not None and not self._ranked() and self._keeps_failing():
+            raise failure
 
     def _train(self, name: str, recipe: Mapping[str, Any], words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
@@ -402,7 +414,7 @@ class Search:
         from tlcli.tune import average_runs, predict_mean
 
         members = [RunDir(self.folder / name) for name in self._state["members"]]
-        final = members[0] if self._base.folds is not None else RunDir(self.folder / MEAN)
+        final = members[0] if self.base.folds is not None else RunDir(self.folder / MEAN)
         if not final.info_file.exists():
             validation = predict_mean(members, load_spec(members[0]), self._session, self.reporter)
             refits: list[RunDir] = []
@@ -413,12 +425,16 @@ class Search:
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"
                 # the mean has the effect of interpolation, and no first fit is needed
-                words = ["interpolate=1"] if self._base.interpolate is None else []
+                words = ["interpolate=1"] if self.base.interpolate is None else []
                 if views := run.info["decisions"]["views"]:  # even if the refit alone would read them less often
                     words.append(f"cache.views={views}")
-                if self._base.fits is None and load_spec(run).no_average is None:
+                if self.base.fits is None and load_spec(run).no_average is None:
                     words.append(f"fits={self._state['fits']}")
-                refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
+                try:
+                    refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
+                except (TlcliError, RuntimeError) as exc:  # RuntimeError: memory; the trials are still there
+                    self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
+                    continue
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
             average_runs(refits or members, final, validation)
         spec = load_spec(final)
@@ -436,13 +452,14 @@ class Search:
         if info.get("test"):
             low, high = info["test"]["accuracy_ci95"]
             test = f"accuracy {info['test']['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
-        n_members, refit = len(info.get("averaged", ())), self._base.folds or self._state["val_fraction"] is not None
+        averaged = info.get("averaged", ())
+        n_members, refit = len(averaged), self.base.folds or any(name.startswith("refit-") for name in averaged)
         made = f"the mean of the weights of {n_members} runs" if n_members > 1 else "the best recipe"
         place = self.folder / REFIT if (self.folder / REFIT).exists() else final.path
         self.reporter.leaderboard(self.folder, board)
         self.reporter.show_labelled(
             ("trials", ", ".join(f"{n} {status}" for status, n in counts.items() if n)),
-            ("folds" if self._base.folds else "validation", f"{validation}, so it is too high on average"),
+            ("folds" if self.base.folds else "validation", f"{validation}, so it is too high on average"),
             ("test", test),
             ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
             ("best", f"{shown_path(place)}: {made}{', trained on all images' if refit else ''}"),

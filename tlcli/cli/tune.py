@@ -40,12 +40,11 @@ from tlcli.cli.resume import still_running
 from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
-from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import read_json
 from tlcli.specs import all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
@@ -98,7 +97,6 @@ def run(argv: list[str]) -> int:
                 discard_folders(search.folder, made)
             if search.folder.exists():
                 has_others = search.leave("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed")
-                leaderboard.write(search.folder)
                 if isinstance(exc, KeyboardInterrupt):
                     flag, hint = "--resume", "resume with"
                     if has_others:
@@ -149,9 +147,9 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
 
 def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
     """Return the search space of conf/tune/NAME.yaml, or of the user's own folder, if there is one."""
-    from tlcli.tune import TuneSpec
+    from tlcli.tune import SIZE_KEY, TuneSpec
 
-    files = {file.stem: file for path in (*folders, conf_dir()) for file in sorted(path.glob("tune/*.yaml"))}
+    files = {file.stem: file for path in (conf_dir(), *folders) for file in sorted(path.glob("tune/*.yaml"))}
     if name not in files:
         hint = did_you_mean(name, files) or f" Choose from {', '.join(sorted(files))}."
         raise UsageError(f"tune={name}: there is no such search space.{hint}")
@@ -160,9 +158,13 @@ def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
     known = [*all_keys(), *ConfFiles(*folders).groups]
-    for key in [*spec.space, *(key for recipe in spec.first for key in recipe)]:
+    for key in spec.space:
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
+        if spec.average > 1 and (key.partition(".")[0] == "backbone" or key in ("image.size", "image.fit")):
+            raise UsageError(f"{files[name]}: networks that differ in {key} have no mean; set average: 1")
+    for key in [key for recipe in spec.first for key in recipe if key not in (*spec.space, SIZE_KEY)]:
+        raise UsageError(f"{files[name]}: first has {key}, which space does not have")
     return spec
 
 
@@ -179,9 +181,9 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         from tlcli.engine.activations import image_size
         from tlcli.engine.ranking import candidate_sizes, expected_seconds, new_workload
         from tlcli.engine.session import session_for
-    folders = [Path(word.partition("=")[2]).absolute() for word in arguments.config_dir]
+    folders = [Path(word.partition("=")[2]) for word in arguments.config_dir]
     tune_spec = read_tune_spec(["default", *values["tune"]][-1], folders)
-    words = [*(f"--config-dir={folder}" for folder in folders), *tune_spec.overrides, *words]
+    words = [*arguments.config_dir, *tune_spec.overrides, *words]
     flags = parse_flags(words)
     config, _ = compose_config(flags)
     spec = one_process(build_spec(config, flags.files))
@@ -202,9 +204,12 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         n_runs = 2 - val_fraction  # a trial and its refit
     need, choice = n_runs * (seconds or 0.0) + time.monotonic() - start, list[str]()
     if budget < need:
-        one_run = f"one run takes about {duration_text(need)} on this machine"
+        what = "a trial and its refit take" if n_runs > 1 and spec.folds is None else "one run takes"
+        one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
-    if not {"backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
+    is_chosen = {"backbone", "backbone.name", "backbone.weights"} & given  # or by an experiment
+    is_chosen |= config.hydra.runtime.choices["backbone"] != flags.files.defaults["backbone"]
+    if not is_chosen and budget >= RANK_RUNS * need:
         chosen = _choose_backbone(words, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
@@ -221,7 +226,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         "val_fraction": val_fraction,
         "space": msgspec.to_builtins(tune_spec.without(given)),
         "defaults": None,  # values of the keys of the space in a run with default settings
-        "image": [],  # words that choose the image size and fit of all trials
+        "image": [],  # words of all trials: the image size and fit, and fits=1 if several have no mean
         "trials": [],  # that have ended; study.journal has all
         "fits": 1,  # trainings on all images of each recipe that is averaged
         "members": None,  # trials whose recipes are averaged
@@ -243,7 +248,7 @@ def _choose_backbone(
     candidates = find_candidates([], words)
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
-        with suppress(UsageError):  # a word may not suit another backbone: freeze.stages, image.train_size
+        with suppress(TlcliError):  # a word may not suit another backbone: freeze.stages, image.train_size
             max_seconds = (end - time.monotonic()) / n_runs
             # at one size; that of evaluation is chosen later
             scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
@@ -273,8 +278,13 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
                         raise still_running(file.parent, info)
         if arguments.resume and state["best"] is not None:
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
+        if not Path(state["cwd"]).is_dir():
+            raise UsageError(f"{folder}: was started in {state['cwd']}, which is no folder here; make it first")
         os.chdir(state["cwd"])
-        return Search(folder, state, start, TerminalReporter(), None)
+        search = Search(folder, state, start, TerminalReporter(), None)
+        if state["best"] is None:
+            check(search.base)
+        return search
     except (OSError, ValueError, KeyError, TypeError) as exc:
         reason = getattr(exc, "strerror", None) or f"{type(exc).__name__}: {one_line(exc)}"
         raise UsageError(f"{folder / STATE_FILE}: not the file of a search, or damaged ({reason})") from exc

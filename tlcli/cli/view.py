@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tlcli.cli.table import number_text, table_lines
 from tlcli.reporter import EpochRow, Reporter, RunPlan
-from tlcli.text import duration_text, labelled, shown_path
+from tlcli.text import duration_text, labelled, one_line, shown_path
 
 log = logging.getLogger("tlcli")
 log.setLevel(logging.INFO)
@@ -50,9 +50,9 @@ class Screen(Console):
         self.live_bars = terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
-        """Stop writing to stdout, whose reader has gone. The run continues: run.log has everything."""
+        """Stop writing to a reader that has gone. The run continues: run.log has everything."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class RateColumn(ProgressColumn):
@@ -206,8 +206,8 @@ class TerminalReporter(Reporter):
         self.show_labelled(("sweep", shown_path(folder)))
 
     def show_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
-        """Show each value behind its label, without those that are empty."""
-        for line in (line for label, value in rows if value for line in labelled(label, value, self._wrap)):
+        """Show each value behind its label, without those that are empty. Classes may have names with control codes."""
+        for line in (line for label, value in rows if value for line in labelled(label, one_line(value), self._wrap)):
             self.show(Text(line, style=style))
 
     def show_table(self, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

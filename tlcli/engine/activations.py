@@ -219,8 +219,9 @@ class Workload:
 
     @cached_property
     def fits(self) -> int:
-        """The trainings from the same start whose weights are averaged."""
-        return self.spec.fits or (FITS if self.has_first_fit and self.spec.no_average is None else 1)
+        """The trainings from the same start whose weights are averaged; statistics of BatchNorm cannot be."""
+        can_average = self.has_first_fit and self.spec.no_average is None and not self.contract.updated_norms()
+        return self.spec.fits or (FITS if can_average else 1)
 
     @property
     def has_first_fit(self) -> bool:
@@ -284,8 +285,8 @@ class Workload:
     def plain_head(self, cut: Cut) -> nn.Linear | None:
         """Return the head if the suffix of the cut is one plain linear layer and nothing else."""
         head = linear_head(self.classifier)
-        # a subclass may do more, and tlcli's head has dropout
-        is_plain = type(head) in (nn.Linear, Float32Linear) or (isinstance(head, Head) and head.dropout == 0)
+        # a subclass may do more, and dropout may be in the head or, in timm's networks, before it
+        is_plain = type(head) in (Float32Linear, Head) and not self.spec.backbone.dropout
         if head is None or not is_plain or cut.suffix_start != self.classifier.head[0]:
             return None
         return head if cut.shapes == ((head.in_features,),) else None

@@ -55,9 +55,10 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
         state = fit_probe(head, x, y, penalty)
         if known:
             reason += f"; rows of {head.out_features - len(known):,} new classes are its"
+            rows = torch.tensor(known, device=head.weight.device)
             for name, tensor in state.items():
-                own = initial[name][known]  # softmax does not see what is added to all rows, so that is free to choose
-                state[name] = (tensor + (own - tensor[known]).mean(dim=0)).index_copy(0, torch.tensor(known), own)
+                own = initial[name][rows]  # softmax does not see what is added to all rows, so that is free to choose
+                state[name] = (tensor + (own - tensor[rows]).mean(dim=0)).index_copy(0, rows, own)
         return reason, state
 
     ranks, reason = inputs.device.ranks, ""

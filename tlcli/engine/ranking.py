@@ -22,7 +22,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import Fit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
-from tlcli.transfer.probe import CrossValidation, choose_penalty
+from tlcli.transfer.probe import FOLDS, CrossValidation, choose_penalty
 
 SHARE, STEP = 5 / 7, 32  # of the backbone's size: 160 of 224 pixels, half of its FLOPs
 MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
@@ -193,9 +193,9 @@ def score(
         if max_seconds is not None and (seconds or 0) > max_seconds:
             continue
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
-        probe = cross_validate_probe(replace(workload, data=sample), image, reporter, len(sample.train))
+        probe = cross_validate_probe(replace(workload, data=sample), image, reporter, per_class * len(data.classes))
         if probe is None:
-            raise UsageError("rank: fewer than two classes have two training images each; there is nothing to compare")
+            raise UsageError(f"rank: fewer than two classes have {FOLDS} training images each, one for each fold")
         n_parameters = count(classifier.network.parameters())
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
 

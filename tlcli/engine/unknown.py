@@ -112,10 +112,10 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
             layer = LAST_CONVOLUTION
     limit = min(max(PER_CLASS, -(-MIN_IMAGES // n_classes)), max(1, MAX_IMAGES // n_classes))
     sample = limit_per_class(data.train, data.classes, limit, workload.spec.seed, "unknown score")
-    loader: BatchLoader
-    if {"train", "train_eval"} <= inputs.cached.keys():  # else train_eval has features of the network as it was
-        loader = inputs.open("train_eval", reporter)
-        assert isinstance(loader, ActivationLoader)
+    # unless train is cached, train_eval has features of the network as it was
+    is_cached = {"train", "train_eval"} <= inputs.cached.keys()
+    loader: BatchLoader | None = inputs.open("train_eval", reporter) if is_cached else None
+    if isinstance(loader, ActivationLoader):
         chosen = torch.from_numpy(np.flatnonzero(np.isin(data.train.indices, sample.indices)))
         loader = replace(loader, rows=loader.rows[chosen], labels=loader.labels.cpu()[chosen])
     else:

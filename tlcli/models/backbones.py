@@ -98,7 +98,7 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         import torchvision
 
         weights = torchvision.models.get_model_weights(self.name).DEFAULT
-        return f"torchvision's {weights}", dict(weights.get_state_dict(check_hash=True))
+        return f"torchvision's {weights}", dict(weights.get_state_dict(check_hash=True, weights_only=True))
 
     def _stages(self, network: "nn.Module") -> "tuple[Stage, ...]":
         """Return the stages. Raise UsageError unless each tensor is in exactly one."""
@@ -129,7 +129,13 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
     def is_local(cls, name: str) -> bool:
         from tlcli.models.build import cached_models
 
-        return name in cached_models("timm")
+        cached = cached_models("timm")
+        if cached and "." not in name:  # timm's default weights
+            import timm
+
+            config = timm.get_pretrained_cfg(name)
+            name = str(config and config.hf_hub_id).rpartition("/")[2]
+        return name in cached
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         """Return timm's weights, resampled by timm to this image size, without the head."""

@@ -36,8 +36,8 @@ class FreezeContract:
 
     def updated_norms(self) -> dict[str, _NormBase]:
         """Return the BatchNorm layers whose statistics follow the batches of training, by name."""
-        self.train_mode()
-        return {name: m for name, m in self._network.named_modules() if isinstance(m, _NormBase) and m.training}
+        frozen = {module for frozen in self._frozen_modules.values() for module in frozen.modules()}
+        return {n: m for n, m in self._network.named_modules() if isinstance(m, _NormBase) and m not in frozen}
 
     def synchronize_norms(self) -> None:
         """Replace them by layers that take the statistics of a batch over all ranks. Names of tensors stay."""

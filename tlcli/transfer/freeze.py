@@ -131,7 +131,8 @@ class BiasSpec(FreezeSpec, frozen=True, tag="bias"):
 
     def trainable(self, classifier: "Classifier") -> frozenset[str]:
         names = classifier.parameter_names()
-        return classifier.head_parameters() | {name for name in names if name.rpartition(".")[2] == "bias"}
+        # also in_proj_bias of torch.nn.MultiheadAttention, and q_bias and v_bias of timm's attention
+        return classifier.head_parameters() | {name for name in names if name.endswith("bias")}
 
 
 @option
