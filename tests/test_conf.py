@@ -92,6 +92,12 @@ def test_a_key_whose_type_is_text_takes_it_as_typed(word: str, spec: Compose) ->
         assert getattr(getattr(spec(word), part), name) == TEXT[word]
 
 
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"])
+@pytest.mark.parametrize("name", ["2024_01_15", "it's here"])
+def test_a_folder_of_runs_has_the_name_that_was_typed(key: str, name: str) -> None:
+    assert OmegaConf.select(compose_config(parse_flags([f"{key}={name}"]))[0], key) == name
+
+
 def test_a_sweep_over_text_takes_it_as_typed(spec: Compose) -> None:
     (override,) = parse_flags(["-m", "dataset.classes=[true,false],[1,2]"]).overrides
     jobs = [f"dataset.classes={value}" for value in parse_override(override, FILES).sweep_string_iterator()]

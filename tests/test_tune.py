@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tlcli.errors import UsageError
 from tlcli.tune import STARTUP_TRIALS, WARMUP_PERCENT, Bounds, Study, TuneSpec
@@ -45,6 +46,12 @@ def test_first_recipes_that_are_alike_without_the_keys_that_were_given_are_tried
     for number in range(2):
         study = Study(spec, defaults, tmp_path / "study.journal", seed=0, minimize=False)
         assert (recipe_of(study.next_trial("a")) == defaults) == (number == 0)
+
+
+def test_a_first_recipe_may_have_a_value_that_the_list_lacks(tmp_path: Path) -> None:
+    spec = structs.replace(SPEC, first=({"augment": "heavy"},))
+    study = Study(spec, DEFAULTS, tmp_path / "study.journal", seed=0, minimize=False)
+    assert recipe_of(study.next_trial("a")) == {**DEFAULTS, "augment": "heavy"}
 
 
 def test_workers_share_numbers_and_draw_different_recipes(study_of: Callable[..., Study]) -> None:
@@ -88,6 +95,14 @@ def test_a_lost_trial_is_queued_again_under_another_number(study_of: Callable[..
     assert len(again) == 1 and again[0].number > lost.number
     assert other.ended()[n_before]["status"] == "lost" and other.ended()[n_before]["value"] is None
     assert lost.number not in study.running()
+
+
+def test_half_a_line_at_the_end_of_the_journal_is_cut(study_of: Callable[..., Study], tmp_path: Path) -> None:
+    study_of().next_trial("a")
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"')
+    assert study_of().next_trial("b").number == 1
+    assert study_of().running() == {0: "a", 1: "b"}
 
 
 def test_a_damaged_journal_is_named(study_of: Callable[..., Study], tmp_path: Path) -> None:

@@ -85,21 +85,23 @@ class Study:
         self._sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
         self._distributions: dict[str, Any] = {}
         for key, values in spec.space.items():
-            default = defaults[key]
+            own = [defaults[key], *(recipe[key] for recipe in spec.first if key in recipe)]
             if isinstance(values, Bounds):
-                if isinstance(default, bool) or not isinstance(default, int | float):
-                    raise UsageError(f"space: {key}={default} is no number, so that it cannot have bounds")
-                low, high = min(values.low, default), max(values.high, default)
+                numbers = [value for value in own if isinstance(value, int | float) and not isinstance(value, bool)]
+                if numbers != own:
+                    raise UsageError(f"space: {key}={own[0]} is no number, so that it cannot have bounds")
+                low, high = min(values.low, *numbers), max(values.high, *numbers)
                 self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
             else:
-                choices = dict.fromkeys((default, *values, *(recipe[key] for recipe in spec.first if key in recipe)))
+                choices = dict.fromkeys((own[0], *values, *own[1:]))
                 self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))
         lock = JournalFileOpenLock(str(file))
         if file.exists():  # a disk that was full leaves half a line, to which Optuna would append the next one
             lock.acquire()
-            text = file.read_bytes()
-            os.truncate(file, text.rfind(b"\n") + 1)
-            lock.release()
+            try:
+                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+            finally:
+                lock.release()
         try:
             backend = JournalFileBackend(str(file), lock)
             self._storage = optuna.storages.JournalStorage(backend)

@@ -50,6 +50,7 @@ def test_planted_faults_are_verdicts(found: Path) -> None:
     (fix_files, fix_test), look = ([t for kind, t in summary["verdicts"] if kind == k] for k in ("fix", "look"))
     assert fix_files.startswith("1 of the files do not decode")
     assert fix_test.startswith("1 of test also in train or val, byte for byte")
+    assert fix_test.endswith("keep one of the copies (duplicates.csv)")
     assert any("check contact_sheet.png" in line for line in look)
     assert "files that are not images by their names are left out: .txt (1)" in summary["notes"]
     assert summary["exact"]["test_in_train_or_val"] == 1

@@ -1,7 +1,9 @@
 """`tlcli doctor`: every check reports something, none hides another, and nothing says who the user is."""
 
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -38,6 +40,13 @@ def test_neither_home_nor_user_is_in_the_output(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(doctor.getpass, "getuser", lambda: "alice")
     assert doctor.redact(f"{tmp_path}/.cache and {tmp_path}") == "~/.cache and ~"
     assert doctor.redact("/data/alice/x, /data/malice/x") == "/data/$USER/x, /data/malice/x"
+
+
+def test_the_packages_of_all_extras_are_listed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: words for name, words in project["optional-dependencies"].items() if name not in ("weights", "dev")}
+    named = {re.split("[^a-z-]", word)[0] for words in extras.values() for word in words}
+    assert named == {*doctor.OPTIONAL_PACKAGES}
 
 
 def test_a_broken_torch_is_the_answer(monkeypatch: pytest.MonkeyPatch, tlcli: Tlcli) -> None:

@@ -210,8 +210,10 @@ def test_reject_answers_unknown_above_the_threshold(tlcli: Tlcli, run: str, phot
         assert [row["prediction"] == "unknown" for row in rejected] == unknown
         assert all(row["prediction"] == row["top"][0][0] for row in plain)
         assert [row["probability"] is None for row in rejected] == unknown
-        table = csv.DictReader(io.StringIO(tlcli("predict", str(own), *images, "--reject", "--format=csv").out))
+        table = [*csv.DictReader(io.StringIO(tlcli("predict", str(own), *images, "--reject", "--format=csv").out))]
         assert [row["probability"] == "" for row in table] == unknown
+        found = [[row["class_1"], float(row["probability_1"])] for row in table]
+        assert found == [row["top"][0] for row in rejected], "the most likely class, also of a rejected image"
     monkeypatch.setattr(sys, "stdout", stdout := Terminal())
     assert main(["predict", str(own), *images, "--reject"]) == 0
     assert len([line for line in stdout.getvalue().splitlines() if " unknown " in line]) == 1

@@ -2,13 +2,38 @@
 
 import json
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Tlcli
+from tests.engine.test_ranking import scored
+from tlcli.cli import rank
 from tlcli.cli.compose import compose_spec
 from tlcli.data.images import ImageFiles
+from tlcli.errors import TlcliError
+
+LITES = ["efficientnet_lite0", "efficientnet_lite1"]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """unmeasured("a"): two backbones are on this machine, and get the same score without a measurement; a fails."""
+
+    def use(*damaged: str) -> None:
+        def score(name: str, *args: object):
+            if name in damaged:
+                raise TlcliError("checksum differs")
+            yield replace(scored(90, 10), backbone=name)
+
+        find = rank.find_candidates
+        monkeypatch.setattr(rank, "find_candidates", lambda names, words: find(names or LITES, words))
+        monkeypatch.setattr(rank, "has_weights", lambda spec: True)
+        monkeypatch.setattr("tlcli.engine.ranking.score", score)
+
+    return use
 
 
 @pytest.mark.slow
@@ -48,6 +73,34 @@ def test_only_what_is_here_is_ranked_and_a_download_is_announced(tlcli: Tlcli, s
     assert ranked == ["efficientnet_lite0"]
     ended = tlcli("rank", *words, "backbone=resnet18")
     assert ended.err.startswith("resnet18: its weights will be downloaded, about 46.8 MB\n")
+
+
+def test_the_command_has_the_folder_of_ones_own_options(tlcli: Tlcli, unmeasured, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("mine").mkdir()
+    unmeasured()
+    ended = tlcli("rank", "--config-dir=~/mine", "dataset=digits", f"backbone={LITES[0]}", "--format=json")
+    assert f"--config-dir={tmp_path / 'mine'}" in shlex.split(json.loads(ended.out)["next"]), ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "damaged", "code"), [([], LITES[:1], 0), ([], LITES, 1), ([f"backbone={','.join(LITES)}"], LITES[:1], 1)]
+)
+def test_a_backbone_that_fails_ends_a_ranking_if_it_was_named(tlcli: Tlcli, unmeasured, words, damaged, code) -> None:
+    unmeasured(*damaged)
+    ended = tlcli("rank", "dataset=digits", *words, "--format=json")
+    assert ended.code == code and "checksum differs" in ended.err, ended.err
+    if code == 0:
+        assert [row["backbone"] for row in json.loads(ended.out)["ranking"]] == LITES[1:]
+        assert ended.err == f"{LITES[0]}: checksum differs\n"
+
+
+@pytest.mark.parametrize(("weights", "is_known"), [("default", True), ("none", False)])
+def test_facts_of_published_weights_are_not_those_of_others(tlcli: Tlcli, unmeasured, weights: str, is_known) -> None:
+    unmeasured()
+    words = ["dataset=digits", f"backbone={LITES[0]}", f"backbone.weights={weights}"]
+    row = json.loads(tlcli("rank", *words, "--format=json").out)["ranking"][0]
+    assert [row[key] is not None for key in ("imagenet_top1", "license")] == [is_known, is_known]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,19 @@ def test_relative_paths_are_those_of_the_folder_of_the_run(tlcli, training, tmp_
     assert seen == [str(tmp_path / "weights.pth")]
 
 
+def test_a_relative_path_typed_to_resume_is_that_of_the_folder_it_is_typed_in(
+    tlcli, training, tmp_path: Path, shapes: Path, monkeypatch
+) -> None:
+    training(stops)
+    assert tlcli("train", "dataset=imagefolder", f"dataset.root='{shapes}'", "hydra.run.dir=run").code == 130
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/moved").symlink_to(shapes)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    training(finished)
+    assert tlcli("train", "--resume", "../run", "dataset.root=moved").code == 0
+    assert RunDir(tmp_path / "run").config()["dataset"]["root"] == str(tmp_path / "elsewhere/moved")
+
+
 @pytest.mark.parametrize(
     ("uri", "resolved"),
     [

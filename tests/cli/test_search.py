@@ -1,8 +1,10 @@
 """Workers of one search: they share numbers, trials and time, and one takes over what another one left."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from tlcli import locks, tune
 from tlcli.cli import search
 from tlcli.cli.compose import compose_spec
-from tlcli.cli.search import LOST, STATE_FILE, Search
+from tlcli.cli.search import LOST, MAX_FAILURES, STATE_FILE, Search, TrialReporter
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import TlcliError
+from tlcli.reporter import EpochRow
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 
 N_TRIALS = 7
@@ -69,6 +72,7 @@ def job(path: Path, status: str) -> RunDir:
     run = RunDir(path)
     run.start(command="tlcli train", overrides=[], config="")
     run.update(status=status, keep_best="accuracy", best={"accuracy": 0.5, "epoch": 1}, n_train=1, n_val=1, epochs=1)
+    run.update(decisions={"views": 0})
     return run
 
 
@@ -186,6 +190,89 @@ def test_a_worker_that_leaves_puts_its_trial_back(worker: Callable[[], Worker], 
     assert read_json(tmp_path / STATE_FILE)["status"] == "interrupted"
     worker().run()
     assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
+
+
+def test_a_full_disk_does_not_hide_the_error_that_ends_a_worker(worker: Callable[[], Worker], monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = worker()
+    begin(one)
+    monkeypatch.setattr(one._study, "put_back", full)
+    monkeypatch.setattr(search.leaderboard, "write", full)
+    assert not one.leave("failed")
+
+
+def too_large(*args: object) -> RunDir:
+    raise TlcliError("too large")
+
+
+def test_recipes_that_keep_failing_end_the_trials(worker: Callable[[], Worker], tmp_path, monkeypatch) -> None:
+    one = worker()
+    train = one._train
+    monkeypatch.setattr(one, "_train", lambda name, *args: train(name, *args) if name == "0" else too_large())
+    one.run()
+    assert trials(tmp_path) == [("0", "done"), *((str(1 + i), "failed") for i in range(MAX_FAILURES))]
+    assert read_json(tmp_path / STATE_FILE)["status"] == "done"
+
+
+def test_if_no_recipe_works_the_error_is_raised_and_a_resume_tries_others(worker, tmp_path, monkeypatch) -> None:
+    one = worker()
+    begin(one)
+    for _ in range(MAX_FAILURES - 1):
+        one._study.tell(one.trial.number, None, "failed")
+        one.trial = one._study.next_trial(one._worker_file.name)
+    monkeypatch.setattr(one, "_train", too_large)
+    with pytest.raises(TlcliError, match="too large"):
+        one._run_trial(one.trial)
+    one.leave("failed")
+    worker().run()
+    statuses = [status for _, status in trials(tmp_path)]
+    assert statuses == ["failed"] * MAX_FAILURES + ["done"] * (N_TRIALS - MAX_FAILURES)
+
+
+@pytest.mark.parametrize(
+    ("errors", "averaged"),
+    [
+        ({"refit-0": TlcliError("damaged")}, ["refit-1"]),
+        ({"refit-0": TlcliError("damaged"), "refit-1": RuntimeError("out of memory")}, ["0", "1"]),
+    ],
+)
+def test_a_refit_that_fails_is_left_out(worker, monkeypatch, errors: dict[str, Exception], averaged: list[str]) -> None:
+    def train(name: str, *args: object) -> RunDir:
+        if name in errors:
+            raise errors[name]
+        return RunDir(one.folder / name)
+
+    one, names = worker(), []
+    one.run()
+    monkeypatch.setattr(search, "load_spec", lambda run: one.base)
+    monkeypatch.setattr(tune, "predict_mean", lambda *args: None)
+    monkeypatch.setattr(tune, "average_runs", lambda runs, *args: names.extend(run.path.name for run in runs))
+    monkeypatch.setattr(one, "_train", train)
+    monkeypatch.setattr(one, "_session", SimpleNamespace(dataset=lambda *args: SimpleNamespace(test=())))
+    with one._lock.held():
+        Search._finish(one)
+    assert names == averaged
+
+
+def test_values_are_compared_at_multiples_of_ten_percent(worker: Callable[[], Worker]) -> None:
+    percents: list[int] = []
+    reporter = TrialReporter(worker(), "trial 0", lambda percent, value: percents.append(percent) is not None)
+    for epoch in range(8):
+        reporter.epoch(EpochRow(epoch, 7, *[0.5] * 8, best=False))
+    assert percents == [10, 20, 40, 50, 70, 80]
+
+
+@pytest.mark.parametrize(("norms", "fits"), [({}, None), ({"bn1": "its module"}, 1)])
+def test_batch_norms_whose_statistics_are_updated_have_one_fit(tmp_path, monkeypatch, norms, fits: int | None) -> None:
+    workload = SimpleNamespace(contract=SimpleNamespace(updated_norms=lambda: norms))
+    image = SimpleNamespace(size=32, fit="crop", train_size=None)
+    monkeypatch.setattr("tlcli.engine.ranking.new_workload", lambda *args: workload)
+    monkeypatch.setattr("tlcli.engine.ranking.choose_image", lambda *args: (image, None))
+    one = Search(tmp_path, {**STATE, "defaults": None}, search.time.monotonic(), TerminalReporter(), None)
+    one._set_defaults()
+    assert one.base.fits == fits
 
 
 def test_one_that_lost_the_lock_stops(worker: Callable[[], Worker]) -> None:

@@ -7,17 +7,24 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.conftest import Tlcli
+from tests.cli.test_search import STATE
+from tests.conftest import Notes
+from tests.engine.test_ranking import scored
 from tlcli import evaluate, tune
+from tlcli.cli.tune import SCHEMA_VERSION, _choose_backbone, read_tune_spec
+from tlcli.errors import TlcliError, UsageError
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.load import load_run
-from tlcli.runs.run_dir import RunDir, read_predictions, write_json
+from tlcli.runs.run_dir import RunDir, read_json, read_predictions, write_json
 
 SPACE = """\
 # Two keys
@@ -53,6 +60,20 @@ def space(tmp_path: Path) -> list[str]:
 def words(shapes: Path, space: list[str]) -> list[str]:
     data = ["dataset=imagefolder", f"dataset.root={shapes}"]
     return [*space, *data, "backbone=efficientnet_lite0", "device.precision=fp32"]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Take 100 s as the time of a run, and end a search before it starts. Return what stands for the workload."""
+    workload = SimpleNamespace(data=SimpleNamespace(val=()), first_fit=None)
+
+    def end(*args: Any) -> None:
+        raise UsageError("the search would start now")
+
+    monkeypatch.setattr("tlcli.engine.ranking.new_workload", lambda *args: workload)
+    monkeypatch.setattr("tlcli.engine.ranking.expected_seconds", lambda *args: (100.0, 50.0))
+    monkeypatch.setattr("tlcli.cli.tune.Search", end)
+    return workload
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
@@ -243,11 +264,13 @@ def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[st
         (("--join", "{folder}", "--resume", "{folder}"), "not allowed with"),
         (("--join", "{folder}/none"), "not the file of a search, or damaged (No such file or directory)"),
         (("--join", "{folder}", "seed=1"), "seed=1: a search continues as it was started; leave it out"),
-        (("--join", "{folder}", "-cd", "own"), "--config-dir=own: a search continues as it was started; leave it out"),
+        (("--join", "{folder}", "-cd", "own"), "/own: a search continues as it was started; leave it out"),
+        (("--join", "{folder}", "-cd", "nowhere"), "--config-dir=nowhere: no such folder"),
         (("--join", "{folder}", "budget=1h"), "was started by another version of tlcli"),
     ],
 )
 def test_usage_errors_of_workers(tlcli: Tlcli, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
+    (tmp_path / "own").mkdir()
     write_json(tmp_path / "tune.json", {"schema_version": 1, "command": "tlcli tune budget=1h", "best": None})
     ended = tlcli("tune", *(word.format(folder=tmp_path) for word in words))
     assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
@@ -303,6 +326,76 @@ def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path
         file.write_text(text)
         ended = tlcli("tune", *words, "budget=1h")
         assert ended.code == 2 and str(file) in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (("{augment: none}", "{ema: 0.9}"), "small.yaml: first has ema, which space does not have"),
+        (("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]"), "differ in backbone have no mean"),
+        (("label_smoothing: [0.0, 0.1]", "image.size: [32, 64]"), "differ in image.size have no mean; set average: 1"),
+    ],
+)
+def test_a_space_whose_recipes_cannot_be_tried_is_refused(tmp_path: Path, space, change, error: str) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace(*change))
+    with pytest.raises(UsageError, match=error):
+        read_tune_spec("small", [tmp_path / "own"])
+
+
+def test_a_space_of_ones_own_replaces_the_default(tmp_path: Path, space: list[str]) -> None:
+    (tmp_path / "own/tune/default.yaml").write_text(SPACE)
+    assert read_tune_spec("default", [tmp_path / "own"]) == read_tune_spec("small", [tmp_path / "own"])
+
+
+@pytest.mark.parametrize(
+    ("first_fit", "what"), [(None, "a trial and its refit take about"), ("one", "one run takes about")]
+)
+def test_a_budget_that_is_too_short_is_told_what_it_must_hold(tlcli, space, unmeasured, first_fit, what: str) -> None:
+    unmeasured.first_fit = first_fit
+    ended = tlcli("tune", *space, "dataset=digits", "budget=90s")
+    assert ended.code == 2 and f"budget=90s: {what}" in ended.err, ended.err
+
+
+@pytest.mark.parametrize(("extra", "n_choices"), [((), 1), (("experiment=mine",), 0)])
+def test_the_backbone_of_an_experiment_is_kept(
+    tlcli: Tlcli, space: list[str], tmp_path: Path, unmeasured, monkeypatch, extra: tuple[str, ...], n_choices: int
+) -> None:
+    (tmp_path / "own/experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /backbone: efficientnet_lite1\n"
+    (tmp_path / "own/experiment/mine.yaml").write_text(text)
+    choices: list[tuple] = []
+    monkeypatch.setattr("tlcli.cli.tune._choose_backbone", lambda *args: choices.append(args))
+    ended = tlcli("tune", *space, "dataset=digits", "budget=1h", *extra)
+    assert "the search would start now" in ended.err and len(choices) == n_choices, ended.err
+
+
+def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(name: str, *args: Any):
+        if name == "damaged":
+            raise TlcliError("checksum differs")
+        yield replace(scored(90, 10), backbone=name)
+
+    specs = {n: SimpleNamespace(backbone=SimpleNamespace(imagenet_top1=n)) for n in (70, 80, 90)}
+    found = {"worse": (["w"], specs[70]), "damaged": (["d"], specs[90]), "better": (["b"], specs[80])}
+    monkeypatch.setattr("tlcli.engine.ranking.score", score)
+    monkeypatch.setattr("tlcli.cli.tune.find_candidates", lambda *args: found)
+    assert _choose_backbone([], 0.0, 1, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--join"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"cwd": "/gone"}, "was started in /gone, which is no folder here; make it first"),
+        ({"words": ["dataset=imagefolder", "dataset.root=gone"]}, "gone: no such folder"),
+    ],
+)
+def test_nothing_is_recorded_if_the_data_or_the_start_folder_is_gone(tlcli, tmp_path, flag, change, error) -> None:
+    state = {**STATE, "schema_version": SCHEMA_VERSION, "command": "tlcli tune", "cwd": str(tmp_path), **change}
+    write_json(tmp_path / "tune.json", state)
+    ended = tlcli("tune", flag, str(tmp_path))
+    assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
+    assert read_json(tmp_path / "tune.json") == state and not list(tmp_path.rglob("run.json"))
 
 
 def test_without_a_search_there_is_nothing_to_resume(tlcli: Tlcli, tmp_path: Path) -> None:

@@ -114,11 +114,23 @@ def test_everything_shown_is_logged(caplog, terminal, monkeypatch: pytest.Monkey
         assert text in logged
 
 
-def test_a_closed_pipe_does_not_stop_the_run(monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(("closed", "other"), [("stdout", "stderr"), ("stderr", "stdout")])
+def test_a_closed_pipe_stops_neither_the_run_nor_the_other_stream(closed, other, monkeypatch, caplog, tmp_path) -> None:
     caplog.set_level(logging.INFO, "tlcli")
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
-    show(TerminalReporter())
-    sys.stdout.close()  # as Python does at exit: nothing is left that it could not write
+    monkeypatch.setattr(sys, closed, os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, other, (tmp_path / "other.txt").open("w"))
+    show(TerminalReporter(on_stderr=closed == "stderr"))
+    print("a row", file=getattr(sys, other))
+    for name in (closed, other):
+        getattr(sys, name).close()  # as Python does at exit: nothing is left that it could not write
+    assert (tmp_path / "other.txt").read_text() == "a row\n"
     assert caplog.records[-1].message.strip().startswith("tlcli train ")
+
+
+def test_control_codes_in_names_of_classes_reach_neither_the_terminal_nor_the_log(capsys, caplog) -> None:
+    caplog.set_level(logging.INFO, "tlcli")
+    TerminalReporter().show_labelled(("confused", f"{ESCAPE}[31mred taken for {ESCAPE}]0;title\abee (3)"))
+    for text in (capsys.readouterr().out, caplog.records[-1].message):
+        assert "red taken for" in text and not {ESCAPE, "\a"} & {*text}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tlcli.engine.decisions import decide, follow
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import ActivationLoader, ImageLoader
 from tlcli.engine.session import Session
+from tlcli.engine.unknown import UnknownScore, fit_unknown_score
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit
 from tlcli.store import CacheEntry, Column, Store, cache_dir
@@ -159,6 +161,23 @@ def test_a_run_that_lost_its_views_reads_what_it_reads_when_resumed(planner: Pla
         inputs.open(name, Reporter())
     resumed = Inputs(follow(inputs.decisions, workload, Reporter(), NAMES), workload)
     assert resumed.cache_info["entries"] == inputs.cache_info["entries"]
+
+
+def test_the_unknown_score_is_fitted_to_images_if_activations_cannot_be_written(planner: Planner, monkeypatch) -> None:
+    workload = planner.workload()
+    inputs = Inputs(decide(workload), workload)
+    assert {"train", "train_eval"} <= inputs.cached.keys()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(activations.SplitActivations, "entry", Mock(side_effect=full))
+    monkeypatch.setattr(UnknownScore, "fit", lambda layer, features, predictions: len(features))
+    assert fit_unknown_score(inputs, Reporter()) == len(workload.data.train)
+
+
+@pytest.mark.parametrize(("rate", "is_plain"), [(0.0, True), (0.5, False)])
+def test_a_head_behind_dropout_is_not_one_linear_layer_alone(planner: Planner, rate: float, is_plain: bool) -> None:
+    """In timm's networks dropout is a function before the head, so that it is in the suffix."""
+    workload = planner.workload(f"backbone.dropout={rate}")
+    assert (workload.plain_head(workload.cut) is not None) == is_plain
 
 
 # -- rows

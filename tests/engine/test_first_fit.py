@@ -99,8 +99,11 @@ def test_there_is_none_with_validation_images_a_given_share_or_random_weights(lo
 def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
     workload = load("epochs=3").workload
     assert (workload.fits, workload.epochs, workload.first_fit.epochs) == (2, 6, 3)
-    for words in (("fits=1",), ("interpolate=1",), ("ema=0.9",), ("freeze.bn_stats=update",)):
+    updates = "backbone.reinit=[blocks.4]"  # statistics of BatchNorm, which were not loaded
+    for words in (("fits=1",), ("interpolate=1",), ("ema=0.9",), ("freeze.bn_stats=update",), (updates,)):
         assert load(*words, "epochs=3").workload.epochs == 3, words
+    with pytest.raises(UsageError, match=r"^fits=2: \d+ BatchNorm layers update statistics, .* leave fits out$"):
+        load(updates, "fits=2")
     assert load("interpolate=1", "fits=4", "epochs=3").workload.epochs == 12
 
 

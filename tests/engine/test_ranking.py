@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import Compose
@@ -13,10 +14,11 @@ from tlcli.engine import ranking
 from tlcli.engine.activations import Workload
 from tlcli.engine.ranking import Score, choose, choose_image
 from tlcli.engine.session import Session
+from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
-from tlcli.transfer.probe import CrossValidation
+from tlcli.transfer.probe import CrossValidation, choose_penalty
 
 
 @pytest.fixture
@@ -109,6 +111,26 @@ def scored(n_right: int, seconds: float, n: int = 100) -> Score:
 
 def test_the_error_is_that_of_a_share() -> None:
     assert scored(80, 1).standard_error == pytest.approx(0.04)
+
+
+def test_the_sample_has_the_images_of_a_class_even_if_another_one_has_few(workload, monkeypatch) -> None:
+    def probe(workload: Workload, image, reporter: Reporter, max_images: int) -> CrossValidation | None:
+        labels = torch.from_numpy(workload.data.train.labels)
+        return choose_penalty(torch.randn(len(labels), 4), labels, 0, max_images)
+
+    own = workload("image.size=32")
+    many, few = (np.flatnonzero(own.data.train.labels == i) for i in range(2))
+    monkeypatch.setattr(ranking, "cross_validate_probe", probe)
+    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0))
+
+    def score(n_few: int) -> Score:
+        train = own.data.train.take(np.concatenate([many, few[:n_few]]))
+        monkeypatch.setattr(ranking, "new_workload", lambda *args: replace(own, data=replace(own.data, train=train)))
+        return next(ranking.score("name", own.spec, [], (50, 2000), own.session, Reporter()))
+
+    assert len(score(5).probe.correct) == len(many) + 5
+    with pytest.raises(UsageError, match="fewer than two classes have 5 training images each"):
+        score(4)
 
 
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:

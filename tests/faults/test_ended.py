@@ -42,4 +42,4 @@ def test_a_full_disk_at_any_moment() -> None:
         assert not one["traceback"] and one["best"] is not False
         if one["code"]:
             assert len(one["said"]) == 1
-            assert one["said"][0].startswith("tlcli train: the disk is full: no space left")
+            assert one["said"][0].startswith("tlcli train: the disk is full, or your quota of it: no space left")

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from tlcli.errors import TlcliError
 from tlcli.models import build
+from tlcli.models.backbones import TimmBackboneSpec
 from tlcli.models.build import cached_models, verify_published
 
 NAME = "mobilenetv3_small_050.lamb_in1k"
@@ -42,6 +43,8 @@ def test_what_was_published_is_taken(hub: Path) -> None:
     verify_published(MODEL)
     verify_published("timm/another")
     assert cached_models("timm") == [NAME]
+    plain = NAME.partition(".")[0]  # the name without that of its default weights
+    assert [TimmBackboneSpec.is_local(name) for name in (NAME, plain, "mobilenetv3_small_075")] == [True, True, False]
 
 
 def test_another_file_of_the_same_size_is_refused(hub: Path) -> None:

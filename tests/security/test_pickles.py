@@ -5,17 +5,19 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from torchvision.models import ResNet18_Weights
 
 from tests.conftest import TINY, slow
 from tests.data.samples import torchvision_spec
 from tests.security.conftest import COMMANDS
 from tlcli.cli import main
 from tlcli.errors import TlcliError, UsageError
-from tlcli.models.build import read_weights
+from tlcli.models.build import published_weights, read_weights
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
 
@@ -65,6 +67,17 @@ def test_weights_with_a_payload_are_refused(way: str, name: str, canary: Path, t
     assert not canary.exists()
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_published_weights_of_torchvision_with_a_payload_are_refused(spec, canary, tmp_path, monkeypatch) -> None:
+    """A file that is there is not compared with its digest: it may be another's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / Path(ResNet18_Weights.DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    WAYS["beside tensors"](Payload(canary), file)
+    with pytest.raises(TlcliError, match="the weights of resnet18"):
+        published_weights(spec("backbone=resnet18").backbone, Mock(), 2, 32)
+    assert not canary.exists()
 
 
 def test_a_torchscript_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

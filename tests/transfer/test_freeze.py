@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from timm.models.beit import Beit
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from tests.conftest import Compose
 from tlcli.errors import FrozenTensorError, UsageError
 from tlcli.models.build import build_model
-from tlcli.models.classifier import Classifier
+from tlcli.models.classifier import Classifier, Stage
 from tlcli.transfer.contract import apply_freeze
 
 CLASSES = ("a", "b")
@@ -56,6 +59,21 @@ def test_what_trains(spec: Compose, model: Classifier, words: str) -> None:
     assert spec(*words.split()).freeze.trainable(model) == HEAD | {name for name in names if TRAINS[words](name)}
 
 
+VITS = {
+    "torchvision": partial(VisionTransformer, 32, 16, 1, 2, 8, 16),
+    "timm": partial(Beit, 32, embed_dim=8, depth=1, num_heads=2),
+}
+
+
+@pytest.mark.parametrize(("library", "biases"), [("torchvision", {"in_proj_bias"}), ("timm", {"q_bias", "v_bias"})])
+def test_biases_of_attention_train_by_whatever_name(spec: Compose, library: str, biases: set[str]) -> None:
+    network = VITS[library]()
+    model = Classifier(library, network, (), (Stage("head", frozenset()),), 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    found = spec("freeze=bias").freeze.trainable(model)
+    assert biases < {name.rpartition(".")[2] for name in found}
+    assert found == {n for n, p in network.named_parameters() if p.ndim == 1 and not n.endswith("weight")}
+
+
 @pytest.mark.parametrize(
     ("words", "frozen"),
     [("weights=none", ()), ("reinit=[blocks.0]", ("conv_stem", "bn1")), ("reinit=[head]", EARLY)],
@@ -95,6 +113,16 @@ def test_statistics_of_layers_that_train_and_of_frozen_ones(spec: Compose, model
         {"blocks.6", "bn2.running_mean", "bn2.running_var", "bn2.num_batches_tracked"} if updates else set()
     )
     contract.verify()
+
+
+def test_the_layers_that_update_statistics_are_those_of_training_whatever_the_mode(spec: Compose, model) -> None:
+    contract = apply_freeze(spec("freeze=last_stages", "freeze.bn_stats=update").freeze, model)
+    model.network.eval()
+    updated = contract.updated_norms()
+    assert not any(module.training for module in model.network.modules()), "the modes are as before"
+    contract.train_mode()
+    norms = {n: m for n, m in model.network.named_modules() if isinstance(m, nn.BatchNorm2d) and m.training}
+    assert norms and updated == norms
 
 
 def test_auto_updates_statistics_that_were_not_loaded(spec: Compose) -> None:

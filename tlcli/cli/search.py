@@ -51,6 +51,7 @@ class TrialReporter(TerminalReporter):
     def __init__(self, search: "Search", label: str, is_hopeless: Callable[[int, float], bool] | None = None) -> None:
         super().__init__(quiet=True)
         self._search, self._label, self._is_hopeless = search, label, is_hopeless
+        self._percent = 0  # of the epochs, at the last value that was compared
 
     @contextmanager
     def track(self, label: str, total: int | None, unit: str = "images") -> Iterator[Callable[[int], None]]:
@@ -72,9 +73,10 @@ class TrialReporter(TerminalReporter):
         super().epoch(row)
         # in steps of ten percent, because Optuna compares values of the same step
         value, percent = getattr(row, f"val_{self._search.metric}"), 10 * (10 * row.epoch // row.epochs)
-        is_within = value is not None and 0 < row.epoch < row.epochs
-        if is_within and self._is_hopeless and self._is_hopeless(percent, value):
-            raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
+        if value is not None and self._percent < percent < 100 and self._is_hopeless:
+            self._percent = percent
+            if self._is_hopeless(percent, value):
+                raise StoppedError(f"{value:.4f} after {percent} % of the epochs is worse than the median")
 
 
 class Search:
@@ -433,6 +435,7 @@ class Search:
                 try:
                     refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
                 except (TlcliError, RuntimeError) as exc:  # RuntimeError: memory; the trials are still there
+                    self._check_lock()
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")

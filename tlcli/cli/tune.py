@@ -161,9 +161,10 @@ def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
     for key in spec.space:
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
-        if spec.average > 1 and (key.partition(".")[0] == "backbone" or key in ("image.size", "image.fit")):
+        if spec.average > 1 and key in ("backbone", "backbone.name", "backbone.weights", "image.size", "image.fit"):
             raise UsageError(f"{files[name]}: networks that differ in {key} have no mean; set average: 1")
-    for key in [key for recipe in spec.first for key in recipe if key not in (*spec.space, SIZE_KEY)]:
+    searched = {*spec.space, *([SIZE_KEY] if spec.sizes else [])}
+    for key in [key for recipe in spec.first for key in recipe if key not in searched]:
         raise UsageError(f"{files[name]}: first has {key}, which space does not have")
     return spec
 
@@ -207,9 +208,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         what = "a trial and its refit take" if n_runs > 1 and spec.folds is None else "one run takes"
         one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
-    is_chosen = {"backbone", "backbone.name", "backbone.weights"} & given  # or by an experiment
-    is_chosen |= config.hydra.runtime.choices["backbone"] != flags.files.defaults["backbone"]
-    if not is_chosen and budget >= RANK_RUNS * need:
+    if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
         chosen = _choose_backbone(words, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"

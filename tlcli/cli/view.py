@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tlcli.cli.table import number_text, table_lines
 from tlcli.reporter import EpochRow, Reporter, RunPlan
-from tlcli.text import duration_text, labelled, one_line, shown_path
+from tlcli.text import duration_text, labelled, shown_path, strip_control_chars
 
 log = logging.getLogger("tlcli")
 log.setLevel(logging.INFO)
@@ -207,8 +207,9 @@ class TerminalReporter(Reporter):
 
     def show_labelled(self, *rows: tuple[str, str], style: str = "") -> None:
         """Show each value behind its label, without those that are empty. Classes may have names with control codes."""
-        for line in (line for label, value in rows if value for line in labelled(label, one_line(value), self._wrap)):
-            self.show(Text(line, style=style))
+        for label, value in rows:
+            for line in labelled(label, value, self._wrap) if value else ():
+                self.show(Text(strip_control_chars(line), style=style))
 
     def show_table(self, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Show a table, wrapped to the width of a terminal."""

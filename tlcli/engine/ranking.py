@@ -180,7 +180,7 @@ def score(
     data, classifier = workload.data, workload.classifier
     if linear_head(classifier) is None:
         raise UsageError(f"backbone={backbone}: its head is not one linear layer, so that no probe can rank it")
-    per_class = min(limits[0], max(2, limits[1] // len(data.classes)))
+    per_class = max(2, min(limits[0], limits[1] // len(data.classes)))
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
     own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
     for size in own:

@@ -131,6 +131,8 @@ def published_weights(spec: BackboneSpec, classifier: Classifier, n_classes: int
         raise
     except Exception as error:  # of both libraries, the hub's client, its HTTP library, safetensors and unpickling
         reason = str(error.reason if isinstance(error, URLError) else error).split("\n")[0]
+        if type(error).__name__ == "UnpicklingError":  # its text says how to load the file all the same
+            reason = f"their file in {torch.hub.get_dir()}/checkpoints is damaged: remove it"
         advice = "Offline, set backbone.weights=FILE or backbone=efficientnet_lite0, whose weights are installed."
         raise TlcliError(f"cannot download the weights of {spec.name} ({reason}). {advice}") from error
     return PretrainedWeights(source, state)
