@@ -105,6 +105,8 @@ def test_shards_are_the_entry_of_one_process(shards: int, words: tuple[str, ...]
     assert sum(rows) == sum(entry.bounds[-1] for entry in plan.entries) == sum(map(len, inputs.sources()))
     assert complete(plan, store) == []
     assert digests_of(store) == digests_of(one.store)  # and nothing is left of the shards
+    lists = {f"{key}.json" for entry in plan.entries for key in entry.shard_keys.values()}
+    assert not lists & {path.name for path in store.plans.iterdir()}
     assert {e.key: e.metadata for e in store.entries()} == {e.key: e.metadata for e in one.store.entries()}
 
 
@@ -145,6 +147,14 @@ def test_images_that_change_end_the_shard_and_the_next_plan_has_no_shards_of_the
     _, other, _ = planned(3)
     kept = {key for entry in other.entries for key in entry.shard_keys.values()}
     assert {entry.key for entry in store.entries()} <= kept
+
+
+def test_shards_of_another_number_of_shards_are_removed(planned) -> None:
+    file, plan, store = planned(3)
+    fill_shard(file, 0, 1.0)
+    assert store.entries()
+    file, plan, _ = planned(2)
+    assert store.entries() == [] and complete(plan, store) == [0, 1]
 
 
 def test_a_machine_that_would_compute_other_rows_is_refused(planned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +230,9 @@ def test_a_run_reads_what_an_array_job_has_filled(photos: Path, tmp_path, monkey
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(shard)}
         done = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, cwd="/")
         assert done.returncode == 0, done.stderr
+        assert main(["cache", "fill", *words, "--shards", "3", "--engine", "slurm"]) == 0
+        array = {2: "#SBATCH --array=0,1\n", 0: "#SBATCH --array=1\n", 1: "the cache has "}[shard]
+        assert array in capsys.readouterr().out
     assert f"tlcli train {' '.join(words)} freeze=head" in done.stdout
     monkeypatch.setattr(activations.SplitActivations, "_extract", lambda *args: pytest.fail("a run extracts"))
     run = finish(tmp_path / "run", *words, "freeze=head")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tlcli.ray_tasks import ray_cluster, run_tasks
+from tlcli.reporter import Reporter
 
 
 def invert(number: float, folder: str) -> float:
@@ -39,8 +40,8 @@ def test_tasks(tmp_path: Path) -> None:
         assert sum(cpus) >= 1 and signal.getsignal(signal.SIGTERM) is handler
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         arguments = [(n, str(tmp_path)) for n in (4, 0, 1, 2)]
-        results = dict(run_tasks(invert, arguments, cpus=1, gpus=0, max_retries=1))
-        (index, first), *_ = run_tasks(invert, arguments[:1], cpus=1, gpus=0, max_retries=0)
+        results = dict(run_tasks(invert, arguments, Reporter(), cpus=1, gpus=0, max_retries=1))
+        (index, first), *_ = run_tasks(invert, arguments[:1], Reporter(), cpus=1, gpus=0, max_retries=0)
     assert results[0] == 0.25 and results[2] == 1 and (index, first) == (0, 0.25)
     assert isinstance(results[1], ZeroDivisionError) and isinstance(results[3], ray.exceptions.WorkerCrashedError)
 

@@ -97,10 +97,6 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
     inputs = load_inputs(spec, session, reporter, NewRun())
     store, workload = session.store, inputs.workload
     file, entries = plan_file(store, spec, shards), list[PlannedEntry]()
-    missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
-    present = sum(entry.nbytes for entry in store.entries() if entry.metadata.get("part_of") in missing)
-    if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
-        raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
     for source in inputs.sources():
         split, n_batches = source.batches.split, len(source.batches)
         bounds = [min(len(split), i * n_batches // shards * source.batches.batch_size) for i in range(shards + 1)]
@@ -112,11 +108,16 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
             rows = slice(bounds[shard], bounds[shard + 1])
             keys = [split.key(i) for i in range(rows.start, rows.stop)]
             atomic_write(store.plans / f"{key}.json", json.dumps([keys, digests[rows].tobytes().hex()]).encode())
-    with suppress(UsageError):  # shards of images that have changed since an earlier plan
-        outdated = {key for entry in read_plan(file).entries for key in entry.shard_keys.values()}
-        for key in outdated.difference(*(entry.shard_keys.values() for entry in entries)):
-            with suppress(OSError):
-                store.remove(key)
+    own, wholes = {key for entry in entries for key in entry.shard_keys.values()}, {entry.key for entry in entries}
+    with suppress(UsageError):
+        wholes |= {entry.key for entry in read_plan(file).entries}  # of images that may have changed since
+    shards_of = [entry for entry in store.entries() if entry.metadata.get("part_of") in wholes]
+    for outdated in [entry for entry in shards_of if entry.key not in own]:  # other images, or another number of shards
+        _remove_shard(store, outdated.key)
+    missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
+    present = sum(entry.nbytes for entry in shards_of if entry.key in own and entry.metadata["part_of"] in missing)
+    if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
+        raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
     device = structs.replace(spec.device, kind=Accelerator(workload.accelerator.type))
     values, data = to_builtins(structs.replace(workload.spec, device=device)), workload.data
     plan = Plan(values, shards, inputs.decisions, data.classes, data.value_range, tuple(entries))
@@ -172,7 +173,7 @@ def run_shards(
         if cpus > max(nodes):
             raise UsageError(f"device.threads={cpus}: the largest node of the Ray cluster has {max(nodes)} CPUs")
         arguments, gpus = [(file, shard, store.max_gb) for shard in todo], float(device["kind"] == "cuda")
-        for i, result in run_tasks(fill_shard, arguments, cpus=cpus, gpus=gpus, max_retries=MAX_RETRIES):
+        for i, result in run_tasks(fill_shard, arguments, reporter, cpus=cpus, gpus=gpus, max_retries=MAX_RETRIES):
             yield todo[i], result
 
 
@@ -217,16 +218,15 @@ def _splits(spec: str) -> Mapping[str, Split]:
 
 def complete(plan: Plan, store: Store) -> list[int]:
     """Join the shards of each entry that has all of them, and remove these; return the missing shards."""
-    missing: set[int] = set()
+    missing, present = set[int](), {entry.key for entry in store.entries()}
     for entry in plan.entries:
         keys, lost = entry.shard_keys, set[int]()
         with store.lock_for_write(entry.key, lambda: None):
             if store.find(entry.key, verify=False) is None:
-                for verify in (False, True):  # checksums only if no shard is missing
-                    found = {shard: store.find(key, verify=verify) for shard, key in keys.items()}
-                    if lost := {shard for shard, part in found.items() if part is None}:
-                        break
-                else:
+                lost = {shard for shard, key in keys.items() if key not in present}
+                found = {} if lost else {shard: store.find(key) for shard, key in keys.items()}
+                lost |= {shard for shard, part in found.items() if part is None}
+                if not lost:
                     parts = [part for part in found.values() if part is not None]
                     metadata = {k: v for k, v in parts[0].metadata.items() if k not in ("part_of", "shard")}
                     columns = parts[0].columns
@@ -234,9 +234,14 @@ def complete(plan: Plan, store: Store) -> list[int]:
                     rows = ([np.memmap(part.file(i), np.uint8, "r").data for i in numbers] for part in parts)
                     store.write(entry.key, entry.bounds[-1], columns, metadata, rows)
             for key in () if lost else keys.values():
-                with suppress(OSError):
-                    store.remove(key)
+                _remove_shard(store, key)
         missing |= lost
         for key in keys.values():
             store.release(key)
     return sorted(missing)
+
+
+def _remove_shard(store: Store, key: str) -> None:
+    with suppress(OSError):
+        store.remove(key)
+    (store.plans / f"{key}.json").unlink(missing_ok=True)

@@ -173,11 +173,13 @@ def this_process() -> dict[str, Any]:
 
 
 def host_digest() -> str:
-    """Return a digest of the machine's name and of the namespace in which a pid has a meaning."""
+    """Return a digest of the machine's name and id, and of the namespace in which a pid has a meaning."""
     import hashlib
 
     namespace = Path("/proc/self/ns/pid")  # that of a container, which may have the name of another one
     name = f"{platform.node()} {namespace.readlink()}" if namespace.is_symlink() else platform.node()
+    with suppress(OSError):  # two machines may both be called localhost
+        name += Path("/etc/machine-id").read_text(encoding="utf-8")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 

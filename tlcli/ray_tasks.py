@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tlcli.errors import TlcliError, UsageError
+from tlcli.reporter import Reporter
 
 ENVIRONMENT = ("TLCLI_CACHE", "HF_HUB_OFFLINE", "HF_HOME", "TORCH_HOME")  # that a task on another node needs
 CANCEL_SECONDS = 60  # tasks that run when the command is interrupted save their state
@@ -52,7 +53,13 @@ def ray_cluster() -> Iterator[list[int]]:
 
 
 def run_tasks(
-    function: Callable[..., Any], arguments: Sequence[Sequence[Any]], *, cpus: float, gpus: float, max_retries: int
+    function: Callable[..., Any],
+    arguments: Sequence[Sequence[Any]],
+    reporter: Reporter,
+    *,
+    cpus: float,
+    gpus: float,
+    max_retries: int,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index of its arguments, result) of each task as it finishes, inside `ray_cluster`.
 
@@ -61,6 +68,9 @@ def run_tasks(
     """
     import ray
 
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):  # one may join, so wait
+        reporter.note(f"no node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs; waiting for one")
     # a worker imports the module by name: nothing of this process is copied to it but the arguments and these variables
     environment = {"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": max_retries, "runtime_env": environment}

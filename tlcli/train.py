@@ -82,7 +82,9 @@ class FollowedRun(NewRun):
 
 def follow(ranks: Ranks) -> None:
     """Take part in the run that rank 0 trains, as a rank that writes nothing."""
-    spec, decisions, threads, resumed = ranks.broadcast()
+    if (message := ranks.broadcast()) is None:  # there is nothing to resume
+        return
+    spec, decisions, threads, resumed = message
     state, spec = read_state(RunDir(Path(resumed))) if resumed else None, spec_from(spec)
     start = FollowedRun(convert(decisions, Decisions), threads, state)
     train(spec, RunDir(Path()), Reporter(), session_for(spec.cache), start, ranks=ranks)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import finished, runs_in
+from tlcli.cli.job import Command
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
 from tlcli.locks import heartbeat
@@ -161,6 +162,19 @@ def test_a_sweep_goes_on_with_what_is_not_done(tlcli, training, tmp_path: Path) 
     assert [(job["name"], job["status"]) for job in board["jobs"]] == [(str(n), "done") for n in range(4)]
     assert board["command"] == "tlcli train -m seed=1,2,3,4 epochs=2"
     assert read_json(sweep / "1/run.json")["error"] is None
+
+
+@pytest.mark.parametrize("is_queued", [True, False])
+def test_a_sweep_whose_jobs_are_queued_stays_if_it_is_interrupted(tlcli, monkeypatch, tmp_path, is_queued) -> None:
+    def submit(command: Command, config: object, loader: object, folder: Path) -> None:
+        if is_queued:
+            (folder / ".submitit").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "launch", submit)
+    ended = tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
+    assert ended.code == 130 and ("scancel" in ended.err) == is_queued
+    assert (tmp_path / "swept/.submitit").exists() == (tmp_path / "swept").exists() == is_queued
 
 
 def test_a_job_that_goes_on_alone_is_ranked(tlcli, training, tmp_path: Path) -> None:

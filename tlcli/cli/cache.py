@@ -42,7 +42,7 @@ MIN_KEY_CHARS = 4  # name an entry if only one key starts with them
 SLURM_SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name=tlcli-fill
-#SBATCH --array=0-{last}
+#SBATCH --array={array}
 #SBATCH --cpus-per-task={threads}{gpus}
 #SBATCH --requeue
 cd {folder} && export TLCLI_CACHE={cache}
@@ -134,10 +134,10 @@ def _fill(arguments: argparse.Namespace) -> int:
                 check(spec)
                 reporter.note(write_plan(spec, shards, session, reporter).summary)
             plan = read_plan(file)
-            if arguments.engine == "slurm":
-                print(_slurm_script(plan, words, store), end="")
-                return 0
             todo = complete(plan, store) if shard is None else [shard]
+            if arguments.engine == "slurm" and todo:
+                print(_slurm_script(plan, todo, words, store), end="")
+                return 0
             for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
                 if isinstance(result, BaseException):
                     failed += 1
@@ -160,14 +160,15 @@ def _fill(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _slurm_script(plan: "Plan", words: Sequence[str], store: Store) -> str:
-    """Return an array job for sbatch, with a task per shard of a plan."""
+def _slurm_script(plan: "Plan", todo: Sequence[int], words: Sequence[str], store: Store) -> str:
+    """Return an array job for sbatch, with a task per missing shard of a plan."""
     import torch
 
     folder, cache, python = (shlex.quote(str(path)) for path in (Path.cwd(), store.root, sys.executable))
     values = {"folder": folder, "cache": cache, "python": python, "words": shlex.join(words)}
     values["gpus"] = "\n#SBATCH --gpus-per-task=1" if plan.spec["device"]["kind"] == "cuda" else ""
-    return SLURM_SCRIPT.format(**values, last=plan.shards - 1, shards=plan.shards, threads=torch.get_num_threads())
+    values["array"] = f"0-{plan.shards - 1}" if len(todo) == plan.shards else ",".join(map(str, todo))
+    return SLURM_SCRIPT.format(**values, shards=plan.shards, threads=torch.get_num_threads())
 
 
 def _spec_to_fill(arguments: argparse.Namespace) -> tuple[list[str], "TrainSpec"]:

@@ -92,8 +92,12 @@ class Command:
         callbacks.on_multirun_start(config=config, config_name=name)
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
         launcher, words = config.hydra.launcher._target_.rpartition(".")[2], _as_typed(config.hydra)
-        others = other_processes(folder, words, is_joblib=launcher == "JoblibLauncher")
-        with nullcontext() if launcher == "BasicLauncher" else others:
+        is_joblib, is_here = launcher == "JoblibLauncher", launcher == "BasicLauncher"
+        if is_joblib:
+            from joblib import effective_n_jobs
+
+            is_here = effective_n_jobs(config.hydra.launcher.n_jobs) == 1
+        with nullcontext() if is_here else other_processes(folder, words, is_joblib=is_joblib):
             sweeper.sweep(arguments=words)
         callbacks.on_multirun_end(config=config, config_name=name)
 

@@ -8,13 +8,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, run_job, setup_globals
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from hydra.core.utils import JobReturn, setup_globals
 
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import TlcliError, UsageError
@@ -29,44 +27,34 @@ from tlcli.text import natural_order, one_line, shown_path
 WATCH_SECONDS = 1.0
 
 
-class RayLauncher(Launcher):
+class RayLauncher(BasicLauncher):
     """Runs each job as a task of Ray, once: `--resume` is for jobs whose process was killed."""
 
     def __init__(self, cpus: float, gpus: float) -> None:
+        super().__init__()
         self._cpus, self._gpus = cpus, gpus
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what the jobs need, as Hydra asks."""
-        self._context, self._task, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, and return their results. Raise TlcliError at the end if a process of one was killed."""
-        shared = (self._context, self._config, self._task, Singleton.get_state(), str(Path.cwd()))
+        shared = (self, Singleton.get_state(), str(Path.cwd()))
         arguments = [(initial_job_idx + i, list(words), *shared) for i, words in enumerate(job_overrides)]
         with ray_cluster():
-            results = dict(run_tasks(run_ray_job, arguments, cpus=self._cpus, gpus=self._gpus, max_retries=0))
+            resources = {"cpus": self._cpus, "gpus": self._gpus}
+            results = dict(run_tasks(run_ray_job, arguments, TerminalReporter(), **resources, max_retries=0))
         if errors := [result for result in results.values() if isinstance(result, BaseException)]:
             raise TlcliError(f"{len(errors)} jobs ended without a result: {one_line(errors[0])}")
         return [results[i] for i in sorted(results)]
 
 
 def run_ray_job(
-    number: int,
-    overrides: list[str],
-    context: HydraContext,
-    config: DictConfig,
-    task: TaskFunction,
-    singletons: Mapping[Any, Any],
-    cwd: str,
+    number: int, overrides: list[str], launcher: BasicLauncher, singletons: Mapping[Any, Any], cwd: str
 ) -> JobReturn:
     """Run one job in a process of Ray, as Hydra's own launcher does in this one."""
     with suppress(OSError):  # another node may not have it
         os.chdir(cwd)
     setup_globals()
     Singleton.set_state(singletons)
-    job = context.config_loader.load_sweep_config(config, overrides)
-    job.hydra.job.id, job.hydra.job.num = f"{job.hydra.job.name}_{number}", number
-    return run_job(task, job, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+    return BasicLauncher.launch(launcher, [overrides], number)[0]
 
 
 # Hydra loads only launchers whose name starts with hydra_plugins

@@ -66,7 +66,8 @@ def run(argv: list[str]) -> int:
                 command.launch(config, loader, path)
         except BaseException as exc:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
-            if not any(path.rglob(sign)):
+            is_queued = isinstance(exc, KeyboardInterrupt) and (path / ".submitit").exists()  # SLURM starts these jobs
+            if not any(path.rglob(sign)) and not is_queued:
                 if is_named and not is_sweep:  # these did not exist, and would be in the way of the next try
                     run = RunDir(path)
                     for file in (run.log_file, run.config_file, run.info_file):
@@ -76,7 +77,7 @@ def run(argv: list[str]) -> int:
             elif is_sweep:
                 finish_sweep(path)
             if isinstance(exc, KeyboardInterrupt) and path.exists():
-                exc.args = (resume_hint(path),)
+                exc.args = ("its jobs run as SLURM starts them; scancel ends them" if is_queued else resume_hint(path),)
             raise
     return finish_sweep(path) if is_sweep else 0
 
