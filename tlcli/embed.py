@@ -1,5 +1,6 @@
 """Embeddings: the input of a network's head per image, as files, as a map in two dimensions, and by distance."""
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,7 +137,7 @@ Row = tuple[str, str | None, Tensor]  # path, label if it is known, vector (D)
 @contextmanager
 def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[Row], None]]:
     """Yield a function that writes a row. The file appears at the end, and not after an error or without rows."""
-    draft, is_parquet = path.with_name(f".{path.name}.draft"), path.suffix.lower() == ".parquet"
+    draft, is_parquet = path.with_name(f".{path.name}.{os.getpid()}"), path.suffix.lower() == ".parquet"
     rows: list[Row] = []
     writer: Any = None
 
@@ -202,7 +203,9 @@ class Map:
         place = len(self.points) if self.seen <= MAX_POINTS else self._random.randrange(self.seen)
         if place < MAX_POINTS:
             thumbnail = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((THUMBNAIL, THUMBNAIL))
-            self.points[place : place + 1] = [(row, image_uri(thumbnail, "JPEG", quality=75))]
+            path, label, vector = row
+            own = path, label, vector.clone()  # else it keeps its whole batch
+            self.points[place : place + 1] = [(own, image_uri(thumbnail, "JPEG", quality=75))]
 
     def html(self, source: str) -> str:
         """Return a page with the points by t-SNE (van der Maaten and Hinton 2008) of their directions, after PCA."""

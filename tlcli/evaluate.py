@@ -14,6 +14,7 @@ from msgspec import structs
 
 from tlcli.data.dataset import Dataset, EvaluationSplit, load_dataset, load_evaluation_split
 from tlcli.data.images import Split
+from tlcli.data.listing import same_spelling
 from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
@@ -21,6 +22,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions, confidence_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, UsageError
+from tlcli.files import expand_user, resolve_links
 from tlcli.models.build import tensors_to_reinit
 from tlcli.reporter import Reporter
 from tlcli.runs import leaderboard
@@ -33,12 +35,10 @@ from tlcli.runs.run_dir import (
     write_json,
     write_predictions,
 )
-from tlcli.specs import DatasetSpec, DeviceSpec, Precision, TrainSpec
+from tlcli.specs import EVALUATION_KEYS, DatasetSpec, DeviceSpec, Precision, TrainSpec
 from tlcli.text import join_limited, to_plain
 from tlcli.transfer.contract import apply_freeze
 from tlcli.transfer.cut import Cut
-
-OVERRIDABLE_KEYS = ("on_bad", "verify", "ram_gb", "test_per_class", "classes")  # the splits of the run's dataset stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +188,7 @@ def _find_images(
     wanted, trained = target.dataset, own.dataset
     file = RunDir(loaded.path).test_predictions
     tested = read_predictions(file).keys if file.is_file() else None
-    changed: dict[str, Any] = {name: getattr(wanted, name) for name in OVERRIDABLE_KEYS}
+    changed: dict[str, Any] = {name: getattr(wanted, name) for name in EVALUATION_KEYS}
     spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
     if _identity(wanted) == _identity(trained):
         data = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
@@ -237,15 +237,15 @@ def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
     arguments = [getattr(spec, name, None) for name in ("name", "class_name", "train", "val", "test", "label_column")]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
-    return (spec.kind, *arguments, *(path and Path(path).expanduser().resolve() for path in locations))
+    return (spec.kind, *arguments, *(path and resolve_links(expand_user(path)) for path in locations))
 
 
 def _with_labels_of(run_classes: Sequence[str], images: EvaluationSplit, spec: DatasetSpec) -> EvaluationSplit:
     """Return the images with labels that index the run's classes, matched by name, or raise UsageError."""
     split, names = images.split, images.classes
     if unknown := [names[i] for i in np.unique(split.labels) if names[i] not in run_classes]:
-        similar = {name.casefold(): f" (did you mean {name!r}?)" for name in run_classes}
-        shown = [repr(name) + similar.get(name.casefold(), "") for name in unknown]
+        similar = {same_spelling(name): f" (did you mean {name!r}?)" for name in run_classes}
+        shown = [repr(name) + similar.get(same_spelling(name), "") for name in unknown]
         place = f"{spec.name} {getattr(spec, 'file', None) or spec.root or ''}"
         reason = f"has classes that the run ({join_limited(run_classes, 10)}) does not have: {join_limited(shown, 10)}"
         raise UsageError(f"{place}: {reason}; dataset.classes=[...] selects classes")

@@ -26,6 +26,7 @@ HOMES = {
     "freeze": "tlcli.transfer.freeze",
     "logger": "tlcli.runs.loggers",
 }  # module with the options of each group
+EVALUATION_KEYS = ("on_bad", "verify", "ram_gb", "test_per_class", "classes")  # of a run's dataset: its splits stay
 _options: dict[str, dict[str, Any]] = {group: {} for group in HOMES}
 T = TypeVar("T", bound=type[Any])
 

@@ -14,15 +14,25 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.predict import add_computing, add_paths, check_paths, count_images, device_and_store, named_images
+from tlcli.cli.predict import (
+    STDIN,
+    add_computing,
+    add_paths,
+    check_paths,
+    count_images,
+    device_and_store,
+    named_images,
+)
 from tlcli.cli.rank import find_candidates
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, expand_user
+from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
 from tlcli.specs import Precision
 from tlcli.text import duration_text, one_line, size_text
@@ -54,6 +64,7 @@ add("--force", action="store_true", help="replace files that exist")
 add_computing(PARSER)
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Embed the images in argv; return the exit code, 1 if some have no vector."""
     arguments = PARSER.parse_intermixed_args(argv)
@@ -61,12 +72,13 @@ def run(argv: list[str]) -> int:
         raise UsageError("nothing to write: give --to features.parquet, --to features.npz or --plot map.html")
     with fast_imports():
         from tlcli.cli.view import TerminalReporter
-        from tlcli.embed import SUFFIXES, Map, check_number, check_output, vector_file
+        from tlcli.embed import MAX_NPZ, SUFFIXES, Map, check_number, check_output, vector_file
     for path, suffixes in ((arguments.to, SUFFIXES), (arguments.plot, (".html",))):
         if path is not None:
             check_output(path, suffixes, force=arguments.force)
     if arguments.to is not None and arguments.to.suffix.lower() == ".npz":
-        check_number(arguments.to, count_images(arguments.paths) or 0)
+        named = [] if STDIN in arguments.paths else named_images(arguments.paths)  # stdin can be read once
+        check_number(arguments.to, sum(1 for _ in islice(named, MAX_NPZ)))
     embedder, classes = load_embedder(arguments)
     reporter, sample, errors, n = TerminalReporter(on_stderr=True), Map(), list[str](), Counter[str]()
     source, start = one_line(arguments.source), time.perf_counter()
@@ -88,6 +100,7 @@ def run(argv: list[str]) -> int:
     if arguments.to is not None:
         print(f"wrote    {arguments.to} ({size_text(arguments.to.stat().st_size)})")
         print(f"holds    {n['images']:,} vectors of {len(vector):,} numbers, {n['labels']:,} of them with a label")
+    code = report_errors("embed", errors, n["images"])
     if arguments.plot is not None:
         if len(sample.points) > 1000:
             reporter.note(f"t-SNE of {len(sample.points):,} images takes up to a minute")
@@ -95,7 +108,7 @@ def run(argv: list[str]) -> int:
         check_output(arguments.plot, (".html",), force=arguments.force)
         atomic_write(arguments.plot, page)
         print(f"wrote    {arguments.plot} ({size_text(len(page))}): {len(sample.points):,} images")
-    return report_errors("embed", errors, n["images"])
+    return code
 
 
 def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
@@ -107,6 +120,8 @@ def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | N
     options = *device_and_store(arguments.device), Precision(arguments.precision), arguments.batch_size
     key, equals, name = arguments.source.partition("=")
     if equals and key == "backbone":
+        if arguments.checkpoint != "best":
+            raise UsageError(f"--checkpoint {arguments.checkpoint} goes with a run; leave it out")
         from tlcli.cli.job import check_weights
 
         ((_, spec),) = find_candidates([name], []).values()

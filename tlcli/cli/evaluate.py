@@ -12,13 +12,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import fields
+
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, values_of
 from tlcli.cli.table import number_text
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
+from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import confusion_matrix, open_run
+from tlcli.specs import EVALUATION_KEYS, DatasetSpec
 from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
 if TYPE_CHECKING:
@@ -27,10 +31,7 @@ if TYPE_CHECKING:
 
 CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
 GROUPS = ("dataset", "device", "cache", "tta")
-FIXED_KEYS = (
-    *("dataset.val_fraction", "dataset.test_fraction", "dataset.train_per_class", "dataset.range"),
-    *("dataset.image_size", "dataset.min_crop"),
-)
+FIXED_KEYS = [f"dataset.{f.name}" for f in fields(DatasetSpec) if f.name not in ("name", "root", *EVALUATION_KEYS)]
 MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
 
 
@@ -47,6 +48,7 @@ PARSER.add_argument("words", nargs="*", metavar="KEY=VALUE", help=words)
 PARSER.add_format()
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
     from tlcli.cli.compose import load_spec, one_process

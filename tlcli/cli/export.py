@@ -16,6 +16,7 @@ from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
 from tlcli.files import expand_user
+from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
@@ -38,6 +39,7 @@ add("--force", action="store_true", help="with --int8: write it even if it loses
 add("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Export one run; return the exit code."""
     arguments = PARSER.parse_args(argv or ["--help"])

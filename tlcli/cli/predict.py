@@ -95,8 +95,10 @@ def run(argv: list[str]) -> int:
 
         loaded = load_run(arguments.run, arguments.checkpoint)
         if arguments.reject and loaded.threshold is None:
-            reason = f"has no threshold, since it held out fewer than {MIN_KNOWN} images"
-            raise UsageError(f"--reject: {loaded.path} {reason}; train with dataset.val_fraction=0.2 or more images")
+            reason = f"held out fewer than {MIN_KNOWN} images; train with dataset.val_fraction=0.2 or more images"
+            if not loaded.is_kept:
+                reason = "has it for the weights that were kept; leave out --checkpoint last"
+            raise UsageError(f"--reject needs a threshold: {loaded.path} {reason}")
         tta, precision = arguments.tta and Tta(arguments.tta), Precision(arguments.precision)
         options = {"precision": precision, "tta": tta, "batch_size": arguments.batch_size}
         predictor = Predictor(loaded, *device_and_store(arguments.device), **options)

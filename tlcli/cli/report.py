@@ -9,7 +9,6 @@ examples:
 """
 
 import os
-from pathlib import Path
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
@@ -33,7 +32,7 @@ add("--open", action="store_true", help="show the report in the browser")
 def run(argv: list[str]) -> int:
     """Write the report of a run or a sweep and print its path; return the exit code."""
     arguments = PARSER.parse_args(argv or ["--help"])
-    folder = Path(arguments.run)
+    folder = expand_user(arguments.run)
     output = arguments.output or folder / "report.html"
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give a run or a sweep (`tlcli list` shows them)")

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
 
         from tlcli.cli.view import TerminalReporter
     embedder, _ = load_embedder(arguments)
-    ((_, _, vector),) = embedder.embed([arguments.image], total=1)
+    ((_, _, vector),) = embedder.embed([arguments.image])  # in a batch of the size of the others
     if isinstance(vector, str):
         raise UsageError(f"{arguments.image}: {vector}")
     direction, own = normalize(vector, dim=0), resolve_links(Path(arguments.image))

@@ -25,7 +25,10 @@ EXTENSIONS = (
 # names of folders, and values in a manifest, that stand for a split, in lower case
 SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-_SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}
+_SYSTEM_FILES = {  # of macOS and Windows, of volumes, and with thumbnails on a NAS
+    *("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "lost+found"),
+    *("@eadir", "#recycle", "@recycle"),
+}
 _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
@@ -107,22 +110,26 @@ def _problems(files: ImagesByClass, classes: Sequence[str], for_training: bool) 
             if name in by_class and not by_class[name]:
                 folder = name if split == "all" else f"{split}/{name}"
                 yield f"{folder}: no images in this class; add some or remove the folder", {name}
-    main = "all" if "all" in files else "train"
-    for split, by_class in files.items() if for_training else ():
-        if strange := [name for name in classes if name in by_class and name not in files[main]]:
-            yield f"{split} has classes that {main} lacks: {join_limited(strange)}", set(strange)
     if undecoded := {name for name in classes if name.encode(errors="replace").decode() != name}:
         yield f"the name of class {min(undecoded)!r} is not UTF-8: rename its folder", undecoded
     spelled: dict[str, list[str]] = {}
     for name in classes:
-        normalized = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-        spelled.setdefault(normalized, []).append(name)
+        spelled.setdefault(same_spelling(name), []).append(name)
     for names in spelled.values():
         if len(names) > 1:
             images = {name: sum(len(by_class.get(name, ())) for by_class in files.values()) for name in names}
             smaller = set(names) - {max(names, key=images.__getitem__)}
             text = f"classes {' and '.join(map(repr, names))} differ only in case or in how accents are encoded"
             yield f"{text}: rename one", smaller
+    main = "all" if "all" in files else "train"
+    for split, by_class in files.items() if for_training else ():
+        if strange := [name for name in classes if name in by_class and name not in files[main]]:
+            yield f"{split} has classes that {main} lacks: {join_limited(strange)}", set(strange)
+
+
+def same_spelling(name: str) -> str:
+    """Return what names have in common that differ only in case or in how accents are encoded."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _walk(folder: str | Path, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:

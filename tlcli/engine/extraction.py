@@ -51,8 +51,12 @@ class Extractor:
         self._original = _PixelPrefix(self.prefix, self.preprocessing)
         self._network: _PixelPrefix | None = None
         self._tried_compiling = False
+
+    @property
+    def _note_key(self) -> str:
         facts = (self.name, self.preprocessing, self.compute_format.description, machine_name(self.accelerator))
-        self._note_key = hashlib.sha256(f"{' '.join(map(str, facts))} {torch.__version__}".encode()).hexdigest()[:32]
+        text = f"{' '.join(map(str, facts))} {self.batch_size} {torch.__version__}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:

@@ -275,7 +275,7 @@ def sweep_view(folder: Path, output: Path) -> View:
         "best": best,
         "search": search,
         "run_name": folder.resolve().name,
-        "title": f"{title} {folder.name}".strip(),
+        "title": f"{title} {folder.resolve().name}".strip(),
         "info": {} if jobs[0]["status"] == "damaged" else run.info,
         "config": run.config(),
         "metric": metric,

@@ -72,11 +72,14 @@ at("camera").onclick = async () => {
     canvas.toBlob(image => { stop(); classify(image, "camera"); }, "image/jpeg", 0.95);
     return;
   }
+  at("camera").disabled = true;  // a second click would open the camera again
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
     video.hidden = at("stop").hidden = false;
     at("camera").textContent = "Take the picture";
   } catch (error) {
     at("message").textContent = `camera: ${error.message}`;
+  } finally {
+    at("camera").disabled = false;
   }
 };
