@@ -133,6 +133,18 @@ def test_a_file_is_replaced_only_by_force_and_only_when_done(tmp_path: Path, mon
         check_output(tmp_path / "f.parquet", embed.SUFFIXES, force=False)
 
 
+def test_two_processes_that_write_one_file_do_not_write_into_each_other(tmp_path: Path, monkeypatch) -> None:
+    parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "f.parquet"
+    monkeypatch.setattr(embed, "ROW_GROUP", 1)
+    with vector_file(path, "", force=True) as add:
+        add(rows(1)[0])
+        monkeypatch.setattr("os.getpid", lambda: 1)  # the other process
+        write(path, 3, force=True)
+        assert parquet.read_table(path).num_rows == 3
+        add(rows(1)[0])
+    assert parquet.read_table(path).num_rows == 2 and list(tmp_path.iterdir()) == [path]
+
+
 # -- the map
 
 
@@ -154,6 +166,13 @@ def test_a_map_keeps_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a random sample of 200" in made.html("x")
     with pytest.raises(TlcliError, match="at least 5 images, and there are 4"):
         clusters(4).html("x")
+
+
+def test_a_map_keeps_no_batch_of_vectors() -> None:
+    made, batch = Map(), torch.zeros(32, 60)
+    made.add(("image.png", None, batch[7]), torch.zeros(3, 8, 8, dtype=torch.uint8))
+    (_, _, vector), _ = made.points[0]
+    assert vector.untyped_storage().nbytes() == 60 * 4
 
 
 def test_a_map_has_coordinates_if_tsne_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from tests.conftest import TINY, Notes, finish, make_folder
 from tlcli.cli.compose import load_spec
+from tlcli.data.dataset import load_evaluation_split
 from tlcli.errors import UsageError
-from tlcli.evaluate import Evaluation, evaluate_run
+from tlcli.evaluate import Evaluation, _with_labels_of, evaluate_run
 from tlcli.predict import Predictor
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
@@ -190,6 +191,19 @@ def test_the_split_of_another_dataset(run: Path, tmp_path: Path, folders, split:
     absent = "val" if split == "test" else "test"
     with pytest.raises(UsageError, match=f"split={absent}: imagefolder has no such split"):
         evaluated(run, *words, split=absent)
+
+
+def test_a_class_of_another_spelling_is_suggested(spec: Callable[..., Any], tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cafe\u0301": 1, "down": 1})
+    data = spec("dataset=imagefolder", f"dataset.root='{tmp_path}'").dataset
+    images = load_evaluation_split(data, None, seed=0, reporter=Reporter(), store=Store(cache_dir()))
+    with pytest.raises(UsageError, match="did you mean 'caf\u00e9'"):
+        _with_labels_of(("caf\u00e9", "down"), images, data)
+
+
+def test_a_home_directory_that_does_not_exist_is_a_usage_error(run: Path) -> None:
+    with pytest.raises(UsageError, match="~nobody-at-all/x: no such home directory"):
+        evaluated(run, "dataset=cifar10", "dataset.root='~nobody-at-all/x'")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -102,6 +103,12 @@ def test_an_owner_whose_pid_another_process_has_now_has_ended(path: Path) -> Non
     path.write_text(json.dumps(owner))
     with Lock(path, observer_of(Clock(lambda: pytest.fail("it waited")))).held(timeout=0):
         pass
+
+
+def test_machines_of_one_name_have_digests_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=["one", "two", "two", FileNotFoundError]))  # machine-id
+    one, two, again, without = (host_digest() for _ in range(4))
+    assert two == again and len({one, two, without}) == 3
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])

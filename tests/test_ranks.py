@@ -211,6 +211,8 @@ def test_two_processes_write_one_run(words: tuple[str, ...], tiny: tuple[str, ..
     assert run.config()["device"]["processes"] == 2 and run.info["command"].endswith(" device.processes=2")
     assert run.test()["n"] == 5 and run.info["extraction"]["images"] == 25
     assert [row["split"] for row in rows(run)] == ["val", "train", "val", "test"]
+    ends = in_ranks(2, lambda rank: main(["train", "--resume", str(folder)]), tmp_path)
+    assert [code for code, _ in ends] == [0, 0] and "nothing to resume" in ends[0][1], ends
 
 
 @pytest.mark.slow

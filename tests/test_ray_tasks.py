@@ -7,9 +7,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from tests.conftest import Notes
 from tlcli.ray_tasks import ray_cluster, run_tasks
 from tlcli.reporter import Reporter
 
@@ -29,6 +31,16 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         yield Path(folder)
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "waits"), [(8, 0, False), (2, 1, False), (9, 0, True), (8, 1, True)])
+def test_a_note_says_that_no_node_has_what_a_task_needs(cpus: int, gpus: int, waits: bool, monkeypatch) -> None:
+    resources = [(True, {"CPU": 8.0}), (True, {"CPU": 2.0, "GPU": 1.0}), (False, {"CPU": 64.0, "GPU": 8.0})]
+    nodes, reporter = [{"Alive": alive, "Resources": own} for alive, own in resources], Notes()
+    monkeypatch.setitem(sys.modules, "ray", Mock(nodes=lambda: nodes))
+    assert list(run_tasks(invert, [], reporter, cpus=cpus, gpus=gpus, max_retries=0)) == []
+    note = f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs; waiting for one"
+    assert reporter.notes == [note] * waits
 
 
 @pytest.mark.slow

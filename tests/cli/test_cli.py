@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,27 @@ def test_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     done = python("-m", "tlcli", "train", "--help", cwd=tmp_path, stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        ("embed run images --to f.npz", "numpy.savez"),
+        ("eval run", "tlcli.evaluate.write_json"),
+        ("export run --to timm --output model", "tlcli.export.compare"),
+    ],
+)
+def test_sigterm_leaves_no_draft(line: str, step: str, tlcli, trained, shapes, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(trained("head", "fp32"), tmp_path / "run")
+    (tmp_path / "images").symlink_to(shapes / "test/down")
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(step, lambda *args, **arrays: signal.raise_signal(signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, lambda *args: None)
+    try:
+        ended = tlcli(*line.split())
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert (ended.code, set(tmp_path.rglob("*"))) == (143, before), ended.err
 
 
 def test_the_garbage_collector_rests_during_imports_alone() -> None:

@@ -171,6 +171,17 @@ DROP = """([name, content]) => {
 }"""
 
 
+CLICK_TWICE = """() => {
+  const camera = document.getElementById("camera"), media = navigator.mediaDevices;
+  const open = media.getUserMedia.bind(media);
+  let opened = 0;
+  media.getUserMedia = wanted => { opened++; return open(wanted); };
+  camera.click();
+  camera.click();
+  return opened;
+}"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "scheme", "color"), [(390, "light", "rgb(255, 255, 255)"), (1280, "dark", "rgb(20, 22, 26)")]
@@ -201,7 +212,7 @@ def test_an_image_that_is_dropped_is_classified(browser: Any, run: Path, shapes:
         page.evaluate(DROP, ["notes.txt", base64.b64encode(b"words").decode()])
         page.wait_for_selector("#message.bad")
         assert page.inner_text("#message") == "notes.txt: not an image" and page.is_hidden("#answer")
-        page.click("#camera")
+        assert page.evaluate(CLICK_TWICE) == 1
         page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
         page.click("#camera")  # takes the picture
         page.wait_for_selector("#answer:not([hidden])")

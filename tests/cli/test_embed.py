@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.cli.conftest import Tlcli
+from tlcli.embed import Embedder
+from tlcli.engine.extraction import BATCH
 
 Trained = Callable[..., Path]
 
@@ -53,8 +55,30 @@ def test_a_list_without_images_is_said_to_be_empty(tlcli: Tlcli, trained: Traine
 
 def test_too_many_images_for_npz_are_refused_before_a_network_is_built(tlcli: Tlcli, photos: Path, monkeypatch) -> None:
     monkeypatch.setattr("tlcli.embed.MAX_NPZ", 16)
+    monkeypatch.setattr("tlcli.cli.embed.count_images", lambda paths: None)  # counting all of them takes too long
     ended = tlcli("embed", "nowhere", "photos", "--to", "f.npz")
     assert (ended.code, ended.err) == (2, "tlcli embed: f.npz: holds fewer than 16 images; write a .parquet file\n")
+
+
+def test_files_that_do_not_decode_are_named_if_there_are_too_few_for_a_map(tlcli: Tlcli, trained, photos) -> None:
+    ended = tlcli("embed", str(trained("head", "fp32")), "photos/bad.png", "photos/down/000.png", "--plot", "map.html")
+    assert ended.code == 1 and ended.err.splitlines()[-3:] == [
+        "photos/bad.png: not an image", "tlcli embed: 1 of 2 could not be read",
+        "tlcli embed: a map needs at least 5 images, and there are 1",
+    ]  # fmt: skip
+
+
+def test_similar_embeds_its_image_in_a_batch_as_large_as_the_others(tlcli: Tlcli, trained, photos, monkeypatch) -> None:
+    sizes, rows = set[int](), Embedder._rows
+
+    def spy(self, images):
+        sizes.add(self._extractor.batch_size)
+        return rows(self, images)
+
+    monkeypatch.setattr(Embedder, "_rows", spy)
+    folders = ["photos/down"] * (BATCH["cpu"] // 8)
+    assert tlcli("similar", str(trained("head", "fp32")), "photos/down/000.png", *folders, "--device=cpu").code == 0
+    assert sizes == {BATCH["cpu"]}
 
 
 def test_similar_lists_the_nearest(tlcli: Tlcli, trained: Trained, photos: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import MissingConfigException
 
+from tests.cli.conftest import finished
 from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.explain import error_message
 from tlcli.cli.launchers import other_processes
@@ -81,6 +82,21 @@ def test_a_signal_reaches_the_jobs_of_joblib_and_waits_for_them(tmp_path: Path) 
             defer_interrupts.interrupt(KeyboardInterrupt())
             code = job.wait(60)
         assert (code, other.poll()) == (-signal.SIGTERM, None)
+
+
+def test_joblib_with_one_worker_is_interrupted_as_a_sweep_without_it(tlcli, training) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    began: list[int] = []
+
+    def train(spec, run, reporter):
+        began.append(spec.seed)
+        if len(began) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return finished(spec, run, reporter)
+
+    training(train)
+    ended = tlcli("train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "seed=1,2")
+    assert (ended.code, began) == (130, [1]) and "other processes" not in ended.out
 
 
 def finish_jobs(folder: Path, seeds: range) -> None:

@@ -217,6 +217,11 @@ def test_reject_answers_unknown_above_the_threshold(tlcli: Tlcli, run: str, phot
     monkeypatch.setattr(sys, "stdout", stdout := Terminal())
     assert main(["predict", str(own), *images, "--reject"]) == 0
     assert len([line for line in stdout.getvalue().splitlines() if " unknown " in line]) == 1
-    (own / "run.json").write_text(json.dumps(info | {"unknown": None}))
-    ended = tlcli("predict", str(own), *images, "--reject")
-    assert ended.code == 2 and ended.err.count("\n") == 1 and "has no threshold" in ended.err
+    others: list[tuple[dict[str, Any], str, str]] = [
+        ({"unknown": None}, "best", "held out fewer than 100 images; train with"),
+        ({"best": {"epoch": 99}, "unknown": {"threshold": 1.0}}, "last", "leave out --checkpoint last"),
+    ]
+    for changed, checkpoint, reason in others:
+        (own / "run.json").write_text(json.dumps(info | changed))
+        ended = tlcli("predict", str(own), *images, "--reject", "--checkpoint", checkpoint)
+        assert ended.code == 2 and ended.err.count("\n") == 1 and reason in ended.err

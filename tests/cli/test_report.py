@@ -89,6 +89,16 @@ def test_a_relative_output_and_the_browser(tlcli: Tlcli, trained: Path, monkeypa
     assert "no browser was found; open here.html" in ended.err
 
 
+def test_a_sweep_has_its_name_however_its_folder_is_written(tlcli, trained: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(trained, tmp_path / "swept/0")
+    (tmp_path / "swept/sweep.json").touch()
+    monkeypatch.chdir("swept")
+    assert tlcli("report", ".").code == 0
+    assert "swept</title>" in Path("report.html").read_text(encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tlcli("report", "~/swept").out == f"{tmp_path / 'swept/report.html'}\n"
+
+
 @pytest.mark.parametrize("content", ["mine", "<!doctype html><title>tlcli report</title>", "", None])
 def test_nothing_else_is_overwritten(tlcli: Tlcli, trained: Path, tmp_path: Path, content: str | None) -> None:
     output = tmp_path / "notes.html"

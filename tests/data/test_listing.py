@@ -40,14 +40,15 @@ def test_a_class_may_be_called_train(make_folder: MakeFolder) -> None:
 
 
 def test_images_are_known_by_their_names_and_other_files_are_counted(make_folder: MakeFolder) -> None:
-    root = make_folder({"a": 1, "b": 1, ".git/x": 1, "__MACOSX/a": 1, "a/.cache": 1, "a/__MACOSX": 1, "a/deep/er": 0})
+    skipped = [".git/x", "__MACOSX/a", "a/.cache", "a/__MACOSX", "lost+found", "$RECYCLE.BIN/x", "a/@eaDir", "#recycle"]
+    root = make_folder({"a": 1, "b": 1, "a/deep/er": 0, "System Volume Information": 0} | dict.fromkeys(skipped, 1))
     images = {"UPPER.JPG", "deep/er/x.jpeg", "y.webp", "z.TiFF", "v.bmp", "w.pgm", "u.gif"}
     hidden = {".DS_Store", "Thumbs.db", "desktop.ini", "._000.png", ".hidden.jpg"}
     for name in (*images, *hidden, "x.mp4", "y.MP4", "x.jpg.json", "noext"):
         (root / "a" / name).write_bytes(b"")  # listing opens nothing
     listing = folder_spec(root).list_files()
     assert {key for key, _ in keys(listing)} == {f"a/{name}" for name in images} | {"a/000.png", "b/000.png"}
-    assert listing.ignored == {".mp4": 2, ".json": 1, "no ending": 1}
+    assert listing.ignored == {".mp4": 2, ".json": 1, "no ending": 1} and listing.classes == ("a", "b")
 
 
 def test_links_to_classes_and_files_are_followed_and_circles_are_not(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -101,6 +102,7 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ({"a": 3}, "photos: only one class, 'a'"),
         ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some or remove the folder"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
+        ({"train/a": 1, "train/Cat": 1, "val/a": 1, "val/cat": 1}, "classes 'Cat' and 'cat' differ only in case"),
         ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "val and valid both stand for val"),
     ],
@@ -313,7 +315,7 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
 )
 def test_arguments_name_images(arguments: list[str], expected: list[object], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    photos = "b.jpg a.PNG notes.txt .hidden.jpg Thumbs.db sub/c.jpg sub/.git/d.jpg sub/deep/e.gif"
+    photos = "b.jpg a.PNG notes.txt .hidden.jpg Thumbs.db sub/c.jpg sub/.git/d.jpg sub/deep/e.gif sub/@eaDir/f.gif"
     for name in (*(f"photos/{name}" for name in photos.split()), "a[1].jpg", "a1.jpg", "empty/x.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

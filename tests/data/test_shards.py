@@ -336,8 +336,10 @@ def test_a_negative_size_ends(tmp_path: Path) -> None:
 
 def test_links_and_paths_upward_are_no_images_and_nothing_is_extracted(tmp_path: Path, png: bytes) -> None:
     (tmp_path / "outside.png").write_bytes(png)
+    names = ["./c/a.png", "b.PNG", "../up.png", "/abs.png", "c/d.json", "README"]
+    names += ["._b.png", "__MACOSX/c.png", "c/@eaDir/a.png"]  # system files
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name in ("./c/a.png", "b.PNG", "../up.png", "/abs.png", "._b.png", "__MACOSX/c.png", "c/d.json", "README"):
+        for name in names:
             for ending, content in (("", png), (".txt", b"cat" if "a" in name else b"dog")):
                 member = tarfile.TarInfo(name.rpartition(".")[0] + ending if ending else name)
                 member.size = len(content)

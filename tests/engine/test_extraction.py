@@ -246,6 +246,8 @@ def test_compiling_is_worthwhile_for_many_images_by_what_it_took_before(make, st
     for seconds, speed, images, expected in ((500, 200, 6000, False), (1, 101, 6000, False), (1, 300, 300, True)):
         store.add_note(NOTES, extractor._note_key, {"seconds": seconds, "images_per_second": speed})
         assert is_worthwhile(images) == expected
+    extractor.batch_size //= 2  # which has not been compiled yet
+    assert not is_worthwhile(300)
 
 
 @pytest.mark.slow

@@ -41,6 +41,12 @@ def workload(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
+def cross_validation(n_right: int, n: int = 100) -> CrossValidation:
+    """Return that of a probe with a loss of 0.2 for images that it gets right, and 1 for others."""
+    correct = np.arange(n) < n_right
+    return CrossValidation(0.1, 5, correct, np.where(correct, 0.2, 1.0))
+
+
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch):
     """probed({(128, "crop"): 50, ...}): probes get so many of 100 images right. Return the list of those compared."""
@@ -50,7 +56,7 @@ def probed(monkeypatch: pytest.MonkeyPatch):
 
         def result(workload: Workload, image, reporter: Reporter) -> CrossValidation:
             seen.append((image.size, str(image.fit)))
-            return CrossValidation(0.1, 5, np.arange(100) < right[seen[-1]])
+            return cross_validation(right[seen[-1]])
 
         monkeypatch.setattr(ranking, "cross_validate_probe", result)
         return seen
@@ -58,13 +64,16 @@ def probed(monkeypatch: pytest.MonkeyPatch):
     return use
 
 
-@pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 51), 160), ((50, 60), 224), ((60, 50), 160)])
-def test_the_larger_size_is_taken_if_it_gains_more_than_a_standard_error(right, size: int, workload, probed) -> None:
+@pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 53), 160), ((50, 60), 224), ((60, 50), 160)])
+def test_the_larger_size_is_taken_if_its_loss_is_lower_by_two_standard_errors(
+    right, size: int, workload, probed
+) -> None:
     seen = probed({(s, "crop"): n for s, n in zip((160, 224), right, strict=True)})
     image, reason = choose_image(workload(), Reporter())
     assert (image.size, image.fit, image.train_size) == (size, "crop", 160)
     assert seen == [(160, "crop"), (224, "crop")]  # squares need no other fit
-    assert f"160 px crop 0.{right[0]}0, 224 px crop 0.{right[1]}0" in str(reason)
+    losses = [f"{1 - 0.008 * n:.3f}" for n in right]
+    assert f"160 px crop {losses[0]}, 224 px crop {losses[1]};" in str(reason)
 
 
 def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
@@ -105,8 +114,7 @@ def test_a_session_chooses_once(workload, probed) -> None:
 
 
 def scored(n_right: int, seconds: float, n: int = 100) -> Score:
-    probe = CrossValidation(0.1, 5, np.arange(n) < n_right)
-    return Score("name", 224, 160, probe, 1000, 50.0, seconds)
+    return Score("name", 224, 160, cross_validation(n_right, n), 1000, 50.0, seconds)
 
 
 def test_the_error_is_that_of_a_share() -> None:

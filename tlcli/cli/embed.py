@@ -77,8 +77,8 @@ def run(argv: list[str]) -> int:
         if path is not None:
             check_output(path, suffixes, force=arguments.force)
     if arguments.to is not None and arguments.to.suffix.lower() == ".npz":
-        named = [] if STDIN in arguments.paths else named_images(arguments.paths)  # stdin can be read once
-        check_number(arguments.to, sum(1 for _ in islice(named, MAX_NPZ)))
+        files = [path for path in arguments.paths if path != STDIN]  # which can be read once
+        check_number(arguments.to, sum(1 for _ in islice(named_images(files), MAX_NPZ)))
     embedder, classes = load_embedder(arguments)
     reporter, sample, errors, n = TerminalReporter(on_stderr=True), Map(), list[str](), Counter[str]()
     source, start = one_line(arguments.source), time.perf_counter()

@@ -96,7 +96,10 @@ class Command:
         if is_joblib:
             from joblib import effective_n_jobs
 
-            is_here = effective_n_jobs(config.hydra.launcher.n_jobs) == 1
+            n_jobs = config.hydra.launcher.n_jobs
+            if n_jobs == 0:
+                raise UsageError("hydra.launcher.n_jobs=0: must be a number of processes, or -1 for one per core")
+            is_here = effective_n_jobs(n_jobs) == 1
         with nullcontext() if is_here else other_processes(folder, words, is_joblib=is_joblib):
             sweeper.sweep(arguments=words)
         callbacks.on_multirun_end(config=config, config_name=name)

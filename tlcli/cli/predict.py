@@ -25,6 +25,7 @@ from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, resolve_links
 from tlcli.reporter import Reporter
+from tlcli.runs.run_dir import mapping
 from tlcli.specs import Accelerator, Precision, Tta
 from tlcli.store import Store, cache_dir
 from tlcli.text import csv_line
@@ -96,7 +97,7 @@ def run(argv: list[str]) -> int:
         loaded = load_run(arguments.run, arguments.checkpoint)
         if arguments.reject and loaded.threshold is None:
             reason = f"held out fewer than {MIN_KNOWN} images; train with dataset.val_fraction=0.2 or more images"
-            if not loaded.is_kept:
+            if not loaded.is_kept and mapping(loaded.info.get("unknown")).get("threshold") is not None:
                 reason = "has it for the weights that were kept; leave out --checkpoint last"
             raise UsageError(f"--reject needs a threshold: {loaded.path} {reason}")
         tta, precision = arguments.tta and Tta(arguments.tta), Precision(arguments.precision)

@@ -171,8 +171,9 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _nothing_to_resume(run: RunDir) -> int:
-    with led_ranks() as ranks:  # those that torchrun has started wait
-        ranks.broadcast(None)
+    if rank_and_size()[1] > 1:
+        with led_ranks() as ranks:  # those that torchrun has started wait
+            ranks.broadcast(None)
     accuracy = number(run.test().get("accuracy"))
     reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
     print(f"{run.path} is done{reached}: nothing to resume")

@@ -16,7 +16,7 @@ from pathlib import Path
 from tlcli.cli import fast_imports
 from tlcli.cli.embed import add_source, load_embedder, report_errors, vectors_of
 from tlcli.cli.parser import Parser, whole_number
-from tlcli.cli.predict import add_computing, add_paths
+from tlcli.cli.predict import add_computing, add_paths, count_images
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import resolve_links
@@ -39,7 +39,8 @@ def run(argv: list[str]) -> int:
 
         from tlcli.cli.view import TerminalReporter
     embedder, _ = load_embedder(arguments)
-    ((_, _, vector),) = embedder.embed([arguments.image])  # in a batch of the size of the others
+    total = count_images(arguments.paths)
+    ((_, _, vector),) = embedder.embed([arguments.image], total=total)  # in a batch of the size of the others
     if isinstance(vector, str):
         raise UsageError(f"{arguments.image}: {vector}")
     direction, own = normalize(vector, dim=0), resolve_links(Path(arguments.image))

@@ -27,7 +27,7 @@ SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", 
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SYSTEM_FILES = {  # of macOS and Windows, of volumes, and with thumbnails on a NAS
     *("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "lost+found"),
-    *("@eadir", "#recycle", "@recycle"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
 }
 _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"

@@ -33,7 +33,7 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
 
     Training uses a size below the backbone's (Touvron et al. 2019). For evaluation a probe is cross-validated on a
     sample with each fit (images may all be squares), then at the backbone's size; another fit than a central crop, and
-    the larger size, must be better. Features are in float32: the same images give the same choice on every machine.
+    the larger size, must have a lower loss. Features are in float32: the same images give the same choice on every machine.
     Raise UsageError if the network does not take image.train_size.
     """
     spec, classifier = workload.spec, workload.classifier
@@ -61,18 +61,18 @@ def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Rep
     best = cross_validate_probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
     if best is None:
         return given, None
-    accuracies = [f"{chosen.size} px {chosen.fit} {best.accuracy:.3f}"]
+    results = [f"{chosen.size} px {chosen.fit} {best.losses.mean():.3f}"]
     for key, value in [*(("fit", fit) for fit in fits[1:]), *(("size", size) for size in sizes[1:])]:
         image = structs.replace(chosen, **{key: value})
         other = cross_validate_probe(alone, image, reporter)
         assert other is not None
-        accuracies.append(f"{image.size} px {image.fit} {other.accuracy:.3f}")
-        if other.beats(best):
+        results.append(f"{image.size} px {image.fit} {other.losses.mean():.3f}")
+        if other.has_lower_loss(best):
             chosen, best = image, other
     if chosen.train_size is None:
         chosen = structs.replace(chosen, train_size=sizes[0])
-    compared = f"probes on {len(sample)} images, {best.folds}-fold: {', '.join(accuracies)}"
-    return chosen, f"{compared}; higher by less than a standard error counts as equal"
+    compared = f"loss of probes on {len(sample)} images, {best.folds}-fold: {', '.join(results)}"
+    return chosen, f"{compared}; lower by less than two standard errors counts as equal"
 
 
 def candidate_sizes(workload: Workload) -> list[int]:

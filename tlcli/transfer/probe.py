@@ -19,11 +19,12 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, eq=False)
 class CrossValidation:
-    """The penalty whose probes have the lowest loss on images held out, and which images (N) these classify right."""
+    """The penalty whose probes have the lowest loss on images held out, and what they make of each of these images."""
 
     penalty: float
     folds: int
-    correct: np.ndarray[Any, np.dtype[np.bool_]]
+    correct: np.ndarray[Any, np.dtype[np.bool_]]  # (N)
+    losses: np.ndarray[Any, np.dtype[np.floating]]  # (N)
 
     @property
     def accuracy(self) -> float:
@@ -33,6 +34,14 @@ class CrossValidation:
         """Return True if the images that only this one classifies right are more by over one standard error."""
         gains, losses = (self.correct & ~other.correct).sum(), (other.correct & ~self.correct).sum()
         return bool(gains - losses > np.sqrt(gains + losses))
+
+    def has_lower_loss(self, other: "CrossValidation") -> bool:
+        """Return True if the mean loss is lower by over two standard errors of the paired difference.
+
+        Of few images, losses tell more than the numbers of right ones.
+        """
+        gains = other.losses - self.losses
+        return bool(gains.mean() > 2 * gains.std() / np.sqrt(len(gains)))
 
 
 def choose_penalty(
@@ -55,14 +64,14 @@ def choose_penalty(
     chosen = np.sort(np.concatenate(members))
     x, y = _scaled(features.numpy()[chosen])[0], np.unique(labels.numpy()[chosen], return_inverse=True)[1]
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    found: list[tuple[float, CrossValidation]] = []
+    found: list[CrossValidation] = []
     with _quiet():
         for penalty in PENALTIES:
             probe = _regression(penalty, len(y) * (folds - 1) / folds)
             p = cross_val_predict(probe, x, y, cv=splits, method="predict_proba")
-            loss = -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()
-            found.append((loss, CrossValidation(penalty, folds, p.argmax(axis=1) == y)))
-    return min(found, key=lambda pair: pair[0])[1]
+            losses = -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12))
+            found.append(CrossValidation(penalty, folds, p.argmax(axis=1) == y, losses))
+    return min(found, key=lambda cross_validation: cross_validation.losses.mean())
 
 
 def fit_probe(head: nn.Linear, features: Tensor, labels: Tensor, penalty: float = DEFAULT_PENALTY) -> dict[str, Tensor]:
