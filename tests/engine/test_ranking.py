@@ -65,9 +65,7 @@ def probed(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 53), 160), ((50, 60), 224), ((60, 50), 160)])
-def test_the_larger_size_is_taken_if_its_loss_is_lower_by_two_standard_errors(
-    right, size: int, workload, probed
-) -> None:
+def test_a_larger_size_must_lower_the_loss_by_two_standard_errors(right, size: int, workload, probed) -> None:
     seen = probed({(s, "crop"): n for s, n in zip((160, 224), right, strict=True)})
     image, reason = choose_image(workload(), Reporter())
     assert (image.size, image.fit, image.train_size) == (size, "crop", 160)

@@ -33,8 +33,8 @@ def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str
 
     Training uses a size below the backbone's (Touvron et al. 2019). For evaluation a probe is cross-validated on a
     sample with each fit (images may all be squares), then at the backbone's size; another fit than a central crop, and
-    the larger size, must have a lower loss. Features are in float32: the same images give the same choice on every machine.
-    Raise UsageError if the network does not take image.train_size.
+    the larger size, must lower the loss. Features are in float32: the same images give the same choice on every
+    machine. Raise UsageError if the network does not take image.train_size.
     """
     spec, classifier = workload.spec, workload.classifier
     image, size = spec.image, image_size(spec) or classifier.size
