@@ -138,7 +138,8 @@ def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:
 
 
 def test_bounds_need_a_number(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no number"):
-        Study(SPEC, {**DEFAULTS, "optimizer.lr": None}, tmp_path / "study.journal", seed=0, minimize=False)
+    for value, rule in ((None, "must be above 0"), (0.0, "must be above 0")):  # its bounds are logarithmic
+        with pytest.raises(UsageError, match=f"optimizer.lr={value} {rule}"):
+            Study(SPEC, {**DEFAULTS, "optimizer.lr": value}, tmp_path / "study.journal", seed=0, minimize=False)
     with pytest.raises(ValueError, match="low=0 must be below high=1, and above 0"):
         Bounds(0, 1, log=True)

@@ -111,13 +111,16 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
     own, wholes = {key for entry in entries for key in entry.shard_keys.values()}, {entry.key for entry in entries}
     with suppress(UsageError):
         wholes |= {entry.key for entry in read_plan(file).entries}  # of images that may have changed since
-    shards_of = [entry for entry in store.entries() if entry.metadata.get("part_of") in wholes]
-    for outdated in [entry for entry in shards_of if entry.key not in own]:  # other images, or another number of shards
-        _remove_shard(store, outdated.key)
+    parts = [part for part in store.entries() if part.metadata.get("part_of") in wholes]
+    outdated = [part for part in parts if part.key not in own]  # of other images, or of another number of shards
     missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
-    present = sum(entry.nbytes for entry in shards_of if entry.key in own and entry.metadata["part_of"] in missing)
+    present = sum(part.nbytes for part in parts if part.key not in own or part.metadata["part_of"] in missing)
     if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
         raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
+    for part in outdated:
+        _remove_shard(store, part.key)
+    if outdated:
+        reporter.note(f"{len(outdated)} shards of another plan for these images were removed")
     device = structs.replace(spec.device, kind=Accelerator(workload.accelerator.type))
     values, data = to_builtins(structs.replace(workload.spec, device=device)), workload.data
     plan = Plan(values, shards, inputs.decisions, data.classes, data.value_range, tuple(entries))
@@ -244,4 +247,5 @@ def complete(plan: Plan, store: Store) -> list[int]:
 def _remove_shard(store: Store, key: str) -> None:
     with suppress(OSError):
         store.remove(key)
-    (store.plans / f"{key}.json").unlink(missing_ok=True)
+    with suppress(OSError):
+        (store.plans / f"{key}.json").unlink()

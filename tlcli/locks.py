@@ -172,21 +172,23 @@ def this_process() -> dict[str, Any]:
     return {"host": host_digest(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
 
 
-def host_digest() -> str:
+def host_digest(*, with_id: bool = True) -> str:
     """Return a digest of the machine's name and id, and of the namespace in which a pid has a meaning."""
     import hashlib
 
     namespace = Path("/proc/self/ns/pid")  # that of a container, which may have the name of another one
     name = f"{platform.node()} {namespace.readlink()}" if namespace.is_symlink() else platform.node()
-    with suppress(OSError):  # two machines may both be called localhost
-        name += Path("/etc/machine-id").read_text(encoding="utf-8")
+    if with_id:
+        with suppress(OSError):  # two machines may both be called localhost
+            name += Path("/etc/machine-id").read_text(encoding="utf-8")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def runs_on_this_machine(owner: Mapping[str, Any]) -> bool | None:
     """Return True if the process with this `pid` on this `host` runs, False if it has ended, None if not known here."""
     pid = owner.get("pid")
-    if type(pid) is not int or pid <= 0 or owner.get("host") != host_digest() or platform.system() == "Windows":
+    hosts = host_digest(), host_digest(with_id=False)  # the latter of tlcli 0.15 or earlier
+    if type(pid) is not int or pid <= 0 or owner.get("host") not in hosts or platform.system() == "Windows":
         return None  # on Windows signal 0 is Ctrl-C
     try:
         os.kill(pid, 0)

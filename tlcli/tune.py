@@ -87,9 +87,10 @@ class Study:
         for key, values in spec.space.items():
             own = [defaults[key], *(recipe[key] for recipe in spec.first if key in recipe)]
             if isinstance(values, Bounds):
-                numbers = [value for value in own if isinstance(value, int | float) and not isinstance(value, bool)]
-                if numbers != own:
-                    raise UsageError(f"space: {key}={own[0]} is no number, so that it cannot have bounds")
+                numbers = [v for v in own if isinstance(v, int | float) and not isinstance(v, bool)]
+                if bad := [v for v in own if v not in numbers or (values.log and v <= 0)]:
+                    rule = "above 0, as log: true needs it" if values.log else "a number, as bounds need it"
+                    raise UsageError(f"space: {key}={bad[0]} must be {rule}")
                 low, high = min(values.low, *numbers), max(values.high, *numbers)
                 self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
             else:
@@ -99,7 +100,9 @@ class Study:
         if file.exists():  # a disk that was full leaves half a line, to which Optuna would append the next one
             lock.acquire()
             try:
-                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+                text = file.read_bytes()
+                if not text.endswith(b"\n"):
+                    os.truncate(file, text.rfind(b"\n") + 1)
             finally:
                 lock.release()
         try:

@@ -216,6 +216,21 @@ def test_recipes_that_keep_failing_end_the_trials(worker: Callable[[], Worker], 
     assert read_json(tmp_path / STATE_FILE)["status"] == "done"
 
 
+def test_a_full_disk_is_no_fault_of_a_recipe(worker: Callable[[], Worker], tmp_path, monkeypatch) -> None:
+    one = worker()
+    train = one._train
+
+    def full(*args: Any) -> RunDir:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(one, "_train", lambda name, *args: train(name, *args) if name == "0" else full())
+    with pytest.raises(OSError, match="no space left"):
+        one.run()
+    one.leave("failed")
+    worker().run()
+    assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
+
+
 def test_if_no_recipe_works_the_error_is_raised_and_a_resume_tries_others(worker, tmp_path, monkeypatch) -> None:
     one = worker()
     begin(one)

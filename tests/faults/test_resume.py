@@ -167,6 +167,8 @@ def test_the_epochs_of_two_fits_cannot_change(whole: Run, capsys: pytest.Capture
     capsys.readouterr()
     assert main(["train", "--resume", str(run), "epochs=2"]) == 2
     assert "averages 2 fits, whose number of epochs cannot change" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "fits=1"]) == 2
+    assert "cannot change fits" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -155,8 +155,9 @@ def _fill(arguments: argparse.Namespace) -> int:
         print(f"{len(missing)} of {shards} shards are missing")
         return 0
     entries = [entry for planned in plan.entries if (entry := store.find(planned.key, verify=False))]
-    print(f"the cache has {_total(len(entries), sum(entry.nbytes for entry in entries))}, in {store.root}; next:")
-    print(f"  tlcli train {shlex.join(words)}")
+    file = sys.stderr if arguments.engine == "slurm" else sys.stdout  # which sbatch reads
+    total = _total(len(entries), sum(entry.nbytes for entry in entries))
+    print(f"the cache has {total}, in {store.root}; next:\n  tlcli train {shlex.join(words)}", file=file)
     return 0
 
 

@@ -124,8 +124,10 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     is_done, epochs = info.get("status") == "done", integer(info.get("epochs"))
     fits = integer(info.get("fits")) or 1
     if epochs is not None and (is_done or run.state_file.is_file()):  # that followed from the number of images
-        given = {"fits": fits} if fits > 1 else {}
-        before, spec = (structs.replace(s, epochs=s.epochs or epochs // fits, **given) for s in (before, spec))
+        own = fits if fits > 1 else None
+        before, spec = (
+            structs.replace(s, epochs=s.epochs or epochs // fits, fits=s.fits or own) for s in (before, spec)
+        )
         if fits > 1 and spec.epochs != before.epochs:
             raise UsageError(f"{path}: averages {fits} fits, whose number of epochs cannot change; start a new run")
     _check_changes(before, spec)

@@ -381,7 +381,8 @@ class Search:
             total = _seconds_of(info)
         except Exception as exc:
             status, error, failure = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1], exc
-            if all(trial["status"] == "lost" for trial in self._study.ended()):
+            is_first = all(trial["status"] == "lost" for trial in self._study.ended())
+            if is_first or isinstance(exc, OSError):  # a full disk is no fault of the recipe
                 raise
         with defer_interrupts:
             seconds = max(start - self.left, total)  # part of it may have been before an interruption
@@ -434,7 +435,7 @@ class Search:
                     words.append(f"fits={self._state['fits']}")
                 try:
                     refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
-                except (TlcliError, RuntimeError) as exc:  # RuntimeError: memory; the trials are still there
+                except (TlcliError, RuntimeError, MemoryError) as exc:  # the trials are still there
                     self._check_lock()
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue

@@ -66,7 +66,8 @@ def run(argv: list[str]) -> int:
                 command.launch(config, loader, path)
         except BaseException as exc:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
-            is_queued = isinstance(exc, KeyboardInterrupt) and (path / ".submitit").exists()  # SLURM starts these jobs
+            is_slurm = is_sweep and config.hydra.launcher._target_.endswith(".SlurmLauncher")
+            is_queued = is_slurm and isinstance(exc, KeyboardInterrupt)
             if not any(path.rglob(sign)) and not is_queued:
                 if is_named and not is_sweep:  # these did not exist, and would be in the way of the next try
                     run = RunDir(path)

@@ -195,7 +195,7 @@ def score(
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, per_class * len(data.classes))
         if probe is None:
-            raise UsageError(f"rank: fewer than two classes have {FOLDS} training images each, one for each fold")
+            raise UsageError(f"rank: fewer than two classes have the {FOLDS} training images of a cross-validation")
         n_parameters = count(classifier.network.parameters())
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
 
