@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import Compose
 from tlcli.engine import ranking
 from tlcli.engine.activations import Workload
-from tlcli.engine.ranking import Score, choose, choose_image
+from tlcli.engine.ranking import Score, candidate_sizes, choose, choose_image
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -72,6 +72,12 @@ def test_a_larger_size_must_lower_the_loss_by_two_standard_errors(right, size: i
     assert seen == [(160, "crop"), (224, "crop")]  # squares need no other fit
     losses = [f"{1 - 0.008 * n:.3f}" for n in right]
     assert f"160 px crop {losses[0]}, 224 px crop {losses[1]};" in str(reason)
+
+
+@pytest.mark.parametrize(("own", "sizes"), [(224, [160, 224]), (240, [192, 240]), (260, [192, 260]), (64, [64])])
+def test_the_smaller_size_is_five_sevenths_rounded_up(own: int, sizes: list[int], workload) -> None:
+    given = workload()
+    assert candidate_sizes(replace(given, classifier=replace(given.classifier, size=own))) == sizes
 
 
 def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
