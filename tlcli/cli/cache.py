@@ -155,9 +155,9 @@ def _fill(arguments: argparse.Namespace) -> int:
         print(f"{len(missing)} of {shards} shards are missing")
         return 0
     entries = [entry for planned in plan.entries if (entry := store.find(planned.key, verify=False))]
-    file = sys.stderr if arguments.engine == "slurm" else sys.stdout  # which sbatch reads
+    stream = sys.stderr if arguments.engine == "slurm" else sys.stdout  # which sbatch reads
     total = _total(len(entries), sum(entry.nbytes for entry in entries))
-    print(f"the cache has {total}, in {store.root}; next:\n  tlcli train {shlex.join(words)}", file=file)
+    print(f"the cache has {total}, in {store.root}; next:\n  tlcli train {shlex.join(words)}", file=stream)
     return 0
 
 
