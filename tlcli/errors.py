@@ -31,6 +31,10 @@ class NonFiniteLossError(TlcliError):
     """The training loss became NaN or infinite."""
 
 
+# of one candidate among several: its config does not suit it, or memory is lacking (RuntimeError in torch)
+CANDIDATE_ERRORS = (TlcliError, RuntimeError, MemoryError)
+
+
 def is_out_of_memory(exc: BaseException) -> bool:
     """Return True if a device or the machine ran out of memory; torch's errors are known by their text."""
     text = str(exc).lower()

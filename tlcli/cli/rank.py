@@ -23,7 +23,7 @@ from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.conf_files import files_for
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.table import number_text, table_lines, terminal_columns
-from tlcli.errors import BadImagesError, TlcliError, UsageError
+from tlcli.errors import CANDIDATE_ERRORS, BadImagesError, UsageError
 from tlcli.files import expand_user
 from tlcli.text import did_you_mean, duration_text, size_text
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tlcli.specs import TrainSpec
 
 TITLES = ("<backbone", "px", "<accuracy", "<", "ImageNet", "weights", "<license", "images/s", "run")
-CANNOT_RANK = (TlcliError, RuntimeError, MemoryError)  # this backbone with these words, or for lack of memory
 LESS_IMPORTANT = ("license", "weights", "ImageNet", "images/s")
 
 PARSER = Parser("rank", __doc__)
@@ -92,7 +91,7 @@ def run(argv: list[str]) -> int:
             limits = arguments.per_class, arguments.max_images
             try:
                 scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
-            except CANNOT_RANK as exc:
+            except CANDIDATE_ERRORS as exc:
                 if names or isinstance(exc, BadImagesError) or (not scores and name == list(candidates)[-1]):
                     raise
                 print(f"{name}: {exit_status(exc)[1]}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
-from tlcli.errors import StoppedError, TlcliError
+from tlcli.errors import CANDIDATE_ERRORS, StoppedError, TlcliError
 from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
@@ -435,7 +435,7 @@ class Search:
                     words.append(f"fits={self._state['fits']}")
                 try:
                     refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
-                except (TlcliError, RuntimeError, MemoryError) as exc:  # the trials are still there
+                except CANDIDATE_ERRORS as exc:  # the trials are still there
                     self._check_lock()
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue

@@ -35,12 +35,12 @@ from tlcli.cli.compose import build_spec, compose_config, one_process, parse_fla
 from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.job import check
 from tlcli.cli.parser import Parser, values_of, whole_number
-from tlcli.cli.rank import CANNOT_RANK, find_candidates
+from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
 from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
-from tlcli.errors import UsageError
+from tlcli.errors import CANDIDATE_ERRORS, UsageError
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
@@ -247,7 +247,7 @@ def _choose_backbone(
     candidates = find_candidates([], words)
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
-        with suppress(*CANNOT_RANK):  # a word may not suit another backbone: freeze.stages, image.train_size
+        with suppress(*CANDIDATE_ERRORS):  # a word may not suit another backbone: freeze.stages, image.train_size
             max_seconds = (end - time.monotonic()) / n_runs
             # at one size; that of evaluation is chosen later
             scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
