@@ -36,7 +36,7 @@ def files(data: Path, split: str, classes: list[str], n: int) -> list[str]:
 
 def scores(run: Path, known: list[str], unknown: list[str], train: list[str]) -> dict[str, np.ndarray]:
     """Return four scores (known, then unknown images), each higher for images that look unknown."""
-    from tlcli.embed import embedder_of_run
+    from tlcli.embed import Embedder
     from tlcli.engine.metrics import energy
     from tlcli.predict import Predictor
     from tlcli.runs.load import load_run
@@ -46,7 +46,7 @@ def scores(run: Path, known: list[str], unknown: list[str], train: list[str]) ->
 
     cpu, store, images = torch.device("cpu"), Store(cache_dir()), [*known, *unknown]
     predictions = list(Predictor(load_run(run), cpu, store).predict(images, total=len(images)))
-    embedder = embedder_of_run(load_run(run), cpu, store, Precision.auto, None)
+    embedder = Embedder(load_run(run), cpu, store, Precision.auto, None)
     rows: list[Any] = [row for _, _, row in embedder.embed([*train, *images], total=len(train) + len(images))]
     x = torch.stack(rows)
     loaded = load_run(run)

@@ -22,7 +22,7 @@ LAYERS = [
     {"engine"},
     {"runs"},
     {"check", "evaluate", "export", "predict", "train"},
-    {"embed", "fill", "quantize", "tune"},
+    {"embed", "fill", "tune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import slow
 from tlcli import embed
 from tlcli.device import cpu_has_bfloat16
-from tlcli.embed import Embedder, Map, check_output, embedder_of_backbone, embedder_of_run, vector_file
+from tlcli.embed import Embedder, Map, check_output, vector_file
 from tlcli.engine.session import Session
 from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.load import load_run
@@ -28,7 +28,7 @@ Trained = Callable[..., Path]
 
 
 def embedder(run: Path, precision: Precision = Precision.auto, batch_size: int | None = None) -> Embedder:
-    return embedder_of_run(load_run(run), CPU, Store(cache_dir()), precision, batch_size)
+    return Embedder(load_run(run), CPU, Store(cache_dir()), precision, batch_size)
 
 
 def vectors(source: Embedder, images: list[str]) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_a_network_without_a_cut_has_the_same_vectors(trained: Trained, shapes: 
 
 
 def test_a_backbone_needs_no_run(spec: Any, shapes: Path) -> None:
-    source = embedder_of_backbone(
+    source = Embedder(
         spec("backbone=timm", "backbone.name=test_resnet", "backbone.weights=none").backbone,
         CPU,
         Store(cache_dir()),
@@ -72,7 +72,7 @@ def test_a_loaded_run_is_not_changed(trained: Trained, shapes: Path) -> None:
     run = load_run(trained("head", "fp32"))
     image = str(shapes / "test/down/000.png")
     expected = run.predict(image)
-    vectors(embedder_of_run(replace(run), CPU, Store(cache_dir()), Precision.auto, None), [image])
+    vectors(Embedder(replace(run), CPU, Store(cache_dir()), Precision.auto, None), [image])
     assert dict(run.predict(image)) == pytest.approx(dict(expected), abs=1e-6)
 
 

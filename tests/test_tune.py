@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from msgspec import structs
 
+from tests.conftest import Compose
+from tlcli import tune
+from tlcli.engine.session import Session
 from tlcli.errors import UsageError
+from tlcli.reporter import Reporter
+from tlcli.specs import Tta
+from tlcli.store import Store
 from tlcli.tune import STARTUP_TRIALS, WARMUP_PERCENT, Bounds, Study, TuneSpec
 
 SPEC = TuneSpec(
@@ -125,6 +132,23 @@ def test_a_trial_is_stopped_if_it_is_worse_than_the_median_but_not_early(study_o
             if trial.should_prune():
                 break
         study.tell(trial.number, None if is_last else sign * 0.5, "stopped" if is_last else "done")
+
+
+@pytest.mark.parametrize(
+    ("gains", "prefers"), [((0.5, 0.4, 0.6), True), ((0.5, -0.6, 0.2), False), ((-0.1,) * 3, False)]
+)
+def test_mirrors_must_lower_the_loss_by_more_than_one_standard_error(
+    spec: Compose, monkeypatch, gains, prefers: bool
+) -> None:
+    losses = {Tta.none: torch.ones(3), Tta.flip: torch.ones(3) - torch.tensor(gains)}
+    monkeypatch.setattr(tune, "predict_mean", lambda runs, spec, *args: spec.tta)
+    monkeypatch.setattr(tune, "_losses", losses.__getitem__)
+    assert tune.prefers_mirrors([], spec("dataset=cifar10"), Session(Store(Path()), 0), Reporter()) is prefers
+
+
+def test_mirrors_are_not_compared_if_the_user_has_chosen() -> None:
+    own = structs.replace(SPEC, mirrors=True)
+    assert own.without(["image.fit"]).mirrors and not own.without(["tta"]).mirrors
 
 
 def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:

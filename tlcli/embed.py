@@ -61,21 +61,32 @@ class Embedder(ImageMapper):
 
     def __init__(
         self,
-        classifier: Classifier,
-        preprocessing: Preprocessing,
+        source: LoadedRun | BackboneSpec,
         accelerator: torch.device,
-        form: ComputeFormat,
         store: Store,
-        compiled_at: dict[str, bool],
+        precision: Precision,
         batch_size: int | None,
     ) -> None:
-        """Cut the network at its head; `compiled_at` says for some cuts if the extractor is compiled there."""
+        """Cut the network of a run, or of a backbone with its weights, at its head.
+
+        It computes as the run did if its test was read from there. For a backbone `auto` is float32.
+        """
+        compiled_at = dict[str, bool]()  # what the run decided, by the place of the cut
+        if isinstance(source, LoadedRun):
+            classifier, preprocessing = source.classifier, source.preprocessing
+            form, decisions = choose_format(source, accelerator, precision), recorded_decisions(source.info)
+            if decisions is not None and "test" in decisions.cached and form.dtype != torch.float32:
+                compiled_at[str(source.info["cache"].get("at"))] = "test" in decisions.compiled
+        else:
+            classifier = build_model(source, ("", " "), size=None, seed=0)
+            preprocessing = Preprocessing(classifier.size, classifier.fit, classifier.mean, classifier.std)
+            layout = torch.contiguous_format if accelerator.type == "mps" else torch.channels_last
+            form = ComputeFormat(DTYPES.get(precision, torch.float32), layout)
         network: Any = classifier.network.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         cut = split_frozen(network.eval(), preprocessing.size, classifier.head_parameters())
         prefix, place = (cut.prefix, cut.suffix_start) if isinstance(cut, Cut) else (_HeadInput(classifier), "")
-        compiled = compiled_at.get(place) if place else False
         extractor = Extractor(f"{classifier.name} {place}", prefix, preprocessing, accelerator, form, store)
-        super().__init__(extractor, batch_size, compiled)
+        super().__init__(extractor, batch_size, compiled_at.get(place) if place else False)
 
     def embed(
         self, images: Iterable[Named], *, total: int | None = None, reporter: Reporter | None = None
@@ -86,28 +97,6 @@ class Embedder(ImageMapper):
     def _rows(self, images: Tensor) -> Tensor:
         inputs = self._extractor(images)
         return torch.cat([t.float().mean((1, 2)) if t.ndim == 4 else t.float().flatten(1) for t in inputs], dim=1)
-
-
-def embedder_of_run(
-    run: LoadedRun, accelerator: torch.device, store: Store, precision: Precision, batch_size: int | None
-) -> Embedder:
-    """Return the embedder of a run, which computes as the run did if its test was read from the input of the head."""
-    form, decisions = choose_format(run, accelerator, precision), recorded_decisions(run.info)
-    compiled_at = {}
-    if decisions is not None and "test" in decisions.cached and form.dtype != torch.float32:
-        compiled_at[str(run.info["cache"].get("at"))] = "test" in decisions.compiled
-    return Embedder(run.classifier, run.preprocessing, accelerator, form, store, compiled_at, batch_size)
-
-
-def embedder_of_backbone(
-    spec: BackboneSpec, accelerator: torch.device, store: Store, precision: Precision, batch_size: int | None
-) -> Embedder:
-    """Return the embedder of a backbone with its weights, at its image size; `auto` is float32."""
-    classifier = build_model(spec, ("", " "), size=None, seed=0)
-    preprocessing = Preprocessing(classifier.size, classifier.fit, classifier.mean, classifier.std)
-    layout = torch.contiguous_format if accelerator.type == "mps" else torch.channels_last
-    form = ComputeFormat(DTYPES.get(precision, torch.float32), layout)
-    return Embedder(classifier, preprocessing, accelerator, form, store, {}, batch_size)
 
 
 # -- files
@@ -147,17 +136,14 @@ def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[R
         from pyarrow.parquet import ParquetWriter
 
         paths, labels, vectors = zip(*rows, strict=True)
-        escaped = [  # names need not be UTF-8
-            [text and text.encode(errors="backslashreplace").decode() for text in texts] for texts in (paths, labels)
-        ]
+        texts = [[t and t.encode(errors="backslashreplace").decode() for t in column] for column in (paths, labels)]
         values = torch.stack(vectors).numpy()
         columns = {
-            "path": pa.array(escaped[0], pa.string()),
-            "label": pa.array(escaped[1], pa.string()),
+            "path": pa.array(texts[0], pa.string()),  # names need not be UTF-8
+            "label": pa.array(texts[1], pa.string()),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
         }
-        metadata = {"tlcli": __version__, "source": source}
-        table = pa.table(columns).replace_schema_metadata(metadata)
+        table = pa.table(columns, metadata={"tlcli": __version__, "source": source})
         writer = writer or ParquetWriter(draft, table.schema, compression="zstd", use_dictionary=["label"])
         writer.write_table(table)
         rows.clear()
@@ -174,8 +160,8 @@ def vector_file(path: Path, source: str, *, force: bool) -> Iterator[Callable[[R
             write_parquet()
         elif rows:
             paths, labels, vectors = zip(*rows, strict=True)
-            with draft.open("wb") as file:  # arrays of text, without pickled objects
-                label = np.array([label or "" for label in labels])
+            label = np.array([label or "" for label in labels])  # text, without pickled objects
+            with draft.open("wb") as file:
                 np.savez(file, path=np.array(paths), label=label, vector=torch.stack(vectors).numpy())
         if writer is not None:
             writer.close()

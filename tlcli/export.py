@@ -1,18 +1,23 @@
 """Export of a run's model: the formats, and the check that an export computes what PyTorch does. Imports no torch."""
 
+import io
 import json
 import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from timeit import repeat
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
+from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, number, pair, read_predictions
 from tlcli.specs import DatasetSpec, Fit
 from tlcli.text import evenly_spaced, one_line
@@ -20,16 +25,18 @@ from tlcli.text import evenly_spaced, one_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tlcli.data.dataset import Dataset
+    from tlcli.data.images import Split
     from tlcli.runs.load import LoadedRun
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit: ten times what another order of summation causes
 SAMPLE_IMAGES = 16  # for the check: seconds with any network
+METHODS = ("MinMax", "Entropy", "Percentile")  # of calibration, in onnxruntime; the first is the fastest
+MAX_LOSS = 0.01  # of accuracy in int8
+CALIBRATION_IMAGES, MAX_JUDGED = 200, 1000
+BATCH_SIZE, TIMINGS = 32, 10  # of int8; the fastest batch counts, as other processes slow some
 METADATA_FILE = "tlcli.json"  # in a .pt2 archive: classes, preprocessing and temperature
 PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
-REMOVED = {
-    "torchscript": "TorchScript is deprecated in PyTorch; use --to pt2, which torch.export.load reads",
-    "safetensors": "use RUN/checkpoints/best.safetensors, which holds the weights, classes and preprocessing",
-}
 
 FORMATS: dict[str, "ExportFormat"] = {}
 Model = Callable[["Tensor"], "Tensor"]
@@ -190,9 +197,7 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
 
 
 def check_format(name: str) -> str:
-    """Return the name. Raise UsageError if that format was removed or its packages are not installed."""
-    if name in REMOVED:
-        raise UsageError(f"--to {name} was removed: {REMOVED[name]}")
+    """Return the name. Raise UsageError if packages of that format are not installed."""
     packages = FORMATS[name].packages if name in FORMATS else ()
     if missing := [package for package in packages if find_spec(package) is None]:
         raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'tlcli[export]'")
@@ -307,3 +312,131 @@ def compare(model: Model, inputs: "Tensor", reference: "Tensor", description: st
         reason = f"classes differ from PyTorch's, or logits by more than {TOLERANCE:g}: by {largest:.2g}"
         raise TlcliError(f"{description}: {reason}; nothing was written")
     return largest
+
+
+# -- int8
+
+
+@dataclass(frozen=True, eq=False)
+class Labeled:
+    """Images of a split with labels (N), for people named `name`; `pixels` are uint8 (N, 3, S, S)."""
+
+    name: str
+    pixels: "Tensor"
+    labels: "Tensor"
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """The calibration method of an int8 model, and (float32, int8) of what was measured on this machine."""
+
+    method: str
+    nbytes: tuple[int, int]
+    images_per_second: tuple[float, float]
+    accuracies: Mapping[str, tuple[float, float]]  # by the name of the images
+
+
+def int8_images(run: "LoadedRun", data: "Dataset", reporter: Reporter) -> tuple[Labeled, Labeled, Labeled | None]:
+    """Return images to calibrate on, to judge on, and of the test split, evenly spaced in their splits."""
+    import torch
+
+    from tlcli.data.images import tracked_map
+
+    def read(name: str, split: "Split", rows: Sequence[int]) -> Labeled:
+        decode = lambda i: run.preprocessing.apply(split.read(i))  # noqa: E731
+        pixels = torch.stack(list(tracked_map(decode, rows, 8, reporter, f"reading {name}")))
+        return Labeled(f"{len(rows):,} {name}", pixels, torch.from_numpy(split.labels)[list(rows)])
+
+    if data.classes != run.classes:
+        raise UsageError(f"--int8: the classes of {data.name} have changed since {run.path} was trained; restore them")
+    n = len(data.train)
+    chosen = evenly_spaced(range(n), min(CALIBRATION_IMAGES, n if len(data.val) else n // 2))
+    others = evenly_spaced(sorted(set(range(n)) - set(chosen)), MAX_JUDGED)
+    if not chosen:
+        raise UsageError(f"--int8 needs at least two training images to calibrate on, and {data.name} has {n}")
+    calibration = read("training images", data.train, chosen)
+    judged = ("validation images", data.val, evenly_spaced(range(len(data.val)), MAX_JUDGED))
+    if not len(data.val):
+        judged = ("other training images (the run has no validation images)", data.train, others)
+    test = evenly_spaced(range(len(data.test)), MAX_JUDGED)
+    return calibration, read(*judged), read("test images", data.test, test) if test else None
+
+
+def export_int8(
+    job: ExportJob, images: tuple[Labeled, Labeled, Labeled | None], path: Path, reporter: Reporter, *, force: bool
+) -> Int8Result:
+    """Write an ONNX file with weights and activations in int8, and return what was measured.
+
+    Weights are quantized per channel; ranges of activations are from calibration images, by the first of METHODS
+    that loses at most MAX_LOSS of accuracy on images to judge on. If all lose more, the best is written with `force`,
+    and else TlcliError is raised (Nagel et al., A white paper on neural network quantization, 2021).
+    """
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    calibration, judged, test = images
+    cpu = {"providers": ["CPUExecutionProvider"]}
+    with draft_folder(path, "int8") as folder, redirect_stdout(io.StringIO()):  # onnxruntime prints its progress
+        exact, prepared, draft = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
+        export(job, FORMATS["onnx"], exact)
+        quant_pre_process(exact, prepared, skip_symbolic_shape=True)
+        own, found = InferenceSession(exact, **cpu), dict[str, float]()
+        reference = _accuracy(own, job, judged)
+        for name in METHODS:
+            reporter.note(f"int8: calibrating by {name}")
+            _quantize(prepared, folder / f"{name}.onnx", _batches(job, calibration), name)
+            found[name] = _accuracy(InferenceSession(folder / f"{name}.onnx", **cpu), job, judged)
+            if is_good := found[name] >= reference - MAX_LOSS - 1e-9:
+                break
+        method, best = max(found.items(), key=lambda item: item[1])
+        if not is_good and not force:
+            lost = f"{100 * (reference - best):.1f} points on {judged.name} ({reference:.4f} to {best:.4f})"
+            raise TlcliError(f"int8 loses {lost}; nothing was written; --force writes it")
+        model = onnx.load(folder / f"{method}.onnx")
+        onnx.helper.set_model_props(model, {item.key: item.value for item in onnx.load(exact).metadata_props})
+        onnx.save(model, draft)
+        sessions = own, InferenceSession(draft, **cpu)
+        accuracies = {judged.name: (reference, best)}
+        if test is not None:
+            accuracies[test.name] = _accuracy(own, job, test), _accuracy(sessions[1], job, test)
+        batch = next(_batches(job, judged))
+        seconds = [min(repeat(lambda s=s: s.run(None, batch), number=1, repeat=TIMINGS)) for s in sessions]  # type: ignore[misc]
+        nbytes = exact.stat().st_size, draft.stat().st_size
+        check_not_existing(path)
+        draft.rename(path)
+    speeds = len(batch["images"]) / seconds[0], len(batch["images"]) / seconds[1]
+    return Int8Result(f"{method} on {calibration.name}", nbytes, speeds, accuracies)
+
+
+def _batches(job: ExportJob, images: Labeled) -> Iterator[dict[str, Any]]:
+    import torch
+
+    return ({"images": job.take(part).numpy()} for part in torch.split(images.pixels, BATCH_SIZE))
+
+
+def _accuracy(session: Any, job: ExportJob, images: Labeled) -> float:
+    labels = [session.run(None, batch)[0].argmax(axis=1) for batch in _batches(job, images)]
+    return float((np.concatenate(labels) == images.labels.numpy()).mean())
+
+
+def _quantize(file: Path, output: Path, batches: Iterator[dict[str, Any]], method: str) -> None:
+    """Write an ONNX file in int8, with ranges of activations from batches by a method of onnxruntime."""
+    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+
+    class Reader(list[dict[str, Any]]):  # as onnxruntime asks for batches: one at a time, or all activations add up
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.rest = self[start_index:end_index]
+
+        def get_next(self) -> dict[str, Any] | None:
+            return self.rest.pop(0) if self.rest else None
+
+    quantize_static(
+        file,
+        output,
+        Reader(batches),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        calibrate_method=CalibrationMethod[method],
+        extra_options={"CalibStridedMinMax": 1},
+    )

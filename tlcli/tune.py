@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from msgspec import Meta, Struct, structs
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, SplitPredictions, write_json, write_predictions
-from tlcli.specs import Count, FractionAboveZero, TrainSpec
+from tlcli.specs import Count, FractionAboveZero, TrainSpec, Tta
 
 if TYPE_CHECKING:
     import optuna
@@ -55,6 +56,7 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
     first: tuple[dict[str, Value], ...]
     sizes: tuple[Annotated[float, Meta(gt=0)], ...]
     space: dict[str, tuple[Value, ...] | Bounds]
+    mirrors: bool = False  # files for 0.16 or earlier do not have it
 
     def without(self, keys: Collection[str]) -> "TuneSpec":
         """Return the spec without keys that have a value already."""
@@ -62,8 +64,9 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
         def rest(values: Mapping[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in values.items() if key not in keys}
 
-        sizes = () if SIZE_KEY in keys else self.sizes
-        return structs.replace(self, first=tuple(map(rest, self.first)), sizes=sizes, space=rest(self.space))
+        sizes, mirrors = () if SIZE_KEY in keys else self.sizes, self.mirrors and "tta" not in keys
+        first, space = tuple(map(rest, self.first)), rest(self.space)
+        return structs.replace(self, first=first, sizes=sizes, mirrors=mirrors, space=space)
 
 
 class Study:
@@ -211,9 +214,7 @@ def choose_members(
     members: list[RunDir] = []
     best: torch.Tensor | None = None
     for run in runs:
-        p = predict_mean([*members, run], spec, session, reporter)
-        scaled = p.logits.double() / likely_temperature(p.logits, p.labels)
-        losses = F.cross_entropy(scaled, p.labels, reduction="none")
+        losses = _losses(predict_mean([*members, run], spec, session, reporter))
         change = losses if best is None else losses - best
         if best is None or change.mean() <= change.std() / len(change) ** 0.5:
             members, best = [*members, run], losses
@@ -222,15 +223,29 @@ def choose_members(
     return members
 
 
-def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions) -> None:
-    """Write a run with the mean of the runs' weights, and with the validation result of their recipes."""
+def prefers_mirrors(runs: Sequence[RunDir], spec: TrainSpec, session: Session, reporter: Reporter) -> bool:
+    """Return True if `tta=flip` lowers the validation loss of the runs' mean by more than one standard error."""
+    plain, mirrored = (predict_mean(runs, structs.replace(spec, tta=tta), session, reporter) for tta in Tta)
+    gains = _losses(plain) - _losses(mirrored)
+    return bool(gains.mean() > gains.std() / len(gains) ** 0.5)
+
+
+def _losses(p: SplitPredictions) -> torch.Tensor:
+    """Return the loss (N), float64, at the best temperature."""
+    scaled = p.logits.double() / likely_temperature(p.logits, p.labels)
+    return F.cross_entropy(scaled, p.labels, reduction="none")
+
+
+def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions, tta: Tta) -> None:
+    """Write a run with the mean of the runs' weights, and with the validation result of their recipes with `tta`."""
     first, predictions = runs[0], Predictions(validation.logits, validation.labels)
     state, metadata = mean_weights(runs)
     average.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(average.best_checkpoint, state, metadata)
     write_predictions(average.val_predictions, validation)
-    average.write_config(first.config_file.read_text(encoding="utf-8"))
+    config = yaml.safe_load(first.config_file.read_text(encoding="utf-8")) | {"tta": tta.value}
+    average.write_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     best = {"epoch": metadata["epoch"], **asdict(scores(predictions))}
-    info = {**first.info, "averaged": [run.path.name for run in runs], "best": best}
+    info = {**first.info, "averaged": [run.path.name for run in runs], "best": best, "tta": tta.value}
     info["calibration"] = calibrate(validation.logits, validation.labels)
     write_json(average.info_file, {**info, "unknown": unknown_threshold(predictions)})

@@ -42,7 +42,7 @@ def test_the_command_writes_what_it_says(tlcli: Tlcli, trained: Trained, photos:
     assert "of them with a label" in tlcli("embed", run, "photos/other", "--to", "f.npz", "--force").out
     bad = tlcli("embed", run, "photos/bad.png", "--to", "g.npz")
     assert (bad.code, bad.err.splitlines()[-1]) == (
-        1, "tlcli embed: nothing was written: no image could be read; the first: photos/bad.png: not an image"
+        1, "tlcli embed: nothing was written: no image could be read"
     )  # fmt: skip
     assert not Path("g.npz").exists()
 

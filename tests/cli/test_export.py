@@ -20,8 +20,18 @@ from tests.conftest import finish, make_folder
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import load_dataset
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, METADATA_FILE, PAD_NOTE, SAMPLE_IMAGES, _model_card, export, find_samples, prepare
-from tlcli.quantize import export_int8, int8_images
+from tlcli.export import (
+    FORMATS,
+    METADATA_FILE,
+    PAD_NOTE,
+    SAMPLE_IMAGES,
+    _model_card,
+    export,
+    export_int8,
+    find_samples,
+    int8_images,
+    prepare,
+)
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.specs import Fit
@@ -234,7 +244,7 @@ def test_int8_is_a_smaller_model_for_the_same_input(with_preprocessing: bool, re
 @pytest.mark.slow
 def test_int8_that_loses_too_much_tries_each_method_and_needs_force(resnet: Path, spec, tmp_path, monkeypatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("tlcli.quantize.MAX_LOSS", -2.0)
+    monkeypatch.setattr("tlcli.export.MAX_LOSS", -2.0)
     (job, images), notes = int8_job(resnet, spec), list[str]()
     monkeypatch.setattr(Reporter, "note", lambda self, text: notes.append(text))
     words = r"int8 loses .* points on 3 validation images .* nothing was written; --force writes it"

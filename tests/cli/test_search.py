@@ -34,6 +34,7 @@ STATE = {
     "seconds": 0.0,
     "words": ["dataset=digits", "backbone=resnet18"],
     "val_fraction": 0.2,
+    "images_per_second": 50.0,
     "space": SPACE,
     "defaults": {"optimizer.lr": 0.001, "augment": "basic"},
     "image": [],
@@ -72,7 +73,7 @@ def job(path: Path, status: str) -> RunDir:
     run = RunDir(path)
     run.start(command="tlcli train", overrides=[], config="")
     run.update(status=status, keep_best="accuracy", best={"accuracy": 0.5, "epoch": 1}, n_train=1, n_val=1, epochs=1)
-    run.update(decisions={"views": 0})
+    run.update(n_test=0, decisions={"views": 0})
     return run
 
 

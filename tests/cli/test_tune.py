@@ -71,6 +71,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         raise UsageError("the search would start now")
 
     monkeypatch.setattr("tlcli.engine.ranking.new_workload", lambda *args: workload)
+    monkeypatch.setattr("tlcli.engine.ranking.image_sizes", lambda workload: (32, 32))
     monkeypatch.setattr("tlcli.engine.ranking.expected_seconds", lambda *args: (100.0, 50.0))
     monkeypatch.setattr("tlcli.cli.tune.Search", end)
     return workload
@@ -127,6 +128,23 @@ def test_a_search_is_a_sweep_whose_best_is_a_mean_that_was_tested_once(tlcli, wo
     ended = tlcli("eval", str(folder / "0"))
     assert ended.code == 0 and (folder / "0/test.json").exists(), ended.err
     assert jobs(folder)["0"]["test_accuracy"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("dataset.val_fraction=0.2",)], ids=["refits", "trials"])
+def test_mirrors_that_lower_the_loss_are_used_in_the_test(tlcli, words, tmp_path, monkeypatch, extra) -> None:
+    (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 1\nmirrors: true"))
+    monkeypatch.setattr("tlcli.tune.prefers_mirrors", lambda *args: True)
+    ended = tlcli("tune", *words, *extra, "budget=1h", f"hydra.sweep.dir={tmp_path / 'search'}")
+    assert ended.code == 0, ended.err
+    final = RunDir(tmp_path / "search/best")
+    assert (final.config()["tta"], final.info["tta"]) == ("flip", "flip")
+    assert final.info["averaged"] == (["0"] if extra else ["refit-0"])
+    stored, run = read_predictions(final.test_predictions), load_run(final.path)
+    with torch.inference_mode():
+        images = torch.cat([run.preprocess(Path(name)) for name in stored.names])
+        logits = (run.model(images) + run.model(images.flip(3))) / 2
+    assert torch.allclose(logits, stored.logits, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -97,7 +97,6 @@ OTHERS = {
     "inspect .": "not a run directory",
     "export nowhere": "required: --to",
     "export nowhere --to onx": "Did you mean 'onnx'?",
-    "export nowhere --to torchscript": "--to torchscript was removed: TorchScript is deprecated",
     "export nowhere --to timm --with-preprocessing": "timm holds weights and no graph",
     "export nowhere --to timm": "no such run directory",
     "predict r": "the following arguments are required: PATH",

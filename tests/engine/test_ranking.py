@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import Compose
 from tlcli.engine import ranking
 from tlcli.engine.activations import Workload
-from tlcli.engine.ranking import Score, candidate_sizes, choose, choose_image
+from tlcli.engine.ranking import Score, choose, choose_image, image_sizes
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
@@ -64,26 +64,42 @@ def probed(monkeypatch: pytest.MonkeyPatch):
     return use
 
 
-@pytest.mark.parametrize(("right", "size"), [((50, 50), 160), ((50, 53), 160), ((50, 60), 224), ((60, 50), 160)])
-def test_a_larger_size_must_lower_the_loss_by_two_standard_errors(right, size: int, workload, probed) -> None:
-    seen = probed({(s, "crop"): n for s, n in zip((160, 224), right, strict=True)})
-    image, reason = choose_image(workload(), Reporter())
-    assert (image.size, image.fit, image.train_size) == (size, "crop", 160)
-    assert seen == [(160, "crop"), (224, "crop")]  # squares need no other fit
-    losses = [f"{1 - 0.008 * n:.3f}" for n in right]
-    assert f"160 px crop {losses[0]}, 224 px crop {losses[1]};" in str(reason)
-
-
-@pytest.mark.parametrize(("own", "sizes"), [(224, [160, 224]), (240, [192, 240]), (260, [192, 260]), (64, [64])])
-def test_the_smaller_size_is_five_sevenths_rounded_up(own: int, sizes: list[int], workload) -> None:
+@pytest.mark.parametrize(
+    ("own", "sizes"), [(224, (160, 192)), (240, (192, 224)), (260, (192, 224)), (384, (288, 320)), (64, (64, 64))]
+)
+def test_training_is_at_five_sevenths_of_the_size_and_evaluation_between(own: int, sizes, workload) -> None:
     given = workload()
-    assert candidate_sizes(replace(given, classifier=replace(given.classifier, size=own))) == sizes
+    given = replace(given, classifier=replace(given.classifier, size=own))
+    assert image_sizes(given) == sizes
+    image, reason = choose_image(given, Reporter())
+    assert (image.train_size or image.size, image.size, image.fit, reason) == (*sizes, "crop", None)
 
 
-def test_fits_are_compared_if_images_are_not_squares_and_the_best_is_kept_for_larger_sizes(workload, probed) -> None:
-    seen = probed({(160, "crop"): 50, (160, "squash"): 60, (160, "pad"): 55, (224, "squash"): 61})
-    assert choose_image(workload(side=(40, 60)), Reporter())[0].fit == "squash"
-    assert len(seen) == 4
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (("image.size=96",), (96, 96)),
+        (("image.size=96", "image.train_size=64"), (64, 96)),
+        (("image.train_size=192",), (192, 192)),
+        (("image.train_size=256",), (256, 224)),
+        (("dataset.image_size=64",), (64, 64)),
+        (("backbone.weights=none",), (224, 224)),
+    ],
+)
+def test_sizes_that_are_given_and_those_of_a_dataset_or_of_own_weights_are_used(words, sizes, workload) -> None:
+    image, _ = choose_image(workload(*words), Reporter())
+    assert (image.train_size or image.size, image.size) == sizes == image_sizes(workload(*words))
+
+
+@pytest.mark.parametrize(("right", "fit"), [((50, 50, 50), "crop"), ((50, 53, 50), "crop"), ((50, 60, 62), "squash")])
+def test_another_fit_must_lower_the_loss_by_two_standard_errors(right, fit: str, workload, probed) -> None:
+    fits = ("crop", "squash", "pad")
+    seen = probed({(192, f): n for f, n in zip(fits, right, strict=True)})
+    image, reason = choose_image(workload(side=(40, 60)), Reporter())
+    assert (image.size, image.train_size, image.fit) == (192, 160, fit)
+    assert seen == [(192, f) for f in fits]
+    losses = [f"{f} {1 - 0.008 * n:.3f}" for f, n in zip(fits, right, strict=True)]
+    assert f"at 192 px: {', '.join(losses)};" in str(reason)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +124,10 @@ def test_a_network_with_a_table_of_positions_keeps_its_size(workload) -> None:
 
 
 def test_a_session_chooses_once(workload, probed) -> None:
-    seen = probed({(160, "crop"): 50, (224, "crop"): 50})
-    own = workload()
+    seen = probed({(192, fit): 50 for fit in ("crop", "squash", "pad")})
+    own = workload(side=(40, 60))
     assert choose_image(own, Reporter()) == choose_image(own, Reporter())
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 # -- backbones

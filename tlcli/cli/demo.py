@@ -9,8 +9,8 @@ examples:
 import io
 import os
 import socket
+from asyncio import Lock
 from importlib.util import find_spec
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import fast_imports
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 MAX_UPLOAD_BYTES = 64_000_000
 TOP = 10  # classes on the page
-
 
 PARSER = Parser("demo", __doc__)
 PARSER.add_argument("run", metavar="RUN", help="directory of the run")
@@ -85,10 +84,6 @@ def make_app(loaded: "LoadedRun", predictor: "Predictor") -> "Starlette":
     page = render("demo.html.j2", view, script="demo.js")
     lock = Lock()  # the network has one image at a time
 
-    def answer(content: bytes) -> dict[str, Any]:
-        with lock:
-            return classify(loaded, predictor, content)
-
     async def show_page(request: "Request") -> "Response":
         return HTMLResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
@@ -101,7 +96,8 @@ def make_app(loaded: "LoadedRun", predictor: "Predictor") -> "Starlette":
             content += chunk
             if len(content) > MAX_UPLOAD_BYTES:
                 return JSONResponse({"error": too_large}, 413)
-        found = await run_in_threadpool(answer, bytes(content))
+        async with lock:
+            found = await run_in_threadpool(classify, loaded, predictor, bytes(content))
         return JSONResponse(found, 422 if "error" in found else 200)
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # else DNS may lead other sites here

@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
     source, start = one_line(arguments.source), time.perf_counter()
     with ExitStack() as stack:
         write = stack.enter_context(vector_file(arguments.to, source, force=arguments.force)) if arguments.to else None
-        for path, pixels, vector in vectors_of(embedder, arguments.paths, reporter, errors):
+        for path, pixels, vector in vectors_of("embed", embedder, arguments.paths, reporter, errors):
             folder = Path(path).parent.name
             label = folder if folder and (classes is None or folder in classes) else None
             n.update(images=1, labels=label is not None)
@@ -93,14 +93,12 @@ def run(argv: list[str]) -> int:
             if arguments.plot is not None:
                 sample.add((path, label, vector), pixels)
     if not n["images"]:
-        reason = f"no image could be read; the first: {errors[0]}" if errors else "no image was named"
-        raise TlcliError(f"nothing was written: {reason}")
+        raise TlcliError(f"nothing was written: no image {'could be read' if errors else 'was named'}")
     seconds = time.perf_counter() - start
     print(f"took     {duration_text(seconds)}, {n['images'] / seconds:,.0f} images per second ({embedder.description})")
     if arguments.to is not None:
         print(f"wrote    {arguments.to} ({size_text(arguments.to.stat().st_size)})")
         print(f"holds    {n['images']:,} vectors of {len(vector):,} numbers, {n['labels']:,} of them with a label")
-    code = report_errors("embed", errors, n["images"])
     if arguments.plot is not None:
         if len(sample.points) > 1000:
             reporter.note(f"t-SNE of {len(sample.points):,} images takes up to a minute")
@@ -108,13 +106,13 @@ def run(argv: list[str]) -> int:
         check_output(arguments.plot, (".html",), force=arguments.force)
         atomic_write(arguments.plot, page)
         print(f"wrote    {arguments.plot} ({size_text(len(page))}): {len(sample.points):,} images")
-    return code
+    return 1 if errors else 0
 
 
 def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
     """Return the embedder of the run or the backbone that the arguments name, and the classes of the run."""
     check_paths(arguments.paths)
-    from tlcli.embed import embedder_of_backbone, embedder_of_run
+    from tlcli.embed import Embedder
     from tlcli.runs.load import load_run
 
     options = *device_and_store(arguments.device), Precision(arguments.precision), arguments.batch_size
@@ -126,31 +124,25 @@ def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | N
 
         ((_, spec),) = find_candidates([name], []).values()
         check_weights(spec.backbone.weights)
-        return embedder_of_backbone(spec.backbone, *options), None
+        return Embedder(spec.backbone, *options), None
     loaded = load_run(arguments.source, arguments.checkpoint)
-    return embedder_of_run(loaded, *options), loaded.classes
+    return Embedder(loaded, *options), loaded.classes
 
 
 def vectors_of(
-    embedder: "Embedder", paths: Sequence[str], reporter: Reporter, errors: list[str]
+    command: str, embedder: "Embedder", paths: Sequence[str], reporter: Reporter, errors: list[str]
 ) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
-    """Yield path, pixels and vector of each image that the paths name; the others add a line to the errors."""
-    total = count_images(paths)
+    """Yield path, pixels and vector of each image that the paths name; add the errors of others, and print some."""
+    total, n = count_images(paths), 0
     with reporter.track("embedding", total) as advance:
         for path, pixels, vector in embedder.embed(named_images(paths), total=total, reporter=reporter):
             advance(1)
+            n += 1
             if pixels is None or isinstance(vector, str):
                 errors.append(one_line(f"{path}: {vector}"))
             else:
                 yield path, pixels, vector
-
-
-def report_errors(command: str, errors: Sequence[str], n_done: int) -> int:
-    """Print the first errors on stderr, and return the exit code."""
-    for line in errors[:MAX_ERRORS]:
-        print(line, file=sys.stderr)
     if errors:
         more = f", of which {MAX_ERRORS} are shown" if len(errors) > MAX_ERRORS else ""
-        text = f"{len(errors):,} of {n_done + len(errors):,} could not be read{more}"
-        print(f"tlcli {command}: {text}", file=sys.stderr)
-    return 1 if errors else 0
+        count = f"tlcli {command}: {len(errors):,} of {n:,} could not be read{more}"
+        print(*errors[:MAX_ERRORS], count, sep="\n", file=sys.stderr)

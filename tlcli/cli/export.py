@@ -14,7 +14,7 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, prepare
+from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, export_int8, int8_images, prepare
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import open_run
@@ -60,7 +60,6 @@ def run(argv: list[str]) -> int:
         from tlcli.cli.compose import load_spec
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.session import session_for
-        from tlcli.quantize import export_int8, int8_images
         from tlcli.runs.load import load_run
 
         loaded = load_run(arguments.run, arguments.checkpoint)

@@ -38,8 +38,8 @@ PARSER = Parser("rank", __doc__)
 add = PARSER.add_argument
 words = (
     "as for `tlcli train`. backbone=A,B: options of backbone=, timm/NAME, or directories of runs (default: all options "
-    "whose weights are on this machine; others are downloaded); image.size=A,B: image sizes (default: that of the "
-    "backbone, and 5/7 of it)"
+    "whose weights are on this machine; others are downloaded); image.size=A,B: image sizes (default: that of a "
+    "run, and that of the weights)"
 )
 add("words", nargs="*", metavar="KEY=VALUE", help=words)
 add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")

@@ -25,7 +25,7 @@ from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
 from tlcli.runs.run_dir import REFIT, RunDir, mapping, read_json, write_json
-from tlcli.specs import TrainSpec
+from tlcli.specs import TrainSpec, Tta
 from tlcli.text import duration_text, shown_path
 
 if TYPE_CHECKING:
@@ -255,15 +255,24 @@ class Search:
 
     def _choose(self) -> None:
         """Choose the recipes whose weights are averaged, and how often each is trained again in the time left."""
-        from tlcli.tune import choose_members
+        from tlcli.tune import choose_members, prefers_mirrors
 
         ranked, n = self._ranked(), self._spec.average
         members = ranked[:1]
         if self.base.folds is None:
-            members = choose_members(ranked[: 2 * n], n, load_spec(ranked[0]), self._session, self.reporter)
+            spec = load_spec(ranked[0])
+            members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
+            if (
+                self._spec.mirrors
+                and spec.dataset.flip
+                and prefers_mirrors(members, spec, self._session, self.reporter)
+            ):
+                self._state["image"].append("tta=flip")
+                self._read_space()
+                self.reporter.note("tta=flip: it lowers the loss on validation images by more than one standard error")
             if self._state["val_fraction"] is not None:
                 once, fits = zip(*map(self._refit_seconds, members), strict=True)
-                n = min(n, int((self.left - FINAL_SECONDS - sum(once)) / mean(fits)))
+                n = min(n, int((self.left - self._test_seconds() - sum(once)) / mean(fits)))
                 self._state["fits"] = 1 if self.base.fits else max(1, n // len(members))
         self._state["importances"] = self._study.importances()
         self._state["members"] = [run.path.relative_to(self.folder).as_posix() for run in members]
@@ -347,9 +356,13 @@ class Search:
         if self._state["val_fraction"] is not None:
             once, fits = zip(*map(self._refit_seconds, ranked[:n_fits]), strict=True)
             refits = sum(once) + n_fits * mean(fits)
-        n_evaluated = info["n_test"] + (2 * n_fits + 1) * info["n_val"]  # twice as many are compared, then the mean
+        n_compared = (2 * n_fits + 4) * info["n_val"]  # twice as many as are averaged, then the mean, with mirrors
         speed = float(self._state["images_per_second"] or math.inf)
-        return float(refits + n_evaluated / speed + FINAL_SECONDS)
+        return float(refits + n_compared / speed + self._test_seconds())
+
+    def _test_seconds(self) -> float:
+        n = self._ranked()[0].info["n_test"] * (2 if self.base.tta is Tta.flip else 1)
+        return float(n / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS)
 
     def _has_time(self) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""
@@ -419,11 +432,12 @@ class Search:
         members = [RunDir(self.folder / name) for name in self._state["members"]]
         final = members[0] if self.base.folds is not None else RunDir(self.folder / MEAN)
         if not final.info_file.exists():
-            validation = predict_mean(members, load_spec(members[0]), self._session, self.reporter)
+            spec = msgspec.structs.replace(load_spec(members[0]), tta=self.base.tta)
+            validation = predict_mean(members, spec, self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
                 once, fit = self._refit_seconds(run)
-                if refits and self.left < once + self._state["fits"] * fit + FINAL_SECONDS:
+                if refits and self.left < once + self._state["fits"] * fit + self._test_seconds():
                     break
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"
@@ -440,7 +454,7 @@ class Search:
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
-            average_runs(refits or members, final, validation)
+            average_runs(refits or members, final, validation, self.base.tta)
         spec = load_spec(final)
         test = self._session.dataset(spec.dataset, spec.seed, self.reporter, spec.folds).test
         self._check_lock()

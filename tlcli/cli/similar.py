@@ -10,11 +10,10 @@ examples:
 
 import heapq
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from tlcli.cli import fast_imports
-from tlcli.cli.embed import add_source, load_embedder, report_errors, vectors_of
+from tlcli.cli.embed import add_source, load_embedder, vectors_of
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.predict import add_computing, add_paths, count_images
 from tlcli.cli.table import table_lines, terminal_columns
@@ -45,19 +44,16 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{arguments.image}: {vector}")
     direction, own = normalize(vector, dim=0), resolve_links(Path(arguments.image))
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
-    errors, n = list[str](), 0
-
-    def distances() -> Iterator[tuple[float, str]]:
-        nonlocal n
-        for path, _, other in vectors_of(embedder, arguments.paths, reporter, errors):
-            n += 1
-            if resolve_links(Path(path)) != own:
-                yield max(0.0, 1 - float(direction @ normalize(other, dim=0))), path
-
-    nearest = heapq.nsmallest(arguments.top, distances())
+    errors = list[str]()
+    distances = (
+        (max(0.0, 1 - float(direction @ normalize(other, dim=0))), path)
+        for path, _, other in vectors_of("similar", embedder, arguments.paths, reporter, errors)
+        if resolve_links(Path(path)) != own
+    )
+    nearest = heapq.nsmallest(arguments.top, distances)
     if arguments.format == "json":
         print(json.dumps([{"path": path, "distance": distance} for distance, path in nearest], indent=2))
     else:
         rows = [(f"{distance:.4f}", path) for distance, path in nearest]
         print(*table_lines(("distance", "<image"), rows, terminal_columns(), wrap=True), sep="\n")
-    return report_errors("similar", errors, n)
+    return 1 if errors else 0

@@ -179,8 +179,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
     if found is None or (budget := float(found[1]) * UNITS[found[2]]) == 0:
         raise UsageError(f"budget={text}: must be a duration: 90s, 10m or 2h")
     with fast_imports():
-        from tlcli.engine.activations import image_size
-        from tlcli.engine.ranking import candidate_sizes, expected_seconds, new_workload
+        from tlcli.engine.ranking import expected_seconds, image_sizes, new_workload
         from tlcli.engine.session import session_for
     folders = [Path(word.partition("=")[2]) for word in arguments.config_dir]
     tune_spec = read_tune_spec(["default", *values["tune"]][-1], folders)
@@ -198,8 +197,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
     val_fraction = None if has_val or "dataset.val_fraction" in given else tune_spec.val_fraction
     if not has_val and val_fraction is None:
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
-    size = image_size(spec) or candidate_sizes(workload)[0]
-    seconds, speed = expected_seconds(workload, size, spec.image.train_size or size)
+    train_size, size = image_sizes(workload)
+    seconds, speed = expected_seconds(workload, size, train_size)
     n_runs: float = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
     if val_fraction is not None and workload.first_fit is None:
         n_runs = 2 - val_fraction  # a trial and its refit
@@ -249,7 +248,6 @@ def _choose_backbone(
     for name, (_, candidate) in candidates.items():
         with suppress(*CANDIDATE_ERRORS):  # a word may not suit another backbone: freeze.stages, image.train_size
             max_seconds = (end - time.monotonic()) / n_runs
-            # at one size; that of evaluation is chosen later
             scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
     if len({one.backbone for one in scores}) <= 1:
         return None

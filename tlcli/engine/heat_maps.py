@@ -48,20 +48,18 @@ def _grid(output: Tensor, n_prefix: int | None) -> Tensor | None:
 
     Maps have their channels first or last; tokens of patches follow `n_prefix` others (None: as few as possible).
     """
-    shape = output.shape
-    if output.ndim == 4 and shape[0] == 1 and shape[2] == shape[3]:
-        grid = output[0].permute(1, 2, 0)
-    elif output.ndim == 4 and shape[0] == 1 and shape[1] == shape[2]:
-        grid = output[0]
-    elif output.ndim == 3 and shape[0] == 1:
-        n_prefix = shape[1] - math.isqrt(shape[1]) ** 2 if n_prefix is None else n_prefix
-        side = math.isqrt(max(0, shape[1] - n_prefix))
-        if n_prefix + side**2 != shape[1]:
-            return None
-        grid = output[0, n_prefix:].reshape(side, side, shape[2])
-    else:
+    if output.ndim not in (3, 4) or len(output) != 1:
         return None
-    return grid if len(grid) >= MIN_SIDE else None
+    grid = output[0]
+    if grid.ndim == 2:
+        n_prefix = len(grid) - math.isqrt(len(grid)) ** 2 if n_prefix is None else n_prefix
+        side = math.isqrt(max(0, len(grid) - n_prefix))
+        if n_prefix + side**2 != len(grid):
+            return None
+        grid = grid[n_prefix:].reshape(side, side, -1)
+    elif grid.shape[1] == grid.shape[2]:
+        grid = grid.permute(1, 2, 0)
+    return grid if len(grid) == grid.shape[1] >= MIN_SIDE else None
 
 
 def draw_heat_map(picture: Image.Image, heat: Tensor, fit: Fit) -> Image.Image:

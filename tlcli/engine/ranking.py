@@ -24,63 +24,74 @@ from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.probe import FOLDS, CrossValidation, choose_penalty
 
-SHARE, STEP = 5 / 7, 32  # of the backbone's size: 160 of 224 pixels, half of its FLOPs
+SHARE, STEP = 5 / 7, 32  # of the size of the weights: 160 of 224 pixels, half of its FLOPs
 MAX_IMAGES, MIN_PER_CLASS = 300, 3  # of the sample
 
 
 def choose_image(workload: Workload, reporter: Reporter) -> tuple[ImageSpec, str | None]:
-    """Return the size and the fit of a new run's images, and the comparison if the training images chose them.
+    """Return the sizes and the fit of a new run's images, and the comparison if the training images chose the fit.
 
-    Training uses a size below the backbone's (Touvron et al. 2019). For evaluation a probe is cross-validated on a
-    sample with each fit (images may all be squares), then at the backbone's size; another fit than a central crop, and
-    the larger size, must lower the loss. Features are in float32: the same images give the same choice on every
-    machine. Raise UsageError if the network does not take image.train_size.
+    If not all are squares, a probe is cross-validated on a sample with each fit. Another one than a central crop must
+    lower the loss. Features are in float32: the same images give the same choice on every machine. Raise UsageError if
+    the network does not take image.train_size.
     """
-    spec, classifier = workload.spec, workload.classifier
-    image, size = spec.image, image_size(spec) or classifier.size
-    given = structs.replace(image, size=size, fit=image.fit or classifier.fit)
-    train_size = image.train_size or size
-    check_train_size(workload, size, train_size)
-    is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
-    n = MAX_IMAGES // len(workload.data.classes)
-    if given == image or not is_published or n < MIN_PER_CLASS or linear_head(classifier) is None:
+    spec, image = workload.spec, workload.spec.image
+    train_size, size = image_sizes(workload)
+    given = structs.replace(image, size=size, fit=image.fit or workload.classifier.fit)
+    if train_size != size:
+        given = structs.replace(given, train_size=train_size)
+    if image.fit is not None or not _has_choice(workload):
         return given, None
     key = ("image", spec.dataset, image, spec.folds)  # for this model, which has the seed
-    return workload.session.get_or_create(key, lambda: _compare(workload, given, n, reporter))
+    return workload.session.get_or_create(key, lambda: _choose_fit(workload, given, reporter))
 
 
-def _compare(workload: Workload, given: ImageSpec, per_class: int, reporter: Reporter) -> tuple[ImageSpec, str | None]:
-    spec, data = workload.spec, workload.data
-    sample = limit_per_class(data.train, data.classes, per_class, spec.seed, "image")
-    alone = replace(workload, data=replace(data, train=sample))
-    sizes: Sequence[int | None] = [given.size] if image_size(spec) else candidate_sizes(workload)
-    fits = [given.fit]
-    if spec.image.fit is None and any(len(set(sample.read(i).shape[:2])) > 1 for i in range(len(sample))):
-        fits = [Fit.crop, Fit.squash, Fit.pad]
-    chosen = structs.replace(given, size=sizes[0], fit=fits[0])
-    best = cross_validate_probe(alone, chosen, reporter) if len(sizes) + len(fits) > 2 else None
-    if best is None:
+def _choose_fit(workload: Workload, given: ImageSpec, reporter: Reporter) -> tuple[ImageSpec, str | None]:
+    data, seed = workload.data, workload.spec.seed
+    sample = limit_per_class(data.train, data.classes, MAX_IMAGES // len(data.classes), seed, "image")
+    if all(len(set(sample.read(i).shape[:2])) == 1 for i in range(len(sample))):
         return given, None
-    results = [f"{chosen.size} px {chosen.fit} {best.losses.mean():.3f}"]
-    for key, value in [*(("fit", fit) for fit in fits[1:]), *(("size", size) for size in sizes[1:])]:
-        image = structs.replace(chosen, **{key: value})
-        other = cross_validate_probe(alone, image, reporter)
-        assert other is not None
-        results.append(f"{image.size} px {image.fit} {other.losses.mean():.3f}")
-        if other.has_lower_loss(best):
-            chosen, best = image, other
-    if chosen.train_size is None:
-        chosen = structs.replace(chosen, train_size=sizes[0])
-    compared = f"loss of probes on {len(sample)} images, {best.folds}-fold: {', '.join(results)}"
+    alone, results = replace(workload, data=replace(data, train=sample)), list[str]()
+    chosen, best = given, None
+    for fit in (Fit.crop, Fit.squash, Fit.pad):
+        image = structs.replace(given, fit=fit)
+        probe = cross_validate_probe(alone, image, reporter)
+        if probe is None:  # too few images
+            return given, None
+        results.append(f"{fit} {probe.losses.mean():.3f}")
+        if best is None or probe.has_lower_loss(best):
+            chosen, best = image, probe
+    compared = f"loss of probes on {len(sample)} images at {given.size} px: {', '.join(results)}"
     return chosen, f"{compared}; lower by less than two standard errors counts as equal"
 
 
-def candidate_sizes(workload: Workload) -> list[int]:
-    """Return the sizes that are compared for evaluation: one below the backbone's, if it takes that, and its own."""
-    size = workload.classifier.size
-    # rounded up: EfficientNet-Lite1, trained at 160 px, had 20 points less at 240 px than at 160 px on mri (150)
-    smaller = ceil(SHARE * size / STEP) * STEP
-    return [smaller, size] if 0 < smaller < size and takes_size(workload, smaller) else [size]
+def image_sizes(workload: Workload) -> tuple[int, int]:
+    """Return the sizes of images in training and in evaluation, as given, or for published weights by two rules.
+
+    Training is at 5/7 of the size of the weights, and evaluation between both: random crops enlarge what they show
+    (Touvron et al. 2019). Sizes that the network does not take are not chosen, and an error if they are given.
+    """
+    image, size = workload.spec.image, image_size(workload.spec)
+    own = size or workload.classifier.size
+    check_train_size(workload, own, image.train_size or own)
+    smaller = image.train_size or ceil(SHARE * own / STEP) * STEP
+    between = round((smaller + own) / 2 / STEP) * STEP
+    if (
+        size
+        or smaller >= own
+        or not _has_choice(workload)
+        or not all(takes_size(workload, s) for s in (smaller, between))
+    ):
+        return image.train_size or own, own
+    return smaller, between
+
+
+def _has_choice(workload: Workload) -> bool:
+    """Return True if a run may choose size and fit: with published weights, a linear head and images for a probe."""
+    spec, classifier = workload.spec, workload.classifier
+    is_published = spec.backbone.weights == "default" and bool(classifier.pretrained)
+    n_per_class = MAX_IMAGES // len(workload.data.classes)
+    return is_published and n_per_class >= MIN_PER_CLASS and linear_head(classifier) is not None
 
 
 def takes_size(workload: Workload, size: int) -> bool:
@@ -172,7 +183,7 @@ def score(
     reporter: Reporter,
     max_seconds: float | None = None,
 ) -> Iterator[Score]:
-    """Yield the scores of a backbone at these image sizes; without any, at those of `candidate_sizes`.
+    """Yield the scores of a backbone at these image sizes; without any, at those of a run, then at that of its weights.
 
     The probe is cross-validated on a sample of the training images, of which `limits` are the most per class and in
     all. A size at which a run would take more than `max_seconds` is left out. Raise UsageError if images are too few.
@@ -183,12 +194,12 @@ def score(
         raise UsageError(f"backbone={backbone}: its head is not one linear layer, so that no probe can rank it")
     per_class = max(2, min(limits[0], limits[1] // len(data.classes)))
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
-    own = list(sizes) or ([size] if (size := image_size(spec)) else candidate_sizes(workload))
-    for size in own:
+    own = image_size(spec) or classifier.size
+    pairs = [(spec.image.train_size or size, size) for size in sizes or [own]]
+    for train_size, size in pairs if sizes else dict.fromkeys([image_sizes(workload), *pairs]):
         image = structs.replace(spec.image, size=size)
         if sizes:  # a table of positions is for one size
             workload = new_workload(structs.replace(spec, image=image), session, reporter)
-        train_size = spec.image.train_size or (size if sizes else own[0])
         check_train_size(workload, size, train_size)
         seconds, evaluation = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
