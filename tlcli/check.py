@@ -206,10 +206,12 @@ def check_labels(
         folds[members] = (np.arange(len(members)) + random.integers(FOLDS)) % FOLDS
     folds = folds[np.unique(group_of, return_index=True)[1]][group_of]
     probabilities = np.zeros((len(labels), len(classes)), dtype=np.float32)
+    known = np.zeros(len(labels), dtype=bool)  # if images of the class are in other folds
     with reporter.track("labels", len(labels)) as advance:
         for fold in np.unique(folds):
             held, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
             present, relabeled = np.unique(labels[rest], return_inverse=True)
+            known[held] = np.isin(labels[held], present)
             if len(present) > 1:
                 probe = nn.Linear(inputs.shape[1], len(present))
                 fit_probe(probe, inputs[rest], torch.from_numpy(relabeled))
@@ -218,8 +220,8 @@ def check_labels(
             advance(len(held))
     rows = np.arange(len(labels))
     given = probabilities[rows, labels]
-    counts = np.bincount(labels, minlength=len(classes))
-    sums = np.bincount(labels, weights=given, minlength=len(classes))
+    counts = np.bincount(labels[known], minlength=len(classes))
+    sums = np.bincount(labels[known], weights=given[known], minlength=len(classes))
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
     others = probabilities.copy()
     others[rows, labels] = -1
@@ -227,7 +229,7 @@ def check_labels(
     highest = others[rows, suggested]
     above = probabilities >= thresholds
     likely = above.any(axis=1) & (np.where(above, probabilities, -1).argmax(axis=1) != labels)
-    order = np.flatnonzero(given < highest)
+    order = np.flatnonzero((given < highest) & known)
     order = order[np.argsort(given[order], kind="stable")]
     columns = (order, suggested[order], given[order], highest[order], likely[order])
     return list(zip(*(column.tolist() for column in columns), strict=True)), {

@@ -155,9 +155,10 @@ def synchronize(accelerator: torch.device) -> None:
 
 
 def auto_workers(accelerator: torch.device) -> int:
-    """Return one per core, at most 8, with CUDA on Linux; else 0: a CPU shares its cores, or workers do not fork."""
-    forks = platform.system() == "Linux"
-    return min(8, os.cpu_count() or 1) if accelerator.type == "cuda" and forks else 0
+    """Return one per usable core, at most 8, with CUDA on Linux; else 0: a CPU is busy, or workers do not fork."""
+    if accelerator.type != "cuda" or platform.system() != "Linux":
+        return 0
+    return min(8, len(os.sched_getaffinity(0)))  # SLURM and containers set the affinity
 
 
 def machine_name(accelerator: torch.device) -> str:

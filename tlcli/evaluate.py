@@ -1,5 +1,6 @@
 """A finished run on images: on its own test split, as it was tested, or on those of another dataset."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions, confidence_report, evaluate, test_report
 from tlcli.engine.session import Session, session_for
-from tlcli.errors import BadImagesError, UsageError
+from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user, resolve_links
 from tlcli.models.build import tensors_to_reinit
 from tlcli.reporter import Reporter
@@ -130,6 +131,8 @@ def evaluate_run(
     that has not been tested, as the trials of a search, gets its test.json.
     """
     loaded, session = load_run(path, checkpoint), session_for(spec.cache)
+    if not os.access(path, os.W_OK):  # known before the images are read
+        raise TlcliError(f"{path}: not writable; eval writes its results there")
     result = predict_split(loaded, split_name, spec, trained, session, reporter)
     images, dataset, run = result.images, result.dataset, RunDir(loaded.path)
     report = _report(loaded, result)

@@ -82,6 +82,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise OSError("not a regular file")  # reading a pipe would block
     text = path.read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # a name that is not UTF-8, which libyaml writes but does not read
+        loader = yaml.SafeLoader
     try:
         if "*" in text:  # a few lines of aliases can stand for billions of values
             for event in yaml.parse(text, Loader=loader):

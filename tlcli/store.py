@@ -2,10 +2,10 @@
 
     ROOT/activations/KEY/              an entry: meta.json, and one file per column: 0.bin, 1.bin ...
     ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written; its files have their final sizes from the start
-    ROOT/locks/KEY.lock                held while the entry is written
-    ROOT/locks/KEY.use.RANDOM          says that a process uses the entry, until that process ends
-    ROOT/locks/KEY.gate                held while such a file is made, or the entry is evicted because there is none
-    ROOT/locks/space.lock              held while room is made
+    ROOT/locks-2/KEY.lock                held while the entry is written
+    ROOT/locks-2/KEY.use.RANDOM          says that a process uses the entry, until that process ends
+    ROOT/locks-2/KEY.gate                held while such a file is made, or the entry is evicted because there is none
+    ROOT/locks-2/space.lock              held while room is made
     ROOT/plans/ID.json, KEY.json       plans of entries that are filled in shards, and the images of a shard
     ROOT/NAME.json                     notes, such as measured speeds
     ROOT/digests-FOLDER.bin            digests of the images below a folder
@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import platformdirs
 
 from tlcli.files import atomic_write, expand_user, sync_folder
-from tlcli.locks import Lock, heartbeat, observer, owner_text
+from tlcli.locks import STALE_SECONDS, Lock, heartbeat, observer, owner_text
 from tlcli.text import size_text
 
 FORMAT = 1  # of meta.json and of the files next to it
@@ -119,6 +119,10 @@ class Store:
         return self.root / "activations"
 
     @property
+    def locks(self) -> Path:
+        return self.root / "locks-2"  # not those of tlcli 0.12 and earlier, of which nothing says who has them
+
+    @property
     def plans(self) -> Path:
         return self.root / "plans"
 
@@ -202,7 +206,7 @@ class Store:
                     draft.mkdir()
                     files = [stack.enter_context((draft / f"{i}.bin").open("wb")) for i in range(len(sizes))]
                     for file, size in zip(files, sizes, strict=True):
-                        file.truncate(rows * size)  # sparse: it reserves the room
+                        file.truncate(rows * size)  # sparse: other processes see how much room it will take
                 meta["checksums"] = _write_rows(files, sizes, rows, batches)
             atomic_write(draft / META, _with_checksum(meta).encode(), durable=True)
             self._hold(key)
@@ -264,7 +268,7 @@ class Store:
 
     def add_note(self, name: str, key: str, value: Any) -> None:
         """Add a note in one atomic step among all processes. Does nothing if the cache cannot be written."""
-        with suppress(OSError), Lock(self.root / "locks" / f"{name}.json.lock").held(timeout=10):
+        with suppress(OSError), Lock(self.locks / f"{name}.json.lock").held(timeout=STALE_SECONDS + 10):
             self.write_notes(name, {**self.read_notes(name), key: value})
 
     def write_notes(self, name: str, notes: Mapping[str, Any]) -> None:
@@ -277,7 +281,7 @@ class Store:
         return self.activations / key
 
     def _lock(self, folder: Path, suffix: str = "lock") -> Lock:
-        return Lock(self.root / "locks" / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}")
+        return Lock(self.locks / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}")
 
     def _folders(self, *patterns: re.Pattern[str]) -> list[Path]:
         """Return the folders of entries, complete or damaged (_KEY), or drafts (_DRAFT), without third-party files."""
@@ -289,14 +293,18 @@ class Store:
         folder = self._folder(key)
         if folder not in _held:
             with suppress(OSError), self._lock(folder, "gate").held():  # a read-only cache: nothing is evicted either
-                mark = self.root / "locks" / f"{key}.use.{secrets.token_hex(8)}"
-                mark.write_bytes(owner_text())
+                mark = self.locks / f"{key}.use.{secrets.token_hex(8)}"
+                try:
+                    mark.write_bytes(owner_text())
+                except OSError:  # a full disk leaves an empty file, whose owner nobody knows
+                    mark.unlink(missing_ok=True)
+                    raise
                 heartbeat.add(mark)
                 _held[folder] = mark
 
     @contextmanager
     def _lock_space(self) -> Iterator[None]:
-        with Lock(self.root / "locks" / "space.lock").held():
+        with Lock(self.locks / "space.lock").held():
             self.activations.mkdir(parents=True, exist_ok=True)
             yield
 
@@ -305,6 +313,7 @@ class Store:
         self._remove_stale_drafts()
         used = sum(map(_bytes_in, self._folders(_KEY, _DRAFT)))  # drafts have their final sizes
         total, _, disk_free = shutil.disk_usage(self.activations)
+        disk_free -= sum(map(_unwritten, self._folders(_DRAFT)))
         reserve = max(GB, min(total // 20, 10 * GB))  # 5 % of a disk stay free
         freed, excess = 0, max(used + nbytes - self.max_gb * GB, nbytes + reserve - disk_free)
         entries = {entry.path: entry for entry in self.entries()}
@@ -313,7 +322,7 @@ class Store:
         evictable = [folder for folder in self._folders(_KEY) if wholes.get(folder, folder).is_dir()]
         evicted = []
         if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
-            marks = set((self.root / "locks").glob("*.use.*"))
+            marks = set(self.locks.glob("*.use.*"))
             for mark in marks - observer.living(marks):
                 mark.unlink(missing_ok=True)  # of a process that was killed
         with ExitStack() as locks:
@@ -322,7 +331,7 @@ class Store:
                     break
                 with suppress(OSError):
                     locks.enter_context(self._lock(folder, "gate").held(timeout=0))
-                    if not observer.living(set((self.root / "locks").glob(f"{folder.name}.use.*"))):
+                    if not observer.living(set(self.locks.glob(f"{folder.name}.use.*"))):
                         freed += _bytes_in(folder)
                         evicted.append(folder)
             if used - freed + nbytes > self.max_gb * GB:
@@ -405,6 +414,14 @@ def _children(folder: Path) -> list[Path]:
 def _bytes_in(folder: Path) -> int:
     with suppress(OSError):  # it is being removed
         return sum(file.stat().st_size for file in _children(folder))
+    return 0
+
+
+def _unwritten(draft: Path) -> int:
+    """Return the bytes that its files will still take on the disk."""
+    with suppress(OSError, AttributeError):  # it is complete; Windows does not tell
+        stats = [file.stat() for file in _children(draft)]
+        return sum(max(0, s.st_size - 512 * s.st_blocks) for s in stats)
     return 0
 
 

@@ -19,6 +19,9 @@ T = TypeVar("T")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates a cell that starts like this
 
 
+BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they reorder what follows
+
+
 def did_you_mean(word: str, known: Iterable[object]) -> str:
     """Return " Did you mean 'near'?" for the nearest known word, or the empty string if none is near."""
     near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
@@ -97,7 +100,11 @@ def flat_keys(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def strip_control_chars(text: str) -> str:
     """Return text without characters that move a terminal's cursor or set its colors."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+    def is_control(c: str) -> bool:  # marks that join letters, and characters of a newer Unicode, are none
+        return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in BIDI_CONTROLS
+
+    return "".join("\N{REPLACEMENT CHARACTER}" if is_control(c) else c for c in text)
 
 
 def csv_line(cells: Iterable[object]) -> str:

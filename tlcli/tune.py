@@ -236,8 +236,11 @@ def _losses(p: SplitPredictions) -> torch.Tensor:
     return F.cross_entropy(scaled, p.labels, reduction="none")
 
 
-def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions, tta: Tta) -> None:
-    """Write a run with the mean of the runs' weights, and with the validation result of their recipes with `tta`."""
+def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredictions, tta: Tta, command: str) -> None:
+    """Write a run with the mean of the runs' weights, and with the validation result of their recipes with `tta`.
+
+    `command` is that of the search, which makes such a run again.
+    """
     first, predictions = runs[0], Predictions(validation.logits, validation.labels)
     state, metadata = mean_weights(runs)
     average.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -247,5 +250,6 @@ def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredi
     average.write_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     best = {"epoch": metadata["epoch"], **asdict(scores(predictions))}
     info = {**first.info, "averaged": [run.path.name for run in runs], "best": best, "tta": tta.value}
+    info |= {"command": command, "n_val": len(predictions.labels), "seconds": {"total": 0.0}}
     info["calibration"] = calibrate(validation.logits, validation.labels)
     write_json(average.info_file, {**info, "unknown": unknown_threshold(predictions)})

@@ -55,6 +55,8 @@ def _shard(value: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)):
         raise argparse.ArgumentTypeError(f"must be I/N, such as 0/64, not {value!r}")
     shard, shards = int(match[1]), int(match[2])
+    if shards == 0:
+        raise argparse.ArgumentTypeError(f"{value}: there must be at least one shard")
     if shard >= shards:
         raise argparse.ArgumentTypeError(f"{value}: {shards} shards have the numbers 0 to {shards - 1}")
     return shard, shards

@@ -149,7 +149,7 @@ def candidates(line: str) -> list[str]:
         if action is None:
             found += [flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS]
     fitting = [text for text in dict.fromkeys(found) if text.startswith(word) and text not in words]
-    return [text if text[-1] in "=." else f"{text} " for text in fitting]
+    return [text if text[-1] in "=./" else f"{text} " for text in fitting]
 
 
 def _values_of(action: argparse.Action, command: Parser, word: str, before: list[str]) -> Iterator[str]:

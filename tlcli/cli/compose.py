@@ -26,7 +26,7 @@ from tlcli.cli.conf_files import ConfFiles, conf_dir
 from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import RECORD, check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
-from tlcli.files import read_yaml
+from tlcli.files import expand_user, read_yaml
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HOMES, VAL_FRACTION, TrainSpec, classes_of, leaf_types, options, spec_from
 
@@ -51,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     words = []
     for word in argv:  # KEY=~/PLACE with the home directory, which shells write out only at the start of a word
         key, equals, value = word.partition("=")
-        words.append(f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word)
+        words.append(f"{key}={expand_user(value)}" if equals and value.startswith("~/") else word)
     args = TRAIN.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tlcli import __version__
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
+from tlcli.files import exists, is_dir
 from tlcli.runs.run_dir import PACKAGES, installed_version
 from tlcli.store import Store, cache_dir
 from tlcli.text import one_line, size_text
@@ -123,6 +124,8 @@ def _machine() -> Findings:
         total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
         memory = {"total": total, "free": free}
         limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text("ascii"), re.MULTILINE)
+        used -= int(files[1]) if files else 0  # of the page cache, which is freed if needed
         memory = {"total": min(total, limit), "free": min(free, limit - used)}
     if memory:
         yield "machine", "memory", memory
@@ -134,12 +137,12 @@ def _machine() -> Findings:
 
 def _places() -> Findings:
     root = cache_dir()
-    sizes = [entry.nbytes for entry in Store(root).entries()] if root.is_dir() else []
+    sizes = [entry.nbytes for entry in Store(root).entries()] if is_dir(root) else []
     for name, folder, contents, remedy in (
         ("outputs", Path("outputs"), {}, "choose another folder with out=FOLDER"),
         ("cache", root, {"used": sum(sizes), "entries": len(sizes)}, "set TLCLI_CACHE=FOLDER"),
     ):
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if exists(path))
         free, shown, fault = shutil.disk_usage(existing).free, redact(folder.absolute()), None
         try:
             tempfile.TemporaryFile(dir=existing).close()  # permissions alone do not tell

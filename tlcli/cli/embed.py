@@ -13,7 +13,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,4 +145,5 @@ def vectors_of(
     if errors:
         more = f", of which {MAX_ERRORS} are shown" if len(errors) > MAX_ERRORS else ""
         count = f"tlcli {command}: {len(errors):,} of {n:,} could not be read{more}"
-        print(*errors[:MAX_ERRORS], count, sep="\n", file=sys.stderr)
+        with suppress(OSError):  # if the reader of stderr has gone, the vectors are still written
+            print(*errors[:MAX_ERRORS], count, sep="\n", file=sys.stderr, flush=True)

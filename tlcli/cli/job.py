@@ -30,7 +30,7 @@ from tlcli.cli.launch import led_ranks
 from tlcli.cli.launchers import living_jobs, other_processes
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
-from tlcli.files import expand_user
+from tlcli.files import expand_user, is_file
 from tlcli.interrupts import Preempted, handle_signals, preemption_signal
 from tlcli.locks import heartbeat
 from tlcli.reporter import Reporter
@@ -42,7 +42,6 @@ from tlcli.specs import VAL_FRACTION, TrainSpec
 if TYPE_CHECKING:
     from tlcli.engine.session import Session
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 _session: "Session | None" = None  # of a process that a launcher has started, for all its jobs
 _is_interrupted = False  # such a process starts no job any longer
 
@@ -348,9 +347,8 @@ def check(spec: TrainSpec) -> None:
 def check_weights(weights: str) -> None:
     """Raise UsageError unless this is `default`, `none`, a file of weights or the directory of a finished run."""
     path = expand_user(weights)
-    is_file = path.suffix in WEIGHT_FILES and path.exists()
-    if not (weights in ("default", "none") or is_file or RunDir(path).best_checkpoint.is_file()):
-        missing = f"no finished run or file of weights ({', '.join(WEIGHT_FILES)}) there"
+    if not (weights in ("default", "none") or is_file(path) or RunDir(path).best_checkpoint.is_file()):
+        missing = "no finished run or file of weights there"
         raise UsageError(f"backbone.weights={weights}: {missing}; give default, none, a run directory or a file")
 
 

@@ -130,6 +130,7 @@ def _facts(score: "Score", best: "Score", spec: "TrainSpec") -> dict[str, Any]:
     return {
         "backbone": score.backbone,
         "size": score.size,
+        "train_size": score.train_size,
         "accuracy": score.probe.accuracy,
         "standard_error": score.standard_error,
         "tied": not best.probe.beats(score.probe),

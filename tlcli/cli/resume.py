@@ -22,7 +22,18 @@ from tlcli.files import expand_user, is_dir
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import REFIT, RunDir, has_folds, integer, is_sweep, number, open_run, rerun_command, strings
+from tlcli.runs.run_dir import (
+    REFIT,
+    RunDir,
+    check_version,
+    has_folds,
+    integer,
+    is_sweep,
+    number,
+    open_run,
+    rerun_command,
+    strings,
+)
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -76,7 +87,7 @@ def _resume_sweep(path: Path) -> int:
         run = RunDir(file.parent)
         with suppress(UsageError, ValueError):  # damaged: this job starts again
             info = run.info
-            if shlex.split(str(info.get("command")))[:2] == ["tlcli", "train"] and is_dir(str(info.get("cwd"))):
+            if shlex.split(str(info.get("command")))[:2] == ["tlcli", "train"]:
                 break
     else:
         raise UsageError(f"{path}: no job has a run.json that says how the sweep was started; start it again")
@@ -89,7 +100,10 @@ def _resume_sweep(path: Path) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})
-    os.chdir(info["cwd"])
+    check_version(path, info)
+    if not is_dir(cwd := str(info.get("cwd"))):
+        raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
+    os.chdir(cwd)
     flags = parse_flags(shlex.split(command)[2:])
     try:
         with composing(flags.files):

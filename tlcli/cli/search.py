@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STATE_FILE = "tune.json"
 JOURNAL_FILE = "study.journal"  # of Optuna
 MEAN = "mean"  # name of the job with the mean of weights
+MIRRORS = "tta=flip"  # among the words of refits if it is better
 SAVE_SECONDS = 5.0  # between updates of the time spent, so that a search that is killed knows it
 WAIT_SECONDS = 1.0  # between two looks at the trials of other workers
 MARGIN = 1.1  # for what is estimated
@@ -262,14 +263,12 @@ class Search:
         if self.base.folds is None:
             spec = load_spec(ranked[0])
             members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
-            if (
-                self._spec.mirrors
-                and spec.dataset.flip
-                and prefers_mirrors(members, spec, self._session, self.reporter)
-            ):
-                self._state["image"].append("tta=flip")
-                self._read_space()
-                self.reporter.note("tta=flip: it lowers the loss on validation images by more than one standard error")
+            may_mirror = self._spec.mirrors and all(load_spec(run).dataset.flip for run in members)
+            if may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
+                self._state["image"].append(MIRRORS)
+                self.reporter.note(
+                    f"{MIRRORS}: it lowers the loss on validation images by more than one standard error"
+                )
             if self._state["val_fraction"] is not None:
                 once, fits = zip(*map(self._refit_seconds, members), strict=True)
                 n = min(n, int((self.left - self._test_seconds() - sum(once)) / mean(fits)))
@@ -356,12 +355,15 @@ class Search:
         if self._state["val_fraction"] is not None:
             once, fits = zip(*map(self._refit_seconds, ranked[:n_fits]), strict=True)
             refits = sum(once) + n_fits * mean(fits)
-        n_compared = (2 * n_fits + 4) * info["n_val"]  # twice as many as are averaged, then the mean, with mirrors
+        n_compared = (2 * n_fits + 1) * info["n_val"]  # twice as many are compared, then the mean
+        if self._spec.mirrors:  # compared, and in the test
+            n_compared += 4 * info["n_val"] + info["n_test"]
         speed = float(self._state["images_per_second"] or math.inf)
         return float(refits + n_compared / speed + self._test_seconds())
 
     def _test_seconds(self) -> float:
-        n = self._ranked()[0].info["n_test"] * (2 if self.base.tta is Tta.flip else 1)
+        mirrors = MIRRORS in self._state["image"] or self.base.tta is Tta.flip
+        n = self._ranked()[0].info["n_test"] * (2 if mirrors else 1)
         return float(n / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS)
 
     def _has_time(self) -> bool:
@@ -432,7 +434,9 @@ class Search:
         members = [RunDir(self.folder / name) for name in self._state["members"]]
         final = members[0] if self.base.folds is not None else RunDir(self.folder / MEAN)
         if not final.info_file.exists():
-            spec = msgspec.structs.replace(load_spec(members[0]), tta=self.base.tta)
+            spec = load_spec(members[0])
+            if MIRRORS in self._state["image"]:
+                spec = msgspec.structs.replace(spec, tta=Tta.flip)
             validation = predict_mean(members, spec, self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
@@ -454,7 +458,7 @@ class Search:
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
-            average_runs(refits or members, final, validation, self.base.tta)
+            average_runs(refits or members, final, validation, spec.tta, self._state["command"])
         spec = load_spec(final)
         test = self._session.dataset(spec.dataset, spec.seed, self.reporter, spec.folds).test
         self._check_lock()

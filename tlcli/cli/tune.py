@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from tlcli.engine.session import Session
     from tlcli.tune import TuneSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried

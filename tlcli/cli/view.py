@@ -1,6 +1,7 @@
 """The reporter of a terminal: colors and progress bars there, plain lines elsewhere, and run.log always."""
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -149,7 +150,7 @@ class TerminalReporter(Reporter):
         has_val = row.val_loss is not None
         columns = {title: c for title, c in EPOCH_COLUMNS.items() if has_val or not title.startswith("val")}
         for title in NARROW:
-            if sum(width + 2 for width, _ in columns.values()) - 2 > self._screen.width:
+            if sum(width + 2 for width, _ in columns.values()) - 2 > (self._wrap or math.inf):
                 columns.pop(title, None)
         if not self._header_shown:
             header = "  ".join(title.rjust(width) for title, (width, _) in columns.items())

@@ -114,7 +114,7 @@ def load_dataset(
     splits, notes = _divide(source, spec, seed) if folds is None else _pool(source, spec, seed)
     value_range = _set_up_images(splits, spec, reporter, store)
     if decode:
-        splits, bad, deep = _without_bad(splits, spec, reporter, store)
+        splits, bad, deep = without_bad(splits, spec, reporter, store)
         notes += [f"files that do not decode are left out: {len(bad):,}, see bad_files.csv"] if bad else []
         notes += deep.notes(value_range)
         notes += _check_counts(splits, source.classes, spec.name, bad)
@@ -158,7 +158,7 @@ def load_evaluation_split(
         raise UsageError(f"split={chosen}: {spec.name} has no such split ({present}); omit split= to evaluate it")
     split = limit_per_class(source.splits[chosen], source.classes, spec.test_per_class, seed, "test_per_class")
     value_range = _set_up_images({chosen: split}, spec, reporter, store)
-    splits, bad, deep = _without_bad({chosen: split}, spec, reporter, store)
+    splits, bad, deep = without_bad({chosen: split}, spec, reporter, store)
     for note in deep.notes(value_range):
         reporter.note(note)
     if len(splits[chosen]) == 0:
@@ -308,7 +308,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
     return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter, unless=passing)
 
 
-def _without_bad(
+def without_bad(
     splits: dict[str, Split], spec: DatasetSpec, reporter: Reporter, store: Store | None
 ) -> tuple[dict[str, Split], list[tuple[str, str]], DeepImages]:
     """Return the splits without images that do not decode, (file, reason) of those, and statistics of deep images.

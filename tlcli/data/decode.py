@@ -220,7 +220,8 @@ def _decode(stream: BinaryIO) -> RawImage:
             if factor > 1 and image.format in ("JPEG", "MPO"):
                 image.draft(None, (image.width // factor, image.height // factor))
             raw_mode = str(image.tile[0].args) if image.tile else ""  # such as ('RGB;16B', 0, 1); empty once loaded
-            is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16") and ";16" in raw_mode
+            is_reduced = image.mode not in ("I", "F") and not image.mode.startswith("I;16")
+            is_reduced = is_reduced and bool(re.search(";16[BLN]", raw_mode))  # BGR;16 of BMP has 5 or 6 bits
             if image.format == "PPM" and image.mode == "RGB":  # its tile has the maximum, if that is not 255
                 is_reduced = any(isinstance(arg, int) and arg > 255 for arg in image.tile[0].args or ())
             if formats == ("HEIF",):  # in other formats `info` may have texts of the file under this name

@@ -6,11 +6,12 @@ Imports neither torch nor, for folders, numpy, so that a wrong folder is reporte
 import csv
 import glob
 import os
+import re
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -330,8 +331,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
         is_list = label[0] + label[-1] in ("[]", "{}", "()") and (is_item or len(parts[label]) > 1)
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
             raise UsageError(f"{place}: label {label!r} is a list. {SINGLE_LABEL}")
-    with suppress(ValueError):  # a label is not a number
-        list(map(float, labels))
+    if all(re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]\d+)?", label) for label in labels):  # 1_1 and 1E5 are names
         for label, place in labels.items():
             if not label.lstrip("+-").isdecimal():
                 raise UsageError(f"{place}: labels are numbers ({label}). {SINGLE_LABEL}, not a value")

@@ -4,6 +4,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from msgspec import structs
 from tlcli.data.listing import ClassChoice, Listing, list_folder, list_manifest, resolve_classes
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import expand_user
+from tlcli.locks import Lock
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Verify, option
-from tlcli.text import did_you_mean, one_line
+from tlcli.text import did_you_mean, join_limited, one_line
 
 if TYPE_CHECKING:
     from tlcli.data.images import ImageSource, Ints, Source
@@ -177,25 +179,40 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
         if spec.root is None:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
         arguments["root"] = str(expand_user(spec.root))
-    try:
-        return make(**arguments)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"dataset {spec.name}: {one_line(error)}") from error
-    except (RuntimeError, OSError) as error:  # missing or incomplete
-        if "download" not in takes or not spec.download:
-            remedy = "torchvision cannot download it"
-            if "download" in takes:
-                remedy = "`tlcli train` with dataset.download=true downloads it"
-            problem = f"not found under {spec.root} ({one_line(error).split('. ')[0][:100]})"
-            raise UsageError(f"{spec.name}: {problem}: {remedy}, or put it there") from error
-    reporter.note(f"downloading {spec.name} to {arguments.get('root')}")
+    root, problem = Path(arguments.get("root", "")), "its download was not finished"
+    marker, lock = (root / f".{spec.class_name}.{suffix}" for suffix in ("download", "lock"))
+    if not marker.exists():
+        try:
+            return make(**arguments)
+        except (TypeError, ValueError, ImportError) as error:
+            raise UsageError(f"dataset {spec.name}: {one_line(error)}") from error
+        except (RuntimeError, OSError) as error:  # missing or incomplete
+            problem = one_line(error).split(". ")[0][:100]
+    if "download" not in takes or not spec.download:
+        remedy = "torchvision cannot download it"
+        if "download" in takes:
+            remedy = "`tlcli train` with dataset.download=true downloads it"
+        raise UsageError(f"{spec.name}: not found under {spec.root} ({problem}): {remedy}, or put it there")
     # torchvision extracts as Python does by default, which before 3.14 lets archives write anywhere
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
-        return make(download=True, **arguments)
+        root.mkdir(parents=True, exist_ok=True)
+        with Lock(lock).held():  # one process downloads; torchvision takes what an interrupted one left for the whole
+            present = {path.name for path in root.iterdir()} - {marker.name, lock.name}
+            before = set(marker.read_text("utf-8").split("/")) if marker.exists() else present
+            if rest := present - before:
+                remedy = f"remove {join_limited(sorted(rest))} there and start again"
+                raise UsageError(f"{spec.name}: its download to {root} was interrupted: {remedy}")
+            with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
+                return make(**arguments)
+            reporter.note(f"downloading {spec.name} to {root}")
+            marker.write_text("/".join(before), "utf-8")  # no name has a slash
+            dataset = make(download=True, **arguments)
+            marker.unlink()
+            return dataset
     except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         reason = one_line(error)[:100] or type(error).__name__
-        remedy = f"Offline, put the data under {arguments.get('root')}, or use dataset=imagefolder"
+        remedy = f"Offline, put the data under {root}, or use dataset=imagefolder"
         raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
 
 

@@ -70,15 +70,20 @@ class SplitActivations:
 
     def entry(self, reporter: Reporter, extractor: Extractor) -> CacheEntry:
         """Return the entry, extracted by all ranks if missing or damaged. Raise OSError if it cannot be written."""
-        ranks = self.batches.ranks
+        ranks, error = self.batches.ranks, None
         ranks.check_same("images or weights", self.key)
         with ExitStack() as held:
             if ranks.is_main:
                 self.found = self.store.find(self.key)
                 if self.found is None:
                     waiting = lambda: reporter.note("activations: another process computes them, waiting")  # noqa: E731
-                    held.enter_context(self.store.lock_for_write(self.key, waiting))
+                    try:
+                        held.enter_context(self.store.lock_for_write(self.key, waiting))
+                    except OSError as exc:  # a full disk, which all ranks must know
+                        error = [exc.errno, exc.strerror or str(exc)]
                     self.found = self.store.find(self.key)
+            if error := ranks.broadcast(error):
+                raise OSError(*error)
             if not ranks.broadcast(self.found is not None):
                 self._extract(extractor, reporter)
         self.found = self.found or self.store.find(self.key)

@@ -15,7 +15,7 @@ from msgspec import structs
 from torch.optim.swa_utils import update_bn
 
 from tlcli.data.batches import ImageBatches, epoch_order
-from tlcli.data.dataset import Dataset, load_dataset, preload_images
+from tlcli.data.dataset import Dataset, load_dataset, without_bad
 from tlcli.device import Device, setup_process
 from tlcli.engine.activations import Workload, image_size
 from tlcli.engine.decisions import device_with, not_worthwhile_reason, uncacheable_reason
@@ -26,7 +26,7 @@ from tlcli.engine.metrics import evaluate
 from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix
 from tlcli.engine.session import session_for
 from tlcli.engine.trainer import Trainer
-from tlcli.errors import NonFiniteLossError
+from tlcli.errors import NonFiniteLossError, UsageError
 from tlcli.models.build import build_model
 from tlcli.models.classifier import count
 from tlcli.reporter import Reporter
@@ -63,7 +63,9 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
     n_sample = max(SAMPLE_IMAGES, spec.batch_size)
     sample = replace(data, train=data.train.take(epoch_order(len(data.train), spec.seed, 1)[:n_sample]))
     start = time.perf_counter()
-    preload_images([sample.train], reporter)
+    sample = replace(sample, train=without_bad({"train": sample.train}, spec.dataset, reporter, None)[0]["train"])
+    if not len(sample.train):
+        raise UsageError(f"{spec.dataset.name}: no image of a sample of {n_sample} decodes; see `tlcli data check`")
     meter = CostMeter(sample, (time.perf_counter() - start) / len(sample.train))
     # raises UsageError if the network has no such stage
     workload = Workload(data, classifier, apply_freeze(spec.freeze, classifier), spec, accelerator, session)

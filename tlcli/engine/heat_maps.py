@@ -35,7 +35,7 @@ def heat_map(network: nn.Module, image: Tensor, label: int) -> Tensor:
         logit = network(image.clone().requires_grad_())[0, label]
     n_prefix = getattr(network, "num_prefix_tokens", None)
     for output in reversed(outputs):
-        if isinstance(output, Tensor) and (activations := _grid(output, n_prefix)) is not None:
+        if isinstance(output, Tensor) and output.requires_grad and (activations := _grid(output, n_prefix)) is not None:
             (gradient,) = torch.autograd.grad(logit, output, retain_graph=True, allow_unused=True)
             if gradient is not None and (at_positions := _grid(gradient, n_prefix)) is not None and at_positions.any():
                 evidence = (activations * at_positions).relu().sum(dim=2).detach()
@@ -56,7 +56,7 @@ def _grid(output: Tensor, n_prefix: int | None) -> Tensor | None:
         side = math.isqrt(max(0, len(grid) - n_prefix))
         if n_prefix + side**2 != len(grid):
             return None
-        grid = grid[n_prefix:].reshape(side, side, -1)
+        grid = grid[n_prefix:].reshape(side, side, grid.shape[1])
     elif grid.shape[1] == grid.shape[2]:
         grid = grid.permute(1, 2, 0)
     return grid if len(grid) == grid.shape[1] >= MIN_SIDE else None

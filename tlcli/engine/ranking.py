@@ -75,7 +75,7 @@ def image_sizes(workload: Workload) -> tuple[int, int]:
     own = size or workload.classifier.size
     check_train_size(workload, own, image.train_size or own)
     smaller = image.train_size or ceil(SHARE * own / STEP) * STEP
-    between = round((smaller + own) / 2 / STEP) * STEP
+    between = max(smaller, min(round((smaller + own) / 2 / STEP) * STEP, own))
     if (
         size
         or smaller >= own
@@ -194,9 +194,12 @@ def score(
         raise UsageError(f"backbone={backbone}: its head is not one linear layer, so that no probe can rank it")
     per_class = max(2, min(limits[0], limits[1] // len(data.classes)))
     sample = replace(data, train=limit_per_class(data.train, data.classes, per_class, spec.seed, "rank"))
-    own = image_size(spec) or classifier.size
-    pairs = [(spec.image.train_size or size, size) for size in sizes or [own]]
-    for train_size, size in pairs if sizes else dict.fromkeys([image_sizes(workload), *pairs]):
+    pairs = [(spec.image.train_size or size, size) for size in sizes]
+    if not sizes:
+        pairs, own = [image_sizes(workload)], image_size(spec) or classifier.size
+        if pairs[0][1] != own:
+            pairs.append((spec.image.train_size or own, own))
+    for train_size, size in pairs:
         image = structs.replace(spec.image, size=size)
         if sizes:  # a table of positions is for one size
             workload = new_workload(structs.replace(spec, image=image), session, reporter)

@@ -1,9 +1,11 @@
 """State shared by the jobs of one command, loaded once per sweep: images, weights, cuts and cached tensors."""
 
 import copy
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from tlcli.data.dataset import Dataset, load_dataset
@@ -12,7 +14,7 @@ from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.specs import BackboneSpec, CacheSpec, DatasetSpec
-from tlcli.store import CacheEntry, Store, cache_dir
+from tlcli.store import CacheEntry, Store, cache_dir, release_entries
 from tlcli.transfer.lora import remove_low_rank
 
 T = TypeVar("T")
@@ -57,18 +59,22 @@ class Session:
         self._model, self._made = None, {}
 
     def tensors(self, entry: CacheEntry) -> ActivationTensors:
-        """Return the tensors of an entry, each (rows, ...). Raises FileNotFoundError if the entry was just removed."""
+        """Return the tensors of an entry, each (rows, ...), read-only unless they fit into memory.
+
+        Raise FileNotFoundError if the entry was just removed.
+        """
         if entry.key in self._in_memory:
             return self._in_memory[entry.key]
         tensors: ActivationTensors = ()
         for i, column in enumerate(entry.columns):
-            shape, dtype = torch.Size((entry.rows, *column.shape)), getattr(torch, column.dtype)
-            try:
-                flat = torch.from_file(str(entry.file(i)), shared=False, size=shape.numel(), dtype=dtype)
-            except RuntimeError:
-                entry.file(i).stat()  # raises FileNotFoundError if that is the reason
-                raise
-            tensors += (flat.view(shape),)
+            if not entry.nbytes:  # nothing can be mapped
+                tensors += (torch.empty((entry.rows, *column.shape), dtype=getattr(torch, column.dtype)),)
+                continue
+            # read-only: of what can be written Linux maps no more than the memory
+            mapped = np.memmap(entry.file(i), np.uint8, mode="r")
+            with warnings.catch_warnings(action="ignore"):  # nobody writes to it
+                flat = torch.from_numpy(mapped).view(getattr(torch, column.dtype))
+            tensors += (flat.view(entry.rows, *column.shape),)
         if entry.nbytes <= self._free_bytes:  # else they stay mapped
             self._free_bytes -= entry.nbytes
             tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
@@ -86,5 +92,6 @@ def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
     """Return the session of the previous job, or a new one if the cache is another."""
     store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
     if previous is not None and (previous.store, previous.ram_bytes) == (store, ram_bytes):
+        release_entries()  # those of this job are held again when it finds them
         return previous
     return Session(store, ram_bytes)

@@ -98,7 +98,9 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         import torchvision
 
         weights = torchvision.models.get_model_weights(self.name).DEFAULT
-        return f"torchvision's {weights}", dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+        old = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"  # names in the files of DenseNets
+        return f"torchvision's {weights}", {re.sub(old, r"\1\2", name): tensor for name, tensor in state.items()}
 
     def _stages(self, network: "nn.Module") -> "tuple[Stage, ...]":
         """Return the stages. Raise UsageError unless each tensor is in exactly one."""
@@ -185,6 +187,11 @@ def _timm_classifier(spec: BackboneSpec, name: str, n_classes: int, size: int | 
     network = _timm_network(spec, name, n_classes, size)
     heads = {id(m) for m in head_modules(network)}
     head = tuple(n for n, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
+    config: Any = network.pretrained_cfg
+    published = config.get("classifier") or ()  # VOLO has an auxiliary one, too
+    published = (published,) if isinstance(published, str) else published
+    modules = dict(network.named_modules())
+    head += tuple(n for n in published if n in modules and n not in head and not is_inside(n, head)) if head else ()
     if not head:
         raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
     for module in head:
@@ -204,13 +211,14 @@ def _timm_classifier(spec: BackboneSpec, name: str, n_classes: int, size: int | 
         ordered[-2:] = [ordered[-2] | ordered[-1]]
     parameters = {name for name, _ in network.named_parameters()}
     ordered = [tensors for tensors in ordered if tensors & parameters]
-    stages = []
+    stages: list[Stage] = []
     for i, tensors in enumerate(ordered):  # named by the module that most of its tensors are in, as `blocks.3`
         matches = (re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)", name) for name in sorted(tensors))
         common = Counter(match[0] for match in matches if match).most_common(1)
         name = "stem" if i == 0 and len(ordered) > 1 else common[0][0] if common else f"stage{i}"
+        if name in {stage.name for stage in stages}:  # VOLO's groups are blocks of one module
+            name = f"stage{i}"
         stages.append(Stage(name, frozenset(tensors)))
     stages.append(Stage("head", frozenset(name for name in layer_of if is_inside(name, head))))
-    config: Any = network.pretrained_cfg
     size, mean, std = config["input_size"][-1], config["mean"], config["std"]
     return Classifier(spec.name, network, head, tuple(stages), size, mean, std)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if loaded.backbone not in (None, spec.name):
         advice = f"give backbone={loaded.backbone} (a model of timm: backbone=timm backbone.name={loaded.backbone})"
         raise UsageError(f"backbone.weights={loaded.source} is a {loaded.backbone}: {advice}")
+    for prefix in ("module.", "_orig_mod.", "model."):  # of DataParallel, torch.compile and Lightning
+        if loaded.state.keys().isdisjoint(network.state_dict()):
+            loaded = replace(loaded, state={n.removeprefix(prefix): tensor for n, tensor in loaded.state.items()})
     state, known, head_note = _match_head_by_class(loaded, classifier)
     if head & dropped:
         known, head_note = (), f"head: reinitialized, {len(classes)} classes"
@@ -114,12 +118,13 @@ def _resample_pos_embed(state: dict[str, Tensor], network: Any) -> dict[str, Ten
     """Resample a ViT's table of positions for the present image size, as its library does."""
     parameters = dict(network.named_parameters())
     changed = {n for n in state.keys() & parameters.keys() if state[n].shape != parameters[n].shape}
-    if "encoder.pos_embedding" in changed:  # torchvision's
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, state))
-    if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):  # timm's
-        tokens = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-        grid = list(network.patch_embed.grid_size)
-        return {**state, "pos_embed": resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)}
+    with suppress(RuntimeError, ValueError):  # another number of tokens: `check_state_dict` names the tensor
+        if "encoder.pos_embedding" in changed:  # torchvision's
+            return dict(interpolate_embeddings(network.image_size, network.patch_size, state))
+        if "pos_embed" in changed and state["pos_embed"].ndim == 3 and hasattr(network, "num_prefix_tokens"):  # timm's
+            tokens = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
+            grid = list(network.patch_embed.grid_size)
+            return {**state, "pos_embed": resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)}
     return state
 
 
@@ -175,7 +180,7 @@ def read_weights(path: Path) -> PretrainedWeights:
         if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
             reason = f"{name} is not a plain tensor (nested, quantized, sparse or without data); save the dense one"
             raise UsageError(f"backbone.weights={path}: {reason}")
-    return PretrainedWeights(str(path), {str(name).removeprefix("module."): t for name, t in content.items()})
+    return PretrainedWeights(str(path), {str(name): t for name, t in content.items()})
 
 
 def cached_models(author: str) -> list[str]:

@@ -56,11 +56,13 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             if not (run := read_entry(Path(path)))["is_fold"]:  # the refit stands for its folds
                 (runs if sweep is None else jobs[sweep]).append(run)
             continue
-        if not SWEEP_FILES.isdisjoint(inside) and not (REFIT in inside and inside[REFIT].is_dir(follow_symlinks=False)):
+        is_search = "tune.json" in inside
+        is_folds = REFIT in inside and inside[REFIT].is_dir(follow_symlinks=False) and not is_search
+        if not SWEEP_FILES.isdisjoint(inside) and not is_folds:
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():
-            if name.startswith("."):
+            if name.startswith(".") or (name == REFIT and is_search):  # a link to a job, or its copy
                 continue
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, sweep))
@@ -105,7 +107,8 @@ def read_entry(path: Path) -> Entry:
     settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     is_fold = path.name == FOLD.format(settings.get("fold"))
     is_folder = info.get("dataset") in ("imagefolder", "manifest", "parquet", "webdataset")
-    if not info.get("backbone") or (is_folder and settings.keys().isdisjoint(("dataset.root", "dataset.file"))):
+    places = [value for key in ("dataset.file", "dataset.root") if (value := settings.get(key))]
+    if not info.get("backbone") or (is_folder and (not places or places[0].startswith(("'", '"')))):
         groups = {name: mapping(group) for name, group in run.config().items()}
         settings = {f"{name}.{key}": text(v) for name, group in groups.items() for key, v in group.items()}
     dataset = text(info.get("dataset")) or settings.get("dataset.name")

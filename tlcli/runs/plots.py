@@ -18,6 +18,7 @@ from tlcli.data.decode import Pixels
 from tlcli.data.images import Split
 from tlcli.text import evenly_spaced, strip_control_chars
 
+matplotlib.rcdefaults()  # a matplotlibrc may want LaTeX
 matplotlib.rcParams["text.parse_math"] = False  # names are text, never formulas
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 matplotlib.rcParams["svg.hashsalt"] = "tlcli"  # the same run gives the same bytes

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -65,6 +65,8 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
     rows: list[View] = [{**mapping(row), "name": name} for name, row in mapping(test.get("per_class")).items()]
     for row in rows:
         row["f1"], row["support"] = number(row.get("f1")), integer(row.get("support"))
+        if not row["support"]:
+            row["recall"] = row["f1"] = None
     view: View = {
         "run_name": name,
         "title": f"{status.capitalize() if accuracy is None else percent(accuracy)} {name}",
@@ -309,7 +311,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "count": tolerant(lambda n: f"{n:,.0f}"),
     "decimal": tolerant(lambda value, form=".3f": f"{value:{form}}"),
     "seconds": tolerant(duration_text),
-    "folder_name": lambda path: PurePath(str(path)).name,
+    "folder_name": lambda path: re.split(r"[/\\]", str(path).rstrip("/\\"))[-1],  # of Windows, too
 }
 
 

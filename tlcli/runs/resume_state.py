@@ -7,7 +7,6 @@ from typing import Any
 
 from msgspec import structs
 
-from tlcli import __version__
 from tlcli.data.batches import Preprocessing
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
@@ -20,7 +19,7 @@ from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.ranks import Ranks
 from tlcli.reporter import Reporter
 from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
-from tlcli.runs.run_dir import RunDir
+from tlcli.runs.run_dir import RunDir, check_version
 from tlcli.specs import TrainSpec
 from tlcli.text import join_limited
 
@@ -105,9 +104,9 @@ def read_state(run: RunDir) -> ResumeState | None:
         state = load_state(run.state_file)
     except TlcliError as error:
         raise TlcliError(f"{error}; without that file the run starts again") from error
-    version = str(run.info.get("tlcli", "another version"))
-    if state.get("version") != STATE_VERSION or version.split(".")[:2] != __version__.split(".")[:2]:
-        raise TlcliError(f"{run.path}: was started with tlcli {version}, this is {__version__}: resume it with that")
+    check_version(run.path, run.info)
+    if state.get("version") != STATE_VERSION:
+        raise TlcliError(f"{run.path}: its training state is of another version of tlcli: resume it with that")
     recorded, best = recorded_decisions(run.info), None
     if recorded is None:
         raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")

@@ -200,9 +200,18 @@ def has_folds(path: Path) -> bool:
     return not is_search and is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
 
 
+def check_version(path: Path, info: Mapping[str, Any]) -> None:
+    """Raise TlcliError if another minor version of tlcli started a run, which has other defaults and state files."""
+    version = str(info.get("tlcli", "another version"))
+    if version.split(".")[:2] != __version__.split(".")[:2]:
+        raise TlcliError(f"{path}: was started with tlcli {version}, this is {__version__}: resume it with that")
+
+
 def rerun_command(info: Mapping[str, Any]) -> str:
     """Return the command that trains this run again in a new directory; for a job of a sweep, that job alone."""
     command, overrides = text(info.get("command")) or "tlcli train", strings(info.get("overrides"))
+    if info.get("averaged"):  # by a search
+        return command
     try:
         words = shlex.split(command)
     except ValueError:

@@ -43,6 +43,8 @@ def remove_low_rank(network: nn.Module) -> None:
     for layer in list(network.modules()):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            bias = layer._parameters.pop("bias")  # parameters are in the order of a new layer again: weight, bias
+            layer.register_parameter("bias", bias)
 
 
 def plain_name(name: str) -> str:
