@@ -76,14 +76,10 @@ def image_sizes(workload: Workload) -> tuple[int, int]:
     check_train_size(workload, own, image.train_size or own)
     smaller = image.train_size or ceil(SHARE * own / STEP) * STEP
     between = max(smaller, min(round((smaller + own) / 2 / STEP) * STEP, own))
-    if (
-        size
-        or smaller >= own
-        or not _has_choice(workload)
-        or not all(takes_size(workload, s) for s in (smaller, between))
-    ):
-        return image.train_size or own, own
-    return smaller, between
+    is_open = size is None and smaller < own and _has_choice(workload)
+    if is_open and takes_size(workload, smaller) and takes_size(workload, between):
+        return smaller, between
+    return image.train_size or own, own
 
 
 def _has_choice(workload: Workload) -> bool:
