@@ -58,6 +58,18 @@ def test_a_copy_with_the_same_wrong_label_does_not_confirm_it() -> None:
     assert not copies & {i for i, *_ in suspects_of(features, given, 2)[0]}
 
 
+def test_a_class_of_one_image_is_no_suspect_and_makes_no_other_image_likely() -> None:
+    """No other image says how its class looks. Images between two classes are suspects, but not clearly wrong."""
+    features, labels = clouds(150, 3)
+    kept = (labels < 2) | (np.arange(150) == 2)
+    between = (features[labels == 0].mean(0) + features[labels == 1].mean(0)) / 2
+    given = np.concatenate([labels[kept], np.arange(10) % 2])
+    suspects, metrics = suspects_of(torch.cat([features[kept], between.expand(10, -1)]), given, 3)
+    assert suspects and {i for i, *_ in suspects} <= set(range(101, 111))
+    assert not any(likely for *_, likely in suspects)
+    assert metrics["thresholds"]["2"] == 1
+
+
 def scene(seed: int, size: int = 96) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)

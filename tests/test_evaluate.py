@@ -1,6 +1,7 @@
 """`eval` gives what the run's own test gave, matches classes by name, and writes beside what is there."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from tests.conftest import TINY, Notes, finish, make_folder
 from tlcli.cli.compose import load_spec
 from tlcli.data.dataset import load_evaluation_split
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.evaluate import Evaluation, _with_labels_of, evaluate_run
 from tlcli.predict import Predictor
 from tlcli.reporter import Reporter
@@ -247,3 +248,11 @@ def test_a_failure_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPa
         evaluated(run)
     assert files_of(run) == before
     assert not list(run.glob("*eval*"))
+
+
+def test_a_read_only_run_is_refused_before_images_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (path == run and mode == os.W_OK))
+    monkeypatch.setattr("tlcli.evaluate.predict_split", lambda *args: pytest.fail("images were read"))
+    with pytest.raises(TlcliError, match="run: not writable; eval writes its results there"):
+        evaluated(run)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tlcli.errors import UsageError
-from tlcli.files import atomic_write, expand_user, remove_temp_files, replace_with_hardlink
+from tlcli.files import atomic_write, expand_user, read_yaml, remove_temp_files, replace_with_hardlink
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -104,3 +105,9 @@ def test_a_second_name_that_cannot_be_leaves_the_old_file(file: Path, step: str,
 def test_an_unknown_home_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no such home directory"):
         expand_user("~nobody-at-all/x")
+
+
+def test_a_name_that_is_not_utf_8_is_read_as_it_was_written(tmp_path: Path) -> None:
+    config = {"dataset": {"root": os.fsdecode(b"/data/not \xff\xfe utf-8")}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    assert read_yaml(tmp_path / "config.yaml") == config

@@ -1,5 +1,6 @@
 """The store of activations: what comes back is what was written, whole, whoever else is at work."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -242,6 +243,28 @@ def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(store
         store.remove(KEY)
 
 
+def test_empty_lock_files_of_an_older_tlcli_do_not_matter(store: Store) -> None:
+    """Nothing says who has them: they would count as held for a minute."""
+    (store.root / "locks").mkdir(parents=True)
+    for name in (f"{KEY}.lock", f"{KEY}.gate", f"{KEY}.use.0", "space.lock", "choices.json.lock"):
+        (store.root / "locks" / name).touch()
+    assert fill(store) == store.find(KEY)
+    store.add_note("choices", "a", 1)
+    assert store.read_notes("choices") == {"a": 1}
+
+
+def test_a_mark_that_cannot_be_written_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fill(store)
+    release()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert store.find(KEY)
+    assert list(store.root.rglob("*.use.*")) == []
+
+
 # --- Room and eviction
 
 ENDED = owner_text().replace(b'"pid"', b'"pid": 1073741824, "was"')  # what a process that has ended has written
@@ -303,7 +326,7 @@ def test_shards_are_not_evicted_before_their_entry_is_complete(tmp_path: Path) -
 
 def test_marks_of_killed_processes_are_removed_also_those_of_entries_that_stay(tmp_path: Path) -> None:
     store = Store(tmp_path, 2 * SIZE / GB)
-    marks = [tmp_path / "locks" / f"{key}.use.0" for key in ("aa", "bb")]
+    marks = [store.locks / f"{key}.use.0" for key in ("aa", "bb")]
     for used, mark in enumerate(marks, 1):
         add(store, mark.name[:2], used)
         mark.write_bytes(ENDED)
@@ -371,6 +394,17 @@ def test_room_by_free_disk(store: Store, monkeypatch: pytest.MonkeyPatch, total:
     reason = store.no_room_reason(2 * GB)
     assert (reason is None) == fits
     assert fits or f"free {free:.1f} GB" in str(reason)
+
+
+def test_what_a_draft_will_still_take_is_not_free(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (100 * GB, 0, int(7.5 * GB)))  # 5 GB stay free
+    assert store.no_room_reason(2 * GB) is None
+    with store.lock_for_write(KEY, nobody):
+        draft = store.activations / f".{KEY}.1.0123abcd"
+        draft.mkdir()
+        with (draft / "0.bin").open("wb") as file:
+            file.truncate(GB)  # of which nothing is written
+        assert "free 6.5 GB" in str(store.no_room_reason(2 * GB))
 
 
 FOREIGN = (
@@ -451,7 +485,7 @@ ELSEWHERE = b'{"host": "another", "pid": 1}'
 
 
 def test_a_writer_that_lost_its_lock_does_not_replace_the_entry_of_another(store: Store) -> None:
-    lock, entry = store.root / "locks" / f"{KEY}.lock", store.activations / KEY
+    lock, entry = store.locks / f"{KEY}.lock", store.activations / KEY
 
     def suspended() -> Iterator[list[memoryview]]:
         yield BATCHES[0]
@@ -472,7 +506,7 @@ def test_a_writer_that_lost_its_lock_does_not_replace_the_entry_of_another(store
 
 
 def test_a_writer_that_lost_its_lock_to_one_that_failed_writes_after_it(store: Store) -> None:
-    lock = store.root / "locks" / f"{KEY}.lock"
+    lock = store.locks / f"{KEY}.lock"
 
     def suspended() -> Iterator[list[memoryview]]:
         lock.write_bytes(ENDED)
@@ -487,7 +521,7 @@ def test_a_writer_that_lost_its_lock_to_one_that_failed_writes_after_it(store: S
 def test_an_entry_in_use_on_another_machine_stays_until_that_process_has_ended(store, is_touched, monkeypatch) -> None:
     store.max_gb, now = SIZE / GB, [0.0]
     add(store, KEY)
-    mark = store.root / "locks" / f"{KEY}.use.0"
+    mark = store.locks / f"{KEY}.use.0"
     mark.write_bytes(ELSEWHERE)
 
     def sleep(seconds: float) -> None:

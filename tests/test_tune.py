@@ -12,7 +12,9 @@ from tests.conftest import Compose
 from tlcli import tune
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
+from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.reporter import Reporter
+from tlcli.runs.run_dir import RunDir, SplitPredictions
 from tlcli.specs import Tta
 from tlcli.store import Store
 from tlcli.tune import STARTUP_TRIALS, WARMUP_PERCENT, Bounds, Study, TuneSpec
@@ -149,6 +151,21 @@ def test_mirrors_must_lower_the_loss_by_more_than_one_standard_error(
 def test_mirrors_are_not_compared_if_the_user_has_chosen() -> None:
     own = structs.replace(SPEC, mirrors=True)
     assert own.without(["image.fit"]).mirrors and not own.without(["tta"]).mirrors
+
+
+def test_a_mean_of_runs_has_the_command_of_the_search_its_own_images_and_no_time_of_training(tmp_path: Path) -> None:
+    runs, final = [RunDir(tmp_path / name) for name in "01"], RunDir(tmp_path / "mean")
+    for weight, run in enumerate(runs):
+        run.start(command="tlcli train", overrides=["seed=1"], config="tta: none\n")
+        run.update(n_val=0, seconds={"train": 4.0, "total": 5.0})
+        run.best_checkpoint.parent.mkdir()
+        write_tensors(run.best_checkpoint, {"w": torch.full((2,), float(weight))}, {"epoch": 1})
+    validation = SplitPredictions(torch.eye(2), torch.arange(2), ("a", "b"), ("a/0", "b/0"))
+    tune.average_runs(runs, final, validation, Tta.flip, "tlcli tune budget=1h")
+    assert read_tensors(final.best_checkpoint)[0]["w"].tolist() == [0.5, 0.5]
+    assert (final.info["command"], final.info["averaged"]) == ("tlcli tune budget=1h", ["0", "1"])
+    assert (final.info["n_val"], final.info["seconds"]) == (2, {"total": 0.0})
+    assert final.info["tta"] == final.config()["tta"] == "flip"
 
 
 def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:

@@ -131,8 +131,8 @@ def evaluate_run(
     that has not been tested, as the trials of a search, gets its test.json.
     """
     loaded, session = load_run(path, checkpoint), session_for(spec.cache)
-    if not os.access(path, os.W_OK):  # known before the images are read
-        raise TlcliError(f"{path}: not writable; eval writes its results there")
+    if not os.access(loaded.path, os.W_OK):  # known before the images are read
+        raise TlcliError(f"{loaded.path}: not writable; eval writes its results there")
     result = predict_split(loaded, split_name, spec, trained, session, reporter)
     images, dataset, run = result.images, result.dataset, RunDir(loaded.path)
     report = _report(loaded, result)

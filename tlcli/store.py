@@ -2,10 +2,10 @@
 
     ROOT/activations/KEY/              an entry: meta.json, and one file per column: 0.bin, 1.bin ...
     ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written; its files have their final sizes from the start
-    ROOT/locks-2/KEY.lock                held while the entry is written
-    ROOT/locks-2/KEY.use.RANDOM          says that a process uses the entry, until that process ends
-    ROOT/locks-2/KEY.gate                held while such a file is made, or the entry is evicted because there is none
-    ROOT/locks-2/space.lock              held while room is made
+    ROOT/locks-2/KEY.lock              held while the entry is written
+    ROOT/locks-2/KEY.use.RANDOM        says that a process uses the entry, until that process ends
+    ROOT/locks-2/KEY.gate              held while such a file is made, or the entry is evicted because there is none
+    ROOT/locks-2/space.lock            held while room is made
     ROOT/plans/ID.json, KEY.json       plans of entries that are filled in shards, and the images of a shard
     ROOT/NAME.json                     notes, such as measured speeds
     ROOT/digests-FOLDER.bin            digests of the images below a folder

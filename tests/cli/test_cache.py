@@ -98,6 +98,7 @@ WRONG = {
     "list --shards 2": "--shards goes with `tlcli cache fill`",
     "fill --shards 0": "--shards: must be a whole number from 1",
     "fill --shard 64/64": "--shard: 64/64: 64 shards have the numbers 0 to 63",
+    "fill --shard 0/0": "--shard: 0/0: there must be at least one shard",
     "fill --shard 3": "--shard: must be I/N, such as 0/64",
     "fill --shard 3/64 --engine ray": "leave out --shards and --engine",
     "fill --shard 3/64": "no plan of these overrides and this number of shards",

@@ -1,10 +1,12 @@
 """`tlcli doctor`: every check reports something, none hides another, and nothing says who the user is."""
 
 import json
+import os
 import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -78,3 +80,34 @@ def test_a_missing_package_means_no_training(monkeypatch: pytest.MonkeyPatch, tl
     report = json.loads(ended.out)
     problem = {"text": "no-such-package is not installed: pip install --upgrade tlcli", "fails": True}
     assert not report["can_train"] and problem in report["problems"]
+
+
+def test_memory_of_a_control_group_that_caches_files_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "meminfo": "MemTotal: 16000000 kB\nMemFree: 1000 kB\nMemAvailable: 8000000 kB\n",
+        "memory.max": "4000000000\n",
+        "memory.current": "3900000000\n",
+        "memory.stat": "anon 900000000\nfile 3000000000\ninactive_file 3000000000\nactive_file 0\n",
+    }
+    monkeypatch.setattr(doctor.Path, "read_text", lambda path, encoding: files[path.name])
+    found = list(doctor._machine())
+    assert ("machine", "memory", {"total": 4_000_000_000, "free": 3_100_000_000}) in found
+    assert not [finding for finding in found if isinstance(finding, doctor.Problem)]
+
+
+@pytest.mark.usefixtures("light")
+def test_a_cache_in_a_folder_that_is_closed_to_the_user_hides_no_place(monkeypatch, tlcli: Tlcli, tmp_path) -> None:
+    stat, closed = os.stat, tmp_path / "closed"
+    closed.mkdir()
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("TLCLI_CACHE", str(closed / "cache"))
+        patch.setattr(os, "stat", refuse)
+        report = json.loads(tlcli("doctor", "--format=json").out)
+    assert set(report["places"]) == {"outputs", "cache"}
+    assert "the check failed" not in str(report["problems"])

@@ -4,14 +4,17 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.cli.conftest import Tlcli
+from tlcli.cli.embed import vectors_of
 from tlcli.embed import Embedder
 from tlcli.engine.extraction import BATCH
+from tlcli.reporter import Reporter
 
 Trained = Callable[..., Path]
 
@@ -66,6 +69,18 @@ def test_files_that_do_not_decode_are_named_if_there_are_too_few_for_a_map(tlcli
         "photos/bad.png: not an image", "tlcli embed: 1 of 2 could not be read",
         "tlcli embed: a map needs at least 5 images, and there are 1",
     ]  # fmt: skip
+
+
+def test_vectors_are_kept_if_nobody_reads_the_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    rows, errors = [("good.png", "pixels", 0.5), ("bad.png", None, "not an image")], list[str]()
+    embedder = SimpleNamespace(embed=lambda *args, **options: rows)
+    monkeypatch.setattr("sys.stderr", Gone())
+    assert list(vectors_of("embed", embedder, [], Reporter(), errors)) == rows[:1]  # type: ignore[arg-type]
+    assert errors == ["bad.png: not an image"]
 
 
 def test_similar_embeds_its_image_in_a_batch_as_large_as_the_others(tlcli: Tlcli, trained, photos, monkeypatch) -> None:

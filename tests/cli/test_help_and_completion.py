@@ -79,6 +79,13 @@ def test_run_directories_complete(line: str, tmp_path: Path, monkeypatch: pytest
     assert ("outputs/2026-01-02/11-00-00 " in found) == ("predict" not in line), "the folder of a sweep"
 
 
+def test_a_folder_ends_with_a_slash_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert candidates("tlcli list ph") == ["photos/"]
+    assert candidates("tlcli list photos/") == ["photos/cats/"]
+
+
 def test_flags_come_from_the_parser() -> None:
     flags = {flag for action in TRAIN._actions for flag in action.option_strings if action.help != SUPPRESS}
     assert {f"{flag} " for flag in flags if flag.startswith("--")} <= set(candidates("tlcli train --"))

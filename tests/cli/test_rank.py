@@ -83,6 +83,13 @@ def test_the_command_has_the_folder_of_ones_own_options(tlcli: Tlcli, unmeasured
     assert f"--config-dir={tmp_path / 'mine'}" in shlex.split(json.loads(ended.out)["next"]), ended.err
 
 
+def test_the_size_of_training_is_in_the_table_and_in_the_command(tlcli: Tlcli, unmeasured) -> None:
+    unmeasured()
+    found = json.loads(tlcli("rank", "dataset=digits", f"backbone={LITES[0]}", "--format=json").out)
+    assert [(row["size"], row["train_size"]) for row in found["ranking"]] == [(224, 160)]
+    assert {"image.size=224", "image.train_size=160"} <= set(shlex.split(found["next"]))
+
+
 @pytest.mark.parametrize(
     ("words", "damaged", "code"), [([], LITES[:1], 0), ([], LITES, 1), ([f"backbone={','.join(LITES)}"], LITES[:1], 1)]
 )

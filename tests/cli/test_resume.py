@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.cli.conftest import finished, runs_in
+from tlcli import __version__
 from tlcli.cli.compose import resolve_paths
 from tlcli.runs.run_dir import RunDir
 
@@ -122,6 +123,23 @@ def test_a_job_of_a_sweep_goes_on_as_it_was_started_if_it_has_a_state(
     training(lambda spec, run, reporter: rates.append(spec.optimizer.lr) or finished(spec, run, reporter))
     assert tlcli("train", "--resume", "swept").code == 0
     assert (rates, run.config()["optimizer"]["lr"]) == ([rate], rate)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "error"),
+    [
+        ({"cwd": "/gone"}, 2, "swept: was started in /gone, which is no folder here; make it, or a link of that name"),
+        ({"tlcli": "0.1.0"}, 1, "swept: was started with tlcli 0.1.0, this is"),
+    ],
+)
+def test_a_sweep_that_cannot_go_on_as_it_was_started_says_why(change, code, error, tlcli, training, tmp_path) -> None:
+    training(stops)
+    assert tlcli("train", "-m", "seed=1", "hydra.sweep.dir=swept").code == 130
+    RunDir(tmp_path / "swept/0").update(**{"tlcli": __version__, **change})
+    training(finished)
+    ended = tlcli("train", "--resume", "swept")
+    assert (ended.code, error in ended.err, ended.err.count("\n")) == (code, True, 1), ended.err
+    assert RunDir(tmp_path / "swept/0").info["status"] == "interrupted"
 
 
 def test_the_epochs_of_a_run_without_a_state_follow_from_its_images_again(tlcli, training, tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tlcli import locks, tune
 from tlcli.cli import search
 from tlcli.cli.compose import compose_spec
-from tlcli.cli.search import LOST, MAX_FAILURES, STATE_FILE, Search, TrialReporter
+from tlcli.cli.search import LOST, MAX_FAILURES, MIRRORS, STATE_FILE, Search, TrialReporter
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import TlcliError
 from tlcli.reporter import EpochRow
 from tlcli.runs.run_dir import RunDir, read_json, write_json
+from tlcli.specs import Tta
 
 N_TRIALS = 7
 SPACE = {
@@ -30,6 +32,7 @@ SPACE = {
     "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "augment": ["basic", "none"]},
 }
 STATE = {
+    "command": "tlcli tune budget=1h",
     "budget": 3600.0,
     "seconds": 0.0,
     "words": ["dataset=digits", "backbone=resnet18"],
@@ -270,6 +273,49 @@ def test_a_refit_that_fails_is_left_out(worker, monkeypatch, errors: dict[str, E
     with one._lock.held():
         Search._finish(one)
     assert names == averaged
+
+
+@pytest.mark.parametrize(
+    ("flips", "own", "chosen", "used"),
+    [
+        ((0.5, 0.5), Tta.none, [MIRRORS], Tta.flip),
+        ((0.5, 0.0), Tta.none, [], Tta.none),  # in the mirror, the images of a member are others
+        ((0.5, 0.0), Tta.flip, [], Tta.flip),  # the best trial has it
+    ],
+)
+def test_the_end_uses_mirrors_that_another_worker_chose_or_that_the_best_trial_has(
+    worker, tmp_path: Path, monkeypatch, flips, own: Tta, chosen: list[str], used: Tta
+) -> None:
+    base, specs, averaged = compose_spec(STATE["words"]), {}, []
+    for name, flip in zip("01", flips, strict=True):
+        dataset = structs.replace(base.dataset, flip=flip)
+        specs[name] = structs.replace(base, dataset=dataset, tta=own if flip else Tta.none)
+    monkeypatch.setattr(search, "load_spec", lambda run: specs.get(run.path.name, base))
+    monkeypatch.setattr(tune, "prefers_mirrors", lambda *args: True)
+    monkeypatch.setattr(tune, "predict_mean", lambda runs, spec, *args: spec.tta)
+    monkeypatch.setattr(tune, "average_runs", lambda runs, final, *args: averaged.append(args))
+    write_json(tmp_path / STATE_FILE, {**STATE, "space": {**SPACE, "mirrors": True}})
+    first, second = worker(), worker()
+    monkeypatch.setattr(second, "_session", SimpleNamespace(dataset=lambda *args: SimpleNamespace(test=())))
+    with second._lock.held():
+        second._open()
+    first.run()
+    with second._lock.held():
+        second._catch_up()
+        Search._finish(second)
+    assert second._state["image"] == chosen and averaged == [(used, used, STATE["command"])]
+
+
+def test_time_is_kept_for_a_comparison_with_mirrors_and_a_test_with_them(worker, tmp_path: Path) -> None:
+    one = worker()
+    one.run()
+    RunDir(tmp_path / "0").update(n_val=25, n_test=100)
+    n_seen = []
+    for mirrors, image in ((False, []), (True, []), (True, [MIRRORS])):
+        one._spec, one._state["image"] = structs.replace(one._spec, mirrors=mirrors), image
+        seconds = Search._reserve(one, 1) - 10 - search.FINAL_SECONDS, one._test_seconds() - search.FINAL_SECONDS
+        n_seen.append([pytest.approx(STATE["images_per_second"] * s) for s in seconds])
+    assert n_seen == [[3 * 25 + 100, 100], [7 * 25 + 200, 100], [7 * 25 + 300, 200]]
 
 
 def test_values_are_compared_at_multiples_of_ten_percent(worker: Callable[[], Worker]) -> None:

@@ -289,7 +289,7 @@ def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[st
 )
 def test_usage_errors_of_workers(tlcli: Tlcli, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
     (tmp_path / "own").mkdir()
-    write_json(tmp_path / "tune.json", {"schema_version": 1, "command": "tlcli tune budget=1h", "best": None})
+    write_json(tmp_path / "tune.json", {"schema_version": 2, "command": "tlcli tune budget=1h", "best": None})
     ended = tlcli("tune", *(word.format(folder=tmp_path) for word in words))
     assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
 

@@ -1,6 +1,7 @@
 """Every way for a command line to be wrong: one line, exit code 2, nothing written."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -157,3 +158,11 @@ def test_one_line_exit_2_and_nothing_written(line: str, tlcli, training, tmp_pat
     assert ended.err.count("\n") == 1
     assert CASES[line] in ended.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_directory_gets_one_line(tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such user")))
+    ended = tlcli("train", "dataset=imagefolder", "dataset.root=~/photos")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "~/photos: no such home directory; write the whole path" in ended.err

@@ -77,6 +77,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], io.StringIO]:
 
 def test_plain_lines_if_stdout_is_no_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")  # of no terminal
     show(TerminalReporter("backbone=efficientnet_lite0"))
     out = capsys.readouterr().out
     assert ESCAPE not in out and "\r" not in out and out.isascii()
@@ -85,6 +86,7 @@ def test_plain_lines_if_stdout_is_no_terminal(capsys, monkeypatch) -> None:
     assert f"tlcli train backbone=efficientnet_lite0 backbone.weights={RUN} dataset=..." in out
     assert "[red]class 3" in out and "[red]8 taken for 1 (3)" in out, "markup in names is text"
     lines = [line.split() for line in out.splitlines()]
+    assert ["lr", "img/s", "time"] in [line[-3:] for line in lines if line[:1] == ["epoch"]], "a column is missing"
     assert ["stem", "23,508,032", "0", "-"] in lines
     assert ["head", "12,810", "12,810", "0.0003"] in lines
     assert ["total", "23,520,842", "12,810"] in lines

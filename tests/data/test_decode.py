@@ -220,6 +220,15 @@ def test_text_of_a_png_is_not_its_depth(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.png").tolist() == [[[1, 2, 3]] * 4] * 4
 
 
+def test_a_bmp_of_16_bits_per_pixel_is_no_deep_image(tmp_path: Path) -> None:
+    """Its colors have 5 or 6 bits."""
+    header = struct.pack("<2sI2HI", b"BM", 70, 0, 0, 66)
+    header += struct.pack("<I2i2H2I2i2I", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    (tmp_path / "a.bmp").write_bytes(header + struct.pack("<3I2H", 0xF800, 0x7E0, 0x1F, 0xF800, 0))
+    raw = read_raw(tmp_path / "a.bmp")
+    assert (raw.values.tolist(), raw.is_reduced) == ([[[255, 0, 0]]], False)
+
+
 def test_unsigned_tiff_of_32_bits_does_not_wrap(tmp_path: Path) -> None:
     values = np.array([[0, 2**31 + 5, 2**32 - 1]], dtype=np.uint32)
     tags = {256: 3, 257: 1, 258: 32, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 12, 339: 1}

@@ -252,6 +252,7 @@ MISTAKES: list[tuple[str | bytes, str]] = [
         (f'path,label\n0.png,"{first}"\n1.png,"{second}"\n2.png,"{third}"\n', f"line {words}")
         for first, second, third, words in (
             ("12.5", "13", "nan", "2: labels are numbers (12.5). tlcli does single-label classification"),
+            ("0.5", "1", "1e-05", "2: labels are numbers (0.5). tlcli does single-label classification"),
             ("cat;dog", "cat", "dog", "2: label 'cat;dog' is a list. tlcli does single-label classification"),
             ("x", "[0, 1]", "y", "3: label '[0, 1]' is a list"),
             ("x", "[a, b]", "y", "3: label '[a, b]' is a list"),
@@ -285,6 +286,8 @@ def test_a_manifest_that_is_no_file(name: str, write: Write, tmp_path: Path) -> 
         ("a/b", ".."),
         ("new\nline", "<b>"),
         ("(none)", "[unknown]"),
+        ("1_1", "2_1"),
+        ("1E5", "2E5"),
     ],
 )
 def test_any_other_label_will_do(write: Write, tmp_path: Path, labels: tuple[str, str]) -> None:

@@ -173,6 +173,18 @@ def test_the_unknown_score_is_fitted_to_images_if_activations_cannot_be_written(
     assert fit_unknown_score(inputs, Reporter()) == len(workload.data.train)
 
 
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_full_disk_at_the_lock_is_an_error_of_all_ranks(is_main: bool) -> None:
+    full = [errno.ENOSPC, "No space left on device"]
+    store, ranks = Mock(), Mock(is_main=is_main)
+    store.find.return_value, store.lock_for_write.side_effect = None, OSError(*full)
+    ranks.broadcast.side_effect = lambda value: value if is_main else full
+    split = activations.SplitActivations(store, Mock(ranks=ranks), Mock(), "ab", None, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        split.entry(Reporter(), Mock())
+    ranks.broadcast.assert_called_once_with(full if is_main else None)
+
+
 @pytest.mark.parametrize(("rate", "is_plain"), [(0.0, True), (0.5, False)])
 def test_a_head_behind_dropout_is_not_one_linear_layer_alone(planner: Planner, rate: float, is_plain: bool) -> None:
     """In timm's networks dropout is a function before the head, so that it is in the suffix."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Compose
+from tests.conftest import TINY, Compose, make_folder
 from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import load_dataset
 from tlcli.engine import costs
@@ -102,3 +102,19 @@ def test_nothing_is_downloaded(spec: Compose, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match="cifar10: not found under"):
         inspect(spec("dataset=cifar10", f"dataset.root='{tmp_path}'"), NONE, Reporter())
     download.assert_not_called()
+
+
+def test_images_that_do_not_decode_are_left_out_of_the_sample(spec: Compose, tmp_path: Path, monkeypatch) -> None:
+    for split in ("train", "val", "test"):
+        make_folder(tmp_path / split, {"across": 4, "down": 4}, seed=len(split))
+    first, *others = sorted((tmp_path / "train").rglob("*.png"))
+    first.write_bytes(b"damaged")
+    monkeypatch.setattr(costs, "setup_process", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(costs, "CostMeter", meter := Mock())
+    words = ("dataset=imagefolder", f"dataset.root='{tmp_path}'", "dataset.on_bad=skip", *TINY, "image.size=32")
+    inspect(spec(*words), NONE, Reporter())
+    assert len(meter.call_args.args[0].train) == len(others) == 7
+    for file in others:
+        file.write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="no image of a sample of 64 decodes"):
+        inspect(spec(*words), NONE, Reporter())

@@ -35,6 +35,22 @@ class ColorFinder(nn.Module):
         return maps.mean((2, 3))
 
 
+class OneMoreBlock(ColorFinder):
+    """Has a block on which no logit depends: its output has no gradients, or it is tokens without those of patches."""
+
+    num_prefix_tokens = 3
+
+    def __init__(self, *, has_gradients: bool) -> None:
+        super().__init__()
+        self.last = nn.Sequential(nn.Flatten(2) if has_gradients else nn.Identity())
+        self.has_gradients = has_gradients
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.body(images)
+        self.last(maps if self.has_gradients else maps.detach())
+        return maps.mean((2, 3))
+
+
 def picture(height: int, width: int, top: int, left: int, label: int) -> np.ndarray:
     """Return gray noise with a square of 40 pixels in the color of a class."""
     pixels = np.random.default_rng(0).integers(60, 120, (height, width, 1)).repeat(3, axis=2)
@@ -100,6 +116,13 @@ def test_kinds_of_networks_have_a_map_that_varies(name: str, side: int) -> None:
     network = timm.create_model(name, num_classes=3, **options).eval()
     heat = heat_map(network, torch.randn(1, 3, 96, 96), 1)
     assert heat.shape == (side, side) and heat.max() == 1 and heat.std() > 0.01
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_a_block_without_gradients_or_tokens_of_patches_is_skipped(has_gradients: bool) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    heat = heat_map(OneMoreBlock(has_gradients=has_gradients), image, 1)
+    assert heat.max() == 1 and torch.equal(heat, heat_map(ColorFinder(), image, 1))
 
 
 def test_a_network_without_positions_is_refused() -> None:

@@ -91,6 +91,13 @@ def test_sizes_that_are_given_and_those_of_a_dataset_or_of_own_weights_are_used(
     assert (image.train_size or image.size, image.size) == sizes == image_sizes(workload(*words))
 
 
+@pytest.mark.parametrize(("own", "train_size", "size"), [(240, 200, 224), (240, 230, 230), (250, 232, 250)])
+def test_evaluation_is_between_the_size_of_training_and_that_of_the_weights(own, train_size, size, workload) -> None:
+    given = workload(f"image.train_size={train_size}")
+    given = replace(given, classifier=replace(given.classifier, size=own))
+    assert image_sizes(given) == (train_size, size)
+
+
 @pytest.mark.parametrize(("right", "fit"), [((50, 50, 50), "crop"), ((50, 53, 50), "crop"), ((50, 60, 62), "squash")])
 def test_another_fit_must_lower_the_loss_by_two_standard_errors(right, fit: str, workload, probed) -> None:
     fits = ("crop", "squash", "pad")
@@ -159,6 +166,17 @@ def test_the_sample_has_the_images_of_a_class_even_if_another_one_has_few(worklo
     assert len(score(5).probe.correct) == len(many) + 5
     with pytest.raises(UsageError, match="fewer than two classes have the 5 training images"):
         score(4)
+
+
+@pytest.mark.parametrize(("own", "sizes"), [(224, [(160, 192), (224, 224)]), (128, [(96, 128)])])
+def test_the_size_of_the_weights_is_scored_unless_it_is_that_of_a_run(own: int, sizes, workload, monkeypatch) -> None:
+    given = workload()
+    given = replace(given, classifier=replace(given.classifier, size=own))
+    monkeypatch.setattr(ranking, "new_workload", lambda *args: given)
+    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0))
+    monkeypatch.setattr(ranking, "cross_validate_probe", lambda *args: cross_validation(50))
+    scores = ranking.score("name", given.spec, [], (50, 2000), given.session, Reporter())
+    assert [(score.train_size, score.size) for score in scores] == sizes
 
 
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:

@@ -12,12 +12,12 @@ import tlcli.train
 from tests.conftest import Compose
 from tlcli.device import PROCESS_THREADS
 from tlcli.engine import first_fit
-from tlcli.engine.session import Session
+from tlcli.engine.session import Session, session_for
 from tlcli.models.classifier import Classifier
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
-from tlcli.store import Store
+from tlcli.store import CacheEntry, Column, Store
 
 
 @pytest.fixture
@@ -30,6 +30,39 @@ def on_shapes(spec: Compose, shapes: Path) -> Callable[..., TrainSpec]:
     """Lite0 at 32 px in float32 on the folder of shapes."""
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2", "device.precision=fp32")
     return lambda *overrides: spec(*words, "device.channels_last=true", *overrides)  # else the layout is measured
+
+
+def write(store: Store, values: torch.Tensor) -> CacheEntry:
+    """Write an entry with one column of float32."""
+    batches = [[memoryview(values.numpy())]] if len(values) else []
+    with store.lock_for_write("ab", lambda: None):
+        return store.write("ab", len(values), [Column("float32", tuple(values.shape[1:]))], {}, batches)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_tensors_are_mapped_read_only(session: Session) -> None:
+    """Of what can be written Linux maps no more than the memory."""
+    values = torch.randn(5, 2, 3)
+    (mapped,) = Session(session.store, 0).tensors(write(session.store, values))
+    assert torch.equal(mapped, values)
+    places = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("/ab/0.bin")]
+    assert [line.split()[1] for line in places] == ["r--s"]
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 100])
+def test_an_entry_without_rows_has_tensors_without_rows(session: Session, ram_bytes: int) -> None:
+    entry = write(session.store, torch.empty(0, 2, 3))
+    (tensor,) = Session(session.store, ram_bytes).tensors(entry)
+    assert (tensor.shape, tensor.dtype) == ((0, 2, 3), torch.float32)
+
+
+def test_entries_of_an_earlier_job_are_released(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path))
+    session = session_for(spec().cache)
+    write(session.store, torch.zeros(1, 2))
+    assert len(list(tmp_path.rglob("ab.use.*"))) == 1
+    assert session_for(spec().cache, session) is session
+    assert list(tmp_path.rglob("ab.use.*")) == []
 
 
 @pytest.mark.slow

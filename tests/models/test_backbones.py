@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.volo import VOLO
 from torch.nn import functional as F
 
 from tests.conftest import Compose, freeze_words, slow
 from tests.faults.programs import scale
 from tlcli.cli.conf_files import conf_dir
+from tlcli.models import backbones
 from tlcli.models.build import build_model
 from tlcli.models.classifier import Classifier
 from tlcli.specs import options
@@ -20,6 +22,7 @@ OTHERS = sorted({path.stem for path in Path(conf_dir(), "backbone").glob("*.yaml
 FIXED_SIZES = {"vit_b_16": 32, "vit_little": 32, "vit_base_dinov2": 28, "eva02_small": 28}  # small ones
 CLASSES = ("ant", "bee", "cat")
 TIMM_FAMILIES = ["vit_tiny_patch16_224", "convnextv2_atto", "deit_tiny_distilled_patch16_224", "levit_128s"]
+TIMM_FAMILIES += ["volo_d1_224"]
 
 
 def model_of(spec: Compose, name: str, *overrides: str, size: int | None = None) -> Classifier:
@@ -36,6 +39,7 @@ def test_stages_hold_each_tensor_once_and_end_in_the_head(spec: Compose, name: s
     assert len(model.stages) > 3
     assert sorted(names) == sorted(model.network.state_dict())
     assert model.stages[-1].name == "head"
+    assert len({stage.name for stage in model.stages}) == len(model.stages)
     assert {model.network.get_parameter(n).shape[0] for n in model.head_parameters() if "bn" not in n} == {len(CLASSES)}
     size = model.size
     with torch.inference_mode():
@@ -81,6 +85,19 @@ def frozen_names(model: Classifier) -> set[str]:
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             names |= {f"{prefix}.{n}".lstrip(".") for n, _ in module.named_buffers()}
     return names & set(model.network.state_dict())
+
+
+def test_volo_has_stages_of_unique_names_and_both_its_classifiers_in_the_head(spec: Compose, monkeypatch) -> None:
+    """A small one: blocks of one module are groups of their own, and an auxiliary classifier is for the patches."""
+    sizes = {"layers": [2, 2], "embed_dims": [8, 8], "num_heads": [2, 2], "img_size": 32, "stem_hidden_dim": 4}
+    network = VOLO(**sizes, downsamples=(True, False), outlook_attention=(True, False), num_classes=len(CLASSES))
+    published = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    network.pretrained_cfg = {**published, "classifier": ("head", "aux_head")}
+    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: network)
+    model = model_of(spec, "timm volo_d1_224")
+    assert len({stage.name for stage in model.stages}) == len(model.stages) > 4
+    assert sorted(n for stage in model.stages for n in stage.tensors) == sorted(network.state_dict())
+    assert model.head_parameters() == {f"{name}.{part}" for name in ("head", "aux_head") for part in ("weight", "bias")}
 
 
 def test_backbone_size_is_that_of_images_unless_they_have_one(spec: Compose) -> None:

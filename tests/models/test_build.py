@@ -6,9 +6,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import Compose
+from tlcli.cli.job import check_weights
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models import backbones
 from tlcli.models.build import build_model
@@ -85,12 +87,25 @@ def test_rows_of_known_classes_are_loaded_by_name(spec: Compose, run: Path, sour
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
 def test_state_dicts_of_others(spec: Compose, source: Classifier, tmp_path: Path, wrap, prefix: str) -> None:
     torch.save(wrap({prefix + n: t for n, t in source.network.state_dict().items()}), tmp_path / "w.pth")
     model = build(spec, tmp_path / "w.pth")
     assert same_body(model, source)
     assert not model.head_loaded  # it names no classes, so what its rows stand for is not known
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_safetensors_of_others(spec: Compose, source: Classifier, tmp_path: Path, prefix: str) -> None:
+    save_file({prefix + n: t for n, t in source.network.state_dict().items()}, tmp_path / "w.safetensors")
+    assert same_body(build(spec, tmp_path / "w.safetensors"), source)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "weights"])
+def test_a_file_of_any_name_is_tried_as_weights(spec: Compose, source: Classifier, tmp_path: Path, name: str) -> None:
+    torch.save(source.network.state_dict(), tmp_path / name)
+    check_weights(str(tmp_path / name))
+    assert same_body(build(spec, tmp_path / name), source)
 
 
 def test_reinit_by_pattern(spec: Compose, run: Path) -> None:
@@ -130,6 +145,14 @@ def test_timm_vit_takes_weights_of_another_image_size(spec: Compose, tmp_path: P
         assert larger.network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
 
 
+def test_weights_of_a_vit_with_another_number_of_tokens_are_refused(spec: Compose, tmp_path: Path) -> None:
+    backbone = ("backbone=timm", "backbone.name=test_vit")
+    state = build(spec, "none", backbone=backbone, size=64).network.state_dict()
+    torch.save({**state, "pos_embed": torch.zeros(1, 12, 64)}, tmp_path / "v.pth")  # 11 patches are no square
+    with pytest.raises(UsageError, match="pos_embed is 1x12x64, not 1x17x64"):
+        build(spec, tmp_path / "v.pth", backbone=backbone, size=64)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -151,6 +174,8 @@ def test_names_that_do_not_suit_the_network(spec: Compose, overrides: list[str],
 
 
 def test_a_timm_model_without_a_classifier_is_refused(spec: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: nn.Linear(2, 2))
+    network = nn.Linear(2, 2)
+    network.pretrained_cfg = {}
+    monkeypatch.setattr(backbones, "_timm_network", lambda *args, **options: network)
     with pytest.raises(UsageError, match="no classifier that can be replaced"):
         build(spec, "none")

@@ -64,6 +64,16 @@ def test_a_job_that_failed_before_its_first_fold_is_one_of_its_sweep(tmp_path: P
     assert (sweep["kind"], sweep["jobs"], sweep["jobs_by_status"]) == ("sweep", 2, {"failed": 1, "done": 1})
 
 
+def test_a_search_whose_best_is_a_copy_is_one_sweep_of_its_trials(tmp_path: Path) -> None:
+    """As after `cp -rL`, which follows the link."""
+    for name in ("0", "1", "best"):
+        make_run(tmp_path / "s" / name)
+    for name in ("sweep.json", "tune.json"):
+        (tmp_path / "s" / name).touch()
+    (sweep,) = read_index(tmp_path)[0]
+    assert (sweep["kind"], [job["path"].name for job in sweep["runs"]]) == ("sweep", ["0", "1"])
+
+
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": []}, True])
 def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
     names = ["best", "seconds", "overrides", "started", "ended", "pid", "seed", "dataset", "backbone", "keep_best"]
@@ -105,3 +115,10 @@ def test_runs_that_ended_early_are_known_by_their_config(tmp_path: Path) -> None
     entry = one(tmp_path)
     assert (entry["dataset"], entry["data"]) == ("imagefolder", "photos")
     assert (entry["backbone"], entry["freeze"]) == ("swin_t", "norm")
+
+
+@pytest.mark.parametrize("word", ["dataset.root='/data/my photos'", 'dataset.root="/data/my photos/"'])
+def test_quotes_of_the_command_line_are_no_part_of_the_data(word: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", dataset="imagefolder", overrides=["dataset=imagefolder", word])
+    (run / "config.yaml").write_text("dataset:\n  kind: imagefolder\n  root: /data/my photos\n")
+    assert one(tmp_path)["data"] == "my photos"

@@ -1,12 +1,15 @@
 """The pictures of a run: of their size, with what they are to show where it belongs."""
 
+import runpy
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from tlcli.data.images import ImageArrays, Split
+from tlcli.runs import plots
 from tlcli.runs.plots import CELL_HEIGHT, CELL_WIDTH, plot_samples
 
 
@@ -38,3 +41,11 @@ def test_samples_are_in_their_places_with_a_caption_below(tmp_path: Path, n: int
     wrong = [bool(predicted[i]) for i in shown]
     assert wrong == sorted(wrong, reverse=True)  # the wrong ones first
     assert sum(wrong) >= min(n // 2, 8)
+
+
+def test_settings_of_a_matplotlibrc_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (("text.usetex", True), ("axes.facecolor", "black"), ("svg.fonttype", "path")):
+        monkeypatch.setitem(matplotlib.rcParams, key, value)
+    runpy.run_path(plots.__file__)  # the module as it is imported
+    found = [matplotlib.rcParams[key] for key in ("text.usetex", "axes.facecolor", "svg.fonttype")]
+    assert found == [False, "white", "none"]

@@ -221,6 +221,21 @@ def test_the_result_comes_first_with_its_interval(tmp_path: Path, no_svg: None) 
     assert "net, trained on 90 images of digits (2 classes: ants, bees); what trained: only its head" in words
 
 
+def test_a_class_without_test_images_has_no_recall_and_no_f1(tmp_path: Path, no_svg: None) -> None:
+    run = make_run(tmp_path, ("a", "b", "c"))
+    test = json.loads(run.test_file.read_text())
+    for name in ("a", "c"):
+        test["per_class"][name] |= {"recall": 0.0, "f1": 0.0, "support": 0}
+    write_json(run.test_file, test)
+    rows = [(row["name"], row["recall"], row["f1"]) for row in run_view(run, {})["class_rows"]]
+    assert rows[0][0] == "b" and rows[1:] == [("a", None, None), ("c", None, None)]
+
+
+@pytest.mark.parametrize("path", ["/data/photos", "/data/photos/", "C:\\data\\photos", "C:\\data\\photos\\", "photos"])
+def test_the_name_of_a_folder_is_that_of_any_system(path: str) -> None:
+    assert report.FILTERS["folder_name"](path) == "photos"
+
+
 def test_mistakes_are_the_most_confident_first(tmp_path: Path, no_svg: None) -> None:
     run = make_run(tmp_path, ("a", "b", "c"), n=200)
     view = run_view(run, {})

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tlcli import __version__
 from tlcli.errors import TlcliError
 from tlcli.files import read_yaml
-from tlcli.runs.run_dir import RunDir, confusion_matrix, rerun_command, stored_confusion
+from tlcli.runs.run_dir import RunDir, check_version, confusion_matrix, rerun_command, stored_confusion
 
 
 def test_damaged_files_are_empty(tmp_path: Path) -> None:
@@ -37,6 +38,20 @@ def test_the_command_of_one_job_keeps_where_options_are_and_leaves_out_where_the
     command = f"tlcli train -m --config-dir mine seed=1,2 hydra.sweep.dir=swept '{place}'"
     again = rerun_command({"command": command, "overrides": ["seed=2"]})
     assert again == f"tlcli train --config-dir mine '{place}' seed=2"
+
+
+def test_a_mean_of_runs_is_made_again_by_the_command_of_the_search() -> None:
+    command = "tlcli tune dataset=digits budget=1h tune=quick"
+    assert rerun_command({"command": command, "overrides": ["seed=2"], "averaged": ["0", "2"]}) == command
+
+
+def test_a_run_goes_on_with_the_minor_version_of_tlcli_that_started_it() -> None:
+    minor = __version__.rpartition(".")[0]
+    for info in ({"tlcli": f"{minor}.99"}, {}):  # run.json has a version as soon as the data and the network are known
+        check_version(Path("run"), info)
+    for version in ("0.1.0", f"{minor}9.0"):
+        with pytest.raises(TlcliError, match=f"^run: was started with tlcli {version}, this is {__version__}:"):
+            check_version(Path("run"), {"tlcli": version})
 
 
 @pytest.mark.parametrize("text", ["a: &a [*a]", "- " * 5000, "a: !!python/name:os.system", "7", "\x00"])

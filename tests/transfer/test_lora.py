@@ -19,7 +19,7 @@ from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, read_predictions
 from tlcli.specs import FreezeSpec
 from tlcli.transfer.contract import apply_freeze, freeze_table, parameter_groups
-from tlcli.transfer.lora import merged
+from tlcli.transfer.lora import add_low_rank, merged, remove_low_rank
 
 OTHERS = ("vit_b_16", "vit_little", "tiny_vit_21m", "convnext_tiny_in12k", "vit_base_dinov2", "eva02_small")
 NETWORKS = [
@@ -73,6 +73,15 @@ def test_it_starts_as_the_frozen_network_and_ends_as_its_merged_weights(built, s
     assert torch.allclose(logits(other, classifier.size), changed, atol=1e-4)
     apply_freeze(spec("freeze=head").freeze, classifier)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in network.state_dict().items()), "for the next job"
+
+
+def test_parameters_are_in_the_order_of_a_new_network_once_updates_are_removed() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(4, 2, 1), nn.Linear(2, 2, bias=False))
+    names, tensors = list(network.state_dict()), dict(network.state_dict())
+    assert len(add_low_rank(network, names, 1, 1.0)) == 6
+    remove_low_rank(network)
+    assert [name for name, _ in network.named_parameters()] == list(network.state_dict()) == names
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.state_dict().items())
 
 
 def test_stages_have_updates_or_are_named(built) -> None:

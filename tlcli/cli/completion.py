@@ -162,7 +162,9 @@ def _values_of(action: argparse.Action, command: Parser, word: str, before: list
             runs = sorted((file.parent.as_posix() for file in files), reverse=True)[:200]  # the newest
             yield from runs if kind == "RUN" else (run.rpartition("/")[0] for run in runs if run.count("/") > 2)
         elif kind == "FOLDER":
-            yield from (f"{path}/" for path in sorted(Path().iterdir()) if path.is_dir() and path.name[0] != ".")
+            above = word[: word.rfind("/") + 1]
+            folders = (path for path in Path(above).glob("*/") if path.name[0] != ".")
+            yield from (f"{above}{path.name}/" for path in sorted(folders) if path.is_dir())
         elif kind == "BACKBONE":
             yield from (option for option in ConfFiles().groups["backbone"] if option != "timm")
         elif kind == "KEY" and "fill" not in before:

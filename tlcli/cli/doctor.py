@@ -124,8 +124,8 @@ def _machine() -> Findings:
         total, free = (int(kb) * 1024 for kb in re.findall(r"^Mem(?:Total|Available):\s+(\d+) kB", text, re.MULTILINE))
         memory = {"total": total, "free": free}
         limit, used = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text("ascii"), re.MULTILINE)
-        used -= int(files[1]) if files else 0  # of the page cache, which is freed if needed
+        with suppress(OSError, ValueError, IndexError):  # of the page cache, which is freed if needed
+            used -= int((group / "memory.stat").read_text("ascii").partition("inactive_file ")[2].split()[0])
         memory = {"total": min(total, limit), "free": min(free, limit - used)}
     if memory:
         yield "machine", "memory", memory

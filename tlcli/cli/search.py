@@ -360,8 +360,9 @@ class Search:
         return float(refits + n_compared / speed + self._test_seconds())
 
     def _test_seconds(self) -> float:
-        mirrors = MIRRORS in self._state["image"] or self.base.tta is Tta.flip
-        n = self._ranked()[0].info["n_test"] * (2 if mirrors else 1)
+        best = self._ranked()[0]
+        mirrors = MIRRORS in self._state["image"] or load_spec(best).tta is Tta.flip
+        n = best.info["n_test"] * (2 if mirrors else 1)
         return float(n / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS)
 
     def _has_time(self) -> bool:

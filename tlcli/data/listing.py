@@ -331,7 +331,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
         is_list = label[0] + label[-1] in ("[]", "{}", "()") and (is_item or len(parts[label]) > 1)
         if is_list or (len(parts[label]) > 1 and all(uses[part] > 1 for part in parts[label])):
             raise UsageError(f"{place}: label {label!r} is a list. {SINGLE_LABEL}")
-    if all(re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]\d+)?", label) for label in labels):  # 1_1 and 1E5 are names
+    if all(re.fullmatch(r"nan|[+-]?\d*\.?\d+([eE][+-]\d+)?", label) for label in labels):  # 1_1 and 1E5 are names
         for label, place in labels.items():
             if not label.lstrip("+-").isdecimal():
                 raise UsageError(f"{place}: labels are numbers ({label}). {SINGLE_LABEL}, not a value")

@@ -198,22 +198,30 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with Lock(lock).held():  # one process downloads; torchvision takes what an interrupted one left for the whole
-            present = {path.name for path in root.iterdir()} - {marker.name, lock.name}
-            before = set(marker.read_text("utf-8").split("/")) if marker.exists() else present
-            if rest := present - before:
-                remedy = f"remove {join_limited(sorted(rest))} there and start again"
+            before = set(marker.read_text("utf-8").split("/")) if marker.exists() else _names_in(root)
+            if rest := _names_in(root) - before:
+                remedy = f"remove {join_limited(sorted(rest))} there, or {marker.name} if it is whole"
                 raise UsageError(f"{spec.name}: its download to {root} was interrupted: {remedy}")
             with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
                 return make(**arguments)
             reporter.note(f"downloading {spec.name} to {root}")
             marker.write_text("/".join(before), "utf-8")  # no name has a slash
-            dataset = make(download=True, **arguments)
+            try:
+                dataset = make(download=True, **arguments)
+            except BaseException:
+                if _names_in(root) == before:  # nothing that could be taken for the whole
+                    marker.unlink()
+                raise
             marker.unlink()
             return dataset
     except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         reason = one_line(error)[:100] or type(error).__name__
         remedy = f"Offline, put the data under {root}, or use dataset=imagefolder"
         raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
+
+
+def _names_in(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if not path.name.endswith((".download", ".lock"))}
 
 
 def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":

@@ -55,7 +55,7 @@ def build_model(spec: BackboneSpec, classes: Sequence[str], *, size: int | None,
     if loaded.backbone not in (None, spec.name):
         advice = f"give backbone={loaded.backbone} (a model of timm: backbone=timm backbone.name={loaded.backbone})"
         raise UsageError(f"backbone.weights={loaded.source} is a {loaded.backbone}: {advice}")
-    for prefix in ("module.", "_orig_mod.", "model."):  # of DataParallel, torch.compile and Lightning
+    for prefix in 2 * ("module.", "_orig_mod.", "model."):  # of DataParallel, torch.compile and Lightning, also nested
         if loaded.state.keys().isdisjoint(network.state_dict()):
             loaded = replace(loaded, state={n.removeprefix(prefix): tensor for n, tensor in loaded.state.items()})
     state, known, head_note = _match_head_by_class(loaded, classifier)

@@ -202,7 +202,7 @@ def has_folds(path: Path) -> bool:
 
 def check_version(path: Path, info: Mapping[str, Any]) -> None:
     """Raise TlcliError if another minor version of tlcli started a run, which has other defaults and state files."""
-    version = str(info.get("tlcli", "another version"))
+    version = str(info.get("tlcli", __version__))  # a run that ended early may not say
     if version.split(".")[:2] != __version__.split(".")[:2]:
         raise TlcliError(f"{path}: was started with tlcli {version}, this is {__version__}: resume it with that")
 

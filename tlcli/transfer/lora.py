@@ -43,8 +43,8 @@ def remove_low_rank(network: nn.Module) -> None:
     for layer in list(network.modules()):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            bias = layer._parameters.pop("bias")  # parameters are in the order of a new layer again: weight, bias
-            layer.register_parameter("bias", bias)
+            for name in [name for name in layer._parameters if name != "weight"]:  # first again, as in a new layer
+                layer.register_parameter(name, layer._parameters.pop(name))
 
 
 def plain_name(name: str) -> str:
