@@ -1,7 +1,7 @@
 """Write a run's model in another format, with its classes, preprocessing and
 temperature. The file is loaded again and compared with PyTorch on test images of
 the run. It is removed unless every logit is within 0.0001 and every class is the
-same.
+same. With --int8 it must not lose more than 1 point of accuracy instead.
 
 examples:
   tlcli export outputs/DATE/TIME --to onnx --int8

@@ -1,7 +1,7 @@
 """List the runs and sweeps under a folder, newest first. A sweep is one line:
 its best job by validation. val and test are accuracies. status is done,
-running, failed, interrupted, died (the process of a running run has ended)
-or damaged (run.json cannot be read).
+running, failed, interrupted, stopped (a hopeless trial of a search), died (the
+process of a running run has ended) or damaged (run.json cannot be read).
 
 examples:
   tlcli list --sort test

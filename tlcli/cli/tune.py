@@ -1,7 +1,7 @@
-"""Search for a better recipe within a time budget: choose a backbone and an image
-size, try recipes on validation images, train the best ones again on all training
-images, average their weights, and test the result once. The folder is that of a
-sweep; `best` in it is the run to use.
+"""Search for a better recipe within a time budget: choose a backbone and how images
+become squares, try recipes on validation images, train the best ones again on all
+training images, average their weights, and test the result once. The folder is that
+of a sweep; `best` in it is the run to use.
 
 examples:
   tlcli tune dataset=imagefolder dataset.root=photos budget=10m --workers 4
