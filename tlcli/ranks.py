@@ -7,7 +7,6 @@ rank in each step. Messages are JSON and tensors, over gloo; tensors on CUDA are
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -166,10 +165,11 @@ def post_error(code: int, line: str) -> None:
 
 
 @contextmanager
-def leading(ranks: Ranks) -> Iterator[None]:
-    """Raise the error of another rank, if that is why the block ends, and leave the ranks at its end. For rank 0."""
+def led_ranks(rank: int, size: int) -> Iterator[Ranks]:
+    """Lead the ranks of a run, if there are several, in the block; raise the error of another one that ends it."""
+    ranks = join(rank, size) if size > 1 else ALONE
     try:
-        yield
+        yield ranks
     except (LostRankError, KeyboardInterrupt) as error:
         if _store is None:
             raise
@@ -191,13 +191,6 @@ def leave(ranks: Ranks) -> None:
     """Close the connections to the other ranks, after the last exchange."""
     if ranks.size > 1:
         dist.destroy_process_group()
-
-
-def ignore_signals() -> None:
-    """Ignore the signals that end a run: rank 0 handles them, and the other ranks follow it."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager

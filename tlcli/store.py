@@ -114,17 +114,9 @@ class Store:
     root: Path
     max_gb: float = math.inf  # of all entries; those that no process holds are evicted, the least recently used first
 
-    @property
-    def activations(self) -> Path:
-        return self.root / "activations"
-
-    @property
-    def locks(self) -> Path:
-        return self.root / "locks-2"  # not those of tlcli 0.12 and earlier, of which nothing says who has them
-
-    @property
-    def plans(self) -> Path:
-        return self.root / "plans"
+    def __post_init__(self) -> None:
+        self.activations, self.plans = self.root / "activations", self.root / "plans"
+        self.locks = self.root / "locks-2"  # not those of tlcli 0.12 and earlier, of which nothing says who has them
 
     def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
         """Return an entry and hold it until this process ends; None if there is none or it is damaged.

@@ -20,15 +20,7 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.predict import (
-    STDIN,
-    add_computing,
-    add_paths,
-    check_paths,
-    count_images,
-    device_and_store,
-    named_images,
-)
+from tlcli.cli.predict import STDIN, add_computing, add_paths, check_paths, count_images, device_and_store, named_images
 from tlcli.cli.rank import find_candidates
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, expand_user

@@ -26,7 +26,7 @@ from tlcli import __version__
 from tlcli.cli import exit_status, fast_imports
 from tlcli.cli.compose import build_spec, fill_val_fraction, load_spec, quoted, resolve_paths
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.launch import led_ranks
+from tlcli.cli.launch import rank_and_size
 from tlcli.cli.launchers import living_jobs, other_processes
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
@@ -181,10 +181,11 @@ class Command:
             log.info(first_line(spec))
             with fast_imports():
                 from tlcli.engine.session import session_for
+                from tlcli.ranks import led_ranks
                 from tlcli.train import train
             self.session = session_for(spec.cache, self.session)
             has_test = self.reporter is None
-            with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
+            with led_ranks(*rank_and_size()) as ranks, logged_run(spec, run.path, reporter) as logged:
                 value = train(spec, run, logged, self.session, state, has_test=has_test, ranks=ranks)
         discard_state(run, spec)
         return value

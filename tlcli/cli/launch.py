@@ -9,15 +9,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from tlcli.cli import exit_status, fast_imports
 from tlcli.errors import UsageError
-
-if TYPE_CHECKING:
-    from tlcli.ranks import Ranks
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -87,10 +82,11 @@ def follow_main() -> int:
     """Do the part of a rank other than 0, and return its exit code: 0 unless it failed by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes
     with fast_imports():
-        from tlcli.ranks import LostRankError, ignore_signals, join, leave, post_error
+        from tlcli.ranks import LostRankError, join, leave, post_error
         from tlcli.train import follow
     ranks = join(*rank_and_size())
-    ignore_signals()
+    for name in ("SIGTERM", "SIGHUP"):  # rank 0 handles them, and the other ranks follow it
+        signal.signal(getattr(signal, name, signal.SIGTERM), signal.SIG_IGN)
     try:
         follow(ranks)
         leave(ranks)
@@ -103,14 +99,3 @@ def follow_main() -> int:
         post_error(code, line)
         return code
     return 0
-
-
-@contextmanager
-def led_ranks() -> Iterator["Ranks"]:
-    """Lead the ranks of a run, if there are several, within the block; an error of another rank ends it."""
-    from tlcli.ranks import ALONE, join, leading
-
-    rank, size = rank_and_size()
-    ranks = join(rank, size) if size > 1 else ALONE
-    with leading(ranks):
-        yield ranks

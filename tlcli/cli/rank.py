@@ -44,12 +44,8 @@ words = (
 add("words", nargs="*", metavar="KEY=VALUE", help=words)
 add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
 add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
-add(
-    "--plot",
-    type=expand_user,
-    metavar="FILE",
-    help="draw accuracy against images per second to this new file (.png or .svg)",
-)
+picture = "draw accuracy against images per second to this new file (.png or .svg)"
+add("--plot", type=expand_user, metavar="FILE", help=picture)
 PARSER.add_config_dir()
 PARSER.add_format()
 

@@ -19,13 +19,8 @@ from tlcli.runs.run_dir import RunDir, is_sweep, mapping, pair
 PARSER = Parser("report", __doc__)
 add = PARSER.add_argument
 add("run", metavar="RUN|SWEEP", help="directory of a run or a sweep")
-add(
-    "-o",
-    "--output",
-    type=expand_user,
-    metavar="FILE",
-    help="default: report.html in RUN; only an earlier report is replaced",
-)
+place = "default: report.html in RUN; only an earlier report is replaced"
+add("-o", "--output", type=expand_user, metavar="FILE", help=place)
 add("--open", action="store_true", help="show the report in the browser")
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags, resolve_paths
 from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
-from tlcli.cli.launch import launch, led_ranks, rank_and_size
+from tlcli.cli.launch import launch, rank_and_size
 from tlcli.cli.launchers import living_jobs, running_jobs
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
@@ -159,6 +159,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     print(first_line(spec), flush=True)
     with fast_imports():
         from tlcli.engine.session import session_for
+        from tlcli.ranks import led_ranks
         from tlcli.runs.resume_state import prepare_resume, read_state
         from tlcli.train import train
 
@@ -178,7 +179,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                 change = f"from here on the learning rate follows {schedule}, unlike in a run started with it"
                 reporter.note(f"epochs={spec.epochs}, was {before.epochs}: {change}")
             log.info(first_line(spec))
-            with led_ranks() as ranks, logged_run(spec, run.path, reporter) as logged:
+            with led_ranks(*rank_and_size()) as ranks, logged_run(spec, run.path, reporter) as logged:
                 train(spec, run, logged, session_for(spec.cache), state, ranks=ranks)
         discard_state(run, spec)
     finally:
@@ -187,8 +188,11 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _nothing_to_resume(run: RunDir) -> int:
-    if rank_and_size()[1] > 1:
-        with led_ranks() as ranks:  # those that torchrun has started wait
+    rank, size = rank_and_size()
+    if size > 1:
+        from tlcli.ranks import led_ranks
+
+        with led_ranks(rank, size) as ranks:  # those that torchrun has started wait
             ranks.broadcast(None)
     accuracy = number(run.test().get("accuracy"))
     reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"

@@ -325,11 +325,6 @@ class Search:
     def _trial_of(self, run: RunDir) -> Any:
         return next(trial for trial in self._state["trials"] if trial["name"] == run.path.name)
 
-    def _cost(self) -> float:
-        """Return the mean seconds of a trial, as far as is known: those of the first one include what is done once."""
-        seconds = [trial["seconds"] for trial in self._state["trials"] if trial["value"] is not None]
-        return float(mean(seconds[1:] or seconds or [0.0]))
-
     def _refit_seconds(self, run: RunDir) -> tuple[float, float]:
         """Return the expected seconds of training the recipe of a trial again on all images: once, and for each fit."""
         from tlcli.engine.activations import MAX_FIRST_FIT
@@ -369,8 +364,9 @@ class Search:
         """Return True if there is time for another trial, and if there may be another one."""
         limit = self._spec.trials if self._spec.space else 1
         n = sum(t["status"] != "lost" for t in self._state["trials"]) + self._n_running
-        is_first = n == 0
-        has_time = is_first or self.left > MARGIN * self._cost() + self._reserve(self._spec.average)
+        seconds = [t["seconds"] for t in self._state["trials"] if t["value"] is not None]
+        cost = float(mean(seconds[1:] or seconds or [0.0]))  # those of the first one include what is done once
+        has_time = n == 0 or self.left > MARGIN * cost + self._reserve(self._spec.average)
         return has_time and (limit is None or n < limit) and not (self._ranked() and self._keeps_failing())
 
     def _keeps_failing(self) -> bool:
