@@ -436,7 +436,10 @@ class Search:
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
                 once, fit = self._refit_seconds(run)
-                if refits and self.left < once + self._state["fits"] * fit + self._test_seconds():
+                rest = (
+                    self.left if refits else self.left + max(0.1 * self._state["budget"], 15)
+                )  # a search may end late
+                if rest < once + self._state["fits"] * fit + self._test_seconds():
                     break
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"

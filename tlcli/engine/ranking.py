@@ -16,6 +16,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
 from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix, training_speed
 from tlcli.engine.session import Session
+from tlcli.engine.unknown import MIN_IMAGES
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
 from tlcli.reporter import Reporter
@@ -166,6 +167,7 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
         train = training_speed(run, training)
     n_epochs = run.epochs if n_trained else 1
     n_evaluated = len(data.train) + n_epochs * len(data.val) + len(data.test)  # of the probe, too
+    n_evaluated += min(len(data.train), MIN_IMAGES)  # of the unknown score
     evaluation = evaluating.images_per_second
     return (seconds + n_trained / (train or inf) + n_evaluated / evaluation if evaluation else None), evaluation
 
