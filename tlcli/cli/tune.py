@@ -37,7 +37,7 @@ from tlcli.cli.job import check
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
-from tlcli.cli.search import MARGIN, STATE_FILE, Search
+from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import CANDIDATE_ERRORS, UsageError
@@ -247,7 +247,7 @@ def _choose_backbone(
     scores: list[Score] = []
     for name, (_, candidate) in candidates.items():
         with suppress(*CANDIDATE_ERRORS):  # a word may not suit another backbone: freeze.stages, image.train_size
-            max_seconds = (end - time.monotonic()) / (MARGIN * n_runs)
+            max_seconds = (end - time.monotonic()) / n_runs
             scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
     if len({one.backbone for one in scores}) <= 1:
         return None
