@@ -84,9 +84,9 @@ def job(path: Path, status: str) -> RunDir:
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Worker]:
     """worker(): another worker of one search."""
     monkeypatch.setattr(search, "WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(search, "load_spec", lambda run: None)
     monkeypatch.setattr(tune, "choose_members", lambda ranked, limit, *args: ranked[:limit])
     config, spec = None, compose_spec(STATE["words"])
+    monkeypatch.setattr(search, "load_spec", lambda run: spec)
     monkeypatch.setattr(Search, "_compose", lambda self, words: (config, spec))
     write_json(tmp_path / STATE_FILE, STATE)
     Worker.trained = []
@@ -289,7 +289,8 @@ def test_a_refit_that_fails_or_does_not_fit_is_left_out(worker, monkeypatch, err
 def test_the_end_uses_mirrors_that_another_worker_chose_or_that_the_best_trial_has(
     worker, tmp_path: Path, monkeypatch, flips, own: Tta, chosen: list[str], used: Tta
 ) -> None:
-    base, specs, averaged = compose_spec(STATE["words"]), {}, []
+    base, specs, averaged = compose_spec([*STATE["words"], "dataset.flip=0.5"]), {}, []
+    monkeypatch.setattr(Search, "_compose", lambda self, words: (None, base))
     for name, flip in zip("01", flips, strict=True):
         dataset = structs.replace(base.dataset, flip=flip)
         specs[name] = structs.replace(base, dataset=dataset, tta=own if flip else Tta.none)

@@ -263,8 +263,9 @@ class Search:
         if self.base.folds is None:
             spec = load_spec(ranked[0])
             members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
-            flips = [self.base.dataset.flip, *(load_spec(run).dataset.flip for run in members)]
-            if self._spec.mirrors and all(flips) and prefers_mirrors(members, spec, self._session, self.reporter):
+            may_mirror = self._spec.mirrors and self.base.dataset.flip and spec.tta is Tta.none
+            may_mirror = may_mirror and all(load_spec(run).dataset.flip for run in members)
+            if may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
                 self._state["image"].append(MIRRORS)
                 self.reporter.note(f"{MIRRORS}: it lowers the validation loss by more than one standard error")
             if self._state["val_fraction"] is not None:
