@@ -12,6 +12,7 @@ import pytest
 
 from tlcli import locks
 from tlcli.locks import (
+    EMPTY_SECONDS,
     STALE_SECONDS,
     Heartbeat,
     Lock,
@@ -112,12 +113,13 @@ def test_machines_of_one_name_have_digests_of_their_own(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])
-def test_the_lock_of_a_killed_process_elsewhere_is_free_after_60_s(path: Path, offset: int) -> None:
-    path.write_bytes(ELSEWHERE)
+@pytest.mark.parametrize(("content", "seconds"), [(ELSEWHERE, STALE_SECONDS), (b"", EMPTY_SECONDS)])
+def test_the_lock_of_a_killed_process_elsewhere_is_free_after_a_time(path: Path, offset, content, seconds) -> None:
+    path.write_bytes(content)
     touch(path, offset)
     clock = Clock()
     with Lock(path, observer_of(clock)).held():
-        assert STALE_SECONDS <= clock.now < STALE_SECONDS + 1
+        assert seconds <= clock.now < seconds + 1
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])
@@ -223,4 +225,4 @@ def test_an_owner_that_cannot_be_read_is_known_by_its_mtime(path: Path, content:
     path.write_bytes(content.replace(b"}", b', "host": "%b"}' % host_digest().encode()))
     clock = Clock()
     assert observer_of(clock).living([path]) == set()
-    assert clock.now >= STALE_SECONDS
+    assert clock.now >= (STALE_SECONDS if content else EMPTY_SECONDS)

@@ -243,16 +243,6 @@ def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(store
         store.remove(KEY)
 
 
-def test_empty_lock_files_of_an_older_tlcli_do_not_matter(store: Store) -> None:
-    """Nothing says who has them: they would count as held for a minute."""
-    (store.root / "locks").mkdir(parents=True)
-    for name in (f"{KEY}.lock", f"{KEY}.gate", f"{KEY}.use.0", "space.lock", "choices.json.lock"):
-        (store.root / "locks" / name).touch()
-    assert fill(store) == store.find(KEY)
-    store.add_note("choices", "a", 1)
-    assert store.read_notes("choices") == {"a": 1}
-
-
 def test_a_mark_that_cannot_be_written_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> int:
         path.touch()

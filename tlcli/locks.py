@@ -17,6 +17,7 @@ from typing import Any
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+EMPTY_SECONDS = 5.0  # for a file without an owner, as tlcli 0.12 and earlier left them
 MAX_POLL_SECONDS = 0.1
 
 
@@ -83,7 +84,7 @@ class Observer:
         with suppress(ValueError, RecursionError):
             owner = json.loads(content)
         runs_here = runs_on_this_machine(owner) if isinstance(owner, dict) else None
-        if runs_here is False or now - since >= STALE_SECONDS:
+        if runs_here is False or now - since >= (STALE_SECONDS if content else EMPTY_SECONDS):
             return False
         return has_changed or runs_here
 

@@ -2,10 +2,10 @@
 
     ROOT/activations/KEY/              an entry: meta.json, and one file per column: 0.bin, 1.bin ...
     ROOT/activations/.KEY.PID.RANDOM/  an entry that is being written; its files have their final sizes from the start
-    ROOT/locks-2/KEY.lock              held while the entry is written
-    ROOT/locks-2/KEY.use.RANDOM        says that a process uses the entry, until that process ends
-    ROOT/locks-2/KEY.gate              held while such a file is made, or the entry is evicted because there is none
-    ROOT/locks-2/space.lock            held while room is made
+    ROOT/locks/KEY.lock                held while the entry is written
+    ROOT/locks/KEY.use.RANDOM          says that a process uses the entry, until that process ends
+    ROOT/locks/KEY.gate                held while such a file is made, or the entry is evicted because there is none
+    ROOT/locks/space.lock              held while room is made
     ROOT/plans/ID.json, KEY.json       plans of entries that are filled in shards, and the images of a shard
     ROOT/NAME.json                     notes, such as measured speeds
     ROOT/digests-FOLDER.bin            digests of the images below a folder
@@ -116,7 +116,7 @@ class Store:
 
     def __post_init__(self) -> None:
         self.activations, self.plans = self.root / "activations", self.root / "plans"
-        self.locks = self.root / "locks-2"  # not those of tlcli 0.12 and earlier, of which nothing says who has them
+        self.locks = self.root / "locks"
 
     def find(self, key: str, *, verify: bool = True) -> CacheEntry | None:
         """Return an entry and hold it until this process ends; None if there is none or it is damaged.
@@ -330,7 +330,7 @@ class Store:
                 beside = f" in addition to {size_text(used - freed)} of entries in use" if used > freed else ""
                 return f"{size_text(nbytes)}{beside} is over cache.max_gb={self.max_gb:g}"
             if freed < excess:
-                free = size_text(disk_free + freed)
+                free = size_text(max(0, disk_free + freed))
                 return f"{size_text(nbytes)} of the disk's free {free} would leave less than {size_text(reserve)}"
             for folder in evicted if evict else ():
                 with suppress(OSError):  # it is gone, or on Windows in use

@@ -251,15 +251,18 @@ def test_if_no_recipe_works_the_error_is_raised_and_a_resume_tries_others(worker
 
 
 @pytest.mark.parametrize(
-    ("errors", "seconds", "averaged"),
+    ("errors", "seconds", "has_begun", "averaged"),
     [
-        ({"refit-0": TlcliError("damaged")}, 10.0, ["refit-1"]),
-        ({"refit-0": TlcliError("damaged"), "refit-1": RuntimeError("out of memory")}, 10.0, ["0", "1"]),
-        ({}, 3900.0, ["refit-0"]),  # of a budget of an hour, which may be exceeded by a tenth
-        ({}, 4000.0, ["0", "1"]),
+        ({"refit-0": TlcliError("damaged")}, 10.0, False, ["refit-1"]),
+        ({"refit-0": TlcliError("damaged"), "refit-1": RuntimeError("out of memory")}, 10.0, False, ["0", "1"]),
+        ({}, 3900.0, False, ["refit-0"]),  # of a budget of an hour, which may be exceeded by a tenth
+        ({}, 4000.0, False, ["0", "1"]),
+        ({}, 4000.0, True, ["refit-0"]),
     ],
 )
-def test_a_refit_that_fails_or_does_not_fit_is_left_out(worker, monkeypatch, errors, seconds, averaged) -> None:
+def test_a_refit_that_fails_or_does_not_fit_is_left_out(
+    worker, monkeypatch, errors, seconds, has_begun, averaged
+) -> None:
     def train(name: str, *args: object) -> RunDir:
         if name in errors:
             raise errors[name]
@@ -272,6 +275,8 @@ def test_a_refit_that_fails_or_does_not_fit_is_left_out(worker, monkeypatch, err
     monkeypatch.setattr(tune, "average_runs", lambda runs, *args: names.extend(run.path.name for run in runs))
     monkeypatch.setattr(one, "_train", train)
     monkeypatch.setattr(one, "_refit_seconds", lambda run: (seconds, 0.0))
+    if has_begun:  # before an interruption
+        (one.folder / "refit-0").mkdir()
     monkeypatch.setattr(one, "_session", SimpleNamespace(dataset=lambda *args: SimpleNamespace(test=())))
     with one._lock.held():
         Search._finish(one)

@@ -143,25 +143,29 @@ def test_names_of_labels_and_classes(attributes: dict[str, Any], classes, tmp_pa
 
 
 def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(tmp_path: Path, monkeypatch) -> None:
-    interrupts = [KeyboardInterrupt()]
+    interrupts = [KeyboardInterrupt(), OSError("no network")]
 
     def fetch(root: str, download: bool = False) -> Named:
         if download:
-            (Path(root) / "raw").mkdir()
+            (Path(root) / "raw").mkdir(exist_ok=True)
+            if len(interrupts) == 1:
+                (Path(root) / "raw/part").touch()
             if interrupts:
                 raise interrupts.pop()
-        if not (Path(root) / "raw").exists():
+        if not download and not (Path(root) / "raw/part").exists():
             raise RuntimeError("Dataset not found")
         return Named(root, targets=[0, 1, 0, 1])
 
     monkeypatch.setattr("tlcli.data.sources.dataset_class", lambda name: fetch)
     (tmp_path / "others").mkdir()
     spec = torchvision_spec("Named", tmp_path, download=True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TlcliError, match="no network"):
+        spec.load(Reporter())
+    with pytest.raises(KeyboardInterrupt):  # an empty folder is no reason to refuse another try
         spec.load(Reporter())
     for again, words in ((spec, "was interrupted: remove raw there"), (spec.offline(), "download was not finished")):
         with pytest.raises(UsageError, match=words):
             again.load(Reporter())
-    (tmp_path / "raw").rmdir()
+    (tmp_path / "raw/part").unlink()
     assert spec.load(Reporter()).classes == ("0", "1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others", "raw"]

@@ -100,7 +100,9 @@ def _resume_sweep(path: Path) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})
-    check_version(path, info)
+    for file in path.rglob("run.json"):
+        with suppress(UsageError, ValueError):
+            check_version(path, RunDir(file.parent).info)
     if not is_dir(cwd := str(info.get("cwd"))):
         raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
     os.chdir(cwd)

@@ -263,9 +263,8 @@ class Search:
         if self.base.folds is None:
             spec = load_spec(ranked[0])
             members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
-            may_mirror = self._spec.mirrors and self.base.dataset.flip and spec.tta is Tta.none
-            may_mirror = may_mirror and all(load_spec(run).dataset.flip for run in members)
-            if may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
+            may_mirror = spec.tta is Tta.none and all(load_spec(run).dataset.flip for run in members)
+            if self._spec.mirrors and may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
                 self._state["image"].append(MIRRORS)
                 self.reporter.note(f"{MIRRORS}: it lowers the validation loss by more than one standard error")
             if self._state["val_fraction"] is not None:
@@ -313,7 +312,9 @@ class Search:
         if self._spec.sizes and size is not None:
             sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
             defaults[SIZE_KEY], space[SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
-        self._spec = msgspec.structs.replace(self._spec, sizes=(), space=space)
+        has_mirrors = self.base.dataset.flip > 0 and self.base.folds is None and self.base.tta is Tta.none
+        mirrors = self._spec.mirrors and has_mirrors
+        self._spec = msgspec.structs.replace(self._spec, sizes=(), mirrors=mirrors, space=space)
         self._state |= {"image": words, "defaults": defaults, "space": msgspec.to_builtins(self._spec)}
         self.save()
 
@@ -357,7 +358,7 @@ class Search:
 
     def _test_seconds(self) -> float:
         best = self._ranked()[0]
-        mirrors = MIRRORS in self._state["image"] or load_spec(best).tta is Tta.flip
+        mirrors = MIRRORS in self._state["image"] or best.info.get("tta") == Tta.flip
         n = best.info["n_test"] * (2 if mirrors else 1)
         return float(n / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS)
 
@@ -437,10 +438,9 @@ class Search:
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
                 once, fit = self._refit_seconds(run)
-                rest = (
-                    self.left if refits else self.left + max(0.1 * self._state["budget"], 15)
-                )  # a search may end late
-                if rest < once + self._state["fits"] * fit + self._test_seconds():
+                has_begun = (self.folder / f"refit-{run.path.name}").exists()  # before an interruption
+                rest = self.left + (0 if refits else max(0.1 * self._state["budget"], 15))  # a search may end late
+                if not has_begun and rest < once + self._state["fits"] * fit + self._test_seconds():
                     break
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"

@@ -180,7 +180,7 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
         arguments["root"] = str(expand_user(spec.root))
     root, problem = Path(arguments.get("root", "")), "its download was not finished"
-    marker, lock = (root / f".{spec.class_name}.{suffix}" for suffix in ("download", "lock"))
+    marker, lock = root / f".{spec.class_name}.download", root / ".download.lock"
     if not marker.exists():
         try:
             return make(**arguments)
@@ -192,20 +192,24 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
         remedy = "torchvision cannot download it"
         if "download" in takes:
             remedy = "`tlcli train` with dataset.download=true downloads it"
+        if marker.exists():
+            remedy += f" (remove {marker} if the data is whole)"
         raise UsageError(f"{spec.name}: not found under {spec.root} ({problem}): {remedy}, or put it there")
     # torchvision extracts as Python does by default, which before 3.14 lets archives write anywhere
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with Lock(lock).held():  # one process downloads; torchvision takes what an interrupted one left for the whole
-            before = set(marker.read_text("utf-8").split("/")) if marker.exists() else _names_in(root)
+            before = _names_in(root)
+            if marker.exists():
+                before = set(marker.read_text("utf-8", "surrogateescape").split("/"))
             if rest := _names_in(root) - before:
                 remedy = f"remove {join_limited(sorted(rest))} there, or {marker.name} if it is whole"
                 raise UsageError(f"{spec.name}: its download to {root} was interrupted: {remedy}")
             with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
                 return make(**arguments)
             reporter.note(f"downloading {spec.name} to {root}")
-            marker.write_text("/".join(before), "utf-8")  # no name has a slash
+            marker.write_text("/".join(before), "utf-8", "surrogateescape")  # no name has a slash
             try:
                 dataset = make(download=True, **arguments)
             except BaseException:
@@ -221,7 +225,9 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
 
 
 def _names_in(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir() if not path.name.endswith((".download", ".lock"))}
+    """Return the names of files, and of folders with a file, that tlcli has not made."""
+    paths = [path for path in root.iterdir() if not path.name.endswith((".download", ".lock"))]
+    return {path.name for path in paths if path.is_file() or any(inner.is_file() for inner in path.rglob("*"))}
 
 
 def _labels(spec: TorchvisionDatasetSpec, items: Any) -> "Ints":

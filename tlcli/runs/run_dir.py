@@ -106,6 +106,7 @@ class RunDir:
         self.write_config(config)
         self.update(
             schema_version=SCHEMA_VERSION,
+            tlcli=__version__,
             status="running",
             command=command,
             cwd=cwd or str(Path.cwd()),
