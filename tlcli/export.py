@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import tempfile
 import warnings
@@ -375,6 +376,7 @@ def export_int8(
     from onnxruntime import InferenceSession
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    logging.getLogger().addHandler(logging.NullHandler())  # else onnxruntime adds one that prints our notes again
     calibration, judged, test = images
     cpu = {"providers": ["CPUExecutionProvider"]}
     with draft_folder(path, "int8") as folder, redirect_stdout(io.StringIO()):  # onnxruntime prints its progress
