@@ -14,8 +14,6 @@ from pathlib import Path
 from timeit import repeat
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import Reporter
@@ -418,6 +416,8 @@ def _batches(job: ExportJob, images: Labeled) -> Iterator[dict[str, Any]]:
 
 
 def _accuracy(session: Any, job: ExportJob, images: Labeled) -> float:
+    import numpy as np  # here: `tlcli export --help` has no time for it
+
     labels = [session.run(None, batch)[0].argmax(axis=1) for batch in _batches(job, images)]
     return float((np.concatenate(labels) == images.labels.numpy()).mean())
 

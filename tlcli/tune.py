@@ -16,6 +16,7 @@ from tlcli.engine.metrics import Predictions, calibrate, likely_temperature, sco
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.evaluate import predict_split
+from tlcli.files import read_yaml
 from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
@@ -246,7 +247,7 @@ def average_runs(runs: Sequence[RunDir], average: RunDir, validation: SplitPredi
     average.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(average.best_checkpoint, state, metadata)
     write_predictions(average.val_predictions, validation)
-    config = yaml.safe_load(first.config_file.read_text(encoding="utf-8")) | {"tta": tta.value}
+    config = read_yaml(first.config_file) | {"tta": tta.value}
     average.write_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     best = {"epoch": metadata["epoch"], **asdict(scores(predictions))}
     info = {**first.info, "averaged": [run.path.name for run in runs], "best": best, "tta": tta.value}

@@ -65,9 +65,8 @@ def _shard(value: str) -> tuple[int, int]:
 PARSER = Parser("cache", __doc__)
 add = PARSER.add_argument
 actions = ("list", "remove", "clear", "fill")
-add(
-    "action", choices=actions, help="clear removes all entries, leftovers, measured speeds, plans and digests of images"
-)
+removed = "clear removes all entries, leftovers, measured speeds, plans and digests of images"
+add("action", choices=actions, help=removed)
 keys = f"remove: the first {MIN_KEY_CHARS} or more characters of an entry's key; fill: overrides as for `tlcli train`"
 add("keys", nargs="*", metavar="KEY|KEY=VALUE", help=keys)
 add("--shards", type=whole_number, metavar="N", help="fill: number of shards (default: 1)")

@@ -83,8 +83,8 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
 
 def _resume_sweep(path: Path) -> int:
     """Run what is not done of a sweep or of a run with folds, as some job recorded its command line and folder."""
-    for file in sorted(path.rglob("run.json")):
-        run = RunDir(file.parent)
+    runs = [RunDir(file.parent) for file in sorted(path.rglob("run.json"))]
+    for run in runs:
         with suppress(UsageError, ValueError):  # damaged: this job starts again
             info = run.info
             if shlex.split(str(info.get("command")))[:2] == ["tlcli", "train"]:
@@ -100,9 +100,9 @@ def _resume_sweep(path: Path) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})
-    for file in path.rglob("run.json"):
+    for other in runs:
         with suppress(UsageError, ValueError):
-            check_version(path, RunDir(file.parent).info)
+            check_version(path, other.info)
     if not is_dir(cwd := str(info.get("cwd"))):
         raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
     os.chdir(cwd)

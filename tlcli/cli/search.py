@@ -353,14 +353,15 @@ class Search:
         n_compared = (2 * n_fits + 1) * info["n_val"]  # twice as many are compared, then the mean
         if self._spec.mirrors:  # compared, and in the test
             n_compared += 4 * info["n_val"] + info["n_test"]
-        speed = float(self._state["images_per_second"] or math.inf)
-        return float(refits + n_compared / speed + self._test_seconds())
+        return float(refits + self._evaluation_seconds(n_compared) + self._test_seconds())
 
     def _test_seconds(self) -> float:
         best = self._ranked()[0]
         mirrors = MIRRORS in self._state["image"] or best.info.get("tta") == Tta.flip
-        n = best.info["n_test"] * (2 if mirrors else 1)
-        return float(n / (self._state["images_per_second"] or math.inf) + FINAL_SECONDS)
+        return self._evaluation_seconds(best.info["n_test"] * (2 if mirrors else 1)) + FINAL_SECONDS
+
+    def _evaluation_seconds(self, n_images: int) -> float:
+        return n_images / float(self._state["images_per_second"] or math.inf)
 
     def _has_time(self) -> bool:
         """Return True if there is time for another trial, and if there may be another one."""

@@ -3,8 +3,9 @@
 import inspect
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
             raise UsageError("dataset.root is not set: name the folder that holds the data, or is to hold it")
         arguments["root"] = str(expand_user(spec.root))
     root, problem = Path(arguments.get("root", "")), "its download was not finished"
-    marker, lock = root / f".{spec.class_name}.download", root / ".download.lock"
+    marker = root / f".{spec.class_name}.download"  # until a download is done: the names that were there before
     if not marker.exists():
         try:
             return make(**arguments)
@@ -198,30 +199,35 @@ def _open_set(spec: TorchvisionDatasetSpec, arguments: dict[str, Any], reporter:
     # torchvision extracts as Python does by default, which before 3.14 lets archives write anywhere
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with Lock(lock).held():  # one process downloads; torchvision takes what an interrupted one left for the whole
-            before = _names_in(root)
-            if marker.exists():
-                before = set(marker.read_text("utf-8", "surrogateescape").split("/"))
-            if rest := _names_in(root) - before:
-                remedy = f"remove {join_limited(sorted(rest))} there, or {marker.name} if it is whole"
-                raise UsageError(f"{spec.name}: its download to {root} was interrupted: {remedy}")
-            with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
-                return make(**arguments)
-            reporter.note(f"downloading {spec.name} to {root}")
-            marker.write_text("/".join(before), "utf-8", "surrogateescape")  # no name has a slash
-            try:
-                dataset = make(download=True, **arguments)
-            except BaseException:
-                if _names_in(root) == before:  # nothing that could be taken for the whole
-                    marker.unlink()
-                raise
-            marker.unlink()
-            return dataset
+        return _download(spec.name, partial(make, **arguments), root, marker, reporter)
     except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         reason = one_line(error)[:100] or type(error).__name__
         remedy = f"Offline, put the data under {root}, or use dataset=imagefolder"
         raise TlcliError(f"{spec.name}: the download failed ({reason}). {remedy}") from error
+
+
+def _download(name: str, make: Callable[..., Any], root: Path, marker: Path, reporter: Reporter) -> Any:
+    """Return the dataset, downloaded by one process; torchvision takes what an interrupted one left for the whole."""
+    root.mkdir(parents=True, exist_ok=True)
+    with Lock(root / ".download.lock").held():
+        before = present = _names_in(root)
+        if marker.exists():
+            before = set(marker.read_text("utf-8", "surrogateescape").split("/"))
+        if rest := present - before:
+            remedy = f"remove {join_limited(sorted(rest))} there, or {marker.name} if it is whole"
+            raise UsageError(f"{name}: its download to {root} was interrupted: {remedy}")
+        with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
+            return make()
+        reporter.note(f"downloading {name} to {root}")
+        marker.write_text("/".join(before), "utf-8", "surrogateescape")  # no name has a slash
+        try:
+            dataset = make(download=True)
+        except BaseException:
+            if _names_in(root) == before:  # nothing that could be taken for the whole
+                marker.unlink()
+            raise
+        marker.unlink()
+        return dataset
 
 
 def _names_in(root: Path) -> set[str]:

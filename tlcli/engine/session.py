@@ -67,14 +67,11 @@ class Session:
             return self._in_memory[entry.key]
         tensors: ActivationTensors = ()
         for i, column in enumerate(entry.columns):
-            if not entry.nbytes:  # nothing can be mapped
-                tensors += (torch.empty((entry.rows, *column.shape), dtype=getattr(torch, column.dtype)),)
-                continue
-            # read-only: of what can be written Linux maps no more than the memory
-            mapped = np.memmap(entry.file(i), np.uint8, mode="r")
-            with warnings.catch_warnings(action="ignore"):  # nobody writes to it
-                flat = torch.from_numpy(mapped).view(getattr(torch, column.dtype))
-            tensors += (flat.view(entry.rows, *column.shape),)
+            flat = torch.empty(0, dtype=torch.uint8)  # an empty file cannot be mapped
+            if entry.nbytes:  # read-only: of what can be written Linux maps no more than the memory
+                with warnings.catch_warnings(action="ignore"):  # nobody writes to it
+                    flat = torch.from_numpy(np.memmap(entry.file(i), np.uint8, mode="r"))
+            tensors += (flat.view(getattr(torch, column.dtype)).view(entry.rows, *column.shape),)
         if entry.nbytes <= self._free_bytes:  # else they stay mapped
             self._free_bytes -= entry.nbytes
             tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)

@@ -185,15 +185,14 @@ def _timm_classifier(spec: BackboneSpec, name: str, n_classes: int, size: int | 
     from tlcli.models.classifier import Classifier, Stage, compute_in_float32, head_modules, is_inside
 
     network = _timm_network(spec, name, n_classes, size)
-    heads = {id(m) for m in head_modules(network)}
-    head = tuple(n for n, m in network.named_modules() if id(m) in heads and any(True for _ in m.parameters()))
+    heads, modules = {id(m) for m in head_modules(network)}, dict(network.named_modules())
+    head = tuple(n for n, m in modules.items() if id(m) in heads and any(True for _ in m.parameters()))
+    if not head:
+        raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
     config: Any = network.pretrained_cfg
     published = config.get("classifier") or ()  # VOLO has an auxiliary one, too
     published = (published,) if isinstance(published, str) else published
-    modules = dict(network.named_modules())
-    head += tuple(n for n in published if n in modules and n not in head and not is_inside(n, head)) if head else ()
-    if not head:
-        raise UsageError(f"backbone.name={spec.name}: this timm model has no classifier that can be replaced")
+    head += tuple(n for n in published if n in modules and n not in head and not is_inside(n, head))
     for module in head:
         compute_in_float32(network.get_submodule(module))
     try:
