@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from secrets import randbelow
 from typing import Any
 
 from tlcli.errors import UsageError
@@ -41,7 +42,6 @@ def replace_with_hardlink(path: Path, name: Path) -> bool:
     """Give a file a second name in the same folder. Return False if the file system has no hard links."""
     temp = _temp_path(name)
     try:
-        temp.unlink(missing_ok=True)
         temp.hardlink_to(path)
         temp.replace(name)
     except (OSError, NotImplementedError):
@@ -54,7 +54,7 @@ def replace_with_hardlink(path: Path, name: Path) -> bool:
 
 
 def _temp_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{os.getpid()}{randbelow(10**9):09}")  # two containers may have the same pid
 
 
 def remove_temp_files(folder: Path) -> None:

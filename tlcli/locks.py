@@ -5,6 +5,7 @@ file system reports it, has not changed for 60 s of the observer's monotonic clo
 and `pid`, in JSON), it is stale as soon as that process of the same machine has ended.
 """
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,17 @@ class Heartbeat:
             self.beat()
 
 
+@dataclass
+class _Look:
+    """A file at the last look: since when it is as it is, when that look was, and if it is known to be touched."""
+
+    mtime: int
+    content: bytes
+    since: float
+    at: float
+    has_changed: bool = False
+
+
 class Observer:
     """Tells by the monotonic clock of this process which files are still touched."""
 
@@ -61,7 +74,7 @@ class Observer:
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.clock, self.sleep = clock, sleep
-        self._seen: dict[Path, tuple[int, bytes, float, bool]] = {}  # mtime, content, since when, has it changed
+        self._seen: dict[Path, _Look] = {}
 
     def is_alive(self, path: Path) -> bool | None:
         """Return False if a file is stale or missing, True if its owner lives, None if that is not known yet.
@@ -74,19 +87,22 @@ class Observer:
         except FileNotFoundError:
             return False
         except OSError:  # it was replaced while it was read (ESTALE), or its server does not answer
-            mtime, content = self._seen.get(path, (0, b"", 0.0, False))[:2]
+            mtime, content = (seen.mtime, seen.content) if (seen := self._seen.get(path)) else (0, b"")
         now = self.clock()
-        *before, since, has_changed = self._seen.get(path, (mtime, content, now, False))
-        if before != [mtime, content]:
-            since, has_changed = now, True
-        self._seen[path] = mtime, content, since, has_changed
+        seen = self._seen.setdefault(path, _Look(mtime, content, since=now, at=now))
+        if (seen.mtime, seen.content) != (mtime, content):
+            is_recent = now - seen.at < STALE_SECONDS  # else it may have changed long ago
+            seen.mtime, seen.content, seen.since, seen.has_changed = mtime, content, now, is_recent
+        seen.at = now
         owner: Any = None
         with suppress(ValueError, RecursionError):
             owner = json.loads(content)
         runs_here = runs_on_this_machine(owner) if isinstance(owner, dict) else None
-        if runs_here is False or now - since >= (STALE_SECONDS if content else EMPTY_SECONDS):
+        if runs_here is False or now - seen.since >= (STALE_SECONDS if content else EMPTY_SECONDS):
             return False
-        return has_changed or runs_here
+        if runs_here and owner.get("process_start") is None:  # without /proc another process may have its pid
+            runs_here = None
+        return seen.has_changed or runs_here
 
     def living(self, paths: Collection[Path]) -> set[Path]:
         """Return the files whose owners live. It takes up to 60 s for those of other machines."""
@@ -151,7 +167,12 @@ class Lock:
     def _remove_stale(self) -> bool:
         """Remove the file of an owner that has ended. Return False if the owner may live."""
         with suppress(FileNotFoundError):  # it was released, or another process is faster
-            content = self.path.read_bytes()
+            try:
+                content = self.path.read_bytes()
+            except OSError as error:
+                if error.errno == errno.ESTALE:  # so NFS says that it was released
+                    return True
+                raise
             if self._observer.is_alive(self.path) is not False:
                 return False
             aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")

@@ -96,7 +96,11 @@ class Study:
                     rule = "above 0, as log: true needs it" if values.log else "a number, as bounds need it"
                     raise UsageError(f"space: {key}={bad[0]} must be {rule}")
                 low, high = min(values.low, *numbers), max(values.high, *numbers)
-                self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
+                if all(isinstance(v, int) for v in own) and values.low % 1 == values.high % 1 == 0:
+                    bounds = int(low), int(high)
+                    self._distributions[key] = optuna.distributions.IntDistribution(*bounds, log=values.log)
+                else:
+                    self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)
             else:
                 choices = dict.fromkeys((own[0], *values, *own[1:]))
                 self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
 from tests.conftest import TINY, Compose, make_folder
 from tlcli.data.augment import AugmentNoneSpec
 from tlcli.data.dataset import load_dataset
-from tlcli.engine import costs
+from tlcli.device import ComputeFormat, allowed_formats
+from tlcli.engine import costs, numerics
 from tlcli.engine.activations import Workload
 from tlcli.engine.costs import inspect
 from tlcli.engine.session import session_for
@@ -56,14 +56,24 @@ def test_what_can_be_counted_is_exact(found: dict[str, Any]) -> None:
     assert "no frozen layers at the input" in str(none["why_live"])
     assert (head["takes"], head["why_live"], last["takes"]) == ("cached", None, "live")
     assert "cache.views" in str(last["why_live"]), "it trains on random crops"
-    assert 0 < head["cached_epoch"] < none["live_epoch"] < 600  # a busy machine may hide that of head
-    assert head["total"] >= head["first_pass"] + 3 * head["cached_epoch"]
+    assert head["cached_epoch"] == 0 < none["live_epoch"] < 600, "a linear layer takes next to no time"
+    assert head["total"] >= head["first_pass"] > 0
     assert none["total"] >= 3 * none["live_epoch"]
 
 
-@pytest.mark.slow
+@pytest.fixture
+def ten_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set all measured speeds to 10 images per second."""
+
+    def fastest(workload: Workload, *args: object, only: ComputeFormat | None = None, **options: object):
+        option = only or allowed_formats(workload.spec.device, workload.accelerator)[0]
+        return replace(option, images_per_second=10.0)
+
+    monkeypatch.setattr(numerics, "_fastest", fastest)
+
+
+@pytest.mark.usefixtures("ten_per_second")
 def test_seconds_follow_from_speeds(spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "measure_throughput", lambda step, most, *more: (most, 10.0))
     own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))
     found = inspect(own, NONE, Reporter())
     assert [strategy["freeze"] for strategy in found["strategies"]][1:5] == [f"last_stages n={n}" for n in (1, 2, 3, 4)]
@@ -78,21 +88,17 @@ def test_seconds_follow_from_speeds(spec: Compose, shapes: Path, monkeypatch: py
     )
 
 
-def test_weights_stay_as_they_are(spec: Compose, shapes: Path) -> None:
-    """Only BatchNorm statistics of random weights are updated."""
+def test_the_network_stays_as_it_is(spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(numerics, "BATCH_SECONDS", 0.0)
     own = spec(*base(shapes, "backbone.weights=none", "device.precision=fp32", "device.channels_last=true"))
     session, accelerator = session_for(own.cache), torch.device("cpu")
     model = session.model(own.backbone, ("a", "b", "c"), size=32, seed=0)
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     data = load_dataset(own.dataset, seed=0, reporter=Reporter(), decode=False)
     workload = Workload(data, model, apply_freeze(own.freeze, model), own, accelerator, session)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "MEASURE_SECONDS", 0.0)
-        patch.setattr(costs, "MAX_STEP_SECONDS", 0.0)
-        costs.CostMeter(replace(data, train=data.train.take(np.arange(8))), 0.0).uncached(workload)
-    after = model.network.state_dict()
-    moved = {name for name, t in before.items() if not torch.allclose(after[name].float(), t.float(), atol=1e-8)}
-    assert {name.rpartition(".")[2] for name in moved} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert costs.estimate_cost(workload, numerics.measure_network(workload))["live_epoch"] > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.network.state_dict().items())
 
 
 def test_nothing_is_downloaded(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,16 +110,15 @@ def test_nothing_is_downloaded(spec: Compose, tmp_path: Path, monkeypatch: pytes
     download.assert_not_called()
 
 
+@pytest.mark.usefixtures("ten_per_second")
 def test_images_that_do_not_decode_are_left_out_of_the_sample(spec: Compose, tmp_path: Path, monkeypatch) -> None:
     for split in ("train", "val", "test"):
         make_folder(tmp_path / split, {"across": 4, "down": 4}, seed=len(split))
     first, *others = sorted((tmp_path / "train").rglob("*.png"))
     first.write_bytes(b"damaged")
     monkeypatch.setattr(costs, "setup_process", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(costs, "CostMeter", meter := Mock())
     words = ("dataset=imagefolder", f"dataset.root='{tmp_path}'", "dataset.on_bad=skip", *TINY, "image.size=32")
-    inspect(spec(*words), NONE, Reporter())
-    assert len(meter.call_args.args[0].train) == len(others) == 7
+    assert inspect(spec(*words), NONE, Reporter())["images"]["train"] == 8
     for file in others:
         file.write_bytes(b"damaged")
     with pytest.raises(UsageError, match="no image of a sample of 64 decodes"):

@@ -203,16 +203,6 @@ def test_decisions_are_read_back_and_followed(plan, monkeypatch: pytest.MonkeyPa
     assert reporter.notes == ["extraction: compiling, about 12 s"]
 
 
-def test_decisions_of_earlier_releases_are_read() -> None:
-    formats = {"precision": {"train": "torch.bfloat16", "evaluate": "float32"}, "memory_format": "torch.channels_last"}
-    for used, cached in ((True, {"train", "train_eval", "test"}), (False, {"train_eval", "test"})):
-        cache = {"used": used, "entries": {"train": [], "probe": [], "test": []}}
-        found = recorded_decisions({**formats, "cache": cache})
-        assert found is not None
-        assert (found.train_precision, found.eval_precision, found.channels_last) == ("bfloat16", "float32", True)
-        assert found.cached == cached
-
-
 @pytest.mark.parametrize(
     "info",
     [{}, {"precision": "fp32"}, {"decisions": {}}, {"decisions": None}, {"decisions": {"train_precision": "int4"}}],

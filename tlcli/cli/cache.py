@@ -32,7 +32,7 @@ from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.interrupts import handle_signals
 from tlcli.store import CacheEntry, Store, cache_dir
-from tlcli.text import did_you_mean, duration_text, size_text
+from tlcli.text import did_you_mean, duration_text, one_line, size_text
 
 if TYPE_CHECKING:
     from tlcli.fill import Plan
@@ -144,7 +144,9 @@ def _fill(arguments: argparse.Namespace) -> int:
             for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
                 if isinstance(result, BaseException):
                     failed += 1
-                    print(f"shard {done}/{shards} failed: {exit_status(result)[1]}", file=sys.stderr, flush=True)
+                    known = isinstance(result, OSError) or type(result).__module__.startswith("ray.")
+                    reason = one_line(getattr(result, "strerror", None) or result) if known else exit_status(result)[1]
+                    print(f"shard {done}/{shards} failed: {reason}", file=sys.stderr, flush=True)
                 elif (rows := result[0]) or shard is not None:
                     print(f"shard {done}/{shards}: {rows:,} rows in {duration_text(result[1])}", flush=True)
             missing = complete(plan, store)

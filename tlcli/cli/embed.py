@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
-from tlcli.cli.predict import STDIN, add_computing, add_paths, check_paths, count_images, device_and_store, named_images
+from tlcli.cli.predict import STDIN, add_computing, add_paths, count_images, device_and_store, named_images
 from tlcli.cli.rank import find_candidates
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, expand_user
@@ -103,7 +103,6 @@ def run(argv: list[str]) -> int:
 
 def load_embedder(arguments: Namespace) -> tuple["Embedder", tuple[str, ...] | None]:
     """Return the embedder of the run or the backbone that the arguments name, and the classes of the run."""
-    check_paths(arguments.paths)
     from tlcli.embed import Embedder
     from tlcli.runs.load import load_run
 

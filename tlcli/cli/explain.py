@@ -81,11 +81,6 @@ def unknown_key(key: str, files: ConfFiles) -> str:
 
 def _missing_config(missing: str, text: str, files: ConfFiles) -> str:
     group, _, option = missing.lstrip("/").rpartition("/")
-    if found := re.match(r"/?schema/(?:(\w+)/)?(\w+)", missing):
-        where = re.match(r"In '([^']+)'", text)
-        kind = f", and add the key `kind: {found[2]}`" if found[1] not in (None, "device") else ""
-        file = f"{where[1] if where else 'config'}.yaml"
-        return f"{file}: remove the line with {missing.lstrip('/')}@_here_ from its defaults{kind}"
     if known := next((known for known in files.groups if f"{group}/".startswith(f"{known}/")), None):
         options, option = list(files.groups[known]), missing.lstrip("/").removeprefix(f"{known}/")
         return f"{known} has no option {option!r}.{did_you_mean(option, options)} Choose from {', '.join(options)}"

@@ -151,10 +151,11 @@ class Command:
             resumed = self._start(run, config, overrides)
             state = None
             if resumed:
+                run.mark_resumed(self.line)
                 with fast_imports():
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
-                prepare_resume(run, state, self.line)
+                prepare_resume(run, state)
             if state is not None:  # it continues as it was started, even if a config file has changed since
                 composed = HydraConfig.instance().cfg
                 try:

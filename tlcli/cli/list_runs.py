@@ -11,7 +11,6 @@ examples:
 import json
 import os
 import sys
-from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -42,7 +41,6 @@ add("--jobs", action="store_true", help="also list the jobs of a sweep, below it
 order = f"sort by a key, highest number first; -KEY reverses. Keys: {', '.join(KEYS)}"
 add("--sort", choices=[*KEYS, *(f"-{key}" for key in KEYS)], metavar="KEY", help=order)
 add("--limit", type=whole_number, metavar="N", help="list the first N entries")
-add("--filter", nargs="?", const="", help=SUPPRESS)  # of tlcli 0.5 and earlier
 PARSER.add_format(("table", "csv", "json"))
 
 
@@ -53,8 +51,6 @@ def run(argv: list[str]) -> int:
         i = words.index("--sort")
         words[i : i + 2] = [f"--sort={words[i + 1]}"]
     arguments = PARSER.parse_intermixed_args(words)
-    if arguments.filter is not None:
-        raise UsageError("--filter was removed; use jq: tlcli list --format json | jq '.[] | select(.test > 0.9)'")
     entries: dict[Path, Entry] = {}
     for folder in map(expand_user, arguments.folders):
         if not folder.is_dir():

@@ -73,16 +73,9 @@ add("--tta", choices=("none", "flip"), help="flip: mean over each image and its 
 add_computing(PARSER)
 
 
-def check_paths(paths: Sequence[str]) -> None:
-    """Raise UsageError if the paths name stdin twice."""
-    if paths.count(STDIN) > 1:
-        raise UsageError("stdin (-) is named twice")
-
-
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
     arguments = PARSER.parse_intermixed_args(argv)
-    check_paths(arguments.paths)
     # a table on a terminal, but JSON lines for a stream
     is_table = sys.stdout.isatty() and arguments.output is None and STDIN not in arguments.paths
     form = arguments.format or ("table" if is_table else "jsonl")

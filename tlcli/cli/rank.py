@@ -1,6 +1,6 @@
 """Rank backbones and image sizes for a dataset before training. A linear probe is
 cross-validated on the features of a sample of the training images. The test
-images are not read.
+images are not used.
 
   accuracy  in cross-validation, with its standard error
   tied      the difference to the best one is within its standard error
@@ -76,7 +76,8 @@ def run(argv: list[str]) -> int:
         raise UsageError("no backbone's weights are on this machine; name one with backbone=NAME to download them")
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
     for name, (_, spec) in candidates.items():
-        check(spec)
+        if names:  # before any is ranked
+            check(spec)
         if not has_weights(spec):
             n = sum(p.numel() for p in spec.backbone.build(1000).network.parameters())
             print(f"{name}: its weights will be downloaded, about {size_text(4 * n)}", file=sys.stderr, flush=True)
@@ -86,6 +87,7 @@ def run(argv: list[str]) -> int:
         for name, (_, spec) in candidates.items():
             limits = arguments.per_class, arguments.max_images
             try:
+                check(spec)
                 scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
             except CANDIDATE_ERRORS as exc:
                 if names or isinstance(exc, BadImagesError) or (not scores and name == list(candidates)[-1]):

@@ -153,8 +153,6 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     if not run.state_file.is_file() and (is_done or is_old):
         reason = "has no checkpoints/state.safetensors to resume from (checkpoint.keep_state=true keeps it)"
         raise UsageError(f"{run.path}: {reason}; to train its weights further, start with backbone.weights={path}")
-    for part in _living_jobs(run.path):
-        raise still_running(part.path, part.info)
     check(spec)
     if spec.device.processes > 1 and rank_and_size()[1] == 1:
         return launch(spec.device.processes, ["--resume", str(path), *overrides])
@@ -166,9 +164,12 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         from tlcli.train import train
 
     state = read_state(run)
+    for part in _living_jobs(run.path):  # just before this process says that it runs it
+        raise still_running(part.path, part.info)
     try:
         with record_status(run):
-            prepare_resume(run, state, shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
+            run.mark_resumed(shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
+            prepare_resume(run, state)
             if spec != before:
                 values = to_plain(spec)
                 resolve_paths(values, Path.cwd())  # of words of this command; the run may have begun elsewhere

@@ -262,7 +262,8 @@ class Search:
         members = ranked[:1]
         if self.base.folds is None:
             spec = load_spec(ranked[0])
-            members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
+            if len(ranked) > 1:
+                members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
             may_mirror = spec.tta is Tta.none and all(load_spec(run).dataset.flip for run in members)
             if self._spec.mirrors and may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
                 self._state["image"].append(MIRRORS)
@@ -309,7 +310,7 @@ class Search:
                 continue  # the chosen options do not have this key
             defaults[key], space[key] = default, values
         size = image.train_size or image.size
-        if self._spec.sizes and size is not None:
+        if self._spec.sizes and size is not None and workload.augments:
             sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
             defaults[SIZE_KEY], space[SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
         has_mirrors = self.base.dataset.flip > 0 and self.base.folds is None and self.base.tta is Tta.none

@@ -26,6 +26,9 @@ def run(argv: list[str]) -> int:
     """Run `tlcli train` and return the exit code. Each job of a sweep checks its own values."""
     rank, size = rank_and_size()
     if rank > 0:
+        with suppress(UsageError):  # which rank 0 reports
+            if resume_argument(argv)[0] is None and not parse_flags(argv).runs:
+                return 0
         return follow_main()
     argv = with_processes(argv)
     path, words = resume_argument(argv)

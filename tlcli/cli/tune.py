@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
+RANK_SHARE = 0.25  # of the budget, after which no other backbone is ranked
 RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried
 
 
@@ -208,7 +209,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
         one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
-        chosen = _choose_backbone(words, start + budget, n_runs, session, reporter)
+        default = config.hydra.runtime.choices["backbone"]
+        chosen = _choose_backbone(words, default, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
@@ -235,23 +237,30 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
 
 
 def _choose_backbone(
-    words: Sequence[str], end: float, n_runs: float, session: "Session", reporter: Reporter
+    words: Sequence[str], default: str, end: float, n_runs: float, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
     """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice.
 
-    So many runs with it must fit into the time until `end`.
+    So many runs with it must fit into the time until `end`. The default backbone is ranked first, then the others by
+    their accuracy on ImageNet, until RANK_SHARE of this time is over.
     """
     from tlcli.engine.ranking import best_of, score
 
     candidates = find_candidates([], words)
+    top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}
     scores: list[Score] = []
-    for name, (_, candidate) in candidates.items():
+    last_start = time.monotonic() + RANK_SHARE * (end - time.monotonic())
+    for name in sorted(candidates, key=lambda name: (name != default, -top1[name])):
+        if time.monotonic() > last_start:
+            break
         with suppress(*CANDIDATE_ERRORS):  # a word may not suit another backbone: freeze.stages, image.train_size
             max_seconds = (end - time.monotonic()) / n_runs
-            scores += islice(score(name, candidate, [], RANK_IMAGES, session, reporter, max_seconds), 1)
+            found = score(name, candidates[name][1], [], RANK_IMAGES, session, reporter, max_seconds)
+            scores += islice(found, 1)
+    max_seconds = (end - time.monotonic()) / n_runs
+    scores = [one for one in scores if (one.seconds or 0.0) <= max_seconds]
     if len({one.backbone for one in scores}) <= 1:
         return None
-    top1 = {name: spec.backbone.imagenet_top1 or 0.0 for name, (_, spec) in candidates.items()}
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
     tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into the budget"
     reporter.note(f"backbone: {best.backbone}, probe accuracy {best.probe.accuracy:.3f} at {best.size} px, {tied}")

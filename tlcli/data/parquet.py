@@ -55,18 +55,19 @@ class ParquetImages(ShardImages):
             if group not in self._buffer:
                 shard, number = self._groups[group]
                 metadata, column = self._files[shard]
+                limit = BUFFER_BYTES + self._nbytes.max()  # one group is partly in the buffer, see `order_by_buffer`
+                while self._buffer and self._nbytes[[group, *self._buffer]].sum() > limit:
+                    self._buffer.popitem(last=False)
                 try:
                     with pq.ParquetFile(self.root / shard, metadata=metadata) as file:
                         # a forked process has no threads of Arrow's
                         table = file.read_row_group(number, columns=[column], use_threads=False)
                 except _ERRORS as error:
                     raise BadImage(f"its row group cannot be read ({one_line(error)[:80]})") from error
-                limit = BUFFER_BYTES + self._nbytes.max()  # one group is partly in the buffer, see `order_by_buffer`
-                while self._buffer and self._nbytes[[group, *self._buffer]].sum() > limit:
-                    self._buffer.popitem(last=False)
                 self._buffer[group] = table.flatten().column(0)
             self._buffer.move_to_end(group)
-            content = self._buffer[group][row - int(self._group_starts[group])].as_py()
+            values, position = self._buffer[group], row - int(self._group_starts[group])
+            content = values[position].as_py() if position < len(values) else None
         if content is None:
             raise BadImage("its bytes are not in the file")
         return bytes(content)
@@ -105,6 +106,9 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, ch
                     problem = f"column {image_column!r} has {kind}, not images"
                     raise UsageError(f"{path}: {problem}: set dataset.image_column")
                 files[shard], labels = (file.metadata, column), file.read([label_column], use_threads=False).column(0)
+                rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                if not len(labels) == file.metadata.num_rows == sum(rows) or min(rows, default=0) < 0:
+                    raise ValueError("its numbers of rows differ")
         except _ERRORS as error:
             raise UsageError(f"{path}: cannot read this parquet file ({one_line(error)[:200]})") from error
         class_names[shard] = names = _class_names(path, schema.metadata or {}, label_column)

@@ -68,19 +68,9 @@ def device_with(workload: Workload, train_dtype: torch.dtype, evaluation: Comput
 
 
 def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
-    """Return the decisions in a run.json; None if they are damaged or missing."""
-    with suppress(KeyError, TypeError, AttributeError, ValidationError):
-        if "decisions" in info:
-            return convert(info["decisions"], Decisions)
-        formats, cache = info["precision"], info["cache"]  # of tlcli 0.1 to 0.5
-        names = [name for name in cache.get("entries", ()) if name != "train" or cache.get("used")]
-        content = {
-            "train_precision": formats["train"].removeprefix("torch."),
-            "eval_precision": formats["evaluate"].removeprefix("torch."),
-            "channels_last": "channels_last" in str(info.get("memory_format")),
-            "cached": ["train_eval" if name == "probe" else name for name in names],
-        }
-        return convert(content, Decisions)
+    """Return the decisions in a run.json; None if they are damaged or missing, as up to tlcli 0.5."""
+    with suppress(KeyError, ValidationError):
+        return convert(info["decisions"], Decisions)
     return None
 
 

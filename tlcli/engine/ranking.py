@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import ceil, inf, sqrt
+from math import ceil, sqrt
 
 import torch
 from msgspec import structs
@@ -11,12 +11,12 @@ from msgspec import structs
 from tlcli.data.dataset import limit_per_class
 from tlcli.device import setup_process
 from tlcli.engine.activations import Workload, image_size, load_workload
+from tlcli.engine.costs import estimate_cost
 from tlcli.engine.decisions import Decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
-from tlcli.engine.numerics import measure_extraction, measure_network, measure_suffix, training_speed
+from tlcli.engine.numerics import measure_network
 from tlcli.engine.session import Session
-from tlcli.engine.unknown import MIN_IMAGES
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
 from tlcli.reporter import Reporter
@@ -151,25 +151,10 @@ def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workl
 
 def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None]:
     """Return the seconds of a run at these image sizes, and images per second of evaluation, from a few steps."""
-    spec, data = workload.spec, workload.data
-    image = structs.replace(spec.image, size=size, train_size=train_size)
-    run = replace(workload, spec=structs.replace(spec, image=image))
-    training, evaluating = measure_network(run)
-    fits = [run] if run.first_fit is None else [run, run.first_fit]
-    n_trained, seconds = sum(fit.epochs * len(fit.data.train) for fit in fits), 0.0
-    if spec.freeze.kind == "head" and not run.augments:  # the features are stored, and a step takes no time
-        n_trained, train = 0, None
-    elif run.augments and run.views and isinstance(cut := run.for_training.cut, Cut):
-        extraction = measure_extraction(run.for_training, cut)
-        seconds = run.views * len(data.train) / (extraction.images_per_second or inf)
-        train = training_speed(run.for_training, measure_suffix(run.for_training, cut, extraction), cut)
-    else:
-        train = training_speed(run, training)
-    n_epochs = run.epochs if n_trained else 1
-    n_evaluated = len(data.train) + n_epochs * len(data.val) + len(data.test)  # of the probe, too
-    n_evaluated += min(len(data.train), MIN_IMAGES)  # of the unknown score
-    evaluation = evaluating.images_per_second
-    return (seconds + n_trained / (train or inf) + n_evaluated / evaluation if evaluation else None), evaluation
+    image = structs.replace(workload.spec.image, size=size, train_size=train_size)
+    run = replace(workload, spec=structs.replace(workload.spec, image=image))
+    formats = measure_network(run)
+    return estimate_cost(run, formats, also_untaken=False)["total"], formats[1].images_per_second
 
 
 def score(
@@ -184,7 +169,7 @@ def score(
     """Yield the scores of a backbone at these image sizes; without any, at those of a run, then at that of its weights.
 
     The probe is cross-validated on a sample of the training images, of which `limits` are the most per class and in
-    all. A size at which a run would take more than `max_seconds` is left out. Raise UsageError if images are too few.
+    all. It ends at a size at which a run would take more than `max_seconds`. Raise UsageError if images are too few.
     """
     workload = new_workload(spec, session, reporter)
     data, classifier = workload.data, workload.classifier
@@ -204,7 +189,7 @@ def score(
         check_train_size(workload, size, train_size)
         seconds, evaluation = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
-            continue
+            return  # the size of the weights is larger
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, per_class * len(data.classes))
         if probe is None:

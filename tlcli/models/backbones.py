@@ -91,6 +91,8 @@ class TorchvisionBackboneSpec(BackboneSpec, frozen=True, tag="torchvision"):
         import torch
         import torchvision
 
+        if name not in torchvision.models.list_models():  # building it says so
+            return False
         url: str = torchvision.models.get_model_weights(name).DEFAULT.url
         return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file()
 

@@ -48,16 +48,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, metadata
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return tlcli's metadata of a file, which is not checked; {} if there is none, or no such file."""
-    try:
-        with safe_open(path, framework="pt") as content:
-            metadata = json.loads((content.metadata() or {}).get(KEY, "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
-        return {}
-    return {key: value for key, value in metadata.items() if key != CHECKSUM} if isinstance(metadata, dict) else {}
-
-
 def class_names(value: object) -> tuple[str, ...]:
     """Return the classes that a checkpoint names. Raise ValueError unless they are names without repetition."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):

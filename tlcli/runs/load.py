@@ -19,7 +19,7 @@ from tlcli.engine.unknown import UnknownScore
 from tlcli.errors import UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
-from tlcli.models.tensorfile import class_names, read_metadata, read_tensors
+from tlcli.models.tensorfile import class_names, read_tensors
 from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec, Tta, options
 from tlcli.text import join_limited, one_line
@@ -126,9 +126,9 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     expected = {key: getattr(preprocessing, key) for key in ("size", "fit", "mean", "std")}
     classifier = replace(classifier, classes=classes, pretrained=frozenset(state), head_loaded=True, **expected)
     epoch, temperature, unknown, threshold = integer(metadata.get("epoch")), 1.0, None, None
-    # the last epoch's weights may be those before averaging or interpolation
-    is_kept = checkpoint == "best" or read_metadata(run.best_checkpoint) == metadata
-    is_kept = is_kept and epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch
+    is_kept = epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch
+    if is_kept and checkpoint == "last":  # its weights may be those before averaging or interpolation
+        is_kept = run.best_checkpoint.is_file() and read_tensors(run.best_checkpoint)[1] == metadata
     if is_kept:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:

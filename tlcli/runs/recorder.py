@@ -76,7 +76,6 @@ class Recorder:
             **environment(),
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
-            memory_format=str(device.memory_format),
             numerics={"device": device.description, **reasons},
             **{f"n_{name}": len(split) for name, split in splits.items()},
             n_bad_files=len(data.bad_files),

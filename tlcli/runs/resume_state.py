@@ -119,9 +119,8 @@ def read_state(run: RunDir) -> ResumeState | None:
     return ResumeState(run, state, recorded, best)
 
 
-def prepare_resume(run: RunDir, state: ResumeState | None, command: str) -> None:
-    """Remove what an interrupted run wrote after its state; all if it has none. `command` resumes it."""
-    run.mark_resumed(command)
+def prepare_resume(run: RunDir, state: ResumeState | None) -> None:
+    """Remove what an interrupted run wrote after its state; all if it has none."""
     for folder in (run.path, run.state_file.parent):
         remove_temp_files(folder)
     if state is None:
