@@ -39,6 +39,7 @@ from tlcli.text import size_text
 FORMAT = 1  # of meta.json and of the files next to it
 META = "meta.json"
 GB = 1_000_000_000
+Batches = Iterable[Sequence[bytes | memoryview]]  # the rows of an entry, per column
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
@@ -164,12 +165,7 @@ class Store:
             yield
 
     def write(
-        self,
-        key: str,
-        rows: int,
-        columns: Sequence[Column],
-        metadata: Mapping[str, Any],
-        batches: Iterable[Sequence[bytes | memoryview]],
+        self, key: str, rows: int, columns: Sequence[Column], metadata: Mapping[str, Any], batches: Batches
     ) -> CacheEntry:
         """Write an entry, completely or not at all, inside `lock_for_write(key)`. A damaged entry is replaced.
 
@@ -345,9 +341,7 @@ class Store:
         return nbytes
 
 
-def _write_rows(
-    files: Sequence[BinaryIO], sizes: Sequence[int], rows: int, batches: Iterable[Sequence[bytes | memoryview]]
-) -> list[str]:
+def _write_rows(files: Sequence[BinaryIO], sizes: Sequence[int], rows: int, batches: Batches) -> list[str]:
     """Write the rows durably, one file per column, and return the checksums."""
     crcs, written = [0] * len(files), 0
     for batch in batches:

@@ -44,17 +44,10 @@ def launch(processes: int, argv: Sequence[str]) -> int:
     debug = ["--debug"] if "--debug" in sys.argv else []
     words = [word.replace("$", "$$") for word in (*argv, *debug)]  # the launcher fills in its macros
     with tempfile.TemporaryDirectory() as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            run_id="tlcli",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-        )
+        logs = DefaultLogsSpecs(log_dir=folder)
+        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, logs_specs=logs, run_id="tlcli")
+        config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "c10d", "localhost:0", "localhost"
+        config.max_restarts = 0
         ended_by = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
         handled = {number.name for number in ended_by if signal.getsignal(number) != signal.SIG_IGN}
         config.signals_to_handle = ",".join(handled)  # nohup ignores SIGHUP

@@ -22,18 +22,7 @@ from tlcli.files import expand_user, is_dir
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import (
-    REFIT,
-    RunDir,
-    check_version,
-    has_folds,
-    integer,
-    is_sweep,
-    number,
-    open_run,
-    rerun_command,
-    strings,
-)
+from tlcli.runs.run_dir import REFIT, RunDir, check_version, has_folds, integer, is_sweep, open_run, rerun_command
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -99,7 +88,7 @@ def _resume_sweep(path: Path) -> int:
         if run.path.name == REFIT and info.get("status") == "done":
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
-        command = rerun_command({**info, "overrides": [w for w in strings(info.get("overrides")) if w != fold]})
+        command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
     for other in runs:
         with suppress(UsageError, ValueError):
             check_version(path, other.info)
@@ -197,8 +186,8 @@ def _nothing_to_resume(run: RunDir) -> int:
 
         with led_ranks(rank, size) as ranks:  # those that torchrun has started wait
             ranks.broadcast(None)
-    accuracy = number(run.test().get("accuracy"))
-    reached = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+    accuracy = run.test().get("accuracy")
+    reached = f", test accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
     print(f"{run.path} is done{reached}: nothing to resume")
     return 0
 
