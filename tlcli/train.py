@@ -1,6 +1,6 @@
 """The main path: fine-tune one backbone on one dataset, and measure it on images that it has never seen."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from tlcli.text import join_limited
 from tlcli.transfer.freeze import HeadSpec
 
 
+@dataclass(frozen=True)
 class NewRun:
     """The start of a new run; `ResumeState` is that of an interrupted one."""
 
+    decided: Decisions | None = None  # by rank 0, for another rank
     views: int | None = None  # of each training image that are stored; None: see Workload.views
 
     def threads(self, ranks: Ranks) -> int | None:
@@ -48,7 +50,7 @@ class NewRun:
         return structs.replace(workload.spec, image=image), reason
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
-        return decide(workload)
+        return self.decided or decide(workload)
 
     def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
         """Fit the probe, and return the first epoch (0 if the head is worth an evaluation before) and the best one."""
@@ -63,31 +65,13 @@ class NewRun:
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
-class FollowedRun(NewRun):
-    """The start of a run whose rank 0 has decided, also on the image; `state` is that of an interrupted run."""
-
-    def __init__(self, decisions: Decisions, threads: int, state: ResumeState | None) -> None:
-        self._decisions, self._threads, self._state = decisions, threads, state
-        self.views = state.views if state else None
-
-    def threads(self, ranks: Ranks) -> int | None:
-        return self._threads
-
-    def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
-        return self._decisions
-
-    def begin(self, inputs: Inputs, trainer: Trainer, reporter: Reporter) -> tuple[int, BestEpochTracker]:
-        return (self._state or NewRun()).begin(inputs, trainer, reporter)
-
-
 def follow(ranks: Ranks) -> None:
     """Take part in the run that rank 0 trains, as a rank that writes nothing."""
     if (message := ranks.broadcast()) is None:  # there is nothing to resume
         return
-    spec, decisions, threads, resumed = message
-    state, spec = read_state(RunDir(Path(resumed))) if resumed else None, spec_from(spec)
-    start = FollowedRun(convert(decisions, Decisions), threads, state)
-    train(spec, RunDir(Path()), Reporter(), session_for(spec.cache), start, ranks=ranks)
+    spec, decisions, resumed = spec_from(message[0]), convert(message[1], Decisions), message[2]
+    start = (read_state(RunDir(Path(resumed))) if resumed else None) or NewRun()
+    train(spec, RunDir(Path()), Reporter(), session_for(spec.cache), replace(start, decided=decisions), ranks=ranks)
 
 
 def train(
@@ -95,7 +79,7 @@ def train(
     run: RunDir,
     reporter: Reporter,
     session: Session,
-    resume: ResumeState | FollowedRun | None = None,
+    resume: ResumeState | NewRun | None = None,
     *,
     has_test: bool = True,
     ranks: Ranks = ALONE,
@@ -242,7 +226,7 @@ def load_inputs(
     if ranks.size > 1:
         if ranks.is_main:
             resumed = str(start.run.path.absolute()) if isinstance(start, ResumeState) else None
-            ranks.broadcast(to_builtins([spec, decisions, torch.get_num_threads(), resumed]))
+            ranks.broadcast(to_builtins([spec, decisions, resumed]))
         for split_name, fingerprints in image_fingerprints(data).items():
             ranks.check_same(split_name if split_name == "classes" else f"{split_name} images", repr(fingerprints))
         if norms:  # not before rank 0 has decided, alone

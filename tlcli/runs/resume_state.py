@@ -32,6 +32,7 @@ class ResumeState:
     state: Mapping[str, Any]
     recorded: Decisions
     best: tuple[int, Scores | None] | None
+    decided: Decisions | None = None  # by rank 0, for another rank
 
     def threads(self, ranks: Ranks) -> int | None:
         """Return the number of threads of the run, since it changes rounding; None with another number of ranks."""
@@ -51,6 +52,8 @@ class ResumeState:
 
     def decisions(self, workload: Workload, reporter: Reporter) -> Decisions:
         """Return the run's decisions, as far as they can be followed here. Raise UsageError if images have changed."""
+        if self.decided is not None:
+            return self.decided
         before, now = self.state["images"], image_fingerprints(workload.data)
         changes = []
         if before["classes"] != now["classes"]:
