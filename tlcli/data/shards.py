@@ -23,7 +23,6 @@ from tlcli.store import Store, cache_dir
 from tlcli.text import Names, one_line
 
 MAX_LABEL_BYTES = 1000
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 Index = tuple[list[str], list[int], list[int], list[str], dict[str, int]]
 """Name, offset, bytes and label of each image of an archive, and the number of its other files by ending."""
@@ -194,11 +193,6 @@ def index_tar(path: Path) -> Index:
     end = 0
     try:
         with path.open("rb") as stream:
-            head = stream.read(6)
-            if packed := [name for magic, name in _MAGIC.items() if head.startswith(magic)]:
-                reason = "its images cannot be read at random; decompress it to a plain .tar"
-                raise UsageError(f"{path}: compressed ({packed[0]}), so {reason}")
-            stream.seek(0)
             archive: Any = tarfile.TarFile(fileobj=stream, encoding="utf-8")
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it would keep them all
@@ -226,7 +220,8 @@ def index_tar(path: Path) -> Index:
             if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):  # which tarfile takes for the end
                 raise tarfile.ReadError(f"no header and no end mark at byte {archive.offset:,}")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot read this tar archive ({one_line(error)}); copy or make it again") from error
+        remedy = "decompress it if it is compressed, else copy or make it again"
+        raise UsageError(f"{path}: cannot read this tar archive ({one_line(error)}); {remedy}") from error
     texts = [_label_of(f"{path} {image[0]}", stem, labels.pop(stem, [])) for stem, image in images.items()]
     ignored.update(Path(name).suffix.lower() for found in labels.values() for name, _ in found)
     names, offsets, sizes = ([image[k] for image in images.values()] for k in range(3))
