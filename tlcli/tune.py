@@ -5,11 +5,14 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import optuna
 import torch
 import yaml  # type: ignore[import-untyped]
 from msgspec import Meta, Struct, structs
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
 from torch.nn import functional as F
 
 from tlcli.engine.metrics import Predictions, calibrate, likely_temperature, scores, unknown_threshold
@@ -23,11 +26,9 @@ from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, SplitPredictions, write_json, write_predictions
 from tlcli.specs import Count, FractionAboveZero, TrainSpec, Tta
 
-if TYPE_CHECKING:
-    import optuna
-
 Value = bool | int | float | str | None
 
+STATES = {"done": TrialState.COMPLETE, "stopped": TrialState.PRUNED}  # else the trial failed, or it is lost
 SIZE_KEY = "image.train_size"
 STARTUP_TRIALS = 4  # finished before one is stopped
 WARMUP_PERCENT = 40  # of a trial's schedule: earlier values of a cosine schedule mislead
@@ -81,11 +82,8 @@ class Study:
 
         `defaults` are the values of the keys in a run with default settings. One worker at a time may do this.
         """
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna, self._seed = optuna, seed
+        self._seed = seed
         self._sampler: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[spec.sampler]
         self._distributions: dict[str, Any] = {}
         for key, values in spec.space.items():
@@ -130,7 +128,7 @@ class Study:
         for recipe in first[len(self._study.get_trials(deepcopy=False)) :]:
             self._study.enqueue_trial(recipe)
 
-    def next_trial(self, worker: str) -> "optuna.trial.Trial":
+    def next_trial(self, worker: str) -> optuna.trial.Trial:
         """Return a new trial of a worker. One worker at a time may do this."""
         seed = self._seed + len(self._study.get_trials(deepcopy=False))
         self._study.sampler = self._sampler(seed=seed)  # no two workers draw the same
@@ -138,7 +136,7 @@ class Study:
         trial.set_user_attr("worker", worker)
         recipe: dict[str, Value] = trial.params
         for key, values in self._distributions.items():
-            if isinstance(values, self._optuna.distributions.FloatDistribution):
+            if isinstance(values, optuna.distributions.FloatDistribution):
                 recipe[key] = min(max(float(f"{recipe[key]:.3g}"), values.low), values.high)
         trial.set_user_attr("recipe", recipe)
         return trial
@@ -148,14 +146,12 @@ class Study:
 
         The recipe of a trial that is `lost` is queued as a new trial.
         """
-        states = self._optuna.trial.TrialState
-        names = {"done": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL, "lost": states.FAIL}
         trial = self._study.get_trials(deepcopy=False)[number]
         try:
             for key, attribute in (("status", status), ("seconds", seconds), ("error", error)):
                 self._storage.set_trial_user_attr(trial._trial_id, key, attribute)
-            self._study.tell(number, value, state=names[status])
-        except (self._optuna.exceptions.UpdateFinishedTrialError, ValueError):  # it has ended
+            self._study.tell(number, value, state=STATES.get(status, TrialState.FAIL))
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # it has ended
             return str(self._study.get_trials(deepcopy=False)[number].user_attrs.get("status", "lost"))
         if status == "lost":
             self._study.enqueue_trial({**trial.params, **trial.system_attrs.get("fixed_params", {})})
@@ -163,13 +159,13 @@ class Study:
 
     def put_back(self, number: int) -> None:
         """Queue a trial that was interrupted again, under its number."""
-        trial, waiting = self._study.get_trials(deepcopy=False)[number], self._optuna.trial.TrialState.WAITING
+        trial, waiting = self._study.get_trials(deepcopy=False)[number], TrialState.WAITING
         with suppress(RuntimeError):  # another worker has ended it
             self._storage.set_trial_state_values(trial._trial_id, waiting)
 
     def running(self) -> dict[int, str | None]:
         """Return the worker of each trial that runs, by its number; None if it died before it could be recorded."""
-        trials = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,))
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return {trial.number: trial.user_attrs.get("worker") for trial in trials}
 
     def ended(self) -> list[dict[str, Any]]:
@@ -190,7 +186,7 @@ class Study:
         done = [trial["value"] for trial in self.ended() if trial["value"] is not None]
         if len(done) <= STARTUP_TRIALS or len(set(done)) < 2:
             return {}
-        return dict(self._optuna.importance.get_param_importances(self._study))
+        return dict(optuna.importance.get_param_importances(self._study))
 
 
 def mean_weights(runs: Sequence[RunDir]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
