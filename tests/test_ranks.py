@@ -83,14 +83,6 @@ def exchange(rank: int, size: int) -> int:
     with pytest.raises(TlcliError, match="2 of 7 images were not evaluated exactly once"):
         ranks.gather([torch.zeros(5, 1)] if rank == 0 else [], torch.arange(5 if rank == 0 else 0), n)
 
-    sizes = [[3, 1], [3, 1], [3, 1], [2, 1]]
-    sent = [[torch.full((m,), 10 * i + c, dtype=torch.uint8) for c, m in enumerate(row)] for i, row in enumerate(sizes)]
-    collected = list(ranks.collect(iter(sent[rank::size]), sizes))
-    if rank == 0:
-        assert [[t.tolist() for t in row] for row in collected] == [[t.tolist() for t in row] for row in sent]
-    else:
-        assert collected == []
-
     parameters = [nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(3)]
     parameters[0].grad = torch.full((2, 2), float(rank + 1), dtype=torch.float64)
     if rank == 1:

@@ -99,24 +99,6 @@ class Ranks:
             raise TlcliError(f"{int((counts != 1).sum())} of {n} images were not evaluated exactly once")
         return rows
 
-    def collect(self, batches: Iterator[Sequence[Tensor]], sizes: Iterable[Sequence[int]]) -> Iterator[list[Tensor]]:
-        """Yield the batches of all ranks in turn on rank 0, to which the others send theirs: uint8 columns.
-
-        `sizes` has the bytes of each column of each batch, of all ranks.
-        """
-        for i, nbytes in enumerate(sizes):
-            source = i % self.size
-            is_own = source == self.rank
-            columns = list(next(batches)) if is_own else [torch.empty(n, dtype=torch.uint8) for n in nbytes]
-            for column in columns if source != 0 else ():
-                with _exchange():
-                    if is_own:
-                        dist.send(column, 0)
-                    elif self.is_main:
-                        dist.recv(column, source)
-            if self.is_main:
-                yield columns
-
     def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor, *, stop: bool) -> tuple[Tensor, bool]:
         """Replace gradients by their sums over ranks; return the sums of `values` (N), and `stop` of any rank.
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,27 +99,28 @@ class SplitActivations:
         compile_seconds = time.perf_counter() - start
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with reporter.track(label, len(self)) as advance:
-            images = (x for x, _ in self.batches.in_order(view=self.view))
-            own = ([t.reshape(-1).view(torch.uint8) for t in extractor(x)] for x in images)
-            size, ranks, error = self.batches.batch_size, self.batches.ranks, None
-            counts = [min(size, len(self) - start) for start in range(0, len(self), size)]
-            row = [column.nbytes for column in extractor.columns]
-            batches = ranks.collect(own, [[n * nbytes for nbytes in row] for n in counts])
+            images, error = (x for x, _ in self.batches.in_order(view=self.view)), None
+            ranks, size, columns = self.batches.ranks, self.batches.batch_size, range(len(extractor.columns))
 
             def rows() -> Iterator[list[memoryview]]:
-                for n, columns in zip(counts, batches, strict=True):
-                    yield [memoryview(t.numpy()) for t in columns]  # type: ignore[arg-type]
+                for start in range(0, len(self), size * ranks.size):  # one batch of each rank
+                    n = min(size * ranks.size, len(self) - start)
+                    positions = ranks.positions(n, size)
+                    own = [extractor(x) for x in islice(images, 1)]  # of the last images a rank may have none
+                    parts = [[batch[i].reshape(len(positions), -1).view(torch.uint8) for batch in own] for i in columns]
+                    yield [memoryview(ranks.gather(part, positions, n).numpy()) for part in parts]
                     advance(n)
 
+            batches = rows()
             metadata = {**self.metadata, "computed": extractor.reason}
             if ranks.is_main:
                 try:
-                    self.found = self.store.write(self.key, len(self), extractor.columns, metadata, rows())
+                    self.found = self.store.write(self.key, len(self), extractor.columns, metadata, batches)
                 except OSError as exc:
                     if ranks.size == 1:
                         raise
                     error = [exc.errno, exc.strerror or str(exc)]
-            deque(batches, 0)  # what other ranks send, and what is left if rank 0 cannot write
+            deque(batches, 0)  # on other ranks, and what is left if rank 0 cannot write
             if error := ranks.broadcast(error):
                 raise OSError(*error)
         self.extraction = {
