@@ -52,14 +52,10 @@ exec {python} -P -m tlcli cache fill {words} --shard "$SLURM_ARRAY_TASK_ID/{shar
 
 def _shard(value: str) -> tuple[int, int]:
     """Return the number of a shard and how many there are."""
-    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)):
-        raise argparse.ArgumentTypeError(f"must be I/N, such as 0/64, not {value!r}")
-    shard, shards = int(match[1]), int(match[2])
-    if shards == 0:
-        raise argparse.ArgumentTypeError(f"{value}: there must be at least one shard")
-    if shard >= shards:
-        raise argparse.ArgumentTypeError(f"{value}: {shards} shards have the numbers 0 to {shards - 1}")
-    return shard, shards
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/64, not {value!r}")
+    return int(match[1]), int(match[2])
 
 
 PARSER = Parser("cache", __doc__)

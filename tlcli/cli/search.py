@@ -9,32 +9,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+import optuna
 from omegaconf import OmegaConf
 
-from tlcli import __version__
-from tlcli.cli import exit_status, fast_imports
+from tlcli import __version__, evaluate, tune
+from tlcli.cli import exit_status
 from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
 from tlcli.cli.view import TerminalReporter
+from tlcli.engine import ranking
+from tlcli.engine.activations import MAX_FIRST_FIT
+from tlcli.engine.ranking import STEP, takes_size
+from tlcli.engine.schedule import number_of_epochs
+from tlcli.engine.session import Session, session_for
 from tlcli.errors import CANDIDATE_ERRORS, StoppedError, TlcliError
 from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import REFIT, RunDir, mapping, read_json, write_json
+from tlcli.runs.run_dir import REFIT, STATE_FILE, RunDir, mapping, read_json, write_json
 from tlcli.specs import TrainSpec, Tta
 from tlcli.text import duration_text, shown_path
 
-if TYPE_CHECKING:
-    import optuna
-
-    from tlcli.engine.session import Session
-    from tlcli.tune import Study
-
-STATE_FILE = "tune.json"
 JOURNAL_FILE = "study.journal"  # of Optuna
 MEAN = "mean"  # name of the job with the mean of weights
 MIRRORS = "tta=flip"  # among the words of refits if it is better
@@ -87,14 +86,11 @@ class Search:
     written under this lock alone. Each worker has a file, too, in which it records the time spent.
     """
 
-    _study: "Study"  # once `run` has opened it
+    _study: tune.Study  # once `run` has opened it
 
     def __init__(
-        self, folder: Path, state: dict[str, Any], start: float, reporter: TerminalReporter, session: "Session | None"
+        self, folder: Path, state: dict[str, Any], start: float, reporter: TerminalReporter, session: Session | None
     ) -> None:
-        with fast_imports():
-            from tlcli.engine.session import session_for
-
         self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
         self._spent, self._saved = float(state["seconds"]), 0.0
         self.deadline = -math.inf  # seconds that must be left while trials run
@@ -182,14 +178,12 @@ class Search:
 
     def _open(self) -> None:
         """Read the state and open the study, which the first worker makes."""
-        from tlcli.tune import Study
-
         self._state = read_json(self.folder / STATE_FILE)
         self._read_space()
         if self._state["defaults"] is None:
             self._set_defaults()
         file, minimize = self.folder / JOURNAL_FILE, self.metric == "loss"
-        self._study = Study(self._spec, self._state["defaults"], file, seed=self.base.seed, minimize=minimize)
+        self._study = tune.Study(self._spec, self._state["defaults"], file, seed=self.base.seed, minimize=minimize)
         self._shown = {trial["name"] for trial in self._study.ended()}
 
     def _catch_up(self) -> None:
@@ -256,16 +250,14 @@ class Search:
 
     def _choose(self) -> None:
         """Choose the recipes whose weights are averaged, and how often each is trained again in the time left."""
-        from tlcli.tune import choose_members, prefers_mirrors
-
         ranked, n = self._ranked(), self._spec.average
         members = ranked[:1]
         if self.base.folds is None:
             spec = load_spec(ranked[0])
             if len(ranked) > 1:
-                members = choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
+                members = tune.choose_members(ranked[: 2 * n], n, spec, self._session, self.reporter)
             may_mirror = spec.tta is Tta.none and all(load_spec(run).dataset.flip for run in members)
-            if self._spec.mirrors and may_mirror and prefers_mirrors(members, spec, self._session, self.reporter):
+            if self._spec.mirrors and may_mirror and tune.prefers_mirrors(members, spec, self._session, self.reporter):
                 self._state["image"].append(MIRRORS)
                 self.reporter.note(f"{MIRRORS}: it lowers the validation loss by more than one standard error")
             if self._state["val_fraction"] is not None:
@@ -277,9 +269,7 @@ class Search:
         self.save()
 
     def _read_space(self) -> None:
-        from tlcli.tune import TuneSpec
-
-        self._spec = msgspec.convert(self._state["space"], TuneSpec)
+        self._spec = msgspec.convert(self._state["space"], tune.TuneSpec)
         self.base = self._compose(self._state["image"])[1]
         self.metric = self.base.keep_best.value
 
@@ -290,11 +280,8 @@ class Search:
 
     def _set_defaults(self) -> None:
         """Choose the image of all trials, which the mean of weights needs, and the values that the space has."""
-        from tlcli.engine.ranking import STEP, choose_image, new_workload, takes_size
-        from tlcli.tune import SIZE_KEY
-
-        workload = new_workload(self.base, self._session, self.reporter)
-        image, reason = choose_image(workload, self.reporter)
+        workload = ranking.new_workload(self.base, self._session, self.reporter)
+        image, reason = ranking.choose_image(workload, self.reporter)
         if reason is not None:
             self.reporter.note(f"image: {image.size} px, {image.fit}: {reason}")
         words = [f"image.size={image.size}", f"image.fit={image.fit}"]
@@ -312,7 +299,7 @@ class Search:
         size = image.train_size or image.size
         if self._spec.sizes and size is not None and workload.augments:
             sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
-            defaults[SIZE_KEY], space[SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
+            defaults[tune.SIZE_KEY], space[tune.SIZE_KEY] = size, tuple(s for s in sizes if takes_size(workload, s))
         has_mirrors = self.base.dataset.flip > 0 and self.base.folds is None and self.base.tta is Tta.none
         mirrors = self._spec.mirrors and has_mirrors
         self._spec = msgspec.structs.replace(self._spec, sizes=(), mirrors=mirrors, space=space)
@@ -330,9 +317,6 @@ class Search:
 
     def _refit_seconds(self, run: RunDir) -> tuple[float, float]:
         """Return the expected seconds of training the recipe of a trial again on all images: once, and for each fit."""
-        from tlcli.engine.activations import MAX_FIRST_FIT
-        from tlcli.engine.schedule import number_of_epochs
-
         info = run.info
         n_all = info["n_train"] + info["n_val"]
         n_seen = number_of_epochs(load_spec(run), n_all) * n_all
@@ -377,7 +361,7 @@ class Search:
         last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][-MAX_FAILURES:]
         return last == ["failed"] * MAX_FAILURES
 
-    def _run_trial(self, trial: "optuna.trial.Trial") -> None:
+    def _run_trial(self, trial: optuna.trial.Trial) -> None:
         """Train a recipe, and record how it ended. Raise the error of the first, or of several if none is done."""
         recipe, name, held_out = trial.user_attrs["recipe"], str(trial.number), self._state["val_fraction"]
         words = [] if held_out is None else [f"dataset.val_fraction={held_out}"]
@@ -427,16 +411,13 @@ class Search:
 
     def _finish(self) -> RunDir:
         """Return the run to use: the winner, or the mean of the best recipes, trained on all images; tested once."""
-        from tlcli.evaluate import add_test
-        from tlcli.tune import average_runs, predict_mean
-
         members = [RunDir(self.folder / name) for name in self._state["members"]]
         final = members[0] if self.base.folds is not None else RunDir(self.folder / MEAN)
         if not final.info_file.exists():
             spec = load_spec(members[0])
             if MIRRORS in self._state["image"]:
                 spec = msgspec.structs.replace(spec, tta=Tta.flip)
-            validation = predict_mean(members, spec, self._session, self.reporter)
+            validation = tune.predict_mean(members, spec, self._session, self.reporter)
             refits: list[RunDir] = []
             for run in members if self._state["val_fraction"] is not None else ():
                 once, fit = self._refit_seconds(run)
@@ -459,12 +440,12 @@ class Search:
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue
                 self.reporter.show(f"{label} on all images; {duration_text(max(0.0, self.left))} left")
-            average_runs(refits or members, final, validation, spec.tta, self._state["command"])
+            tune.average_runs(refits or members, final, validation, spec.tta, self._state["command"])
         spec = load_spec(final)
         test = self._session.dataset(spec.dataset, spec.seed, self.reporter, spec.folds).test
         self._check_lock()
         if len(test) and not final.test_file.exists():
-            add_test(final.path, spec, self._session, self.reporter)
+            evaluate.add_test(final.path, spec, self._session, self.reporter)
         return RunDir(final.path)
 
     def _show(self, final: RunDir, board: Mapping[str, Any]) -> None:

@@ -37,7 +37,6 @@ from tlcli.cli.job import check
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
-from tlcli.cli.search import STATE_FILE, Search
 from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import CANDIDATE_ERRORS, UsageError
@@ -45,11 +44,12 @@ from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import read_json
+from tlcli.runs.run_dir import STATE_FILE, read_json
 from tlcli.specs import all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 
 if TYPE_CHECKING:
+    from tlcli.cli.search import Search
     from tlcli.engine.ranking import Score
     from tlcli.engine.session import Session
     from tlcli.tune import TuneSpec
@@ -170,7 +170,7 @@ def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
     return spec
 
 
-def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, list[Path]]:
+def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", list[Path]]:
     """Check the words and the budget, choose the backbone; return the search, and the folders that were made for it."""
     values, words = values_of(arguments.words, ("budget", "tune"))
     if not values["budget"]:
@@ -180,6 +180,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple[Search, li
     if found is None or (budget := float(found[1]) * UNITS[found[2]]) == 0:
         raise UsageError(f"budget={text}: must be a duration: 90s, 10m or 2h")
     with fast_imports():
+        from tlcli.cli.search import Search
         from tlcli.engine.ranking import expected_seconds, image_sizes, new_workload
         from tlcli.engine.session import session_for
     folders = [Path(word.partition("=")[2]) for word in arguments.config_dir]
@@ -267,7 +268,7 @@ def _choose_backbone(
     return candidates[best.backbone][0], best.images_per_second
 
 
-def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
+def _earlier_search(arguments: argparse.Namespace, start: float) -> "Search":
     """Return the search of --resume or --join. Raise UsageError if it cannot be, or was started in another way."""
     folder = expand_user(arguments.resume or arguments.join).absolute()
     try:
@@ -287,6 +288,8 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> Search:
         if not Path(state["cwd"]).is_dir():
             raise UsageError(f"{folder}: was started in {state['cwd']}, which is no folder here; make it first")
         os.chdir(state["cwd"])
+        with fast_imports():
+            from tlcli.cli.search import Search
         search = Search(folder, state, start, TerminalReporter(), None)
         if state["best"] is None:
             check(search.base)
