@@ -22,8 +22,9 @@ BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI") 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
     """Return " Did you mean 'near'?" for the nearest known word, or the empty string if none is near."""
-    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    by_lower = {str(k).lower(): str(k) for k in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def one_line(text: object) -> str:

@@ -78,12 +78,20 @@ def _text_as_typed(override: str) -> str:
     if not equals or str not in types:
         return override
     words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)
-    typed = f"{key}={''.join(quoted(word.strip()) if NOT_TEXT.fullmatch(word.strip()) else word for word in words)}"
-    try:
-        OverridesParser.create().parse_overrides([typed])
-    except OverrideParseException:  # it's, a(b: words that Hydra's grammar does not have; not a list that is left open
-        return override if value[:1] in "'\"[{" else f"{key}={','.join(map(quoted, value.split(',')))}"
-    return typed
+    is_word = [bool(word.strip()) and word[0] not in "[]{},'\"" for word in words]
+    like_numbers = [bool(NOT_TEXT.fullmatch(word.strip())) for word in words]
+    whole = value if value[:1] in "'\"{" else ",".join(map(quoted, value.split(",")))
+    # as typed; then, for words that Hydra's grammar does not have (it's, a(b, é), with quotes around each
+    tries = [_join_quoted(words, like_numbers), _join_quoted(words, is_word) if value[:1] == "[" else whole]
+    for typed in tries:
+        with suppress(OverrideParseException):
+            OverridesParser.create().parse_overrides([f"{key}={typed}"])
+            return f"{key}={typed}"
+    return override
+
+
+def _join_quoted(words: Sequence[str], where: Sequence[bool]) -> str:
+    return "".join(quoted(word.strip()) if is_quoted else word for word, is_quoted in zip(words, where, strict=True))
 
 
 def resolve_paths(values: Any, folder: Path) -> None:

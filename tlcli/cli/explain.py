@@ -51,7 +51,8 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
                     return error_message(cause, files)
             if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
                 name, _, values = found[1].partition("=")
-                return f"{found[1]} has several values: add -m to sweep over them, or write a list, {name}=[{values}]"
+                ways = f"write a list, {name}=[{values}], or a text, '{name}=\"{values}\"'"
+                return f"{found[1]} has several values: add -m to sweep over them, or {ways}"
             if found := re.match(r"Could not override '([^']+)'", text):
                 return f"unknown key {found[1]!r}.{unknown_key(found[1].partition('@')[0], files)}"
             return text

@@ -128,6 +128,8 @@ def load_dataset(
             remedy = "add some, leave it out, or use fewer folds"
             raise UsageError(f"folds={folds}: class {smallest!r} has only {n} images; {remedy}")
         groups, fold_of = ConcatSplits({"train": pool}).first_copies(reporter), np.empty(len(pool), dtype=np.int64)
+        if (n := len(np.unique(groups))) < folds:
+            raise UsageError(f"folds={folds}: only {n} of the images differ; add some, or use fewer folds")
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         for fold, (_, held) in enumerate(splitter.split(groups, pool.labels, groups)):
             fold_of[held] = fold
@@ -234,7 +236,7 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
     stay, held = stratified_split(train.labels, source.classes, fraction, seed=seed, purpose="val")
     if spec.val_fraction is None and len(held) < MIN_VALIDATION_IMAGES:
         remedy = f"dataset.val_fraction={fraction:g} holds images out"
-        notes.append(f"no val split: all {len(train):,} training images train, and the last epoch is kept ({remedy})")
+        notes.append(f"no val split: all training images train, and the last epoch is kept ({remedy})")
         return {"train": train, "test": test}, notes
     notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")
     return {"train": train.take(stay), "val": train.take(held), "test": test}, notes

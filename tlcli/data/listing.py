@@ -110,7 +110,8 @@ def _problems(files: ImagesByClass, classes: Sequence[str], for_training: bool) 
         for name in classes:
             if name in by_class and not by_class[name]:
                 folder = name if split == "all" else f"{split}/{name}"
-                yield f"{folder}: no images in this class; add some or remove the folder", {name}
+                remedy = "add some, remove the folder, or name the others in dataset.classes"
+                yield f"{folder}: no images in this class; {remedy}", {name}
     if undecoded := {name for name in classes if name.encode(errors="replace").decode() != name}:
         yield f"the name of class {min(undecoded)!r} is not UTF-8: rename its folder", undecoded
     spelled: dict[str, list[str]] = {}
@@ -168,6 +169,11 @@ def list_folder(root_text: str | None, choice: ClassChoice) -> Listing:
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
             raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
+    elif (names := files.get("all")) and all(re.search("train|test|val|fold", name, re.IGNORECASE) for name in names):
+        inner = {tuple(p.name for p in _subfolders(root / name)) for name in names}
+        if len(inner) == 1 and len(*inner) > 1:
+            some, classes = join_limited(sorted(names)), join_limited(list(*inner))
+            raise UsageError(f"{root}: {some} all have the subfolders {classes}: name the splits train, val and test")
     return _make_listing(root, root, files, choice, ignored)
 
 
@@ -204,6 +210,8 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
     """Return the images of each class folder, as paths relative to root, and count the other files."""
     errors, classes = list[OSError](), dict[str, Names]()
     for path in _subfolders(folder):
+        if path.name == "outputs" and any(path.rglob("run.json")):  # runs that were started in the folder of images
+            continue
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
@@ -215,7 +223,9 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
     if errors:
         raise errors[0]
     if not any(classes.values()) and (selected is None or classes.keys() <= set(selected)):
-        raise UsageError(f"{folder}: no images in subfolders. {_ONE_PER_CLASS}")
+        others = join_limited([f"{suffix} ({n})" for suffix, n in ignored.most_common()])
+        found = f" (other files: {others})" if others else ""
+        raise UsageError(f"{folder}: no images in subfolders{found}. {_ONE_PER_CLASS}")
     return classes
 
 

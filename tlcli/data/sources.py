@@ -30,6 +30,8 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
     """scikit-learn's 1,797 digits of 8 by 8 pixels."""
 
     def check(self, *, for_training: bool = True) -> None:
+        if self.root is not None:
+            raise UsageError(f"dataset.root={self.root} has no effect with dataset=digits; add dataset=imagefolder")
         resolve_classes(DIGITS, self.classes, self.name)
 
     def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
@@ -38,6 +40,7 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
 
         from tlcli.data.images import ImageArrays, Source, full_split
 
+        self.check()
         data = datasets.load_digits()
         gray = np.rint(data.images * (255 / 16)).astype(np.uint8)  # values 0 to 16 spread over 0 to 255
         images = ImageArrays(np.repeat(gray[..., None], 3, axis=3), self.name)

@@ -108,7 +108,7 @@ class SplitActivations:
                     positions = ranks.positions(n, size)
                     own = [extractor(x) for x in islice(images, 1)]  # of the last images a rank may have none
                     parts = [[batch[i].reshape(len(positions), -1).view(torch.uint8) for batch in own] for i in columns]
-                    yield [memoryview(ranks.gather(part, positions, n).numpy()) for part in parts]
+                    yield [memoryview(ranks.gather(part, positions, n).numpy()) for part in parts]  # type: ignore[arg-type]
                     advance(n)
 
             batches = rows()

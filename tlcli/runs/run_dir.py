@@ -179,7 +179,9 @@ def open_run(path: str | Path) -> RunDir:
         siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if is_dir(run.path.parent) else []
         raise UsageError(f"{run.path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
     if not exists(run.info_file):
-        below = (file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern)))
+        below = (
+            file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern))[::-1]
+        )
         near = next((path for path in chain(run.path.parents, below) if is_file(path / "run.json")), None)
         hint = f". Did you mean {near}?" if near else ""
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
