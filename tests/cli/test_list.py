@@ -65,13 +65,6 @@ def test_order(sort: str, first: str, last: str, outputs, tlcli) -> None:
     assert (paths[0], paths[-1]) == (f"outputs/{first}", f"outputs/{last}")
 
 
-def test_filter_is_answered_by_its_replacement(outputs, tlcli) -> None:
-    for words in (["--filter", "test>0.9"], ["--filter=test>0.9"], ["--filter"]):
-        ended = tlcli("list", *words)
-        assert (ended.code, ended.out) == (2, "")
-        assert ended.err.startswith("tlcli list: --filter was removed; use jq: tlcli list --format json | jq ")
-
-
 def test_json_and_csv_have_everything(outputs, tlcli) -> None:
     found = json.loads(tlcli("list", "--jobs", "--format=json").out)
     assert [entry["kind"] for entry in found] == ["sweep", "run", "run", "run", "run"]

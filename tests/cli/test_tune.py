@@ -397,7 +397,7 @@ def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.Mo
     found = {"worse": (["w"], specs[70]), "damaged": (["d"], specs[90]), "better": (["b"], specs[80])}
     monkeypatch.setattr("tlcli.engine.ranking.score", score)
     monkeypatch.setattr("tlcli.cli.tune.find_candidates", lambda *args: found)
-    assert _choose_backbone([], 0.0, 1, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
+    assert _choose_backbone([], "worse", time.monotonic() + 900, 1, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--join"])

@@ -100,7 +100,7 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ({"one/train/a": 1, "one/train/b": 1, "two": 1}, "contains train, so it is not a class. Did you mean {}/one"),
         ({"a/train": 1, "a/val": 1, "b/train": 1}, "Images of a class belong in {}/train/a"),
         ({"a": 3}, "photos: only one class, 'a'"),
-        ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some or remove the folder"),
+        ({"train/a": 1, "train/b": 0}, "photos: train/b: no images in this class; add some, remove the folder"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
         ({"train/a": 1, "train/Cat": 1, "val/a": 1, "val/cat": 1}, "classes 'Cat' and 'cat' differ only in case"),
         ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),

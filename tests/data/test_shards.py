@@ -312,7 +312,7 @@ TARS = {
     "without its end": (SOUND[: 8 * 512], NO_HEADER),
     "damaged": (SOUND[:2048] + b"\1" + SOUND[2049:], NO_HEADER.removesuffix(" byte 4,096)")),
     "two archives": (SOUND + SOUND, NO_HEADER),
-    "gzip": (b"\x1f\x8b\x08\0" + SOUND, "x.tar: compressed (gzip), so its images cannot be read at random"),
+    "gzip": (b"\x1f\x8b\x08\0" + SOUND, "decompress it if it is compressed, else copy or make it again"),
 }
 
 

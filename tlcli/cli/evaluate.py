@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
     from tlcli.cli.compose import load_spec, one_process
 
-    arguments = PARSER.parse_intermixed_args(argv or ["--help"])
+    arguments = PARSER.parse_intermixed_args(argv)
     words = [arguments.run, *arguments.words]
     run_word = next((word for word in words if "=" not in word or is_dir(word)), words[0])
     words.remove(run_word)
