@@ -2,6 +2,7 @@
 
 import json
 import traceback
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from msgspec import structs
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional
 
 import tlcli.train
-from tests.conftest import TINY, finish
+from tests.conftest import TINY, Compose, finish
 from tlcli.cli import main
-from tlcli.engine.metrics import Scores
+from tlcli.engine.inputs import Inputs
+from tlcli.engine.metrics import Predictions, Scores
+from tlcli.engine.session import session_for
 from tlcli.models.tensorfile import read_tensors
+from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
-from tlcli.runs.run_dir import read_json
+from tlcli.runs.run_dir import RunDir, read_json
 
 PACKAGE = str(Path(tlcli.__file__).parent)
 RUN_KEYS = {
@@ -170,3 +175,25 @@ def test_a_validation_loss_that_is_not_finite_is_explained(tmp_path, monkeypatch
     assert error.count("\n") == 1
     assert "validation loss is not finite after epoch 1" in error
     assert "optimizer.lr=" in error
+
+
+def test_a_trial_ends_at_the_share_that_its_validation_images_choose(
+    spec: Compose, shapes: Path, tiny: tuple[str, ...], tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(predictions: Sequence[Predictions], inputs: Inputs, reporter: Reporter) -> None:
+        assert len({p.logits.numpy().tobytes() for p in predictions}) == 4, "one for each share"
+        inputs.decisions = structs.replace(inputs.decisions, interpolate=0.5)
+
+    monkeypatch.setattr("tlcli.train.choose_share", choose)
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
+    words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "epochs=2", "dataset.val_fraction=0.2")
+    runs = []
+    for i, more in enumerate(((), ("interpolate=0.5",))):
+        own = spec(*words, *tiny, "freeze=last_stages", *more)
+        runs.append(RunDir(tmp_path / f"run{i}"))
+        runs[i].start(command="", overrides=[], config="")
+        tlcli.train.train(own, runs[i], Reporter(), session_for(own.cache), is_trial=True)
+    chosen, given = (read_tensors(run.best_checkpoint)[0] for run in runs)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in chosen.items())
+    assert runs[0].info["best"] == runs[1].info["best"]
+    assert runs[0].info["decisions"]["interpolate"] == 0.5 and not runs[0].test_file.exists()

@@ -58,7 +58,7 @@ class NewRun:
         if fit_head(inputs, reporter):
             reporter.note(f"probe: {inputs.decisions.reasons['probe']}")
             is_ready = True
-        if workload.compares_shares or (inputs.decisions.interpolate or 1) < 1:
+        if workload.compares_shares or workload.chooses_share or (inputs.decisions.interpolate or 1) < 1:
             trainer.remember_start()
         workload.contract.seal()
         best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
@@ -81,14 +81,15 @@ def train(
     session: Session,
     resume: ResumeState | NewRun | None = None,
     *,
-    has_test: bool = True,
+    is_trial: bool = False,
     ranks: Ranks = ALONE,
 ) -> float | None:
     """Fine-tune, test the epoch that is kept once, and return its validation metric; None without validation images.
 
-    The validation of a refit is that of its folds, in directories next to the run's. Without `has_test` test images are
-    not read. Jobs share the session. Several ranks call it at once: each computes its share, and rank 0 writes. Raises
-    UsageError if the spec cannot be followed and TlcliError if the run fails.
+    The validation of a refit is that of its folds, in directories next to the run's. A trial of a search does not read
+    test images, and decides on the share of the weights for its refit. Jobs share the session. Several ranks call it at
+    once: each computes its part, and rank 0 writes. Raises UsageError if the spec cannot be followed and TlcliError if
+    the run fails.
     """
     start = resume or NewRun()
     record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
@@ -139,8 +140,13 @@ def train(
                 record.log_epoch(epoch, fit, validation, is_best=is_best, step=trainer.step)
                 checkpoints.after_epoch(epoch, validation, is_best=is_best, averaged=averaged)
 
-    share = inputs.decisions.interpolate or 1.0
     n_frozen = contract.verify()  # before low-rank updates are merged
+    if is_trial and val_loader is not None and workload.chooses_share and inputs.decisions.interpolate is None:
+        checkpoints.load_best(1.0)
+        with record.phase("validate"):
+            choose_share(evaluate_shares(trainer, inputs, val_loader, reporter), inputs, reporter)
+        record.inputs()  # before the weights are replaced
+    share = inputs.decisions.interpolate or 1.0
     checkpoints.load_best(share)
     ranks.copy_tensors(network.state_dict().values())
     contract.verify()
@@ -157,7 +163,7 @@ def train(
         by_share = evaluate_shares(trainer, inputs, val_loader, reporter)
         write_tensors(run.val_shares, {"logits": torch.stack([p.logits for p in by_share])}, {})
     predictions: Predictions | None = None
-    if has_test and len(workload.data.test):
+    if not is_trial and len(workload.data.test):
         with record.phase("extract"):
             test = inputs.open("test", reporter)
         with record.phase("test"):

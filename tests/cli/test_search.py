@@ -76,7 +76,7 @@ def job(path: Path, status: str) -> RunDir:
     run = RunDir(path)
     run.start(command="tlcli train", overrides=[], config="")
     run.update(status=status, keep_best="accuracy", best={"accuracy": 0.5, "epoch": 1}, n_train=1, n_val=1, epochs=1)
-    run.update(n_test=0, decisions={"views": 0})
+    run.update(n_test=0, decisions={"views": 0, "interpolate": 0.7})
     return run
 
 
@@ -263,7 +263,8 @@ def test_if_no_recipe_works_the_error_is_raised_and_a_resume_tries_others(worker
 def test_a_refit_that_fails_or_does_not_fit_is_left_out(
     worker, monkeypatch, errors, seconds, has_begun, averaged
 ) -> None:
-    def train(name: str, *args: object) -> RunDir:
+    def train(name: str, recipe: object, words: list[str], reporter: object) -> RunDir:
+        assert "interpolate=0.7" in words, "as its trial chose"
         if name in errors:
             raise errors[name]
         return RunDir(one.folder / name)

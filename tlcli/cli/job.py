@@ -185,9 +185,9 @@ class Command:
                 from tlcli.ranks import led_ranks
                 from tlcli.train import train
             self.session = session_for(spec.cache, self.session)
-            has_test = self.reporter is None
+            is_trial = self.reporter is not None
             with led_ranks(*rank_and_size()) as ranks, logged_run(spec, run.path, reporter) as logged:
-                value = train(spec, run, logged, self.session, state, has_test=has_test, ranks=ranks)
+                value = train(spec, run, logged, self.session, state, is_trial=is_trial, ranks=ranks)
         discard_state(run, spec)
         return value
 

@@ -427,8 +427,9 @@ class Search:
                     break
                 name, recipe = run.path.name, self._trial_of(run)["recipe"]
                 label = f"refit of trial {name}"
-                # the mean has the effect of interpolation, and no first fit is needed
-                words = ["interpolate=1"] if self.base.interpolate is None else []
+                # the trial has decided on the share, so no first fit is needed
+                share = run.info["decisions"].get("interpolate") or 1
+                words = [f"interpolate={share}"] if self.base.interpolate is None else []
                 if views := run.info["decisions"]["views"]:  # even if the refit alone would read them less often
                     words.append(f"cache.views={views}")
                 if self.base.fits is None and load_spec(run).no_average is None:

@@ -258,6 +258,12 @@ class Workload:
         return self.spec.fold is not None and self.spec.interpolate is None and self.interpolates
 
     @property
+    def chooses_share(self) -> bool:
+        """True if val, which selects no epoch, can be used to choose how far the final weights are."""
+        has_val = len(self.data.val) > 0 and not self.selects_epoch
+        return has_val and self.spec.fold is None and self.spec.interpolate is None and self.interpolates
+
+    @property
     def selects_epoch(self) -> bool:
         """True if validation selects the epoch that is kept; else the last one is."""
         spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good
