@@ -94,7 +94,7 @@ class Study:
                     rule = "above 0, as log: true needs it" if values.log else "a number, as bounds need it"
                     raise UsageError(f"space: {key}={bad[0]} must be {rule}")
                 low, high = min(values.low, *numbers), max(values.high, *numbers)
-                if all(isinstance(v, int) for v in own) and values.low % 1 == values.high % 1 == 0:
+                if int in (types := leaf_types(key)) and float not in types:
                     bounds = int(low), int(high)
                     self._distributions[key] = optuna.distributions.IntDistribution(*bounds, log=values.log)
                 else:

@@ -162,13 +162,13 @@ def one_process(spec: TrainSpec) -> TrainSpec:
 
 
 @contextmanager
-def composing(files: ConfFiles) -> Iterator[None]:
-    """Turn exceptions of Hydra, OmegaConf and PyYAML into usage errors of one line."""
+def composing(files: ConfFiles, *, runs: bool = False) -> Iterator[None]:
+    """Turn exceptions of Hydra, OmegaConf and PyYAML into usage errors of one line. `runs`: the block also trains."""
     try:
         yield
     except Exception as exc:
         # a plain ValueError is Hydra's about its flags
-        message = error_message(exc, files) or (str(exc) if type(exc) is ValueError else None)
+        message = error_message(exc, files) or (str(exc) if type(exc) is ValueError and not runs else None)
         if message is None:
             raise
         raise UsageError(message) from exc

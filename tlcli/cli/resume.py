@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import chdir, nullcontext, suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def _resume_sweep(path: Path) -> int:
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)
-        with nullcontext() if is_one_run else composing(flags.files):
+        with composing(flags.files, runs=is_one_run):
             Command(command, flags.files, None if is_one_run else path, resume=True).launch(config, loader, path)
     finally:
         leaderboard.update(run)

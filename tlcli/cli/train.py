@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
         try:
             if spec:
                 print(first_line(spec), flush=True)
-            with composing(flags.files) if is_sweep else nullcontext():  # a ValueError of a run is no usage error
+            with composing(flags.files, runs=not is_sweep):
                 command.launch(config, loader, path)
         except BaseException as exc:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"

@@ -30,6 +30,7 @@ _SYSTEM_FILES = {  # of macOS and Windows, of volumes, and with thumbnails on a 
     *("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "lost+found"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
 }
+_LIKE_A_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|fold)s?(?![a-z])", re.IGNORECASE)
 _ONE_PER_CLASS = "Expected one subfolder per class."
 SINGLE_LABEL = "tlcli does single-label classification: give each image the name of one class"
 
@@ -169,7 +170,7 @@ def list_folder(root_text: str | None, choice: ClassChoice) -> Listing:
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
             raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
-    elif (names := files.get("all")) and all(re.search("train|test|val|fold", name, re.IGNORECASE) for name in names):
+    elif (names := files.get("all")) and all(map(_LIKE_A_SPLIT.search, names)):
         inner = {tuple(p.name for p in _subfolders(root / name)) for name in names}
         if len(inner) == 1 and len(*inner) > 1:
             some, classes = join_limited(sorted(names)), join_limited(list(*inner))

