@@ -77,6 +77,11 @@ TEXT = {
     "dataset.root=null": None,
     "dataset.classes=[true,false]": ("true", "false"),
     "dataset.classes=[1, 2_0,'a,b']": ("1", "2_0", "a,b"),
+    "dataset.classes=[caf\u00e9,th\u00e9]": ("caf\u00e9", "th\u00e9"),
+    "dataset.classes=[\u732b,\u72ac]": ("\u732b", "\u72ac"),
+    "dataset.classes=[a (1),b]": ("a (1)", "b"),
+    "dataset.classes=[a & b,'c d']": ("a & b", "c d"),
+    "dataset.classes=[don't,b]": r"dataset.classes=\[don't,b\]",
     "dataset.classes=[null]": "dataset.classes=null: expected a text",
     "backbone.weights=none": "none",
 }

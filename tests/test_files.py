@@ -69,6 +69,20 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(file: Path, step: str, monke
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_writers_of_one_pid_have_drafts_of_their_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def replace_late(self: Path, other: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        atomic_write(file, b"of another thread, or of a process in another container")
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    write(file)
+    assert file.read_bytes() == NEW
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
 def test_files_that_are_not_drafts_stay(tmp_path: Path) -> None:
     names = [".hidden", ".env.20240101", ".a.1x", "plain", ".version.1.2b"]
     for name in (*names, ".run.json.123"):

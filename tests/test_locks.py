@@ -1,5 +1,6 @@
 """Locks and signs of life: killed owners, suspended owners, and clocks that differ by an hour."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from tlcli.locks import (
 )
 
 ELSEWHERE = json.dumps({"host": "another", "pid": 1, "id": "0"}).encode()
+WITHOUT_START = json.dumps({**this_process(), "process_start": None}).encode()  # as where there is no /proc
 HOUR_NS = 3_600_000_000_000
 
 
@@ -140,6 +142,22 @@ def test_a_lock_that_is_touched_is_waited_for(path: Path, offset: int) -> None:
     assert path.read_bytes() == ELSEWHERE
 
 
+def test_a_lock_that_is_released_while_nfs_reads_it_is_free(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_bytes(ELSEWHERE)
+    lock, reads = Lock(path, observer_of(Clock())), []
+
+    def read_bytes(self: Path) -> bytes:
+        reads.append(self)
+        if len(reads) == 2:  # the first one asks who owns it
+            self.unlink()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        lock.acquire()
+    assert lock.owned()
+
+
 def test_an_owner_that_lost_its_lock_does_not_own_touch_or_remove_it(path: Path) -> None:
     lock = Lock(path)
     with lock.held():
@@ -191,16 +209,17 @@ def test_the_heartbeat_touches_what_exists_until_it_is_dropped(tmp_path: Path) -
     assert file.stat().st_mtime == 0
 
 
-def test_the_observer_knows_an_owner_elsewhere_by_the_next_touch_or_after_60_s(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", [ELSEWHERE, WITHOUT_START], ids=["elsewhere", "here"])
+def test_the_observer_knows_an_owner_by_the_next_touch_or_after_60_s(tmp_path: Path, owner: bytes) -> None:
     names = ("touched", "written", "dead")
     touched, written, dead = (tmp_path / name for name in names)
     for file in (touched, written, dead):
-        file.write_bytes(ELSEWHERE)
+        file.write_bytes(owner)
     clock = Clock()
     observer = observer_of(clock)
     assert [observer.is_alive(file) for file in (touched, written, dead)] == [None] * 3
     touch(touched, -HOUR_NS)
-    written.write_bytes(ELSEWHERE + b" ")
+    written.write_bytes(owner + b" ")
     clock.now = STALE_SECONDS - 1
     assert [observer.is_alive(file) for file in (touched, written, dead)] == [True, True, None]
     clock.now = STALE_SECONDS
@@ -208,6 +227,23 @@ def test_the_observer_knows_an_owner_elsewhere_by_the_next_touch_or_after_60_s(t
     clock.now = 2 * STALE_SECONDS
     assert not observer.is_alive(touched)  # it was alive once
     assert observer.is_alive(tmp_path / "missing") is False
+
+
+def test_a_change_since_a_look_long_ago_is_no_sign_of_life(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("goes on", "dead")]
+    clock = Clock()
+    observer = observer_of(clock)
+    for file in files:
+        file.write_bytes(ELSEWHERE)
+        observer.is_alive(file)
+        touch(file)
+    clock.now = STALE_SECONDS + 1
+    assert [observer.is_alive(file) for file in files] == [None, None]
+    touch(files[0])
+    clock.now += STALE_SECONDS - 1
+    assert [observer.is_alive(file) for file in files] == [True, None]
+    clock.now += 1
+    assert [observer.is_alive(file) for file in files] == [True, False]
 
 
 def test_who_lives_is_known_as_soon_as_each_is_touched(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:
     assert list(shares) == ["augment", "optimizer.lr"] and sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("default", "low", "kind"), [(8, 4, int), (8.0, 4, float), (8, 4.5, float)])
+def test_between_whole_bounds_of_a_whole_number_are_whole_numbers(tmp_path: Path, default, low, kind: type) -> None:
+    spec = structs.replace(SPEC, first=({},), space={"batch_size": Bounds(low, 64, log=True)})
+    study = Study(spec, {"batch_size": default}, tmp_path / "study.journal", seed=0, minimize=False)
+    values = [recipe_of(study.next_trial("a"))["batch_size"] for _ in range(9)]
+    assert values[0] == default and {type(value) for value in values[1:]} == {kind}
+    assert all(low <= value <= 64 for value in values) and len(set(values)) > 3
+
+
 def test_bounds_need_a_number(tmp_path: Path) -> None:
     for value, rule in ((None, "must be above 0"), (0.0, "must be above 0")):  # its bounds are logarithmic
         with pytest.raises(UsageError, match=f"optimizer.lr={value} {rule}"):

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -140,6 +141,19 @@ def test_clear_goes_on_if_a_folder_is_not_empty_yet(two, store, tlcli, monkeypat
     ended = tlcli("cache", "clear")
     assert (ended.code, ended.err, store.entries()) == (0, "", [])
     assert ended.out.startswith("removed 2 entries, ")
+
+
+def test_a_shard_that_fails_has_its_reason(store, tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashed = type("WorkerCrashedError", (Exception,), {"__module__": "ray.exceptions"})("the worker\ndied")
+    errors = [OSError(errno.ENOSPC, "2.1 GB is over cache.max_gb=1"), crashed]
+    monkeypatch.setattr("tlcli.fill.write_plan", lambda *args: SimpleNamespace(summary="a plan"))
+    monkeypatch.setattr("tlcli.fill.read_plan", Mock())
+    monkeypatch.setattr("tlcli.fill.complete", lambda *args: [0, 1])
+    monkeypatch.setattr("tlcli.fill.run_shards", lambda *args, on_ray: enumerate(errors))
+    ended = tlcli("cache", "fill", "--shards=2")
+    failed = [line for line in ended.err.splitlines() if line.startswith("shard ")]
+    assert failed == ["shard 0/2 failed: 2.1 GB is over cache.max_gb=1", "shard 1/2 failed: the worker died"]
+    assert ended.code == 1 and "2 of 2 shards are missing (2 failed)" in ended.err
 
 
 @pytest.mark.parametrize(

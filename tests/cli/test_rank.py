@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tests.cli.conftest import Tlcli
 from tests.engine.test_ranking import scored
 from tlcli.cli import rank
 from tlcli.cli.compose import compose_spec
+from tlcli.cli.conf_files import conf_dir
 from tlcli.data.images import ImageFiles
 from tlcli.errors import TlcliError
 
@@ -20,16 +21,16 @@ LITES = ["efficientnet_lite0", "efficientnet_lite1"]
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """unmeasured("a"): two backbones are on this machine, and get the same score without a measurement; a fails."""
+    """unmeasured("a"): the lites are on this machine, and get the same score without a measurement; a fails."""
 
-    def use(*damaged: str) -> None:
+    def use(*damaged: str, own: Sequence[str] = ()) -> None:
         def score(name: str, *args: object):
             if name in damaged:
                 raise TlcliError("checksum differs")
             yield replace(scored(90, 10), backbone=name)
 
         find = rank.find_candidates
-        monkeypatch.setattr(rank, "find_candidates", lambda names, words: find(names or LITES, words))
+        monkeypatch.setattr(rank, "find_candidates", lambda names, words: find(names or [*own, *LITES], words))
         monkeypatch.setattr(rank, "has_weights", lambda spec: True)
         monkeypatch.setattr("tlcli.engine.ranking.score", score)
 
@@ -100,6 +101,18 @@ def test_a_backbone_that_fails_ends_a_ranking_if_it_was_named(tlcli: Tlcli, unme
     if code == 0:
         assert [row["backbone"] for row in json.loads(ended.out)["ranking"]] == LITES[1:]
         assert ended.err == f"{LITES[0]}: checksum differs\n"
+
+
+def test_options_of_ones_own_that_cannot_be_used_are_left_out(tlcli: Tlcli, unmeasured, tmp_path: Path) -> None:
+    text = (conf_dir() / "backbone/resnet18.yaml").read_text()
+    (tmp_path / "mine/backbone").mkdir(parents=True)
+    (tmp_path / "mine/backbone/unknown.yaml").write_text(text.replace("name: resnet18", "name: resnet81"))
+    (tmp_path / "mine/backbone/gone.yaml").write_text(f"{text}weights: /gone\n")
+    assert not rank.has_weights(compose_spec(["--config-dir=mine", "backbone=unknown"]))
+    unmeasured(own=["gone"])
+    ended = tlcli("rank", "--config-dir=mine", "dataset=digits", "--format=json")
+    assert ended.code == 0 and [row["backbone"] for row in json.loads(ended.out)["ranking"]] == LITES, ended.err
+    assert ended.err.startswith("gone: backbone.weights=/gone: no finished run") and ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("weights", "is_known"), [("default", True), ("none", False)])

@@ -92,6 +92,17 @@ def test_a_run_that_is_interrupted_as_it_resumes_is_not_left_running(tlcli, trai
     assert RunDir(tmp_path / "run").info["status"] == "interrupted"
 
 
+def test_a_run_that_another_process_resumes_meanwhile_is_left_alone(tlcli, training, tmp_path, monkeypatch) -> None:
+    training(stops)
+    assert tlcli("train", "hydra.run.dir=run").code == 130
+    run = RunDir(tmp_path / "run")
+    monkeypatch.setattr("tlcli.runs.resume_state.read_state", lambda own: run.mark_resumed("of another process"))
+    training(finished)
+    ended = tlcli("train", "--resume", "run")
+    assert ended.code == 2 and "is still running it" in ended.err
+    assert RunDir(run.path).info == run.info
+
+
 @pytest.mark.parametrize("scheduler", ["cosine", "constant"])
 def test_more_epochs_are_another_schedule_and_a_note_says_so(scheduler, tlcli, training, tmp_path: Path) -> None:
     training(stops)
@@ -119,7 +130,8 @@ def test_a_job_of_a_sweep_goes_on_as_it_was_started_if_it_has_a_state(
     if has_state:
         run.state_file.parent.mkdir()
         run.state_file.touch()
-        monkeypatch.setattr("tlcli.runs.resume_state.read_state", lambda run: Mock(state={"metrics_bytes": 0}))
+        states = {"running": Mock(state={"metrics_bytes": 0})}  # no other process may resume it meanwhile
+        monkeypatch.setattr("tlcli.runs.resume_state.read_state", lambda run: states[run.status])
     training(lambda spec, run, reporter: rates.append(spec.optimizer.lr) or finished(spec, run, reporter))
     assert tlcli("train", "--resume", "swept").code == 0
     assert (rates, run.config()["optimizer"]["lr"]) == ([rate], rate)

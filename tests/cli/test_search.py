@@ -347,6 +347,26 @@ def test_batch_norms_whose_statistics_are_updated_have_one_fit(tmp_path, monkeyp
     assert one.base.fits == fits
 
 
+@pytest.mark.parametrize("augments", [True, False])
+def test_the_size_of_training_is_searched_if_images_are_augmented(tmp_path, monkeypatch, augments: bool) -> None:
+    workload = SimpleNamespace(contract=SimpleNamespace(updated_norms=dict), augments=augments)
+    image = SimpleNamespace(size=64, fit="crop", train_size=None)
+    monkeypatch.setattr("tlcli.engine.ranking.new_workload", lambda *args: workload)
+    monkeypatch.setattr("tlcli.engine.ranking.choose_image", lambda *args: (image, None))
+    monkeypatch.setattr(search, "takes_size", lambda *args: True)
+    state = {**STATE, "space": {**SPACE, "sizes": [1.0, 1.5]}, "defaults": None}
+    one = Search(tmp_path, state, search.time.monotonic(), TerminalReporter(), None)
+    one._set_defaults()
+    assert one._spec.space.get(tune.SIZE_KEY) == ((64, 96) if augments else None)
+
+
+def test_one_trial_is_compared_with_none(worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "choose_members", lambda *args: pytest.fail("it was compared"))
+    write_json(tmp_path / STATE_FILE, {**STATE, "space": {**SPACE, "trials": 1}})
+    worker().run()
+    assert read_json(tmp_path / STATE_FILE)["members"] == ["0"]
+
+
 def test_one_that_lost_the_lock_stops(worker: Callable[[], Worker]) -> None:
     first = worker()
     begin(first)

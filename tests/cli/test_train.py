@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tlcli as package
-from tests.cli.conftest import finished, runs_in
+from tests.cli.conftest import Ended, finished, runs_in
 from tlcli.errors import NonFiniteLossError, TlcliError, UsageError
 from tlcli.runs.run_dir import read_json
 
@@ -57,6 +57,7 @@ def test_a_named_directory_is_not_overwritten(first, argv, tlcli, training, tmp_
     [
         (NonFiniteLossError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
         (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
+        (ValueError("a"), 1, "internal error: ValueError: a (rerun with --debug for the traceback)\n"),
         (MemoryError(), 1, "tlcli train: out of memory: close other programs, use smaller images"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "was killed: set device.workers=0, or"),
         (RuntimeError("unable to open shared memory object </torch_7>"), 1, "was killed: set device.workers=0, or"),
@@ -140,6 +141,14 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STUB], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count("waits")) == (130, 1), done.stderr
     assert status(tmp_path)[0] == "running", "nothing was recorded"
+
+
+def test_other_ranks_follow_the_first_one_if_there_is_a_run(tlcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tlcli.cli.train.follow_main", lambda: 7)
+    argvs = (["--cfg", "job"], ["epochs=2"], ["--resume", "run"])
+    assert [tlcli("train", *argv) for argv in argvs] == [Ended(code, "", "") for code in (0, 7, 7)]
 
 
 def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:

@@ -400,6 +400,26 @@ def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.Mo
     assert _choose_backbone([], "worse", time.monotonic() + 900, 1, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
 
 
+def test_backbones_are_ranked_in_a_share_of_the_time_and_the_chosen_one_fits_into_the_rest(monkeypatch) -> None:
+    """The default is the first one; `slow` fits when it is ranked, but not after `good` has been ranked, too."""
+    now, seconds, ranked = [0.0], {"default": 1.0, "slow": 850.0, "good": 1.0, "late": 1.0}, list[str]()
+
+    def score(name: str, *args: Any):
+        ranked.append(name)
+        now[0] += 100
+        assert seconds[name] <= args[-1], "the time that is left"
+        yield replace(scored(90, seconds[name]), backbone=name)
+
+    top1 = {"default": 60, "late": 70, "slow": 90, "good": 80}
+    found = {n: ([n], SimpleNamespace(backbone=SimpleNamespace(imagenet_top1=top1[n]))) for n in top1}
+    monkeypatch.setattr("tlcli.cli.tune.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tlcli.cli.tune.RANK_SHARE", 0.25)
+    monkeypatch.setattr("tlcli.engine.ranking.score", score)
+    monkeypatch.setattr("tlcli.cli.tune.find_candidates", lambda *args: found)
+    assert _choose_backbone([], "default", 1000.0, 1, None, Notes()) == (["good"], 50.0)  # type: ignore[arg-type]
+    assert ranked == ["default", "slow", "good"]
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--join"])
 @pytest.mark.parametrize(
     ("change", "error"),

@@ -82,6 +82,14 @@ def test_folds_are_a_stratified_partition_of_train_and_val_with_duplicates_toget
         load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=13)
 
 
+def test_folds_need_as_many_different_images(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
+    for copy in root.glob("train/*/*.png"):
+        copy.write_bytes((copy.parent / "000.png").read_bytes())
+    with pytest.raises(UsageError, match="folds=3: only 2 of the images differ; add some, or use fewer folds"):
+        load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=3)
+
+
 def test_images_of_several_sources_keep_their_names_and_pixels_when_joined() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     one = full_split(ImageArrays(pixels[:3], "x/train"), [0, 1, 0])

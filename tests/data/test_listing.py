@@ -39,6 +39,18 @@ def test_a_class_may_be_called_train(make_folder: MakeFolder) -> None:
     assert folder_spec(make_folder({"train": 1, "bus": 1})).list_files().classes == ("bus", "train")
 
 
+@pytest.mark.parametrize(("has_run", "classes"), [(True, ("a", "b")), (False, ("a", "b", "outputs"))])
+def test_a_folder_of_runs_is_no_class(make_folder: MakeFolder, has_run: bool, classes: tuple[str, ...]) -> None:
+    root = make_folder({"a": 1, "b": 1, "outputs/2024-01-02/10-00-00/plots": 1})
+    (root / f"outputs/2024-01-02/10-00-00/{'run' if has_run else 'other'}.json").write_text("{}")
+    assert folder_spec(root).list_files().classes == classes
+
+
+def test_classes_may_have_the_same_subfolders(make_folder: MakeFolder) -> None:
+    root = make_folder({f"{name}/{time}": 1 for name in ("cat", "dog") for time in ("day", "night")})
+    assert folder_spec(root).list_files().classes == ("cat", "dog")
+
+
 def test_images_are_known_by_their_names_and_other_files_are_counted(make_folder: MakeFolder) -> None:
     skipped = [".git/x", "__MACOSX/a", "a/.cache", "a/__MACOSX", "lost+found", "$RECYCLE.BIN/x", "a/@eaDir", "#recycle"]
     root = make_folder({"a": 1, "b": 1, "a/deep/er": 0, "System Volume Information": 0} | dict.fromkeys(skipped, 1))
@@ -104,12 +116,23 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1, "val/d": 1}, "val has classes that train lacks: c, d"),
         ({"train/a": 1, "train/Cat": 1, "val/a": 1, "val/cat": 1}, "classes 'Cat' and 'cat' differ only in case"),
         ({"val/a": 1, "val/b": 1}, "photos: has val but no train"),
+        (
+            {"training_set/a": 1, "training_set/b": 1, "test_set/a": 1, "test_set/b": 1},
+            "test_set, training_set all have the subfolders a, b: name the splits train, val and test",
+        ),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "val and valid both stand for val"),
     ],
 )
 def test_mistakes_of_layout(make_folder: MakeFolder, counts: dict[str, int], words: str) -> None:
     root = make_folder(counts)
     assert_refused(folder_spec(root), words.format(root), keeps=root)
+
+
+def test_endings_that_are_not_read_are_told_if_there_are_no_others(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 0, "b": 0})
+    for name in ("a/0.CR2", "a/1.cr2", "b/2.cr2", "b/notes.txt"):
+        (root / name).touch()
+    assert_refused(folder_spec(root), "photos: no images in subfolders (other files: .cr2 (3), .txt (1)).", keeps=root)
 
 
 @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="this system takes both for one name")

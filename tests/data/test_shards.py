@@ -5,6 +5,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +31,9 @@ from tests.faults.refusals import refused, untouched
 from tlcli.data import parquet, shards
 from tlcli.data.batches import ImageBatches, Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset
+from tlcli.data.decode import BadImage
 from tlcli.data.images import Split
-from tlcli.errors import BadImagesError
+from tlcli.errors import BadImagesError, UsageError
 from tlcli.reporter import Reporter
 from tlcli.specs import DatasetSpec, Fit, OnBad, Verify
 from tlcli.store import Store
@@ -415,6 +417,25 @@ def test_a_damaged_row_group_is_of_bad_images(tmp_path: Path, png: bytes) -> Non
     words = r"4 files do not decode: .*x\.parquet row 4 \(its row group cannot be read"
     with pytest.raises(BadImagesError, match=words):
         load(parquet_spec(tmp_path))
+
+
+def test_a_parquet_file_with_any_byte_changed_is_read_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    options: dict[str, Any] = {"write_statistics": False, "store_schema": False, "use_dictionary": False}
+    table = pa.table({"image": [b"x"] * 5, "label": [0, 1, 0, 1, 0]})
+    parquet.pq.write_table(table, file, row_group_size=3, compression="none", **options)
+    content, read = file.read_bytes(), 0
+    for i in range(len(content)):
+        file.write_bytes(content[:i] + bytes([content[i] ^ 2]) + content[i + 1 :])
+        try:
+            split = everything(parquet_spec(file))
+        except UsageError as error:
+            assert "x.parquet" in str(error)
+            continue
+        for row in range(len(split)):
+            with suppress(BadImage):
+                read += len(split.images.content(row))  # type: ignore[attr-defined]
+    assert read
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,14 @@ def test_the_size_of_the_weights_is_scored_unless_it_is_that_of_a_run(own: int, 
     assert [(score.train_size, score.size) for score in scores] == sizes
 
 
+def test_a_size_at_which_a_run_takes_too_long_ends_the_scores_of_a_backbone(workload, monkeypatch) -> None:
+    given, measured = workload(), []
+    monkeypatch.setattr(ranking, "new_workload", lambda *args: given)
+    monkeypatch.setattr(ranking, "expected_seconds", lambda given, size, *args: measured.append(size) or (10.0, 50.0))
+    assert list(ranking.score("name", given.spec, [], (50, 2000), given.session, Reporter(), 9.0)) == []
+    assert measured == [192], "224 px, the size of the weights, take longer"
+
+
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:
     best, mixed = scored(90, 100).probe, scored(90, 10).probe
     assert not best.beats(scored(89, 10).probe)

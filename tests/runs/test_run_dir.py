@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tlcli import __version__
-from tlcli.errors import TlcliError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
-from tlcli.runs.run_dir import RunDir, check_version, confusion_matrix, rerun_command, stored_confusion
+from tlcli.runs.run_dir import RunDir, check_version, confusion_matrix, open_run, rerun_command, stored_confusion
 
 
 def test_damaged_files_are_empty(tmp_path: Path) -> None:
@@ -31,6 +31,16 @@ def test_a_run_whose_pid_another_process_has_now_has_died(tmp_path: Path, monkey
     assert run.status == "died"
     run.mark_resumed("tlcli train --resume run")
     assert run.status == "running"
+
+
+def test_the_newest_run_below_a_folder_is_suggested(tmp_path: Path) -> None:
+    for name in ("01-02/10-00", "01-03/08-00", "01-03/09-00", "01-03/10-00"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").touch()
+    (tmp_path / "01-03/10-00/run.json").unlink()
+    for folder in (tmp_path, tmp_path / "01-03"):
+        with pytest.raises(UsageError, match=rf"Did you mean {tmp_path}/01-03/09-00\?"):
+            open_run(folder)
 
 
 @pytest.mark.parametrize("place", ["hydra.searchpath=[/conf]", "+hydra.searchpath=[/conf]"])
