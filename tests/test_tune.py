@@ -178,13 +178,13 @@ def test_importances_need_some_trials(study_of: Callable[..., Study]) -> None:
     assert list(shares) == ["augment", "optimizer.lr"] and sum(shares.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("default", "low", "kind"), [(8, 4, int), (8.0, 4, float), (8, 4.5, float)])
-def test_between_whole_bounds_of_a_whole_number_are_whole_numbers(tmp_path: Path, default, low, kind: type) -> None:
-    spec = structs.replace(SPEC, first=({},), space={"batch_size": Bounds(low, 64, log=True)})
-    study = Study(spec, {"batch_size": default}, tmp_path / "study.journal", seed=0, minimize=False)
-    values = [recipe_of(study.next_trial("a"))["batch_size"] for _ in range(9)]
-    assert values[0] == default and {type(value) for value in values[1:]} == {kind}
-    assert all(low <= value <= 64 for value in values) and len(set(values)) > 3
+@pytest.mark.parametrize(("key", "kind"), [("batch_size", int), ("optimizer.weight_decay", float)])
+def test_bounds_of_a_key_with_whole_numbers_draw_whole_numbers(tmp_path: Path, key: str, kind: type) -> None:
+    spec = structs.replace(SPEC, first=({},), space={key: Bounds(4, 64, log=True)})
+    study = Study(spec, {key: 8}, tmp_path / "study.journal", seed=0, minimize=False)
+    values = [recipe_of(study.next_trial("a"))[key] for _ in range(9)]
+    assert values[0] == 8 and {type(value) for value in values[1:]} == {kind}
+    assert all(4 <= value <= 64 for value in values) and len(set(values)) > 3
 
 
 def test_bounds_need_a_number(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, SplitPredictions, write_json, write_predictions
-from tlcli.specs import Count, FractionAboveZero, TrainSpec, Tta
+from tlcli.specs import Count, FractionAboveZero, TrainSpec, Tta, leaf_types
 
 Value = bool | int | float | str | None
 

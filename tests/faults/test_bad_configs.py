@@ -68,7 +68,6 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "3: x": "unknown key '3'",
     "dataset: {3: x}": "unknown key 'dataset.3'",
     "epochs: abc": "epochs=abc: expected a whole number or null (in experiment/x.yaml)",
-    "defaults: [/schema/dataset/digits@_here_]": "x.yaml: remove the line with schema/dataset/digits@_here_ from",
     "dataset: {classes: [{_target_: os.mkdir}]}": "a config cannot name code to run",
     # Hydra's own node
     "hydra: {run: {dir: elsewhere}}": OF_HYDRA,
