@@ -58,7 +58,7 @@ class Heartbeat:
 
 @dataclass
 class _Look:
-    """A file at the last look: since when it is as it is, when that look was, and if it is known to be touched."""
+    """A file at the last look: since when it is unchanged, when that look was, and if it is known to be touched."""
 
     mtime: int
     content: bytes

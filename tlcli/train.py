@@ -38,6 +38,7 @@ from tlcli.transfer.freeze import HeadSpec
 class NewRun:
     """The start of a new run; `ResumeState` is that of an interrupted one."""
 
+    is_trial: bool = False  # of a search
     decided: Decisions | None = None  # by rank 0, for another rank
     views: int | None = None  # of each training image that are stored; None: see Workload.views
 
@@ -58,7 +59,8 @@ class NewRun:
         if fit_head(inputs, reporter):
             reporter.note(f"probe: {inputs.decisions.reasons['probe']}")
             is_ready = True
-        if workload.compares_shares or workload.chooses_share or (inputs.decisions.interpolate or 1) < 1:
+        may_interpolate = workload.compares_shares or (self.is_trial and workload.chooses_share)
+        if may_interpolate or (inputs.decisions.interpolate or 1) < 1:
             trainer.remember_start()
         workload.contract.seal()
         best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
@@ -91,7 +93,7 @@ def train(
     once: each computes its part, and rank 0 writes. Raises UsageError if the spec cannot be followed and TlcliError if
     the run fails.
     """
-    start = resume or NewRun()
+    start = resume or NewRun(is_trial=is_trial)
     record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
     with record.phase("setup"):
         inputs = load_inputs(spec, session, reporter, start, ranks)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,7 +96,7 @@ class Study:
                     raise UsageError(f"space: {key}={bad[0]} must be {rule}")
                 low, high = min(values.low, *numbers), max(values.high, *numbers)
                 if int in (types := leaf_types(key)) and float not in types:
-                    bounds = int(low), int(high)
+                    bounds = ceil(low), int(high)
                     self._distributions[key] = optuna.distributions.IntDistribution(*bounds, log=values.log)
                 else:
                     self._distributions[key] = optuna.distributions.FloatDistribution(low, high, log=values.log)

@@ -75,6 +75,7 @@ def run(argv: list[str]) -> int:
     if not candidates:
         raise UsageError("no backbone's weights are on this machine; name one with backbone=NAME to download them")
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
+    next(iter(candidates.values()))[1].dataset.check()
     for name, (_, spec) in candidates.items():
         if names:  # before any is ranked
             check(spec)

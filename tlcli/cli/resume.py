@@ -143,6 +143,8 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     if not run.state_file.is_file() and (is_done or is_old):
         reason = "has no checkpoints/state.safetensors to resume from (checkpoint.keep_state=true keeps it)"
         raise UsageError(f"{run.path}: {reason}; to train its weights further, start with backbone.weights={path}")
+    for part in _living_jobs(run.path):
+        raise still_running(part.path, part.info)
     check(spec)
     if spec.device.processes > 1 and rank_and_size()[1] == 1:
         return launch(spec.device.processes, ["--resume", str(path), *overrides])
@@ -154,8 +156,10 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         from tlcli.train import train
 
     state = read_state(run)
-    for part in _living_jobs(run.path):  # just before this process says that it runs it
+    for part in _living_jobs(run.path):  # again, just before this process says that it runs it
         raise still_running(part.path, part.info)
+    if not is_done and RunDir(run.path).info.get("status") == "done":  # meanwhile: its state has been removed
+        return _nothing_to_resume(run)
     try:
         with record_status(run):
             run.mark_resumed(shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))

@@ -405,7 +405,7 @@ class Search:
         path.mkdir(exist_ok=True)
         line = shlex.join(["tlcli", "train", *words])
         command = Command(line, flags.files, None, spec, resume=True, reporter=reporter, session=self._session)
-        with composing(flags.files):
+        with composing(flags.files, runs=True):
             command.launch(config, loader, path)
         return RunDir(run.path)
 
@@ -436,7 +436,7 @@ class Search:
                     words.append(f"fits={self._state['fits']}")
                 try:
                     refits.append(self._train(f"refit-{name}", recipe, words, TrialReporter(self, label)))
-                except CANDIDATE_ERRORS as exc:  # the trials are still there
+                except (*CANDIDATE_ERRORS, ValueError) as exc:  # the trials are still there
                     self._check_lock()
                     self.reporter.note(f"{label} failed: {exit_status(exc)[1]}")
                     continue

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
-RANK_SHARE = 0.25  # of the budget, after which no other backbone is ranked
+RANK_SHARE = 0.25  # of the time that is left, after which no other backbone is ranked
 RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried
 
 
@@ -260,7 +260,7 @@ def _choose_backbone(
             scores += islice(found, 1)
     max_seconds = (end - time.monotonic()) / n_runs
     scores = [one for one in scores if (one.seconds or 0.0) <= max_seconds]
-    if len({one.backbone for one in scores}) <= 1:
+    if {one.backbone for one in scores} <= {default}:
         return None
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
     tied = f"the best on ImageNet of those that tie, of {len(scores)} whose run fits into the budget"

@@ -1,6 +1,7 @@
 """Load a finished run: its network is rebuilt from its record. No code from files runs, and nothing is downloaded."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tlcli.data.decode import Pixels, ValueRange, raw_image, read_image
 from tlcli.engine.heat_maps import draw_heat_map, heat_map
 from tlcli.engine.metrics import ENERGY, calibrated
 from tlcli.engine.unknown import UnknownScore
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
@@ -128,7 +129,9 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     epoch, temperature, unknown, threshold = integer(metadata.get("epoch")), 1.0, None, None
     is_kept = epoch is not None and mapping(run.info.get("best")).get("epoch") == epoch
     if is_kept and checkpoint == "last":  # its weights may be those before averaging or interpolation
-        is_kept = run.best_checkpoint.is_file() and read_tensors(run.best_checkpoint)[1] == metadata
+        is_kept = False
+        with suppress(OSError, TlcliError):  # the best ones are missing or damaged
+            is_kept = read_tensors(run.best_checkpoint)[1] == metadata
     if is_kept:
         temperature = mapping(run.info.get("calibration")).get("temperature", 1.0)
         if not 0 < (number(temperature) or 0) < 1e9:
