@@ -127,6 +127,7 @@ def test_facts_of_published_weights_are_not_those_of_others(tlcli: Tlcli, unmeas
     ("words", "reason"),
     [
         (["backbone=resnet81"], "resnet81: neither an option, nor timm/NAME, nor a run directory. Did you"),
+        (["dataset=imagefolder", "dataset.root=gone"], "gone: no such folder"),
         (["image.size=big"], "image.size=big: must be a number of pixels from 8"),
         (["--plot=ranking.pdf"], "--plot ranking.pdf: must be a .png or .svg"),
         (["--plot=nowhere/x.png"], "--plot nowhere/x.png: nowhere is not a folder; make it first"),

@@ -92,14 +92,24 @@ def test_a_run_that_is_interrupted_as_it_resumes_is_not_left_running(tlcli, trai
     assert RunDir(tmp_path / "run").info["status"] == "interrupted"
 
 
-def test_a_run_that_another_process_resumes_meanwhile_is_left_alone(tlcli, training, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("is_done", "code", "words"), [(False, 2, "is still running it"), (True, 0, "nothing to resume")]
+)
+def test_a_run_that_another_process_resumes_meanwhile_is_left_alone(
+    is_done: bool, code: int, words: str, tlcli, training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resume_elsewhere(own: RunDir) -> None:
+        run.mark_resumed("of another process")
+        if is_done:
+            run.end("done")
+
     training(stops)
     assert tlcli("train", "hydra.run.dir=run").code == 130
     run = RunDir(tmp_path / "run")
-    monkeypatch.setattr("tlcli.runs.resume_state.read_state", lambda own: run.mark_resumed("of another process"))
+    monkeypatch.setattr("tlcli.runs.resume_state.read_state", resume_elsewhere)
     training(finished)
     ended = tlcli("train", "--resume", "run")
-    assert ended.code == 2 and "is still running it" in ended.err
+    assert ended.code == code and words in ended.err + ended.out
     assert RunDir(run.path).info == run.info
 
 

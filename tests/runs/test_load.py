@@ -125,6 +125,8 @@ def test_the_last_weights_are_calibrated_only_if_they_are_those_that_were_kept(r
         last = load_run(run, "last")
         assert (last.temperature, last.threshold, last.is_kept) == expected
         assert load_run(run).is_kept
+    files.best_checkpoint.write_bytes(b"damaged")
+    assert load_run(run, "last").temperature == 1.0
 
 
 def test_a_run_that_cannot_be_loaded_is_one_line(run: Path) -> None:
