@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from tlcli.engine.metrics import Predictions, Scores
 from tlcli.engine.session import session_for
 from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
+from tlcli.runs import checkpointing
 from tlcli.runs.load import load_run
+from tlcli.runs.recorder import Recorder
+from tlcli.runs.resume_state import read_state
 from tlcli.runs.run_dir import RunDir, read_json
 
 PACKAGE = str(Path(tlcli.__file__).parent)
@@ -177,23 +180,65 @@ def test_a_validation_loss_that_is_not_finite_is_explained(tmp_path, monkeypatch
     assert "optimizer.lr=" in error
 
 
-def test_a_trial_ends_at_the_share_that_its_validation_images_choose(
+@pytest.fixture
+def trial(
     spec: Compose, shapes: Path, tiny: tuple[str, ...], tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[..., RunDir]:
+    """trial("a"): a run that a search tries, which chooses half of the way; `resumes`: that of this name continues."""
+
     def choose(predictions: Sequence[Predictions], inputs: Inputs, reporter: Reporter) -> None:
         assert len({p.logits.numpy().tobytes() for p in predictions}) == 4, "one for each share"
         inputs.decisions = structs.replace(inputs.decisions, interpolate=0.5)
 
-    monkeypatch.setattr("tlcli.train.choose_share", choose)
+    def train(name: str, *words: str, resumes: bool = False) -> RunDir:
+        base = (
+            "dataset=imagefolder",
+            f"dataset.root={shapes}",
+            "image.size=32",
+            "epochs=2",
+            "dataset.val_fraction=0.2",
+        )
+        own, run = spec(*base, *tiny, "freeze=last_stages", *words), RunDir(tmp_path / name)
+        if not resumes:
+            run.start(command="", overrides=[], config="")
+        state = read_state(run) if resumes else None
+        tlcli.train.train(own, run, Reporter(), session_for(own.cache), state, is_trial=True)
+        return run
+
+    monkeypatch.setattr(tlcli.train, "choose_share", choose)
     monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 200)
-    words = ("dataset=imagefolder", f"dataset.root={shapes}", "image.size=32", "epochs=2", "dataset.val_fraction=0.2")
-    runs = []
-    for i, more in enumerate(((), ("interpolate=0.5",))):
-        own = spec(*words, *tiny, "freeze=last_stages", *more)
-        runs.append(RunDir(tmp_path / f"run{i}"))
-        runs[i].start(command="", overrides=[], config="")
-        tlcli.train.train(own, runs[i], Reporter(), session_for(own.cache), is_trial=True)
+    return train
+
+
+def test_a_trial_ends_at_the_share_that_its_validation_images_choose(trial: Callable[..., RunDir]) -> None:
+    runs = trial("chosen"), trial("given", "interpolate=0.5")
     chosen, given = (read_tensors(run.best_checkpoint)[0] for run in runs)
     assert all(torch.equal(tensor, given[name]) for name, tensor in chosen.items())
     assert runs[0].info["best"] == runs[1].info["best"]
     assert runs[0].info["decisions"]["interpolate"] == 0.5 and not runs[0].test_file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name"), [(tlcli.train, "choose_share"), (Recorder, "inputs"), (checkpointing, "write_tensors")]
+)
+def test_a_trial_that_is_interrupted_at_its_share_takes_it_once(
+    owner: object, name: str, trial: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        do(*args)
+        has_chosen = {
+            "choose_share": lambda: True,
+            "inputs": lambda: args[0]._inputs.decisions.interpolate is not None,
+            "write_tensors": lambda: "interpolate" in args[2],
+        }
+        if has_chosen[name]():
+            raise KeyboardInterrupt
+
+    whole, do = trial("whole"), getattr(owner, name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupted)
+        trial("parts")
+    parts = trial("parts", resumes=True)
+    one, other = (read_tensors(run.best_checkpoint)[0] for run in (whole, parts))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())

@@ -92,9 +92,7 @@ def test_a_run_that_is_interrupted_as_it_resumes_is_not_left_running(tlcli, trai
     assert RunDir(tmp_path / "run").info["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    ("is_done", "code", "words"), [(False, 2, "is still running it"), (True, 0, "nothing to resume")]
-)
+@pytest.mark.parametrize(("is_done", "code", "words"), [(False, 2, "still running it"), (True, 0, "nothing to resume")])
 def test_a_run_that_another_process_resumes_meanwhile_is_left_alone(
     is_done: bool, code: int, words: str, tlcli, training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
