@@ -191,14 +191,8 @@ def trial(
         inputs.decisions = structs.replace(inputs.decisions, interpolate=0.5)
 
     def train(name: str, *words: str, resumes: bool = False) -> RunDir:
-        base = (
-            "dataset=imagefolder",
-            f"dataset.root={shapes}",
-            "image.size=32",
-            "epochs=2",
-            "dataset.val_fraction=0.2",
-        )
-        own, run = spec(*base, *tiny, "freeze=last_stages", *words), RunDir(tmp_path / name)
+        data = ("dataset=imagefolder", f"dataset.root={shapes}", "dataset.val_fraction=0.2", "image.size=32")
+        own, run = spec(*data, *tiny, "freeze=last_stages", "epochs=2", *words), RunDir(tmp_path / name)
         if not resumes:
             run.start(command="", overrides=[], config="")
         state = read_state(run) if resumes else None
