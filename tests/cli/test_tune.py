@@ -295,14 +295,14 @@ def test_usage_errors_of_workers(tlcli: Tlcli, tmp_path: Path, words: tuple[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["choose_members", "add_test"])
+@pytest.mark.parametrize("stage", ["predict_mean", "add_test"])
 def test_a_search_that_was_interrupted_at_its_end_is_resumed(tlcli: Tlcli, words, tmp_path, monkeypatch, stage) -> None:
     (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace("trials: 3", "trials: 1"))
     folder, module = tmp_path / "search", evaluate if stage == "add_test" else tune
     function = getattr(module, stage)
 
     def interrupt(*args: Any, **options: Any) -> None:
-        if stage != "choose_members":
+        if stage != "predict_mean":
             function(*args, **options)
         raise KeyboardInterrupt
 
@@ -311,7 +311,7 @@ def test_a_search_that_was_interrupted_at_its_end_is_resumed(tlcli: Tlcli, words
         ended = tlcli("tune", *words, "budget=1h", f"hydra.sweep.dir={folder}")
     assert ended.code == 130 and "resume with: tlcli tune --resume search" in ended.err
     before = {file: file.read_bytes() for file in folder.glob("refit-*/checkpoints/best.safetensors")}
-    assert bool(before) == (stage != "choose_members")
+    assert bool(before) == (stage != "predict_mean")
     ended = tlcli("tune", "--resume", str(folder))
     assert ended.code == 0, ended.err
     assert all(file.read_bytes() == content for file, content in before.items())
