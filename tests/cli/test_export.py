@@ -112,6 +112,7 @@ def test_the_printed_line_loads_a_model_with_equal_logits(to: str, loaded: Loade
     assert [p.name for p in path.parent.iterdir()] == [FORMATS[to].file_name]  # no draft is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", EACH_GRAPH)
 def test_with_preprocessing_a_graph_takes_pixels(to: str, loaded: LoadedRun, resnet: Path, tmp_path: Path) -> None:
     for package in FORMATS[to].packages:

@@ -235,6 +235,7 @@ def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) ->
     assert "no job has a run.json" in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", ["this machine", "another machine", "a machine that is down"])
 def test_a_job_that_still_runs_is_left_alone(owner: str, tlcli, training, tmp_path: Path, monkeypatch) -> None:
     training(finished)

@@ -72,6 +72,7 @@ def ten_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "_fastest", fastest)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ten_per_second")
 def test_seconds_follow_from_speeds(spec: Compose, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = spec(*base(shapes, "freeze=last_stages", "freeze.n=4", "augment=none"))

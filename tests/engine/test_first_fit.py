@@ -96,6 +96,7 @@ def test_there_is_none_with_validation_images_a_given_share_or_random_weights(lo
         assert load(words).workload.first_fit is None, words
 
 
+@pytest.mark.slow
 def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
     workload = load("epochs=3").workload
     assert (workload.fits, workload.epochs, workload.first_fit.epochs) == (2, 6, 3)
@@ -107,6 +108,7 @@ def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
     assert load("interpolate=1", "fits=4", "epochs=3").workload.epochs == 12
 
 
+@pytest.mark.slow
 def test_its_fits_share_stored_views_that_are_read_often_enough(load) -> None:
     words = ("freeze=last_stages", "epochs=6", "image.train_size=48")
     inputs = load(*words)

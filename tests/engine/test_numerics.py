@@ -144,6 +144,7 @@ def test_another_case_is_measured_again(change: str, choose, monkeypatch: pytest
     assert Timed.steps
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(spec: Compose, shapes: Path, tmp_path: Path) -> None:
     """Not the tensors, their layout and versions, the gradients, the modes or the generator."""
     words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "freeze=last_stages")

@@ -185,6 +185,7 @@ def test_a_run_keeps_its_choice_of_image_and_epochs(disturbed: Run, whole: Run, 
         assert run.info["decisions"]["reasons"]["image"] == "the reason"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_stored_views_if_its_epochs_change(whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcli.engine.activations.VIEWS", 1)
     run = whole("freeze=last_stages", "augment=basic", "epochs=2", "checkpoint.keep_state=true")

@@ -61,6 +61,7 @@ def test_seldom_written_checkpoints_are_those_of_every_epoch(quick: Callable[...
     assert state["trainer"]["step"] == other_state["trainer"]["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, *slow(False)])
 def test_last_is_best_where_the_last_epoch_was(quick: Callable[..., Path], links: bool, monkeypatch) -> None:
     """One file of two names; two files with the same weights where the file system has no such names."""

@@ -158,6 +158,7 @@ def no_svg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "svg", draw_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["run.json", "test.json"])
 def test_values_of_another_type_are_left_out(tmp_path: Path, file: str, no_svg: None) -> None:
     run = make_run(tmp_path, n=12)
