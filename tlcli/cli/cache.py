@@ -140,10 +140,11 @@ def _fill(arguments: argparse.Namespace) -> int:
             for done, result in run_shards(file, todo, store, reporter, on_ray=arguments.engine == "ray"):
                 if isinstance(result, BaseException):
                     failed += 1
-                    is_known = isinstance(result, OSError) and result.filename is None  # of the store
-                    is_known = is_known or type(result).__module__.startswith("ray.")
-                    reason = getattr(result, "strerror", None) or one_line(result)
-                    reason = reason if is_known else exit_status(result)[1]
+                    reason = exit_status(result)[1]
+                    if isinstance(result, OSError) and result.filename is None:  # of the store
+                        reason = result.strerror or reason
+                    elif type(result).__module__.startswith("ray."):
+                        reason = one_line(result)
                     print(f"shard {done}/{shards} failed: {reason}", file=sys.stderr, flush=True)
                 elif (rows := result[0]) or shard is not None:
                     print(f"shard {done}/{shards}: {rows:,} rows in {duration_text(result[1])}", flush=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -78,20 +78,20 @@ def _text_as_typed(override: str) -> str:
     if not equals or str not in types:
         return override
     words = re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{},'"]+|.""", value)
-    is_word = [bool(word.strip()) and word[0] not in "[]{},'\"" for word in words]
-    like_numbers = [bool(NOT_TEXT.fullmatch(word.strip())) for word in words]
-    whole = value if value[:1] in "'\"{" else ",".join(map(quoted, value.split(",")))
-    # as typed; then, for words that Hydra's grammar does not have (it's, a(b, é), with quotes around each
-    tries = [_join_quoted(words, like_numbers), _join_quoted(words, is_word) if value[:1] == "[" else whole]
+
+    def join(needs_quotes: Callable[[str], object]) -> str:
+        return "".join(quoted(word.strip()) if needs_quotes(word) else word for word in words)
+
+    tries = [join(lambda word: NOT_TEXT.fullmatch(word.strip()))]
+    if value[:1] == "[":  # then quotes around each word, for those that Hydra's grammar does not have: it's, a(b, é
+        tries.append(join(lambda word: word.strip() and word[0] not in "[]{},'\""))
+    elif value[:1] not in "'\"{":
+        tries.append(",".join(map(quoted, value.split(","))))
     for typed in tries:
         with suppress(OverrideParseException):
             OverridesParser.create().parse_overrides([f"{key}={typed}"])
             return f"{key}={typed}"
     return override
-
-
-def _join_quoted(words: Sequence[str], where: Sequence[bool]) -> str:
-    return "".join(quoted(word.strip()) if is_quoted else word for word, is_quoted in zip(words, where, strict=True))
 
 
 def resolve_paths(values: Any, folder: Path) -> None:
