@@ -183,6 +183,16 @@ def test_regret_is_zero_for_the_best_candidate() -> None:
         assert found[name] == pytest.approx(pair), name
 
 
+def test_no_choice_within_a_share_of_the_time_has_a_smaller_regret() -> None:
+    truth = {"slow": 0.9, ranking.LARGEST: 0.8, "fast": 0.4}
+    seconds = {"slow": 5.0, ranking.LARGEST: 10.0, "fast": 1.0}
+    found = [{"scores": {name: {"run_seconds": value} for name, value in seconds.items()}}] * 2
+    by_share = [(0.5, [(0, 0.5), (0, 0.5)]), (0.4, [(0.5, 0.1), (0, 0.5)]), (0.01, [(0.5, 0.1), (0.5, 0.1)])]
+    for share, expected in by_share:
+        chosen = sorted(ranking.best_within(share, [truth, truth], found), reverse=True)
+        assert chosen == [pytest.approx(pair) for pair in expected], share
+
+
 def test_ranking_is_validated_by_runs(data: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ranking, "TASKS", ("hymenoptera",))
     monkeypatch.setattr(ranking, "NETWORKS", ("efficientnet_lite0",))

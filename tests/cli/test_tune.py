@@ -72,7 +72,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr("tlcli.engine.ranking.new_workload", lambda *args: workload)
     monkeypatch.setattr("tlcli.engine.ranking.image_sizes", lambda workload: (32, 32))
-    monkeypatch.setattr("tlcli.engine.ranking.expected_seconds", lambda *args: (100.0, 50.0))
+    monkeypatch.setattr("tlcli.engine.ranking.expected_seconds", lambda *args: (100.0, 50.0, None))
     monkeypatch.setattr("tlcli.cli.search.Search", end)
     return workload
 

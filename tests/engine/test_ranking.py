@@ -10,15 +10,19 @@ import torch
 from PIL import Image
 
 from tests.conftest import Compose
+from tlcli.device import allowed_formats
 from tlcli.engine import ranking
 from tlcli.engine.activations import Workload
 from tlcli.engine.ranking import Score, choose, choose_image, image_sizes
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
+from tlcli.specs import Accelerator, DeviceSpec, Precision
 from tlcli.store import Store
 from tlcli.train import NewRun, load_inputs
 from tlcli.transfer.probe import CrossValidation, choose_penalty
+
+DEVICE = DeviceSpec(Accelerator.cpu, 1, Precision.fp32, True, False, 0, None, False)
 
 
 @pytest.fixture
@@ -156,7 +160,7 @@ def test_the_sample_has_the_images_of_a_class_even_if_another_one_has_few(worklo
     own = workload("image.size=32")
     many, few = (np.flatnonzero(own.data.train.labels == i) for i in range(2))
     monkeypatch.setattr(ranking, "cross_validate_probe", probe)
-    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0))
+    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0, DEVICE))
 
     def score(n_few: int) -> Score:
         train = own.data.train.take(np.concatenate([many, few[:n_few]]))
@@ -173,7 +177,7 @@ def test_the_size_of_the_weights_is_scored_unless_it_is_that_of_a_run(own: int, 
     given = workload()
     given = replace(given, classifier=replace(given.classifier, size=own))
     monkeypatch.setattr(ranking, "new_workload", lambda *args: given)
-    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0))
+    monkeypatch.setattr(ranking, "expected_seconds", lambda *args: (10.0, 50.0, DEVICE))
     monkeypatch.setattr(ranking, "cross_validate_probe", lambda *args: cross_validation(50))
     scores = ranking.score("name", given.spec, [], (50, 2000), given.session, Reporter())
     assert [(score.train_size, score.size) for score in scores] == sizes
@@ -182,9 +186,29 @@ def test_the_size_of_the_weights_is_scored_unless_it_is_that_of_a_run(own: int, 
 def test_a_size_at_which_a_run_takes_too_long_ends_the_scores_of_a_backbone(workload, monkeypatch) -> None:
     given, measured = workload(), []
     monkeypatch.setattr(ranking, "new_workload", lambda *args: given)
-    monkeypatch.setattr(ranking, "expected_seconds", lambda given, size, *args: measured.append(size) or (10.0, 50.0))
+    monkeypatch.setattr(
+        ranking, "expected_seconds", lambda given, size, *args: measured.append(size) or (10.0, 50.0, DEVICE)
+    )
     assert list(ranking.score("name", given.spec, [], (50, 2000), given.session, Reporter(), 9.0)) == []
     assert measured == [192], "224 px, the size of the weights, take longer"
+
+
+@pytest.mark.parametrize("sizes", [[], [32, 64]])
+def test_formats_are_compared_at_the_first_size_of_a_backbone(sizes: list[int], workload, monkeypatch) -> None:
+    given, devices = workload(), []
+    monkeypatch.setattr(ranking, "new_workload", lambda spec, *rest: replace(given, spec=spec))
+    monkeypatch.setattr(
+        ranking, "expected_seconds", lambda given, *rest: devices.append(given.spec.device) or (10.0, 50.0, DEVICE)
+    )
+    monkeypatch.setattr(ranking, "cross_validate_probe", lambda *args: cross_validation(50))
+    assert len(list(ranking.score("name", given.spec, sizes, (50, 2000), given.session, Reporter()))) == 2
+    assert devices == [given.spec.device, DEVICE]
+
+
+def test_the_device_of_an_expected_time_allows_the_fastest_format_alone(workload) -> None:
+    given = workload("image.size=32")
+    _, _, device = ranking.expected_seconds(given, 32, 32)
+    assert len(allowed_formats(device, torch.device("cpu"))) == 1
 
 
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:

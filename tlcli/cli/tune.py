@@ -200,7 +200,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
     if not has_val and val_fraction is None:
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
     train_size, size = image_sizes(workload)
-    seconds, speed = expected_seconds(workload, size, train_size)
+    seconds, speed, _ = expected_seconds(workload, size, train_size)
     n_runs: float = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
     if val_fraction is not None and workload.first_fit is None:
         n_runs = 2 - val_fraction  # a trial and its refit

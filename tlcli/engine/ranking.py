@@ -9,7 +9,7 @@ import torch
 from msgspec import structs
 
 from tlcli.data.dataset import limit_per_class
-from tlcli.device import setup_process
+from tlcli.device import DTYPES, setup_process
 from tlcli.engine.activations import Workload, image_size, load_workload
 from tlcli.engine.costs import estimate_cost
 from tlcli.engine.decisions import Decisions
@@ -20,7 +20,7 @@ from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
 from tlcli.reporter import Reporter
-from tlcli.specs import Fit, ImageSpec, TrainSpec
+from tlcli.specs import DeviceSpec, Fit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.probe import FOLDS, CrossValidation, choose_penalty
@@ -149,12 +149,19 @@ def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workl
     return replace(load_workload(spec, data, accelerator, session), needs_probe=True)
 
 
-def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None]:
-    """Return the seconds of a run at these image sizes, and images per second of evaluation, from a few steps."""
+def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None, DeviceSpec]:
+    """Return the seconds of a run at these image sizes and images per second of evaluation, from a few steps.
+
+    The device is that of the run, restricted to the format in which it trains fastest.
+    """
     image = structs.replace(workload.spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
     formats = measure_network(run)
-    return estimate_cost(run, formats, also_untaken=False)["total"], formats[1].images_per_second
+    seconds, (train, evaluation) = estimate_cost(run, formats, also_untaken=False)["total"], formats
+    precision = next(name for name, dtype in DTYPES.items() if dtype == train.dtype)
+    channels_last = train.memory_format == torch.channels_last
+    device = structs.replace(run.spec.device, precision=precision, channels_last=channels_last)
+    return seconds, evaluation.images_per_second, device
 
 
 def score(
@@ -169,7 +176,8 @@ def score(
     """Yield the scores of a backbone at these image sizes; without any, at those of a run, then at that of its weights.
 
     The probe is cross-validated on a sample of the training images, of which `limits` are the most per class and in
-    all. It ends at a size at which a run would take more than `max_seconds`. Raise UsageError if images are too few.
+    all. It ends at a size at which a run would take more than `max_seconds`. The format that is fastest at the first
+    size is that of all. Raise UsageError if images are too few.
     """
     workload = new_workload(spec, session, reporter)
     data, classifier = workload.data, workload.classifier
@@ -187,7 +195,7 @@ def score(
         if sizes:  # a table of positions is for one size
             workload = new_workload(structs.replace(spec, image=image), session, reporter)
         check_train_size(workload, size, train_size)
-        seconds, evaluation = expected_seconds(workload, size, train_size)
+        seconds, evaluation, device = expected_seconds(workload, size, train_size)
         if max_seconds is not None and (seconds or 0) > max_seconds:
             return  # the size of the weights is larger
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
@@ -196,6 +204,8 @@ def score(
             raise UsageError(f"rank: fewer than two classes have the {FOLDS} training images of a cross-validation")
         n_parameters = count(classifier.network.parameters())
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
+        spec = structs.replace(spec, device=device)  # at other sizes the same format is the fastest, as a rule
+        workload = replace(workload, spec=structs.replace(workload.spec, device=device))
 
 
 def best_of(scores: Sequence[Score]) -> list[Score]:
