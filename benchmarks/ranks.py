@@ -2,14 +2,17 @@
 
 Images per second of two processes with one thread each, against one process with one thread and with two: training the
 whole of EfficientNet-Lite0 with batches of 32 at 224 px, over the epochs after the first, and extraction on a cold
-cache. Formats are fixed, so that all compute the same. It needs a machine with two idle cores.
+cache. Two separate runs at once, which exchange nothing, show what two cores give at most. Formats are fixed, so that
+all compute the same. It needs a machine with two idle cores.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, table
+from benchmarks.figures import Measure, Rounds, at_least, interleaved, ratios, spread, table
 from benchmarks.images import subset
 from benchmarks.run import BACKBONES, out_folder, parser, publish, publish_measures, tlcli_train
 
@@ -29,12 +32,16 @@ class Settings:
 
 SMALL = Settings(size=32, batch=8, train=4, test=2, epochs=2, rounds=1)
 RANKS, ONE, TWO = "two processes, one thread each", "one process, one thread", "one process, two threads"
+SEPARATE = "two separate runs at once, one thread each, together"
 WORDS = {RANKS: ("device.processes=2", "device.threads=1"), ONE: ("device.threads=1",), TWO: ("device.threads=2",)}
 FORMATS = ("device.precision=fp32", "device.channels_last=true", "augment=none", "freeze.head_init=random")
 
 
 def speed(kind: str, how: str, root: Path, out: Path, settings: Settings) -> float:
     """Return the images per second of `training` or `extraction`."""
+    if how == SEPARATE:
+        with ThreadPoolExecutor(2) as pool:
+            return sum(pool.map(lambda i: speed(kind, ONE, root, Path(f"{out}_{i}"), settings), range(2)))
     words = ("dataset=imagefolder", f"dataset.root='{root}'", f"image.size={settings.size}")
     own = ("freeze=none", "cache.mode=off", f"epochs={settings.epochs}", f"batch_size={settings.batch}")
     if kind == "extraction":
@@ -47,12 +54,12 @@ def speed(kind: str, how: str, root: Path, out: Path, settings: Settings) -> flo
 
 def rounds_of(kind: str, root: Path, out: Path, settings: Settings) -> Rounds:
     """Return images per second of each way to run, by round."""
-    runs = iter(range(len(WORDS) * settings.rounds))
+    runs, ways = count(), (*WORDS, SEPARATE)
 
     def timer(how: str) -> Callable[[], float]:
         return lambda: speed(kind, how, root, out / f"{kind}_{next(runs)}", settings)
 
-    return interleaved({how: timer(how) for how in WORDS}, settings.rounds)
+    return interleaved({how: timer(how) for how in ways}, settings.rounds)
 
 
 def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
@@ -67,6 +74,9 @@ def main(data: Path, out: Path, *, small: bool = False) -> list[Measure]:
         for kind, rounds in seen.items()
         for other, bar in ((ONE, 1.8), (TWO, 1.0))
     ]
+    for kind, rounds in seen.items():
+        most = ratios(rounds[SEPARATE], rounds[ONE])
+        print(f"{kind}: {SEPARATE}, over {ONE}: {spread(most, 'x')}")
     return publish_measures("ranks_measures", measures, out)
 
 

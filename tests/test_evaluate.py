@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 
 from tests.conftest import TINY, Notes, finish, make_folder
 from tlcli.cli.compose import load_spec
 from tlcli.data.dataset import load_evaluation_split
 from tlcli.errors import TlcliError, UsageError
-from tlcli.evaluate import Evaluation, _with_labels_of, evaluate_run
+from tlcli.evaluate import Evaluation, _identity, _with_labels_of, evaluate_run
 from tlcli.predict import Predictor
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
@@ -221,8 +222,16 @@ def test_a_dataset_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path:
     result = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
     assert result.same is True
     assert result.description == "the run's own test split: images of the same names in another folder"
-    make_folder(tmp_path / "new", {"across": 3, "down": 4})
-    assert evaluated(unsplit, f"dataset.root={tmp_path / 'new'}").report["n"] == 7
+    fewer = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}", "dataset.test_per_class=1")
+    assert (fewer.description, fewer.report["n"]) == (result.description, 2)
+    shutil.copy(tmp_path / "elsewhere/across/000.png", tmp_path / "elsewhere/across/a.png")
+    reporter = Notes()  # another image, so that the split is another one
+    grown = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}", reporter=reporter)
+    assert grown.description == "all of it"
+    assert any("have the paths of images that tested the run" in note for note in reporter.notes)
+    make_folder(tmp_path / "new", {"left": 3, "down": 4})
+    with pytest.raises(UsageError, match="'left'"):
+        evaluated(unsplit, f"dataset.root={tmp_path / 'new'}")
 
 
 @pytest.mark.slow
@@ -232,6 +241,35 @@ def test_a_note_says_that_the_dataset_has_grown(unsplit: Path, tmp_path: Path) -
     reporter = Notes()
     assert evaluated(unsplit, reporter=reporter).same is False
     assert any("the dataset has changed since the run" in note for note in reporter.notes)
+
+
+@pytest.mark.slow
+def test_images_that_trained_an_untested_run_are_not_stored_as_its_test(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"across": 10, "down": 10})
+    words = [f"dataset.root='{tmp_path / 'photos'}'", "image.size=32", "epochs=1", "freeze=head", "device.workers=0"]
+    run = finish(tmp_path / "run", "dataset=imagefolder", *TINY, *words, "dataset.val_fraction=0.3")
+    for file in (RunDir(run).test_file, RunDir(run).test_predictions):
+        file.unlink()
+    for i in range(10):
+        shutil.copy(tmp_path / "photos/across/000.png", tmp_path / f"photos/across/a{i}.png")
+    reporter = Notes()
+    assert evaluated(run, reporter=reporter).same is None
+    assert any("have the paths of images that validated the run" in note for note in reporter.notes)
+    assert not RunDir(run).test_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "same"),
+    [
+        ({"dataset": "cifar10"}, {"dataset": "cifar100"}, False),
+        ({"dataset": "cifar10"}, {"dataset": "cifar10"}, True),
+        ({"dataset": "parquet"}, {"dataset": "parquet", "dataset.label_column": "fixed"}, False),
+        ({"dataset": "parquet"}, {"dataset": "parquet", "dataset.image_column": "photo"}, False),
+    ],
+)
+def test_datasets_at_one_place_differ_in_more_than_their_place(trained, wanted, same: bool, spec) -> None:
+    one, other = (spec(*(f"{key}={value}" for key, value in words.items())).dataset for words in (trained, wanted))
+    assert (_identity(structs.replace(one, root="data")) == _identity(structs.replace(other, root="data"))) is same
 
 
 def test_a_failure_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

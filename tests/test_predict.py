@@ -9,10 +9,10 @@ import torch
 
 from tests.conftest import slow
 from tlcli.device import cpu_has_bfloat16
-from tlcli.predict import Predictor, choose_format
+from tlcli.predict import Predictor, _pipeline, _UncutNetwork, choose_format
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import RunDir, read_predictions
-from tlcli.specs import Precision
+from tlcli.specs import Precision, Tta
 from tlcli.store import Store, cache_dir
 
 CPU = torch.device("cpu")
@@ -50,6 +50,16 @@ def test_it_is_the_runs_own_test(trained: Callable[..., Path], precision: str, f
     assert [prediction.top[0][0] for prediction in predictions] == [run.classes[i] for i in expected.argmax(dim=1)]
     for prediction, row in zip(predictions, expected.tolist(), strict=True):
         assert dict(prediction.top) == pytest.approx(dict(zip(run.classes, row, strict=True)), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16")
+def test_mirror_images_were_tested_by_the_uncut_network(trained: Callable[..., Path]) -> None:
+    run = load_run(trained("stage", "bf16"))
+    for tta in Tta:
+        own = replace(run, info={**run.info, "tta": tta.value})
+        prefix = _pipeline(own, Precision.auto, torch.bfloat16)[0]
+        assert isinstance(prefix, _UncutNetwork) == (tta is Tta.flip)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -192,53 +191,68 @@ def _find_images(
     file = RunDir(loaded.path).test_predictions
     tested = read_predictions(file).keys if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in EVALUATION_KEYS}
-    spec, data, addition = structs.replace(trained.offline(), **changed), None, ""  # it does not download unless asked
-    if _identity(wanted) == _identity(trained):
+    spec, data, addition, n_known = structs.replace(trained.offline(), **changed), None, "", 0
+    names = [name for name in ("root", "file") if hasattr(wanted, name) and hasattr(trained, name)]
+    location: dict[str, Any] = {name: getattr(wanted, name) for name in names}
+    may_have_moved = _identity(structs.replace(trained, **location)) == _identity(wanted)
+    if _identity(wanted) == _identity(trained):  # offline, since it does not download unless asked
         data = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
-    elif tested is not None and type(wanted) is type(trained):  # the run's own, if it has moved
-        location: dict[str, Any] = {name: getattr(wanted, name) for name in ("root", "file") if hasattr(wanted, name)}
+    elif tested is not None and may_have_moved:
+        everything = structs.replace(trained.offline(), **location)
         spec, addition = structs.replace(spec, **location), ": images of the same names in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            listed = load_dataset(spec, seed=own.seed, reporter=reporter, store=session.store, decode=False).test
-            if {listed.key(i) for i in range(len(listed))}.issuperset(tested):  # else do not read all of it
+            listed = load_dataset(everything, seed=own.seed, reporter=reporter, store=session.store, decode=False).test
+            if _keys(listed).issuperset(tested):  # else do not read all of it
                 moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
-                own_keys = (moved.test.key(i) for i in range(len(moved.test)))
-                data = moved if len(moved.test) == len(tested) and all(map(eq, own_keys, tested)) else None
+                data = moved if _keys(moved.test).issubset(tested) else None
     if data is not None:
         split_name = split_name or "test"
         split: Split = getattr(data, split_name)
         if not len(split):
             raise UsageError(f"split={split_name}: the run has no {split_name} images")
-        new = len({split.key(i) for i in range(len(split))}.difference(tested or ()))
+        new = len(_keys(split).difference(tested or ()))
         if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
             some = f"{new:,} of {len(split):,} test images are others, and it may have been trained on them"
             reporter.note(f"the dataset has changed since the run: {some}")
+        if tested is None and split_name == "test":
+            n_known = _note_known_images(loaded, split, (), reporter)
         images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
         description = f"the run's own {split_name} split{addition}"
     else:
         spec = wanted
         images = load_evaluation_split(spec, split_name, seed=own.seed, reporter=reporter, store=session.store)
-        if tested is None:
-            _note_known_images(loaded, images.split, reporter)
+        if tested is None or may_have_moved:
+            n_known = _note_known_images(loaded, images.split, tested or (), reporter)
         description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
         if split_name is None and images.split_name not in ("test", "all"):
             description += f", as it has no {'test' if images.split_name == 'val' else 'test or val'} split"
-    return spec, _with_labels_of(loaded.classes, images, spec), description, data is not None
+    return spec, _with_labels_of(loaded.classes, images, spec), description, data is not None and not n_known
 
 
-def _note_known_images(loaded: LoadedRun, split: Split, reporter: Reporter) -> None:
-    """Print a note if images have the keys of those with which a run was trained (all of its folds) or validated."""
+def _keys(split: Split) -> set[str]:
+    return {split.key(i) for i in range(len(split))}
+
+
+def _note_known_images(loaded: LoadedRun, split: Split, tested: Sequence[str], reporter: Reporter) -> int:
+    """Print a note if images have the keys of those that trained (with folds), validated or tested a run.
+
+    Return how many do.
+    """
     file = RunDir(loaded.path).val_predictions
-    known = set(read_predictions(file).keys) if file.is_file() else set()
-    if n := sum(split.key(i) in known for i in range(len(split))):
-        use = "trained" if loaded.info.get("cross_validation") else "validated"
+    validated = read_predictions(file).keys if file.is_file() else ()
+    if n := len(_keys(split).intersection([*validated, *tested])):
+        use = "trained" if loaded.info.get("cross_validation") else "validated" if not tested else "tested"
         some = f"{n:,} of the {len(split):,} images have the paths of images that {use} the run"
-        reporter.note(f"{some}: if they are the same, this is no test of it")
+        reporter.note(f"{some}: if they are the same, others may have trained it, and this is no test of it")
+    return n
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
-    arguments = [getattr(spec, name, None) for name in ("name", "class_name", "train", "val", "test", "label_column")]
+    arguments = [
+        getattr(spec, name, None)
+        for name in ("name", "class_name", "train", "val", "test", "image_column", "label_column")
+    ]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
     return (spec.kind, *arguments, *(path and resolve_links(expand_user(path)) for path in locations))
 

@@ -194,7 +194,7 @@ def _pipeline(
     uncut = _UncutNetwork(run.model), nn.Identity(), torch.float32
     if precision is Precision.auto and dtype != torch.float32:
         decisions = recorded_decisions(run.info)
-        if decisions is None or "test" not in decisions.cached:
+        if decisions is None or "test" not in decisions.cached or run.info.get("tta") == Tta.flip:  # which none caches
             return *uncut, False
         rows = {row["name"]: row for row in run.info.get("stages", ())}
         trained = [stage for stage in run.classifier.stages if rows.get(stage.name, {}).get("trainable")]

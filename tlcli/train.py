@@ -153,7 +153,8 @@ def train(
     ranks.copy_tensors(network.state_dict().values())
     contract.verify()
     with record.phase("unknown"):
-        unknown = fit_unknown_score(inputs, reporter)
+        # the result of a search is the mean of the trials, for which it does not hold, or a refit after folds
+        unknown = None if is_trial and spec.folds is None else fit_unknown_score(inputs, reporter)
         if unknown is not None and ranks.is_main:
             unknown.write(run.unknown_file)
         if val_loader is not None:

@@ -50,6 +50,18 @@ def test_the_command_writes_what_it_says(tlcli: Tlcli, trained: Trained, photos:
     assert not Path("g.npz").exists()
 
 
+def test_a_label_is_the_folder_of_an_image_however_it_is_named(tlcli: Tlcli, trained: Trained, photos, monkeypatch):
+    run = str(trained("head", "fp32"))
+    monkeypatch.chdir(photos / "down")
+    names = [path.name for path in Path().glob("*.png")][:2]
+    (photos / "down/inner").mkdir()
+    for folder, paths in ((Path(), names), (Path("inner"), [f"../{name}" for name in names])):
+        monkeypatch.chdir(photos / "down" / folder)
+        assert tlcli("embed", run, *paths, "--to", "f.npz").code == 0
+        with np.load("f.npz") as file:
+            assert set(file["label"]) == {"down"}, folder
+
+
 def test_a_list_without_images_is_said_to_be_empty(tlcli: Tlcli, trained: Trained, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     ended = tlcli("embed", str(trained("head", "fp32")), "-", "--to", "g.npz")

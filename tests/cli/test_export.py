@@ -183,6 +183,9 @@ def test_the_model_card_cannot_be_broken_by_a_class(loaded: LoadedRun, resnet: P
     card = (exported(uncalibrated, "timm", tmp_path / "2") / "README.md").read_text(encoding="utf-8")
     assert "temperature" not in card and "the weights of the kept epoch were tested." in card
     assert "temperature" not in _model_card(replace(odd, checkpoint="last", is_kept=False), "resnet18")
+    for tta, is_said in (("flip", True), ("none", False)):
+        mirrored = replace(loaded, info={**loaded.info, "tta": tta})
+        assert ("mean over each image and its mirror image" in _model_card(mirrored, "resnet18")) is is_said
 
 
 def test_a_network_that_timm_lacks_is_a_usage_error(loaded: LoadedRun, tmp_path: Path) -> None:

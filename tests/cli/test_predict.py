@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -105,16 +106,17 @@ def test_the_bar_is_gone_before_the_table(run: str, photos: Path, monkeypatch: p
     assert before.endswith("\x1b[?25h\r")  # the cursor is shown again, at the start of a line
 
 
-def test_ctrl_c_leaves_the_rows_so_far(tlcli: Tlcli, run: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_rows_so_far(number, code: int, tlcli: Tlcli, run: str, photos: Path, monkeypatch) -> None:
     predict = Predictor.predict
 
     def interrupted(*args: Any, **options: Any) -> Iterator[Prediction]:
         yield from islice(predict(*args, **options), 1)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Predictor, "predict", interrupted)
     ended = tlcli("predict", run, "photos", "--format=table")
-    assert ended.code == 130
+    assert ended.code == code
     assert [line.split()[0] for line in ended.out.splitlines()] == ["image", "photos/a.png"]
 
 

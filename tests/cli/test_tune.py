@@ -103,6 +103,7 @@ def test_a_search_is_a_sweep_whose_best_is_a_mean_that_was_tested_once(tlcli, wo
     assert max(values.values()) == values[state["members"][0]], "the best trial is the first member"
     tested = [file.parent.name for file in folder.glob("*/test.json") if not file.parent.is_symlink()]
     assert tested == [final.path.name]
+    assert not list(folder.glob("*/unknown.safetensors")), "the mean of weights has other features"
     assert "not tested" in ended.out and "best of 3 trials" in ended.out
 
     refits = [RunDir(folder / name) for name in final.info["averaged"]]
@@ -385,6 +386,7 @@ def test_the_backbone_of_an_experiment_is_kept(
     monkeypatch.setattr("tlcli.cli.tune._choose_backbone", lambda *args: choices.append(args))
     ended = tlcli("tune", *space, "dataset=digits", "budget=1h", *extra)
     assert "the search would start now" in ended.err and len(choices) == n_choices, ended.err
+    assert all(n_runs == 1 for _, _, _, n_runs, *_ in choices), "one trial has to fit, without its refit"
 
 
 def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

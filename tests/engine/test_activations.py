@@ -28,6 +28,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import Fit
 from tlcli.store import CacheEntry, Column, Store, cache_dir
 from tlcli.transfer.contract import apply_freeze
+from tlcli.transfer.cut import Cut, NoCut
 
 CPU = torch.device("cpu")
 VIEWS = ("augment=basic", "cache.views=2", "epochs=3")
@@ -190,6 +191,17 @@ def test_a_head_behind_dropout_is_not_one_linear_layer_alone(planner: Planner, r
     """In timm's networks dropout is a function before the head, so that it is in the suffix."""
     workload = planner.workload(f"backbone.dropout={rate}")
     assert (workload.plain_head(workload.cut) is not None) == is_plain
+
+
+def test_a_network_with_low_rank_updates_is_not_cut_before_or_after_others(planner: Planner) -> None:
+    """Their layers have no weights that a cut of an earlier job could read."""
+    kinds = [type(planner.workload(f"freeze={name}").features_cut) for name in ("lora", "last_stages", "lora")]
+    assert kinds == [NoCut, Cut, NoCut]
+
+
+@pytest.mark.parametrize(("augment", "size"), [("basic", 24), ("none", 32)])
+def test_images_that_are_not_augmented_train_at_the_size_of_evaluation(planner: Planner, augment: str, size: int):
+    assert planner.workload("image.train_size=24", f"augment={augment}").train_size == size
 
 
 # -- rows

@@ -55,6 +55,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "_measure", MEASURE)
 
 
+def test_a_linear_layer_trains_in_float32_whatever_the_precision(spec: Compose) -> None:
+    workload = SimpleNamespace(plain_head=lambda cut: nn.Linear(2, 2), spec=spec("device.precision=bf16"))
+    assert numerics.measure_suffix(workload, None, FAST).dtype == torch.float32  # type: ignore[arg-type]
+
+
 class Timed(nn.Module):
     """A network whose steps take `seconds` of a clock by dtype, for which the mode of each step is listed."""
 

@@ -88,6 +88,7 @@ def test_seeds_of_one_configuration(tmp_path: Path) -> None:
     half = 4.302653 * 0.1 / 3**0.5  # Student's t for two degrees of freedom
     assert group["mean_ci95"] == pytest.approx([0.8 - half, min(1.0, 0.8 + half)], rel=1e-6)
     assert group["same_images"]
+    assert compare([runs[0], make_run(tmp_path / "again", said[1], true, seed=0)])["seeds"] == []
 
 
 def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:
@@ -95,6 +96,9 @@ def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:
         make_run(tmp_path / "sweep" / name, [0, 1], [0, 1], lr=name)
     (tmp_path / "sweep" / "2" / "test.json").unlink()  # this one failed
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert [Path(run["path"]).name for run in compare([tmp_path / "sweep"])["runs"]] == ["0", "1", "10", "3"]
+    make_run(tmp_path / "sweep/best", [0, 1], [0, 1])  # as after `cp -rL` of a search
+    (tmp_path / "sweep/tune.json").touch()
     assert [Path(run["path"]).name for run in compare([tmp_path / "sweep"])["runs"]] == ["0", "1", "10", "3"]
 
 

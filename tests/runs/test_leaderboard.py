@@ -18,6 +18,13 @@ def job(folder: Path, name: str, overrides: list[str], *, keep_best: str = "accu
     return run
 
 
+def test_the_copy_of_the_result_of_a_search_is_no_job(tmp_path: Path) -> None:
+    for name in ("0", "best"):
+        job(tmp_path, name, [], accuracy=0.5)
+    (tmp_path / "tune.json").touch()
+    assert [entry["name"] for entry in leaderboard.read(tmp_path)["jobs"]] == ["0"]
+
+
 @pytest.mark.parametrize(("metric", "order"), [("accuracy", "10"), ("macro_f1", "01"), ("loss", "01")])
 def test_ranked_by_the_metric_that_selects(metric: str, order: str, tmp_path: Path) -> None:
     job(tmp_path, "0", ["seed=0"], keep_best=metric, accuracy=0.7, macro_f1=0.8, loss=0.2)

@@ -41,6 +41,10 @@ def test_the_newest_run_below_a_folder_is_suggested(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "01-03"):
         with pytest.raises(UsageError, match=rf"Did you mean {tmp_path}/01-03/09-00\?"):
             open_run(folder)
+    (tmp_path / "01-03/best").mkdir()
+    (tmp_path / "01-03/best/run.json").touch()
+    with pytest.raises(UsageError, match=rf"Did you mean {tmp_path}/01-03/best\?"):  # of folds, or of a search
+        open_run(tmp_path / "01-03")
 
 
 @pytest.mark.parametrize("place", ["hydra.searchpath=[/conf]", "+hydra.searchpath=[/conf]"])

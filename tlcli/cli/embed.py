@@ -8,6 +8,7 @@ examples:
   tlcli embed backbone=efficientnet_lite0 photos --to features.npz --plot map.html
 """
 
+import os
 import sys
 import time
 from argparse import Namespace
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> int:
     with ExitStack() as stack:
         write = stack.enter_context(vector_file(arguments.to, source, force=arguments.force)) if arguments.to else None
         for path, pixels, vector in vectors_of("embed", embedder, arguments.paths, reporter, errors):
-            folder = Path(path).parent.name
+            folder = Path(os.path.abspath(path)).parent.name  # noqa: PTH100 - `..` without following a link
             label = folder if folder and (classes is None or folder in classes) else None
             n.update(images=1, labels=label is not None)
             if write is not None:

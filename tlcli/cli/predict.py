@@ -24,6 +24,7 @@ from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, resolve_links
+from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import mapping
 from tlcli.specs import Accelerator, Precision, Tta
@@ -73,6 +74,7 @@ add("--tta", choices=("none", "flip"), help="flip: mean over each image and its 
 add_computing(PARSER)
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Classify the images in argv, one row each; return the exit code, 1 if there were errors among them."""
     arguments = PARSER.parse_intermixed_args(argv)

@@ -211,6 +211,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
         default = config.hydra.runtime.choices["backbone"]
+        n_runs = 1 if spec.folds is None else n_runs  # a larger backbone gains more than a refit
         chosen = _choose_backbone(words, default, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"

@@ -172,8 +172,8 @@ class Workload:
 
     @property
     def train_size(self) -> int:
-        """The size in pixels of augmented training images."""
-        return self.spec.image.train_size or self.preprocessing.size
+        """The size in pixels of training images; those that are not augmented are preprocessed as in evaluation."""
+        return (self.spec.image.train_size if self.augments else None) or self.preprocessing.size
 
     @cached_property
     def for_training(self) -> "Workload":
@@ -291,6 +291,10 @@ class Workload:
     def _cut(self, trainable: frozenset[str] | None) -> Cut | NoCut:
         if self.spec.cache.mode is CacheMode.off:
             return NoCut("cache.mode=off")
+        if (
+            not self.spec.freeze.interpolates
+        ):  # a copy of a layer would lose the weight when updates are added or merged
+            return NoCut("a network with low-rank updates is not cut")
         network, size = self.classifier.network, self.preprocessing.size
         key = ("cut", size, trainable or repr(self.spec.freeze))
         return self.session.get_or_create(key, lambda: split_frozen(network, size, trainable))

@@ -43,7 +43,8 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
     known, initial = list[int](), copy.deepcopy(head.state_dict())
     if isinstance(workload.spec.freeze, HeadSpec):
         known += workload.classifier.known_rows
-    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(x.numpy().data)
+    digest.update(y.numpy().data)
 
     def fit() -> tuple[str, dict[str, Tensor]]:
         found = choose_penalty(x, y, workload.spec.seed)
@@ -63,7 +64,7 @@ def fit_head(inputs: Inputs, reporter: Reporter) -> bool:
 
     ranks, reason = inputs.device.ranks, ""
     if ranks.is_main:
-        reason, state = workload.session.get_or_create(("probe", digest, workload.spec.seed, *known), fit)
+        reason, state = workload.session.get_or_create(("probe", digest.hexdigest(), workload.spec.seed, *known), fit)
         head.load_state_dict(state)
     ranks.copy_tensors(head.state_dict().values())
     inputs.add_reason("probe", ranks.broadcast(reason))

@@ -23,6 +23,7 @@ from tlcli.runs.run_dir import (
     open_run,
     pair,
     read_predictions,
+    result_of_search,
 )
 from tlcli.text import flat_keys, natural_order, one_line
 
@@ -59,7 +60,8 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
         path = path / REFIT if has_folds(path) else path
         if is_sweep(path):
             files = list(path.rglob("test.json")) or path.rglob(f"{REFIT}/val_predictions.safetensors")
-            jobs = sorted((file.parent for file in files), key=lambda job: natural_order(str(job)))
+            found = {file.parent for file in files} - {result_of_search(path)}
+            jobs = sorted(found, key=lambda job: natural_order(str(job)))
             folders |= {resolve_links(job): job for job in jobs}
         elif resolve_links(path) in folders:
             raise UsageError(f"{path}: is named twice")
@@ -173,9 +175,11 @@ def _seed_groups(runs: Sequence[TestedRun]) -> list[dict[str, Any]]:
     by_config: dict[str, list[TestedRun]] = {}
     for run in runs:
         rest = {key: value for key, value in sorted(run.config.items()) if key != "seed"}
-        by_config.setdefault(repr(rest), []).append(run)
+        by_config.setdefault(repr((rest, run.setting)), []).append(run)
     groups = []
-    for members in (members for members in by_config.values() if len(members) > 1):
+    for members in by_config.values():
+        if len(members) == 1 or len({run.config.get("seed") for run in members}) < len(members):
+            continue
         values = [run.test["accuracy"] for run in members]
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
         half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))

@@ -7,7 +7,7 @@ from typing import Any
 from tlcli.files import write_csv
 from tlcli.locks import Lock
 from tlcli.runs.index import rank, read_entry
-from tlcli.runs.run_dir import RunDir, read_json, text, write_json
+from tlcli.runs.run_dir import RunDir, read_json, result_of_search, text, write_json
 from tlcli.text import natural_order
 
 SCHEMA_VERSION = 1
@@ -19,7 +19,8 @@ def read(folder: Path) -> dict[str, Any]:
     `figure` is the validation metric that ranks; `keys` are those that vary, and `values` those of a job. The best job
     is the first; without a rank are jobs that did not finish, and folds, of which those of a sweep's job are left out.
     """
-    names = sorted((file.parent.relative_to(folder).as_posix() for file in folder.rglob("run.json")), key=natural_order)
+    found = {file.parent for file in folder.rglob("run.json")} - {result_of_search(folder)}
+    names = sorted((path.relative_to(folder).as_posix() for path in found), key=natural_order)
     entries = {name: read_entry(folder / name) for name in names}
     names = [name for name, entry in entries.items() if not entry["is_fold"] or "/" not in name]
     runs = [entries[name] for name in names]

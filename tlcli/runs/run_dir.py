@@ -182,7 +182,9 @@ def open_run(path: str | Path) -> RunDir:
         below = (
             file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern))[::-1]
         )
-        near = next((path for path in chain(run.path.parents, below) if is_file(path / "run.json")), None)
+        near = next(
+            (path for path in chain(run.path.parents, [run.path / REFIT], below) if is_file(path / "run.json")), None
+        )
         hint = f". Did you mean {near}?" if near else ""
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
     schema = run.info.get("schema_version")
@@ -197,11 +199,17 @@ def is_sweep(path: Path) -> bool:
     return any((path / name).is_file() for name in SWEEP_FILES) and not (path / "run.json").exists()
 
 
+def result_of_search(path: Path) -> Path | None:
+    """Return the folder `best` of a search, a link to one of its jobs or, after copying, a copy; None if it is none."""
+    return path / REFIT if is_file(path / STATE_FILE) else None
+
+
 def has_folds(path: Path) -> bool:
     """Return True if the directory is that of a run with folds: its refit or first fold is in it."""
     parts = (RunDir(path / name) for name in (REFIT, FOLD.format(0)))
-    is_search = (path / REFIT).is_symlink()
-    return not is_search and is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
+    return (
+        not result_of_search(path) and is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
+    )
 
 
 def check_version(path: Path, info: Mapping[str, Any]) -> None:

@@ -99,7 +99,9 @@ def _scaled(features: Any) -> tuple[Floats, Floats, float]:
     """Return features centered and divided by one number, so that one penalty suits every backbone; mean and number."""
     x = features.astype(np.float32)
     mean, scale = x.mean(axis=0), float(np.sqrt(x.var(axis=0).mean())) or 1.0
-    return (x - mean) / scale, mean, scale
+    x -= mean
+    x /= scale
+    return x, mean, scale
 
 
 def _regression(penalty: float, n: float) -> Any:
