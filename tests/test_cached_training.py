@@ -95,7 +95,7 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("backbone", "freeze", "augment"), list(cases()))
 def test_cached_and_uncached_training_are_one_computation(backbone, freeze, augment, train: Train, monkeypatch) -> None:
     """With BatchNorm as it is, the frozen part gives what it gives in the whole network."""
-    monkeypatch.setattr(extraction, "_fold_batchnorm", lambda network: network)
+    monkeypatch.setattr(extraction, "_fold_batchnorm", lambda prefix, preprocessing: prefix)
     cached, live = both(train, *backbone, *freeze, *augment, *SGD)
     assert_same_course(cached, live)
     assert_close(cached, live, rtol=1e-5, atol=1e-6)

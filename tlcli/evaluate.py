@@ -19,7 +19,7 @@ from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, confidence_report, evaluate, test_report
+from tlcli.engine.metrics import Predictions, evaluate, test_report
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user, resolve_links
@@ -99,23 +99,20 @@ def predict_split(
     return SplitResult(predictions, images, dataset, is_own, description)
 
 
-def add_test(path: Path, spec: TrainSpec, session: Session, reporter: Reporter) -> dict[str, Any]:
-    """Test a run that was trained without a test, add test.json to it, and return its contents."""
+def add_test(path: Path, spec: TrainSpec, session: Session, reporter: Reporter) -> None:
+    """Test a run that was trained without a test, and add test.json to it."""
     loaded = load_run(path)
     result = predict_split(loaded, "test", spec, spec, session, reporter)
-    report = _report(loaded, result)
     run = RunDir(loaded.path)
-    run.write_test(report, result.rows)
+    run.write_test(_report(loaded, result), result.rows)
     leaderboard.update(run)
-    return report
 
 
 def _report(loaded: LoadedRun, result: SplitResult) -> dict[str, Any]:
-    predictions, report = result.predictions, test_report(result.predictions, loaded.classes)
+    report = test_report(result.predictions, loaded.classes, loaded.temperature)
     return {
         **report,
         "confusion": stored_confusion(report["confusion"]),
-        **confidence_report(predictions.logits, predictions.labels, loaded.temperature),
         "checkpoint": f"checkpoints/{loaded.checkpoint}.safetensors",
         "epoch": loaded.epoch,
     }

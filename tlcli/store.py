@@ -186,7 +186,7 @@ class Store:
         sizes = [column.nbytes for column in columns]
         try:
             with ExitStack() as stack:
-                with self._lock_space():
+                with Lock(self.locks / "space.lock").held():
                     if final.exists() and not self.find(key):
                         _delete(final)
                     if reason := self._make_room(rows * sum(sizes) + len(_with_checksum(meta)), evict=True):
@@ -214,7 +214,7 @@ class Store:
     def no_room_reason(self, nbytes: int) -> str | None:
         """Return why entries of this size do not fit, even if all unused ones are evicted; None if they fit."""
         try:
-            with self._lock_space():
+            with Lock(self.locks / "space.lock").held():
                 return self._make_room(nbytes, evict=False)
         except OSError as error:
             return f"{self.root} cannot be written ({error.strerror})"
@@ -290,14 +290,9 @@ class Store:
                 heartbeat.add(mark)
                 _held[folder] = mark
 
-    @contextmanager
-    def _lock_space(self) -> Iterator[None]:
-        with Lock(self.locks / "space.lock").held():
-            self.activations.mkdir(parents=True, exist_ok=True)
-            yield
-
     def _make_room(self, nbytes: int, *, evict: bool) -> str | None:
         """Evict what `nbytes` need; return a reason if that is not enough, and then evict nothing."""
+        self.activations.mkdir(parents=True, exist_ok=True)
         self._remove_stale_drafts()
         used = sum(map(_bytes_in, self._folders(_KEY, _DRAFT)))  # drafts have their final sizes
         total, _, disk_free = shutil.disk_usage(self.activations)

@@ -45,8 +45,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 def evenly_spaced(items: Sequence[T], n: int) -> list[T]:
     """Return at most n items, evenly spaced from the first to the last."""
-    if n >= len(items):
-        return list(items)
+    n = min(n, len(items))
     return [items[round(i * (len(items) - 1) / max(1, n - 1))] for i in range(n)]
 
 

@@ -63,7 +63,7 @@ class NewRun:
         if may_interpolate or (inputs.decisions.interpolate or 1) < 1:
             trainer.remember_start()
         workload.contract.seal()
-        best_epoch = BestEpochTracker(workload.spec.keep_best, workload.spec.early_stop, selects=workload.selects_epoch)
+        best_epoch = BestEpochTracker(workload.spec.keep_best, selects=workload.selects_epoch)
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
@@ -114,7 +114,7 @@ def train(
     checkpoints = manager(run, inputs, trainer, epoch=first_epoch - 1)
     with checkpoints.save_on_exit():
         for epoch in range(first_epoch, workload.epochs + 1):  # epoch 0 is the network before it trains
-            if best_epoch.should_stop:
+            if spec.early_stop and best_epoch.epoch is not None and epoch > best_epoch.epoch + spec.early_stop:
                 reporter.note(f"early stop: no better epoch since epoch {best_epoch.epoch}")
                 break
             with record.phase("train"):

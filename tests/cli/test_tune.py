@@ -20,6 +20,7 @@ from tests.cli.test_search import STATE
 from tests.conftest import Notes
 from tests.engine.test_ranking import scored
 from tlcli import evaluate, tune
+from tlcli.cli.conf_files import ConfFiles
 from tlcli.cli.tune import SCHEMA_VERSION, _choose_backbone, read_tune_spec
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.tensorfile import read_tensors
@@ -358,12 +359,13 @@ def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path
 def test_a_space_whose_recipes_cannot_be_tried_is_refused(tmp_path: Path, space, change, error: str) -> None:
     (tmp_path / "own/tune/small.yaml").write_text(SPACE.replace(*change))
     with pytest.raises(UsageError, match=error):
-        read_tune_spec("small", [tmp_path / "own"])
+        read_tune_spec("small", ConfFiles(tmp_path / "own"))
 
 
 def test_a_space_of_ones_own_replaces_the_default(tmp_path: Path, space: list[str]) -> None:
     (tmp_path / "own/tune/default.yaml").write_text(SPACE)
-    assert read_tune_spec("default", [tmp_path / "own"]) == read_tune_spec("small", [tmp_path / "own"])
+    own = ConfFiles(tmp_path / "own")
+    assert read_tune_spec("default", own) == read_tune_spec("small", own)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from tests.conftest import Compose, Notes
 from tlcli.data.batches import Preprocessing
 from tlcli.device import ComputeFormat
-from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm, _PixelPrefix
+from tlcli.engine.extraction import NOTES, Extractor, _fold_batchnorm
 from tlcli.models.build import build_model
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheDtype, Fit
@@ -65,13 +65,13 @@ def norms(network: nn.Module) -> int:
 @pytest.mark.parametrize("name", ["lite0", "resnet18"])
 def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """All of it: 20 of ResNet-18's, and those of timm that have their activation inside."""
-    network = _PixelPrefix(request.getfixturevalue(name).prefix, SMALL)
+    network = request.getfixturevalue(name).prefix
     had = norms(network)
     before = [tensor.clone() for tensor in network.state_dict().values()]
-    folded = _fold_batchnorm(network)
+    folded = _fold_batchnorm(network, SMALL)
     assert (had >= 20, norms(folded)) == (True, 0)
     with torch.inference_mode():
-        (found,), (wanted,) = folded(PIXELS), network(PIXELS)
+        (found,), (wanted,) = folded(SMALL.normalize(PIXELS)), network(SMALL.normalize(PIXELS))
     assert not torch.equal(found, wanted)  # it was computed in another way,
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())  # to the same
     assert norms(network) == had
@@ -113,11 +113,12 @@ NETWORKS = {
 
 @pytest.mark.parametrize(("layers", "folds"), NETWORKS.values(), ids=NETWORKS)
 def test_batchnorm_is_folded_only_where_that_gives_the_same(layers: Layers, folds: bool) -> None:
-    whole = _PixelPrefix(fx.GraphModule(layers.eval(), Tracer().trace(layers)), SMALL)
-    folded = _fold_batchnorm(whole)
+    whole = fx.GraphModule(layers.eval(), Tracer().trace(layers))
+    folded = _fold_batchnorm(whole, SMALL)
     assert (folded is not whole) == (norms(folded) == 0) == folds
     with torch.inference_mode():
-        assert torch.allclose(folded(PIXELS)[0], whole(PIXELS)[0], rtol=1e-4, atol=1e-5)
+        pairs = zip(folded(SMALL.normalize(PIXELS)), whole(SMALL.normalize(PIXELS)), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
 
 
 # -- rows

@@ -16,7 +16,6 @@ from tlcli.engine.metrics import (
     Predictions,
     Scores,
     calibrate,
-    confidence_report,
     energy,
     expected_calibration_error,
     most_confused,
@@ -72,20 +71,18 @@ def test_scores_leave_out_classes_without_images() -> None:
 
 @pytest.mark.parametrize(("by", "kept"), [("accuracy", 2), ("loss", 1), ("macro_f1", 3)])
 def test_selection_by_each_figure(by: str, kept: int) -> None:
-    selection = BestEpochTracker(KeepBest(by), None)
+    selection = BestEpochTracker(KeepBest(by))
     for epoch, (accuracy, f1, loss) in enumerate([(0.5, 0.5, 0.9), (0.6, 0.6, 0.4), (0.8, 0.6, 0.5), (0.7, 0.7, 0.8)]):
         selection.update(epoch, Scores(accuracy, f1, loss))
     assert selection.epoch == kept
-    assert not selection.should_stop
 
 
-def test_the_loss_decides_between_equal_accuracies_and_early_stop_counts_epochs_without_a_better_one() -> None:
-    selection = BestEpochTracker(KeepBest.accuracy, early_stop=2)
+def test_the_loss_decides_between_equal_accuracies() -> None:
+    selection = BestEpochTracker(KeepBest.accuracy)
     seen = []
     for epoch, (accuracy, loss) in enumerate([(0.5, 1.0), (0.6, 0.5), (0.6, 0.6), (0.6, 0.4), (0.6, 0.4), (0.5, 0.1)]):
-        seen.append((selection.update(epoch, Scores(accuracy, 0.0, loss)), selection.should_stop))
-    assert [is_best for is_best, _ in seen] == [True, True, False, True, False, False]
-    assert [should_stop for _, should_stop in seen] == [False] * 5 + [True]
+        seen.append(selection.update(epoch, Scores(accuracy, 0.0, loss)))
+    assert seen == [True, True, False, True, False, False]
 
 
 # -- calibration
@@ -150,7 +147,7 @@ def test_risk_is_that_of_the_most_probable_predictions() -> None:
     assert [risk for _, risk, _ in curve] == [0, 0, 0, 0.25]
     assert [coverage for coverage, _, _ in curve] == [0.25, 0.5, 0.75, 1]
     assert [probability for *_, probability in curve] == pytest.approx([0.9, 0.8, 0.7, 0.6])
-    report = confidence_report(logits, labels, 2.0)["risk_coverage"]
+    report = test_report(Predictions(logits, labels), ["a", "b"], 2.0)["risk_coverage"]
     assert report["area"] == 0.0625 and report == risk_coverage(logits, labels, 2.0)
     wrong = risk_coverage(-logits.repeat(500, 1), labels.repeat(500), 1.0)
     assert len(wrong["points"]) == 200 and wrong["points"][-1][:2] == (1, 0.75) and wrong["area"] > 0.75

@@ -49,13 +49,6 @@ def test_tensors_are_mapped_read_only(session: Session) -> None:
     assert [line.split()[1] for line in places] == ["r--s"]
 
 
-@pytest.mark.parametrize("ram_bytes", [0, 100])
-def test_an_entry_without_rows_has_tensors_without_rows(session: Session, ram_bytes: int) -> None:
-    entry = write(session.store, torch.empty(0, 2, 3))
-    (tensor,) = Session(session.store, ram_bytes).tensors(entry)
-    assert (tensor.shape, tensor.dtype) == ((0, 2, 3), torch.float32)
-
-
 def test_entries_of_an_earlier_job_are_released(spec: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLCLI_CACHE", str(tmp_path))
     session = session_for(spec().cache)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tlcli.cli.completion import TRAIN
-from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.conf_files import ConfFiles, conf_dir, files_for
 from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import RECORD, check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
@@ -55,13 +55,10 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     args = TRAIN.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
-    folders = [Path(args.config_dir).absolute()] if args.config_dir else []
-    if folders and not folders[0].is_dir():
-        raise UsageError(f"--config-dir={args.config_dir}: no such folder")
     return Flags(
         flags=tuple(word for word in words if word not in args.overrides),
         overrides=tuple(_text_as_typed(override) for override in args.overrides),
-        files=ConfFiles(*folders),
+        files=files_for(args.config_dir),
         config_name=args.config_name,
         multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides,
         runs=not (args.cfg or args.info or args.hydra_help or args.shell_completion),

@@ -73,14 +73,11 @@ class Command:
     def launch(self, config: DictConfig, loader: ConfigLoader, folder: Path) -> None:
         """Run the one job of a composed config, or all jobs of a sweep, in a folder."""
         OmegaConf.set_readonly(config.hydra, False)
-        callbacks, name = Callbacks(config), config.hydra.job.config_name
-        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
         self._output_subdir = config.hydra.output_subdir
         if self.sweep is None:
             config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
-            callbacks.on_run_start(config=config, config_name=name)
-            job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
-            callbacks.on_run_end(config=config, config_name=name, job_return=job)
+            run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
             if self.error is not None:
                 raise self.error
             return
@@ -88,7 +85,6 @@ class Command:
         # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
         for key, value in (("sweep.dir", quoted(folder)), ("output_subdir", "null")):
             config.hydra.overrides.hydra.append(f"hydra.{key}={value}")
-        callbacks.on_multirun_start(config=config, config_name=name)
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=self)
         launcher, words = config.hydra.launcher._target_.rpartition(".")[2], _as_typed(config.hydra)
         is_joblib, is_here = launcher == "JoblibLauncher", launcher == "BasicLauncher"
@@ -101,7 +97,6 @@ class Command:
             is_here = effective_n_jobs(n_jobs) == 1
         with nullcontext() if is_here else other_processes(folder, words, is_joblib=is_joblib):
             sweeper.sweep(arguments=words)
-        callbacks.on_multirun_end(config=config, config_name=name)
 
     def __call__(self, config: DictConfig) -> float | None:
         """Train, and return the validation metric that selected the epoch; None if the job failed.
@@ -158,10 +153,8 @@ class Command:
                 prepare_resume(run, state)
             if state is not None:  # it continues as it was started, even if a config file has changed since
                 composed = HydraConfig.instance().cfg
-                try:
-                    spec = load_spec(run)
-                finally:
-                    HydraConfig.instance().cfg = composed
+                spec = load_spec(run)
+                HydraConfig.instance().cfg = composed  # if an error ends the job, Hydra does this
             if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
                 spec = build_spec(config, self.files)
                 if spec.device.processes > 1:

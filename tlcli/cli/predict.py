@@ -109,7 +109,8 @@ def run(argv: list[str]) -> int:
             images = named_images(arguments.paths)
             if folder:  # which may be inside a folder of images
                 own = resolve_links(folder)
-                images = (image for image in images if own not in _with_parents(image))
+                named = ((image, image if isinstance(image, str) else image.path) for image in images)
+                images = (image for image, path in named if not resolve_links(Path(path)).is_relative_to(own))
             for prediction in predictor.predict(images, top=top, total=total, reporter=reporter):
                 map_file = None
                 if folder and prediction.error is None:
@@ -152,11 +153,6 @@ def named_images(paths: Sequence[str]) -> Iterator["Named"]:
             yield from expand_image_paths(filter(None, lines), patterns=False)
         else:
             yield from expand_image_paths([path])
-
-
-def _with_parents(image: "Named") -> list[Path]:
-    path = resolve_links(Path(image if isinstance(image, str) else image.path))
-    return [path, *path.parents]
 
 
 def count_images(paths: Sequence[str]) -> int | None:

@@ -32,7 +32,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
-from tlcli.cli.conf_files import ConfFiles, conf_dir
+from tlcli.cli.conf_files import ConfFiles, files_for
 from tlcli.cli.job import check
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
@@ -146,11 +146,11 @@ def _joiners(folder: Path, n: int) -> Iterator[None]:
                 print(f"tlcli tune: worker {process.pid} ended with exit code {code}: {reason}", file=sys.stderr)
 
 
-def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
+def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
     """Return the search space of conf/tune/NAME.yaml, or of the user's own folder, if there is one."""
     from tlcli.tune import SIZE_KEY, TuneSpec
 
-    files = {file.stem: file for path in (conf_dir(), *folders) for file in sorted(path.glob("tune/*.yaml"))}
+    files = {file.stem: file for path in conf.folders for file in sorted(path.glob("tune/*.yaml"))}
     if name not in files:
         hint = did_you_mean(name, files) or f" Choose from {', '.join(sorted(files))}."
         raise UsageError(f"tune={name}: there is no such search space.{hint}")
@@ -158,7 +158,7 @@ def read_tune_spec(name: str, folders: Sequence[Path]) -> "TuneSpec":
         spec = msgspec.convert(OmegaConf.to_container(OmegaConf.load(files[name])), TuneSpec)
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
-    known = [*all_keys(), *ConfFiles(*folders).groups]
+    known = [*all_keys(), *conf.groups]
     for key in spec.space:
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
@@ -183,8 +183,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         from tlcli.cli.search import Search
         from tlcli.engine.ranking import expected_seconds, image_sizes, new_workload
         from tlcli.engine.session import session_for
-    folders = [Path(word.partition("=")[2]) for word in arguments.config_dir]
-    tune_spec = read_tune_spec(["default", *values["tune"]][-1], folders)
+    tune_spec = read_tune_spec(["default", *values["tune"]][-1], files_for(arguments.config_dir))
     words = [*arguments.config_dir, *tune_spec.overrides, *words]
     flags = parse_flags(words)
     config, _ = compose_config(flags)

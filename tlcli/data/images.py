@@ -5,7 +5,6 @@ import os
 import time
 import zlib
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -357,16 +356,13 @@ class ConcatSplits(ImageSource):
         self.splits = splits
         self.labels: Ints = np.concatenate([split.labels for split in splits.values()])
         self.split_names = np.repeat(list(splits), [len(split) for split in splits.values()])
-        self._parts = list(splits.values())
-        self._ends = np.cumsum([len(split) for split in self._parts]).tolist()
+        self._indices: Ints = np.concatenate([split.indices for split in splits.values()])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def _find(self, position: int) -> tuple[ImageSource, int]:
-        k = bisect_right(self._ends, position)
-        split = self._parts[k]
-        return split.images, int(split.indices[position - self._ends[k] + len(split)])
+        return self.splits[self.split_names[position]].images, int(self._indices[position])
 
     def name(self, position: int) -> str:
         images, index = self._find(position)
@@ -381,11 +377,9 @@ class ConcatSplits(ImageSource):
         return images.pixels[index] if index in images.pixels else images.decode(index)
 
     def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
-        digests, starts = [], [0, *self._ends[:-1]]
-        for start, split in zip(starts, self._parts, strict=True):  # indices are ascending
-            own = indices[(indices >= start) & (indices < start + len(split))] - start
-            digests.append(split.images.digests(split.indices[own], reporter))
-        return np.concatenate(digests)
+        names = self.split_names[indices]  # in the order of the splits, as indices are ascending
+        parts = ((split.images, indices[names == name]) for name, split in self.splits.items())
+        return np.concatenate([images.digests(self._indices[own], reporter) for images, own in parts])
 
     def first_copies(self, reporter: Reporter) -> Ints:
         """Return for each image the position of the first one with the same digest. Raise BadImagesError."""

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,8 +49,7 @@ class Extractor:
 
     def __post_init__(self) -> None:
         self.batch_size = self.compute_format.batch_size or BATCH[self.accelerator.type]
-        self._original = _PixelPrefix(self.prefix, self.preprocessing)
-        self._network: _PixelPrefix | None = None
+        self._network: nn.Module | None = None
         self._tried_compiling = False
 
     @property
@@ -61,7 +61,7 @@ class Extractor:
     @cached_property
     def columns(self) -> tuple[Column, ...]:
         size = self.preprocessing.size
-        rows = self._forward(self._original, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        rows = self._forward(self.prefix, torch.zeros(1, 3, size, size, dtype=torch.uint8))
         return tuple(Column(DTYPE_NAMES[t.dtype], tuple(t.shape[1:])) for t in rows)
 
     def estimate_seconds(self, images: int, speed: float) -> float:
@@ -79,24 +79,24 @@ class Extractor:
     def prepare(self, reporter: Reporter) -> None:
         """Fold BatchNorm, and compile if `compiled` is set."""
         if self._network is None:
-            self._network = _fold_batchnorm(self._original)
-            self.reason = "as the network is" if self._network is self._original else "BatchNorm folded"
+            self._network = _fold_batchnorm(self.prefix, self.preprocessing)
+            self.reason = "as the network is" if self._network is self.prefix else "BatchNorm folded"
         if self.compiled and not self._tried_compiling:
             self._tried_compiling = True
             reporter.note(f"extraction: compiling, about {self._compiling(1.0)[0]:.0f} s")
             self._compile(self._network)
 
-    def _compile(self, network: "_PixelPrefix") -> None:
+    def _compile(self, network: nn.Module) -> None:
         """Try torch.compile with frozen weights, and record what it cost and gained."""
         start, size = time.perf_counter(), self.preprocessing.size
         sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8)
-        prefix = copy.deepcopy(network.prefix).to(self.compute_format.dtype)  # inductor then folds and packs weights
+        prefix = copy.deepcopy(network).to(self.compute_format.dtype)  # inductor then folds and packs weights
         try:
             with warnings.catch_warnings(action="ignore"):  # inductor's advice is for the network's author
                 from torch._inductor import config as inductor  # takes most of a second
 
                 # pixels are normalized outside: inductor makes slow code of their bytes
-                compiled = _PixelPrefix(torch.compile(prefix, dynamic=False), self.preprocessing)  # type: ignore[arg-type]
+                compiled: Any = torch.compile(prefix, dynamic=False)
                 with inductor.patch(freezing=True):
                     rows = self._forward(compiled, sample)
             synchronize(self.accelerator)
@@ -105,8 +105,8 @@ class Extractor:
             self.reason += f", not compiled ({type(error).__name__})"
             return
         # as near to float32 as the network itself in this dtype
-        exact = self._forward(self._original, sample, torch.float32)
-        triples = zip(rows, self._forward(self._original, sample), exact, strict=True)
+        exact = self._forward(self.prefix, sample, torch.float32)
+        triples = zip(rows, self._forward(self.prefix, sample), exact, strict=True)
         if not all(_relative_distance(a, e) <= 2 * _relative_distance(b, e) + FP32_TOLERANCE for a, b, e in triples):
             self.reason += ", not compiled: the compiled network is less exact"
             return
@@ -132,46 +132,36 @@ class Extractor:
         x = images.to(self.accelerator, non_blocking=self.accelerator.type == "cuda")
         x = x.contiguous(memory_format=self.compute_format.memory_format)
         with torch.inference_mode(), autocast(self.accelerator, dtype or self.compute_format.dtype):
-            rows = network(x)
+            rows = network(self.preprocessing.normalize(x))
         if self.stored is not CacheDtype.auto:
             rows = [t.to(DTYPES[Precision(self.stored.value)]) for t in rows]
         return tuple((t.permute(0, 2, 3, 1) if t.ndim == 4 else t).contiguous() for t in rows)
 
 
-class _PixelPrefix(nn.Module):
-    def __init__(self, prefix: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.prefix, self.preprocessing = prefix, preprocessing
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = self.prefix(self.preprocessing.normalize(images))
-        return out
-
-
-def _fold_batchnorm(network: _PixelPrefix) -> _PixelPrefix:
-    """Return the network with each BatchNorm folded into its convolution, if the output changes by rounding only."""
-    if not isinstance(network.prefix, fx.GraphModule):
-        return network
-    prefix, count = copy.deepcopy(network.prefix), 0
-    calls = Counter(str(node.target) for node in prefix.graph.nodes if node.op == "call_module")
-    for node in prefix.graph.nodes:
+def _fold_batchnorm(prefix: nn.Module, preprocessing: Preprocessing) -> nn.Module:
+    """Return the prefix with each BatchNorm folded into its convolution, if the output changes by rounding only."""
+    if not isinstance(prefix, fx.GraphModule):
+        return prefix
+    folded, count = copy.deepcopy(prefix), 0
+    calls = Counter(str(node.target) for node in folded.graph.nodes if node.op == "call_module")
+    for node in folded.graph.nodes:
         previous = next(iter(node.all_input_nodes), None)
         if previous is None or {node.op, previous.op} != {"call_module"} or len(previous.users) > 1:
             continue
         names = str(previous.target), str(node.target)
-        conv, norm = (prefix.get_submodule(name) for name in names)
+        conv, norm = (folded.get_submodule(name) for name in names)
         is_conv = type(conv).__name__ in ("Conv2d", "Conv2dSame") and calls[names[0]] == calls[names[1]] == 1
         if is_conv and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             activations = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms
-            prefix.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
-            prefix.set_submodule(names[1], nn.Sequential(*activations))
+            folded.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+            folded.set_submodule(names[1], nn.Sequential(*activations))
             count += 1
-    folded, size = _PixelPrefix(prefix, network.preprocessing), network.preprocessing.size
-    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device_of(prefix))
+    size, normalize = preprocessing.size, preprocessing.normalize
+    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, device=device_of(folded))
     with torch.inference_mode():
-        pairs = zip(folded(sample), network(sample), strict=True)
+        pairs = zip(folded(normalize(sample)), prefix(normalize(sample)), strict=True)
         is_same = count > 0 and all(_relative_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
-    return folded if is_same else network
+    return folded if is_same else prefix
 
 
 def _relative_distance(values: Tensor, expected: Tensor) -> float:

@@ -106,8 +106,8 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """Return what test.json has about predictions: accuracy with its interval, metrics per class, and confusion."""
+def test_report(predictions: Predictions, classes: Sequence[str], temperature: float = 1.0) -> dict[str, Any]:
+    """Return what test.json has about predictions: metrics, confusion, and the effect of a temperature."""
     labels, predicted, n = predictions.labels, predictions.predicted, len(predictions.labels)
     top5 = None
     if len(classes) > 5:
@@ -116,6 +116,7 @@ def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, A
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
         for name, precision, recall, f1, support in zip(classes, *_per_class(predictions), strict=True)
     }
+    before, after = (expected_calibration_error(predictions.logits, labels, t) for t in (1.0, temperature))
     return {
         **asdict(scores(predictions)),
         "accuracy_ci95": list(wilson(int((predicted == labels).sum()), n)),
@@ -124,6 +125,8 @@ def test_report(predictions: Predictions, classes: Sequence[str]) -> dict[str, A
         "per_class": per_class,
         "confusion": confusion_matrix(labels, predicted, labels=range(len(classes))).tolist(),
         "classes": list(classes),
+        "calibration": {"temperature": temperature, "ece_before": before, "ece_after": after, "bins": BINS},
+        "risk_coverage": risk_coverage(predictions.logits, labels, temperature),
     }
 
 
@@ -148,25 +151,17 @@ class BestEpochTracker:
     """The best epoch so far by one validation metric; the lower loss decides between equal accuracies or F1 scores."""
 
     by: KeepBest
-    early_stop: int | None  # the number of epochs without a better one after which training should stop
     epoch: int | None = None
     scores: Scores | None = None
-    last_epoch: int = 0
     selects: bool = True  # False: the last epoch is kept
 
     def update(self, epoch: int, scores: Scores | None) -> bool:
         """Record an epoch with its validation scores, if there are any; return True if it is the best so far."""
-        self.last_epoch = epoch
         last, selects = self.scores, self.selects
         is_best = not selects or last is None or scores is None or self.rank(scores) > self.rank(last)
         if is_best:
             self.epoch, self.scores = epoch, scores
         return is_best
-
-    @property
-    def should_stop(self) -> bool:
-        epoch, limit = self.epoch, self.early_stop
-        return epoch is not None and limit is not None and self.last_epoch - epoch >= limit
 
     @property
     def value(self) -> float | None:
@@ -223,15 +218,6 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
     """Return the mean distance of confidence and accuracy over bins of equal width, weighted by their images."""
     table = reliability(logits, labels, temperature)
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in table) / max(1, len(labels))
-
-
-def confidence_report(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
-    """Return `calibration`, the effect of a temperature on these images, and `risk_coverage` of test.json."""
-    before, after = (expected_calibration_error(logits, labels, t) for t in (1.0, temperature))
-    return {
-        "calibration": {"temperature": temperature, "ece_before": before, "ece_after": after, "bins": BINS},
-        "risk_coverage": risk_coverage(logits, labels, temperature),
-    }
 
 
 def calibrated(logits: Tensor, temperature: float) -> Tensor:

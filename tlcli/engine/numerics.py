@@ -29,23 +29,21 @@ NOTES = "numerics"  # name of the store's notes on choices
 
 def measure_extraction(workload: Workload, cut: Cut) -> ComputeFormat:
     """Return the fastest format of the prefix, with its speed."""
-    return _fastest(workload, f"extraction up to {cut.suffix_start}", cut.prefix)
+    return _fastest(workload, cut)
 
 
 def measure_suffix(workload: Workload, cut: Cut, extraction: ComputeFormat) -> ComputeFormat:
     """Return the fastest format of training on activations, in the memory format of the extraction."""
     if workload.plain_head(cut) is not None:  # so little work that no dtype is faster than float32
         return replace(extraction, dtype=torch.float32, images_per_second=None, reason="a linear layer")
-    what = f"training from {cut.suffix_start}"
-    return _fastest(workload, what, cut.suffix, cut.shapes, extraction.memory_format, trains=True)
+    return _fastest(workload, cut, extraction.memory_format, trains=True)
 
 
 def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
-    network, size = workload.classifier.network, workload.train_size
-    train = _fastest(workload, "training", network, [(3, size, size)], trains=True)
-    return train, _fastest(workload, "evaluation", network, layout=train.memory_format)
+    train = _fastest(workload, trains=True)
+    return train, _fastest(workload, layout=train.memory_format)
 
 
 def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = None) -> float | None:
@@ -53,14 +51,10 @@ def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = 
 
     Training is on images, or on activations at a cut; then it is None if that takes next to no time.
     """
-    module, what, size = workload.classifier.network, "training", workload.train_size
-    shapes: Sequence[tuple[int, ...]] = [(3, size, size)]
-    if cut is not None:
-        if workload.plain_head(cut) is not None:
-            return None
-        module, what, shapes = cut.suffix, f"training from {cut.suffix_start}", cut.shapes
+    if cut is not None and workload.plain_head(cut) is not None:
+        return None
     try:
-        return _fastest(workload, what, module, shapes, trains=True, only=option).images_per_second
+        return _fastest(workload, cut, trains=True, only=option).images_per_second
     except Exception as error:
         if is_out_of_memory(error):  # a run would fail, too, but others are to be compared
             return option.images_per_second
@@ -69,24 +63,26 @@ def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = 
 
 def _fastest(
     workload: Workload,
-    what: str,
-    module: nn.Module,
-    shapes: Sequence[tuple[int, ...]] = (),
+    cut: Cut | None = None,
     layout: torch.memory_format | None = None,
     *,
     trains: bool = False,
     only: ComputeFormat | None = None,
 ) -> ComputeFormat:
-    """Return the fastest format for `what`: steps of `module`, which is the network or a part of it.
+    """Return the fastest format of training or evaluating the network on images, or of the part of it at a cut.
 
-    `shapes` are those of its inputs for one image; without any it takes images. A stored measurement is used again, so
-    that a result does not depend on a race. `only` is measured with whole batches.
+    A stored measurement is used again, so that a result does not depend on a race. `only` takes whole batches.
     """
+    module, what = workload.classifier.network, "training" if trains else "evaluation"
+    shapes: Sequence[tuple[int, ...]] = [(3, *[workload.train_size if trains else workload.preprocessing.size] * 2)]
+    if cut is not None and trains:
+        module, what, shapes = cut.suffix, f"training from {cut.suffix_start}", cut.shapes
+    elif cut is not None:
+        module, what = cut.prefix, f"extraction up to {cut.suffix_start}"
     options = [only] if only else allowed_formats(workload.spec.device, workload.accelerator)
     options = [option for option in options if layout in (None, option.memory_format)]
     limit = len(workload.data.train) if only else MEASURE_BATCH_SIZE
     images, generator = min(limit, max(2, workload.spec.batch_size)), torch.Generator()
-    shapes = shapes or [(3, *[workload.preprocessing.size] * 2)]
     inputs = tuple(torch.rand(images, *shape, generator=generator.manual_seed(0)) for shape in shapes)
     names = [option.description for option in options]
     trainable = sorted(name for name, p in workload.classifier.network.named_parameters() if p.requires_grad)

@@ -67,10 +67,9 @@ class Session:
             return self._in_memory[entry.key]
         tensors: ActivationTensors = ()
         for i, column in enumerate(entry.columns):
-            flat = torch.empty(0, dtype=torch.uint8)  # an empty file cannot be mapped
-            if entry.nbytes:  # read-only: of what can be written Linux maps no more than the memory
-                with warnings.catch_warnings(action="ignore"):  # nobody writes to it
-                    flat = torch.from_numpy(np.memmap(entry.file(i), np.uint8, mode="r"))
+            with warnings.catch_warnings(action="ignore"):  # nobody writes to it
+                # read-only: of what can be written Linux maps no more than the memory
+                flat = torch.from_numpy(np.memmap(entry.file(i), np.uint8, mode="r"))
             tensors += (flat.view(getattr(torch, column.dtype)).view(entry.rows, *column.shape),)
         if entry.nbytes <= self._free_bytes:  # else they stay mapped
             self._free_bytes -= entry.nbytes

@@ -18,7 +18,6 @@ from tlcli.engine.metrics import (
     Scores,
     calibrate,
     calibrated,
-    confidence_report,
     most_confused,
     scores,
     test_report,
@@ -183,7 +182,7 @@ class Recorder:
             notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} held-out images")
         report: dict[str, Any] = {}
         if predictions is not None:
-            report = test_report(predictions, classes) | confidence_report(predictions.logits, predictions.labels, t)
+            report = test_report(predictions, classes, t)
             effect = report["calibration"]
             after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
             notes.append(f"expected calibration error on test {effect['ece_before']:.4f}, {after}")

@@ -96,7 +96,7 @@ class ResumeState:
             reporter.note(f"the result may differ from that of an uninterrupted run: {'; '.join(differences)}")
         # the best epoch may be later than the state: training then comes to it again
         (best, scores), spec, selects = self.best or (None, None), workload.spec, workload.selects_epoch
-        return epoch, BestEpochTracker(spec.keep_best, spec.early_stop, best, scores, max(0, epoch - 1), selects)
+        return epoch, BestEpochTracker(spec.keep_best, best, scores, selects)
 
 
 def read_state(run: RunDir) -> ResumeState | None:

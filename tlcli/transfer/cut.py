@@ -170,13 +170,6 @@ def find_boundary(graphs: MatchedGraphs, n_pixels: int) -> list[fx.Node]:
     raise CutError(f"no frozen layers at the input: {reason}")
 
 
-class _Prefix(fx.GraphModule):
-    """The frozen part: images to the tensors of the boundary, always in eval mode."""
-
-    def train(self, mode: bool = True) -> "_Prefix":
-        return self
-
-
 class _Suffix(nn.Module):
     """The rest: the tensors of the boundary to logits, in the mode that the network is in."""
 
@@ -195,8 +188,7 @@ def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tenso
     network, training, evaluation = graphs.network, graphs.training, graphs.evaluation
     eval_boundary = [graphs.eval_nodes[node] for node in boundary]
     prefix_graph = _subgraph(evaluation, [[evaluation.images]], [nodes[0] for nodes in eval_boundary], {})
-    prefix = _Prefix(_share(evaluation.root, {}), prefix_graph)
-    nn.Module.train(prefix, False)
+    prefix = fx.GraphModule(_share(evaluation.root, {}), prefix_graph).eval()
     train_prefix = _function(training, [[training.images]], boundary, {})
     suffix_nodes = [*graphs.dynamic, training.output]  # one that returns nothing may draw random numbers
     train_suffix = _function(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
