@@ -219,7 +219,7 @@ def unsplit(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_a_dataset_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
-    result = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}")
+    result = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}", "dataset.name=other")
     assert result.same is True
     assert result.description == "the run's own test split: images of the same names in another folder"
     fewer = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}", "dataset.test_per_class=1")
@@ -228,10 +228,20 @@ def test_a_dataset_that_has_moved_is_still_the_runs_own(unsplit: Path, tmp_path:
     reporter = Notes()  # another image, so that the split is another one
     grown = evaluated(unsplit, f"dataset.root={tmp_path / 'elsewhere'}", reporter=reporter)
     assert grown.description == "all of it"
-    assert any("have the paths of images that tested the run" in note for note in reporter.notes)
+    assert any("have the paths of images that validated or tested the run" in note for note in reporter.notes)
     make_folder(tmp_path / "new", {"left": 3, "down": 4})
     with pytest.raises(UsageError, match="'left'"):
         evaluated(unsplit, f"dataset.root={tmp_path / 'new'}")
+
+
+@pytest.mark.slow
+def test_more_images_in_a_folder_of_test_images_are_a_test_without_a_note(run: Path, shapes: Path, tmp_path: Path):
+    shutil.copytree(shapes, tmp_path / "elsewhere")
+    image = next((tmp_path / "elsewhere/test/down").iterdir())
+    shutil.copy(image, image.with_name(f"another{image.suffix}"))
+    reporter = Notes()
+    assert evaluated(run, f"dataset.root={tmp_path / 'elsewhere'}", reporter=reporter).description == "its test split"
+    assert not [note for note in reporter.notes if "no test of it" in note]
 
 
 @pytest.mark.slow

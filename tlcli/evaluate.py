@@ -214,11 +214,11 @@ def _find_images(
         if tested is None and split_name == "test":
             n_known = _note_known_images(loaded, split, (), reporter)
         images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
-        description = f"the run's own {split_name} split{addition}"
+        description = f"the run's own {split_name} split{addition}{' as it is now' if n_known else ''}"
     else:
         spec = wanted
         images = load_evaluation_split(spec, split_name, seed=own.seed, reporter=reporter, store=session.store)
-        if tested is None or may_have_moved:
+        if tested is None or (may_have_moved and images.split_name != "test"):
             n_known = _note_known_images(loaded, images.split, tested or (), reporter)
         description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
         if split_name is None and images.split_name not in ("test", "all"):
@@ -238,7 +238,8 @@ def _note_known_images(loaded: LoadedRun, split: Split, tested: Sequence[str], r
     file = RunDir(loaded.path).val_predictions
     validated = read_predictions(file).keys if file.is_file() else ()
     if n := len(_keys(split).intersection([*validated, *tested])):
-        use = "trained" if loaded.info.get("cross_validation") else "validated" if not tested else "tested"
+        use = "trained" if loaded.info.get("cross_validation") else "validated"
+        use += " or tested" if tested else ""
         some = f"{n:,} of the {len(split):,} images have the paths of images that {use} the run"
         reporter.note(f"{some}: if they are the same, others may have trained it, and this is no test of it")
     return n
@@ -247,8 +248,7 @@ def _note_known_images(loaded: LoadedRun, split: Split, tested: Sequence[str], r
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
     """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
     arguments = [
-        getattr(spec, name, None)
-        for name in ("name", "class_name", "train", "val", "test", "image_column", "label_column")
+        getattr(spec, name, None) for name in ("class_name", "train", "val", "test", "image_column", "label_column")
     ]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
     return (spec.kind, *arguments, *(path and resolve_links(expand_user(path)) for path in locations))

@@ -88,7 +88,12 @@ def test_seeds_of_one_configuration(tmp_path: Path) -> None:
     half = 4.302653 * 0.1 / 3**0.5  # Student's t for two degrees of freedom
     assert group["mean_ci95"] == pytest.approx([0.8 - half, min(1.0, 0.8 + half)], rel=1e-6)
     assert group["same_images"]
-    assert compare([runs[0], make_run(tmp_path / "again", said[1], true, seed=0)])["seeds"] == []
+    again = make_run(tmp_path / "again", said[0], true, seed=0)
+    assert compare([runs[0], again])["seeds"] == []
+    RunDir(runs[1]).update(machine={"processor": "another"})
+    assert len(compare([again, *runs])["seeds"][0]["runs"]) == 3
+    RunDir(runs[1]).update(versions={"torch": "1.0"})
+    assert compare(runs[:2])["seeds"] == []
 
 
 def test_a_sweep_stands_for_its_tested_jobs(tmp_path: Path) -> None:

@@ -175,10 +175,12 @@ def _seed_groups(runs: Sequence[TestedRun]) -> list[dict[str, Any]]:
     by_config: dict[str, list[TestedRun]] = {}
     for run in runs:
         rest = {key: value for key, value in sorted(run.config.items()) if key != "seed"}
-        by_config.setdefault(repr((rest, run.setting)), []).append(run)
+        versions = {name: value for name, value in run.setting.items() if f"versions.{name}" in SETTING}
+        by_config.setdefault(repr((rest, versions)), []).append(run)
     groups = []
-    for members in by_config.values():
-        if len(members) == 1 or len({run.config.get("seed") for run in members}) < len(members):
+    for same in by_config.values():
+        members = list({run.config.get("seed"): run for run in same}.values())  # a repetition is no other seed
+        if len(members) == 1:
             continue
         values = [run.test["accuracy"] for run in members]
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
