@@ -207,12 +207,13 @@ def _find_images(
         split: Split = getattr(data, split_name)
         if not len(split):
             raise UsageError(f"split={split_name}: the run has no {split_name} images")
-        new = len(_keys(split).difference(tested or ()))
-        if tested and new and split_name == "test" and spec.test_per_class == trained.test_per_class:
-            some = f"{new:,} of {len(split):,} test images are others, and it may have been trained on them"
-            reporter.note(f"the dataset has changed since the run: {some}")
-        if tested is None and split_name == "test":
+        if split_name == "test" and tested is None:
             n_known = _note_known_images(loaded, split, (), reporter)
+        elif split_name == "test" and tested and spec.test_per_class == trained.test_per_class:
+            new = len(_keys(split).difference(tested))
+            some = f"{new:,} of {len(split):,} test images are others, and it may have been trained on them"
+            if new:
+                reporter.note(f"the dataset has changed since the run: {some}")
         images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
         description = f"the run's own {split_name} split{addition}{' as it is now' if n_known else ''}"
     else:
@@ -246,10 +247,9 @@ def _note_known_images(loaded: LoadedRun, split: Split, tested: Sequence[str], r
 
 
 def _identity(spec: DatasetSpec) -> tuple[object, ...]:
-    """Return what distinguishes two datasets: kind, location, and torchvision's arguments."""
-    arguments = [
-        getattr(spec, name, None) for name in ("class_name", "train", "val", "test", "image_column", "label_column")
-    ]
+    """Return what distinguishes two datasets: kind, location, splits, columns, and torchvision's class."""
+    names = ("class_name", "train", "val", "test", "image_column", "label_column")
+    arguments = [getattr(spec, name, None) for name in names]
     locations = [getattr(spec, name, None) for name in ("root", "file")]
     return (spec.kind, *arguments, *(path and resolve_links(expand_user(path)) for path in locations))
 

@@ -200,17 +200,16 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
     train_size, size = image_sizes(workload)
     seconds, speed, _ = expected_seconds(workload, size, train_size)
-    n_runs: float = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1
-    if val_fraction is not None and workload.first_fit is None:
-        n_runs = 2 - val_fraction  # a trial and its refit
-    need, choice = n_runs * (seconds or 0.0) + time.monotonic() - start, list[str]()
+    n_runs = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1  # in a trial
+    refit = 1 - val_fraction if val_fraction is not None and workload.first_fit is None else 0
+    need, choice = (n_runs + refit) * (seconds or 0.0) + time.monotonic() - start, list[str]()
     if budget < need:
-        what = "a trial and its refit take" if n_runs > 1 and spec.folds is None else "one run takes"
+        what = "a trial and its refit take" if refit else "one run takes"
         one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
     if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
         default = config.hydra.runtime.choices["backbone"]
-        n_runs = 1 if spec.folds is None else n_runs  # a larger backbone gains more than a refit
+        # a trial with it has to fit; a larger backbone gains more than a refit
         chosen = _choose_backbone(words, default, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
@@ -238,7 +237,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
 
 
 def _choose_backbone(
-    words: Sequence[str], default: str, end: float, n_runs: float, session: "Session", reporter: Reporter
+    words: Sequence[str], default: str, end: float, n_runs: int, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
     """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice.
 

@@ -182,9 +182,8 @@ def open_run(path: str | Path) -> RunDir:
         below = (
             file.parent for pattern in ("*/run.json", "*/*/run.json") for file in sorted(run.path.glob(pattern))[::-1]
         )
-        near = next(
-            (path for path in chain(run.path.parents, [run.path / REFIT], below) if is_file(path / "run.json")), None
-        )
+        places = chain(run.path.parents, [run.path / REFIT], below)
+        near = next((path for path in places if is_file(path / "run.json")), None)
         hint = f". Did you mean {near}?" if near else ""
         raise UsageError(f"{run.path}: not a run directory (it has no run.json){hint}")
     schema = run.info.get("schema_version")
@@ -200,16 +199,15 @@ def is_sweep(path: Path) -> bool:
 
 
 def result_of_search(path: Path) -> Path | None:
-    """Return the folder `best` of a search, a link to one of its jobs or, after copying, a copy; None if it is none."""
+    """Return the folder `best` of a search, a link to a job or, after copying, its copy; None if it is no search."""
     return path / REFIT if is_file(path / STATE_FILE) else None
 
 
 def has_folds(path: Path) -> bool:
     """Return True if the directory is that of a run with folds: its refit or first fold is in it."""
-    parts = (RunDir(path / name) for name in (REFIT, FOLD.format(0)))
-    return (
-        not result_of_search(path) and is_sweep(path) and any(part.config().get("folds") is not None for part in parts)
-    )
+    if result_of_search(path) or not is_sweep(path):
+        return False
+    return any(RunDir(path / name).config().get("folds") is not None for name in (REFIT, FOLD.format(0)))
 
 
 def check_version(path: Path, info: Mapping[str, Any]) -> None:
