@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -300,18 +301,27 @@ def test_the_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
 
 
 def test_shards_are_not_evicted_before_their_entry_is_complete(tmp_path: Path) -> None:
-    store = Store(tmp_path, 3 * SIZE / GB)
-    for used, key in enumerate(["aa", "bb"], 1):
+    store, now = Store(tmp_path, 3 * SIZE / GB), int(time.time())
+    for used, key in enumerate(["aa", "bb"], now - 9):
         store.write(key, 2, [Column("float32", (1024,))], {"part_of": "ee"}, [[bytes(8192)]])
         os.utime(store.activations / key / META, (used, used))
         store.release(key)
-    for used, key in enumerate(["cc", "dd"], 3):
+    for used, key in enumerate(["cc", "dd"], now - 7):
         add(store, key, used)
     assert keys(store) == ["aa", "bb", "dd"]
-    add(store, "ee", 5)  # complete
+    add(store, "ee", now - 5)  # complete
     assert keys(store) == ["aa", "bb", "ee"]
-    add(store, "ff", 6)
+    add(store, "ff", now - 4)
     assert keys(store) == ["bb", "ee", "ff"]
+
+
+def test_a_shard_that_nobody_used_for_a_week_is_evicted(tmp_path: Path) -> None:
+    store = Store(tmp_path, SIZE / GB)
+    store.write("aa", 2, [Column("float32", (1024,))], {"part_of": "ee"}, [[bytes(8192)]])
+    os.utime(store.activations / "aa" / META, (time.time() - 8 * 86_400,) * 2)
+    store.release("aa")
+    add(store, "bb", 1)
+    assert keys(store) == ["bb"]
 
 
 def test_marks_of_killed_processes_are_removed_also_those_of_entries_that_stay(tmp_path: Path) -> None:
@@ -412,7 +422,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     draft = store.activations / f".{OTHER}.4194304.0123abcd"  # of a writer that was killed
     draft.mkdir()
     (draft / "0.bin").write_bytes(bytes(1000))
-    (store.activations / KEY / ".DS_Store").touch()
+    for name in (".DS_Store", "._0.bin"):
+        (store.activations / KEY / name).touch()
     (store.activations / OTHER / META).unlink()
     store.add_note("choices", "a", 1)
     for name in (".choices.json.4194304", f"digests-{0:032}.bin", f".digests-{0:032}.bin.4194304"):

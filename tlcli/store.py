@@ -10,7 +10,8 @@
     ROOT/NAME.json                     notes, such as measured speeds
     ROOT/digests-FOLDER.bin            digests of the images below a folder
 
-A shard is an entry whose metadata name the entry that it is a part of; it is not evicted before that is complete.
+A shard is an entry whose metadata name the entry that it is a part of; it is not evicted before that is complete,
+unless it has not been used for a week.
 """
 
 import atexit
@@ -39,11 +40,12 @@ from tlcli.text import size_text
 FORMAT = 1  # of meta.json and of the files next to it
 META = "meta.json"
 GB = 1_000_000_000
+SHARD_SECONDS = 7 * 86_400  # after which a shard is taken for one of a fill that was given up
 Batches = Iterable[Sequence[bytes | memoryview]]  # the rows of an entry, per column
 
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _DRAFT = re.compile(r"\.([0-9a-f]{1,128})\.\d+\.[0-9a-f]+")
-_OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\.meta\.json\.\d+|\.DS_Store|\.nfs\w+")  # the last two are the system's
+_OWN_FILE = re.compile(r"meta\.json|\d+\.bin|\.meta\.json\.\d+|\.DS_Store|\._.+|\.nfs\w+")  # the last are the system's
 _NOTES_MARK = "tlcli notes 1"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)  # what reading a damaged file may raise
 
@@ -302,7 +304,8 @@ class Store:
         entries = {entry.path: entry for entry in self.entries()}
         last_use = {path: entry.used for path, entry in entries.items()}  # damaged entries go first
         wholes = {path: self.activations / entry.metadata.get("part_of", "") for path, entry in entries.items()}
-        evictable = [folder for folder in self._folders(_KEY) if wholes.get(folder, folder).is_dir()]
+        oldest = time.time() - SHARD_SECONDS
+        evictable = [f for f in self._folders(_KEY) if wholes.get(f, f).is_dir() or last_use.get(f, 0.0) < oldest]
         evicted = []
         if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
             marks = set(self.locks.glob("*.use.*"))

@@ -52,7 +52,7 @@ def test_not_split(make_folder: MakeFolder) -> None:
     assert sorted(all_names(data)) == sorted(str(path) for path in root.rglob("*.png"))
     assert data.notes == (
         "no test split: 25 % of the images are held out as the test set",
-        "no val split: 25 % of the training images are held out as val",
+        "no val split: 27.8 % of the training images are held out as val",
     )
     assert all_names(data) == all_names(load(folder_spec(root)))
     assert all_names(data) != all_names(load(folder_spec(root), seed=1))
@@ -88,6 +88,25 @@ def test_folds_need_as_many_different_images(make_folder: MakeFolder) -> None:
         copy.write_bytes((copy.parent / "000.png").read_bytes())
     with pytest.raises(UsageError, match="folds=3: only 2 of the images differ; add some, or use fewer folds"):
         load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=3)
+
+
+def test_each_fold_leaves_images_of_each_class(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 6, "train/b": 3, "test/a": 1, "test/b": 1})
+    for copy in root.glob("train/b/*.png"):
+        copy.write_bytes((copy.parent / "000.png").read_bytes())
+    with pytest.raises(UsageError, match=r"without fold \d \(all copies .* in one fold\): class 'b' has no training"):
+        load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=3)
+
+
+@pytest.mark.parametrize(("per_class", "note"), [(3, "all training images train"), (4, "25 % of the training images")])
+def test_small_classes_are_held_out_only_if_a_tenth_is_enough(
+    per_class: int, note: str, make_folder, monkeypatch
+) -> None:
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 20)
+    root = make_folder({f"{split}/{i}": n for split, n in (("train", per_class), ("test", 1)) for i in range(60)})
+    data = load_dataset(folder_spec(root, val_fraction=None), seed=0, reporter=Reporter(), decode=False)
+    assert len(data.val) == (60 if per_class == 4 else 0)
+    assert any(note in line for line in data.notes)
 
 
 def test_images_of_several_sources_keep_their_names_and_pixels_when_joined() -> None:

@@ -78,6 +78,7 @@ def test_links_to_classes_and_files_are_followed_and_circles_are_not(make_folder
     with untouched(root):
         listing = folder_spec(root).list_files()
         assert folder_spec(root).without_bad_classes() == (folder_spec(root), [])
+        assert listing.ignored["link to a folder"] == 1
     assert [key for key, _ in keys(listing)] == ["a/000.png", "a/link.png", "b/x.png"]
 
 
@@ -126,6 +127,11 @@ def test_a_root_that_is_no_dataset(root: str, make_folder: MakeFolder, tmp_path:
 def test_mistakes_of_layout(make_folder: MakeFolder, counts: dict[str, int], words: str) -> None:
     root = make_folder(counts)
     assert_refused(folder_spec(root), words.format(root), keeps=root)
+
+
+def test_one_class_with_subfolders_can_be_evaluated(make_folder: MakeFolder) -> None:
+    root = make_folder({"a/monday": 1, "a/tuesday": 1})
+    assert len(folder_spec(root).load(Reporter(), for_training=False).splits["all"]) == 2
 
 
 def test_endings_that_are_not_read_are_told_if_there_are_no_others(make_folder: MakeFolder) -> None:
@@ -325,6 +331,9 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
         assert load_dataset(spec, seed=0, reporter=Reporter()).bad_files == ((spec.file, "not an image"),)
 
 
+LINK = "a link to a folder, which is not followed; name it, too"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -335,17 +344,23 @@ def test_a_link_may_lead_outside_and_a_file_need_not_be_an_image(write: Write, t
         (["*.bmp"], [MissingPath("*.bmp", "no file matches")]),
         (["photos/**/sub"], [MissingPath("photos/**/sub", "no file matches")]),  # it matches a folder
         (["empty"], [MissingPath("empty", "no images in this folder")]),
-        (["loop"], [MissingPath("loop", "no images in this folder")]),
+        (["loop"], [MissingPath("loop/x.jpg", LINK)]),
+        (
+            ["linked"],
+            ["linked/x.jpg", MissingPath("linked/more", LINK)],
+        ),
+        (["linked/more"], ["linked/more/c.jpg", "linked/more/deep/e.gif"]),
         (["a[1].jpg"], ["a[1].jpg"]),  # a file of this name
     ],
 )
 def test_arguments_name_images(arguments: list[str], expected: list[object], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     photos = "b.jpg a.PNG notes.txt .hidden.jpg Thumbs.db sub/c.jpg sub/.git/d.jpg sub/deep/e.gif sub/@eaDir/f.gif"
-    for name in (*(f"photos/{name}" for name in photos.split()), "a[1].jpg", "a1.jpg", "empty/x.txt"):
+    for name in (*(f"photos/{name}" for name in photos.split()), "a[1].jpg", "a1.jpg", "empty/x.txt", "linked/x.jpg"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    (tmp_path / "linked" / "more").symlink_to(tmp_path / "photos" / "sub")
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "x.jpg").symlink_to(tmp_path / "loop")
     assert list(expand_image_paths(arguments)) == expected

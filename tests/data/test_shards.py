@@ -1,6 +1,7 @@
 """Images in tar archives and parquet files are those of folders: pixels, order, splits, digests; and refusals."""
 
 import os
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -14,6 +15,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -176,6 +178,35 @@ def test_what_is_known_of_a_shard_is_not_read_again(make_folder: MakeFolder, for
     assert reads() == (6, form == "tar")
     assert reads() == (0, 0)
     assert reads(verify=Verify.full) == (12, 2 * (form == "tar"))
+
+
+def test_files_of_one_folder_are_known_beside_each_other_and_replaced_ones_are_not(make_folder: MakeFolder) -> None:
+    file = pack(make_folder({"a": 3, "b": 3}), "tar", ["one"]) / "one.tar"
+    other, new = file.with_name("other.tar"), file.with_name("new")
+    shutil.copy2(file, other)
+    shutil.copy2(file, new)  # size and time are the same
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "index_tar", index := Mock(wraps=shards.index_tar))
+        for name in (file, other, file, other):
+            everything(tar_spec(name))
+        assert index.call_count == 2
+        new.replace(file)
+        everything(tar_spec(file))
+        assert index.call_count == 3
+
+
+def test_two_columns_of_one_parquet_file_are_two_sets_of_images(make_folder: MakeFolder, cache: Path) -> None:
+    root = pack(make_folder({"a": 3, "b": 3}), "parquet", ["x"])
+    table = pq.read_table(root / "x.parquet")
+    images = table.column("image").to_pylist()
+    pq.write_table(
+        table.append_column("other", pa.array(images[::-1], table.schema.field("image").type)), root / "x.parquet"
+    )
+    one, other = (load(parquet_spec(root, image_column=name), store=Store(cache)).train for name in ("image", "other"))
+    assert one.fingerprint() == load(parquet_spec(root)).train.fingerprint()
+    assert (
+        other.fingerprint() == load(parquet_spec(root, image_column="other")).train.fingerprint() != one.fingerprint()
+    )
 
 
 @both_forms

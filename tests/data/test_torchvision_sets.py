@@ -163,7 +163,10 @@ def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(tmp_path: 
         spec.load(Reporter())
     with pytest.raises(KeyboardInterrupt):  # an empty folder is no reason to refuse another try
         spec.load(Reporter())
-    for again, words in ((spec, "was interrupted: remove raw there"), (spec.offline(), "download was not finished")):
+    for again, words in (
+        (spec, r"was interrupted: remove what belongs to it \(new there since then: raw\)"),
+        (spec.offline(), "download was not finished"),
+    ):
         with pytest.raises(UsageError, match=words):
             again.load(Reporter())
     (tmp_path / "raw/part").unlink()

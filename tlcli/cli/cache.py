@@ -105,6 +105,8 @@ def run(argv: list[str]) -> int:
             print(f"removed {_total(len(chosen), sum(entry.nbytes for entry in chosen.values()))}")
         else:
             print(f"removed {_total(*store.clear())}, from {store.root}")
+    except BrokenPipeError:  # of `| head`
+        raise
     except OSError as error:
         raise TlcliError(f"{error.filename or store.root}: {error.strerror or error}") from error
     return 0

@@ -63,7 +63,8 @@ class Dataset:
         """Return the dataset that has the images of a fold in val, not in train, and an empty test."""
         assert self.folds is not None
         train, val = (self.train.take(np.flatnonzero(held == (self.folds == fold))) for held in (False, True))
-        list(_check_counts({"train": train, "val": val}, self.classes, self.name))  # duplicates may be a whole class
+        name = f"{self.name} without fold {fold + 1} (all copies of an image are in one fold)"
+        list(_check_counts({"train": train, "val": val}, self.classes, name))
         return replace(self, train=train, val=val, test=self.test.take(np.arange(0)))
 
     def without_fifth(self, seed: int) -> "Dataset":
@@ -135,7 +136,7 @@ def load_dataset(
             fold_of[held] = fold
         notes.append(f"folds={folds}: each of the {len(pool):,} images is held out once; the last epoch is kept")
     empty = splits["train"].take(np.arange(0))
-    return Dataset(
+    dataset = Dataset(
         spec.name,
         source.classes,
         **{name: splits.get(name, empty) for name in ("train", "val", "test")},
@@ -144,6 +145,9 @@ def load_dataset(
         value_range=value_range,
         folds=None if folds is None else fold_of,
     )
+    for fold in range(folds or 0):
+        dataset.without_fold(fold)  # raises UsageError if a class is in this fold alone
+    return dataset
 
 
 def load_evaluation_split(
@@ -227,18 +231,20 @@ def _divide(source: Source, spec: DatasetSpec, seed: int) -> tuple[dict[str, Spl
     if test is None:
         stay, held = stratified_split(train.labels, source.classes, spec.test_fraction, seed=seed, purpose="test")
         train, test = train.take(stay), train.take(held)
-        notes.append(f"no test split: {100 * spec.test_fraction:g} % of the images are held out as the test set")
+        share = 100 * len(test) / (len(train) + len(test))
+        notes.append(f"no test split: {share:.3g} % of the images are held out as the test set")
     train = limit_per_class(train, source.classes, spec.train_per_class, seed, "train_per_class")
     test = limit_per_class(test, source.classes, spec.test_per_class, seed, "test_per_class")
     if val is not None:
         return {"train": train, "val": val, "test": test}, notes
     fraction = VAL_FRACTION if spec.val_fraction is None else spec.val_fraction
     stay, held = stratified_split(train.labels, source.classes, fraction, seed=seed, purpose="val")
-    if spec.val_fraction is None and len(held) < MIN_VALIDATION_IMAGES:
+    # of many small classes, one image each is far more than this fraction
+    if spec.val_fraction is None and min(len(held), fraction * len(train)) < MIN_VALIDATION_IMAGES:
         remedy = f"dataset.val_fraction={fraction:g} holds images out"
         notes.append(f"no val split: all training images train, and the last epoch is kept ({remedy})")
         return {"train": train, "test": test}, notes
-    notes.append(f"no val split: {100 * fraction:g} % of the training images are held out as val")
+    notes.append(f"no val split: {100 * len(held) / len(train):.3g} % of the training images are held out as val")
     return {"train": train.take(stay), "val": train.take(held), "test": test}, notes
 
 

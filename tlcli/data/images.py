@@ -159,7 +159,7 @@ class DigestRecord:
             with suppress(OSError, ValueError):  # reading it says what is wrong
                 found = os.stat(images.file(index))  # noqa: PTH116 - a Path would take longer than the call
                 if time.time_ns() - found.st_mtime_ns >= SETTLED_NS:
-                    match = f" {found.st_size} {found.st_ino} {found.st_mtime_ns}"
+                    match = f"{images.column} {found.st_size} {found.st_ino} {found.st_mtime_ns}"
                     return digest_of(os.fsencode(images.key(index) + match))
             return bytes(DIGEST_BYTES)  # not to be found or remembered
 
@@ -202,6 +202,8 @@ def _from_bytes(digests: Iterable[bytes], n: int) -> Digests:
 
 class ImageFiles(ImageSource):
     """Images in files below a folder; `keys` are paths relative to it, with slashes."""
+
+    column = ""  # of the files, if they have several with images
 
     def __init__(self, root: Path, keys: Iterable[str], value_range: ValueRange | None = None) -> None:
         super().__init__()

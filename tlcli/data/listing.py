@@ -135,10 +135,11 @@ def same_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _walk(folder: str | Path, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
+def _walk(folder: str | Path, errors: list[OSError], links: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder from `folder` down with its visible files, sorted. Links to folders are not followed."""
     for where, subfolders, names in os.walk(folder, onerror=errors.append):
         subfolders[:] = sorted(filter(is_visible, subfolders))
+        links += filter(os.path.islink, (os.path.join(where, name) for name in subfolders))  # noqa: PTH118
         yield where, sorted(filter(is_visible, names))
 
 
@@ -166,7 +167,7 @@ def list_folder(root_text: str | None, choice: ClassChoice) -> Listing:
     with reading_folder(root, _ONE_PER_CLASS):
         folders = _split_folders(root) or {"all": root}
         files = {split: _scan_classes(folder, root, choice.selected, ignored) for split, folder in folders.items()}
-    if len(files.get("all", ())) == 1:
+    if choice.for_training and len(files.get("all", ())) == 1:
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
             raise UsageError(f"{root}: only one class, {name!r}. Did you mean {root / name}? {_ONE_PER_CLASS}")
@@ -209,7 +210,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, ignored: Counter[str]) -> dict[str, Names]:
     """Return the images of each class folder, as paths relative to root, and count the other files."""
-    errors, classes = list[OSError](), dict[str, Names]()
+    errors, links, classes = list[OSError](), list[str](), dict[str, Names]()
     for path in _subfolders(folder):
         if path.name == "outputs" and any(path.rglob("run.json")):  # runs that were started in the folder of images
             continue
@@ -217,12 +218,13 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
         images = classes[path.name] = Names()
-        for where, names in _walk(path, errors) if selected is None or path.name in selected else ():
+        for where, names in _walk(path, errors, links) if selected is None or path.name in selected else ():
             prefix = Path(os.path.relpath(where, root)).as_posix()
             images.extend(f"{prefix}/{name}" for name in names if _is_image(name))
             ignored.update(Path(name).suffix.lower() or "no ending" for name in names if not _is_image(name))
     if errors:
         raise errors[0]
+    ignored.update(["link to a folder"] * len(links))
     if not any(classes.values()) and (selected is None or classes.keys() <= set(selected)):
         others = join_limited([f"{suffix} ({n})" for suffix, n in ignored.most_common()])
         found = f" (other files: {others})" if others else ""
@@ -384,12 +386,14 @@ def expand_image_paths(arguments: Iterable[str], *, patterns: bool = True) -> It
 
 
 def _expand_folder(folder: str) -> Iterator[Named]:
-    errors, is_empty = list[OSError](), True
-    for where, names in _walk(folder, errors):
+    errors, links, is_empty = list[OSError](), list[str](), True
+    for where, names in _walk(folder, errors, links):
         for name in filter(_is_image, names):
             is_empty = False
             yield os.path.join(where, name)  # noqa: PTH118 - as it was typed: Path would remove ./
     for error in errors:
         yield MissingPath(error.filename, (error.strerror or str(error)).lower())
-    if is_empty and not errors:
+    for link in links:
+        yield MissingPath(link, "a link to a folder, which is not followed; name it, too")
+    if is_empty and not errors and not links:
         yield MissingPath(folder, "no images in this folder")

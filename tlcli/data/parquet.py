@@ -36,7 +36,7 @@ class ParquetImages(ShardImages):
 
     def __init__(self, root: Path, files: Mapping[str, tuple[Any, str]]) -> None:
         super().__init__(root, files, [metadata.num_rows for metadata, _ in files.values()])
-        self._files = files
+        self._files, self.column = files, next(iter(files.values()))[1]
         self._groups = [(shard, n) for shard, (file, _) in files.items() for n in range(file.num_row_groups)]
         groups = [files[shard][0].row_group(n) for shard, n in self._groups]
         self._group_starts: Ints = np.cumsum([0, *(group.num_rows for group in groups)])

@@ -152,15 +152,16 @@ class TarImages(ShardImages):
 def list_tars(root_text: str | None, choice: ClassChoice, *, verify_all: bool) -> Source:
     """Return the images of tar archives, sorted by class, name and archive.
 
-    The cache keeps the index of an archive, which is used again, unless `verify_all`, if size and time are the same.
+    The cache keeps the index of an archive, which is used again, unless `verify_all`, if it is the same file.
     """
     root, splits = find_shards(root_text, r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", ".tar")
-    store, notes = Store(cache_dir()), "tars-" + digest_of(os.fsencode(root.absolute())).hex()
+    place = root / next(iter(splits)) if len(splits) == 1 else root
+    store, notes = Store(cache_dir()), "tars-" + digest_of(os.fsencode(place.absolute())).hex()
     known = {} if verify_all else store.read_notes(notes)
     indexes, entries, has_changed = dict[str, Index](), dict[str, Any](), False
     for shard in splits:
         stat = (root / shard).stat()
-        state = [stat.st_size, stat.st_mtime_ns]
+        state = [stat.st_size, stat.st_ino, stat.st_mtime_ns]
         with suppress(KeyError, ValidationError):  # not known, or damaged
             indexed, index = convert(known[shard], tuple[list[int], Index])
             if indexed == state:

@@ -217,7 +217,8 @@ def _download(name: str, make: Callable[..., Any], root: Path, marker: Path, rep
         if marker.exists():
             before = set(marker.read_text("utf-8", "surrogateescape").split("/"))
         if rest := present - before:
-            remedy = f"remove {join_limited(sorted(rest))} there, or {marker.name} if it is whole"
+            new = f"new there since then: {join_limited(sorted(rest))}"
+            remedy = f"remove what belongs to it ({new}), or {marker.name} if it is whole"
             raise UsageError(f"{name}: its download to {root} was interrupted: {remedy}")
         with suppress(RuntimeError, OSError):  # another process has downloaded it meanwhile
             return make()
