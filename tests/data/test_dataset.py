@@ -90,6 +90,20 @@ def test_folds_need_as_many_different_images(make_folder: MakeFolder) -> None:
         load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=3)
 
 
+def test_a_fifth_that_is_left_out_has_no_copies_that_train(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 20, "train/b": 20, "test/a": 1, "test/b": 1})
+    for i in range(10):
+        (root / f"train/a/{i + 10:03}.png").write_bytes((root / f"train/a/{i:03}.png").read_bytes())
+    whole = load(folder_spec(root))
+    part = whole.without_fifth(seed=0)
+    train, val = (
+        {digest.tobytes() for digest in split.images.digests(split.indices, Reporter())}
+        for split in (part.train, part.val)
+    )
+    assert not train & val
+    assert sorted([*part.train.indices, *part.val.indices]) == sorted(whole.train.indices) and len(part.val)
+
+
 def test_each_fold_leaves_images_of_each_class(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 6, "train/b": 3, "test/a": 1, "test/b": 1})
     for copy in root.glob("train/b/*.png"):

@@ -78,6 +78,18 @@ def test_folded_batchnorm_gives_the_same(name: str, request: pytest.FixtureReque
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
 
 
+def test_batchnorm_is_folded_in_full_float32(lite0, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = list[bool]()
+    network = lite0.prefix
+    hook = network.get_submodule("conv_stem").register_forward_hook(
+        lambda *args: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    _fold_batchnorm(network, SMALL)
+    hook.remove()
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
 class Layers(nn.Module):
     """A convolution and a norm, in the order of a function."""
 

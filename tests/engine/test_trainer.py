@@ -222,6 +222,23 @@ def test_the_average_is_of_all_steps_and_with_decay_0_the_weights_themselves(sma
     assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights(average).items()), "as trained again"
 
 
+def test_statistics_of_batchnorm_move_with_the_weights(small) -> None:
+    setting = small(*ONE_STEP, "augment=none", "freeze.bn_stats=update", "ema=0.75")
+    norms = list(setting.contract.updated_norms().values())
+    means = lambda: torch.cat([norm.running_mean for norm in norms])  # noqa: E731
+    start = means()
+    setting.trainer.remember_start()
+    setting.fit(1)
+    first = means()
+    setting.fit(2)
+    second = means()
+    assert not torch.equal(start, first)
+    with setting.trainer.averaged():
+        assert torch.allclose(means(), 0.75 * first + 0.25 * second)
+    setting.trainer.interpolate(0.5)
+    assert torch.allclose(means(), (start + second) / 2)
+
+
 def test_a_signal_while_the_average_is_replaced_waits_for_all_weights(small, monkeypatch) -> None:
     setting, replace = small(*ONE_STEP, "augment=none", "ema=0.75"), Trainer._set
     setting.fit(1)

@@ -60,6 +60,16 @@ def test_tokens_and_positions_do_not_decay(spec: Compose, words: list[str], expe
     assert free == expected & set(names.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin_t", "convnext_tiny"])
+def test_only_weights_of_layers_decay(spec: Compose, name: str) -> None:
+    words = f"backbone={name}", "backbone.weights=none"
+    model = build_model(spec(*words).backbone, ("a", "b"), size=32, seed=0)
+    names = {id(p): name for name, p in model.network.named_parameters()}
+    groups = parameter_groups(spec("optimizer.weight_decay=0.3").optimizer, model)
+    assert all(names[id(p)].endswith("weight") for g in groups for p in g["params"] if g["weight_decay"])
+
+
 @pytest.mark.parametrize(("name", "is_single"), [("resnet10t", True), ("deit_tiny_distilled_patch16_224", False)])
 def test_only_a_single_linear_head_can_be_probed(spec: Compose, name: str, is_single: bool) -> None:
     backbone = spec("backbone=timm", f"backbone.name={name}", "backbone.weights=none").backbone

@@ -68,8 +68,14 @@ class Dataset:
         return replace(self, train=train, val=val, test=self.test.take(np.arange(0)))
 
     def without_fifth(self, seed: int) -> "Dataset":
-        """Return the dataset that has a fifth of each class's training images in val, and an empty test."""
+        """Return the dataset that has a fifth of each class's training images in val, and an empty test.
+
+        Images stay in train that have a copy there.
+        """
         _, held = stratified_split(self.train.labels, self.classes, 0.2, seed=seed, purpose="first fit")
+        first = ConcatSplits({"train": self.train}).first_copies(Reporter())
+        if (is_alone := ~np.isin(first[held], np.delete(first, held))).any():
+            held = held[is_alone]
         return replace(self, folds=np.isin(np.arange(len(self.train)), held).astype(np.int64)).without_fold(1)
 
     @property

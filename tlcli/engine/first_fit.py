@@ -118,7 +118,7 @@ def choose_share(predictions: Sequence[Predictions], inputs: Inputs, reporter: R
     losses = torch.stack([F.cross_entropy(x, predictions[0].labels, reduction="none") for x in scaled]).double()
     best, n, means = int(losses.mean(dim=1).argmin()), losses.shape[1], losses.mean(dim=1).tolist()
     gain = losses[0] - losses[best]
-    if gain.mean() <= gain.std() / n**0.5:
+    if not gain.mean() > gain.std() / n**0.5:  # that of one image is NaN
         best = 0
     found = ", ".join(f"{share:g} {loss:.3f}" for share, loss in zip(SHARES, means, strict=True))
     reason = f"{SHARES[best]:g} of the way from the initial to the trained ones; loss of {n:,} images left out: {found}"

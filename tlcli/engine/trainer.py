@@ -38,6 +38,9 @@ class Trainer:
         spec, classes = workload.spec, workload.data.classes
         self.optimizer = spec.optimizer.build(parameter_groups(spec.optimizer, workload.classifier))
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norms = workload.contract.updated_norms().values()
+        statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        self._moved = [*self._trainable, *statistics]  # what interpolation and averages move
         class_counts = workload.data.train.class_counts(len(classes))
         steps = steps_per_epoch(spec, sum(class_counts))
         self.schedule = Schedule(spec.scheduler, self.optimizer, steps, workload.epochs_per_fit)
@@ -170,7 +173,7 @@ class Trainer:
         if spec.l2sp:  # the gradient of l2sp / 2 times the squared distance (Li et al. 2018)
             if not self._start:
                 self.remember_start()
-            for parameter, start in zip(self._trainable, self._start, strict=True):
+            for parameter, start in zip(self._trainable, self._start, strict=False):
                 if id(parameter) in self._body and parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - start, alpha=spec.l2sp)
         if spec.clip_grad is not None:
@@ -178,9 +181,9 @@ class Trainer:
         self._scaler.step(self.optimizer)  # a disabled scaler calls optimizer.step()
         self._scaler.update()
         if spec.ema is not None:
-            self._average = self._average or [parameter.detach().clone() for parameter in self._trainable]
-            for average, parameter in zip(self._average, self._trainable, strict=True):
-                average.lerp_(parameter.detach(), 1 - spec.ema)
+            self._average = self._average or [tensor.detach().clone() for tensor in self._moved]
+            for average, tensor in zip(self._average, self._moved, strict=True):
+                average.lerp_(tensor.detach(), 1 - spec.ema)
 
     def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, is_single: bool) -> Tensor:
         """Return the logits (B, classes), float32. The last image of an epoch alone has no batch statistics."""
@@ -235,12 +238,12 @@ class Trainer:
             self.remember_start()
 
     def remember_start(self) -> None:
-        """Keep a copy of what trains, from which `interpolate` starts."""
-        self._start = [parameter.detach().clone() for parameter in self._trainable]
+        """Keep a copy of what trains and of the statistics that follow, from which `interpolate` starts."""
+        self._start = [tensor.detach().clone() for tensor in self._moved]
 
     def interpolate(self, share: float) -> None:
         """Replace what trains by its interpolation from the remembered weights (0) to the present ones (1)."""
-        self._set([start.lerp(p.detach(), share) for start, p in zip(self._start, self._trainable, strict=True)])
+        self._set([start.lerp(t.detach(), share) for start, t in zip(self._start, self._moved, strict=True)])
 
     @contextmanager
     def averaged(self, *, use: bool = True) -> Iterator[None]:
@@ -248,7 +251,7 @@ class Trainer:
         if not (use and self._average):
             yield
             return
-        own = [parameter.detach().clone() for parameter in self._trainable]
+        own = [tensor.detach().clone() for tensor in self._moved]
         try:
             self._set(self._average)
             yield
@@ -258,8 +261,8 @@ class Trainer:
 
     def _set(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for parameter, weight in zip(self._trainable, weights, strict=True):
-                parameter.copy_(weight)
+            for tensor, weight in zip(self._moved, weights, strict=True):
+                tensor.copy_(weight)
 
     def is_between_epochs(self, last: int) -> bool:
         """Return True if no step was made since the end of this epoch."""

@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tlcli.errors import FrozenTensorError, UsageError
+from tlcli.errors import FrozenTensorError
 from tlcli.models.classifier import Classifier, count
 from tlcli.reporter import StageRow
 from tlcli.specs import BnStats, FreezeSpec, OptimizerSpec
 from tlcli.transfer.graph import digest_of_tensor
 from tlcli.transfer.lora import plain_name, remove_low_rank
 
-EMBEDDINGS = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding")
-"""Last names of tokens and of tables of positions, in timm and torchvision; timm's networks list further ones."""
+TOKENS = ("cls_token", "class_token", "dist_token", "reg_token")
+EMBEDDINGS = (*TOKENS, "pos_embed", "pos_embedding", "relative_position_bias_table", "layer_scale")
+"""Last names of tokens, tables of positions and scales, in timm and torchvision; timm's networks list further ones."""
 
 
 class FreezeContract:
@@ -98,8 +99,6 @@ def apply_freeze(spec: FreezeSpec, classifier: Classifier) -> FreezeContract:
     """Set requires_grad as the strategy says (LoRA adds parameters); return the contract to train under."""
     remove_low_rank(classifier.network)  # of an earlier job
     names = spec.trainable(classifier)
-    if not names:
-        raise UsageError("nothing is left to train: freeze.keep matches every parameter")
     for name, parameter in classifier.network.named_parameters():
         parameter.requires_grad_(name in names)
     return FreezeContract(classifier, spec.bn_stats)

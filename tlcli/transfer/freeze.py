@@ -107,7 +107,7 @@ class PatternSpec(FreezeSpec, frozen=True, tag="pattern"):
 
         names, stages = classifier.parameter_names(), [stage.name for stage in classifier.stages]
         train = match_names("freeze.train", self.train, names, stages)
-        return (classifier.head_parameters() | train) - match_names("freeze.keep", self.keep, names, stages)
+        return classifier.head_parameters() | (train - match_names("freeze.keep", self.keep, names, stages))
 
 
 @option
