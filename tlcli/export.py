@@ -35,6 +35,9 @@ MAX_LOSS = 0.01  # of accuracy in int8
 CALIBRATION_IMAGES, MAX_JUDGED = 200, 1000
 BATCH_SIZE, TIMINGS = 32, 10  # of int8; the fastest batch counts, as other processes slow some
 METADATA_FILE = "tlcli.json"  # in a .pt2 archive: classes, preprocessing and temperature
+MIRRORS_NOTE = (
+    "the test of the run is of the mean over each image and its mirror image (tta=flip), which no export computes"
+)
 PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
 
 FORMATS: dict[str, "ExportFormat"] = {}
@@ -246,7 +249,7 @@ def prepare(run: "LoadedRun", dataset: "DatasetSpec | None", with_preprocessing:
         contents = f"images uint8 (N, {size}, {size}, 3) RGB"
         take = lambda pixels: pixels.permute(0, 2, 3, 1).contiguous()  # noqa: E731
     metadata = weights_metadata(run.classifier, run.info["backbone_kind"], run.preprocessing)
-    metadata |= {"temperature": run.temperature, "input": contents}
+    metadata |= {"temperature": run.temperature, "tta": run.info.get("tta", "none"), "input": contents}
     with torch.inference_mode():
         return ExportJob(run, network, take(images), run.model(normalize(images)), source, metadata, take)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -34,6 +35,7 @@ from tlcli.export import (
 )
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, load_run
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import Fit
 
 SIZE = 32
@@ -130,12 +132,14 @@ def test_a_graph_has_metadata_and_nothing_of_this_machine(to: str, loaded: Loade
         import onnxruntime
 
         metadata = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
-        metadata = {key: json.loads(metadata[key]) for key in ("classes", "preprocessing", "temperature")}
+        texts = {key: json.loads(metadata[key]) for key in ("classes", "preprocessing", "temperature")}
+        metadata = {**metadata, **texts}
     else:
         files = {METADATA_FILE: ""}
         torch.export.load(path, extra_files=files)
         metadata = json.loads(files[METADATA_FILE])
     assert (metadata["classes"], metadata["temperature"]) == (list(loaded.classes), 1.25)
+    assert metadata["tta"] == "none"
     assert Preprocessing.from_json(metadata["preprocessing"]) == loaded.preprocessing
     content = path.read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content
@@ -158,8 +162,10 @@ def test_timm_prepares_an_image_as_the_run_does(fit: Fit, loaded: LoadedRun, tmp
     smooth = np.stack([row * 4, column * 2, (row + column)], axis=-1).astype(np.uint8)
     actual = timm.data.create_transform(**config, is_training=False)(Image.fromarray(smooth))
     expected = own.preprocess(smooth)[0]
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert (fit is Fit.crop) == ("timm resizes an image before it crops" in card)
     if fit is Fit.pad:  # except for the color of the borders, which the card and the output say
-        assert PAD_NOTE in (path / "README.md").read_text(encoding="utf-8")
+        assert PAD_NOTE in card
         actual, expected = actual[:, 6:26], expected[:, 6:26]
     difference = (actual - expected).abs() * torch.tensor(own.preprocessing.std).view(3, 1, 1) * 255
     assert float(difference.mean()) < 4
@@ -330,6 +336,12 @@ def test_samples_are_test_images_as_the_network_sees_them(loaded: LoadedRun, res
 
 
 # -- the command line
+
+
+def test_it_is_told_that_the_test_had_mirror_images(resnet: Path, tlcli: Tlcli, tmp_path: Path) -> None:
+    shutil.copytree(resnet, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    RunDir(tmp_path / "run").update(tta="flip")
+    assert "mirror image (tta=flip)" in tlcli("export", str(tmp_path / "run"), "--to", "pt2").out
 
 
 def test_export_into_the_run_says_what_it_did(resnet: Path, tlcli: Tlcli, tmp_path: Path) -> None:

@@ -227,3 +227,6 @@ def test_reject_answers_unknown_above_the_threshold(tlcli: Tlcli, run: str, phot
         (own / "run.json").write_text(json.dumps(info | changed))
         ended = tlcli("predict", str(own), *images, "--reject", "--checkpoint", checkpoint)
         assert ended.code == 2 and ended.err.count("\n") == 1 and reason in ended.err
+    (own / "run.json").write_text(json.dumps(info | {"unknown": {"threshold": 1.0}}))
+    (own / "unknown.safetensors").unlink()
+    assert "unknown.safetensors, which is missing" in tlcli("predict", str(own), *images, "--reject").err

@@ -14,7 +14,8 @@ from tests.conftest import slow
 from tlcli.cli import main
 from tlcli.runs import checkpointing
 from tlcli.runs.checkpointing import load_state
-from tlcli.runs.run_dir import read_json
+from tlcli.runs.resume_state import prepare_resume
+from tlcli.runs.run_dir import RunDir, read_json
 
 
 def epoch_of(checkpoint: Path) -> int:
@@ -43,6 +44,19 @@ def quick(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch, no_plot
         return out
 
     return run
+
+
+def test_a_run_that_goes_on_has_no_results_of_the_weights_that_it_had(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.update(status="interrupted", test={"accuracy": 1.0}, calibration={"temperature": 2.0}, unknown={"threshold": 1})
+    for file in (run.test_file, run.test_predictions, run.unknown_file, run.val_predictions):
+        file.touch()
+    run.mark_resumed("tlcli train --resume")
+    prepare_resume(run, None)
+    assert {key: run.info[key] for key in ("test", "calibration", "unknown")} == dict.fromkeys(
+        ("test", "calibration", "unknown")
+    )
+    assert {file.name for file in tmp_path.iterdir()} == {"run.json", run.val_predictions.name}
 
 
 @pytest.mark.slow

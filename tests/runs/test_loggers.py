@@ -16,7 +16,7 @@ from tests.conftest import Compose, finish
 from tlcli.cli import main
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs import loggers
-from tlcli.runs.loggers import MlflowSpec, logged_run
+from tlcli.runs.loggers import MlflowSpec, TensorboardSpec, logged_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 
@@ -166,6 +166,15 @@ def test_tensorboard_reads_what_was_written(train) -> None:
     assert {"config/text_summary", "facts/text_summary", "status/text_summary"} <= set(events.Tags()["tensors"])
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "optimizer.lr: 0.0005" in text
+    log = TensorboardSpec().start(run, {}, {})  # resumed: metrics.jsonl has two epochs, and the test of the second
+    log({"val/loss": 5.0}, 3, None)
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 2, 3]
+    RunDir(run).metrics_file.write_text(json.dumps(RunDir(run).metrics()[0]) + "\n")  # cut after the first epoch
+    log = TensorboardSpec().start(run, {}, {})
+    log({"val/loss": 5.0}, 2, None)
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 2]
 
 
 @pytest.mark.slow

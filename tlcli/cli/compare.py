@@ -91,7 +91,7 @@ def _verdict(pair: Mapping[str, Any], is_crossed: bool) -> str:
     tested = "The folds of both were tested" if is_crossed else "Both were tested"
     note = "exact McNemar test" + (", approximate here: folds share training images" if is_crossed else "")
     return (
-        f"{tested} on the same {pair['n']:,} images: {pair['both_right']:,} right in both, "
+        f"{tested} on {pair['n']:,} images of the same names: {pair['both_right']:,} right in both, "
         f"{pair['both_wrong']:,} wrong in both, {pair['n_only_first_right']:,} right only in A, "
         f"{pair['n_only_second_right']:,} right only in B. {result} significant: {p} ({note})."
     )

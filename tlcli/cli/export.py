@@ -14,7 +14,17 @@ from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
-from tlcli.export import FORMATS, PAD_NOTE, check_format, check_not_existing, export, export_int8, int8_images, prepare
+from tlcli.export import (
+    FORMATS,
+    MIRRORS_NOTE,
+    PAD_NOTE,
+    check_format,
+    check_not_existing,
+    export,
+    export_int8,
+    int8_images,
+    prepare,
+)
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import open_run
@@ -86,6 +96,8 @@ def run(argv: list[str]) -> int:
         print(f"wrote    {output} ({size_text(nbytes)})\n{holds}")
         print(f"checked  against PyTorch on {job.source}: every class equal,")
         print(f"         largest difference of a logit {difference:.2g}")
+    if job.metadata["tta"] != "none":
+        print(f"note     {MIRRORS_NOTE}")
     if not chosen.has_graph and loaded.preprocessing.fit is Fit.pad:
         print(f"note     {PAD_NOTE}")
     print(f"load it  {chosen.load.format(path=str(output))}")

@@ -92,8 +92,10 @@ def run(argv: list[str]) -> int:
         loaded = load_run(arguments.run, arguments.checkpoint)
         if arguments.reject and loaded.threshold is None:
             reason = f"held out fewer than {MIN_KNOWN} images; train with dataset.val_fraction=0.2 or more images"
-            if not loaded.is_kept and mapping(loaded.info.get("unknown")).get("threshold") is not None:
+            if mapping(loaded.info.get("unknown")).get("threshold") is not None:
                 reason = "has it for the weights that were kept; leave out --checkpoint last"
+                if loaded.is_kept:
+                    reason = "has it for the score in unknown.safetensors, which is missing"
             raise UsageError(f"--reject needs a threshold: {loaded.path} {reason}")
         tta, precision = arguments.tta and Tta(arguments.tta), Precision(arguments.precision)
         options = {"precision": precision, "tta": tta, "batch_size": arguments.batch_size}

@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
                 bounds = pair(mapping(run_dir.info.get("preprocessing")).get("range"))
                 images = images_by_key(load_spec(run_dir).dataset, bounds)
             except (TlcliError, OSError) as exc:
-                reason = f"The images are not shown, because the dataset cannot be read: {exc}."
+                reason = f"The images are not shown, because the dataset cannot be read: {str(exc).rstrip('.')}."
         page = render("run.html.j2", run_view(run_dir, images, reason))
     try:
         atomic_write(output, page.encode())  # as bytes: the digest of the style sheet is over \n

@@ -72,8 +72,7 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     without = [run for run in [*untested, *opened] if not mapping(run.info.get("cross_validation"))]
     if untested and without:
         if without[0] in untested:
-            status = without[0].info.get("status", "unknown")
-            raise UsageError(f"{without[0].path}: has no test.json; its status is {status}")
+            raise UsageError(f"{without[0].path}: has no test.json; its status is {without[0].status}")
         raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
     result = "cross_validation" if untested else "test"
     runs = [_read_tested_run(run, result) for run in opened]

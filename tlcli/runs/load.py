@@ -109,7 +109,7 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     file = run.best_checkpoint if checkpoint == "best" else run.last_checkpoint
     if not file.is_file():
         error = f" ({run.info['error']})" if run.info.get("error") else ""
-        status = f"its status is {run.info.get('status', 'unknown')}{error}"
+        status = f"its status is {run.status}{error}"
         raise UsageError(f"{run.path}: has no {file.relative_to(run.path).as_posix()}; {status}")
     try:
         state, metadata = read_tensors(file)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tlcli import __version__
 from tlcli.errors import UsageError
 from tlcli.reporter import EpochRow, Reporter, RunPlan
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import LoggerSpec, TrainSpec, option
 from tlcli.text import flat_keys, to_plain
 
@@ -43,7 +44,8 @@ class TensorboardSpec(TrackerSpec, frozen=True, tag="tensorboard"):
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer: Any = SummaryWriter(log_dir=str(run / "tensorboard"))
+        steps = [row["epoch"] for row in RunDir(run).metrics()]  # after a resume later ones are repeated
+        writer: Any = SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=max(steps, default=-1) + 1)
         for title, values in (("config", config), ("facts", info)):
             lines = [f"    {key}: {value}" for key, value in values.items()]  # four blanks: code in Markdown
             writer.add_text(title, "\n".join(lines))

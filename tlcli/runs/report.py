@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import torch
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
@@ -172,7 +173,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
         if not run.test_predictions.exists():
             raise UsageError("tlcli writes them since 0.3.0" if run.test_file.exists() else "this run was not tested")
         saved = read_predictions(run.test_predictions)
-        logits, labels = saved.logits.double(), saved.labels
+        logits, labels = saved.logits, saved.labels
         if not len(labels) or not logits.isfinite().all():
             raise UsageError(f"{run.test_predictions}: no finite logits in it")
     except UsageError as exc:
@@ -181,8 +182,8 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     temperature = number(mapping(run.info.get("calibration")).get("temperature")) or 1.0
     scale = temperature if temperature > 0 else 1.0
     p, truth = calibrated(logits, scale).numpy(), labels.numpy()
-    top, predicted = np.sort(p, axis=1)[:, -2:], p.argmax(axis=1)
-    order, margin = np.argsort(-top[:, -1], kind="stable"), top[:, -1] - top[:, 0]  # the most confident first
+    top, predicted = torch.from_numpy(p).topk(min(2, p.shape[1]))[0].numpy(), p.argmax(axis=1)
+    order, margin = np.argsort(-top[:, 0], kind="stable"), top[:, 0] - top[:, -1]  # the most confident first
     wrong, right = order[predicted[order] != truth[order]], order[predicted[order] == truth[order]]
     right = right[np.unique(truth[right], return_index=True)[1]]  # one of each class
     close = np.argsort(margin, kind="stable")[: (margin < 0.5).sum() if p.shape[1] > 1 else 0]
@@ -190,7 +191,7 @@ def _predictions(run: RunDir, images: ImageReaders, images_reason: str | None) -
     try:
         loaded = load_run(run.path) if images else None
     except TlcliError as exc:
-        reasons.append(f"No heat maps: {exc}.")
+        reasons.append(f"No heat maps: {str(exc).rstrip('.')}.")
 
     def gallery(order: np.ndarray, guesses: int, network: LoadedRun | None, limit: int = GALLERY_IMAGES) -> View:
         cards = []

@@ -123,9 +123,11 @@ def read_state(run: RunDir) -> ResumeState | None:
 
 
 def prepare_resume(run: RunDir, state: ResumeState | None) -> None:
-    """Remove what an interrupted run wrote after its state; all if it has none."""
+    """Remove what an interrupted run wrote after its state, all if it has none, and the results of its last weights."""
     for folder in (run.path, run.state_file.parent):
         remove_temp_files(folder)
+    for file in (run.test_file, run.test_predictions, run.unknown_file):
+        file.unlink(missing_ok=True)
     if state is None:
         for file in (run.metrics_file, run.bad_files_file, run.best_checkpoint, run.last_checkpoint):
             file.unlink(missing_ok=True)

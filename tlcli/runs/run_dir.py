@@ -121,9 +121,10 @@ class RunDir:
         atomic_write(self.config_file, config.encode())
 
     def mark_resumed(self, command: str) -> None:
-        """Write a run.json with the status `running` for an interrupted run."""
+        """Write a run.json with the status `running`, without results of the weights that the run had."""
         resumed = [*self.info.get("resumed", []), {"command": command, "started": now()}]
-        self.update(status="running", error=None, ended=None, resumed=resumed, **this_process())
+        results = dict.fromkeys(("error", "ended", "test", "calibration", "unknown"))
+        self.update(status="running", resumed=resumed, **results, **this_process())
 
     def update(self, **values: Any) -> None:
         """Add values to run.json, in one atomic step."""
