@@ -37,6 +37,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
 OpenFraction = Annotated[float, Meta(gt=0, lt=1)]
+NonEmpty = Annotated[str, Meta(min_length=1)]
 Float32 = Annotated[float, Meta(ge=-3e38, le=3e38)]
 
 Fit = StrEnum("Fit", ["squash", "crop", "pad"])  # conversion of an image to a square
@@ -85,7 +86,7 @@ class DatasetSpec(OptionSpec, frozen=True):
 
     group: ClassVar[str] = "dataset"
     name: str
-    root: str | None
+    root: NonEmpty | None
     val_fraction: OpenFraction | None
     test_fraction: OpenFraction
     train_per_class: Annotated[int, Meta(ge=2)] | None
@@ -321,7 +322,7 @@ class TrainSpec(Spec, frozen=True):
     keep_best: KeepBest
     log_every: Count | None
     name: str
-    out: str
+    out: NonEmpty
 
     @property
     def no_average(self) -> str | None:

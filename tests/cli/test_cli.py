@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,24 @@ def test_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     done = python("-m", "tlcli", "train", "--help", cwd=tmp_path, stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_closed_streams_are_as_good_as_none(tmp_path: Path) -> None:
+    code = "import sys; from tlcli.cli import main; sys.exit(main(['list', '.']))"
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-; echo $?"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "0\n"
+
+
+def test_a_working_directory_that_is_gone_is_a_usage_error(tlcli, tmp_path: Path, monkeypatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = tlcli("train")
+    monkeypatch.chdir(tmp_path)
+    assert (ended.code, ended.err) == (2, "tlcli train: the working directory no longer exists: cd to one that does\n")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -62,6 +63,9 @@ def test_a_ranking_of_networks_and_runs(tlcli: Tlcli, shapes: Path, trained, tmp
     assert (program, command, spec.dataset.root) == ("tlcli", "train", str(shapes))
     assert any((row["size"], row["tied"]) == (spec.image.size, True) for row in found["ranking"])
     assert "efficientnet_lite0, 32 px" in plot.read_text()
+    monkeypatch.setattr("tlcli.runs.plots.plot_ranking", Mock(side_effect=OSError(28, "No space left", "full.svg")))
+    ended = tlcli("rank", *words, "image.size=32", "--per-class=10", f"--plot={tmp_path / 'full.svg'}")
+    assert ended.code == 1 and "next" in ended.out and "the disk is full" in ended.err
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def test_a_run_without_its_config(saved: Saved) -> None:
     [
         ("dataset.rot=x", "unknown key 'dataset.rot'"),
         ("dataset.ram_gb=-1", "expected a number >= 0"),
-        ("experiment=digits", "belongs to `tlcli train`"),
-        ("hydra.run.dir=x", "belongs to `tlcli train`"),
-        ("-m", "belongs to `tlcli train`"),
+        ("experiment=digits", "has no meaning for a run that exists: leave it out"),
+        ("hydra.run.dir=x", "has no meaning for a run that exists: leave it out"),
+        ("-m", "has no meaning for a run that exists: leave it out"),
         ("seed=1,2", "one value for each key"),
         ("~dataset.root", "one value for each key"),
     ],

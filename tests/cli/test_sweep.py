@@ -305,6 +305,15 @@ def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
     assert all(path.read_bytes() == text for path, text in before.items() if not path.parent.name.endswith("-2"))
 
 
+@pytest.mark.parametrize("place", ["../lr", "{path}/lr"])
+def test_a_job_stays_inside_its_sweep(place: str, tlcli, training, tmp_path: Path) -> None:
+    training(finished)
+    words = f"hydra.sweep.subdir={place.format(path=tmp_path)}${{seed}}", "hydra.sweep.dir=swept"
+    ended = tlcli("train", "-m", "seed=0,1", *words)
+    assert ended.code == 2 and "hydra.sweep.subdir must name a folder inside the sweep" in ended.err
+    assert not list(tmp_path.glob("lr*/*"))
+
+
 def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir, run = Path.mkdir, tmp_path / "run"
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -81,6 +82,13 @@ def test_failed(error, code, line, tlcli, training, tmp_path: Path) -> None:
     assert "in fail" in tlcli("train", "--debug").err
 
 
+def test_an_error_before_the_run_begins_ends_the_command(tlcli, training, monkeypatch: pytest.MonkeyPatch) -> None:
+    training(finished)
+    monkeypatch.setattr("tlcli.cli.job.TerminalReporter", Mock(side_effect=ValueError("no terminal")))
+    ended = tlcli("train")
+    assert ended.code == 1 and "internal error: ValueError: no terminal" in ended.err
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_usage_error_before_training_leaves_nothing(begun: bool, tlcli, training, tmp_path: Path) -> None:
     def misfit(spec, run, reporter):
@@ -103,9 +111,11 @@ def test_a_named_folder_is_free_again_after_a_usage_error(tlcli, training, tmp_p
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
+    training(finished)
+    assert tlcli("train", "hydra.run.dir=mine/other").code == 0
     training(misfit)
     assert tlcli("train", *RUN).err == "tlcli train: fc.weight does not fit\n"
-    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert sorted(file.name for file in (tmp_path / "mine").iterdir()) == ["notes.txt", "other"]
     training(finished)
     assert tlcli("train", *RUN).code == 0
 

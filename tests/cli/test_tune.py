@@ -352,6 +352,7 @@ def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path
     ("change", "error"),
     [
         (("{augment: none}", "{ema: 0.9}"), "small.yaml: first has ema, which space does not have"),
+        (("overrides: []", "overrides: ['+hydra.job.env_set.A=b']"), "env_set.A=b is refused"),
         (("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]"), "differ in backbone have no mean"),
         (("label_smoothing: [0.0, 0.1]", "image.size: [32, 64]"), "differ in image.size have no mean; set average: 1"),
     ],

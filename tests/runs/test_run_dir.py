@@ -52,6 +52,8 @@ def test_the_command_of_one_job_keeps_where_options_are_and_leaves_out_where_the
     command = f"tlcli train -m --config-dir mine seed=1,2 hydra.sweep.dir=swept '{place}'"
     again = rerun_command({"command": command, "overrides": ["seed=2"]})
     assert again == f"tlcli train --config-dir mine '{place}' seed=2"
+    again = rerun_command({"command": "tlcli train --config-dir lr=0.1 epochs=3", "overrides": ["epochs=3"]})
+    assert again == "tlcli train --config-dir lr=0.1 epochs=3"
 
 
 def test_a_mean_of_runs_is_made_again_by_the_command_of_the_search() -> None:

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened must not take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a class name
@@ -81,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 print(train_help(files_for(rest)), end="")
             case [name, *rest] if name in COMMANDS:
+                try:
+                    os.getcwd()  # noqa: PTH109
+                except FileNotFoundError:
+                    raise UsageError("the working directory no longer exists: cd to one that does") from None
                 code = import_module(COMMANDS[name][0]).run(rest)
             case [word, *_] if "=" in word:
                 raise UsageError(f"unknown command {word!r}. Did you mean 'tlcli train {word}'?")

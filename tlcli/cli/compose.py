@@ -51,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     words = []
     for word in argv:  # KEY=~/PLACE with the home directory, which shells write out only at the start of a word
         key, equals, value = word.partition("=")
-        words.append(f"{key}={expand_user(value)}" if equals and value.startswith("~/") else word)
+        words.append(f"{key}={expand_user(value)}" if equals and re.match("~(/|$)", value) else word)
     args = TRAIN.parse_intermixed_args(words)
     if args.resolve and not args.cfg:
         raise UsageError("--resolve goes with --cfg job")
@@ -244,7 +244,7 @@ def load_spec(run: RunDir, overrides: Sequence[str] = ()) -> TrainSpec:
     """
     flags = parse_flags(list(overrides))
     if flags.flags:
-        raise UsageError(f"{flags.flags[0]} belongs to `tlcli train`: give KEY=VALUE or GROUP=OPTION")
+        raise UsageError(f"{flags.flags[0]} has no meaning for a run that exists: leave it out")
     file, files = run.config_file, ConfFiles()
     try:
         values = read_yaml(file)
@@ -279,7 +279,7 @@ def _merged_spec(values: Mapping[str, Any], words: Sequence[str], files: ConfFil
             if classes_of(name) and name in files.groups:
                 chosen[name] = word
             elif name in files.groups or name.split(".")[0].split("/")[0] == "hydra":
-                raise UsageError(f"{word} belongs to `tlcli train`: it has no meaning for a run that exists")
+                raise UsageError(f"{word} has no meaning for a run that exists: leave it out")
             else:
                 given[name] = override.value()
     own = []  # of each group the option of the name in the file, otherwise that of its kind

@@ -44,7 +44,7 @@ words = (
     "dataset (its test split, or else its val split, or else all of it); device=..., device.KEY=..., "
     "cache.KEY=...: where and how to compute; tta=flip: the mean over each image and its mirror image"
 )
-PARSER.add_argument("words", nargs="*", metavar="KEY=VALUE", help=words)
+PARSER.add_argument("words", nargs="*", default=[], metavar="KEY=VALUE", help=words)
 PARSER.add_format()
 
 

@@ -42,6 +42,8 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
         case MissingMandatoryValue():
             return f"{key} has no value yet; give it one: {key}=..."
         case OmegaConfBaseException():
+            if (found := re.match(r"Interpolation key '(.+)' not found", text)) and found[1] in all_keys():
+                return f"{found[1]} has no value, but {key or 'another key'} needs it; give it one: {found[1]}=..."
             return f"{key}: {text}" if key else text
         case yaml.YAMLError():
             return one_line(exc)
@@ -53,6 +55,8 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
                 name, _, values = found[1].partition("=")
                 ways = f"write a list, {name}=[{values}], or a text, '{name}=\"{values}\"'"
                 return f"{found[1]} has several values: add -m to sweep over them, or {ways}"
+            if found := re.match(r"Multiple values for ([^.]+)\.", text):
+                return f"{found[1]} has an option: write {found[1]}=..., or `- override /{found[1]}: ...` in a file"
             if found := re.match(r"Could not override '([^']+)'", text):
                 return f"unknown key {found[1]!r}.{unknown_key(found[1].partition('@')[0], files)}"
             return text
@@ -61,6 +65,8 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
 
 def unknown_key(key: str, files: ConfFiles) -> str:
     """Return a hint, after a blank, for an unknown key: the options that have it, the nearest key, or the keys."""
+    if key == "experiment":
+        return " The file of the experiment must begin with `# @package _global_`."
     parent, _, name = key.rpartition(".")
     owners = {kind for kind, cls in classes_of(parent).items() if name in cls.__struct_fields__}
     if parent in HOMES and (options := files.options_with(parent, owners)):

@@ -30,7 +30,7 @@ from tlcli.cli.launch import rank_and_size
 from tlcli.cli.launchers import living_jobs, other_processes
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.errors import BadImagesError, StoppedError, TlcliError, UsageError
-from tlcli.files import expand_user, is_file
+from tlcli.files import expand_user, is_file, resolve_links
 from tlcli.interrupts import Preempted, handle_signals, preemption_signal
 from tlcli.locks import heartbeat
 from tlcli.reporter import Reporter
@@ -77,9 +77,10 @@ class Command:
         self._output_subdir = config.hydra.output_subdir
         if self.sweep is None:
             config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
-            run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+            job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
             if self.error is not None:
                 raise self.error
+            _ = job.return_value  # which raises what was raised before the run began
             return
         config.hydra.mode, config.hydra.sweep.dir = RunMode.MULTIRUN, str(folder)
         # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
@@ -220,6 +221,8 @@ class Command:
 
         If the directory is not `path`, return the reason, too.
         """
+        if self.sweep is not None and not resolve_links(path).is_relative_to(resolve_links(self.sweep)):
+            raise UsageError(f"{path}: is outside {self.sweep}; hydra.sweep.subdir must name a folder inside the sweep")
         error = None
         for n in count(1):
             folder = path if n == 1 else path.with_name(f"{path.name}-{n}")

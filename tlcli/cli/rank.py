@@ -101,13 +101,6 @@ def run(argv: list[str]) -> int:
     command = shlex.join(["tlcli", "train", *arguments.config_dir, *candidates[chosen.backbone][0], size, *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
     ranking = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
-    if plot is not None:
-        from tlcli.runs.plots import plot_ranking
-
-        plot_ranking(ranking, plot)
-    if arguments.format == "json":
-        print(json.dumps({"ranking": ranking, "next": command}, indent=2))
-        return 0
     rows = []
     for row in ranking:
         accuracy = f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}", "tied" if row["tied"] else ""
@@ -115,11 +108,18 @@ def run(argv: list[str]) -> int:
         seconds = None if row["run_seconds"] is None else duration_text(row["run_seconds"])
         speed = number_text(row["images_per_second"], ",.0f")
         rows.append((row["backbone"], row["size"], *accuracy, *network, speed, seconds))
-    n, folds = len(scores[0].probe.correct), scores[0].probe.folds
-    print(*table_lines(TITLES, rows, terminal_columns(), LESS_IMPORTANT), sep="\n")
-    print(f"\n{folds}-fold cross-validation of a linear probe on {n:,} training images")
-    fastest = "" if chosen is scores[0] else ", the fastest of those tied with the best"
-    print(f"next{fastest}:\n  {command}")
+    if arguments.format == "json":
+        print(json.dumps({"ranking": ranking, "next": command}, indent=2))
+    else:
+        n, folds = len(scores[0].probe.correct), scores[0].probe.folds
+        print(*table_lines(TITLES, rows, terminal_columns(), LESS_IMPORTANT), sep="\n")
+        print(f"\n{folds}-fold cross-validation of a linear probe on {n:,} training images")
+        fastest = "" if chosen is scores[0] else ", the fastest of those tied with the best"
+        print(f"next{fastest}:\n  {command}")
+    if plot is not None:  # last: the place may be full
+        from tlcli.runs.plots import plot_ranking
+
+        plot_ranking(ranking, plot)
     return 0
 
 

@@ -48,8 +48,15 @@ def run(argv: list[str]) -> int:
         with composing(flags.files):
             config, loader = compose_config(flags)
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
-            key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-            path = Path(str(OmegaConf.select(config, key))).absolute()
+            key, other = "hydra.run.dir", "hydra.sweep.dir"
+            if is_sweep:
+                key, other = other, key
+            given = {word.lstrip("+").partition("=")[0] for word in flags.overrides}
+            if other in given:
+                raise UsageError(f"{other} has no effect on {'a sweep' if is_sweep else 'a single run'}: give {key}")
+            if not (place := str(OmegaConf.select(config, key))):
+                raise UsageError(f"{key} is empty: name a folder")
+            path = Path(place).absolute()
             if config.hydra.job.chdir and not is_sweep:
                 resolve_paths(config, Path.cwd())
         if is_sweep and size > 1:
@@ -59,7 +66,7 @@ def run(argv: list[str]) -> int:
             check(spec)
             if spec.device.processes > size:
                 return launch(spec.device.processes, argv)
-        is_named = any(override.lstrip("+").startswith(f"{key}=") for override in flags.overrides)
+        is_named = key in given
         path, made = make_folder(path, key if is_named else None)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
@@ -71,7 +78,8 @@ def run(argv: list[str]) -> int:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             is_slurm = is_sweep and config.hydra.launcher._target_.endswith(".SlurmLauncher")
             is_queued = is_slurm and isinstance(exc, KeyboardInterrupt)
-            if not any(path.rglob(sign)) and not is_queued:
+            found = path.glob(sign) if spec and spec.folds is None else path.rglob(sign)  # other runs may be below it
+            if not any(found) and not is_queued:
                 if is_named and not is_sweep:  # these did not exist, and would be in the way of the next try
                     run = RunDir(path)
                     for file in (run.log_file, run.config_file, run.info_file):

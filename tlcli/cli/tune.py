@@ -158,6 +158,8 @@ def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
         spec = msgspec.convert(OmegaConf.to_container(OmegaConf.load(files[name])), TuneSpec)
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
+    if bad := [word for word in spec.overrides if word.lstrip("+~").startswith("hydra")]:
+        raise UsageError(f"{files[name]}: {bad[0]} is refused: give Hydra's own settings on the command line")
     known = [*all_keys(), *conf.groups]
     for key in spec.space:
         if key not in known:
@@ -192,6 +194,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
     if spec.fold is not None:
         raise UsageError(f"fold={spec.fold}: a search compares recipes by all folds; leave it out")
     given = {word.lstrip("+").partition("=")[0] for word in words}
+    if "hydra.run.dir" in given:
+        raise UsageError("hydra.run.dir has no effect on a search: give hydra.sweep.dir")
     reporter, session = TerminalReporter(), session_for(spec.cache)
     workload = new_workload(spec, session, reporter)
     has_val = len(workload.data.val) > 0 or spec.folds is not None

@@ -16,7 +16,7 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.files import expand_user
 from tlcli.locks import Lock
 from tlcli.reporter import Reporter
-from tlcli.specs import DatasetSpec, Verify, option
+from tlcli.specs import DatasetSpec, NonEmpty, Verify, option
 from tlcli.text import did_you_mean, join_limited, one_line
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ImageFolderSpec(_FilesSpec, frozen=True, tag="imagefolder"):
 class ManifestSpec(_FilesSpec, frozen=True, tag="manifest"):
     """A CSV file with the columns path, label and optionally split; paths are relative to root or to the file."""
 
-    file: str
+    file: NonEmpty
 
     def list_chosen(self, choice: ClassChoice) -> Listing:
         return list_manifest(self.file, self.root, choice)

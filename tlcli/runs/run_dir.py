@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,8 +228,10 @@ def rerun_command(info: Mapping[str, Any]) -> str:
     except ValueError:
         return command
     search_path = ("hydra.searchpath=", "+hydra.searchpath=")  # other words of Hydra are for one directory
-    flags = [w for w in words if w.startswith(("-", *search_path)) or "=" not in w]
-    flags = [w for w in flags if w not in ("-m", "--multirun", *overrides)]
+    flags = []
+    for before, word in pairwise(["", *words]):
+        is_flag = word.startswith(("-", *search_path)) or "=" not in word or before in ("-cd", "--config-dir")
+        flags += [word] if is_flag and word not in ("-m", "--multirun", *overrides) else []
     return shlex.join([*flags, *overrides])
 
 
