@@ -1,6 +1,7 @@
 """Fixtures of all tests: specs composed from conf/ as users compose them, small image folders, and a small network."""
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -26,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compute with one thread in each process of the default tests; slow tests use as many as there are cores."""
     if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr == "not slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of each garbage collection the million objects of the libraries, which all stay."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
