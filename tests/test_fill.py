@@ -84,8 +84,8 @@ def digests_of(store: Store) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("shards", "words"),
     [
-        (3, ()),
         (3, VIEWS),
+        pytest.param(3, (), marks=pytest.mark.slow),
         pytest.param(1, (), marks=pytest.mark.slow),
         pytest.param(64, (), marks=pytest.mark.slow),
         pytest.param(2, ("dataset=digits", "dataset.train_per_class=3"), marks=pytest.mark.slow),

@@ -20,7 +20,7 @@ from msgspec import structs, to_builtins
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.conftest import Compose, make_folder, slow
+from tests.conftest import TINY, Compose, make_folder, slow
 from tests.engine.test_trainer import Setting
 from tests.faults.runs_alike import rows
 from tests.processes import in_ranks, train_in_ranks
@@ -116,7 +116,7 @@ def test_a_spec_survives_json(spec: Compose) -> None:
 @pytest.mark.parametrize("size", [2, *slow(3)])
 def test_shares_are_the_batches_of_one_process(size: int, words: tuple[str, ...], spec: Compose) -> None:
     def loaders(rank: int, size: int) -> list[Any]:
-        setting = Setting(spec(*words, *NETWORK, "freeze=last_stages", "cache.mode=require", "augment=none"))
+        setting = Setting(spec(*words, *TINY, "freeze=last_stages", "cache.mode=require", "augment=none"))
         workload = replace(setting.workload, ranks=Ranks(rank, size))
         decisions = setting.opened.decisions
         ranked = Inputs(decisions, workload)
@@ -370,9 +370,9 @@ def test_each_process_needs_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch)
         find_accelerator(Accelerator.auto, 3)
 
 
-def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], spec: Compose) -> None:
+def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], tiny: tuple[str, ...], spec: Compose) -> None:
     """As far as a machine without CUDA shows."""
-    setting = Setting(spec(*words, "freeze=last_stages", "freeze.bn_stats=update"))
+    setting = Setting(spec(*words, *tiny, "freeze=last_stages", "freeze.bn_stats=update"))
     network, names = setting.model.network, list(setting.model.network.state_dict())
     updated = setting.contract.updated_norms()
     assert 0 < len(updated) < sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
