@@ -49,7 +49,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_directory_is_complete(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_is_complete(shapes: Path, tiny: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     depths, cross_entropy = set(), functional.cross_entropy
 
     def counting(*args: Any, **options: Any) -> Any:
@@ -59,7 +59,8 @@ def test_a_run_directory_is_complete(shapes: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(functional, "cross_entropy", counting)
     run, words = tmp_path / "run", ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=2")
-    assert main(["train", f"hydra.run.dir='{run}'", *words, "freeze=none", "optimizer.lr=1e-4", "log_every=1"]) == 0
+    words += (*tiny, "freeze=none", "optimizer.lr=1e-4", "log_every=1")
+    assert main(["train", f"hydra.run.dir='{run}'", *words]) == 0
     assert max(depths) <= 8, "frames of tlcli between main and the loss"
     record, test = read_json(run / "run.json"), read_json(run / "test.json")
     assert record.keys() >= RUN_KEYS
@@ -79,8 +80,9 @@ def test_a_run_directory_is_complete(shapes: Path, tmp_path: Path, monkeypatch: 
     assert (run / "checkpoints/last.safetensors").is_file()
     with safe_open(run / "checkpoints/best.safetensors", framework="pt") as content:
         metadata = json.loads(content.metadata()["tlcli"])
-    assert (metadata["classes"], metadata["backbone"]) == (record["classes"], "efficientnet_lite0")
-    assert metadata["preprocessing"].items() >= {"size": 32, "fit": "crop", "mean": [0.5] * 3, "std": [0.5] * 3}.items()
+    assert (metadata["classes"], metadata["backbone"]) == (record["classes"], "test_efficientnet")
+    own = {"size": 32, "fit": "crop", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert metadata["preprocessing"].items() >= own.items()
     vals = {row["epoch"]: row for row in rows(run) if row["split"] == "val"}
     assert test["epoch"] == max(vals, key=lambda epoch: (vals[epoch]["accuracy"], -vals[epoch]["loss"]))
     epochs = [(r["split"], r["epoch"]) for r in rows(run) if r["split"] != "running"]
@@ -108,8 +110,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "words", [pytest.param((), id="first fit"), pytest.param(("interpolate=1",), id="none", marks=pytest.mark.slow)]
 )
-def test_a_small_set_trains_on_all_images_and_every_command_reads_the_run(train, small, capsys, shapes, words) -> None:
-    run = train("freeze=head", *words)
+def test_a_small_set_trains_on_all_images_and_every_command_reads_the_run(
+    train, small, capsys, shapes: Path, tiny, words
+) -> None:
+    run = train("freeze=head", *tiny, *words)
     out = capsys.readouterr().out
     assert "all training images train, and the last epoch is kept" in out
     assert "train acc" in out and "val loss" not in out

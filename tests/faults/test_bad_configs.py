@@ -57,7 +57,7 @@ EXPERIMENTS: dict[str | bytes, str] = {
     # not a config, or one without an end
     "name: x\n" + yaml_bomb(): "x.yaml: line 4: alias *a is not allowed; write the values out",
     "name: &a [*a]\n": "x.yaml: line 2: alias *a is not allowed",
-    "name: " + "[" * 100_000 + "\n": "too many levels",
+    "name: " + "[\n" * 100_000: "too many levels",
     b"name: \xff\xfe\n": "x.yaml: cannot be read as YAML: not UTF-8 text",
     "name: a\nname: b\n": "x.yaml:3: found duplicate key name",
     "name: !!python/object/apply:os.mkdir [made]\n": "could not determine a constructor for the tag",
