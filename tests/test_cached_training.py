@@ -4,7 +4,6 @@ Observed in float32: bitwise identical with BatchNorm as it is (6e-8 for the hea
 9e-6 under SGD with BatchNorm folded, 9e-4 if that turns a ReLU on; 2.4e-4 from a probe; 5e-5 under AdamW.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import TINY, Compose, finish
 from tests.engine.test_trainer import Setting
 from tlcli.engine import extraction
-from tlcli.runs.run_dir import read_json
+from tlcli.runs.run_dir import RunDir, read_json
 
 RTOL, ATOL = 1e-3, 5e-5
 NORM = 1e-3
@@ -46,10 +45,6 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path) -> Trai
     return lambda *overrides: finish(next(runs), *words, *overrides)
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def both(train: Train, *overrides: str) -> tuple[Path, Path]:
     """Return the same run, cached and uncached."""
     cached, live = (train(*overrides, f"cache.mode={mode}") for mode in ("require", "off"))
@@ -70,7 +65,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_course(cached: Path, live: Path) -> None:
     """Assert the same epochs, losses, selected epoch and test metrics."""
-    for row, wanted in zip(rows(cached), rows(live), strict=True):
+    for row, wanted in zip(RunDir(cached).metrics(), RunDir(live).metrics(), strict=True):
         assert [row[key] for key in ("split", "epoch", "step")] == [wanted[key] for key in ("split", "epoch", "step")]
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-3, abs=1e-4)
     assert read_json(cached / "run.json")["best"]["epoch"] == read_json(live / "run.json")["best"]["epoch"]

@@ -210,10 +210,14 @@ def test_a_home_directory_that_does_not_exist_is_a_usage_error(run: Path) -> Non
 
 @pytest.fixture
 def unsplit(tmp_path: Path) -> Path:
+    return trained_unsplit(tmp_path)
+
+
+def trained_unsplit(folder: Path, *own: str) -> Path:
     """Return a run on a folder without splits, with sampled test images."""
-    make_folder(tmp_path / "photos", {"across": 10, "down": 10})
-    words = [f"dataset.root='{tmp_path / 'photos'}'", "image.size=32", "epochs=1", "freeze=head", "device.workers=0"]
-    return finish(tmp_path / "unsplit", "dataset=imagefolder", *TINY, *words)
+    make_folder(folder / "photos", {"across": 10, "down": 10})
+    words = [f"dataset.root='{folder / 'photos'}'", "image.size=32", "epochs=1", "freeze=head", "device.workers=0"]
+    return finish(folder / "unsplit", "dataset=imagefolder", *TINY, *words, *own)
 
 
 @pytest.mark.slow
@@ -255,9 +259,7 @@ def test_a_note_says_that_the_dataset_has_grown(unsplit: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_images_that_trained_an_untested_run_are_not_stored_as_its_test(tmp_path: Path) -> None:
-    make_folder(tmp_path / "photos", {"across": 10, "down": 10})
-    words = [f"dataset.root='{tmp_path / 'photos'}'", "image.size=32", "epochs=1", "freeze=head", "device.workers=0"]
-    run = finish(tmp_path / "run", "dataset=imagefolder", *TINY, *words, "dataset.val_fraction=0.3")
+    run = trained_unsplit(tmp_path, "dataset.val_fraction=0.3")
     for file in (RunDir(run).test_file, RunDir(run).test_predictions):
         file.unlink()
     for i in range(10):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tlcli as package
+from tests.runs.test_index import make_run
 from tlcli.cli import COMMANDS, fast_imports
 
 ROOT = Path(package.__file__).parents[1]
@@ -26,6 +27,7 @@ ABSENT: dict[str, set[str]] = {
     "--help": {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"},
     "train --help": {"torch", "hydra", "omegaconf", "rich", "yaml", "numpy"},
     "completion query 'tlcli train '": {"torch", "hydra", "omegaconf", "rich", "numpy"},
+    "list .": {"torch", "hydra", "omegaconf", "rich.table", "numpy", "matplotlib"},
     "predict --help": {"torch", "hydra", "omegaconf"},
     "inspect --help": {"torch", "hydra", "omegaconf"},
     "train --cfg job": {"torch", "torchvision", "timm", "sklearn", "matplotlib"},
@@ -35,6 +37,7 @@ ABSENT: dict[str, set[str]] = {
 
 def test_a_command_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     """One process runs them one after the other, the lightest first."""
+    make_run(tmp_path / "run")
     code = f"import shlex, sys; from tlcli.cli import main\nfor line, absent in {ABSENT}.items():\n"
     code += "    main(shlex.split(line)); assert not absent & sys.modules.keys(), (line, absent & sys.modules.keys())"
     done = python("-c", code, cwd=tmp_path)

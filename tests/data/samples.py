@@ -67,14 +67,20 @@ def parquet_spec(root: Path, **changes: Any) -> ParquetSpec:
     return ParquetSpec(**COMMON | {"root": str(root)} | columns | changes)
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
-    """Write an archive of files with these names and contents."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+def tar_of(*members: tuple[str, bytes]) -> bytes:
+    """Return an archive of files with these names and contents."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_of(*members))
     return path
 
 

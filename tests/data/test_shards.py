@@ -25,10 +25,12 @@ from tests.data.samples import (
     pack_tar,
     parquet_spec,
     save_image,
+    tar_of,
     tar_spec,
     write_parquet,
     write_tar,
 )
+from tests.faults.programs import scale
 from tests.faults.refusals import refused, untouched
 from tlcli.data import parquet, shards
 from tlcli.data.batches import ImageBatches, Preprocessing
@@ -313,16 +315,6 @@ def test_workers_and_a_start_in_the_middle_change_nothing(in_groups: Split) -> N
 # -- what is refused
 
 
-def tar_of(*members: tuple[str, bytes]) -> bytes:
-    stream = BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, BytesIO(content))
-    return stream.getvalue()
-
-
 NO_HEADER = "x.tar: cannot read this tar archive (no header and no end mark at byte 4,096)"
 A, B = (("a.jpg", b"image"), ("a.cls", b"cat")), (("b.jpg", b"image"), ("b.txt", b"dog"))
 SOUND = tar_of(*A, *B)
@@ -450,13 +442,13 @@ def test_a_damaged_row_group_is_of_bad_images(tmp_path: Path, png: bytes) -> Non
         load(parquet_spec(tmp_path))
 
 
-def test_a_parquet_file_with_any_byte_changed_is_read_or_refused(tmp_path: Path) -> None:
+def test_a_parquet_file_with_a_byte_changed_anywhere_is_read_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     options: dict[str, Any] = {"write_statistics": False, "store_schema": False, "use_dictionary": False}
     table = pa.table({"image": [b"x"] * 5, "label": [0, 1, 0, 1, 0]})
     parquet.pq.write_table(table, file, row_group_size=3, compression="none", **options)
     content, read = file.read_bytes(), 0
-    for i in range(len(content)):
+    for i in range(0, len(content), scale(5, 1)):
         file.write_bytes(content[:i] + bytes([content[i] ^ 2]) + content[i + 1 :])
         try:
             split = everything(parquet_spec(file))
