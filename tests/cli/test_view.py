@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_predict import Terminal
 from tlcli.cli.view import TerminalReporter
 from tlcli.reporter import EpochRow, RunPlan, StageRow
 
@@ -61,12 +62,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], io.StringIO]:
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-
-    class Terminal(io.StringIO):
-        encoding = "utf-8"
-
-        def isatty(self) -> bool:
-            return True
 
     def attach() -> io.StringIO:
         monkeypatch.setattr(sys, "stdout", stdout := Terminal())
