@@ -86,7 +86,7 @@ def test_an_error_before_the_run_begins_ends_the_command(tlcli, training, monkey
     training(finished)
     monkeypatch.setattr("tlcli.cli.job.TerminalReporter", Mock(side_effect=ValueError("no terminal")))
     ended = tlcli("train")
-    assert ended.code == 1 and "internal error: ValueError: no terminal" in ended.err
+    assert ended.code == 1 and "internal error: ValueError: no terminal" in ended.err and ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -45,6 +45,11 @@ class Flags:
     multirun: bool = False
     runs: bool = False
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys and groups that the overrides set."""
+        return {word.lstrip("+").partition("=")[0] for word in self.overrides}
+
 
 def parse_flags(argv: Sequence[str]) -> Flags:
     """Read the flags of `tlcli train`. Flags and overrides may stand in any order. Raises UsageError."""

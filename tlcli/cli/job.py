@@ -77,10 +77,9 @@ class Command:
         self._output_subdir = config.hydra.output_subdir
         if self.sweep is None:
             config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
-            job = run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+            run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
             if self.error is not None:
                 raise self.error
-            _ = job.return_value  # which raises what was raised before the run began
             return
         config.hydra.mode, config.hydra.sweep.dir = RunMode.MULTIRUN, str(folder)
         # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
@@ -109,10 +108,10 @@ class Command:
         folder, overrides = Path(job.runtime.output_dir), _as_typed(job)
         named = [word for word in overrides if word.startswith("backbone.name=")]
         backbone = " ".join([f"backbone={job.runtime.choices['backbone']}", *named])
-        reporter = self.reporter or TerminalReporter(backbone, quiet=is_quiet)
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
-        try:
+        try:  # of all that may fail: Hydra drops what is raised before
+            reporter = self.reporter or TerminalReporter(backbone, quiet=is_quiet)
             if self.sweep is not None:
                 run, self._owner = self._claim(folder, overrides, REFIT if has_folds else "")
                 title = f"[{job.job.num}] {' '.join(overrides)}"

@@ -101,16 +101,16 @@ def run(argv: list[str]) -> int:
     command = shlex.join(["tlcli", "train", *arguments.config_dir, *candidates[chosen.backbone][0], size, *own])
     scores.sort(key=lambda s: -s.probe.accuracy)
     ranking = [_facts(s, scores[0], candidates[s.backbone][1]) for s in scores]
-    rows = []
-    for row in ranking:
-        accuracy = f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}", "tied" if row["tied"] else ""
-        network = number_text(row["imagenet_top1"], ".1f"), size_text(row["weights_bytes"]), row["license"]
-        seconds = None if row["run_seconds"] is None else duration_text(row["run_seconds"])
-        speed = number_text(row["images_per_second"], ",.0f")
-        rows.append((row["backbone"], row["size"], *accuracy, *network, speed, seconds))
     if arguments.format == "json":
         print(json.dumps({"ranking": ranking, "next": command}, indent=2))
     else:
+        rows = []
+        for row in ranking:
+            accuracy = f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}", "tied" if row["tied"] else ""
+            network = number_text(row["imagenet_top1"], ".1f"), size_text(row["weights_bytes"]), row["license"]
+            seconds = None if row["run_seconds"] is None else duration_text(row["run_seconds"])
+            speed = number_text(row["images_per_second"], ",.0f")
+            rows.append((row["backbone"], row["size"], *accuracy, *network, speed, seconds))
         n, folds = len(scores[0].probe.correct), scores[0].probe.folds
         print(*table_lines(TITLES, rows, terminal_columns(), LESS_IMPORTANT), sep="\n")
         print(f"\n{folds}-fold cross-validation of a linear probe on {n:,} training images")

@@ -48,11 +48,8 @@ def run(argv: list[str]) -> int:
         with composing(flags.files):
             config, loader = compose_config(flags)
             is_sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
-            key, other = "hydra.run.dir", "hydra.sweep.dir"
-            if is_sweep:
-                key, other = other, key
-            given = {word.lstrip("+").partition("=")[0] for word in flags.overrides}
-            if other in given:
+            key, other = ("hydra.sweep.dir", "hydra.run.dir") if is_sweep else ("hydra.run.dir", "hydra.sweep.dir")
+            if other in flags.keys:
                 raise UsageError(f"{other} has no effect on {'a sweep' if is_sweep else 'a single run'}: give {key}")
             if not (place := str(OmegaConf.select(config, key))):
                 raise UsageError(f"{key} is empty: name a folder")
@@ -66,7 +63,7 @@ def run(argv: list[str]) -> int:
             check(spec)
             if spec.device.processes > size:
                 return launch(spec.device.processes, argv)
-        is_named = key in given
+        is_named = key in flags.keys
         path, made = make_folder(path, key if is_named else None)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:

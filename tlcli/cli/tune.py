@@ -193,13 +193,12 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
     check(spec)
     if spec.fold is not None:
         raise UsageError(f"fold={spec.fold}: a search compares recipes by all folds; leave it out")
-    given = {word.lstrip("+").partition("=")[0] for word in words}
-    if "hydra.run.dir" in given:
+    if "hydra.run.dir" in flags.keys:
         raise UsageError("hydra.run.dir has no effect on a search: give hydra.sweep.dir")
     reporter, session = TerminalReporter(), session_for(spec.cache)
     workload = new_workload(spec, session, reporter)
     has_val = len(workload.data.val) > 0 or spec.folds is not None
-    val_fraction = None if has_val or "dataset.val_fraction" in given else tune_spec.val_fraction
+    val_fraction = None if has_val or "dataset.val_fraction" in flags.keys else tune_spec.val_fraction
     if not has_val and val_fraction is None:
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
     train_size, size = image_sizes(workload)
@@ -211,14 +210,14 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         what = "a trial and its refit take" if refit else "one run takes"
         one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
-    if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
+    if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & flags.keys and budget >= RANK_RUNS * need:
         default = config.hydra.runtime.choices["backbone"]
         # a trial with it has to fit; a larger backbone gains more than a refit
         chosen = _choose_backbone(words, default, start + budget, n_runs, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
-    folder, made = make_folder(folder, key if key in given else None)
+    folder, made = make_folder(folder, key if key in flags.keys else None)
     state = {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["tlcli", "tune", *arguments.config_dir, *arguments.words]),
@@ -228,7 +227,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         "images_per_second": speed,  # of evaluation
         "words": [*words, *choice],
         "val_fraction": val_fraction,
-        "space": msgspec.to_builtins(tune_spec.without(given)),
+        "space": msgspec.to_builtins(tune_spec.without(flags.keys)),
         "defaults": None,  # values of the keys of the space in a run with default settings
         "image": [],  # words of all trials: the image size and fit, and fits=1 if several have no mean
         "trials": [],  # that have ended; study.journal has all

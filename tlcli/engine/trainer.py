@@ -173,9 +173,9 @@ class Trainer:
         if spec.l2sp:  # the gradient of l2sp / 2 times the squared distance (Li et al. 2018)
             if not self._start:
                 self.remember_start()
-            for parameter, start in zip(self._trainable, self._start, strict=False):
-                if id(parameter) in self._body and parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - start, alpha=spec.l2sp)
+            for tensor, start in zip(self._moved, self._start, strict=True):
+                if id(tensor) in self._body and tensor.grad is not None:
+                    tensor.grad.add_(tensor.detach() - start, alpha=spec.l2sp)
         if spec.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._trainable, spec.clip_grad)
         self._scaler.step(self.optimizer)  # a disabled scaler calls optimizer.step()
