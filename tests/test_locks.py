@@ -137,7 +137,7 @@ def test_a_lock_that_is_touched_is_waited_for(path: Path, offset: int) -> None:
             touch(path)
 
     clock = Clock(beat)
-    with pytest.raises(TimeoutError), Lock(path, observer_of(clock)).held(timeout=2 * STALE_SECONDS):
+    with pytest.raises(TimeoutError), Lock(path, observer_of(clock)).held(timeout=10 * STALE_SECONDS):
         pass
     assert path.read_bytes() == ELSEWHERE
 

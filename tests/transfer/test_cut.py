@@ -365,7 +365,7 @@ def test_the_digest_is_of_the_prefix_alone(spec: Compose) -> None:
     cut, digest = cut_of(network, 64), cut_of(network, 64).digest()
     prefix = {name for name, _ in cut.prefix.named_parameters()} | {name for name, _ in cut.prefix.named_buffers()}
     assert 0 < len(prefix) < len(network.state_dict())
-    for name, tensor in list(network.state_dict().items())[::30]:
+    for name, tensor in list(network.state_dict().items())[::9]:
         value = tensor.clone()
         tensor += 1
         assert (cut.digest() != digest) == (name in prefix), name
