@@ -72,6 +72,7 @@ SETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml") if "class_
 
 @pytest.mark.parametrize("name", [SETS[0], *slow(*SETS[1:])])
 def test_every_archive_of_a_data_set_is_compared_with_its_digest(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     digests: list[object] = []
 
     def note(*arguments: object, md5: object = None, **more: object) -> None:
