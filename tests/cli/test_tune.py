@@ -19,9 +19,9 @@ from tests.cli.conftest import Tlcli
 from tests.cli.test_search import STATE
 from tests.conftest import Notes
 from tests.engine.test_ranking import scored
-from tlcli import evaluate, tune
+from tlcli import __version__, evaluate, tune
 from tlcli.cli.conf_files import ConfFiles
-from tlcli.cli.tune import SCHEMA_VERSION, _choose_backbone, read_tune_spec
+from tlcli.cli.tune import _choose_backbone, read_tune_spec
 from tlcli.errors import TlcliError, UsageError
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.load import load_run
@@ -286,12 +286,11 @@ def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[st
         (("--join", "{folder}", "seed=1"), "seed=1: a search continues as it was started; leave it out"),
         (("--join", "{folder}", "-cd", "own"), "/own: a search continues as it was started; leave it out"),
         (("--join", "{folder}", "-cd", "nowhere"), "--config-dir=nowhere: no such folder"),
-        (("--join", "{folder}", "budget=1h"), "was started by another version of tlcli"),
     ],
 )
 def test_usage_errors_of_workers(tlcli: Tlcli, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
     (tmp_path / "own").mkdir()
-    write_json(tmp_path / "tune.json", {"schema_version": 2, "command": "tlcli tune budget=1h", "best": None})
+    write_json(tmp_path / "tune.json", {"command": "tlcli tune budget=1h", "best": None})
     ended = tlcli("tune", *(word.format(folder=tmp_path) for word in words))
     assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
 
@@ -436,11 +435,20 @@ def test_backbones_are_ranked_in_a_share_of_the_time_and_the_chosen_one_fits_int
     ],
 )
 def test_nothing_is_recorded_if_the_data_or_the_start_folder_is_gone(tlcli, tmp_path, flag, change, error) -> None:
-    state = {**STATE, "schema_version": SCHEMA_VERSION, "command": "tlcli tune", "cwd": str(tmp_path), **change}
+    state = {**STATE, "tlcli": __version__, "command": "tlcli tune", "cwd": str(tmp_path), **change}
     write_json(tmp_path / "tune.json", state)
     ended = tlcli("tune", flag, str(tmp_path))
     assert (ended.code, error in ended.err, ended.err.count("\n")) == (2, True, 1), ended.err
     assert read_json(tmp_path / "tune.json") == state and not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--join"])
+@pytest.mark.parametrize(("own", "version"), [({}, "0.20 or earlier"), ({"tlcli": "0.1.2"}, "0.1.2")])
+def test_a_search_of_another_minor_version_is_refused(tlcli: Tlcli, tmp_path: Path, flag: str, own, version) -> None:
+    write_json(tmp_path / "tune.json", {**STATE, "command": "tlcli tune", "cwd": str(tmp_path), **own})
+    ended = tlcli("tune", flag, str(tmp_path))
+    error = f"{tmp_path}: was started with tlcli {version}, this is {__version__}: resume it with that\n"
+    assert (ended.code, ended.err.endswith(error), ended.err.count("\n")) == (1, True, 1), ended.err
 
 
 def test_without_a_search_there_is_nothing_to_resume(tlcli: Tlcli, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ import msgspec
 from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from tlcli import __version__
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
 from tlcli.cli.conf_files import ConfFiles, files_for
@@ -44,7 +45,7 @@ from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import STATE_FILE, read_json
+from tlcli.runs.run_dir import STATE_FILE, check_version, read_json
 from tlcli.specs import all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from tlcli.engine.session import Session
     from tlcli.tune import TuneSpec
 
-SCHEMA_VERSION = 3
 UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 RANK_SHARE = 0.25  # of the time that is left, after which no other backbone is ranked
@@ -219,7 +219,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
     folder = Path(str(OmegaConf.select(config, key))).absolute()
     folder, made = make_folder(folder, key if key in flags.keys else None)
     state = {
-        "schema_version": SCHEMA_VERSION,
+        "tlcli": __version__,
         "command": shlex.join(["tlcli", "tune", *arguments.config_dir, *arguments.words]),
         "cwd": str(Path.cwd()),
         "budget": budget,
@@ -278,8 +278,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> "Search":
         for word in [*arguments.config_dir, *arguments.words]:
             if word not in shlex.split(state["command"]):
                 raise UsageError(f"{word}: a search continues as it was started; leave it out")
-        if state["schema_version"] != SCHEMA_VERSION:
-            raise UsageError(f"{folder}: was started by another version of tlcli; finish it with that one")
+        check_version(folder, {"tlcli": "0.20 or earlier", **state})
         if arguments.resume:
             for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
                 with suppress(OSError, ValueError):
