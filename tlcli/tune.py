@@ -63,13 +63,9 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
     def without(self, keys: Collection[str]) -> "TuneSpec":
         """Return the spec without keys that have a value already."""
-
-        def rest(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in values.items() if key not in keys}
-
         sizes, mirrors = () if SIZE_KEY in keys else self.sizes, self.mirrors and "tta" not in keys
-        first, space = tuple(map(rest, self.first)), rest(self.space)
-        return structs.replace(self, first=first, sizes=sizes, mirrors=mirrors, space=space)
+        space = {key: values for key, values in self.space.items() if key not in keys}
+        return structs.replace(self, sizes=sizes, mirrors=mirrors, space=space)
 
 
 class Study:

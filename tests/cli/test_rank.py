@@ -14,8 +14,10 @@ from tests.engine.test_ranking import scored
 from tlcli.cli import rank
 from tlcli.cli.compose import compose_spec
 from tlcli.cli.conf_files import conf_dir
+from tlcli.data import sources
 from tlcli.data.images import ImageFiles
 from tlcli.errors import TlcliError
+from tlcli.runs.run_dir import write_json
 
 LITES = ["efficientnet_lite0", "efficientnet_lite1"]
 
@@ -86,6 +88,22 @@ def test_the_command_has_the_folder_of_ones_own_options(tlcli: Tlcli, unmeasured
     unmeasured()
     ended = tlcli("rank", "--config-dir=~/mine", "dataset=digits", f"backbone={LITES[0]}", "--format=json")
     assert f"--config-dir={tmp_path / 'mine'}" in shlex.split(json.loads(ended.out)["next"]), ended.err
+
+
+@pytest.mark.parametrize(("kind", "words"), [("lite", LITES[0]), ("timm", f"timm/{LITES[0]}")])
+def test_the_network_of_a_run_is_that_of_its_kind(tmp_path: Path, kind: str, words: str) -> None:
+    info = {"schema_version": 1, "backbone": LITES[0], "backbone_kind": kind}
+    write_json(tmp_path / "run.json", info)
+    ((own, spec),) = rank.find_candidates([str(tmp_path)], ["dataset=digits"]).values()
+    assert spec.backbone.kind == kind and own[:-1] == rank.backbone_words(words, LITES)
+
+
+def test_a_dataset_is_listed_once_before_it_is_ranked(tlcli: Tlcli, shapes: Path, unmeasured, monkeypatch) -> None:
+    listed, listing = [], sources.list_folder
+    monkeypatch.setattr(sources, "list_folder", lambda *args: listed.append(args) or listing(*args))
+    unmeasured()
+    ended = tlcli("rank", "dataset=imagefolder", f"dataset.root={shapes}", f"backbone={','.join(LITES)}")
+    assert (ended.code, len(listed)) == (0, 1), ended.err
 
 
 def test_the_size_of_training_is_in_the_table_and_in_the_command(tlcli: Tlcli, unmeasured) -> None:

@@ -18,7 +18,7 @@ from tlcli.cli.view import TerminalReporter
 from tlcli.errors import TlcliError
 from tlcli.reporter import EpochRow
 from tlcli.runs.run_dir import RunDir, read_json, write_json
-from tlcli.specs import Tta
+from tlcli.specs import Fit, ImageSpec, Tta
 
 N_TRIALS = 7
 SPACE = {
@@ -235,19 +235,45 @@ def test_a_full_disk_is_no_fault_of_a_recipe(worker: Callable[[], Worker], tmp_p
     assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
 
 
-def test_if_no_recipe_works_the_error_is_raised_and_a_resume_tries_others(worker, tmp_path, monkeypatch) -> None:
-    one = worker()
-    begin(one)
-    for _ in range(MAX_FAILURES - 1):
-        one._study.tell(one.trial.number, None, "failed")
-        one.trial = one._study.next_trial(one._worker_file.name)
-    monkeypatch.setattr(one, "_train", too_large)
-    with pytest.raises(TlcliError, match="too large"):
-        one._run_trial(one.trial)
-    one.leave("failed")
+def test_a_worker_that_wakes_gives_up_the_first_trial(worker: Callable[[], Worker], tmp_path, monkeypatch) -> None:
+    suspended = worker()
+    begin(suspended)
+    assert suspended._study.tell(0, None, "lost", error=LOST) == "lost", "by another worker"
+    train = suspended._train
+
+    def wake(name: str, recipe: Any, words: list[str], reporter: TrialReporter) -> RunDir:
+        reporter.epoch(EpochRow(3, 7, *[0.5] * 8, best=False))
+        return train(name, recipe, words, reporter)
+
+    monkeypatch.setattr(suspended, "_train", wake)
+    suspended._run_trial(suspended.trial)  # type: ignore[arg-type]
+    assert (suspended.trial, trials(tmp_path)) == (None, [])
     worker().run()
-    statuses = [status for _, status in trials(tmp_path)]
-    assert statuses == ["failed"] * MAX_FAILURES + ["done"] * (N_TRIALS - MAX_FAILURES)
+    assert trials(tmp_path) == [("0", "lost"), *((str(1 + i), "done") for i in range(N_TRIALS))]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_only_the_best_of_several_trials_is_called_optimistic(worker, tmp_path, capsys, n: int) -> None:
+    write_json(tmp_path / STATE_FILE, {**STATE, "space": {**SPACE, "trials": n}})
+    one = worker()
+    one.run()
+    capsys.readouterr()
+    Search._show(one, RunDir(tmp_path / "0"), search.leaderboard.read(tmp_path))
+    assert ("so it is optimistic" in capsys.readouterr().out) == (n > 1)
+
+
+def test_a_key_whose_default_is_a_list_can_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = {**SPACE, "first": [{}], "space": {"freeze.train": ["[layer3]"]}}
+    state = {**STATE, "space": space, "words": ["dataset=digits", "backbone=resnet18", "freeze=pattern", "fits=1"]}
+    write_json(tmp_path / STATE_FILE, {**state, "defaults": None, "image": []})
+    monkeypatch.setattr(search.ranking, "new_workload", lambda *args: SimpleNamespace(augments=False))
+    image = ImageSpec(32, Fit.crop, None, None, None)
+    monkeypatch.setattr(search.ranking, "choose_image", lambda *args: (image, None))
+    one = Search(tmp_path, read_json(tmp_path / STATE_FILE), 0.0, TerminalReporter(), None)
+    one._open()
+    default = one._state["defaults"]["freeze.train"]
+    specs = [one._compose([f"freeze.train={value}"])[1].freeze.train for value in (default, "[layer3]")]
+    assert specs == [one.base.freeze.train, ("layer3",)]
 
 
 @pytest.mark.parametrize(

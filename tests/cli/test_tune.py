@@ -338,6 +338,15 @@ def test_usage_errors(tlcli: Tlcli, words: list[str], tmp_path: Path, extra: tup
     assert not (tmp_path / "search").exists()
 
 
+def test_a_search_that_cannot_begin_leaves_nothing_in_its_folder(tlcli, words: list[str], tmp_path: Path) -> None:
+    folder, space = tmp_path / "search", SPACE.replace("label_smoothing: [0.0, 0.1]", "ema: {low: 0.9, high: 0.99}")
+    folder.mkdir()
+    (tmp_path / "own/tune/small.yaml").write_text(space)
+    ended = tlcli("tune", *words, "budget=1h", f"hydra.sweep.dir={folder}")
+    assert ended.code == 2 and "space: ema=None must be a number, as bounds need it" in ended.err, ended.err
+    assert not list(folder.rglob("*"))
+
+
 def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "own/tune/small.yaml"
     changes = (("low: 1e-4", "low: 1"), ("trials: 3", "trails: 3"))
@@ -352,8 +361,10 @@ def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path
     [
         (("{augment: none}", "{ema: 0.9}"), "small.yaml: first has ema, which space does not have"),
         (("overrides: []", "overrides: ['+hydra.job.env_set.A=b']"), "env_set.A=b is refused"),
-        (("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]"), "differ in backbone have no mean"),
-        (("label_smoothing: [0.0, 0.1]", "image.size: [32, 64]"), "differ in image.size have no mean; set average: 1"),
+        (("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]"), "differ in backbone cannot be averaged"),
+        (("label_smoothing: [0.0, 0.1]", "image.size: [32, 64]"), "differ in image.size cannot be averaged; set"),
+        (("label_smoothing: [0.0, 0.1]", "seed: [0, 1]"), "differ in seed cannot be averaged; set average: 1"),
+        (("label_smoothing: [0.0, 0.1]", "folds: [4, 5]"), "differ in folds cannot be compared; leave it out"),
     ],
 )
 def test_a_space_whose_recipes_cannot_be_tried_is_refused(tmp_path: Path, space, change, error: str) -> None:
@@ -377,10 +388,14 @@ def test_a_budget_that_is_too_short_is_told_what_it_must_hold(tlcli, space, unme
     assert ended.code == 2 and f"budget=90s: {what}" in ended.err, ended.err
 
 
-@pytest.mark.parametrize(("extra", "n_choices"), [((), 1), (("experiment=mine",), 0)])
-def test_the_backbone_of_an_experiment_is_kept(
+@pytest.mark.parametrize(("extra", "n_choices"), [((), 1), (("experiment=mine",), 0), (("tune=own",), 0)])
+def test_the_backbone_of_an_experiment_or_a_space_is_kept(
     tlcli: Tlcli, space: list[str], tmp_path: Path, unmeasured, monkeypatch, extra: tuple[str, ...], n_choices: int
 ) -> None:
+    own = SPACE.replace("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]").replace(
+        "average: 2", "average: 1"
+    )
+    (tmp_path / "own/tune/own.yaml").write_text(own.replace("average: 2", "average: 1"))
     (tmp_path / "own/experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /backbone: efficientnet_lite1\n"
     (tmp_path / "own/experiment/mine.yaml").write_text(text)
@@ -388,7 +403,6 @@ def test_the_backbone_of_an_experiment_is_kept(
     monkeypatch.setattr("tlcli.cli.tune._choose_backbone", lambda *args: choices.append(args))
     ended = tlcli("tune", *space, "dataset=digits", "budget=1h", *extra)
     assert "the search would start now" in ended.err and len(choices) == n_choices, ended.err
-    assert all(n_runs == 1 for _, _, _, n_runs, *_ in choices), "one trial has to fit, without its refit"
 
 
 def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +416,7 @@ def test_a_backbone_that_cannot_be_measured_is_not_chosen(monkeypatch: pytest.Mo
     monkeypatch.setattr("tlcli.engine.ranking.score", score)
     monkeypatch.setattr("tlcli.cli.tune.find_candidates", lambda *args: found)
     for default in ("worse", "damaged"):  # then one is left, which is not the default
-        assert _choose_backbone([], default, time.monotonic() + 900, 1, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
+        assert _choose_backbone([], default, time.monotonic() + 900, None, Notes()) == (["b"], 50.0)  # type: ignore[arg-type]
         found.pop("worse", None)
 
 
@@ -422,7 +436,7 @@ def test_backbones_are_ranked_in_a_share_of_the_time_and_the_chosen_one_fits_int
     monkeypatch.setattr("tlcli.cli.tune.RANK_SHARE", 0.25)
     monkeypatch.setattr("tlcli.engine.ranking.score", score)
     monkeypatch.setattr("tlcli.cli.tune.find_candidates", lambda *args: found)
-    assert _choose_backbone([], "default", 1000.0, 1, None, Notes()) == (["good"], 50.0)  # type: ignore[arg-type]
+    assert _choose_backbone([], "default", 1000.0, None, Notes()) == (["good"], 50.0)  # type: ignore[arg-type]
     assert ranked == ["default", "slow", "good"]
 
 

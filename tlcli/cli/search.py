@@ -30,11 +30,10 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import REFIT, STATE_FILE, RunDir, mapping, read_json, write_json
+from tlcli.runs.run_dir import JOURNAL_FILE, REFIT, STATE_FILE, RunDir, mapping, read_json, write_json
 from tlcli.specs import TrainSpec, Tta
 from tlcli.text import duration_text, shown_path
 
-JOURNAL_FILE = "study.journal"  # of Optuna
 MEAN = "mean"  # name of the job with the mean of weights
 MIRRORS = "tta=flip"  # among the words of refits if it is better
 SAVE_SECONDS = 5.0  # between updates of the time spent, so that a search that is killed knows it
@@ -138,7 +137,7 @@ class Search:
                 self._run_trial(self.trial)
             elif self._state["best"] is None:
                 time.sleep(WAIT_SECONDS)
-        self._sign_off()
+        self.sign_off()
         self._show(RunDir(self.folder / self._state["best"]), leaderboard.read(self.folder))
 
     def leave(self, status: str) -> bool:
@@ -146,13 +145,24 @@ class Search:
         if self.trial is not None:
             with suppress(OSError):  # a full disk, as below
                 self._study.put_back(self.trial.number)
-        has_others = self._sign_off()
+        has_others = self.sign_off()
         if not has_others:
             with suppress(OSError, ValueError):  # a full disk must not hide the error that it caused
                 self._state = read_json(self.folder / STATE_FILE)
                 self.save(status)
                 leaderboard.write(self.folder)
         return has_others
+
+    def sign_off(self) -> bool:
+        """Remove the files of this worker and of dead ones; return True if another one may be running."""
+        heartbeat.drop(self._worker_file)
+        self._worker_file.unlink(missing_ok=True)
+        with suppress(OSError):  # another worker is in the folder, or has removed it
+            for file in self._workers.glob("*.json"):
+                if observer.is_alive(file) is False:
+                    file.unlink(missing_ok=True)
+            self._workers.rmdir()
+        return self._workers.exists()
 
     def _spent_now(self) -> float:
         return self._spent + time.monotonic() - self._start
@@ -164,17 +174,6 @@ class Search:
     def _sign(self) -> None:
         write_json(self._worker_file, {**this_process(), "seconds": self._spent_now()})
         self._saved = time.monotonic()
-
-    def _sign_off(self) -> bool:
-        """Remove the files of this worker and of dead ones; return True if another one may be running."""
-        heartbeat.drop(self._worker_file)
-        self._worker_file.unlink(missing_ok=True)
-        with suppress(OSError):  # another worker is in the folder, or has removed it
-            for file in self._workers.glob("*.json"):
-                if observer.is_alive(file) is False:
-                    file.unlink(missing_ok=True)
-            self._workers.rmdir()
-        return self._workers.exists()
 
     def _open(self) -> None:
         """Read the state and open the study, which the first worker makes."""
@@ -295,7 +294,8 @@ class Search:
             default = choices[key] if key in choices else OmegaConf.select(config, key, default=...)
             if default is ... or (key in ("min_steps", "min_epochs") and self.base.epochs is not None):
                 continue  # the chosen options do not have this key
-            defaults[key], space[key] = default, values
+            # a list as the text that gives it
+            defaults[key], space[key] = str(default) if OmegaConf.is_config(default) else default, values
         size = image.train_size or image.size
         if self._spec.sizes and size is not None and workload.augments:
             sizes = dict.fromkeys([size, *(max(STEP, round(size * x / STEP) * STEP) for x in self._spec.sizes)])
@@ -355,14 +355,11 @@ class Search:
         seconds = [t["seconds"] for t in self._state["trials"] if t["value"] is not None]
         cost = float(mean(seconds[1:] or seconds or [0.0]))  # those of the first one include what is done once
         has_time = n == 0 or self.left > MARGIN * cost + self._reserve(self._spec.average)
-        return has_time and (limit is None or n < limit) and not (self._ranked() and self._keeps_failing())
-
-    def _keeps_failing(self) -> bool:
-        last = [t["status"] for t in self._study.ended() if t["status"] != "lost"][-MAX_FAILURES:]
-        return last == ["failed"] * MAX_FAILURES
+        last = [t["status"] for t in self._state["trials"] if t["status"] != "lost"][-MAX_FAILURES:]
+        return has_time and (limit is None or n < limit) and last != ["failed"] * MAX_FAILURES
 
     def _run_trial(self, trial: optuna.trial.Trial) -> None:
-        """Train a recipe, and record how it ended. Raise the error of the first, or of several if none is done."""
+        """Train a recipe, and record how it ended. Raise the error of the first."""
         recipe, name, held_out = trial.user_attrs["recipe"], str(trial.number), self._state["val_fraction"]
         words = [] if held_out is None else [f"dataset.val_fraction={held_out}"]
 
@@ -372,25 +369,23 @@ class Search:
 
         reporter = TrialReporter(self, f"trial {name}", None if self.base.folds else is_hopeless)
         start, value, status, error, total = self.left, None, "done", "", 0.0
-        failure: Exception | None = None
         try:
             info = self._train(name, recipe, words, reporter).info
             value = float(info["best"][self.metric])
             total = _seconds_of(info)
         except Exception as exc:
-            status, error, failure = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1], exc
-            is_first = all(trial["status"] == "lost" for trial in self._study.ended())
+            status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
+            # unless it is lost itself: while this worker was suspended
+            is_first = all(t["status"] == "lost" and t["name"] != name for t in self._study.ended())
             if is_first or isinstance(exc, OSError):  # a full disk is no fault of the recipe
                 raise
         with defer_interrupts:
             seconds = max(start - self.left, total)  # part of it may have been before an interruption
             status = self._study.tell(trial.number, value, status, seconds=seconds, error=error)
             self.trial = None
-        if status == "lost":  # while this worker was suspended
+        if status == "lost":
             self._end_lost_job(name)
         self._read_trials()
-        if failure is not None and not self._ranked() and self._keeps_failing():
-            raise failure
 
     def _train(self, name: str, recipe: Mapping[str, Any], words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
@@ -452,7 +447,9 @@ class Search:
     def _show(self, final: RunDir, board: Mapping[str, Any]) -> None:
         trials, info = self._state["trials"], final.info
         counts = {s: sum(trial["status"] == s for trial in trials) for s in ("done", "stopped", "failed", "lost")}
-        validation = f"{self.metric} {info['best'][self.metric]:.4f}, chosen as the best of {counts['done']} trials"
+        validation = f"{self.metric} {info['best'][self.metric]:.4f}"
+        if counts["done"] > 1:
+            validation += f", chosen as the best of {counts['done']} trials, so it is optimistic"
         test = "no test split"
         if info.get("test"):
             low, high = info["test"]["accuracy_ci95"]
@@ -464,7 +461,7 @@ class Search:
         self.reporter.leaderboard(self.folder, board)
         self.reporter.show_labelled(
             ("trials", ", ".join(f"{n} {status}" for status, n in counts.items() if n)),
-            ("folds" if self.base.folds else "validation", f"{validation}, so it is too high on average"),
+            ("folds" if self.base.folds else "validation", validation),
             ("test", test),
             ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
             ("best", f"{shown_path(place)}: {made}{', trained on all images' if refit else ''}"),

@@ -45,7 +45,7 @@ from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import STATE_FILE, check_version, read_json
+from tlcli.runs.run_dir import JOURNAL_FILE, STATE_FILE, check_version, read_json
 from tlcli.specs import all_keys
 from tlcli.text import did_you_mean, duration_text, one_line, shown_path
 
@@ -59,6 +59,10 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 RANK_SHARE = 0.25  # of the time that is left, after which no other backbone is ranked
 RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried
+NOT_AVERAGED = {  # keys of other networks, and of other images that train: those that test or validate one recipe
+    *("backbone", "backbone.name", "backbone.weights", "image.size", "image.fit"),
+    *("seed", "dataset.test_fraction", "dataset.val_fraction", "dataset.train_per_class"),
+}
 
 
 PARSER = Parser("tune", __doc__)
@@ -84,19 +88,20 @@ def run(argv: list[str]) -> int:
             with fast_imports():
                 from tlcli import device
             device.PROCESS_THREADS = max(1, device.PROCESS_THREADS // arguments.workers)
-        if arguments.resume is None and arguments.join is None:
-            search, made = _new_search(arguments, start)
-        else:
-            search, made = _earlier_search(arguments, start), []
+        is_new = not (arguments.resume or arguments.join)
+        search, made = (_new_search if is_new else _earlier_search)(arguments, start)
         try:
             if not (search.folder / STATE_FILE).exists():
                 search.save()
             with _joiners(search.folder, arguments.workers - 1):
                 search.run()
         except BaseException as exc:
-            if not any(search.folder.rglob("run.json")):
+            if is_new and not any(search.folder.rglob("run.json")):
+                search.sign_off()
+                for name in (STATE_FILE, JOURNAL_FILE):  # these would be in the way of the next try
+                    (search.folder / name).unlink(missing_ok=True)
                 discard_folders(search.folder, made)
-            if search.folder.exists():
+            if (search.folder / STATE_FILE).exists():
                 has_others = search.leave("interrupted" if isinstance(exc, KeyboardInterrupt) else "failed")
                 if isinstance(exc, KeyboardInterrupt):
                     flag, hint = "--resume", "resume with"
@@ -164,8 +169,10 @@ def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
     for key in spec.space:
         if key not in known:
             raise UsageError(f"{files[name]}: there is no key {key}.{did_you_mean(key, known)}")
-        if spec.average > 1 and key in ("backbone", "backbone.name", "backbone.weights", "image.size", "image.fit"):
-            raise UsageError(f"{files[name]}: networks that differ in {key} have no mean; set average: 1")
+        if key in ("folds", "fold"):
+            raise UsageError(f"{files[name]}: recipes that differ in {key} cannot be compared; leave it out")
+        if spec.average > 1 and key in NOT_AVERAGED:
+            raise UsageError(f"{files[name]}: recipes that differ in {key} cannot be averaged; set average: 1")
     searched = {*spec.space, *([SIZE_KEY] if spec.sizes else [])}
     for key in [key for recipe in spec.first for key in recipe if key not in searched]:
         raise UsageError(f"{files[name]}: first has {key}, which space does not have")
@@ -203,17 +210,17 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         raise UsageError("a search needs validation images: give dataset.val_fraction=0.2, or folds=5 with tune=quick")
     train_size, size = image_sizes(workload)
     seconds, speed, _ = expected_seconds(workload, size, train_size)
-    n_runs = 1 if spec.folds is None or spec.freeze.kind == "head" else spec.folds + 1  # in a trial
     refit = 1 - val_fraction if val_fraction is not None and workload.first_fit is None else 0
-    need, choice = (n_runs + refit) * (seconds or 0.0) + time.monotonic() - start, list[str]()
+    need, choice = (1 + refit) * seconds + time.monotonic() - start, list[str]()
     if budget < need:
         what = "a trial and its refit take" if refit else "one run takes"
         one_run = f"{what} about {duration_text(need)} on this machine"
         raise UsageError(f"budget={text}: {one_run}; give a longer budget")
-    if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & flags.keys and budget >= RANK_RUNS * need:
+    given = {*flags.keys, *tune_spec.space}
+    if not {"experiment", "backbone", "backbone.name", "backbone.weights"} & given and budget >= RANK_RUNS * need:
         default = config.hydra.runtime.choices["backbone"]
         # a trial with it has to fit; a larger backbone gains more than a refit
-        chosen = _choose_backbone(words, default, start + budget, n_runs, session, reporter)
+        chosen = _choose_backbone(words, default, start + budget, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
     folder = Path(str(OmegaConf.select(config, key))).absolute()
@@ -240,11 +247,11 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
 
 
 def _choose_backbone(
-    words: Sequence[str], default: str, end: float, n_runs: int, session: "Session", reporter: Reporter
+    words: Sequence[str], default: str, end: float, session: "Session", reporter: Reporter
 ) -> tuple[list[str], float | None] | None:
     """Return words that choose the backbone, and its images per second of evaluation; None if there is no choice.
 
-    So many runs with it must fit into the time until `end`. The default backbone is ranked first, then the others by
+    A run with it must fit into the time until `end`. The default backbone is ranked first, then the others by
     their accuracy on ImageNet, until RANK_SHARE of this time is over.
     """
     from tlcli.engine.ranking import best_of, score
@@ -257,11 +264,10 @@ def _choose_backbone(
         if time.monotonic() > last_start:
             break
         with suppress(*CANDIDATE_ERRORS):  # a word may not suit another backbone: freeze.stages, image.train_size
-            max_seconds = (end - time.monotonic()) / n_runs
-            found = score(name, candidates[name][1], [], RANK_IMAGES, session, reporter, max_seconds)
+            left = end - time.monotonic()
+            found = score(name, candidates[name][1], [], RANK_IMAGES, session, reporter, left)
             scores += islice(found, 1)
-    max_seconds = (end - time.monotonic()) / n_runs
-    scores = [one for one in scores if (one.seconds or 0.0) <= max_seconds]
+    scores = [one for one in scores if one.seconds <= end - time.monotonic()]
     if {one.backbone for one in scores} <= {default}:
         return None
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))
@@ -270,8 +276,11 @@ def _choose_backbone(
     return candidates[best.backbone][0], best.images_per_second
 
 
-def _earlier_search(arguments: argparse.Namespace, start: float) -> "Search":
-    """Return the search of --resume or --join. Raise UsageError if it cannot be, or was started in another way."""
+def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Search", list[Path]]:
+    """Return the search of --resume or --join, for which no folder is made.
+
+    Raise UsageError if it cannot be continued, or was started in another way.
+    """
     folder = expand_user(arguments.resume or arguments.join).absolute()
     try:
         state = read_json(folder / STATE_FILE)
@@ -294,7 +303,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> "Search":
         search = Search(folder, state, start, TerminalReporter(), None)
         if state["best"] is None:
             check(search.base)
-        return search
+        return search, []
     except (OSError, ValueError, KeyError, TypeError) as exc:
         reason = getattr(exc, "strerror", None) or f"{type(exc).__name__}: {one_line(exc)}"
         raise UsageError(f"{folder / STATE_FILE}: not the file of a search, or damaged ({reason})") from exc

@@ -104,7 +104,8 @@ class DeepImages:
     def notes(self, value_range: ValueRange | None) -> Iterator[str]:
         """Yield lines for the plan."""
         if self.images:
-            mapped = "the full range of the type (floats: 0 to 1)" if value_range is None else "{:g} to {:g}".format(*value_range)
+            full = "the full range of the type (floats: 0 to 1)"
+            mapped = full if value_range is None else "{:g} to {:g}".format(*value_range)
             values = f"values {self.low:g} to {self.high:g}, mapped from {mapped}"
             text = f"{self.images:,} images are deeper than 8 bits: {values}"
             if len(self.levels) < MIN_GRAY_LEVELS:

@@ -135,7 +135,7 @@ class Score:
     probe: CrossValidation
     parameters: int
     images_per_second: float | None  # of evaluation
-    seconds: float | None
+    seconds: float
 
     @property
     def standard_error(self) -> float:
@@ -145,19 +145,22 @@ class Score:
 def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workload:
     """Return the data and the network of a run that has not started."""
     accelerator = setup_process(spec.device)
-    data = session.dataset(spec.dataset, spec.seed, reporter)
+    data = session.dataset(spec.dataset, spec.seed, reporter, spec.folds)
     return replace(load_workload(spec, data, accelerator, session), needs_probe=True)
 
 
-def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float | None, float | None, DeviceSpec]:
+def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float, float | None, DeviceSpec]:
     """Return the seconds of a run at these image sizes and images per second of evaluation, from a few steps.
 
-    The device is that of the run, restricted to the format in which it trains fastest.
+    A run with folds trains without each of them, and then the refit. The device is that of the run, restricted to the
+    format in which it trains fastest.
     """
     image = structs.replace(workload.spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
     formats = measure_network(run)
-    seconds, (train, evaluation) = estimate_cost(run, formats, also_untaken=False)["total"], formats
+    seconds, (train, evaluation) = float(estimate_cost(run, formats, also_untaken=False)["total"]), formats
+    if run.spec.folds is not None and run.spec.fold is None and run.spec.freeze.kind != "head":
+        seconds *= run.spec.folds + 1
     precision = next(name for name, dtype in DTYPES.items() if dtype == train.dtype)
     channels_last = train.memory_format == torch.channels_last
     device = structs.replace(run.spec.device, precision=precision, channels_last=channels_last)
@@ -196,7 +199,7 @@ def score(
             workload = new_workload(structs.replace(spec, image=image), session, reporter)
         check_train_size(workload, size, train_size)
         seconds, evaluation, device = expected_seconds(workload, size, train_size)
-        if max_seconds is not None and (seconds or 0) > max_seconds:
+        if max_seconds is not None and seconds > max_seconds:
             return  # the size of the weights is larger
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, per_class * len(data.classes))
@@ -216,4 +219,4 @@ def best_of(scores: Sequence[Score]) -> list[Score]:
 
 def choose(scores: Sequence[Score]) -> Score:
     """Return the fastest to train of those that tie with the most accurate one."""
-    return min(best_of(scores), key=lambda s: (s.seconds or 0.0, -s.probe.accuracy))
+    return min(best_of(scores), key=lambda s: (s.seconds, -s.probe.accuracy))
