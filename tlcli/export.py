@@ -35,9 +35,6 @@ MAX_LOSS = 0.01  # of accuracy in int8
 CALIBRATION_IMAGES, MAX_JUDGED = 200, 1000
 BATCH_SIZE, TIMINGS = 32, 10  # of int8; the fastest batch counts, as other processes slow some
 METADATA_FILE = "tlcli.json"  # in a .pt2 archive: classes, preprocessing and temperature
-MIRRORS_NOTE = (
-    "the test of the run is of the mean over each image and its mirror image (tta=flip), which no export computes"
-)
 PAD_NOTE = "timm fills the borders of padded images with the mean color; the run filled them with black"
 
 FORMATS: dict[str, "ExportFormat"] = {}

@@ -179,11 +179,6 @@ class FreezeSpec(OptionSpec, frozen=True):
         numbers = [f"{f.name}={value}" for f in fields(self) if type(value := getattr(self, f.name)) is int]
         return " ".join([self.kind, *numbers])
 
-    @classmethod
-    def describe(cls, values: Mapping[str, Any]) -> str:
-        """Return the part that trains, given the options as they are in the config of a run of any release."""
-        return cls.part
-
 
 class OptimizerSpec(OptionSpec, frozen=True):
     """Keys of all optimizers: the learning rates of the parameter groups."""

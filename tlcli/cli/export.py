@@ -16,7 +16,6 @@ from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import (
     FORMATS,
-    MIRRORS_NOTE,
     PAD_NOTE,
     check_format,
     check_not_existing,
@@ -97,7 +96,7 @@ def run(argv: list[str]) -> int:
         print(f"checked  against PyTorch on {job.source}: every class equal,")
         print(f"         largest difference of a logit {difference:.2g}")
     if job.metadata["tta"] != "none":
-        print(f"note     {MIRRORS_NOTE}")
+        print("note     the test was of each image and its mirror image (tta=flip), which no export computes")
     if not chosen.has_graph and loaded.preprocessing.fit is Fit.pad:
         print(f"note     {PAD_NOTE}")
     print(f"load it  {chosen.load.format(path=str(output))}")

@@ -168,7 +168,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                 values = to_plain(spec)
                 resolve_paths(values, Path.cwd())  # of words of this command; the run may have begun elsewhere
                 run.write_config(OmegaConf.to_yaml(values))
-            reporter = TerminalReporter(f"backbone={spec.backbone.name}")
+            reporter = TerminalReporter()
             ends = [10 * (s.epochs or 0) for s in (before, spec)]  # as if an epoch had ten steps
             factors = [[lr_factor(spec.scheduler, i, end, 10) for i in range(ends[0])] for end in ends]
             if factors[0] != factors[1]:

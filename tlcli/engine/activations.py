@@ -291,9 +291,7 @@ class Workload:
     def _cut(self, trainable: frozenset[str] | None) -> Cut | NoCut:
         if self.spec.cache.mode is CacheMode.off:
             return NoCut("cache.mode=off")
-        if (
-            not self.spec.freeze.interpolates
-        ):  # a copy of a layer would lose the weight when updates are added or merged
+        if not self.spec.freeze.interpolates:  # a copy of a layer loses its weight when updates are added or merged
             return NoCut("a network with low-rank updates is not cut")
         network, size = self.classifier.network, self.preprocessing.size
         key = ("cut", size, trainable or repr(self.spec.freeze))

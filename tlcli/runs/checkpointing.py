@@ -26,7 +26,6 @@ from tlcli.runs.run_dir import RunDir
 from tlcli.transfer.lora import merged, remove_low_rank
 
 SPLITS = ("train", "val", "test")
-STATE_VERSION = 2  # of the contents of state.safetensors
 MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
 _TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
 
@@ -103,7 +102,7 @@ class CheckpointManager:
         self._run, self._inputs, self._trainer, self._epoch = run, inputs, trainer, epoch
         self._network = inputs.workload.classifier.network
         self._seconds = 60 * inputs.workload.spec.checkpoint.every_minutes
-        self._fixed = {"version": STATE_VERSION, "machine": machine_info(inputs.device)}
+        self._fixed: dict[str, Any] = {"machine": machine_info(inputs.device)}
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # tensors and metadata to be written
         self._written: Mapping[str, Any] = {}  # the metadata of the best weights on the disk
         self._last: Mapping[str, Any] = {}  # the metadata of the last epoch's weights

@@ -1,7 +1,7 @@
 """Write the results of a run while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -148,9 +148,15 @@ class Recorder:
         if predictions is not None:
             self._log_evaluation("test", epoch, step, asdict(scores(predictions)), None)
         with self.phase("calibrate"):
+            calibration = threshold = None
             if validation is not None:
                 write_predictions(run.val_predictions, SplitPredictions.of(validated, validation, data.classes))
-            report = self._calibrate(validation, predictions, data.classes)
+                calibration, threshold = calibrate(validation.logits, validation.labels), unknown_threshold(validation)
+                text = f"temperature {calibration['temperature']:.2f}, fitted on {calibration['n']:,} held-out images"
+                self._reporter.note(f"calibration: {text}")
+            run.update(calibration=calibration, unknown=threshold)
+            t = calibration["temperature"] if calibration else 1.0
+            report = test_report(predictions, data.classes, t) if predictions is not None else {}
             report |= {"checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
             if predictions is not None:
                 stored = {**report, "confusion": stored_confusion(report["confusion"])}
@@ -169,26 +175,6 @@ class Recorder:
         if predictions is not None:
             result["confused"] = most_confused(report)
         self._reporter.outcome(run.path, result)
-
-    def _calibrate(
-        self, validation: Predictions | None, predictions: Predictions | None, classes: Sequence[str]
-    ) -> dict[str, Any]:
-        """Write temperature and unknown threshold to run.json; return what test.json has about the predictions."""
-        calibration = None if validation is None else calibrate(validation.logits, validation.labels)
-        self._run.update(calibration=calibration, unknown=None if validation is None else unknown_threshold(validation))
-        t, notes = 1.0, []
-        if calibration is not None:
-            t = calibration["temperature"]
-            notes.append(f"calibration: temperature {t:.2f}, fitted on {calibration['n']:,} held-out images")
-        report: dict[str, Any] = {}
-        if predictions is not None:
-            report = test_report(predictions, classes, t)
-            effect = report["calibration"]
-            after = f"{effect['ece_after']:.4f} with it" if t != 1 else "no better otherwise"
-            notes.append(f"expected calibration error on test {effect['ece_before']:.4f}, {after}")
-        if calibration is not None:
-            self._reporter.note("; ".join(notes))
-        return report
 
     def _log_evaluation(
         self, split: str, epoch: int, step: int, metrics: Mapping[str, float], lr: Mapping[str, float] | None

@@ -76,7 +76,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "test": test,
         "config": config,
         "config_text": run.config_file.read_text("utf-8", "replace") if run.config_file.is_file() else "",
-        "trained": strategy.describe(mapping(config.get("freeze"))) if strategy else freeze and f"freeze={freeze}",
+        "trained": strategy.part if strategy else freeze and f"freeze={freeze}",
         "matrix": _matrix(test),
         "folds": None,
         # the lowest F1 first; classes without test images come last

@@ -18,7 +18,7 @@ from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.ranks import Ranks
 from tlcli.reporter import Reporter
-from tlcli.runs.checkpointing import SPLITS, STATE_VERSION, image_fingerprints, load_state, machine_info
+from tlcli.runs.checkpointing import SPLITS, image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir, check_version
 from tlcli.specs import TrainSpec
 from tlcli.text import join_limited
@@ -108,8 +108,6 @@ def read_state(run: RunDir) -> ResumeState | None:
     except TlcliError as error:
         raise TlcliError(f"{error}; without that file the run starts again") from error
     check_version(run.path, run.info)
-    if state.get("version") != STATE_VERSION:
-        raise TlcliError(f"{run.path}: its training state is of another version of tlcli: resume it with that")
     recorded, best = recorded_decisions(run.info), None
     if recorded is None:
         raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")

@@ -1,7 +1,7 @@
 """The options of `freeze`, in the order of `tlcli inspect`: classes, which import without torch, and YAML files."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from tlcli.errors import UsageError
 from tlcli.specs import Count, FreezeSpec, OpenFraction, Positive, option
@@ -29,10 +29,7 @@ class LastStagesSpec(FreezeSpec, frozen=True, tag="last_stages"):
 
     n: Count
 
-    @classmethod
-    def describe(cls, values: Mapping[str, Any]) -> str:
-        n = values.get("n")
-        return "its head and last stage" if n == 1 else f"its head and last {n} stages"
+    part: ClassVar[str] = "its head and last stages"
 
     @classmethod
     def variants(cls, own: FreezeSpec, classifier: "Classifier") -> Iterator[FreezeSpec]:
