@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -188,6 +189,22 @@ def fill_or_die(file: Path, shard: int, max_gb: float) -> tuple[int, float]:
 
         extraction.Extractor.__call__ = die  # type: ignore[method-assign]
     return fill_shard(file, shard, max_gb)
+
+
+def test_a_damaged_list_of_images_asks_for_another_plan(planned) -> None:
+    file, plan, _ = planned(2)
+    (file.parent / f"{plan.entries[0].shard_keys[0]}.json").write_bytes(b"")
+    with pytest.raises(TlcliError, match=r"cannot be read; write the plan again with --shards"):
+        fill_shard(file, 0, 100)
+
+
+def test_a_shard_needs_a_core_even_if_no_node_has_one_yet(planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _, store = planned(2)
+    asked: list[float] = []
+    monkeypatch.setattr(fill, "ray_cluster", lambda: nullcontext([0]))
+    monkeypatch.setattr(fill, "run_tasks", lambda *args, cpus, **options: asked.append(cpus) or [])
+    assert list(run_shards(file, [0, 1], store, Reporter(), on_ray=True)) == []
+    assert asked == [1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import pytest
 
 from tlcli import locks
 from tlcli.locks import (
-    EMPTY_SECONDS,
     STALE_SECONDS,
     Heartbeat,
     Lock,
@@ -115,7 +114,7 @@ def test_machines_of_one_name_have_digests_of_their_own(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])
-@pytest.mark.parametrize(("content", "seconds"), [(ELSEWHERE, STALE_SECONDS), (b"", EMPTY_SECONDS)])
+@pytest.mark.parametrize(("content", "seconds"), [(ELSEWHERE, STALE_SECONDS), (b"", STALE_SECONDS)])
 def test_the_lock_of_a_killed_process_elsewhere_is_free_after_a_time(path: Path, offset, content, seconds) -> None:
     path.write_bytes(content)
     touch(path, offset)
@@ -246,6 +245,20 @@ def test_a_change_since_a_look_long_ago_is_no_sign_of_life(tmp_path: Path) -> No
     assert [observer.is_alive(file) for file in files] == [True, False]
 
 
+def test_a_file_that_cannot_be_read_at_first_lives_or_not_as_others_do(path: Path, monkeypatch) -> None:
+    path.write_bytes(ELSEWHERE)
+    clock, read = Clock(), Path.open
+    observer = observer_of(clock)
+    monkeypatch.setattr(Path, "open", Mock(side_effect=OSError(errno.EIO, "no answer")))
+    assert observer.is_alive(path) is None
+    clock.now = 10
+    assert observer.is_alive(path) is None
+    monkeypatch.setattr(Path, "open", read)
+    assert observer.is_alive(path) is None, "that it can be read is no sign of life"
+    clock.now += STALE_SECONDS
+    assert observer.is_alive(path) is False
+
+
 def test_who_lives_is_known_as_soon_as_each_is_touched(tmp_path: Path) -> None:
     files = [tmp_path / name for name in "ab"]
     for file in files:
@@ -261,4 +274,4 @@ def test_an_owner_that_cannot_be_read_is_known_by_its_mtime(path: Path, content:
     path.write_bytes(content.replace(b"}", b', "host": "%b"}' % host_digest().encode()))
     clock = Clock()
     assert observer_of(clock).living([path]) == set()
-    assert clock.now >= (STALE_SECONDS if content else EMPTY_SECONDS)
+    assert clock.now >= STALE_SECONDS

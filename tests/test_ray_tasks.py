@@ -38,7 +38,7 @@ def test_a_note_says_that_no_node_has_what_a_task_needs(cpus: int, gpus: int, wa
     resources = [(True, {"CPU": 8.0}), (True, {"CPU": 2.0, "GPU": 1.0}), (False, {"CPU": 64.0, "GPU": 8.0})]
     nodes, reporter = [{"Alive": alive, "Resources": own} for alive, own in resources], Notes()
     monkeypatch.setitem(sys.modules, "ray", Mock(nodes=lambda: nodes))
-    assert list(run_tasks(invert, [], reporter, cpus=cpus, gpus=gpus, max_retries=0)) == []
+    assert list(run_tasks(invert, [], reporter, cpus=cpus, gpus=gpus, retries=0)) == []
     note = f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs; waiting for one"
     assert reporter.notes == [note] * waits
 
@@ -52,8 +52,8 @@ def test_tasks(tmp_path: Path) -> None:
         assert sum(cpus) >= 1 and signal.getsignal(signal.SIGTERM) is handler
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         arguments = [(n, str(tmp_path)) for n in (4, 0, 1, 2)]
-        results = dict(run_tasks(invert, arguments, Reporter(), cpus=1, gpus=0, max_retries=1))
-        (index, first), *_ = run_tasks(invert, arguments[:1], Reporter(), cpus=1, gpus=0, max_retries=0)
+        results = dict(run_tasks(invert, arguments, Reporter(), cpus=1, gpus=0, retries=1))
+        (index, first), *_ = run_tasks(invert, arguments[:1], Reporter(), cpus=1, gpus=0, retries=0)
     assert results[0] == 0.25 and results[2] == 1 and (index, first) == (0, 0.25)
     assert isinstance(results[1], ZeroDivisionError) and isinstance(results[3], ray.exceptions.WorkerCrashedError)
 

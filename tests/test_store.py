@@ -305,7 +305,7 @@ def test_shards_are_not_evicted_before_their_entry_is_complete(tmp_path: Path) -
     for used, key in enumerate(["aa", "bb"], now - 9):
         store.write(key, 2, [Column("float32", (1024,))], {"part_of": "ee"}, [[bytes(8192)]])
         os.utime(store.activations / key / META, (used, used))
-        store.release(key)
+        release()
     for used, key in enumerate(["cc", "dd"], now - 7):
         add(store, key, used)
     assert keys(store) == ["aa", "bb", "dd"]
@@ -319,7 +319,7 @@ def test_a_shard_that_nobody_used_for_a_week_is_evicted(tmp_path: Path) -> None:
     store = Store(tmp_path, SIZE / GB)
     store.write("aa", 2, [Column("float32", (1024,))], {"part_of": "ee"}, [[bytes(8192)]])
     os.utime(store.activations / "aa" / META, (time.time() - 8 * 86_400,) * 2)
-    store.release("aa")
+    release()
     add(store, "bb", 1)
     assert keys(store) == ["bb"]
 

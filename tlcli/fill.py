@@ -81,10 +81,9 @@ def read_plan(file: Path) -> Plan:
     try:
         return convert(json.loads(file.read_bytes()), Plan)
     except (OSError, ValueError, DecodeError) as error:
-        raise UsageError(
-            f"{file.parent} has no plan of these overrides and this number of shards: `tlcli cache fill` with the same "
-            "words and --shards, in the same folder, writes it"
-        ) from error
+        missing = f"{file.parent} has no plan of these overrides and this number of shards"
+        remedy = "`tlcli cache fill` with the same words and --shards, in the same folder, writes it"
+        raise UsageError(f"{missing}: {remedy}") from error
 
 
 def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporter) -> Inputs:
@@ -150,16 +149,14 @@ def fill_shard(file: Path, shard: int, max_gb: float, reporter: Reporter | None 
             assert isinstance(cut, Cut)
             source = workload.activations(cut, option, split, entry.split, entry.view, entry.images)
             if source.key != entry.key:
-                raise TlcliError(
-                    f"shard {shard}/{plan.shards}: the weights, the device or the versions of torch, torchvision, timm "
-                    "or Pillow are not those of the plan: use the same ones, or write the plan again with --shards"
-                )
+                others = "the weights, the device or the versions of torch, torchvision, timm or Pillow"
+                remedy = "use the same ones, or write the plan again with --shards"
+                raise TlcliError(f"shard {shard}/{plan.shards}: {others} are not those of the plan: {remedy}")
             batches = replace(source.batches, first=entry.bounds[shard])
             metadata = {**source.metadata, "part_of": entry.key, "shard": f"shard {shard}/{plan.shards}"}
             extractor = workload.extractor(cut, option, compiled=bool(plan.decisions.compiled))
             replace(source, key=key, batches=batches, metadata=metadata).entry(reporter or Reporter(), extractor)
             count += len(split)
-        store.release(key)
     return count, time.perf_counter() - began
 
 
@@ -172,11 +169,9 @@ def run_shards(
         yield from ((shard, fill_shard(file, shard, store.max_gb, reporter)) for shard in todo)
         return
     with ray_cluster() as nodes:
-        cpus = device["threads"] or min(torch.get_num_threads(), max(nodes))
-        if cpus > max(nodes):
-            raise UsageError(f"device.threads={cpus}: the largest node of the Ray cluster has {max(nodes)} CPUs")
+        cpus = device["threads"] or min(torch.get_num_threads(), max(1, *nodes))
         arguments, gpus = [(file, shard, store.max_gb) for shard in todo], float(device["kind"] == "cuda")
-        for i, result in run_tasks(fill_shard, arguments, reporter, cpus=cpus, gpus=gpus, max_retries=MAX_RETRIES):
+        for i, result in run_tasks(fill_shard, arguments, reporter, cpus=cpus, gpus=gpus, retries=MAX_RETRIES):
             yield todo[i], result
 
 
@@ -191,7 +186,7 @@ def _images_of(plan: Plan, entry: PlannedEntry, shard: int, store: Store) -> Spl
     listing = store.plans / f"{entry.shard_keys[shard]}.json"
     try:
         keys, digests = json.loads(listing.read_bytes())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise TlcliError(f"{listing}: cannot be read; write the plan again with --shards") from error
     images: ImageSource = ImageFiles(Path(entry.root or ""), keys, plan.value_range)
     indices = np.arange(len(keys))
@@ -239,13 +234,10 @@ def complete(plan: Plan, store: Store) -> list[int]:
             for key in () if lost else keys.values():
                 _remove_shard(store, key)
         missing |= lost
-        for key in keys.values():
-            store.release(key)
     return sorted(missing)
 
 
 def _remove_shard(store: Store, key: str) -> None:
     with suppress(OSError):
+        (store.plans / f"{key}.json").unlink(missing_ok=True)
         store.remove(key)
-    with suppress(OSError):
-        (store.plans / f"{key}.json").unlink()

@@ -5,7 +5,6 @@ file system reports it, has not changed for 60 s of the observer's monotonic clo
 and `pid`, in JSON), it is stale as soon as that process of the same machine has ended.
 """
 
-import errno
 import json
 import os
 import platform
@@ -19,7 +18,6 @@ from typing import Any
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-EMPTY_SECONDS = 5.0  # for a file without an owner, as tlcli 0.12 and earlier left them
 MAX_POLL_SECONDS = 0.1
 
 
@@ -60,8 +58,7 @@ class Heartbeat:
 class _Look:
     """A file at the last look: since when it is unchanged, when that look was, and if it is known to be touched."""
 
-    mtime: int
-    content: bytes
+    state: tuple[int, bytes]  # mtime and content
     since: float
     at: float
     has_changed: bool = False
@@ -70,11 +67,9 @@ class _Look:
 class Observer:
     """Tells by the monotonic clock of this process which files are still touched."""
 
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[..., None] = time.sleep) -> None:
         self.clock, self.sleep = clock, sleep
-        self._seen: dict[Path, _Look] = {}
+        self.seen: dict[Path, _Look] = {}
 
     def is_alive(self, path: Path) -> bool | None:
         """Return False if a file is stale or missing, True if its owner lives, None if that is not known yet.
@@ -83,22 +78,20 @@ class Observer:
         """
         try:
             with path.open("rb") as file:  # unless it is opened, NFS may report the mtime of a minute ago
-                content, mtime = file.read(), os.fstat(file.fileno()).st_mtime_ns
+                state = os.fstat(file.fileno()).st_mtime_ns, file.read()
         except FileNotFoundError:
             return False
         except OSError:  # it was replaced while it was read (ESTALE), or its server does not answer
-            mtime, content = (seen.mtime, seen.content) if (seen := self._seen.get(path)) else (0, b"")
+            state = seen.state if (seen := self.seen.get(path)) else (0, b"")
         now = self.clock()
-        seen = self._seen.setdefault(path, _Look(mtime, content, since=now, at=now))
-        if (seen.mtime, seen.content) != (mtime, content):
-            is_recent = now - seen.at < STALE_SECONDS  # else it may have changed long ago
-            seen.mtime, seen.content, seen.since, seen.has_changed = mtime, content, now, is_recent
-        seen.at = now
-        owner: Any = None
-        with suppress(ValueError, RecursionError):
-            owner = json.loads(content)
-        runs_here = runs_on_this_machine(owner) if isinstance(owner, dict) else None
-        if runs_here is False or now - seen.since >= (STALE_SECONDS if content else EMPTY_SECONDS):
+        seen = self.seen.setdefault(path, _Look(state, since=now, at=now))
+        if seen.state != state:  # if the last look was long ago, or failed, it may have changed long ago
+            seen.has_changed = seen.state[0] > 0 and now - seen.at < STALE_SECONDS
+            seen.state, seen.since = state, now
+        seen.at, runs_here = now, None
+        with suppress(ValueError, RecursionError, AttributeError):  # it does not name its owner
+            runs_here = runs_on_this_machine(owner := json.loads(state[1]))
+        if runs_here is False or now - seen.since >= STALE_SECONDS:
             return False
         if runs_here and owner.get("process_start") is None:  # without /proc another process may have its pid
             runs_here = None
@@ -167,17 +160,12 @@ class Lock:
     def _remove_stale(self) -> bool:
         """Remove the file of an owner that has ended. Return False if the owner may live."""
         with suppress(FileNotFoundError):  # it was released, or another process is faster
-            try:
-                content = self.path.read_bytes()
-            except OSError as error:
-                if error.errno == errno.ESTALE:  # so NFS says that it was released
-                    return True
-                raise
             if self._observer.is_alive(self.path) is not False:
                 return False
+            seen = self._observer.seen.get(self.path)
             aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
             self.path.rename(aside)
-            if aside.read_bytes() != content:  # that of a process that was faster, and holds the lock now
+            if seen is None or aside.read_bytes() != seen.state[1]:  # of a faster process, which holds the lock now
                 with suppress(OSError):
                     self.path.hardlink_to(aside)
             aside.unlink()
@@ -194,23 +182,21 @@ def this_process() -> dict[str, Any]:
     return {"host": host_digest(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
 
 
-def host_digest(*, with_id: bool = True) -> str:
+def host_digest() -> str:
     """Return a digest of the machine's name and id, and of the namespace in which a pid has a meaning."""
     import hashlib
 
     namespace = Path("/proc/self/ns/pid")  # that of a container, which may have the name of another one
     name = f"{platform.node()} {namespace.readlink()}" if namespace.is_symlink() else platform.node()
-    if with_id:
-        with suppress(OSError):  # two machines may both be called localhost
-            name += Path("/etc/machine-id").read_text(encoding="utf-8")
+    with suppress(OSError):  # two machines may both be called localhost
+        name += Path("/etc/machine-id").read_text(encoding="utf-8")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def runs_on_this_machine(owner: Mapping[str, Any]) -> bool | None:
     """Return True if the process with this `pid` on this `host` runs, False if it has ended, None if not known here."""
     pid = owner.get("pid")
-    hosts = host_digest(), host_digest(with_id=False)  # the latter of tlcli 0.15 or earlier
-    if type(pid) is not int or pid <= 0 or owner.get("host") not in hosts or platform.system() == "Windows":
+    if type(pid) is not int or pid <= 0 or owner.get("host") != host_digest() or platform.system() == "Windows":
         return None  # on Windows signal 0 is Ctrl-C
     try:
         os.kill(pid, 0)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -52,8 +51,7 @@ class Ranks:
         length = torch.tensor(len(data))
         with _exchange():
             dist.broadcast(length, 0)
-            data = data if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, 0)
+            dist.broadcast(data.resize_(int(length)), 0)
         return json.loads(bytes(data.tolist()))
 
     def copy_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -65,11 +63,9 @@ class Ranks:
             tensor.detach().copy_(own)
 
     def check_same(self, name: str, text: str) -> None:
-        """Raise TlcliError on every rank unless all have the same text."""
-        own = torch.tensor([list(sha256(text.encode()).digest())], dtype=torch.uint8)
-        digests = self.gather([own], torch.tensor([self.rank]), self.size)
-        if others := [str(rank) for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]:
-            problem = f"process {', '.join(others)} of {self.size} sees other {name} than process 0"
+        """Raise TlcliError on a rank that has another text than rank 0."""
+        if self.broadcast(text) != text:
+            problem = f"process {self.rank} of {self.size} sees other {name} than process 0"
             raise TlcliError(f"{problem}: all processes of a run must read the same files")
 
     def positions(self, n: int, batch_size: int) -> Tensor:
@@ -80,18 +76,16 @@ class Ranks:
     def gather(self, batches: Sequence[Tensor], positions: Tensor, n: int) -> Tensor:
         """Return all n rows on the CPU, each at its position, on every rank. `batches` are those of this rank.
 
-        Several ranks return floats of 16 bits as float32, because gloo does not add them. Raise TlcliError if a row is
-        missing or there twice.
+        Raise TlcliError if a row is missing or there twice.
         """
         if self.size == 1:
             return torch.cat(list(batches)).cpu()
-        own = [batch.float() if batch.dtype in (torch.bfloat16, torch.float16) else batch for batch in batches]
-        kind = (list(own[0].shape[1:]), str(own[0].dtype)) if self.is_main else None
+        kind = (list(batches[0].shape[1:]), str(batches[0].dtype)) if self.is_main else None
         shape, dtype = self.broadcast(kind)
         rows = torch.zeros((n, *shape), dtype=getattr(torch, dtype.removeprefix("torch.")))
         counts = torch.bincount(positions, minlength=n)
-        if own:  # a rank may have no batch, but not rank 0
-            rows[positions] = torch.cat(own).cpu()
+        if batches:  # a rank may have none, but not rank 0
+            rows[positions] = torch.cat(list(batches)).cpu()
         with _exchange():
             dist.all_reduce(rows)
             dist.all_reduce(counts)
@@ -123,7 +117,7 @@ ALONE = Ranks()  # of a run with one process
 def join(rank: int, size: int) -> Ranks:
     """Connect this process with the other ranks, as the environment variables of torchrun say."""
     global _store
-    if os.environ.get("LOCAL_WORLD_SIZE") not in (None, str(size)):
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
         raise UsageError(f"{size} processes on several machines: a run uses the devices of one machine")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else a host name that does not resolve is an error
@@ -166,13 +160,8 @@ def led_ranks(rank: int, size: int) -> Iterator[Ranks]:
             time.sleep(0.05)
         code, line = json.loads(_store.get("error"))
         raise (UsageError if code == 2 else TlcliError)(line) from error
-    leave(ranks)
-
-
-def leave(ranks: Ranks) -> None:
-    """Close the connections to the other ranks, after the last exchange."""
-    if ranks.size > 1:
-        dist.destroy_process_group()
+    if size > 1:
+        dist.destroy_process_group()  # after the last exchange
 
 
 @contextmanager

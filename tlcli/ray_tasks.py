@@ -31,21 +31,20 @@ def ray_cluster() -> Iterator[list[int]]:
     check_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
+    from joblib import cpu_count  # by affinity and control group
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     handler = signal.getsignal(signal.SIGTERM)
     named = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     try:
         try:
-            ray.init(**options, **({} if named else {"num_cpus": cores, "include_dashboard": False}))
+            ray.init(**options, **({} if named else {"num_cpus": cpu_count(), "include_dashboard": False}))
         except ValueError:  # a cluster of `ray start` has its own number of CPUs
             ray.init(**options)
     except Exception as error:  # Ray raises a plain one if a node does not start in time
         raise TlcliError(f"cannot connect to Ray: {error}") from error
-    if handler != signal.getsignal(signal.SIGTERM):
-        signal.signal(signal.SIGTERM, handler)  # Ray's ends the process at once
+    signal.signal(signal.SIGTERM, handler)  # Ray's ends the process at once
     try:
         yield [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     finally:
@@ -53,18 +52,12 @@ def ray_cluster() -> Iterator[list[int]]:
 
 
 def run_tasks(
-    function: Callable[..., Any],
-    arguments: Sequence[Sequence[Any]],
-    reporter: Reporter,
-    *,
-    cpus: float,
-    gpus: float,
-    max_retries: int,
+    function: Callable[..., Any], inputs: Sequence[Any], reporter: Reporter, *, cpus: float, gpus: float, retries: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (index of its arguments, result) of each task as it finishes, inside `ray_cluster`.
+    """Yield (index of its inputs, result) of each task as it finishes, inside `ray_cluster`.
 
     The function belongs to a module that the nodes can import. The result is the exception if a task fails, or Ray's if
-    its process is killed more than `max_retries` times. If the caller stops, running tasks get a KeyboardInterrupt.
+    its process is killed more than `retries` times. If the caller stops, running tasks get a KeyboardInterrupt.
     """
     import ray
 
@@ -73,22 +66,18 @@ def run_tasks(
         reporter.note(f"no node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs; waiting for one")
     # a worker imports the module by name: nothing of this process is copied to it but the arguments and these variables
     environment = {"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": max_retries, "runtime_env": environment}
-    task = ray.remote(function).options(**options)
-    pending = {task.remote(*args): i for i, args in enumerate(arguments)}
+    task = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=retries, runtime_env=environment)
+    pending = {task.remote(*args): i for i, args in enumerate(inputs)}
     try:
         while pending:
             (ref,), _ = ray.wait([*pending])
             index = pending.pop(ref)
             try:
                 result = ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
-                result = error.cause
             except ray.exceptions.RayError as error:
-                result = error
+                result = getattr(error, "cause", error)  # what the task raised, if it has ended by itself
             yield index, result
     finally:
         for ref in pending:
             ray.cancel(ref)
-        if pending:
-            ray.wait([*pending], num_returns=len(pending), timeout=CANCEL_SECONDS)
+        ray.wait([*pending], num_returns=len(pending), timeout=CANCEL_SECONDS)

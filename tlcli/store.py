@@ -221,10 +221,6 @@ class Store:
         except OSError as error:
             return f"{self.root} cannot be written ({error.strerror})"
 
-    def release(self, key: str) -> None:
-        """Let other processes evict an entry that this one has found."""
-        _release(self._folder(key))
-
     def entries(self) -> list[CacheEntry]:
         """Return all complete entries, the most recently used first, without reading their columns."""
         entries = []

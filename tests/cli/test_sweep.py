@@ -306,12 +306,13 @@ def test_jobs_never_share_a_directory(tlcli, training, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["../lr", "{path}/lr"])
-def test_a_job_stays_inside_its_sweep(place: str, tlcli, training, tmp_path: Path) -> None:
+def test_a_job_stays_inside_its_sweep_which_leaves_nothing_then(place: str, tlcli, training, tmp_path: Path) -> None:
     training(finished)
+    (tmp_path / "swept").mkdir()
     words = f"hydra.sweep.subdir={place.format(path=tmp_path)}${{seed}}", "hydra.sweep.dir=swept"
     ended = tlcli("train", "-m", "seed=0,1", *words)
     assert ended.code == 2 and "hydra.sweep.subdir must name a folder inside the sweep" in ended.err
-    assert not list(tmp_path.glob("lr*/*"))
+    assert not list(tmp_path.glob("lr*/*")) and not list((tmp_path / "swept").iterdir())
 
 
 def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

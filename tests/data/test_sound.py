@@ -11,7 +11,7 @@ import pytest
 from tests.data.samples import folder_spec
 from tests.data.test_dataset import all_names, damage, load
 from tlcli.data.dataset import Dataset, preload_images
-from tlcli.data.decode import read_raw
+from tlcli.data.images import ImageFiles, digest_of
 from tlcli.errors import BadImagesError
 from tlcli.reporter import Reporter
 from tlcli.specs import OnBad
@@ -35,7 +35,9 @@ def root(make_folder: Callable[..., Path]) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Record the files that are decoded."""
     opened: list[Path] = []
-    monkeypatch.setattr("tlcli.data.images.read_raw", lambda path: opened.append(path) or read_raw(path))
+    content = ImageFiles.content
+    monkeypatch.setattr(ImageFiles, "compute_digest", lambda self, i: digest_of(content(self, i)))
+    monkeypatch.setattr(ImageFiles, "content", lambda self, i: opened.append(Path(self.name(i))) or content(self, i))
     return opened
 
 

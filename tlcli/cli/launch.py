@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 
 from tlcli.cli import exit_status, fast_imports
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -25,13 +25,12 @@ def rank_and_size() -> tuple[int, int]:
 
 def with_processes(argv: Sequence[str]) -> list[str]:
     """Return the command line with the number of processes that have been started, as if it had been typed."""
-    size, key = rank_and_size()[1], "device.processes="
-    if size == 1:
-        return list(argv)
-    typed = [word for word in argv if word.startswith(key)]
-    if any(word != f"{key}{size}" for word in typed):
-        raise UsageError(f"{typed[-1]}: {size} processes have been started; leave it out")
-    return [*argv] if typed else [*argv, f"{key}{size}"]
+    size = rank_and_size()[1]
+    own = f"device.processes={size}"
+    others = [word for word in argv if word.startswith("device.processes=") and word != own]
+    if others and size > 1:
+        raise UsageError(f"{others[-1]}: {size} processes have been started; leave it out")
+    return [*argv] if size == 1 or own in argv else [*argv, own]
 
 
 def launch(processes: int, argv: Sequence[str]) -> int:
@@ -48,8 +47,8 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, logs_specs=logs, run_id="tlcli")
         config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "c10d", "localhost:0", "localhost"
         config.max_restarts = 0
-        ended_by = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
-        handled = {number.name for number in ended_by if signal.getsignal(number) != signal.SIG_IGN}
+        ended_by = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+        handled = [number.name for number in ended_by if signal.getsignal(number) != signal.SIG_IGN]
         config.signals_to_handle = ",".join(handled)  # nohup ignores SIGHUP
         logging.disable()  # the launcher's: rank 0 reports what happens
         try:
@@ -58,14 +57,12 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             return 130 if error.sigval == signal.SIGINT else 143
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
-            if codes.get(0) in (1, 2) or (codes.get(0) in (130, 143) and not killed):
+            killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+            if codes.get(0, 0) > 0 and not killed:
                 return codes[0]  # rank 0 has said why
-            rank = min(killed or codes)
-            code = codes[rank]
+            rank, code = min((killed or codes).items())
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            print(f"tlcli train: process {rank} of the {processes} processes of the run {reason}", file=sys.stderr)
-            return 1
+            raise TlcliError(f"process {rank} of the {processes} processes of the run {reason}") from error
         finally:
             logging.disable(logging.NOTSET)
     return 0
@@ -75,14 +72,16 @@ def follow_main() -> int:
     """Do the part of a rank other than 0, and return its exit code: 0 unless it failed by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes
     with fast_imports():
-        from tlcli.ranks import LostRankError, join, leave, post_error
+        from torch.distributed import destroy_process_group
+
+        from tlcli.ranks import LostRankError, join, post_error
         from tlcli.train import follow
     ranks = join(*rank_and_size())
     for name in ("SIGTERM", "SIGHUP"):  # rank 0 handles them, and the other ranks follow it
         signal.signal(getattr(signal, name, signal.SIGTERM), signal.SIG_IGN)
     try:
         follow(ranks)
-        leave(ranks)
+        destroy_process_group()
     except (KeyboardInterrupt, LostRankError):  # rank 0 stops, or has ended
         return 0
     except Exception as error:

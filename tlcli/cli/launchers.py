@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, setup_globals
@@ -32,15 +31,14 @@ class RayLauncher(BasicLauncher):
 
     def __init__(self, cpus: float, gpus: float) -> None:
         super().__init__()
-        self._cpus, self._gpus = cpus, gpus
+        self._resources = {"cpus": cpus, "gpus": gpus}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, and return their results. Raise TlcliError at the end if a process of one was killed."""
         shared = (self, Singleton.get_state(), str(Path.cwd()))
         arguments = [(initial_job_idx + i, list(words), *shared) for i, words in enumerate(job_overrides)]
         with ray_cluster():
-            resources = {"cpus": self._cpus, "gpus": self._gpus}
-            results = dict(run_tasks(run_ray_job, arguments, TerminalReporter(), **resources, max_retries=0))
+            results = dict(run_tasks(run_ray_job, arguments, TerminalReporter(), **self._resources, retries=0))
         if errors := [result for result in results.values() if isinstance(result, BaseException)]:
             raise TlcliError(f"{len(errors)} jobs ended without a result: {one_line(errors[0])}")
         return [results[i] for i in sorted(results)]
@@ -62,15 +60,13 @@ Plugins.instance().class_name_to_class["hydra_plugins.tlcli.RayLauncher"] = RayL
 
 
 @contextmanager
-def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> Iterator[None]:
-    """Show a line per job that ends in the block, which runs the jobs of a sweep with these words in other processes.
+def other_processes(folder: Path, *, is_joblib: bool) -> Iterator[None]:
+    """Show a line per job that ends in the block, which runs the jobs of a sweep in other processes.
 
     Raise TlcliError if one of these was killed, after the others have ended. Those of joblib end with this one: its
     first signal is passed on, and raised when they have saved their states.
     """
     reporter, is_over = TerminalReporter(), threading.Event()
-    overrides = OverridesParser.create().parse_overrides([*words])
-    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     earlier = {(run.path, run.info.get("pid")) for run in running_jobs(folder)}  # not started by this command
 
     def ended_jobs() -> dict[str, list[Any]]:
@@ -86,8 +82,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
             is_last, jobs = is_over.wait(WATCH_SECONDS), ended_jobs()
             for name in sorted((name for name in jobs if jobs[name] != shown.get(name)), key=natural_order):
                 status, error, _, validation, accuracy = jobs[name]
-                own = read_entry(folder / name)["overrides"]  # if its run.json is damaged, none
-                title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in swept)])
+                title = " ".join([f"[{name}]", *read_entry(folder / name)["overrides"]])  # none if run.json is damaged
                 results = {"validation": validation, "test accuracy": accuracy}
                 texts = [f"{label} {value:.4f}" for label, value in results.items() if value is not None]
                 reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")

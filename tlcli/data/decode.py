@@ -132,10 +132,11 @@ def read_raw(file: Path | BinaryIO) -> RawImage:
         return _decode(stream)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the contents of a file. Raise BadImage if `read_image` would not open it."""
+def read_bytes(path: Path, start: int = 0, size: int = -1) -> bytes:
+    """Return bytes of a file, all by default. Raise BadImage if `read_image` would not open it."""
     with _opened(path) as stream:
-        return stream.read()
+        stream.seek(start)
+        return stream.read(size)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Images by position, in files or in memory; splits of them; and their digests."""
 
 import hashlib
+import io
 import os
 import time
 import zlib
@@ -217,9 +218,13 @@ class ImageFiles(ImageSource):
         """Return the path of the file that has the image."""
         return f"{self.root}/{self.key(index)}"
 
+    def content(self, index: int) -> bytes:
+        """Return the bytes of an image as they are in a file. Raise BadImage."""
+        return read_bytes(self.root / self.keys[index])
+
     def read_raw(self, index: int) -> RawImage:
         """Return an image before its values are mapped to 8 bits. Raise BadImage."""
-        return read_raw(self.root / self.keys[index])
+        return read_raw(io.BytesIO(self.content(index)))
 
     def decode(self, index: int) -> Pixels:
         return self.read_raw(index).to_pixels(self.value_range)
@@ -231,7 +236,7 @@ class ImageFiles(ImageSource):
         return self.keys[index]  # type: ignore[no-any-return]
 
     def compute_digest(self, index: int) -> bytes:
-        return digest_of(read_bytes(self.root / self.keys[index]))
+        return digest_of(self.content(index))
 
     def compute_digests(self, indices: Ints, reporter: Reporter) -> Digests:
         record = self.record

@@ -34,8 +34,8 @@ class ParquetImages(ShardImages):
     A row group is read as a whole, and the last ones that were used stay in memory.
     """
 
-    def __init__(self, root: Path, files: Mapping[str, tuple[Any, str]]) -> None:
-        super().__init__(root, files, [metadata.num_rows for metadata, _ in files.values()])
+    def __init__(self, root: Path, splits: Mapping[str, str], files: Mapping[str, tuple[Any, str]]) -> None:
+        super().__init__(root, splits, [metadata.num_rows for metadata, _ in files.values()])
         self._files, self.column = files, next(iter(files.values()))[1]
         self._groups = [(shard, n) for shard, (file, _) in files.items() for n in range(file.num_row_groups)]
         groups = [files[shard][0].row_group(n) for shard, n in self._groups]
@@ -125,7 +125,7 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, ch
     code = {name: i for i, name in enumerate(names)}
     positions = np.array([code[str(value)] for value in values], dtype=np.int64)[np.concatenate(codes)]
     order = np.arange(len(positions), dtype=np.int64)
-    return source_of_shards(ParquetImages(root, files), splits, positions, names, order, (), choice)
+    return source_of_shards(ParquetImages(root, splits, files), positions, names, order, (), choice)
 
 
 def _class_names(path: Path, metadata: Mapping[bytes, bytes], column: str) -> list[str] | None:

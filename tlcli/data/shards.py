@@ -1,12 +1,11 @@
 """Images in shards, files that hold many; tar archives, from which nothing is extracted. See parquet.py too."""
 
-import io
 import os
 import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 from msgspec import ValidationError, convert
 
-from tlcli.data.decode import BadImage, RawImage, read_raw
+from tlcli.data.decode import read_bytes
 from tlcli.data.images import SETTLED_NS, ImageFiles, Ints, Source, Split, digest_of, ignored_notes, positions_by_class
 from tlcli.data.listing import EXTENSIONS, SINGLE_LABEL, SPLITS, ClassChoice, check_labels, is_visible, reading_folder
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, is_dir, is_file
 from tlcli.store import Store, cache_dir
-from tlcli.text import Names, one_line
+from tlcli.text import Names, join_limited, one_line
 
 MAX_LABEL_BYTES = 1000
 
@@ -29,14 +28,14 @@ Index = tuple[list[str], list[int], list[int], list[str], dict[str, int]]
 
 
 class ShardImages(ImageFiles):
-    """Images in shards below a folder, of which `counts` has the number of images. A key is the shard and a name in it.
+    """Images in shards below a folder, by their splits, with `counts` of images. A key is the shard and a name in it.
 
     A row is the number of an image among all, in the order of the shards. `rows` are those of the images by position.
     """
 
-    def __init__(self, root: Path, shards: Iterable[str], counts: Sequence[int]) -> None:
+    def __init__(self, root: Path, splits: Mapping[str, str], counts: Sequence[int]) -> None:
         super().__init__(root, ())
-        self.shards = list(shards)
+        self.splits, self.shards = splits, list(splits)
         self.starts: Ints = np.cumsum([0, *counts])
         self.rows: Ints = np.arange(self.starts[-1])
 
@@ -49,21 +48,11 @@ class ShardImages(ImageFiles):
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[shard], row - int(self.starts[shard])
 
-    def content(self, index: int) -> bytes:
-        """Return the bytes of an image as it would be in a file. Raise BadImage."""
-        raise NotImplementedError
-
-    def read_raw(self, index: int) -> RawImage:
-        return read_raw(io.BytesIO(self.content(index)))
-
     def file(self, index: int) -> str:
         return f"{self.root}/{self.find(index)[0]}"
 
     def key(self, index: int) -> str:
         return "{} row {}".format(*self.find(index))
-
-    def compute_digest(self, index: int) -> bytes:
-        return digest_of(self.content(index))
 
 
 def find_shards(root_text: str | None, pattern: str, kind: str) -> tuple[Path, dict[str, str]]:
@@ -97,25 +86,19 @@ def find_shards(root_text: str | None, pattern: str, kind: str) -> tuple[Path, d
 
 
 def source_of_shards(
-    images: ShardImages,
-    splits: Mapping[str, str],
-    labels: Ints,
-    names: Sequence[str],
-    order: Ints,
-    notes: tuple[str, ...],
-    choice: ClassChoice,
+    images: ShardImages, labels: Ints, names: Sequence[str], order: Ints, notes: tuple[str, ...], choice: ClassChoice
 ) -> Source:
-    """Return the images, given the split of each shard and the position in `names` of each row's class.
+    """Return the images, given the position in `names` of each row's class.
 
     The images of a split come in this order of rows, the classes in that of `names`.
     """
-    split_of = np.repeat(list(splits.values()), np.diff(images.starts))[order]
+    split_of = np.repeat(list(images.splits.values()), np.diff(images.starts))[order]
     rows = {split: part for split in ("all", "train", "val", "test") if len(part := order[split_of == split])}
     counts = {split: enumerate(np.bincount(labels[part]).tolist()) for split, part in rows.items()}
     by_class = {split: {names[i]: range(n) for i, n in pairs if n} for split, pairs in counts.items()}
     in_use = [name for name in names if any(name in known for known in by_class.values())]
     if not in_use:
-        raise UsageError(f"{images.root}: no images in {images.shards[0]}" + " and the others" * (len(splits) > 1))
+        raise UsageError(f"{images.root}: no images in {join_limited(images.shards, 3)}")
     classes = choice.apply(images.root, in_use, by_class)
     images.rows = np.concatenate(list(rows.values()))
     positions = np.split(np.arange(len(images)), np.cumsum([len(part) for part in rows.values()])[:-1])
@@ -130,8 +113,8 @@ def source_of_shards(
 class TarImages(ShardImages):
     """Images of tar archives, each read at its offset."""
 
-    def __init__(self, root: Path, indexes: Mapping[str, Index]) -> None:
-        super().__init__(root, indexes, [len(index[0]) for index in indexes.values()])
+    def __init__(self, root: Path, splits: Mapping[str, str], indexes: Mapping[str, Index]) -> None:
+        super().__init__(root, splits, [len(index[0]) for index in indexes.values()])
         self.members = Names(name for index in indexes.values() for name in index[0])
         places = [np.array(index[1:3], dtype=np.int64) for index in indexes.values()]
         self._offsets, self._sizes = np.concatenate(places, axis=1)
@@ -141,12 +124,7 @@ class TarImages(ShardImages):
 
     def content(self, index: int) -> bytes:
         row = self.rows[index]
-        try:
-            with (self.root / self.find(index)[0]).open("rb") as stream:
-                stream.seek(int(self._offsets[row]))
-                return stream.read(int(self._sizes[row]))
-        except OSError as error:
-            raise BadImage((error.strerror or str(error)).lower()) from error
+        return read_bytes(Path(self.file(index)), int(self._offsets[row]), int(self._sizes[row]))
 
 
 def list_tars(root_text: str | None, choice: ClassChoice, *, verify_all: bool) -> Source:
@@ -158,32 +136,29 @@ def list_tars(root_text: str | None, choice: ClassChoice, *, verify_all: bool) -
     place = root / next(iter(splits)) if len(splits) == 1 else root
     store, notes = Store(cache_dir()), "tars-" + digest_of(os.fsencode(place.absolute())).hex()
     known = {} if verify_all else store.read_notes(notes)
-    indexes, entries, has_changed = dict[str, Index](), dict[str, Any](), False
+    indexes, entries = dict[str, Index](), dict[str, Index]()
     for shard in splits:
         stat = (root / shard).stat()
-        state = [stat.st_size, stat.st_ino, stat.st_mtime_ns]
+        state = f"{shard} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns}"
         with suppress(KeyError, ValidationError):  # not known, or damaged
-            indexed, index = convert(known[shard], tuple[list[int], Index])
-            if indexed == state:
-                indexes[shard] = index
+            indexes[shard] = convert(known[state], Index)
         if shard not in indexes:
-            indexes[shard], has_changed = index_tar(root / shard), True
+            indexes[shard] = index_tar(root / shard)
         if time.time_ns() - stat.st_mtime_ns >= SETTLED_NS:
-            entries[shard] = (state, indexes[shard])
+            entries[state] = indexes[shard]
     with suppress(OSError):
-        if has_changed:
+        if entries.keys() != known.keys():
             store.write_notes(notes, entries)
-    images, ignored = TarImages(root, indexes), Counter[str]()
+    images, ignored = TarImages(root, splits, indexes), Counter[str]()
     for index in indexes.values():
         ignored.update(index[4])
     texts = [label for index in indexes.values() for label in index[3]]
-    row_of = {label: row for row, label in enumerate(texts)}
-    check_labels({label: images.key(row) for label, row in row_of.items()})
-    names, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    names, first, labels = np.unique(np.array(texts, dtype=object), return_index=True, return_inverse=True)
+    check_labels({name: images.key(row) for name, row in zip(names.tolist(), first.tolist(), strict=True)})
     by_class = positions_by_class(labels, len(names))
     rows = [row for part in by_class for row in sorted(part.tolist(), key=lambda row: images.members[row].split("/"))]
     order = np.array(rows, dtype=np.int64)
-    return source_of_shards(images, splits, labels, names.tolist(), order, ignored_notes(ignored), choice)
+    return source_of_shards(images, labels, names.tolist(), order, ignored_notes(ignored), choice)
 
 
 def index_tar(path: Path) -> Index:

@@ -58,7 +58,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             continue
         is_search = "tune.json" in inside
         is_folds = REFIT in inside and inside[REFIT].is_dir(follow_symlinks=False) and not is_search
-        if not SWEEP_FILES.isdisjoint(inside) and not is_folds:
+        if not inside.keys().isdisjoint(SWEEP_FILES) and not is_folds:
             sweep = path
             jobs[sweep] = []
         for name, entry in inside.items():

@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
 FOLD, REFIT = "fold-{}", "best"  # names of the directories of a run with folds
 STATE_FILE, JOURNAL_FILE = "tune.json", "study.journal"  # of a search; the latter is Optuna's
-SWEEP_FILES = frozenset({"sweep.json", "multirun.yaml"})  # written when a job ends, and by Hydra at the start
+SWEEP_FILES = ("sweep.json", "multirun.yaml")  # written when a job ends, and by Hydra at the start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
