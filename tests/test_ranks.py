@@ -355,8 +355,10 @@ def test_torchrun_says_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, 
     for number, handler in handlers.items():  # it ignores them to its end
         signal.signal(number, handler)
     assert "a sweep runs its jobs with one process" in capsys.readouterr().err
-    for local in ("1", ""):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    for environment in ({"LOCAL_WORLD_SIZE": "1"}, {}):  # without it, the processes may be anywhere
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(UsageError, match="a run uses the devices of one machine"):
             join(0, 2)
 
