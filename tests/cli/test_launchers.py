@@ -54,7 +54,7 @@ def end(run: Path, seed: int, **values: object) -> None:
 def test_each_job_that_ends_in_another_process_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = {"epoch": 1, "accuracy": 0.5}
     end(tmp_path / "0", 1, status="done", best=best, keep_best="accuracy")  # before
-    with other_processes(tmp_path, is_joblib=False):
+    with other_processes(tmp_path, ["seed=1,2,3", "epochs=2"], is_joblib=False):
         end(tmp_path / "1", 2)
         (tmp_path / "1/run.json").write_text("{")
         end(tmp_path / "2", 2, status="failed", error="no luck")
@@ -62,12 +62,12 @@ def test_each_job_that_ends_in_another_process_is_one_line(tmp_path: Path, capsy
         end(tmp_path / "3", 3, status="done", best=best, keep_best="accuracy")
     out = capsys.readouterr().out.splitlines()
     assert out[1].startswith("[1]: damaged: ")
-    assert out[2:] == ["[2] seed=2 epochs=2: failed: no luck", "[3] seed=3 epochs=2: done, validation 0.5000"]
+    assert out[2:] == ["[2] seed=2: failed: no luck", "[3] seed=3: done, validation 0.5000"]
 
 
 def test_a_killed_process_of_an_engine_is_one_line(tmp_path: Path) -> None:
     line = "a job ended without a result: the pool is broken"
-    with pytest.raises(TlcliError, match=line), other_processes(tmp_path, is_joblib=True):
+    with pytest.raises(TlcliError, match=line), other_processes(tmp_path, [], is_joblib=True):
         raise RuntimeError("the pool is broken")
 
 
@@ -77,7 +77,7 @@ def test_a_signal_reaches_the_jobs_of_joblib_and_waits_for_them(tmp_path: Path) 
     with subprocess.Popen(waiting, stdin=subprocess.PIPE) as job, subprocess.Popen(waiting, stdin=-1) as other:
         end(tmp_path / "1", 1, pid=other.pid)
         code = None
-        with pytest.raises(KeyboardInterrupt), handle_signals(), other_processes(tmp_path, is_joblib=True):
+        with pytest.raises(KeyboardInterrupt), handle_signals(), other_processes(tmp_path, [], is_joblib=True):
             end(tmp_path / "0", 1, pid=job.pid)
             defer_interrupts.interrupt(KeyboardInterrupt())
             code = job.wait(60)

@@ -95,7 +95,7 @@ class Command:
             if n_jobs == 0:
                 raise UsageError("hydra.launcher.n_jobs=0: must be a number of processes, or -1 for one per core")
             is_here = effective_n_jobs(n_jobs) == 1
-        with nullcontext() if is_here else other_processes(folder, is_joblib=is_joblib):
+        with nullcontext() if is_here else other_processes(folder, words, is_joblib=is_joblib):
             sweeper.sweep(arguments=words)
 
     def __call__(self, config: DictConfig) -> float | None:

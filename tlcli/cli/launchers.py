@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, setup_globals
@@ -60,13 +61,15 @@ Plugins.instance().class_name_to_class["hydra_plugins.tlcli.RayLauncher"] = RayL
 
 
 @contextmanager
-def other_processes(folder: Path, *, is_joblib: bool) -> Iterator[None]:
-    """Show a line per job that ends in the block, which runs the jobs of a sweep in other processes.
+def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> Iterator[None]:
+    """Show a line per job that ends in the block, which runs the jobs of a sweep with these words in other processes.
 
     Raise TlcliError if one of these was killed, after the others have ended. Those of joblib end with this one: its
     first signal is passed on, and raised when they have saved their states.
     """
     reporter, is_over = TerminalReporter(), threading.Event()
+    overrides = OverridesParser.create().parse_overrides([*words])
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     earlier = {(run.path, run.info.get("pid")) for run in running_jobs(folder)}  # not started by this command
 
     def ended_jobs() -> dict[str, list[Any]]:
@@ -82,7 +85,8 @@ def other_processes(folder: Path, *, is_joblib: bool) -> Iterator[None]:
             is_last, jobs = is_over.wait(WATCH_SECONDS), ended_jobs()
             for name in sorted((name for name in jobs if jobs[name] != shown.get(name)), key=natural_order):
                 status, error, _, validation, accuracy = jobs[name]
-                title = " ".join([f"[{name}]", *read_entry(folder / name)["overrides"]])  # none if run.json is damaged
+                own = read_entry(folder / name)["overrides"]  # if its run.json is damaged, none
+                title = " ".join([f"[{name}]", *(word for word in own if word.lstrip("+").partition("=")[0] in swept)])
                 results = {"validation": validation, "test accuracy": accuracy}
                 texts = [f"{label} {value:.4f}" for label, value in results.items() if value is not None]
                 reporter.show(f"{title}: {', '.join([status, *texts])}{f': {error}' if error else ''}")
