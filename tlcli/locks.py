@@ -5,6 +5,7 @@ file system reports it, has not changed for 60 s of the observer's monotonic clo
 and `pid`, in JSON), it is stale as soon as that process of the same machine has ended.
 """
 
+import errno
 import json
 import os
 import platform
@@ -69,7 +70,7 @@ class Observer:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[..., None] = time.sleep) -> None:
         self.clock, self.sleep = clock, sleep
-        self.seen: dict[Path, _Look] = {}
+        self._seen: dict[Path, _Look] = {}
 
     def is_alive(self, path: Path) -> bool | None:
         """Return False if a file is stale or missing, True if its owner lives, None if that is not known yet.
@@ -82,9 +83,9 @@ class Observer:
         except FileNotFoundError:
             return False
         except OSError:  # it was replaced while it was read (ESTALE), or its server does not answer
-            state = seen.state if (seen := self.seen.get(path)) else (0, b"")
+            state = seen.state if (seen := self._seen.get(path)) else (0, b"")
         now = self.clock()
-        seen = self.seen.setdefault(path, _Look(state, since=now, at=now))
+        seen = self._seen.setdefault(path, _Look(state, since=now, at=now))
         if seen.state != state:  # if the last look was long ago, or failed, it may have changed long ago
             seen.has_changed = seen.state[0] > 0 and now - seen.at < STALE_SECONDS
             seen.state, seen.since = state, now
@@ -160,12 +161,17 @@ class Lock:
     def _remove_stale(self) -> bool:
         """Remove the file of an owner that has ended. Return False if the owner may live."""
         with suppress(FileNotFoundError):  # it was released, or another process is faster
+            try:
+                content = self.path.read_bytes()
+            except OSError as error:
+                if error.errno == errno.ESTALE:  # so NFS says that it was released
+                    return True
+                raise
             if self._observer.is_alive(self.path) is not False:
                 return False
-            seen = self._observer.seen.get(self.path)
             aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
             self.path.rename(aside)
-            if seen is None or aside.read_bytes() != seen.state[1]:  # of a faster process, which holds the lock now
+            if aside.read_bytes() != content:  # of a process or thread that was faster, and holds the lock now
                 with suppress(OSError):
                     self.path.hardlink_to(aside)
             aside.unlink()

@@ -58,7 +58,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
-            if codes.get(0, 0) > 0 and not killed:
+            if codes.get(0) in (1, 2) or (codes.get(0) in (130, 143) and not killed):
                 return codes[0]  # rank 0 has said why
             rank, code = min((killed or codes).items())
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

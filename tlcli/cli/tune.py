@@ -59,7 +59,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 RANK_IMAGES = (50, 500)  # sampled images per class, and in all
 RANK_SHARE = 0.25  # of the time that is left, after which no other backbone is ranked
 RANK_RUNS = 1.5  # in the budget, at least, for other backbones to be tried
-NOT_AVERAGED = {  # keys of other networks, and of other images that train: those that test or validate one recipe
+NOT_AVERAGED = {  # recipes that differ in these have other networks, or train on images that test another one
     *("backbone", "backbone.name", "backbone.weights", "image.size", "image.fit"),
     *("seed", "dataset.test_fraction", "dataset.val_fraction", "dataset.train_per_class"),
 }
