@@ -14,8 +14,7 @@ from PIL import Image
 from tests.data.samples import folder_spec, save_image
 from tlcli.data import images
 from tlcli.data.dataset import load_dataset
-from tlcli.data.decode import read_bytes
-from tlcli.data.images import ImageArrays, Split, TorchvisionImages, full_split, source_of_files
+from tlcli.data.images import ImageArrays, ImageFiles, Split, TorchvisionImages, full_split, source_of_files
 from tlcli.reporter import Reporter
 from tlcli.specs import Verify
 from tlcli.store import Store
@@ -89,7 +88,13 @@ def old_files(make_folder: MakeFolder) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of the files whose digests are computed."""
     names: list[str] = []
-    monkeypatch.setattr(images, "read_bytes", lambda path: names.append(path.name) or read_bytes(path))
+    compute = ImageFiles.compute_digest
+
+    def record(files: ImageFiles, index: int) -> bytes:
+        names.append(Path(files.name(index)).name)
+        return compute(files, index)
+
+    monkeypatch.setattr(ImageFiles, "compute_digest", record)
     return names
 
 

@@ -97,7 +97,7 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    names = (".hydra", "leaderboard.csv", STATE_FILE, *SWEEP_FILES)
+    names = (".hydra", *SWEEP_FILES, STATE_FILE, "leaderboard.csv")
     files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
         below = path.rglob("run.json") if key == "hydra.sweep.dir" else ()  # they would be jobs of the sweep
