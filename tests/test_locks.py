@@ -114,13 +114,13 @@ def test_machines_of_one_name_have_digests_of_their_own(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])
-@pytest.mark.parametrize(("content", "seconds"), [(ELSEWHERE, STALE_SECONDS), (b"", STALE_SECONDS)])
-def test_the_lock_of_a_killed_process_elsewhere_is_free_after_a_time(path: Path, offset, content, seconds) -> None:
+@pytest.mark.parametrize("content", [ELSEWHERE, b""])
+def test_the_lock_of_a_killed_process_elsewhere_is_free_after_a_time(path: Path, offset, content: bytes) -> None:
     path.write_bytes(content)
     touch(path, offset)
     clock = Clock()
     with Lock(path, observer_of(clock)).held():
-        assert seconds <= clock.now < seconds + 1
+        assert STALE_SECONDS <= clock.now < STALE_SECONDS + 1
 
 
 @pytest.mark.parametrize("offset", [0, HOUR_NS, -HOUR_NS])

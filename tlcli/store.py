@@ -60,14 +60,10 @@ if hasattr(os, "register_at_fork"):
 def release_entries() -> None:
     """Release all entries that this process holds."""
     for folder in list(_held):
-        _release(folder)
-
-
-def _release(folder: Path) -> None:
-    if mark := _held.pop(folder, None):
-        heartbeat.drop(mark)
-        with suppress(OSError):
-            mark.unlink()
+        if mark := _held.pop(folder, None):
+            heartbeat.drop(mark)
+            with suppress(OSError):
+                mark.unlink()
 
 
 def cache_dir() -> Path:

@@ -21,7 +21,7 @@ from tlcli.locks import observer, runs_on_this_machine
 from tlcli.ray_tasks import ray_cluster, run_tasks
 from tlcli.runs import leaderboard
 from tlcli.runs.index import read_entry
-from tlcli.runs.run_dir import RunDir, read_json
+from tlcli.runs.run_dir import SWEEP_FILE, RunDir, read_json
 from tlcli.text import natural_order, one_line, shown_path
 
 WATCH_SECONDS = 1.0
@@ -74,7 +74,7 @@ def other_processes(folder: Path, words: Sequence[str], *, is_joblib: bool) -> I
 
     def ended_jobs() -> dict[str, list[Any]]:
         with suppress(OSError, ValueError):  # it is not there yet
-            jobs = [job for job in read_json(folder / "sweep.json")["jobs"] if job["status"] not in ("running", "died")]
+            jobs = [job for job in read_json(folder / SWEEP_FILE)["jobs"] if job["status"] not in ("running", "died")]
             columns = ("status", "error", "seconds", "validation", "test_accuracy")
             return {job["name"]: [job[column] for column in columns] for job in jobs}
         return {}

@@ -22,7 +22,17 @@ from tlcli.files import expand_user, is_dir
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
-from tlcli.runs.run_dir import REFIT, RunDir, check_version, has_folds, integer, is_sweep, open_run, rerun_command
+from tlcli.runs.run_dir import (
+    REFIT,
+    STATE_FILE,
+    RunDir,
+    check_version,
+    has_folds,
+    integer,
+    is_sweep,
+    open_run,
+    rerun_command,
+)
 from tlcli.specs import TrainSpec
 from tlcli.text import flat_keys, shown_path, to_plain
 
@@ -54,7 +64,7 @@ def resume_hint(path: Path) -> str:
 def resume(path: Path, overrides: Sequence[str]) -> int:
     """Resume a run or a sweep; return the exit code."""
     absolute = Path.cwd() / path
-    if (path / "tune.json").is_file():
+    if (path / STATE_FILE).is_file():
         raise UsageError(f"{path}: a search is resumed with: {shlex.join(['tlcli', 'tune', '--resume', str(path)])}")
     try:
         with chdir(Path.cwd()):  # a sweep or its jobs may change it

@@ -19,7 +19,7 @@ from tlcli.cli.launch import follow_main, launch, rank_and_size, with_processes
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
 from tlcli.interrupts import handle_signals
-from tlcli.runs.run_dir import STATE_FILE, SWEEP_FILES, RunDir
+from tlcli.runs.run_dir import LEADERBOARD_FILE, STATE_FILE, SWEEP_FILES, RunDir
 
 
 def run(argv: list[str]) -> int:
@@ -78,8 +78,9 @@ def run(argv: list[str]) -> int:
             found = path.glob(sign) if spec and spec.folds is None else path.rglob(sign)  # other runs may be below it
             if not any(found) and not is_queued:
                 if is_named:  # these did not exist, and would be in the way of the next try
-                    for name in ("run.log", "config.yaml", "run.json", "leaderboard.csv", *SWEEP_FILES):
-                        (path / name).unlink(missing_ok=True)
+                    run, of_sweep = RunDir(path), (path / name for name in (LEADERBOARD_FILE, *SWEEP_FILES))
+                    for file in (run.log_file, run.config_file, run.info_file, *of_sweep):
+                        file.unlink(missing_ok=True)
                     shutil.rmtree(path / ".hydra", ignore_errors=True)
                 discard_folders(path, made)
             elif is_sweep:
@@ -97,7 +98,7 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    names = (".hydra", *SWEEP_FILES, STATE_FILE, "leaderboard.csv")
+    names = (".hydra", *SWEEP_FILES, STATE_FILE, LEADERBOARD_FILE)
     files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
         below = path.rglob("run.json") if key == "hydra.sweep.dir" else ()  # they would be jobs of the sweep

@@ -267,7 +267,8 @@ def _choose_backbone(
             left = end - time.monotonic()
             found = score(name, candidates[name][1], [], RANK_IMAGES, session, reporter, left)
             scores += islice(found, 1)
-    scores = [one for one in scores if one.seconds <= end - time.monotonic()]
+    left = end - time.monotonic()
+    scores = [one for one in scores if one.seconds <= left]
     if {one.backbone for one in scores} <= {default}:
         return None
     best = max(best_of(scores), key=lambda s: (top1[s.backbone], s.probe.accuracy))

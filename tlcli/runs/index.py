@@ -11,7 +11,19 @@ from typing import Any
 
 from tlcli.errors import UsageError
 from tlcli.files import is_dir
-from tlcli.runs.run_dir import FOLD, REFIT, SWEEP_FILES, RunDir, integer, mapping, number, pair, strings, text
+from tlcli.runs.run_dir import (
+    FOLD,
+    REFIT,
+    STATE_FILE,
+    SWEEP_FILES,
+    RunDir,
+    integer,
+    mapping,
+    number,
+    pair,
+    strings,
+    text,
+)
 from tlcli.text import natural_order
 
 # of a sweep: the first that a job has
@@ -56,7 +68,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[str]]:
             if not (run := read_entry(Path(path)))["is_fold"]:  # the refit stands for its folds
                 (runs if sweep is None else jobs[sweep]).append(run)
             continue
-        is_search = "tune.json" in inside
+        is_search = STATE_FILE in inside
         is_folds = REFIT in inside and inside[REFIT].is_dir(follow_symlinks=False) and not is_search
         if not inside.keys().isdisjoint(SWEEP_FILES) and not is_folds:
             sweep = path

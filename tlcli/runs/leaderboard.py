@@ -7,7 +7,7 @@ from typing import Any
 from tlcli.files import write_csv
 from tlcli.locks import Lock
 from tlcli.runs.index import rank, read_entry
-from tlcli.runs.run_dir import RunDir, read_json, result_of_search, text, write_json
+from tlcli.runs.run_dir import LEADERBOARD_FILE, SWEEP_FILE, RunDir, read_json, result_of_search, text, write_json
 from tlcli.text import natural_order
 
 SCHEMA_VERSION = 1
@@ -54,14 +54,14 @@ def write(folder: Path) -> dict[str, Any]:
     """Write leaderboard.csv and sweep.json into a sweep's folder, each in one atomic step; return the leaderboard."""
     with Lock(folder / ".leaderboard.lock").held():
         board = read(folder)
-        write_json(folder / "sweep.json", board)
+        write_json(folder / SWEEP_FILE, board)
         head = ["rank", "job", "status", *board["keys"], f"val_{board['figure']}", "epoch"]
         rows: list[list[object]] = [[*head, "test_accuracy", "test_low", "test_high", "seconds", "error"]]
         for job in board["jobs"]:
             cells = [job["rank"], job["name"], job["status"], *(job["values"].get(key, "") for key in board["keys"])]
             cells += [job["validation"], job["epoch"], job["test_accuracy"], *(job["test_ci95"] or (None, None))]
             rows.append([*cells, job["seconds"], job["error"]])
-        write_csv(folder / "leaderboard.csv", rows)
+        write_csv(folder / LEADERBOARD_FILE, rows)
     return board
 
 
@@ -70,6 +70,6 @@ def update(run: RunDir) -> None:
     path = run.path.absolute()
     for folder in path.parents[:3]:  # names of jobs may have slashes
         with suppress(OSError, ValueError, KeyError, TypeError):  # from files of other jobs, which do not matter here
-            jobs = read_json(folder / "sweep.json")["jobs"]
+            jobs = read_json(folder / SWEEP_FILE)["jobs"]
             if path.relative_to(folder).as_posix() in [job["name"] for job in jobs]:
                 write(folder)

@@ -29,6 +29,7 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
+    STATE_FILE,
     RunDir,
     confusion_matrix,
     integer,
@@ -253,7 +254,7 @@ def sweep_view(folder: Path, output: Path) -> View:
     metric, is_share = board["figure"].replace("_", " "), board["figure"] != "loss"
     search: View = {}
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no search, or a damaged file
-        search = _search_view(read_json(folder / "tune.json"), metric, is_share)
+        search = _search_view(read_json(folder / STATE_FILE), metric, is_share)
     result = [job for job in jobs if job["name"] == search.get("best")] or [job for job in jobs if job["rank"] == 1]
     best = result[0] if result else None
     title = FILTERS["percent" if is_share else "decimal"](best["validation"]) if best else ""

@@ -32,7 +32,8 @@ SCHEMA_VERSION = 1
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
 FOLD, REFIT = "fold-{}", "best"  # names of the directories of a run with folds
 STATE_FILE, JOURNAL_FILE = "tune.json", "study.journal"  # of a search; the latter is Optuna's
-SWEEP_FILES = ("sweep.json", "multirun.yaml")  # written when a job ends, and by Hydra at the start
+SWEEP_FILE, LEADERBOARD_FILE = "sweep.json", "leaderboard.csv"  # written when a job of a sweep ends
+SWEEP_FILES = (SWEEP_FILE, "multirun.yaml")  # of which a sweep has one: Hydra writes the latter at its start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
