@@ -206,7 +206,7 @@ def test_a_trial_ends_at_the_share_that_its_validation_images_choose(trial: Call
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("owner", "name"), [(tlcli.train, "choose_share"), (Recorder, "inputs"), (checkpointing, "write_tensors")]
+    ("owner", "name"), [(tlcli.train, "choose_share"), (Recorder, "log_inputs"), (checkpointing, "write_tensors")]
 )
 def test_a_trial_that_is_interrupted_at_its_share_takes_it_once(
     owner: object, name: str, trial: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch

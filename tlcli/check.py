@@ -68,7 +68,7 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
     dataset, problems = spec.dataset.without_bad_classes()
     spec = structs.replace(spec, dataset=structs.replace(dataset, on_bad=OnBad.skip))
     data = session.dataset(spec.dataset, spec.seed, reporter)
-    images = ConcatSplits({"train": data.train, "val": data.val, "test": data.test})
+    images = ConcatSplits(data.splits)
     lap("reading")
     first = images.first_copies(reporter)
     lap("exact duplicates")
@@ -93,12 +93,11 @@ def check_data(spec: TrainSpec, reporter: Reporter, session: Session, folder: Pa
         near_first[group] = group[0]
     _write_files(folder, images, data, duplicates, suspects)
     lap("contact sheet")
-    root = spec.dataset.root
     by_split = {name: split.class_counts(len(data.classes)) for name, split in images.splits.items()}
     summary = {
         "schema_version": SCHEMA_VERSION,
         "tlcli": __version__,
-        "dataset": f"{data.name} {Path(root).name}" if root else data.name,
+        "dataset": spec.dataset.title,
         "backbone": spec.backbone.name,
         "n_images": len(images),
         "classes": list(data.classes),

@@ -69,9 +69,10 @@ class Embedder(ImageMapper):
     ) -> None:
         """Cut the network of a run, or of a backbone with its weights, at its head.
 
-        It computes as the run did if its test was read from there. For a backbone `auto` is float32.
+        Activations at the cut of a run, if its test read them, are computed as the run did. For a backbone `auto` is
+        float32.
         """
-        compiled_at = dict[str, bool]()  # what the run decided, by the place of the cut
+        compiled_at = dict[str, bool]()  # whether the run compiled the prefix, by its cut
         if isinstance(source, LoadedRun):
             classifier, preprocessing = source.classifier, source.preprocessing
             form, decisions = choose_format(source, accelerator, precision), recorded_decisions(source.info)

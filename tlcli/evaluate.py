@@ -19,7 +19,7 @@ from tlcli.device import DTYPE_NAMES, DTYPES, setup_process
 from tlcli.engine.activations import Workload
 from tlcli.engine.decisions import Decisions, follow, recorded_decisions
 from tlcli.engine.inputs import Inputs
-from tlcli.engine.metrics import Predictions, evaluate, test_report
+from tlcli.engine.metrics import Predictions, compute_report, evaluate
 from tlcli.engine.session import Session, session_for
 from tlcli.errors import BadImagesError, TlcliError, UsageError
 from tlcli.files import expand_user, resolve_links
@@ -62,16 +62,15 @@ class SplitResult:
     description: str
 
     @property
-    def rows(self) -> SplitPredictions:
+    def named_predictions(self) -> SplitPredictions:
         """The predictions with the names of the images."""
-        p, images = self.predictions, self.images
-        return SplitPredictions.of(images.split, p, images.classes)
+        return SplitPredictions.of(self.images.split, self.predictions, self.images.classes)
 
 
 def predict_split(
     loaded: LoadedRun, split_name: str | None, spec: TrainSpec, trained: TrainSpec, session: Session, reporter: Reporter
 ) -> SplitResult:
-    """Evaluate the network of a run on a split, as it was tested; None is test, or else what the dataset has."""
+    """Evaluate the network of a run on a split as it was tested; arguments as in `evaluate_run`."""
     own = loaded.preprocessing  # whatever size another dataset suggests
     spec, trained = (structs.replace(s, dataset=structs.replace(s.dataset, range=own.range)) for s in (spec, trained))
     image = structs.replace(spec.image, size=own.size, fit=own.fit, mean=own.mean, std=own.std)
@@ -104,12 +103,12 @@ def add_test(path: Path, spec: TrainSpec, session: Session, reporter: Reporter) 
     loaded = load_run(path)
     result = predict_split(loaded, "test", spec, spec, session, reporter)
     run = RunDir(loaded.path)
-    run.write_test(_report(loaded, result), result.rows)
+    run.write_test(_report(loaded, result), result.named_predictions)
     leaderboard.update(run)
 
 
 def _report(loaded: LoadedRun, result: SplitResult) -> dict[str, Any]:
-    report = test_report(result.predictions, loaded.classes, loaded.temperature)
+    report = compute_report(result.predictions, loaded.classes, loaded.temperature)
     return {
         **report,
         "confusion": stored_confusion(report["confusion"]),
@@ -123,8 +122,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run, and write a new directory eval-N in the run's; existing files are not changed.
 
-    `split_name` None is test, or else what the dataset has. `spec` is the run's own, `trained`, with overrides. A run
-    that has not been tested, as the trials of a search, gets its test.json.
+    `split_name` None: test, or a split that the dataset has. `trained` is the spec of the run, `spec` that with
+    overrides. A run without test.json, such as a trial of a search, gets it.
     """
     loaded, session = load_run(path, checkpoint), session_for(spec.cache)
     if not os.access(loaded.path, os.W_OK):  # known before the images are read
@@ -141,7 +140,7 @@ def evaluate_run(
     }
 
     def write(folder: Path) -> None:
-        write_predictions(folder / "predictions.safetensors", result.rows)
+        write_predictions(folder / "predictions.safetensors", result.named_predictions)
         write_json(folder / "eval.json", full_report)
         config = yaml.safe_dump({"dataset": to_plain(dataset)}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
@@ -151,7 +150,7 @@ def evaluate_run(
     if is_test and limits[0] == limits[1]:
         is_over = run.info.get("status") not in ("running", "interrupted")  # else its best weights may change
         if is_over and not run.test_file.exists():
-            run.write_test(report, result.rows)
+            run.write_test(report, result.named_predictions)
             leaderboard.update(run)
         test = run.test()
         same = all(test.get(name) == report[name] for name in ("n", "accuracy", "loss", "macro_f1")) if test else None
@@ -181,26 +180,26 @@ def _tested_decisions(info: Mapping[str, Any], workload: Workload, own: DeviceSp
 
 
 def _find_images(
-    loaded: LoadedRun, split_name: str | None, target: TrainSpec, own: TrainSpec, session: Session, reporter: Reporter
+    loaded: LoadedRun, split_name: str | None, spec: TrainSpec, trained: TrainSpec, session: Session, reporter: Reporter
 ) -> tuple[DatasetSpec, EvaluationSplit, str, bool]:
     """Return the images, labeled by the run's classes, with a description; and if they are of the run's own dataset."""
-    wanted, trained = target.dataset, own.dataset
+    wanted, own = spec.dataset, trained.dataset
     file = RunDir(loaded.path).test_predictions
     tested = read_predictions(file).keys if file.is_file() else None
     changed: dict[str, Any] = {name: getattr(wanted, name) for name in EVALUATION_KEYS}
-    spec, data, addition, n_known = structs.replace(trained.offline(), **changed), None, "", 0
-    names = [name for name in ("root", "file") if hasattr(wanted, name) and hasattr(trained, name)]
+    dataset, data, addition, n_known = structs.replace(own.offline(), **changed), None, "", 0
+    names = [name for name in ("root", "file") if hasattr(wanted, name) and hasattr(own, name)]
     location: dict[str, Any] = {name: getattr(wanted, name) for name in names}
-    may_have_moved = _identity(structs.replace(trained, **location)) == _identity(wanted)
-    if _identity(wanted) == _identity(trained):  # offline, since it does not download unless asked
-        data = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
+    may_have_moved = _identity(structs.replace(own, **location)) == _identity(wanted)
+    if _identity(wanted) == _identity(own):  # offline, since it does not download unless asked
+        data = session.dataset(dataset, trained.seed, reporter, trained.folds, trained.fold)
     elif tested is not None and may_have_moved:
-        everything = structs.replace(trained.offline(), **location)
-        spec, addition = structs.replace(spec, **location), ": images of the same names in another folder"
+        everything = structs.replace(own.offline(), **location)
+        dataset, addition = structs.replace(dataset, **location), ": images of the same names in another folder"
         with suppress(UsageError, BadImagesError):  # nothing that could be trained on
-            listed = load_dataset(everything, seed=own.seed, reporter=reporter, store=session.store, decode=False).test
-            if _keys(listed).issuperset(tested):  # else do not read all of it
-                moved = session.dataset(spec, own.seed, reporter, own.folds, own.fold)
+            whole = load_dataset(everything, seed=trained.seed, reporter=reporter, store=session.store, decode=False)
+            if _keys(whole.test).issuperset(tested):  # else do not read all of it
+                moved = session.dataset(dataset, trained.seed, reporter, trained.folds, trained.fold)
                 data = moved if _keys(moved.test).issubset(tested) else None
     if data is not None:
         split_name = split_name or "test"
@@ -209,7 +208,7 @@ def _find_images(
             raise UsageError(f"split={split_name}: the run has no {split_name} images")
         if split_name == "test" and tested is None:
             n_known = _note_known_images(loaded, split, (), reporter)
-        elif split_name == "test" and tested and spec.test_per_class == trained.test_per_class:
+        elif split_name == "test" and tested and dataset.test_per_class == own.test_per_class:
             new = len(_keys(split).difference(tested))
             some = f"{new:,} of {len(split):,} test images are others, and it may have been trained on them"
             if new:
@@ -217,14 +216,14 @@ def _find_images(
         images = EvaluationSplit(data.classes, split_name, split, data.bad_files)
         description = f"the run's own {split_name} split{addition}{' as it is now' if n_known else ''}"
     else:
-        spec = wanted
-        images = load_evaluation_split(spec, split_name, seed=own.seed, reporter=reporter, store=session.store)
+        dataset = wanted
+        images = load_evaluation_split(dataset, split_name, seed=trained.seed, reporter=reporter, store=session.store)
         if tested is None or (may_have_moved and images.split_name != "test"):
             n_known = _note_known_images(loaded, images.split, tested or (), reporter)
         description = "all of it" if images.split_name == "all" else f"its {images.split_name} split"
         if split_name is None and images.split_name not in ("test", "all"):
             description += f", as it has no {'test' if images.split_name == 'val' else 'test or val'} split"
-    return spec, _with_labels_of(loaded.classes, images, spec), description, data is not None and not n_known
+    return dataset, _with_labels_of(loaded.classes, images, dataset), description, data is not None and not n_known
 
 
 def _keys(split: Split) -> set[str]:

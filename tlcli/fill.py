@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from msgspec import DecodeError, Struct, convert, structs, to_builtins
+from msgspec import Struct, convert, structs, to_builtins
 
 from tlcli.data.dataset import Dataset
 from tlcli.data.decode import ValueRange
@@ -80,7 +80,7 @@ def read_plan(file: Path) -> Plan:
     """Return the plan in a file. Raise UsageError if there is none."""
     try:
         return convert(json.loads(file.read_bytes()), Plan)
-    except (OSError, ValueError, DecodeError) as error:
+    except (OSError, ValueError) as error:
         missing = f"{file.parent} has no plan of these overrides and this number of shards"
         remedy = "`tlcli cache fill` with the same words and --shards, in the same folder, writes it"
         raise UsageError(f"{missing}: {remedy}") from error
@@ -100,20 +100,22 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
         split, n_batches = source.batches.split, len(source.batches)
         bounds = [min(len(split), i * n_batches // shards * source.batches.batch_size) for i in range(shards + 1)]
         root = str(split.images.root.absolute()) if type(split.images) is ImageFiles else None
-        facts = str(source.metadata["split"]), source.view, split.fingerprint(), root, tuple(bounds)
-        entries.append(entry := PlannedEntry(source.key, *facts))
+        name, images = str(source.metadata["split"]), split.fingerprint()
+        entry = PlannedEntry(source.key, name, source.view, images, root, tuple(bounds))
+        entries.append(entry)
         digests = split.images.digests(split.indices, reporter)
         for shard, key in entry.shard_keys.items():
             rows = slice(bounds[shard], bounds[shard + 1])
             keys = [split.key(i) for i in range(rows.start, rows.stop)]
             atomic_write(store.plans / f"{key}.json", json.dumps([keys, digests[rows].tobytes().hex()]).encode())
-    own, wholes = {key for entry in entries for key in entry.shard_keys.values()}, {entry.key for entry in entries}
+    planned, wholes = {key for entry in entries for key in entry.shard_keys.values()}, {entry.key for entry in entries}
     with suppress(UsageError):
         wholes |= {entry.key for entry in read_plan(file).entries}  # of images that may have changed since
     parts = [part for part in store.entries() if part.metadata.get("part_of") in wholes]
-    outdated = [part for part in parts if part.key not in own]  # of other images, or of another number of shards
+    outdated = [part for part in parts if part.key not in planned]  # of other images, or of another number of shards
     missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
-    present = sum(part.nbytes for part in parts if part.key not in own or part.metadata["part_of"] in missing)
+    # space that is used already: by shards that will be removed, or that need not be computed
+    present = sum(part.nbytes for part in parts if part.key not in planned or part.metadata["part_of"] in missing)
     if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
         raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
     for part in outdated:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from enum import EnumMeta, StrEnum
 from importlib import import_module
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -33,6 +34,8 @@ T = TypeVar("T", bound=type[Any])
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+ImageSize = Annotated[int, Meta(ge=8)]  # in pixels
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Meta(gt=0, le=1)]
@@ -96,7 +99,7 @@ class DatasetSpec(OptionSpec, frozen=True):
     ram_gb: NotNegative
     classes: tuple[str, ...] | None
     range: tuple[Float32, Float32] | Literal["auto"] | None
-    image_size: Annotated[int, Meta(ge=8)] | None
+    image_size: ImageSize | None
     flip: Fraction
     min_crop: FractionAboveZero
 
@@ -105,6 +108,11 @@ class DatasetSpec(OptionSpec, frozen=True):
             require_ascending("range", self.range)
             if self.range[0] == self.range[1]:
                 raise ValueError(f"range={list(self.range)} is empty")
+
+    @property
+    def title(self) -> str:
+        """The name, and the last part of the root if there is one."""
+        return f"{self.name} {Path(self.root).name}" if self.root else self.name
 
     def check(self, *, for_training: bool = True) -> None:
         """Raise UsageError for mistakes that show without decoding; evaluation needs no training images."""
@@ -130,7 +138,7 @@ class BackboneSpec(OptionSpec, frozen=True):
     name: str
     weights: str
     reinit: tuple[str, ...]
-    size: Annotated[int, Meta(ge=8)] | None
+    size: ImageSize | None
     dropout: FractionBelowOne
     imagenet_top1: Annotated[float, Meta(ge=0, le=100)] | None
     license: str | None
@@ -245,9 +253,9 @@ class LoggerSpec(OptionSpec, frozen=True):
 class ImageSpec(Spec, frozen=True):
     """Preprocessing of images for the network."""
 
-    size: Annotated[int, Meta(ge=8)] | None
+    size: ImageSize | None
     fit: Fit | None
-    train_size: Annotated[int, Meta(ge=8)] | None
+    train_size: ImageSize | None
     mean: tuple[float, float, float] | None
     std: tuple[Positive, Positive, Positive] | None
 
@@ -256,7 +264,7 @@ class CacheSpec(Spec, frozen=True):
     """Caching of the frozen layers' output; `max_gb` of disk, `ram_gb` of memory."""
 
     mode: CacheMode
-    views: Annotated[int, Meta(ge=0)] | None
+    views: CountOrZero | None
     dtype: CacheDtype
     max_gb: NotNegative
     ram_gb: NotNegative
@@ -270,7 +278,7 @@ class DeviceSpec(Spec, frozen=True):
     precision: Precision
     channels_last: bool | None
     compile: bool
-    workers: Annotated[int, Meta(ge=0)] | None
+    workers: CountOrZero | None
     threads: Count | None
     deterministic: bool
 
@@ -303,7 +311,7 @@ class TrainSpec(Spec, frozen=True):
     accumulate: Count
     seed: Annotated[int, Meta(ge=0, lt=2**32)]
     folds: Annotated[int, Meta(ge=2)] | None
-    fold: Annotated[int, Meta(ge=0)] | None
+    fold: CountOrZero | None
     interpolate: FractionAboveZero | None
     fits: Count | None
     tta: Tta

@@ -263,6 +263,7 @@ class Store:
         return self.activations / key
 
     def _lock(self, folder: Path, suffix: str = "lock") -> Lock:
+        """Return a lock of the key of an entry or a draft, given its folder."""
         return Lock(self.locks / f"{folder.name.removeprefix('.').split('.')[0]}.{suffix}")
 
     def _folders(self, *patterns: re.Pattern[str]) -> list[Path]:
@@ -272,6 +273,7 @@ class Store:
         return [path for path in folders if all(_OWN_FILE.fullmatch(file.name) for file in _children(path))]
 
     def _hold(self, key: str) -> None:
+        """Keep an entry from being evicted until this process ends or releases it."""
         folder = self._folder(key)
         if folder not in _held:
             with suppress(OSError), self._lock(folder, "gate").held():  # a read-only cache: nothing is evicted either

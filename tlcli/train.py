@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from msgspec import convert, structs, to_builtins
@@ -40,7 +40,7 @@ class NewRun:
 
     is_trial: bool = False  # of a search
     decided: Decisions | None = None  # by rank 0, for another rank
-    views: int | None = None  # of each training image that are stored; None: see Workload.views
+    views: ClassVar[None] = None  # for Workload.stored_views
 
     def threads(self, ranks: Ranks) -> int | None:
         return None
@@ -67,7 +67,7 @@ class NewRun:
         return 0 if is_ready and len(workload.data.val) else 1, best_epoch
 
 
-def follow(ranks: Ranks) -> None:
+def train_with_rank_0(ranks: Ranks) -> None:
     """Take part in the run that rank 0 trains, as a rank that writes nothing."""
     if (message := ranks.broadcast()) is None:  # there is nothing to resume
         return
@@ -81,7 +81,7 @@ def train(
     run: RunDir,
     reporter: Reporter,
     session: Session,
-    resume: ResumeState | NewRun | None = None,
+    start: ResumeState | NewRun | None = None,
     *,
     is_trial: bool = False,
     ranks: Ranks = ALONE,
@@ -93,8 +93,9 @@ def train(
     once: each computes its part, and rank 0 writes. Raises UsageError if the spec cannot be followed and TlcliError if
     the run fails.
     """
-    start = resume or NewRun(is_trial=is_trial)
-    record = Recorder(run, reporter, spec, resumed=resume is not None) if ranks.is_main else SilentRecorder()
+    start = start or NewRun(is_trial=is_trial)
+    resumed = isinstance(start, ResumeState)
+    record = Recorder(run, reporter, spec, resumed=resumed) if ranks.is_main else SilentRecorder()
     with record.phase("setup"):
         inputs = load_inputs(spec, session, reporter, start, ranks)
         workload, trainer = inputs.workload, Trainer(inputs.workload, inputs.device)
@@ -106,7 +107,7 @@ def train(
     validated, best_predictions, cross_validation = _predict_left_out(run, inputs, record, reporter)
     with record.phase("probe"):
         first_epoch, best_epoch = start.begin(inputs, trainer, reporter)
-    record.inputs()
+    record.log_inputs()
     if inputs.device.compile:
         loader.network.compile()  # in place: the names of its tensors stay
 
@@ -147,7 +148,7 @@ def train(
         checkpoints.load_best(1.0)
         with record.phase("validate"):
             choose_share(evaluate_shares(trainer, inputs, val_loader, reporter), inputs, reporter)
-        record.inputs()  # before the weights are replaced
+        record.log_inputs()  # before the weights are replaced
     share = inputs.decisions.interpolate or 1.0
     checkpoints.load_best(share)
     ranks.copy_tensors(network.state_dict().values())
@@ -171,7 +172,7 @@ def train(
             test = inputs.open("test", reporter)
         with record.phase("test"):
             predictions = evaluate(network, test, inputs.device, reporter, "test")
-    record.inputs()
+    record.log_inputs()
     record.log_result(
         validated, best_predictions, predictions, best_epoch, cross_validation, step=trainer.step, n_frozen=n_frozen
     )

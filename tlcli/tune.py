@@ -139,9 +139,9 @@ class Study:
         return trial
 
     def tell(self, number: int, value: float | None, status: str, *, seconds: float = 0.0, error: str = "") -> str:
-        """Record how a trial ended, if `done` with its validation metric. Return what another worker recorded, if any.
+        """Record how a trial ended, if `done` with its validation metric; queue the recipe of a `lost` one again.
 
-        The recipe of a trial that is `lost` is queued as a new trial.
+        Return the status that is recorded: that of another worker, if it was first.
         """
         trial = self._study.get_trials(deepcopy=False)[number]
         try:
@@ -198,7 +198,7 @@ def predict_mean(runs: Sequence[RunDir], spec: TrainSpec, session: Session, repo
     """Return the predictions of the runs' mean weights for the validation images of `spec`."""
     loaded = load_run(runs[-1].path)
     loaded.model.load_state_dict(mean_weights(runs)[0])
-    return predict_split(loaded, "val", spec, spec, session, reporter).rows
+    return predict_split(loaded, "val", spec, spec, session, reporter).named_predictions
 
 
 def choose_members(

@@ -116,11 +116,11 @@ def test_workers_share_numbers_and_the_number_of_trials(worker: Callable[[], Wor
 
 def begin(one: Worker) -> None:
     """Start the first trial of a worker, which then does nothing more."""
-    one._sign()
+    one._write_worker_file()
     with one._lock.held():
         one._open()
         one._catch_up()
-        one._decide()
+        one._start_next()
     assert one.trial is not None
 
 
@@ -145,7 +145,7 @@ def test_few_recipes_are_trained_several_times_if_there_is_time(worker, monkeypa
     one = worker()
     one.run()
     one._spent += one.left - left
-    one._choose()
+    one._choose_members()
     assert (len(one._state["members"]), one._state["fits"]) == (n_members, fits)
 
 

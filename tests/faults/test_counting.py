@@ -22,8 +22,7 @@ from tlcli.data.images import ImageArrays, Split
 from tlcli.device import Device
 from tlcli.engine import loaders
 from tlcli.engine.loaders import ActivationLoader, BatchLoader, ImageLoader
-from tlcli.engine.metrics import evaluate
-from tlcli.engine.metrics import test_report as report_of
+from tlcli.engine.metrics import compute_report, evaluate
 from tlcli.engine.trainer import Trainer
 from tlcli.models.classifier import Classifier, Stage
 from tlcli.ranks import ALONE
@@ -80,7 +79,7 @@ def counts_each_once(feed: BatchLoader, n: int) -> None:
     found = evaluate(feed.network, feed, CPU, Reporter(), "test")
     assert found.logits[:, 0].tolist() == list(range(n))
     assert found.labels.tolist() == [i % len(CLASSES) for i in range(n)]
-    report = report_of(found, CLASSES)
+    report = compute_report(found, CLASSES)
     assert report["n"] == sum(map(sum, report["confusion"])) == n
     numbers = torch.cat([feed.network(*x)[:, 0] for x, _ in feed.epoch(1)])
     labels = torch.cat([y for _, y in feed.epoch(1)])

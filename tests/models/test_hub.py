@@ -13,7 +13,7 @@ from safetensors.torch import save
 from tlcli.errors import TlcliError
 from tlcli.models import build
 from tlcli.models.backbones import TimmBackboneSpec
-from tlcli.models.build import cached_models, verify_published
+from tlcli.models.build import cached_timm_models, verify_published
 
 NAME = "mobilenetv3_small_050.lamb_in1k"
 MODEL, REVISION = f"timm/{NAME}", "0" * 40
@@ -42,7 +42,7 @@ def test_what_was_published_is_taken(hub: Path) -> None:
     keep(hub, b"weights")
     verify_published(MODEL)
     verify_published("timm/another")
-    assert cached_models("timm") == [NAME]
+    assert cached_timm_models() == [NAME]
     plain = NAME.partition(".")[0]  # the name without that of its default weights
     assert [TimmBackboneSpec.is_local(name) for name in (NAME, plain, "mobilenetv3_small_075")] == [True, True, False]
 

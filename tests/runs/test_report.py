@@ -17,8 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tlcli.engine.metrics import Predictions
-from tlcli.engine.metrics import test_report as figures_of
+from tlcli.engine.metrics import Predictions, compute_report
 from tlcli.runs import leaderboard, plots, report
 from tlcli.runs.report import ImageReaders, render, run_view, sweep_view
 from tlcli.runs.run_dir import RunDir, SplitPredictions, read_predictions, write_json, write_predictions
@@ -101,7 +100,7 @@ def make_run(folder: Path, classes: tuple[str, ...] = ("a", "b"), *, n: int = 60
         stages=[{"name": "stem", "parameters": 280, "trainable": 0, "lr": None}],
         calibration={"temperature": 1.3}, versions={"torch": "2.13"},
     )  # fmt: skip
-    write_json(run.test_file, {**figures_of(Predictions(logits, labels), classes), "epoch": 2})
+    write_json(run.test_file, {**compute_report(Predictions(logits, labels), classes), "epoch": 2})
     keys = tuple(f"test/{classes[int(t) % k]}/{i}.jpg" for i, t in enumerate(labels))
     write_predictions(run.test_predictions, SplitPredictions(logits, labels, tuple(classes), keys))
     run.end(status, "it broke" if status == "failed" else None)

@@ -117,7 +117,7 @@ def _fill(arguments: argparse.Namespace) -> int:
     if arguments.shard and (arguments.shards or arguments.engine):
         raise UsageError("--shard runs one shard of a plan here: leave out --shards and --engine")
     with fast_imports():
-        from tlcli.cli.job import check
+        from tlcli.cli.job import check_spec
         from tlcli.cli.view import TerminalReporter
         from tlcli.engine.session import session_for
         from tlcli.fill import complete, plan_file, read_plan, run_shards, write_plan
@@ -132,7 +132,7 @@ def _fill(arguments: argparse.Namespace) -> int:
     try:
         with handle_signals():
             if shard is None:
-                check(spec)
+                check_spec(spec)
                 reporter.note(write_plan(spec, shards, session, reporter).summary)
             plan = read_plan(file)
             todo = complete(plan, store) if shard is None else [shard]

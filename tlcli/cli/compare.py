@@ -48,8 +48,8 @@ def _parts(comparison: Mapping[str, Any], width: int | None) -> Iterator[str]:
     # A, B, ... Z, R27, R28, ...
     letters = {run["path"]: chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i, run in enumerate(comparison["runs"])}
     is_crossed = any(run["result"] == "cross_validation" for run in comparison["runs"])
-    accuracy = "cross-validated accuracy" if is_crossed else "accuracy"
-    titles = ("<run", accuracy, "95 % interval", "loss", "macro F1", "images", "<path")
+    title = "cross-validated accuracy" if is_crossed else "accuracy"
+    titles = ("<run", title, "95 % interval", "loss", "macro F1", "images", "<path")
     rows = []
     for run in comparison["runs"]:
         low, high = run["accuracy_ci95"]

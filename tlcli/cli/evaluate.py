@@ -21,7 +21,7 @@ from tlcli.errors import UsageError
 from tlcli.files import is_dir
 from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import confusion_matrix, open_run
+from tlcli.runs.run_dir import CHECKPOINTS, confusion_matrix, open_run
 from tlcli.specs import EVALUATION_KEYS, DatasetSpec
 from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tlcli.cli.view import TerminalReporter
     from tlcli.evaluate import Evaluation
 
-CHOICES = {"split": ("test", "val", "train"), "checkpoint": ("best", "last")}
+CHOICES = {"split": ("test", "val", "train"), "checkpoint": CHECKPOINTS}
 GROUPS = ("dataset", "device", "cache", "tta")
 FIXED_KEYS = [f"dataset.{f.name}" for f in fields(DatasetSpec) if f.name not in ("name", "root", *EVALUATION_KEYS)]
 MAX_CLASS_ROWS = 20  # with more classes only eval.json has them
@@ -51,7 +51,7 @@ PARSER.add_format()
 @handle_signals()
 def run(argv: list[str]) -> int:
     """Evaluate the run in argv, and return the exit code. All that needs no torch is checked first."""
-    from tlcli.cli.compose import load_spec, one_process
+    from tlcli.cli.compose import load_spec, require_one_process
 
     arguments = PARSER.parse_intermixed_args(argv)
     words = [arguments.run, *arguments.words]
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     trained = load_spec(run_dir)
     spec = load_spec(run_dir, overrides) if overrides else trained
     if spec.device.processes != trained.device.processes:
-        one_process(spec)
+        require_one_process(spec)
     spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import evaluate_run

@@ -26,7 +26,7 @@ from tlcli.export import (
 )
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
-from tlcli.runs.run_dir import open_run
+from tlcli.runs.run_dir import CHECKPOINTS, open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
 
@@ -45,7 +45,7 @@ inside = f"{GRAPHS}: take uint8 (N, S, S, 3) RGB and normalize inside; crop and 
 add("--with-preprocessing", action="store_true", help=inside)
 add("--int8", action="store_true", help="onnx: write an 8-bit model; print accuracy, size and speed of both models")
 add("--force", action="store_true", help="with --int8: write it even if it loses more than 1 point of accuracy")
-add("--checkpoint", choices=("best", "last"), default="best", help="best or last epoch")
+add("--checkpoint", choices=CHECKPOINTS, default="best", help="best or last epoch")
 
 
 @handle_signals()

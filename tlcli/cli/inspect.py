@@ -81,7 +81,7 @@ def specs(words: Sequence[str], config_dir: Sequence[str] = ()) -> "tuple[TrainS
     if others := [word for word in overrides if "=" not in word]:
         raise UsageError(f"{others[0]!r}: name one backbone or run, then KEY=VALUE words")
     from tlcli.cli.compose import compose_spec, load_spec
-    from tlcli.cli.job import check
+    from tlcli.cli.job import check_spec
     from tlcli.runs.run_dir import RunDir
 
     options = files_for(config_dir).groups["backbone"]
@@ -92,12 +92,12 @@ def specs(words: Sequence[str], config_dir: Sequence[str] = ()) -> "tuple[TrainS
         spec = load_spec(run, overrides)
         if spec.backbone.weights not in ("default", "none"):  # the file is not needed, and may be gone
             spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))
-        check(spec)
+        check_spec(spec)
         chooses_augment = any(word.startswith(("augment=", "augment.")) for word in overrides)
         return spec, spec.augment if chooses_augment else load_spec(run, [*overrides, "augment=none"]).augment
     words = [*config_dir, *(backbone_words(name, options) if name else [])]
     spec = compose_spec([*words, *overrides])
-    check(spec)
+    check_spec(spec)
     others = [word for word in overrides if not word.lstrip("+~").startswith(("freeze=", "freeze."))]
     return spec, compose_spec([*words, *others, "freeze=head"]).augment
 

@@ -63,7 +63,7 @@ class Command:
     reporter: Reporter | None = None
     session: "Session | None" = None
     error: Exception | None = None
-    _owner: str | None = None  # the reason why the directory is not the job's own, if so
+    _claim_error: str | None = None  # the reason why the directory is not the job's own, if so
     _output_subdir: str | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class Command:
         try:  # of all that may fail: Hydra drops what is raised before
             reporter = self.reporter or TerminalReporter(backbone, quiet=is_quiet)
             if self.sweep is not None:
-                run, self._owner = self._claim(folder, overrides, REFIT if has_folds else "")
+                run, self._claim_error = self._claim(folder, overrides, REFIT if has_folds else "")
                 title = f"[{job.job.num}] {' '.join(overrides)}"
                 if fill_val_fraction(config, is_sweep=True):  # recorded, so that the job's own command repeats it
                     overrides.append(f"dataset.val_fraction={VAL_FRACTION}")
@@ -155,7 +155,7 @@ class Command:
                 composed = HydraConfig.instance().cfg
                 spec = load_spec(run)
                 HydraConfig.instance().cfg = composed  # if an error ends the job, Hydra does this
-            if spec is None:  # as `check` before a single run, except for the dataset: loading it tells the rest
+            if spec is None:  # as `check_spec` before a single run, except for the dataset: loading it tells the rest
                 spec = build_spec(config, self.files)
                 if spec.device.processes > 1:
                     raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
@@ -189,7 +189,7 @@ class Command:
         job = HydraConfig.get()
         if job.job.chdir:
             resolve_paths(config, Path(job.runtime.cwd))
-        resumed = self._owner is None and run.info_file.exists()
+        resumed = self._claim_error is None and run.info_file.exists()
         try:
             is_damaged = resumed and not run.info
         except UsageError:
@@ -205,8 +205,8 @@ class Command:
             run.start(command=self.line, overrides=overrides, config=text, cwd=job.runtime.cwd)
         elif not run.state_file.exists():  # it starts again, with what the config files say now
             run.write_config(text)
-        if self._owner is not None:
-            raise TlcliError(f"{self._owner}: hydra.sweep.subdir must give each job a directory of its own")
+        if self._claim_error is not None:
+            raise TlcliError(f"{self._claim_error}: hydra.sweep.subdir must give each job a directory of its own")
         if self._output_subdir is not None:  # what Hydra would write
             folder = run.path / self._output_subdir
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +216,9 @@ class Command:
         return resumed
 
     def _claim(self, path: Path, overrides: list[str], part: str) -> tuple[RunDir, str | None]:
-        """Return a run, `part` of a directory for a job, whose run.log marks it as taken.
+        """Take a directory for a job, with its run.log as the mark; return the run in its folder `part` ("": itself).
 
-        If the directory is not `path`, return the reason, too.
+        If `path` belongs to another job, take the next free one, path-2, ..., and return the reason, too.
         """
         if self.sweep is not None and not resolve_links(path).is_relative_to(resolve_links(self.sweep)):
             raise UsageError(f"{path}: is outside {self.sweep}; hydra.sweep.subdir must name a folder inside the sweep")
@@ -231,12 +231,12 @@ class Command:
                 RunDir(folder).log_file.touch(exist_ok=False)
                 break
             except FileExistsError:
-                owner: tuple[str, ...] = ()
+                words: tuple[str, ...] = ()
                 with suppress(UsageError):
-                    owner = strings(run.info.get("overrides"))[: len(overrides)]  # as typed
-                if owner == tuple(overrides) or (self.resume and not owner):
+                    words = strings(run.info.get("overrides"))[: len(overrides)]  # as typed
+                if words == tuple(overrides) or (self.resume and not words):
                     break
-                error = error or f"{path.name} is the directory of the job {' '.join(owner) or 'that started before'}"
+                error = error or f"{path.name} is the directory of the job {' '.join(words) or 'that started before'}"
         return run, error
 
 
@@ -334,7 +334,7 @@ def discard_state(run: RunDir, spec: TrainSpec) -> None:
         run.state_file.unlink(missing_ok=True)
 
 
-def check(spec: TrainSpec) -> None:
+def check_spec(spec: TrainSpec) -> None:
     """Raise UsageError if the dataset, the weights or the package that a spec names are missing."""
     check_logger(spec.logger)
     spec.dataset.check()

@@ -75,12 +75,12 @@ def follow_main() -> int:
         from torch.distributed import destroy_process_group
 
         from tlcli.ranks import LostRankError, join, post_error
-        from tlcli.train import follow
+        from tlcli.train import train_with_rank_0
     ranks = join(*rank_and_size())
     for name in ("SIGTERM", "SIGHUP"):  # rank 0 handles them, and the other ranks follow it
         signal.signal(getattr(signal, name, signal.SIGTERM), signal.SIG_IGN)
     try:
-        follow(ranks)
+        train_with_rank_0(ranks)
         destroy_process_group()
     except (KeyboardInterrupt, LostRankError):  # rank 0 stops, or has ended
         return 0

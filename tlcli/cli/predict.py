@@ -26,7 +26,7 @@ from tlcli.errors import UsageError
 from tlcli.files import expand_user, resolve_links
 from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
-from tlcli.runs.run_dir import mapping
+from tlcli.runs.run_dir import CHECKPOINTS, mapping
 from tlcli.specs import Accelerator, Precision, Tta
 from tlcli.store import Store, cache_dir
 from tlcli.text import csv_line
@@ -50,10 +50,10 @@ def add_paths(parser: Parser) -> None:
 def add_computing(parser: Parser) -> None:
     """Add the arguments that say with which weights, and how, a command runs a network over images."""
     add = parser.add_argument
-    add("--checkpoint", choices=("best", "last"), default="best", help="weights of the best epoch or of the last one")
+    add("--checkpoint", choices=CHECKPOINTS, default="best", help="weights of the best epoch or of the last one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: as the run was evaluated")
     add("--batch-size", type=whole_number, metavar="N", help="images per forward pass")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--device", choices=[*map(str, Accelerator)], default="auto", help="where to compute")
 
 
 PARSER = Parser("predict", __doc__)
@@ -70,7 +70,7 @@ add("--output", type=expand_user, metavar="FILE", help="write to this new file")
 add("--reject", action="store_true", help="answer `unknown` if the score is above that of 95 %% of held-out images")
 maps = "write a gray JPEG per image into this new folder, with a map of where the network found evidence for its class"
 add("--heatmaps", type=expand_user, metavar="DIR", help=f"{maps}; csv and jsonl have the file's path")
-add("--tta", choices=("none", "flip"), help="flip: mean over each image and its mirror image (default: as in the run)")
+add("--tta", choices=[*map(str, Tta)], help="flip: mean over each image and its mirror image (default: as in the run)")
 add_computing(PARSER)
 
 

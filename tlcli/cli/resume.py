@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tlcli.cli import fast_imports
 from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags, resolve_paths
-from tlcli.cli.job import Command, check, discard_state, finish_sweep, first_line, record_status
+from tlcli.cli.job import Command, check_spec, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, rank_and_size
 from tlcli.cli.launchers import living_jobs, running_jobs
 from tlcli.cli.view import TerminalReporter, log
@@ -155,7 +155,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         raise UsageError(f"{run.path}: {reason}; to train its weights further, start with backbone.weights={path}")
     for part in _living_jobs(run.path):
         raise still_running(part.path, part.info)
-    check(spec)
+    check_spec(spec)
     if spec.device.processes > 1 and rank_and_size()[1] == 1:
         return launch(spec.device.processes, ["--resume", str(path), *overrides])
     print(first_line(spec), flush=True)

@@ -115,7 +115,7 @@ class Search:
     def tick(self) -> None:
         """Record the time spent and show what other workers did, if the last time was some seconds ago."""
         if time.monotonic() > self._saved + SAVE_SECONDS:
-            self._sign()
+            self._write_worker_file()
             self._read_trials()
             if self.trial is None:
                 self._check_lock()
@@ -124,7 +124,7 @@ class Search:
         """Try recipes while there is time, train the best ones again, average them, and test the result."""
         data, network, budget = self.base.dataset.name, self.base.backbone.name, self._state["budget"]
         self.reporter.show(f"tlcli {__version__}: {data} -> {network}, a search of {duration_text(budget)}")
-        self._sign()
+        self._write_worker_file()
         heartbeat.add(self._worker_file)
         with self._lock.held():
             self._open()
@@ -132,7 +132,7 @@ class Search:
             with self._lock.held():
                 self._catch_up()
                 if self._state["best"] is None:
-                    self._decide()
+                    self._start_next()
             if self.trial is not None:
                 self._run_trial(self.trial)
             elif self._state["best"] is None:
@@ -171,7 +171,7 @@ class Search:
         if not self._lock.owned():
             raise TlcliError(f"{self.folder}: this worker was suspended, and another one took its place")
 
-    def _sign(self) -> None:
+    def _write_worker_file(self) -> None:
         write_json(self._worker_file, {**this_process(), "seconds": self._spent_now()})
         self._saved = time.monotonic()
 
@@ -232,13 +232,13 @@ class Search:
             with suppress(OSError, ValueError):
                 RunDir(file.parent).end("failed", LOST)
 
-    def _decide(self) -> None:
+    def _start_next(self) -> None:
         """Start the next trial if there is time. If none runs any more, do what comes after the trials."""
         if self._state["members"] is None and self._has_time():
             self.trial = self._study.next_trial(self._worker_file.name)
         elif self._n_running == 0:
             if self._state["members"] is None:
-                self._choose()
+                self._choose_members()
             final = self._finish()
             self._state["best"] = final.path.relative_to(self.folder).as_posix()
             if not os.path.lexists(self.folder / REFIT):
@@ -247,7 +247,7 @@ class Search:
             self.save("done")
             leaderboard.write(self.folder)
 
-    def _choose(self) -> None:
+    def _choose_members(self) -> None:
         """Choose the recipes whose weights are averaged, and how often each is trained again in the time left."""
         ranked, n = self._ranked(), self._spec.average
         members = ranked[:1]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from tlcli.cli.compose import build_spec, compose_config, composing, parse_flags, resolve_paths
 from tlcli.cli.conf_files import conf_dir
-from tlcli.cli.job import Command, check, finish_sweep, first_line
+from tlcli.cli.job import Command, check_spec, finish_sweep, first_line
 from tlcli.cli.launch import follow_main, launch, rank_and_size, with_processes
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
             raise UsageError(f"a sweep runs its jobs with one process; these are {size}")
         spec = None if is_sweep else build_spec(config, flags.files)
         if spec:
-            check(spec)
+            check_spec(spec)
             if spec.device.processes > size:
                 return launch(spec.device.processes, argv)
         is_named = key in flags.keys
@@ -72,6 +72,7 @@ def run(argv: list[str]) -> int:
             with composing(flags.files, runs=not is_sweep):
                 command.launch(config, loader, path)
         except BaseException as exc:
+            # a folder with this file is kept; a single run has run.json as soon as it starts, even if a value is wrong
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             is_slurm = is_sweep and config.hydra.launcher._target_.endswith(".SlurmLauncher")
             is_queued = is_slurm and isinstance(exc, KeyboardInterrupt)

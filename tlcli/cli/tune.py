@@ -32,9 +32,9 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tlcli import __version__
 from tlcli.cli import fast_imports
-from tlcli.cli.compose import build_spec, compose_config, one_process, parse_flags
+from tlcli.cli.compose import build_spec, compose_config, parse_flags, require_one_process
 from tlcli.cli.conf_files import ConfFiles, files_for
-from tlcli.cli.job import check
+from tlcli.cli.job import check_spec
 from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
@@ -196,8 +196,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
     words = [*arguments.config_dir, *tune_spec.overrides, *words]
     flags = parse_flags(words)
     config, _ = compose_config(flags)
-    spec = one_process(build_spec(config, flags.files))
-    check(spec)
+    spec = require_one_process(build_spec(config, flags.files))
+    check_spec(spec)
     if spec.fold is not None:
         raise UsageError(f"fold={spec.fold}: a search compares recipes by all folds; leave it out")
     if "hydra.run.dir" in flags.keys:
@@ -303,7 +303,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
             from tlcli.cli.search import Search
         search = Search(folder, state, start, TerminalReporter(), None)
         if state["best"] is None:
-            check(search.base)
+            check_spec(search.base)
         return search, []
     except (OSError, ValueError, KeyError, TypeError) as exc:
         reason = getattr(exc, "strerror", None) or f"{type(exc).__name__}: {one_line(exc)}"

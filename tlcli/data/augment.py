@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from tlcli.specs import AugmentSpec, Fraction, FractionAboveZero, Positive, option, require_ascending
+from tlcli.specs import AugmentSpec, Count, Fraction, FractionAboveZero, Positive, option, require_ascending
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ class TrivialAugmentSpec(CropSpec, frozen=True, tag="trivial"):
 class RandAugmentSpec(CropSpec, frozen=True, tag="randaugment"):
     """Crop, then RandAugment: `n` random operations of one strength (Cubuk et al. 2020)."""
 
-    n: Annotated[int, Meta(ge=1)]
+    n: Count
     magnitude: Annotated[int, Meta(ge=0, le=30)]
 
     def transforms(self, v2: Any) -> "list[nn.Module]":

@@ -220,7 +220,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         """Yield the images of an epoch, in its order, augmented by a view (None: its own), from batch `start`."""
         return self._load(self._epoch_chunks(number, view, start))
 
-    def seeds(self, number: int, view: int | None = None, start: int = 0) -> Iterator[Sequence[int]]:
+    def seeds(self, number: int, view: int | None, start: int) -> Iterator[Sequence[int]]:
         """Yield the seeds of the augmentation for the batches of `epoch`."""
         return (seeds for _, seeds in self._epoch_chunks(number, view, start) if seeds is not None)
 

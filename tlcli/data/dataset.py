@@ -79,6 +79,10 @@ class Dataset:
         return replace(self, folds=np.isin(np.arange(len(self.train)), held).astype(np.int64)).without_fold(1)
 
     @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
     def can_select(self) -> bool:
         """True if val has enough images to select an epoch by them."""
         return len(self.val) >= MIN_VALIDATION_IMAGES
@@ -174,7 +178,7 @@ def load_evaluation_split(
     for note in deep.notes(value_range):
         reporter.note(note)
     if len(splits[chosen]) == 0:
-        raise UsageError(f"{spec.name}: no image is left to evaluate on{_first_of(bad)}")
+        raise UsageError(f"{spec.name}: no image is left to evaluate on{_bad_files_hint(bad)}")
     return EvaluationSplit(source.classes, chosen, splits[chosen], tuple(bad))
 
 
@@ -206,7 +210,7 @@ def _set_up_images(
     return value_range
 
 
-def _first_of(bad: Sequence[tuple[str, str]]) -> str:
+def _bad_files_hint(bad: Sequence[tuple[str, str]]) -> str:
     """Return text about files that do not decode, for an error that they may explain; "" if all do."""
     return f"; {len(bad):,} of the files do not decode, one is {bad[0][0]} ({bad[0][1]})" if bad else ""
 
@@ -218,10 +222,10 @@ def _check_counts(
     for split_name, split in splits.items():
         absent = [c for c, n in zip(classes, split.class_counts(len(classes)), strict=True) if n == 0]
         if absent and split_name == "train":
-            remedy = f"add some, or leave it out{_first_of(bad)}"
+            remedy = f"add some, or leave it out{_bad_files_hint(bad)}"
             raise UsageError(f"{name}: class {absent[0]!r} has no training image left; {remedy}")
         if len(split) == 0:
-            remedy = f"give each class at least three{_first_of(bad)}"
+            remedy = f"give each class at least three{_bad_files_hint(bad)}"
             raise UsageError(f"{name}: too few images, none is left for {split_name}; {remedy}")
         if absent:
             yield f"{split_name} has no images of {join_limited(absent)}"
@@ -300,7 +304,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
     images, indices = train.images, train.indices
     if not isinstance(images, ImageFiles):
         return None
-    size, passing = max(1, PERCENTILE_SAMPLE // max(1, len(indices))), list[BadImage]()
+    size, temporary = max(1, PERCENTILE_SAMPLE // max(1, len(indices))), list[BadImage]()
 
     def sample(index: int) -> np.ndarray[Any, Any]:
         try:
@@ -309,7 +313,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
                 values: np.ndarray[Any, Any] = raw.values[np.isfinite(raw.values)]
                 return values[:: max(1, -(-len(values) // size))].astype(np.float32)
         except BadImage as error:
-            passing.extend([error] if error.may_pass else [])
+            temporary.extend([error] if error.may_pass else [])
         return np.empty(0, dtype=np.float32)
 
     def compute() -> ValueRange | None:
@@ -319,7 +323,7 @@ def _percentiles(train: Split, reporter: Reporter, store: Store | None) -> Value
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
         return low, high if high > low else low + max(1.0, abs(low) * 1e-6)
 
-    return _remembered(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter, unless=passing)
+    return _compute_once(compute, ValueRange | None, store, RANGE_NOTES, [(images, indices)], reporter, temporary)
 
 
 def without_bad(
@@ -335,7 +339,7 @@ def without_bad(
             by_source.setdefault(split.images, []).append(split.indices)
     used = [(images, np.sort(np.concatenate(indices))) for images, indices in by_source.items()]
 
-    passing = list[BadImage]()
+    temporary = list[BadImage]()
 
     def decode_all() -> DecodeResult:
         bad, deep = dict[str, str](), DeepImages()
@@ -344,13 +348,13 @@ def without_bad(
                 for index, pixels in _decode(images, indices, deep):
                     if isinstance(pixels, BadImage):
                         bad[images.key(index)] = str(pixels)
-                        passing.extend([pixels] if pixels.may_pass else [])
+                        temporary.extend([pixels] if pixels.may_pass else [])
                     advance(1)
         return {"bad": bad, "deep": deep}
 
     if not used:
         return splits, [], DeepImages()
-    result = _remembered(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter, unless=passing)
+    result = _compute_once(decode_all, DecodeResult, store, DECODE_NOTES, used, reporter, temporary)
     bad = result["bad"]
     everything = ((images, i) for images, indices in used if bad for i in indices.tolist())
     files = [(images.name(i), bad[images.key(i)]) for images, i in everything if images.key(i) in bad]
@@ -364,19 +368,18 @@ def without_bad(
     return splits, files, result["deep"]
 
 
-def _remembered(
+def _compute_once(
     compute: Callable[[], T],
     kind: Any,
     store: Store | None,
     notes: str,
     used: ImageSelections,
     reporter: Reporter,
-    *,
-    unless: Sized = (),
+    temporary: Sized,
 ) -> T:
-    """Return what the store knows of these bytes and names, decoder and range, else what `compute` returns.
+    """Return the stored result for these bytes and names, decoder and range, else what `compute` returns.
 
-    That is stored, unless `compute` fills `unless`.
+    That is stored, unless `compute` adds errors to `temporary`, which may not come again.
     """
     if store is None:
         return compute()
@@ -391,7 +394,7 @@ def _remembered(
         result: T = convert(store.read_notes(notes)[digest.hexdigest()], kind)
         return result
     result = compute()
-    if not unless:
+    if not temporary:
         store.add_note(notes, digest.hexdigest(), to_builtins(result))
     return result
 

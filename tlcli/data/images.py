@@ -86,7 +86,7 @@ class ImageSource(ABC):
         """Return the pixels from memory, else decoded. Raise BadImagesError."""
         pixels = self.pixels.get(index)
         if pixels is None:
-            pixels = self._or_name(self.decode, index)
+            pixels = self._with_named_error(self.decode, index)
             self.store(index, pixels)
         return pixels
 
@@ -111,23 +111,23 @@ class ImageSource(ABC):
 
     def digest(self, index: int) -> bytes:
         """Return the digest of an image, computed. Raise BadImagesError."""
-        return self._or_name(self.compute_digest, index)
+        return self._with_named_error(self.compute_digest, index)
 
     def order_by_buffer(self, order: Ints, indices: Ints, seed: int, epoch: int) -> Ints:
         """Return a random order of an epoch, in which the images have `indices`, changed if many are read at once."""
         return order
 
-    def _or_name(self, read: Callable[[int], T], index: int) -> T:
+    def _with_named_error(self, read: Callable[[int], T], index: int) -> T:
+        """Return `read(index)`; raise its BadImage as a BadImagesError with the name of the image."""
         try:
             return read(index)
         except BadImage as error:
             raise BadImagesError(f"{self.name(index)}: {error}") from error
 
     def compute_digest(self, index: int) -> bytes:
+        """Return the digest of an image, computed. Raise BadImage."""
         pixels = self.decode(index)
-        digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_BYTES)
-        digest.update(np.ascontiguousarray(pixels).data)
-        return digest.digest()
+        return digest_of(repr(pixels.shape).encode() + pixels.tobytes())
 
     def fingerprint(self, indices: Ints, reporter: Reporter) -> str:
         """Return SHA-256 over key and digest of each of these images, in order. Raise BadImagesError.
@@ -193,6 +193,7 @@ class DigestRecord:
 
 
 def digest_of(content: bytes) -> bytes:
+    """Return BLAKE2b of bytes, DIGEST_BYTES long."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
@@ -356,7 +357,7 @@ def ignored_notes(ignored: Counter[str]) -> tuple[str, ...]:
 
 
 class ConcatSplits(ImageSource):
-    """Several splits as one sequence, with the methods of a split; position 0 is the first image of the first one."""
+    """Several splits as one source, the first one first; `labels` and `split_names` are by position."""
 
     def __init__(self, splits: Mapping[str, Split]) -> None:
         super().__init__()

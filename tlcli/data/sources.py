@@ -48,7 +48,7 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
 
 
 class _FilesSpec(DatasetSpec, frozen=True):
-    """A dataset of files that are listed, images in shards as a Source, before any image is read."""
+    """A dataset that is listed before an image is read: files as a Listing, images in shards as a Source."""
 
     def list_chosen(self, choice: ClassChoice) -> "Listing | Source":
         raise NotImplementedError

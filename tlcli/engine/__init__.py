@@ -1,1 +1,1 @@
-"""The loop, evaluation and checkpoints."""
+"""Decisions of a run, cached activations, the training loop, and evaluation."""

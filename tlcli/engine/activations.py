@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,8 +159,8 @@ class Workload:
     session: Session
     needs_probe: bool = False  # the head starts from a linear probe on train_eval
     ranks: Ranks = ALONE
-    stored_views: int | None = None  # those of a run that is resumed, or 0
-    _splits: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
+    stored_views: int | None = None  # `views` of a run that is resumed, 0 for None; None: a new run
+    _activations: dict[Hashable, SplitActivations] = field(default_factory=dict, init=False)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -280,6 +279,7 @@ class Workload:
 
     @property
     def cut(self) -> Cut | NoCut:
+        """The cut for training. It sets the network to the modes of training, whatever they were."""
         self.contract.train_mode()  # the cut depends on the modes in which the network trains
         return self._cut(None)
 
@@ -341,8 +341,8 @@ class Workload:
         """Return the activations of images at a cut; `images` is their fingerprint if it is known."""
         spec, preprocessing, extractor = self.spec, self.preprocessing, self.extractor(cut, option)
         memo = (id(extractor), label, view)
-        if memo in self._splits:
-            return self._splits[memo]
+        if memo in self._activations:
+            return self._activations[memo]
         augmentation = None if view is None else spec.augment.build(preprocessing)
         batches = self.batches(pool, extractor.batch_size, augmentation)
         augmented = {"kind": spec.augment.kind, "number": view, "seed": spec.seed, "augment": spec.augment}
@@ -361,9 +361,8 @@ class Workload:
         if self.accelerator.type == "cpu" and spec.device.threads is not None:
             ingredients["threads"] = spec.device.threads  # kernels may round by it
         key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-        root = spec.dataset.root
         metadata = {
-            "dataset": f"{spec.dataset.name} {Path(root).name}" if root else spec.dataset.name,
+            "dataset": spec.dataset.title,
             "split": label,
             "backbone": spec.backbone.name,
             "at": cut.suffix_start,
@@ -371,8 +370,8 @@ class Workload:
             "view": view,
             "dtype": extractor.compute_format.description,
         }
-        self._splits[memo] = SplitActivations(self.session.store, batches, extractor, key, view, metadata)
-        return self._splits[memo]
+        self._activations[memo] = SplitActivations(self.session.store, batches, extractor, key, view, metadata)
+        return self._activations[memo]
 
 
 def load_workload(spec: TrainSpec, data: Dataset, accelerator: torch.device, session: Session) -> Workload:

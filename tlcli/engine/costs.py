@@ -4,7 +4,6 @@ import os
 import time
 from dataclasses import replace
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
     sizes = {row.name: row.parameters for row in freeze_table(spec.optimizer, classifier)}
     return {
         "backbone": classifier.name,
-        "dataset": f"{data.name} {Path(spec.dataset.root).name}" if spec.dataset.root else data.name,
+        "dataset": spec.dataset.title,
         "classes": len(data.classes),
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         "size": preprocessing.size,
@@ -98,10 +97,10 @@ def estimate_cost(
 ) -> dict[str, Any]:
     """Return the expected cost of a workload's strategy, in seconds. `formats` are those of `measure_network`.
 
-    `first_pass` is over all images, with decoding, once for all later runs. `cached_epoch` and `live_epoch` (on images)
-    include validation. `total` is of one run with an empty cache, as it `takes` its images: cached or live. If the
-    network cannot be cut the cached values are None, and `why_live` is the reason. Without `also_untaken` those of the
-    other way may be None, too.
+    `first_pass` is the extraction of all images, decoding included. `cached_epoch` (on activations) and `live_epoch`
+    (on images) include validation. `takes` is the way that a run chooses, cached or live, and `total` its seconds with
+    an empty cache. If the network cannot be cut, the cached values are None; `why_live` is the reason for live. Without
+    `also_untaken`, values of the way that is not taken may be None, too.
     """
     data, sized = workload.data, workload.for_training
     is_random = workload.augments and workload.views is None  # known without a cut, which takes seconds

@@ -33,7 +33,7 @@ class Inputs:
         self.cached = {name: workload.cached_split(name, names, decisions.eval_format) for name in names}
 
     def open(self, split_name: str, reporter: Reporter) -> BatchLoader:
-        """Return the loader of a split; nothing runs on its images before. Missing activations are computed."""
+        """Return the loader of a split, after its missing activations are computed, or its images decoded ahead."""
         split = self.cached.get(split_name)
         if split is None:
             return image_loader(self.workload, self.device, split_name, reporter, self.decisions.views)
@@ -101,7 +101,7 @@ class Inputs:
 
     @property
     def summary(self) -> str:
-        """Return one line on what is read from the cache, what is computed, and the cost."""
+        """One line on what is read from the cache, what is computed, and the cost."""
         reasons = self.decisions.reasons
         names = [name for name in ("train_eval", "val", "test") if name in reasons]
         uncached = [f"{name} reads images: {reasons[name]}" for name in names]
@@ -159,5 +159,5 @@ def image_loader(
 
 
 def transforms_on_device(accelerator: torch.device) -> bool:
-    """Return True if all transforms but crops run on the device: crops are taken first, as less is copied then."""
+    """Return True if transforms run on the device; crops always run on the CPU, so that less is copied."""
     return accelerator.type == "cuda"

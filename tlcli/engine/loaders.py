@@ -43,7 +43,7 @@ class ImageLoader:
 
     @property
     def positions(self) -> Tensor:
-        """The positions in the split of the images of `in_order`: all of them, or this rank's share."""
+        """The position in the split of each image that `in_order` yields: all of them, or this rank's share."""
         return self.ranks.positions(len(self), self.batches.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:

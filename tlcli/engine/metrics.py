@@ -106,7 +106,7 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def test_report(predictions: Predictions, classes: Sequence[str], temperature: float = 1.0) -> dict[str, Any]:
+def compute_report(predictions: Predictions, classes: Sequence[str], temperature: float = 1.0) -> dict[str, Any]:
     """Return what test.json has about predictions: metrics, confusion, and the effect of a temperature."""
     labels, predicted, n = predictions.labels, predictions.predicted, len(predictions.labels)
     top5 = None

@@ -71,7 +71,8 @@ def _fastest(
 ) -> ComputeFormat:
     """Return the fastest format of training or evaluating the network on images, or of the part of it at a cut.
 
-    A stored measurement is used again, so that a result does not depend on a race. `only` takes whole batches.
+    A stored measurement is used again, so that a result does not depend on a race. With `only`, this format alone is
+    measured, on whole batches.
     """
     module, what = workload.classifier.network, "training" if trains else "evaluation"
     shapes: Sequence[tuple[int, ...]] = [(3, *[workload.train_size if trains else workload.preprocessing.size] * 2)]

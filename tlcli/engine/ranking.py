@@ -23,6 +23,7 @@ from tlcli.reporter import Reporter
 from tlcli.specs import DeviceSpec, Fit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
+from tlcli.transfer.freeze import HeadSpec
 from tlcli.transfer.probe import FOLDS, CrossValidation, choose_penalty
 
 SHARE, STEP = 5 / 7, 32  # of the size of the weights: 160 of 224 pixels, half of its FLOPs
@@ -152,14 +153,14 @@ def new_workload(spec: TrainSpec, session: Session, reporter: Reporter) -> Workl
 def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[float, float | None, DeviceSpec]:
     """Return the seconds of a run at these image sizes and images per second of evaluation, from a few steps.
 
-    A run with folds trains without each of them, and then the refit. The device is that of the run, restricted to the
-    format in which it trains fastest.
+    A run with folds trains once per fold, then the refit, unless freeze=head: then one pass over the images counts. The
+    device is that of the run, restricted to the format in which it trains fastest.
     """
     image = structs.replace(workload.spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
     formats = measure_network(run)
     seconds, (train, evaluation) = float(estimate_cost(run, formats, also_untaken=False)["total"]), formats
-    if run.spec.folds is not None and run.spec.fold is None and run.spec.freeze.kind != "head":
+    if run.spec.folds is not None and run.spec.fold is None and not isinstance(run.spec.freeze, HeadSpec):
         seconds *= run.spec.folds + 1
     precision = next(name for name, dtype in DTYPES.items() if dtype == train.dtype)
     channels_last = train.memory_format == torch.channels_last

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
-from tlcli.specs import Count, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec, TrainSpec, option
+from tlcli.specs import Count, CountOrZero, Fraction, FractionAboveZero, OpenFraction, SchedulerSpec, TrainSpec, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -65,7 +65,7 @@ class OneCycleSpec(SchedulerSpec, frozen=True, tag="one_cycle"):
 class PlateauSpec(SchedulerSpec, frozen=True, tag="plateau"):
     """lr times gamma after more than `patience` epochs without a better validation loss."""
 
-    patience: Annotated[int, Meta(ge=0)]
+    patience: CountOrZero
     gamma: OpenFraction
 
     reads_validation: ClassVar[bool] = True

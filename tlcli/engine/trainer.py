@@ -45,7 +45,7 @@ class Trainer:
         steps = steps_per_epoch(spec, sum(class_counts))
         self.schedule = Schedule(spec.scheduler, self.optimizer, steps, workload.epochs_per_fit)
         self._fits, self._epochs_per_fit = workload.fits, workload.epochs_per_fit
-        self._ends: list[Tensor] = []  # sum of the weights at the ends of earlier fits
+        self._ends: list[Tensor] = []  # sum of `_moved` at the ends of earlier fits
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
@@ -108,7 +108,7 @@ class Trainer:
         self._check_losses(progress)
         if self._ends and epoch == self._fits * self._epochs_per_fit:
             with defer_interrupts:
-                self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._trainable, strict=True)])
+                self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._moved, strict=True)])
                 self._ends = []
         progress.count()
         loss, n = torch.stack(progress.losses).cpu().double().sum().item(), sum(progress.sizes)
@@ -230,8 +230,8 @@ class Trainer:
     def _begin_fit(self) -> None:
         """Restore the initial weights; add those of the last fit to a sum: a uniform soup (Wortsman et al. 2022)."""
         if self.step:
-            ends = self._ends or [torch.zeros_like(p) for p in self._trainable]
-            self._ends = [end + p.detach() for end, p in zip(ends, self._trainable, strict=True)]
+            ends = self._ends or [torch.zeros_like(p) for p in self._moved]
+            self._ends = [end + p.detach() for end, p in zip(ends, self._moved, strict=True)]
             self._set(self._start)
             self.optimizer.state.clear()
         elif not self._start:

@@ -131,9 +131,9 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
 
     @classmethod
     def is_local(cls, name: str) -> bool:
-        from tlcli.models.build import cached_models
+        from tlcli.models.build import cached_timm_models
 
-        cached = cached_models("timm")
+        cached = cached_timm_models()
         if cached and "." not in name:  # timm's default weights
             import timm
 

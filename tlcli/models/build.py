@@ -183,10 +183,10 @@ def read_weights(path: Path) -> PretrainedWeights:
     return PretrainedWeights(str(path), {str(name): t for name, t in content.items()})
 
 
-def cached_models(author: str) -> list[str]:
-    """Return the names of an author's models in the hub's cache."""
-    folders = Path(HF_HUB_CACHE).glob(f"models--{author}--*")
-    return sorted(path.name.removeprefix(f"models--{author}--") for path in folders if any(path.glob("snapshots/*/*")))
+def cached_timm_models() -> list[str]:
+    """Return the names of timm's models in the hub's cache."""
+    folders = Path(HF_HUB_CACHE).glob("models--timm--*")
+    return sorted(path.name.removeprefix("models--timm--") for path in folders if any(path.glob("snapshots/*/*")))
 
 
 def verify_published(model: str) -> None:

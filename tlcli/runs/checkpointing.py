@@ -25,7 +25,6 @@ from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.runs.run_dir import RunDir
 from tlcli.transfer.lora import merged, remove_low_rank
 
-SPLITS = ("train", "val", "test")
 MAX_TIME_SHARE = 0.1  # of training that writing checkpoints may take: an epoch of a small head takes less than its file
 _TENSOR = "$tensor"  # the key of what stands for a tensor in the JSON of a state
 
@@ -74,8 +73,7 @@ def machine_info(device: Device) -> dict[str, Any]:
 def image_fingerprints(data: Dataset) -> dict[str, Any]:
     """Return the classes, and for each split and class the number of images and their fingerprint."""
     fingerprints: dict[str, Any] = {"classes": list(data.classes)}
-    for name in SPLITS:
-        split = getattr(data, name)
+    for name, split in data.splits.items():
         by_class = positions_by_class(split.labels, len(data.classes))
         fingerprints[name] = [[len(indices), split.fingerprint(indices)[:16]] for indices in by_class]
     return fingerprints
@@ -95,7 +93,7 @@ class CheckpointManager:
     """Writes the best epoch's weights, the last epoch's, and the state from which training resumes.
 
     The state is written after the best weights, which have their own epoch and scores: a run that is killed between the
-    two resumes from either. `epoch` is the last one that has ended; -1 before the first, which is 0.
+    two resumes from either. `epoch` is the last one that has ended; -1 before the first if that is epoch 0.
     """
 
     def __init__(self, run: RunDir, inputs: Inputs, trainer: Trainer, epoch: int) -> None:

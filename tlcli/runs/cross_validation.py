@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tlcli.data.dataset import Dataset
-from tlcli.engine.metrics import Predictions, test_report
+from tlcli.engine.metrics import Predictions, compute_report
 from tlcli.errors import TlcliError
 from tlcli.models.tensorfile import read_tensors
 from tlcli.runs.run_dir import FOLD, RunDir, mapping, number, read_predictions, stored_confusion
@@ -38,7 +38,7 @@ def cross_validate(
     chosen = choose(pools) if len(pools) > 1 else 0
     scores = [part.unknown for part in parts if part.unknown is not None]
     pooled = replace(pools[chosen], unknown=torch.cat(scores)[order] if len(scores) == len(parts) else None)
-    report = test_report(pooled, data.classes)
+    report = compute_report(pooled, data.classes)
     rights = [fold[chosen].argmax(dim=1) == part.labels for fold, part in zip(by_share, parts, strict=True)]
     accuracies = [right.double().mean().item() for right in rights]
     return pooled, {

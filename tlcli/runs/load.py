@@ -21,12 +21,10 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.files import read_yaml
 from tlcli.models.classifier import Classifier, check_state_dict
 from tlcli.models.tensorfile import class_names, read_tensors
-from tlcli.runs.run_dir import RunDir, integer, mapping, number, open_run
+from tlcli.runs.run_dir import CHECKPOINTS, RunDir, integer, mapping, number, open_run
 from tlcli.specs import BackboneSpec, Tta, options
 from tlcli.text import join_limited, one_line
 from tlcli.transfer.contract import linear_head
-
-CHECKPOINTS = ("best", "last")
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ Tracker = Callable[[Metrics, int, str | None], None]
 
 
 class TrackerSpec(LoggerSpec, frozen=True):
-    """A logger of an extra that has the name of its kind and of the package that it needs."""
+    """A logger whose kind is the name of its package, and of the extra that installs it."""
 
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
         """Start a run of the tracker with all keys, and with sizes, model and device; files go into `run`."""
@@ -141,7 +141,7 @@ def check_logger(spec: LoggerSpec) -> None:
 
 
 def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> AbstractContextManager[Reporter]:
-    """Return the context of a reporter that passes all to the given one, and metrics to the logger; `run`: a folder."""
+    """Return a context with a reporter that passes everything to `reporter`, and metrics to the logger of the spec."""
     if isinstance(spec.logger, TrackerSpec):
         return _LoggedReporter(reporter, spec.logger, spec, run)
     return nullcontext(reporter)

@@ -1,4 +1,4 @@
-"""Write the results of a run while it runs: run.json, metrics.jsonl, test.json, checkpoints, plots."""
+"""Write the results of a run while it runs: run.json, metrics.jsonl, test.json, predictions, plots."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from tlcli.engine.metrics import (
     Scores,
     calibrate,
     calibrated,
+    compute_report,
     most_confused,
     scores,
-    test_report,
     unknown_threshold,
 )
 from tlcli.engine.schedule import steps_per_epoch
@@ -58,7 +58,6 @@ class Recorder:
         """Write what is known before training of data, model and machine, and show the plan."""
         self._inputs, workload, device = inputs, inputs.workload, inputs.device
         spec, data = self._spec, workload.data
-        splits = {"train": data.train, "val": data.val, "test": data.test}
         stages = freeze_table(spec.optimizer, workload.classifier)
         reasons = {use: inputs.decisions.reasons.get(use, "") for use in ("training", "evaluation")}
         self._run.write_bad_files(data.bad_files)
@@ -76,17 +75,17 @@ class Recorder:
             device=device.accelerator.type,
             precision={"train": str(device.train_dtype), "evaluate": str(device.eval_dtype)},
             numerics={"device": device.description, **reasons},
-            **{f"n_{name}": len(split) for name, split in splits.items()},
+            **{f"n_{name}": len(split) for name, split in data.splits.items()},
             n_bad_files=len(data.bad_files),
             parameters={"total": sum(s.parameters for s in stages), "trainable": sum(s.trainable for s in stages)},
             stages=[asdict(stage) for stage in stages],
         )
         if (part := workload.first_fit) is not None:
             self._run.update(first_fit={"n_train": len(part.data.train), "n_val": len(part.data.val)})
-        self.inputs()
+        self.log_inputs()
         self._reporter.plan(_run_plan(self._run.path, inputs, stages))
 
-    def inputs(self) -> None:
+    def log_inputs(self) -> None:
         """Write how each split is read, and how the extractions so far went."""
         inputs, decisions = self._inputs, to_builtins(self._inputs.decisions, order="deterministic")
         self._run.update(cache=inputs.cache_info, decisions=decisions, extraction=inputs.extraction())
@@ -156,7 +155,7 @@ class Recorder:
                 self._reporter.note(f"calibration: {text}")
             run.update(calibration=calibration, unknown=threshold)
             t = calibration["temperature"] if calibration else 1.0
-            report = test_report(predictions, data.classes, t) if predictions is not None else {}
+            report = compute_report(predictions, data.classes, t) if predictions is not None else {}
             report |= {"checkpoint": run.best_checkpoint.relative_to(run.path).as_posix(), "epoch": epoch}
             if predictions is not None:
                 stored = {**report, "confusion": stored_confusion(report["confusion"])}
@@ -219,13 +218,12 @@ def _run_plan(run: Path, inputs: Inputs, stages: tuple[StageRow, ...]) -> RunPla
     n_images = sum(fit.epochs * len(fit.data.train) for fit in fits)
     about = f" (about {duration_text(n_images / speed)})" if speed else ""
     batches = f"batches of {spec.batch_size}" + (f" x {spec.accumulate}" if spec.accumulate > 1 else "")
-    splits = {"train": data.train, "val": data.val, "test": data.test}
     return RunPlan(
         run=run,
         name=spec.name,
         dataset=data.name,
         classes=data.classes,
-        counts={name: split.class_counts(len(data.classes)) for name, split in splits.items() if len(split)},
+        counts={name: split.class_counts(len(data.classes)) for name, split in data.splits.items() if len(split)},
         model=workload.classifier.name,
         image=f"{preprocessing.size} px, {preprocessing.fit.value}; training images: {augment}",
         stages=stages,
@@ -264,4 +262,4 @@ class SilentRecorder(Recorder):
     def plan(self, *args: Any, **settings: Any) -> None:
         """Do nothing."""
 
-    inputs = log_running = log_epoch = log_result = plan
+    log_inputs = log_running = log_epoch = log_result = plan

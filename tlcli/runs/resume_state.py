@@ -18,7 +18,7 @@ from tlcli.files import remove_temp_files
 from tlcli.models.tensorfile import damaged, read_tensors
 from tlcli.ranks import Ranks
 from tlcli.reporter import Reporter
-from tlcli.runs.checkpointing import SPLITS, image_fingerprints, load_state, machine_info
+from tlcli.runs.checkpointing import image_fingerprints, load_state, machine_info
 from tlcli.runs.run_dir import RunDir, check_version
 from tlcli.specs import TrainSpec
 from tlcli.text import join_limited
@@ -58,7 +58,7 @@ class ResumeState:
         changes = []
         if before["classes"] != now["classes"]:
             changes = [f"its classes are {join_limited(now['classes'])}; they were {join_limited(before['classes'])}"]
-        for split in SPLITS if not changes else ():
+        for split in workload.data.splits if not changes else ():
             for name, old, new in zip(now["classes"], before[split], now[split], strict=True):
                 if old[0] != new[0]:
                     changes.append(f"{split} has {new[0]:,} images of {name}, it had {old[0]:,}")
@@ -121,7 +121,7 @@ def read_state(run: RunDir) -> ResumeState | None:
 
 
 def prepare_resume(run: RunDir, state: ResumeState | None) -> None:
-    """Remove what an interrupted run wrote after its state, all if it has none, and the results of its last weights."""
+    """Remove what a run wrote after its state (without a state: everything), and the results of its last weights."""
     for folder in (run.path, run.state_file.parent):
         remove_temp_files(folder)
     for file in (run.test_file, run.test_predictions, run.unknown_file):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tlcli.engine.metrics import Predictions
 
 SCHEMA_VERSION = 1
+CHECKPOINTS = ("best", "last")
 MAX_FULL_CONFUSION = 100  # with more classes, a stored confusion matrix has only the cells that are not zero
 FOLD, REFIT = "fold-{}", "best"  # names of the directories of a run with folds
 STATE_FILE, JOURNAL_FILE = "tune.json", "study.journal"  # of a search; the latter is Optuna's

@@ -41,7 +41,7 @@ class FreezeContract:
         return {n: m for n, m in self._network.named_modules() if isinstance(m, _NormBase) and m not in frozen}
 
     def synchronize_norms(self) -> None:
-        """Replace them by layers that take the statistics of a batch over all ranks. Names of tensors stay."""
+        """Replace `updated_norms` by layers with the statistics of a batch over all ranks. Names of tensors stay."""
         from timm.layers import convert_sync_batchnorm  # here: a run of one process does not wait for it
 
         for name, norm in self.updated_norms().items():
@@ -53,6 +53,7 @@ class FreezeContract:
         self._versions = {name: tensor._version for name, tensor in self._frozen()}
 
     def digest(self) -> str:
+        """Return one digest of all frozen tensors, as `seal` recorded them."""
         text = "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -71,11 +72,11 @@ class FreezeContract:
                     module.eval()
 
     def check(self) -> None:
-        """Compare the tensors that were written to since the last check, by PyTorch's version counters."""
+        """Raise FrozenTensorError if a frozen tensor that was written to since the last check has changed."""
         self._compare({name for name, tensor in self._frozen() if tensor._version != self._versions[name]})
 
     def verify(self) -> int:
-        """Compare all frozen tensors and return their number."""
+        """Return the number of frozen tensors. Raise FrozenTensorError if one has changed; all are read."""
         self._compare(self._digests)
         return len(self._digests)
 
