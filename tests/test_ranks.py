@@ -275,7 +275,16 @@ def test_a_process_that_is_killed_ends_the_run(words: tuple[str, ...], tmp_path:
 
     code, line = failing(words, tmp_path, patch)
     assert code == 1
-    assert line.endswith("one of the 2 processes of the run ended without an error; it may have been killed")
+    assert "one of the 2 processes of the run was killed, or they cannot reach each other (" in line
+
+
+@pytest.mark.slow
+def test_the_reason_why_processes_cannot_reach_each_other_is_shown(words: tuple[str, ...], tmp_path: Path) -> None:
+    def patch() -> None:
+        torch.distributed.broadcast = Mock(side_effect=RuntimeError("NCCL error: no shared memory"))
+
+    code, line = failing(words, tmp_path, patch, rank=0)
+    assert code == 1 and line.endswith("cannot reach each other (NCCL error: no shared memory)")
 
 
 @pytest.mark.slow

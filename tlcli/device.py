@@ -167,7 +167,8 @@ def machine_name(accelerator: torch.device) -> str:
         return torch.cuda.get_device_name(accelerator)
     instructions = torch.backends.cpu.get_cpu_capability()
     cores = f"{torch.get_num_threads()} threads, {os.cpu_count()} cores"
-    return f"{platform.machine()} {processor_name()}, {instructions}, {cores}"
+    gpu = "" if accelerator.type == "cpu" else f"{accelerator.type} of "
+    return f"{gpu}{platform.machine()} {processor_name()}, {instructions}, {cores}"
 
 
 def processor_name() -> str:

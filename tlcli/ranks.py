@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tlcli.errors import TlcliError, UsageError
+from tlcli.text import one_line
 
 TIMEOUT = timedelta(days=7)  # rank 0 measures, decides and saves while the others wait; a rank that dies is noticed
 ERROR_SECONDS = 5  # the time in which a rank that ends says why
@@ -57,7 +58,7 @@ class Ranks:
     def copy_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by those of rank 0, in place."""
         for tensor in tensors if self.size > 1 else ():
-            own = tensor.detach().contiguous()
+            own = tensor.detach().cpu().contiguous()  # gloo notices at once that a rank has ended
             with _exchange():
                 dist.broadcast(own, 0)
             tensor.detach().copy_(own)
@@ -149,14 +150,15 @@ def led_ranks(rank: int, size: int) -> Iterator[Ranks]:
     except (LostRankError, KeyboardInterrupt) as error:
         if _store is None:
             raise
-        is_lost = LostRankError in (type(error), type(error.__context__))  # then the launcher sends SIGTERM, too
-        end = time.monotonic() + (ERROR_SECONDS if is_lost else 0)
+        # when a rank is lost the launcher sends SIGTERM, too
+        lost = next((each for each in (error, error.__context__) if isinstance(each, LostRankError)), None)
+        end = time.monotonic() + (ERROR_SECONDS if lost else 0)
         while not _store.check(["error"]):
             if time.monotonic() > end:
-                if not is_lost:
+                if not lost:
                     raise
-                reason = f"one of the {ranks.size} processes of the run ended without an error; it may have been killed"
-                raise TlcliError(reason) from error
+                reason = f"one of the {ranks.size} processes of the run was killed, or they cannot reach each other"
+                raise TlcliError(f"{reason} ({one_line(lost.__cause__)})") from error
             time.sleep(0.05)
         code, line = json.loads(_store.get("error"))
         raise (UsageError if code == 2 else TlcliError)(line) from error

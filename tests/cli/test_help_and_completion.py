@@ -111,3 +111,10 @@ def test_scripts(shell: str, tlcli) -> None:
     if shutil.which(shell):
         flag = "--no-execute" if shell == "fish" else "-n"
         assert subprocess.run([shell, flag], input=script, text=True, check=False).returncode == 0
+
+
+def test_names_that_a_shell_would_run_are_left_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cats", "cats;touch x", "cats$(touch x)", "cats`x`", "cats x", "cats'", "cats\nx", "cäts"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(candidates("tlcli list c")) == ["cats/", "cäts/"]

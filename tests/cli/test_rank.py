@@ -65,6 +65,10 @@ def test_a_ranking_of_networks_and_runs(tlcli: Tlcli, shapes: Path, trained, tmp
     assert (program, command, spec.dataset.root) == ("tlcli", "train", str(shapes))
     assert any((row["size"], row["tied"]) == (spec.image.size, True) for row in found["ranking"])
     assert "efficientnet_lite0, 32 px" in plot.read_text()
+    late = tmp_path / "late.png"
+    monkeypatch.setattr("tlcli.runs.plots.plot_ranking", lambda *args: late.write_text("my own"))
+    ended = tlcli("rank", *words, "image.size=32", "--per-class=10", f"--plot={late}")
+    assert (ended.code, late.read_text()) == (2, "my own") and "exists; name a new file" in ended.err
     monkeypatch.setattr("tlcli.runs.plots.plot_ranking", Mock(side_effect=OSError(28, "No space left", "full.svg")))
     ended = tlcli("rank", *words, "image.size=32", "--per-class=10", f"--plot={tmp_path / 'full.svg'}")
     assert ended.code == 1 and "next" in ended.out and "the disk is full" in ended.err

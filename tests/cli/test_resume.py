@@ -173,3 +173,27 @@ def test_the_epochs_of_a_run_without_a_state_follow_from_its_images_again(tlcli,
     training(lambda spec, run, reporter: epochs.append(spec.epochs) or finished(spec, run, reporter))
     assert tlcli("train", "--resume", "run").code == 0
     assert epochs == [None]
+
+
+@pytest.mark.parametrize("name", ["run.log", "metrics.jsonl"])
+def test_a_link_in_a_run_is_not_written_through(name: str, tlcli, training, tmp_path: Path) -> None:
+    """The run may be that of someone else, and the link may name any file of the user."""
+    training(stops)
+    assert tlcli("train", "hydra.run.dir=run").code == 130
+    file, mine = tmp_path / "run" / name, tmp_path / "mine"
+    mine.write_text("my own")
+    file.unlink(missing_ok=True)
+    file.symlink_to(mine)
+    training(finished)
+    ended = tlcli("train", "--resume", "run")
+    assert (ended.code, mine.read_text()) == (2, "my own") and f"{name}: is a link" in ended.err
+
+
+def test_a_name_in_the_config_of_a_run_stays_on_its_line(tlcli, training, tmp_path: Path) -> None:
+    training(stops)
+    assert tlcli("train", "hydra.run.dir=run").code == 130
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("  name: digits\n", '  name: "a\\n\\e]0;b"\n'))
+    training(finished)
+    ended = tlcli("train", "--resume", "run")
+    assert ended.code == 0 and "a \N{REPLACEMENT CHARACTER}]0;b -> efficientnet_lite0" in ended.out

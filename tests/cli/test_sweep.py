@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tests.cli.conftest import finished, runs_in
+from tests.faults.refusals import untouched
 from tlcli.cli.job import Command
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
@@ -222,6 +223,22 @@ def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path,
     assert not (tmp_path / "below/swept").exists()
 
 
+def test_words_that_a_file_may_not_hold_are_repeated_to_resume(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    """The sweep may be that of someone else: its settings of Hydra could run code, and its functions read secrets."""
+    training(lambda spec, run, reporter: 1 / 0)
+    words = ["+hydra.job.env_set.SET=b", "name='by ${oc.env:WHO}'"]
+    monkeypatch.setenv("WHO", "me")
+    tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept", "hydra/launcher=basic", *words)
+    training(finished)
+    for repeated, missing in ((words[:0], "SET=b"), (words[:1], "oc.env:WHO"), (words[1:], "SET=b")):
+        with untouched(tmp_path):
+            ended = tlcli("train", "--resume", "swept", *repeated)
+        assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+        assert f"{missing}" in ended.err and "is refused in a file: give it on the command line" in ended.err
+    assert tlcli("train", "--resume", "swept", *words).code == 0
+    assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
+
+
 def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) -> None:
     training(finished)
     tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")
@@ -326,6 +343,16 @@ def test_two_runs_never_share_a_named_directory(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "mkdir", after_another)
     with pytest.raises(UsageError, match=r"cannot create .*/run: File exists; choose another folder"):
         make_folder(run, "hydra.run.dir")
+
+
+@pytest.mark.parametrize(
+    "name", ["bad_files.csv", "val_shares.safetensors", "test_predictions.safetensors", "study.journal", "plots"]
+)
+def test_a_file_that_a_run_or_a_search_would_overwrite_is_kept(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("my own")
+    for key in ("hydra.run.dir", "hydra.sweep.dir"):
+        with untouched(tmp_path), pytest.raises(UsageError, match=f"{name} already exists there"):
+            make_folder(tmp_path, key)
 
 
 @pytest.mark.parametrize("argv", [(), ("-m",)])

@@ -59,7 +59,7 @@ def test_a_named_directory_is_not_overwritten(first, argv, tlcli, training, tmp_
         (NonFiniteLossError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
         (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
         (ValueError("a"), 1, "internal error: ValueError: a (rerun with --debug for the traceback)\n"),
-        (MemoryError(), 1, "tlcli train: out of memory: close other programs, use smaller images"),
+        (MemoryError(), 1, "tlcli train: out of memory: close other programs, or use smaller images"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "was killed: set device.workers=0, or"),
         (RuntimeError("unable to open shared memory object </torch_7>"), 1, "was killed: set device.workers=0, or"),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), 1, "internal error: Runtime"),

@@ -128,6 +128,8 @@ def test_a_closed_pipe_stops_neither_the_run_nor_the_other_stream(closed, other,
 
 def test_control_codes_in_names_of_classes_reach_neither_the_terminal_nor_the_log(capsys, caplog) -> None:
     caplog.set_level(logging.INFO, "tlcli")
-    TerminalReporter().show_labelled(("confused", f"{ESCAPE}[31mred taken for {ESCAPE}]0;title\abee (3)"))
-    for text in (capsys.readouterr().out, caplog.records[-1].message):
+    names = f"{ESCAPE}[31mred taken for {ESCAPE}]0;title\abee (3)"
+    TerminalReporter().show_labelled(("confused", names))
+    TerminalReporter().show(names)
+    for text in (capsys.readouterr().out, *(record.message for record in caplog.records)):
         assert "red taken for" in text and not {ESCAPE, "\a"} & {*text}

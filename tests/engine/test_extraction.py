@@ -252,6 +252,20 @@ def test_what_does_not_compile_runs_as_it_is(change, reason: str, dtype, make, s
     assert store.read_notes(NOTES) == {}
 
 
+def test_comparing_with_float32_may_take_too_much_memory(make, store, resnet18: Cut, compiler, monkeypatch) -> None:
+    compiler(works)
+    extractor, forward = make(resnet18, dtype=torch.bfloat16, compiled=True), Extractor._forward
+
+    def limited(self: Extractor, network: Any, images: Tensor, dtype: torch.dtype | None = None) -> Any:
+        if dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, network, images, dtype)
+
+    monkeypatch.setattr(Extractor, "_forward", limited)
+    extractor.prepare(Reporter())
+    assert extractor.reason == "BatchNorm folded, not compiled (OutOfMemoryError)"
+
+
 def test_compiling_is_worthwhile_for_many_images_by_what_it_took_before(make, store: Store, resnet18: Cut) -> None:
     extractor = make(resnet18)
     is_worthwhile = lambda images: extractor.estimate_seconds(images, 100.0) < images / 100.0  # noqa: E731

@@ -170,3 +170,7 @@ def test_measuring_changes_nothing(spec: Compose, shapes: Path, tmp_path: Path) 
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, tensors[name]), name
         assert tensor.stride() == strides[name]
+
+
+def test_measurements_of_a_gpu_are_not_those_of_the_cpu_beside_it() -> None:
+    assert numerics.machine_name(torch.device("mps")) != numerics.machine_name(CPU)

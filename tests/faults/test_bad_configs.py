@@ -18,6 +18,7 @@ from tlcli.runs.run_dir import RunDir
 
 SECRET = "s3cret-value"
 FUNCTION = " is refused: a function that a file calls "
+IN_FILE = " is refused in a file: give it on the command line"
 OF_HYDRA = " is refused: of Hydra's own settings a file may give the choice of hydra/launcher"
 
 
@@ -81,13 +82,20 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "hydra: {launcher: {_target_: os.system}}": OF_HYDRA,
     "hydra: {launcher: {name: '${oc.env:API_TOKEN}'}}": OF_HYDRA,
     "hydra: {launcher: {setup: [touch made]}}": OF_HYDRA,
-    "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}": OF_HYDRA,
+    "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}": "+hydra.job.chdir=true" + IN_FILE,
+    "hydra: {sweeper: {params: {+x@hydra.job: evil}}}": "+x@hydra.job=evil" + IN_FILE,
+    "hydra: {sweeper: {params: {+x@_global_: 'a,multirun'}}}": "+x@_global_=a,multirun" + IN_FILE,
+    "hydra: {sweeper: {params: {+x@_global_: glob (m*)}}}": "+x@_global_=glob (m*)" + IN_FILE,
+    "hydra: {sweeper: {params: {experiment: ../../evil/x}}}": "experiment=../../evil/x" + IN_FILE,
+    "hydra: {sweeper: {params: {out: 'multi${seed}'}}}": "out=multi${seed}" + IN_FILE,
+    "hydra: {sweeper: {params: {name: '$\\{oc.env:API_TOKEN\\}'}}}": FUNCTION,
     "defaults: [override /hydra/sweeper: optuna]": OF_HYDRA,
     "defaults: [/experiment/y@hydra.callbacks]": OF_HYDRA,
     "# @package hydra.callbacks\nx: 3": OF_HYDRA,
     "defaults: [../../evil/x]": OF_HYDRA,
     "defaults: [multirun]": OF_HYDRA,
     "defaults: [{/experiment: [y, multirun]}]": OF_HYDRA,
+    "defaults: [{/y: run}, {/x@_global_: 'multi${y}'}]": OF_HYDRA,
     # what Hydra's loader reads and the one of the check does not
     "out: 2024-13-45\nhydra: {run: {dir: elsewhere}}": "x.yaml: month must be in 1..12",
     "name: !!python/object/apply:pathlib.PosixPath [made]\nhydra: {run: {dir: elsewhere}}": "x.yaml",

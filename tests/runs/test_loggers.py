@@ -14,9 +14,10 @@ import pytest
 
 from tests.conftest import Compose, finish
 from tlcli.cli import main
+from tlcli.errors import UsageError
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs import loggers
-from tlcli.runs.loggers import MlflowSpec, TensorboardSpec, logged_run
+from tlcli.runs.loggers import MlflowSpec, TensorboardSpec, check_logger, logged_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 
@@ -116,6 +117,15 @@ def test_a_missing_package_ends_a_command_before_it_leaves_anything(shapes, tmp_
     assert list(tmp_path.iterdir()) == []
     assert main(["train", "-m", "seed=0", "dataset=imagefolder", f"dataset.root='{shapes}'", "logger=mlflow"]) == 1
     assert "0  failed: logger=mlflow needs mlflow" in capsys.readouterr().err
+
+
+def test_a_password_is_not_saved_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
+    with pytest.raises(UsageError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        check_logger(MlflowSpec(uri="https://me:hunter2@server/x", experiment="x"))
+    assert "hunter2" not in str(error.value)
+    for uri in ("https://me@server:80", "sqlite:///a:b@c.db", "databricks"):
+        check_logger(MlflowSpec(uri=uri, experiment="x"))
 
 
 # -- the real packages

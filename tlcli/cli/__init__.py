@@ -137,8 +137,8 @@ def exit_status(exc: BaseException) -> tuple[int, str]:
             where = f" for {exc.filename}" if exc.filename else ""
             return 1, f"the disk is full, or your quota of it: no space left{where}"
     if is_out_of_memory(exc):
-        remedy = "use smaller images (image.size), smaller batches (--batch-size of predict and embed) or the CPU"
-        return 1, f"out of memory: close other programs, {remedy}"
+        batches = "smaller batches (--batch-size of predict and embed), cache.mode=off"
+        return 1, f"out of memory: close other programs, or use smaller images (image.size), {batches} or the CPU"
     if isinstance(exc, RuntimeError) and re.search(r"^unable to .*shared memory|DataLoader worker \(pid", str(exc)):
         remedy = "set device.workers=0, or give the container more shared memory (docker run --shm-size=8g)"
         return 1, f"a process that decodes images was killed: {remedy}"

@@ -148,7 +148,9 @@ def candidates(line: str) -> list[str]:
         found = list(_values_of(own, command, word, before)) if own else []
         if action is None:
             found += [flag for flag, a in flags.items() if flag.startswith("--") and a.help != argparse.SUPPRESS]
-    fitting = [text for text in dict.fromkeys(found) if text.startswith(word) and text not in words]
+    # a shell would run what some names hold, as `;` and `$( )`; shells complete these by themselves, with quotes
+    plain = (text for text in dict.fromkeys(found) if re.fullmatch(r"[\w./:=,@%+~\[\]-]+", text))
+    fitting = [text for text in plain if text.startswith(word) and text not in words]
     return [text if text[-1] in "=./" else f"{text} " for text in fitting]
 
 

@@ -38,6 +38,7 @@ from tlcli.runs import leaderboard
 from tlcli.runs.loggers import check_logger, logged_run
 from tlcli.runs.run_dir import FOLD, REFIT, RunDir, strings
 from tlcli.specs import VAL_FRACTION, TrainSpec
+from tlcli.text import one_line
 
 if TYPE_CHECKING:
     from tlcli.engine.session import Session
@@ -286,6 +287,9 @@ def _as_typed(hydra: Any) -> list[str]:
 @contextmanager
 def record_status(run: RunDir) -> Iterator[None]:
     """Write logs and warnings of the block to run.log, and its final status to run.json, which is touched meanwhile."""
+    for file in (run.log_file, run.metrics_file):
+        if file.is_symlink():  # of a run of someone else: it would be written to
+            raise UsageError(f"{file}: is a link; replace it by the file")
     heartbeat.add(run.info_file)
     handler = logging.FileHandler(run.log_file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -324,7 +328,7 @@ def finish_sweep(folder: Path) -> int:
         print(f"tlcli train: {len(failed)} of {len(board['jobs'])} jobs did not finish:", file=sys.stderr)
     for job in failed:
         unknown = "in another process" if job["status"] == "running" else "no reason recorded"
-        print(f"  {job['name']}  {job['status']}: {job['error'] or unknown}", file=sys.stderr)
+        print(f"  {job['name']}  {job['status']}: {one_line(job['error'] or unknown)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -351,4 +355,4 @@ def check_weights(weights: str) -> None:
 
 def first_line(spec: TrainSpec) -> str:
     """Return one line that says what a run is."""
-    return f"tlcli {__version__}: {spec.dataset.name} -> {spec.backbone.name}, freeze={spec.freeze.kind}"
+    return one_line(f"tlcli {__version__}: {spec.dataset.name} -> {spec.backbone.name}, freeze={spec.freeze.kind}")

@@ -17,6 +17,7 @@ import json
 import shlex
 import sys
 from collections.abc import Collection, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from tlcli.cli import exit_status, fast_imports
@@ -118,7 +119,13 @@ def run(argv: list[str]) -> int:
     if plot is not None:  # last: the place may be full
         from tlcli.runs.plots import plot_ranking
 
-        plot_ranking(ranking, plot)
+        picture = BytesIO()
+        plot_ranking(ranking, picture, plot.suffix[1:])
+        try:
+            with plot.open("xb") as file:
+                file.write(picture.getvalue())
+        except FileExistsError as exc:  # made meanwhile
+            raise UsageError(f"--plot {plot}: exists; name a new file") from exc
     return 0
 
 

@@ -15,6 +15,7 @@ from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags,
 from tlcli.cli.job import Command, check_spec, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, rank_and_size
 from tlcli.cli.launchers import living_jobs, running_jobs
+from tlcli.cli.trust import check_words
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
@@ -70,18 +71,17 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
         with chdir(Path.cwd()):  # a sweep or its jobs may change it
             if not is_sweep(path):
                 return _resume_run(path, overrides)
-            if not overrides:
-                return _resume_sweep(absolute)
-            if has_folds(path):
-                raise UsageError(f"{overrides[0]}: a run with folds is resumed as it was started; leave it out")
-            raise UsageError(f"{overrides[0]}: a sweep is resumed as it was started; to change jobs, resume each one")
+            return _resume_sweep(absolute, overrides)
     except KeyboardInterrupt as exc:
         exc.args = (resume_hint(absolute),)
         raise
 
 
-def _resume_sweep(path: Path) -> int:
-    """Run what is not done of a sweep or of a run with folds, as some job recorded its command line and folder."""
+def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
+    """Run what is not done of a sweep or of a run with folds, as some job recorded its command line and folder.
+
+    The overrides repeat words of the command line that only the user may give.
+    """
     runs = [RunDir(file.parent) for file in sorted(path.rglob("run.json"))]
     for run in runs:
         with suppress(UsageError, ValueError):  # damaged: this job starts again
@@ -99,13 +99,21 @@ def _resume_sweep(path: Path) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
+    words = shlex.split(command)[2:]
+    for word in overrides:
+        if word not in words:
+            advice = "leave it out" if is_one_run else "to change jobs, resume each one"
+            raise UsageError(
+                f"{word}: a {'run with folds' if is_one_run else 'sweep'} is resumed as it was started; {advice}"
+            )
     for other in runs:
         with suppress(UsageError, ValueError):
             check_version(path, other.info)
     if not is_dir(cwd := str(info.get("cwd"))):
         raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
     os.chdir(cwd)
-    flags = parse_flags(shlex.split(command)[2:])
+    flags, typed = parse_flags(words), parse_flags(overrides).overrides
+    check_words((word for word in flags.overrides if word not in typed), run.info_file, of_command=True)
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)

@@ -19,6 +19,7 @@ from tlcli import __version__, evaluate, tune
 from tlcli.cli import exit_status
 from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
+from tlcli.cli.trust import check_words
 from tlcli.cli.view import TerminalReporter
 from tlcli.engine import ranking
 from tlcli.engine.activations import MAX_FIRST_FIT
@@ -390,6 +391,7 @@ class Search:
     def _train(self, name: str, recipe: Mapping[str, Any], words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
         overrides = [f"{key}={'null' if value is None else value}" for key, value in recipe.items()]
+        check_words(overrides, self.folder / STATE_FILE)
         words = [*self._state["words"], *self._state["image"], *overrides, *words]
         flags, path = parse_flags(words), self.folder / name
         config, loader = compose_config(flags)

@@ -19,7 +19,7 @@ from tlcli.cli.launch import follow_main, launch, rank_and_size, with_processes
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
 from tlcli.interrupts import handle_signals
-from tlcli.runs.run_dir import LEADERBOARD_FILE, STATE_FILE, SWEEP_FILES, RunDir
+from tlcli.runs.run_dir import JOURNAL_FILE, LEADERBOARD_FILE, STATE_FILE, SWEEP_FILES, RunDir
 
 
 def run(argv: list[str]) -> int:
@@ -99,7 +99,8 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    names = (".hydra", *SWEEP_FILES, STATE_FILE, LEADERBOARD_FILE)
+    files += [run.bad_files_file, run.val_predictions, run.test_predictions, run.val_shares, run.unknown_file]
+    names = (".hydra", *SWEEP_FILES, STATE_FILE, JOURNAL_FILE, LEADERBOARD_FILE)
     files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
         below = path.rglob("run.json") if key == "hydra.sweep.dir" else ()  # they would be jobs of the sweep

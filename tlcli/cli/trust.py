@@ -5,7 +5,7 @@ A config, like a checkpoint, can come from anyone. It cannot name code, read the
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ ALLOWED_CLASSES = (  # that the config may name for Hydra itself: launchers, swe
 
 # All that a file may say to Hydra. The choices of output and logging are those of train.yaml, for copies of it.
 _ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output: *tlcli|(job|hydra)_logging: *none)")
-_ALLOWED = re.compile(r"(?s)hydra\.launcher\.[^_.=][^.=]*=[\w.-]*|hydra\.sweeper\.params\.((?!hydra).)+=.*")
+_ALLOWED = re.compile(r"hydra\.launcher\.[^_.=][^.=]*=[\w.-]*")
+_PARAMS = "hydra.sweeper.params."  # overrides of the jobs of a sweep
+# What a recorded command line may say, too: it resumes a sweep in the folder that the user names
+_OF_COMMAND = re.compile(rf"{_ALLOWED.pattern}|hydra/launcher=[\w.-]+|hydra\.(mode|(run|sweep)\.dir|sweep\.subdir)=.*")
 RECORD = re.compile(r"(?i)(?<![\w-])multirun(\.yaml)?(?![\w./-])")  # names multirun.yaml, which `check_folder` skips
 _HARMLESS_CALL = re.compile(r"\$\{(now|hydra|oc\.select|oc\.dict\.(keys|values)):[^${}]*\}")
 
@@ -75,17 +78,39 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
         pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
         named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
         records += filter(RECORD.search, pairs)
-    refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text.partition(": ")[0]]
+    refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text]
     refused += records
-    values = list(leaves(content))
-    refused += [key for key, value in values if re.match("hydra", key) and not _ALLOWED.fullmatch(f"{key}={value}")]
+    words = [f"{key}={value}" for key, value in leaves(content)]
+    for word in words:
+        if word.startswith("hydra") and not (word.startswith(_PARAMS) or _ALLOWED.fullmatch(word)):
+            refused.append(word.partition("=")[0])
     if refused:
         allowed = "the choice of hydra/launcher, numbers and names under hydra.launcher, and hydra.sweeper.params"
         raise UsageError(f"{file}: {refused[0]} is refused: of Hydra's own settings a file may give {allowed}")
-    for key, value in values:
-        if isinstance(value, str) and re.search(r"(?s)\$\{.*:", _HARMLESS_CALL.sub("", value)):
+    for word in words:
+        if _calls_function(word):
             reason = "a function that a file calls could save a secret with the run"
-            raise UsageError(f"{file}: {key}={value} is refused: {reason}; give the value on the command line")
+            raise UsageError(f"{file}: {word} is refused: {reason}; give the value on the command line")
+    check_words([word.removeprefix(_PARAMS) for word in words if word.startswith(_PARAMS)], file)
+
+
+def check_words(words: Iterable[str], place: Path, *, of_command: bool = False) -> None:
+    """Raise UsageError for an override in a file that only the command line may give.
+
+    Unlike a key, an override can set all that Hydra has, and choose any file by its name. `of_command`: a recorded
+    command line may name the launcher and the directories of a sweep.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        is_of_hydra = "hydra" in key.lower() and not (of_command and _OF_COMMAND.fullmatch(word))
+        names_file = "." not in key and re.search(r"(?i)hydra|multirun|glob\s*\(|\.\.|\$", value)  # of a group
+        if is_of_hydra or names_file or _calls_function(word):
+            raise UsageError(f"{place}: {word} is refused in a file: give it on the command line")
+
+
+def _calls_function(word: str) -> bool:
+    r"""Return True if OmegaConf would call a function for a value. Hydra's grammar reads $\{ as ${."""
+    return re.search(r"(?s)\$\\*\{.*:", _HARMLESS_CALL.sub("", word)) is not None
 
 
 def refuse_code(values: Any) -> None:

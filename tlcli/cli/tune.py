@@ -39,6 +39,7 @@ from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
 from tlcli.cli.train import discard_folders, make_folder
+from tlcli.cli.trust import check_folder, check_words
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import CANDIDATE_ERRORS, UsageError
 from tlcli.files import expand_user
@@ -93,7 +94,7 @@ def run(argv: list[str]) -> int:
         try:
             if not (search.folder / STATE_FILE).exists():
                 search.save()
-            with _joiners(search.folder, arguments.workers - 1):
+            with _joiners(search.folder, arguments.words, arguments.workers - 1):
                 search.run()
         except BaseException as exc:
             if is_new and not any(search.folder.rglob("run.json")):
@@ -113,14 +114,14 @@ def run(argv: list[str]) -> int:
 
 
 @contextmanager
-def _joiners(folder: Path, n: int) -> Iterator[None]:
-    """Run n more workers of a search beside the block. If it fails they stop, else they end with the search."""
+def _joiners(folder: Path, words: Sequence[str], n: int) -> Iterator[None]:
+    """Run n more workers of a search, with these words of it, beside the block. If it fails they stop, too."""
     import torch
 
     from tlcli import device
 
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    command = [sys.executable, "-P", "-m", "tlcli", "tune", "--join", str(folder)]
+    command = [sys.executable, "-P", "-m", "tlcli", "tune", "--join", str(folder), *words]
     processes = []
     with ExitStack() as stack:
         try:
@@ -159,12 +160,16 @@ def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
     if name not in files:
         hint = did_you_mean(name, files) or f" Choose from {', '.join(sorted(files))}."
         raise UsageError(f"tune={name}: there is no such search space.{hint}")
+    for folder in conf.folders[1:]:
+        check_folder(folder)
     try:
         spec = msgspec.convert(OmegaConf.to_container(OmegaConf.load(files[name])), TuneSpec)
     except (OSError, ValueError, YAMLError) as exc:
         raise UsageError(f"{files[name]}: {one_line(exc)}") from exc
-    if bad := [word for word in spec.overrides if word.lstrip("+~").startswith("hydra")]:
-        raise UsageError(f"{files[name]}: {bad[0]} is refused: give Hydra's own settings on the command line")
+    lists = ((key, values) for key, values in spec.space.items() if isinstance(values, tuple))
+    recipes = [*spec.first, *({key: value} for key, values in lists for value in values)]
+    own = (f"{key}={value}" for recipe in recipes for key, value in recipe.items())
+    check_words([*spec.overrides, *own], files[name])
     known = [*all_keys(), *conf.groups]
     for key in spec.space:
         if key not in known:
@@ -289,6 +294,8 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
             if word not in shlex.split(state["command"]):
                 raise UsageError(f"{word}: a search continues as it was started; leave it out")
         check_version(folder, {"tlcli": "0.20 or earlier", **state})
+        stored, typed = (parse_flags(w).overrides for w in ([*state["words"], *state["image"]], arguments.words))
+        check_words((word for word in stored if word not in typed), folder / STATE_FILE, of_command=True)
         if arguments.resume:
             for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
                 with suppress(OSError, ValueError):

@@ -217,7 +217,9 @@ class TerminalReporter(Reporter):
         self.show("\n".join(table_lines(titles, rows, self._wrap, wrap=True)))
 
     def show(self, content: str | Text) -> None:
-        """Print lines, and log them without colors."""
+        """Print lines, and log them without colors. Files of someone else may hold control codes."""
+        if isinstance(content, str):
+            content = "\n".join(map(strip_control_chars, content.split("\n")))
         self._screen.print(content, soft_wrap=True)
         self._screen.file.flush()  # the reader of a pipe follows the run too
         for line in str(content).splitlines():

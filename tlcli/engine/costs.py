@@ -70,9 +70,9 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
             augment = head_augment if isinstance(freeze, HeadSpec) else spec.augment
             needs_probe = freeze.head_init is HeadInit.probe and bool(classifier.pretrained)
             contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
-            workload = replace(workload, contract=contract, spec=own, needs_probe=needs_probe)
-            formats = formats or measure_network(workload)
-            strategies.insert(0, estimate_cost(workload, formats, decode_seconds))
+            variant = replace(workload, contract=contract, spec=own, needs_probe=needs_probe)
+            formats = formats or measure_network(variant)
+            strategies.insert(0, estimate_cost(variant, formats, decode_seconds))
             advance(1)
     assert formats is not None
     sizes = {row.name: row.parameters for row in freeze_table(spec.optimizer, classifier)}

@@ -37,7 +37,9 @@ class Inputs:
         split = self.cached.get(split_name)
         if split is None:
             return image_loader(self.workload, self.device, split_name, reporter, self.decisions.views)
-        if len(missing := [view for view in split.views if not view.filled]) > 1:
+        missing = [view for view in split.views if not view.filled]
+        # a worker decodes whole batches, one image after the other
+        if len(missing) > 1 or (missing and len(missing[0]) <= self.device.workers * missing[0].batches.batch_size):
             preload_images([missing[0].batches.split], reporter)
         try:
             views = [self._tensors(source, split_name, reporter) for source in split.views]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from typing import ClassVar
 
@@ -142,6 +143,12 @@ def from_stored(rows: Tensor, dtype: torch.dtype, memory_format: torch.memory_fo
     return x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format) if x.ndim == 4 else x
 
 
+@cache
+def _copy_stream(accelerator: torch.device) -> torch.cuda.Stream:
+    """Return the stream of copies to an accelerator: memory that was allocated on one is used again on it alone."""
+    return torch.cuda.Stream(accelerator)  # type: ignore[no-untyped-call]
+
+
 def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the same batches on the device, in order. On CUDA the next batch is copied from pinned memory on a stream
     of its own while the current one is used."""
@@ -149,7 +156,7 @@ def prefetch_to_device(batches: Iterable[tuple[Tensor, Tensor]], device: Device)
         for x, y in batches:
             yield device.to_device(x), device.to_device(y)
         return
-    copies = torch.cuda.Stream(device.accelerator)  # type: ignore[no-untyped-call]
+    copies = _copy_stream(device.accelerator)
     previous: tuple[Tensor, Tensor] | None = None
     for batch in chain(batches, [None]):
         with torch.cuda.stream(copies):

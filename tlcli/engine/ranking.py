@@ -24,6 +24,7 @@ from tlcli.specs import DeviceSpec, Fit, ImageSpec, TrainSpec
 from tlcli.transfer.contract import linear_head
 from tlcli.transfer.cut import Cut
 from tlcli.transfer.freeze import HeadSpec
+from tlcli.transfer.graph import full_precision
 from tlcli.transfer.probe import FOLDS, CrossValidation, choose_penalty
 
 SHARE, STEP = 5 / 7, 32  # of the size of the weights: 160 of 224 pixels, half of its FLOPs
@@ -122,7 +123,8 @@ def cross_validate_probe(
         decisions = structs.replace(decisions, cached=frozenset({"train_eval"}))
     inputs = Inputs(decisions, workload)
     label = f"features at {image.size} px, {image.fit}"
-    x, predictions = features(inputs, inputs.open("train_eval", reporter), reporter, label)
+    with full_precision(workload.classifier.network):
+        x, predictions = features(inputs, inputs.open("train_eval", reporter), reporter, label)
     return choose_penalty(x, predictions.labels, spec.seed, max_images)
 
 

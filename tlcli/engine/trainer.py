@@ -106,6 +106,7 @@ class Trainer:
         if loader.ranks.size < self._device.ranks.size:  # each rank has trained on whole batches
             self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
+        progress.seconds += time.perf_counter() - start  # waiting for an accelerator included
         if self._ends and epoch == self._fits * self._epochs_per_fit:
             with defer_interrupts:
                 self._set([(end + p.detach()) / self._fits for end, p in zip(self._ends, self._moved, strict=True)])

@@ -25,6 +25,7 @@ from tlcli.runs.run_dir import CHECKPOINTS, RunDir, integer, mapping, number, op
 from tlcli.specs import BackboneSpec, Tta, options
 from tlcli.text import join_limited, one_line
 from tlcli.transfer.contract import linear_head
+from tlcli.transfer.graph import device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +64,11 @@ class LoadedRun:
     def predict(self, image: str | Path | Image.Image | Pixels, top: int = 5) -> list[tuple[str, float]]:
         """Return the most likely classes of an image with their calibrated probabilities, in descending order."""
         with torch.inference_mode():
-            x = self.preprocess(image)
+            x = self.preprocess(image).to(device_of(self.model))
             logits = self.model(x)
             if self.info.get("tta") == Tta.flip:
                 logits = (logits + self.model(x.flip(3))) / 2
-        values, indices = calibrated(logits, self.temperature)[0].topk(min(top, len(self.classes)))
+        values, indices = calibrated(logits.cpu(), self.temperature)[0].topk(min(top, len(self.classes)))
         return [(self.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
     def explain(self, image: str | Path | Image.Image | Pixels, name: str, side: int = 1024) -> Image.Image:
@@ -79,8 +80,7 @@ class LoadedRun:
         if name not in self.classes:
             raise ValueError(f"{name!r} is not a class of {self.path}: {join_limited(self.classes)}")
         pixels = pixels_of(image, self.preprocessing.range)
-        device = next(self.model.parameters()).device
-        heat = heat_map(self.model, self.preprocess(pixels).to(device), self.classes.index(name))
+        heat = heat_map(self.model, self.preprocess(pixels).to(device_of(self.model)), self.classes.index(name))
         picture = Image.fromarray(pixels)
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         return draw_heat_map(picture, heat, self.preprocessing.fit)

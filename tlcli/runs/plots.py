@@ -178,8 +178,11 @@ def svg(draw: Callable[[Any], None], size: tuple[int, int], margins: tuple[int, 
     return light, re.sub("|".join(DARK), lambda color: DARK[color[0]], light)
 
 
-def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw accuracy with its standard error against images per second, from the rows of `tlcli rank --format json`."""
+def plot_ranking(rows: Sequence[Mapping[str, Any]], file: io.BytesIO, kind: str) -> None:
+    """Draw accuracy with its standard error against images per second, as `kind`: png or svg.
+
+    The rows are those of `tlcli rank --format json`.
+    """
     figure = Figure(figsize=(8, 5), dpi=DPI)
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.95)
     axes, known = figure.add_subplot(), [row for row in rows if row["images_per_second"]]
@@ -201,7 +204,7 @@ def plot_ranking(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images per second", color=SOFT)
     axes.set_ylabel("accuracy of a linear probe in cross-validation", color=SOFT)
-    _save(figure, file)
+    _save(figure, file, format=kind)
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], best_epoch: int, file: Path) -> None:
