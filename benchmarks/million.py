@@ -102,7 +102,7 @@ def run_part(root: str, run: Path, *, only_plan: bool) -> dict[str, Any]:
     import torch
 
     from tlcli.cli.compose import compose_spec
-    from tlcli.cli.job import check
+    from tlcli.cli.job import check_spec
     from tlcli.engine.activations import SplitActivations
     from tlcli.engine.session import session_for
     from tlcli.runs.run_dir import RunDir
@@ -120,7 +120,7 @@ def run_part(root: str, run: Path, *, only_plan: bool) -> dict[str, Any]:
     words = ["dataset=imagefolder", f"dataset.root='{root}'", "backbone=resnet18", "backbone.weights=none"]
     words += [f"image.size={SIZE}", "image.fit=squash", "freeze=head", "epochs=1", "cache.mode=require"]
     spec = compose_spec([*words, "cache.ram_gb=0", "device.precision=fp32", "batch_size=256"])
-    check(spec)  # as the command does, before it makes a directory
+    check_spec(spec)  # as the command does, before it makes a directory
     directory, watch = RunDir(run), Watch(only_plan=only_plan)
     directory.start(command="tlcli train", overrides=words, config=yaml.safe_dump(to_plain(spec)))
     with suppress(PlannedError):
