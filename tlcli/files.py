@@ -98,6 +98,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_links(folder: Path) -> None:
+    """Raise UsageError for a link in a folder that leads out of it. Someone else's may name any file of the user."""
+    top = resolve_links(folder)
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *names)):
+            if path.is_symlink() and not resolve_links(path).is_relative_to(top):
+                raise UsageError(f"{path}: is a link that leads out of {folder}; replace it by what it names")
+
+
 def expand_user(path: str) -> Path:
     """Return the path with ~ replaced by the home directory. Raise UsageError for an unknown user."""
     try:

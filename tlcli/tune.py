@@ -100,8 +100,6 @@ class Study:
                 choices = dict.fromkeys((own[0], *values, *own[1:]))
                 self._distributions[key] = optuna.distributions.CategoricalDistribution(tuple(choices))
         lock = JournalFileOpenLock(str(file))
-        if file.is_symlink():  # of a search of someone else: it would be written to
-            raise UsageError(f"{file}: is a link; replace it by the file")
         if file.exists():  # a disk that was full leaves half a line, to which Optuna would append the next one
             lock.acquire()
             try:

@@ -15,7 +15,7 @@ from tlcli.cli import search
 from tlcli.cli.compose import compose_spec
 from tlcli.cli.search import LOST, MAX_FAILURES, MIRRORS, STATE_FILE, Search, TrialReporter
 from tlcli.cli.view import TerminalReporter
-from tlcli.errors import TlcliError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.reporter import EpochRow
 from tlcli.runs.run_dir import RunDir, read_json, write_json
 from tlcli.specs import Fit, ImageSpec, Tta
@@ -403,3 +403,20 @@ def test_one_that_lost_the_lock_stops(worker: Callable[[], Worker]) -> None:
         first._lock.path.write_text("another one")
         with pytest.raises(TlcliError, match="this worker was suspended"):
             first.tick()
+
+
+def test_words_of_a_file_cannot_set_what_only_the_command_line_may(tmp_path: Path) -> None:
+    """Another worker may change the file after it was read, and the study has recipes, too."""
+    bad = "+hydra.job.env_set.PATH=/evil"
+    state = {**STATE, "words": [*STATE["words"], bad]}
+    with pytest.raises(UsageError, match=r"give on the command line: .hydra\.job"):
+        Search(tmp_path, state, 0.0, TerminalReporter(), None)
+    Search(tmp_path, state, 0.0, TerminalReporter(), None, [bad])
+    one = Search(tmp_path, {**STATE}, 0.0, TerminalReporter(), None)
+    for recipe in ({"augment": "../evil"}, {"name": "${oc.env:HOME}"}):
+        with pytest.raises(UsageError, match="give on the command line: "):
+            one._train("0", recipe, [], None)  # type: ignore[arg-type]
+    one._state = state
+    with pytest.raises(UsageError, match=r"give on the command line: .hydra\.job"):
+        one._train("0", {}, [], None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

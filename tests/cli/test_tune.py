@@ -285,7 +285,10 @@ def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[st
         (("--join", "{folder}", "--resume", "{folder}"), "not allowed with"),
         (("--join", "{folder}/none"), "not the file of a search, or damaged (No such file or directory)"),
         (("--join", "{folder}", "seed=1"), "seed=1: a search continues as it was started; leave it out"),
-        (("--join", "{folder}", "budget=1h"), "tune.json: +hydra.job.env_set.A=b is refused in a file: give it on the"),
+        (
+            ("--join", "{folder}", "budget=1h"),
+            "tune.json: refused in a file; give on the command line: +hydra.job.env_set.A=b",
+        ),
         (("--join", "{folder}", "-cd", "own"), "/own: a search continues as it was started; leave it out"),
         (("--join", "{folder}", "-cd", "nowhere"), "--config-dir=nowhere: no such folder"),
     ],
@@ -293,7 +296,7 @@ def test_workers_join_a_search_and_share_its_budget(tlcli: Tlcli, words: list[st
 def test_usage_errors_of_workers(tlcli: Tlcli, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
     (tmp_path / "own").mkdir()
     stored = ["+hydra.job.env_set.A=b", "hydra.sweep.dir=x"]
-    state = {"tlcli": __version__, "words": stored, "image": []}
+    state = {**STATE, "tlcli": __version__, "cwd": str(tmp_path), "words": [*STATE["words"], *stored]}
     write_json(
         tmp_path / "tune.json", {**state, "command": shlex.join(["tlcli", "tune", "budget=1h", *stored]), "best": None}
     )
@@ -366,10 +369,10 @@ def test_a_damaged_space_is_named(tlcli: Tlcli, words: list[str], tmp_path: Path
     ("change", "error"),
     [
         (("{augment: none}", "{ema: 0.9}"), "small.yaml: first has ema, which space does not have"),
-        (("overrides: []", "overrides: ['+hydra.job.env_set.A=b']"), "env_set.A=b is refused"),
-        (("overrides: []", "overrides: ['+augment@hydra.job=evil']"), "augment@hydra.job=evil is refused"),
+        (("overrides: []", "overrides: ['+hydra.job.env_set.A=b']"), "on the command line: .hydra.job.env_set.A=b"),
+        (("overrides: []", "overrides: ['+augment@hydra.job=evil']"), "on the command line: .augment@hydra.job=evil"),
         (("overrides: []", r"overrides: ['name=$\{oc.env:HOME\}']"), "HOME.* is refused: a function"),
-        (("{augment: none}", "{augment: ../evil}"), "augment=../evil is refused in a file"),
+        (("{augment: none}", "{augment: ../evil}"), "on the command line: augment=../evil"),
         (("label_smoothing: [0.0, 0.1]", "backbone: [resnet18, resnet34]"), "differ in backbone cannot be averaged"),
         (("label_smoothing: [0.0, 0.1]", "image.size: [32, 64]"), "differ in image.size cannot be averaged; set"),
         (("label_smoothing: [0.0, 0.1]", "seed: [0, 1]"), "differ in seed cannot be averaged; set average: 1"),

@@ -131,5 +131,6 @@ def test_control_codes_in_names_of_classes_reach_neither_the_terminal_nor_the_lo
     names = f"{ESCAPE}[31mred taken for {ESCAPE}]0;title\abee (3)"
     TerminalReporter().show_labelled(("confused", names))
     TerminalReporter().show(names)
+    TerminalReporter().heading(names)
     for text in (capsys.readouterr().out, *(record.message for record in caplog.records)):
         assert "red taken for" in text and not {ESCAPE, "\a"} & {*text}

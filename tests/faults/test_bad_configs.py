@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 from tests.cli.conftest import Ended, Tlcli, finished, runs_in
 from tests.faults.refusals import refused, tree, untouched, yaml_bomb
 from tlcli.cli.compose import compose_config, load_spec, parse_flags
+from tlcli.cli.conf_files import conf_dir
 from tlcli.cli.trust import check_folder
 from tlcli.errors import UsageError
 from tlcli.runs.run_dir import RunDir
 
 SECRET = "s3cret-value"
 FUNCTION = " is refused: a function that a file calls "
-IN_FILE = " is refused in a file: give it on the command line"
+IN_FILE = "refused in a file; give on the command line: "
 OF_HYDRA = " is refused: of Hydra's own settings a file may give the choice of hydra/launcher"
 
 
@@ -82,12 +83,13 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "hydra: {launcher: {_target_: os.system}}": OF_HYDRA,
     "hydra: {launcher: {name: '${oc.env:API_TOKEN}'}}": OF_HYDRA,
     "hydra: {launcher: {setup: [touch made]}}": OF_HYDRA,
-    "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}": "+hydra.job.chdir=true" + IN_FILE,
-    "hydra: {sweeper: {params: {+x@hydra.job: evil}}}": "+x@hydra.job=evil" + IN_FILE,
-    "hydra: {sweeper: {params: {+x@_global_: 'a,multirun'}}}": "+x@_global_=a,multirun" + IN_FILE,
-    "hydra: {sweeper: {params: {+x@_global_: glob (m*)}}}": "+x@_global_=glob (m*)" + IN_FILE,
-    "hydra: {sweeper: {params: {experiment: ../../evil/x}}}": "experiment=../../evil/x" + IN_FILE,
-    "hydra: {sweeper: {params: {out: 'multi${seed}'}}}": "out=multi${seed}" + IN_FILE,
+    "hydra: {sweeper: {params: {+hydra.job.chdir: 'true'}}}": IN_FILE + "+hydra.job.chdir=true",
+    "hydra: {sweeper: {params: {+augment@hydra.job: evil}}}": IN_FILE + "+augment@hydra.job=evil",
+    "hydra: {sweeper: {params: {+experiment@_global_: 'a,multirun'}}}": IN_FILE + "+experiment@_global_=a,multirun",
+    "hydra: {sweeper: {params: {+experiment@_global_: glob (m*)}}}": IN_FILE + "'+experiment@_global_=glob (m*)'",
+    "hydra: {sweeper: {params: {+experiment@a.b: ../../evil/x}}}": IN_FILE + "+experiment@a.b=../../evil/x",
+    "hydra: {sweeper: {params: {experiment: 'multi${seed}'}}}": IN_FILE + "'experiment=multi${seed}'",
+    "hydra: {sweeper: {params: {--config-name: x}}}": IN_FILE + "--config-name=x",
     "hydra: {sweeper: {params: {name: '$\\{oc.env:API_TOKEN\\}'}}}": FUNCTION,
     "defaults: [override /hydra/sweeper: optuna]": OF_HYDRA,
     "defaults: [/experiment/y@hydra.callbacks]": OF_HYDRA,
@@ -96,6 +98,8 @@ EXPERIMENTS: dict[str | bytes, str] = {
     "defaults: [multirun]": OF_HYDRA,
     "defaults: [{/experiment: [y, multirun]}]": OF_HYDRA,
     "defaults: [{/y: run}, {/x@_global_: 'multi${y}'}]": OF_HYDRA,
+    "defaults: [//evil/x]": OF_HYDRA,
+    "defaults: [{//evil: x}]": OF_HYDRA,
     # what Hydra's loader reads and the one of the check does not
     "out: 2024-13-45\nhydra: {run: {dir: elsewhere}}": "x.yaml: month must be in 1..12",
     "name: !!python/object/apply:pathlib.PosixPath [made]\nhydra: {run: {dir: elsewhere}}": "x.yaml",
@@ -142,7 +146,7 @@ def test_a_file_that_no_word_names_cannot_change_how_hydra_runs(name: str, text,
 def test_a_file_may_choose_a_launcher_and_give_its_numbers(text: str, tmp_path: Path) -> None:
     write(tmp_path, text)
     write(tmp_path, "hydra: {run: {dir: elsewhere}}", "outputs/1/.hydra/hydra.yaml")  # the record of an earlier run
-    check_folder(tmp_path / "mine")
+    check_folder(tmp_path / "mine", [conf_dir(), tmp_path / "mine"])
 
 
 def test_the_record_of_a_sweep_is_no_option(tlcli: Tlcli, training: Any, tmp_path: Path) -> None:
@@ -177,6 +181,15 @@ def test_a_pipe_is_not_waited_for_and_a_folder_may_be_named_elsewhere(tlcli: Tlc
     with untouched(tmp_path):
         ended = tlcli("train", "--config-dir", "mine", "experiment=pipe")
     one_line(ended, "pipe.yaml: cannot be read as YAML: not a regular file")
+
+
+@pytest.mark.parametrize("name", ["/evil/x", "//evil/x", "../evil/x", "multirun", ".hydra/x"])
+def test_a_main_config_is_in_a_folder_that_was_checked(name: str, tlcli: Tlcli, tmp_path: Path) -> None:
+    write(tmp_path, "epochs: 2\n")
+    with untouched(tmp_path):
+        one_line(
+            tlcli("train", "--config-dir", "mine", f"--config-name={name}"), "name a file in the folder of --config-dir"
+        )
 
 
 def test_a_path_of_a_name_that_is_too_long(tlcli: Tlcli, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from tests.conftest import Compose, finish
 from tlcli.cli import main
-from tlcli.errors import UsageError
+from tlcli.cli.compose import compose_config, parse_flags
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs import loggers
-from tlcli.runs.loggers import MlflowSpec, TensorboardSpec, check_logger, logged_run
+from tlcli.runs.loggers import MlflowSpec, TensorboardSpec, logged_run
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import TrainSpec
 
@@ -55,7 +55,7 @@ def chosen(spec: Compose, tracker: Mock, monkeypatch: pytest.MonkeyPatch) -> Tra
     """Return a spec with a logger, whose tracker is the recording one."""
     monkeypatch.setattr(MlflowSpec, "start", lambda spec, *values: tracker.start(*values))
     monkeypatch.setattr(loggers, "find_spec", lambda name: object())
-    address = "logger.uri='http://me:hunter2@host'"
+    address = "logger.uri='http://hunter2@host'"
     return spec("logger=mlflow", address, "optimizer.lr=0.25", "image.mean=[0.1,0.2,0.3]")
 
 
@@ -119,13 +119,15 @@ def test_a_missing_package_ends_a_command_before_it_leaves_anything(shapes, tmp_
     assert "0  failed: logger=mlflow needs mlflow" in capsys.readouterr().err
 
 
-def test_a_password_is_not_saved_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
-    with pytest.raises(UsageError, match="MLFLOW_TRACKING_PASSWORD") as error:
-        check_logger(MlflowSpec(uri="https://me:hunter2@server/x", experiment="x"))
-    assert "hunter2" not in str(error.value)
-    for uri in ("https://me@server:80", "sqlite:///a:b@c.db", "databricks"):
-        check_logger(MlflowSpec(uri=uri, experiment="x"))
+@pytest.mark.parametrize("words", [(), ("-m", "seed=1,2")])
+def test_a_password_is_not_saved_with_a_run(words: tuple[str, ...], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words, "logger=mlflow", "logger.uri='https://me:hunter2@server/a[b'"]) == 2
+    shown = capsys.readouterr()
+    assert "MLFLOW_TRACKING_PASSWORD" in shown.err and "hunter2" not in shown.err
+    assert list(tmp_path.iterdir()) == []
+    for uri in ("https://me@server:80", "sqlite:///a:b.db", "databricks"):
+        compose_config(parse_flags(["logger=mlflow", f"logger.uri='{uri}'"]))
 
 
 # -- the real packages

@@ -118,6 +118,8 @@ def quoted(text: object) -> str:
 
 def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
     """Return the checked config, with Hydra's own node, and the loader that composes that of each job of a sweep."""
+    if re.search(r"(?i)^/|\.\.|hydra|multirun", flags.config_name):
+        raise UsageError(f"--config-name={flags.config_name}: name a file in the folder of --config-dir")
     with composing(flags.files):
         overrides, folders = [], [f"file://{folder}" for folder in flags.files.folders[1:]]
         for word in flags.overrides:
@@ -129,12 +131,15 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
                 folders += map(str, value if isinstance(value, list) else [value])
             else:
                 overrides.append(word)
+        places = [conf_dir()]
         for folder in folders:
             scheme, _, place = folder.rpartition("://")
             try:
-                check_folder(Path(str(package_files(place.replace("/", "."))) if scheme == "pkg" else place))
+                places.append(Path(str(package_files(place.replace("/", "."))) if scheme == "pkg" else place))
             except ImportError as exc:
                 raise UsageError(f"hydra.searchpath: there is no package {place!r}") from exc
+        for own in places[1:]:
+            check_folder(own, places)
         if folders:  # composing has no other argument for --config-dir
             overrides.append(f"hydra.searchpath=[{','.join(map(quoted, folders))}]")
         mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
@@ -143,6 +148,10 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
             assert hydra is not None
             config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
         refuse_code(OmegaConf.to_container(config, resolve=False))
+    with suppress(OmegaConfBaseException):  # `build_spec` reports wrong values
+        if re.search("//[^/?#]*:[^/?#]*@", str(OmegaConf.select(config, "logger.uri"))):
+            remedy = "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            raise UsageError(f"logger.uri: its password would be saved with the run: {remedy}")
     fill_val_fraction(config)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config, hydra.config_loader

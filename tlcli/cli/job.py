@@ -287,9 +287,6 @@ def _as_typed(hydra: Any) -> list[str]:
 @contextmanager
 def record_status(run: RunDir) -> Iterator[None]:
     """Write logs and warnings of the block to run.log, and its final status to run.json, which is touched meanwhile."""
-    for file in (run.log_file, run.metrics_file):
-        if file.is_symlink():  # of a run of someone else: it would be written to
-            raise UsageError(f"{file}: is a link; replace it by the file")
     heartbeat.add(run.info_file)
     handler = logging.FileHandler(run.log_file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -19,7 +19,7 @@ from tlcli.cli.trust import check_words
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
-from tlcli.files import expand_user, is_dir
+from tlcli.files import check_links, expand_user, is_dir
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
@@ -67,6 +67,7 @@ def resume(path: Path, overrides: Sequence[str]) -> int:
     absolute = Path.cwd() / path
     if (path / STATE_FILE).is_file():
         raise UsageError(f"{path}: a search is resumed with: {shlex.join(['tlcli', 'tune', '--resume', str(path)])}")
+    check_links(path)  # what it has is written to
     try:
         with chdir(Path.cwd()):  # a sweep or its jobs may change it
             if not is_sweep(path):
@@ -99,21 +100,22 @@ def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
-    words = shlex.split(command)[2:]
-    for word in overrides:
-        if word not in words:
-            advice = "leave it out" if is_one_run else "to change jobs, resume each one"
-            raise UsageError(
-                f"{word}: a {'run with folds' if is_one_run else 'sweep'} is resumed as it was started; {advice}"
-            )
+    flags, typed = parse_flags(shlex.split(command)[2:]), parse_flags(overrides)
+    for word in [*typed.flags, *typed.overrides]:
+        if word not in flags.overrides:
+            what, advice = ("sweep", "to change jobs, resume each one")
+            if is_one_run:
+                what, advice = "run with folds", "leave it out"
+            raise UsageError(f"{word}: a {what} is resumed as it was started; {advice}")
+    own = (word for word in flags.overrides if word not in typed.overrides)
+    check_words(own, run.info_file, flags.files.folders, of_command=True)
     for other in runs:
         with suppress(UsageError, ValueError):
             check_version(path, other.info)
     if not is_dir(cwd := str(info.get("cwd"))):
         raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes of launchers import nothing from there
     os.chdir(cwd)
-    flags, typed = parse_flags(words), parse_flags(overrides).overrides
-    check_words((word for word in flags.overrides if word not in typed), run.info_file, of_command=True)
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)

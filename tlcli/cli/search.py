@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from tlcli import __version__, evaluate, tune
 from tlcli.cli import exit_status
-from tlcli.cli.compose import build_spec, compose_config, composing, load_spec, parse_flags
+from tlcli.cli.compose import Flags, build_spec, compose_config, composing, load_spec, parse_flags
 from tlcli.cli.job import Command
 from tlcli.cli.trust import check_words
 from tlcli.cli.view import TerminalReporter
@@ -89,8 +89,16 @@ class Search:
     _study: tune.Study  # once `run` has opened it
 
     def __init__(
-        self, folder: Path, state: dict[str, Any], start: float, reporter: TerminalReporter, session: Session | None
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        start: float,
+        reporter: TerminalReporter,
+        session: Session | None,
+        typed: Collection[str] = (),
     ) -> None:
+        """Read the state, in which only words that the user has `typed` may set all that Hydra has."""
+        self._typed = typed
         self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
         self._spent, self._saved = float(state["seconds"]), 0.0
         self.deadline = -math.inf  # seconds that must be left while trials run
@@ -274,9 +282,16 @@ class Search:
         self.metric = self.base.keep_best.value
 
     def _compose(self, words: list[str]) -> tuple[Any, TrainSpec]:
-        flags = parse_flags([*self._state["words"], *words])
+        flags = self._flags([*self._state["words"], *words])
         config, _ = compose_config(flags)
         return config, build_spec(config, flags.files)
+
+    def _flags(self, words: list[str]) -> Flags:
+        """Read the words of a job. Raise UsageError for those of a file that only the command line may give."""
+        flags = parse_flags(words)
+        own = (word for word in flags.overrides if word not in self._typed)
+        check_words(own, self.folder / STATE_FILE, flags.files.folders, of_command=True)
+        return flags
 
     def _set_defaults(self) -> None:
         """Choose the image of all trials, which the mean of weights needs, and the values that the space has."""
@@ -391,9 +406,8 @@ class Search:
     def _train(self, name: str, recipe: Mapping[str, Any], words: list[str], reporter: TrialReporter) -> RunDir:
         """Return the run of a job; train it, or what is left of it."""
         overrides = [f"{key}={'null' if value is None else value}" for key, value in recipe.items()]
-        check_words(overrides, self.folder / STATE_FILE)
         words = [*self._state["words"], *self._state["image"], *overrides, *words]
-        flags, path = parse_flags(words), self.folder / name
+        flags, path = self._flags(words), self.folder / name
         config, loader = compose_config(flags)
         spec = build_spec(config, flags.files)
         run = RunDir(path / REFIT if spec.folds else path)

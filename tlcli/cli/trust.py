@@ -5,7 +5,8 @@ A config, like a checkpoint, can come from anyone. It cannot name code, read the
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,25 @@ _ALLOWED_DEFAULT = re.compile(r"(override +)?/?hydra/(launcher: *[\w.-]+|output:
 _ALLOWED = re.compile(r"hydra\.launcher\.[^_.=][^.=]*=[\w.-]*")
 _PARAMS = "hydra.sweeper.params."  # overrides of the jobs of a sweep
 # What a recorded command line may say, too: it resumes a sweep in the folder that the user names
-_OF_COMMAND = re.compile(rf"{_ALLOWED.pattern}|hydra/launcher=[\w.-]+|hydra\.(mode|(run|sweep)\.dir|sweep\.subdir)=.*")
+_OF_COMMAND = re.compile(
+    r"\+*hydra\.launcher\.[^_.=][^.=]*=[\w.:-]*|hydra/launcher=[\w.-]+|hydra\.(mode|(run|sweep)\.dir|sweep\.subdir)=.*"
+)
 RECORD = re.compile(r"(?i)(?<![\w-])multirun(\.yaml)?(?![\w./-])")  # names multirun.yaml, which `check_folder` skips
 _HARMLESS_CALL = re.compile(r"\$\{(now|hydra|oc\.select|oc\.dict\.(keys|values)):[^${}]*\}")
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UsageError for a YAML file in a folder that is unreadable, has aliases, or sets what it must not."""
+def check_folder(folder: Path, folders: Sequence[Path]) -> None:
+    """Raise UsageError for a YAML file in a folder that is unreadable, has aliases, or sets what it must not.
+
+    `folders` are all that Hydra searches.
+    """
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):  # Hydra follows links, too
+    for place, below, names in os.walk(folder, followlinks=True):  # Hydra follows links, too
         if (real := os.path.realpath(place)) in seen:
-            folders.clear()
+            below.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if name != ".hydra"]  # records of runs: no file may name them
+        below[:] = [name for name in below if name != ".hydra"]  # records of runs: no file may name them
         for file in sorted(Path(place, name) for name in names if name.lower().endswith(".yaml")):
             if file.name == "multirun.yaml" and (file.parent / "sweep.json").exists():
                 continue
@@ -67,10 +73,10 @@ def check_folder(folder: Path) -> None:
                 if " alias *" in str(exc) or isinstance(tree, yaml.MappingNode):
                     raise UsageError(f"{file}: {exc}") from exc
                 continue  # an error only if Hydra reads it, which reports it
-            _check_content(file, file.relative_to(folder), content)
+            _check_content(file, file.relative_to(folder), content, folders)
 
 
-def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
+def _check_content(file: Path, path: Path, content: dict[str, Any], folders: Sequence[Path]) -> None:
     """Raise UsageError if a file has to do with Hydra, wherever in the config its keys end up, or calls a function."""
     entries = content.pop("defaults", None)
     named, records = [str(path.parent), *re.findall(r"@package.*", file.read_text(encoding="utf-8"))], list[str]()
@@ -78,7 +84,7 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
         pairs = [f"{key}: {choice}" for key, choice in entry.items()] if isinstance(entry, dict) else [str(entry)]
         named += [pair for pair in pairs if not _ALLOWED_DEFAULT.fullmatch(pair)]
         records += filter(RECORD.search, pairs)
-    refused = [text for text in named if "hydra" in text.lower() or ".." in text or "${" in text]
+    refused = [text for text in named if re.search(r"(?i)hydra|\.\.|//|\$\{", text)]
     refused += records
     words = [f"{key}={value}" for key, value in leaves(content)]
     for word in words:
@@ -91,21 +97,26 @@ def _check_content(file: Path, path: Path, content: dict[str, Any]) -> None:
         if _calls_function(word):
             reason = "a function that a file calls could save a secret with the run"
             raise UsageError(f"{file}: {word} is refused: {reason}; give the value on the command line")
-    check_words([word.removeprefix(_PARAMS) for word in words if word.startswith(_PARAMS)], file)
+    check_words([word.removeprefix(_PARAMS) for word in words if word.startswith(_PARAMS)], file, folders)
 
 
-def check_words(words: Iterable[str], place: Path, *, of_command: bool = False) -> None:
-    """Raise UsageError for an override in a file that only the command line may give.
+def check_words(words: Iterable[str], place: Path, folders: Sequence[Path], *, of_command: bool = False) -> None:
+    """Raise UsageError for overrides in a file that only the command line may give.
 
-    Unlike a key, an override can set all that Hydra has, and choose any file by its name. `of_command`: a recorded
-    command line may name the launcher and the directories of a sweep.
+    Unlike a key, an override can set all that Hydra has, and choose any file below the folders that Hydra searches.
+    `of_command`: a recorded command line may name the launcher and the directories of a sweep.
     """
+    refused = []
     for word in words:
         key, _, value = word.partition("=")
-        is_of_hydra = "hydra" in key.lower() and not (of_command and _OF_COMMAND.fullmatch(word))
-        names_file = "." not in key and re.search(r"(?i)hydra|multirun|glob\s*\(|\.\.|\$", value)  # of a group
-        if is_of_hydra or names_file or _calls_function(word):
-            raise UsageError(f"{place}: {word} is refused in a file: give it on the command line")
+        group = key.lstrip("+~").partition("@")[0]
+        is_group = any((folder / group).is_dir() for folder in folders)
+        names_file = is_group and re.search(r"(?i)hydra|multirun|glob\s*\(|\.\.|//|\$", value)
+        is_setting = re.search(r"(?i)^-|hydra", key) and not (of_command and _OF_COMMAND.fullmatch(word))
+        if names_file or is_setting or _calls_function(word):
+            refused.append(word)
+    if refused:
+        raise UsageError(f"{place}: refused in a file; give on the command line: {shlex.join(refused)}")
 
 
 def _calls_function(word: str) -> bool:

@@ -42,7 +42,7 @@ from tlcli.cli.train import discard_folders, make_folder
 from tlcli.cli.trust import check_folder, check_words
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import CANDIDATE_ERRORS, UsageError
-from tlcli.files import expand_user
+from tlcli.files import check_links, expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.locks import runs_on_this_machine
 from tlcli.reporter import Reporter
@@ -161,7 +161,7 @@ def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
         hint = did_you_mean(name, files) or f" Choose from {', '.join(sorted(files))}."
         raise UsageError(f"tune={name}: there is no such search space.{hint}")
     for folder in conf.folders[1:]:
-        check_folder(folder)
+        check_folder(folder, conf.folders)
     try:
         spec = msgspec.convert(OmegaConf.to_container(OmegaConf.load(files[name])), TuneSpec)
     except (OSError, ValueError, YAMLError) as exc:
@@ -169,7 +169,7 @@ def read_tune_spec(name: str, conf: ConfFiles) -> "TuneSpec":
     lists = ((key, values) for key, values in spec.space.items() if isinstance(values, tuple))
     recipes = [*spec.first, *({key: value} for key, values in lists for value in values)]
     own = (f"{key}={value}" for recipe in recipes for key, value in recipe.items())
-    check_words([*spec.overrides, *own], files[name])
+    check_words([*spec.overrides, *own], files[name], conf.folders)
     known = [*all_keys(), *conf.groups]
     for key in spec.space:
         if key not in known:
@@ -248,7 +248,7 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         "importances": {},
         "best": None,
     }
-    return Search(folder, state, start, reporter, session), made
+    return Search(folder, state, start, reporter, session, parse_flags(state["words"]).overrides), made
 
 
 def _choose_backbone(
@@ -294,8 +294,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
             if word not in shlex.split(state["command"]):
                 raise UsageError(f"{word}: a search continues as it was started; leave it out")
         check_version(folder, {"tlcli": "0.20 or earlier", **state})
-        stored, typed = (parse_flags(w).overrides for w in ([*state["words"], *state["image"]], arguments.words))
-        check_words((word for word in stored if word not in typed), folder / STATE_FILE, of_command=True)
+        check_links(folder)  # what it has is written to
         if arguments.resume:
             for file in [folder / STATE_FILE, *folder.rglob("run.json")]:
                 with suppress(OSError, ValueError):
@@ -305,10 +304,11 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
         if not Path(state["cwd"]).is_dir():
             raise UsageError(f"{folder}: was started in {state['cwd']}, which is no folder here; make it first")
+        os.environ["PYTHONSAFEPATH"] = "1"  # other processes import nothing from there
         os.chdir(state["cwd"])
         with fast_imports():
             from tlcli.cli.search import Search
-        search = Search(folder, state, start, TerminalReporter(), None)
+        search = Search(folder, state, start, TerminalReporter(), None, parse_flags(arguments.words).overrides)
         if state["best"] is None:
             check_spec(search.base)
         return search, []

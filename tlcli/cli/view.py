@@ -93,7 +93,7 @@ class TerminalReporter(Reporter):
         """Show a line above a job of a sweep."""
         self._header_shown = False
         self.show("")
-        self.show(Text(text, style="bold"))
+        self.show(Text(strip_control_chars(text), style="bold"))
 
     def note(self, text: str) -> None:
         self.show_labelled(("note", text))

@@ -124,8 +124,7 @@ def list_parquet(root_text: str | None, image_column: str, label_column: str, ch
     names = first or [*dict.fromkeys(str(v) for v in sorted(values, key=lambda v: (isinstance(v, str), v)))]
     code = {name: i for i, name in enumerate(names)}
     positions = np.array([code[str(value)] for value in values], dtype=np.int64)[np.concatenate(codes)]
-    order = np.arange(len(positions), dtype=np.int64)
-    return source_of_shards(ParquetImages(root, splits, files), positions, names, order, (), choice)
+    return source_of_shards(ParquetImages(root, splits, files), positions, names, np.arange(len(positions)), (), choice)
 
 
 def _class_names(path: Path, metadata: Mapping[bytes, bytes], column: str) -> list[str] | None:

@@ -107,9 +107,6 @@ def source_of_shards(
     return Source(tuple(names), parts, notes).keep_classes(classes)
 
 
-# -- tar archives -----------------------------------------------------------------------------------------------------
-
-
 class TarImages(ShardImages):
     """Images of tar archives, each read at its offset."""
 

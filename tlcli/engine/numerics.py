@@ -69,11 +69,12 @@ def _fastest(
     *,
     trains: bool = False,
     only: ComputeFormat | None = None,
+    limit: int | None = None,
 ) -> ComputeFormat:
     """Return the fastest format of training or evaluating the network on images, or of the part of it at a cut.
 
     A stored measurement is used again, so that a result does not depend on a race. With `only`, this format alone is
-    measured, on whole batches.
+    measured, on whole batches; otherwise steps have at most `limit` images.
     """
     module, what = workload.classifier.network, "training" if trains else "evaluation"
     shapes: Sequence[tuple[int, ...]] = [(3, *[workload.train_size if trains else workload.preprocessing.size] * 2)]
@@ -83,7 +84,7 @@ def _fastest(
         module, what = cut.prefix, f"extraction up to {cut.suffix_start}"
     options = [only] if only else allowed_formats(workload.spec.device, workload.accelerator)
     options = [option for option in options if layout in (None, option.memory_format)]
-    limit = len(workload.data.train) if only else MEASURE_BATCH_SIZE[workload.accelerator.type]
+    limit = limit or (len(workload.data.train) if only else MEASURE_BATCH_SIZE[workload.accelerator.type])
     images, generator = min(limit, max(2, workload.spec.batch_size)), torch.Generator()
     inputs = tuple(torch.rand(images, *shape, generator=generator.manual_seed(0)) for shape in shapes)
     names = [option.description for option in options]
@@ -105,7 +106,12 @@ def _fastest(
         speeds, origin = dict.fromkeys(names, 0.0), "measured"
         for name, option in [*zip(names, options, strict=True)] * (ROUNDS if len(options) > 1 else 1):
             enough = BATCH_SECONDS if only else MEASURE_SECONDS
-            seconds = _measure(workload, option, module, inputs, enough, trains=trains)
+            try:
+                seconds = _measure(workload, option, module, inputs, enough, trains=trains)
+            except Exception as error:
+                if only or images <= MEASURE_BATCH_SIZE["cpu"] or not is_out_of_memory(error):
+                    raise
+                return _fastest(workload, cut, layout, trains=trains, limit=MEASURE_BATCH_SIZE["cpu"])
             speeds[name] = max(speeds[name], round(images / seconds, 2))
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())

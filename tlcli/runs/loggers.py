@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from tlcli import __version__
 from tlcli.errors import UsageError
@@ -136,12 +135,9 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
 
 
 def check_logger(spec: LoggerSpec) -> None:
-    """Raise UsageError if the package of the chosen logger is not installed, or its address has a password."""
+    """Raise UsageError if the package of the chosen logger is not installed."""
     if isinstance(spec, TrackerSpec) and find_spec(spec.kind) is None:
         raise UsageError(f"logger={spec.kind} needs {spec.kind}: pip install 'tlcli[{spec.kind}]'")
-    if isinstance(spec, MlflowSpec) and urlsplit(spec.uri).password:
-        remedy = "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-        raise UsageError(f"logger.uri: its password would be saved with the run: {remedy}")
 
 
 def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> AbstractContextManager[Reporter]:
