@@ -2,9 +2,9 @@
 
 The files are hard links to 500 small images in 100 classes. Each part is a process of its own: `tlcli train` up to the
 plan, in a first call, which decodes every image, and in a second one; an epoch of a linear head on cached features of
-ResNet-18, which are random numbers of a stub in place of its frozen layers; `tlcli predict` over one class and over
-four. Memory is the peak of anonymous memory (RssAnon, which Linux has): pages of mapped files do not count. At the end
-is an estimate for ImageNet-21k.
+ResNet-18, which are random numbers of a stub in place of its frozen layers; `tlcli predict` over four classes and
+over eight. Memory is the peak of anonymous memory (RssAnon, which Linux has): pages of mapped files do not count. At
+the end is an estimate for ImageNet-21k.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tlcli.reporter import Reporter, RunPlan
 FILES, SMALL_FILES = 1_000_000, 2_000
 CLASSES, PER_CLASS = 100, 5  # images that differ, of each class
 SIZE = 32  # pixels of an image
-PREDICTED = (1, 4)  # classes whose images are predicted
+PREDICTED = (4, 8)  # classes whose images are predicted: enough for the network to be compiled in both
 
 IMAGENET_IMAGES, IMAGENET_BYTES = 14_197_122, 1.31e12  # of ImageNet-21k as it was published in 2011
 RATE, ROW_BYTES = 62.3, 4 * 1280  # EfficientNet-Lite0 at 224 px: images per second of one thread (docs/scale.md)
@@ -206,7 +206,7 @@ def main(out: Path, *, small: bool = False, files: int | None = None) -> list[Me
         at_most("plan, second call", 60, [seen["second plan"]["seconds"]], " s"),
         at_most("plan, second call, anonymous memory", 1.5, [seen["second plan"]["peak_gb"]], " GB"),
         at_most("growth of memory in an epoch", 50, [epoch["growth_mb"]], " MB"),
-        at_most("growth of memory from one class predicted to four", 50, [1e3 * float(growth[0])], " MB"),
+        at_most("growth of memory from four classes predicted to eight", 50, [1e3 * float(growth[0])], " MB"),
     ]
     publish_measures("million_measures", measures, out)
     estimate(out)

@@ -103,7 +103,8 @@ def check_links(folder: Path) -> None:
     top = resolve_links(folder)
     for place, folders, names in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *names)):
-            if path.is_symlink() and not resolve_links(path).is_relative_to(top):
+            is_of_wandb = path.name == "debug-core.log"  # names a log in wandb's own folder, and is never written to
+            if path.is_symlink() and not is_of_wandb and not resolve_links(path).is_relative_to(top):
                 raise UsageError(f"{path}: is a link that leads out of {folder}; replace it by what it names")
 
 

@@ -192,6 +192,7 @@ def test_a_link_in_a_run_is_not_written_through(name: str, tlcli, training, tmp_
     assert ended.code == 2 and f"{name}: is a link that leads out of" in ended.err
     file.unlink()
     (tmp_path / "run/latest").symlink_to("run.json")
+    (tmp_path / "run/debug-core.log").symlink_to(tmp_path / "mine")
     (tmp_path / "linked").symlink_to("run")
     assert tlcli("train", "--resume", "linked").code == 0
 

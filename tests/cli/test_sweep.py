@@ -241,6 +241,19 @@ def test_words_that_a_file_may_not_hold_are_repeated_to_resume(tlcli, training, 
     assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
 
 
+def test_a_folder_of_options_is_that_of_the_sweep(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    for folder, epochs in (("mine", 7), ("other/mine", 9)):
+        (tmp_path / folder / "experiment").mkdir(parents=True)
+        (tmp_path / folder / "experiment/x.yaml").write_text(f"# @package _global_\nepochs: {epochs}\n")
+    training(lambda spec, run, reporter: 1 / 0)
+    tlcli("train", "-m", "--config-dir", "mine", "experiment=x", "seed=1,2", "hydra.sweep.dir=swept")
+    seen = []
+    training(lambda spec, run, reporter: seen.append(spec.epochs) or finished(spec, run, reporter))
+    monkeypatch.chdir(tmp_path / "other")
+    assert tlcli("train", "--resume", "../swept").code == 0
+    assert seen == [7, 7]
+
+
 def test_a_sweep_cannot_change_as_it_goes_on(tlcli, training, tmp_path: Path) -> None:
     training(finished)
     tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept")

@@ -1,10 +1,12 @@
 """The choice of a dtype and a memory format: what may be chosen, what is measured, what is stored."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,3 +176,20 @@ def test_measuring_changes_nothing(spec: Compose, shapes: Path, tmp_path: Path) 
 
 def test_measurements_of_a_gpu_are_not_those_of_the_cpu_beside_it() -> None:
     assert numerics.machine_name(torch.device("mps")) != numerics.machine_name(CPU)
+
+
+def test_images_that_need_too_much_memory_are_fewer(choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the first try is free then."""
+    tried: list[int] = []
+
+    def measure(workload: Any, option: Any, module: Any, inputs: Any, *limits: float, trains: bool) -> float:
+        tried.append(len(inputs[0]))
+        assert sys.exception() is None
+        if tried[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.1
+
+    monkeypatch.setattr(numerics, "MEASURE_BATCH_SIZE", {"cpu": 32})
+    monkeypatch.setattr(numerics, "_measure", measure)
+    assert choose([SLOW], 0.2, 0.1, size=64).images_per_second == 80
+    assert tried == [32, 8, 32, 8]  # training, then evaluation

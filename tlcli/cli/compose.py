@@ -27,6 +27,7 @@ from tlcli.cli.explain import error_message, explain_value
 from tlcli.cli.trust import RECORD, check_folder, leaves, refuse_code
 from tlcli.errors import UsageError
 from tlcli.files import expand_user, read_yaml
+from tlcli.runs.loggers import check_address
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import HOMES, VAL_FRACTION, TrainSpec, classes_of, leaf_types, options, spec_from
 
@@ -149,9 +150,7 @@ def compose_config(flags: Flags) -> tuple[DictConfig, ConfigLoader]:
             config = hydra.compose_config(flags.config_name, overrides, mode, from_shell=False)
         refuse_code(OmegaConf.to_container(config, resolve=False))
     with suppress(OmegaConfBaseException):  # `build_spec` reports wrong values
-        if re.search("//[^/?#]*:[^/?#]*@", str(OmegaConf.select(config, "logger.uri"))):
-            remedy = "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            raise UsageError(f"logger.uri: its password would be saved with the run: {remedy}")
+        check_address(str(OmegaConf.select(config, "logger.uri")))
     fill_val_fraction(config)
     HydraConfig.instance().set_config(config)  # for references to it in the names of directories
     return config, hydra.config_loader

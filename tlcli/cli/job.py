@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
@@ -83,6 +84,8 @@ class Command:
                 raise self.error
             return
         config.hydra.mode, config.hydra.sweep.dir = RunMode.MULTIRUN, str(folder)
+        if self.resume and "submitit_folder" in config.hydra.launcher:  # it unpickles what it finds under its names
+            config.hydra.launcher.submitit_folder = f"{folder}/.submitit/{token_hex(8)}/%j"
         # Hydra composes each job from these. It must not write into a job's directory before that is known to be free.
         for key, value in (("sweep.dir", quoted(folder)), ("output_subdir", "null")):
             config.hydra.overrides.hydra.append(f"hydra.{key}={value}")

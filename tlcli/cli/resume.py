@@ -100,6 +100,10 @@ def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
+    if not is_dir(cwd := str(info.get("cwd"))):
+        raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes of launchers import nothing from there
+    os.chdir(cwd)
     flags, typed = parse_flags(shlex.split(command)[2:]), parse_flags(overrides)
     for word in [*typed.flags, *typed.overrides]:
         if word not in flags.overrides:
@@ -112,10 +116,6 @@ def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
     for other in runs:
         with suppress(UsageError, ValueError):
             check_version(path, other.info)
-    if not is_dir(cwd := str(info.get("cwd"))):
-        raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
-    os.environ["PYTHONSAFEPATH"] = "1"  # processes of launchers import nothing from there
-    os.chdir(cwd)
     try:
         with composing(flags.files):
             config, loader = compose_config(flags)

@@ -21,6 +21,7 @@ from tlcli.transfer.cut import Cut
 
 # images per measured step: enough to tell the formats apart in a second or two; a GPU waits for fewer
 MEASURE_BATCH_SIZE = {"cpu": 8, "mps": 32, "cuda": 64}
+FEW_IMAGES = 8  # if these do not fit in memory
 MIN_SPEEDUP = 1.1  # of a format that is chosen before an earlier one: similar ones must not change between runs
 MEASURE_SECONDS = 0.15  # of steps, after which a format has been measured enough in a round
 BATCH_SECONDS = 1.0  # of steps of whole batches, which tell how long a run takes
@@ -106,12 +107,14 @@ def _fastest(
         speeds, origin = dict.fromkeys(names, 0.0), "measured"
         for name, option in [*zip(names, options, strict=True)] * (ROUNDS if len(options) > 1 else 1):
             enough = BATCH_SECONDS if only else MEASURE_SECONDS
+            seconds = None
             try:
                 seconds = _measure(workload, option, module, inputs, enough, trains=trains)
             except Exception as error:
-                if only or images <= MEASURE_BATCH_SIZE["cpu"] or not is_out_of_memory(error):
+                if only or images <= FEW_IMAGES or not is_out_of_memory(error):
                     raise
-                return _fastest(workload, cut, layout, trains=trains, limit=MEASURE_BATCH_SIZE["cpu"])
+            if seconds is None:  # outside of the block above, in which the error holds the memory
+                return _fastest(workload, cut, layout, trains=trains, limit=FEW_IMAGES)
             speeds[name] = max(speeds[name], round(images / seconds, 2))
         store.add_note(NOTES, key, speeds)
     fastest = max(speeds.values())

@@ -135,9 +135,17 @@ class WandbSpec(TrackerSpec, frozen=True, tag="wandb"):
 
 
 def check_logger(spec: LoggerSpec) -> None:
-    """Raise UsageError if the package of the chosen logger is not installed."""
+    """Raise UsageError if the package of the chosen logger is not installed, or its address has a password."""
     if isinstance(spec, TrackerSpec) and find_spec(spec.kind) is None:
         raise UsageError(f"logger={spec.kind} needs {spec.kind}: pip install 'tlcli[{spec.kind}]'")
+    check_address(str(getattr(spec, "uri", "")))
+
+
+def check_address(uri: str) -> None:
+    """Raise UsageError if an address has a password, before anything is saved with it."""
+    if re.search("//[^/?#]*:[^/?#]*@", uri):
+        remedy = "set MLFLOW_TRACKING_PASSWORD in the environment (for a database, use its own file, as ~/.pgpass)"
+        raise UsageError(f"logger.uri: its password would be saved with the run: leave it out, and {remedy}")
 
 
 def logged_run(spec: TrainSpec, run: Path, reporter: Reporter) -> AbstractContextManager[Reporter]:
