@@ -215,7 +215,7 @@ def test_a_trial_that_is_interrupted_at_its_share_takes_it_once(
         do(*args)
         has_chosen = {
             "choose_share": lambda: True,
-            "inputs": lambda: args[0]._inputs.decisions.interpolate is not None,
+            "log_inputs": lambda: args[0]._inputs.decisions.interpolate is not None,
             "write_tensors": lambda: "interpolate" in args[2],
         }
         if has_chosen[name]():
