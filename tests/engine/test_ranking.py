@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import Compose
 from tlcli.device import allowed_formats
-from tlcli.engine import ranking
+from tlcli.engine import costs, ranking
 from tlcli.engine.activations import Workload
 from tlcli.engine.ranking import Score, choose, choose_image, image_sizes
 from tlcli.engine.session import Session
@@ -209,6 +209,17 @@ def test_formats_are_compared_at_the_first_size_of_a_backbone(sizes: list[int], 
 def test_the_device_of_an_expected_time_allows_the_fastest_format_alone(workload) -> None:
     given = workload("image.size=32")
     _, _, device = ranking.expected_seconds(given, 32, 32)
+    assert len(allowed_formats(device, torch.device("cpu"))) == 1
+
+
+def test_training_on_images_is_not_measured_if_a_run_would_read_activations(workload, monkeypatch) -> None:
+    given = workload("image.size=32", "cache.mode=auto", "freeze=head")
+    monkeypatch.setattr(costs, "measure_network", None)
+    monkeypatch.setattr(ranking, "measure_network", None)
+    seconds, images_per_second, device = ranking.expected_seconds(given, 32, 32)
+    assert seconds > 0
+    assert images_per_second is not None
+    assert images_per_second > 0
     assert len(allowed_formats(device, torch.device("cpu"))) == 1
 
 

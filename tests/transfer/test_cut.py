@@ -17,7 +17,7 @@ from tests.models.test_backbones import model_of as backbone_of
 from tlcli.models.classifier import Classifier, eval_mode, is_inside
 from tlcli.specs import BnStats
 from tlcli.transfer.contract import FreezeContract, apply_freeze
-from tlcli.transfer.cut import Cut, NoCut, split_frozen
+from tlcli.transfer.cut import Cut, NoCut, Splitter, split_frozen
 
 SMALL = {"swin_t": 32, "convnext_tiny": 32, "convnext_tiny_in12k": 32, **FIXED_SIZES}
 LEADING = {
@@ -335,6 +335,29 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
 def test_a_network_that_cannot_be_cut_has_a_reason(case: str) -> None:
     network, reason = REFUSED[case]
     assert no_cut_reason(head_trains(network)).startswith(reason)
+
+
+def test_a_second_size_gives_the_same_cut_for_less_work(spec: Compose) -> None:
+    model, calls = model_of(spec, "efficientnet_lite0"), []
+    frozen(spec, model, "freeze=pattern", "freeze.train=['blocks.[56]']")
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    splitter = Splitter(model.network)
+    assert isinstance(splitter.split(32), Cut)
+    first = len(calls)
+    second = splitter.split(64)
+    assert len(calls) - first < first / 2, "not traced again, and not trained"
+    assert isinstance(second, Cut)
+    expected = cut_of(model.network, 64)
+    assert (second.shapes, second.digest()) == (expected.shapes, expected.digest())
+    assert_same(model.network, second, 64)
+
+
+def test_a_network_that_computes_something_else_at_a_second_size_has_no_cut_for_it() -> None:
+    scale = [1.0]  # a trace fixes it
+    splitter = Splitter(head_trains(Net(way=lambda n, x: n.whole(x) * scale[0])))
+    assert isinstance(splitter.split(16), Cut)
+    scale[0] = 2.0
+    assert splitter.split(24) == NoCut("prefix and suffix do not give the network's logits")
 
 
 def test_nothing_that_trains_reaches_the_output() -> None:

@@ -33,7 +33,7 @@ from tlcli.specs import CacheMode, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
 from tlcli.text import to_plain
 from tlcli.transfer.contract import FreezeContract, apply_freeze, linear_head
-from tlcli.transfer.cut import Cut, NoCut, split_frozen
+from tlcli.transfer.cut import Cut, NoCut, Splitter
 
 MAX_FIRST_FIT = 1000  # training images: with 500 a first fit gained nothing in accuracy, and it doubles the time
 FITS = 2  # after a first fit
@@ -294,8 +294,9 @@ class Workload:
         if not self.spec.freeze.interpolates:  # a copy of a layer loses its weight when updates are added or merged
             return NoCut("a network with low-rank updates is not cut")
         network, size = self.classifier.network, self.preprocessing.size
-        key = ("cut", size, trainable or repr(self.spec.freeze))
-        return self.session.get_or_create(key, lambda: split_frozen(network, size, trainable))
+        key = trainable or repr(self.spec.freeze)
+        splitter = self.session.get_or_create(("splitter", key), lambda: Splitter(network, trainable))
+        return self.session.get_or_create(("cut", size, key), lambda: splitter.split(size))
 
     def plain_head(self, cut: Cut) -> nn.Linear | None:
         """Return the head if the suffix of the cut is one plain linear layer and nothing else."""

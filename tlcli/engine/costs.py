@@ -93,9 +93,11 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
 
 
 def estimate_cost(
-    workload: Workload, formats: Formats, decode_seconds: float = 0.0, *, also_untaken: bool = True
+    workload: Workload, formats: Formats | None = None, decode_seconds: float = 0.0, *, also_untaken: bool = True
 ) -> dict[str, Any]:
-    """Return the expected cost of a workload's strategy, in seconds. `formats` are those of `measure_network`.
+    """Return the expected cost of a workload's strategy, in seconds.
+
+    `formats` are those of `measure_network`, which is called without them if a run would not read activations.
 
     `first_pass` is the extraction of all images, decoding included. `cached_epoch` (on activations) and `live_epoch`
     (on images) include validation. `takes` is the way that a run chooses, cached or live, and `total` its seconds with
@@ -129,7 +131,7 @@ def estimate_cost(
         cached |= {"at": cut.suffix_start, "first_pass": first_pass, "cached_epoch": cached_epoch}
         cached |= {"row_bytes": row_bytes, "cache_bytes": row_bytes * n_rows}
     if also_untaken or reason:
-        training, evaluation = formats
+        training, evaluation = formats or measure_network(workload)
         live_epoch, live_run = epoch_and_run(training_speed(workload, training), evaluation.images_per_second)
         total = live_run + decoding if reason else total
     return {

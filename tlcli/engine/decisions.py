@@ -77,6 +77,8 @@ def recorded_decisions(info: Mapping[str, Any]) -> Decisions | None:
 def decide(workload: Workload) -> Decisions:
     """Measure formats, and decide for each split. Raises UsageError if cache.mode=require cannot be followed."""
     reason, dtype_names = uncacheable_reason(workload), cast("dict[torch.dtype, DtypeName]", DTYPE_NAMES)
+    if reason is None and isinstance(cut := workload.cut, NoCut):
+        reason = cut.reason
     sized = workload if reason else workload.for_training  # whose cut is not needed if images are read
     cut = sized.cut
     if isinstance(cut, Cut) and reason is None:
@@ -113,15 +115,16 @@ def decide(workload: Workload) -> Decisions:
 
 def uncacheable_reason(workload: Workload) -> str | None:
     """Return why training reads images at any cost; None if it could read activations."""
-    spec, cut = workload.spec, workload.cut
+    spec, is_random = workload.spec, workload.augments and workload.views is None
+    # without activations of training images no cut for their size is needed, and a cut takes seconds
+    cut = (workload if is_random or spec.augment.mixes else workload.for_training).cut
     if isinstance(cut, NoCut):
         return cut.reason
     if spec.augment.mixes:
         return "augment.mixup and augment.cutmix mix images"
-    if workload.augments and workload.views is None:
+    if is_random:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
-    cut = workload.for_training.cut
-    return cut.reason if isinstance(cut, NoCut) else None
+    return None
 
 
 def not_worthwhile_reason(

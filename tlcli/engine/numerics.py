@@ -45,7 +45,12 @@ def measure_network(workload: Workload) -> tuple[ComputeFormat, ComputeFormat]:
     """Return the fastest formats of training the whole network on images and, in the same layout, of evaluating it."""
     workload.contract.train_mode()  # a training step is measured in the modes of training
     train = _fastest(workload, trains=True)
-    return train, _fastest(workload, layout=train.memory_format)
+    return train, measure_evaluation(workload, train.memory_format)
+
+
+def measure_evaluation(workload: Workload, layout: torch.memory_format) -> ComputeFormat:
+    """Return the fastest format of evaluating the network in this layout."""
+    return _fastest(workload, layout=layout)
 
 
 def training_speed(workload: Workload, option: ComputeFormat, cut: Cut | None = None) -> float | None:

@@ -15,7 +15,7 @@ from tlcli.engine.costs import estimate_cost
 from tlcli.engine.decisions import Decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
-from tlcli.engine.numerics import measure_network
+from tlcli.engine.numerics import measure_evaluation, measure_extraction, measure_network
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
@@ -156,16 +156,21 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     """Return the seconds of a run at these image sizes and images per second of evaluation, from a few steps.
 
     A run with folds trains once per fold, then the refit, unless freeze=head: then one pass over the images counts. The
-    device is that of the run, restricted to the format in which it trains fastest.
+    device is that of the run, restricted to the fastest format: of training the network, or of its cached part.
     """
     image = structs.replace(workload.spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
-    formats = measure_network(run)
-    seconds, (train, evaluation) = float(estimate_cost(run, formats, also_untaken=False)["total"]), formats
+    cost = estimate_cost(run, also_untaken=False)
+    if cost["takes"] == "cached" and isinstance(cut := run.for_training.cut, Cut):
+        fastest = measure_extraction(run.for_training, cut)
+        evaluation = measure_evaluation(run, fastest.memory_format)
+    else:
+        fastest, evaluation = measure_network(run)
+    seconds = float(cost["total"])
     if run.spec.folds is not None and run.spec.fold is None and not isinstance(run.spec.freeze, HeadSpec):
         seconds *= run.spec.folds + 1
-    precision = next(name for name, dtype in DTYPES.items() if dtype == train.dtype)
-    channels_last = train.memory_format == torch.channels_last
+    precision = next(name for name, dtype in DTYPES.items() if dtype == fastest.dtype)
+    channels_last = fastest.memory_format == torch.channels_last
     device = structs.replace(run.spec.device, precision=precision, channels_last=channels_last)
     return seconds, evaluation.images_per_second, device
 
@@ -200,7 +205,7 @@ def score(
         image = structs.replace(spec.image, size=size)
         if sizes:  # a table of positions is for one size
             workload = new_workload(structs.replace(spec, image=image), session, reporter)
-        check_train_size(workload, size, train_size)
+            check_train_size(workload, size, train_size)
         seconds, evaluation, device = expected_seconds(workload, size, train_size)
         if max_seconds is not None and seconds > max_seconds:
             return  # the size of the weights is larger

@@ -69,25 +69,42 @@ class NoCut:
 
 
 def split_frozen(network: nn.Module, size: int, trainable: frozenset[str] | None = None) -> Cut | NoCut:
-    """Cut off what training cannot change, by requires_grad and the modules' modes, for images of `size` pixels.
+    """Split a network for images of one size in pixels; see `Splitter`."""
+    return Splitter(network, trainable).split(size)
 
-    The network is in the mode that it trains in (FreezeContract.train_mode()) and on its device; it is not changed.
-    `trainable`, names of parameters, replaces requires_grad; all modules count as in eval mode then: for features.
+
+class Splitter:
+    """Splits a network for images of several sizes.
+
+    What cannot change is told by requires_grad and the modules' modes. The network is in the mode that it trains in
+    (FreezeContract.train_mode()) and on its device; it is not changed. `trainable`, names of parameters, replaces
+    requires_grad; all modules count as in eval mode then: for features. A second size costs less: the network is traced
+    once, and parts that are the same for both sizes are verified in evaluation only.
     """
-    named = network.named_parameters(remove_duplicate=False)
-    trained = {id(p) for name, p in named if (p.requires_grad if trainable is None else name in trainable)}
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(len(FIRST_BATCH), 3, size, size, generator=torch.Generator().manual_seed(0))
-    images = noise.to(like.device, like.dtype)
-    mode = nullcontext() if trainable is None else eval_mode(network)
-    try:
-        with preserve_state(network), mode, full_precision(network), torch.no_grad():
-            graphs = MatchedGraphs(network, trained, images)
-            return _partition(graphs, find_boundary(graphs, size * size), images)
-    except CutError as error:
-        return NoCut(str(error))
-    except Exception as error:  # the trace does not run, or not at another batch size
-        return NoCut(f"cannot be split: {type(error).__name__}: {one_line(error)}"[:160])
+
+    def __init__(self, network: nn.Module, trainable: frozenset[str] | None = None) -> None:
+        self.network, self.trainable = network, trainable
+        self._traced: tuple[Traced, Traced] | None = None
+        self._verified: set[str] = set()
+
+    def split(self, size: int) -> Cut | NoCut:
+        """Cut off what training cannot change, for images of `size` pixels."""
+        network, trainable = self.network, self.trainable
+        named = network.named_parameters(remove_duplicate=False)
+        trained = {id(p) for name, p in named if (p.requires_grad if trainable is None else name in trainable)}
+        like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+        noise = torch.randn(len(FIRST_BATCH), 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = noise.to(like.device, like.dtype)
+        mode = nullcontext() if trainable is None else eval_mode(network)
+        try:
+            with preserve_state(network), mode, full_precision(network), torch.no_grad():
+                self._traced = self._traced or trace_train_and_eval(network)
+                graphs = MatchedGraphs(network, *self._traced, trained, images)
+                return _partition(graphs, find_boundary(graphs, size * size), images, self._verified)
+        except CutError as error:
+            return NoCut(str(error))
+        except Exception as error:  # the trace does not run, or not at another batch size
+            return NoCut(f"cannot be split: {type(error).__name__}: {one_line(error)}"[:160])
 
 
 class PerImage(NamedTuple):
@@ -102,9 +119,10 @@ NOT_CONSTANT = object()  # a value that cannot be written into a graph
 class MatchedGraphs:
     """The training and the evaluation graph of a network, and the operations that are frozen in both."""
 
-    def __init__(self, network: nn.Module, trained: Collection[int], images: Tensor) -> None:
-        self.network = network
-        self.training, self.evaluation = training, evaluation = trace_train_and_eval(network)
+    def __init__(
+        self, network: nn.Module, training: Traced, evaluation: Traced, trained: Collection[int], images: Tensor
+    ) -> None:
+        self.network, self.training, self.evaluation = network, training, evaluation
         texts: dict[str, int] = {}
         train = GraphAnalyzer(training, trained, images[list(SECOND_BATCH)], texts)
         with eval_mode(network):
@@ -183,47 +201,52 @@ class _Suffix(nn.Module):
         return self._functions[self._network[0].training](*(a.clone() for a in activations))
 
 
-def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tensor) -> Cut:
-    """Return the network in two. Raise CutError if the parts differ from it in evaluation or in training."""
+def _partition(graphs: MatchedGraphs, boundary: Sequence[fx.Node], images: Tensor, verified: set[str]) -> Cut:
+    """Return the network in two. Raise CutError if the parts differ from it in evaluation or in training.
+
+    Parts in `verified`, to which these are added, are compared in evaluation only: a size does not change what they do.
+    """
     network, training, evaluation = graphs.network, graphs.training, graphs.evaluation
     eval_boundary = [graphs.eval_nodes[node] for node in boundary]
     prefix_graph = _subgraph(evaluation, [[evaluation.images]], [nodes[0] for nodes in eval_boundary], {})
-    prefix = fx.GraphModule(_share(evaluation.root, {}), prefix_graph).eval()
-    train_prefix = _function(training, [[training.images]], boundary, {})
+    train_prefix = _subgraph(training, [[training.images]], boundary, {})
     suffix_nodes = [*graphs.dynamic, training.output]  # one that returns nothing may draw random numbers
-    train_suffix = _function(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
+    train_suffix = _subgraph(training, [[node] for node in boundary], suffix_nodes, graphs.constants)
     constants = {same: value for node, value in graphs.constants.items() for same in graphs.eval_nodes[node]}
-    eval_suffix = _function(evaluation, eval_boundary, [evaluation.output], constants)
-    suffix = _Suffix(network, {True: train_suffix, False: eval_suffix})
-    few = images[list(SECOND_BATCH)]
-    results = []
+    eval_suffix = _subgraph(evaluation, eval_boundary, [evaluation.output], constants)
+    prefix = fx.GraphModule(_share(evaluation.root, {}), prefix_graph).eval()
+    suffix = _Suffix(network, {True: _function(training, train_suffix), False: _function(evaluation, eval_suffix)})
+    cut = Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shapes[node] for node in boundary))
+    second = list(SECOND_BATCH)
+    few = images[second]
     with eval_mode(network):
-        for batch in (images, few):
-            results.append(prefix(batch.clone()))
-            if any(a.shape[:1] != batch.shape[:1] for a in results[-1]):
-                raise CutError("the frozen part does not give one row per image")
-            if not _close(suffix(*results[-1]), network(batch.clone())):
-                raise CutError("prefix and suffix do not give the network's logits")
-    activations, few_activations = results
-    if not _close([a[list(SECOND_BATCH)] for a in activations], few_activations):
-        raise CutError("the frozen part's values for an image depend on the other images of the batch")
-    if not _close(train_prefix(few), few_activations):
-        raise CutError("the frozen part gives other values in training than in evaluation")
+        few_activations = prefix(few.clone())
+        if any(a.shape[:1] != few.shape[:1] for a in few_activations):
+            raise CutError("the frozen part does not give one row per image")
+        differs = not _close(suffix(*few_activations), network(few.clone()))
+        text = "".join(map(str, (prefix_graph, train_prefix, train_suffix, eval_suffix)))
+        if text in verified and not differs:
+            return cut
+        activations = prefix(images.clone())
+        if not _close([a[second] for a in activations], few_activations):
+            raise CutError("the frozen part's values for an image depend on the other images of the batch")
+        if differs or not _close(suffix(*activations), network(images.clone())):
+            raise CutError("prefix and suffix do not give the network's logits")
     if network.training:
+        if not _close(_function(training, train_prefix)(few), few_activations):
+            raise CutError("the frozen part gives other values in training than in evaluation")
         with preserve_state(network):
             torch.manual_seed(0)
             expected = network(images.clone())
         torch.manual_seed(0)
         if not _close(suffix(*activations), expected):
             raise CutError("prefix and suffix do not train as the network does")
-    return Cut(prefix, suffix, _suffix_start(graphs, boundary), tuple(graphs.shapes[node] for node in boundary))
+    verified.add(text)
+    return cut
 
 
-def _function(
-    traced: Traced, inputs: Sequence[Sequence[fx.Node]], targets: Sequence[fx.Node], constants: dict[fx.Node, Any]
-) -> Callable[..., Any]:
+def _function(traced: Traced, graph: fx.Graph) -> Callable[..., Any]:
     """Return a part of a traced network as a function that looks up modules and tensors in it at each call."""
-    graph = _subgraph(traced, inputs, targets, constants)
     return functools.partial(type(fx.GraphModule(traced.root, graph)).forward, traced.root)  # not GraphModule's copies
 
 
