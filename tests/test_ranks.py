@@ -38,7 +38,7 @@ from tlcli.engine.metrics import evaluate
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError, UsageError
-from tlcli.ranks import ALONE, Ranks, join
+from tlcli.ranks import ALONE, Ranks, RowCollector, join
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import Accelerator, TrainSpec, spec_from
@@ -83,6 +83,17 @@ def exchange(rank: int, size: int) -> int:
     assert torch.equal(ranks.gather([table[few]] if len(few) else [], few, 2), table[:2])
     with pytest.raises(TlcliError, match="2 of 7 images were not evaluated exactly once"):
         ranks.gather([torch.zeros(5, 1)] if rank == 0 else [], torch.arange(5 if rank == 0 else 0), n)
+
+    collector = RowCollector(ranks, batch_size)
+    rounds = [torch.full((n, 3), i) + table[:, :3].int() for i in range(collector.AHEAD)]
+    if rank:
+        for rows in rounds:
+            collector.collect(rows[own], n)
+    ranks.broadcast()  # other ranks come here before rank 0 takes any row
+    if rank == 0:
+        assert all(torch.equal(collector.collect(rows[own], n), rows) for rows in rounds)
+        assert torch.equal(collector.collect(table[:2], 2), table[:2])
+    collector.wait()
 
     parameters = [nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(3)]
     parameters[0].grad = torch.full((2, 2), float(rank + 1), dtype=torch.float64)

@@ -9,9 +9,10 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -110,6 +111,44 @@ class Ranks:
         for parameter, gradient, part, count in zip(parameters, gradients, sums, counts, strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient)) if count else None
         return total, stops > 0
+
+
+class RowCollector:
+    """Brings rows to rank 0, of which each rank computes every size-th batch, while the ranks go on.
+
+    Waiting for each other in every round took 6 % of the speed of two processes.
+    """
+
+    AHEAD = 4  # rounds that may be on their way
+
+    def __init__(self, ranks: Ranks, batch_size: int) -> None:
+        self.ranks, self.batch_size = ranks, batch_size
+        self._sent: deque[tuple[Any, Tensor]] = deque()  # the tensors, too: they must live until they have arrived
+
+    def collect(self, own: Tensor, n: int) -> Tensor:
+        """Return the n rows (n, bytes) of a round on rank 0, given this rank's; other ranks return their own."""
+        if not self.ranks.is_main:
+            with _exchange():
+                self._sent.append((dist.isend(own, 0), own))
+            self.wait(self.AHEAD)
+        if not self.ranks.is_main or len(own) == n:
+            return own
+        rows = own.new_empty((n, own.shape[1]))
+        rows[self.ranks.positions(n, self.batch_size)] = own
+        for rank in range(1, self.ranks.size):
+            positions = replace(self.ranks, rank=rank).positions(n, self.batch_size)
+            if len(positions):
+                part = own.new_empty((len(positions), own.shape[1]))
+                with _exchange():
+                    dist.recv(part, rank)
+                rows[positions] = part
+        return rows
+
+    def wait(self, rounds: int = 0) -> None:
+        """Wait until at most this number of rounds has not arrived."""
+        while len(self._sent) > rounds:
+            with _exchange():
+                self._sent.popleft()[0].wait()
 
 
 ALONE = Ranks()  # of a run with one process

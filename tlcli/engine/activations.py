@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
 from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier, Float32Linear, Head
-from tlcli.ranks import ALONE, Ranks
+from tlcli.ranks import ALONE, Ranks, RowCollector
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
@@ -99,16 +98,17 @@ class SplitActivations:
         label = f"activations of {self.metadata['split']}" + (f", view {self.view}" if self.view else "")
         with reporter.track(label, len(self)) as advance:
             images, error = (x for x, _ in self.batches.in_order(view=self.view)), None
-            ranks, size, columns = self.batches.ranks, self.batches.batch_size, range(len(extractor.columns))
+            ranks, size = self.batches.ranks, self.batches.batch_size
+            collector = RowCollector(ranks, size)
 
             def rows() -> Iterator[list[memoryview]]:
                 for start in range(0, len(self), size * ranks.size):  # one batch of each rank
                     n = min(size * ranks.size, len(self) - start)
-                    positions = ranks.positions(n, size)
-                    own = [extractor(x) for x in islice(images, 1)]  # of the last images a rank may have none
-                    parts = [[batch[i].reshape(len(positions), -1).view(torch.uint8) for batch in own] for i in columns]
-                    yield [memoryview(ranks.gather(part, positions, n).numpy()) for part in parts]  # type: ignore[arg-type]
+                    own = next(map(extractor, images), ())  # of the last images a rank may have none
+                    parts = [part.reshape(len(part), -1).view(torch.uint8) for part in own]
+                    yield [memoryview(collector.collect(part, n).numpy()) for part in parts]  # type: ignore[arg-type]
                     advance(n)
+                collector.wait()
 
             batches = rows()
             metadata = {**self.metadata, "computed": extractor.reason}
