@@ -38,7 +38,7 @@ from tlcli.engine.metrics import evaluate
 from tlcli.engine.session import Session
 from tlcli.engine.trainer import Trainer
 from tlcli.errors import TlcliError, UsageError
-from tlcli.ranks import ALONE, Ranks, RowCollector, join
+from tlcli.ranks import AHEAD, ALONE, Ranks, join
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import RunDir, read_json
 from tlcli.specs import Accelerator, TrainSpec, spec_from
@@ -84,16 +84,14 @@ def exchange(rank: int, size: int) -> int:
     with pytest.raises(TlcliError, match="2 of 7 images were not evaluated exactly once"):
         ranks.gather([torch.zeros(5, 1)] if rank == 0 else [], torch.arange(5 if rank == 0 else 0), n)
 
-    collector = RowCollector(ranks, batch_size)
-    rounds = [torch.full((n, 3), i) + table[:, :3].int() for i in range(collector.AHEAD)]
+    rounds = [table + i for i in range(AHEAD)]
     if rank:
         for rows in rounds:
-            collector.collect(rows[own], n)
+            ranks.collect(rows[own], n, batch_size)
     ranks.broadcast()  # other ranks come here before rank 0 takes any row
     if rank == 0:
-        assert all(torch.equal(collector.collect(rows[own], n), rows) for rows in rounds)
-        assert torch.equal(collector.collect(table[:2], 2), table[:2])
-    collector.wait()
+        assert all(torch.equal(ranks.collect(rows[own], n, batch_size), rows) for rows in rounds)
+        assert torch.equal(ranks.collect(table[:2], 2, batch_size), table[:2])
 
     parameters = [nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(3)]
     parameters[0].grad = torch.full((2, 2), float(rank + 1), dtype=torch.float64)

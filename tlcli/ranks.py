@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.text import one_line
 
 TIMEOUT = timedelta(days=7)  # rank 0 measures, decides and saves while the others wait; a rank that dies is noticed
+AHEAD = 4  # rounds of extraction by which a rank may be ahead of rank 0
 ERROR_SECONDS = 5  # the time in which a rank that ends says why
 _store: Store | None = None  # holds the error of the first rank that fails
 
@@ -40,6 +41,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    _sent: deque[tuple[Any, Tensor]] = field(default_factory=deque, init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -95,6 +97,27 @@ class Ranks:
             raise TlcliError(f"{int((counts != 1).sum())} of {n} images were not evaluated exactly once")
         return rows
 
+    def collect(self, own: Tensor, n: int, batch_size: int) -> Tensor:
+        """Return all n rows on rank 0, given those at this rank's positions; other ranks send theirs and go on.
+
+        Waiting for each other took 6 % of the speed of two processes. Up to AHEAD messages may be on their way.
+        """
+        if not self.is_main:
+            with _exchange():
+                self._sent.append((dist.isend(own, 0), own))  # which must live until it has arrived
+                while len(self._sent) > AHEAD:
+                    self._sent.popleft()[0].wait()
+        if not self.is_main or len(own) == n:
+            return own
+        rows, rank_of = own.new_empty((n, *own.shape[1:])), torch.arange(n) // batch_size % self.size
+        rows[rank_of == 0] = own
+        for rank in range(1, int(rank_of.max()) + 1):
+            part = rows[rank_of == rank]
+            with _exchange():
+                dist.recv(part, rank)
+            rows[rank_of == rank] = part
+        return rows
+
     def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor, *, stop: bool) -> tuple[Tensor, bool]:
         """Replace gradients by their sums over ranks; return the sums of `values` (N), and `stop` of any rank.
 
@@ -111,44 +134,6 @@ class Ranks:
         for parameter, gradient, part, count in zip(parameters, gradients, sums, counts, strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient)) if count else None
         return total, stops > 0
-
-
-class RowCollector:
-    """Brings rows to rank 0, of which each rank computes every size-th batch, while the ranks go on.
-
-    Waiting for each other in every round took 6 % of the speed of two processes.
-    """
-
-    AHEAD = 4  # rounds that may be on their way
-
-    def __init__(self, ranks: Ranks, batch_size: int) -> None:
-        self.ranks, self.batch_size = ranks, batch_size
-        self._sent: deque[tuple[Any, Tensor]] = deque()  # the tensors, too: they must live until they have arrived
-
-    def collect(self, own: Tensor, n: int) -> Tensor:
-        """Return the n rows (n, bytes) of a round on rank 0, given this rank's; other ranks return their own."""
-        if not self.ranks.is_main:
-            with _exchange():
-                self._sent.append((dist.isend(own, 0), own))
-            self.wait(self.AHEAD)
-        if not self.ranks.is_main or len(own) == n:
-            return own
-        rows = own.new_empty((n, own.shape[1]))
-        rows[self.ranks.positions(n, self.batch_size)] = own
-        for rank in range(1, self.ranks.size):
-            positions = replace(self.ranks, rank=rank).positions(n, self.batch_size)
-            if len(positions):
-                part = own.new_empty((len(positions), own.shape[1]))
-                with _exchange():
-                    dist.recv(part, rank)
-                rows[positions] = part
-        return rows
-
-    def wait(self, rounds: int = 0) -> None:
-        """Wait until at most this number of rounds has not arrived."""
-        while len(self._sent) > rounds:
-            with _exchange():
-                self._sent.popleft()[0].wait()
 
 
 ALONE = Ranks()  # of a run with one process

@@ -454,7 +454,7 @@ def test_backbones_are_ranked_in_a_share_of_the_time_and_the_chosen_one_fits_int
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"cwd": "/gone"}, "was started in /gone, which is no folder here; make it first"),
+        ({"cwd": "/gone"}, "was started in /gone, which is no folder here; make it, or a link"),
         ({"words": ["dataset=imagefolder", "dataset.root=gone"]}, "gone: no such folder"),
     ],
 )

@@ -1,6 +1,5 @@
 """`tlcli train --resume RUN`: finish an interrupted run, or the jobs of an interrupted sweep."""
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, suppress
@@ -15,11 +14,11 @@ from tlcli.cli.compose import compose_config, composing, load_spec, parse_flags,
 from tlcli.cli.job import Command, check_spec, discard_state, finish_sweep, first_line, record_status
 from tlcli.cli.launch import launch, rank_and_size
 from tlcli.cli.launchers import living_jobs, running_jobs
-from tlcli.cli.trust import check_words
+from tlcli.cli.trust import check_words, return_to
 from tlcli.cli.view import TerminalReporter, log
 from tlcli.engine.schedule import lr_factor
 from tlcli.errors import UsageError
-from tlcli.files import check_links, expand_user, is_dir
+from tlcli.files import check_links, expand_user
 from tlcli.locks import runs_on_this_machine
 from tlcli.runs import leaderboard
 from tlcli.runs.loggers import logged_run
@@ -100,10 +99,7 @@ def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
-    if not is_dir(cwd := str(info.get("cwd"))):
-        raise UsageError(f"{path}: was started in {cwd}, which is no folder here; make it, or a link of that name")
-    os.environ["PYTHONSAFEPATH"] = "1"  # processes of launchers import nothing from there
-    os.chdir(cwd)
+    return_to(info.get("cwd"), path)
     flags, typed = parse_flags(shlex.split(command)[2:]), parse_flags(overrides)
     for word in [*typed.flags, *typed.overrides]:
         if word not in flags.overrides:

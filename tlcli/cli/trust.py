@@ -14,7 +14,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from tlcli.errors import UsageError
-from tlcli.files import read_yaml
+from tlcli.files import is_dir, read_yaml
+from tlcli.runs.run_dir import SWEEP_FILE
 
 _PLUGINS = "hydra_plugins.hydra_"
 _SAMPLERS = "TPE Random Grid CmaEs NSGAII NSGAIII QMC GP BruteForce MOTPE PartialFixed"
@@ -58,7 +59,7 @@ def check_folder(folder: Path, folders: Sequence[Path]) -> None:
         seen.add(real)
         below[:] = [name for name in below if name != ".hydra"]  # records of runs: no file may name them
         for file in sorted(Path(place, name) for name in names if name.lower().endswith(".yaml")):
-            if file.name == "multirun.yaml" and (file.parent / "sweep.json").exists():
+            if file.name == "multirun.yaml" and (file.parent / SWEEP_FILE).exists():
                 continue
             try:
                 content = read_yaml(file)
@@ -117,6 +118,17 @@ def check_words(words: Iterable[str], place: Path, folders: Sequence[Path], *, o
             refused.append(word)
     if refused:
         raise UsageError(f"{place}: refused in a file; give on the command line: {shlex.join(refused)}")
+
+
+def return_to(folder: Any, place: Path) -> None:
+    """Change to the folder in which something was started, as a file at `place` says; processes import nothing from it.
+
+    Raise UsageError if it is not there.
+    """
+    if not is_dir(str(folder)):
+        raise UsageError(f"{place}: was started in {folder}, which is no folder here; make it, or a link of that name")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.chdir(folder)
 
 
 def _calls_function(word: str) -> bool:

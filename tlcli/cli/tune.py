@@ -39,7 +39,7 @@ from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.rank import find_candidates
 from tlcli.cli.resume import still_running
 from tlcli.cli.train import discard_folders, make_folder
-from tlcli.cli.trust import check_folder, check_words
+from tlcli.cli.trust import check_folder, check_words, return_to
 from tlcli.cli.view import TerminalReporter
 from tlcli.errors import CANDIDATE_ERRORS, UsageError
 from tlcli.files import check_links, expand_user
@@ -302,10 +302,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
                         raise still_running(file.parent, info)
         if arguments.resume and state["best"] is not None:
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
-        if not Path(state["cwd"]).is_dir():
-            raise UsageError(f"{folder}: was started in {state['cwd']}, which is no folder here; make it first")
-        os.environ["PYTHONSAFEPATH"] = "1"  # other processes import nothing from there
-        os.chdir(state["cwd"])
+        return_to(state["cwd"], folder)
         with fast_imports():
             from tlcli.cli.search import Search
         search = Search(folder, state, start, TerminalReporter(), None, parse_flags(arguments.words).overrides)

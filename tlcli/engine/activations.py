@@ -26,7 +26,7 @@ from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session
 from tlcli.errors import TlcliError
 from tlcli.models.classifier import Classifier, Float32Linear, Head
-from tlcli.ranks import ALONE, Ranks, RowCollector
+from tlcli.ranks import ALONE, Ranks
 from tlcli.reporter import Reporter
 from tlcli.specs import CacheMode, Sampler, TrainSpec
 from tlcli.store import CacheEntry, Store
@@ -99,16 +99,14 @@ class SplitActivations:
         with reporter.track(label, len(self)) as advance:
             images, error = (x for x, _ in self.batches.in_order(view=self.view)), None
             ranks, size = self.batches.ranks, self.batches.batch_size
-            collector = RowCollector(ranks, size)
 
             def rows() -> Iterator[list[memoryview]]:
                 for start in range(0, len(self), size * ranks.size):  # one batch of each rank
                     n = min(size * ranks.size, len(self) - start)
                     own = next(map(extractor, images), ())  # of the last images a rank may have none
                     parts = [part.reshape(len(part), -1).view(torch.uint8) for part in own]
-                    yield [memoryview(collector.collect(part, n).numpy()) for part in parts]  # type: ignore[arg-type]
+                    yield [memoryview(ranks.collect(part, n, size).numpy()) for part in parts]  # type: ignore[arg-type]
                     advance(n)
-                collector.wait()
 
             batches = rows()
             metadata = {**self.metadata, "computed": extractor.reason}
