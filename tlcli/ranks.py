@@ -109,13 +109,15 @@ class Ranks:
                     self._sent.popleft()[0].wait()
         if not self.is_main or len(own) == n:
             return own
-        rows, rank_of = own.new_empty((n, *own.shape[1:])), torch.arange(n) // batch_size % self.size
-        rows[rank_of == 0] = own
-        for rank in range(1, int(rank_of.max()) + 1):
-            part = rows[rank_of == rank]
-            with _exchange():
-                dist.recv(part, rank)
-            rows[rank_of == rank] = part
+        rows = own.new_empty((n, *own.shape[1:]))
+        rows[self.positions(n, batch_size)] = own
+        for rank in range(1, self.size):
+            positions = Ranks(rank, self.size).positions(n, batch_size)
+            if len(positions):
+                part = rows[positions]
+                with _exchange():
+                    dist.recv(part, rank)
+                rows[positions] = part
         return rows
 
     def sum_gradients(self, parameters: Sequence[Tensor], values: Tensor, *, stop: bool) -> tuple[Tensor, bool]:

@@ -215,7 +215,6 @@ def test_the_device_of_an_expected_time_allows_the_fastest_format_alone(workload
 def test_training_on_images_is_not_measured_if_a_run_would_read_activations(workload, monkeypatch) -> None:
     given = workload("image.size=32", "cache.mode=auto", "freeze=head")
     monkeypatch.setattr(costs, "measure_network", None)
-    monkeypatch.setattr(ranking, "measure_network", None)
     seconds, images_per_second, device = ranking.expected_seconds(given, 32, 32)
     assert seconds > 0
     assert images_per_second is not None

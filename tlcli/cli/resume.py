@@ -99,7 +99,7 @@ def _resume_sweep(path: Path, overrides: Sequence[str]) -> int:
             return _nothing_to_resume(run)
         fold = run.path.name.replace("-", "=")  # fold=0, which is not the whole run's
         command = shlex.join(word for word in shlex.split(rerun_command(info)) if word != fold)
-    return_to(info.get("cwd"), path)
+    return_to(str(info.get("cwd")), path)
     flags, typed = parse_flags(shlex.split(command)[2:]), parse_flags(overrides)
     for word in [*typed.flags, *typed.overrides]:
         if word not in flags.overrides:

@@ -120,12 +120,12 @@ def check_words(words: Iterable[str], place: Path, folders: Sequence[Path], *, o
         raise UsageError(f"{place}: refused in a file; give on the command line: {shlex.join(refused)}")
 
 
-def return_to(folder: Any, place: Path) -> None:
-    """Change to the folder in which something was started, as a file at `place` says; processes import nothing from it.
+def return_to(folder: str, place: Path) -> None:
+    """Change to the folder in which the sweep or search at `place` was started. Raise UsageError if it is not there.
 
-    Raise UsageError if it is not there.
+    Processes that are started there import nothing from it.
     """
-    if not is_dir(str(folder)):
+    if not is_dir(folder):
         raise UsageError(f"{place}: was started in {folder}, which is no folder here; make it, or a link of that name")
     os.environ["PYTHONSAFEPATH"] = "1"
     os.chdir(folder)

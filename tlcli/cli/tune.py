@@ -302,7 +302,7 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
                         raise still_running(file.parent, info)
         if arguments.resume and state["best"] is not None:
             raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
-        return_to(state["cwd"], folder)
+        return_to(str(state["cwd"]), folder)
         with fast_imports():
             from tlcli.cli.search import Search
         search = Search(folder, state, start, TerminalReporter(), None, parse_flags(arguments.words).overrides)

@@ -72,7 +72,7 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
             contract, own = apply_freeze(freeze, classifier), structs.replace(spec, freeze=freeze, augment=augment)
             variant = replace(workload, contract=contract, spec=own, needs_probe=needs_probe)
             formats = formats or measure_network(variant)
-            strategies.insert(0, estimate_cost(variant, formats, decode_seconds))
+            strategies.insert(0, estimate_cost(variant, formats, decode_seconds)[0])
             advance(1)
     assert formats is not None
     sizes = {row.name: row.parameters for row in freeze_table(spec.optimizer, classifier)}
@@ -94,10 +94,11 @@ def inspect(spec: TrainSpec, head_augment: AugmentSpec, reporter: Reporter) -> d
 
 def estimate_cost(
     workload: Workload, formats: Formats | None = None, decode_seconds: float = 0.0, *, also_untaken: bool = True
-) -> dict[str, Any]:
-    """Return the expected cost of a workload's strategy, in seconds.
+) -> tuple[dict[str, Any], ComputeFormat]:
+    """Return the expected cost of a workload's strategy, in seconds, and the fastest format of the way that it takes.
 
-    `formats` are those of `measure_network`, which is called without them if a run would not read activations.
+    That is the format of its cached part, or of training on images. `formats` are those of `measure_network`, which is
+    called without them if a run would read images.
 
     `first_pass` is the extraction of all images, decoding included. `cached_epoch` (on activations) and `live_epoch`
     (on images) include validation. `takes` is the way that a run chooses, cached or live, and `total` its seconds with
@@ -119,7 +120,7 @@ def estimate_cost(
     decoding, total, live_epoch = decode_seconds * (n_train + n_val + n_test), None, None
     cached: dict[str, Any] = dict.fromkeys(("at", "row_bytes", "cache_bytes", "first_pass", "cached_epoch"))
     if (also_untaken or reason is None) and isinstance(cut := sized.cut, Cut):
-        prefix_format = measure_extraction(sized, cut)
+        fastest = prefix_format = measure_extraction(sized, cut)
         extractor = sized.extractor(cut, prefix_format)
         n_rows, row_bytes = n_train + n_val + n_test, sum(column.nbytes for column in extractor.columns)
         if workload.augments and workload.views is not None:
@@ -133,8 +134,9 @@ def estimate_cost(
     if also_untaken or reason:
         training, evaluation = formats or measure_network(workload)
         live_epoch, live_run = epoch_and_run(training_speed(workload, training), evaluation.images_per_second)
-        total = live_run + decoding if reason else total
-    return {
+        if reason:
+            total, fastest = live_run + decoding, training
+    cost = {
         "freeze": workload.spec.freeze.label,
         "trainable": count(p for p in workload.classifier.network.parameters() if p.requires_grad),
         **cached,
@@ -143,3 +145,4 @@ def estimate_cost(
         "why_live": reason,
         "total": total,
     }
+    return cost, fastest

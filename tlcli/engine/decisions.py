@@ -115,14 +115,14 @@ def decide(workload: Workload) -> Decisions:
 
 def uncacheable_reason(workload: Workload) -> str | None:
     """Return why training reads images at any cost; None if it could read activations."""
-    spec, is_random = workload.spec, workload.augments and workload.views is None
-    # without activations of training images no cut for their size is needed, and a cut takes seconds
-    cut = (workload if is_random or spec.augment.mixes else workload.for_training).cut
+    spec = workload.spec
+    reads_images = spec.augment.mixes or (workload.augments and workload.views is None)
+    cut = (workload if reads_images else workload.for_training).cut  # of one size: a cut takes most of a second
     if isinstance(cut, NoCut):
         return cut.reason
     if spec.augment.mixes:
         return "augment.mixup and augment.cutmix mix images"
-    if is_random:
+    if reads_images:
         return f"augment={spec.augment.kind} is random in each epoch (cache.views=8 caches 8 views of each image)"
     return None
 

@@ -15,7 +15,7 @@ from tlcli.engine.costs import estimate_cost
 from tlcli.engine.decisions import Decisions
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import features
-from tlcli.engine.numerics import measure_evaluation, measure_extraction, measure_network
+from tlcli.engine.numerics import measure_evaluation
 from tlcli.engine.session import Session
 from tlcli.errors import UsageError
 from tlcli.models.classifier import count, eval_mode
@@ -160,13 +160,8 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     """
     image = structs.replace(workload.spec.image, size=size, train_size=train_size)
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
-    cost = estimate_cost(run, also_untaken=False)
-    if cost["takes"] == "cached" and isinstance(cut := run.for_training.cut, Cut):
-        fastest = measure_extraction(run.for_training, cut)
-        evaluation = measure_evaluation(run, fastest.memory_format)
-    else:
-        fastest, evaluation = measure_network(run)
-    seconds = float(cost["total"])
+    cost, fastest = estimate_cost(run, also_untaken=False)
+    seconds, evaluation = float(cost["total"]), measure_evaluation(run, fastest.memory_format)
     if run.spec.folds is not None and run.spec.fold is None and not isinstance(run.spec.freeze, HeadSpec):
         seconds *= run.spec.folds + 1
     precision = next(name for name, dtype in DTYPES.items() if dtype == fastest.dtype)
