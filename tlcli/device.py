@@ -45,7 +45,7 @@ class Device:
     train_dtype: torch.dtype
     eval_dtype: torch.dtype
     memory_format: torch.memory_format
-    compile: bool
+    compile: bool | None  # None: only to compute activations
     workers: int
     ranks: Ranks = ALONE
 

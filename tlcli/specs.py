@@ -277,7 +277,7 @@ class DeviceSpec(Spec, frozen=True):
     processes: Count
     precision: Precision
     channels_last: bool | None
-    compile: bool
+    compile: bool | None
     workers: CountOrZero | None
     threads: Count | None
     deterministic: bool

@@ -49,7 +49,7 @@ def test_keys_of_yaml() -> None:
         ("tlcli train -m freeze=", {"freeze=none ", "freeze=head ", "freeze=last_stages "}),
         ("tlcli train -m freeze=head,no", {"freeze=head,none ", "freeze=head,norm "}),
         ("tlcli train keep_best=", {"keep_best=accuracy ", "keep_best=macro_f1 ", "keep_best=loss "}),
-        ("tlcli train device.compile=", {"device.compile=true ", "device.compile=false "}),
+        ("tlcli train device.compile=", {"device.compile=true ", "device.compile=false ", "device.compile=null "}),
         ("tlcli train optimizer=sgd optimizer.m", {"optimizer.momentum="}),
         ("tlcli train freeze=last_stages freeze.n=", {"freeze.n=1 "}),
         ("tlcli train --cfg ", {"job ", "hydra ", "all "}),

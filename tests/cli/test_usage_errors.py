@@ -28,7 +28,7 @@ TRAIN = {
     "experiment=cifar10_fast min_epochs=3": "min_epochs=3 has no effect with epochs=2",
     "epochs=": "epochs",
     "optimizer.lr=x": "optimizer.lr=x: expected a number",
-    "device.compile=maybe": "device.compile=maybe: expected true or false",
+    "device.compile=maybe": "device.compile=maybe: expected true or false or null",
     "dataset.classes=3": "dataset.classes=3: expected a list or null",
     "dataset.root=[a]": "expected a text or null",
     "image=3": "image=3: expected keys of its own",

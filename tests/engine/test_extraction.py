@@ -269,10 +269,13 @@ def test_comparing_with_float32_may_take_too_much_memory(make, store, resnet18: 
 def test_compiling_is_worthwhile_for_many_images_by_what_it_took_before(make, store: Store, resnet18: Cut) -> None:
     extractor = make(resnet18)
     is_worthwhile = lambda images: extractor.estimate_seconds(images, 100.0) < images / 100.0  # noqa: E731
-    assert [is_worthwhile(images) for images in (3000, 4000)] == [False, True]
+    assert [is_worthwhile(images) for images in (6000, 8000)] == [False, True]
     for seconds, speed, images, expected in ((500, 200, 6000, False), (1, 101, 6000, False), (1, 300, 300, True)):
         store.add_note(NOTES, extractor._note_key, {"seconds": seconds, "images_per_second": speed})
         assert is_worthwhile(images) == expected
+    extractor.may_compile = False
+    assert not is_worthwhile(10**6)
+    extractor.may_compile = True
     extractor.batch_size //= 2  # which has not been compiled yet
     assert not is_worthwhile(300)
 

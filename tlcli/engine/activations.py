@@ -309,9 +309,11 @@ class Workload:
         """Return the extractor of the prefix of a cut, which all jobs of the process share."""
         name, stored, session = f"{self.spec.backbone.name} {cut.suffix_start}", self.spec.cache.dtype, self.session
         batch_size = option.batch_size or BATCH[self.accelerator.type]
-        key = ("extractor", id(cut), option.description, batch_size, self.preprocessing, stored, compiled)
-        arguments = (name, cut.prefix, self.preprocessing, self.accelerator, option, session.store, stored, compiled)
-        return session.get_or_create(key, lambda: Extractor(*arguments))
+        may_compile = self.spec.device.compile is not False
+        own = (self.preprocessing, stored, may_compile, compiled)
+        key = ("extractor", id(cut), option.description, batch_size, *own)
+        arguments = (name, cut.prefix, self.preprocessing, self.accelerator, option, session.store)
+        return session.get_or_create(key, lambda: Extractor(*arguments, stored, may_compile, compiled))
 
     def cached_split(self, split_name: str, cached: Collection[str], option: ComputeFormat) -> CachedSplit:
         """Return where the rows of a split are if the splits in `cached` are read from activations of this format."""

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import time
 import warnings
 from collections import Counter
@@ -23,9 +24,9 @@ from tlcli.transfer.graph import device_of, full_precision
 # Images per forward pass. On a CPU 32 was as fast as 64 and 128 for ResNet-18, and faster for EfficientNet-Lite0: its
 # maps then stay in the processor's cache.
 BATCH = {"cpu": 32, "mps": 64, "cuda": 256}
-# Cost and gain of torch.compile until measured on this machine: 9 to 12 s at first, 2 to 5 s once inductor has it on
-# disk; twice the speed on a processor with AMX, 1.3 to 1.9 times the speed on one without.
-COMPILE_SECONDS, COMPILE_SPEEDUP = 12.0, 1.5
+# Cost and gain of torch.compile until measured on this machine: 12 to 15 s at first, 3 to 8 s once inductor has it on
+# disk; 1.05 to 1.25 times the speed with torch 2.13 on a processor without AMX, twice the speed on one with it.
+COMPILE_SECONDS, COMPILE_SPEEDUP = 12.0, 1.2
 NOTES = "compiled"  # name of the store's notes on compiling
 FP32_TOLERANCE = 1e-4  # relative difference that rounding makes in float32
 
@@ -44,6 +45,7 @@ class Extractor:
     compute_format: ComputeFormat
     store: Store
     stored: CacheDtype = CacheDtype.auto  # auto: as the prefix computes, so that nothing is lost
+    may_compile: bool = True  # for `estimate_seconds`
     compiled: bool = False  # if set, `prepare` compiles
     reason: str = ""  # how the prefix runs, for people
 
@@ -71,6 +73,8 @@ class Extractor:
 
     def _compiling(self, speed: float) -> tuple[float, float]:
         """Return the seconds that compiling takes and the images per second of the result."""
+        if not self.may_compile:
+            return math.inf, speed
         note = self.store.read_notes(NOTES).get(self._note_key)
         if isinstance(note, dict) and {"seconds", "images_per_second"} <= note.keys():
             return float(note["seconds"]), float(note["images_per_second"])
