@@ -69,6 +69,8 @@ def test_a_file_that_several_models_share_has_its_digest_in_the_first_link(hub: 
 
 
 SCRIPT = f"""
+import os, sys
+sys.addaudithook(lambda event, args: event.startswith("socket.getaddrinfo") and os._exit(3))
 from tests.conftest import *
 from tlcli.models.build import published_weights
 from tlcli.models.backbones import TimmBackboneSpec
@@ -80,14 +82,14 @@ print(len(published_weights(spec, spec.build(3), 3, 224).state))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoilt", [None, -1, 0])  # with its first byte changed the file does not load
-def test_a_run_looks_at_what_timm_has_loaded(tmp_path: Path, spoilt: int | None) -> None:
+def test_weights_in_the_cache_are_checked_and_need_no_network(tmp_path: Path, spoilt: int | None) -> None:
     network = timm.create_model(NAME, pretrained=False)
     content = save(network.state_dict())
     kept = bytearray(content)
     if spoilt is not None:
         kept[spoilt] ^= 1
     keep(tmp_path, bytes(kept), published=content)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     if spoilt is not None:
         assert ended.returncode == 1

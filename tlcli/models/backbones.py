@@ -160,8 +160,9 @@ class TimmBackboneSpec(BackboneSpec, frozen=True, tag="timm"):
 def _timm_network(
     spec: BackboneSpec, name: str, n_classes: int, size: int | None, *, pretrained: bool = False
 ) -> "nn.Module":
-    """Return timm's own network; `pretrained` reads its weights from timm's cache or downloads them."""
+    """Return timm's own network; `pretrained` reads its weights from the hub's cache or downloads them."""
     import timm
+    from huggingface_hub import try_to_load_from_cache
 
     if not timm.is_model(name):
         raise UsageError(f"backbone.name={name}: timm has no such model.{did_you_mean(name, timm.list_models())}")
@@ -173,6 +174,10 @@ def _timm_network(
         raise UsageError(f"backbone.name={name}: timm has no such weights.{did_you_mean(name, tagged)}") from error
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size  # such a model holds a table of positions, one per patch
+    if pretrained and config is not None and config.hf_hub_id and not config.custom_load:
+        kept = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+        if isinstance(kept, str):  # else timm asks the hub for a newer one
+            options["pretrained_cfg_overlay"] = {"file": kept}
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except AssertionError as error:
