@@ -29,7 +29,7 @@ from tlcli.cli import main
 from tlcli.cli.launch import launch, rank_and_size, with_processes
 from tlcli.data.batches import Preprocessing
 from tlcli.data.dataset import Dataset, load_dataset
-from tlcli.device import find_accelerator, setup_process
+from tlcli.device import find_accelerator, limit_threads, setup_process
 from tlcli.engine import session
 from tlcli.engine.activations import load_workload
 from tlcli.engine.decisions import Decisions
@@ -390,6 +390,17 @@ def test_each_process_needs_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch)
     words = r"device\.processes=3: each process needs a device of its own, and cuda has 2"
     with pytest.raises(UsageError, match=words):
         find_accelerator(Accelerator.auto, 3)
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, 2), ("4", 4)])
+def test_the_cores_are_divided_unless_the_threads_of_a_process_are_given(given, threads, spec, monkeypatch) -> None:
+    monkeypatch.setattr("tlcli.device.PROCESS_THREADS", 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with limit_threads(None):
+        setup_process(spec("device=cpu").device, processes=2)
+        assert torch.get_num_threads() == threads
 
 
 def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], tiny: tuple[str, ...], spec: Compose) -> None:

@@ -88,7 +88,8 @@ def limit_threads(n: int | None) -> Iterator[None]:
 def setup_process(spec: DeviceSpec, threads: int | None = None, processes: int = 1) -> torch.device:
     """Set this process's threads (of a resumed run: `threads`), determinism and allocator. Return the accelerator."""
     accelerator = find_accelerator(spec.kind, processes)
-    torch.set_num_threads(threads or spec.threads or max(1, PROCESS_THREADS // processes))
+    own = PROCESS_THREADS if "OMP_NUM_THREADS" in os.environ else PROCESS_THREADS // processes  # that is per process
+    torch.set_num_threads(threads or spec.threads or max(1, own))
     torch.use_deterministic_algorithms(spec.deterministic)
     torch.backends.cudnn.benchmark = not spec.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # always, because cuBLAS reads it once per process

@@ -88,6 +88,13 @@ def test_help_and_completion(tlcli: Tlcli, tmp_path: Path) -> None:
     assert candidates("tlcli eval x ep") == [], "a key of train that eval does not take"
 
 
+def test_images_of_a_run_without_flips_are_not_mirrored(run: Path, tlcli: Tlcli, asked: list[Any]) -> None:
+    (run / "config.yaml").write_text("dataset: {kind: imagefolder, name: imagefolder, root: signs, flip: 0}\n")
+    ended = tlcli("eval", str(run), "dataset=imagefolder", "dataset.root=new", "tta=flip")
+    assert ended.code == 2 and f"tta=flip: {run} was trained with dataset.flip=0" in ended.err
+    assert asked == []
+
+
 def test_a_run_of_several_processes_is_evaluated_in_one(run: Path, tlcli: Tlcli, asked: list[Any]) -> None:
     (run / "config.yaml").write_text("seed: 3\ndevice: {kind: auto, processes: 2}\n")
     assert tlcli("eval", str(run), "cache.mode=off").code == 0

@@ -77,6 +77,7 @@ def test_json_and_table_of_a_run(shapes: Path, tlcli, tmp_path: Path, monkeypatc
     assert (found["backbone"], found["size"], found["epochs"]) == ("resnet18", 40, 9)
     assert found["strategies"][0]["cache_bytes"] == 1_018_880
     assert tlcli("inspect", str(run)).out.startswith("backbone   resnet18, ")
+    assert "--config-dir has no effect on a run" in tlcli("inspect", str(run), f"--config-dir={tmp_path}").err
 
 
 def _echo(spec, linear) -> dict[str, Any]:  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ import pytest
 
 import tlcli as package
 from tests.cli.conftest import Ended, finished, runs_in
+from tlcli.cli.completion import candidates
 from tlcli.errors import NonFiniteLossError, TlcliError, UsageError
 from tlcli.runs.run_dir import read_json
 
@@ -39,9 +40,10 @@ def test_done(tlcli, training, tmp_path: Path) -> None:
 
 
 RUN, SWEEP = ("hydra.run.dir=mine",), ("-m", "seed=1,2", "hydra.sweep.dir=mine")
+OLD, FOLDS = ("hydra.run.dir=mine/best",), ("folds=3", *RUN)
 
 
-@pytest.mark.parametrize(("first", "argv"), [(RUN, RUN), (SWEEP, SWEEP), (("hydra.run.dir=mine/old",), SWEEP)])
+@pytest.mark.parametrize(("first", "argv"), [(RUN, RUN), (SWEEP, SWEEP), (OLD, SWEEP), (OLD, FOLDS)])
 def test_a_named_directory_is_not_overwritten(first, argv, tlcli, training, tmp_path: Path) -> None:
     training(finished)
     assert tlcli("train", *first).code == 0
@@ -161,7 +163,8 @@ def test_other_ranks_follow_the_first_one_if_there_is_a_run(tlcli, monkeypatch: 
     assert [tlcli("train", *argv) for argv in argvs] == [Ended(code, "", "") for code in (0, 7, 7)]
 
 
-def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:
+def test_options_of_the_user(tlcli, training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "mine" / "optimizer" / "slow.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("# Slow\ndefaults:\n  - sgd\n  - _self_\nlr: 1e-5\n", encoding="utf-8")
@@ -169,5 +172,16 @@ def test_options_of_the_user(tlcli, training, tmp_path: Path) -> None:
     training(lambda spec, run, reporter: specs.append(spec))
     assert tlcli("train", "optimizer=slow", "--config-dir=mine").code == 0
     assert specs[0].optimizer.lr == 1e-5 and specs[0].optimizer.kind == "sgd"
-    help_text = tlcli("train", "--help", "--config-dir", "mine").out
-    assert "slow" in help_text and "Slow" in help_text
+    for place in ("mine", "~/mine"):
+        help_text = tlcli("train", "--help", "--config-dir", place).out
+        assert "slow" in help_text and "Slow" in help_text
+    assert candidates("tlcli train --config-dir ~/mine optimizer=sl") == ["optimizer=slow "]
+
+
+def test_a_config_file_may_name_the_home_directory(tlcli, training, tmp_path: Path, monkeypatch) -> None:
+    training(finished)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/x.yaml").write_text("# @package _global_\nout: ~/runs\n", encoding="utf-8")
+    assert tlcli("train", "experiment=x", "--config-dir=mine").code == 0
+    assert len(list((tmp_path / "home/runs").rglob("run.json"))) == 1 and not (tmp_path / "~").exists()

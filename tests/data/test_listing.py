@@ -39,11 +39,11 @@ def test_a_class_may_be_called_train(make_folder: MakeFolder) -> None:
     assert folder_spec(make_folder({"train": 1, "bus": 1})).list_files().classes == ("bus", "train")
 
 
-@pytest.mark.parametrize(("has_run", "classes"), [(True, ("a", "b")), (False, ("a", "b", "outputs"))])
-def test_a_folder_of_runs_is_no_class(make_folder: MakeFolder, has_run: bool, classes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", ["run", "tune", "other"])
+def test_a_folder_of_runs_is_no_class(make_folder: MakeFolder, name: str) -> None:
     root = make_folder({"a": 1, "b": 1, "outputs/2024-01-02/10-00-00/plots": 1})
-    (root / f"outputs/2024-01-02/10-00-00/{'run' if has_run else 'other'}.json").write_text("{}")
-    assert folder_spec(root).list_files().classes == classes
+    (root / f"outputs/2024-01-02/10-00-00/{name}.json").write_text("{}")
+    assert folder_spec(root).list_files().classes == ("a", "b", *(["outputs"] if name == "other" else []))
 
 
 def test_classes_may_have_the_same_subfolders(make_folder: MakeFolder) -> None:

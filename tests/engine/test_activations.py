@@ -24,6 +24,7 @@ from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import ActivationLoader, ImageLoader
 from tlcli.engine.session import Session
 from tlcli.engine.unknown import UnknownScore, fit_unknown_score
+from tlcli.errors import TlcliError
 from tlcli.reporter import Reporter
 from tlcli.specs import Fit
 from tlcli.store import CacheEntry, Column, Store, cache_dir
@@ -47,7 +48,7 @@ class Planner:
         words = (f"dataset.root='{root or self.root}'", *self.network, "image.size=32", "freeze=head")
         words += ("freeze.head_init=random", "device.precision=fp32", "device.channels_last=true")
         spec = self.spec("dataset=imagefolder", *words, *overrides)
-        data = self.session.dataset(spec.dataset, spec.seed, Reporter())
+        data = self.session.dataset(spec.dataset, spec.seed, Reporter(), spec.folds, spec.fold)
         model = self.session.model(spec.backbone, data.classes, size=image_size(spec), seed=spec.seed)
         return Workload(data, model, apply_freeze(spec.freeze, model), spec, CPU, self.session)
 
@@ -162,6 +163,27 @@ def test_a_run_that_lost_its_views_reads_what_it_reads_when_resumed(planner: Pla
         inputs.open(name, Reporter())
     resumed = Inputs(follow(inputs.decisions, workload, Reporter(), NAMES), workload)
     assert resumed.cache_info["entries"] == inputs.cache_info["entries"]
+
+
+@pytest.mark.parametrize(("min_steps", "views"), [(24, None), (40, 8)])
+def test_folds_read_as_many_views_as_their_refit(planner: Planner, min_steps: int, views: int | None) -> None:
+    """Also if a fold, which has fewer images, has more epochs: 8 instead of 5, or 14 instead of 8."""
+    words = ("augment=basic", "epochs=null", "min_epochs=1", f"min_steps={min_steps}", "batch_size=4", "folds=3")
+    refit, fold = planner.workload(*words), planner.workload(*words, "fold=0")
+    assert (refit.views, fold.views) == (views, views)
+
+
+def test_images_that_cannot_be_read_are_not_a_cache_that_cannot_be_written(planner: Planner, monkeypatch) -> None:
+    workload = planner.workload(*VIEWS, "seed=7")
+    inputs = Inputs(decide(workload), workload)
+
+    def fail(self: ImageBatches, view: int | None) -> Iterator[Any]:
+        raise OSError(errno.EMFILE, "Too many open files")
+        yield
+
+    monkeypatch.setattr(ImageBatches, "in_order", fail)
+    with pytest.raises(TlcliError, match="images cannot be read: Too many open files"):
+        inputs.open("train", Reporter())
 
 
 def test_the_unknown_score_is_fitted_to_images_if_activations_cannot_be_written(planner: Planner, monkeypatch) -> None:

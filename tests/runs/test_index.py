@@ -83,6 +83,11 @@ def test_values_of_other_types_do_no_harm(value: Any, tmp_path: Path) -> None:
     assert one(tmp_path)["test"] is None
 
 
+def test_the_time_of_a_run_is_with_its_folds(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", seconds={"total": 30.0}, cross_validation={"seconds": 60.0})
+    assert one(tmp_path)["minutes"] == 1.5
+
+
 def test_a_process_that_is_gone_died(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -182,7 +182,9 @@ def test_tensorboard_reads_what_was_written(train) -> None:
     log({"val/loss": 5.0}, 3, None)
     events.Reload()
     assert [event.step for event in events.Scalars("val/loss")] == [1, 2, 3]
-    RunDir(run).metrics_file.write_text(json.dumps(RunDir(run).metrics()[0]) + "\n")  # cut after the first epoch
+    first = RunDir(run).metrics()[0]  # cut within the second epoch
+    running = {**first, "split": "running", "epoch": 2}
+    RunDir(run).metrics_file.write_text(f"{json.dumps(first)}\n{json.dumps(running)}\n")
     log = TensorboardSpec().start(run, {}, {})
     log({"val/loss": 5.0}, 2, None)
     events.Reload()

@@ -9,6 +9,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from tlcli.files import expand_user
+
 _LINE = re.compile(
     r"""( *)([\w.-]+):"""
     r"""(?: +("[^"]*"|'[^']*'|\[.*?\]|\{.*?\}|[^\s#\[{"'|>]\S*(?: +[^\s#]\S*)*))?"""  # a value on the same line
@@ -93,7 +95,7 @@ def files_for(words: Sequence[str]) -> ConfFiles:
     """Return the YAML files that a command line makes available, with the folder that --config-dir names."""
     for word, value in zip(words, [*words[1:], ""], strict=False):
         flag, equals, attached = word.partition("=")
-        if flag in ("--config-dir", "-cd") and (folder := Path(attached if equals else value)).is_dir():
+        if flag in ("--config-dir", "-cd") and (folder := expand_user(attached if equals else value)).is_dir():
             return ConfFiles(folder)
     return ConfFiles()
 

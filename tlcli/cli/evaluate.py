@@ -22,7 +22,7 @@ from tlcli.files import is_dir
 from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
 from tlcli.runs.run_dir import CHECKPOINTS, confusion_matrix, open_run
-from tlcli.specs import EVALUATION_KEYS, DatasetSpec
+from tlcli.specs import EVALUATION_KEYS, DatasetSpec, Tta
 from tlcli.text import did_you_mean, shown_path, strip_control_chars
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def run(argv: list[str]) -> int:
     spec = load_spec(run_dir, overrides) if overrides else trained
     if spec.device.processes != trained.device.processes:
         require_one_process(spec)
+    if spec.tta is Tta.flip and trained.dataset.flip == 0:
+        raise UsageError(f"tta=flip: {run_dir.path} was trained with dataset.flip=0, for which mirror images differ")
     spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import evaluate_run

@@ -54,7 +54,7 @@ def error_message(exc: BaseException, files: ConfFiles) -> str | None:
             if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
                 name, _, values = found[1].partition("=")
                 ways = f"write a list, {name}=[{values}], or a text, '{name}=\"{values}\"'"
-                return f"{found[1]} has several values: add -m to sweep over them, or {ways}"
+                return f"{found[1]} has several values: `tlcli train -m` sweeps over them; else {ways}"
             if found := re.match(r"Multiple values for ([^.]+)\.", text):
                 return f"{found[1]} has an option: write {found[1]}=..., or `- override /{found[1]}: ...` in a file"
             if found := re.match(r"Could not override '([^']+)'", text):

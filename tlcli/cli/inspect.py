@@ -89,6 +89,8 @@ def specs(words: Sequence[str], config_dir: Sequence[str] = ()) -> "tuple[TrainS
     if name is not None and run.path.is_dir() and (name not in options or run.info_file.is_file()):
         if not run.config_file.is_file():
             raise UsageError(f"{name}: not a run directory: config.yaml not found")
+        if config_dir:
+            raise UsageError("--config-dir has no effect on a run, whose config is complete: leave it out")
         spec = load_spec(run, overrides)
         if spec.backbone.weights not in ("default", "none"):  # the file is not needed, and may be gone
             spec = structs.replace(spec, backbone=structs.replace(spec.backbone, weights="default"))

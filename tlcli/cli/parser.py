@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError with argparse's message and the nearest flag."""
         words = message.removeprefix("argument ")
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            word = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
             known = [flag for action in self._actions for flag in action.option_strings]
             kind = "flag" if word.startswith("-") else "argument"
             words = f"unknown {kind} {word!r}.{did_you_mean(word, known) or f' `{self.prog} --help` lists the flags.'}"

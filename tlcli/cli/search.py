@@ -31,7 +31,7 @@ from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
 from tlcli.runs import leaderboard
-from tlcli.runs.run_dir import JOURNAL_FILE, REFIT, STATE_FILE, RunDir, mapping, read_json, write_json
+from tlcli.runs.run_dir import JOURNAL_FILE, REFIT, STATE_FILE, RunDir, read_json, total_seconds, write_json
 from tlcli.specs import TrainSpec, Tta
 from tlcli.text import duration_text, shown_path
 
@@ -206,7 +206,7 @@ class Search:
                 with suppress(OSError, ValueError):  # it may have none, or a damaged one
                     info = read_json(self._job_of(str(number)).info_file)
                 if info.get("status") == "done":
-                    self._study.tell(number, info["best"][self.metric], "done", seconds=_seconds_of(info))
+                    self._study.tell(number, info["best"][self.metric], "done", seconds=total_seconds(info) or 0.0)
                 elif self._study.tell(number, None, "lost", error=LOST) == "lost":
                     self._end_lost_job(str(number))
         self._n_running = len(self._study.running())  # before those that have ended: none is in neither
@@ -388,7 +388,7 @@ class Search:
         try:
             info = self._train(name, recipe, words, reporter).info
             value = float(info["best"][self.metric])
-            total = _seconds_of(info)
+            total = total_seconds(info) or 0.0
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
             # unless it is lost itself: while this worker was suspended
@@ -482,9 +482,3 @@ class Search:
             ("took", f"{duration_text(self._state['seconds'])} of {duration_text(self._state['budget'])}"),
             ("best", f"{shown_path(place)}: {made}{', trained on all images' if refit else ''}"),
         )
-
-
-def _seconds_of(info: Mapping[str, Any]) -> float:
-    """Return the seconds of a run that is done, with its folds and with those before an interruption."""
-    own, folds = mapping(info.get("seconds")), mapping(info.get("cross_validation"))
-    return float(own.get("total", 0.0) + folds.get("seconds", 0.0))

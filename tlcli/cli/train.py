@@ -18,6 +18,7 @@ from tlcli.cli.job import Command, check_spec, finish_sweep, first_line
 from tlcli.cli.launch import follow_main, launch, rank_and_size, with_processes
 from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import JOURNAL_FILE, LEADERBOARD_FILE, STATE_FILE, SWEEP_FILES, RunDir
 
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
                 raise UsageError(f"{other} has no effect on {'a sweep' if is_sweep else 'a single run'}: give {key}")
             if not (place := str(OmegaConf.select(config, key))):
                 raise UsageError(f"{key} is empty: name a folder")
-            path = Path(place).absolute()
+            path = expand_user(place).absolute()
             if config.hydra.job.chdir and not is_sweep:
                 resolve_paths(config, Path.cwd())
         if is_sweep and size > 1:
@@ -63,8 +64,8 @@ def run(argv: list[str]) -> int:
             check_spec(spec)
             if spec.device.processes > size:
                 return launch(spec.device.processes, argv)
-        is_named = key in flags.keys
-        path, made = make_folder(path, key if is_named else None)
+        is_named, has_folds = key in flags.keys, spec is not None and spec.folds is not None and spec.fold is None
+        path, made = make_folder(path, key if is_named else None, has_jobs=is_sweep or has_folds)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
             if spec:
@@ -76,7 +77,7 @@ def run(argv: list[str]) -> int:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             is_slurm = is_sweep and config.hydra.launcher._target_.endswith(".SlurmLauncher")
             is_queued = is_slurm and isinstance(exc, KeyboardInterrupt)
-            found = path.glob(sign) if spec and spec.folds is None else path.rglob(sign)  # other runs may be below it
+            found = path.rglob(sign) if is_sweep or has_folds else path.glob(sign)  # other runs may be below it
             if not any(found) and not is_queued:
                 if is_named:  # these did not exist, and would be in the way of the next try
                     run, of_sweep = RunDir(path), (path / name for name in (LEADERBOARD_FILE, *SWEEP_FILES))
@@ -92,10 +93,11 @@ def run(argv: list[str]) -> int:
     return finish_sweep(path) if is_sweep else 0
 
 
-def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
+def make_folder(path: Path, key: str | None = None, *, has_jobs: bool = False) -> tuple[Path, list[Path]]:
     """Create the directory of one run or sweep. Return it and the folders that were created, outermost first.
 
-    If the user named it with `key`, it may exist, but without files of a run; otherwise a taken name gets -2, -3, ....
+    If the user named it with `key`, it may exist, but without files of a run, and if it will have jobs, without runs in
+    its folders; otherwise a taken name gets -2, -3, ....
     """
     run = RunDir(path)
     files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
@@ -103,9 +105,10 @@ def make_folder(path: Path, key: str | None = None) -> tuple[Path, list[Path]]:
     names = (".hydra", *SWEEP_FILES, STATE_FILE, JOURNAL_FILE, LEADERBOARD_FILE)
     files += [run.best_checkpoint.parent, *(path / name for name in names)]
     try:
-        below = path.rglob("run.json") if key == "hydra.sweep.dir" else ()  # they would be jobs of the sweep
+        below = path.rglob("run.json") if has_jobs else ()  # they would be taken for its jobs
         if key and (existing := next(chain((file for file in files if file.exists()), below), None)):
-            raise UsageError(f"{key}={path}: {existing.name} already exists there; choose an empty directory")
+            name = existing.relative_to(path)
+            raise UsageError(f"{key}={path}: {name} already exists there; choose an empty directory")
         made = [parent for parent in reversed(path.parents) if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         n, numbered = 1, path

@@ -228,8 +228,8 @@ def _new_search(arguments: argparse.Namespace, start: float) -> tuple["Search", 
         chosen = _choose_backbone(words, default, start + budget, session, reporter)
         choice, speed = chosen or (choice, speed)
     key = "hydra.sweep.dir"
-    folder = Path(str(OmegaConf.select(config, key))).absolute()
-    folder, made = make_folder(folder, key if key in flags.keys else None)
+    folder = expand_user(str(OmegaConf.select(config, key))).absolute()
+    folder, made = make_folder(folder, key if key in flags.keys else None, has_jobs=True)
     state = {
         "tlcli": __version__,
         "command": shlex.join(["tlcli", "tune", *arguments.config_dir, *arguments.words]),

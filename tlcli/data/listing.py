@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tlcli.errors import UsageError
@@ -212,8 +213,8 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
     """Return the images of each class folder, as paths relative to root, and count the other files."""
     errors, links, classes = list[OSError](), list[str](), dict[str, Names]()
     for path in _subfolders(folder):
-        if path.name == "outputs" and any(path.rglob("run.json")):  # runs that were started in the folder of images
-            continue
+        if path.name == "outputs" and any(chain(path.rglob("run.json"), path.rglob("tune.json"))):
+            continue  # runs, or a search, that were started in the folder of images
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")

@@ -103,7 +103,10 @@ class SplitActivations:
             def rows() -> Iterator[list[memoryview]]:
                 for start in range(0, len(self), size * ranks.size):  # one batch of each rank
                     n = min(size * ranks.size, len(self) - start)
-                    own = next(map(extractor, images), ())  # of the last images a rank may have none
+                    try:
+                        own = next(map(extractor, images), ())  # of the last images a rank may have none
+                    except OSError as exc:  # as a process that decodes cannot be started; the cache can be written
+                        raise TlcliError(f"images cannot be read: {exc.strerror or exc}") from exc
                     parts = [part.reshape(len(part), -1).view(torch.uint8) for part in own]
                     yield [memoryview(ranks.collect(part, n, size).numpy()) for part in parts]  # type: ignore[arg-type]
                     advance(n)
@@ -189,8 +192,10 @@ class Workload:
             return given or None
         augmentation = spec.augment.build(self.preprocessing)
         only_crops = augmentation is not None and augmentation.transforms is None and not spec.augment.mixes
-        n_reads = self.epochs_per_fit * (self.fits + self.has_first_fit)
-        if not only_crops or len(self.data.train) > MAX_FIRST_FIT or n_reads < VIEWS:
+        # folds are to train as their refit does
+        n = len(self.data.train) + (len(self.data.val) if spec.folds else 0)
+        n_reads = number_of_epochs(spec, n) * (self.fits + self.has_first_fit)
+        if not only_crops or n > MAX_FIRST_FIT or n_reads < VIEWS:
             return None
         return VIEWS if isinstance(self.for_training.cut, Cut) else None
 

@@ -23,6 +23,7 @@ from tlcli.runs.run_dir import (
     pair,
     strings,
     text,
+    total_seconds,
 )
 from tlcli.text import natural_order
 
@@ -126,7 +127,7 @@ def read_entry(path: Path) -> Entry:
     dataset = text(info.get("dataset")) or settings.get("dataset.name")
     place = settings.get("dataset.file") or settings.get("dataset.root") or ""
     started, ended = _time(info.get("started")), _time(info.get("ended"))
-    seconds = number(mapping(info.get("seconds")).get("total"))
+    seconds = total_seconds(info)
     if status == "running" or seconds is None:
         until = datetime.now(UTC) if status == "running" else ended
         seconds = (until - started).total_seconds() if started and until else None

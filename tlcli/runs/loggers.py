@@ -44,7 +44,8 @@ class TensorboardSpec(TrackerSpec, frozen=True, tag="tensorboard"):
     def start(self, run: Path, config: Values, info: Values) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
-        steps = [row["epoch"] for row in RunDir(run).metrics()]  # after a resume later ones are repeated
+        # after a resume later ones are repeated
+        steps = [row["epoch"] for row in RunDir(run).metrics() if row.get("split") != "running"]
         writer: Any = SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=max(steps, default=-1) + 1)
         for title, values in (("config", config), ("facts", info)):
             lines = [f"    {key}: {value}" for key, value in values.items()]  # four blanks: code in Markdown
@@ -77,7 +78,7 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        client: Any = MlflowClient(self.uri)
+        client: Any = MlflowClient(self.uri.replace("sqlite:///~/", f"sqlite:///{Path.home()}/", 1))
         known = client.get_experiment_by_name(self.experiment)
         experiment = known.experiment_id if known else client.create_experiment(self.experiment)
         tags = {key: str(value) for key, value in info.items()}

@@ -40,6 +40,7 @@ from tlcli.runs.run_dir import (
     read_predictions,
     rerun_command,
     text,
+    total_seconds,
 )
 from tlcli.specs import options
 from tlcli.text import duration_text
@@ -82,6 +83,7 @@ def run_view(run: RunDir, images: ImageReaders, images_reason: str | None = None
         "folds": None,
         # the lowest F1 first; classes without test images come last
         "class_rows": sorted(rows, key=lambda row: (not row["support"], row["f1"] is None, row["f1"])),
+        "seconds": total_seconds(info),
         "phases": {phase: value for phase, value in seconds if value is not None},
         "command": rerun_command(info),
         "left_out": integer(mapping(info.get("first_fit")).get("n_val")),

@@ -418,6 +418,13 @@ def text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def total_seconds(info: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a run, with its folds and with those before an interruption; None if it has no result."""
+    own = number(mapping(info.get("seconds")).get("total"))
+    folds = number(mapping(info.get("cross_validation")).get("seconds"))
+    return None if own is None else own + (folds or 0.0)
+
+
 def strings(value: object) -> tuple[str, ...]:
     """Return the items of a list in a file as strings; none if it is not a list."""
     return tuple(map(str, value)) if isinstance(value, list) else ()
