@@ -146,9 +146,8 @@ def write_timm(job: ExportJob, path: Path) -> Model:
         network: Any = timm.create_model(architecture, num_classes=len(run.classes), **arguments)
         network.load_state_dict(run.model.state_dict())
     except RuntimeError as exc:  # for an unknown name and for tensors that do not fit
-        graphs = ", ".join(f.name for f in FORMATS.values() if f.has_graph)
         network_name = f"{kind}'s {run.classifier.name}"
-        raise UsageError(f"timm has no network with the tensors of {network_name}: use --to {graphs}") from exc
+        raise UsageError(f"timm has no network with the tensors of {network_name}: use --to {GRAPHS}") from exc
     config = {
         "architecture": architecture,
         "num_classes": len(run.classes),
@@ -193,6 +192,9 @@ def _model_card(run: "LoadedRun", architecture: str) -> str:
         is_calibrated=bool(run.info.get("calibration")) and run.is_kept,
     )
     return card
+
+
+GRAPHS = ", ".join(form.name for form in FORMATS.values() if form.has_graph)
 
 
 def check_format(name: str) -> str:

@@ -328,6 +328,11 @@ class TrainSpec(Spec, frozen=True):
     out: NonEmpty
 
     @property
+    def own_folds(self) -> int:
+        """The folds that the run trains before its refit on all images; 0 for none, and for a fold itself."""
+        return 0 if self.folds is None or self.fold is not None else self.folds
+
+    @property
     def no_average(self) -> str | None:
         """The first setting with which weights of several fits cannot be averaged."""
         reasons = {

@@ -187,9 +187,9 @@ def _predict_left_out(
     Folds or first fit decide on the share of the weights. There are no predictions yet if val validates each epoch.
     """
     spec, data, part = inputs.workload.spec, inputs.workload.data, inputs.workload.first_fit
-    if spec.folds is not None and spec.fold is None:
+    if spec.own_folds:
         choose = partial(choose_share, inputs=inputs, reporter=reporter)
-        return data.train, *cross_validate(run, spec.folds, data, choose)
+        return data.train, *cross_validate(run, spec.own_folds, data, choose)
     if part is None:
         return data.val, None, None
     is_main = inputs.device.ranks.is_main

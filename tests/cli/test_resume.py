@@ -48,6 +48,7 @@ def test_a_relative_path_typed_to_resume_is_that_of_the_folder_it_is_typed_in(
         ("mlruns", "/start/mlruns"),
         ("sqlite:///out/mlflow.db", "sqlite:////start/out/mlflow.db"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("sqlite:///~/mlflow.db", "sqlite:///~/mlflow.db"),
         ("https://host:5000", "https://host:5000"),
         ("databricks", "databricks"),
     ],

@@ -193,9 +193,12 @@ def test_tensorboard_reads_what_was_written(train) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_mlflow_reads_what_was_written(train, tmp_path: Path) -> None:
+def test_mlflow_reads_what_was_written(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     plain, run = train("none"), train("mlflow", "logger.experiment=mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    MlflowSpec(uri="sqlite:///~/own.db", experiment="mine").start(run, {}, {"name": "a"})
+    assert (tmp_path / "own.db").exists()
     assert metrics_of(run) == metrics_of(plain)  # a logger changes nothing
     from mlflow import MlflowClient
 

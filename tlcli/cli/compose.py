@@ -103,9 +103,11 @@ def resolve_paths(values: Any, folder: Path) -> None:
         group, _, name = key.partition(".")
         node = values.get(group)
         text = node.get(name) if isinstance(node, dict | DictConfig) else None
-        if not isinstance(text, str) or text.startswith(("~", "${")):
+        if not isinstance(text, str):
             continue
         scheme, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
+        if path.startswith(("~", "${")):
+            continue
         is_path = scheme or key != "logger.uri" or not re.match(r"[A-Za-z][\w+.-]+:|databricks", text)
         is_word = key == "backbone.weights" and path in ("default", "none")
         if path and not is_word and "://" not in path and is_path:

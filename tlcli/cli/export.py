@@ -16,6 +16,7 @@ from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import TlcliError, UsageError
 from tlcli.export import (
     FORMATS,
+    GRAPHS,
     PAD_NOTE,
     check_format,
     check_not_existing,
@@ -29,9 +30,6 @@ from tlcli.interrupts import handle_signals
 from tlcli.runs.run_dir import CHECKPOINTS, open_run
 from tlcli.specs import Fit
 from tlcli.text import size_text
-
-GRAPHS = ", ".join(chosen.name for chosen in FORMATS.values() if chosen.has_graph)
-
 
 PARSER = Parser("export", __doc__)
 PARSER.epilog = (

@@ -165,8 +165,8 @@ class Command:
                     raise UsageError(f"device.processes={spec.device.processes}: a job of a sweep has one process")
                 check_logger(spec.logger)
                 check_weights(spec.backbone.weights)
-            if spec.folds is not None and spec.fold is None:
-                for fold in range(spec.folds):
+            if spec.own_folds:
+                for fold in range(spec.own_folds):
                     leaderboard.write(run.path.parent)  # it has the refit, which has started
                     part, own = RunDir(run.path.with_name(FOLD.format(fold))), config.copy()
                     own.fold, earlier = fold, _earlier_value(part)

@@ -141,7 +141,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     run = open_run(path)
     info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
-    if spec.folds is not None and spec.fold is None:
+    if spec.own_folds:
         raise UsageError(f"{path}: trains on the images of all folds, after them: --resume {path.parent}")
     is_done, epochs = info.get("status") == "done", integer(info.get("epochs"))
     fits = integer(info.get("fits")) or 1

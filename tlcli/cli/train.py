@@ -64,8 +64,8 @@ def run(argv: list[str]) -> int:
             check_spec(spec)
             if spec.device.processes > size:
                 return launch(spec.device.processes, argv)
-        is_named, has_folds = key in flags.keys, spec is not None and spec.folds is not None and spec.fold is None
-        path, made = make_folder(path, key if is_named else None, has_jobs=is_sweep or has_folds)
+        is_named, has_jobs = key in flags.keys, spec is None or spec.own_folds > 0
+        path, made = make_folder(path, key if is_named else None, has_jobs=has_jobs)
         command = Command(shlex.join(["tlcli", "train", *argv]), flags.files, path if is_sweep else None, spec=spec)
         try:
             if spec:
@@ -77,7 +77,7 @@ def run(argv: list[str]) -> int:
             sign = "run.json" if is_sweep or not isinstance(exc, UsageError) else "metrics.jsonl"
             is_slurm = is_sweep and config.hydra.launcher._target_.endswith(".SlurmLauncher")
             is_queued = is_slurm and isinstance(exc, KeyboardInterrupt)
-            found = path.rglob(sign) if is_sweep or has_folds else path.glob(sign)  # other runs may be below it
+            found = path.rglob(sign) if has_jobs else path.glob(sign)  # other runs may be below it
             if not any(found) and not is_queued:
                 if is_named:  # these did not exist, and would be in the way of the next try
                     run, of_sweep = RunDir(path), (path / name for name in (LEADERBOARD_FILE, *SWEEP_FILES))

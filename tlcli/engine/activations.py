@@ -105,7 +105,7 @@ class SplitActivations:
                     n = min(size * ranks.size, len(self) - start)
                     try:
                         own = next(map(extractor, images), ())  # of the last images a rank may have none
-                    except OSError as exc:  # as a process that decodes cannot be started; the cache can be written
+                    except OSError as exc:  # not of the cache, without which a run could go on
                         raise TlcliError(f"images cannot be read: {exc.strerror or exc}") from exc
                     parts = [part.reshape(len(part), -1).view(torch.uint8) for part in own]
                     yield [memoryview(ranks.collect(part, n, size).numpy()) for part in parts]  # type: ignore[arg-type]

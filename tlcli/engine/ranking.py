@@ -162,8 +162,8 @@ def expected_seconds(workload: Workload, size: int, train_size: int) -> tuple[fl
     run = replace(workload, spec=structs.replace(workload.spec, image=image))
     cost, fastest = estimate_cost(run, also_untaken=False)
     seconds, evaluation = float(cost["total"]), measure_evaluation(run, fastest.memory_format)
-    if run.spec.folds is not None and run.spec.fold is None and not isinstance(run.spec.freeze, HeadSpec):
-        seconds *= run.spec.folds + 1
+    if not isinstance(run.spec.freeze, HeadSpec):
+        seconds *= run.spec.own_folds + 1
     precision = next(name for name, dtype in DTYPES.items() if dtype == fastest.dtype)
     channels_last = fastest.memory_format == torch.channels_last
     device = structs.replace(run.spec.device, precision=precision, channels_last=channels_last)

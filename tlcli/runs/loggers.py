@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tlcli import __version__
 from tlcli.errors import UsageError
+from tlcli.files import expand_user
 from tlcli.reporter import EpochRow, Reporter, RunPlan
 from tlcli.runs.run_dir import RunDir
 from tlcli.specs import LoggerSpec, TrainSpec, option
@@ -78,7 +79,8 @@ class MlflowSpec(TrackerSpec, frozen=True, tag="mlflow"):
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        client: Any = MlflowClient(self.uri.replace("sqlite:///~/", f"sqlite:///{Path.home()}/", 1))
+        uri = f"sqlite:///{expand_user(self.uri[10:])}" if self.uri.startswith("sqlite:///~") else self.uri
+        client: Any = MlflowClient(uri)
         known = client.get_experiment_by_name(self.experiment)
         experiment = known.experiment_id if known else client.create_experiment(self.experiment)
         tags = {key: str(value) for key, value in info.items()}
