@@ -19,10 +19,9 @@ from tlcli.engine.decisions import recorded_decisions
 from tlcli.engine.extraction import BATCH, Extractor
 from tlcli.engine.loaders import from_stored
 from tlcli.engine.metrics import calibrated, energy, without_positions
-from tlcli.errors import UsageError
 from tlcli.reporter import Reporter
 from tlcli.runs.load import LoadedRun, pixels_of
-from tlcli.runs.run_dir import RunDir, mapping
+from tlcli.runs.run_dir import RunDir
 from tlcli.specs import Precision, Tta
 from tlcli.store import Store
 from tlcli.transfer.cut import Cut, split_frozen
@@ -118,8 +117,8 @@ class Predictor(ImageMapper):
     ) -> None:
         self._run = run
         self._mirrors = (tta or run.info.get("tta")) == Tta.flip
-        if self._mirrors and mapping(RunDir(run.path).config().get("dataset")).get("flip") == 0:
-            raise UsageError(f"--tta flip: {run.path} was trained with dataset.flip=0, for which mirror images differ")
+        if self._mirrors:
+            RunDir(run.path).check_mirrors("--tta flip")
         form = choose_format(run, accelerator, precision)
         run.model.to(device=accelerator, memory_format=form.memory_format)  # type: ignore[call-overload]
         prefix, self._suffix, self._suffix_dtype, compiled = _pipeline(run, precision, form.dtype)

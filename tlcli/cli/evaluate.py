@@ -75,8 +75,8 @@ def run(argv: list[str]) -> int:
     spec = load_spec(run_dir, overrides) if overrides else trained
     if spec.device.processes != trained.device.processes:
         require_one_process(spec)
-    if spec.tta is Tta.flip and trained.dataset.flip == 0:
-        raise UsageError(f"tta=flip: {run_dir.path} was trained with dataset.flip=0, for which mirror images differ")
+    if spec.tta is Tta.flip:
+        run_dir.check_mirrors("tta=flip")
     spec.dataset.check(for_training=spec.dataset == trained.dataset)
     with fast_imports():
         from tlcli.evaluate import evaluate_run

@@ -11,7 +11,7 @@ from tlcli.data.dataset import Dataset
 from tlcli.engine.metrics import Predictions, compute_report
 from tlcli.errors import TlcliError
 from tlcli.models.tensorfile import read_tensors
-from tlcli.runs.run_dir import FOLD, RunDir, mapping, number, read_predictions, stored_confusion
+from tlcli.runs.run_dir import FOLD, RunDir, read_predictions, stored_confusion, total_seconds
 
 
 def cross_validate(
@@ -48,5 +48,5 @@ def cross_validate(
         "mean": fmean(accuracies),
         "standard_deviation": stdev(accuracies),
         "confusion": stored_confusion(report["confusion"]),
-        "seconds": sum(number(mapping(run.info.get("seconds")).get("total")) or 0.0 for run in runs),
+        "seconds": sum(total_seconds(run.info) or 0.0 for run in runs),
     }

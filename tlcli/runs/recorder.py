@@ -27,7 +27,7 @@ from tlcli.engine.schedule import steps_per_epoch
 from tlcli.reporter import EpochRow, Reporter, RunPlan, StageRow
 from tlcli.runs.checkpointing import weights_metadata
 from tlcli.runs.plots import plot_confusion, plot_curves, plot_samples
-from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, write_predictions
+from tlcli.runs.run_dir import RunDir, SplitPredictions, environment, stored_confusion, total_seconds, write_predictions
 from tlcli.specs import TrainSpec
 from tlcli.text import duration_text, to_plain
 from tlcli.transfer.contract import freeze_table
@@ -169,7 +169,7 @@ class Recorder:
             "val_accuracy": best_epoch.scores and best_epoch.scores.accuracy,
             "left_out": None if validated is data.val else len(validated),
             "cross_validation": cross_validation,
-            "seconds": spent["total"] + (cross_validation["seconds"] if cross_validation else 0.0),
+            "seconds": total_seconds({"seconds": spent, "cross_validation": cross_validation}),
         }
         if predictions is not None:
             result["confused"] = most_confused(report)

@@ -78,6 +78,11 @@ class RunDir:
         status = text(self.info.get("status")) or "damaged"
         return "died" if status == "running" and runs_on_this_machine(self.info) is False else status
 
+    def check_mirrors(self, option: str) -> None:
+        """Raise UsageError, which names the option that mirrors images, if the run had dataset.flip=0."""
+        if mapping(self.config().get("dataset")).get("flip") == 0:
+            raise UsageError(f"{option}: {self.path} was trained with dataset.flip=0, for which mirror images differ")
+
     def config(self) -> dict[str, Any]:
         """Return the values of config.yaml; an empty dict if it is missing or damaged."""
         with suppress(OSError, ValueError):
