@@ -148,6 +148,7 @@ def test_images_that_change_end_the_shard_and_the_next_plan_has_no_shards_of_the
     _, other, _ = planned(3)
     kept = {key for entry in other.entries for key in entry.shard_keys.values()}
     assert {entry.key for entry in store.entries()} <= kept
+    assert {path.stem for path in store.plans.iterdir()} == {*kept, file.stem}
 
 
 def test_shards_of_another_number_of_shards_are_removed(planned) -> None:

@@ -15,12 +15,18 @@ from tests.conftest import finish, make_folder
 from tests.faults.runs_alike import differences
 from tests.faults.test_resume import Killed, stopped_after
 from tlcli.cli import main
+from tlcli.cli.compose import load_spec
+from tlcli.data.dataset import load_dataset
+from tlcli.data.images import Split
 from tlcli.engine.first_fit import SHARES
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.metrics import Predictions
+from tlcli.errors import TlcliError
 from tlcli.models.tensorfile import read_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs import checkpointing
+from tlcli.runs.cross_validation import cross_validate
+from tlcli.runs.report import sweep_view
 from tlcli.runs.run_dir import RunDir, SplitPredictions, confusion_matrix, read_json, read_predictions
 
 K, PARTS = 3, ("fold-0", "fold-1", "fold-2", "best")
@@ -115,6 +121,16 @@ def test_a_fold_alone_is_what_it_is_in_its_folder(crossed: Path, words: list[str
 
 
 @pytest.mark.slow
+def test_labels_that_changed_since_the_folds_were_trained_are_an_error(crossed: Path) -> None:
+    spec = load_spec(RunDir(crossed / "best"))
+    data = load_dataset(spec.dataset, seed=spec.seed, reporter=Reporter(), folds=K)
+    pool, run = data.train, RunDir(crossed / "best")
+    cross_validate(run, K, data, lambda pools: 0)
+    with pytest.raises(TlcliError, match="labels have changed since the folds were trained"):
+        cross_validate(run, K, replace(data, train=Split(pool.images, pool.indices, 1 - pool.labels)), lambda pools: 0)
+
+
+@pytest.mark.slow
 def test_commands_show_the_refit_for_its_folds(crossed: Path, tmp_path, capsys) -> None:
     folder = Path(shutil.copytree(crossed, tmp_path / "run"))
     jobs = read_json(folder / "sweep.json")["jobs"]
@@ -125,6 +141,8 @@ def test_commands_show_the_refit_for_its_folds(crossed: Path, tmp_path, capsys) 
     assert (entry["kind"], entry["path"], entry["val"]) == ("run", str(folder / "best"), accuracy)
     for part in ("", *PARTS):
         assert main(["report", str(folder / part)]) == 0
+    seconds = {job["name"]: job["seconds"] for job in jobs}
+    assert sweep_view(folder, folder)["seconds"] == seconds["best"] > seconds["fold-0"]
     page = (folder / "best/report.html").read_text()
     assert "Cross-validation" in page and "approximate" in page and "held-out images by true class" in page
     assert "Cross-validation" not in (folder / "fold-0/report.html").read_text()

@@ -322,6 +322,18 @@ def test_a_cache_that_cannot_be_written_is_not_used_by_any(words: tuple[str, ...
     assert "reading images instead" in (tmp_path / "run/run.log").read_text()
 
 
+@pytest.mark.slow
+def test_activations_that_one_process_cannot_read_end_the_run(words: tuple[str, ...], tmp_path, monkeypatch) -> None:
+    """If it alone read images instead, the processes would wait for each other."""
+
+    def patch() -> None:
+        session.Session.tensors = Mock(side_effect=OSError(5, "Input/output error"))  # type: ignore[method-assign]
+
+    monkeypatch.setenv("TLCLI_CACHE", str(tmp_path / "cache"))
+    code, line = failing(words, tmp_path, patch)
+    assert (code, line) == (1, "tlcli train: cached activations cannot be read: [Errno 5] Input/output error")
+
+
 @pytest.mark.parametrize(
     ("own", "said"),
     [
@@ -415,6 +427,22 @@ def test_norms_that_are_updated_are_synchronized(words: tuple[str, ...], tiny: t
     assert list(network.state_dict()) == names
 
 
+def test_a_batch_of_fewer_images_than_ranks_updates_no_statistics(words, tiny, spec, monkeypatch) -> None:
+    """SyncBatchNorm of a rank without images would send values of another dtype."""
+    monkeypatch.setattr(Ranks, "sum_gradients", lambda self, parameters, values, *, stop: (values, False))
+    words += ("freeze=last_stages", "freeze.bn_stats=update", "cache.mode=off", "dataset.train_per_class=5")
+    for rank, own in ((0, [(True, 3), (False, 1)]), (2, [(True, 2)])):  # of batches of 8 and 2 images
+        setting, seen = Setting(spec(*words, *tiny)), []
+        workload = replace(setting.workload, ranks=Ranks(rank, 3))
+        inputs = Inputs(setting.opened.decisions, workload)
+        trainer = Trainer(workload, inputs.device)
+        trainer._synchronizes = True
+        norm = next(iter(setting.contract.updated_norms().values()))
+        norm.register_forward_hook(lambda norm, x, y, seen=seen: seen.append((norm.training, len(x[0]))))
+        trainer.fit(inputs.open("train", Reporter()), 1, Reporter())
+        assert seen == own
+
+
 # -- the launcher
 
 
@@ -432,10 +460,12 @@ def test_the_launcher_leaves_a_hangup_alone_that_nohup_ignores(handler, handled,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["launch", "torchrun"])
+@pytest.mark.parametrize("start", ["launch", "torchrun", "launch, with workers"])
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
 def test_processes_are_started_and_stopped(start: str, number: signal.Signals | None, words, tmp_path) -> None:
     run, argv = RunDir(tmp_path / "run"), [*words, "freeze=head", "interpolate=1"]
+    if start != (start := start.partition(",")[0]):
+        argv += ["cache.mode=off", "device.workers=1"]
     argv += ["epochs=2" if number is None else "epochs=100000", f"hydra.run.dir='{run.path}'"]
     command = [sys.executable, "-m", "tlcli", "train", *argv, "device.processes=2"]
     if start == "torchrun":

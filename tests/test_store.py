@@ -444,6 +444,30 @@ def test_clear_removes_what_is_ours_and_nothing_else(store: Store, tmp_path: Pat
     assert not (set(before) - {"activations"}) & set(left)
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_draft_of_another_machine_is_removed_if_its_writer_does_not_live(store, monkeypatch, lives: bool) -> None:
+    draft, lock, now = store.activations / f".{OTHER}.7.0123abcd", store.locks / f"{OTHER}.lock", 0.0
+    for folder in (draft, store.locks):
+        folder.mkdir(parents=True)
+    (draft / "0.bin").write_bytes(bytes(1000))
+    lock.write_text('{"host": "another", "pid": 7, "process_start": 7}')
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if lives:
+            os.utime(lock, (now, now))
+
+    monkeypatch.setattr("tlcli.locks.observer.clock", lambda: now)
+    monkeypatch.setattr("tlcli.locks.observer.sleep", sleep)
+    store.max_gb = 1500 / GB
+    reason = store.no_room_reason(1000)  # without the draft there is room
+    assert (reason is None, draft.exists()) == ((False, True) if lives else (True, False))
+    assert now < 10 if lives else 60 <= now < 65
+    assert store.clear() == (0, 0)
+    assert draft.exists() == lives
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "tlcli notes 1"}', '{"a": 1}', "\u00ff"])
 def test_damaged_notes_are_none_and_can_be_written_again(store: Store, text: str) -> None:
     store.add_note("choices", "a", {"b": [1, 2]})

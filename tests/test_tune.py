@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from msgspec import structs
@@ -193,3 +194,10 @@ def test_bounds_need_a_number(tmp_path: Path) -> None:
             Study(SPEC, {**DEFAULTS, "optimizer.lr": value}, tmp_path / "study.journal", seed=0, minimize=False)
     with pytest.raises(ValueError, match="low=0 must be below high=1, and above 0"):
         Bounds(0, 1, log=True)
+
+
+def test_a_search_that_would_hold_out_all_images_is_refused() -> None:
+    values = msgspec.to_builtins(SPEC)
+    assert msgspec.convert(values, TuneSpec).val_fraction == 0.2
+    with pytest.raises(msgspec.ValidationError, match="val_fraction"):
+        msgspec.convert({**values, "val_fraction": 1.0}, TuneSpec)

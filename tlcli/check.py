@@ -141,8 +141,8 @@ def near_duplicates(
 ) -> tuple[list[tuple[float, list[int]]], Ints]:
     """Find images that are one image in another size, format, compression or brightness, by features (N, D).
 
-    Of exact copies the first is compared, whose position is in `first` (N). Return the lowest correlation and the
-    positions of each group, with exact copies; and for each image (N) the number of its group of near or exact
+    Only the first of several exact copies is compared; `first` (N) has its position. Return the lowest correlation and
+    the positions of each group, with exact copies; and for each image (N) the number of its group of near or exact
     duplicates. Raise BadImagesError.
     """
     n = len(images)

@@ -38,5 +38,5 @@ CANDIDATE_ERRORS = (TlcliError, RuntimeError, MemoryError)
 def is_out_of_memory(exc: BaseException) -> bool:
     """Return True if a device or the machine ran out of memory; torch's errors are known by their text."""
     text = str(exc).lower()
-    is_torchs = isinstance(exc, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    return isinstance(exc, MemoryError) or is_torchs
+    words = ("out of memory", "can't allocate memory", "_status_alloc_failed")  # the last is of cuBLAS and cuDNN
+    return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and any(word in text for word in words))

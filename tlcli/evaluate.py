@@ -261,7 +261,7 @@ def _with_labels_of(run_classes: Sequence[str], images: EvaluationSplit, spec: D
         shown = [repr(name) + similar.get(same_spelling(name), "") for name in unknown]
         place = f"{spec.name} {getattr(spec, 'file', None) or spec.root or ''}"
         reason = f"has classes that the run ({join_limited(run_classes, 10)}) does not have: {join_limited(shown, 10)}"
-        raise UsageError(f"{place}: {reason}; dataset.classes=[...] selects classes")
+        raise UsageError(f"{place}: {reason}; name the classes to evaluate: dataset.classes=[...]")
     label_of = [run_classes.index(name) if name in run_classes else -1 for name in names]
     labels = np.array(label_of, dtype=np.int64)[split.labels]
     return replace(images, classes=tuple(run_classes), split=Split(split.images, split.indices, labels))

@@ -109,8 +109,11 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
             keys = [split.key(i) for i in range(rows.start, rows.stop)]
             atomic_write(store.plans / f"{key}.json", json.dumps([keys, digests[rows].tobytes().hex()]).encode())
     planned, wholes = {key for entry in entries for key in entry.shard_keys.values()}, {entry.key for entry in entries}
+    lists = set[str]()
     with suppress(UsageError):
-        wholes |= {entry.key for entry in read_plan(file).entries}  # of images that may have changed since
+        before = read_plan(file).entries  # of images that may have changed since
+        wholes |= {entry.key for entry in before}
+        lists = {key for entry in before for key in entry.shard_keys.values()} - planned
     parts = [part for part in store.entries() if part.metadata.get("part_of") in wholes]
     outdated = [part for part in parts if part.key not in planned]  # of other images, or of another number of shards
     missing = {source.key: source.nbytes for source in inputs.sources() if not source.filled}
@@ -118,8 +121,8 @@ def write_plan(spec: TrainSpec, shards: int, session: Session, reporter: Reporte
     present = sum(part.nbytes for part in parts if part.key not in planned or part.metadata["part_of"] in missing)
     if missing and (reason := store.no_room_reason(sum(missing.values()) + max(missing.values()) - present)):
         raise UsageError(f"the shards, and the largest entry beside them, have no room: {reason}")
-    for part in outdated:
-        _remove_shard(store, part.key)
+    for key in lists | {part.key for part in outdated}:
+        _remove_shard(store, key)
     if outdated:
         reporter.note(f"{len(outdated)} shards of another plan for these images were removed")
     device = structs.replace(spec.device, kind=Accelerator(workload.accelerator.type))

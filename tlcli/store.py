@@ -231,7 +231,7 @@ class Store:
 
     def clear(self) -> tuple[int, int]:
         """Remove all entries, stale drafts, notes, digests and plans; return the number of entries and of all bytes."""
-        nbytes, count = self._remove_stale_drafts(), 0
+        nbytes, count = self._remove_stale_drafts(wait=True), 0
         for folder in self._folders(_KEY):
             with suppress(FileNotFoundError):  # another process removed it
                 nbytes += _delete(folder)
@@ -301,6 +301,9 @@ class Store:
         oldest = time.time() - SHARD_SECONDS
         evictable = [f for f in self._folders(_KEY) if wholes.get(f, f).is_dir() or last_use.get(f, 0.0) < oldest]
         evicted = []
+        if excess > 0:
+            gone = self._remove_stale_drafts(wait=True)
+            used, excess = used - gone, excess - gone
         if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
             marks = set(self.locks.glob("*.use.*"))
             for mark in marks - observer.living(marks):
@@ -325,9 +328,12 @@ class Store:
                     _delete(folder)
         return None
 
-    def _remove_stale_drafts(self) -> int:
-        nbytes = 0
-        for draft in self._folders(_DRAFT):
+    def _remove_stale_drafts(self, *, wait: bool = False) -> int:
+        """Remove drafts without a writer; `wait` up to 60 s to know which writers on other machines live."""
+        nbytes, drafts = 0, self._folders(_DRAFT)
+        if wait:
+            observer.living({self._lock(draft).path for draft in drafts})
+        for draft in drafts:
             with suppress(OSError), self._lock(draft).held(timeout=0):  # else it is being written
                 nbytes += _delete(draft)
         return nbytes

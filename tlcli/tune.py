@@ -25,7 +25,7 @@ from tlcli.models.tensorfile import read_tensors, write_tensors
 from tlcli.reporter import Reporter
 from tlcli.runs.load import load_run
 from tlcli.runs.run_dir import RunDir, SplitPredictions, write_json, write_predictions
-from tlcli.specs import Count, FractionAboveZero, TrainSpec, Tta, leaf_types
+from tlcli.specs import Count, OpenFraction, TrainSpec, Tta, leaf_types
 
 Value = bool | int | float | str | None
 
@@ -52,7 +52,7 @@ class TuneSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """What `tlcli tune` searches: a file of conf/tune."""
 
     overrides: tuple[str, ...]
-    val_fraction: FractionAboveZero | None
+    val_fraction: OpenFraction | None
     average: Count
     trials: Count | None
     sampler: Literal["tpe", "random"]

@@ -150,8 +150,8 @@ def test_a_job_of_a_sweep_goes_on_as_it_was_started_if_it_has_a_state(
 @pytest.mark.parametrize(
     ("change", "code", "error"),
     [
-        ({"cwd": "/gone"}, 2, "swept: was started in /gone, which is no folder here; make it, or a link of that name"),
-        ({"tlcli": "0.1.0"}, 1, "swept: was started with tlcli 0.1.0, this is"),
+        ({"cwd": "/gone"}, 2, "swept: was started in /gone, which is not there; create it, or a link with that name"),
+        ({"tlcli": "0.1.0"}, 1, "swept: was started with tlcli 0.1.0; resume it with that"),
     ],
 )
 def test_a_sweep_that_cannot_go_on_as_it_was_started_says_why(change, code, error, tlcli, training, tmp_path) -> None:

@@ -196,6 +196,13 @@ def test_a_worker_that_leaves_puts_its_trial_back(worker: Callable[[], Worker], 
     assert trials(tmp_path) == [(str(i), "done") for i in range(N_TRIALS)]
 
 
+def test_what_a_killed_worker_was_writing_is_no_worker(worker: Callable[[], Worker], tmp_path: Path) -> None:
+    leaving = worker()
+    (tmp_path / ".workers").mkdir(exist_ok=True)
+    (tmp_path / ".workers/.0123abcd.json.7").touch()
+    assert not leaving.sign_off()
+
+
 def test_a_full_disk_does_not_hide_the_error_that_ends_a_worker(worker: Callable[[], Worker], monkeypatch) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,17 +1,22 @@
 """tlcli train -m: a directory a job, failures that do not stop the others, a leaderboard."""
 
 import csv
+import gc
 import json
 import os
 import shlex
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tests.cli.conftest import finished, runs_in
 from tests.faults.refusals import untouched
+from tlcli.cli import job, resume
 from tlcli.cli.job import Command
 from tlcli.cli.train import make_folder
 from tlcli.errors import TlcliError, UsageError
@@ -300,6 +305,61 @@ def test_a_job_that_still_runs_is_left_alone(owner: str, tlcli, training, tmp_pa
     ended = tlcli("train", "--resume", "swept/1")
     said = "nothing to resume" if owner == "a machine that is down" else "is still running it"
     assert said in ended.out + ended.err
+
+
+def test_no_other_process_looks_if_a_job_runs_until_run_json_says_so(tlcli, training, tmp_path, monkeypatch) -> None:
+    """Else two of them that are started together would both run it."""
+    held = dict[str, set[bool]]()
+
+    def note(name: str, place: object, path: Callable[[Any], Path]) -> None:
+        function = getattr(place, name)
+
+        def noted(of: Any, *args: Any, **options: Any) -> Any:
+            held.setdefault(name, set()).add((path(of) / ".start.lock").exists())
+            return function(of, *args, **options)
+
+        monkeypatch.setattr(place, name, noted)
+
+    note("living_jobs", job, lambda folder: folder)
+    for name in ("start", "mark_resumed"):
+        note(name, RunDir, lambda run: run.path)
+
+    def train(spec, run, reporter):
+        held.setdefault("train", set()).add((run.path / ".start.lock").exists())
+        return finished(spec, run, reporter)
+
+    training(train)
+    assert tlcli("train", "-m", "seed=1,2", "hydra.sweep.dir=swept").code == 0
+    RunDir(tmp_path / "swept/0").update(status="interrupted")
+    assert tlcli("train", "--resume", "swept").code == 0
+    assert held == {"living_jobs": {True}, "start": {True}, "mark_resumed": {True}, "train": {False}}
+    RunDir(tmp_path / "swept/1").update(status="interrupted")
+    del held["train"]
+    monkeypatch.setattr(resume, "living_jobs", job.living_jobs)
+    assert tlcli("train", "--resume", "swept/1").code == 0
+    assert held == {"living_jobs": {True, False}, "start": {True}, "mark_resumed": {True}, "train": {False}}
+    assert not [*tmp_path.rglob(".start.lock")]
+
+
+def test_a_job_that_failed_leaves_nothing_in_memory(tlcli, training) -> None:
+    """Neither network nor batch, which its traceback holds: on a GPU the next job could have too little."""
+    batches = list["weakref.ref[set[str]]"]()
+
+    def train(spec, run, reporter):
+        if batches:
+            assert batches[0]() is None
+            return finished(spec, run, reporter)
+        batch = {"images"}
+        batches.append(weakref.ref(batch))
+        raise TlcliError("out of memory")
+
+    training(train)
+    gc.collect()
+    gc.disable()
+    try:
+        assert "1 of 2 jobs did not finish" in tlcli("train", "-m", "seed=1,2").err
+    finally:
+        gc.enable()
 
 
 def test_run_json_is_touched_while_the_job_runs(tlcli, training, tmp_path: Path) -> None:

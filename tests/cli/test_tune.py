@@ -454,7 +454,7 @@ def test_backbones_are_ranked_in_a_share_of_the_time_and_the_chosen_one_fits_int
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"cwd": "/gone"}, "was started in /gone, which is no folder here; make it, or a link"),
+        ({"cwd": "/gone"}, "was started in /gone, which is not there; create it, or a link"),
         ({"words": ["dataset=imagefolder", "dataset.root=gone"]}, "gone: no such folder"),
     ],
 )
@@ -471,7 +471,7 @@ def test_nothing_is_recorded_if_the_data_or_the_start_folder_is_gone(tlcli, tmp_
 def test_a_search_of_another_minor_version_is_refused(tlcli: Tlcli, tmp_path: Path, flag: str, own, version) -> None:
     write_json(tmp_path / "tune.json", {**STATE, "command": "tlcli tune", "cwd": str(tmp_path), **own})
     ended = tlcli("tune", flag, str(tmp_path))
-    error = f"{tmp_path}: was started with tlcli {version}, this is {__version__}: resume it with that\n"
+    error = f"{tmp_path}: was started with tlcli {version}; resume it with that version (this is {__version__})\n"
     assert (ended.code, ended.err.endswith(error), ended.err.count("\n")) == (1, True, 1), ended.err
 
 

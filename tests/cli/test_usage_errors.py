@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from tlcli.cli import COMMANDS
+from tlcli.cli import COMMANDS, main
 
 TRAIN = {
     "optimzer.lr=1": "Did you mean 'optimizer'?",
@@ -176,3 +176,12 @@ def test_a_user_without_a_home_directory_gets_one_line(tlcli, monkeypatch: pytes
     ended = tlcli("train", "dataset=imagefolder", "dataset.root=~/photos")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "~/photos: no such home directory; write the whole path" in ended.err
+
+
+def test_torchrun_starts_nothing_but_train(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for command in COMMANDS.keys() - {"train"}:
+        assert main([command]) == 2
+        error = "torchrun has started several processes, but this command runs in one"
+        assert capsys.readouterr().err == f"tlcli {command}: {error}\n"

@@ -1,5 +1,8 @@
 """Order and augmentation are functions of (seed, epoch, index); the number of workers changes nothing."""
 
+import multiprocessing
+import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,16 @@ def test_workers_change_nothing() -> None:
         return found
 
     assert same(epochs(0), epochs(2))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+def test_a_signal_for_the_process_group_does_not_reach_workers() -> None:
+    """Terminals, `timeout` and torchrun send it to the group, and the run then saves its state."""
+    batches = augmented(workers=1).epoch(1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
 
 
 def test_a_view_is_the_same_in_any_order() -> None:

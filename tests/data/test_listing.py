@@ -44,6 +44,16 @@ def test_a_folder_of_runs_is_no_class(make_folder: MakeFolder, name: str) -> Non
     root = make_folder({"a": 1, "b": 1, "outputs/2024-01-02/10-00-00/plots": 1})
     (root / f"outputs/2024-01-02/10-00-00/{name}.json").write_text("{}")
     assert folder_spec(root).list_files().classes == ("a", "b", *(["outputs"] if name == "other" else []))
+    assert not folder_spec(root).list_files().ignored.keys() - {".json"}
+
+
+def test_images_beside_the_folders_of_classes_and_folders_beside_splits_are_counted(make_folder: MakeFolder) -> None:
+    assert folder_spec(make_folder({"a": 1, "b": 1, ".": 3})).list_files().ignored == {"image beside the folders": 3}
+    root = make_folder({"set/train/a": 1, "set/train/b": 1, "set/train": 2, "set/holdout/a": 1, "set/outputs/x": 0})
+    (root / "set/outputs/x/run.json").touch()
+    found = folder_spec(root / "set").list_files()
+    assert found.ignored == {"image beside the folders": 2, "folder beside the splits": 1}
+    assert found.classes == ("a", "b")
 
 
 def test_classes_may_have_the_same_subfolders(make_folder: MakeFolder) -> None:
@@ -132,6 +142,14 @@ def test_mistakes_of_layout(make_folder: MakeFolder, counts: dict[str, int], wor
 def test_one_class_with_subfolders_can_be_evaluated(make_folder: MakeFolder) -> None:
     root = make_folder({"a/monday": 1, "a/tuesday": 1})
     assert len(folder_spec(root).load(Reporter(), for_training=False).splits["all"]) == 2
+
+
+def test_one_of_several_classes_can_be_evaluated(make_folder: MakeFolder) -> None:
+    one = folder_spec(make_folder({"bees": 2, "wasps": 1}), classes=["bees"])
+    for spec, n in ((one, 2), (digits_spec(classes=["7"]), 179)):
+        spec.check(for_training=False)
+        source = spec.load(Reporter(), for_training=False)
+        assert (source.classes, len(source.splits["all"])) == (tuple(spec.classes or ()), n)
 
 
 def test_endings_that_are_not_read_are_told_if_there_are_no_others(make_folder: MakeFolder) -> None:

@@ -109,6 +109,13 @@ def test_after_it_the_weights_of_two_fits_are_averaged(load) -> None:
 
 
 @pytest.mark.slow
+def test_the_mean_of_several_fits_is_kept_whatever_validation_says_of_their_epochs(load, monkeypatch) -> None:
+    monkeypatch.setattr("tlcli.data.dataset.MIN_VALIDATION_IMAGES", 1)
+    held_out = ("dataset.val_fraction=0.2", "epochs=2")
+    assert load("freeze=head", *held_out).workload.selects_epoch
+    assert not load("freeze=head", *held_out, "fits=2").workload.selects_epoch
+
+
 def test_its_fits_share_stored_views_that_are_read_often_enough(load) -> None:
     words = ("freeze=last_stages", "epochs=6", "image.train_size=48")
     inputs = load(*words)

@@ -169,7 +169,7 @@ def test_the_sample_has_the_images_of_a_class_even_if_another_one_has_few(worklo
         return next(ranking.score("name", own.spec, [], (50, 2000), own.session, Reporter()))
 
     assert len(score(5).probe.correct) == len(many) + 5
-    with pytest.raises(UsageError, match="fewer than two classes have the 5 training images"):
+    with pytest.raises(UsageError, match="needs 5 training images in each of two classes"):
         score(4)
 
 

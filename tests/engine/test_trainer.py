@@ -151,6 +151,7 @@ def test_out_of_memory_says_what_keeps_the_size_of_a_step(small, monkeypatch: py
         type("_ArrayMemoryError", (MemoryError,), {})("Unable to allocate 3.00 TiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     )
     advice = "out of memory with batch_size=8: set batch_size=4 accumulate=4, which keeps the size of a step, or"
     for error in (*errors, ValueError("a bug")):
@@ -158,6 +159,14 @@ def test_out_of_memory_says_what_keeps_the_size_of_a_step(small, monkeypatch: py
         kind, text = (ValueError, "a bug") if isinstance(error, ValueError) else (TlcliError, advice)
         with pytest.raises(kind, match=text):
             setting.fit()
+
+
+def test_a_gradient_that_is_not_deterministic_is_explained(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = small()
+    error = RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set")
+    monkeypatch.setattr(setting.trainer, "_step", Mock(side_effect=error))
+    with pytest.raises(TlcliError, match=r"device\.deterministic=true: .*; set device\.deterministic=false"):
+        setting.fit()
 
 
 def test_running_loss_is_of_the_last_batches_also_within_a_group(small) -> None:

@@ -29,6 +29,7 @@ COMMON = ("image.size=32", "batch_size=8", "device.precision=fp32", "device.chan
 JOBS = {  # many short epochs on a cold cache; a state after each step
     "cached": ("freeze=head", "epochs=30", "optimizer=sgd", "optimizer.lr=0.1", "cache.mode=require"),
     "live": ("freeze=last_stages", "epochs=2", "cache.mode=off", "checkpoint.every_minutes=1e-9", "log_every=1"),
+    "workers": ("freeze=last_stages", "epochs=2", "cache.mode=off", "device.workers=2"),
 }
 
 
@@ -40,13 +41,13 @@ def end_runs(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
         root = make_images(Path(name))
         for job_name, words in JOBS.items():
             job = Job(Path(name) / job_name, (*COMMON, *words, root))
-            for i in range(times // 2):
+            for i in range(times // len(JOBS)):
                 for key, value in job.ended(number, draw.uniform(-0.1, 1.0), i).items():
                     if isinstance(found[key], Counter):
                         found[key][value] += 1
                     else:
                         found[key] += value
-    return {"signal": number.name, "times": 2 * (times // 2), **found}
+    return {"signal": number.name, "times": len(JOBS) * (times // len(JOBS)), **found}
 
 
 def make_images(folder: Path) -> str:
@@ -77,7 +78,7 @@ class Job:
         if instant >= 0:
             process.until_begun(out)
         process.has_ended(instant * self.seconds if instant >= 0 else -10 * instant * self.seconds_before)
-        signal.pidfd_send_signal(process.handle, number)
+        os.killpg(process.pid, number)  # as terminals and `timeout` do
         code, begun, damage = str(process.wait()), RunDir(out).info_file.exists(), apart(unreadable, out)
         status = read_json(RunDir(out).info_file)["status"] if begun else "none"
         run = out if begun else out.with_name(f"{i}-anew")
@@ -100,13 +101,13 @@ class Forked:
         cache.mkdir(parents=True, exist_ok=True)
         self.log = cache.with_suffix(".log")
         self._start = time.perf_counter()
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             try:
                 self._run(argv, cache)
             finally:
                 os._exit(1)
-        self.handle = os.pidfd_open(self._pid)
+        self.handle = os.pidfd_open(self.pid)
 
     def _run(self, argv: Sequence[str], cache: Path) -> None:
         from tlcli.runs import checkpointing
@@ -134,7 +135,7 @@ class Forked:
 
     def wait(self) -> int:
         """Wait for the process and return its exit code, or minus the signal."""
-        _, status = os.waitpid(self._pid, 0)
+        _, status = os.waitpid(self.pid, 0)
         os.close(self.handle)
         return os.waitstatus_to_exitcode(status)
 

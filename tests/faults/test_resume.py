@@ -403,17 +403,15 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(stopped: Path, capsys: pytes
 
 
 def test_a_run_of_an_older_release_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without its state a run starts again, which would lose the checkpoints of a run of tlcli 0.3."""
+    """Also without its state, since a run that starts again removes its checkpoints."""
     RunDir(stopped).update(tlcli="0.4.0")
-    assert main(["train", "--resume", str(stopped)]) == 1
-    assert "was started with tlcli 0.4.0, this is" in capsys.readouterr().err
-    assert read_json(stopped / "run.json")["status"] == "interrupted"
-    (stopped / "checkpoints/state.safetensors").unlink()
-    (stopped / "checkpoints/last.state").touch()
     best = (stopped / "checkpoints/best.safetensors").read_bytes()
-    assert main(["train", "--resume", str(stopped), "epochs=9"]) == 2
-    assert "has no checkpoints/state.safetensors to resume from" in capsys.readouterr().err
-    assert (stopped / "checkpoints/best.safetensors").read_bytes() == best
+    for _ in range(2):
+        assert main(["train", "--resume", str(stopped), "epochs=9"]) == 1
+        assert "was started with tlcli 0.4.0; resume it with that version" in capsys.readouterr().err
+        assert read_json(stopped / "run.json")["status"] == "interrupted"
+        assert (stopped / "checkpoints/best.safetensors").read_bytes() == best
+        (stopped / "checkpoints/state.safetensors").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("argv", [["--resume"], ["resume="], ["--resume", "nowhere"], ["--resume="]])

@@ -64,6 +64,14 @@ def test_a_job_that_failed_before_its_first_fold_is_one_of_its_sweep(tmp_path: P
     assert (sweep["kind"], sweep["jobs"], sweep["jobs_by_status"]) == ("sweep", 2, {"failed": 1, "done": 1})
 
 
+def test_a_fold_alone_is_a_run_without_its_refit_beside_it(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / f"s/fold-{i}", overrides=["folds=2", f"fold={i}"])
+    assert sorted(run["path"].name for run in read_index(tmp_path)[0]) == ["fold-0", "fold-1"]
+    make_run(tmp_path / "s/best", overrides=["folds=2"])
+    assert one(tmp_path)["path"].name == "best"
+
+
 def test_a_search_whose_best_is_a_copy_is_one_sweep_of_its_trials(tmp_path: Path) -> None:
     """As after `cp -rL`, which follows the link."""
     for name in ("0", "1", "best"):

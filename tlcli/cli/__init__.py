@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     os.getcwd()  # noqa: PTH109
                 except FileNotFoundError:
                     raise UsageError("the working directory no longer exists: cd to one that does") from None
+                if name != "train" and "RANK" in os.environ:
+                    from tlcli.cli.launch import rank_and_size
+
+                    if rank_and_size()[1] > 1:
+                        raise UsageError("torchrun has started several processes, but this command runs in one")
                 code = import_module(COMMANDS[name][0]).run(rest)
             case [word, *_] if "=" in word:
                 raise UsageError(f"unknown command {word!r}. Did you mean 'tlcli train {word}'?")

@@ -66,9 +66,7 @@ sources = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"
 add("--info", "-i", nargs="?", const="all", choices=sources, help="print what the config is composed of and stop")
 add("--hydra-help", action="store_true", help="the flags and settings of Hydra, which composes the config")
 add("--debug", action="store_true", help="show the traceback of an error")
-for flags in (("--resolve",), ("--run", "-r"), ("--shell-completion", "-sc")):  # for those who know Hydra
-    add(*flags, action="store_true", help=argparse.SUPPRESS)
-add("--package", "-p", help=argparse.SUPPRESS)
+add("--resolve", action="store_true", help=argparse.SUPPRESS)  # for those who know Hydra
 
 
 def train_help(files: ConfFiles, width: int | None = None) -> str:

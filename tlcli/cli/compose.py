@@ -67,7 +67,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         files=files_for(args.config_dir),
         config_name=args.config_name,
         multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides,
-        runs=not (args.cfg or args.info or args.hydra_help or args.shell_completion),
+        runs=not (args.cfg or args.info or args.hydra_help),
     )
 
 

@@ -98,7 +98,8 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
     (low, high), data, calibration = report["accuracy_ci95"], report["dataset"], report["calibration"]
     location = data.get("file") or data["root"]
     before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
-    same = {None: "", True: "has the same metrics", False: "differs: images, dtypes, versions or machine changed"}
+    why = "images, dtypes, versions or machine changed, or a GPU has rounded differently"
+    same = {None: "", True: "has the same metrics", False: f"differs: {why}"}
     lines = {
         "weights": f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}",
         "data": strip_control_chars(data["name"] + (f", {location}" if location else "")),

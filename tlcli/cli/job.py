@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -80,9 +80,12 @@ class Command:
         if self.sweep is None:
             config.hydra.mode, config.hydra.run.dir, config.hydra.output_subdir = RunMode.RUN, str(folder), None
             run_job(self, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
-            if self.error is not None:
-                raise self.error
-            return
+            try:
+                if self.error is not None:
+                    raise self.error
+                return
+            finally:
+                self.error = None  # its traceback holds the network and the batch in memory
         config.hydra.mode, config.hydra.sweep.dir = RunMode.MULTIRUN, str(folder)
         if self.resume and "submitit_folder" in config.hydra.launcher:  # it unpickles what it finds under its names
             config.hydra.launcher.submitit_folder = f"{folder}/.submitit/{token_hex(8)}/%j"
@@ -114,6 +117,7 @@ class Command:
         backbone = " ".join([f"backbone={job.runtime.choices['backbone']}", *named])
         has_folds = isinstance(config.get("folds"), int) and config.get("fold") is None
         run = RunDir(folder / REFIT if has_folds else folder)
+        starting = ExitStack()  # until run.json says that this process runs the job
         try:  # of all that may fail: Hydra drops what is raised before
             reporter = self.reporter or TerminalReporter(backbone, quiet=is_quiet)
             if self.sweep is not None:
@@ -121,6 +125,8 @@ class Command:
                 title = f"[{job.job.num}] {' '.join(overrides)}"
                 if fill_val_fraction(config, is_sweep=True):  # recorded, so that the job's own command repeats it
                     overrides.append(f"dataset.val_fraction={VAL_FRACTION}")
+                starting.enter_context(run.starting())
+                run = RunDir(run.path)  # as another process may have left it
                 if (earlier := _earlier_value(run)) is not None:
                     reporter.heading(f"{title}: done before, validation {earlier:.4f}")
                     return earlier
@@ -128,29 +134,42 @@ class Command:
                     reporter.heading(f"{title}: another process is running it")
                     return None
                 reporter.heading(title)
-            return self._run(run, config, overrides, reporter, self.spec)
+            return self._run(run, config, overrides, reporter, self.spec, starting)
         except Exception as exc:
-            self.error = exc
-            if self.sweep is not None and not is_quiet:
+            if self.sweep is None:
+                self.error = exc
+            elif not is_quiet:
                 print(f"[{job.job.num}] failed: {exit_status(exc)[1]}", file=sys.stderr, flush=True)
             if self.sweep is not None and not run.info_file.exists():
                 raise  # the leaderboard will not list this job
             return None
         finally:
+            starting.close()
             for listed in ([run.path.parent] if has_folds else []) + ([self.sweep] if self.sweep else []):
                 with suppress(OSError):
                     leaderboard.write(listed)
 
     def _run(
-        self, run: RunDir, config: DictConfig, overrides: list[str], reporter: Reporter, spec: TrainSpec | None
+        self,
+        run: RunDir,
+        config: DictConfig,
+        overrides: list[str],
+        reporter: Reporter,
+        spec: TrainSpec | None,
+        starting: ExitStack,
     ) -> float | None:
-        """Train one run; a refit after its folds, which are runs in directories next to its own."""
+        """Train one run; a refit after its folds, which are runs in directories next to its own.
+
+        `starting` is closed as soon as run.json says that the run is running.
+        """
         run.path.mkdir(parents=True, exist_ok=True)
         with record_status(run):
             resumed = self._start(run, config, overrides)
             state = None
             if resumed:
                 run.mark_resumed(self.line)
+            starting.close()
+            if resumed:
                 with fast_imports():
                     from tlcli.runs.resume_state import prepare_resume, read_state
                 state = read_state(run)
@@ -174,7 +193,7 @@ class Command:
                     reporter.heading(f"fold {fold + 1} of {spec.folds}{done}")
                     if earlier is None:
                         words, fold_spec = [*overrides, f"fold={fold}"], structs.replace(spec, fold=fold)
-                        self._run(part, own, words, reporter, fold_spec)
+                        self._run(part, own, words, reporter, fold_spec, starting)
                 reporter.heading("all folds")
             log.info(first_line(spec))
             with fast_imports():

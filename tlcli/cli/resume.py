@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import chdir, suppress
+from contextlib import ExitStack, chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     info, before = run.info, load_spec(run)
     spec = load_spec(run, overrides) if overrides else before
     if spec.own_folds:
-        raise UsageError(f"{path}: trains on the images of all folds, after them: --resume {path.parent}")
+        raise UsageError(f"{path}: is the refit of a run with folds; resume the whole run: --resume {path.parent}")
     is_done, epochs = info.get("status") == "done", integer(info.get("epochs"))
     fits = integer(info.get("fits")) or 1
     if epochs is not None and (is_done or run.state_file.is_file()):  # that followed from the number of images
@@ -155,8 +155,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
     _check_changes(before, spec)
     if is_done and spec.epochs == before.epochs:
         return _nothing_to_resume(run)
-    is_old = run.state_file.with_name("last.state").exists()  # of tlcli 0.3 or earlier
-    if not run.state_file.is_file() and (is_done or is_old):
+    if is_done and not run.state_file.is_file():
         reason = "has no checkpoints/state.safetensors to resume from (checkpoint.keep_state=true keeps it)"
         raise UsageError(f"{run.path}: {reason}; to train its weights further, start with backbone.weights={path}")
     for part in _living_jobs(run.path):
@@ -172,13 +171,16 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
         from tlcli.train import train
 
     state = read_state(run)
-    for part in _living_jobs(run.path):  # again, just before this process says that it runs it
-        raise still_running(part.path, part.info)
-    if not is_done and RunDir(run.path).info.get("status") == "done":  # meanwhile: its state has been removed
-        return _nothing_to_resume(run)
+    starting = ExitStack()
     try:
+        starting.enter_context(run.starting())
+        for part in _living_jobs(run.path):  # again, just before this process says that it runs it
+            raise still_running(part.path, part.info)
+        if not is_done and RunDir(run.path).info.get("status") == "done":  # meanwhile: its state has been removed
+            return _nothing_to_resume(run)
         with record_status(run):
             run.mark_resumed(shlex.join(["tlcli", "train", "--resume", str(path), *overrides]))
+            starting.close()
             prepare_resume(run, state)
             if spec != before:
                 values = to_plain(spec)
@@ -196,6 +198,7 @@ def _resume_run(path: Path, overrides: Sequence[str]) -> int:
                 train(spec, run, logged, session_for(spec.cache), state, ranks=ranks)
         discard_state(run, spec)
     finally:
+        starting.close()
         leaderboard.update(run)
     return 0
 

@@ -26,7 +26,7 @@ from tlcli.engine.activations import MAX_FIRST_FIT
 from tlcli.engine.ranking import STEP, takes_size
 from tlcli.engine.schedule import number_of_epochs
 from tlcli.engine.session import Session, session_for
-from tlcli.errors import CANDIDATE_ERRORS, StoppedError, TlcliError
+from tlcli.errors import CANDIDATE_ERRORS, StoppedError, TlcliError, UsageError
 from tlcli.interrupts import defer_interrupts
 from tlcli.locks import Lock, heartbeat, observer, this_process
 from tlcli.reporter import EpochRow
@@ -97,7 +97,7 @@ class Search:
         session: Session | None,
         typed: Collection[str] = (),
     ) -> None:
-        """Read the state, in which only words that the user has `typed` may set all that Hydra has."""
+        """Read the state. Only words that the user has `typed` may set every key of Hydra."""
         self._typed = typed
         self.folder, self.reporter, self._state, self._start = folder, reporter, state, start
         self._spent, self._saved = float(state["seconds"]), 0.0
@@ -171,7 +171,7 @@ class Search:
                 if observer.is_alive(file) is False:
                     file.unlink(missing_ok=True)
             self._workers.rmdir()
-        return self._workers.exists()
+        return any(self._workers.glob("*.json"))
 
     def _spent_now(self) -> float:
         return self._spent + time.monotonic() - self._start
@@ -411,8 +411,9 @@ class Search:
         config, loader = compose_config(flags)
         spec = build_spec(config, flags.files)
         run = RunDir(path / REFIT if spec.folds else path)
-        if run.info_file.exists() and run.info.get("status") == "done":
-            return run
+        with suppress(UsageError):  # damaged: it starts again
+            if run.info_file.exists() and run.info.get("status") == "done":
+                return run
         path.mkdir(exist_ok=True)
         line = shlex.join(["tlcli", "train", *words])
         command = Command(line, flags.files, None, spec, resume=True, reporter=reporter, session=self._session)

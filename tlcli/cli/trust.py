@@ -126,7 +126,7 @@ def return_to(folder: str, place: Path) -> None:
     Processes that are started there import nothing from it.
     """
     if not is_dir(folder):
-        raise UsageError(f"{place}: was started in {folder}, which is no folder here; make it, or a link of that name")
+        raise UsageError(f"{place}: was started in {folder}, which is not there; create it, or a link with that name")
     os.environ["PYTHONSAFEPATH"] = "1"
     os.chdir(folder)
 

@@ -1,6 +1,7 @@
 """Turns images into batches; order and augmentation depend on seed, epoch and index, not on the number of workers."""
 
 import hashlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -192,8 +193,8 @@ class ImageBatches(Dataset[Batch | TlcliError]):
     """The images of a split as (x, y): x uint8 (batch, 3, size, size), channels_last, y int64 (batch,), on the CPU.
 
     The last batch may be smaller. Iterating raises BadImagesError if a file can no longer be read. `workers` are
-    processes that read images; with 0, threads of this process do. Of several ranks each reads its share: of each batch
-    of an epoch, which may have no image for it, and whole batches in order.
+    processes that read images; with 0, threads of this process do. With several ranks each reads its share: a part of
+    each batch of an epoch, which may be empty, and whole batches in order.
     """
 
     split: Split
@@ -251,6 +252,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
                 # fork shares the images in memory; spawn and forkserver would send them to each worker
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
                 generator=torch.Generator(),  # else every pass would advance torch's global generator
+                worker_init_fn=leave_process_group,
             )
         for batch in batches:
             if isinstance(batch, TlcliError):
@@ -276,3 +278,12 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         except TlcliError as error:
             return error
         return x, torch.from_numpy(self.split.labels[positions])
+
+
+def leave_process_group(worker: int) -> None:
+    """Leave the group, to which terminals, `timeout` and torchrun send signals: a run saves its state before it ends.
+
+    DataLoader takes a worker that a signal has killed for an error of the run.
+    """
+    if hasattr(os, "setpgrp"):  # Windows has none
+        os.setpgrp()

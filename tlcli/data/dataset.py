@@ -116,12 +116,12 @@ def load_dataset(
 ) -> Dataset:
     """Load the images of `spec`, split and limited. They stay in memory up to `spec.ram_gb`. Raise TlcliError.
 
-    Every one decodes, unless `decode` is False; then none is read here, except for range=auto. Which image is in which
-    split is a function of the seed and of the sorted names of each class's files. With `folds`, the source's train and
-    val are one pool in that many folds, stratified by class and with exact duplicates in the same one.
+    All are decoded to find damaged ones; with `decode=False` none is read, except for range=auto. Which image is in
+    which split is a function of the seed and of the sorted names of each class's files. With `folds`, the source's
+    train and val are one pool in that many folds, stratified by class and with exact duplicates in the same one.
     """
     source: Source = spec.load(reporter)
-    bad, fold_of = list[tuple[str, str]](), np.empty(0, dtype=np.int64)
+    bad, fold_of = list[tuple[str, str]](), None
     splits, notes = _divide(source, spec, seed) if folds is None else _pool(source, spec, seed)
     value_range = _set_up_images(splits, spec, reporter, store)
     if decode:
@@ -361,7 +361,7 @@ def without_bad(
     if files and spec.on_bad is OnBad.error:
         count = "1 file does not decode" if len(files) == 1 else f"{len(files):,} files do not decode"
         first = ", ".join(f"{file} ({reason})" for file, reason in files[:5])
-        more = f" and {len(files) - 5} more, all in the run's bad_files.csv" if len(files) > 5 else ""
+        more = f" and {len(files) - 5} more, which `tlcli data check` lists" if len(files) > 5 else ""
         raise BadImagesError(f"{count}: {first}{more}; dataset.on_bad=skip leaves them out", files)
     for name, split in splits.items() if files else ():
         splits[name] = split.take(np.array([i for i in range(len(split)) if split.key(i) not in bad], dtype=np.int64))

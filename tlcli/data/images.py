@@ -333,9 +333,9 @@ class Source:
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
 
-    def select_classes(self, selected: Iterable[str] | None, where: str) -> "Source":
-        """Return the source with the selected classes only. Raise UsageError for an unknown name."""
-        return self.keep_classes(resolve_classes(self.classes, selected, where))
+    def select_classes(self, selected: Iterable[str] | None, where: str, *, for_training: bool) -> "Source":
+        """Return the source with the selected classes only. Raise UsageError as `resolve_classes` does."""
+        return self.keep_classes(resolve_classes(self.classes, selected, where, for_training=for_training))
 
     def keep_classes(self, classes: tuple[str, ...]) -> "Source":
         """Return the source with these of its classes only."""
@@ -351,9 +351,9 @@ def source_of_files(listing: Listing) -> Source:
 
 
 def ignored_notes(ignored: Counter[str]) -> tuple[str, ...]:
-    """Return the line for the plan about files that are not images, given their number by ending; none without any."""
+    """Return the line for the plan about files that are left out, given their number by ending; none without any."""
     endings = join_limited([f"{ending} ({n:,})" for ending, n in ignored.most_common()])
-    return (f"files that are not images by their names are left out: {endings}",) if endings else ()
+    return (f"files that are no images of a class by their names are left out: {endings}",) if endings else ()
 
 
 class ConcatSplits(ImageSource):

@@ -53,14 +53,19 @@ class Listing:
     ignored: Counter[str]
 
 
-def resolve_classes(known: Sequence[str], selected: Iterable[str] | None, where: str) -> tuple[str, ...]:
-    """Return the known classes that are selected (None: all), in the order in which they are known."""
+def resolve_classes(
+    known: Sequence[str], selected: Iterable[str] | None, where: str, *, for_training: bool = True
+) -> tuple[str, ...]:
+    """Return the known classes that are selected (None: all), in the order in which they are known.
+
+    Raise UsageError for an unknown name, and for a single class to train on.
+    """
     if selected is None:
         return tuple(known)
     chosen = set(selected)
     for name in sorted(chosen - set(known)):
         raise UsageError(f"dataset.classes: {where} has no class {name!r}.{did_you_mean(name, known)}")
-    if len(chosen) < 2:
+    if for_training and len(chosen) < 2:
         raise UsageError("dataset.classes keeps fewer than two classes: name at least two")
     return tuple(name for name in known if name in chosen)
 
@@ -81,7 +86,7 @@ class ClassChoice:
         """Return the known classes to use. Raise UsageError for a mistake, which `hint` follows."""
         if self.for_training and "all" not in images and "train" not in images:
             raise UsageError(f"{where}: has {' and '.join(images)} but no train: nothing to train on")
-        classes = resolve_classes(known, self.selected, str(where))
+        classes = resolve_classes(known, self.selected, str(where), for_training=self.for_training)
         found = list(_problems(images, classes, self.for_training))
         bad = {name for _, names in found for name in names}
         if found and (self.problems is None or len(classes) - len(bad) < 2):
@@ -168,6 +173,11 @@ def list_folder(root_text: str | None, choice: ClassChoice) -> Listing:
     with reading_folder(root, _ONE_PER_CLASS):
         folders = _split_folders(root) or {"all": root}
         files = {split: _scan_classes(folder, root, choice.selected, ignored) for split, folder in folders.items()}
+        others = set(_subfolders(root)) - set(folders.values()) if "all" not in folders else ()
+        ignored.update("folder beside the splits" for path in others if not _has_runs(path))
+        for folder in {root, *folders.values()}:
+            inside = filter(is_visible, os.listdir(folder))  # noqa: PTH208  no Path per name
+            ignored.update("image beside the folders" for name in inside if _is_image(name))
     if choice.for_training and len(files.get("all", ())) == 1:
         ((name, keys),) = files["all"].items()
         if len({key.split("/")[1] for key in keys if key.count("/") > 1}) > 1:
@@ -213,8 +223,8 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
     """Return the images of each class folder, as paths relative to root, and count the other files."""
     errors, links, classes = list[OSError](), list[str](), dict[str, Names]()
     for path in _subfolders(folder):
-        if path.name == "outputs" and any(chain(path.rglob("run.json"), path.rglob("tune.json"))):
-            continue  # runs, or a search, that were started in the folder of images
+        if _has_runs(path):
+            continue
         if train := _split_folders(path).get("train"):
             remedy = f"Did you mean {path}? Images of a class belong in {root / train.name / path.name}"
             raise UsageError(f"{path}: contains {train.name}, so it is not a class. {remedy}")
@@ -231,6 +241,11 @@ def _scan_classes(folder: Path, root: Path, selected: Sequence[str] | None, igno
         found = f" (other files: {others})" if others else ""
         raise UsageError(f"{folder}: no images in subfolders{found}. {_ONE_PER_CLASS}")
     return classes
+
+
+def _has_runs(folder: Path) -> bool:
+    """Return True for `outputs` with runs, or a search, that were started in the folder of images."""
+    return folder.name == "outputs" and any(chain(folder.rglob("run.json"), folder.rglob("tune.json")))
 
 
 def _subfolders(folder: Path) -> list[Path]:

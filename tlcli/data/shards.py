@@ -137,11 +137,12 @@ def list_tars(root_text: str | None, choice: ClassChoice, *, verify_all: bool) -
     for shard in splits:
         stat = (root / shard).stat()
         state = f"{shard} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns}"
+        is_settled = time.time_ns() - stat.st_mtime_ns >= SETTLED_NS
         with suppress(KeyError, ValidationError):  # not known, or damaged
             indexes[shard] = convert(known[state], Index)
         if shard not in indexes:
             indexes[shard] = index_tar(root / shard)
-        if time.time_ns() - stat.st_mtime_ns >= SETTLED_NS:
+        if is_settled:
             entries[state] = indexes[shard]
     with suppress(OSError):
         if entries.keys() != known.keys():

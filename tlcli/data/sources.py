@@ -32,7 +32,7 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
     def check(self, *, for_training: bool = True) -> None:
         if self.root is not None:
             raise UsageError(f"dataset.root={self.root} has no effect with dataset=digits; add dataset=imagefolder")
-        resolve_classes(DIGITS, self.classes, self.name)
+        resolve_classes(DIGITS, self.classes, self.name, for_training=for_training)
 
     def load(self, reporter: Reporter, *, for_training: bool = True) -> "Source":
         import numpy as np
@@ -40,11 +40,12 @@ class DigitsSpec(DatasetSpec, frozen=True, tag="digits"):
 
         from tlcli.data.images import ImageArrays, Source, full_split
 
-        self.check()
+        self.check(for_training=for_training)
         data = datasets.load_digits()
         gray = np.rint(data.images * (255 / 16)).astype(np.uint8)  # values 0 to 16 spread over 0 to 255
         images = ImageArrays(np.repeat(gray[..., None], 3, axis=3), self.name)
-        return Source(DIGITS, {"all": full_split(images, data.target)}).select_classes(self.classes, self.name)
+        source = Source(DIGITS, {"all": full_split(images, data.target)})
+        return source.select_classes(self.classes, self.name, for_training=for_training)
 
 
 class _FilesSpec(DatasetSpec, frozen=True):
@@ -123,7 +124,7 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
     download: bool
 
     def check(self, *, for_training: bool = True) -> None:
-        resolve_classes(self.classes or (), self.classes, self.name)
+        resolve_classes(self.classes or (), self.classes, self.name, for_training=for_training)
 
     def offline(self) -> DatasetSpec:
         return structs.replace(self, download=False)
@@ -150,7 +151,8 @@ class TorchvisionDatasetSpec(DatasetSpec, frozen=True, tag="torchvision"):
         splits = {k: full_split(_images(s, root, f"{self.name}/{k}"), labels[k]) for k, s in sets.items()}
         # some name classes that no image has, as EMNIST's letters do with "N/A"
         in_use = [classes[i] for i in np.unique(np.concatenate(list(labels.values())))]
-        return Source(classes, splits).select_classes(in_use if self.classes is None else self.classes, self.name)
+        selected = in_use if self.classes is None else self.classes
+        return Source(classes, splits).select_classes(selected, self.name, for_training=for_training)
 
 
 def dataset_class(name: str) -> Any:

@@ -267,9 +267,11 @@ class Workload:
 
     @property
     def selects_epoch(self) -> bool:
-        """True if validation selects the epoch that is kept; else the last one is."""
-        spec, data = self.spec, self.data  # selected on a fold, its predictions would be too good
-        return spec.fold is None and (data.can_select or (spec.early_stop is not None and len(data.val) > 0))
+        """True if validation selects the epoch that is kept; else the last one is, as always of averaged fits."""
+        spec, data = self.spec, self.data
+        if spec.fold is not None or (spec.fits or 1) > 1:  # selected on a fold, its predictions would be too good
+            return False
+        return data.can_select or (spec.early_stop is not None and len(data.val) > 0)
 
     @property
     def augments(self) -> bool:

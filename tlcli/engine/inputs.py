@@ -49,7 +49,8 @@ class Inputs:
                 raise TlcliError(f"cache.mode=require: {reason}") from error
             reporter.note(f"{reason}: reading images instead")
             lost = {name for name, split in self.cached.items() if not all(view.filled for view in split.views)}
-            if "train" in (lost := lost | {split_name}):  # the others were read from one pool with it
+            lost = {*self.device.ranks.broadcast(sorted(lost)), split_name}
+            if "train" in lost:  # the others were read from one pool with it
                 lost |= {"train_eval", "val"}
             self.decisions = self.decisions.without(lost, reason)
             self.cached = {name: split for name, split in self.cached.items() if name in self.decisions.cached}
@@ -71,11 +72,12 @@ class Inputs:
     def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:
         split, compiled = self.cached[split_name], split_name in self.decisions.compiled
         extractor = split.workload.extractor(split.cut, self.decisions.eval_format, compiled=compiled)
+        entry = source.entry(reporter, extractor)
         try:
-            tensors = self.workload.session.tensors(source.entry(reporter, extractor))
-        except FileNotFoundError as error:  # an entry may be removed between being found and being read
-            if self.device.ranks.size > 1:
-                raise TlcliError(f"cached activations were removed while they were read: {error}") from error
+            tensors = self.workload.session.tensors(entry)
+        except OSError as error:  # an entry may be removed between being found and being read
+            if self.device.ranks.size > 1:  # the others go on
+                raise TlcliError(f"cached activations cannot be read: {error}") from error
             tensors = self.workload.session.tensors(source.entry(reporter, extractor))
         assert source.found is not None
         # the entry may be an earlier run's, and compiling may have failed

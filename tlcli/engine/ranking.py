@@ -207,7 +207,7 @@ def score(
         image = structs.replace(image, fit=image.fit or classifier.fit, train_size=train_size)
         probe = cross_validate_probe(replace(workload, data=sample), image, reporter, per_class * len(data.classes))
         if probe is None:
-            raise UsageError(f"rank: fewer than two classes have the {FOLDS} training images of a cross-validation")
+            raise UsageError(f"rank: a cross-validation needs {FOLDS} training images in each of two classes; add some")
         n_parameters = count(classifier.network.parameters())
         yield Score(backbone, size, train_size, probe, n_parameters, evaluation, seconds)
         spec = structs.replace(spec, device=device)  # at other sizes the same format is the fastest, as a rule

@@ -47,6 +47,7 @@ class Trainer:
         self._fits, self._epochs_per_fit = workload.fits, workload.epochs_per_fit
         self._ends: list[Tensor] = []  # sum of `_moved` at the ends of earlier fits
         self._scaler = torch.amp.GradScaler(device.accelerator.type, enabled=device.train_dtype == torch.float16)
+        self._scaler.scale(torch.zeros((), device=device.accelerator))  # a rank may have no image of its first step
         self._class_weights: Tensor | None = None
         if spec.class_weights is ClassWeights.balanced:  # the inverse count, with a mean of 1 over the training images
             weights = [sum(class_counts) / (len(classes) * n) for n in class_counts]
@@ -128,7 +129,7 @@ class Trainer:
         sizes = [min(spec.batch_size, len(loader) - (first + i) * spec.batch_size) for i in range(len(group))]
         n_images, losses, outputs = sum(sizes), [], []
         for (x, y), size in zip(group, sizes, strict=True):
-            if not len(y) and not self._synchronizes:  # not of this rank
+            if not len(y):  # not of this rank
                 losses.append(torch.tensor(0.0, device=self._device.accelerator))
                 continue
             if loader.head is not None and loader.dtype == torch.float32:  # features of a linear layer: no autograd
@@ -137,10 +138,11 @@ class Trainer:
                 loss, logits = self._linear_loss.backward(x[0], y, n_images)
             else:
                 target = y
-                if self._mixer is not None and len(y):
+                if self._mixer is not None:
                     images, target = self._mixer(x[0], y)
                     x, y = (images,), target.argmax(dim=1)
-                logits = self._forward(loader, x, is_single=size == 1 < spec.batch_size)
+                lacks_stats = size == 1 < spec.batch_size or (self._synchronizes and size < ranks.size)
+                logits = self._forward(loader, x, updates_stats=not lacks_stats)
                 options: Any = {"reduction": "sum", "label_smoothing": spec.label_smoothing}
                 loss = F.cross_entropy(logits, target, self._class_weights, **options)
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
@@ -186,15 +188,19 @@ class Trainer:
             for average, tensor in zip(self._average, self._moved, strict=True):
                 average.lerp_(tensor.detach(), 1 - spec.ema)
 
-    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, is_single: bool) -> Tensor:
-        """Return the logits (B, classes), float32. The last image of an epoch alone has no batch statistics."""
+    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, updates_stats: bool) -> Tensor:
+        """Return the logits (B, classes), float32.
+
+        The last image of an epoch alone has no batch statistics, and neither has a last batch of fewer images than
+        ranks: SyncBatchNorm of a rank without images would send values of another dtype.
+        """
         device = self._device  # torch.compile generates its own kernels
         fast = nullcontext() if device.compile else fast_depthwise_backward(device.accelerator, loader.dtype)
-        if is_single:
+        if not updates_stats:
             self._contract.train_mode(update_stats=False)
         with autocast(device.accelerator, loader.dtype), fast:
             logits: Tensor = loader.network(*x)
-        if is_single:
+        if not updates_stats:
             self._contract.train_mode()
         return logits.float()
 
@@ -204,6 +210,9 @@ class Trainer:
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             reason = "BatchNorm cannot update its statistics from one value per channel"
             raise TlcliError(f"batch_size={size}: {reason}; set batch_size=2 or freeze.bn_stats=frozen") from error
+        if "does not have a deterministic implementation" in str(error):
+            reason = "PyTorch has no deterministic gradient of a layer of this network on this device"
+            raise TlcliError(f"device.deterministic=true: {reason}; set device.deterministic=false") from error
         if is_out_of_memory(error):
             smaller = f"batch_size={size // 2} accumulate={2 * accumulate}, which keeps the size of a step, or "
             advice = f"set {smaller if size > 1 else ''}a smaller image.size"

@@ -34,6 +34,8 @@ def cross_validate(
     logits = [read_tensors(file)[0]["logits"] for file in files] if all(file.is_file() for file in files) else None
     by_share = logits or [part.logits[None] for part in parts]  # (shares, N, C) of each fold
     labels = torch.cat([part.labels for part in parts])[order]
+    if labels.tolist() != data.train.labels.tolist():
+        raise TlcliError(f"{refit.path.parent}: labels have changed since the folds were trained; start a new run")
     pools = [Predictions(torch.cat(pool)[order], labels) for pool in zip(*by_share, strict=True)]
     chosen = choose(pools) if len(pools) > 1 else 0
     scores = [part.unknown for part in parts if part.unknown is not None]

@@ -118,7 +118,7 @@ def read_entry(path: Path) -> Entry:
     overrides = strings(info.get("overrides"))
     # what is not in run.json is on the command line, otherwise in config.yaml, which takes long to read
     settings: dict[str, str | None] = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
-    is_fold = path.name == FOLD.format(settings.get("fold"))
+    is_fold = path.name == FOLD.format(settings.get("fold")) and (path.parent / REFIT).is_dir()
     is_folder = info.get("dataset") in ("imagefolder", "manifest", "parquet", "webdataset")
     places = [value for key in ("dataset.file", "dataset.root") if (value := settings.get(key))]
     if not info.get("backbone") or (is_folder and (not places or places[0].startswith(("'", '"')))):

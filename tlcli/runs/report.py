@@ -29,9 +29,11 @@ from tlcli.errors import TlcliError, UsageError
 from tlcli.runs import leaderboard, plots
 from tlcli.runs.load import LoadedRun, load_run
 from tlcli.runs.run_dir import (
+    REFIT,
     STATE_FILE,
     RunDir,
     confusion_matrix,
+    has_folds,
     integer,
     mapping,
     number,
@@ -275,9 +277,11 @@ def sweep_view(folder: Path, output: Path) -> View:
         except ValueError:  # another drive
             relative = target.name
         job["link"] = "./" + quote(os.fsencode(relative)) + ("" if target is report else "/")
-    run = RunDir(folder / jobs[0]["name"])
+    run, is_one_run = RunDir(folder / jobs[0]["name"]), has_folds(folder)
+    counted = [job for job in jobs if not is_one_run or job["name"] == REFIT]  # whose time includes that of its folds
     return {
         **board,
+        "seconds": sum(job["seconds"] or 0.0 for job in counted),
         "best": best,
         "search": search,
         "run_name": folder.resolve().name,

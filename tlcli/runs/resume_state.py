@@ -101,13 +101,13 @@ class ResumeState:
 
 def read_state(run: RunDir) -> ResumeState | None:
     """Return the state of an interrupted run, if it has one. Raise TlcliError if it is damaged or of another tlcli."""
+    check_version(run.path, run.info)
     if not run.state_file.is_file():
         return None
     try:
         state = load_state(run.state_file)
     except TlcliError as error:
         raise TlcliError(f"{error}; without that file the run starts again") from error
-    check_version(run.path, run.info)
     recorded, best = recorded_decisions(run.info), None
     if recorded is None:
         raise TlcliError(f"{run.info_file}: has no decisions, or damaged ones; start a new run")

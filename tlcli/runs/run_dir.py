@@ -7,7 +7,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tlcli import __version__
 from tlcli.errors import TlcliError, UsageError
 from tlcli.files import atomic_write, exists, expand_user, is_dir, is_file, read_yaml, write_csv
-from tlcli.locks import runs_on_this_machine, this_process
+from tlcli.locks import Lock, runs_on_this_machine, this_process
 from tlcli.text import Names, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ class RunDir:
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl."""
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def starting(self) -> AbstractContextManager[None]:
+        """Hold a lock from when a process sees that no other one runs this run until run.json says that it does."""
+        return Lock(self.path / ".start.lock").held()
 
     def start(self, *, command: str, overrides: Sequence[str], config: str, cwd: str | None = None) -> None:
         """Write config.yaml and a run.json with the status `running`; `cwd` is where the command was typed."""
@@ -222,7 +226,8 @@ def check_version(path: Path, info: Mapping[str, Any]) -> None:
     """Raise TlcliError if another minor version of tlcli started a run, which has other defaults and state files."""
     version = str(info.get("tlcli", __version__))  # a run that ended early may not say
     if version.split(".")[:2] != __version__.split(".")[:2]:
-        raise TlcliError(f"{path}: was started with tlcli {version}, this is {__version__}: resume it with that")
+        this = f"this is {__version__}"
+        raise TlcliError(f"{path}: was started with tlcli {version}; resume it with that version ({this})")
 
 
 def rerun_command(info: Mapping[str, Any]) -> str:

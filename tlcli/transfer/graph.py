@@ -272,15 +272,15 @@ def preserve_state(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(network: nn.Module) -> Iterator[None]:
-    """Compute in full float32: no autocast, no TF32, whose rounding depends on the batch size."""
+    """Compute in full float32: no autocast, no TF32, and the same kernels for batches of all sizes."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    previous = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    previous = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = False
     try:
         with torch.autocast(device_of(network).type, enabled=False):
             yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = previous
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = previous
 
 
 def device_of(network: nn.Module) -> torch.device:
