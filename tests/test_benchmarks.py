@@ -25,6 +25,7 @@ from benchmarks import (
     prediction,
     quality,
     ranking,
+    ranks,
     run,
     scaling,
     shards,
@@ -52,7 +53,7 @@ def data(tmp_path: Path) -> Path:
 
 
 PARTS = {extraction: 2, training: 2, cached: 5, tutorial_job: 2, scaling: 1, memory: 1, prediction: 2, photographs: 2}
-PARTS |= {shards: 1} if find_spec("ray") else {}
+PARTS |= {ranks: 4} | ({shards: 1} if find_spec("ray") else {})
 
 
 @pytest.mark.parametrize(("benchmark", "rows"), PARTS.items())
