@@ -52,7 +52,7 @@ def test_planted_faults_are_verdicts(found: Path) -> None:
     assert fix_test.startswith("1 of test also in train or val, byte for byte")
     assert fix_test.endswith("keep one of the copies (duplicates.csv)")
     assert any("check contact_sheet.png" in line for line in look)
-    assert "files that are no images of a class by their names are left out: .txt (1)" in summary["notes"]
+    assert "left out, since they are no images of a class: .txt (1)" in summary["notes"]
     assert summary["exact"]["test_in_train_or_val"] == 1
     assert min(summary["seconds"].values()) >= 0
     (row,) = rows(found / "bad_files.csv")

@@ -353,7 +353,7 @@ def source_of_files(listing: Listing) -> Source:
 def ignored_notes(ignored: Counter[str]) -> tuple[str, ...]:
     """Return the line for the plan about files that are left out, given their number by ending; none without any."""
     endings = join_limited([f"{ending} ({n:,})" for ending, n in ignored.most_common()])
-    return (f"files that are no images of a class by their names are left out: {endings}",) if endings else ()
+    return (f"left out, since they are no images of a class: {endings}",) if endings else ()
 
 
 class ConcatSplits(ImageSource):
