@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
 
 
 PARTS = {extraction: 2, training: 2, cached: 5, tutorial_job: 2, scaling: 1, memory: 1, prediction: 2, photographs: 2}
-PARTS |= {ranks: 4} | ({shards: 1} if find_spec("ray") else {})
+PARTS |= {shards: 1} if find_spec("ray") else {}
 
 
 @pytest.mark.parametrize(("benchmark", "rows"), PARTS.items())
@@ -67,6 +67,11 @@ def test_part_of_the_suite_measures_its_bars(benchmark, rows: int, data: Path, t
     name = benchmark.__name__.split(".")[1]
     written = json.loads((tmp_path / "out" / f"{name}_measures.json").read_text())
     assert [row["measure"] for row in written["rows"]] == [measure.what for measure in measures]
+
+
+@pytest.mark.parametrize(("kind", "how"), [("training", ranks.RANKS), ("extraction", ranks.ONE)])
+def test_ways_to_run_are_measured(kind: str, how: str, data: Path, tmp_path: Path) -> None:
+    assert ranks.speed(kind, how, data / "cifar10", tmp_path / "run", ranks.SMALL) > 0
 
 
 def test_bare_loop_and_tutorial_see_the_same_images(tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ pytestmark = [
 
 
 def test_killed_runs_are_resumed_exactly() -> None:
-    found = program("ended", "KILL", "--times", scale(6, 200))
+    found = program("ended", "KILL", "--times", scale(3, 200))
     assert found["unreadable"] == found["differences"] == found["leftovers"] == []
     assert found["exactly"] == found["times"]
 
 
 @pytest.mark.parametrize(("name", "code"), [("INT", "130"), ("TERM", "143")])
 def test_interrupted_runs_say_so_and_are_resumed_exactly(name: str, code: str) -> None:
-    found = program("ended", name, "--times", scale(6, 51))
+    found = program("ended", name, "--times", scale(3, 51))
     assert found["codes"].keys() <= {code, "0"}  # 0: it was done before the signal came
     assert found["codes"][code] > 0
     assert found["statuses"].keys() <= {"interrupted", "done", "none"}
