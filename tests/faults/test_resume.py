@@ -414,6 +414,15 @@ def test_a_run_of_an_older_release_is_refused(stopped: Path, capsys: pytest.Capt
         (stopped / "checkpoints/state.safetensors").unlink(missing_ok=True)
 
 
+def test_a_finished_run_without_its_state_cannot_train_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunDir(stopped).update(status="done")
+    (stopped / "checkpoints/state.safetensors").unlink()
+    best = (stopped / "checkpoints/best.safetensors").read_bytes()
+    assert main(["train", "--resume", str(stopped), "epochs=9"]) == 2
+    assert "has no checkpoints/state.safetensors to resume from" in capsys.readouterr().err
+    assert (stopped / "checkpoints/best.safetensors").read_bytes() == best
+
+
 @pytest.mark.parametrize("argv", [["--resume"], ["resume="], ["--resume", "nowhere"], ["--resume="]])
 def test_no_such_run_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *argv]) == 2

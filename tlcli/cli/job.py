@@ -164,10 +164,7 @@ class Command:
         """
         run.path.mkdir(parents=True, exist_ok=True)
         with record_status(run):
-            resumed = self._start(run, config, overrides)
-            state = None
-            if resumed:
-                run.mark_resumed(self.line)
+            resumed, state = self._start(run, config, overrides), None
             starting.close()
             if resumed:
                 with fast_imports():
@@ -236,6 +233,8 @@ class Command:
             contents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job.overrides.task}
             for name, content in contents.items():
                 OmegaConf.save(content, folder / f"{name}.yaml")
+        if resumed:
+            run.mark_resumed(self.line)
         return resumed
 
     def _claim(self, path: Path, overrides: list[str], part: str) -> tuple[RunDir, str | None]:

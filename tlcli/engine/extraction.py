@@ -92,9 +92,7 @@ class Extractor:
 
     def _compile(self, network: nn.Module) -> None:
         """Try torch.compile with frozen weights, and record what it cost and gained."""
-        start, size = time.perf_counter(), self.preprocessing.size
-        seeded = torch.Generator().manual_seed(0)  # all processes that fill an entry decide alike
-        sample = torch.randint(0, 256, (self.batch_size, 3, size, size), dtype=torch.uint8, generator=seeded)
+        start, sample = time.perf_counter(), _random_images(self.batch_size, self.preprocessing.size)
         prefix = copy.deepcopy(network).to(self.compute_format.dtype)  # inductor then folds and packs weights
         try:
             with warnings.catch_warnings(action="ignore"):  # inductor's advice is for the network's author
@@ -163,13 +161,16 @@ def _fold_batchnorm(prefix: nn.Module, preprocessing: Preprocessing) -> nn.Modul
             folded.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
             folded.set_submodule(names[1], nn.Sequential(*activations))
             count += 1
-    size, normalize = preprocessing.size, preprocessing.normalize
-    seeded = torch.Generator().manual_seed(0)  # all processes that fill an entry decide alike
-    sample = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=seeded).to(device_of(folded))
+    normalize, sample = preprocessing.normalize, _random_images(2, preprocessing.size).to(device_of(folded))
     with torch.inference_mode(), full_precision(folded):  # TF32 rounds more than the tolerance
         pairs = zip(folded(normalize(sample)), prefix(normalize(sample)), strict=True)
         is_same = count > 0 and all(_relative_distance(a, b) <= FP32_TOLERANCE for a, b in pairs)
     return folded if is_same else prefix
+
+
+def _random_images(n: int, size: int) -> Tensor:
+    """Return uint8 images (n, 3, size, size), always the same: all processes that fill an entry decide alike."""
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def _relative_distance(values: Tensor, expected: Tensor) -> float:

@@ -142,7 +142,7 @@ class Trainer:
                     images, target = self._mixer(x[0], y)
                     x, y = (images,), target.argmax(dim=1)
                 lacks_stats = size == 1 < spec.batch_size or (self._synchronizes and size < ranks.size)
-                logits = self._forward(loader, x, updates_stats=not lacks_stats)
+                logits = self._forward(loader, x, lacks_stats=lacks_stats)
                 options: Any = {"reduction": "sum", "label_smoothing": spec.label_smoothing}
                 loss = F.cross_entropy(logits, target, self._class_weights, **options)
                 torch.autograd.backward(self._scaler.scale(loss / n_images))
@@ -188,7 +188,7 @@ class Trainer:
             for average, tensor in zip(self._average, self._moved, strict=True):
                 average.lerp_(tensor.detach(), 1 - spec.ema)
 
-    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, updates_stats: bool) -> Tensor:
+    def _forward(self, loader: BatchLoader, x: tuple[Tensor, ...], *, lacks_stats: bool) -> Tensor:
         """Return the logits (B, classes), float32.
 
         The last image of an epoch alone has no batch statistics, and neither has a last batch of fewer images than
@@ -196,11 +196,11 @@ class Trainer:
         """
         device = self._device  # torch.compile generates its own kernels
         fast = nullcontext() if device.compile else fast_depthwise_backward(device.accelerator, loader.dtype)
-        if not updates_stats:
+        if lacks_stats:
             self._contract.train_mode(update_stats=False)
         with autocast(device.accelerator, loader.dtype), fast:
             logits: Tensor = loader.network(*x)
-        if not updates_stats:
+        if lacks_stats:
             self._contract.train_mode()
         return logits.float()
 

@@ -247,8 +247,8 @@ def _plan_notes(inputs: Inputs) -> tuple[str, ...]:
     elif not len(data.val) and spec.folds is None:
         notes.append("no images are held out: probabilities are not calibrated")
     if len(data.val) and spec.fold is None and not workload.selects_epoch:
-        why = f"since fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
-        why = f"as the mean of {workload.fits} fits" if workload.fits > 1 else why
+        few = f"since fewer than {MIN_VALIDATION_IMAGES} do not select an epoch (early_stop=N does)"
+        why = f"as the mean of {workload.fits} fits" if workload.fits > 1 else few
         notes.append(f"val has {len(data.val):,} images: the last epoch is kept, {why}")
     measured = [use for use in ("training", "evaluation") if "measured" in reasons.get(use, "")]
     return *notes, *(f"{use}: {reasons[use]}" for use in measured)
