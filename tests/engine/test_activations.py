@@ -252,8 +252,8 @@ def both(spec: Compose, split: Split, *, views: int | None = None) -> tuple[Imag
     ]
     options = {"network": nn.Identity(), "dtype": torch.float32}
     live = ImageLoader(batches, device(), views=views, **options)
-    rows, labels = torch.arange(len(split)), torch.from_numpy(split.labels)
-    return live, ActivationLoader(tables, rows, labels, head=None, device=device(), batch_size=5, seed=3, **options)
+    rows = torch.arange(len(split))
+    return live, ActivationLoader(tables, rows, split, head=None, device=device(), batch_size=5, seed=3, **options)
 
 
 def joined(batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
@@ -291,8 +291,11 @@ def test_an_epoch_resumes_at_any_batch(spec: Compose, rows_at_once: int, monkeyp
 
 
 def table_feed(table: tuple[Tensor, ...], *, dtype: torch.dtype, layout: Device | None = None) -> ActivationLoader:
-    rows = torch.arange(len(table[0]))
-    return ActivationLoader([table], rows, rows, nn.Identity(), None, dtype, layout or device(), batch_size=4, seed=0)
+    rows = np.arange(len(table[0]))
+    split = Split(coded(len(rows)).images, rows, rows)
+    return ActivationLoader(
+        [table], torch.from_numpy(rows), split, nn.Identity(), None, dtype, layout or device(), batch_size=4, seed=0
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

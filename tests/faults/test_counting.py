@@ -64,7 +64,7 @@ def live(split: Split, batch_size: int, workers: int = 0) -> BatchLoader:
 def cached(split: Split, batch_size: int) -> BatchLoader:
     rows = torch.from_numpy(np.concatenate([split.read(i)[0] for i in range(len(split))]).astype(np.float32) / 255)
     return ActivationLoader(
-        *([(rows,)], torch.arange(len(split)), torch.from_numpy(split.labels)),
+        *([(rows,)], torch.arange(len(split)), split),
         network=Numbers(),
         head=None,
         dtype=torch.float32,

@@ -20,7 +20,7 @@ from tlcli.cli.resume import resume, resume_argument, resume_hint
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
 from tlcli.interrupts import handle_signals
-from tlcli.runs.run_dir import JOURNAL_FILE, LEADERBOARD_FILE, STATE_FILE, SWEEP_FILES, RunDir
+from tlcli.runs.run_dir import JOURNAL_FILE, LEADERBOARD_FILE, RUN_FILES, STATE_FILE, SWEEP_FILES, RunDir
 
 
 def run(argv: list[str]) -> int:
@@ -99,11 +99,8 @@ def make_folder(path: Path, key: str | None = None, *, has_jobs: bool = False) -
     If the user named it with `key`, it may exist, but without files of a run, and if it will have jobs, without runs in
     its folders; otherwise a taken name gets -2, -3, ....
     """
-    run = RunDir(path)
-    files = [run.info_file, run.config_file, run.metrics_file, run.test_file, run.log_file, run.plots]
-    files += [run.bad_files_file, run.val_predictions, run.test_predictions, run.val_shares, run.unknown_file]
-    names = (".hydra", *SWEEP_FILES, STATE_FILE, JOURNAL_FILE, LEADERBOARD_FILE)
-    files += [run.best_checkpoint.parent, *(path / name for name in names)]
+    names = (*RUN_FILES, ".hydra", *SWEEP_FILES, STATE_FILE, JOURNAL_FILE, LEADERBOARD_FILE)
+    files = (path / name for name in names)
     try:
         below = path.rglob("run.json") if has_jobs else ()  # they would be taken for its jobs
         if key and (existing := next(chain((file for file in files if file.exists()), below), None)):
@@ -123,7 +120,7 @@ def make_folder(path: Path, key: str | None = None, *, has_jobs: bool = False) -
                 if not path.is_dir():
                     raise
             if key == "hydra.run.dir":
-                run.log_file.touch(exist_ok=False)  # atomic, too: it may exist for another run of the same second
+                RunDir(path).log_file.touch(exist_ok=False)  # atomic, too: another run of the same second may have it
             return numbered, made
     except OSError as exc:
         hint = f"choose another folder with {key or 'out'}=..."

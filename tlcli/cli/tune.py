@@ -300,8 +300,6 @@ def _earlier_search(arguments: argparse.Namespace, start: float) -> tuple["Searc
                 with suppress(OSError, ValueError):
                     if (info := read_json(file)).get("status") == "running" and runs_on_this_machine(info):
                         raise still_running(file.parent, info)
-        if arguments.resume and state["best"] is not None:
-            raise UsageError(f"{folder}: its budget is spent; the result is {folder / state['best']}")
         return_to(str(state["cwd"]), folder)
         with fast_imports():
             from tlcli.cli.search import Search

@@ -182,6 +182,12 @@ def balanced_order(labels: Ints, seed: int, epoch: int) -> Ints:
     return rng.permutation(np.concatenate(drawn))
 
 
+def split_order(split: Split, seed: int, epoch: int, *, balanced: bool) -> Ints:
+    """Return the positions of an epoch over a split, as `epoch_order` or `balanced_order` draws them."""
+    order = balanced_order(split.labels, seed, epoch) if balanced else epoch_order(len(split), seed, epoch)
+    return split.images.order_by_buffer(order, split.indices[order % len(split)], seed, epoch)
+
+
 def sample_seed(seed: int, view: int, index: int) -> int:
     """Return a number from 0 to 2**63 - 1 that differs in all its bits between neighbors."""
     digest = hashlib.blake2b(f"{seed}/{view}/{index}".encode(), digest_size=8).digest()
@@ -226,10 +232,7 @@ class ImageBatches(Dataset[Batch | TlcliError]):
         return (seeds for _, seeds in self._epoch_chunks(number, view, start) if seeds is not None)
 
     def _epoch_chunks(self, number: int, view: int | None, start: int) -> Iterator[Chunk]:
-        order = epoch_order(len(self.split), self.seed, number)
-        if self.balanced:
-            order = balanced_order(self.split.labels, self.seed, number)
-        order = self.split.order_by_buffer(order, self.seed, number)
+        order = split_order(self.split, self.seed, number, balanced=self.balanced)
         if view is not None:  # one that may be stored: a repeated image has the same
             order = order % len(self.split)
         return self._chunks(order[start * self.batch_size :], number if view is None else view, self.ranks)

@@ -304,10 +304,6 @@ class Split:
         indices = self.indices if positions is None else self.indices[positions]
         return self.images.fingerprint(indices, Reporter())
 
-    def order_by_buffer(self, order: Ints, seed: int, epoch: int) -> Ints:
-        """Return `ImageSource.order_by_buffer` of positions that are in the order of an epoch."""
-        return self.images.order_by_buffer(order, self.indices[order % len(self)], seed, epoch)
-
     def class_counts(self, n_classes: int) -> tuple[int, ...]:
         return tuple(np.bincount(self.labels, minlength=n_classes).tolist())
 

@@ -58,7 +58,7 @@ class Inputs:
         return ActivationLoader(
             views,
             split.rows,
-            torch.from_numpy(self.workload.split(split_name).labels),
+            self.workload.split(split_name),
             network=split.cut.suffix,
             head=split.workload.plain_head(split.cut),
             dtype=self.decisions.suffix_dtype,
@@ -66,7 +66,6 @@ class Inputs:
             batch_size=self.workload.spec.batch_size,
             seed=self.workload.spec.seed,
             balanced=self.workload.spec.sampler is Sampler.balanced,
-            split=self.workload.split(split_name),
         )
 
     def _tensors(self, source: SplitActivations, split_name: str, reporter: Reporter) -> ActivationTensors:

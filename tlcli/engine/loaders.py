@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tlcli.data.batches import ImageBatches, apply_transforms, balanced_order, epoch_order
+from tlcli.data.batches import ImageBatches, apply_transforms, split_order
 from tlcli.data.images import Split
 from tlcli.device import Device
 from tlcli.ranks import ALONE, Ranks
@@ -72,7 +72,7 @@ class ActivationLoader:
 
     views: Sequence[ActivationTensors]  # of each augmented view, or of the images as they are
     rows: Tensor  # the index of each image of the split in them
-    labels: Tensor
+    split: Split
     network: nn.Module  # the suffix of the cut
     head: nn.Linear | None  # the same if it is one plain linear layer
     dtype: torch.dtype
@@ -80,13 +80,12 @@ class ActivationLoader:
     batch_size: int
     seed: int
     balanced: bool = False
-    split: Split | None = None  # for the order of an epoch, which depends on how its images are stored
     mirrors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.threads = None if self.head is None else 1  # its steps are too short for a second thread
         self.ranks = self.device.ranks if self.head is None else ALONE  # and shorter than an exchange among ranks
-        self.labels = self.device.to_device(self.labels)
+        self.labels = self.device.to_device(torch.from_numpy(self.split.labels))
         row_bytes = sum(t[0].numel() * t.element_size() for t in self.views[0])
         self._rows_at_once = max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))
 
@@ -98,11 +97,7 @@ class ActivationLoader:
         return self.device.ranks.positions(len(self), max(self._rows_at_once, self.batch_size))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        order = epoch_order(len(self), self.seed, number)
-        if self.balanced:
-            order = balanced_order(self.labels.cpu().numpy(), self.seed, number) % len(self)
-        if self.split is not None:
-            order = self.split.order_by_buffer(order, self.seed, number)
+        order = split_order(self.split, self.seed, number, balanced=self.balanced) % len(self)
         view = self.views[(number - 1) % len(self.views)]
         return self._read(view, torch.from_numpy(order), self.batch_size, start, self.ranks)
 

@@ -116,8 +116,8 @@ def fit_unknown_score(inputs: Inputs, reporter: Reporter) -> UnknownScore | None
     is_cached = {"train", "train_eval"} <= inputs.cached.keys()
     loader: BatchLoader | None = inputs.open("train_eval", reporter) if is_cached else None
     if isinstance(loader, ActivationLoader):
-        chosen = torch.from_numpy(np.flatnonzero(np.isin(data.train.indices, sample.indices)))
-        loader = replace(loader, rows=loader.rows[chosen], labels=loader.labels.cpu()[chosen])
+        chosen = np.flatnonzero(np.isin(data.train.indices, sample.indices))
+        loader = replace(loader, rows=loader.rows[torch.from_numpy(chosen)], split=loader.split.take(chosen))
     else:
         part = replace(workload, data=replace(data, train=sample))
         loader = image_loader(part, inputs.device, "train_eval", reporter)

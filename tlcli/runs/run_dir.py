@@ -38,8 +38,14 @@ SWEEP_FILES = (SWEEP_FILE, "multirun.yaml")  # of which a sweep has one: Hydra w
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
 
 
+RUN_FILES: list[str] = []
+"""The names of the files and folders of a run, in its directory."""
+
+
 def _path_in_run(name: str) -> cached_property[Path]:
     """Return a path below a run's directory, joined on access: `list` makes thousands of RunDir objects."""
+    if (first := name.partition("/")[0]) not in RUN_FILES:
+        RUN_FILES.append(first)
     return cached_property(lambda run: run.path / name)
 
 
