@@ -300,6 +300,14 @@ def test_a_failure_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPa
     assert not list(run.glob("*eval*"))
 
 
+def test_files_that_do_not_decode_are_listed(run: Path, shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes / "test", tmp_path / "photos")
+    (tmp_path / "photos/down/bad.png").write_bytes(b"no image")
+    result = evaluated(run, f"dataset.root='{tmp_path / 'photos'}'", "dataset.on_bad=skip")
+    assert result.report["n_bad_files"] == 1
+    assert "down/bad.png" in (result.folder / "bad_files.csv").read_text()
+
+
 def test_a_read_only_run_is_refused_before_images_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (path == run and mode == os.W_OK))

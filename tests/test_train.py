@@ -161,15 +161,17 @@ def test_the_final_weights_are_on_the_line_from_the_probe_to_the_last_epoch(trai
     assert torch.allclose(half, (start + end) / 2, atol=1e-6)
 
 
-def test_a_validation_loss_that_is_not_finite_is_explained(tmp_path, monkeypatch, capsys, shapes: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tlcli.train, "scores", lambda predictions: Scores(0.1, 0.1, float("nan")))
-    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=head", *TINY)
+@pytest.mark.parametrize(
+    ("own", "split"), [("dataset.val_fraction=0.2", "validation"), ("interpolate=1", "features for the unknown score")]
+)
+def test_weights_that_the_last_step_ruins_are_an_error(own, split, small: None, tmp_path, capsys, shapes) -> None:
+    words = ("dataset=imagefolder", f"dataset.root='{shapes}'", "image.size=32", "epochs=1", "freeze=none", *TINY)
+    words += (own, "batch_size=64", "optimizer.lr=1e30", f"hydra.run.dir='{tmp_path}'")
     assert main(["train", *words]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "validation loss is not finite after epoch 1" in error
-    assert "optimizer.lr=" in error
+    assert f"the outputs of the network are not finite ({split}): try a smaller optimizer.lr" in error
+    assert not RunDir(tmp_path).test_file.exists()
 
 
 @pytest.fixture

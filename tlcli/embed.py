@@ -111,6 +111,8 @@ def check_output(path: Path, suffixes: Sequence[str], *, force: bool) -> None:
         raise UsageError(f"{path} needs pyarrow: pip install 'tlcli[parquet]', or write an .npz file")
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path}: not a file in an existing folder")
+    if not os.access(path.parent, os.W_OK):  # known before the images are read
+        raise UsageError(f"{path}: cannot be written, since {path.parent} is read-only for you; choose another folder")
     if not force and (path.exists() or path.is_symlink()):
         raise UsageError(f"{path} already exists: choose another file, or replace it with --force")
 

@@ -27,10 +27,6 @@ class FrozenTensorError(TlcliError):
     """A frozen tensor differs from what it was before training."""
 
 
-class NonFiniteLossError(TlcliError):
-    """The training loss became NaN or infinite."""
-
-
 # of one candidate among several: its config does not suit it, or memory is lacking (RuntimeError in torch)
 CANDIDATE_ERRORS = (TlcliError, RuntimeError, MemoryError)
 

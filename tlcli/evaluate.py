@@ -144,6 +144,7 @@ def evaluate_run(
         write_json(folder / "eval.json", full_report)
         config = yaml.safe_dump({"dataset": to_plain(dataset)}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
+        RunDir(folder).write_bad_files(images.bad_files)
 
     is_test = result.is_own and images.split_name == "test" and checkpoint == "best" and spec.tta is trained.tta
     same, limits = None, [(s.test_per_class, s.classes) for s in (dataset, trained.dataset)]

@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+typed_in: Path | None = None
+"""The folder where the command was typed, if this process has left it."""
+
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates a cell that starts like this
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they reorder what follows
 
@@ -69,9 +72,9 @@ def duration_text(seconds: float) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """Return a path relative to the working directory if it is inside, so that it is short and can be typed."""
-    full = path.resolve()
-    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else path)
+    """Return a path relative to the user's folder if it is inside, so that it is short and can be typed."""
+    full, folder = path.resolve(), typed_in or Path.cwd()
+    return str(full.relative_to(folder) if full.is_relative_to(folder) else path)
 
 
 def labelled(label: str, value: str, width: int | None) -> list[str]:

@@ -133,7 +133,6 @@ def train(
                         averaged = best_epoch.rank(scores(val_predictions)) > best_epoch.rank(scores(own))
                         val_predictions = val_predictions if averaged else own
                     validation = scores(val_predictions)
-                trainer.check_validation_loss(validation.loss, epoch)
             with defer_interrupts:
                 if validation is not None:
                     trainer.schedule.after_epoch(validation.loss)

@@ -107,11 +107,15 @@ def test_a_working_directory_that_is_gone_is_a_usage_error(tlcli, tmp_path: Path
         ("embed run images --to f.npz", "numpy.savez"),
         ("eval run", "tlcli.evaluate.write_json"),
         ("export run --to timm --output model", "tlcli.export.compare"),
+        ("data check dataset=imagefolder dataset.root=photos --output checked", "tlcli.check.check_data"),
+        ("rank dataset=imagefolder dataset.root=photos", "tlcli.engine.ranking.score"),
+        ("similar run photos/down/000.png images", "tlcli.embed.Embedder.embed"),
     ],
 )
 def test_sigterm_leaves_no_draft(line: str, step: str, tlcli, trained, shapes, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(trained("head", "fp32"), tmp_path / "run")
     (tmp_path / "images").symlink_to(shapes / "test/down")
+    (tmp_path / "photos").symlink_to(shapes / "test")
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(step, lambda *args, **arrays: signal.raise_signal(signal.SIGTERM))
     previous = signal.signal(signal.SIGTERM, lambda *args: None)

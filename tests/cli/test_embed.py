@@ -62,6 +62,12 @@ def test_a_label_is_the_folder_of_an_image_however_it_is_named(tlcli: Tlcli, tra
             assert set(file["label"]) == {"down"}, folder
 
 
+def test_a_folder_that_is_read_only_is_refused_before_images_are_read(tlcli: Tlcli, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    ended = tlcli("embed", "nowhere", "photos", "--to", "f.npz")
+    assert (ended.code, ended.err.count("\n")) == (2, 1) and "f.npz: cannot be written, since . is" in ended.err
+
+
 def test_a_list_without_images_is_said_to_be_empty(tlcli: Tlcli, trained: Trained, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     ended = tlcli("embed", str(trained("head", "fp32")), "-", "--to", "g.npz")
@@ -121,4 +127,4 @@ def test_similar_lists_the_nearest(tlcli: Tlcli, trained: Trained, photos: Path)
     found = tlcli("similar", run, "photos/down/003.png", "photos", "--format=json")
     assert found.code == 1 and found.out.startswith('[\n  {\n    "path": "photos/copy.png"')
     bad = tlcli("similar", run, "photos/bad.png", "photos")
-    assert (bad.code, bad.err) == (2, "tlcli similar: photos/bad.png: not an image\n")
+    assert (bad.code, bad.err) == (1, "tlcli similar: photos/bad.png: not an image\n")

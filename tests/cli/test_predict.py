@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from PIL import Image
 
 from tests.cli.conftest import Ended, Tlcli
 from tlcli.cli import main
+from tlcli.errors import TlcliError
 from tlcli.predict import Prediction, Predictor
+from tlcli.runs.load import LoadedRun
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,13 @@ def test_heat_maps_are_not_classified_in_a_folder_of_images(tlcli: Tlcli, run: s
         shutil.copy(photos / "a.png", photos / f"{name}.png")
     ended = tlcli("predict", run, "photos", "--heatmaps", "photos/maps", "--batch-size=1")
     assert [row["path"] for row in lines(ended)] == [f"photos/{name}.png" for name in ("a", "b", "c", "d", "more/c")]
+
+
+def test_a_network_that_has_no_heat_maps_is_refused(tlcli: Tlcli, run: str, photos: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LoadedRun, "explain", Mock(side_effect=TlcliError("no heat map: no grid")))
+    ended = tlcli("predict", run, "photos", "--heatmaps", "maps")
+    assert (ended.code, ended.err) == (2, "tlcli predict: --heatmaps: no heat map: no grid; leave it out\n")
+    assert not Path("maps").exists()
 
 
 def test_heat_maps_go_into_a_new_folder(tlcli: Tlcli, run: str, photos: Path) -> None:

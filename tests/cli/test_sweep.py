@@ -223,7 +223,9 @@ def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path,
     monkeypatch.chdir(tmp_path / "below")
     training(finished)
     monkeypatch.setattr("pathlib.Path.expanduser", lambda self: self)
-    assert tlcli("train", "--resume", "../swept").code == 0
+    ended = tlcli("train", "--resume", "../swept")
+    assert ended.code == 0
+    assert f"sweep      {tmp_path}/below/../swept\n" in ended.out, "a path that can be typed here"
     assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
     assert not (tmp_path / "below/swept").exists()
 

@@ -13,7 +13,7 @@ import pytest
 import tlcli as package
 from tests.cli.conftest import Ended, finished, runs_in
 from tlcli.cli.completion import candidates
-from tlcli.errors import NonFiniteLossError, TlcliError, UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.runs.run_dir import read_json
 
 
@@ -58,7 +58,7 @@ def test_a_named_directory_is_not_overwritten(first, argv, tlcli, training, tmp_
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (NonFiniteLossError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
+        (TlcliError("the loss is nan"), 1, "tlcli train: the loss is nan\n"),
         (TypeError("a\nb"), 1, "internal error: TypeError: a b (rerun with --debug for the traceback)\n"),
         (ValueError("a"), 1, "internal error: ValueError: a (rerun with --debug for the traceback)\n"),
         (MemoryError(), 1, "tlcli train: out of memory: close other programs, or use smaller images"),

@@ -124,14 +124,17 @@ def test_folds_without_a_test_are_compared_by_their_cross_validation(tmp_path: P
         compare([tmp_path / "tested", tmp_path / "b"])
 
 
-@pytest.mark.parametrize("other", [[], ["good"], ["bad"], ["failed"], ["died"]])
+@pytest.mark.parametrize("other", [[], ["good"], ["bad"], ["failed"], ["died"], ["trial"]])
 def test_too_few_runs_and_runs_without_a_result(other: list[str], tmp_path: Path) -> None:
     make_run(tmp_path / "good", [0, 1], [0, 1])
     failed = RunDir(make_run(tmp_path / "failed", [0, 1], [0, 1]))
     failed.test_file.unlink()
     failed.end("failed", "out of memory")
     messages = {"good": "named twice", "bad": "no such run directory", "failed": r"no test\.json; its status is failed"}
-    messages["died"] = r"no test\.json; its status is died"
+    messages["died"] = r"no test\.json; its status is died; finish it with `tlcli train --resume`"
+    messages["trial"] = r"no test\.json; its status is done; test it with `tlcli eval .*/trial`"
+    trial = RunDir(make_run(tmp_path / "trial", [0, 1], [0, 1]))
+    trial.test_file.unlink()
     died = RunDir(make_run(tmp_path / "died", [0, 1], [0, 1]))
     died.test_file.unlink()
     died.update(**this_process() | {"status": "running", "pid": 4194304})

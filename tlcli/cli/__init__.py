@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 print(train_help(files_for(rest)), end="")
             case [name, *rest] if name in COMMANDS:
+                from tlcli import text
+
                 try:
                     os.getcwd()  # noqa: PTH109
                 except FileNotFoundError:
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                     if rank_and_size()[1] > 1:
                         raise UsageError("torchrun has started several processes, but this command runs in one")
+                text.typed_in = None
                 code = import_module(COMMANDS[name][0]).run(rest)
             case [word, *_] if "=" in word:
                 raise UsageError(f"unknown command {word!r}. Did you mean 'tlcli train {word}'?")

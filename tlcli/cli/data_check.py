@@ -19,6 +19,7 @@ from tlcli.cli.parser import Parser
 from tlcli.cli.table import table_lines, terminal_columns
 from tlcli.errors import UsageError
 from tlcli.files import expand_user
+from tlcli.interrupts import handle_signals
 from tlcli.text import duration_text, labelled, shown_path, strip_control_chars
 
 MAX_TABLE_CLASSES = 12
@@ -34,6 +35,7 @@ PARSER.add_config_dir()
 PARSER.add_format()
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Run `tlcli data check`; return the exit code."""
     arguments = PARSER.parse_intermixed_args(argv or ["--help"])

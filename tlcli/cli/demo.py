@@ -39,7 +39,7 @@ PARSER.add_argument("--port", type=whole_number, default=8000, metavar="N", help
 
 def run(argv: list[str]) -> int:
     """Serve the page of a run until a signal ends it; return the exit code."""
-    arguments = PARSER.parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv)
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise UsageError("Starlette and uvicorn are not installed: pip install 'tlcli[demo]'")
     with handle_signals(), socket.socket() as listener:

@@ -1,7 +1,7 @@
 """Write the feature vector of each image to a file: the input of the head of a
 run's network, or of a published one. Columns: path, label (the parent folder,
 if it is a class of the run; any with backbone=), and vector (float32). Files
-that do not decode are left out and listed, and the exit code is 1.
+that do not decode are left out, ten are listed, and the exit code is 1.
 
 examples:
   tlcli embed outputs/DATE/TIME photos --to features.parquet

@@ -97,6 +97,7 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
     report = evaluation.report
     (low, high), data, calibration = report["accuracy_ci95"], report["dataset"], report["calibration"]
     location = data.get("file") or data["root"]
+    n_bad = report["n_bad_files"]
     before, after, t = calibration["ece_before"], calibration["ece_after"], calibration["temperature"]
     why = "images, dtypes, versions or machine changed, or a GPU has rounded differently"
     same = {None: "", True: "has the same metrics", False: f"differs: {why}"}
@@ -104,7 +105,7 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
         "weights": f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}",
         "data": strip_control_chars(data["name"] + (f", {location}" if location else "")),
         "evaluated": f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {evaluation.description}",
-        "left out": f"{report['n_bad_files']:,} that do not decode" if report["n_bad_files"] else "",
+        "left out": f"{n_bad:,} files of the dataset that do not decode: see bad_files.csv" if n_bad else "",
         "accuracy": f"{report['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f} (Wilson)",
         "top-5": "" if report["top5"] is None else f"{report['top5']:.4f}",
         "macro F1": f"{report['macro_f1']:.4f}",

@@ -49,7 +49,7 @@ add("--checkpoint", choices=CHECKPOINTS, default="best", help="best or last epoc
 @handle_signals()
 def run(argv: list[str]) -> int:
     """Export one run; return the exit code."""
-    arguments = PARSER.parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv)
     chosen = FORMATS[arguments.to]
     if arguments.with_preprocessing and not chosen.has_graph:
         raise UsageError(f"--with-preprocessing: {chosen.name} holds weights and no graph; use --to {GRAPHS}")

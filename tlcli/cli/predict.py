@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tlcli.cli import fast_imports
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.table import table_lines, terminal_columns
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError, UsageError
 from tlcli.files import expand_user, resolve_links
 from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
@@ -124,6 +124,8 @@ def run(argv: list[str]) -> int:
                         loaded.explain(prediction.path, prediction.top[0][0]).save(map_file, quality=90)
                     except BadImage as error:  # the file has changed since it was classified
                         prediction, map_file = Prediction(prediction.path, error=str(error)), None
+                    except TlcliError as error:  # of the network, whatever the image
+                        raise UsageError(f"--heatmaps: {error}; leave it out") from error
                 write(prediction, map_file)
                 count, n_errors = count + 1, n_errors + (prediction.error is not None)
                 advance(1)

@@ -26,6 +26,7 @@ from tlcli.cli.parser import Parser, values_of, whole_number
 from tlcli.cli.table import number_text, table_lines, terminal_columns
 from tlcli.errors import CANDIDATE_ERRORS, BadImagesError, UsageError
 from tlcli.files import expand_user
+from tlcli.interrupts import handle_signals
 from tlcli.text import did_you_mean, duration_text, size_text
 
 if TYPE_CHECKING:
@@ -43,14 +44,16 @@ words = (
     "run, and that of the weights)"
 )
 add("words", nargs="*", metavar="KEY=VALUE", help=words)
-add("--per-class", type=whole_number, default=50, metavar="N", help="sampled images per class (default: 50)")
-add("--max-images", type=whole_number, default=2000, metavar="N", help="sampled images in all (default: 2,000)")
+per_class, in_all = "sampled images per class, at least 2 (default: 50)", "the same in all (default: 2,000)"
+add("--per-class", type=whole_number, default=50, metavar="N", help=per_class)
+add("--max-images", type=whole_number, default=2000, metavar="N", help=in_all)
 picture = "draw accuracy against images per second to this new file (.png or .svg)"
 add("--plot", type=expand_user, metavar="FILE", help=picture)
 PARSER.add_config_dir()
 PARSER.add_format()
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """Rank the backbones that argv names, print the ranking and the command to type next; return the exit code."""
     arguments = PARSER.parse_intermixed_args(argv)

@@ -26,7 +26,7 @@ add("--open", action="store_true", help="show the report in the browser")
 
 def run(argv: list[str]) -> int:
     """Write the report of a run or a sweep and print its path; return the exit code."""
-    arguments = PARSER.parse_args(argv or ["--help"])
+    arguments = PARSER.parse_args(argv)
     folder = expand_user(arguments.run)
     output = arguments.output or folder / "report.html"
     if not folder.is_dir():
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     try:
         atomic_write(output, page.encode())  # as bytes: the digest of the style sheet is over \n
     except OSError as exc:
-        raise UsageError(f"{output}: cannot write ({exc.strerror or exc}); {remedy}") from exc
+        raise TlcliError(f"{output}: cannot write ({exc.strerror or exc}); {remedy}") from exc
     print(output)
     if arguments.open:
         import webbrowser

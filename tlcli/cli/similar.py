@@ -17,8 +17,9 @@ from tlcli.cli.embed import add_source, load_embedder, vectors_of
 from tlcli.cli.parser import Parser, whole_number
 from tlcli.cli.predict import add_computing, add_paths, count_images
 from tlcli.cli.table import table_lines, terminal_columns
-from tlcli.errors import UsageError
+from tlcli.errors import TlcliError
 from tlcli.files import resolve_links
+from tlcli.interrupts import handle_signals
 from tlcli.reporter import Reporter
 
 PARSER = Parser("similar", __doc__)
@@ -30,6 +31,7 @@ PARSER.add_format()
 add_computing(PARSER)
 
 
+@handle_signals()
 def run(argv: list[str]) -> int:
     """List the images in argv that are nearest to one; return the exit code, 1 if some could not be read."""
     arguments = PARSER.parse_intermixed_args(argv)
@@ -41,7 +43,7 @@ def run(argv: list[str]) -> int:
     total = count_images(arguments.paths)
     ((_, _, vector),) = embedder.embed([arguments.image], total=total)  # in a batch of the size of the others
     if isinstance(vector, str):
-        raise UsageError(f"{arguments.image}: {vector}")
+        raise TlcliError(f"{arguments.image}: {vector}")
     direction, own = normalize(vector, dim=0), resolve_links(Path(arguments.image))
     reporter = Reporter() if arguments.format == "json" else TerminalReporter(on_stderr=True)
     errors = list[str]()

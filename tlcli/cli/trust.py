@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from tlcli import text
 from tlcli.errors import UsageError
 from tlcli.files import is_dir, read_yaml
 from tlcli.runs.run_dir import SWEEP_FILE
@@ -128,6 +129,7 @@ def return_to(folder: str, place: Path) -> None:
     if not is_dir(folder):
         raise UsageError(f"{place}: was started in {folder}, which is not there; create it, or a link with that name")
     os.environ["PYTHONSAFEPATH"] = "1"
+    text.typed_in = text.typed_in or Path.cwd()
     os.chdir(folder)
 
 

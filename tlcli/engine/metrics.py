@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tlcli.device import Device, autocast, limit_threads
 from tlcli.engine.inputs import Inputs
 from tlcli.engine.loaders import BatchLoader
+from tlcli.errors import TlcliError
 from tlcli.models.classifier import eval_mode
 from tlcli.reporter import Reporter
 from tlcli.specs import KeepBest
@@ -46,7 +47,8 @@ class Predictions:
 def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: Reporter, label: str) -> Predictions:
     """Return the logits of every image of a split, in order, on all ranks; `network` is the whole one.
 
-    If the loader mirrors, they are the mean of those of the image and of its mirror image.
+    If the loader mirrors, they are the mean of those of the image and of its mirror image. Raise TlcliError if their
+    loss is not finite: after its last step a network has no training loss that would show it.
     """
     positions, n, ranks = loader.positions, len(loader), device.ranks
     logits, labels, track = [], [], reporter.track(label, len(positions))
@@ -57,7 +59,11 @@ def evaluate(network: nn.Module, loader: BatchLoader, device: Device, reporter: 
                 logits.append((batch + loader.network(x[0].flip(3))) / 2 if loader.mirrors else batch)
             labels.append(y)
             advance(len(y))
-    return Predictions(ranks.gather(logits, positions, n).float(), ranks.gather(labels, positions, n))
+    found = Predictions(ranks.gather(logits, positions, n).float(), ranks.gather(labels, positions, n))
+    if not F.cross_entropy(found.logits, found.labels).isfinite():
+        advice = "try a smaller optimizer.lr, clip_grad=1.0 or device.precision=fp32"
+        raise TlcliError(f"the outputs of the network are not finite ({label}): {advice}")
+    return found
 
 
 def features(

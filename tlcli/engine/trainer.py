@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from math import isfinite
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from tlcli.engine.activations import Workload
 from tlcli.engine.gradients import LinearLoss, fast_depthwise_backward
 from tlcli.engine.loaders import Batch, BatchLoader
 from tlcli.engine.schedule import Schedule, steps_per_epoch
-from tlcli.errors import NonFiniteLossError, TlcliError, is_out_of_memory
+from tlcli.errors import TlcliError, is_out_of_memory
 from tlcli.interrupts import defer_interrupts
 from tlcli.reporter import Reporter
 from tlcli.specs import ClassWeights
@@ -72,7 +71,7 @@ class Trainer:
         """Train on every image once, or on the images that are left of an epoch that `load` restored.
 
         Return the row of metrics.jsonl: means over images as they were when each was trained on. Interrupts wait for
-        the end of a step. Raises NonFiniteLossError, and TlcliError if a step needs too much memory.
+        the end of a step. Raises TlcliError if a loss is not finite or a step needs too much memory.
         """
         self._contract.train_mode()
         progress = self._progress
@@ -219,23 +218,17 @@ class Trainer:
             raise TlcliError(f"out of memory with batch_size={size}: {advice}") from error
 
     def _check_losses(self, progress: "_EpochProgress") -> None:
-        """Raise NonFiniteLossError for the first unchecked batch whose loss is NaN or infinite."""
+        """Raise TlcliError for the first unchecked batch whose loss is NaN or infinite."""
         unchecked = progress.losses[progress.n_checked :]
         if unchecked and not torch.stack(unchecked).isfinite().all():
             batch = progress.n_checked + next(i for i, loss in enumerate(unchecked) if not loss.isfinite())
             step = progress.first_step + batch // self._spec.accumulate
-            raise self._non_finite_error(f"the loss is not finite at epoch {progress.epoch}, batch {batch + 1}", step)
+            self.schedule.before_step(step)
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            place = f"epoch {progress.epoch}, batch {batch + 1} (step {step + 1}, lr {lr:.3g})"
+            advice = f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
+            raise TlcliError(f"the loss is not finite at {place}: {advice}")
         progress.n_checked = len(progress.losses)
-
-    def check_validation_loss(self, loss: float, epoch: int) -> None:
-        if not isfinite(loss):
-            raise self._non_finite_error(f"the validation loss is not finite after epoch {epoch}", self.step - 1)
-
-    def _non_finite_error(self, text: str, step: int) -> NonFiniteLossError:
-        self.schedule.before_step(max(0, step))
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        advice = f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
-        return NonFiniteLossError(f"{text} (step {step + 1}, lr {lr:.3g}): {advice}")
 
     def _begin_fit(self) -> None:
         """Restore the initial weights; add those of the last fit to a sum: a uniform soup (Wortsman et al. 2022)."""

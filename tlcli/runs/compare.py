@@ -72,12 +72,15 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     without = [run for run in [*untested, *opened] if not mapping(run.info.get("cross_validation"))]
     if untested and without:
         if without[0] in untested:
-            raise UsageError(f"{without[0].path}: has no test.json; its status is {without[0].status}")
+            run, remedy = without[0], "; finish it with `tlcli train --resume`"
+            if run.status == "done":  # a trial of a search
+                remedy = f"; test it with `tlcli eval {run.path}`"
+            raise UsageError(f"{run.path}: has no test.json; its status is {run.status}{remedy}")
         raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
     result = "cross_validation" if untested else "test"
     runs = [_read_tested_run(run, result) for run in opened]
     if len(runs) < 2:
-        raise UsageError("compare takes two or more runs")
+        raise UsageError(f"compare takes two or more runs that are tested; found {len(runs)}")
     return {
         "runs": [{"path": run.path, "result": run.result, **run.test} for run in runs],
         "config": _differences({run.path: run.config for run in runs}),
