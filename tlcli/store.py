@@ -295,15 +295,16 @@ class Store:
         disk_free -= sum(map(_unwritten, self._folders(_DRAFT)))
         reserve = max(GB, min(total // 20, 10 * GB))  # 5 % of a disk stay free
         freed, excess = 0, max(used + nbytes - self.max_gb * GB, nbytes + reserve - disk_free)
+        if excess <= 0:
+            return None
         entries = {entry.path: entry for entry in self.entries()}
         last_use = {path: entry.used for path, entry in entries.items()}  # damaged entries go first
         wholes = {path: self.activations / entry.metadata.get("part_of", "") for path, entry in entries.items()}
         oldest = time.time() - SHARD_SECONDS
         evictable = [f for f in self._folders(_KEY) if wholes.get(f, f).is_dir() or last_use.get(f, 0.0) < oldest]
         evicted = []
-        if excess > 0:
-            gone = self._remove_stale_drafts(wait=True)
-            used, excess = used - gone, excess - gone
+        gone = self._remove_stale_drafts(wait=True)
+        used, excess = used - gone, excess - gone
         if excess > 0:  # all at once: it takes up to 60 s to know if processes of other machines live
             marks = set(self.locks.glob("*.use.*"))
             for mark in marks - observer.living(marks):

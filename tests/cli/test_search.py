@@ -227,6 +227,30 @@ def test_recipes_that_keep_failing_end_the_trials(worker: Callable[[], Worker], 
     assert read_json(tmp_path / STATE_FILE)["status"] == "done"
 
 
+def test_the_first_recipe_that_fails_ends_the_search_unless_another_one_runs(worker, tmp_path, monkeypatch) -> None:
+    other = worker()
+    begin(other)
+    one = worker()
+    monkeypatch.setattr(one, "_train", too_large)
+    begin(one)
+    one._run_trial(one.trial)
+    assert [(trial["name"], trial["error"]) for trial in one._study.ended()] == [("1", "too large")]
+    other._run_trial(other.trial)
+    assert [(trial["name"], trial["status"]) for trial in one._study.ended()] == [("0", "done"), ("1", "failed")]
+
+
+def test_a_search_without_a_recipe_that_works_says_why(worker, tmp_path: Path, monkeypatch) -> None:
+    others = [worker() for _ in range(MAX_FAILURES)]
+    for one in others:
+        begin(one)
+        monkeypatch.setattr(one, "_train", too_large)
+    for one in others[:-1]:
+        one._run_trial(one.trial)
+    others[-1]._run_trial(others[-1].trial)
+    with pytest.raises(TlcliError, match="no recipe could be trained: too large"):
+        worker().run()
+
+
 def test_a_full_disk_is_no_fault_of_a_recipe(worker: Callable[[], Worker], tmp_path, monkeypatch) -> None:
     one = worker()
     train = one._train

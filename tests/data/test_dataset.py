@@ -82,6 +82,14 @@ def test_folds_are_a_stratified_partition_of_train_and_val_with_duplicates_toget
         load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=13)
 
 
+def test_folds_without_copies_are_stratified(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 21, "train/b": 10, "test/a": 1, "test/b": 1})
+    data = load_dataset(folder_spec(root), seed=0, reporter=Reporter(), folds=5)
+    parts = [data.without_fold(fold).val for fold in range(5)]
+    assert sorted(part.class_counts(2) for part in parts) == [(4, 2)] * 4 + [(5, 2)]
+    assert sorted(name for part in parts for name in names(part)) == sorted(names(data.train))
+
+
 def test_folds_need_as_many_different_images(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     for copy in root.glob("train/*/*.png"):

@@ -32,11 +32,11 @@ def on_shapes(spec: Compose, shapes: Path) -> Callable[..., TrainSpec]:
     return lambda *overrides: spec(*words, "device.channels_last=true", *overrides)  # else the layout is measured
 
 
-def write(store: Store, values: torch.Tensor) -> CacheEntry:
+def write(store: Store, values: torch.Tensor, key: str = "ab") -> CacheEntry:
     """Write an entry with one column of float32."""
     batches = [[memoryview(values.numpy())]] if len(values) else []
-    with store.lock_for_write("ab", lambda: None):
-        return store.write("ab", len(values), [Column("float32", tuple(values.shape[1:]))], {}, batches)
+    with store.lock_for_write(key, lambda: None):
+        return store.write(key, len(values), [Column("float32", tuple(values.shape[1:]))], {}, batches)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -59,6 +59,21 @@ def test_entries_of_an_earlier_job_are_released(spec: Compose, tmp_path: Path, m
 
 
 @pytest.mark.slow
+def test_tensors_that_the_last_job_did_not_read_make_room(tmp_path: Path) -> None:
+    session, values = Session(Store(tmp_path), 80), torch.zeros(8, 2)
+    first, second = write(session.store, values, "ab"), write(session.store, values + 1, "cd")
+    in_memory = lambda entry: session.tensors(entry) is session.tensors(entry)  # noqa: E731
+    assert (in_memory(first), in_memory(second)) == (True, False)
+    session.start_job()
+    assert (in_memory(second), in_memory(first)) == (False, True), "the job before read both"
+    session.start_job()
+    assert in_memory(first) and session.tensors(first)[0].equal(values)
+    session.start_job()
+    assert not in_memory(second)
+    session.start_job()
+    assert in_memory(second) and session.tensors(second)[0].equal(values + 1)
+
+
 def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
     def model_of(*overrides: str, classes: tuple[str, ...] = ("a", "b"), size: int = 32) -> Classifier:
         spec = on_shapes(*overrides)

@@ -66,6 +66,13 @@ def small(spec: Compose, shapes: Path, tiny: tuple[str, ...]):
     return lambda *overrides: Setting(spec(*words, *overrides))
 
 
+def test_weights_that_the_last_step_makes_infinite_are_an_error(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = small("batch_size=64", "optimizer.lr=1e9")
+    monkeypatch.setattr(Trainer, "_update", lambda self: self._trainable[0].data.fill_(math.inf))
+    with pytest.raises(TlcliError, match=r"the weights are not finite after epoch 1: try optimizer.lr=1e\+08, "):
+        setting.fit(1)
+
+
 @pytest.mark.slow
 def test_the_tutorials_loop(spec: Compose, tmp_path: Path) -> None:
     """experiment=cifar10_resnet18 gives the weights of the tutorial's plain loop: 20 steps in float32, batches of 4."""

@@ -259,6 +259,8 @@ class Search:
     def _choose_members(self) -> None:
         """Choose the recipes whose weights are averaged, and how often each is trained again in the time left."""
         ranked, n = self._ranked(), self._spec.average
+        if not ranked:
+            raise TlcliError(f"no recipe could be trained: {self._state['trials'][-1]['error']}")
         members = ranked[:1]
         if self.base.folds is None:
             spec = load_spec(ranked[0])
@@ -393,6 +395,7 @@ class Search:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
             # unless it is lost itself: while this worker was suspended
             is_first = all(t["status"] == "lost" and t["name"] != name for t in self._study.ended())
+            is_first = is_first and self._study.running().keys() <= {trial.number}  # others may show that it works
             if is_first or isinstance(exc, OSError):  # a full disk is no fault of the recipe
                 raise
         with defer_interrupts:

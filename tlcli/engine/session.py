@@ -26,6 +26,7 @@ class Session:
     def __init__(self, store: Store, ram_bytes: int) -> None:
         self.store, self.ram_bytes, self._free_bytes = store, ram_bytes, ram_bytes
         self._in_memory: dict[str, ActivationTensors] = {}
+        self._read = set[str]()  # keys of entries that the present job has read
         self._dataset: tuple[object, Dataset] | None = None
         self._model: tuple[object, Classifier, dict[str, Any]] | None = None  # key, classifier, initial weights
         self._made: dict[Hashable, Any] = {}  # for this model
@@ -63,6 +64,7 @@ class Session:
 
         Raise FileNotFoundError if the entry was just removed.
         """
+        self._read.add(entry.key)
         if entry.key in self._in_memory:
             return self._in_memory[entry.key]
         tensors: ActivationTensors = ()
@@ -76,6 +78,13 @@ class Session:
             tensors = self._in_memory[entry.key] = tuple(t.clone() for t in tensors)
         return tensors
 
+    def start_job(self) -> None:
+        """Release entries on disk, which a job holds again if it finds them, and tensors that the last did not read."""
+        release_entries()
+        for key in self._in_memory.keys() - self._read:
+            self._free_bytes += sum(t.nbytes for t in self._in_memory.pop(key))
+        self._read.clear()
+
     def get_or_create(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of `make` for the current model, called once per key."""
         if key not in self._made:
@@ -88,6 +97,6 @@ def session_for(spec: CacheSpec, previous: Session | None = None) -> Session:
     """Return the session of the previous job, or a new one if the cache is another."""
     store, ram_bytes = Store(cache_dir(), spec.max_gb), int(spec.ram_gb * 1e9)
     if previous is not None and (previous.store, previous.ram_bytes) == (store, ram_bytes):
-        release_entries()  # those of this job are held again when it finds them
+        previous.start_job()
         return previous
     return Session(store, ram_bytes)

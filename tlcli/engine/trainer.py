@@ -58,6 +58,7 @@ class Trainer:
         self._average: list[Tensor] = []
         self._progress: _EpochProgress | None = None
         self._start: list[Tensor] = []
+        self._advice = f"try optimizer.lr={spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
         self.step = 0
 
     def fit(
@@ -106,6 +107,8 @@ class Trainer:
         if loader.ranks.size < self._device.ranks.size:  # each rank has trained on whole batches
             self._device.ranks.copy_tensors(self._trainable)
         self._check_losses(progress)
+        if not torch.stack([tensor.isfinite().all() for tensor in self._moved]).all():  # after the last step
+            raise TlcliError(f"the weights are not finite after epoch {epoch}: {self._advice}")
         progress.seconds += time.perf_counter() - start  # waiting for an accelerator included
         if self._ends and epoch == self._fits * self._epochs_per_fit:
             with defer_interrupts:
@@ -226,8 +229,7 @@ class Trainer:
             self.schedule.before_step(step)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             place = f"epoch {progress.epoch}, batch {batch + 1} (step {step + 1}, lr {lr:.3g})"
-            advice = f"try optimizer.lr={self._spec.optimizer.lr / 10:g}, clip_grad=1.0 or device.precision=fp32"
-            raise TlcliError(f"the loss is not finite at {place}: {advice}")
+            raise TlcliError(f"the loss is not finite at {place}: {self._advice}")
         progress.n_checked = len(progress.losses)
 
     def _begin_fit(self) -> None:
