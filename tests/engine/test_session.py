@@ -58,7 +58,6 @@ def test_entries_of_an_earlier_job_are_released(spec: Compose, tmp_path: Path, m
     assert list(tmp_path.rglob("ab.use.*")) == []
 
 
-@pytest.mark.slow
 def test_tensors_that_the_last_job_did_not_read_make_room(tmp_path: Path) -> None:
     session, values = Session(Store(tmp_path), 80), torch.zeros(8, 2)
     first, second = write(session.store, values, "ab"), write(session.store, values + 1, "cd")
@@ -74,6 +73,7 @@ def test_tensors_that_the_last_job_did_not_read_make_room(tmp_path: Path) -> Non
     assert in_memory(second) and session.tensors(second)[0].equal(values + 1)
 
 
+@pytest.mark.slow
 def test_a_model_is_handed_out_with_its_first_weights(session: Session, on_shapes) -> None:
     def model_of(*overrides: str, classes: tuple[str, ...] = ("a", "b"), size: int = 32) -> Classifier:
         spec = on_shapes(*overrides)
