@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     from tlcli.runs.load import LoadedRun
 
-__version__ = "0.25.0"
+__version__ = "0.26.0"
 
 
 def load_run(path: "str | Path", checkpoint: str = "best") -> "LoadedRun":
