@@ -44,7 +44,7 @@ words = (
     "run, and that of the weights)"
 )
 add("words", nargs="*", metavar="KEY=VALUE", help=words)
-per_class, in_all = "sampled images per class, at least 2 (default: 50)", "the same in all (default: 2,000)"
+per_class, in_all = "sampled images per class, at least 2 (default: 50)", "sampled images in all (default: 2,000)"
 add("--per-class", type=whole_number, default=50, metavar="N", help=per_class)
 add("--max-images", type=whole_number, default=2000, metavar="N", help=in_all)
 picture = "draw accuracy against images per second to this new file (.png or .svg)"
