@@ -460,8 +460,14 @@ def test_the_launcher_leaves_a_hangup_alone_that_nohup_ignores(handler, handled,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["launch", "torchrun", "launch, with workers"])
-@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("start", "number"),
+    [
+        *[("launch", number) for number in (None, signal.SIGINT, signal.SIGTERM)],
+        *[("torchrun", number) for number in (None, signal.SIGINT)],
+        ("launch, with workers", signal.SIGTERM),
+    ],
+)
 def test_processes_are_started_and_stopped(start: str, number: signal.Signals | None, words, tmp_path) -> None:
     run, argv = RunDir(tmp_path / "run"), [*words, "freeze=head", "interpolate=1"]
     if start != (start := start.partition(",")[0]):

@@ -33,7 +33,7 @@ from tests.data.samples import (
 from tests.faults.programs import scale
 from tests.faults.refusals import refused, untouched
 from tlcli.data import parquet, shards
-from tlcli.data.batches import ImageBatches, Preprocessing
+from tlcli.data.batches import ImageBatches, Preprocessing, split_order
 from tlcli.data.dataset import Dataset, load_dataset
 from tlcli.data.decode import BadImage
 from tlcli.data.images import Split
@@ -280,8 +280,7 @@ def in_groups(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> Split
 def test_an_epoch_shuffles_row_groups_and_the_rows_of_a_buffer(in_groups: Split) -> None:
     orders = []
     for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
-        random = np.random.default_rng([seed, epoch]).permutation(40)
-        order = in_groups.order_by_buffer(random, seed, epoch)
+        order = split_order(in_groups, seed, epoch, balanced=False)
         assert sorted(order) == list(range(40))
         groups = [group for group, previous in pairwise([*(order // 4), -1])]
         assert all(len(set(groups[i : i + 4])) > 1 for i in range(0, 32, 4)), "rows of several groups mix"

@@ -157,7 +157,6 @@ def patches(n: int, size: int, side: int, random: np.random.Generator) -> tuple[
     ("name", "size", "cell", "n", "epochs", "share"),
     [
         ("tf_efficientnet_lite0", 128, 32, 160, 4, 0.95),  # its ImageNet weights are fine-tuned
-        ("test_resnet", 128, 32, 320, 5, 0.95),
         ("test_convnext", 160, 32, 600, 6, 0.95),
         ("test_vit", 96, 16, 600, 12, 0.9),  # with a class token
         ("test_vit2", 96, 16, 600, 12, 0.9),  # mean over its tokens

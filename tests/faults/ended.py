@@ -38,16 +38,17 @@ def end_runs(number: signal.Signals, times: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"codes": Counter(), "statuses": Counter(), "exactly": 0}
     found |= {key: [] for key in ("unreadable", "differences", "leftovers")}
     with tempfile.TemporaryDirectory() as name:
-        root = make_images(Path(name))
-        for job_name, words in JOBS.items():
-            job = Job(Path(name) / job_name, (*COMMON, *words, root))
-            for i in range(times // len(JOBS)):
-                for key, value in job.ended(number, draw.uniform(-0.1, 1.0), i).items():
-                    if isinstance(found[key], Counter):
-                        found[key][value] += 1
-                    else:
-                        found[key] += value
-    return {"signal": number.name, "times": len(JOBS) * (times // len(JOBS)), **found}
+        root, jobs, names = make_images(Path(name)), dict[str, Job](), [*JOBS]
+        for i in range(seed, seed + times):  # the jobs in turn, from the seed-th on
+            job_name = names[i % len(names)]
+            if job_name not in jobs:
+                jobs[job_name] = Job(Path(name) / job_name, (*COMMON, *JOBS[job_name], root))
+            for key, value in jobs[job_name].ended(number, draw.uniform(-0.1, 1.0), i).items():
+                if isinstance(found[key], Counter):
+                    found[key][value] += 1
+                else:
+                    found[key] += value
+    return {"signal": number.name, "times": times, **found}
 
 
 def make_images(folder: Path) -> str:
