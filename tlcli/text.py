@@ -74,7 +74,9 @@ def duration_text(seconds: float) -> str:
 def shown_path(path: Path) -> str:
     """Return a path relative to the user's folder if it is inside, so that it is short and can be typed."""
     full, folder = path.resolve(), typed_in or Path.cwd()
-    return str(full.relative_to(folder) if full.is_relative_to(folder) else path)
+    if full.is_relative_to(folder):
+        return str(full.relative_to(folder))
+    return str(full if ".." in path.parts else path)
 
 
 def labelled(label: str, value: str, width: int | None) -> list[str]:

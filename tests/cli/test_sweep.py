@@ -225,7 +225,7 @@ def test_a_sweep_goes_on_from_another_directory(tlcli, training, tmp_path: Path,
     monkeypatch.setattr("pathlib.Path.expanduser", lambda self: self)
     ended = tlcli("train", "--resume", "../swept")
     assert ended.code == 0
-    assert f"sweep      {tmp_path}/below/../swept\n" in ended.out, "a path that can be typed here"
+    assert f"sweep      {(tmp_path / 'swept').resolve()}\n" in ended.out, "a path that can be typed here"
     assert read_json(tmp_path / "swept/1/run.json")["status"] == "done"
     assert not (tmp_path / "below/swept").exists()
 

@@ -105,7 +105,7 @@ def _show(evaluation: "Evaluation", reporter: "TerminalReporter") -> None:
         "weights": f"{Path(report['checkpoint']).stem}, epoch {report['epoch']}",
         "data": strip_control_chars(data["name"] + (f", {location}" if location else "")),
         "evaluated": f"{report['n']:,} {'image' if report['n'] == 1 else 'images'}: {evaluation.description}",
-        "left out": f"{n_bad:,} files of the dataset that do not decode: see bad_files.csv" if n_bad else "",
+        "left out": f"files of the dataset that do not decode: {n_bad:,}, see bad_files.csv" if n_bad else "",
         "accuracy": f"{report['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f} (Wilson)",
         "top-5": "" if report["top5"] is None else f"{report['top5']:.4f}",
         "macro F1": f"{report['macro_f1']:.4f}",
