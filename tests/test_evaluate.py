@@ -44,6 +44,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_the_test_of_a_run_that_may_go_on_is_not_stored(run: Path) -> None:
     """Its best weights may be others later, and then the test would be taken for theirs."""
     (run / "test.json").unlink()

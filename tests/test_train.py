@@ -198,6 +198,7 @@ def trial(
     return train
 
 
+@pytest.mark.slow
 def test_a_trial_ends_at_the_share_that_its_validation_images_choose(trial: Callable[..., RunDir]) -> None:
     runs = trial("chosen"), trial("given", "interpolate=0.5")
     chosen, given = (read_tensors(run.best_checkpoint)[0] for run in runs)

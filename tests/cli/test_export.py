@@ -338,6 +338,7 @@ def test_samples_are_test_images_as_the_network_sees_them(loaded: LoadedRun, res
 # -- the command line
 
 
+@pytest.mark.slow
 def test_it_is_told_that_the_test_had_mirror_images(resnet: Path, tlcli: Tlcli, tmp_path: Path) -> None:
     shutil.copytree(resnet, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     RunDir(tmp_path / "run").update(tta="flip")

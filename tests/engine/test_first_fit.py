@@ -116,6 +116,7 @@ def test_the_mean_of_several_fits_is_kept_whatever_validation_says_of_their_epoc
     assert not load("freeze=head", *held_out, "fits=2").workload.selects_epoch
 
 
+@pytest.mark.slow
 def test_its_fits_share_stored_views_that_are_read_often_enough(load) -> None:
     words = ("freeze=last_stages", "epochs=6", "image.train_size=48")
     inputs = load(*words)
@@ -140,6 +141,7 @@ def start_of(begun: Inputs) -> ResumeState:
     return ResumeState(Mock(info=info), state, begun.decisions, None)
 
 
+@pytest.mark.slow
 def test_a_run_on_all_images_shares_the_stored_views_of_a_trial_also_of_one_that_was_resumed(load) -> None:
     words = ("freeze=last_stages", "epochs=16", "image.train_size=48")
     whole, trial = load(*words), load(*words, "dataset.val_fraction=0.2")
@@ -150,6 +152,7 @@ def test_a_run_on_all_images_shares_the_stored_views_of_a_trial_also_of_one_that
     assert [len(split.rows) for split in splits] == [60, 48, 48]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_as_many_stored_views_as_it_recorded_whatever_its_epochs_are_now(load) -> None:
     words = ("freeze=last_stages", "dataset.val_fraction=0.2")
     few, many = load(*words, "epochs=7"), load(*words, "epochs=8")
