@@ -80,7 +80,7 @@ PARTS = {extraction: 2, training: 2, cached: 5, tutorial_job: 2, scaling: 1, mem
 def test_part_of_the_suite_measures_its_bars(benchmark, rows: int, data: Path, tmp_path, monkeypatch, request) -> None:
     if benchmark is not tutorial_job:
         request.getfixturevalue("in_process")
-    if benchmark in (extraction, training):  # one network of two, and a sixth of the sweep: each run is a process
+    if benchmark in (extraction, training):  # one network of two, and a sixth of the sweep: each run takes seconds
         monkeypatch.setattr(benchmark, "BACKBONES", {"resnet18": run.BACKBONES["resnet18"]})
     monkeypatch.setattr(cached, "SMALL", replace(cached.SMALL, grid=("optimizer.lr=1e-3,3e-3",)))
     measures = benchmark.main(data, tmp_path / "out", small=True)

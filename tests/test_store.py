@@ -227,7 +227,8 @@ def test_of_sixteen_processes_on_a_cold_cache_one_fills_and_none_reads_a_wrong_r
 def test_entries_are_not_read_while_there_is_room(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shards of a cluster are written one after the other: each would read all that were there."""
     monkeypatch.setattr(Store, "entries", lambda self: pytest.fail("entries are read"))
-    fill(store)
+    entry = fill(store)
+    assert store.find(entry.key) == entry
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_disturbs_the_next_one(store: Store) -> None:

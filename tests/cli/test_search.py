@@ -244,9 +244,8 @@ def test_a_search_without_a_recipe_that_works_says_why(worker, tmp_path: Path, m
     for one in others:
         begin(one)
         monkeypatch.setattr(one, "_train", too_large)
-    for one in others[:-1]:
+    for one in others:
         one._run_trial(one.trial)
-    others[-1]._run_trial(others[-1].trial)
     with pytest.raises(TlcliError, match="no recipe could be trained: too large"):
         worker().run()
 

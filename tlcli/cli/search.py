@@ -377,7 +377,7 @@ class Search:
         return has_time and (limit is None or n < limit) and last != ["failed"] * MAX_FAILURES
 
     def _run_trial(self, trial: optuna.trial.Trial) -> None:
-        """Train a recipe, and record how it ended. Raise the error of the first."""
+        """Train a recipe, and record how it ended. Raise the error of the first, unless another worker trains one."""
         recipe, name, held_out = trial.user_attrs["recipe"], str(trial.number), self._state["val_fraction"]
         words = [] if held_out is None else [f"dataset.val_fraction={held_out}"]
 
@@ -393,9 +393,9 @@ class Search:
             total = total_seconds(info) or 0.0
         except Exception as exc:
             status, error = "stopped" if isinstance(exc, StoppedError) else "failed", exit_status(exc)[1]
+            others = self._study.running().keys() - {trial.number}  # they may show that the recipes work
             # unless it is lost itself: while this worker was suspended
-            is_first = all(t["status"] == "lost" and t["name"] != name for t in self._study.ended())
-            is_first = is_first and self._study.running().keys() <= {trial.number}  # others may show that it works
+            is_first = not others and all(t["status"] == "lost" and t["name"] != name for t in self._study.ended())
             if is_first or isinstance(exc, OSError):  # a full disk is no fault of the recipe
                 raise
         with defer_interrupts:

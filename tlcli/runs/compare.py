@@ -72,10 +72,10 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     without = [run for run in [*untested, *opened] if not mapping(run.info.get("cross_validation"))]
     if untested and without:
         if without[0] in untested:
-            run, remedy = without[0], "; finish it with `tlcli train --resume`"
+            run, remedy = without[0], "finish it with `tlcli train --resume`"
             if run.status == "done":  # a trial of a search
-                remedy = f"; test it with `tlcli eval {run.path}`"
-            raise UsageError(f"{run.path}: has no test.json; its status is {run.status}{remedy}")
+                remedy = f"test it with `tlcli eval {run.path}`"
+            raise UsageError(f"{run.path}: has no test.json; its status is {run.status}; {remedy}")
         raise UsageError(f"{without[0].path}: is tested, not cross-validated; {untested[0].path} has no test.json")
     result = "cross_validation" if untested else "test"
     runs = [_read_tested_run(run, result) for run in opened]

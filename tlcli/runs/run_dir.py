@@ -36,10 +36,7 @@ STATE_FILE, JOURNAL_FILE = "tune.json", "study.journal"  # of a search; the latt
 SWEEP_FILE, LEADERBOARD_FILE = "sweep.json", "leaderboard.csv"  # written when a job of a sweep ends
 SWEEP_FILES = (SWEEP_FILE, "multirun.yaml")  # of which a sweep has one: Hydra writes the latter at its start
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "scikit-learn", "Pillow", "safetensors")
-
-
-RUN_FILES: list[str] = []
-"""The names of the files and folders of a run, in its directory."""
+RUN_FILES: list[str] = []  # names of the files and folders in a run's directory, which `_path_in_run` collects
 
 
 def _path_in_run(name: str) -> cached_property[Path]:
